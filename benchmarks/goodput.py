@@ -90,7 +90,7 @@ def receive(url: str, refs: tuple[BlobRef, BlobRef], folder: str, pipe: Connecti
         link.subscribe(TOPICS.device_subscriptions(DEVICE))
         link.start()
         assert link.get(5) == ConnectionUp()
-        outbox = Uplink(BoardConnection(link, Channel(DEVICE, TOPICS.site)), BlobSender(store))
+        outbox = Uplink(BoardConnection(link, Channel(DEVICE, TOPICS.site)), store)
         pipe.send("ready")
         pipe.recv()
         began = time.perf_counter()

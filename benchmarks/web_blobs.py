@@ -36,6 +36,7 @@ from fedprune_device.network.http_download import HttpFetch
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.http import web_blobs
+from fedprune_server.transfer.http_server import ServedJob
 
 LEAVES = 3
 """Of a chunk over MQTT, as usual."""
@@ -45,9 +46,8 @@ def serve(state: Path, folder: Path, tls: bool, pipe: Connection) -> None:
     """A server's part: its web server, in a process that does nothing else."""
     config = ServerConfig(state=state, serve_blobs="127.0.0.1:0")
     identity = IdentityFolder(state) if tls else None
-    with web_blobs(config, identity, BlobStore(folder)) as web:
-        assert web.server is not None
-        web.server.allowed = lambda device, sha256: True
+    with web_blobs(config, identity) as web:
+        web.serve([ServedJob(BlobStore(folder), lambda device, sha256: True)])
         pipe.send(web.url)
         pipe.recv()
 

@@ -21,7 +21,6 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.link import tls_context
-from fedprune.wire.transfer import BlobSender
 from fedprune_device.agent.agent import Agent, BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.api.address import Address
@@ -97,7 +96,7 @@ def build_agent(
     """Make an agent; `clock` is monotonic, in seconds."""
     device, profile = connection.device, settings.profile
     store.slots.job = settings.serve_job
-    uplink = Uplink(connection, BlobSender(store.blobs), settings.max_packet, settings.status)
+    uplink = Uplink(connection, store.blobs, settings.max_packet, settings.status, settings.web)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
     runner = RoundRunner(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)

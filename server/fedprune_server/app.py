@@ -24,7 +24,7 @@ from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.engine.further_jobs import further
-from fedprune_server.engine.job_runner import NO_SERVICES, DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -166,14 +166,14 @@ def build_app(
             rollouts,
             None if identity is None else identity.store.members,
             logs,
-            stack.enter_context(web_blobs(config, identity, folder.store)),
+            stack.enter_context(web_blobs(config, identity, reached.link.wake)),
         )
         site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
         runners = [
             JobRunner(
                 job.runnable(beside_others=len(jobs) > 1),
                 site,
-                NO_SERVICES if i else services,
+                DeviceServices(blobs=services.blobs) if i else services,
                 profiles=profiles,
                 max_devices=config.max_devices,
                 observers=_observers(job, watch, options, beside_others=len(jobs) > 1),
@@ -181,7 +181,7 @@ def build_app(
             for i, job in enumerate(jobs)
         ]
         server = Server(runners, site, reached.broker, stopping)
-        services.blobs.serve(server.first.may_fetch)
+        services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
         if leader is not None and identity is not None:

@@ -1,4 +1,5 @@
-"""Two jobs of one real server on real devices: each ends as if it had the fleet alone, also after kill -9."""
+"""Two jobs of one real server on real devices: each ends as if it had the fleet and MQTT alone, also after kill -9, and
+though all blobs and updates go over HTTPS."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import pytest
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
+from support.processes.machine import free_port
 from support.processes.real_site import FILES, Site, models, write_material
 
 pytestmark = pytest.mark.system
@@ -82,7 +84,8 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list
 
 @pytest.fixture
 def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
-    made = SharedSite(material, tmp_path, FIRST, DEVICES, 120, secure=True, may_hold=True)
+    web = f'[server]\nserve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
+    made = SharedSite(material, tmp_path, FIRST + web, DEVICES, 120, secure=True, may_hold=True)
     made.also(SECOND)
     try:
         yield made
@@ -108,6 +111,10 @@ def test_two_jobs_share_a_fleet_over_a_kill_and_end_as_if_alone(site: SharedSite
     second = site.saved_second()
     assert second is not None
     assert [[r["model"] for r in s.history] for s in (first, second)] == alone
+    logs = site.logs_in_full()
+    assert "bytes came from https" in logs
+    assert "comes over MQTT" not in logs
+    assert "it goes over MQTT" not in logs
     said = server("status", "--state", site.state)
     assert "job first: round 2 of 2, finished" in said.stdout
     assert "job second: round 2 of 2, finished" in said.stdout

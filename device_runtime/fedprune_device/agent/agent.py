@@ -20,6 +20,7 @@ from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.updates import CODECS
 from fedprune.wire.fleet_messages import LOG, LogRequest, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
+    PUT,
     Accepted,
     Birth,
     BlobNotFound,
@@ -30,6 +31,7 @@ from fedprune.wire.messages import (
     Hello,
     Offer,
     Update,
+    UploadRequest,
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_device.agent.offer_handler import OfferHandler
@@ -81,7 +83,7 @@ class BirthBuilder:
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
             round(self._connection.answers.slowest, 3) or None,
-            (LOG,),
+            (PUT, LOG),
         )
 
     def outdated(self, now: float) -> bool:
@@ -203,6 +205,8 @@ class Agent:
                 self._finished = True
             case BlobRequest() as request:
                 self._offers.wanted(request, now)
+            case UploadRequest() as request:
+                self._offers.upload_wanted(request)
             case BlobNotFound(sha256):
                 if not (received.private and self._releases.gone(sha256)):
                     self._offers.gone(sha256, now)

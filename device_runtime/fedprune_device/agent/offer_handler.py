@@ -13,7 +13,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, Update
+from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, Update, UploadRequest
 from fedprune_device.hardware import allocator
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
@@ -58,7 +58,7 @@ class OfferHandler:
 
     @property
     def under_way(self) -> bool:
-        return self._worker is not None or self._downloader.offer is not None
+        return self._worker is not None or self._downloader.offer is not None or self._uplink.uploading
 
     @property
     def quiet(self) -> bool:
@@ -90,6 +90,9 @@ class OfferHandler:
 
     def wanted(self, request: BlobRequest, now: float) -> None:
         self._uplink.answer(request, self._store.pending, now)
+
+    def upload_wanted(self, request: UploadRequest) -> None:
+        self._uplink.upload(request, self._store.pending)
 
     def offered(self, offer: Offer, now: float) -> None:
         offer = self._runner.lowering.wanted(offer)
@@ -185,6 +188,7 @@ class OfferHandler:
             self._collect()
         if self._worker is None:
             self._train(now, connected=connected)
+        self._uplink.continue_upload(self._store.pending, now)
         if self._store.pending is not None:
             self._uplink.announce(self._store.pending, now)
 
@@ -206,6 +210,7 @@ class OfferHandler:
         if self._worker is not None:
             self._worker.join(timeout)
         self._downloader.join(timeout)
+        self._uplink.end(timeout)
 
     @property
     def _busy(self) -> bool:

@@ -9,44 +9,28 @@ from __future__ import annotations
 
 import http.client
 import logging
-import math
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 
 from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, read_table_file
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.core.errors import FedpruneError
-from fedprune.core.text import one_line
-from fedprune.wire.link import failure
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.blob_download import reuse_leaves
+from fedprune_device.network.http_transfer import LEAST_BYTES_PER_S, HttpTransfer, HttpTransferError
 
 _LOG = logging.getLogger("fedprune.device")
-
-SILENT_S = 10.0  # how long the server may take to connect, and to send nothing
-STALL_S = 30.0  # how long a leaf may take, or an answer to begin; who looks at `stalled` ends it then
-
-LEAST_BYTES_PER_S = 8192.0
-"""What must come, or the fetch falls behind; at `STALL_S` behind it ends, too. What came faster before is no credit."""
 
 _ANSWER_S = 1.0  # how long an answer's beginning may take without the fetch falling behind
 _BATCH = 8  # leaves that are held in memory at a time
 _CUTS = 5  # connections that may break in the middle of a blob, if each brought something
 
 
-class HttpFetchError(Exception):
-    """A web server doesn't serve what an offer names."""
-
-
-class HttpFetch:
+class HttpFetch(HttpTransfer):
     """Downloads blobs from a base URL into a store, beginning at once.
 
-    `failure` is why it ended early, in one line. `done` and `total` count leaves, `bytes` those of verified leaves.
+    `done` and `total` count leaves, `bytes` those of verified leaves.
     """
 
     def __init__(
@@ -57,39 +41,21 @@ class HttpFetch:
         context: Callable[[], ssl.SSLContext],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(base, context, clock)
         self.base = base
-        self.failure = ""
         self.done, self.total = 0, sum(r.leaf_count for r in refs)
         self.bytes = 0
         self._store, self._refs = store, tuple(refs)
-        self._clock = clock
-        self._moved_at = clock()
-        self._behind = 0.0
-        self._ending = threading.Event()
         self._cuts = 0
-        self._connection = _Connection(base, context)
-        self._thread = threading.Thread(target=self._run, name="fedprune-web", daemon=True)
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and not self._ending.is_set()
 
     @property
     def progress(self) -> tuple[int, int]:
         return self.done, self.total
 
-    @property
-    def stalled(self) -> bool:
-        """Whether nothing has come for too long, or too little."""
-        return self._behind + self._clock() - self._moved_at > STALL_S
-
     def over(self) -> bool:
-        """Whether it has ended, which is logged; a stalled one is stopped. What is lacking then is for MQTT."""
-        if self.alive and self.stalled:
-            least = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
-            self.stop(f"nothing more has come for {STALL_S:g} s, or it is as far behind {least}")
-        if self.alive:
+        """Whether it has ended, which is logged. What is lacking then is for MQTT."""
+        if not super().over():
             return False
         if self.failure:
             _LOG.warning(
@@ -102,31 +68,9 @@ class HttpFetch:
             _LOG.info("%d bytes came from %s", self.bytes, self.base)
         return True
 
-    def stop(self, why: str = "") -> None:
-        if self._thread.is_alive() and not self._ending.is_set():
-            self.failure = why
-        self._ending.set()
-        self._connection.cut()
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        try:
-            for ref in self._refs:
-                self._blob(ref)
-        except (OSError, FedpruneError) as error:
-            self._fail(failure(error))
-        except (HttpFetchError, http.client.HTTPException, ValueError) as error:
-            self._fail(str(error) or type(error).__name__)
-        except Exception as error:  # noqa: BLE001 - it is handed to the loop, and MQTT continues
-            self._fail(f"unexpected error: {type(error).__name__}: {error}")
-        finally:
-            self._connection.close()
-
-    def _fail(self, why: str) -> None:
-        if not self._ending.is_set():  # else that is why
-            self.failure = one_line(why)  # it may be the server's own words
+    def _transfer(self) -> None:
+        for ref in self._refs:
+            self._blob(ref)
 
     def _blob(self, ref: BlobRef) -> None:
         with self._at_the_disk():
@@ -157,7 +101,7 @@ class HttpFetch:
         found = read_table_file(bytes(raw), ref.leaf_count)
         present = partial.count
         if found is None or not partial.set_table(found):
-            raise HttpFetchError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
+            raise HttpTransferError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
         self.done += partial.count - present
 
     def _missing(self, partial: PartialBlob) -> None:
@@ -185,7 +129,7 @@ class HttpFetch:
             self.done += partial.count - before
             self.bytes += len(payload)
             if wrong:
-                raise HttpFetchError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
+                raise HttpTransferError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
 
     def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
         """Request `length` bytes; `range_` is their offset and the whole's size, None for all. The body is unread."""
@@ -197,17 +141,19 @@ class HttpFetch:
         answer = self._connection.answer(path, headers, self._check)
         self._came(_ANSWER_S)
         if 300 <= answer.status < 400:
-            raise HttpFetchError(f"it redirects {path} ({answer.status}), which is not followed")
+            raise HttpTransferError(f"it redirects {path} ({answer.status}), which is not followed")
         if answer.status not in (200, 206) or (answer.status == 206 and whole):
-            raise HttpFetchError(f"it answers {answer.status} to {path}")
+            raise HttpTransferError(f"it answers {answer.status} to {path}")
         expected = size if answer.status == 200 else length
         if answer.getheader("Content-Encoding", "identity") != "identity" or answer.length != expected:
             got = answer.getheader("Content-Length", "nothing")[:40]
-            raise HttpFetchError(f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says")
+            raise HttpTransferError(
+                f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says"
+            )
         if answer.status == 206:
             said, right = answer.getheader("Content-Range", ""), f"bytes {start}-{start + length - 1}/{size}"
             if said != right:
-                raise HttpFetchError(f"it gives {said[:80]!r} of {path}, and not {right}")
+                raise HttpTransferError(f"it gives {said[:80]!r} of {path}, and not {right}")
         return answer
 
     def _read(self, answer: http.client.HTTPResponse, length: int) -> bytes:
@@ -217,72 +163,6 @@ class HttpFetch:
             raise http.client.IncompleteRead(data, length - len(data))
         self._came(length / LEAST_BYTES_PER_S)
         return data
-
-    def _came(self, seconds: float) -> None:
-        """Something came that may have taken so long."""
-        now = self._clock()
-        self._behind = max(0.0, self._behind + now - self._moved_at - seconds)
-        self._moved_at = now
-
-    @contextmanager
-    def _at_the_disk(self) -> Iterator[None]:
-        """It is not the server that takes so long."""
-        self._moved_at = math.inf
-        yield
-        self._moved_at = self._clock()
-
-    def _check(self) -> None:
-        if self._ending.is_set():
-            raise HttpFetchError("it was told to stop")
-
-
-class _Connection(http.client.HTTPConnection):
-    """One connection, kept as long as it goes, which another thread may cut at any moment."""
-
-    def __init__(self, base: BlobUrl, context: Callable[[], ssl.SSLContext]) -> None:
-        super().__init__(base.host, base.port, timeout=SILENT_S)
-        self._tls = context if base.tls else None
-        if base.tls:
-            self.default_port = 443  # else the header Host would name it
-        self._is_cut = False
-
-    def connect(self) -> None:
-        plain = socket.create_connection((self.host, self.port), self.timeout)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            # The handshake comes when the other thread can see the socket, and cut it.
-            secured = self._tls and self._tls().wrap_socket(
-                plain, server_hostname=self.host, do_handshake_on_connect=False
-            )
-        except BaseException:
-            plain.close()
-            raise
-        self.sock = secured or plain
-        if self._is_cut:
-            raise ConnectionAbortedError("the connection was cut")
-        if isinstance(self.sock, ssl.SSLSocket):
-            self.sock.do_handshake()
-
-    def answer(self, path: str, headers: dict[str, str], check: Callable[[], None]) -> http.client.HTTPResponse:
-        """Request a path, once more if a kept connection has ended meanwhile; `check` raises an error to stop."""
-        while True:
-            check()
-            fresh = self.sock is None
-            try:
-                self.request("GET", path, headers=headers)
-                return self.getresponse()
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                if fresh or not isinstance(error, (ConnectionError, ssl.SSLError)):
-                    raise
-
-    def cut(self) -> None:
-        self._is_cut = True
-        found = self.sock
-        if found is not None:
-            with suppress(OSError):  # it may not be connected any more
-                # Not that of TLS, which isn't made for another thread.
-                socket.socket.shutdown(found, socket.SHUT_RDWR)
 
 
 def _gaps(present: bytearray) -> Iterator[tuple[int, int]]:

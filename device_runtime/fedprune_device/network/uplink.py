@@ -7,18 +7,34 @@ from __future__ import annotations
 
 import logging
 import random
+import ssl
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.metrics import BLEND, all_served
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.messages import Alive, BlobNotFound, BlobRequest, Message, Offer, Progress, Refusal, Update
+from fedprune.wire.link import tls_context
+from fedprune.wire.messages import (
+    Alive,
+    BlobNotFound,
+    BlobRequest,
+    Message,
+    Offer,
+    Progress,
+    Refusal,
+    Update,
+    UploadRequest,
+    UploadResult,
+)
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import NO_JOB
 from fedprune.wire.transfer import BlobSender, SeenRequests, with_request_id
+from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.connection import Connection
+from fedprune_device.network.http_upload import HttpUpload
 from fedprune_device.privacy.redaction import refused
 
 _LOG = logging.getLogger("fedprune.device")
@@ -78,13 +94,16 @@ class Uplink:
     def __init__(
         self,
         connection: Connection,
-        pieces: BlobSender,
+        blobs: BlobStore,
         max_packet: int = MAX_PACKET,
         status: BoardStatus | None = None,
+        context: Callable[[], ssl.SSLContext] = tls_context,
     ) -> None:
         self._connection, self._device = connection, connection.device
-        self._pieces = pieces
-        self._max_packet = max_packet
+        self._blobs, self._pieces = blobs, BlobSender(blobs)
+        self._max_packet, self._context = max_packet, context
+        self._upload: HttpUpload | None = None
+        self._last_upload: HttpUpload | None = None
         self.status = status or BoardStatus()
         self._is_duplicate = SeenRequests().is_duplicate
         self._wanted: deque[tuple[Update, BlobRequest]] = deque()
@@ -119,6 +138,43 @@ class Uplink:
         self.send_chunks()
         self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
 
+    @property
+    def uploading(self) -> bool:
+        return self._upload is not None
+
+    def upload(self, request: UploadRequest, pending: Update | None) -> None:
+        """Begin to upload the update to where the server wants it."""
+        if pending is None or pending.weights.sha256 != request.sha256:
+            self.send(BlobNotFound(request.sha256))
+            return
+        if self._is_duplicate(self._device, request):
+            return
+        url, known = UploadUrl.parse(request.url), self._upload
+        if known is not None:
+            if known.ref == pending.weights and (known.url.host, known.url.port) == (url.host, url.port):
+                return  # it is on its way there
+            known.stop()
+        self._upload = self._last_upload = HttpUpload(self._blobs, url, pending.weights, self._context)
+
+    def continue_upload(self, pending: Update | None, now: float) -> None:
+        """Report the end of an upload; one of an update that is pending no more is stopped."""
+        upload = self._upload
+        if upload is None:
+            return
+        if pending is None or pending.weights != upload.ref:
+            upload.stop()
+            self._upload = None
+        elif upload.over():
+            self._upload = None
+            self.send(UploadResult(upload.ref.sha256, _printable(upload.failure)[:400] or None), pending.job)
+            self._announce_at = max(self._announce_at, now + ANNOUNCE_S)
+
+    def end(self, timeout: float) -> None:
+        """Stop the upload, and wait for the end of its thread, but no longer than `timeout` seconds."""
+        if self._last_upload is not None:
+            self._last_upload.stop()
+            self._last_upload.join(timeout)
+
     def send_chunks(self) -> None:
         """Send requested pieces while little is unsent, so that messages wait behind few of them."""
         while self._connection.unsent < HIGH_WATER:
@@ -148,8 +204,8 @@ class Uplink:
     def announce(self, update: Update, now: float) -> None:
         """Announce an update, if it is time to, ever less often."""
         self.status.announcing(update)
-        if now < self._announce_at:
-            return
+        if now < self._announce_at or (self._upload is not None and self._announced > 0):
+            return  # during an upload once for each server and connection that asks who is there
         self.send(update, update.job)
         wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
         self._announced += 1

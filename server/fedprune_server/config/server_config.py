@@ -25,6 +25,7 @@ from fedprune_server.storage.s3.bucket import FOLDER, parse
 EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PLACE = "[ADDRESS:]PORT"
+MQTT, HTTPS = "mqtt", "https"
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
@@ -124,6 +125,13 @@ class ServerConfig:
         1000, "Devices that may ever take part; announcements of further ones are ignored.", within=(1, 10**6)
     )
     pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
+    uploads: str = setting(
+        MQTT,
+        "How boards send updates, where they can: `mqtt`, or `https` to this server's `serve_blobs`. MQTT does the "
+        "rest.",
+        "WAY",
+        choices=(MQTT, HTTPS),
+    )
     workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
     workers_url: str = setting(
         PROCESSES, "Where workers run: `processes`, or a Ray cluster as `ray:auto` or `ray://host:10001`.", "URL"
@@ -191,7 +199,11 @@ class ServerConfig:
                 BlobUrl.parse(self.blob_url, "server: blob_url")
             except FedpruneError as error:
                 raise ConfigError("server: blob_url", expected=error.expected, got=error.got) from error
-        _place(self.serve_blobs, self.host)
+        if _place(self.serve_blobs, self.host) is None and self.uploads == HTTPS:
+            raise ConfigError(
+                "server: uploads", expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
+                hint="Boards upload to the server's own web server: --serve-blobs [ADDRESS:]PORT.",
+            )  # fmt: skip
         _place(self.metrics, LOCAL[0], "metrics")
         if self.traces != OFF and not _WEB.fullmatch(self.traces):
             raise ConfigError(

@@ -29,7 +29,7 @@ from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
 from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
-from fedprune.wire.messages import Birth, Finished
+from fedprune.wire.messages import PUT, Birth, Finished
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.registry import DeviceRegistry
@@ -50,9 +50,11 @@ from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
+from fedprune_server.transfer.http_server import ServedJob
 from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.uploads import Uploads
+from fedprune_server.transfer.web_uploads import HttpUploads, UploadPlace
 
 log = logging.getLogger("fedprune.server")
 
@@ -145,7 +147,11 @@ class JobRunner:
             self.registry.prefix = f"{job.job.name}: "
         self._shipping = BucketSync(job.store)
         near = self._shipping.near
-        self._uploads = Uploads(near, job.pulls, site.max_packet)
+        self._place = services.blobs.uploads(near)
+        self._uploads = Uploads(near, job.pulls, site.max_packet, self._place)
+        # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
+        self.served = ServedJob(near, self.may_fetch, self._place if isinstance(self._place, HttpUploads) else None)
+        """What devices may fetch and upload over HTTP."""
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(
             site,
@@ -239,6 +245,8 @@ class JobRunner:
         """Save what the turn's messages led to, and only then act on it. Raises `FedpruneError` if a heavy command
         failed for another reason than a device's update, or the disk fails."""
         with self._log_context():
+            if self._place is not None:
+                self._uploaded(self._place)
             self._collect_uploads()
             while (result := self._executor.collect()) is not None:
                 self._handle(result)
@@ -301,9 +309,9 @@ class JobRunner:
             except ProtocolError as error:
                 log.warning("%s%s", self.registry.prefix, error)
                 continue
-            answer_s = birth.answer_s or 0.0
+            born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
             with self._log_context(birth.device):
-                self.outbox.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic()))
+                self.outbox.ask(self._uploads.born(*born, uploads=PUT in (birth.abilities or ())))
                 event = self._messages.described(birth)
             events += [event] if event is not None else []
         self._collect_uploads()
@@ -438,6 +446,12 @@ class JobRunner:
             kinds = [task.kind for task in self.state.tasks.values()]
             divergence.warn(event, self.job, self.registry.prefix, kinds)
 
+    def _uploaded(self, place: UploadPlace) -> None:
+        """Take in what came over HTTP."""
+        for device, size in place.taken().items():
+            self.registry.received(device, size)
+        self.outbox.ask(self._uploads.collect(self._monotonic()))
+
     def _collect_uploads(self) -> None:
         for event in self._dispatcher.collect_uploads():
             self._handle(event)
@@ -493,7 +507,7 @@ class JobRunner:
         return due
 
     def _tick(self, now: float) -> None:
-        for device, size in self._services.blobs.taken().items():
+        for device, size in self.served.taken().items():
             self.registry.sent(device, size)
         if self._rollouts is not None:
             self._rollouts.tick()

@@ -30,6 +30,7 @@ from fedprune.wire.messages import (
     Progress,
     Refusal,
     Update,
+    UploadResult,
     parse,
 )
 from fedprune_server.devices.board_logs import BoardLogs
@@ -118,6 +119,8 @@ class MessageHandler:
                     self._logs.crashed(crash)
             case BlobNotFound() as gone:
                 self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
+            case UploadResult() as result:
+                self._outbox.ask(self._uploads.reported(device, result, now))
             case Progress() | Refusal() | Update() as report:
                 if report.job == self._job.name:
                     return self._report(device, report)

@@ -16,7 +16,16 @@ from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello, RejectedMessageLog
+from fedprune.wire.messages import (
+    Alive,
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Death,
+    Hello,
+    RejectedMessageLog,
+    UploadResult,
+)
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import NO_JOB
 from fedprune_server.devices.presence import Presence
@@ -244,7 +253,7 @@ class Server:
         named = self.runners.get(getattr(body, "job", envelope.job))
         if not self._several or named is not None:
             return [named or self.first]
-        if isinstance(body, (Chunk, BlobNotFound)):
+        if isinstance(body, (Chunk, BlobNotFound, UploadResult)):
             return list(self.runners.values())  # each knows what it waits for
         if isinstance(body, BlobRequest) and envelope.job == NO_JOB:
             return [r for r in self.runners.values() if r.offers(device, body.sha256)][:1] or [self.first]

@@ -108,7 +108,8 @@ class Outbox:
         depend on saved state.
         """
         for device, want in wants:
-            self._quarantine.asked(device, want.count)
+            if isinstance(want, BlobRequest):
+                self._quarantine.asked(device, want.count)
             self._quarantine.sends(device)
             topic, payload = self._topics.down(device), with_request_id(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):

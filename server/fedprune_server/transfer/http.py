@@ -1,11 +1,12 @@
-"""What boards are told of blobs on the web: an address that somebody else serves, or this server's own."""
+"""What boards are told of blobs on the web: an address that somebody else serves, or this server's own; and where they
+upload updates."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.urls import BlobUrl
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import HTTPS, ServerConfig
 from fedprune_server.enrollment.host_names import addresses_of, names_of
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.storage.s3.store import near
-from fedprune_server.transfer.http_server import BlobServer
+from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
+from fedprune_server.transfer.web_uploads import HttpUploads, UploadPlace
 
 log = logging.getLogger("fedprune.server")
 
@@ -30,30 +31,31 @@ class WebBlobs:
     Attributes:
         url: Where boards find blobs; None where they are sent over MQTT alone.
         server: This server's own, if it has one.
+        uploads: Makes the place where a job's updates are uploaded, by the job's store; None for MQTT alone.
     """
 
     url: str | None = None
     server: BlobServer | None = None
+    uploads: Callable[[BlobStore], UploadPlace | None] = lambda store: None
 
-    def serve(self, allowed: Callable[[str | None, str], bool]) -> None:
-        """Begin to serve the blobs that a device, or without certificates any device, is allowed to fetch."""
+    def serve(self, jobs: Sequence[ServedJob]) -> None:
+        """Begin to serve these jobs."""
         if self.server is not None:
-            self.server.allowed = allowed
-
-    def taken(self) -> Mapping[str, int]:
-        """Bytes that devices have fetched since the last call."""
-        return {} if self.server is None else self.server.taken()
+            self.server.jobs = jobs
 
 
 NO_BLOBS = WebBlobs()
 
 
 @contextmanager
-def web_blobs(config: ServerConfig, identity: IdentityFolder | None, store: BlobStore) -> Iterator[WebBlobs]:
+def web_blobs(
+    config: ServerConfig, identity: IdentityFolder | None, wake: Callable[[], None] = lambda: None
+) -> Iterator[WebBlobs]:
     """Blobs over HTTP as configured, with a web server that runs until the end if one is configured.
 
     Args:
         identity: The server's; None to do without, on this machine alone.
+        wake: Called from another thread when the loop has something to collect.
 
     Raises:
         ConfigError: The web server's address can't be listened on, or is open to others without an identity.
@@ -72,12 +74,15 @@ def web_blobs(config: ServerConfig, identity: IdentityFolder | None, store: Blob
         said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
         context = _contexts(identity, sorted({*names_of(host), *said}))
         context()  # what is wrong with it is better known now than when a board comes
-    # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
-    with BlobServer(host, port, near(store), context) as server:
+    with BlobServer(host, port, context) as server:
         url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
         log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
-        yield WebBlobs(url, server)
-        log.info("the web server gave out %d bytes of blobs", server.sent)
+        if config.uploads == HTTPS:
+            log.info("boards upload updates there, too")
+            yield WebBlobs(url, server, lambda store: HttpUploads(store, url, shut, wake))
+        else:
+            yield WebBlobs(url, server)
+        log.info("the web server gave out %d bytes of blobs, and took in %d updates", server.sent, server.received)
 
 
 def _contexts(identity: IdentityFolder, hosts: list[str]) -> Callable[[], ssl.SSLContext]:

@@ -1,7 +1,8 @@
-"""A web server for blobs: read only, for boards with a certificate of the fleet, each of which gets what it is offered.
+"""A web server for blobs, for boards with a certificate of the fleet: each gets what it is offered, and may upload the
+update that is awaited from it.
 
-Connections, heads of requests and times are bounded. Who has a connection and says nothing loses it after a while, and
-at once to the next one who comes when all are taken.
+Connections, heads of requests, bodies and times are bounded. Who has a connection and says nothing loses it after a
+while, and at once to the next one who comes when all are taken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -23,7 +24,10 @@ from typing import IO, Any
 
 from fedprune.blobs.blob_ref import LEAF, SUFFIX, table_file
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ConfigError, FedpruneError, StorageError
+from fedprune.blobs.streamed_blob import StreamedBlob
+from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
+from fedprune_server.transfer.uploads import LEAST_BYTES_S
+from fedprune_server.transfer.web_uploads import Awaited, HttpUploads
 
 log = logging.getLogger("fedprune.server")
 
@@ -41,11 +45,41 @@ PIECE_S = 60.0
 _PIECE = 4 * LEAF
 """What is sent at a time, and how long a board may take to take it."""
 
+UPLOAD_PIECE_S = 30.0
+"""How long a leaf of an upload may take to come."""
+
 POLL_S = 0.5
 """How often it is looked whether somebody is too slow."""
 
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
+
+
+class ServedJob:
+    """What the devices of a job may fetch and upload.
+
+    Args:
+        may_fetch: Whether a device, or without certificates any device, may have a blob; called from any thread.
+    """
+
+    def __init__(
+        self, store: BlobStore, may_fetch: Callable[[str | None, str], bool], uploads: HttpUploads | None = None
+    ) -> None:
+        self.store, self.may_fetch, self.uploads = store, may_fetch, uploads
+        self._sent: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def count(self, device: str | None, size: int) -> None:
+        """Bytes were sent, to a device if it is known which."""
+        with self._lock:
+            if device is not None:
+                self._sent[device] += size
+
+    def taken(self) -> dict[str, int]:
+        """Bytes of blobs that were sent to devices since this was last asked."""
+        with self._lock:
+            found, self._sent = self._sent, Counter()
+        return dict(found)
 
 
 class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -57,8 +91,9 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         connections: How many there may be at a time.
 
     Attributes:
-        allowed: Whether a device may have a blob, by their names; the device is None without TLS. Nobody, at first.
+        jobs: What may be fetched and uploaded; nothing, at first.
         sent: Bytes of blobs that were sent.
+        received: Updates that were taken in.
 
     Raises:
         ConfigError: The address can't be listened on.
@@ -73,7 +108,6 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self,
         host: str,
         port: int,
-        store: BlobStore,
         context: Callable[[], ssl.SSLContext] | None,
         connections: int = CONNECTIONS,
     ) -> None:
@@ -83,10 +117,8 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (OSError, OverflowError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"server: serve_blobs: can't listen on {host}, port {port} ({why})") from error
-        self.store = store
-        self.allowed: Callable[[str | None, str], bool] = lambda device, sha256: False
-        self.sent = 0
-        self._taken: Counter[str] = Counter()
+        self.jobs: Sequence[ServedJob] = ()
+        self.sent = self.received = 0
         self._context = context
         self._most = connections
         self._lock = threading.Lock()
@@ -119,18 +151,11 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if client in self._clients:
                 self._clients[client] = (waits, time.monotonic() + seconds)
 
-    def count(self, device: str | None, size: int) -> None:
-        """Bytes were sent, to a device if it is known which."""
+    def count(self, *, sent: int = 0, received: int = 0) -> None:
+        """Count bytes that were sent, and updates that were taken in."""
         with self._lock:
-            self.sent += size
-            if device is not None:
-                self._taken[device] += size
-
-    def taken(self) -> dict[str, int]:
-        """Bytes of blobs that were sent to devices since this was last asked."""
-        with self._lock:
-            found, self._taken = self._taken, Counter()
-        return dict(found)
+            self.sent += sent
+            self.received += received
 
     # What the standard library calls
 
@@ -160,7 +185,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if len(self._clients) >= self._most:
                 waiting = [(until, c) for c, (waits, until) in self._clients.items() if waits]
                 for _, client in sorted(waiting, key=lambda pair: pair[0])[:1]:
-                    _shut(client)
+                    shut(client)
                     del self._clients[client]
             if admitted := len(self._clients) < self._most:
                 self._clients[request] = (True, time.monotonic() + FIRST_S)
@@ -173,7 +198,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A client is done with."""
         with self._lock:
             self._clients.pop(request, None)
-        _shut(request)
+        shut(request)
         self.close_request(request)
 
     def service_actions(self) -> None:
@@ -192,7 +217,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with self._lock:
             for client, (_, until) in self._clients.items():
                 if until < now:
-                    _shut(client)
+                    shut(client)
 
 
 class _Head:
@@ -201,6 +226,10 @@ class _Head:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self.left = HEAD_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Bytes of a body; fewer only at its end."""
+        return self._stream.read(size)
 
     def readline(self, limit: int = -1) -> bytes:
         """The next line. Raises `ConnectionError` if the request is too long."""
@@ -249,21 +278,70 @@ class BlobHandler(BaseHTTPRequestHandler):
             self.close_connection = True  # nobody reads what follows
         self.server.expect(self.connection, PIECE_S, waits=False)
         found = _NAME.fullmatch(self.path)
-        if found is None or not self.server.allowed(self._device, found[2]):
+        jobs = [] if found is None else [j for j in self.server.jobs if j.may_fetch(self._device, found[2])]
+        if found is None or not jobs:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            store = self.server.store
+            job = next((j for j in jobs if j.store.has(found[2])), jobs[0])
+            store = job.store
             view = memoryview(table_file(store.table(found[2]))) if found[3] == SUFFIX else store.map(found[2])
         except StorageError as error:
             log.debug("the web server of blobs: %s", error)
             self.send_error(HTTPStatus.NOT_FOUND)
         else:
-            self._give(view)
+            self._give(view, job)
+
+    def do_PUT(self) -> None:
+        """Take in an update that is awaited."""
+        goes, self.close_connection = self.close_connection, True  # unless all of the body is read
+        found = _NAME.fullmatch(self.path)
+        sha256 = "" if found is None or found[3] else found[2]
+        for uploads in [job.uploads for job in self.server.jobs if job.uploads is not None]:
+            awaited = uploads.awaits(self._device, sha256)
+            if awaited is not None:
+                self._take(uploads, awaited, goes=goes)
+                return
+        self.send_error(HTTPStatus.NOT_FOUND)
 
     do_HEAD = do_GET  # noqa: N815 - the library's names
 
-    def _give(self, view: memoryview) -> None:
+    def _take(self, uploads: HttpUploads, awaited: Awaited, *, goes: bool) -> None:
+        ref = awaited.ref
+        if self.headers.get_all("Content-Length") != [str(ref.size)] or "Transfer-Encoding" in self.headers:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
+        ends = time.monotonic() + UPLOAD_PIECE_S + ref.size / LEAST_BYTES_S
+        uploads.begin(awaited, self.connection)
+        try:
+            with StreamedBlob(uploads.store, ref) as blob:
+                while uploads.goes_on(awaited, self.connection, blob.size) and blob.missing:
+                    left = ends - time.monotonic()
+                    self.server.expect(self.connection, min(UPLOAD_PIECE_S, left), waits=False)
+                    data = self.rfile.read(min(LEAF, blob.missing))
+                    if not data:
+                        raise ConnectionError("an upload ended early")
+                    blob.write(data)
+                if not uploads.goes_on(awaited, self.connection, blob.size):
+                    self.send_error(HTTPStatus.CONFLICT)
+                    return
+                self.close_connection = goes
+                self.server.expect(self.connection, PIECE_S, waits=False)
+                blob.finish()
+        except ProtocolError as error:
+            log.debug("an upload of device %s: %s", awaited.device, error)
+            uploads.end(awaited, stored=False)
+            self.send_error(HTTPStatus.UNPROCESSABLE_ENTITY)
+        except StorageError as error:
+            log.error("an update of device %s can't be stored: %s", awaited.device, error)
+            full = isinstance(error, StorageFullError)
+            self.send_error(HTTPStatus.INSUFFICIENT_STORAGE if full else HTTPStatus.INTERNAL_SERVER_ERROR)
+        else:
+            self.server.count(received=1)
+            uploads.end(awaited, stored=True)
+            self._begin(HTTPStatus.CREATED, 0)
+
+    def _give(self, view: memoryview, job: ServedJob) -> None:
         size = len(view)
         start, stop, status = 0, size, HTTPStatus.OK
         asked = _RANGE.fullmatch(self.headers.get("Range", ""))
@@ -280,7 +358,8 @@ class BlobHandler(BaseHTTPRequestHandler):
             piece = view[start : min(start + _PIECE, stop)]
             self.server.expect(self.connection, PIECE_S, waits=False)
             self.wfile.write(piece)
-            self.server.count(self._device, len(piece))
+            self.server.count(sent=len(piece))
+            job.count(self._device, len(piece))
             start += len(piece)
 
     def _begin(self, status: HTTPStatus, length: int, range_: str = "") -> None:
@@ -315,7 +394,7 @@ def _common_name(client: ssl.SSLSocket) -> str:
     return str(names[0])
 
 
-def _shut(client: Any) -> None:
+def shut(client: Any) -> None:
     """End a connection, also one that another thread reads from or writes to."""
     with suppress(OSError, ValueError):
         socket.socket.shutdown(client, socket.SHUT_RDWR)  # not that of TLS, which isn't made for another thread

@@ -1,8 +1,10 @@
-"""Updates on their way from devices to the server: a few are pulled at a time, the others wait their turn."""
+"""Updates on their way from devices to the server: a few at a time are pulled over MQTT, or uploaded to a web server,
+the others wait their turn."""
 
 from __future__ import annotations
 
 import heapq
+import logging
 from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
@@ -11,8 +13,11 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
-from fedprune.wire.messages import BlobRequest
+from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import Pull, ResponseTime
+from fedprune_server.transfer.web_uploads import UploadPlace
+
+log = logging.getLogger("fedprune.server")
 
 STALLED_S = 30.0
 """A pull that got nothing for so long gives its place to one that waits."""
@@ -20,6 +25,9 @@ STALLED_S = 30.0
 LEAST_BYTES_S = 8192
 """A pull that has got less than this on average since it began gives up its place, too, once it had `STALLED_S`."""
 
+
+ASK_AGAIN_S = 5.0
+"""A device that announces an update so long after it was asked to upload it has not heard that."""
 
 LOST = "the device no longer has the update that it announced"
 
@@ -46,7 +54,7 @@ class FailedUpload:
 
 
 Outcome = Arrived | FailedUpload
-Wants = list[tuple[str, BlobRequest]]
+Wants = list[tuple[str, BlobRequest | UploadRequest]]
 
 
 @dataclass
@@ -55,6 +63,11 @@ class _Upload:
     attempt: int
     ref: BlobRef
     pull: Pull | None = None
+    put: bool = False
+    """Whether the device was asked to upload it."""
+    asked_at: float = 0.0
+    mqtt: bool = False
+    """Whether an upload has failed, so that it is pulled."""
     leaves: int = 0
     moved_at: float = 0.0
     began_at: float = 0.0
@@ -68,17 +81,26 @@ class _Upload:
 
 
 class Uploads:
-    """Pulls of all devices; one per device. Does no network I/O: it says what to ask whom for.
+    """Updates of all devices; one per device. Does no network I/O: it says what to ask whom for.
 
     Args:
         concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
+        place: Where devices upload that can; None to pull everything. What can't be uploaded is pulled.
     """
 
-    def __init__(self, store: BlobStore, concurrent: int = 4, max_packet: int = MAX_PACKET) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        concurrent: int = 4,
+        max_packet: int = MAX_PACKET,
+        place: UploadPlace | None = None,
+    ) -> None:
         self._limit = ChunkLimit(max_packet)
         self._store = store
         self._concurrent = concurrent
+        self._place = place
+        self._can_put: set[str] = set()
         self._uploads: dict[str, _Upload] = {}
         self._answers: dict[str, ResponseTime] = {}
         self._there: dict[str, int | None] = {}  # who was heard since the last reconnection, and on which connection
@@ -102,7 +124,37 @@ class Uploads:
         """A device announces its update, so that it is there to be asked."""
         if device not in self._there:
             self._shows(device, None)
-        return self._start(now)
+        upload = self._uploads.get(device)
+        again: Wants = []
+        if upload is not None and upload.put and now - max(upload.asked_at, upload.moved_at) > ASK_AGAIN_S:
+            again = self._ask(device, upload, now)
+        return again + self._start(now)
+
+    def reported(self, device: str, result: UploadResult, now: float) -> Wants:
+        """A device reports the end of an upload; what failed is pulled."""
+        wants = self.collect(now)
+        upload = self._uploads.get(device)
+        if self._place is None or upload is None or not upload.put or upload.ref.sha256 != result.sha256:
+            return wants
+        if result.reason is None:
+            self._place.told(device)
+            return wants + self.collect(now)
+        log.debug("device %s can't upload its update, which is pulled: %s", device, one_line(result.reason))
+        return wants + self._pull_instead(device, upload, now)
+
+    def collect(self, now: float) -> Wants:
+        """Take in uploads that have ended. Raises `StorageError` if the store fails."""
+        wants: Wants = []
+        for end in [] if self._place is None else self._place.ended():
+            upload = self._uploads.get(end.device)
+            if upload is None or upload.ref != end.ref:
+                continue
+            if end.stored:
+                arrived = Arrived(end.device, upload.round, upload.attempt, upload.ref.sha256)
+                wants += self._end(end.device, arrived, now)
+            elif upload.put:
+                wants += self._pull_instead(end.device, upload, now)
+        return wants
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
         """Take in a chunk from a device; one that nobody waits for is ignored. Raises `StorageError` if the store
@@ -130,9 +182,14 @@ class Uploads:
 
     def tick(self, now: float) -> Wants:
         """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
+        for device in self._running if self._place is not None else ():
+            upload = self._uploads[device]
+            leaves = self._place.arrived(device) // LEAF if self._place is not None and upload.put else upload.leaves
+            if leaves != upload.leaves:
+                upload.leaves, upload.moved_at = leaves, now
         slow = [n for n in self._running if self._uploads[n].slow(now)]
         for device in sorted(slow) if self._waiting else ():
-            self._uploads[device].pull = None  # what has arrived stays on the disk
+            self._stop(device, self._uploads[device])
             self._running.discard(device)
             self._wait(device)
         wants: Wants = []
@@ -154,33 +211,39 @@ class Uploads:
         self._all_there, self._all_there_at = False, now + STALLED_S
         self._there.clear()
         self._ready.clear()
-        for device in self._running:
+        pulled = [name for name in sorted(self._running) if not self._uploads[name].put]
+        for device in pulled:
             upload = self._uploads[device]
             if upload.pull is not None:
                 upload.pull.give_up()
-                upload.pull = None  # what has arrived stays on the disk
-        waiting = [*sorted(self._running), *self._waiting]
+            self._stop(device, upload)
+        waiting = [*pulled, *self._waiting]
         self._waiting.clear()
         for device in waiting:
             self._wait(device)
-        self._running.clear()
+        self._running.difference_update(pulled)
 
-    def born(self, device: str, session: int, answer_s: float, now: float) -> Wants:
+    def born(self, device: str, session: int, answer_s: float, now: float, *, uploads: bool = False) -> Wants:
         """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
 
         Args:
             session: The number of its connection.
             answer_s: How long answers take, as far as the device knows.
+            uploads: Whether it can upload to a web server.
         """
         self._answers.setdefault(device, ResponseTime()).told(answer_s)
+        (self._can_put.add if uploads else self._can_put.discard)(device)
         before = self._there.get(device)
         self._shows(device, session)
         upload = self._uploads.get(device)
         wants: Wants = []
-        if upload is not None and upload.pull is not None and before not in (None, session):
+        if upload is not None and before not in (None, session) and (upload.put or upload.pull is not None):
             upload.moved_at = upload.began_at = now  # it was asked on another connection
             upload.began_with = upload.leaves
-            wants = [(device, w) for w in upload.pull.start(now)]
+            if upload.pull is None:
+                wants = self._ask(device, upload, now)
+            else:
+                wants = [(device, w) for w in upload.pull.start(now)]
         return wants + self._start(now)
 
     def drop(self, device: str) -> list[str]:
@@ -196,6 +259,7 @@ class Uploads:
         self._running.discard(device)
         if upload.pull is not None:
             upload.pull.give_up()  # a broker ends the connection of who sends it too large a chunk
+        self._stop(device, upload)
         return [upload.ref.sha256]
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
@@ -228,7 +292,29 @@ class Uploads:
     def progress(self, device: str) -> tuple[int, int] | None:
         """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
         upload = self._uploads.get(device)
+        if upload is not None and upload.put:
+            return upload.leaves, upload.ref.leaf_count
         return None if upload is None or upload.pull is None else upload.pull.progress
+
+    def _stop(self, device: str, upload: _Upload) -> None:
+        """Neither pull nor await an upload any more; what was pulled stays on the disk."""
+        upload.pull = None
+        if upload.put and self._place is not None:
+            self._place.drop(device)
+        upload.put = False
+
+    def _ask(self, device: str, upload: _Upload, now: float) -> Wants:
+        """Ask a device to upload its update."""
+        if self._place is None:
+            return []
+        upload.put, upload.asked_at = True, now
+        return [(device, self._place.ask(device, upload.ref))]
+
+    def _pull_instead(self, device: str, upload: _Upload, now: float) -> Wants:
+        """Pull what could not be uploaded, in the same place."""
+        self._stop(device, upload)
+        upload.mqtt = True
+        return self._begin(device, upload, now)
 
     def _fail(self, device: str, reason: str, now: float, kind: FailureKind = FailureKind.MALFORMED) -> Wants:
         upload, said = self._uploads[device], one_line(reason, 400)
@@ -271,19 +357,23 @@ class Uploads:
                 break
             del self._waiting[device]
             self._running.add(device)
-            upload = self._uploads[device]
-            try:
-                answers = self._answers.setdefault(device, ResponseTime())
-                partial = self._store.partial(upload.ref)
-                upload.pull = Pull(upload.ref, partial, limit=self._limit, answers=answers)
-                upload.moved_at = upload.began_at = now
-                upload.leaves = upload.began_with = upload.pull.progress[0]
-                first = upload.pull.start(now)
-            except ProtocolError as error:
-                wants += self._fail(device, str(error), now)
-                continue
-            if upload.pull.done:  # it was already here
-                wants += self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
-            else:
-                wants += [(device, w) for w in first]
+            wants += self._begin(device, self._uploads[device], now)
         return wants
+
+    def _begin(self, device: str, upload: _Upload, now: float) -> Wants:
+        """Ask for an update that has its place: to be uploaded if that may succeed, else piece by piece."""
+        upload.moved_at = upload.began_at = now
+        if device in self._can_put and not upload.mqtt and not self._store.has(upload.ref.sha256):
+            upload.leaves = upload.began_with = 0
+            if wants := self._ask(device, upload, now):
+                return wants
+        try:
+            answers = self._answers.setdefault(device, ResponseTime())
+            upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit, answers=answers)
+            upload.leaves = upload.began_with = upload.pull.progress[0]
+            first = upload.pull.start(now)
+        except ProtocolError as error:
+            return self._fail(device, str(error), now)
+        if upload.pull.done:  # it was already here
+            return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
+        return [(device, w) for w in first]

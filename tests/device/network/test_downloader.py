@@ -82,7 +82,7 @@ def store(tmp_path: Path) -> Iterator[DeviceStore]:
 @pytest.fixture
 def supply(store: DeviceStore, line: Line) -> Downloader:
     connection = Connection(line, Channel("d", TOPICS.site))
-    return Downloader(store, connection, Uplink(connection, BlobSender(store.blobs)))
+    return Downloader(store, connection, Uplink(connection, store.blobs))
 
 
 def pulled(supply: Downloader, line: Line, now: float) -> float | None:

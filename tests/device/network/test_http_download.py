@@ -21,7 +21,7 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import tls_context
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune.wire.urls import BlobUrl
-from fedprune_device.network import http_download
+from fedprune_device.network import http_download, http_transfer
 from fedprune_device.network.http_download import HttpFetch
 from support.fakes.web_server import Handler, WebPlace
 
@@ -218,7 +218,7 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
     while (fetch.bytes < 8 * LEAF or dripped < 5) and time.monotonic() < ends:
         time.sleep(0.002)
     assert not fetch.stalled
-    now += http_download.STALL_S + 1
+    now += http_transfer.STALL_S + 1
     assert fetch.stalled
     fetch.stop("it stalls")
     fetch.join(60)
@@ -230,7 +230,7 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
 def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_download, "STALL_S", 1.0)
+    monkeypatch.setattr(http_transfer, "STALL_S", 1.0)
     monkeypatch.setattr(http_download, "LEAST_BYTES_PER_S", 1000.0 * LEAF)
     first, dripped = 8, 0
 
@@ -261,13 +261,13 @@ def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
 def test_who_never_ends_the_head_of_an_answer_is_left(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_download, "STALL_S", 0.2)
+    monkeypatch.setattr(http_transfer, "STALL_S", 0.2)
     web.behave = lambda h, data: not h.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", 20)
     assert fetched(store, web.url).failure == "it stalls"
 
 
 def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_download, "SILENT_S", 600.0)  # nothing else ends it
+    monkeypatch.setattr(http_transfer, "SILENT_S", 600.0)  # nothing else ends it
     web.behave = lambda h, data: not h.drip(b"", 600)
     fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context)
     while not web.asked:
@@ -329,7 +329,7 @@ class TestTls:
     def test_a_handshake_that_hangs_is_cut(
         self, store: BlobStore, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(http_download, "SILENT_S", 600.0)  # nothing else ends it
+        monkeypatch.setattr(http_transfer, "SILENT_S", 600.0)  # nothing else ends it
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = BlobUrl.parse(f"https://127.0.0.1:{silent.getsockname()[1]}")
             fetch = HttpFetch(store, url, [REF], self.trust(tmp_path))

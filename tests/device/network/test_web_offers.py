@@ -17,7 +17,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, Update
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.network import http_download
+from fedprune_device.network import http_transfer
 from support.fakes.agent_harness import Bench, expected, same
 from support.fakes.web_server import Handler, WebPlace
 
@@ -42,7 +42,7 @@ class Board(Bench):
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
-    monkeypatch.setattr(http_download, "STALL_S", 1e6)
+    monkeypatch.setattr(http_transfer, "STALL_S", 1e6)
 
 
 @pytest.fixture
@@ -124,12 +124,12 @@ def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
 def test_a_web_server_that_hangs_is_given_up(
     board: Board, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_download, "STALL_S", 0.3)
+    monkeypatch.setattr(http_transfer, "STALL_S", 0.3)
     board.server.plan = [board.offer(1)]
     board.web.behave = hangs(board)
     board.run()
     assert len(warnings(caplog)) == 1
-    assert "nothing more has come" in warnings(caplog)[0]
+    assert "nothing more has moved" in warnings(caplog)[0]
     assert not any(isinstance(m, Refusal) for m in board.server.seen)
 
 

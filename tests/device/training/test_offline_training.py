@@ -21,7 +21,6 @@ from fedprune.core.errors import FedpruneError, StorageFullError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Offer, Update
-from fedprune.wire.transfer import BlobSender
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
@@ -245,7 +244,7 @@ class At:
 
 def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[], float] = time.time) -> OfferHandler:
     connection = Connection(Silent(), Channel("d", "site"))
-    uplink, runner = Uplink(connection, BlobSender(store.blobs)), RoundRunner("d", store.blobs, store.slots, data)
+    uplink, runner = Uplink(connection, store.blobs), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
     downloader = Downloader(store, connection, uplink)
     return OfferHandler(store, downloader, uplink, runner, offline)

@@ -21,7 +21,6 @@ from fedprune.wire.topics import Topics
 from fedprune_server.executor.offers import UPDATE_SIZE
 from fedprune_server.executor.retention import sweep
 from fedprune_server.storage.storage import Storage
-from fedprune_server.transfer.http import WebBlobs
 from support.fakes.fleet import SIZE, Fleet, ToyDevice, fill, folded, larger
 from support.fakes.tiny_job import JOB
 
@@ -211,18 +210,13 @@ def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet)
 
 def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet) -> None:
     fleet.air.lost = [Topics("default").down("b", JOB.name)]  # so that time passes
-    asked = 0
-
-    class Web(WebBlobs):
-        def taken(self) -> dict[str, int]:
-            nonlocal asked
-            asked += 1
-            return {"a": 10**9, "stranger": 5}
-
-    fleet.run(blobs=Web())
+    daemon = fleet.daemon()
+    for name in ("a", "stranger", None):
+        daemon.first.served.count(name, 10**9)
+    fleet.run_daemon(daemon)
     down = {name: bytes_ for name, (bytes_, _) in fleet.storage.traffic().items()}
     assert down.keys() == {"a", "b", "c"}
-    assert 10**9 <= down["a"] < asked * 10**9 + 10**8
+    assert 10**9 <= down["a"] < 10**9 + 10**8
     assert max(down["b"], down["c"]) < 10**8
 
 

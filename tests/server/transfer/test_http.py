@@ -23,10 +23,10 @@ from fedprune_device.network.http_download import HttpFetch
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.s3.bucket import BucketError
-from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.s3.store import BucketStore, near
 from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
-from fedprune_server.transfer.http_server import BlobServer
+from fedprune_server.transfer.http_server import BlobServer, ServedJob
 from support.processes.s3 import S3
 
 BLOB = np.random.default_rng(0).bytes(9 * LEAF + 100)
@@ -49,9 +49,13 @@ def store(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def server(store: BlobStore) -> Iterator[BlobServer]:
-    with BlobServer("127.0.0.1", 0, store, None) as server:
-        server.allowed = lambda device, sha256: sha256 == REF.sha256
+    with BlobServer("127.0.0.1", 0, None) as server:
+        server.jobs = [ServedJob(store, lambda device, sha256: sha256 == REF.sha256)]
         yield server
+
+
+def everything(store: BlobStore) -> ServedJob:
+    return ServedJob(store, lambda device, sha256: True)
 
 
 def place(ref: BlobRef, suffix: str = "") -> str:
@@ -68,12 +72,12 @@ def ask(
 
 
 def test_a_mistake_of_the_server_is_logged_with_its_traceback_and_a_client_that_goes_is_not(
-    server: BlobServer, caplog: pytest.LogCaptureFixture
+    server: BlobServer, store: BlobStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(device: str | None, sha256: str) -> bool:
         raise KeyError("a mistake")
 
-    server.allowed = broken
+    server.jobs = [ServedJob(store, broken)]
     with pytest.raises((http.client.HTTPException, OSError)):
         ask(server, place(REF))
     (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
@@ -137,10 +141,11 @@ def test_nothing_else_can_be_had(server: BlobServer, path: str) -> None:
     assert ask(server, path)[:2] == (404, b"")
 
 
-def test_nothing_can_be_had_before_it_is_given_and_nothing_can_be_put(store: BlobStore) -> None:
-    with BlobServer("127.0.0.1", 0, store, None) as server:
-        assert ask(server, place(REF))[0] == 404
-        for method in ("PUT", "POST", "DELETE", "OPTIONS"):
+def test_nothing_can_be_had_before_it_is_given_and_nothing_can_be_put() -> None:
+    with BlobServer("127.0.0.1", 0, None) as server:
+        for method in ("GET", "PUT"):
+            assert ask(server, place(REF), method)[0] == 404
+        for method in ("POST", "DELETE", "OPTIONS"):
             assert ask(server, place(REF), method)[0] == 501
 
 
@@ -159,14 +164,14 @@ def test_a_long_head_is_cut_off(server: BlobServer) -> None:
 
 
 def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    with BlobServer("127.0.0.1", 0, store, None, connections=3) as server, ExitStack() as stack:
-        server.allowed = lambda device, sha256: True
+    with BlobServer("127.0.0.1", 0, None, connections=3) as server, ExitStack() as stack:
+        server.jobs = [everything(store)]
         clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
         assert ask(server, place(REF))[:2] == (200, BLOB)  # the longest made room
         assert sum(_ended(c) for c in clients) >= 5
     monkeypatch.setattr(http_server, "FIRST_S", 0.2)
     with (
-        BlobServer("127.0.0.1", 0, store, None) as server,
+        BlobServer("127.0.0.1", 0, None) as server,
         socket.create_connection(("127.0.0.1", server.port), 10) as client,
     ):
         ends = time.monotonic() + 5
@@ -187,9 +192,9 @@ def _ended(client: socket.socket) -> bool:
         return True
 
 
-def test_a_port_that_is_taken_is_one_clear_error(server: BlobServer, store: BlobStore) -> None:
+def test_a_port_that_is_taken_is_one_clear_error(server: BlobServer) -> None:
     with pytest.raises(ConfigError, match=r"can't listen on 127\.0\.0\.1"):
-        BlobServer("127.0.0.1", server.port, store, None)
+        BlobServer("127.0.0.1", server.port, None)
 
 
 class Fleet:
@@ -234,11 +239,11 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         fleet.certify(device)
     fleet.offers = {"attic": {REF.sha256}, "cellar": {SECRET.sha256}}
     config = ServerConfig(state=fleet.root / "state", serve_blobs="0")
-    with web_blobs(config, fleet.identity, store) as web:
+    with web_blobs(config, fleet.identity) as web:
         assert web.url is not None
         assert web.url.startswith("https://127.0.0.1:")
         assert "answers 404" in fleet.fetch("attic", web)  # nothing is given yet
-        web.serve(fleet.allowed)
+        web.serve([served := ServedJob(store, fleet.allowed)])
         assert fleet.fetch("attic", web) == ""
         assert "answers 404" in fleet.fetch("cellar", web)
         assert "answers 404" in fleet.fetch("attic", web, SECRET)
@@ -246,11 +251,11 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         assert fleet.fetch(None, web) != ""
         assert web.server is not None
         assert web.server.sent > len(BLOB)
-        taken = web.taken()
+        taken = served.taken()
         assert sum(taken.values()) == web.server.sent
         assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF
         assert 0 < taken["cellar"] < LEAF
-        assert web.taken() == {}
+        assert served.taken() == {}
         fleet.identity.revoke("attic")
         assert "answers" not in (refused := fleet.fetch("attic", web))
         assert refused
@@ -258,8 +263,8 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
 
 
 def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: BlobStore) -> None:
-    with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None, store) as web:
-        web.serve(lambda device, sha256: device is None and sha256 == REF.sha256)
+    with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
+        web.serve([ServedJob(store, lambda device, sha256: device is None and sha256 == REF.sha256)])
         assert web.url is not None
         assert web.url.startswith("http://127.0.0.1:")
         assert web.server is not None
@@ -267,7 +272,7 @@ def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: 
         assert ask(web.server, place(SECRET))[0] == 404
     with (
         pytest.raises(ConfigError, match="without TLS and identity"),
-        web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None, store),
+        web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None),
     ):
         pass
 
@@ -283,22 +288,22 @@ def test_nobody_waits_for_a_bucket(at_s3: S3, tmp_path: Path) -> None:
 
     store.bucket.get = refuse  # type: ignore[method-assign]
     try:
-        with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None, store) as web:
+        with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
             assert web.server is not None
-            web.server.allowed = lambda device, sha256: True
+            web.serve([everything(near(store))])
             assert ask(web.server, place(away))[0] == 404
             assert ask(web.server, place(here))[:2] == (200, BLOB)
     finally:
         store.close()
 
 
-def test_what_somebody_else_serves_is_only_named(store: BlobStore) -> None:
-    with web_blobs(ServerConfig(), None, store) as web:
-        assert web == WebBlobs(None, None)
-    with web_blobs(ServerConfig(blob_url="https://models.example/fleet/"), None, store) as web:
-        assert web == WebBlobs("https://models.example/fleet", None)
+def test_what_somebody_else_serves_is_only_named() -> None:
+    with web_blobs(ServerConfig(), None) as web:
+        assert (web.url, web.server) == (None, None)
+    with web_blobs(ServerConfig(blob_url="https://models.example/fleet/"), None) as web:
+        assert (web.url, web.server) == ("https://models.example/fleet", None)
     both = ServerConfig(blob_url="http://localhost:9/x", serve_blobs="127.0.0.1:0")
-    with web_blobs(both, None, store) as web:
+    with web_blobs(both, None) as web:
         assert web.url == "http://localhost:9/x"
         assert web.server is not None
 

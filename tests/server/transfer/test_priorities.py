@@ -107,7 +107,7 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
 
 
 def outbox(link: Slow, store: BlobStore) -> Uplink:
-    return Uplink(Connection(link, Channel("pi", TOPICS.site)), BlobSender(store))
+    return Uplink(Connection(link, Channel("pi", TOPICS.site)), store)
 
 
 def update(store: BlobStore, digest: str) -> Update:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobRequest
+from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import BlobSender
-from fedprune_server.transfer.uploads import STALLED_S, Arrived, FailedUpload, Uploads
+from fedprune_server.transfer.uploads import ASK_AGAIN_S, STALLED_S, Arrived, FailedUpload, Uploads
+from fedprune_server.transfer.web_uploads import UploadEnd, UploadPlace
 
 
 class World:
@@ -246,3 +248,146 @@ def test_whoever_is_there_and_waits_the_longest_is_next(steps: list[tuple[str, s
                     line.remove(device)
                     running.add(device)
             assert {n for n in "abcdef" if world.uploads.progress(n) is not None} == running
+
+
+# Devices that upload to a web server.
+
+
+class Place(UploadPlace):
+    """A web server that takes what a test says."""
+
+    def __init__(self) -> None:
+        self.awaited: dict[str, BlobRef] = {}
+        self.bytes: dict[str, int] = {}
+        self.ends: list[UploadEnd] = []
+
+    def ask(self, device: str, ref: BlobRef) -> UploadRequest:
+        self.awaited[device] = ref
+        return UploadRequest(ref.sha256, "https://server.example/x")
+
+    def drop(self, device: str) -> None:
+        self.awaited.pop(device, None)
+
+    def told(self, device: str) -> None:
+        self.ends.append(UploadEnd(device, self.awaited[device], stored=False))
+
+    def arrived(self, device: str) -> int:
+        return self.bytes.get(device, 0)
+
+    def taken(self) -> dict[str, int]:
+        return {}
+
+    def ended(self) -> list[UploadEnd]:
+        found, self.ends = self.ends, []
+        return found
+
+
+class Web(World):
+    """A world whose devices can upload, all but those whose names are capitals."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.place = Place()
+        self.uploads = Uploads(self.store, 2, place=self.place)
+
+    def announce(self, name: str, now: float = 0.0) -> list[tuple[str, Any]]:
+        wants = self.uploads.born(name, 1, 0.0, now, uploads=name.islower())
+        return wants + super().announce(name, now)
+
+    def stored(self, name: str) -> None:
+        self.store.put(self.device.read(self.ref(name).sha256))
+        self.place.ends.append(UploadEnd(name, self.ref(name), stored=True))
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Web:
+    return Web(tmp_path)
+
+
+def kinds(wants: list[tuple[str, Any]]) -> list[tuple[str, str]]:
+    return [(device, want.kind) for device, want in wants]
+
+
+def test_who_can_upload_is_asked_to_and_the_others_are_pulled_from_in_their_turn(web: Web) -> None:
+    wants = [w for name in "aBc" for w in web.announce(name)]
+    assert kinds(wants) == [("a", "upload"), ("B", "want")]
+    assert list(web.place.awaited) == ["a"]
+    web.stored("a")
+    assert kinds(web.uploads.collect(1.0)) == [("c", "upload")]
+    assert web.uploads.outcomes() == [Arrived("a", 1, 1, web.ref("a").sha256)]
+    assert web.uploads.collect(1.0) == []
+
+
+def test_what_is_here_already_is_not_uploaded(web: Web) -> None:
+    web.store.put(web.device.read(web.ref("a").sha256))
+    assert web.announce("a") == []
+    assert web.uploads.outcomes() == [Arrived("a", 1, 1, web.ref("a").sha256)]
+
+
+@pytest.mark.parametrize("reason", ["no route", None])
+def test_what_can_t_be_uploaded_is_pulled_in_the_same_place(web: Web, reason: str | None) -> None:
+    web.announce("a")
+    wants = web.uploads.reported("a", UploadResult(web.ref("a").sha256, reason), 1.0)
+    assert kinds(wants) == [("a", "want")]
+    assert web.place.awaited == {}
+    assert web.uploads.born("a", 2, 0.0, 2.0, uploads=True)[0][1].kind == "want"  # and not asked to upload it again
+    finish(web, wants)
+    assert [o.device for o in web.uploads.outcomes()] == ["a"]
+    assert kinds(web.uploads.add("a", 2, 1, web.ref("b"), 3.0)) == [("a", "upload")]  # but the next one
+
+
+def test_reports_of_something_else_change_nothing(web: Web) -> None:
+    web.announce("a")
+    web.announce("B")
+    for device, name in (("a", "b"), ("B", "B"), ("c", "c")):
+        assert web.uploads.reported(device, UploadResult(web.ref(name).sha256, "no"), 1.0) == []
+    web.place.ends = [UploadEnd("a", web.ref("c"), stored=True), UploadEnd("c", web.ref("c"), stored=False)]
+    assert web.uploads.collect(1.0) == []
+    assert web.uploads.outcomes() == []
+
+
+def test_who_has_heard_nothing_is_asked_again(web: Web) -> None:
+    web.announce("a")
+    assert web.uploads.heard("a", ASK_AGAIN_S - 1) == []
+    assert kinds(web.uploads.heard("a", ASK_AGAIN_S + 1)) == [("a", "upload")]
+    web.place.bytes["a"] = 2 * LEAF
+    web.uploads.tick(2 * ASK_AGAIN_S)
+    assert web.uploads.progress("a") == (2, 3)
+    assert web.uploads.heard("a", 2 * ASK_AGAIN_S + 1) == []  # it is on its way
+    assert kinds(web.uploads.born("a", 2, 0.0, 2 * ASK_AGAIN_S + 2, uploads=True)) == [("a", "upload")]
+
+
+def test_a_lost_connection_to_the_broker_stops_no_upload(web: Web) -> None:
+    web.announce("a")
+    web.announce("B")
+    web.uploads.interrupted(1.0)
+    assert list(web.place.awaited) == ["a"]
+    web.stored("a")
+    web.uploads.collect(2.0)
+    assert [o.device for o in web.uploads.outcomes()] == ["a"]
+
+
+def test_an_upload_that_is_stuck_makes_room_for_one_that_waits(web: Web) -> None:
+    for name in "abc":
+        web.announce(name)
+    assert web.uploads.tick(STALLED_S - 1) == []
+    assert kinds(web.uploads.tick(STALLED_S + 1)) == [("c", "upload"), ("a", "upload")]
+    assert set(web.place.awaited) == {"a", "c"}
+    web.stored("c")
+    assert kinds(web.uploads.collect(STALLED_S + 2)) == [("b", "upload")]
+
+
+@pytest.mark.parametrize("how", ["drop", "keep", "gone"])
+def test_what_nobody_awaits_any_more_is_not_taken(web: Web, how: str) -> None:
+    web.announce("a")
+    digest = web.ref("a").sha256
+    if how == "drop":
+        assert web.uploads.drop("a") == [digest]
+    elif how == "keep":
+        assert web.uploads.keep("a", 1, 2) == [digest]
+    else:
+        web.uploads.gone("a", digest, 1.0)
+    assert web.place.awaited == {}
+    web.stored("a")
+    web.uploads.collect(1.0)
+    assert not any(isinstance(o, Arrived) for o in web.uploads.outcomes())

@@ -30,6 +30,8 @@ from fedprune.wire.messages import (
     Hello,
     Offer,
     Update,
+    UploadRequest,
+    UploadResult,
     parse,
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
@@ -128,6 +130,8 @@ class ToyDevice:
         self.silent = False
         self.abilities: tuple[str, ...] | None = None
         self.profile = "raspberry-pi-5"
+        self.upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
+        """Uploads bytes; the reason why it can't."""
         self.lie: Callable[[Update], Update] = lambda update: update
 
     def say(self, message: object) -> None:
@@ -161,6 +165,9 @@ class ToyDevice:
                 return
             for raw in answer:
                 self.air.to_server(self.topics.up_blob(self.name), raw)
+        elif isinstance(message, UploadRequest):
+            reason = self.upload(message, self.store.read(message.sha256))
+            self.say(UploadResult(message.sha256, reason))
         elif isinstance(message, Accepted):
             if self.pending is not None and self.pending.weights.sha256 == message.weights:
                 self.pending = None
@@ -311,7 +318,10 @@ class Fleet:
 
     def run(self, **options: Any) -> State:
         """Run a daemon until its job is done, letting time pass only when nothing else can happen."""
-        daemon = self.daemon(**options)
+        return self.run_daemon(self.daemon(**options))
+
+    def run_daemon(self, daemon: Server) -> State:
+        """The same for one that `daemon` made."""
 
         def idle() -> None:
             # The worker's thread is real: let it answer before the clock moves.

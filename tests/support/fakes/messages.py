@@ -39,8 +39,12 @@ from fedprune.wire.messages import (
     Progress,
     Refusal,
     Update,
+    UploadRequest,
+    UploadResult,
 )
-from fedprune.wire.urls import BlobUrl
+from fedprune.wire.urls import BlobUrl, UploadUrl
+
+UPLOAD_URLS = ("https://models.example:8443/x/y.0?X-Amz-Signature=a%2F1&b", "http://127.0.0.1:80/ab/cd")
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: n not in (".", "..", "all", "-"))
 counts = st.integers(0, 2**63 - 1)
@@ -100,6 +104,11 @@ messages = st.one_of(
     ),
     st.builds(BlobNotFound, hexes),
     st.builds(
+        UploadRequest, hexes, st.sampled_from(UPLOAD_URLS).map(lambda url: UploadUrl.parse(url).whole),
+        st.none() | st.integers(0, 2**31 - 1),
+    ),
+    st.builds(UploadResult, hexes, st.none() | texts),
+    st.builds(
         JoinRequest, names, names, hexes, texts, hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:10]),
         st.none() | hexes, hexes.map(lambda h: 2 * h),
     ),
@@ -146,6 +155,8 @@ EXAMPLES: list[Message] = [
     Finished("j"),
     BlobRequest(DIGEST, "data", 0, 4, True, 2, 17),
     BlobNotFound(DIGEST),
+    UploadRequest(DIGEST, "https://models.example/x/y%20z?X-Amz-Signature=0&b", 17),
+    UploadResult(DIGEST, "no route"),
     JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
     ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),

@@ -36,6 +36,14 @@ class Handler(BaseHTTPRequestHandler):
         if not place.behave(self, data):
             self.give(data)
 
+    def do_PUT(self) -> None:
+        place = self.server
+        place.uploads.append((self.path, dict(self.headers)))
+        if place.take(self):
+            return
+        place.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.say(200, b"")
+
     def give(self, data: bytes, *, until: int | None = None, ranges: bool = True, **headers: str) -> None:
         """Give all of it, or the range that is asked for; of that only so many bytes."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if ranges else None
@@ -77,6 +85,8 @@ class WebPlace(ThreadingHTTPServer):
         answers: How many requests it still answers; beyond them it has nothing. Negative for all.
         asked: Paths and ranges that were asked for.
         sent: Bytes of bodies.
+        take: What it does with an upload, of which the body is unread; whether it has answered.
+        uploads: Paths and heads of uploads, of which `bodies` were taken.
     """
 
     daemon_threads = True
@@ -88,6 +98,9 @@ class WebPlace(ThreadingHTTPServer):
         self.answers = -1
         self.asked: list[tuple[str, str | None]] = []
         self.sent = 0
+        self.take: Callable[[Handler], bool] = lambda handler: False
+        self.uploads: list[tuple[str, dict[str, str]]] = []
+        self.bodies: list[bytes] = []
         self.closing = threading.Event()
         self.url = f"{'http' if context is None else 'https'}://127.0.0.1:{self.server_address[1]}"
         if context is not None:

@@ -59,9 +59,10 @@ from fedprune.wire.fleet_messages import (
 from fedprune.wire.messages import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
-from fedprune.wire.urls import BlobUrl, BrokerUrl
+from fedprune.wire.urls import BlobUrl, BrokerUrl, UploadUrl
 from fedprune_device.training.local_update import unpacked as offered
-from fedprune_server.transfer.http_server import BlobHandler
+from fedprune_server.transfer.http_server import BlobHandler, ServedJob
+from fedprune_server.transfer.web_uploads import HttpUploads
 from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -71,6 +72,7 @@ TOPIC = Topics("lab").up("a")
 BLOB = np.random.default_rng(0).bytes(3 * LEAF + 100)
 REF = BlobRef.of(BLOB)
 SMALL = BlobRef.of(b"small")
+UPLOADED = BlobRef.of(b"update")
 ZERO = "0" * 64
 
 PROBE = {
@@ -101,6 +103,7 @@ def wire_targets() -> tuple[Target, ...]:
         Target("wire.blob reference", as_json(BlobRef.from_dict), dumped(REF.to_dict()), text=True, share=2),
         Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
         Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
+        Target("wire.upload's address", as_text(UploadUrl.parse), _upload_urls(), text=True, share=2),
         Target("wire.request for a blob", _requested, _requests(), errors=(FedpruneError, ConnectionError), share=0.5),
         Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
         Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
@@ -148,6 +151,8 @@ def _messages() -> list[Any]:
         m.Finished("toy"),
         m.BlobRequest(ZERO, "data", 0, 1024),
         m.BlobNotFound(ZERO),
+        m.UploadRequest(ZERO, "https://models.example:8443/ab/cd?x=%2F", 7),
+        m.UploadResult(ZERO, "no route"),
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
         ReleaseWithdrawn(1, "a mistake"),
@@ -207,10 +212,20 @@ def _web_urls() -> tuple[bytes, ...]:
     return b"https://models.example:8443/a-lab/~b/", b"http://127.0.0.1:8080", b"https://[2001:db8::1]"
 
 
+def _upload_urls() -> tuple[bytes, ...]:
+    return b"https://models.example:8443/a%20b/c.d?X-Amz-Signature=0%2F1&b=c", b"http://127.0.0.1:8080/ab/cd"
+
+
 def _requests() -> tuple[bytes, ...]:
     path = f"/lab/{REF.sha256[:2]}/{REF.sha256}"
     first = f"GET {path} HTTP/1.1\r\nHost: a\r\nRange: bytes=5-70000\r\nAccept-Encoding: identity\r\n\r\n"
-    return first.encode(), f"{first}HEAD {path}.leaves HTTP/1.1\r\n\r\n".encode(), b"GET / HTTP/1.0\r\n\r\n"
+    upload = f"PUT /lab/{UPLOADED.sha256[:2]}/{UPLOADED.sha256} HTTP/1.1\r\nContent-Length: 6\r\n\r\nupdate"
+    return (
+        first.encode(),
+        upload.encode(),
+        f"{first}HEAD {path}.leaves HTTP/1.1\r\n\r\n".encode(),
+        b"GET / HTTP/1.0\r\n\r\n",
+    )
 
 
 class _Client:
@@ -239,6 +254,9 @@ class _Shelf:
         self.store = BlobStore(scratch() / "shelf", durable=False)
         self.store.put(BLOB)
         self.asked: list[str] = []
+        uploads = HttpUploads(self.store, "http://127.0.0.1:1", lambda client: None)
+        uploads.ask("pi", UPLOADED)
+        self.jobs = [ServedJob(self.store, self.allowed, uploads)]
 
     def allowed(self, device: str | None, sha256: str) -> bool:
         self.asked.append(sha256)
@@ -247,14 +265,17 @@ class _Shelf:
     def expect(self, client: object, seconds: float, *, waits: bool) -> None:
         pass
 
-    def count(self, device: str, size: int) -> None:
+    def count(self, **sizes: int) -> None:
         pass
 
 
 def _requested(raw: bytes) -> object:
-    """Requests to the web server of blobs: it looks for digests alone, and gives no more than it is asked for."""
+    """Requests to the web server of blobs: it looks for digests alone, gives no more than it is asked for, and keeps
+    nothing but the update that it awaits."""
     client, shelf = _Client(raw), _Shelf()
     BlobHandler(client, ("", 0), shelf)  # type: ignore[arg-type]
+    if set(shelf.store.names()) - {REF.sha256, UPLOADED.sha256} or list((shelf.store.root / "tmp").iterdir()):
+        raise ValueError("it has kept something else")
     if not all(map(is_digest, shelf.asked)) or client.got > (raw.count(b"\n") + 1) * (len(BLOB) + 1000):
         raise ValueError(f"{client.got} bytes for {shelf.asked}")
     return client.got

@@ -50,7 +50,7 @@ def test_what_was_sent_is_what_is_read(message: Message) -> None:
 
 
 def test_there_is_an_example_of_every_type() -> None:
-    assert len({type(m) for m in EXAMPLES}) == 23
+    assert len({type(m) for m in EXAMPLES}) == 25
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -129,7 +129,7 @@ def taken(schema: dict[str, Any]) -> Any:
         return s.get("minimum", 0)
     if s.get("type") == "array":
         return [taken(s["items"])] * max(1, s["minItems"])
-    some = ("0" * s.get("minLength", 1), DIGEST, DIGEST[:16], "https://models.example")
+    some = ("0" * s.get("minLength", 1), DIGEST, DIGEST[:16], "https://models.example", "https://models.example/x")
     return {} if s.get("type") == "object" else next(t for t in some if re.search(s["pattern"], t))
 
 

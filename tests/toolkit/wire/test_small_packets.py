@@ -162,7 +162,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             Downloads(BlobSender(here)),
             Multicast(here, Audience(State("0" * 64))),
         )
-        outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), BlobSender(there))
+        outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), there)
         uploads = Uploads(here)
         pulls = BlobDownloads(there, offer, time.monotonic(), ChunkLimit())
         arrived: list[Any] = []

@@ -21,7 +21,7 @@ from fedprune.core import validation
 from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.core.validation import MAX_INT
 from fedprune.wire.topics import check_device, check_job, check_name
-from fedprune.wire.urls import MAX_URL, URL_PATTERN, BlobUrl
+from fedprune.wire.urls import MAX_UPLOAD_URL, MAX_URL, UPLOAD_PATTERN, URL_PATTERN, BlobUrl, UploadUrl
 
 Schema = dict[str, Any]
 
@@ -273,6 +273,13 @@ WebAddress = Annotated[
     FieldType(
         lambda where, value: str(BlobUrl.parse(value, where)),
         {"type": "string", "maxLength": MAX_URL, "pattern": URL_PATTERN},
+    ),
+]
+UploadAddress = Annotated[
+    str,
+    FieldType(
+        lambda where, value: UploadUrl.parse(value, where).whole,
+        {"type": "string", "maxLength": MAX_UPLOAD_URL, "pattern": UPLOAD_PATTERN},
     ),
 ]
 

@@ -391,7 +391,7 @@ class Link(Closing):
         will = self._will() if callable(self._will) else self._will
         if will is not None and self._trial is not None and self._trial.begin():
             client.will_set(will[0], will[1], qos=1, retain=False)
-        client.on_socket_open = lambda _client, _user, sock: _send_promptly(sock)
+        client.on_socket_open = lambda _client, _user, sock: send_promptly(sock)
         # With this callback paho writes in the network thread instead of in `publish`.
         client.on_socket_register_write = lambda *_: None
         client.on_connect = self._on_connect
@@ -485,7 +485,7 @@ class Link(Closing):
                 self._state.notify_all()
 
 
-def _send_promptly(sock: Any) -> None:
+def send_promptly(sock: Any) -> None:
     """Send small packets at once, and keep little in the kernel, where no message can overtake it."""
     for option, value in (("TCP_NODELAY", 1), ("TCP_NOTSENT_LOWAT", _KERNEL_BYTES)):
         with suppress(OSError, AttributeError):

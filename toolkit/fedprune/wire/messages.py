@@ -31,6 +31,7 @@ from fedprune.wire.fields import (
     Name,
     Round,
     TrueOrAbsent,
+    UploadAddress,
     WebAddress,
     choice,
     hexadecimal,
@@ -52,6 +53,7 @@ from fedprune.wire.fleet_messages import (
     ServerPresence,
     ServerQuery,
 )
+from fedprune.wire.urls import UploadUrl
 
 MOST = 20
 """Messages that are logged per period; the rest is counted."""
@@ -172,11 +174,15 @@ MAX_SUCCESSIONS = 32
 
 _MOST_ABILITIES = 64
 
+PUT = "put"
+"""Ability of a board: it uploads an update to the address that the server names."""
+
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
 
 ShortText = Annotated[str, text(256)]
 Reason = Annotated[str, text(4096)]
+RequestNumber = Annotated[int, whole(0, 2**31 - 1)]
 Pins = Annotated[tuple[Annotated[str, hexadecimal(24)], ...], Items(MAX_AUTHORITIES, "pins of authorities")]
 
 
@@ -210,7 +216,7 @@ class Birth(CheckedMessage, kind="birth"):
     answer_s: Annotated[float, number(0.0, 3600.0)] | None = newer(compare=False)
     """Its estimate of response times on its link, in seconds."""
     abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] | None = newer()
-    """Optional parts of the protocol that it supports, such as `LOG`."""
+    """Optional parts of the protocol that it supports, such as `PUT`."""
     server_key: Annotated[str, hexadecimal(16)] | None = newer(compare=False)
     """Id of the signing key by which it knows its server; None without an identity."""
     authorities: Pins | None = newer(compare=False)
@@ -350,7 +356,7 @@ class BlobRequest(CheckedMessage, kind="want"):
     None where it doesn't."""
     most: Annotated[int, whole(1, MAX_REQUEST)] | None = newer()
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
-    number: Annotated[int, whole(0, 2**31 - 1)] | None = newer(compare=False)
+    number: RequestNumber | None = newer(compare=False)
     """Random number of the request: another delivery with the same number is a duplicate."""
 
 
@@ -362,6 +368,31 @@ class BlobNotFound(CheckedMessage, kind="gone"):
     """The blob."""
 
 
+@dataclass(frozen=True)
+class UploadRequest(CheckedMessage, kind="upload"):
+    """A request to PUT an update's weights to a web address. Only for boards whose births name the ability `PUT`."""
+
+    sha256: Digest
+    """The weights."""
+    url: UploadAddress
+    """Where to, for this upload alone."""
+    number: RequestNumber | None = newer(compare=False)
+    """As of `BlobRequest`."""
+
+    def __repr__(self) -> str:
+        return f"UploadRequest({self.sha256}, {UploadUrl.parse(self.url)})"
+
+
+@dataclass(frozen=True)
+class UploadResult(CheckedMessage, kind="uploaded"):
+    """An upload has ended. The server requests in chunks what could not be uploaded."""
+
+    sha256: Digest
+    """The weights."""
+    reason: Annotated[str, text(400)] | None = newer()
+    """Why it failed, for people; None if the web server has taken it."""
+
+
 FromDevice = (
     Birth
     | Death
@@ -371,6 +402,7 @@ FromDevice = (
     | Update
     | BlobRequest
     | BlobNotFound
+    | UploadResult
     | JoinRequest
     | ReleaseReport
     | LogReport
@@ -384,6 +416,7 @@ FromServer = (
     | Finished
     | BlobRequest
     | BlobNotFound
+    | UploadRequest
     | JoinAnswer
     | ReleaseFromServer
     | LogRequest

@@ -13,29 +13,33 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 
 from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
-from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest
+from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest, UploadRequest
 
 _REMEMBERED = 4096
 
 
-def with_request_id(request: BlobRequest) -> BlobRequest:
+_Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
+
+
+def with_request_id(request: _Request) -> _Request:
     return replace(request, number=random.getrandbits(31))  # nosec B311  # no secret
 
 
 class SeenRequests:
-    """The numbers of the latest blob requests, to recognise duplicates. They are random, because a sender that restarts
+    """The numbers of the latest requests, to recognise duplicates. They are random, because a sender that restarts
     doesn't remember earlier ones, and requests may overtake births."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
 
-    def is_duplicate(self, device: str, request: BlobRequest) -> bool:
+    def is_duplicate(self, device: str, request: BlobRequest | UploadRequest) -> bool:
         """Whether this very request has come from the device before; one without a number never has."""
         if request.number is None:
             return False

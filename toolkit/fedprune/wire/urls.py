@@ -1,4 +1,4 @@
-"""Addresses of brokers and of web servers with blobs, TLS contexts, and reasons why a broker can't be reached.
+"""Addresses of brokers and of web servers, from which boards fetch blobs and to which they upload updates.
 
 Paths of blobs are those of a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of one
 suffices: `{base}/{first two digits}/{sha256}`, and the same with `.leaves` for the file of the leaf table
@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.core.errors import ConfigError, ProtocolError, shown
 
 MAX_URL = 512
-"""Characters of an address."""
+"""Characters of an address of blobs."""
+
+MAX_UPLOAD_URL = 4096
+"""Characters of an address for one upload, which may hold a signature and a token."""
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that are reached without TLS, too: this machine."""
 
-_URL = re.compile(
+_SERVER = (
     r"(?P<scheme>https?)://(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[A-Za-z0-9.-]{1,253}))"
-    r"(?::(?P<port>[1-9][0-9]{0,4}))?(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?"
+    r"(?::(?P<port>[1-9][0-9]{0,4}))?"
 )
-URL_PATTERN = f"^{re.sub('[?]P<[a-z]+>', '?:', _URL.pattern)}$"
+_URL = re.compile(_SERVER + r"(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?")
+_UPLOAD = re.compile(
+    _SERVER + r"(?P<path>/[A-Za-z0-9._~!&'()*+,;=:@%/-]*)(?P<query>(?:\?[A-Za-z0-9._~!&'()*+,;=:@%/?-]*)?)"
+)
+URL_PATTERN, UPLOAD_PATTERN = (f"^{re.sub('[?]P<[a-z]+>', '?:', known.pattern)}$" for known in (_URL, _UPLOAD))
 """The same for other dialects of regular expressions, in JSON Schema."""
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -34,13 +41,23 @@ _EXPECTED = "https://host[:port][/path], or http:// for this machine alone, with
 
 
 @dataclass(frozen=True)
-class BlobUrl:
-    """The address of a web server with blobs: `host` in lower case, `path` empty or with a leading and no trailing
-    slash. Only this machine may do without TLS."""
+class WebServer:
+    """Where a web server listens: `host` in lower case. Only this machine may do without TLS."""
 
     host: str
     port: int
     tls: bool
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _PORTS[self.tls] else f":{self.port}"
+        return f"{'https' if self.tls else 'http'}://{host}{port}"
+
+
+@dataclass(frozen=True)
+class BlobUrl(WebServer):
+    """The address of a web server with blobs: `path` is empty, or with a leading and no trailing slash."""
+
     path: str
 
     @classmethod
@@ -48,27 +65,66 @@ class BlobUrl:
         """Read https://host[:port][/path]; http:// for this machine alone. Raises `ProtocolError`, which names
         `where`."""
         found = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
-        if found is None:
-            raise _refused(where, url)
-        tls = found["scheme"] == "https"
-        host = _address(found["six"], 6) if found["six"] is not None else _name(found["host"].lower())
-        port = int(found["port"] or _PORTS[tls])
-        if host is None or port > 65_535 or any(part in (".", "..") for part in found["path"].split("/")):
-            raise _refused(where, url)
-        if not tls and host not in LOOPBACK:
+        host = None if found is None else _server(found)
+        if found is None or host is None:
+            shortened = url.rpartition("@")[2] if isinstance(url, str) else url  # without a password
+            what = f"{_EXPECTED}, of at most {MAX_URL} characters"
+            raise ProtocolError(where, expected=what, got=shown(shortened))
+        if not host.tls and host.host not in LOOPBACK:
             raise ProtocolError(where, expected="https://, since it is not on this machine", got=shown(url))
-        return cls(host, port, tls, found["path"])
+        return cls(host.host, host.port, host.tls, found["path"])
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        port = "" if self.port == _PORTS[self.tls] else f":{self.port}"
-        return f"{'https' if self.tls else 'http'}://{host}{port}{self.path}"
+        return f"{super().__str__()}{self.path}"
 
     def blob(self, sha256: str) -> str:
         return f"{self.path}/{sha256[:2]}/{sha256}"
 
     def table(self, sha256: str) -> str:
         return self.blob(sha256) + SUFFIX
+
+
+@dataclass(frozen=True)
+class UploadUrl(WebServer):
+    """The address of one upload. Whoever knows `query` may upload, so it is never shown: str and errors leave it
+    out."""
+
+    path: str
+    query: str = field(repr=False)
+
+    @classmethod
+    def parse(cls, url: object, where: str = "address of an upload") -> UploadUrl:
+        """Read https://host[:port]/path[?query]; http:// for this machine alone. Raises `ProtocolError`, which names
+        `where`."""
+        found = _UPLOAD.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_UPLOAD_URL else None
+        host = None if found is None else _server(found)
+        if found is None or host is None or not (host.tls or host.host in LOOPBACK):
+            what = "https://host[:port]/path, or http:// for this machine alone"
+            raise ProtocolError(where, expected=f"{what}, of at most {MAX_UPLOAD_URL} characters", got="another")
+        return cls(host.host, host.port, host.tls, found["path"], found["query"])
+
+    @property
+    def target(self) -> str:
+        """Path and query, as a request names them."""
+        return self.path + self.query
+
+    @property
+    def whole(self) -> str:
+        """All of it, to be sent and nowhere shown."""
+        return f"{self}{self.query}"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.path}"
+
+
+def _server(found: re.Match[str]) -> WebServer | None:
+    """Where a server listens, by an address that has the right form; None if it can't listen there."""
+    tls = found["scheme"] == "https"
+    host = _address(found["six"], 6) if found["six"] is not None else _name(found["host"].lower())
+    port = int(found["port"] or _PORTS[tls])
+    if host is None or port > 65_535 or any(part in (".", "..") for part in found["path"].split("/")):
+        return None
+    return WebServer(host, port, tls)
 
 
 def _name(host: str) -> str | None:
@@ -85,11 +141,6 @@ def _address(host: str, version: int) -> str | None:
     except ValueError:
         return None
     return str(found) if found.version == version else None
-
-
-def _refused(where: str, url: object) -> ProtocolError:
-    shortened = url.rpartition("@")[2] if isinstance(url, str) else url  # without a password
-    return ProtocolError(where, expected=f"{_EXPECTED}, of at most {MAX_URL} characters", got=shown(shortened))
 
 
 @dataclass(frozen=True)

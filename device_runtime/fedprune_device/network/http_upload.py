@@ -1,0 +1,93 @@
+"""An update's upload over HTTPS, in a thread. Any error ends it with one line that names it, and MQTT does it instead.
+
+The bytes are streamed from the store's file. The header `x-amz-checksum-sha256` lets a bucket verify them.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import logging
+import re
+import ssl
+import time
+from collections.abc import Callable
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.urls import UploadUrl
+from fedprune_device.network import http_transfer
+from fedprune_device.network.http_transfer import LEAST_BYTES_PER_S, HttpTransfer, HttpTransferError
+
+_LOG = logging.getLogger("fedprune.device")
+
+_TAKEN = (200, 201, 204)
+_CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")  # an object store's reason
+_REASON_BYTES = 2048
+
+
+class HttpUpload(HttpTransfer):
+    """Uploads a blob of a store to an address, beginning at once."""
+
+    def __init__(
+        self,
+        store: BlobStore,
+        url: UploadUrl,
+        ref: BlobRef,
+        context: Callable[[], ssl.SSLContext],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(url, context, clock, http_transfer.STALL_S)
+        self.url, self.ref = url, ref
+        self._store = store
+        self._thread.start()
+
+    def over(self) -> bool:
+        """Whether it has ended, which is logged."""
+        if not super().over():
+            return False
+        if self.failure:
+            _LOG.warning("the update can't be uploaded to %s: %s; it goes over MQTT", self.url, self.failure)
+        else:
+            _LOG.info("%d bytes of the update were uploaded to %s", self.ref.size, self.url)
+        return True
+
+    def _transfer(self) -> None:
+        checksum = base64.b64encode(bytes.fromhex(self.ref.sha256)).decode()
+        with self._at_the_disk():
+            file = self._store.open(self.ref.sha256)
+        with file:
+            connection = self._connection
+            connection.putrequest("PUT", self.url.target, skip_accept_encoding=True)
+            for name, value in (
+                ("Content-Length", str(self.ref.size)),
+                ("Content-Type", "application/octet-stream"),
+                ("x-amz-checksum-sha256", checksum),
+                ("User-Agent", "fedprune"),
+            ):
+                connection.putheader(name, value)
+            try:
+                connection.endheaders()
+                while piece := file.read(LEAF):
+                    self._check()
+                    connection.send(piece)
+                    self._came(len(piece) / LEAST_BYTES_PER_S)
+            except (ConnectionError, ssl.SSLError):
+                if connection.sock is None:
+                    raise
+                self._refused(connection)  # it may have said why before it hung up
+                raise
+            self._answered(connection.getresponse())
+
+    def _refused(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            answer = connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            return
+        self._answered(answer)
+
+    def _answered(self, answer: http.client.HTTPResponse) -> None:
+        if answer.status in _TAKEN:
+            return
+        found = _CODE.search(answer.read(_REASON_BYTES) if answer.status >= 400 else b"")
+        raise HttpTransferError(f"it answers {answer.status}" + (f" ({found[1].decode()})" if found else ""))

@@ -1,0 +1,154 @@
+"""Updates that boards upload over HTTP: which of them are awaited, and how they end.
+
+The server's loop awaits an update and collects its end; threads of the web server look up what is awaited.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.messages import UploadRequest
+from fedprune.wire.urls import BlobUrl
+
+
+@dataclass(frozen=True)
+class UploadEnd:
+    """The end of an upload: the update is stored, or has to be pulled over MQTT."""
+
+    device: str
+    ref: BlobRef
+    stored: bool
+
+
+class UploadPlace(ABC):
+    """Where boards upload updates; for the server's loop."""
+
+    @abstractmethod
+    def ask(self, device: str, ref: BlobRef) -> UploadRequest:
+        """Await an update, and say where the device is to upload it. An upload that is under way goes on."""
+
+    @abstractmethod
+    def drop(self, device: str) -> None:
+        """Await a device's update no longer."""
+
+    @abstractmethod
+    def told(self, device: str) -> None:
+        """The device reports that it has uploaded its update."""
+
+    @abstractmethod
+    def arrived(self, device: str) -> int:
+        """Bytes of an awaited update that have arrived, as far as is known."""
+
+    @abstractmethod
+    def taken(self) -> dict[str, int]:
+        """Bytes that came from devices since the last call."""
+
+    @abstractmethod
+    def ended(self) -> list[UploadEnd]:
+        """Uploads that have ended since the last call."""
+
+
+@dataclass(eq=False)
+class Awaited:
+    """An update that a device is to upload. Its connection is the latest that has begun to."""
+
+    device: str
+    ref: BlobRef
+    connection: Any = None
+    arrived: int = 0
+
+
+class HttpUploads(UploadPlace):
+    """Updates that the server's own web server takes in.
+
+    Args:
+        store: Where they are stored.
+        url: The web server's address.
+        cut: Ends a connection, from any thread.
+        wake: Lets the loop collect ends, from any thread.
+    """
+
+    def __init__(
+        self, store: BlobStore, url: str, cut: Callable[[Any], None], wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self.store = store
+        self._url, self._cut, self._wake = BlobUrl.parse(url), cut, wake
+        self._lock = threading.Lock()
+        self._awaited: dict[str, Awaited] = {}
+        self._taken: Counter[str] = Counter()
+        self._ended: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
+
+    def ask(self, device: str, ref: BlobRef) -> UploadRequest:
+        with self._lock:
+            known = self._awaited.get(device)
+            if known is None or known.ref != ref:
+                self._awaited[device] = Awaited(device, ref)
+        return UploadRequest(ref.sha256, f"{self._url}/{ref.sha256[:2]}/{ref.sha256}")
+
+    def drop(self, device: str) -> None:
+        with self._lock:
+            known = self._awaited.pop(device, None)
+        if known is not None and known.connection is not None:
+            self._cut(known.connection)
+
+    def told(self, device: str) -> None:
+        """Whoever took an update in has said so before the device: this one went to another web server."""
+        known = self._awaited.get(device)
+        if known is not None:
+            self._ended.put(UploadEnd(device, known.ref, stored=False))
+
+    def arrived(self, device: str) -> int:
+        known = self._awaited.get(device)
+        return 0 if known is None else known.arrived
+
+    def taken(self) -> dict[str, int]:
+        with self._lock:
+            found, self._taken = self._taken, Counter()
+        return dict(found)
+
+    def ended(self) -> list[UploadEnd]:
+        found = []
+        while not self._ended.empty():
+            found.append(self._ended.get())
+        return found
+
+    # For the web server's threads.
+
+    def awaits(self, device: str | None, sha256: str) -> Awaited | None:
+        """The awaited update of this digest of a device, or, without certificates, of any device."""
+        with self._lock:
+            known = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
+        return next((a for a in known if a is not None and a.ref.sha256 == sha256), None)
+
+    def begin(self, awaited: Awaited, connection: Any) -> None:
+        """A connection begins to upload, from the beginning; an earlier one is cut."""
+        with self._lock:
+            before, awaited.connection, awaited.arrived = awaited.connection, connection, 0
+        if before is not None:
+            self._cut(before)
+
+    def goes_on(self, awaited: Awaited, connection: Any, arrived: int) -> bool:
+        """Note what has arrived on a connection; whether more may come."""
+        with self._lock:
+            if awaited.connection is connection:
+                self._taken[awaited.device] += arrived - awaited.arrived
+            if self._awaited.get(awaited.device) is not awaited or awaited.connection is not connection:
+                return False
+            awaited.arrived = arrived
+            return True
+
+    def end(self, awaited: Awaited, *, stored: bool) -> None:
+        """An update is stored, or was wrong: its device isn't awaited again before the loop has decided."""
+        with self._lock:
+            if self._awaited.get(awaited.device) is awaited:
+                del self._awaited[awaited.device]
+        self._ended.put(UploadEnd(awaited.device, awaited.ref, stored))
+        self._wake()

@@ -1,0 +1,327 @@
+"""Updates uploaded to a web server that behaves, and to one that doesn't: then one line says why, and MQTT does it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError
+from fedprune.model.selection import Tensors
+from fedprune.wire.link import tls_context
+from fedprune.wire.messages import (
+    PUT,
+    Accepted,
+    BlobNotFound,
+    BlobRequest,
+    Cancelled,
+    Update,
+    UploadRequest,
+    UploadResult,
+)
+from fedprune.wire.urls import MAX_UPLOAD_URL, UploadUrl
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network import http_transfer
+from fedprune_device.network.http_upload import HttpUpload
+from support.fakes.agent_fleet import TOPICS
+from support.fakes.agent_harness import Bench, expected, same
+from support.fakes.web_server import Handler, WebPlace
+
+pytestmark = pytest.mark.board
+
+UPDATE = np.random.default_rng(2).bytes(40 * LEAF + 9)
+REF = BlobRef.of(UPDATE)
+SIGNED = "/bucket/blobs/x.0123?X-Amz-Signature=secret%2F1&X-Amz-Expires=60"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebPlace]:
+    with WebPlace(BlobStore(tmp_path / "web", durable=False)) as place:
+        yield place
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    store = BlobStore(tmp_path / "board", durable=False)
+    assert store.put(UPDATE) == REF
+    return store
+
+
+def uploaded(store: BlobStore, url: str, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpUpload:
+    upload = HttpUpload(store, UploadUrl.parse(url), REF, tls)
+    ends = time.monotonic() + 60
+    while not upload.over():
+        assert time.monotonic() < ends
+        time.sleep(0.002)
+    upload.join(60)
+    return upload
+
+
+def test_it_is_sent_whole_with_length_and_digest(store: BlobStore, web: WebPlace) -> None:
+    assert uploaded(store, web.url + SIGNED).failure == ""
+    assert web.bodies == [UPDATE]
+    ((path, head),) = web.uploads
+    assert path == SIGNED
+    assert head["Content-Length"] == str(len(UPDATE))
+    assert base64.b64decode(head["x-amz-checksum-sha256"]) == hashlib.sha256(UPDATE).digest()
+    assert "Transfer-Encoding" not in head
+
+
+@pytest.mark.parametrize("status", [301, 307, 400, 403, 404, 422, 500, 507])
+def test_any_other_answer_is_a_failure_without_the_address_s_secret(
+    store: BlobStore, web: WebPlace, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(handler: Handler) -> bool:
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.say(status, b"<Error><Code>SignatureDoesNotMatch</Code>", Location="http://127.0.0.1:1/")
+        return True
+
+    web.take = refuse
+    upload = uploaded(store, web.url + SIGNED)
+    assert upload.failure == f"it answers {status}" + (" (SignatureDoesNotMatch)" if status >= 400 else "")
+    (record,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert record == (
+        f"the update can't be uploaded to {web.url}/bucket/blobs/x.0123: {upload.failure}; it goes over MQTT"
+    )
+    assert len(web.uploads) == 1
+
+
+def test_who_refuses_before_it_has_read_is_heard(store: BlobStore, web: WebPlace) -> None:
+    def refuse(handler: Handler) -> bool:
+        handler.close_connection = True
+        handler.say(404, b"")
+        return True
+
+    web.take = refuse
+    assert re.search("answers 404|reset|[Bb]roken pipe", uploaded(store, web.url + SIGNED).failure)
+
+
+def test_who_hangs_up_or_listens_nowhere_or_says_nonsense_is_a_failure(store: BlobStore, web: WebPlace) -> None:
+    def hang_up(handler: Handler) -> bool:
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def nonsense(handler: Handler) -> bool:
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.wfile.write(b"what?\r\n\r\n")
+        return True
+
+    for take in (hang_up, nonsense):
+        web.take = take
+        assert uploaded(store, web.url + SIGNED).failure
+    assert "refused" in uploaded(store, "http://127.0.0.1:1/x").failure
+    assert uploaded(store, web.url.replace("http:", "https:") + SIGNED).failure  # no TLS there
+    store.delete(REF.sha256)
+    assert uploaded(store, web.url + SIGNED).failure
+
+
+def test_who_takes_nothing_is_left_and_one_that_is_stopped_ends(
+    store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_transfer, "STALL_S", 0.3)
+    web.take = lambda handler: not handler.drip(b"", 30)
+    began = time.monotonic()
+    failure = uploaded(store, web.url + SIGNED).failure
+    assert "nothing more has moved" in failure or failure == "no answer"
+    monkeypatch.setattr(http_transfer, "STALL_S", 600.0)
+    upload = HttpUpload(store, UploadUrl.parse(web.url + SIGNED), REF, tls_context)
+    while len(web.uploads) < 2:
+        time.sleep(0.002)
+    upload.stop()
+    upload.join(10)
+    assert upload.over()
+    assert upload.failure == ""
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "x", 7, "ftp://h/x", "http://models.example/x", "https://h", "https://u:p@h/x", "https://h/a b",
+        "https://h/x#y", "https://h:99999/x", "https://h/../x", "https://h/x\r\nHost: y", "https://h/ä",
+        "https://h/" + "x" * MAX_UPLOAD_URL,
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused_and_not_shown(url: object) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        UploadUrl.parse(url)
+    assert "u:p" not in str(caught.value)
+
+
+def test_an_address_is_never_shown_whole() -> None:
+    url = UploadUrl.parse(f"https://Models.example:444{SIGNED}")
+    request = UploadRequest("ab" * 32, f"https://models.example:444{SIGNED}")
+    assert (url.host, url.port, url.tls, url.target) == ("models.example", 444, True, SIGNED)
+    assert url.whole == request.url
+    assert str(url) == "https://models.example:444/bucket/blobs/x.0123"
+    for shown in (str(url), repr(url), str(request), repr(request)):
+        assert "secret" not in shown
+
+
+class Board(Bench):
+    """An agent, its server, and a web server to which the server lets it upload."""
+
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData, web: WebPlace) -> None:
+        super().__init__(root, graphs, weights, data)
+        self.web = web
+        self.number = 0
+        self.server.accepts = False
+        self.server.react = self.react
+        self.on_request: Callable[[UploadRequest], None] = self.server.say
+
+    def react(self, message: Any) -> None:
+        if isinstance(message, Update) and not self.server.accepts:
+            self.number += 1
+            self.update = message
+            digest = message.weights.sha256
+            self.on_request(UploadRequest(digest, f"{self.web.url}/{digest}?secret", self.number))
+        elif isinstance(message, UploadResult) and message.reason is None:
+            assert self.server.blobs.put(self.web.bodies[-1]) == self.update.weights
+            self.server.updates[self.update.round] = self.update
+            self.server.say(Accepted("job", self.update.round, self.update.attempt, message.sha256))
+        elif isinstance(message, UploadResult):
+            self.server.accepts = True
+            self.server.receive(TOPICS.up("d", "job"), self.update.to_bytes())
+            self.server.accepts = False
+
+    @property
+    def results(self) -> list[str | None]:
+        return [m.reason for m in self.server.of(UploadResult)]
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData, web: WebPlace) -> Board:
+    made = Board(tmp_path, graphs, weights, data, web)
+    made.server.plan = [made.server.offer(1), made.server.offer(2)]
+    return made
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
+    monkeypatch.setattr(http_transfer, "STALL_S", 1e6)
+
+
+def test_a_board_uploads_where_the_server_wants_it(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, patient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    board.run()
+    for number in (1, 2):
+        assert same(board.server.result(number), expected(graphs, weights, data, number))
+    assert board.results == [None, None]
+    assert len(board.web.uploads) == 2
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert "secret" not in caplog.text
+    assert all(PUT in birth.abilities for birth in board.server.seen if birth.kind == "birth")
+
+
+def test_what_fails_goes_over_mqtt_and_the_next_update_is_uploaded_again(
+    board: Board, graphs: Path, weights: Tensors, data: LocalData, patient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def once(handler: Handler) -> bool:
+        if len(board.web.uploads) > 1:
+            return False
+        handler.rfile.read(100)
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    board.web.take = once
+    board.run()
+    for number in (1, 2):
+        assert same(board.server.result(number), expected(graphs, weights, data, number))
+    assert [bool(reason) for reason in board.results] == [True, False]
+    lines = [r.getMessage() for r in caplog.records if "can't be uploaded" in r.getMessage()]
+    assert len(lines) == 1
+    assert "secret" not in caplog.text
+
+
+def test_the_same_request_twice_is_one_upload_and_another_while_it_runs_is_none(board: Board, patient: None) -> None:
+    def often(request: UploadRequest) -> None:
+        later = UploadRequest(request.sha256, request.url, 1000 + board.number)
+        for message in (request, request, later):
+            board.server.say(message)
+
+    board.on_request = often
+    board.web.take = lambda handler: time.sleep(0.2) or False  # type: ignore[func-returns-value]
+    board.run()
+    assert len(board.web.uploads) == 2
+    assert board.results == [None, None]
+
+
+def test_another_server_gets_it_in_the_place_of_one_that_hangs(board: Board, patient: None) -> None:
+    def both(request: UploadRequest) -> None:
+        board.server.say(UploadRequest(request.sha256, f"http://127.0.0.1:{hanging.getsockname()[1]}/x", 5000))
+        board.server.say(request)
+
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        board.on_request = both
+        board.run()
+    assert len(board.web.uploads) == 2
+    assert board.results == [None, None]
+
+
+def test_what_is_no_update_of_it_is_not_uploaded(board: Board, patient: None) -> None:
+    other = "ab" * 32
+    board.on_request = lambda request: [board.server.say(m) for m in (UploadRequest(other, request.url), request)]  # type: ignore[assignment,func-returns-value]
+    board.run()
+    assert set(board.server.of(BlobNotFound)) == {BlobNotFound(other)}
+    assert board.results[-1] is None
+
+
+def test_an_upload_ends_with_its_offer(board: Board, patient: None, caplog: pytest.LogCaptureFixture) -> None:
+    first, again = board.server.offer(1), board.server.offer(1, attempt=1, seed=8)
+    board.server.plan = [first]
+    cut = threading.Event()
+
+    def hang(handler: Handler) -> bool:
+        if len(board.web.uploads) > 1:
+            return False
+        while handler.rfile.read1(1000):  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        handler.close_connection = True
+        cut.set()
+        return True
+
+    def watch() -> None:
+        if board.web.uploads and board.server.plan == [first]:
+            board.server.plan = [again]
+            board.server.say(Cancelled("job", 1, 0, "a test"))
+            board.server.say(again)
+
+    board.web.take = hang
+    board.server.watch = watch
+    board.run()
+    assert cut.wait(10)
+    assert board.results == [None]
+    assert "can't be uploaded" not in caplog.text
+
+
+def test_an_agent_that_is_stopped_ends_at_once_and_the_next_one_uploads_again(board: Board, patient: None) -> None:
+    board.server.plan = [board.server.offer(1)]
+    board.web.take = lambda handler: not handler.drip(b"", 30)
+
+    def watch() -> None:
+        if board.web.uploads and board.agent is not None:
+            board.agent.stop()
+
+    board.server.watch = watch
+    board.run(until_finished=False)
+    board.server.watch, board.web.take = lambda: None, lambda handler: False
+    began = time.monotonic()
+    board.run()
+    assert time.monotonic() - began < 10
+    assert 1 in board.server.updates
+    assert board.server.of(BlobRequest)[-1].sha256 != board.update.weights.sha256

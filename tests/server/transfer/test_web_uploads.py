@@ -1,0 +1,515 @@
+"""Updates uploaded to the server's own web server: only what is awaited, from whom it is awaited, whole and right."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.streamed_blob import StreamedBlob
+from fedprune.coordination import State
+from fedprune.core.errors import ConfigError, ProtocolError, StorageFullError
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.tls import pinned_context
+from fedprune.wire.messages import PUT, UploadRequest, UploadResult
+from fedprune.wire.urls import UploadUrl
+from fedprune_device.network.http_upload import HttpUpload
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.engine.server import Server
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.transfer import http_server
+from fedprune_server.transfer.http import WebBlobs, web_blobs
+from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
+from fedprune_server.transfer.web_uploads import HttpUploads, UploadEnd
+from support.fakes.fleet import SIZE, Fleet, folded
+
+UPDATE = np.random.default_rng(1).bytes(5 * LEAF + 77)
+REF = BlobRef.of(UPDATE)
+OTHER = BlobRef.of(b"an update of another job")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "POLL_S", 0.01)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs", durable=False)
+
+
+@pytest.fixture
+def server() -> Iterator[BlobServer]:
+    with BlobServer("127.0.0.1", 0, None) as server:
+        yield server
+
+
+@pytest.fixture
+def uploads(server: BlobServer, store: BlobStore) -> HttpUploads:
+    uploads = HttpUploads(store, f"http://127.0.0.1:{server.port}/x", shut)
+    server.jobs = [ServedJob(store, lambda device, sha256: True, uploads)]
+    uploads.ask("pi", REF)
+    return uploads
+
+
+def path_of(ref: BlobRef) -> str:
+    return f"/x/{ref.sha256[:2]}/{ref.sha256}"
+
+
+def put(server: BlobServer, body: bytes = UPDATE, path: str = path_of(REF), **headers: str | None) -> int:
+    """The status of a PUT, with the right length by default; 0 if the server hangs up instead."""
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+        connection.putrequest("PUT", path)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            if value is not None:
+                connection.putheader(name.replace("_", "-"), value)
+        with suppress(ConnectionError):
+            connection.endheaders(body)
+        try:
+            return connection.getresponse().status
+        except (http.client.HTTPException, OSError):
+            return 0
+
+
+def left_over(store: BlobStore) -> list[Path]:
+    return [*(store.root / "tmp").iterdir(), *(store.root / "partial").iterdir()]
+
+
+def test_an_update_is_stored_once_with_its_leaf_table(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads
+) -> None:
+    assert uploads.ask("pi", REF).url == f"http://127.0.0.1:{server.port}{path_of(REF)}"
+    assert put(server) == 201
+    assert store.read(REF.sha256) == UPDATE
+    assert store.ref(REF.sha256) == REF
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
+    assert uploads.taken() == {"pi": len(UPDATE)}
+    assert server.received == 1
+    assert put(server) == 404  # a second time
+    assert uploads.ended() == []
+    assert left_over(store) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, LEAF - 1, LEAF, LEAF + 1, 3 * LEAF])
+def test_updates_of_any_length(server: BlobServer, store: BlobStore, uploads: HttpUploads, size: int) -> None:
+    body = UPDATE[:size]
+    uploads.ask("pi", BlobRef.of(body))
+    assert put(server, body, path_of(BlobRef.of(body))) == 201
+    assert store.ref(BlobRef.of(body).sha256) == BlobRef.of(body)
+
+
+def test_a_connection_is_kept_for_what_follows(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+        connection.request("PUT", path_of(REF), UPDATE)
+        with connection.getresponse() as answer:
+            assert (answer.status, answer.read()) == (201, b"")
+        connection.request("GET", path_of(REF))
+        with connection.getresponse() as answer:
+            assert (answer.status, answer.read()) == (200, UPDATE)
+
+
+def test_other_bytes_end_it(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+    assert put(server, UPDATE[:-1] + b"?") == 422
+    assert not store.has(REF.sha256)
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
+    assert put(server) == 404  # it is pulled from now on
+    assert left_over(store) == []
+
+
+def test_a_reference_that_contradicts_itself_ends_it(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads
+) -> None:
+    ref = BlobRef(REF.sha256, REF.size, OTHER.leaves)
+    uploads.ask("pi", ref)
+    assert put(server) == 422
+    assert uploads.ended() == [UploadEnd("pi", ref, stored=False)]
+    assert not store.has(REF.sha256)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content_Length": None},
+        {"Content_Length": str(len(UPDATE) + 1)},
+        {"Content_Length": str(len(UPDATE) - 1)},
+        {"Content_Length": "-1"},
+        {"Content_Length": f"+{len(UPDATE)}"},
+        {"Content_Length": f"0{len(UPDATE)}"},
+        {"Content_Length": "9" * 30},
+        {"Transfer_Encoding": "chunked"},
+        {"content_length": str(len(UPDATE))},
+    ],
+    ids=str,
+)
+def test_only_the_announced_length_is_taken(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads, headers: dict[str, str | None]
+) -> None:
+    renamed = {"Content-Length" if name == "Content_Length" else name: value for name, value in headers.items()}
+    assert put(server, **renamed) in (0, 400)
+    assert not store.has(REF.sha256)
+    assert left_over(store) == []
+    assert put(server) == 201  # nothing is lost by that
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/", path_of(REF) + ".leaves", path_of(REF) + "?x", path_of(REF) + "/", path_of(REF).upper(),
+        path_of(OTHER), f"/x/00/{REF.sha256}", f"/x/{REF.sha256[:2]}/../{REF.sha256}", f"/partial/{REF.sha256}",
+        f"/%2e%2e/{REF.sha256[:2]}/{REF.sha256}", "/../../identity/signing.key", "/tmp/x",
+    ],
+)  # fmt: skip
+def test_nothing_else_can_be_written(server: BlobServer, store: BlobStore, uploads: HttpUploads, path: str) -> None:
+    assert put(server, path=path) in (0, 404)
+    assert store.names() == []
+    assert uploads.ended() == []
+
+
+def test_what_is_dropped_is_awaited_no_more(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+    uploads.drop("pi")
+    uploads.drop("pi")
+    assert put(server) == 404
+
+
+def begun(server: BlobServer, sent: int = 2 * LEAF) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    client.sendall(f"PUT {path_of(REF)} HTTP/1.1\r\nContent-Length: {len(UPDATE)}\r\n\r\n".encode() + UPDATE[:sent])
+    return client
+
+
+def until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+
+
+def ended(client: socket.socket) -> bool:
+    """Whether the server hangs up."""
+    client.settimeout(10)
+    with suppress(ConnectionError):
+        while client.recv(1000):
+            pass
+    return True
+
+
+def test_who_hangs_up_leaves_nothing_and_may_come_again(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads
+) -> None:
+    with begun(server):
+        until(lambda: uploads.arrived("pi") == 2 * LEAF)
+    until(lambda: left_over(store) == [])
+    assert uploads.ended() == []
+    assert put(server) == 201
+    assert uploads.taken() == {"pi": len(UPDATE) + 2 * LEAF}
+
+
+def test_a_new_connection_takes_the_place_of_the_one_before(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads
+) -> None:
+    with begun(server) as first:
+        until(lambda: uploads.arrived("pi") == 2 * LEAF)
+        assert put(server) == 201
+        assert ended(first)
+    until(lambda: left_over(store) == [])
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
+
+
+def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+    with begun(server) as client:
+        until(lambda: uploads.arrived("pi") == 2 * LEAF)
+        uploads.drop("pi")
+        assert ended(client)
+    until(lambda: left_over(store) == [])
+    assert not store.has(REF.sha256)
+    assert uploads.ended() == []
+
+
+def test_who_sends_slowly_is_cut(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 0.2)
+    with begun(server, 10) as client:
+        ends = time.monotonic() + 5
+        with suppress(OSError):
+            while time.monotonic() < ends:
+                client.sendall(b"x")  # now and then a byte, so that no socket's time-out ends
+                time.sleep(0.02)
+        assert time.monotonic() < ends
+    monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 1.0)
+    monkeypatch.setattr(http_server, "LEAST_BYTES_S", 10**9)  # each leaf in time, but not all of them
+    with begun(server, 10) as client, suppress(OSError):
+        ends, at = time.monotonic() + 5, 10
+        while time.monotonic() < ends and at < len(UPDATE):
+            client.sendall(UPDATE[at : at + LEAF // 2])
+            at += LEAF // 2
+            time.sleep(0.3)
+    assert not store.has(REF.sha256)
+    assert uploads.ended() == []
+
+
+def test_a_full_disk_is_the_server_s_fault(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(size: int) -> None:
+        raise StorageFullError("no room")
+
+    monkeypatch.setattr(store, "check_room", full)
+    assert put(server) in (0, 507)
+    assert uploads.ended() == []
+    monkeypatch.undo()
+    assert put(server) == 201
+
+
+def test_a_report_of_what_went_elsewhere_is_no_upload(server: BlobServer, uploads: HttpUploads) -> None:
+    uploads.told("pi")
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
+    uploads.told("a stranger")
+    assert uploads.ended() == []
+    assert put(server) == 201
+    uploads.told("pi")  # which is what the device says a moment later
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
+
+
+def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) -> None:
+    jobs = []
+    for ref in (REF, OTHER):
+        store = BlobStore(tmp_path / ref.sha256, durable=False)
+        uploads = HttpUploads(store, f"http://127.0.0.1:{server.port}/x", shut)
+        uploads.ask("pi", ref)
+        jobs.append(ServedJob(store, lambda device, sha256, ref=ref: sha256 == ref.sha256, uploads))  # type: ignore[misc]
+    server.jobs = jobs
+    assert put(server, b"an update of another job", path_of(OTHER)) == 201
+    assert put(server) == 201
+    assert [job.store.names() for job in jobs] == [[REF.sha256], [OTHER.sha256]]
+    for ref, body in ((REF, UPDATE), (OTHER, b"an update of another job")):
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+            connection.request("GET", path_of(ref))
+            with connection.getresponse() as answer:
+                assert (answer.status, answer.read()) == (200, body)
+
+
+def test_a_streamed_blob_takes_no_more_than_was_announced(store: BlobStore) -> None:
+    with StreamedBlob(store, REF) as blob:
+        blob.write(UPDATE[:100])
+        with pytest.raises(ProtocolError, match="at most"):
+            blob.write(UPDATE)
+        with pytest.raises(ProtocolError, match="not the blob"):
+            blob.finish()
+    with StreamedBlob(store, REF) as blob:
+        for at in range(0, len(UPDATE), 1000):
+            blob.write(UPDATE[at : at + 1000])
+        assert not store.has(REF.sha256)
+        blob.finish()
+    assert store.ref(REF.sha256) == REF
+    assert left_over(store) == []
+
+
+def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: BlobStore) -> None:
+    board = BlobStore(tmp_path / "board", durable=False)
+    assert board.put(UPDATE) == REF
+    with IdentityFolder.make(tmp_path / "state", "default") as identity:
+        for device in ("attic", "cellar"):
+            key = make_tls_key()
+            save_tls_key(key, tmp_path / f"{device}.key")
+            issued = identity.authority.issue_device("default", device, make_request(key, device))
+            (tmp_path / f"{device}.pem").write_text(issued)
+
+        def failure_of(device: str | None, url: str) -> str:
+            def context() -> ssl.SSLContext:
+                files = (None, None) if device is None else (tmp_path / f"{device}.pem", tmp_path / f"{device}.key")
+                return pinned_context(identity.path / "authority.pem", *files, lambda: 0)
+
+            upload = HttpUpload(board, UploadUrl.parse(url), REF, context)
+            upload.join(20)
+            return upload.failure
+
+        woken = threading.Event()
+        config = ServerConfig(state=tmp_path / "state", serve_blobs="0", uploads="https")
+        with web_blobs(config, identity, woken.set) as web:
+            place = web.uploads(store)
+            assert isinstance(place, HttpUploads)
+            web.serve([ServedJob(store, lambda device, sha256: False, place)])
+            url = place.ask("attic", REF).url
+            assert failure_of("cellar", url) == "it answers 404"
+            assert failure_of(None, url) not in ("", "it answers 404")
+            assert not woken.is_set()
+            assert failure_of("attic", url) == ""
+            assert woken.is_set()
+            assert place.ended() == [UploadEnd("attic", REF, stored=True)]
+            store.delete(REF.sha256)
+            place.ask("cellar", REF)
+            identity.revoke("cellar")
+            assert failure_of("cellar", url) not in ("", "it answers 404")
+        assert store.names() == []
+
+
+def test_without_the_setting_nothing_is_uploaded(store: BlobStore) -> None:
+    with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
+        assert web.uploads(store) is None
+    with web_blobs(ServerConfig(), None) as web:
+        assert web.uploads(store) is None
+
+
+@pytest.mark.parametrize("more", [{}, {"blob_url": "https://models.example"}])
+def test_uploads_need_a_web_server_of_the_server_s_own(more: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="serve_blobs"):
+        ServerConfig(uploads="https", **more)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="uploads"):
+        ServerConfig(uploads="ftp")
+
+
+def test_uploads_of_many_boards_at_a_time(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+    bodies = {f"pi-{i}": os.urandom(3 * LEAF) for i in range(12)}
+    for device, body in bodies.items():
+        uploads.ask(device, BlobRef.of(body))
+    threads = [threading.Thread(target=put, args=(server, body, path_of(BlobRef.of(body)))) for body in bodies.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(end.device for end in uploads.ended()) == sorted(bodies)
+    assert store.names() == sorted(hashlib.sha256(body).hexdigest() for body in bodies.values())
+
+
+# A job whose boards upload.
+
+
+def sent(request: UploadRequest, body: bytes) -> str | None:
+    """Upload as a board does; the reason why it failed."""
+    url = UploadUrl.parse(request.url)
+    with closing(http.client.HTTPConnection(url.host, url.port, timeout=10)) as connection:
+        connection.request("PUT", url.target, body)
+        with connection.getresponse() as answer:
+            return None if answer.status == 201 else f"it answers {answer.status}"
+
+
+class Uploading(Fleet):
+    """A fleet whose devices upload to the server's own web server."""
+
+    def __init__(self, folder: Path, server: BlobServer) -> None:
+        super().__init__(folder)
+        self.server = server
+        for device in self.air.devices.values():
+            device.abilities, device.upload = (PUT,), sent
+
+    def daemon(self, **options: Any) -> Server:
+        url = f"http://127.0.0.1:{self.server.port}"
+        made = super().daemon(blobs=WebBlobs(url, self.server, lambda store: HttpUploads(store, url, shut)), **options)
+        self.server.jobs = [made.first.served]
+        return made
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Models of the job over MQTT."""
+    return models(Fleet(tmp_path_factory.mktemp("mqtt")).run())
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, server: BlobServer) -> Uploading:
+    return Uploading(tmp_path, server)
+
+
+def models(state: State) -> list[str]:
+    return [summary["model"] for summary in state.history]
+
+
+def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, expected: list[str]) -> None:
+    state = fleet.run()
+    assert models(state) == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+    assert fleet.server.received == 9
+    ups = [up for _, up in fleet.storage.traffic().values()]
+    assert min(ups) > 3 * SIZE
+    assert max(ups) < 4 * SIZE
+
+
+def test_boards_that_can_t_upload_are_pulled_from(fleet: Uploading, expected: list[str]) -> None:
+    fleet.air.devices["a"].abilities = None
+    fleet.air.devices["b"].upload = lambda request, body: "no route"
+    assert models(fleet.run()) == expected
+    assert fleet.server.received == 3
+
+
+def test_messages_that_come_twice_count_once(fleet: Uploading, expected: list[str]) -> None:
+    fleet.air.doubled = True
+    state = fleet.run()
+    assert models(state) == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+
+
+def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected: list[str]) -> None:
+    for device in fleet.air.devices.values():
+        device.upload = lambda request, body: None  # whoever answered is not the server
+    assert models(fleet.run()) == expected
+    assert fleet.server.received == 0
+
+
+def test_wrong_bytes_are_pulled_and_then_count(fleet: Uploading, expected: list[str]) -> None:
+    fleet.air.devices["c"].upload = lambda request, body: sent(request, bytes(len(body)))
+    assert models(fleet.run()) == expected
+    assert fleet.server.received == 6
+
+
+def test_a_board_that_never_hears_the_request_is_asked_again(fleet: Uploading, expected: list[str]) -> None:
+    missed = set()
+
+    def upload(request: UploadRequest, body: bytes) -> str | None:
+        if request.sha256 not in missed:
+            missed.add(request.sha256)
+            return "it hears nothing"
+        return sent(request, body)
+
+    device = fleet.air.devices["a"]
+    device.upload = upload
+    say = device.say
+
+    def mute(message: object) -> None:
+        if not isinstance(message, UploadResult) or message.reason is None:
+            say(message)
+
+    device.say = mute  # type: ignore[method-assign]
+    daemon = fleet.daemon()
+    tick = daemon._tick
+    daemon._tick = lambda now: (device.repeat(), tick(now))[1]  # type: ignore[method-assign]
+    assert models(fleet.run_daemon(daemon)) == expected
+    assert fleet.server.received == 9
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_server_that_dies_with_an_update_in_hand_counts_it_once(
+    fleet: Uploading, expected: list[str], at: int
+) -> None:
+    uploaded = 0
+
+    def upload(request: UploadRequest, body: bytes) -> str | None:
+        nonlocal uploaded
+        uploaded += 1
+        reason = sent(request, body)
+        if uploaded == at:
+            raise KeyboardInterrupt
+        return reason
+
+    for device in fleet.air.devices.values():
+        device.upload = upload
+    with pytest.raises(KeyboardInterrupt):
+        fleet.run()
+    fleet.restart()
+    state = fleet.run()
+    assert models(state) == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+    assert uploaded == 9  # what is on the disk isn't wanted again

@@ -1,0 +1,103 @@
+"""A server, its broker and its boards as processes: updates go up over HTTPS, and over MQTT where that fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from support.faults.relay import Relay
+from support.processes.machine import free_port
+from support.processes.real_site import Site, models, write_material
+
+pytestmark = pytest.mark.system
+
+DEVICES = ("north", "south")
+CONFIG = """
+[job]
+name = "uploaded"
+rounds = 2
+devices = 2
+strategy = "fedavg"
+density = 1.0
+deadline_s = 300
+
+[job.recipe]
+epochs = 1
+max_steps = 3
+
+[server]
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys(DEVICES, 100), hidden=16384)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def over_mqtt(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    with Site(material, tmp_path_factory.mktemp("mqtt"), CONFIG, DEVICES, 120) as site:
+        site.start_all()
+        return models(site.complete())
+
+
+def taken_in(site: Site) -> int:
+    """Updates that came over HTTPS, by the logs of the servers that ended by themselves."""
+    return sum(map(int, re.findall(r"took in (\d+) updates", (site.folder / "server.log").read_text())))
+
+
+def failed(site: Site) -> list[str]:
+    logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
+    return [line for line in logs.splitlines() if "can't be uploaded" in line]
+
+
+def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Path, over_mqtt: list[str]) -> None:
+    settings = f'serve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
+    with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True) as site:
+        site.start_all()
+        assert models(site.complete()) == over_mqtt
+        assert taken_in(site) == 4
+        assert failed(site) == []
+
+
+def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
+    material: Path, tmp_path: Path, over_mqtt: list[str]
+) -> None:
+    port = free_port()
+    relay = Relay(port)
+    settings = f'serve_blobs = "127.0.0.1:{port}"\nblob_url = "https://127.0.0.1:{relay.port}"\nuploads = "https"\n'
+    try:
+        with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True, may_hold=True) as site:
+            site.hold(1)
+            site.start_all()
+            site.wait_until_held(1)
+            relay.most = relay.passed + 300_000
+            site.let_go(1)
+            site.wait_for(lambda: relay.passed >= (relay.most or 0), "an upload is under way")
+            partial = list((site.state / "blobs" / "tmp").iterdir())
+            site.kill("server")
+            relay.most = None
+            assert models(site.complete()) == over_mqtt
+            assert partial
+            assert not list((site.state / "blobs" / "tmp").iterdir())
+            assert taken_in(site) >= 2
+            assert 1 <= len(failed(site)) <= 2
+    finally:
+        relay.close()
+
+
+def test_boards_that_can_t_reach_the_web_server_send_over_mqtt_by_themselves(
+    material: Path, tmp_path: Path, over_mqtt: list[str]
+) -> None:
+    settings = (
+        f'serve_blobs = "127.0.0.1:{free_port()}"\nblob_url = "https://127.0.0.1:{free_port()}"\nuploads = "https"\n'
+    )
+    with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True) as site:
+        site.start_all()
+        assert models(site.complete()) == over_mqtt
+        assert taken_in(site) == 0
+        assert len(failed(site)) == 4  # one line for each update

@@ -1,0 +1,90 @@
+"""A blob that arrives from its first byte to its last, as over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from types import TracebackType
+
+from fedprune.blobs.blob_ref import LEAF, SUFFIX, BlobRef, table_file
+from fedprune.blobs.partial_blob import BlobFolder
+from fedprune.core.disk import storage_errors, write_all
+from fedprune.core.errors import ProtocolError
+
+
+class StreamedBlob:
+    """A blob on its way into a store, as a context. Nothing of it stays unless `finish` has found it right.
+
+    Args:
+        ref: Named by the sender, so that all of it is verified.
+
+    Raises:
+        StorageError: The disk fails.
+        StorageFullError: There is no room, or no blob may be that large.
+    """
+
+    def __init__(self, store: BlobFolder, ref: BlobRef) -> None:
+        store.check_room(ref.size)
+        self.ref = ref
+        self.size = 0
+        """Bytes that have arrived."""
+        self._store = store
+        self._whole, self._leaf = hashlib.sha256(), hashlib.sha256()
+        self._table = bytearray()
+        self._path = store.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
+        with storage_errors(f"can't write {self._path}"):
+            self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def __enter__(self) -> StreamedBlob:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are still to come."""
+        return self.ref.size - self.size
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes. Raises `ProtocolError` if they are more than are missing, and `StorageError` if the disk
+        fails."""
+        if self._descriptor is None or len(data) > self.missing:
+            raise ProtocolError("bytes of a blob", expected=f"at most {self.missing} more", got=len(data))
+        with storage_errors(f"can't write {self._path}"):
+            write_all(self._descriptor, data, self.size)
+        self._whole.update(data)
+        view = memoryview(data)
+        while view:
+            part = view[: LEAF - self.size % LEAF]
+            self._leaf.update(part)
+            self.size += len(part)
+            view = view[len(part) :]
+            if self.size % LEAF == 0 or not self.missing:
+                self._table += self._leaf.digest()
+                self._leaf = hashlib.sha256()
+
+    def finish(self) -> None:
+        """Give the blob its name. Raises `ProtocolError` if it is not what the reference names, and `StorageError` if
+        the disk fails."""
+        table, found = bytes(self._table), self._whole.hexdigest()
+        if self._descriptor is None or found != self.ref.sha256 or hashlib.sha256(table).hexdigest() != self.ref.leaves:
+            raise ProtocolError("what was sent is not the blob", expected=self.ref.sha256, got=found)
+        target = self._store.path(self.ref.sha256)
+        with storage_errors(f"can't write {target}"):
+            if self._store.durable:
+                os.fsync(self._descriptor)
+            self._close()
+            if self.ref.leaf_count > 1:
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                self._store.write_file(target.with_name(target.name + SUFFIX), table_file(table), flush=False)
+            self._store.move(self._path, target)
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
