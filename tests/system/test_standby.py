@@ -15,6 +15,7 @@ from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
 from fedprune_server.enrollment.pki import IdentityFolder
+from support.processes.machine import free_port
 from support.processes.postgres import Postgres
 from support.processes.real_site import Site, models, write_material
 from support.processes.s3 import S3
@@ -48,12 +49,13 @@ class Pair(Site):
 
     database: str | None = None
     blobs: str | None = None
+    settings: tuple[str, ...] = ()
 
     def command(self, name: str) -> list[str]:
         if name not in ("server", "second"):
             return super().command(name)
         command = super().command("server") + ([] if self.database is None else ["--database", self.database])
-        command += [] if self.blobs is None else ["--blobs", self.blobs]
+        command += [*([] if self.blobs is None else ["--blobs", self.blobs]), *self.settings]
         if name == "second":
             if self.database is not None:
                 command[command.index("--state") + 1] = str(self.folder / "second")
@@ -129,9 +131,11 @@ def ends_as(pair: Pair, undisturbed: State, state: Path) -> None:
 # At every push `test_lease.py` shows who gets a folder, and the next test that a standby's models are the same.
 @pytest.mark.soak
 def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
+    pair.settings = ("--serve-blobs", f"127.0.0.1:{free_port()}", "--uploads", "https")
     start_both(pair)
     kill_the_first(pair)
     ends_as(pair, undisturbed, pair.state)
+    assert "it goes over MQTT" not in pair.logs_in_full()
 
 
 @pytest.mark.postgresql
@@ -160,6 +164,7 @@ def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     pair.database, pair.blobs = database.database(), f"s3://{s3.bucket()}/fleet"
+    pair.settings = ("--uploads", "s3")
     start_both(pair)
     kill_the_first(pair)
     s3.hold()  # the second must not begin with less than all
@@ -167,7 +172,10 @@ def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket
     time.sleep(1)
     s3.go_on()
     ends_as(pair, undisturbed, pair.folder / "second")
-    assert "taking over from" in pair.logs_in_full()
+    logs = pair.logs_in_full()
+    assert "taking over from" in logs
+    assert "bytes of the update were uploaded to http" in logs
+    assert "it goes over MQTT" not in logs
 
 
 @pytest.mark.postgresql

@@ -1,15 +1,20 @@
-"""A server, its broker and its boards as processes: updates go up over HTTPS, and over MQTT where that fails."""
+"""A server, its broker and its boards as processes: updates go up over HTTPS or into a bucket, and over MQTT where that
+fails."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fedprune.jobs.state import Progress
 from support.faults.relay import Relay
 from support.processes.machine import free_port
 from support.processes.real_site import Site, models, write_material
+from support.processes.s3 import S3
 
 pytestmark = pytest.mark.system
 
@@ -84,7 +89,7 @@ def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
             assert models(site.complete()) == over_mqtt
             assert partial
             assert not list((site.state / "blobs" / "tmp").iterdir())
-            assert taken_in(site) >= 2
+            assert taken_in(site) >= 3
             assert 1 <= len(failed(site)) <= 2
     finally:
         relay.close()
@@ -101,3 +106,47 @@ def test_boards_that_can_t_reach_the_web_server_send_over_mqtt_by_themselves(
         assert models(site.complete()) == over_mqtt
         assert taken_in(site) == 0
         assert len(failed(site)) == 4  # one line for each update
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    made = S3()
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.close()
+
+
+def uploaded(site: Site) -> int:
+    logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
+    return logs.count("bytes of the update were uploaded to http://127.0.0.1")
+
+
+def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
+    material: Path, tmp_path: Path, over_mqtt: list[str], s3: S3
+) -> None:
+    settings = (
+        f'blobs = "s3://{s3.bucket()}/fleet"\nuploads = "s3"\n'
+        f'serve_blobs = "127.0.0.1:{free_port()}"\n'  # downloads come from the server itself
+    )
+    with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True, may_hold=True) as site:
+        site.hold(1)
+        site.start_all()
+        site.wait_until_held(1)
+        s3.hold()
+        site.let_go(1)
+
+        def awaited() -> bool:
+            state = site.saved()
+            return state is not None and [t.progress for t in state.tasks.values()] == [Progress.PULLING] * 2
+
+        site.wait_for(awaited, "both updates are announced")
+        time.sleep(0.5)
+        site.kill("server")
+        s3.go_on()
+        assert models(site.complete()) == over_mqtt
+        assert uploaded(site) == 4
+        assert taken_in(site) == 0
+        assert "bytes came from https://127.0.0.1" in site.logs_in_full()
+        assert failed(site) == []
+        assert "X-Amz" not in site.logs_in_full()

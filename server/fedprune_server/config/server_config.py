@@ -25,7 +25,7 @@ from fedprune_server.storage.s3.bucket import FOLDER, parse
 EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PLACE = "[ADDRESS:]PORT"
-MQTT, HTTPS = "mqtt", "https"
+MQTT, HTTPS, S3 = "mqtt", "https", "s3"
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
@@ -127,10 +127,10 @@ class ServerConfig:
     pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
     uploads: str = setting(
         MQTT,
-        "How boards send updates, where they can: `mqtt`, or `https` to this server's `serve_blobs`. MQTT does the "
-        "rest.",
+        "How boards send updates, where they can: `mqtt`, `https` to this server's `serve_blobs`, or `s3` to the "
+        "bucket of `blobs`. MQTT does the rest.",
         "WAY",
-        choices=(MQTT, HTTPS),
+        choices=(MQTT, HTTPS, S3),
     )
     workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
     workers_url: str = setting(
@@ -203,6 +203,11 @@ class ServerConfig:
             raise ConfigError(
                 "server: uploads", expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
                 hint="Boards upload to the server's own web server: --serve-blobs [ADDRESS:]PORT.",
+            )  # fmt: skip
+        if self.uploads == S3 and self.blobs == FOLDER:
+            raise ConfigError(
+                "server: uploads", expected=f"{MQTT!r}, or blobs = 's3://...' with it", got=repr(S3),
+                hint="Boards upload to the bucket of each job: --blobs s3://bucket/prefix.",
             )  # fmt: skip
         _place(self.metrics, LOCAL[0], "metrics")
         if self.traces != OFF and not _WEB.fullmatch(self.traces):

@@ -147,7 +147,7 @@ class JobRunner:
             self.registry.prefix = f"{job.job.name}: "
         self._shipping = BucketSync(job.store)
         near = self._shipping.near
-        self._place = services.blobs.uploads(near)
+        self._place = services.blobs.uploads(self._shipping)
         self._uploads = Uploads(near, job.pulls, site.max_packet, self._place)
         # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
         self.served = ServedJob(near, self.may_fetch, self._place if isinstance(self._place, HttpUploads) else None)

@@ -9,16 +9,18 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.urls import BlobUrl
-from fedprune_server.config.server_config import HTTPS, ServerConfig
+from fedprune_server.config.server_config import HTTPS, S3, ServerConfig
 from fedprune_server.enrollment.host_names import addresses_of, names_of
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
+from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.s3_uploads import S3Uploads
 from fedprune_server.transfer.web_uploads import HttpUploads, UploadPlace
 
 log = logging.getLogger("fedprune.server")
@@ -31,12 +33,13 @@ class WebBlobs:
     Attributes:
         url: Where boards find blobs; None where they are sent over MQTT alone.
         server: This server's own, if it has one.
-        uploads: Makes the place where a job's updates are uploaded, by the job's store; None for MQTT alone.
+        uploads: Makes the place where a job's updates are uploaded; None for MQTT alone. Raises `ConfigError` if the
+            job has no such place.
     """
 
     url: str | None = None
     server: BlobServer | None = None
-    uploads: Callable[[BlobStore], UploadPlace | None] = lambda store: None
+    uploads: Callable[[BucketSync], UploadPlace | None] = lambda shipping: None
 
     def serve(self, jobs: Sequence[ServedJob]) -> None:
         """Begin to serve these jobs."""
@@ -62,9 +65,10 @@ def web_blobs(
         IdentityError: The identity's files can't be used.
         StorageError: The disk fails or is full.
     """
+    uploads: Callable[[BucketSync], UploadPlace | None] = S3Uploads if config.uploads == S3 else lambda shipping: None
     place = config.web_place
     if place is None:
-        yield WebBlobs(config.blobs_at)
+        yield WebBlobs(config.blobs_at, None, uploads)
         return
     host, port = place
     context = None
@@ -79,10 +83,13 @@ def web_blobs(
         log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
         if config.uploads == HTTPS:
             log.info("boards upload updates there, too")
-            yield WebBlobs(url, server, lambda store: HttpUploads(store, url, shut, wake))
-        else:
-            yield WebBlobs(url, server)
+            uploads = partial(_to_server, url, wake)
+        yield WebBlobs(url, server, uploads)
         log.info("the web server gave out %d bytes of blobs, and took in %d updates", server.sent, server.received)
+
+
+def _to_server(url: str, wake: Callable[[], None], shipping: BucketSync) -> HttpUploads:
+    return HttpUploads(shipping.near, url, shut, wake)
 
 
 def _contexts(identity: IdentityFolder, hosts: list[str]) -> Callable[[], ssl.SSLContext]:

@@ -6,7 +6,9 @@ import logging
 import queue
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune_server.storage.s3.bucket import StoppedError
@@ -18,52 +20,67 @@ log = logging.getLogger("fedprune.server")
 _THREADS = 4
 
 
+@dataclass(frozen=True)
+class Adoption:
+    """An update that a device says it has put into the bucket."""
+
+    device: str
+    ref: BlobRef
+
+    @property
+    def weights(self) -> str:
+        return self.ref.sha256
+
+
 class BucketSync:
-    """Brings updates that have arrived into the bucket, and blobs out of it that devices ask for.
+    """Brings updates that have arrived into the bucket, verifies those that devices have put there, and brings blobs
+    out of it that devices ask for.
 
     Without a bucket all of that is done already.
 
     Attributes:
+        bucket: The bucket, if there is one.
         near: The blobs of the folder; reading them never waits for the bucket.
     """
 
     def __init__(self, store: BlobStore) -> None:
-        self._bucket = store if isinstance(store, BucketStore) else None
+        self.bucket = store if isinstance(store, BucketStore) else None
         self.near = near(store)
-        self._orders: queue.Queue[Arrived | str | None] = queue.Queue()
+        self._orders: queue.Queue[Arrived | Adoption | str | None] = queue.Queue()
         self._ended: queue.Queue[Arrived | Exception] = queue.Queue()
-        self._shipped: set[Arrived] = set()
-        self._late: set[Arrived] = set()
+        self._adopted: queue.SimpleQueue[tuple[Adoption, bool]] = queue.SimpleQueue()
+        self._shipped: set[Arrived | Adoption] = set()
+        self._late: set[Arrived | Adoption] = set()
         self._fetched: set[str] = set()
         self._lost: set[str] = set()
         self._threads: list[threading.Thread] = []
 
     @property
     def waiting(self) -> bool:
-        """Whether an update is on its way into the bucket."""
+        """Whether an update is on its way into the bucket, or is verified there."""
         return bool(self._shipped)
 
     @property
     def stuck(self) -> bool:
         """Whether updates wait because the bucket couldn't be used: until they are there no deadline should pass."""
-        if self._bucket is not None and self._bucket.away:
+        if self.bucket is not None and self.bucket.away:
             self._late |= self._shipped
         self._late &= self._shipped
         return bool(self._late)
 
     @property
     def digests(self) -> set[str]:
-        """What is on its way into the bucket."""
+        """What is on its way into the bucket, or is verified there."""
         return {a.weights for a in self._shipped}
 
     def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Outcomes that may be reported: updates only once the bucket has them. Raises `StorageError` if the folder
         fails."""
-        if self._bucket is None:
+        if self.bucket is None:
             return list(outcomes)
         told: list[Outcome] = []
         for outcome in outcomes:
-            if not isinstance(outcome, Arrived) or self._bucket.has(outcome.weights):
+            if not isinstance(outcome, Arrived) or self.bucket.has(outcome.weights):
                 told.append(outcome)
             elif outcome not in self._shipped:
                 self._shipped.add(outcome)
@@ -76,9 +93,28 @@ class BucketSync:
             told.append(ended)
         return told
 
+    def adopt(self, device: str, ref: BlobRef) -> None:
+        """Verify an update that a device has put into the bucket, unless that is under way."""
+        adoption = Adoption(device, ref)
+        if adoption not in self._shipped:
+            self._shipped.add(adoption)
+            self._order(adoption)
+
+    def verifies(self, device: str, ref: BlobRef) -> bool:
+        """Whether an update is being verified."""
+        return Adoption(device, ref) in self._shipped
+
+    def adopted(self) -> list[tuple[Adoption, bool]]:
+        """Which of them were verified since the last call, and whether they were right."""
+        found = []
+        while not self._adopted.empty():
+            found.append(self._adopted.get())
+            self._shipped.discard(found[-1][0])
+        return found
+
     def coming(self, sha256: str) -> bool:
         """Whether a blob that isn't in the folder will be there in a moment, since the bucket has it."""
-        if self._bucket is None or sha256 in self._lost or not self._bucket.has(sha256):
+        if self.bucket is None or sha256 in self._lost or not self.bucket.has(sha256):
             return False
         if sha256 not in self._fetched:
             self._fetched.add(sha256)
@@ -87,18 +123,18 @@ class BucketSync:
 
     def prepare(self, digests: Iterable[str]) -> None:
         """Fetch what devices may soon ask for."""
-        for digest in sorted(digests) if self._bucket is not None else ():
+        for digest in sorted(digests) if self.bucket is not None else ():
             if not self.near.has(digest):
                 self.coming(digest)
 
     def close(self) -> None:
         """Stop waiting for the bucket."""
-        if self._bucket is not None:
-            self._bucket.patience.stop()
+        if self.bucket is not None:
+            self.bucket.patience.stop()
         for _ in self._threads:
             self._orders.put(None)
 
-    def _order(self, order: Arrived | str) -> None:
+    def _order(self, order: Arrived | Adoption | str) -> None:
         if len(self._threads) < _THREADS:
             # Daemon threads: a process that is told to end doesn't wait for a bucket.
             thread = threading.Thread(target=self._run, name="fedprune-shipping", daemon=True)
@@ -115,15 +151,18 @@ class BucketSync:
             except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
                 self._ended.put(error)
 
-    def _carry_out(self, order: Arrived | str) -> None:
-        if self._bucket is None:
+    def _carry_out(self, order: Arrived | Adoption | str) -> None:
+        if self.bucket is None:
             return
         if isinstance(order, Arrived):
-            self._bucket.ship(order.weights)
+            self.bucket.ship(order.weights)
             self._ended.put(order)
             return
+        if isinstance(order, Adoption):
+            self._adopted.put((order, self.bucket.adopt(order.ref)))
+            return
         try:
-            self._bucket.size(order)  # which fetches it if it is not in the folder
+            self.bucket.size(order)  # which fetches it if it is not in the folder
         except StoppedError:
             raise
         except StorageError as error:

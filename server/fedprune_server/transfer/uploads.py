@@ -116,7 +116,9 @@ class Uploads:
         fails."""
         if not self.fetching(device, round_, attempt, ref):
             self.drop(device)
-            self._uploads[device] = _Upload(round_, attempt, ref)
+            upload = self._uploads[device] = _Upload(round_, attempt, ref)
+            if self._place is not None and self._place.direct and device in self._can_put:
+                return self._begin(device, upload, now) + self.heard(device, now)
             self._wait(device)
         return self.heard(device, now)
 
@@ -182,11 +184,12 @@ class Uploads:
 
     def tick(self, now: float) -> Wants:
         """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
-        for device in self._running if self._place is not None else ():
+        for device in self._running:
             upload = self._uploads[device]
-            leaves = self._place.arrived(device) // LEAF if self._place is not None and upload.put else upload.leaves
-            if leaves != upload.leaves:
-                upload.leaves, upload.moved_at = leaves, now
+            if self._place is not None and upload.put:
+                leaves = self._place.arrived(device) // LEAF
+                if leaves != upload.leaves:
+                    upload.leaves, upload.moved_at = leaves, now
         slow = [n for n in self._running if self._uploads[n].slow(now)]
         for device in sorted(slow) if self._waiting else ():
             self._stop(device, self._uploads[device])
@@ -232,11 +235,14 @@ class Uploads:
             uploads: Whether it can upload to a web server.
         """
         self._answers.setdefault(device, ResponseTime()).told(answer_s)
+        learnt = uploads and device not in self._can_put
         (self._can_put.add if uploads else self._can_put.discard)(device)
         before = self._there.get(device)
         self._shows(device, session)
         upload = self._uploads.get(device)
         wants: Wants = []
+        if learnt and upload is not None and not (upload.put or upload.leaves):
+            return self._put_instead(device, upload, now) + self._start(now)  # it was asked before it was known
         if upload is not None and before not in (None, session) and (upload.put or upload.pull is not None):
             upload.moved_at = upload.began_at = now  # it was asked on another connection
             upload.began_with = upload.leaves
@@ -308,13 +314,25 @@ class Uploads:
         if self._place is None:
             return []
         upload.put, upload.asked_at = True, now
-        return [(device, self._place.ask(device, upload.ref))]
+        request = self._place.ask(device, upload.ref)
+        return [] if request is None else [(device, request)]
+
+    def _put_instead(self, device: str, upload: _Upload, now: float) -> Wants:
+        """Have an update uploaded of which nothing has been pulled yet."""
+        if self._place is None or not (device in self._running or self._place.direct):
+            return []
+        self._waiting.pop(device, None)
+        self._stop(device, upload)
+        return self._begin(device, upload, now)
 
     def _pull_instead(self, device: str, upload: _Upload, now: float) -> Wants:
-        """Pull what could not be uploaded, in the same place."""
+        """Pull what could not be uploaded, in the same place if it has one."""
         self._stop(device, upload)
         upload.mqtt = True
-        return self._begin(device, upload, now)
+        if device in self._running:
+            return self._begin(device, upload, now)
+        self._wait(device)
+        return self._start(now)
 
     def _fail(self, device: str, reason: str, now: float, kind: FailureKind = FailureKind.MALFORMED) -> Wants:
         upload, said = self._uploads[device], one_line(reason, 400)
@@ -365,7 +383,8 @@ class Uploads:
         upload.moved_at = upload.began_at = now
         if device in self._can_put and not upload.mqtt and not self._store.has(upload.ref.sha256):
             upload.leaves = upload.began_with = 0
-            if wants := self._ask(device, upload, now):
+            wants = self._ask(device, upload, now)
+            if upload.put:
                 return wants
         try:
             answers = self._answers.setdefault(device, ResponseTime())

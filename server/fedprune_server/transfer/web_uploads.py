@@ -29,11 +29,18 @@ class UploadEnd:
 
 
 class UploadPlace(ABC):
-    """Where boards upload updates; for the server's loop."""
+    """Where boards upload updates; for the server's loop.
+
+    Attributes:
+        direct: Whether uploads don't pass through this server, so that any number may be under way at a time.
+    """
+
+    direct = False
 
     @abstractmethod
-    def ask(self, device: str, ref: BlobRef) -> UploadRequest:
-        """Await an update, and say where the device is to upload it. An upload that is under way goes on."""
+    def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
+        """Await an update, and say where the device is to upload it; None if there is nothing to upload, and the end is
+        near. An upload that is under way goes on."""
 
     @abstractmethod
     def drop(self, device: str) -> None:

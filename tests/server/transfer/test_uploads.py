@@ -391,3 +391,28 @@ def test_what_nobody_awaits_any_more_is_not_taken(web: Web, how: str) -> None:
     web.stored("a")
     web.uploads.collect(1.0)
     assert not any(isinstance(o, Arrived) for o in web.uploads.outcomes())
+
+
+def test_who_turns_out_to_be_able_is_asked_to_upload_what_isn_t_here_yet(web: Web) -> None:
+    for name in "ABC":  # as a server that has just started knows them
+        web.announce(name)
+    for name, kind in (("A", [("A", "upload")]), ("C", [])):
+        assert kinds(web.uploads.born(name, 1, 0.0, 1.0, uploads=True)) == kind
+    wants = web.uploads.born("B", 2, 0.0, 1.0)
+    while wants:
+        wants = web.answer([(device, want) for device, want in wants if want.kind == "want"])
+    assert [o.device for o in web.uploads.outcomes()] == ["B"]
+    assert set(web.place.awaited) == {"A", "C"}
+
+
+def test_uploads_that_don_t_pass_through_the_server_need_no_place_and_pulls_do(web: Web) -> None:
+    web.place.direct = True
+    wants = [w for name in "abcd" for w in web.announce(name)]
+    assert kinds(wants) == [(name, "upload") for name in "abcd"]
+    pulled = [w for n in "abc" for w in web.uploads.reported(n, UploadResult(web.ref(n).sha256, "no"), 1.0)]
+    assert kinds(pulled) == [("a", "want"), ("b", "want")]
+    assert web.uploads.tick(2 * STALLED_S)[0][0] == "c"  # only pulls take turns
+    assert list(web.place.awaited) == ["d"]
+    web.uploads.interrupted(2 * STALLED_S)
+    assert "d" not in [device for device, _ in web.uploads.born("d", 2, 0.0, 3 * STALLED_S, uploads=True)]
+    assert kinds(web.uploads.heard("d", 3 * STALLED_S)) == [("d", "upload")]

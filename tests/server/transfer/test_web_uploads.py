@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import pytest
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
+from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import State
+from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ProtocolError, StorageFullError
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import pinned_context
@@ -30,11 +33,16 @@ from fedprune_device.network.http_upload import HttpUpload
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
+from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.web_uploads import HttpUploads, UploadEnd
-from support.fakes.fleet import SIZE, Fleet, folded
+from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded
+from support.fakes.several_jobs import SeveralJobs
+from support.fakes.tiny_job import JOB
+from support.processes.s3 import S3
 
 UPDATE = np.random.default_rng(1).bytes(5 * LEAF + 77)
 REF = BlobRef.of(UPDATE)
@@ -238,6 +246,7 @@ def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, store: Blo
     assert uploads.ended() == []
 
 
+@pytest.mark.slow
 def test_who_sends_slowly_is_cut(
     server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +349,7 @@ def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: 
         woken = threading.Event()
         config = ServerConfig(state=tmp_path / "state", serve_blobs="0", uploads="https")
         with web_blobs(config, identity, woken.set) as web:
-            place = web.uploads(store)
+            place = web.uploads(BucketSync(store))
             assert isinstance(place, HttpUploads)
             web.serve([ServedJob(store, lambda device, sha256: False, place)])
             url = place.ask("attic", REF).url
@@ -359,9 +368,9 @@ def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: 
 
 def test_without_the_setting_nothing_is_uploaded(store: BlobStore) -> None:
     with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
-        assert web.uploads(store) is None
+        assert web.uploads(BucketSync(store)) is None
     with web_blobs(ServerConfig(), None) as web:
-        assert web.uploads(store) is None
+        assert web.uploads(BucketSync(store)) is None
 
 
 @pytest.mark.parametrize("more", [{}, {"blob_url": "https://models.example"}])
@@ -408,7 +417,9 @@ class Uploading(Fleet):
 
     def daemon(self, **options: Any) -> Server:
         url = f"http://127.0.0.1:{self.server.port}"
-        made = super().daemon(blobs=WebBlobs(url, self.server, lambda store: HttpUploads(store, url, shut)), **options)
+        made = super().daemon(
+            blobs=WebBlobs(url, self.server, lambda shipping: HttpUploads(shipping.near, url, shut)), **options
+        )
         self.server.jobs = [made.first.served]
         return made
 
@@ -422,6 +433,53 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def fleet(tmp_path: Path, server: BlobServer) -> Uploading:
     return Uploading(tmp_path, server)
+
+
+def jobs_of(folder: Path) -> SeveralJobs:
+    return SeveralJobs(folder, [replace(JOB, name="one"), replace(JOB, name="two", seed=1, rounds=2)], "abc")
+
+
+@pytest.mark.slow
+def test_all_jobs_of_a_server_take_uploads(tmp_path: Path, server: BlobServer) -> None:
+    over_mqtt = jobs_of(tmp_path / "mqtt").run()
+    jobs = jobs_of(tmp_path / "https")
+    url = f"http://127.0.0.1:{server.port}"
+    jobs.web = WebBlobs(url, server, lambda shipping: HttpUploads(shipping.near, url, shut))
+    for device in jobs.air.devices.values():
+        device.abilities, device.upload = (PUT,), sent
+    host = jobs.host()
+    server.jobs = [runner.served for runner in host.runners.values()]
+    assert {name: models(state) for name, state in jobs.run(host).items()} == {
+        name: models(state) for name, state in over_mqtt.items()
+    }
+    assert server.received == 15
+
+
+def test_uploads_to_the_server_are_brought_into_the_bucket(
+    tmp_path: Path, server: BlobServer, expected: list[str], at_s3: S3
+) -> None:
+    fleet = Uploading(tmp_path, server)
+    fleet.store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/fleet")
+    fleet.store.patience.endless = True
+    fleet.worker = ToyWorker(fleet.store)
+    assert models(fleet.run()) == expected
+    assert server.received == 9
+    updates = [t.update["sha256"] for t in fleet.storage.load().tasks.values() if t.update]  # type: ignore[union-attr]
+    assert len(updates) == 3
+    assert set(updates) <= fleet.store.objects().keys()
+    fleet.store.close()
+
+
+def test_tensors_of_an_uploaded_update_are_read_by_leaf(
+    server: BlobServer, store: BlobStore, uploads: HttpUploads
+) -> None:
+    """As the helpers of a Ray cluster read them from the folder that they share with the server."""
+    tensors = {f"t{i}": np.full((5000,), i, np.float32) for i in range(9)}
+    body = tensorfile.encode(tensors)
+    uploads.ask("pi", BlobRef.of(body))
+    assert put(server, body, path_of(BlobRef.of(body))) == 201
+    found = read_tensors(BlobStore(store.root, durable=False), BlobRef.of(body), ["t7"])
+    assert np.array_equal(found["t7"], tensors["t7"])
 
 
 def models(state: State) -> list[str]:

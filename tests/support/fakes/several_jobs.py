@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fedprune.wire.messages import Birth, Finished, Offer
 from fedprune.wire.queues import ConnectionUp
 from fedprune_server.engine.job_runner import JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
+from fedprune_server.transfer.http import NO_BLOBS
 from support.fakes.fleet import Air, ToyDevice, ToyWorker, quick, server_of
 from support.fakes.tiny_job import ARCHITECTURE
 
@@ -44,7 +46,7 @@ class JobsDevice(ToyDevice):
         held = None
         if self.offer is not None and (self.pulls or self.pending is not None):
             held = {"job": self.offer.job, "round": self.offer.round, "attempt": self.offer.attempt}
-        self.say(Birth(self.name, self.session, self.profile, 10, "test", held=held))
+        self.say(Birth(self.name, self.session, self.profile, 10, "test", held=held, abilities=self.abilities))
 
     def hear(self, topic: str, payload: bytes) -> None:
         pending = self.pending
@@ -63,6 +65,8 @@ class SeveralJobs:
         self.air = Air()
         self.runners: dict[str, JobRunner] = {}
         self.workers: dict[str, ToyWorker] = {}
+        self.web = NO_BLOBS
+        self.open_store: Callable[[Path], BlobStore] = lambda folder: BlobStore(folder / "blobs", durable=False)
         for name in names:
             self.air.devices[name] = JobsDevice(name, folder / "devices", self.air)
 
@@ -72,7 +76,7 @@ class SeveralJobs:
         for job in self.jobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
-            storage, store = quick(path), BlobStore(path / "blobs", durable=False)
+            storage, store = quick(path), self.open_store(path)
             storage.log.least = 0
             worker = self.workers[job.name] = ToyWorker(store)
             state = storage.load()
@@ -83,7 +87,7 @@ class SeveralJobs:
             made = RunnableJob(
                 job, ARCHITECTURE, state, storage, store, worker, keep=None, weight=weight, beside_others=True
             )
-            jobs.append((made, {} if jobs else first))
+            jobs.append((made, {"blobs": self.web, **({} if jobs else first)}))
         server = server_of(jobs, self.air, lambda: self.air.now)
         self.runners = server.runners
         return server

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ OWNER_LIMIT = 2**16
 """Bytes that `OWNER` may have."""
 
 _NAMED = 200
+_PIECE = 2**18
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 
 _CONNECT_S, _READ_S, _TRIES = 5, 60, 3
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
@@ -118,10 +121,16 @@ class Bucket:
             retries={"mode": "standard", "total_max_attempts": _TRIES},
             max_pool_connections=16,
             response_checksum_validation="when_required",  # who reads compares with the name
+            signature_version="s3v4",  # which signs the headers of `upload_url`, too
         )
+        region = os.environ.get("AWS_REGION")  # which boto3 itself doesn't look at
         with self._translated("open"):
             try:
-                self._client: Any = boto3.session.Session().client("s3", config=config)
+                session = boto3.session.Session(region_name=region)
+                self._client: Any = session.client("s3", config=config)
+                if self._client.meta.endpoint_url.endswith(_AMAZON) and "." not in self._name:
+                    # Else an upload's address names no region, and Amazon may redirect it, which boards don't follow.
+                    self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
 
@@ -156,6 +165,26 @@ class Bucket:
                         return
                     if replace or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
                         raise
+
+    def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
+        """The address of a PUT for whoever is told it: of an object with this SHA-256 and size, which the bucket
+        verifies, begun within so many seconds."""
+        check = base64.b64encode(bytes.fromhex(sha256)).decode()
+        meant = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": check}
+        with self._translated("sign an upload to"):
+            return str(self._client.generate_presigned_url("put_object", Params=meant, ExpiresIn=seconds))
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """An object's bytes in pieces, not verified; none if it doesn't exist."""
+        with self._translated("read"):
+            try:
+                found = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
+            except self._failed as error:
+                if _code(error) in _MISSING:
+                    return
+                raise
+            with closing(found["Body"]) as body:
+                yield from body.iter_chunks(_PIECE)
 
     def get(self, key: str, limit: int) -> bytes | None:
         """An object's bytes, not verified; None if it doesn't exist or is larger than `limit`."""
@@ -208,7 +237,7 @@ def _first_line(error: Exception) -> str:
 log = logging.getLogger("fedprune.server")
 
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-WRITE = "write"
+WRITE, ADOPT = "write", "verify uploads"
 
 _Result = TypeVar("_Result")
 
@@ -231,9 +260,9 @@ class RetryPolicy:
         self._missed: frozenset[str] = frozenset()
 
     @property
-    def writing(self) -> bool:
-        """Whether a write is waiting."""
-        return WRITE in self._missed
+    def holds_updates(self) -> bool:
+        """Whether a write waits, or the verification of an upload."""
+        return bool({WRITE, ADOPT} & self._missed)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -21,10 +21,12 @@ from typing import Any, TypeVar
 
 from fedprune.blobs.blob_ref import SUFFIX, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, StorageError, StorageFullError
+from fedprune.core.errors import ConfigError, ProtocolError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
 from fedprune_server.storage.s3.bucket import (
+    ADOPT,
     BLOBS,
     MODEL,
     OWNER,
@@ -245,6 +247,40 @@ class BucketStore(BlobStore):
                 self._news[sha256] = key, len(data)
         self._hold(sha256, len(data))
 
+    def adopt(self, ref: BlobRef) -> bool:
+        """Verify what a device has put into the bucket as this blob, and keep it there and in the folder; whether it
+        was right. Anything else under its name is deleted."""
+        return self.patience(ADOPT, partial(self._adopt, ref))
+
+    def _adopt(self, ref: BlobRef) -> bool:
+        found = {k: n for k, n in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(k) == ref.sha256}
+        right = next((k for k, size in sorted(found.items()) if size == ref.size and self._verify(k, ref)), None)
+        if right is not None:
+            with self._lock:
+                self._objects.setdefault(ref.sha256, {})[right] = ref.size
+            self._hold(ref.sha256, ref.size)
+        for key in found.keys() - {right}:
+            self.forget(key)
+        self.clear(found)
+        return right is not None
+
+    def _verify(self, key: str, ref: BlobRef) -> bool:
+        try:
+            with StreamedBlob(self, ref) as blob:
+                for piece in self.bucket.stream(key):
+                    blob.write(piece)
+                blob.finish()
+        except ProtocolError as error:
+            log.warning("%s/%s is not the update that was announced: %s", self.bucket.url, key, error)
+            return False
+        return True
+
+    def clear(self, keys: Iterable[str]) -> None:
+        """Delete objects in the background that are not known to be blobs."""
+        with self._lock:
+            unknown = [key for key in keys if key not in self._objects.get(digest_of(key) or "", {})]
+        self._deletions.add(unknown)
+
     def _known(self, sha256: str) -> bool:
         return sha256 in self._objects
 
@@ -406,8 +442,8 @@ class BucketStore(BlobStore):
 
     @property
     def away(self) -> bool:
-        """Whether a write waits because the bucket can't be used."""
-        return self.patience.writing
+        """Whether updates wait because the bucket can't be used."""
+        return self.patience.holds_updates
 
 
 class LocalCopy(BlobStore):

@@ -1,0 +1,101 @@
+"""Updates that boards upload to the bucket itself: addresses for them, and what is verified of them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.wire.messages import UploadRequest
+from fedprune.wire.urls import UploadUrl
+from fedprune_server.storage.s3.bucket import BLOBS, BucketError
+from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.web_uploads import UploadEnd, UploadPlace
+
+log = logging.getLogger("fedprune.server")
+
+EXPIRES_S = 900
+"""How long an address may be used to begin an upload."""
+
+_LATE_S = 2 * EXPIRES_S
+"""When an upload that nobody awaits any more is deleted from the bucket. The server's next start deletes later ones."""
+
+_ANY = BlobRef.of(b"")
+
+
+class S3Uploads(UploadPlace):
+    """Updates that devices put into the bucket of a job, with an address that is signed for each.
+
+    Raises:
+        ConfigError: The job has no bucket, or boards could not use its addresses.
+    """
+
+    direct = True
+
+    def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
+        if shipping.bucket is None:
+            raise ConfigError("server: uploads", expected="blobs = 's3://...' for every job", got="'s3'")
+        self._shipping, self._store, self._clock = shipping, shipping.bucket, clock
+        self._awaited: dict[str, tuple[BlobRef, list[str]]] = {}
+        self._unused: deque[tuple[float, str]] = deque()
+        self._taken: Counter[str] = Counter()
+        self._failed: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
+        example = self._store.bucket.upload_url(BLOBS, _ANY.sha256, _ANY.size, EXPIRES_S)
+        try:
+            UploadUrl.parse(example)
+        except ProtocolError as error:
+            raise ConfigError(
+                "server: uploads", expected="a bucket at https://", got=repr(example.partition("?")[0]),
+                hint="Boards upload to that address: give AWS_ENDPOINT_URL with https.",
+            ) from error  # fmt: skip
+
+    def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
+        known, keys = self._awaited.get(device, (ref, []))
+        self._awaited[device] = ref, (keys if known == ref else [])
+        if self._shipping.verifies(device, ref):
+            return None
+        if self._store.has(ref.sha256):  # put there for an earlier process of the server
+            self._shipping.adopt(device, ref)
+            return None
+        key = f"{BLOBS}{ref.sha256}.{secrets.token_hex(8)}"
+        try:
+            url = self._store.bucket.upload_url(key, ref.sha256, ref.size, EXPIRES_S)
+        except BucketError as error:
+            log.warning("updates are pulled over MQTT: %s", error)
+            self._failed.put(UploadEnd(device, ref, stored=False))
+            return None
+        self._awaited[device][1].append(key)
+        return UploadRequest(ref.sha256, url)
+
+    def drop(self, device: str) -> None:
+        """A device's update is awaited no longer; what it may still upload is deleted later."""
+        _, keys = self._awaited.pop(device, (None, []))
+        self._unused.extend((self._clock() + _LATE_S, key) for key in keys)
+
+    def told(self, device: str) -> None:
+        if device in self._awaited:
+            self._shipping.adopt(device, self._awaited[device][0])
+
+    def arrived(self, device: str) -> int:
+        return 0  # only the bucket knows
+
+    def taken(self) -> dict[str, int]:
+        found, self._taken = self._taken, Counter()
+        return dict(found)
+
+    def ended(self) -> list[UploadEnd]:
+        found = []
+        while not self._failed.empty():
+            found.append(self._failed.get())
+        for adoption, right in self._shipping.adopted():
+            found.append(UploadEnd(adoption.device, adoption.ref, right))
+            if right:
+                self._taken[adoption.device] += adoption.ref.size
+        while self._unused and self._unused[0][0] <= self._clock():
+            self._store.clear([self._unused.popleft()[1]])
+        return found

@@ -1,0 +1,412 @@
+"""Updates that boards put into the bucket: counted once they are verified there, whoever dies and whatever is put."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core.errors import ConfigError
+from fedprune.wire.link import tls_context
+from fedprune.wire.messages import PUT, UploadRequest
+from fedprune.wire.urls import UploadUrl
+from fedprune_device.network.http_upload import HttpUpload
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.engine.further_jobs import further
+from fedprune_server.engine.server import Server
+from fedprune_server.executor.ray_pool import RayPool
+from fedprune_server.storage.s3 import bucket as patience
+from fedprune_server.storage.s3.bucket import BLOBS, BucketError, parse
+from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.transfer import s3_uploads
+from fedprune_server.transfer.http import WebBlobs, web_blobs
+from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.s3_uploads import EXPIRES_S, S3Uploads
+from fedprune_server.transfer.web_uploads import UploadEnd
+from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded
+from support.fakes.several_jobs import SeveralJobs
+from support.fakes.tiny_job import JOB
+from support.processes.s3 import S3
+
+UPDATE = np.random.default_rng(3).bytes(20 * LEAF + 5)
+REF = BlobRef.of(UPDATE)
+
+
+@pytest.fixture
+def url(at_s3: S3) -> str:
+    return f"s3://{at_s3.bucket()}/fleet"
+
+
+@pytest.fixture
+def store(tmp_path: Path, url: str) -> Iterator[BucketStore]:
+    made = BucketStore(tmp_path / "blobs", url)
+    made.patience.endless = True
+    yield made
+    made.close()
+
+
+class Bench:
+    """A bucket's uploads, whose clock a test turns."""
+
+    def __init__(self, store: BucketStore) -> None:
+        self.store, self.now = store, 0.0
+        self.shipping = BucketSync(store)
+        self.uploads = S3Uploads(self.shipping, lambda: self.now)
+
+    def asked(self, ref: BlobRef = REF) -> UploadRequest:
+        request = self.uploads.ask("pi", ref)
+        assert request is not None
+        return request
+
+    def end(self) -> bool:
+        """Whether the update was right, once it has been looked at."""
+        self.uploads.told("pi")
+        until = time.monotonic() + 20
+        while not (found := self.uploads.ended()):
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        (end,) = found
+        assert (end.device, end.ref) == ("pi", REF)
+        return end.stored
+
+    def deleted(self) -> None:
+        self.store._deletions.wait(10)
+
+
+@pytest.fixture
+def bench(store: BucketStore) -> Iterator[Bench]:
+    made = Bench(store)
+    yield made
+    made.shipping.close()
+
+
+def put(request: UploadRequest, body: bytes = UPDATE) -> int:
+    """The status of an upload of any bytes, as who has the address could do it."""
+    url = UploadUrl.parse(request.url)
+    with closing(http.client.HTTPConnection(url.host, url.port, timeout=10)) as connection:
+        connection.request("PUT", url.target, body)
+        with connection.getresponse() as answer:
+            return answer.status
+
+
+def objects(s3: S3, url: str) -> dict[str, int]:
+    name, prefix = parse(url)
+    return {k.removeprefix(prefix): n for k, n in s3.keys(name).items()}
+
+
+def test_a_board_puts_its_update_into_the_bucket(
+    at_s3: S3, url: str, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = BlobStore(tmp_path / "board", durable=False)
+    assert board.put(UPDATE) == REF
+    with caplog.at_level(logging.DEBUG):
+        upload = HttpUpload(board, UploadUrl.parse(bench.asked().url), REF, tls_context)
+        upload.join(20)
+        assert upload.over()
+        assert upload.failure == ""
+        assert not bench.store.has(REF.sha256)  # not before it is verified
+        assert bench.end()
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("fedprune")]
+    assert not any("Signature" in line or "Credential" in line for line in ours)
+    assert bench.store.has(REF.sha256)
+    assert BlobStore(bench.store.root).ref(REF.sha256) == REF  # and in the folder
+    assert list(objects(at_s3, url).values()) == [len(UPDATE)]
+    assert bench.uploads.taken() == {"pi": len(UPDATE)}
+    assert bench.uploads.taken() == {}
+
+
+def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench: Bench) -> None:
+    first, second = bench.asked(), bench.asked()
+    query = parse_qs(UploadUrl.parse(first.url).query.removeprefix("?"))
+    assert query["X-Amz-SignedHeaders"] == ["content-length;host;x-amz-checksum-sha256"]
+    assert query["X-Amz-Expires"] == [str(EXPIRES_S)]
+    assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
+    paths = {UploadUrl.parse(request.url).path for request in (first, second)}
+    assert len(paths) == 2  # no name is used twice
+    assert all(f"/{BLOBS}{REF.sha256}." in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", UPDATE[:-1], UPDATE + b"x", UPDATE[:-1] + b"?", bytes(len(UPDATE))], ids=lambda b: str(len(b))
+)
+def test_other_bytes_are_not_counted_and_deleted(at_s3: S3, url: str, bench: Bench, body: bytes) -> None:
+    put(bench.asked(), body)
+    assert not bench.end()
+    bench.deleted()
+    assert objects(at_s3, url) == {}
+    assert not bench.store.has(REF.sha256)
+    assert not list((bench.store.root / "tmp").iterdir())
+    assert bench.uploads.taken() == {}
+
+
+def test_nothing_at_all_is_not_counted(bench: Bench) -> None:
+    bench.asked()
+    assert not bench.end()
+    bench.uploads.told("a stranger")
+    assert bench.uploads.ended() == []
+
+
+def test_the_right_one_of_several_is_found_and_the_others_are_deleted(at_s3: S3, url: str, bench: Bench) -> None:
+    for body in (bytes(len(UPDATE)), UPDATE, UPDATE[:7], UPDATE):
+        put(bench.asked(), body)
+    assert bench.end()
+    bench.deleted()
+    assert list(objects(at_s3, url).values()) == [len(UPDATE)]
+    assert bench.store.fetch(REF.sha256) == UPDATE
+
+
+def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> None:
+    late = bench.asked()
+    bench.uploads.drop("pi")
+    put(late)
+    bench.now = float(EXPIRES_S)
+    assert bench.uploads.ended() == []
+    assert len(objects(at_s3, url)) == 1
+    bench.now = float(s3_uploads._LATE_S)
+    assert bench.uploads.ended() == []
+    bench.deleted()
+    assert objects(at_s3, url) == {}
+
+
+def test_what_counts_is_not_deleted_with_it(at_s3: S3, url: str, bench: Bench) -> None:
+    put(bench.asked())
+    bench.asked()  # asked twice
+    assert bench.end()
+    bench.uploads.drop("pi")
+    bench.now = 2.0 * s3_uploads._LATE_S
+    bench.uploads.ended()
+    bench.deleted()
+    assert list(objects(at_s3, url).values()) == [len(UPDATE)]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_an_earlier_process_let_be_put_is_not_wanted_again(
+    at_s3: S3, url: str, bench: Bench, tmp_path: Path, right: bool
+) -> None:
+    put(bench.asked(), UPDATE if right else bytes(len(UPDATE)))
+    store = BucketStore(tmp_path / "standby", url)  # which lists the bucket
+    later = Bench(store)
+    assert later.uploads.ask("pi", REF) is None
+    assert later.end() is right
+    assert store.has(REF.sha256) is right
+    later.shipping.close()
+    store.close()
+    assert len(objects(at_s3, url)) == right
+
+
+def test_a_bucket_that_is_away_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PAUSE_S", 0.01)
+    put(bench.asked())
+    away, listed = True, bench.store.bucket.list
+
+    def listing(prefix: str = "") -> Iterator[tuple[str, int]]:
+        if away:
+            raise BucketError("the bucket is away")
+        return listed(prefix)
+
+    monkeypatch.setattr(bench.store.bucket, "list", listing)
+    bench.uploads.told("pi")
+    until = time.monotonic() + 10
+    while not bench.shipping.stuck:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert bench.shipping.waiting
+    assert bench.shipping.digests == {REF.sha256}
+    assert bench.uploads.ask("pi", REF) is None  # it is there, as far as is known
+    away = False
+    assert bench.end()
+    assert not bench.shipping.waiting
+    assert not bench.shipping.stuck
+
+
+def test_without_credentials_updates_are_pulled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsigned(*_: object) -> str:
+        raise BucketError("no credentials")
+
+    monkeypatch.setattr(bench.store.bucket, "upload_url", unsigned)
+    assert bench.uploads.ask("pi", REF) is None
+    assert bench.uploads.ended() == [UploadEnd("pi", REF, stored=False)]
+
+
+def test_a_bucket_that_boards_may_not_reach_is_one_clear_error(
+    store: BucketStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="uploads"):
+        ServerConfig(uploads="s3")
+    with pytest.raises(ConfigError, match="for every job"):
+        S3Uploads(BucketSync(BlobStore(tmp_path / "folder")))
+    monkeypatch.setattr(store.bucket, "upload_url", lambda *_: "http://minio.example:9000/b/x?X-Amz-Signature=1")
+    with pytest.raises(ConfigError, match="https://") as caught:
+        S3Uploads(BucketSync(store))
+    assert "Signature" not in str(caught.value)
+    assert "minio.example:9000" in str(caught.value)
+
+
+def test_a_ray_cluster_with_a_bucket_is_one_clear_error(store: BucketStore) -> None:
+    worker: Any = SimpleNamespace(store=store)
+    with pytest.raises(ConfigError, match="a folder that all machines of the cluster see"):
+        RayPool("ray:auto", worker)
+
+
+@pytest.mark.parametrize("region", ["us-west-2", "eu-central-1"])
+def test_amazon_s_addresses_name_the_region(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": region}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    url = UploadUrl.parse(patience.Bucket("s3://my-bucket/fleet").upload_url("x", REF.sha256, REF.size, 60))
+    assert (url.host, url.path) == (f"my-bucket.s3.{region}.amazonaws.com", "/fleet/x")
+
+
+# A job whose boards put their updates into the bucket.
+
+
+class Direct(Fleet):
+    """A fleet whose blobs are in a bucket, to which its devices upload."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        super().__init__(folder)
+        self.url = url
+        self.uploaded, self.digests = 0, set[str]()
+        self.on_upload: Callable[[int], None] = lambda count: None
+        self.open()
+        for device in self.air.devices.values():
+            device.abilities, device.upload = (PUT,), self.upload
+
+    def open(self) -> None:
+        """The bucket, as a new process finds it."""
+        self.store = BucketStore(self.folder / "blobs", self.url)
+        self.store.patience.endless = True
+        self.worker = ToyWorker(self.store)
+
+    def upload(self, request: UploadRequest, body: bytes) -> str | None:
+        status = put(request, body)
+        self.digests.add(request.sha256)
+        self.uploaded += 1
+        self.on_upload(self.uploaded)
+        return None if status == 200 else f"it answers {status}"
+
+    def daemon(self, **options: Any) -> Server:
+        return super().daemon(blobs=WebBlobs(uploads=S3Uploads), **options)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Models of the job over MQTT, in a folder."""
+    return models(Fleet(tmp_path_factory.mktemp("mqtt")).run())
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, url: str) -> Iterator[Direct]:
+    made = Direct(tmp_path, url)
+    yield made
+    made.store.close()
+
+
+@pytest.mark.slow
+def test_all_jobs_of_a_server_have_their_buckets(tmp_path: Path, at_s3: S3) -> None:
+    def jobs_of(folder: Path) -> SeveralJobs:
+        return SeveralJobs(folder, [replace(JOB, name="one"), replace(JOB, name="two", seed=1, rounds=2)], "abc")
+
+    def opened(folder: Path) -> BucketStore:
+        made = BucketStore(folder / "blobs", f"s3://{bucket}/{folder.name}")
+        made.patience.endless = True
+        return made
+
+    def upload(request: UploadRequest, body: bytes) -> str | None:
+        paths.append(UploadUrl.parse(request.url).path)
+        return None if put(request, body) == 200 else "no"
+
+    over_mqtt, jobs = jobs_of(tmp_path / "mqtt").run(), jobs_of(tmp_path / "s3")
+    paths: list[str] = []
+    bucket, jobs.open_store, jobs.web = at_s3.bucket(), opened, WebBlobs(uploads=S3Uploads)
+    for device in jobs.air.devices.values():
+        device.abilities, device.upload = (PUT,), upload
+    states = jobs.run()
+    assert {name: models(s) for name, s in states.items()} == {name: models(s) for name, s in over_mqtt.items()}
+    assert [sum(f"/{bucket}/{name}/" in path for path in paths) for name in ("one", "two")] == [9, 6]
+
+
+def test_a_further_job_without_a_bucket_is_one_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "second.toml"
+    file.write_text('[job]\nname = "second"\n')
+    first = ServerConfig(state=tmp_path / "state", uploads="s3", blobs="s3://bucket/first")
+    with pytest.raises(ConfigError, match=r"server: uploads.*blobs = 's3://"):
+        further(first, [file])
+
+
+def models(state: State) -> list[str]:
+    return [summary["model"] for summary in state.history]
+
+
+@pytest.mark.slow
+def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: Direct, expected: list[str]) -> None:
+    state = fleet.run()
+    assert models(state) == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+    assert fleet.uploaded == 9
+    ups = [up for _, up in fleet.storage.traffic().values()]
+    assert min(ups) > 3 * SIZE
+    assert max(ups) < 4 * SIZE
+
+
+def test_boards_that_can_t_reach_the_bucket_are_pulled_from(fleet: Direct, expected: list[str]) -> None:
+    fleet.air.devices["a"].abilities = None
+    fleet.air.devices["b"].upload = lambda request, body: "no route"
+    fleet.air.devices["c"].upload = lambda request, body: None  # but something answers there
+    assert models(fleet.run()) == expected
+    assert fleet.uploaded == 0
+
+
+def test_messages_that_come_twice_count_once(fleet: Direct, expected: list[str]) -> None:
+    fleet.air.doubled = True
+    state = fleet.run()
+    assert models(state) == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 4, 9])
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_server_that_dies_as_an_update_is_in_the_bucket_counts_it_once(
+    fleet: Direct, expected: list[str], at: int, moved: bool, tmp_path: Path
+) -> None:
+    def die(count: int) -> None:
+        if count == at:
+            raise KeyboardInterrupt
+
+    fleet.on_upload = die
+    with pytest.raises(KeyboardInterrupt):
+        fleet.run()
+    fleet.store.close()
+    fleet.restart()
+    if moved:  # to a machine with an empty folder
+        (fleet.folder / "blobs").rename(tmp_path / "lost")
+    fleet.open()
+    for digest in fleet.store.objects().keys() - fleet.digests:  # the clock doesn't wait for what boards ask for
+        fleet.store.read(digest)
+    state = fleet.run()
+    assert models(state) == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+    assert fleet.uploaded == 9  # what is in the bucket isn't wanted again
+
+
+def test_the_setting_makes_the_place(store: BucketStore, url: str) -> None:
+    with web_blobs(ServerConfig(uploads="s3", blobs=url), None) as web:
+        assert isinstance(web.uploads(BucketSync(store)), S3Uploads)
+        assert (web.url, web.server) == (None, None)
+    with web_blobs(ServerConfig(uploads="s3", blobs=url, serve_blobs="127.0.0.1:0"), None) as web:
+        assert isinstance(web.uploads(BucketSync(store)), S3Uploads)
+        assert web.server is not None
