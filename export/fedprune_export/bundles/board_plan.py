@@ -11,12 +11,20 @@ from fedprune.core.validation import instance, number, whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict
-from fedprune.planning.plan import DENSITIES, Plan
+from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, Plan
 from fedprune.planning.plan import plan as plan_widths
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import DOWN, NO_CODECS, PLAIN, Codec
 from fedprune_export.pruning.model import Model
+
+_SETTINGS = {
+    MEMORY: "--set accumulate={}",
+    TIME: "--deadline {0}, a job's deadline_s = {0}",
+    BYTES: "--bytes-per-round {0}, a job's byte_budget = {0}",
+    ENERGY: "--joules-per-round {0}, a job's energy_budget = {0}",
+}
+"""Per limit what raises it in an export, and in the job that its bundle is for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +87,8 @@ def plan(
         density: Kept share of every channel group; by default as much as fits the board.
         bytes_per_round: What a round may carry, down plus up.
         deadline_s: Seconds that a round may take, transfers included.
-        joules_per_round: Energy that its training may take beyond what the idle board takes.
+        joules_per_round: Energy that its training may take beyond what the idle board takes; where the profile doesn't
+            have its power, the plan warns instead.
         compression: Codec of the weights that the board is sent and of its updates, such as `int8`; with `top-k` of the
             updates alone.
         probe: What the board measured of itself; it beats the profile.
@@ -124,6 +133,7 @@ def plan(
         frozen=model.frozen,
         codecs=codecs,
         margin=TOO_LOW if probe is None else 0.0,
+        names=_SETTINGS,
     )
     recipe = recipe.in_parts(chosen.accumulate)
     uncut = predict(

@@ -81,6 +81,23 @@ def test_every_target_says_what_its_training_step_takes_of_a_limit(
         assert len([x for x in lines if x.startswith(f"{name}: memory of a training step: ")]) == 1
 
 
+def test_an_energy_that_cannot_be_limited_is_said(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--joules-per-round", "1e-6", target=X86) == ExitCode.OK
+    assert f"\nwarning: energy isn't limited: {X86} has no power.idle_w" in capsys.readouterr().out
+
+
+def test_an_energy_that_no_width_keeps_names_the_option_that_does(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--joules-per-round", "1e-6") == ExitCode.PLAN
+    said = one_line(capsys)
+    least = said.partition("--joules-per-round ")[2].partition(",")[0]
+    assert f"a job's energy_budget = {least})" in said
+    assert export(lenet_file, tmp_path / "b", "--joules-per-round", least) == ExitCode.OK
+
+
 def test_another_boards_bundle_is_refused_before_the_model_is_read(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

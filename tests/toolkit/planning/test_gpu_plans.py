@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.core.errors import PlanError
 from fedprune.model.architecture import (
     Activation,
     Architecture,
@@ -87,6 +88,17 @@ def test_a_tiny_net_is_told_to_be_faster_on_the_processor() -> None:
     (note,) = plan(TINY, NANO, RECIPE, 160).notes
     assert note.startswith("trains on: GPU; its processor would take ")
     assert f"--tier {TIERS[0]}" in note
+
+
+@pytest.mark.parametrize("probe", [None, replace(PROBE, unit="cuda", latency=typical_gpu_table(), train_rate=1e12)])
+def test_an_energy_too_small_for_the_gpu_names_the_processor_if_that_fits(probe: ProbeReport | None) -> None:
+    whole = predict(TINY, TINY.sizes, on_processor(NANO), RECIPE, 160)
+    with pytest.raises(PlanError, match="even the narrowest breaks energy") as refused:
+        plan(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=2 * whole.train_j)
+    assert f"its processor (fedprune-device run --tier {TIERS[0]}), which fits (density 1)" in str(refused.value)
+    with pytest.raises(PlanError) as refused:
+        plan(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=1e-9)
+    assert "processor" not in str(refused.value)
 
 
 def test_on_a_processor_a_plan_has_no_note_of_its_unit() -> None:

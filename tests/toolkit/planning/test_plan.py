@@ -369,21 +369,25 @@ def test_a_warning_names_smaller_parts_where_batch_norm_forbids_them() -> None:
     large = replace(NORMALISED, activations=(Activation("conv", MAPS, 2**18, True),))
     board = memory_of(need(large, 16))
     made = plan(large, board, RECIPE, 500)
-    assert "--set accumulate=16" in made.warning
+    assert "recipe.accumulate = 16" in made.warning
     assert plan(large, board, replace(RECIPE, accumulate=16), 500).widths == large.sizes
 
 
 @pytest.mark.parametrize(
-    ("limits", "setting"),
+    ("limits", "enough"),
     [
-        ({"deadline_s": FULL.round_s * 0.25}, "--deadline"),
-        ({"byte_budget": FULL.round_bytes // 50}, "--bytes-per-round"),
+        ({"deadline_s": FULL.round_s * 0.25}, FULL.round_s),
+        ({"byte_budget": FULL.round_bytes // 50}, FULL.round_bytes),
+        ({"energy_budget": FULL.train_j * 0.06}, FULL.train_j),
     ],
 )
-def test_a_warning_names_the_setting_of_the_limit_that_binds(limits: dict[str, Any], setting: str) -> None:
-    made = plan(NET, BOARD, RECIPE, 500, **limits)
-    value = int(made.warning.partition(f"{setting} ")[2].partition(",")[0])
-    assert plan(NET, BOARD, RECIPE, 500, **dict.fromkeys(limits, value)).widths == NET.sizes
+def test_a_warning_names_the_setting_of_the_limit_that_binds(limits: dict[str, Any], enough: float) -> None:
+    """As a job has it, with a value that is enough, and hardly more."""
+    made, (setting,) = plan(NET, BOARD, RECIPE, 500, **limits), limits
+    value = float(made.warning.partition(f"({setting} = ")[2].partition(")")[0])
+    assert enough <= value <= 1.01 * enough
+    assert plan(NET, BOARD, RECIPE, 500, **{setting: value}).widths == NET.sizes
+    assert "--" not in made.warning
 
 
 def test_a_density_that_was_asked_for_comes_without_a_warning() -> None:
@@ -655,6 +659,12 @@ def test_energy_is_power_beyond_idle_times_time() -> None:
 
 
 def test_energy_limits_only_boards_whose_power_is_known() -> None:
-    made = plan(NET, replace(BOARD, power=None), RECIPE, 500, energy_budget=1e-3)
-    assert made.density == 1
-    assert "energy" not in {limit.name for limit in made.limits}
+    for power, missing in (
+        (None, "power.idle_w and power.load_w"),
+        (replace(BOARD.power, idle_w=None), "power.idle_w"),
+    ):
+        made = plan(NET, replace(BOARD, power=power), RECIPE, 500, energy_budget=1e-3)
+        assert made.density == 1
+        assert "energy" not in {limit.name for limit in made.limits}
+        assert made.warning == f"energy isn't limited: {BOARD.name} has no {missing}."
+        assert plan(NET, replace(BOARD, power=power), RECIPE, 500).warning == ""

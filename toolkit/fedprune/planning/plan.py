@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from fedprune.core.errors import PlanError
@@ -27,7 +28,7 @@ from fedprune.planning.cost_prediction import (
 from fedprune.planning.costs import MemoryBreakdown, costs_at
 from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import CPU, ProbeReport
-from fedprune.planning.profile import TIERS, HardwareProfile
+from fedprune.planning.profile import TIERS, HardwareProfile, Power
 from fedprune.planning.width_candidates import Rung, equal_work, rungs
 from fedprune.updates import NO_CODECS, Codecs
 
@@ -52,6 +53,14 @@ noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that 
 
 LITTLE = 0.25
 """A plan that keeps a smaller share of the weights warns."""
+
+JOB_SETTINGS: Mapping[str, str] = {
+    MEMORY: "recipe.accumulate = {}",
+    TIME: "deadline_s = {}",
+    BYTES: "byte_budget = {}",
+    ENERGY: "energy_budget = {}",
+}
+"""Per limit of a job the setting that raises it."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,8 @@ class Plan:
         uniform: What uniform widths would take instead.
         accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
         notes: What was chosen besides the widths, and why, for people.
-        warning: That little of the model is left, and which settings would keep all of it; or that even the narrowest
-            takes too much memory. Empty where neither is so.
+        warning: That little of the model is left, and which settings would keep all of it; that even the narrowest
+            takes too much memory; that energy can't be limited. Empty where none of it is so.
         correction: What the board's rounds taught; it is in all times and in the memory.
     """
 
@@ -235,6 +244,7 @@ def plan(
     frozen: Collection[str] = (),
     margin: float = 0.0,
     codecs: Codecs = NO_CODECS,
+    names: Mapping[str, str] = JOB_SETTINGS,
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
 
@@ -249,7 +259,7 @@ def plan(
         byte_budget: Bytes per round, down plus up, that the job allows, as the codecs make them.
         deadline_s: Seconds that a round may take on the board, transfers included.
         energy_budget: Joules that a round's training may take beyond what the idle board takes. A board whose profile
-            has no power figures isn't limited.
+            has no power figures isn't limited, and its plan warns.
         probe: What the board measured of itself; it takes precedence over the profile.
         densities: Candidate shares of every group.
         correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
@@ -257,6 +267,7 @@ def plan(
         frozen: Tensors that the model's author froze.
         margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
         codecs: As in `predict`.
+        names: What the settings of `JOB_SETTINGS` are called where the user has them.
     """
     given = {"samples": samples, "byte_budget": byte_budget, "deadline_s": deadline_s, "energy_budget": energy_budget}
     for name, value in given.items():
@@ -277,6 +288,7 @@ def plan(
         correction,
         frozen,
         codecs,
+        names,
     )
     return search.plan()
 
@@ -314,6 +326,7 @@ class _Search:
     correction: Correction
     frozen: Collection[str]
     codecs: Codecs
+    names: Mapping[str, str]
 
     def plan(self) -> Plan:
         candidates = self._candidates()
@@ -357,8 +370,25 @@ class _Search:
             else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-            hint=f"{also}{memory}{self._remedies(last)} {_HINTS[worst.name]}",
+            hint=f"{also}{memory}{self._remedies(last)} {_HINTS[worst.name]}{self._processor_fits()}",
         )
+
+    def _processor_fits(self) -> str:
+        """That the board's processor fits where its GPU doesn't; empty where it doesn't either."""
+        if self._unit == CPU:
+            return ""
+        try:
+            made = self._on_processor().plan()
+        except PlanError:
+            return ""
+        tier = f"fedprune-device run --tier {TIERS[0]}"
+        return f" Or train on its processor ({tier}), which fits (density {made.density:.3g})."
+
+    def _on_processor(self) -> _Search:
+        """The same search for the board's processor, by the profile; rounds on the GPU taught its memory alone."""
+        probe = self.probe and replace(self.probe, unit=CPU, latency=None, train_rate=None, infer_rate=None)
+        profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
+        return replace(self, profile=profile, probe=probe, correction=self.correction.of_memory())
 
     def _candidates(self) -> Sequence[Rung]:
         if tuple(self.densities) == DENSITIES:
@@ -373,6 +403,10 @@ class _Search:
     @property
     def _table(self) -> LatencyTable:
         return latency_table(self.profile, self.probe)
+
+    @property
+    def _unit(self) -> str:
+        return trains_on(self.profile, self.probe)
 
     @property
     def _bandwidth(self) -> float:
@@ -454,16 +488,23 @@ class _Search:
             Uniform(other.density, seen.step_s, seen.latency_s),
             self.correction,
             found.recipe.accumulate,
-            (*self._unit(found), *self._notes(found), *notes),
-            warning,
+            (*self._on_gpu(found), *self._notes(found), *notes),
+            " ".join(filter(None, (warning, self._unlimited(found.prediction)))),
         )
 
-    def _unit(self, found: _Candidate) -> tuple[str, ...]:
+    def _unlimited(self, prediction: Prediction) -> str:
+        """That a board's energy was to be limited, but its power is unknown."""
+        if self.energy_budget is None or prediction.train_j is not None:
+            return ""
+        power = self.profile.power or Power()
+        missing = " and ".join(f"power.{n}" for n in ("idle_w", "load_w") if getattr(power, n) is None)
+        return f"energy isn't limited: {self.profile.name} has no {missing}."
+
+    def _on_gpu(self, found: _Candidate) -> tuple[str, ...]:
         """That the GPU trains, where it does, and whether the processor would take less time by the profile."""
-        if trains_on(self.profile, self.probe) == CPU:
+        if self._unit == CPU:
             return ()
-        profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
-        seen = predict(self.architecture, found.widths, profile, found.recipe, self.samples)
+        seen = self._on_processor()._prediction(found.widths, found.recipe)
         if seen.step_s >= found.prediction.step_s:
             return ("trains on: GPU",)
         step = f"{amount(seen.step_s, 's')} per step instead of {amount(found.prediction.step_s, 's')}"
@@ -509,15 +550,18 @@ class _Search:
                     return "No setting of the recipe or the board makes room for it."
                 needed.append(", or ".join(ways))
             else:
-                needed.append(_SETTINGS[limit.name].format(math.ceil(limit.value)))
+                needed.append(self._setting(limit.name, _enough(limit)))
         return f"It fits with {'; and with '.join(needed)}."
+
+    def _setting(self, limit: str, value: object) -> str:
+        return _SETTINGS[limit].format(self.names.get(limit, "{}").format(value))
 
     def _memory_remedies(self, found: _Candidate, limit: Limit) -> list[str]:
         """Settings each of which would make a candidate fit the memory, the least harmful first."""
         ways: list[str] = []
         smaller, fits = self._in_parts(found.widths, found.asked, smallest=1)
         if fits:
-            ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
+            ways.append(self._setting(MEMORY, smaller.accumulate))
         share = self.profile.memory.training_share * limit.overshoot
         if share <= 1:
             share = math.ceil(100 * share) / 100
@@ -559,14 +603,22 @@ _TERMS = {
 """Titles of the terms of `MemoryBreakdown`."""
 
 
+def _enough(limit: Limit) -> str:
+    """The least setting with which a value fits: whole bytes, other units rounded up to three digits."""
+    if limit.unit == "bytes":
+        return str(math.ceil(limit.value))
+    return f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(limit.value).normalize():f}"
+
+
 _SETTINGS = {
-    TIME: "a longer deadline (--deadline {0}, a job's deadline_s = {0})",
+    MEMORY: "smaller parts of a batch ({})",
+    TIME: "a longer deadline ({})",
     LINK: "link.bytes_per_round = {} in the board's profile",
-    BYTES: "more bytes per round (--bytes-per-round {0}, a job's byte_budget = {0})",
-    ENERGY: "more energy per round (--joules-per-round {0}, a job's energy_budget = {0})",
+    BYTES: "more bytes per round ({})",
+    ENERGY: "more energy per round ({})",
     STORAGE: "storage.budget_bytes = {} in the board's profile",
 }
-"""Per limit the setting that raises it."""
+"""Per limit what raises it: a setting that `names` has a name for, or one of the profile."""
 
 _HINTS = {
     MEMORY: "Use a smaller batch, or a smaller model.",
