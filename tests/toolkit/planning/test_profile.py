@@ -269,6 +269,14 @@ def test_a_board_is_shipped(name: str) -> None:
     assert profile_store.find(name).name == name
 
 
+def test_the_figures_of_an_orin_nano_are_of_its_15_w_mode() -> None:
+    nano = profile_store.find("jetson-orin-nano")
+    unit, power = nano.accelerator, nano.power
+    assert unit is not None
+    assert power is not None
+    assert (nano.cpu.clock_hz, unit.bandwidth_bytes_s, power.load_w) == (1_510_000_000, 68e9, 15.0)
+
+
 def test_shipped_names_are_sorted() -> None:
     assert list(profile_store.shipped()) == sorted(profile_store.shipped())
 
