@@ -17,7 +17,7 @@ from fedprune.core.text import amount, quantity
 from fedprune.jobs.state import Progress
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.devices.plan_vs_actual import compared, described, planned
+from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
@@ -99,6 +99,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         row
         | _last_part(row["name"], state)
         | {
+            "unit": unit(state.devices[row["name"]]) if state is not None and row["name"] in state.devices else "",
             "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
@@ -216,6 +217,10 @@ def _clock(at: float) -> str:
 def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[str]:
     plan = device["plan"]
     width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
+    if device["unit"] == "GPU":
+        width += ", trains on its GPU"
+    if plan and plan["prediction"].get("train_j") is not None:
+        width += f", {amount(plan['prediction']['train_j'], 'J')} per round"
     lines = [
         f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
         f"{quantity(device['samples'], 'sample')}, "

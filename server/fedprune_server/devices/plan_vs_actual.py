@@ -12,9 +12,9 @@ from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.model.architecture import Architecture
-from fedprune.planning.cost_prediction import predict
+from fedprune.planning.cost_prediction import predict, trains_on
 from fedprune.planning.plan import Plan
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 
@@ -56,6 +56,15 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
         return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe, codecs=codecs))
     except FedpruneError:
         return None
+
+
+def unit(device: Device) -> str:
+    """What a device trains on by its probe or profile: `GPU` or `CPU`; empty if neither can be read."""
+    try:
+        probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
+        return "CPU" if trains_on(HardwareProfile.from_dict(device.profile), probe) == CPU else "GPU"
+    except FedpruneError:
+        return ""
 
 
 def described(rows: Compared) -> str:

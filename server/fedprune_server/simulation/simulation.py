@@ -22,7 +22,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import PARTS
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
-from fedprune.core.text import one_line
+from fedprune.core.text import one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind, of_exit_code
 from fedprune.model.recipe import Recipe
 from fedprune.updates import CODECS
@@ -98,11 +98,13 @@ class StallDetector:
 
 def standstill(state: State, recipe: Recipe | None = None) -> str:
     """Why no round begins, with advice where training with this recipe diverged."""
-    reasons = sorted({d.excluded for d in state.devices.values() if d.excluded})
-    if not reasons:
+    excluded = [(d.excluded, name) for name, d in state.devices.items() if d.excluded]
+    if not excluded:
         return "Fewer devices can take part than job.devices asks for."
     advised = advice([], [d.excluded_by for d in state.devices.values()], recipe.to_dict()) if recipe else ""
-    return f"{reasons[0]}. {advised[:1].upper()}{advised[1:]}" if advised else reasons[0]
+    reason, name = min(excluded)
+    others = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
+    return f"Device {name}{others}: {reason}" + (f". {advised[:1].upper()}{advised[1:]}" if advised else "")
 
 
 log = logging.getLogger("fedprune.server")

@@ -13,8 +13,12 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.events import DeviceBorn, Extracted, Ticked
 from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode
+from fedprune.core.text import amount
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Progress, Task
+from fedprune.model.recipe import Recipe
+from fedprune.planning.plan import plan
+from fedprune.planning.profile_store import find
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import main
@@ -23,6 +27,7 @@ from fedprune_server.devices.quarantine import FILE, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.storage.storage import Storage
+from support.fakes import tiny_job as toy
 
 
 @pytest.fixture
@@ -89,6 +94,18 @@ def test_status_shows_devices_first_with_connection_and_reasons(
     ]
     for line, begin in zip(lines[1:], begins, strict=False):
         assert line.strip().startswith(begin)
+
+
+def test_status_shows_what_trains_and_the_energy_of_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    orin = find("jetson-orin-nano")
+    made = plan(toy.ARCHITECTURE, orin, Recipe(), 100)
+    device = Device(1, True, orin.to_dict(), None, 100, made.to_dict(), made.widths)
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
+        storage.save(State(model="0" * 64, devices={"orin": device}), (), 1.0)
+    assert main(["status", "--state", str(tmp_path)]) == ExitCode.OK
+    joules = amount(made.prediction.train_j or 0, "J")
+    assert f"density 1, bound by nothing, trains on its GPU, {joules} per round, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("options", "first"), [(["--rounds", "2"], 11), (["--rounds", "50"], 1)])

@@ -17,7 +17,7 @@ from fedprune.planning.cost_prediction import NO_CORRECTION, predict
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
-from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table
+from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table, unit
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import foresight_rows
 from support.fakes import tiny_job as toy
@@ -70,6 +70,23 @@ def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
     bare = replace(device, plan=None)
     assert predicted("pi", bare, JOB, toy.ARCHITECTURE) == vars(MADE.prediction)
     assert predicted("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None
+
+
+def test_a_device_trains_on_its_gpu_unless_it_fell_back() -> None:
+    pi = state(METRICS).devices["pi"]
+    orin = replace(pi, profile=profile_store.find("jetson-orin-nano").to_dict())
+    measured = {"cores": 6, "memory_total": 2**32, "memory_available": 2**31, "seconds": 1.0}
+    assert [unit(d) for d in (pi, orin, replace(orin, probe=measured), replace(pi, profile={}))] == [
+        "CPU",
+        "GPU",
+        "CPU",
+        "",
+    ]
+
+
+def test_the_record_has_what_a_round_takes() -> None:
+    (row,) = record_of("run", JOB, toy.ARCHITECTURE, state(METRICS)).devices
+    assert (row.unit, row.train_j, row.warning) == ("CPU", MADE.prediction.train_j, "")
 
 
 def test_what_the_strategy_adds_to_the_recipe_is_predicted_for_too() -> None:

@@ -79,6 +79,6 @@ def test_a_summary_says_so_of_a_run_that_diverged_and_of_no_other(tmp_path: Path
 
 
 def test_a_simulation_of_which_nothing_counts_any_more_says_what_to_change(tmp_path: Path) -> None:
-    said = r"come to a standstill.*Training diverged: 2 of the devices.*lower lr \(now 1000;"
+    said = r"standstill\. Device a \(and 1 other\): .*Training diverged: 2 of the devices.*lower lr \(now 1000;"
     with pytest.raises(PlanError, match=said):
         simulate(experiment(1000.0), tmp_path)

@@ -277,6 +277,16 @@ def test_plan_table_has_a_row_per_device():
     assert rows[1][1:] == ("raspberry-pi-zero-2w", "100", "0.500", "link", "4 · 12", "1,234", "88.0%")
 
 
+def test_plan_table_has_units_and_energy_where_devices_have_them(tmp_path):
+    zero, orin = record().devices
+    orin = replace(orin, unit="GPU", train_j=0.25, warning="energy isn't limited.")
+    run = replace(record(), devices=(replace(zero, unit="CPU"), orin))
+    cells = [dict(zip(plan_rows(run)[0], row, strict=True)) for row in plan_rows(run)[1:]]
+    assert [(c["trains on"], c["energy a round"]) for c in cells] == [("CPU", "–"), ("GPU", "250 mJ")]
+    assert "- orin: energy isn't limited." in write_report(tmp_path, run).markdown.read_text()
+    assert "trains on" not in plan_rows(replace(run, devices=(replace(zero, unit="CPU"),)))[0]
+
+
 def test_report_tells_the_same_numbers_as_html_and_markdown(tmp_path):
     report = write_report(tmp_path, record(), record("FedAvg", down=2_100_000, up=1_900_000))
     page = html.unescape(re.sub(r"<[^>]+>", " ", report.html.read_text()))

@@ -27,7 +27,7 @@ from fedprune.model.recipe import judged_by
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune_device.training.round_runner import MEASURED
-from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
+from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted, unit
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.measure import RoundNotes
@@ -51,6 +51,9 @@ class DeviceRow:
         missed: Rounds in which it was asked and delivered nothing that counts.
         why: Reason in the last of them.
         kind: The `FailureKind` of that.
+        unit: What it trains on, `GPU` or `CPU`; empty if unknown.
+        train_j: Predicted energy of a round's training, in joules; None if unknown.
+        warning: That of its plan.
     """
 
     name: str
@@ -65,6 +68,9 @@ class DeviceRow:
     missed: int = 0
     why: str = ""
     kind: str = ""
+    unit: str = ""
+    train_j: float | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -288,6 +294,7 @@ def record_of(
     rounds = (_round(e, known.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history)
     missed = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
+    foretold = {name: predicted(name, device, job, architecture) for name, device in state.devices.items()}
     devices = tuple(
         DeviceRow(
             name=name,
@@ -298,10 +305,13 @@ def record_of(
             bound=device.plan["bound"] if device.plan else "",
             parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
             excluded=device.excluded,
-            compared=compared(name, state, predicted(name, device, job, architecture)),
+            compared=compared(name, state, foretold[name]),
             missed=len(missed.get(name, [])),
             why=missed[name][-1][0] if name in missed else "",
             kind=missed[name][-1][1] if name in missed else "",
+            unit=unit(device),
+            train_j=(foretold[name] or {}).get("train_j"),
+            warning=device.plan["warning"] if device.plan else "",
         )
         for name, device in sorted(state.devices.items())
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
-from fedprune.core.text import quantity
+from fedprune.core.text import amount, quantity, some
 from fedprune.output.document import Block, Document, Drawing, Table
 from fedprune.output.tables import Column
 from fedprune_server.devices import plan_vs_actual
@@ -32,7 +32,7 @@ ROWS = 1000
 """Devices in a table."""
 
 _NAMED = 10
-"""Devices without updates that the terminal lists, at most."""
+"""Devices without updates, and warnings, that are listed, at most."""
 
 SHARE = 0.15
 """Share of the reference's bytes that the fleet may use, each way."""
@@ -128,12 +128,13 @@ def _privacy(run: Record) -> str:
     return "no noise" if cost is None else f"ε {cost:.3g} at δ {settings['delta']:g}, {settings['noise']} noise"
 
 
-_PLAN = ("device", "profile", "samples", "density", "bound by", "widths", "parameters")
+_PLAN = ("device", "profile", "trains on", "samples", "density", "bound by", "widths", "parameters", "energy a round")
 
 
 def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
     latest = run.latest
+    gpus = any(d.unit == "GPU" for d in run.devices)
     return _filled(
         [
             (*_PLAN, f"local {run.measure}", "why not"),
@@ -141,11 +142,13 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                 (
                     d.name,
                     d.profile,
+                    d.unit if gpus else "",
                     str(d.samples),
                     f"{d.density:.3f}" if d.widths else "–",
                     d.bound or "the job",
                     " · ".join(map(str, d.widths)),
                     f"{d.parameters:,}",
+                    "–" if d.train_j is None else amount(d.train_j, "J"),
                     shown(latest.get(d.name), run.measure),
                     _absence(run, d),
                 )
@@ -153,6 +156,15 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
             ),
         ]
     )
+
+
+def _warnings(run: Record) -> tuple[str, ...]:
+    """Warnings of plans, each once with the devices that have it."""
+    devices: dict[str, list[str]] = {}
+    for d in run.devices:
+        if d.warning:
+            devices.setdefault(d.warning, []).append(d.name)
+    return tuple(f"{some(names)}: {text}" for text, names in devices.items())[:_NAMED]
 
 
 def absences(run: Record) -> list[str]:
@@ -232,7 +244,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         "Bytes between server and devices": [Drawing(charts.traffic(runs))],
         "Channels of the devices": [Drawing(charts.channel_map(run))],
         "Channels over the rounds": [Drawing(charts.coverage_map(run))],
-        "Plans": [table(plan_rows(run))],
+        "Plans": [table(plan_rows(run)), _warnings(run)],
         "Predicted and measured": [table(foresight_rows(run))],
     }
     return Document(run.title, run.facts(), sections)
@@ -252,7 +264,7 @@ def _write(document: Document, page: Path, markdown: Path) -> None:
     markdown.write_text(f"{document.to_markdown()}\nCharts are in [{page.name}]({page.name}).\n", encoding="utf-8")
 
 
-_WORDS = ("", "run", "device", "profile", "bound by", "why not")
+_WORDS = ("", "run", "device", "profile", "trains on", "bound by", "why not")
 """Columns of text; the others hold numbers."""
 
 _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
