@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.cli import ended_by_signals
+from fedprune.core.cli import ended_by_signals, setting_of
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.parent_death import set_parent_death_signal
@@ -72,8 +72,8 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder of the run (default: demo-run)"
     )
-    demo.add_argument("--rounds", type=int, metavar="N", help="rounds of each job")
-    demo.add_argument("--seed", type=int, default=0, help="keys every random number (default: 0)")
+    demo.add_argument("--rounds", type=setting_of(int), metavar="N", help="rounds of each job")
+    demo.add_argument("--seed", type=setting_of(int), default=0, help="keys every random number (default: 0)")
     demo.add_argument("--quick", action="store_true", help="two rounds: does it run at all? Too few to judge it by")
     demo.set_defaults(function=_demo)
 

@@ -13,6 +13,7 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.cli import setting_of
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
@@ -100,7 +101,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for f in fields(Job):
         if f.name in _JOB:
             metavar, text = _JOB[f.name]
-            _add(group, ("job", f.name), type=type(f.default), metavar=metavar, help=text)
+            _add(group, ("job", f.name), type=setting_of(type(f.default)), metavar=metavar, help=text)
     text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
     _add(group, ("job", "schedule", "kind"), metavar="KIND", help=text)
     group = parser.add_argument_group("settings of the server")
@@ -120,7 +121,7 @@ def _add_setting(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> No
         return
     text = text if default is None else f"{text} (default: {default})"
     kind = next((k for k in (int, float) if k.__name__ in str(setting.type)), str)
-    _add(parser, place, type=kind, metavar=metavar, help=text)
+    _add(parser, place, type=setting_of(kind), metavar=metavar, help=text)
 
 
 def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Configured:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.core.cli import check_command, ended_by_signals, run_command, whole_number, with_extra
+from fedprune.core.cli import check_command, ended_by_signals, run_command, setting_of, whole_number, with_extra
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
 
@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
-    parser.add_argument("--seed", type=int, metavar="N", help="instead of the job's")
-    parser.add_argument("--rounds", type=whole_number, metavar="N", help="instead of the job's")
+    parser.add_argument("--seed", type=setting_of(int), metavar="N", help="instead of the job's")
+    parser.add_argument("--rounds", type=setting_of(int), metavar="N", help="instead of the job's")
     parser.add_argument("--workers", type=whole_number, metavar="N", help="processes that train side by side")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU, if that works")
     parser.set_defaults(run=with_extra("server", _run))

@@ -108,10 +108,16 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "{model}", "--broker", "mqtt://127.0.0.1:{port}"], ExitCode.BROKER, "127.0.0.1:{port}"),
         (["--model", "{folder}/wrong.onnx"], ExitCode.MODEL, "wrong.onnx"),
         ([], ExitCode.CONFIG, "--model"),
+        (
+            ["--port", "http"],
+            ExitCode.CONFIG,
+            "--port: [server] port: expected a whole number from 0 to 65535, got 'http'",
+        ),
+        (["--devices", "x"], ExitCode.CONFIG, "--devices: [job] devices: expected a whole number from 1 to"),
         (["--model", "{model}", "--schedule", "weekly"], ExitCode.CONFIG, "sync or semi-async or async, got 'weekly'"),
         (["--model", "{model}", "--evaluation", "{folder}/e.npz"], ExitCode.DATA, "e.npz"),
     ],
-    ids=["broker", "model", "no model", "schedule", "evaluation"],
+    ids=["broker", "model", "no model", "port", "devices", "schedule", "evaluation"],
 )
 def test_a_start_that_fails_ends_with_one_clear_error(
     model: Path, tmp_path: Path, closed_port: int, options: list[str], code: ExitCode, words: str,

@@ -371,6 +371,14 @@ def test_a_misspelt_command_is_named(capsys):
     assert "there is no command swep (did you mean 'sweep'?)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", [("--rounds", "-1"), ("--rounds", "many"), ("--seed", "x")])
+@pytest.mark.parametrize("fleet", ["file", "demo"])
+def test_a_wrong_setting_ends_as_it_would_in_the_file(config, tmp_path, fleet, wrong, capsys):
+    source = ["--demo"] if fleet == "demo" else ["--config", config()]
+    assert main([*source, "--out", str(tmp_path / "out"), *wrong]) == ExitCode.CONFIG
+    assert f"{wrong[0][2:]}: expected a whole number from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("lr", "code"), [("0", ExitCode.OK), ("0.0", ExitCode.OK), ("-0.1", ExitCode.CONFIG)])
 def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, capsys):
     text = CONFIG.replace("max_steps = 2", f"max_steps = 2, lr = {lr}").replace("rounds = 2", "rounds = 1")

@@ -111,7 +111,11 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["look", "--number", "x"], "argument --number: invalid int value: 'x'. See `tool look --help`.\n"),
+        (["look", "--number", "x"], "argument --number: expected a whole number, got 'x'. See `tool look --help`.\n"),
+        (
+            ["look", "--number", "1", "--share", "x"],
+            "argument --share: expected a number, got 'x'. See `tool look --help`.\n",
+        ),
         (["look"], "the following arguments are required: --number. See `tool look --help`.\n"),
         (["look", "--number", "1", "more"], "unrecognized arguments: more. See `tool --help`.\n"),
         ([], "the following arguments are required: COMMAND. See `tool --help`.\n"),
@@ -121,7 +125,9 @@ def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.C
     def build() -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(prog="tool")
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        commands.add_parser("look").add_argument("--number", type=int, required=True)
+        look = commands.add_parser("look")
+        look.add_argument("--number", type=int, required=True)
+        look.add_argument("--share", type=float)
         return parser
 
     with pytest.raises(SystemExit) as caught:

@@ -37,6 +37,11 @@ Options = TypeVar("Options")
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
 """argparse's message for an invalid choice."""
 
+_NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
+"""argparse's message for what is no number."""
+
+_KINDS = {"int": "whole number", "float": "number"}
+
 _RECIPE_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
 """Settings of a recipe that are lists."""
 
@@ -151,6 +156,19 @@ def whole_number(text: str) -> int:
     return value
 
 
+def setting_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The value of an option for a setting that a file can hold as well. One that is no number stays a text, which the
+    check of the settings refuses as it would in the file."""
+
+    def value(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return value
+
+
 def recipe_setting(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` of an option, such as lr=0.01: the value is JSON, or else text; a list may be given with commas."""
     key, equals, value = text.partition("=")
@@ -227,7 +245,7 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
     """Let a parser and those of its subcommands report errors in one line, without the usage."""
 
     def error(message: str) -> NoReturn:
-        _say(f"{_with_meant(message)}. See `{parser.prog} --help`.")
+        _say(f"{_reworded(message)}. See `{parser.prog} --help`.")
         raise SystemExit(int(ExitCode.USAGE))
 
     parser.error = error  # type: ignore[method-assign]
@@ -238,8 +256,11 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
                 _shorten(inner)
 
 
-def _with_meant(message: str) -> str:
-    """argparse's error for an unknown command or choice, with a suggestion instead of the list of all."""
+def _reworded(message: str) -> str:
+    """argparse's error, in our words for what is no number; for an unknown command or choice with a suggestion instead
+    of the list of all."""
+    if (number := _NUMBER.search(message)) is not None:
+        return f"{message[: number.start()]}expected a {_KINDS[number[1]]}, got {number[2]}"
     found = _CHOICE.search(message)
     if found is None:
         return message
