@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import byte_count, whole_number
 from fedprune.core.errors import ProtocolError
 from fedprune.planning.profile import TIERS
 from fedprune.wire.topics import EVERYONE, check_device, check_name
@@ -95,7 +95,7 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
     )
     add_sample_options(local)
     local.add_argument(
-        "--samples-bytes", type=whole_number, default=SAMPLES_BYTES, metavar="N", help="their room (default: 64 MiB)"
+        "--samples-bytes", type=byte_count, default=SAMPLES_BYTES, metavar="BYTES", help="their room (default: 64 MiB)"
     )
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 
+from fedprune.core.errors import ProfileError
 from fedprune.core.validation import instance, number, whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict
 from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, Plan
 from fedprune.planning.plan import plan as plan_widths
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import DOWN, NO_CODECS, PLAIN, Codec
 from fedprune_export.pruning.model import Model
@@ -96,7 +97,7 @@ def plan(
 
     Raises:
         ConfigError: An argument is of another type, or out of range.
-        ProfileError: There is no such profile.
+        ProfileError: There is no such profile, or the probe measured a GPU that boards of its kind don't have.
         PlanError: Not even the narrowest submodel fits.
     """
     instance("model", model, Model, "a model from fedprune_export.load")
@@ -116,6 +117,12 @@ def plan(
     profile = (
         target if isinstance(target, HardwareProfile) else profile_store.chosen(target, tuple(map(Path, profiles)))
     )
+    if probe is not None and probe.unit == CUDA and profile.identify and not profile.cuda:
+        raise ProfileError(
+            "the probe was measured on another board",
+            expected=f"unit {CPU}: {profile.name} has no GPU that trains",
+            got=probe.unit,
+        )
     recipe = recipe or Recipe()
     codec = Codec.parse(compression, "compression")
     codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWN else None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
-from fedprune.core.cli import joules, seconds, whole_number
+from fedprune.core.cli import byte_count, joules, seconds, whole_number
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
 from fedprune.model.recipe import Recipe
@@ -29,7 +29,6 @@ from fedprune_export.cli.options import (
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
-    byte_count,
     codec,
     density,
     names,
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training samples that the board holds (default: 1000)",
     )
     parser.add_argument(
-        "--bytes-per-round", type=whole_number, metavar="N", help="what a round may carry, down plus up"
+        "--bytes-per-round", type=byte_count, metavar="BYTES", help="what a round may carry, down plus up: such as 1MB"
     )
     parser.add_argument(
         "--compression",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -314,13 +313,3 @@ def targets(texts: Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise UsageError(f"--target {twice[0]} comes twice")
     return tuple(found)
-
-
-def byte_count(text: str) -> int:
-    """Bytes, such as 200MB, 1.5GB or 200000000; powers of 1000."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?B?)", text.strip(), re.IGNORECASE)
-    value = round(float(found[1]) * units.get(found[2].upper(), 0)) if found else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected bytes, such as 200MB or 1.5GB, got {text!r}")
-    return value

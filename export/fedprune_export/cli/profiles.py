@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import byte_count, whole_number
 from fedprune.core.errors import ProfileError
 from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
@@ -40,7 +40,7 @@ def register(subparsers: Any) -> None:
         help="an entry of its /proc/device-tree/compatible (can be repeated)",
     )
     finding.add_argument("--l4t", default="", metavar="RELEASE", help="a Jetson's L4T release, such as 36.4.3")
-    finding.add_argument("--memory", type=whole_number, metavar="BYTES", help="its MemTotal")
+    finding.add_argument("--memory", type=byte_count, metavar="BYTES", help="its MemTotal")
     finding.add_argument("--clock", type=whole_number, metavar="HZ", help="the highest clock of its processor")
     finding.add_argument("--machine", default="aarch64", help="the output of uname -m (default: aarch64)")
     finding.set_defaults(function=identify_profile)

@@ -160,7 +160,7 @@ def test_a_board_with_little_memory_gets_parts_of_a_batch(
 def test_an_export_that_keeps_little_of_a_model_warns(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "40000") == ExitCode.OK
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "40KB") == ExitCode.OK
     said = capsys.readouterr().out
     assert "warning: only " in said
     assert "warning: only " in (tmp_path / "b" / "report.md").read_text()
@@ -251,7 +251,7 @@ def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.Captu
     [
         *(("--density", v, f"above 0 and at most 1, or auto, got '{v}'") for v in ("0", "1.5", "wide", "nan")),
         ("--samples", "-4", "above 0, got '-4'"),
-        ("--bytes-per-round", "0", "above 0, got '0'"),
+        ("--bytes-per-round", "0", "expected bytes, such as 200MB or 1.5GB, got '0'"),
         ("--deadline", "-1", "above 0, got '-1'"),
         ("--compression", "int9", "top-k:0.05, got 'int9'"),
         ("--input-shape", "3,a", "such as 3,32,32, got '3,a'"),

@@ -215,6 +215,25 @@ def test_a_setting_needs_key_and_value(digits: Path, tmp_path: Path, text: str) 
     assert caught.value.code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [
+        ("raspberry-pi-5", ExitCode.PROFILE),
+        ("jetson-orin-nano", ExitCode.OK),
+        ("generic-x86-64", ExitCode.OK),
+    ],
+)
+def test_a_probe_of_a_gpu_is_of_a_board_that_may_have_one(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, code: ExitCode
+) -> None:
+    measured = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, unit="cuda").to_dict()
+    (tmp_path / "probe.json").write_text(json.dumps(measured))
+    options = ("--target", target, "--out", str(tmp_path / "b"), "--probe", str(tmp_path / "probe.json"))
+    assert main([str(digits), *options]) == code
+    said = "the probe was measured on another board: expected unit cpu: raspberry-pi-5 has no GPU that trains, got cuda"
+    assert (said in capsys.readouterr().err) is (code != ExitCode.OK)
+
+
 def test_a_probe_beats_the_profile(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A board that measured next to no memory gets a narrower model, or none."""
     body = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=2 * 10**9, seconds=1.0).to_dict()

@@ -334,6 +334,14 @@ def test_a_folder_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         profile_store.chosen(typed)
 
 
+@pytest.mark.parametrize("typed", ["README.md", "./README.md", "Makefile"])
+def test_a_file_of_another_kind_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    (tmp_path / typed).write_text("# Boards\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProfileError, match=rf"{typed} is no TOML or JSON file: expected a profile's name, or"):
+        profile_store.chosen(typed)
+
+
 def test_a_folder_does_not_hide_a_profile_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raspberry-pi-5").mkdir()
     monkeypatch.chdir(tmp_path)

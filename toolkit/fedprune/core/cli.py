@@ -156,6 +156,16 @@ def whole_number(text: str) -> int:
     return value
 
 
+def byte_count(text: str) -> int:
+    """Bytes of an option, such as 200MB, 1.5GB or 200000000; powers of 1000."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?B?)", text.strip(), re.IGNORECASE)
+    value = round(float(found[1]) * units.get(found[2].upper(), 0)) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes, such as 200MB or 1.5GB, got {text!r}")
+    return value
+
+
 def setting_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """The value of an option for a setting that a file can hold as well. One that is no number stays a text, which the
     check of the settings refuses as it would in the file."""

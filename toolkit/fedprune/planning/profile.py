@@ -186,9 +186,14 @@ class HardwareProfile:
     def gpu(self) -> Accelerator | None:
         """The GPU on which boards of this tier train; None where the processor trains, or its peak rate is unknown."""
         unit = self.accelerator
-        if unit is None or unit.kind != "cuda" or unit.peak_flops is None or self.software.tier == TIERS[0]:
+        if unit is None or not self.cuda or unit.peak_flops is None or self.software.tier == TIERS[0]:
             return None
         return unit
+
+    @property
+    def cuda(self) -> bool:
+        """Whether boards have a GPU that CUDA drives."""
+        return self.accelerator is not None and self.accelerator.kind == "cuda"
 
     def figures(self) -> dict[str, Any]:
         """Every figure that is set, by dotted name, in the order of the schema."""

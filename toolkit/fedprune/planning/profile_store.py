@@ -74,14 +74,16 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
 
 
 def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
-    """As `find`, for what a user of this machine typed: says so where it is a folder. Raises `ProfileError` as
-    `find`."""
+    """As `find`, for what a user of this machine typed: says so where it is a folder, or a file of another kind. Raises
+    `ProfileError` as `find`."""
     try:
         return find(name_or_path, folders)
     except ProfileError as error:
-        if Path(name_or_path).is_dir():
+        path = Path(name_or_path)
+        if path.is_dir() or (path.is_file() and path.suffix not in _SUFFIXES):
+            kind = "a folder" if path.is_dir() else "no TOML or JSON file"
             raise ProfileError(
-                f"{name_or_path} is a folder", expected="a profile's name, or a TOML or JSON file of one profile"
+                f"{name_or_path} is {kind}", expected="a profile's name, or a TOML or JSON file of one profile"
             ) from error
         raise
 
