@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from fedprune.core.disk import is_there
 from fedprune.core.errors import DataError, StorageError, remedy
 from fedprune.core.imports import own_module
 from fedprune.core.rng import keyed
-from fedprune.core.zip_limits import check_members
+from fedprune.core.zip_limits import check_members, why_unreadable
 from fedprune.model.lengths import Shape
 from fedprune_device.data.dataset import SPLITS, LocalData, check_shape, check_type, checked_inputs, checked_samples
 from fedprune_device.data.sequences import LENGTHS, Rows, fitted, rows_of
@@ -114,15 +113,6 @@ def _members(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inpu
         name: member(path, file.zip, entries[name], spool, any_type=name.partition("_")[0] != "x")
         for name in file.files
     }
-
-
-def why_unreadable(error: Exception) -> str:
-    """numpy's error about a file in brackets, without its advice to allow pickles; may be empty."""
-    text = str(error)
-    if "Object arrays" in text:
-        return " (it holds objects, which are never unpickled)"
-    # What is neither a zip archive nor an array numpy takes for a pickle.
-    return "" if not text or "pickle" in text or isinstance(error, zipfile.BadZipFile) else f" ({text})"
 
 
 def _found(source: str, seed: int, device: str, spool: Path | None) -> object:

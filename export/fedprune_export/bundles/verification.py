@@ -217,12 +217,12 @@ class _Trial:
                     f"{weights_file(precision)}: tensor {name} was not made from these weights",
                     hint="Export the bundle again.",
                 )
-        whole = Session(bundle.path(INFERENCE)).run({step.X: self.x})[step.LOGITS]
         logits = Session(bundle.path(graph_file(precision)), exact=True).run({step.X: self.x})[step.LOGITS]
-        if logits.shape != whole.shape or not np.isfinite(logits).all():
-            raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {whole.shape}")
-        off = distance(logits, whole)
-        return f"{len(held)} tensors are those of the weights; logits of random samples are {off:.1e} off"
+        shape = (len(self.x), *self.outputs)
+        if logits.shape != shape or not np.isfinite(logits).all():
+            raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {shape}")
+        # How far they are off says nothing: ranges were measured on samples of another kind.
+        return f"{len(held)} tensors are those of the weights; logits of random samples are finite"
 
 
 def check_model(bundle: Bundle, model: Model) -> str:

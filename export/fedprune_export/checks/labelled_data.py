@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, ModelError, remedy, shape_text
-from fedprune.core.zip_limits import check_members
+from fedprune.core.zip_limits import check_members, why_unreadable
 from fedprune.model.architecture import Architecture
 from fedprune.model.lengths import Shape, fits, padded, with_lengths
 from fedprune.model.recipe import Recipe, labels_of
@@ -182,6 +182,6 @@ def _arrays(path: Path) -> dict[str, Array]:
         raise
     except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
         raise DataError(
-            f"{path} is no .npz file of plain arrays ({type(error).__name__})",
+            f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error

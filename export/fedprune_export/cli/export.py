@@ -268,6 +268,7 @@ def _remarks(reports: Mapping[str, fx.Report]) -> Iterator[str]:
     for name, report in reports.items():
         if report.plan.chosen.warning:
             yield f"warning: {name}: {report.plan.chosen.warning}"
+        yield from (f"warning: {name}: {t.warning}" for t in report.trials if t.warning)
         if report.advice:
             yield f"{name} has limited support: {report.advice}"
 

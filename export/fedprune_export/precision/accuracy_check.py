@@ -15,7 +15,7 @@ from fedprune.core.errors import ModelError
 from fedprune.core.text import some
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import INFERENCE, WEIGHTS
-from fedprune.runtime.precision import SAMPLES, Agreement, agreement, lowered_weights
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, SAMPLES, Agreement, agreement, lowered_weights
 from fedprune.runtime.precision_files import INT8, graph_file, weights_file
 from fedprune.runtime.session import Array, Session
 from fedprune_export.checks.labelled_data import LabelledData
@@ -31,12 +31,18 @@ _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 @dataclass(frozen=True)
 class Trial:
-    """A precision that may serve. `given`: whether samples were given to compare on, or random ones had to do."""
+    """A precision that may serve.
+
+    Attributes:
+        given: Whether samples were given to compare on, or random ones had to do.
+        warning: That ranges were measured on samples that show little; empty if they weren't.
+    """
 
     lowered: Lowered
     files: Mapping[str, bytes]
     agreement: Agreement
     given: bool
+    warning: str = ""
 
     def describe(self) -> str:
         size = len(self.files[weights_file(self.lowered.precision)])
@@ -53,6 +59,7 @@ class Trial:
             "stays_float32": list(self.lowered.stays),
             "agreement": self.agreement.to_dict(),
             "random_samples": not self.given,
+            "warning": self.warning,
         }
 
 
@@ -129,7 +136,8 @@ class Trials:
         labels = "classes" if self._data is None else self._data.labels
         y = None if self._data is None else self._data.y[: len(outputs)]
         found = agreement(_LOSSES[labels], self._reference, outputs, y)
-        return Trial(lowered, files, found, self._data is not None)
+        warning = _alike(self._x[:CALIBRATION_SAMPLES]) if precision == INT8 else ""
+        return Trial(lowered, files, found, self._data is not None, warning)
 
     def _outputs(self, folder: Path, graph: str) -> Array:
         if graph == INFERENCE:
@@ -140,3 +148,11 @@ class Trials:
         return np.concatenate(
             [session.run({X: x[s : s + _AT_ONCE]}, [LOGITS])[LOGITS] for s in range(0, len(x), _AT_ONCE)]
         )
+
+
+def _alike(x: Array) -> str:
+    """That samples to measure ranges on are one, or all equal; empty if they differ."""
+    if (x != x[:1]).any():
+        return ""
+    few = "a single sample" if len(x) == 1 else f"{len(x)} equal samples"
+    return f"int8: ranges of activations were measured on {few}; give some hundred like those that the board will see"

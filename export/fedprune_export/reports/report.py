@@ -215,10 +215,11 @@ class Report:
             f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes",
         ]
         if self.accuracy is not None:
-            scores = " -> ".join(self.accuracy.shown())
-            lines.append(f"{self.accuracy.measure} on {self.accuracy.samples:,} samples, untrained: {scores}")
+            a, scores = self.accuracy, " -> ".join(self.accuracy.shown())
+            lines.append(f"{a.measure} on {a.samples:,} samples, before local training: {scores}")
         lines.append(f"parity with the masked model: {self.parity:.1e}")
         lines += [f"{t.lowered.precision}: {t.describe()}" for t in self.trials]
+        lines += [f"warning: {t.warning}" for t in self.trials if t.warning]
         lines += [f"limited support: {self.advice}"] if self.advice else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"bundle: {self.folder} (report.html says more)"])
@@ -241,7 +242,10 @@ class Report:
             ),
             "Plan": (*lines, warning, Bars(limits(plan), "Limits of the plan", listed=True)),
             "Memory in training, predicted": (Bars(self._memory(), "Memory in training", _MEMORY, listed=True),),
-            "Lower precision": (Table(_PRECISIONS, [(t.lowered.precision, t.describe()) for t in self.trials]),),
+            "Lower precision": (
+                Table(_PRECISIONS, [(t.lowered.precision, t.describe()) for t in self.trials]),
+                tuple(f"warning: {t.warning}" for t in self.trials if t.warning),
+            ),
             "Channels": (
                 Bars(channel_bars(self.selection), "Kept channels of every group", caption=_CHANNEL_BARS),
                 Table(_GROUPS, groups, summary="Members of the groups"),

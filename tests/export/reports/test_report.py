@@ -153,7 +153,8 @@ def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys
         "before": 1.0,
         "after": pytest.approx(np.mean(mine == own), abs=1e-9),
     }
-    assert f"accuracy on 1,797 samples, untrained: 100.0% -> {found['after']:.1%}" in capsys.readouterr().out
+    said = f"accuracy on 1,797 samples, before local training: 100.0% -> {found['after']:.1%}"
+    assert said in capsys.readouterr().out
     for name in ("report.md", "report.html"):
         assert f"{found['after']:.1%}" in (tmp_path / "b" / name).read_text()
 
@@ -183,7 +184,7 @@ HOLED[2, 0, 1, 5] = np.inf
         ({"x": X, "y": Y + 10}, "a label is out of range: expected 0 to 9, got 10"),
         ({"x": X, "y": Y - 1}, "a label is out of range: expected 0 to 9, got -1"),
         ({"x": X, "y": Y.astype(float)}, r"whole numbers \[4\]"),
-        ({"x": X, "y": np.array([{}] * 4, object)}, "no .npz file of plain arrays"),
+        ({"x": X, "y": np.array([{}] * 4, object)}, r"not an \.npz file of plain arrays \(it holds objects"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
@@ -205,6 +206,15 @@ def test_a_value_to_predict_that_is_not_finite_is_named(digits: Path, tmp_path: 
     np.savez(tmp_path / "data.npz", x=X, y=y[:, :9])
     with pytest.raises(DataError, match=r"y: expected numbers \[4, 10\], got float32 \[4, 9\]"):
         labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
+
+
+def test_a_file_that_was_cut_short_is_called_that(digits: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    architecture = import_onnx(digits.read_bytes(), "d").architecture
+    for raw in ((tmp_path / "data.npz").read_bytes()[:-200], b"x, y"):
+        (tmp_path / "data.npz").write_bytes(raw)
+        with pytest.raises(DataError, match=r"plain arrays \(it is cut short, or no zip archive\)"):
+            labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
 
 
 @pytest.mark.parametrize("raw", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])

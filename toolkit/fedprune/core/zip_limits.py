@@ -54,3 +54,14 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, re
     if len(found) > most:
         raise refuse(f"{member.filename[:200]!r}", expected=f"at most {most} bytes", got="more")
     return found
+
+
+def why_unreadable(error: Exception) -> str:
+    """numpy's or zipfile's error about a file of arrays in brackets, without advice to allow pickles; may be empty."""
+    text = str(error)
+    if "Object arrays" in text:
+        return " (it holds objects, which are never unpickled)"
+    # What is neither a zip archive nor an array numpy takes for a pickle.
+    if "pickle" in text or isinstance(error, zipfile.BadZipFile):
+        return " (it is cut short, or no zip archive)"
+    return text and f" ({text})"

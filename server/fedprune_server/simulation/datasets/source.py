@@ -24,8 +24,7 @@ from numpy.lib import format as npy
 
 from fedprune.core.disk import is_there
 from fedprune.core.errors import DataError, MissingExtraError, reason, remedy, shape_text
-from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO, check_sizes
-from fedprune_device.data.array_source import why_unreadable
+from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO, check_sizes, why_unreadable
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
