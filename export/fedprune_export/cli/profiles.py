@@ -14,6 +14,7 @@ from fedprune.core.errors import ProfileError
 from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
 from fedprune.planning.identification import Facts, identify
+from fedprune.planning.latency_model import GPU_SHARE
 from fedprune.planning.profile import SECTIONS, HardwareProfile
 
 
@@ -76,7 +77,8 @@ _LISTED = (
     Column("cores", drop=3),
     Column("memory", right=True),
     Column("for training", right=True),
-    Column("CPU trains at", right=True, drop=2),
+    Column("trains on", drop=2),
+    Column("trains at", right=True, drop=2),
     Column("per round", right=True, drop=4),
 )
 _FIGURES = Column("figure"), Column("value", wrap=12), Column("source", wrap=20)
@@ -90,12 +92,20 @@ def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
             f"{p.cpu.cores} x {p.cpu.clock_hz / 1e9:g} GHz",
             _bytes(p.memory.total_bytes),
             _bytes(p.training_bytes),
-            f"{p.train_rate / 1e9:.1f} GFLOP/s",
+            *_training(p),
             _bytes(p.link.bytes_per_round),
         )
         for p in profiles
     ]
     print_table(_LISTED, rows)
+
+
+def _training(profile: HardwareProfile) -> tuple[str, str]:
+    """The unit that trains, and the rate at which plans count its products."""
+    gpu = profile.gpu
+    peak = None if gpu is None else gpu.peak_flops
+    unit, rate = ("CPU", profile.train_rate) if peak is None else ("GPU", GPU_SHARE * peak)
+    return unit, f"{rate / 1e9:,.1f} GFLOP/s"
 
 
 def _raise(bad: Sequence[ProfileError], of: int) -> None:

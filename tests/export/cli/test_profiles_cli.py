@@ -43,6 +43,17 @@ def test_the_list_has_every_shipped_profile_and_those_of_own_folders(
     assert [HardwareProfile.from_dict(b).name for b in json.loads(capsys.readouterr().out)] == names
 
 
+def test_the_list_names_the_unit_that_trains_and_its_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    run("list")
+    head, *rows = (row.split("\t") for row in capsys.readouterr().out.splitlines())
+    listed = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert {n for n, row in listed.items() if row["trains on"] == "GPU"} == {
+        "jetson-agx-orin", "jetson-orin-nano", "jetson-orin-nx", "jetson-thor",
+    }  # fmt: skip
+    assert listed["jetson-orin-nano"]["trains at"] == "436.7 GFLOP/s"
+    assert listed["raspberry-pi-5"]["trains at"] == "33.8 GFLOP/s"
+
+
 def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own(tmp_path)
     own(tmp_path, "bad", -4)
@@ -101,7 +112,7 @@ def test_the_check_reports_good_files_and_names_every_bad_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = own(tmp_path), own(tmp_path, "bad", -4)
-    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores: expected .*got -4"):
+    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores \(cores that Linux .*\): expected .*got -4"):
         run("check", str(bad), str(good))
     assert f"{good}: ok" in capsys.readouterr().out
     with pytest.raises(ProfileError):

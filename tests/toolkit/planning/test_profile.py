@@ -269,6 +269,15 @@ def test_a_board_is_shipped(name: str) -> None:
     assert profile_store.find(name).name == name
 
 
+def test_a_figure_that_is_no_number_is_named_with_what_it_is() -> None:
+    changed = body()
+    changed["power"]["idle_w"] = "five"
+    with pytest.raises(ProfileError) as refused:
+        HardwareProfile.from_dict(changed)
+    said = "power.idle_w (power of the idle board): expected a number from 0 to 100000 (W), got 'five'"
+    assert str(refused.value) == f"profile: {said}"
+
+
 def test_the_figures_of_an_orin_nano_are_of_its_15_w_mode() -> None:
     nano = profile_store.find("jetson-orin-nano")
     unit, power = nano.accelerator, nano.power

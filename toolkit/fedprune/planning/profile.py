@@ -89,8 +89,8 @@ class Link:
 class Power:
     """Power at the wall."""
 
-    idle_w: float | None = _figure("Idle.", "W", 0, 10**5, optional=True)
-    load_w: float | None = _figure("All cores busy.", "W", 0, 10**5, optional=True)
+    idle_w: float | None = _figure("Power of the idle board.", "W", 0, 10**5, optional=True)
+    load_w: float | None = _figure("Power with all cores busy.", "W", 0, 10**5, optional=True)
 
 
 @dataclass(frozen=True)
@@ -361,11 +361,11 @@ def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) ->
         return value
     if not whole and is_number(value, low, high):
         return float(value)
+    doc = meta["doc"].removesuffix(".")
     raise ProfileError(
-        key,
+        f"{key} ({doc[0].lower()}{doc[1:]})",
         expected=f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g} ({meta['unit']})",
         got=repr(value),
-        hint=meta["doc"],
     )
 
 
