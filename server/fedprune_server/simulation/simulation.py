@@ -98,11 +98,11 @@ class StallDetector:
 
 def standstill(state: State, recipe: Recipe | None = None) -> str:
     """Why no round begins, with advice where training with this recipe diverged."""
-    excluded = [(d.excluded, name) for name, d in state.devices.items() if d.excluded]
+    excluded = [(name, d.excluded) for name, d in state.devices.items() if d.excluded]
     if not excluded:
         return "Fewer devices can take part than job.devices asks for."
     advised = advice([], [d.excluded_by for d in state.devices.values()], recipe.to_dict()) if recipe else ""
-    reason, name = min(excluded)
+    name, reason = min(excluded)
     others = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
     return f"Device {name}{others}: {reason}" + (f". {advised[:1].upper()}{advised[1:]}" if advised else "")
 

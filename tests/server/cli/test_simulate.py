@@ -371,6 +371,23 @@ def test_a_misspelt_command_is_named(capsys):
     assert "there is no command swep (did you mean 'sweep'?)" in capsys.readouterr().err
 
 
+def test_a_budget_of_energy_that_no_device_keeps_names_device_and_setting(config, tmp_path, capsys):
+    text = CONFIG.replace("density = 0.25", "energy_budget = 1e-6")
+    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.PLAN
+    said = capsys.readouterr().err
+    assert "standstill. Device barn (and 1 other): no width of " in said
+    assert "more energy per round (energy_budget = " in said
+    assert "--joules" not in said
+
+
+def test_a_budget_of_energy_that_cannot_be_kept_to_is_in_the_report(config, tmp_path):
+    text = CONFIG.replace("density = 0.25", "energy_budget = 1e9").replace("jetson-orin-nano", "jetson-thor")
+    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.OK
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- dock: energy isn't limited: jetson-thor has no power.idle_w." in report
+    assert "| trains on |" in report
+
+
 @pytest.mark.parametrize("wrong", [("--rounds", "-1"), ("--rounds", "many"), ("--seed", "x")])
 @pytest.mark.parametrize("fleet", ["file", "demo"])
 def test_a_wrong_setting_ends_as_it_would_in_the_file(config, tmp_path, fleet, wrong, capsys):

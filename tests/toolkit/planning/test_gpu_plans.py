@@ -95,7 +95,7 @@ def test_an_energy_too_small_for_the_gpu_names_the_processor_if_that_fits(probe:
     whole = predict(TINY, TINY.sizes, on_processor(NANO), RECIPE, 160)
     with pytest.raises(PlanError, match="even the narrowest breaks energy") as refused:
         plan(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=2 * whole.train_j)
-    assert f"its processor (fedprune-device run --tier {TIERS[0]}), which fits (density 1)" in str(refused.value)
+    assert f'its processor, which fits (density 1): software.tier = "{TIERS[0]}" in its profile' in str(refused.value)
     with pytest.raises(PlanError) as refused:
         plan(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=1e-9)
     assert "processor" not in str(refused.value)

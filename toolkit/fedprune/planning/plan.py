@@ -381,8 +381,8 @@ class _Search:
             made = self._on_processor().plan()
         except PlanError:
             return ""
-        tier = f"fedprune-device run --tier {TIERS[0]}"
-        return f" Or train on its processor ({tier}), which fits (density {made.density:.3g})."
+        tier = f'software.tier = "{TIERS[0]}" in its profile, fedprune-device run --tier {TIERS[0]} on the board'
+        return f" Or train on its processor, which fits (density {made.density:.3g}): {tier}."
 
     def _on_processor(self) -> _Search:
         """The same search for the board's processor, by the profile; rounds on the GPU taught its memory alone."""
