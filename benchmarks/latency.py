@@ -170,7 +170,7 @@ def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
     ladder = rungs(architecture, table, BATCH, DENSITIES)
     for share in SHARES:
         rung = min(ladder, key=lambda r: abs(r.density - share))
-        uniform = equal_work(architecture, table, BATCH, rung.widths)
+        uniform = equal_work(architecture, rung.widths)
         both = (rung.widths, uniform.widths)
         step_s = pair_seconds([bench.step(w) for w in both], STEPS + 2)
         latency_s = pair_seconds([bench.prediction(w) for w in both], 2 * PREDICTIONS)

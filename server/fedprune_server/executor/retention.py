@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -29,6 +30,7 @@ class BlobCollector:
         self._candidates: set[str] = set()
         self._graphs = LatestGraphs()
         self._references: dict[tuple[str, str], set[str]] = {}  # by kind ("state", "device", "task") and name
+        self._uses = Counter[str]()  # how many of these refer to a blob
 
     def note_state(self, state: State) -> None:
         """Mark what the state no longer refers to. Call it before `state.settle()`, which forgets what has changed."""
@@ -45,7 +47,12 @@ class BlobCollector:
         before = self._references.pop((kind, name), set())
         if digests:
             self._references[kind, name] = digests
-        self._candidates |= before - digests
+        self._uses.update(digests - before)
+        for digest in before - digests:
+            self._candidates.add(digest)
+            self._uses[digest] -= 1
+            if not self._uses[digest]:
+                del self._uses[digest]
 
     def mark(self, digests: Iterable[str]) -> None:
         if self._keep is not None:
@@ -74,9 +81,10 @@ class BlobCollector:
         Raises:
             StorageError: The disk fails.
         """
+        self.note_state(state)
         self.mark(self._graphs.let_go(state.round))
-        kept = state.references() | self._graphs.digests() | kept_models(state, self._keep)
-        kept |= arriving
+        kept = {d for d in self._candidates if d in self._uses}
+        kept |= self._graphs.digests() | kept_models(state, self._keep) | arriving
         for digest in self._candidates - kept:
             self._store.delete(digest)
         self._candidates &= kept

@@ -146,12 +146,12 @@ def device_row(name: str, device: Device) -> dict[str, Any]:
         "widths": encoded(list(device.widths)),
         "plan": encoded(device.plan),
         "excluded": device.excluded,
-        "body": encoded(vars(device)),
+        "body": encoded(device.to_dict()),
     }
 
 
 def task_row(name: str, task: Task) -> dict[str, Any]:
-    return {"name": name, "body": encoded(vars(task))}
+    return {"name": name, "body": encoded(task.to_dict())}
 
 
 def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.jobs.state import Progress, Task
+from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.precision import unpacked
@@ -139,6 +139,25 @@ def test_collector_keeps_graphs_that_offers_may_name(store: BlobStore) -> None:
     collector.mark({graphs[0]})
     collector.collect(state, set())
     assert [store.has(g) for g in graphs] == [i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
+
+
+def test_collector_looks_at_what_has_changed_only(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, state = BlobCollector(store, keep=1), State("")
+    mine, others = (store.put(content).sha256 for content in (b"of one alone", b"of several"))
+    for name, held in {"a": mine, "b": others, "c": others}.items():
+        state.devices[name] = Device(1, True, {}, None, 10, held={"weights": held})
+    collector.note_state(state)
+    state.settle()
+    looked = set[str]()
+    references = Device.references
+    monkeypatch.setattr(Device, "references", lambda d: looked.add(d._name) or references(d))
+    for name, left in {"a": [False, True], "b": [False, True], "c": [False, False]}.items():
+        state.devices[name].held = None
+        collector.collect(state, set())
+        state.settle()
+        assert looked == {name}
+        looked.clear()
+        assert [store.has(mine), store.has(others)] == left
 
 
 def test_collector_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:

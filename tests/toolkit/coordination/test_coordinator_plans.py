@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.coordination import State, SynchronousCoordinator, width_planner
 from fedprune.coordination import events as on
 from fedprune.coordination.width_planner import WidthPlanner
+from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, predict
 from fedprune.planning.latency_model import typical_table
-from fedprune.planning.plan import DENSITIES, MEMORY, Plan
+from fedprune.planning.plan import DENSITIES, MEMORY, Plan, plan
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.strategies import compose
+from fedprune.strategies import Strategy, compose
 from support.fakes.coordinator_shell import digest
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -258,3 +261,65 @@ def test_what_was_learnt_outlasts_a_new_connection() -> None:
     play(coordinator, 3.0)
     coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 11), 0.0)
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
+
+
+def born(coordinator: SynchronousCoordinator, name: str, samples: int = 10, probe: ProbeReport | None = None) -> Device:
+    said = None if probe is None else probe.to_dict()
+    coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), samples, said), 0.0)
+    return coordinator.state.devices[name]
+
+
+def test_devices_that_are_alike_share_a_plan_until_their_rounds_teach_otherwise() -> None:
+    coordinator = planned_fleet()
+    coordinator.job = replace(coordinator.job, devices=9)
+    first, second = coordinator.state.devices["a"], born(coordinator, "b")
+    assert first.plan is second.plan
+    assert first.profile is second.profile
+    assert born(coordinator, "c", samples=11).plan != first.plan
+    before = dict(second.plan or {})
+    play(coordinator, 3.0)
+    assert coordinator.state.devices["a"].plan != before
+    assert second.plan == before
+    assert born(coordinator, "d").plan is second.plan
+
+
+def test_a_plan_is_not_shared_with_a_device_that_trains_by_another_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = replace(JOB, density=0.0)
+    strategy = compose(job)
+    planner = WidthPlanner(job, strategy, ARCHITECTURE)
+    asked = type(strategy).planned_recipe
+
+    def own(self: Strategy, job: Job, device: str, *others: Any) -> Recipe:
+        return replace(asked(self, job, device, *others), epochs=7 if device == "b" else 1)
+
+    monkeypatch.setattr(type(strategy), "planned_recipe", own)
+    devices = {name: Device(1, True, PI.to_dict(), None, 100) for name in "abc"}
+    for name, device in devices.items():
+        planner.plan(name, device)
+    steps = {name: Plan.from_dict(device.plan).prediction.steps for name, device in devices.items()}
+    assert steps["b"] == 7 * steps["a"] == 7 * steps["c"]
+
+
+def test_why_no_width_fits_is_remembered_as_plans_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = replace(JOB, density=0.0, byte_budget=1)
+    planner = WidthPlanner(job, compose(job), ARCHITECTURE)
+    devices = [Device(1, True, PI.to_dict(), None, 100) for _ in range(2)]
+    planner.plan("a", devices[0])
+    monkeypatch.setattr(width_planner, "plan", None)
+    planner.plan("b", devices[1])
+    assert devices[0].excluded == devices[1].excluded != ""
+
+
+def test_remembered_plans_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(width_planner, "PLANS", 3)
+    job = replace(JOB, density=0.0)
+    planner = WidthPlanner(job, compose(job), ARCHITECTURE)
+    for samples in (1, 2, 3, 4, 5, 1):
+        device = Device(1, True, PI.to_dict(), None, samples)
+        planner.plan("a", device)
+        assert Plan.from_dict(device.plan) == direct_plan(job, samples)
+    assert len(planner._plans) == 3
+
+
+def direct_plan(job: Job, samples: int) -> Plan:
+    return plan(ARCHITECTURE, PI, job.recipe, samples, deadline_s=job.deadline_s)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from fedprune.coordination.limits import (
     bounds,
     capped,
     lengths,
+    limit_of,
     reaches,
     shortened,
     weight_limit,
@@ -238,6 +242,12 @@ def test_a_board_counts_for_a_multiple_of_the_median_at_most() -> None:
 def test_two_boards_have_no_majority() -> None:
     assert weight_limit([10, 10**6], 4.0) == 2**62
     assert weight_limit([10, 10**6], 4.0, 500) == 500
+
+
+@given(st.lists(st.integers(0, 40), min_size=3), st.floats(1, 5), st.integers(0, 100))
+def test_the_median_of_samples_limits_weights(samples: list[int], times: float, most: int) -> None:
+    limit = math.ceil(times * max(1, statistics.median_low(samples)))
+    assert weight_limit(samples, times, most) == limit_of(Counter(samples), times, most) == min(limit, most or limit)
 
 
 def test_an_update_without_shares_keeps_its_bits() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,12 @@ NAMES = st.lists(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size
 SHARES = st.floats(0.01, 1, allow_nan=False)
 
 
+def named(order: Sequence[str], offered: Mapping[str, int], count: int, fairness: float) -> list[str]:
+    """Names of the devices that a round asks, of those in a random order."""
+    found = drawn(np.array([offered[n] for n in order], np.int64), count, fairness)
+    return [order[i] for i in found.tolist()]
+
+
 @given(st.data(), NAMES, SHARES, st.floats(0, 1), st.floats(0, 3))
 def test_as_many_different_devices_are_drawn_as_are_asked_for(
     data: st.DataObject, names: list[str], share: float, fairness: float, more: float
@@ -28,7 +36,7 @@ def test_as_many_different_devices_are_drawn_as_are_asked_for(
     asked = beyond(count, more, len(names))
     assert 1 <= count <= asked <= len(names)
     waited = {n: data.draw(st.integers(0, 5)) for n in names}
-    found = drawn(names, waited, asked, fairness)
+    found = named(names, waited, asked, fairness)
     assert len(found) == len(set(found)) == asked
     assert set(found) <= set(names)
 
@@ -36,14 +44,14 @@ def test_as_many_different_devices_are_drawn_as_are_asked_for(
 @given(NAMES, SHARES)
 def test_without_fairness_the_lot_alone_decides(names: list[str], share: float) -> None:
     count = places(share, len(names))
-    assert drawn(names, dict.fromkeys(names, 0), count, 0.0) == names[:count]
+    assert named(names, dict.fromkeys(names, 0), count, 0.0) == names[:count]
 
 
 @given(st.data(), NAMES)
 def test_places_by_turn_go_to_those_who_have_waited_longest(data: st.DataObject, names: list[str]) -> None:
     waited = {n: data.draw(st.integers(0, 5)) for n in names}
     count = data.draw(st.integers(1, len(names)))
-    found = drawn(names, waited, count, 1.0)
+    found = named(names, waited, count, 1.0)
     assert max(waited[n] for n in found) <= min((waited[n] for n in names if n not in found), default=5)
 
 
@@ -75,7 +83,7 @@ def test_nobody_has_two_turns_before_one_who_stays(data: st.DataObject, count: i
     for number in range(1, 3 * count):
         ready = ["d0", *data.draw(st.lists(st.sampled_from(sorted(asked)[1:]), unique=True))]
         order = keyed(seed, number).permutation(len(ready))
-        chosen = drawn([ready[i] for i in order], asked, min(room, len(ready)), 1.0)
+        chosen = named([ready[i] for i in order], asked, min(room, len(ready)), 1.0)
         asked |= dict.fromkeys(chosen, number)
         turns = {} if "d0" in chosen else {n: turns.get(n, 0) + (n in chosen) for n in asked}
         assert max(turns.values(), default=0) <= 1

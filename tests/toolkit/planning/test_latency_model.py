@@ -237,7 +237,7 @@ def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: in
         assert all(a >= b >= 1 for a, b in zip(above.widths, below.widths, strict=True))
         assert above.widths != below.widths
     for rung in ladder[:-1]:
-        uniform = equal_work(architecture, table, 16, rung.widths, bandwidth)
+        uniform = equal_work(architecture, rung.widths)
         for mine, its in zip(times(rung), times(uniform), strict=True):
             assert mine <= its * (1 + 1e-9)
     # What the smallest board can hold is no question of speed.

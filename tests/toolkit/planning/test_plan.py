@@ -26,6 +26,7 @@ from fedprune.model.architecture import (
     widths_at,
 )
 from fedprune.model.recipe import Recipe
+from fedprune.planning import plan as planning
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.planning.costs import AUGMENT_COPIES, NOISE_COPIES
@@ -72,6 +73,12 @@ def memory_of(training: float) -> HardwareProfile:
 def test_a_small_net_fits_whole() -> None:
     made = plan(NET, BOARD, RECIPE, 500)
     assert (made.widths, made.density, made.bound) == (NET.sizes, 1.0, NOTHING)
+
+
+def test_where_the_whole_model_fits_no_other_width_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plan(NET, BOARD, RECIPE, 500)
+    monkeypatch.setattr(planning, "rungs", None)
+    assert plan(NET, BOARD, RECIPE, 500) == expected
 
 
 @pytest.mark.parametrize(
@@ -565,7 +572,7 @@ def test_a_plan_is_never_expected_to_be_slower_than_uniform_width(situation: dic
     assert made is not None
     assume(made.density > DENSITIES[-1])  # the narrowest is near uniform, whatever that takes
     # The ladder compares steps of whole batches: it must not depend on the limits that decide on parts.
-    uniform = equal_work(NET, latency_table(situation["profile"], None), RECIPE.batch_size, made.widths)
+    uniform = equal_work(NET, made.widths)
     own, other = (predict(NET, w, situation["profile"], RECIPE, 500) for w in (made.widths, uniform.widths))
     assert own.step_s <= other.step_s * (1 + 1e-9)
     assert made.prediction.latency_s <= made.uniform.latency_s * (1 + 1e-9)

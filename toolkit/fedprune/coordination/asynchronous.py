@@ -114,14 +114,15 @@ class AsynchronousCoordinator(Coordinator):
 
     def _score(self) -> do.Score:
         state = self.state
-        return do.Score(state.round, state.model, dict(state.memory), tuple(self._ready()))
+        ready = self._ready.names(self._ready.places())
+        return do.Score(state.round, state.model, dict(state.memory), tuple(ready))
 
     def _collect(self, now: float) -> Commands:
         """Let go of what has become too stale, and begin to collect what is there."""
         state = self.state
         state.phase, state.opened_at = Phase.TRAINING, now
         commands: Commands = []
-        for name, task in sorted(state.tasks.items()):
+        for name, task in sorted(state.tasks.items()) if self.schedule.max_staleness else ():
             if task.progress is not Progress.REFUSED and not self.schedule.fits(state.round - state.round_of(task)):
                 if task.progress in (Progress.OFFERED, Progress.PULLING):
                     commands.append(do.Cancel(name, state.round_of(task), task.attempt, self._stale))
@@ -164,9 +165,9 @@ class AsynchronousCoordinator(Coordinator):
             )
         return [self._extract(n, state.tasks[n]) for n in idle]
 
-    def _turn(self, name: str) -> tuple[float, str]:
-        """A device's place in the present round's queue for offers."""
-        return keyed(self.job.seed, self.state.round, name, "turn").random(), name
+    def _turn(self, name: str) -> float:
+        """What orders a device in the present round's queue for offers."""
+        return keyed(self.job.seed, self.state.round, name, "turn").random()
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
@@ -209,8 +210,7 @@ class AsynchronousCoordinator(Coordinator):
 
     def _folds(self) -> Commands:
         """Add what came while no sums were open."""
-        tasks = sorted(self.state.tasks.items())
-        return [self._fold(n, t, self._weights.weight(n)) for n, t in tasks if t.progress is Progress.STORED]
+        return [self._fold(n, t, self._weights.weight(n)) for n, t in self._availability.stored()]
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
@@ -326,7 +326,7 @@ class AsynchronousCoordinator(Coordinator):
         state = self.state
         number = state.round
         fresh = set((state.closing or {}).get("fresh", ()))
-        ended = {n: t for n, t in sorted(state.tasks.items()) if n in fresh or t.progress is Progress.REFUSED}
+        ended = {n: state.tasks[n] for n in sorted(fresh | self._availability.refused()) if n in state.tasks}
         news = {n: t for n, t in ended.items() if not t.in_summary}
         more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in news.items()}
         devices = {n: t.summary() | more[n] for n, t in news.items()}

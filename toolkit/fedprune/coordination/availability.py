@@ -6,27 +6,48 @@ the work of a round grows with the fleet and not with its square.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+import math
+from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from heapq import heapify, heappop, heappush
 
 from fedprune.jobs.state import Progress, State, Task
 
 WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 """The device has something to do, or is about to get it."""
 
-Turn = tuple[float, str]
 
+class _Queue:
+    """Names in the order of a number that each has.
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where one device is listed; None where it is not."""
+    A heap; a pair in it whose name has another number by now, or none, is dropped when it comes to the front.
+    """
 
-    idle: Turn | None
-    arrival: float | None
-    deadline: tuple[float, str] | None
-    away: bool
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def put(self, name: str, number: float | None) -> None:
+        """Give a name a number; None takes it out."""
+        if number is None:
+            self.numbers.pop(name, None)
+        elif self.numbers.get(name) != number:
+            self.numbers[name] = number
+            heappush(self._heap, (number, name))
+            if len(self._heap) > 2 * len(self.numbers) + 100:
+                self._heap = [(n, name) for name, n in self.numbers.items()]
+                heapify(self._heap)
+
+    def first(self, most: float = math.inf, until: float = math.inf) -> list[str]:
+        """The names with the smallest numbers, up to a number."""
+        found: list[tuple[float, str]] = []
+        while self._heap and len(found) < most and self._heap[0][0] <= until:
+            pair = heappop(self._heap)
+            if self.numbers.get(pair[1]) == pair[0] and pair not in found[-1:]:
+                found.append(pair)
+        for pair in found:
+            heappush(self._heap, pair)
+        return [name for _, name in found]
 
 
 class Availability:
@@ -34,20 +55,19 @@ class Availability:
 
     Args:
         may: Whether a device may be offered anything at all, by its entry in the state.
-        turn: A device's place in the present round's queue for offers; by default by name.
+        turn: Orders devices in the present round's queue for offers; by default they are in the order of their names.
     """
 
     def __init__(
-        self, state: State, may: Callable[[str], bool] = lambda name: True, turn: Callable[[str], Turn] | None = None
+        self, state: State, may: Callable[[str], bool] = lambda name: True, turn: Callable[[str], float] | None = None
     ) -> None:
         self._state, self._may, self._turn = state, may, turn
         self._changed = (state.devices.watch(), state.tasks.watch())
         self._round = state.round
-        self._entries: dict[str, _Entry] = {}
-        self._idle: list[Turn] = []
+        self._idle, self._deadlines = _Queue(), _Queue()
+        self._done: dict[str, float] = {}
         self._arrivals: list[float] = []
-        self._deadlines: list[tuple[float, str]] = []
-        self._away = 0
+        self._away, self._stored, self._refused = set[str](), set[str](), set[str]()
 
     @property
     def busy(self) -> int:
@@ -63,13 +83,13 @@ class Availability:
     def absent(self) -> bool:
         """Whether a device is away that has no part to finish."""
         self._refresh()
-        return self._away > 0
+        return bool(self._away)
 
     @property
     def idle(self) -> int:
         """How many devices may be offered something."""
         self._refresh()
-        return len(self._idle)
+        return len(self._idle.numbers)
 
     @property
     def arrivals(self) -> list[float]:
@@ -81,63 +101,63 @@ class Availability:
     def next_deadline(self) -> float | None:
         """The earliest deadline of any part."""
         self._refresh()
-        return self._deadlines[0][0] if self._deadlines else None
+        return next((self._deadlines.numbers[n] for n in self._deadlines.first(1)), None)
 
     def first(self, most: int) -> list[str]:
         """Names of idle devices, sorted; where there are more than `most`, those whose turn comes first."""
         self._refresh()
-        return sorted(name for _, name in self._idle[:most])
+        return sorted(self._idle.first(most))
 
     def late(self, now: float) -> list[str]:
         """Names of devices whose deadline has passed, sorted."""
         self._refresh()
-        end = bisect_right(self._deadlines, now, key=lambda pair: pair[0])
-        return sorted(name for _, name in self._deadlines[:end])
+        return sorted(self._deadlines.first(until=now))
 
     def done(self) -> list[tuple[str, Task]]:
         """Checked updates, in the order in which they came."""
-        tasks = [(n, t) for n, t in self._state.tasks.items() if t.progress is Progress.FOLDED]
-        return sorted(tasks, key=lambda pair: (pair[1].arrived_at or 0.0, pair[0]))
+        self._refresh()
+        return [(n, self._state.tasks[n]) for _, n in sorted((at, n) for n, at in self._done.items())]
+
+    def stored(self) -> list[tuple[str, Task]]:
+        """Updates that are not checked yet, by name."""
+        self._refresh()
+        return [(n, self._state.tasks[n]) for n in sorted(self._stored)]
+
+    def refused(self) -> set[str]:
+        """Names of devices whose part has failed."""
+        self._refresh()
+        return set(self._refused)
 
     def _refresh(self) -> None:
         names = set().union(*self._changed)
         for changed in self._changed:
             changed.clear()
         if self._turn is not None and self._round != self._state.round:
-            names |= {name for _, name in self._idle}  # each round draws its queue again
+            names |= self._idle.numbers.keys()  # each round draws its queue again
         self._round = self._state.round
         for name in names:
-            before = self._entries.pop(name, None)
-            if before is not None:
-                self._unlist(before)
             self._list(name)
 
     def _list(self, name: str) -> None:
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
+        progress = None if task is None else task.progress
         idle = away = False
         if device is not None and not device.excluded:
-            refused = task is not None and task.progress is Progress.REFUSED
-            away = not device.online and (task is None or refused)
-            idle = device.online and (task is None or (refused and task.deadline is None)) and self._may(name)
-        if device is None and task is None:
-            return
-        done = task is not None and task.progress is Progress.FOLDED
-        due = None if task is None else task.deadline
-        entry = self._entries[name] = _Entry(
-            ((0.0, name) if self._turn is None else self._turn(name)) if idle else None,
-            (task.arrived_at or 0.0) if task is not None and done else None,
-            None if due is None else (due, name),
-            away,
+            waiting = task is not None and task.deadline is not None
+            away = not device.online and progress in (None, Progress.REFUSED)
+            idle = device.online and progress in (None, Progress.REFUSED) and not waiting and self._may(name)
+        turn = 0.0 if self._turn is None or not idle else self._turn(name)
+        self._idle.put(name, turn if idle else None)
+        self._deadlines.put(name, None if task is None else task.deadline)
+        if name in self._done:
+            del self._arrivals[bisect_left(self._arrivals, self._done.pop(name))]
+        if task is not None and progress is Progress.FOLDED:
+            self._done[name] = task.arrived_at or 0.0
+            insort(self._arrivals, self._done[name])
+        listed = (
+            (self._away, away),
+            (self._stored, progress is Progress.STORED),
+            (self._refused, progress is Progress.REFUSED),
         )
-        for found, value in self._places(entry):
-            insort(found, value)
-        self._away += away
-
-    def _unlist(self, entry: _Entry) -> None:
-        for found, value in self._places(entry):
-            del found[bisect_left(found, value)]
-        self._away -= entry.away
-
-    def _places(self, entry: _Entry) -> list[tuple[list[Any], Any]]:
-        lists = (self._idle, entry.idle), (self._arrivals, entry.arrival), (self._deadlines, entry.deadline)
-        return [(found, value) for found, value in lists if value is not None]
+        for names, wanted in listed:
+            (names.add if wanted else names.discard)(name)

@@ -4,12 +4,15 @@ for single tasks.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from functools import lru_cache
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.privacy_budget import PrivacyBudget
+from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.change_tracking import TrackedDict
@@ -53,6 +56,8 @@ class Coordinator(ABC):
         )
         self.fleet = Fleet(job, architecture, state)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
+        self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
+        self._ready = ReadyDevices(state, self.privacy_budget.may)
         if self.schedule.asynchronous and self.strategy.explores:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
@@ -233,7 +238,8 @@ class Coordinator(ABC):
         known = state.devices.get(event.device)
         if known is not None and known.online and event.session < known.session:
             return False
-        device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=list(event.codecs))
+        codecs = self._codecs.setdefault(tuple(event.codecs), list(event.codecs))
+        device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=codecs)
         if known is None:
             device.last_offered_round = state.round
         else:
@@ -257,11 +263,6 @@ class Coordinator(ABC):
         for name, device in self.state.devices.items():
             device.online, device.excluded, device.excluded_by = False, "", ""
             self.allocator.admit(self.fleet, name, None)
-
-    def _ready(self) -> list[str]:
-        return sorted(
-            n for n, d in self.state.devices.items() if d.online and not d.excluded and self.privacy_budget.may(n)
-        )
 
     def _basis(self) -> do.Basis:
         state = self.state
@@ -354,5 +355,10 @@ def based(event: on.UpdateAnnounced, task: Task) -> bool:
 
 def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
     """Optimiser steps behind an update: its own word, as far as its recipe allows it."""
-    recipe = Recipe.from_dict((task.offer or {})["recipe"])
+    recipe = _recipe(json.dumps((task.offer or {})["recipe"]))
     return max(1, min(event.steps, recipe.steps(task.samples)))
+
+
+@lru_cache(maxsize=64)
+def _recipe(text: str) -> Recipe:
+    return Recipe.from_dict(json.loads(text))

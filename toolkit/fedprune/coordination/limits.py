@@ -32,8 +32,10 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -206,10 +208,16 @@ def capped(samples: Mapping[str, int], times: float, most: int = 0) -> dict[str,
 
 def weight_limit(samples: Iterable[int], times: float, most: int = 0) -> int:
     """Largest weight of a device; arguments as for `capped`."""
-    known = sorted(samples)
-    limit = most or 2**62
-    if times and len(known) >= _MAJORITY:
-        limit = min(limit, math.ceil(times * max(1, statistics.median_low(known))))
+    return limit_of(Counter(samples), times, most)
+
+
+def limit_of(counts: Mapping[int, int], times: float, most: int = 0) -> int:
+    """The same by how many devices have each number of samples."""
+    limit, known = most or 2**62, sum(counts.values())
+    if times and known >= _MAJORITY:
+        below = accumulate(counts[n] for n in sorted(counts))
+        median = next(n for n, end in zip(sorted(counts), below, strict=True) if 2 * end >= known)
+        limit = min(limit, math.ceil(times * max(1, median)))
     return limit
 
 

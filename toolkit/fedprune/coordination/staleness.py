@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fedprune.coordination import commands as do
-from fedprune.coordination.limits import weight_limit
+from fedprune.coordination.limits import limit_of
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Arrival, Schedule
 from fedprune.jobs.state import Progress, State, Task
@@ -30,6 +30,7 @@ class UpdateWeights:
         self._uniform = uniform
         self._changed = (state.devices.watch(), state.tasks.watch())
         self._samples: dict[str, int] = {}
+        self._counts: Counter[int] = Counter()
         self._limit, self._total = 0, 0
         self._listed: dict[str, tuple[int, float, int]] = {}
         self._kinds: Counter[tuple[int, float]] = Counter()
@@ -62,7 +63,7 @@ class UpdateWeights:
         state, schedule = self._state, self._schedule
         entering = {n: self._arrival(t) for n, t in fresh.items()}
         others = []
-        for name, device in sorted(state.devices.items()):
+        for name, device in sorted(state.devices.items()) if schedule.keep or schedule.compares else ():
             kept = None if device.buffer is None else self._kept(device.buffer)
             if name in entering or (device.excluded and kept is None):
                 continue
@@ -96,14 +97,17 @@ class UpdateWeights:
         devices, names = self._state.devices, set().union(*self._changed)
         for changed in self._changed:
             changed.clear()
-        samples = {n: devices[n].samples for n in names if n in devices}
-        if any(self._samples.get(n) != count for n, count in samples.items()):
-            self._samples |= samples
-            limit = weight_limit(self._samples.values(), self._job.weight_limit, self._job.most_samples)
+        new = {n: devices[n].samples for n in names if n in devices and self._samples.get(n) != devices[n].samples}
+        if new:
+            self._counts.subtract(self._samples[n] for n in new if n in self._samples)
+            self._counts.update(new.values())
+            self._counts += Counter()  # without the zeros
+            self._samples |= new
+            limit = limit_of(self._counts, self._job.weight_limit, self._job.most_samples)
             if limit != self._limit:
                 names |= self._listed.keys()  # it may change what they count for
             self._limit = limit
-            self._total = sum(1 if self._uniform else max(1, min(n, limit)) for n in self._samples.values())
+            self._total = sum(c * (1 if self._uniform else max(1, min(n, limit))) for n, c in self._counts.items())
         for name in names:
             if name in self._listed:
                 number, share, whole = self._listed.pop(name)

@@ -27,8 +27,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 
+import numpy as np
+
+from fedprune.coordination.ready_devices import Integers
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress, State, Task
 
@@ -139,6 +142,8 @@ class Stragglers:
     def __init__(self, state: State, pace: Pace | None) -> None:
         self._state = state
         self._pace = pace
+        self._changed = state.tasks.watch()
+        self._waited_for = set[str]()
 
     def late(self, now: float, *, over: bool) -> list[tuple[str, Task, str]]:
         """Parts that are not waited for any longer, and why.
@@ -168,10 +173,18 @@ class Stragglers:
         What is on the disk already is waited for, and so are all while one is that was let go too often.
         """
         wanted = self._state.target_updates
-        if not wanted or tally[Progress.FOLDED] < wanted or tally[Progress.STORED]:
+        if not wanted or tally[Progress.FOLDED] < wanted or tally[Progress.STORED] or self._waits():
             return []
-        rest = [(n, t) for n, t in sorted(self._state.tasks.items()) if not t.progress.over]
-        return [] if any(self._owed(n) for n, _ in rest) else rest
+        return [(n, t) for n, t in sorted(self._state.tasks.items()) if not t.progress.over]
+
+    def _waits(self) -> bool:
+        """Whether a device works that others closed without too often; looks at the parts that have changed."""
+        for name in self._changed:
+            task = self._state.tasks.get(name)
+            open_ = task is not None and not task.progress.over
+            (self._waited_for.add if open_ and self._owed(name) else self._waited_for.discard)(name)
+        self._changed.clear()
+        return bool(self._waited_for)
 
     def let_go(self, name: str, task: Task, reason: str) -> None:
         """Wait for a device no longer. That is no failure of it; what counts is how often others were quicker."""
@@ -202,20 +215,22 @@ def beyond(count: int, over_selection: float, ready: int) -> int:
     return min(ready, _ceil(count * (1 + over_selection)))
 
 
-def drawn(drawn_order: Sequence[str], asked: Mapping[str, int], count: int, fairness: float) -> list[str]:
-    """Whom a round asks.
+def drawn(offered: Integers, count: int, fairness: float) -> Integers:
+    """Whom a round asks, as places in a random order of the devices that are ready.
 
     Args:
-        drawn_order: The devices that are ready, in a random order.
-        asked: The round that each of them was last asked in.
+        offered: The round that each was last offered, in that order.
         count: How many to choose.
         fairness: Share of the places that goes by turn, from 0 to 1.
     """
-    turns = _ceil(count * fairness)
-    # Sorting keeps the random order of those who have waited alike.
-    first = sorted(drawn_order, key=asked.__getitem__)[:turns] if turns else []
-    taken = set(first)
-    return first + [n for n in drawn_order if n not in taken][: count - turns]
+    chosen = np.zeros(len(offered), bool)
+    if turns := _ceil(count * fairness):
+        last = np.partition(offered, turns - 1)[turns - 1]
+        chosen = offered < last
+        # The random order decides among those who have waited alike.
+        chosen[np.flatnonzero(offered == last)[: turns - np.count_nonzero(chosen)]] = True
+    chosen[np.flatnonzero(~chosen)[: count - turns]] = True
+    return np.flatnonzero(chosen)
 
 
 def _ceil(value: float) -> int:

@@ -11,11 +11,14 @@ from collections import Counter, deque
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
 from fedprune.coordination.limits import capped
+from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Stragglers, beyond, drawn, note, places
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
@@ -123,8 +126,8 @@ class SynchronousCoordinator(Coordinator):
             return []
         if self.privacy_budget.barred():
             return self._finish_budget_spent(state.round)
-        ready = self._ready()
-        if not ready:  # who is here has spent its budget of privacy, and who hasn't is away
+        ready = self._ready.places()
+        if not len(ready):  # who is here has spent its budget of privacy, and who hasn't is away
             return []
         state.round += 1
         self.allocator.open(self.fleet)
@@ -134,7 +137,7 @@ class SynchronousCoordinator(Coordinator):
         state.deadline = None
         return self._score()
 
-    def _tasks(self, ready: list[str], attempt: int) -> TrackedDict[Task]:
+    def _tasks(self, ready: Integers, attempt: int) -> TrackedDict[Task]:
         """Parts for a keyed share of the devices, each with its widths and weight of now."""
         share = self.schedule.participation or self.job.participation
         if self.state.round <= self.strategy.explores:
@@ -145,9 +148,9 @@ class SynchronousCoordinator(Coordinator):
         # A round that no device finished isn't offered to the same silent devices for ever.
         lot = ("participation",) if attempt == 1 else ("participation", attempt)
         order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
-        waited = {n: self.state.devices[n].last_offered_round for n in ready}
-        names = drawn([ready[i] for i in order], waited, asked, self.job.fairness)
-        chosen = {n: self.state.devices[n] for n in sorted(names)}
+        lots = ready[order]
+        given = lots[drawn(self._ready.offered(lots), asked, self.job.fairness)]
+        chosen = {n: self.state.devices[n] for n in self._ready.names(np.sort(given))}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         counts = capped(counts, self.job.weight_limit, self.job.most_samples)
@@ -347,7 +350,7 @@ class SynchronousCoordinator(Coordinator):
         """
         state = self.state
         state.deadline = None
-        ready = self._ready()
+        ready = self._ready.places()
         if len(ready) < self.job.devices or state.paused:
             state.tasks = TrackedDict()
             state.round -= 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
@@ -17,6 +20,20 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
 from fedprune.strategies.allocation import Allocator, Fleet
 
+PLANS = 4096
+"""Plans that are remembered: boards of one kind with as many samples have one, unless they have measured themselves."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A plan as devices share it, or why there is none; and the recipes by which it was made, by widths."""
+
+    recipes: Mapping[tuple[int, ...], Recipe]
+    error: FedpruneError | None = None
+    plan: dict[str, Any] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
+    density: float = 1.0
+
 
 class WidthPlanner:
     """Plans a job's devices, by the recipes that its strategy is going to ask them to train by."""
@@ -26,6 +43,10 @@ class WidthPlanner:
         self.strategy = strategy
         self.architecture = architecture
         self.frozen = frozen
+        self._fixed = widths_at(architecture, job.density) if job.density else ()
+        self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
+        self._plans: dict[Hashable, _Made] = {}
+        self._read: dict[int, tuple[dict[str, Any], Plan]] = {}
 
     def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
@@ -39,7 +60,7 @@ class WidthPlanner:
             self._recipe(name, device, self.architecture.sizes)
         try:
             if self.job.density:
-                device.widths, device.density = widths_at(self.architecture, self.job.density), self.job.density
+                device.widths, device.density = self._fixed, self.job.density
                 return
             learnt = Correction(**device.correction)
             self._give(device, self._planned(name, device, learnt, learnt.of_memory(), NO_CORRECTION))
@@ -63,7 +84,7 @@ class WidthPlanner:
         """Let a round's own times and memory correct a device's predicted ones; plan again where they were far off."""
         if device.plan is None or (device.widths, device.accumulate) != (task.widths, task.accumulate):
             return
-        before = Plan.from_dict(device.plan)
+        before = self._plan_of(device.plan)
         room = before.limit(MEMORY).limit
         learnt = Correction(**device.correction).after(before.prediction, before.correction, task.metrics, room)
         device.correction = vars(learnt)
@@ -77,10 +98,16 @@ class WidthPlanner:
         except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
             return
 
-    def _give(self, device: Device, made: Plan) -> None:
+    def _plan_of(self, body: dict[str, Any]) -> Plan:
+        """A plan, from what devices share of it."""
+        if id(body) not in self._read:
+            self._read[id(body)] = body, Plan.from_dict(body)
+            _limit(self._read)
+        return self._read[id(body)][1]
+
+    def _give(self, device: Device, made: _Made) -> None:
         """A plan's widths; strategies that go by a device's density (a pull, a scaler) need to know their share."""
-        device.widths, device.plan = made.widths, made.to_dict()
-        device.density = kept_share(self.architecture, made.widths)
+        device.plan, device.widths, device.density = made.plan, made.widths, made.density
 
     def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
         """What the device would train by with these widths."""
@@ -88,29 +115,56 @@ class WidthPlanner:
             self.job, name, widths, kept_share(self.architecture, widths), device.samples
         )
 
-    def _planned(self, name: str, device: Device, correction: Correction, *others: Correction) -> Plan:
+    def _planned(self, name: str, device: Device, correction: Correction, *others: Correction) -> _Made:
         """The plan by the first of the corrections by which one fits."""
-        try:
-            return self._plan_by(name, device, correction)
-        except PlanError:
-            if not others or set(others) == {correction}:
-                raise
-        return self._planned(name, device, *others)
+        made = self._remembered(name, device, correction)
+        if made.error is None:
+            return made
+        if isinstance(made.error, PlanError) and set(others) - {correction}:
+            return self._planned(name, device, *others)
+        raise made.error.with_traceback(None)
 
-    def _plan_by(self, name: str, device: Device, correction: Correction) -> Plan:
-        return plan(
-            self.architecture,
-            HardwareProfile.from_dict(device.profile),
-            partial(self._recipe, name, device),
-            device.samples,
-            byte_budget=self.job.byte_budget or None,
-            deadline_s=self.job.deadline_s,
-            energy_budget=self.job.energy_budget or None,
-            probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
-            correction=correction,
-            frozen=self.frozen,
-            codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
-        )
+    def _remembered(self, name: str, device: Device, correction: Correction) -> _Made:
+        """The plan of another device like this one, if there was one."""
+        device.profile, profile = self._profile(device.profile)
+        key = (id(profile), json.dumps(device.probe), device.samples, tuple(device.codecs), correction)
+        made = self._plans.pop(key, None)
+        if made is None or any(self._recipe(name, device, w) != r for w, r in made.recipes.items()):
+            made = self._made(name, device, profile, correction)
+        self._plans[key] = made
+        _limit(self._plans)
+        return made
+
+    def _profile(self, body: dict[str, Any]) -> tuple[dict[str, Any], HardwareProfile]:
+        """A profile as devices share it, as JSON and checked."""
+        known = self._profiles.get(str(body.get("name")))
+        if known is None or known[0] != body:
+            known = self._profiles[str(body.get("name"))] = (body, HardwareProfile.from_dict(body))
+            self._plans.clear()
+        return known
+
+    def _made(self, name: str, device: Device, profile: HardwareProfile, correction: Correction) -> _Made:
+        whole = self.architecture.sizes
+        try:
+            made = plan(
+                self.architecture,
+                profile,
+                partial(self._recipe, name, device),
+                device.samples,
+                byte_budget=self.job.byte_budget or None,
+                deadline_s=self.job.deadline_s,
+                energy_budget=self.job.energy_budget or None,
+                probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+                correction=correction,
+                frozen=self.frozen,
+                codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
+            )
+        except StrategyError:
+            raise
+        except FedpruneError as error:
+            return _Made({whole: self._recipe(name, device, whole)}, error)
+        recipes = {w: self._recipe(name, device, w) for w in (whole, made.widths)}
+        return _Made(recipes, None, made.to_dict(), made.widths, kept_share(self.architecture, made.widths))
 
 
 class PlannedWidths(Allocator):
@@ -129,3 +183,9 @@ class PlannedWidths(Allocator):
 def _layer_times(device: Device) -> object:
     """The measurement that its correction belongs to."""
     return None if device.probe is None else device.probe.get("latency")
+
+
+def _limit(remembered: dict[Any, Any]) -> None:
+    """Forget what was remembered first, beyond `PLANS`."""
+    if len(remembered) > PLANS:
+        del remembered[next(iter(remembered))]

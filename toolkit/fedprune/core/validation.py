@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
 
@@ -191,9 +192,15 @@ def restored(kind: Any, value: Any) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(restored(inner[0], item) for item in value)
     if is_dataclass(kind) and isinstance(value, Mapping):
-        hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
-        return make(**{f.name: restored(hints[f.name], value[f.name]) for f in fields(kind)})
+        make = cast("Callable[..., Any]", kind)
+        return make(**{name: restored(hint, value[name]) for name, hint in _field_types(make)})
     plain = {float: is_number(value), int: is_whole(value, -MAX_INT)}
     if plain.get(kind, kind in (str, bool) and isinstance(value, kind)):
         return value
     raise ValueError(f"{shown(value)} is no {getattr(kind, '__name__', kind)}")
+
+
+@cache
+def _field_types(kind: Any) -> list[tuple[str, Any]]:
+    hints = get_type_hints(kind)
+    return [(f.name, hints[f.name]) for f in fields(kind)]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 
 class TrackedEntry:
-    """What a roll holds: an object that tells its roll when something else is assigned to one of its attributes.
+    """What a roll holds: a dataclass that tells its roll when something else is assigned to one of its attributes.
 
     What attributes hold is replaced, never changed in place: only so it is noticed.
     """
 
-    __slots__ = ("_name", "_roll")
+    __slots__ = ("_kind", "_name", "_roll")
+    __match_args__: ClassVar[tuple[str, ...]]
+    _kind: Hashable
     _name: str
     _roll: TrackedDict[Any] | None
 
@@ -31,14 +33,17 @@ class TrackedEntry:
         return set()
 
     def __setattr__(self, name: str, value: object) -> None:
-        before = self.__dict__.get(name, self)  # itself: nothing, since it is no value of its own
-        object.__setattr__(self, name, value)
         roll = getattr(self, "_roll", None)
+        before = self if roll is None else getattr(self, name, self)  # itself: nothing, as it is no value of its own
+        object.__setattr__(self, name, value)
         if roll is not None and before is not value and (type(before) is not type(value) or before != value):
             roll.note(self._name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__  # a copy is on no roll
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__match_args__}
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        return None, self.to_dict()  # a copy is on no roll
 
 
 E = TypeVar("E", bound=TrackedEntry)
@@ -58,7 +63,6 @@ class TrackedDict(dict[str, E], Generic[E]):
     def __init__(self, entries: Mapping[str, E] | Iterable[tuple[str, E]] = ()) -> None:
         super().__init__()
         self.changed: set[str] = set()
-        self._kinds: dict[str, Hashable] = {}
         self._watches: list[set[str]] = []
         self.counts = Counter[Any]()
         self.update(entries)
@@ -87,22 +91,32 @@ class TrackedDict(dict[str, E], Generic[E]):
         """An entry has changed, or has come or gone."""
         for names in (self.changed, *self._watches):
             names.add(name)
-        if name in self._kinds:
-            self.counts[self._kinds.pop(name)] -= 1
-        if name in self:
-            kind = self._kinds[name] = self[name].counted_as
-            self.counts[kind] += 1
+        entry = self.get(name)
+        if entry is not None and entry.counted_as != entry._kind:
+            self._count(entry, -1)
+            object.__setattr__(entry, "_kind", entry.counted_as)
+            self._count(entry, 1)
+
+    def _count(self, entry: E, more: int) -> None:
+        self.counts[entry._kind] += more
 
     def __setitem__(self, name: str, entry: E) -> None:
-        same = name in self and self[name] == entry
+        before = self.get(name)
+        same = before is not None and before == entry
+        if before is not None:
+            self._count(before, -1)
         super().__setitem__(name, entry)
         object.__setattr__(entry, "_name", name)
         object.__setattr__(entry, "_roll", self)
+        object.__setattr__(entry, "_kind", entry.counted_as)
+        self._count(entry, 1)
         if not same:
             self.note(name)
 
     def __delitem__(self, name: str) -> None:
-        object.__setattr__(self[name], "_roll", None)
+        entry = self[name]
+        object.__setattr__(entry, "_roll", None)
+        self._count(entry, -1)
         super().__delitem__(name)
         self.note(name)
 

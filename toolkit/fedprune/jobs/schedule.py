@@ -163,6 +163,11 @@ class Schedule:
         """Whether offers go out at once, instead of round by round."""
         return self.kind == "asynchronous"
 
+    @property
+    def compares(self) -> bool:
+        """Whether a step depends on the devices whose updates don't enter the sums."""
+        return self.mixing in ("share", "unbiased")
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return asdict(self)

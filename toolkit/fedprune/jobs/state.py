@@ -15,6 +15,9 @@ from fedprune.jobs.failure_kind import FailureKind
 
 FORMAT = "fedprune.state/2"
 
+_NOTHING: dict[str, Any] = {}
+"""Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place."""
+
 
 class Phase(str, Enum):
     """Where a round stands."""
@@ -44,7 +47,7 @@ class Progress(str, Enum):
         return self in (Progress.FOLDED, Progress.REFUSED)
 
 
-@dataclass
+@dataclass(slots=True)
 class Device(TrackedEntry):
     """A device as the job knows it.
 
@@ -87,17 +90,17 @@ class Device(TrackedEntry):
     excluded: str = ""
     excluded_by: str = ""
     failures: int = 0
-    correction: dict[str, float] = field(default_factory=dict)
+    correction: dict[str, float] = field(default_factory=lambda: _NOTHING)
     density: float = 1.0
     past: dict[str, Any] | None = None
     last_counted_round: int = 0
     last_offered_round: int = 0
     missed_rounds: int = 0
-    allocation: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=lambda: _NOTHING)
     buffer: dict[str, Any] | None = None
     codecs: list[str] = field(default_factory=list)
     held: dict[str, Any] | None = None
-    releases: dict[str, int] = field(default_factory=dict)
+    releases: dict[str, int] = field(default_factory=lambda: _NOTHING)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
@@ -120,7 +123,7 @@ class Device(TrackedEntry):
         return {d for d in found if d}
 
 
-@dataclass
+@dataclass(slots=True)
 class Task(TrackedEntry):
     """One device's task: in the current round or, in an asynchronous job, in the round in which it was offered.
 
@@ -351,10 +354,11 @@ class State:
 
     def to_json(self) -> str:
         """As JSON text."""
-        # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
         # Newer fields are left out while they have their default, so that older versions can read the rest.
         body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
-        return json.dumps({"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=vars)
+        return json.dumps(
+            {"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=TrackedEntry.to_dict
+        )
 
     @classmethod
     def from_json(

@@ -255,6 +255,8 @@ def _travels(
     size of the weights' own file."""
     up, down = (None if text is None else Codec.parse(text) for text in codecs)
     whole = None if down is None else down.whole
+    if up is down is whole is None and not recipe.report_squares:
+        return plain, plain, plain
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
     sizes = {c: plain if c is None else bound(c, weights, trained) for c in {whole, down, up}}
     update = sizes[up]

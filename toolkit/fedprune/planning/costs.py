@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -18,7 +19,7 @@ from fedprune.model import step_contract as step
 from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Features
-from fedprune.planning.kernel_workload import workload
+from fedprune.planning.kernel_workload import ArchitectureKey, workload
 
 Numbers = npt.NDArray[np.float64]
 
@@ -251,7 +252,12 @@ def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> 
 
 def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     """Costs of the submodel of these widths. Raises `BundleError` if the widths don't fit the architecture."""
-    checked = architecture.check_widths(widths)
+    return _costs_at(ArchitectureKey(architecture), architecture.check_widths(widths))
+
+
+@lru_cache(maxsize=512)
+def _costs_at(key: ArchitectureKey, checked: tuple[int, ...]) -> Costs:
+    architecture = key.architecture
     shapes = architecture.shapes(checked)
     macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]
     forward = sum(macs)

@@ -62,6 +62,9 @@ ALIGNMENT = 4
 BLOCKS = (1, 4, 8, 16)
 """Channels of a block that processors use, as far as known (1: no blocks)."""
 
+_COUNTS = 256
+"""Counts that a workload remembers."""
+
 TILE = 32
 """Columns that a matrix product computes at once; narrower ones cost as much."""
 
@@ -78,10 +81,15 @@ _INDEX = {kind: i for i, kind in enumerate(KINDS)}
 
 
 class Workload:
-    """An architecture's kernels, ready to be counted for many widths at once."""
+    """An architecture's kernels, ready to be counted for many widths at once.
+
+    The latest counts are remembered: boards of one fleet train at few widths, in batches of few sizes, and each has
+    times of its own.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
+        self._counted = lru_cache(maxsize=_COUNTS)(self._count)
         self._places: dict[Axis, int] = {Axis.fixed(1): 0}
         shapes = {t.name: t.axes for t in architecture.tensors}
         # A product of two activations sums over `inner` what each of its outputs needs.
@@ -153,6 +161,19 @@ class Workload:
 
     def training(self, widths: npt.ArrayLike, batch: int) -> Numbers:
         """The work of training steps per widths, kind and feature: [n, kinds × features]; `widths` are [n, groups]."""
+        return self._counted(_frozen(widths), batch, 0)
+
+    def inference(self, widths: npt.ArrayLike, batch: int, block: int) -> Numbers:
+        """The work of predictions, as `training` gives it; a blocked kernel computes `block` channels at once."""
+        return self._counted(_frozen(widths), batch, block)
+
+    def _count(self, widths: tuple[tuple[float, ...], ...], batch: int, block: int) -> Numbers:
+        """The work of predictions, or of training steps where `block` is 0."""
+        found = self._inference_work(widths, batch, block) if block else self._training_work(widths, batch)
+        found.setflags(write=False)
+        return found
+
+    def _training_work(self, widths: npt.ArrayLike, batch: int) -> Numbers:
         sizes = self.sizes(widths)
         reads, makes, weights = self._elements(sizes)
         macs = self._macs(sizes, reads, makes, weights)
@@ -168,8 +189,7 @@ class Workload:
         rows = np.stack([ones, parts, macs * batch, (reads * taps + makes) * batch, weights], -1)
         return self._gather(rows, np.broadcast_to(self._training, macs.shape))
 
-    def inference(self, widths: npt.ArrayLike, batch: int, block: int) -> Numbers:
-        """The work of predictions, as `training` gives it; a blocked kernel computes `block` channels at once."""
+    def _inference_work(self, widths: npt.ArrayLike, batch: int, block: int) -> Numbers:
         sizes = self.sizes(widths)
         reads, makes, weights = self._elements(sizes)
         macs = self._macs(sizes, reads, makes, weights) * batch
@@ -224,10 +244,10 @@ def _filled(channels: Numbers, block: int) -> Numbers:
 
 def workload(architecture: Architecture) -> Workload:
     """The workload of an architecture; the last few are remembered."""
-    return _remembered(_Key(architecture))
+    return _remembered(ArchitectureKey(architecture))
 
 
-class _Key:
+class ArchitectureKey:
     """An architecture, compared by its digest."""
 
     def __init__(self, architecture: Architecture) -> None:
@@ -237,12 +257,16 @@ class _Key:
         return hash(self.architecture.digest)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.architecture.digest == self.architecture.digest
+        return isinstance(other, ArchitectureKey) and other.architecture.digest == self.architecture.digest
 
 
 @lru_cache(maxsize=8)
-def _remembered(key: _Key) -> Workload:
+def _remembered(key: ArchitectureKey) -> Workload:
     return Workload(key.architecture)
+
+
+def _frozen(widths: npt.ArrayLike) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, np.atleast_2d(np.asarray(widths, float)).tolist()))
 
 
 def _table(rows: list[list[int]]) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,7 @@ class LatencyTable:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
+@lru_cache(maxsize=64)
 def typical_table(rate: float = TYPICAL_RATE) -> LatencyTable:
     """The analytic model for a processor of which only the FLOP/s of the probe's training step are known."""
     slower = TYPICAL_RATE / rate
@@ -164,6 +166,7 @@ def typical_table(rate: float = TYPICAL_RATE) -> LatencyTable:
     return LatencyTable(16, training, inference)
 
 
+@lru_cache(maxsize=64)
 def typical_gpu_table(peak: float = GPU_PEAK, bandwidth: float = GPU_BANDWIDTH) -> LatencyTable:
     """The analytic model for a GPU: launches, products at a share of its peak FLOP/s, and passes over its memory at
     `bandwidth` bytes per second, one after the other."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
@@ -210,8 +210,15 @@ class Plan:
         return f"; {step} per step, {round_} per round, {latency} per prediction"
 
     def to_dict(self) -> dict[str, Any]:
-        lists = {"widths": list(self.widths), "limits": [asdict(m) for m in self.limits], "notes": list(self.notes)}
-        return {**asdict(self), **lists}
+        return {
+            **vars(self),
+            "widths": list(self.widths),
+            "prediction": {**vars(self.prediction), "memory": dict(vars(self.prediction.memory))},
+            "limits": [dict(vars(m)) for m in self.limits],
+            "uniform": dict(vars(self.uniform)),
+            "correction": dict(vars(self.correction)),
+            "notes": list(self.notes),
+        }
 
     @classmethod
     def from_dict(cls, body: object) -> Plan:
@@ -329,18 +336,17 @@ class _Search:
     names: Mapping[str, str]
 
     def plan(self) -> Plan:
-        candidates = self._candidates()
-        if not candidates:
-            raise PlanError("there is no density to choose from")
+        first: Rung | None = None
         wider: tuple[int, ...] | None = None
-        for rung in candidates:
+        for rung in self._candidates():
+            first = first or rung
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
             if not self._in_parts(rung.widths, self._asked(rung.widths))[1]:
                 wider = rung.widths
                 continue
             found = self._predicted(rung.widths)
             if all(limit.fits for limit in found.limits):
-                widest = found if wider is None else self._predicted(candidates[0].widths)
+                widest = found if wider is None else self._predicted(first.widths)
                 kept = found.prediction.parameters / widest.prediction.parameters
                 missing = "" if wider is None or tuple(self.densities) != DENSITIES else self._missing(widest)
                 little = kept < LITTLE and missing
@@ -352,11 +358,13 @@ class _Search:
                     f"only {kept:.1%} of the weights are kept. {missing}" if little else "",
                 )
             wider = rung.widths
-        last = self._predicted(candidates[-1].widths)
+        if first is None:
+            raise PlanError("there is no density to choose from")
+        last = self._predicted(rung.widths)
         worst, use = last.worst, last.prediction.memory
         if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= self.room:
             measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
-            return self._made(last, candidates[-1].density, MEMORY, (), f"{measured}: {worst.describe()}")
+            return self._made(last, rung.density, MEMORY, (), f"{measured}: {worst.describe()}")
         raise self._nothing_fits(last)
 
     def _nothing_fits(self, last: _Candidate) -> PlanError:
@@ -390,15 +398,18 @@ class _Search:
         profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
         return replace(self, profile=profile, probe=probe, correction=self.correction.of_memory())
 
-    def _candidates(self) -> Sequence[Rung]:
+    def _candidates(self) -> Iterator[Rung]:
+        """Candidates, widest first. The whole model is the first of the planner's own, and needs no look at others."""
         if tuple(self.densities) == DENSITIES:
+            yield Rung(1.0, self.architecture.sizes, 1)
             batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
-            return rungs(self.architecture, self._table, batch, self.densities, self._bandwidth)
+            yield from rungs(self.architecture, self._table, batch, self.densities, self._bandwidth)[1:]
+            return
         found: dict[tuple[int, ...], Rung] = {}
         for density in sorted(set(self.densities), reverse=True):
             widths = widths_at(self.architecture, density)
             found.setdefault(widths, Rung(density, widths, 1))
-        return list(found.values())
+        yield from found.values()
 
     @property
     def _table(self) -> LatencyTable:
@@ -476,8 +487,7 @@ class _Search:
         return 2 if recipe.mixup else 1
 
     def _made(self, found: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
-        batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
-        other = equal_work(self.architecture, self._table, batch, found.widths, self._bandwidth)
+        other = equal_work(self.architecture, found.widths)
         seen = self._prediction(other.widths, found.recipe)
         return Plan(
             found.widths,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.planning.costs import memory_seconds
-from fedprune.planning.kernel_workload import workload
+from fedprune.planning.kernel_workload import ArchitectureKey, workload
 from fedprune.planning.latency_model import LatencyTable
 
 MULTIPLES = (16, 8, 4)
@@ -79,26 +79,18 @@ def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[
     return tuple(widths)
 
 
-def equal_work(
-    architecture: Architecture,
-    table: LatencyTable,
-    batch: int,
-    widths: Sequence[int],
-    bandwidth: float = math.inf,
-) -> Rung:
+def equal_work(architecture: Architecture, widths: Sequence[int]) -> Rung:
     """The narrowest uniform widths with at least as many MACs as `widths` has."""
-    found = _uniform(_Model(architecture, table, table.to_json(), batch, bandwidth))
-    return found.rungs[found.covering(float(workload(architecture).forward_macs(widths)[0]))]
+    uniform = _uniform(ArchitectureKey(architecture))
+    return uniform.rungs[uniform.covering(float(workload(architecture).forward_macs(widths)[0]))]
 
 
 @dataclass(frozen=True)
 class _Uniform:
-    """Uniform widths by rising MACs, and what they take."""
+    """Uniform widths by rising MACs."""
 
     rungs: tuple[Rung, ...]
     macs: tuple[float, ...]
-    step_s: tuple[float, ...]
-    latency_s: tuple[float, ...]
 
     def covering(self, macs: float) -> int:
         """The place of the narrowest widths with at least as many MACs."""
@@ -106,18 +98,17 @@ class _Uniform:
 
 
 class _Model:
-    """What uniform times depend on, compared by digests."""
+    """What times depend on, compared by digests."""
 
     def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
         self.architecture, self.table, self.batch, self.bandwidth = architecture, table, batch, bandwidth
         self.key = (architecture.digest, key, batch, bandwidth)
 
-    def steps(self, widths: Sequence[tuple[int, ...]]) -> Times:
+    def times(self, widths: Sequence[tuple[int, ...]]) -> Times:
+        """Times of steps and predictions: [2, n]."""
         floor = memory_seconds(self.architecture, widths, self.batch, self.bandwidth)
-        return np.maximum(floor, self.table.step_seconds(self.architecture, widths, self.batch))
-
-    def latencies(self, widths: Sequence[tuple[int, ...]]) -> Times:
-        return self.table.latency_seconds(self.architecture, widths)
+        steps = np.maximum(floor, self.table.step_seconds(self.architecture, widths, self.batch))
+        return np.stack([steps, self.table.latency_seconds(self.architecture, widths)])
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -127,23 +118,20 @@ class _Model:
 
 
 @lru_cache(maxsize=8)
-def _uniform(model: _Model) -> _Uniform:
+def _uniform(key: ArchitectureKey) -> _Uniform:
     found: dict[tuple[int, ...], float] = {}
     for k in range(1, _FINE + 1):
-        found.setdefault(widths_at(model.architecture, k / _FINE), k / _FINE)
+        found.setdefault(widths_at(key.architecture, k / _FINE), k / _FINE)
     widths = list(found)
-    macs = workload(model.architecture).forward_macs(widths)
+    macs = workload(key.architecture).forward_macs(widths)
     order = np.argsort(macs, kind="stable")
-    step_s, latency_s = model.steps(widths), model.latencies(widths)
-    return _Uniform(
-        tuple(Rung(found[widths[i]], widths[i], 1) for i in order),
-        *(tuple(values[order].tolist()) for values in (macs, step_s, latency_s)),
-    )
+    return _Uniform(tuple(Rung(found[widths[i]], widths[i], 1) for i in order), tuple(macs[order].tolist()))
 
 
 @lru_cache(maxsize=8)
 def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
-    architecture, uniform = model.architecture, _uniform(model)
+    architecture, uniform = model.architecture, _uniform(ArchitectureKey(model.architecture))
+    times = model.times([r.widths for r in uniform.rungs])
     out: list[Rung] = []
     last = architecture.sizes
     for density in densities:
@@ -154,7 +142,7 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
                 shapes.setdefault(snapped(architecture, density, m), m)
         # Clipped to the rung above, so that rungs nest.
         candidates = list(dict.fromkeys(Rung(density, tuple(map(min, w, last)), m) for w, m in shapes.items()))
-        gains, macs = _gains(model, candidates, uniform, last)
+        gains, macs = _gains(model, candidates, uniform, times, last)
         # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
         good = [i for i in range(len(candidates)) if gains[i] <= _ABOUT * min(gains)]
         at = max(good, key=lambda i: (candidates[i].widths != last, macs[i]))
@@ -169,7 +157,7 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
 
 
 def _gains(
-    model: _Model, candidates: Sequence[Rung], uniform: _Uniform, above: Sequence[int]
+    model: _Model, candidates: Sequence[Rung], uniform: _Uniform, uniform_s: Times, above: Sequence[int]
 ) -> tuple[list[float], Times]:
     """Step time times latency, each per MAC (the less, the better), and MACs.
 
@@ -178,11 +166,10 @@ def _gains(
     """
     widths = [*(c.widths for c in candidates), tuple(above)]
     macs = workload(model.architecture).forward_macs(widths)
-    times = np.stack([model.steps(widths), model.latencies(widths)])
+    times = model.times(widths)
     gains = []
     for i in range(len(candidates)):
-        at = uniform.covering(float(macs[i]))
-        step, latency = times[0, i] / uniform.step_s[at], times[1, i] / uniform.latency_s[at]
-        fast = max(step, latency) <= _EQUAL and bool((times[:, i] <= _EQUAL * times[:, -1]).all())
+        beside = times[:, i] / uniform_s[:, uniform.covering(float(macs[i]))]
+        fast = bool((beside <= _EQUAL).all() and (times[:, i] <= _EQUAL * times[:, -1]).all())
         gains.append(float(times[:, i].prod() / macs[i] ** 2) if fast else math.inf)
     return gains, macs
