@@ -138,15 +138,16 @@ REGISTER = sql.Table(
 
 def device_row(name: str, device: Device) -> dict[str, Any]:
     """A device's row, except its traffic."""
+    body = device.to_dict()
     return {
         "name": name,
         "online": device.online,
         "profile": str(device.profile.get("name", "")),
         "samples": device.samples,
         "widths": encoded(list(device.widths)),
-        "plan": encoded(device.plan),
+        "plan": encoded(body["plan"]),
         "excluded": device.excluded,
-        "body": encoded(device.to_dict()),
+        "body": encoded(body),
     }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
+from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture, kept_share, widths_at
 from fedprune.model.recipe import Recipe
@@ -30,7 +30,7 @@ class _Made:
 
     recipes: Mapping[tuple[int, ...], Recipe]
     error: FedpruneError | None = None
-    plan: dict[str, Any] = field(default_factory=dict)
+    plan: PackedJson | None = None
     widths: tuple[int, ...] = ()
     density: float = 1.0
 
@@ -46,7 +46,7 @@ class WidthPlanner:
         self._fixed = widths_at(architecture, job.density) if job.density else ()
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
         self._plans: dict[Hashable, _Made] = {}
-        self._read: dict[int, tuple[dict[str, Any], Plan]] = {}
+        self._read: dict[Mapping[str, Any], Plan] = {}
 
     def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
@@ -71,7 +71,7 @@ class WidthPlanner:
 
     def replace(self, name: str, known: Device | None, device: Device) -> None:
         """Plan a device that announced itself, with what still holds of what was known of it."""
-        if known is not None and known.profile == device.profile and _layer_times(known) == _layer_times(device):
+        if known is not None and known.profile == device.profile and _as_fast(known, device):
             device.correction = known.correction
         said = (device.profile, device.probe, device.samples, device.codecs)
         before = None if known is None else (known.profile, known.probe, known.samples, known.codecs)
@@ -98,12 +98,12 @@ class WidthPlanner:
         except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
             return
 
-    def _plan_of(self, body: dict[str, Any]) -> Plan:
+    def _plan_of(self, body: Mapping[str, Any]) -> Plan:
         """A plan, from what devices share of it."""
-        if id(body) not in self._read:
-            self._read[id(body)] = body, Plan.from_dict(body)
+        if body not in self._read:
+            self._read[body] = Plan.from_dict(body)
             _limit(self._read)
-        return self._read[id(body)][1]
+        return self._read[body]
 
     def _give(self, device: Device, made: _Made) -> None:
         """A plan's widths; strategies that go by a device's density (a pull, a scaler) need to know their share."""
@@ -127,7 +127,7 @@ class WidthPlanner:
     def _remembered(self, name: str, device: Device, correction: Correction) -> _Made:
         """The plan of another device like this one, if there was one."""
         device.profile, profile = self._profile(device.profile)
-        key = (id(profile), json.dumps(device.probe), device.samples, tuple(device.codecs), correction)
+        key = (id(profile), device.probe, device.samples, tuple(device.codecs), correction)
         made = self._plans.pop(key, None)
         if made is None or any(self._recipe(name, device, w) != r for w, r in made.recipes.items()):
             made = self._made(name, device, profile, correction)
@@ -164,7 +164,7 @@ class WidthPlanner:
         except FedpruneError as error:
             return _Made({whole: self._recipe(name, device, whole)}, error)
         recipes = {w: self._recipe(name, device, w) for w in (whole, made.widths)}
-        return _Made(recipes, None, made.to_dict(), made.widths, kept_share(self.architecture, made.widths))
+        return _Made(recipes, None, PackedJson(made.to_dict()), made.widths, kept_share(self.architecture, made.widths))
 
 
 class PlannedWidths(Allocator):
@@ -180,9 +180,11 @@ class PlannedWidths(Allocator):
         self._planner.learn(name, fleet.state.devices[name], task)
 
 
-def _layer_times(device: Device) -> object:
-    """The measurement that its correction belongs to."""
-    return None if device.probe is None else device.probe.get("latency")
+def _as_fast(known: Device, device: Device) -> bool:
+    """Whether the measurement that a correction belongs to is the same."""
+    if known.probe == device.probe:
+        return True
+    return (known.probe or {}).get("latency") == (device.probe or {}).get("latency")
 
 
 def _limit(remembered: dict[Any, Any]) -> None:

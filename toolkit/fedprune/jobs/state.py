@@ -12,6 +12,7 @@ from typing import Any, cast
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.failure_kind import FailureKind
+from fedprune.jobs.packed_json import PackedJson
 
 FORMAT = "fedprune.state/2"
 
@@ -83,9 +84,9 @@ class Device(TrackedEntry):
     session: int
     online: bool
     profile: dict[str, Any]
-    probe: dict[str, Any] | None
+    probe: Mapping[str, Any] | None
     samples: int
-    plan: dict[str, Any] | None = None
+    plan: Mapping[str, Any] | None = None
     widths: tuple[int, ...] = ()
     excluded: str = ""
     excluded_by: str = ""
@@ -106,6 +107,15 @@ class Device(TrackedEntry):
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
         """Rebuild from JSON. Raises `TypeError` or `KeyError` if an attribute is wrong."""
         return cls(**{**body, "widths": tuple(body["widths"])})
+
+    def __post_init__(self) -> None:
+        for name in ("plan", "probe"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, PackedJson):
+                setattr(self, name, PackedJson(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        packed = {k: dict(v) for k, v in (("plan", self.plan), ("probe", self.probe)) if v is not None}
+        return TrackedEntry.to_dict(self) | packed  # a dataclass with slots doesn't know itself as `super`
 
     @property
     def counted_as(self) -> bool:
@@ -357,7 +367,7 @@ class State:
         # Newer fields are left out while they have their default, so that older versions can read the rest.
         body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
         return json.dumps(
-            {"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=TrackedEntry.to_dict
+            {"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=lambda entry: entry.to_dict()
         )
 
     @classmethod

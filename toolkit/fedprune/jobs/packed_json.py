@@ -1,0 +1,39 @@
+"""A JSON object that takes little memory, for what a state keeps of each of many devices and seldom reads."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+
+class PackedJson(Mapping[str, Any]):
+    """Compressed text, which is read when an entry is asked for. What entries hold must not be changed."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.raw = zlib.compress(json.dumps(body, sort_keys=True, separators=(",", ":")).encode(), 1)
+
+    def __getitem__(self, key: str) -> Any:
+        return _read(self.raw)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_read(self.raw))
+
+    def __len__(self) -> int:
+        return len(_read(self.raw))
+
+    def __eq__(self, other: object) -> bool:
+        return self.raw == other.raw if isinstance(other, PackedJson) else super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash(self.raw)
+
+
+@lru_cache(maxsize=4096)
+def _read(raw: bytes) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(zlib.decompress(raw))
+    return body
