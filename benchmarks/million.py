@@ -1,0 +1,620 @@
+"""A day of the coordinator with up to a million boards, on a virtual clock: `python benchmarks/million.py`.
+
+The coordinator is the server's own. Its shell here is a fleet without tensors: boards connect and leave, train and
+send for as long as their profiles predict, and a worker answers at once with digests, which are all that a coordinator
+sees. Every case runs in a process of its own; what was interrupted continues with the next case, `--anew` forgets
+earlier runs.
+
+- A board is of one of seven kinds, in the shares of the swarm. Its training takes what the planner predicts for its
+  kind's profile and its 50 to 500 samples, times a factor of its own (log-normal, σ = 0.1) and one per round (σ =
+  0.07, the mean of 20 draws of PR-FL's 0.3); its link what the profile promises, times a factor of its own (σ = 0.3).
+- It is connected once a day, from a time of its own for a quarter of the day to all of it. A board that leaves while
+  it works keeps its update, and announces it when it is back if the round still waits.
+- One update of 200 fails its checks, and one offer of 200 is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import heapq
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kept_runs import kept_runs
+from synthetic_nets import setting, write
+
+from fedprune.coordination import State, coordinate, width_planner
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.rng import keyed
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
+from fedprune.planning.cost_prediction import Prediction, predict
+from fedprune.planning.profile_store import find
+
+SHARES = {
+    "raspberry-pi-4b": 0.30,
+    "raspberry-pi-5": 0.15,
+    "raspberry-pi-3b-plus": 0.15,
+    "raspberry-pi-zero-2w": 0.15,
+    "jetson-nano": 0.08,
+    "jetson-orin-nano": 0.07,
+    "generic-x86-64": 0.10,
+}
+"""The swarm's mixture (`benchmarks.swarm.fleet`)."""
+
+NET = "resnet20_bn"
+RECIPE = Recipe(epochs=50)
+DEADLINE_S = 2400.0
+DAY_S = 86_400.0
+SAMPLES = (50, 500)
+BOARD_SIGMA, ROUND_SIGMA, LINK_SIGMA = 0.1, 0.07, 0.3
+ARRIVAL_S = 1800.0
+"""Within this time those boards connect that are there at the beginning."""
+
+FAULTS = 0.005
+PARTS_KEPT = 50_000
+"""As many parts of finished rounds as the server keeps in memory (`fedprune_server.storage.storage`)."""
+
+SAVED = 97
+"""Of so many turns one is encoded as the server would save it; what that takes isn't part of the coordinator's time."""
+
+TIMED = 53
+"""Of so many events of a kind one is timed, except of those that come once a round."""
+
+RARE = ("Scored", "Closed", "Evaluated")
+
+ARCHITECTURE = "FEDPRUNE_ARCHITECTURE"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run.
+
+    Attributes:
+        participation: Share of the present boards whose updates a round needs.
+        over_selection: Share of them that it asks beyond those.
+        hours: How long it lasts.
+        probes: Whether boards have measured themselves, each with other results.
+        asynchronous: Whether the model moves whenever a tenth of the boards at work has delivered; the share of them
+            that works at a time is `participation`.
+        fairness: The job's; 1 asks no board again before all others that are there.
+    """
+
+    boards: int
+    participation: float = 0.01
+    over_selection: float = 0.1
+    hours: float = 24.0
+    probes: bool = False
+    asynchronous: bool = False
+    fairness: float = 0.0
+
+
+SIZES = tuple(Case(n) for n in (10_000, 100_000, 1_000_000))
+SHARES_ASKED = (
+    *(Case(100_000, p, over, 4.0) for p in (0.001, 0.01, 0.1) for over in (0.0, 0.1)),
+    Case(100_000, 0.1, 0.1, 4.0, fairness=1.0),
+)
+PROBED = (Case(20_000, hours=0.5), Case(20_000, hours=0.5, probes=True))
+ASYNCHRONOUS = tuple(Case(n, hours=2.0, asynchronous=True) for n in (1_000, 10_000))
+CASES = (*SIZES, *SHARES_ASKED, *PROBED, *ASYNCHRONOUS)
+
+
+def architecture() -> Architecture:
+    """The net's, written down by the parent process, so that a run's memory holds no compiler."""
+    return Architecture.from_json(Path(os.environ[ARCHITECTURE]).read_bytes())
+
+
+def exported(folder: Path) -> Path:
+    """A file with the net's architecture."""
+    import torch
+    from step_nets import network
+
+    from fedprune_export.importing import import_onnx
+
+    path, example = folder / "net.onnx", (torch.zeros(1, 3, 32, 32),)
+    options: dict[str, Any] = {"opset_version": 17, "dynamo": False, "input_names": ["x"]}
+    torch.onnx.export(network(NET).eval(), example, str(path), dynamic_axes={"x": {0: "n"}}, **options)
+    described = folder / "architecture.json"
+    described.write_text(import_onnx(path.read_bytes(), NET).architecture.to_json())
+    return described
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+
+def name_of(board: int) -> str:
+    return f"board-{board:07d}"
+
+
+class Fleet:
+    """The boards: arrays, so that they take little memory beside the coordinator's."""
+
+    def __init__(self, case: Case, net: Architecture) -> None:
+        n = case.boards
+        self.net, self.probes = net, case.probes
+        self.profiles = [find(name) for name in SHARES]
+        self.bodies = [p.to_dict() for p in self.profiles]
+        chance = keyed(0, "million")
+        self.kind = chance.choice(len(SHARES), n, p=list(SHARES.values())).astype(np.int8)
+        self.samples = chance.integers(*SAMPLES, n, endpoint=True, dtype=np.int32)
+        self.speed = chance.lognormal(0, BOARD_SIGMA, n).astype(np.float32)
+        self.link = chance.lognormal(0, LINK_SIGMA, n).astype(np.float32)
+        self.memory = chance.normal(1.05, 0.03, n).astype(np.float32)  # measured over predicted: results/planner.md
+        share = chance.uniform(0.25, 1.0, n)
+        begin = chance.random(n) * DAY_S
+        end = begin + share * DAY_S  # those who are there at midnight, too, are so at the run's beginning
+        self.session = np.zeros(n, np.int16)
+        self.offered = np.zeros(n, np.int16)
+        self.until = np.full(n, -1.0, np.float32)
+        early = end > DAY_S
+        first = chance.random(n) * ARRIVAL_S
+        births = np.concatenate([first[early], begin])
+        deaths = np.concatenate([np.maximum(end[early] - DAY_S, first[early]), end])
+        who = np.concatenate([np.flatnonzero(early), np.arange(n)]).astype(np.int32)
+        self._times = np.concatenate([births, deaths])
+        self._who = np.concatenate([who, who])
+        self._ends = np.concatenate([deaths, np.full(len(deaths), -1.0)]).astype(np.float32)
+        order = np.argsort(self._times, kind="stable")
+        self._times, self._who, self._ends = self._times[order], self._who[order], self._ends[order]
+        self._factors = keyed(0, "million", "rounds")
+        self._drawn = list[float]()
+
+    def moves(self) -> Iterator[tuple[float, int, float]]:
+        """Time, board, and the end of its connection, or -1 where it is that end; in order."""
+        for at in range(0, len(self._times), 10_000):
+            rows = (column[at : at + 10_000].tolist() for column in (self._times, self._who, self._ends))
+            yield from zip(*rows, strict=True)
+
+    def born(self, board: int) -> on.DeviceBorn:
+        kind, samples = int(self.kind[board]), int(self.samples[board])
+        probe = self.probe(board) if self.probes else None
+        return on.DeviceBorn(name_of(board), int(self.session[board]), self.bodies[kind], samples, probe, ("zlib",))
+
+    def probe(self, board: int) -> dict[str, Any]:
+        """What a board measured of itself: as promised, by its own factor."""
+        from fedprune.planning.probe_report import ProbeReport
+
+        profile = self.profiles[self.kind[board]]
+        rate, memory = profile.train_rate / float(self.speed[board]), profile.memory.total_bytes
+        return ProbeReport(
+            profile.cpu.cores, memory, round(0.8 * memory), 3.0, "1.22.1", train_rate=rate, infer_rate=1.5 * rate
+        ).to_dict()
+
+    def predicted(self, board: int) -> Prediction:
+        return self._predicted(int(self.kind[board]), int(self.samples[board]))
+
+    @cache  # noqa: B019 - there is one fleet
+    def _predicted(self, kind: int, samples: int) -> Prediction:
+        return predict(self.net, self.net.sizes, self.profiles[kind], RECIPE, samples)
+
+    def factor(self) -> float:
+        """The next round's factor on a training time."""
+        if not self._drawn:
+            self._drawn += self._factors.lognormal(0, ROUND_SIGMA, 10_000).tolist()
+        return float(self._drawn.pop())
+
+    def transfer_s(self, board: int, size: int, *, down: bool) -> float:
+        link = self.profiles[self.kind[board]].link
+        rate = link.down_bytes_s if down else link.up_bytes_s
+        return float(2 * link.latency_s + size / rate * self.link[board])
+
+
+class Shell:
+    """Drives a coordinator on the virtual clock, and takes its time."""
+
+    def __init__(self, case: Case) -> None:
+        net = architecture()
+        at_work = max(10, round(case.participation * case.boards))
+        schedule = {"kind": "async", "arrivals": at_work // 10, "concurrent": at_work}
+        job = Job(
+            name="million",
+            rounds=10**6,
+            devices=max(1, case.boards // 4),
+            participation=case.participation,
+            over_selection=0.0 if case.asynchronous else case.over_selection,
+            fairness=case.fairness,
+            deadline_s=DEADLINE_S,
+            recipe=RECIPE,
+            schedule=schedule if case.asynchronous else {},
+        )
+        self.case, self.fleet = case, Fleet(case, net)
+        self.state = State(model=digest("initial"), architecture=net.digest)
+        self.planned = self.plans = self.collected = self.collections = 0
+        planner = getattr(width_planner, "plan")  # noqa: B009 - it isn't the module's own
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time_ns() - self.collected
+            try:
+                return planner(*args, **kwargs)
+            finally:
+                self.planned += time.thread_time_ns() - self.collected - began
+                self.plans += 1
+
+        setattr(width_planner, "plan", timed)  # noqa: B010
+        self.coordinator = coordinate(job, net, self.state)
+        self.now = 0.0
+        self.later: list[tuple[float, int, on.Event, int]] = []
+        self.order = 0
+        self.unsent: dict[int, on.UpdateAnnounced] = {}
+        self.spent: Counter[str] = Counter()
+        self.counted: Counter[str] = Counter()
+        self.timed: Counter[str] = Counter()
+        self.turns = self.updates = 0
+        self.saved = {"turns": 0, "rows": 0, "bytes": 0, "cpu_ns": 0}
+        self.recipe = RECIPE.to_offer()
+        self.graph = {"sha256": digest("graph"), "size": 300_000}
+        self.rounds: list[dict[str, float]] = []
+        self.decisions = hashlib.sha256()
+        self._faults = keyed(0, "million", "faults")
+
+    def run(self) -> None:
+        end, moves = 3600 * self.case.hours, self.fleet.moves()
+        time_, board, until = next(moves)
+        while min(time_, self.later[0][0] if self.later else time_) < end:
+            if self.later and self.later[0][0] <= time_:
+                self.now, _, event, session = heapq.heappop(self.later)
+                self._happens(event, session)
+                continue
+            self.now = time_
+            fleet = self.fleet
+            if until < 0:
+                fleet.until[board] = -1.0
+                self.feed(on.DeviceDied(name_of(board), int(fleet.session[board])))
+            else:
+                fleet.session[board] += 1
+                fleet.until[board] = until
+                self.feed(fleet.born(board))
+                if board in self.unsent:
+                    self.feed(self.unsent[board])
+            time_, board, until = next(moves, (np.inf, 0, 0.0))
+
+    def _happens(self, event: on.Event, session: int) -> None:
+        """An event that was due now, if it isn't a board's whose connection has ended."""
+        if isinstance(event, (on.UpdateAnnounced, on.UpdateStored, on.OfferRefused)):
+            board = int(event.device[6:])
+            if isinstance(event, on.UpdateAnnounced):
+                self.unsent[board] = event
+            if self.fleet.session[board] != session or self.fleet.until[board] < 0:
+                return
+            if isinstance(event, on.UpdateStored):
+                self.unsent.pop(board, None)
+        self.feed(event)
+
+    def feed(self, event: on.Event) -> None:
+        """A turn: an event, and all that follows from it at once."""
+        due = deque([event])
+        while due:
+            event = due.popleft()
+            kind = type(event).__name__
+            self.counted[kind] += 1
+            for command in self._handled(event, kind):
+                answer = self.answer(command)
+                if answer is not None:
+                    due.append(answer)
+        self.turns += 1
+        if self.turns % SAVED == 0:
+            self._encode()
+        self.state.settle()
+
+    def _handled(self, event: on.Event, kind: str) -> list[do.Command]:
+        """The coordinator's answer to an event; what it takes is measured now and then, since clocks take time, too."""
+        if self.counted[kind] % TIMED and kind not in RARE:
+            return self.coordinator.handle(event, self.now)
+        gone, began = self.planned + self.collected, time.thread_time_ns()
+        commands = self.coordinator.handle(event, self.now)
+        self.spent[kind] += time.thread_time_ns() - began - (self.planned + self.collected - gone)
+        self.timed[kind] += 1
+        return commands
+
+    def _collecting(self, phase: str, info: dict[str, int]) -> None:
+        """Python looks for unreachable objects among all that there are."""
+        if info["generation"] == 2:
+            self.collected += time.thread_time_ns() * (1 if phase == "stop" else -1)
+            self.collections += phase == "stop"
+
+    def _encode(self) -> None:
+        """Encode what the server would write at this turn's end."""
+        state, began = self.state, time.thread_time_ns()
+        rows = [encoded(r[n]) for r in (state.devices, state.tasks) for n in r.changed if n in r]
+        self.saved["cpu_ns"] += time.thread_time_ns() - began
+        self.saved["turns"] += 1
+        self.saved["rows"] += len(rows)
+        self.saved["bytes"] += sum(map(len, rows))
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        """What the worker answers at once; what boards answer comes later."""
+        match command:
+            case do.Extract():
+                return on.Extracted(command.basis.round, command.part.device, command.part.attempt, self.offer(command))
+            case do.SendOffer():
+                self._work(command)
+            case do.PullUpdate():
+                board = int(command.device[6:])
+                took = self.fleet.transfer_s(board, command.weights["size"], down=False)
+                stored = on.UpdateStored(command.device, command.round, command.attempt, command.weights["sha256"])
+                self._later(self.now + took, stored, int(self.fleet.session[board]))
+            case do.Fold():
+                part, number = command.contribution.part, command.contribution.basis.round
+                if self._faults.random() < FAULTS:
+                    return on.UpdateRejected(part.device, number, part.attempt, "out of range", "diverged")
+                self.updates += 1
+                return on.Folded(part.device, number, part.attempt)
+            case do.Cancel():
+                self.unsent.pop(int(command.device[6:]), None)
+            case do.Score():
+                self.decisions.update("\x1f".join((str(command.round), *command.participants)).encode())
+                self.rounds.append({"round": command.round, "began": self.now, "asked": len(command.participants)})
+                return on.Scored(command.round, digest("ranking", command.round))
+            case do.Close():
+                counted = [(c.part.device, c.part.widths, c.weight) for c in command.contributions]
+                self.decisions.update(repr(counted).encode())
+                return on.Closed(command.round, digest("model", command.round))
+            case do.Evaluate():
+                self.rounds[-1] |= {"ended": self.now}
+                self.state.slim(PARTS_KEPT)
+                return on.Evaluated(command.round, {"loss": 1.0, "accuracy": 0.5})
+            case do.Wake():
+                self._later(command.at, on.Ticked(), 0)
+        return None
+
+    def offer(self, command: do.Extract) -> dict[str, Any]:
+        widths = list(command.part.widths)
+        return {
+            "selection": digest("selection", command.basis.ranking, widths),
+            "ranking": command.basis.ranking,
+            "widths": widths,
+            "weights": {"sha256": digest("weights", command.basis.round, widths), "size": 1_100_000},
+            "training": self.graph,
+            "inference": self.graph,
+            "recipe": self.recipe,
+            "update_size": 1_100_000,
+        }
+
+    def _work(self, command: do.SendOffer) -> None:
+        board = int(command.device[6:])
+        fleet, session = self.fleet, int(self.fleet.session[board])
+        fleet.offered[board] += 1
+        known = self.unsent.get(board)
+        if known is not None and (known.round, known.attempt) == (command.round, command.attempt):
+            return  # trained already, and announced again
+        down_s = fleet.transfer_s(board, command.offer["weights"]["size"], down=True)
+        if self._faults.random() < FAULTS:
+            refused = on.OfferRefused(command.device, command.round, command.attempt, "no room", "no room")
+            self._later(self.now + down_s, refused, session)
+            return
+        predicted, factor = fleet.predicted(board), float(fleet.speed[board]) * fleet.factor()
+        update = on.UpdateAnnounced(
+            command.device,
+            command.round,
+            command.attempt,
+            command.offer["weights"]["sha256"],
+            {"sha256": digest(command.device, command.round), "size": command.offer["update_size"]},
+            int(fleet.samples[board]),
+            predicted.steps,
+            {
+                "loss": 0.5,
+                "step_seconds": predicted.step_s * factor,
+                "latency_seconds": predicted.latency_s * factor,
+                "peak_memory_bytes": round(predicted.memory_bytes * float(fleet.memory[board])),
+            },
+        )
+        self._later(self.now + down_s + predicted.train_s * factor, update, session)
+
+    def _later(self, at: float, event: on.Event, session: int) -> None:
+        self.order += 1
+        heapq.heappush(self.later, (at, self.order, event, session))
+
+
+def encoded(entry: Any) -> str:
+    """A row's text."""
+    return json.dumps(entry.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def peak_mb() -> float:
+    """This process's largest memory; `getrusage` would begin with that of its parent."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run a case in this process."""
+    base, began, cpu = peak_mb(), time.time(), time.process_time()
+    shell = Shell(case)
+    fleet = peak_mb()
+    gc.callbacks.append(shell._collecting)
+    shell.run()
+    gc.callbacks.clear()
+    cpu = time.process_time() - cpu
+    state, peak = shell.state, peak_mb()
+    counted = shell.counted
+    each = {k: shell.spent[k] / shell.timed[k] / 1e3 for k in counted if shell.timed[k]}
+    events, spent = sum(counted.values()), sum(each[k] * counted[k] for k in each)
+    ended = [r for r in shell.rounds if "ended" in r]
+    lasted = [r["ended"] - r["began"] for r in ended]
+    return {
+        **asdict(case),
+        "wall_s": round(time.time() - began, 1),
+        "cpu_s": round(cpu, 1),
+        "coordinator_s": round(spent / 1e6, 2),
+        "plans": shell.plans,
+        "plans_s": round(shell.planned / 1e9, 2),
+        "collections": shell.collections,
+        "collections_s": round(shell.collected / 1e9, 2),
+        "events": events,
+        "events_of": dict(counted),
+        "us_of": {k: round(v, 2) for k, v in each.items()},
+        "us_per_event": round(spent / events, 2),
+        "us_per_update": round(spent / max(1, shell.updates), 1),
+        "updates": shell.updates,
+        "turns": shell.turns,
+        "connected": state.devices.count(True),
+        "known": len(state.devices),
+        "peak_mb": round(peak),
+        "fleet_mb": round(fleet - base),
+        "base_mb": round(base),
+        "state_bytes": sum(len(encoded(e)) for roll in (state.devices, state.tasks) for e in roll.values()),
+        "saved": shell.saved,
+        "rounds": len(ended),
+        "round_s": [round(float(q), 1) for q in np.quantile(lasted, (0.1, 0.5, 0.9))] if lasted else [],
+        "asked": round(float(np.median([r["asked"] for r in ended]))) if ended else 0,
+        "offered_boards": int(np.count_nonzero(shell.fleet.offered)),
+        "offered_most": int(shell.fleet.offered.max()),
+        "decisions": shell.decisions.hexdigest()[:16],
+    }
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Run a case in a process of its own."""
+    found = subprocess.run(
+        [sys.executable, __file__, "--case", json.dumps(asdict(case))], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return {**json.loads(found.stdout), **setting()}
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    found = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in rows}
+    sizes, asked, probed, other = (
+        [found[c] for c in cases if c in found] for cases in (SIZES, SHARES_ASKED, PROBED, ASYNCHRONOUS)
+    )
+    first, kinds = rows[0], sorted({k for row in sizes for k in row["us_of"]})
+    lines = [
+        "# A day of the coordinator with up to a million boards",
+        "",
+        f"{first['date']}, {first['cpu']}, one of {first['cores']} cores, which other work shared (load",
+        f"{first['load']}), Python {first['python']}, numpy {first['numpy']}. `python benchmarks/million.py`",
+        "",
+        *(__doc__ or "").splitlines()[2:],
+        "",
+        "All times are CPU times. *Coordinator* is the time of `handle(event, now)`, without plans and without",
+        "Python's collections of the whole heap, which have columns of their own. *All* is that of the process; what",
+        "remains is the simulated fleet's. *Peak* is the process's memory, with the fleet.",
+        "",
+        "## Sizes",
+        "",
+        f"A round asks {1 + SIZES[0].over_selection:.1f} % of the boards that are there, and closes with 1 %.",
+        "",
+        *table(
+            ("boards", "events", "updates", "rounds", "coordinator s", "µs per event", "µs per update", "plans",
+             "plans s", "collections s", "all s", "events per s", "peak MB", "of it the fleet", "state MB"),
+            [
+                (f"{r['boards']:,}", f"{r['events']:,}", f"{r['updates']:,}", r["rounds"], f"{r['coordinator_s']:.0f}",
+                 r["us_per_event"], r["us_per_update"], f"{r['plans']:,}", f"{r['plans_s']:.0f}",
+                 f"{r['collections_s']:.1f}", f"{r['cpu_s']:.0f}", f"{r['events'] / r['cpu_s']:,.0f}", r["peak_mb"],
+                 r["fleet_mb"], f"{r['state_bytes'] / 1e6:,.0f}")
+                for r in sizes
+            ],
+        ),
+        "",
+        "*State* is what the tables of boards and tasks hold as text, profiles included. A turn saves what it changed:",
+        "",
+        *table(
+            ("boards", "rows per turn", "bytes per turn", "µs to encode them"),
+            [
+                (f"{r['boards']:,}", f"{s['rows'] / s['turns']:.2f}", f"{s['bytes'] / s['turns']:,.0f}",
+                 f"{s['cpu_ns'] / s['turns'] / 1e3:.0f}")
+                for r in sizes
+                for s in [r["saved"]]
+            ],
+        ),
+        "",
+        "Microseconds per event; `Evaluated` begins the next round:",
+        "",
+        *table(
+            ("boards", *(f"`{k}`" for k in kinds)),
+            [
+                (f"{r['boards']:,}", *(f"{r['us_of'][k]:,.0f}" if k in r["us_of"] else "–" for k in kinds))
+                for r in sizes
+            ],
+        ),
+        "",
+        "## Duration of rounds",
+        "",
+        "Virtual seconds, of 100,000 boards. Without asking for more than are needed, a round waits for boards that",
+        f"have left, at most for {DEADLINE_S:.0f} s. With a fairness of 1 no board is asked again before all others",
+        "that are there.",
+        "",
+        *table(
+            ("participation", "asked beyond", "fairness", "asked", "rounds", "shortest tenth", "median",
+             "longest tenth", "updates per hour", "boards asked", "most often", "µs per event"),
+            [
+                (f"{r['participation']:.1%}", f"{r['over_selection']:.0%}", f"{r['fairness']:g}",
+                 f"{r['asked']:,}", r["rounds"], *(f"{q:,.0f}" for q in r["round_s"] or [math.nan] * 3),
+                 f"{r['updates'] / r['hours']:,.0f}", f"{r['offered_boards']:,}", r["offered_most"],
+                 r["us_per_event"])
+                for r in asked
+            ],
+        ),
+        "",
+        "## Boards that have measured themselves",
+        "",
+        "Boards of one kind with as many samples share a plan. One that has measured itself has a plan of its own.",
+        "",
+        *table(
+            ("boards that connected", "probes", "plans", "ms per plan", "kB per board"),
+            [
+                (f"{r['known']:,}", "yes" if r["probes"] else "no", f"{r['plans']:,}",
+                 f"{r['plans_s'] / r['plans'] * 1e3:.2f}",
+                 f"{(r['peak_mb'] - r['base_mb'] - r['fleet_mb']) * 1000 / r['known']:.1f}")
+                for r in probed
+            ],
+        ),
+        "",
+        "## Asynchronous",
+        "",
+        "1 % of the boards work at a time, and the model moves whenever a tenth of these have delivered. Every round",
+        "draws the queue of all idle boards again, which is most of `Evaluated`.",
+        "",
+        *table(
+            ("boards", "updates", "rounds", "µs per event", "µs per `Evaluated`", "µs per other event"),
+            [
+                (f"{r['boards']:,}", f"{r['updates']:,}", r["rounds"], r["us_per_event"],
+                 f"{r['us_of']['Evaluated']:,.0f}", f"{others_us(r, 'Evaluated'):.0f}")
+                for r in other
+            ],
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def others_us(row: dict[str, Any], kind: str) -> float:
+    """Microseconds per event of all kinds but one."""
+    rest = {k: n for k, n in row["events_of"].items() if k != kind}
+    return float(sum(n * row["us_of"].get(k, 0.0) for k, n in rest.items()) / sum(rest.values()))
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    """A table in Markdown, with numbers to the right."""
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (heads, ("---:",) * len(heads), *rows)]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ARCHITECTURE] = str(exported(Path(folder)))
+        rows = kept_runs("million", __doc__, CASES, run)
+    write("million", {"rows": rows}, page(rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--case"]:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--case", type=json.loads)
+        print(json.dumps(measure(Case(**parser.parse_args().case))))
+    else:
+        main()
