@@ -70,12 +70,12 @@ class Archive:
             BundleError: It isn't a tensor file.
             ProtocolError: It isn't what its codec makes of an update of these weights.
         """
-        raw = self._store.map(digest)
+        raw = self._store.read(digest)
         chosen = None if codec is None else Codec.parse(codec)
         if chosen is None or sent is None or not is_packed(raw):
             return tensorfile.decode(raw)
         trained = frozenset(t.name for t in self._architecture.trainable)
-        return dict(decode(chosen, bytes(raw), self.sent(sent), trained))
+        return dict(decode(chosen, raw, self.sent(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the
