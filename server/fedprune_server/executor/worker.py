@@ -40,8 +40,8 @@ from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
 
-_SHARED = 64
-"""Offers that are kept for further devices."""
+_BASES = 2
+"""Latest bases of submodels whose offers are kept for further devices."""
 
 
 class Worker:
@@ -88,7 +88,7 @@ class Worker:
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
-        self._shared: dict[Hashable, dict[str, Any]] = {}
+        self._shared: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
         self._told: set[str] = set()
 
     @cached_property
@@ -146,10 +146,11 @@ class Worker:
         """Note an offer, which a helper may have made: its graphs, and that other devices may get the same."""
         self._offers.note(graphs_of(event.offer), event.round)
         key = self.shared_key(command)
-        if key is not None and key not in self._shared:
-            while len(self._shared) >= _SHARED:
-                del self._shared[next(iter(self._shared))]
-            self._shared[key] = event.offer
+        if key is not None:
+            basis = basis_of(command)
+            if basis not in self._shared:
+                self._shared = dict([*self._shared.items(), (basis, {})][-_BASES:])
+            self._shared[basis].setdefault(key, dict(event.offer))
 
     # A round begins.
 
@@ -173,7 +174,7 @@ class Worker:
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         part, key = command.part, self.shared_key(command)
-        offer = self._shared.get(key)
+        offer = self._shared.get(basis_of(command), {}).get(key)
         if offer is None or not all(map(self.store.has, blobs_of(offer))):
             offer = self._offer(command)
         event = on.Extracted(command.basis.round, part.device, part.attempt, dict(offer))

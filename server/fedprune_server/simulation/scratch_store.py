@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from pathlib import Path
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -13,14 +12,14 @@ from fedprune.blobs.blob_store import BlobStore
 class ScratchStore(BlobStore):
     """A store that hashes each blob once.
 
-    Files aren't flushed. One that was written since the store was opened isn't verified, neither here nor in the helper
-    processes that are given this store; what an earlier run left is. No blob travels, so references name a leaf table
+    Files aren't flushed. Those of an earlier run are verified; those of this one aren't, neither here nor in the helper
+    processes that are given this store. No blob travels, so references name a leaf table
     of one leaf, the whole blob; `table` makes the real one.
     """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root.resolve(), durable=False)  # a helper may be started in another folder
-        self._opened = time.time_ns()
+        self._earlier = frozenset(self.names())
 
     def put(self, data: bytes | memoryview) -> BlobRef:
         digest = hashlib.sha256(data)
@@ -31,5 +30,5 @@ class ScratchStore(BlobStore):
         return ref
 
     def _expect(self, sha256: str, data: bytes | memoryview) -> None:
-        if self.path(sha256).stat().st_mtime_ns <= self._opened:
+        if sha256 in self._earlier:
             super()._expect(sha256, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from copy import copy
 from pathlib import Path
 
@@ -35,8 +34,8 @@ def test_what_an_earlier_run_left_is_verified(tmp_path: Path) -> None:
     path = store.path(ref.sha256)
     path.write_bytes(DATA[::-1])
     assert store.read(ref.sha256) == DATA[::-1]  # nobody else writes there
-    os.utime(path, ns=(0, store._opened))
-    for there in (store, copy(store), ScratchStore(tmp_path)):
+    later = ScratchStore(tmp_path)
+    for there in (later, copy(later)):
         with pytest.raises(StorageError, match="damaged"):
             there.read(ref.sha256)
         with pytest.raises(StorageError, match="damaged"):

@@ -10,7 +10,8 @@ from typing import Any
 
 
 class PackedJson(Mapping[str, Any]):
-    """Compressed text, which is read when an entry is asked for. What entries hold must not be changed."""
+    """Compressed text, which is read when an entry is asked for. What entries hold must not be changed. Two of them are
+    equal if their texts are: 0 isn't 0.0."""
 
     __slots__ = ("raw",)
 

@@ -218,7 +218,7 @@ _MOST = 1000
 _LONGEST = 1000
 """Entries of a list of patterns or densities, and letters of a pattern."""
 
-_CHECKED: dict[str, dict[str, Any]] = {}
+_CHECKED: dict[tuple[object, ...], dict[str, Any]] = {}
 """Settings as they were after their check, by what was given: every round repeats the recipes of the one before."""
 _MOST_CHECKED = 256
 
@@ -358,7 +358,8 @@ class Recipe:
     update_noise: float = bounded(0.0, 0, 1e10)
 
     def __post_init__(self) -> None:
-        given = repr(vars(self))
+        # Types count: 1 and numpy's 1 may have the same text, True and 1 are equal.
+        given = repr(vars(self)), *map(type, vars(self).values())
         checked = _CHECKED.get(given)  # another thread may clear them
         if checked is None:
             self._check()
