@@ -125,7 +125,7 @@ class WidthPlanner:
         raise made.error.with_traceback(None)
 
     def _remembered(self, name: str, device: Device, correction: Correction) -> _Made:
-        """The plan of another device like this one, if there was one."""
+        """The plan of another device like this one whose recipes agree, for the whole model and as planned."""
         device.profile, profile = self._profile(device.profile)
         key = (id(profile), device.probe, device.samples, tuple(device.codecs), correction)
         made = self._plans.pop(key, None)
