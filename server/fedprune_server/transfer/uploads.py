@@ -67,7 +67,7 @@ class _Upload:
     """Whether the device was asked to upload it."""
     asked_at: float = 0.0
     mqtt: bool = False
-    """Whether an upload has failed, so that it is pulled."""
+    """Whether an upload has failed or was too slow, so that it is pulled."""
     leaves: int = 0
     moved_at: float = 0.0
     began_at: float = 0.0
@@ -192,7 +192,9 @@ class Uploads:
                     upload.leaves, upload.moved_at = leaves, now
         slow = [n for n in self._running if self._uploads[n].slow(now)]
         for device in sorted(slow) if self._waiting else ():
-            self._stop(device, self._uploads[device])
+            upload = self._uploads[device]
+            upload.mqtt = upload.mqtt or upload.put  # another upload would begin at the first byte again
+            self._stop(device, upload)
             self._running.discard(device)
             self._wait(device)
         wants: Wants = []
@@ -243,6 +245,8 @@ class Uploads:
         wants: Wants = []
         if learnt and upload is not None and not (upload.put or upload.leaves):
             return self._put_instead(device, upload, now) + self._start(now)  # it was asked before it was known
+        if upload is not None and upload.put and not uploads:
+            return self._pull_instead(device, upload, now) + self._start(now)
         if upload is not None and before not in (None, session) and (upload.put or upload.pull is not None):
             upload.moved_at = upload.began_at = now  # it was asked on another connection
             upload.began_with = upload.leaves
@@ -323,6 +327,8 @@ class Uploads:
             return []
         self._waiting.pop(device, None)
         self._stop(device, upload)
+        if self._place.direct:
+            self._running.discard(device)
         return self._begin(device, upload, now)
 
     def _pull_instead(self, device: str, upload: _Upload, now: float) -> Wants:

@@ -371,10 +371,33 @@ def test_an_upload_that_is_stuck_makes_room_for_one_that_waits(web: Web) -> None
     for name in "abc":
         web.announce(name)
     assert web.uploads.tick(STALLED_S - 1) == []
-    assert kinds(web.uploads.tick(STALLED_S + 1)) == [("c", "upload"), ("a", "upload")]
-    assert set(web.place.awaited) == {"a", "c"}
+    assert kinds(web.uploads.tick(STALLED_S + 1)) == [("c", "upload"), ("a", "want")]  # a pull is resumed
+    assert set(web.place.awaited) == {"c"}
     web.stored("c")
-    assert kinds(web.uploads.collect(STALLED_S + 2)) == [("b", "upload")]
+    assert kinds(web.uploads.collect(STALLED_S + 2)) == [("b", "want")]
+
+
+def test_an_upload_that_fails_after_it_made_room_is_pulled_in_its_turn(web: Web) -> None:
+    for name in "abcd":
+        web.announce(name)
+    assert kinds(web.uploads.tick(STALLED_S + 1)) == [("c", "upload"), ("d", "upload")]
+    assert web.uploads.reported("a", UploadResult(web.ref("a").sha256, "cut"), STALLED_S + 2) == []
+    web.stored("c")
+    wants = web.uploads.collect(STALLED_S + 3)
+    assert kinds(wants) == [("a", "want")]
+    finish(web, wants)
+    assert [o.device for o in web.uploads.outcomes()] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_who_can_upload_no_longer_is_pulled_from(web: Web, direct: bool) -> None:
+    web.place.direct = direct
+    web.announce("a")
+    wants = web.uploads.born("a", 2, 0.0, 1.0)  # an older release
+    assert kinds(wants) == [("a", "want")]
+    assert web.place.awaited == {}
+    finish(web, wants)
+    assert [o.device for o in web.uploads.outcomes()] == ["a"]
 
 
 @pytest.mark.parametrize("how", ["drop", "keep", "gone"])
@@ -416,3 +439,10 @@ def test_uploads_that_don_t_pass_through_the_server_need_no_place_and_pulls_do(w
     web.uploads.interrupted(2 * STALLED_S)
     assert "d" not in [device for device, _ in web.uploads.born("d", 2, 0.0, 3 * STALLED_S, uploads=True)]
     assert kinds(web.uploads.heard("d", 3 * STALLED_S)) == [("d", "upload")]
+
+
+def test_an_upload_past_the_server_leaves_its_place_to_a_pull(web: Web) -> None:
+    web.place.direct = True
+    for name in "ABC":
+        web.announce(name)
+    assert kinds(web.uploads.born("A", 1, 0.0, 1.0, uploads=True)) == [("A", "upload"), ("C", "want")]
