@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.partial_blob import process_name
+from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
 from support.faults.power_cuts import KINDS, CutError, power
 from support.processes import machine
@@ -391,14 +394,40 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing_behind(
 
 def test_temporary_files_of_the_dead_are_swept(tmp_path: Path) -> None:
     BlobStore(tmp_path)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        (tmp_path / "tmp" / f"{pid}-00").write_bytes(b"x")
+    with subprocess.Popen(["sleep", "9"]) as process:
+        dead, alive = process_name(process.pid), process_name(os.getpid())
+        process.kill()
+    for owner in (dead, str(process.pid), f"{os.getpid()}.1", alive):  # the third had the same id earlier
+        (tmp_path / "tmp" / f"{owner}-00").write_bytes(b"x")
 
     BlobStore(tmp_path)
 
-    assert files(tmp_path) == [f"tmp/{os.getpid()}-00"]
+    assert files(tmp_path) == [f"tmp/{alive}-00"]
+
+
+def test_a_process_is_told_from_an_earlier_one_with_its_id(tmp_path: Path) -> None:
+    program = tmp_path / "a) b 1 2 3"  # whose name is in the middle of what the kernel reports
+    program.symlink_to("/bin/sleep")
+    began = set()
+    for _ in range(2):
+        process = subprocess.Popen([program, "9"])
+        began.add(process_name(process.pid).removeprefix(f"{process.pid}."))
+        time.sleep(0.05)
+        process.kill()
+        process.wait()
+        assert process_name(process.pid) == f"{process.pid}."
+    assert len(began) == 2
+    assert all(start.isdecimal() for start in began)
+
+
+def test_both_ways_to_write_a_blob_use_names_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, seen = BlobStore(tmp_path, durable=False), []
+    monkeypatch.setattr(store, "move", lambda source, target, *, flush=True: seen.append(source))
+    store.put(b"x")
+    with StreamedBlob(store, BlobRef.of(b"y")) as blob:
+        blob.write(b"y")
+        blob.finish()
+    assert [path.name.split("-")[0] for path in seen] == [process_name(os.getpid())] * 2
 
 
 def test_a_store_that_can_t_be_made_says_so(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
-from fedprune.blobs.partial_blob import BlobFolder, PartialBlob
+from fedprune.blobs.partial_blob import BlobFolder, PartialBlob, process_name
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import is_digest
@@ -182,6 +182,7 @@ class BlobStore(BlobFolder):
     def _sweep(self) -> None:
         """Remove temporary files of processes that are no more."""
         for path in (self.root / "tmp").iterdir():
-            pid = path.name.split("-")[0]
-            if pid.isdigit() and not Path("/proc", pid).exists():
+            name = path.name.split("-")[0]
+            pid = name.split(".")[0]
+            if pid.isdigit() and name != process_name(pid):
                 path.unlink(missing_ok=True)

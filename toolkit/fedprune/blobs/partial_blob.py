@@ -21,6 +21,15 @@ from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
 
 
+def process_name(pid: int | str) -> str:
+    """A process's id and start time: in a container every start of a server may have the same id."""
+    try:
+        stat = Path("/proc", str(pid), "stat").read_bytes()
+    except OSError:
+        return f"{pid}."
+    return f"{pid}.{int(stat.rpartition(b')')[2].split()[19])}"  # after the program's name, in which anything may be
+
+
 class BlobFolder:
     """A content-addressed folder, `<root>/<first two hex digits>/<sha256>`, made with `tmp` and `partial` in it.
 
@@ -67,9 +76,13 @@ class BlobFolder:
                 hint="Free some space; nothing was written.",
             )
 
+    def temporary(self) -> Path:
+        """A new name for a file of this process, which is removed as a leftover once the process has ended."""
+        return self.root / "tmp" / f"{process_name(os.getpid())}-{secrets.token_hex(8)}"
+
     def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
         """Write a file so that it appears whole or not at all; without `flush` a power cut may leave an empty one."""
-        temporary = self.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
+        temporary = self.temporary()
         try:
             with storage_errors(f"can't write {path}"):
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from types import TracebackType
 
 from fedprune.blobs.blob_ref import LEAF, SUFFIX, BlobRef, table_file
@@ -32,7 +31,7 @@ class StreamedBlob:
         self._store = store
         self._whole, self._leaf = hashlib.sha256(), hashlib.sha256()
         self._table = bytearray()
-        self._path = store.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._path = store.temporary()
         with storage_errors(f"can't write {self._path}"):
             self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
@@ -80,7 +79,6 @@ class StreamedBlob:
                 os.fsync(self._descriptor)
             self._close()
             if self.ref.leaf_count > 1:
-                target.parent.mkdir(mode=0o700, exist_ok=True)
                 self._store.write_file(target.with_name(target.name + SUFFIX), table_file(table), flush=False)
             self._store.move(self._path, target)
 
