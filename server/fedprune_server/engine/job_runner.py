@@ -150,7 +150,8 @@ class JobRunner:
         self._place = services.blobs.uploads(self._shipping)
         self._uploads = Uploads(near, job.pulls, site.max_packet, self._place)
         # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
-        self.served = ServedJob(near, self.may_fetch, self._place if isinstance(self._place, HttpUploads) else None)
+        web = self._place if isinstance(self._place, HttpUploads) else None
+        self.served = ServedJob(near, self.may_fetch, web, job.pulls)
         """What devices may fetch and upload over HTTP."""
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(

@@ -32,7 +32,10 @@ from fedprune_server.transfer.web_uploads import Awaited, HttpUploads
 log = logging.getLogger("fedprune.server")
 
 CONNECTIONS = 64
-"""Connections at a time; each has a thread."""
+"""Connections at a time, and one more for each upload that is awaited at a time; each has a thread."""
+
+MOST_CONNECTIONS = 512
+"""The same, however many uploads are awaited: each takes two of a process's 1024 file descriptors."""
 
 HEAD_BYTES = 8192
 FIRST_S = 15.0
@@ -60,12 +63,19 @@ class ServedJob:
 
     Args:
         may_fetch: Whether a device, or without certificates any device, may have a blob; called from any thread.
+        uploads: What devices may upload; None for nothing.
+        pulls: How many uploads are awaited at a time.
     """
 
     def __init__(
-        self, store: BlobStore, may_fetch: Callable[[str | None, str], bool], uploads: HttpUploads | None = None
+        self,
+        store: BlobStore,
+        may_fetch: Callable[[str | None, str], bool],
+        uploads: HttpUploads | None = None,
+        pulls: int = 0,
     ) -> None:
         self.store, self.may_fetch, self.uploads = store, may_fetch, uploads
+        self.connections = 0 if uploads is None else pulls
         self._sent: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -88,7 +98,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     Args:
         port: The port; 0 for a free one.
         context: Gives TLS for a new connection, which asks for the board's certificate; None to do without.
-        connections: How many there may be at a time.
+        connections: How many there may be at a time, without those for uploads.
 
     Attributes:
         jobs: What may be fetched and uploaded; nothing, at first.
@@ -120,7 +130,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.jobs: Sequence[ServedJob] = ()
         self.sent = self.received = 0
         self._context = context
-        self._most = connections
+        self._connections = connections
         self._lock = threading.Lock()
         self._clients: dict[Any, tuple[bool, float]] = {}  # whether it waits for a request, and until when
         self._thread = threading.Thread(target=self.serve_forever, args=(POLL_S,), name="fedprune-blobs", daemon=True)
@@ -181,13 +191,14 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a client a thread; where none is left, that of who has been waiting for longest."""
+        most = min(self._connections + sum(job.connections for job in self.jobs), MOST_CONNECTIONS)
         with self._lock:
-            if len(self._clients) >= self._most:
+            if len(self._clients) >= most:
                 waiting = [(until, c) for c, (waits, until) in self._clients.items() if waits]
                 for _, client in sorted(waiting, key=lambda pair: pair[0])[:1]:
                     shut(client)
                     del self._clients[client]
-            if admitted := len(self._clients) < self._most:
+            if admitted := len(self._clients) < most:
                 self._clients[request] = (True, time.monotonic() + FIRST_S)
         if admitted:
             super().process_request(request, client_address)

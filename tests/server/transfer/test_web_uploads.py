@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,9 @@ def test_what_is_dropped_is_awaited_no_more(server: BlobServer, store: BlobStore
     assert put(server) == 404
 
 
-def begun(server: BlobServer, sent: int = 2 * LEAF) -> socket.socket:
+def begun(server: BlobServer, sent: int = 2 * LEAF, ref: BlobRef = REF) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-    client.sendall(f"PUT {path_of(REF)} HTTP/1.1\r\nContent-Length: {len(UPDATE)}\r\n\r\n".encode() + UPDATE[:sent])
+    client.sendall(f"PUT {path_of(ref)} HTTP/1.1\r\nContent-Length: {len(UPDATE)}\r\n\r\n".encode() + UPDATE[:sent])
     return client
 
 
@@ -392,6 +392,38 @@ def test_uploads_of_many_boards_at_a_time(server: BlobServer, store: BlobStore, 
         thread.join(20)
     assert sorted(end.device for end in uploads.ended()) == sorted(bodies)
     assert store.names() == sorted(hashlib.sha256(body).hexdigest() for body in bodies.values())
+
+
+def connected(server: BlobServer) -> bool:
+    """Whether one that connects now is served."""
+    return put(server, path=path_of(OTHER)) == 404
+
+
+def test_uploads_have_connections_of_their_own(
+    store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = [BlobRef.of(bytes([n]) * len(UPDATE)) for n in range(6)]
+    with BlobServer("127.0.0.1", 0, None, connections=2) as server, ExitStack() as stack:
+        for n, ref in enumerate(refs):
+            uploads.ask(f"pi-{n}", ref)
+
+        def begin(*numbers: int) -> None:
+            for n in numbers:
+                stack.enter_context(begun(server, ref=refs[n]))
+                until(lambda n=n: uploads.arrived(f"pi-{n}") == 2 * LEAF)  # type: ignore[misc]
+
+        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
+        begin(0, 1)
+        assert connected(server)
+        begin(2, 3)
+        assert not connected(server)  # those that are at work are left alone
+        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1000)]
+        monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 5)
+        begin(4)
+        assert not connected(server)
+        server.jobs = [ServedJob(store, lambda device, sha256: True, None, 1000)]
+        uploads.drop("pi-0")
+        assert not connected(server)
 
 
 # A job whose boards upload.
