@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, read_table_file
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.blob_download import reuse_leaves
-from fedprune_device.network.http_transfer import LEAST_BYTES_PER_S, HttpTransfer, HttpTransferError
+from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.wire.link import failure, send_promptly
+from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune.wire.urls import WebServer
 
 SILENT_S = 10.0  # how long the server may take to connect, and to send nothing
-STALL_S = 30.0  # how long a leaf may take, or an answer to begin; who looks at `stalled` ends it then
 
-LEAST_BYTES_PER_S = 8192.0
-"""What must move, or the transfer falls behind; at `STALL_S` behind it ends, too. What moved faster before is no
-credit."""
+STALL_S = 30.0
+"""How long a leaf may take, or an answer to begin, and how far a transfer may fall behind `LEAST_BYTES_PER_S`. What
+moved faster before is no credit."""
 
 
 class HttpTransferError(Exception):

@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network import http_transfer
-from fedprune_device.network.http_transfer import LEAST_BYTES_PER_S, HttpTransfer, HttpTransferError
+from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
 
 _LOG = logging.getLogger("fedprune.device")
 

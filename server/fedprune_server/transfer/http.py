@@ -1,5 +1,4 @@
-"""What boards are told of blobs on the web: an address that somebody else serves, or this server's own; and where they
-upload updates."""
+"""Web addresses that boards get for blobs, those of another web server or of this server's own, and for uploads."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A web server for blobs, for boards with a certificate of the fleet: each gets what it is offered, and may upload the
 update that is awaited from it.
 
-Connections, heads of requests, bodies and times are bounded. Who has a connection and says nothing loses it after a
-while, and at once to the next one who comes when all are taken.
+Connections, heads of requests, bodies and times are bounded. Idle connections time out, and are closed first when all
+are in use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedprune.blobs.blob_ref import LEAF, SUFFIX, table_file
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
-from fedprune_server.transfer.uploads import LEAST_BYTES_S
+from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune_server.transfer.web_uploads import Awaited, HttpUploads
 
 log = logging.getLogger("fedprune.server")
@@ -232,7 +232,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class _Head:
-    """What a client sends, of which a request may take so much."""
+    """A request's stream, with a limit on its head."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -252,7 +252,6 @@ class _Head:
         return line
 
     def close(self) -> None:
-        """Close it."""
         self._stream.close()
 
 
@@ -305,38 +304,38 @@ class BlobHandler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         """Take in an update that is awaited."""
-        goes, self.close_connection = self.close_connection, True  # unless all of the body is read
+        keep_alive, self.close_connection = not self.close_connection, True  # unless all of the body is read
         found = _NAME.fullmatch(self.path)
         sha256 = "" if found is None or found[3] else found[2]
         for uploads in [job.uploads for job in self.server.jobs if job.uploads is not None]:
             awaited = uploads.awaits(self._device, sha256)
             if awaited is not None:
-                self._take(uploads, awaited, goes=goes)
+                self._take(uploads, awaited, keep_alive=keep_alive)
                 return
         self.send_error(HTTPStatus.NOT_FOUND)
 
     do_HEAD = do_GET  # noqa: N815 - the library's names
 
-    def _take(self, uploads: HttpUploads, awaited: Awaited, *, goes: bool) -> None:
+    def _take(self, uploads: HttpUploads, awaited: Awaited, *, keep_alive: bool) -> None:
         ref = awaited.ref
         if self.headers.get_all("Content-Length") != [str(ref.size)] or "Transfer-Encoding" in self.headers:
             self.send_error(HTTPStatus.BAD_REQUEST)
             return
-        ends = time.monotonic() + UPLOAD_PIECE_S + ref.size / LEAST_BYTES_S
+        ends = time.monotonic() + UPLOAD_PIECE_S + ref.size / LEAST_BYTES_PER_S
         uploads.begin(awaited, self.connection)
         try:
             with StreamedBlob(uploads.store, ref) as blob:
-                while uploads.goes_on(awaited, self.connection, blob.size) and blob.missing:
+                while uploads.note_progress(awaited, self.connection, blob.size) and blob.missing:
                     left = ends - time.monotonic()
                     self.server.expect(self.connection, min(UPLOAD_PIECE_S, left), waits=False)
                     data = self.rfile.read(min(LEAF, blob.missing))
                     if not data:
                         raise ConnectionError("an upload ended early")
                     blob.write(data)
-                if not uploads.goes_on(awaited, self.connection, blob.size):
+                if not uploads.note_progress(awaited, self.connection, blob.size):
                     self.send_error(HTTPStatus.CONFLICT)
                     return
-                self.close_connection = goes
+                self.close_connection = not keep_alive
                 self.server.expect(self.connection, PIECE_S, waits=False)
                 blob.finish()
         except ProtocolError as error:

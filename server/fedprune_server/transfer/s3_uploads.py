@@ -77,7 +77,7 @@ class S3Uploads(UploadPlace):
         _, keys = self._awaited.pop(device, (None, []))
         self._unused.extend((self._clock() + _LATE_S, key) for key in keys)
 
-    def told(self, device: str) -> None:
+    def reported(self, device: str) -> None:
         if device in self._awaited:
             self._shipping.adopt(device, self._awaited[device][0])
 

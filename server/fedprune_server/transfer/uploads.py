@@ -14,17 +14,14 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
-from fedprune.wire.transfer import Pull, ResponseTime
+from fedprune.wire.transfer import LEAST_BYTES_PER_S, Pull, ResponseTime
 from fedprune_server.transfer.web_uploads import UploadPlace
 
 log = logging.getLogger("fedprune.server")
 
 STALLED_S = 30.0
-"""A pull that got nothing for so long gives its place to one that waits."""
-
-LEAST_BYTES_S = 8192
-"""A pull that has got less than this on average since it began gives up its place, too, once it had `STALLED_S`."""
-
+"""A transfer that got nothing for so long gives its place to one that waits, and so does one that has held its place so
+long and was slower than `LEAST_BYTES_PER_S` on average."""
 
 ASK_AGAIN_S = 5.0
 """A device that announces an update so long after it was asked to upload it has not heard that."""
@@ -77,7 +74,7 @@ class _Upload:
         """Whether it got nothing for a while, or too little since it got its place."""
         held = now - self.began_at
         got = (self.leaves - self.began_with) * LEAF
-        return now - self.moved_at > STALLED_S or (held > STALLED_S and got < LEAST_BYTES_S * held)
+        return now - self.moved_at > STALLED_S or (held > STALLED_S and got < LEAST_BYTES_PER_S * held)
 
 
 class Uploads:
@@ -139,7 +136,7 @@ class Uploads:
         if self._place is None or upload is None or not upload.put or upload.ref.sha256 != result.sha256:
             return wants
         if result.reason is None:
-            self._place.told(device)
+            self._place.reported(device)
             return wants + self.collect(now)
         log.debug("device %s can't upload its update, which is pulled: %s", device, one_line(result.reason))
         return wants + self._pull_instead(device, upload, now)
@@ -350,14 +347,12 @@ class Uploads:
         return self._start(now)
 
     def _wait(self, device: str) -> None:
-        """A device stands at the end of the line."""
         self._tickets += 1
         self._waiting[device] = self._tickets
         if self._all_there or device in self._there:
             heapq.heappush(self._ready, (self._tickets, device))
 
     def _shows(self, device: str, session: int | None) -> None:
-        """A device is there."""
         if not self._all_there and device not in self._there and device in self._waiting:
             heapq.heappush(self._ready, (self._waiting[device], device))
         self._there[device] = session

@@ -47,7 +47,7 @@ class UploadPlace(ABC):
         """Await a device's update no longer."""
 
     @abstractmethod
-    def told(self, device: str) -> None:
+    def reported(self, device: str) -> None:
         """The device reports that it has uploaded its update."""
 
     @abstractmethod
@@ -106,8 +106,8 @@ class HttpUploads(UploadPlace):
         if known is not None and known.connection is not None:
             self._cut(known.connection)
 
-    def told(self, device: str) -> None:
-        """Whoever took an update in has said so before the device: this one went to another web server."""
+    def reported(self, device: str) -> None:
+        """A success that this server has not seen: another server answered."""
         known = self._awaited.get(device)
         if known is not None:
             self._ended.put(UploadEnd(device, known.ref, stored=False))
@@ -142,7 +142,7 @@ class HttpUploads(UploadPlace):
         if before is not None:
             self._cut(before)
 
-    def goes_on(self, awaited: Awaited, connection: Any, arrived: int) -> bool:
+    def note_progress(self, awaited: Awaited, connection: Any, arrived: int) -> bool:
         """Note what has arrived on a connection; whether more may come."""
         with self._lock:
             if awaited.connection is connection:

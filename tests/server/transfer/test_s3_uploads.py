@@ -73,7 +73,7 @@ class Bench:
 
     def end(self) -> bool:
         """Whether the update was right, once it has been looked at."""
-        self.uploads.told("pi")
+        self.uploads.reported("pi")
         until = time.monotonic() + 20
         while not (found := self.uploads.ended()):
             assert time.monotonic() < until
@@ -155,7 +155,7 @@ def test_other_bytes_are_not_counted_and_deleted(at_s3: S3, url: str, bench: Ben
 def test_nothing_at_all_is_not_counted(bench: Bench) -> None:
     bench.asked()
     assert not bench.end()
-    bench.uploads.told("a stranger")
+    bench.uploads.reported("a stranger")
     assert bench.uploads.ended() == []
 
 
@@ -218,7 +218,7 @@ def test_a_bucket_that_is_away_is_waited_for(bench: Bench, monkeypatch: pytest.M
         return listed(prefix)
 
     monkeypatch.setattr(bench.store.bucket, "list", listing)
-    bench.uploads.told("pi")
+    bench.uploads.reported("pi")
     until = time.monotonic() + 10
     while not bench.shipping.stuck:
         assert time.monotonic() < until

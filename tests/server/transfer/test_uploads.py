@@ -268,7 +268,7 @@ class Place(UploadPlace):
     def drop(self, device: str) -> None:
         self.awaited.pop(device, None)
 
-    def told(self, device: str) -> None:
+    def reported(self, device: str) -> None:
         self.ends.append(UploadEnd(device, self.awaited[device], stored=False))
 
     def arrived(self, device: str) -> int:

@@ -259,7 +259,7 @@ def test_who_sends_slowly_is_cut(
                 time.sleep(0.02)
         assert time.monotonic() < ends
     monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 1.0)
-    monkeypatch.setattr(http_server, "LEAST_BYTES_S", 10**9)  # each leaf in time, but not all of them
+    monkeypatch.setattr(http_server, "LEAST_BYTES_PER_S", 10**9)  # each leaf in time, but not all of them
     with begun(server, 10) as client, suppress(OSError):
         ends, at = time.monotonic() + 5, 10
         while time.monotonic() < ends and at < len(UPDATE):
@@ -284,12 +284,12 @@ def test_a_full_disk_is_the_server_s_fault(
 
 
 def test_a_report_of_what_went_elsewhere_is_no_upload(server: BlobServer, uploads: HttpUploads) -> None:
-    uploads.told("pi")
+    uploads.reported("pi")
     assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
-    uploads.told("a stranger")
+    uploads.reported("a stranger")
     assert uploads.ended() == []
     assert put(server) == 201
-    uploads.told("pi")  # which is what the device says a moment later
+    uploads.reported("pi")  # which is what the device says a moment later
     assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
 
 

@@ -22,6 +22,10 @@ from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
 from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest, UploadRequest
 
+LEAST_BYTES_PER_S = 8192
+"""The average below which a transfer is too slow: a board ends its download or upload, and the server's uploads make
+room for others."""
+
 _REMEMBERED = 4096
 
 

@@ -167,8 +167,7 @@ class Bucket:
                         raise
 
     def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
-        """The address of a PUT for whoever is told it: of an object with this SHA-256 and size, which the bucket
-        verifies, begun within so many seconds."""
+        """Presigned PUT for one object of this SHA-256 and size, valid for `seconds`."""
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
         meant = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": check}
         with self._translated("sign an upload to"):
