@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import re
 import socket
 import ssl
 import threading
@@ -106,7 +105,7 @@ def test_who_refuses_before_it_has_read_is_heard(store: BlobStore, web: WebPlace
         return True
 
     web.take = refuse
-    assert re.search("answers 404|reset|[Bb]roken pipe", uploaded(store, web.url + SIGNED).failure)
+    assert uploaded(store, web.url + SIGNED).failure == "it answers 404"
 
 
 def test_who_hangs_up_or_listens_nowhere_or_says_nonsense_is_a_failure(store: BlobStore, web: WebPlace) -> None:

@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -251,21 +251,20 @@ def test_who_sends_slowly_is_cut(
     server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 0.2)
-    with begun(server, 10) as client:
-        ends = time.monotonic() + 5
-        with suppress(OSError):
-            while time.monotonic() < ends:
-                client.sendall(b"x")  # now and then a byte, so that no socket's time-out ends
-                time.sleep(0.02)
-        assert time.monotonic() < ends
+
+    def send(pieces: Iterable[bytes], every_s: float) -> None:
+        with begun(server, 10) as client:
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(every_s)
+
+    with pytest.raises(ConnectionError):
+        send([b"x"] * 250, 0.02)  # now and then a byte, so that no socket's time-out ends
     monkeypatch.setattr(http_server, "UPLOAD_PIECE_S", 1.0)
     monkeypatch.setattr(http_server, "LEAST_BYTES_PER_S", 10**9)  # each leaf in time, but not all of them
-    with begun(server, 10) as client, suppress(OSError):
-        ends, at = time.monotonic() + 5, 10
-        while time.monotonic() < ends and at < len(UPDATE):
-            client.sendall(UPDATE[at : at + LEAF // 2])
-            at += LEAF // 2
-            time.sleep(0.3)
+    with pytest.raises(ConnectionError):
+        send([UPDATE[at : at + LEAF // 2] for at in range(10, len(UPDATE), LEAF // 2)], 0.3)
+    until(lambda: left_over(store) == [])
     assert not store.has(REF.sha256)
     assert uploads.ended() == []
 
