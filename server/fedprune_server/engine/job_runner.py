@@ -53,8 +53,9 @@ from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
 from fedprune_server.transfer.http_server import ServedJob
 from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.upload_place import UploadPlace
 from fedprune_server.transfer.uploads import Uploads
-from fedprune_server.transfer.web_uploads import HttpUploads, UploadPlace
+from fedprune_server.transfer.web_uploads import HttpUploads
 
 log = logging.getLogger("fedprune.server")
 

@@ -20,7 +20,8 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import S3Uploads
-from fedprune_server.transfer.web_uploads import HttpUploads, UploadPlace
+from fedprune_server.transfer.upload_place import UploadPlace
+from fedprune_server.transfer.web_uploads import HttpUploads
 
 log = logging.getLogger("fedprune.server")
 

@@ -15,7 +15,7 @@ from fedprune.wire.messages import UploadRequest
 from fedprune.wire.urls import UploadUrl
 from fedprune_server.storage.s3.bucket import BLOBS, BucketError
 from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.web_uploads import UploadEnd, UploadPlace
+from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
 log = logging.getLogger("fedprune.server")
 

@@ -15,7 +15,7 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import LEAST_BYTES_PER_S, Pull, ResponseTime
-from fedprune_server.transfer.web_uploads import UploadPlace
+from fedprune_server.transfer.upload_place import UploadPlace
 
 log = logging.getLogger("fedprune.server")
 

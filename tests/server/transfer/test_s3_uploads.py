@@ -35,7 +35,7 @@ from fedprune_server.transfer import s3_uploads
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import EXPIRES_S, S3Uploads
-from fedprune_server.transfer.web_uploads import UploadEnd
+from fedprune_server.transfer.upload_place import UploadEnd
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB

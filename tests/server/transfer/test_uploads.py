@@ -15,8 +15,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import BlobSender
+from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 from fedprune_server.transfer.uploads import ASK_AGAIN_S, STALLED_S, Arrived, FailedUpload, Uploads
-from fedprune_server.transfer.web_uploads import UploadEnd, UploadPlace
 
 
 class World:

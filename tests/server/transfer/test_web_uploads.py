@@ -38,7 +38,8 @@ from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
 from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.web_uploads import HttpUploads, UploadEnd
+from fedprune_server.transfer.upload_place import UploadEnd
+from fedprune_server.transfer.web_uploads import HttpUploads
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB
