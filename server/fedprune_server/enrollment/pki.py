@@ -167,7 +167,7 @@ class IdentityFolder(Closing):
                 done = (
                     "are in the server's database now"
                     if store.adopt(earlier)
-                    else "count no more: the database has some"
+                    else "count no more, except what was revoked or used: the database has some"
                 )
                 log.warning("the members in %s %s", earlier, done)
                 move(earlier, earlier.with_suffix(".db.earlier"))

@@ -537,6 +537,36 @@ def test_the_members_of_an_earlier_version_are_taken_over_once(
         assert not earlier.exists()
 
 
+def test_of_an_earlier_version_s_members_revocations_count_where_the_database_has_members(
+    identity: IdentityFolder, tmp_path: Path
+) -> None:
+    used, unused = (claim.id.hex() for claim in (identity.claim(None, HOUR), identity.claim(None, HOUR)))
+    for name, key in (("pi-1", "aa"), ("pi-2", "bb")):
+        identity.store.approve(name, key, 1)
+    identity.store.revoke("pi-2", 2)
+    identity.store.hear([("aa", "up", 7), ("aa", "other", 3)])
+    identity.store.save()
+    identity.close()
+    with closing(sqlite3.connect(identity.path / "identity.db")) as connection, connection:
+        connection.executescript(EARLIER)
+        for claim, digest in ((used, "dd"), (unused, None)):
+            connection.execute("INSERT INTO claims VALUES (?, x'00', NULL, 1, 2, ?, 5)", (claim, digest))
+        rows = [
+            ("pi-1", "aa", "revoked"),
+            ("pi-2", "bb", "approved"),
+            ("pi-3", "cc", "approved"),
+            ("pi-4", "dd", "revoked"),
+        ]
+        connection.executemany("INSERT INTO devices VALUES (?, ?, ?, 1, 2)", rows)
+        connection.execute("INSERT INTO heard VALUES ('aa', 'up', 6), ('aa', 'other', 4), ('bb', 'up', 1)")
+    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
+        assert {(d.device, d.key, d.status) for d in again.store.devices()} == {
+            ("pi-1", "aa", "revoked"), ("pi-2", "bb", "revoked"), ("pi-4", "dd", "revoked"),
+        }  # fmt: skip
+        assert again.store.heard() == {"aa": {"up": 7, "other": 4}, "bb": {"up": 1}}
+        assert {row[0]: row[5] for row in dump(again, CLAIMS)} == {used: "dd", unused: None}
+
+
 def test_without_a_database_nothing_is_known_and_nothing_is_made(identity: IdentityFolder, tmp_path: Path) -> None:
     with IdentityFolder(tmp_path / "state", read_only=True) as looking:
         looking.update_revocations()

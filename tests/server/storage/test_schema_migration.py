@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -52,6 +54,7 @@ def upgrade():
 """
 
 
+COLUMNS = ("kind", "key", "body")
 FIRST_NAMES = {
     "last_counted_round": "last",
     "last_offered_round": "asked",
@@ -215,6 +218,65 @@ def test_a_later_versions_database_is_refused_and_left_alone(url: str) -> None:
     engine.dispose()
 
 
+def set_back(connection: sql.Connection, number: str, shared: Sequence[tuple[str, str, str]] = ()) -> None:
+    """Give a database the tables of a revision before 0003, with these rows of the table `identity`."""
+    connection.exec_driver_sql("ALTER TABLE rounds DROP COLUMN participants")
+    for table in (PARTICIPANTS, MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
+        table.drop(connection)
+    connection.exec_driver_sql("CREATE TABLE identity (kind VARCHAR(16), key VARCHAR(256), body TEXT)")
+    for row in shared:
+        connection.execute(
+            sql.text("INSERT INTO identity VALUES (:kind, :key, :body)"), dict(zip(COLUMNS, row, strict=True))
+        )
+    connection.execute(sql.text("UPDATE alembic_version SET version_num = :number"), {"number": number})
+
+
+def test_what_servers_shared_of_their_members_stays(url: str) -> None:
+    claim = ["c1", "0a0b", None, 1, 9, "d1", 4]
+    shared = [
+        ("device", "pi-1 aa", '["pi-1","aa","revoked",1,2]'),
+        ("device", "pi-2 bb", '["pi-2","bb","approved",1,2]'),
+        ("device", "pi-3 cc", '["pi-3","cc","waiting",5,null]'),
+        ("claim", "c1", json.dumps(claim)),
+        ("epoch", "bb up", '["bb","up",1790000000000]'),
+        ("register", "e3", '"{\\"line\\":1}"'),
+        ("earlier key", "k1", '"0b"'),
+        ("earlier issuer", "p1", '""'),
+    ]
+    with Storage(url) as storage, storage.database.writing() as connection:
+        set_back(connection, "0002", shared)
+    with Storage(url) as storage:
+        store = IdentityStore(storage.database)
+        assert [(d.device, d.key, d.status, d.asked) for d in store.devices()] == [
+            ("pi-1", "aa", "revoked", 1), ("pi-2", "bb", "approved", 1), ("pi-3", "cc", "waiting", 5),
+        ]  # fmt: skip
+        assert store.heard() == {"bb": {"up": 1_790_000_000_000}}
+        assert store.earlier_keys() == {"keys": ["k1"], "authorities": ["p1"]}
+        assert store.exchange(['{"line":1}'], 0) == (['{"line":1}'], 1)
+        with storage.database.transaction() as connection:
+            assert [tuple(r) for r in connection.execute(sql.select(CLAIMS))] == [("c1", b"\x0a\x0b", *claim[2:])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("device", '["pi-1","aa","gone",1,2]'),
+        ("device", '["pi-1","aa"]'),
+        ("claim", '["c1",null,null,1,9,null,null]'),
+        ("epoch", "{"),
+        ("register", "1"),
+        ("strange", "[]"),
+    ],
+)
+def test_a_damaged_row_of_shared_members_is_not_forgotten(tmp_path: Path, kind: str, body: str) -> None:
+    with Storage.at(tmp_path) as storage, storage.database.writing() as connection:
+        set_back(connection, "0002", [(kind, "k", body)])
+    before = dump(tmp_path / FILE)
+    with pytest.raises(StorageError, match="damaged"):
+        Storage.at(tmp_path)
+    assert dump(tmp_path / FILE) == before
+
+
 def test_a_state_of_the_first_revision_is_read(url: str) -> None:
     kept = {"contribution": {"part": {"last_counted_round": 2}}}
     device = Device(1, True, {"name": "pi"}, None, 5, buffer=kept, last_offered_round=4, missed_rounds=1)
@@ -232,11 +294,7 @@ def test_a_state_of_the_first_revision_is_read(url: str) -> None:
                     connection.execute(sql.update(column.table).values({column: older}))
             for summary in state.history:
                 connection.execute(ROUNDS.update().values(summary=encoded(summary)))
-            connection.exec_driver_sql("ALTER TABLE rounds DROP COLUMN participants")
-            for table in (PARTICIPANTS, MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
-                table.drop(connection)
-            connection.exec_driver_sql("CREATE TABLE identity (kind TEXT)")
-            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+            set_back(connection, "0001")
     with Storage(url) as storage:
         assert storage.load() == state
         assert storage.incomplete_rounds() == []
