@@ -193,7 +193,9 @@ class IdentityFolder(Closing):
         found, last = self.store.exchange(lines, self._adopted)
         if found:
             self.authority.adopt(found)
-            end = self.authority.lines(end)[1]
+            added, last_byte = self.authority.lines(end)
+            if set(added) <= set(found):  # else a command has appended lines meanwhile, which the next call shares
+                end = last_byte
         self._shared, self._adopted = end, last
 
     def rotate(self) -> None:

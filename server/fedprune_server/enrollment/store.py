@@ -60,6 +60,9 @@ it gets no second one, and is refused once that one has ended or was revoked."""
 KEPT_CLAIMS_S = 30 * 86_400
 """Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
+_MOST_ASKED = 1000
+"""Digests in one query."""
+
 _VERSION, _FOLLOWED, _EARLIER = "members", "members-followed", "earlier-keys"
 """Rows of `meta`: random texts that a change of the members, or of the server's keys that they know, replaces; and ids
 of keys that were replaced."""
@@ -285,20 +288,33 @@ class IdentityStore(Closing):
             The lines after that one, and the number of the last.
         """
 
+        digests = {hashlib.sha256(line.encode()).hexdigest(): line for line in lines}
+
+        def look(connection: sql.Connection) -> tuple[list[str], int, dict[str, str]]:
+            columns = REGISTER.c
+            query = sql.select(columns.number, columns.digest, columns.line).where(columns.number > after)
+            found = connection.execute(query.order_by(columns.number)).all()
+            new = digests.copy()
+            for row in found:
+                new.pop(row.digest, None)
+            left = list(new)
+            for i in range(0, len(left), _MOST_ASKED):
+                query = sql.select(columns.digest).where(columns.digest.in_(left[i : i + _MOST_ASKED]))
+                for digest in connection.execute(query).scalars():
+                    del new[digest]
+            return [row.line for row in found], int(found[-1].number) if found else after, new
+
         def share(connection: sql.Connection) -> tuple[list[str], int]:
-            query = sql.select(REGISTER.c.number, REGISTER.c.line).where(REGISTER.c.number > after)
-            found = connection.execute(query.order_by(REGISTER.c.number)).all()
-            there = [line for _, line in found]
-            last = int(found[-1][0]) if found else after
-            known = set(there)
-            if new := [line for line in lines if line not in known]:
-                rows = [{"digest": hashlib.sha256(line.encode()).hexdigest(), "line": line} for line in new]
-                connection.execute(_insert_new(connection, REGISTER), rows)
+            there, last, new = look(connection)
+            if new:
+                rows = [{"digest": digest, "line": line} for digest, line in new.items()]
+                connection.execute(REGISTER.insert(), rows)
                 last = int(connection.execute(sql.select(sql.func.max(REGISTER.c.number))).scalar() or 0)
             return there, last
 
+        there, last, new = self._read(look)
         # Writers wait for each other, so that no line gets a lower number than one that was read before it.
-        return self._change(share) if lines else self._read(share)
+        return self._change(share) if new else (there, last)
 
     def earlier_keys(self) -> dict[str, list[str]]:
         """Ids of signing keys (`keys`) and pins of authorities (`authorities`) that servers of this database have

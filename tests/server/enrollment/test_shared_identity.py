@@ -135,6 +135,50 @@ def test_a_server_notices_what_another_machine_changes(
         assert listed(identity) == {i.serial for i in identity.authority.of_device("pi-1")} != set()
 
 
+def test_a_command_that_has_nothing_new_changes_nothing(tmp_path: Path, postgres: Postgres) -> None:
+    url, state = postgres.database(), tmp_path / "first"
+    IdentityFolder.make(state, "lab").close()
+    with serving(state, url) as identity:
+        join(identity, "pi-1")
+        identity.exchange()
+        before = identity.store.version()
+        assert before
+        assert main(["devices", "--state", str(state), "--database", url]) == 0
+        with IdentityFolder(state, database=url) as command:
+            assert command.store.members().keys() == {"pi-1"}
+            command.exchange()
+        identity.exchange()
+        assert identity.store.version() == before
+        join(identity, "pi-2")
+        assert identity.store.version() != before
+
+
+def test_a_revocation_whose_command_was_killed_is_shared_by_the_server(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    IdentityFolder.make(first, "lab").close()
+    copied(first, second)
+    with serving(first, url) as identity, IdentityFolder(second, database=url) as other:
+        asked = join(identity, "pi-1")
+        identity.exchange()
+        join(other, "pi-2")
+        other.exchange()
+        adopt = identity.authority.adopt
+
+        def revoked_meanwhile(lines: list[str]) -> None:
+            IdentityFolder(first).authority.revoke_device("pi-1")  # and is killed before it shares that
+            adopt(lines)
+
+        monkeypatch.setattr(identity.authority, "adopt", revoked_meanwhile)
+        identity.exchange()
+        monkeypatch.undo()
+        identity.exchange()
+        other.exchange()
+        assert listed(other) == {i.serial for i in other.authority.of_device(asked.device)} != set()
+
+
 def test_a_standby_with_an_earlier_signing_key_is_refused_until_it_has_the_present_one(
     tmp_path: Path, postgres: Postgres
 ) -> None:
