@@ -155,6 +155,8 @@ class Server:
         if now - self._ticked >= _TICK_S:
             self._ticked = now
             self._tick(now)
+        # The first job's transaction comes first: it stores which epochs the turn's messages have begun, no later than
+        # what any job has made of them.
         for runner in runners:
             runner.end_turn()
         if self._needs_assignment or any(r.needs_assignment for r in runners):

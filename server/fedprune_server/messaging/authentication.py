@@ -171,8 +171,8 @@ class AuthenticatedLink(Relay):
     def _read(self, item: Item | DroppedMessage | None) -> None:
         """Open the waiting messages, for a turn's time at most.
 
-        The epochs that they begin are stored with what they lead to, in the transaction that ends the loop's turn.
-        After a crash before it the server accepts the messages again: nothing has come of them.
+        The epochs that they begin are stored no later than what they lead to: in the first job's transaction, before
+        those of further jobs. After a crash before it the server accepts the messages again: nothing has come of them.
         """
         until = self._clock() + TURN_S
         while item is not None:
