@@ -161,7 +161,7 @@ def build_app(
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
             leader = stack.enter_context(leadership(reached.url, identity, config.ca, instance, stopping))
-            rollouts = stack.enter_context(RolloutStore(config.state, folder.storage.database))
+            rollouts = RolloutStore(config.state, folder.storage.database)
         services = DeviceServices(
             rollouts,
             None if identity is None else identity.store.members,

@@ -198,8 +198,8 @@ class StateFolder(Closing):
         """Claims from before the first start must be where the server looks for them."""
         if not has_database(self.path):
             return
-        with IdentityStore(database_of(self.path, read_only=True)) as store:
-            if store.empty:
+        with database_of(self.path, read_only=True) as database:
+            if IdentityStore(database).empty:
                 return
         raise ConfigError(
             f"claims or members of {self.path} are in {before}, where a server with another database doesn't see them",

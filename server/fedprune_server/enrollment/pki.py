@@ -120,6 +120,7 @@ class IdentityFolder(Closing):
         self._issuing = threading.Lock()
         self._state, self._url, self._read_only = state, database, read_only
         self._store: IdentityStore | None = None
+        self._database: Database | None = None  # opened here
         self._shared = self._adopted = 0  # bytes of the register that were shared, and the last line of other servers
 
     @property
@@ -127,18 +128,19 @@ class IdentityFolder(Closing):
         """Claims, devices and answers. Raises `StorageError` if the database can't be used."""
         if self._store is None:
             missing = self._read_only and self._url is None and not has_database(self._state)
-            database = None if missing else database_of(self._state, self._url, read_only=self._read_only)
-            return self._opened(IdentityStore(database))
+            self._database = None if missing else database_of(self._state, self._url, read_only=self._read_only)
+            return self._opened(self._database)
         return self._store
 
     def serve(self, database: Database) -> None:
-        """Use the database of the server that serves with this identity from now on.
+        """Use the database of the server that serves with this identity from now on; its owner closes it.
 
         Raises:
             IdentityError: A server of this database had a later signing key or authority.
             StorageError: The database or the register is damaged.
         """
-        store = self._opened(IdentityStore(database))
+        self.close()
+        store = self._opened(database)
         earlier = store.earlier_keys()
         keys, authorities = (set(earlier.get(kind, ())) for kind in ("keys", "authorities"))
         if self.key.verifying.id.hex() in keys:
@@ -157,8 +159,8 @@ class IdentityFolder(Closing):
         if found != earlier:
             store.note_earlier_keys(found)
 
-    def _opened(self, store: IdentityStore) -> IdentityStore:
-        self._store = store
+    def _opened(self, database: Database | None) -> IdentityStore:
+        self._store = store = IdentityStore(database)
         if self._read_only:
             return store
         try:
@@ -174,8 +176,7 @@ class IdentityFolder(Closing):
             self.exchange()
             self.revoke_again()
         except BaseException:
-            self._store = None
-            store.close()
+            self.close()
             raise
         return store
 
@@ -286,8 +287,10 @@ class IdentityFolder(Closing):
         return cls(state, clock)
 
     def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
+        if self._database is not None:
+            self._database.close()
+        self._store = self._database = None
+        self._shared = self._adopted = 0
 
     def claim(self, device: str | None, seconds: int) -> Claim:
         """A new one-time claim for a device, or for any; only its key is stored, and its text is only in the result.

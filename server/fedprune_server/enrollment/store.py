@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
 
-from fedprune.core.closing import Closing
 from fedprune.core.errors import (
     ExpiredClaimError,
     ForeignClaimError,
@@ -91,12 +90,13 @@ class Device:
     authority: str | None = None
 
 
-class IdentityStore(Closing):
+class IdentityStore:
     """Members, claims, answers and epochs of senders. Every method raises `StorageError` if the database is damaged or
     away, or the disk fails or is full.
 
     Args:
-        database: Where they are; None for an identity that has no database yet, of which nothing is known.
+        database: Where they are, which its owner closes; None for an identity without a database, of which nothing is
+            known.
     """
 
     def __init__(self, database: Database | None) -> None:
@@ -106,10 +106,6 @@ class IdentityStore(Closing):
     def shared(self) -> bool:
         """Whether servers on several machines may use the database."""
         return self._database is not None and self._database.postgresql
-
-    def close(self) -> None:
-        if self._database is not None:
-            self._database.close()
 
     @property
     def empty(self) -> bool:

@@ -136,8 +136,8 @@ def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
     yield from _console(folder / CONSOLE)
     if (folder / IDENTITY).is_dir():
         try:
-            with IdentityStore(database_of(folder, read_only=True)) as members:
-                members.devices()
+            with database_of(folder, read_only=True) as database:
+                IdentityStore(database).devices()
         except StorageError as error:
             yield Finding(Severity.WRONG, error.what, "Restore the server's backup.")
         yield from check_identity(folder / IDENTITY)

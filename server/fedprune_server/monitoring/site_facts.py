@@ -75,8 +75,8 @@ def _waiting(folder: Path) -> dict[str, str]:
     if not has_database(folder):
         return {}
     try:
-        with IdentityStore(database_of(folder, read_only=True)) as store:
-            rows = [d for d in store.devices() if d.status == WAITING]
+        with database_of(folder, read_only=True) as database:
+            rows = [d for d in IdentityStore(database).devices() if d.status == WAITING]
     except StorageError:  # as below
         return {}
     return {d.device: VerifyingKey.from_hex(d.key).fingerprint for d in rows}

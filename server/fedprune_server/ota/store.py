@@ -86,7 +86,7 @@ class RolloutStore(Closing):
     or is full.
 
     Args:
-        database: Where they are; None for the folder's database.
+        database: Where they are, which stays open; None for the folder's database.
         read_only: Change nothing, and don't wait for those who write.
 
     Attributes:
@@ -101,12 +101,14 @@ class RolloutStore(Closing):
         read_only: bool = False,
     ) -> None:
         self._lock = state / FOLDER / _LOCK
+        self._given = database is not None
         self._database = database or database_of(state, read_only=read_only)
         if not read_only:
             self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
 
     def close(self) -> None:
-        self._database.close()
+        if not self._given:
+            self._database.close()
 
     def starting(self) -> AbstractContextManager[None]:
         """Keep other starts away, from `check_free` to `begin`, while files are written to `blobs`."""

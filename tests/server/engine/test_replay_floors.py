@@ -69,8 +69,8 @@ def server(folder: Path, *sent: tuple[str, bytes], fails: bool = False) -> Itera
 
 def saved(folder: Path) -> tuple[set[str], dict[str, int]]:
     """Devices that the job knows, and the epochs of the board."""
-    with Storage.at(folder) as storage, IdentityStore(storage.database) as store:
-        state = storage.load()
+    with Storage.at(folder) as storage:
+        state, store = storage.load(), IdentityStore(storage.database)
         return set(state.devices if state is not None else ()), store.heard().get(KEY.verifying.hex, {})
 
 

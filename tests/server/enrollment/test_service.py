@@ -34,6 +34,8 @@ from fedprune.wire.topics import Topics
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
 from fedprune_server.storage.storage import database_of
 from fedprune_server.storage.tables import CLAIMS, MEMBERS
@@ -565,6 +567,25 @@ def test_of_an_earlier_version_s_members_revocations_count_where_the_database_ha
         }  # fmt: skip
         assert again.store.heard() == {"aa": {"up": 7, "other": 4}, "bb": {"up": 1}}
         assert {row[0]: row[5] for row in dump(again, CLAIMS)} == {used: "dd", unused: None}
+
+
+def test_a_database_is_closed_by_whoever_opened_it(
+    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity.store.ask("pi-1", "a" * 64, 1)
+    closed: list[Database] = []
+    monkeypatch.setattr(Database, "close", lambda self: closed.append(self) or self.engine.dispose())
+    state = tmp_path / "state"
+    with database_of(state) as given:
+        identity.serve(given)
+        assert len(closed) == 1, "the one that the folder had opened"
+        RolloutStore(state, given).close()
+        identity.close()
+        assert given not in closed
+    RolloutStore(state).close()
+    assert identity.store.devices()
+    identity.close()
+    assert len(closed) == 4
 
 
 def test_without_a_database_nothing_is_known_and_nothing_is_made(identity: IdentityFolder, tmp_path: Path) -> None:

@@ -287,5 +287,5 @@ def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgr
         StateFolder(state, url)
     assert main(["init", "--state", str(tmp_path / "other"), "--database", url]) == 0
     assert main(["claim", "--state", str(tmp_path / "other")]) == 0
-    with StateFolder(tmp_path / "other", url) as folder, IdentityStore(folder.storage.database) as store:
-        assert not store.empty
+    with StateFolder(tmp_path / "other", url) as folder:
+        assert not IdentityStore(folder.storage.database).empty

@@ -65,7 +65,8 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
     state: Path, executor: AdminExecutor
 ) -> None:
     key, other = asks(state, "attic"), asks(state, "attic")
-    with IdentityStore(database_of(state, read_only=True)) as store:
+    with database_of(state, read_only=True) as database:
+        store = IdentityStore(database)
         members = Members(store)
         assert members.look() == {"attic"}
         wrong = ordered(executor, "approve", device="attic", key="0000-0000-0000-0000")
