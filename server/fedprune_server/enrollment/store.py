@@ -147,7 +147,7 @@ class IdentityStore:
                     raise ExpiredClaimError("the claim's time is over", hint="Have a new one made.")
                 if found.device is not None and found.device != request.device:
                     raise ForeignClaimError(f"the claim is for another device than {request.device}")
-                _let_in(connection, request.device, request.key, now)
+                _approve(connection, request.device, request.key, now)
                 used = CLAIMS.update().where(_C.id == request.claim).values(used=digest, used_at=now)
                 connection.execute(used)
             elif _status(connection, request.device, request.key) != APPROVED:
@@ -176,25 +176,28 @@ class IdentityStore:
 
     def approve(self, device: str, key: str, now: int) -> None:
         """Approve a waiting key. Raises `JoinError` if the name is another key's, or the key was revoked."""
-        self._change(lambda connection: _let_in(connection, device, key, now))
+        self._change(lambda connection: _approve(connection, device, key, now))
 
     def revoke(self, device: str, now: int) -> int:
         """Revoke all keys of a device, also those that wait; returns how many there were."""
-
-        def shut_out(connection: sql.Connection) -> int:
-            # A revoked key is never approved again: its sender's sequence numbers are not needed.
-            keys = sql.select(_M.key).where(_M.device == device)
-            connection.execute(EPOCHS.delete().where(EPOCHS.c.key.in_(keys)))
-            change = MEMBERS.update().where(_M.device == device, _M.status != REVOKED)
-            return int(connection.execute(change.values(status=REVOKED, decided=now)).rowcount)
-
-        return self._change(shut_out)
+        return self._revoke(now, _M.device == device, _M.status != REVOKED)
 
     def deny(self, device: str, keys: Collection[str], now: int) -> int:
         """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
-        change = MEMBERS.update().where(_M.device == device, _M.key.in_(list(keys)), _M.status == WAITING)
-        change = change.values(status=REVOKED, decided=now)
-        return self._change(lambda connection: int(connection.execute(change).rowcount))
+        return self._revoke(now, _M.device == device, _M.key.in_(list(keys)), _M.status == WAITING)
+
+    def _revoke(self, now: int, *which: sql.ColumnElement[bool]) -> int:
+        revoked: set[str] = set()  # by all attempts: an earlier one may have been committed, though unanswered
+
+        def revoke_keys(connection: sql.Connection) -> int:
+            revoked.update(connection.execute(sql.select(_M.key).where(*which)).scalars())
+            connection.execute(MEMBERS.update().where(*which).values(status=REVOKED, decided=now))
+            # A revoked key is never approved again: its sender's sequence numbers are not needed.
+            others = sql.select(_M.key).where(_M.status == APPROVED)  # the same key may have another name
+            connection.execute(EPOCHS.delete().where(EPOCHS.c.key.in_(revoked), EPOCHS.c.key.not_in(others)))
+            return len(revoked)
+
+        return self._change(revoke_keys)
 
     def devices(self) -> list[Device]:
         """All keys that asked or were approved, by name."""
@@ -419,7 +422,7 @@ def _insert_new(connection: sql.Connection, table: sql.Table) -> Any:
     return insert(table).on_conflict_do_nothing()
 
 
-def _let_in(connection: sql.Connection, device: str, key: str, now: int) -> None:
+def _approve(connection: sql.Connection, device: str, key: str, now: int) -> None:
     others = sql.select(_M.key).where(_M.device == device, _M.status == APPROVED, _M.key != key)
     if connection.execute(others).first() is not None:
         raise JoinError(

@@ -31,6 +31,7 @@ from fedprune.security.tls import BUILT
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
+from fedprune_server.enrollment import approval
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
@@ -586,6 +587,36 @@ def test_a_database_is_closed_by_whoever_opened_it(
     assert identity.store.devices()
     identity.close()
     assert len(closed) == 4
+
+
+def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_answer(
+    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patiently(self: Database, work: Callable[[], object]) -> object:
+        work()  # the connection is lost before the answer
+        return work()
+
+    monkeypatch.setattr(Database, "patiently", patiently)
+    now = int(NOW[0])
+    assert [identity.store.ask("pi-1", key * 64, now) for key in "ab"] == [WAITING, WAITING]
+    assert approval.deny(identity, "pi-1") == "pi-1: 2 keys turned away"
+    with pytest.raises(JoinError, match="no such device waits"):
+        approval.deny(identity, "pi-1")
+    identity.store.approve("pi-1", "c" * 64, now)
+    assert approval.revoke(identity, "pi-1").startswith("pi-1: 1 key and 0 certificates revoked")
+    with pytest.raises(JoinError, match="no device pi-1 is let in"):
+        approval.revoke(identity, "pi-1")
+
+
+def test_a_revocation_of_one_name_forgets_nothing_of_another_one(identity: IdentityFolder) -> None:
+    for name in ("pi-1", "pi-2"):
+        identity.store.approve(name, "a" * 64, 1)
+    identity.store.hear([("a" * 64, "up", 5)])
+    identity.store.save()
+    identity.store.revoke("pi-1", 2)
+    assert identity.store.heard() == {"a" * 64: {"up": 5}}
+    identity.store.revoke("pi-2", 2)
+    assert identity.store.heard() == {}
 
 
 def test_without_a_database_nothing_is_known_and_nothing_is_made(identity: IdentityFolder, tmp_path: Path) -> None:
