@@ -171,6 +171,7 @@ class JobRunner:
         traffic = DeviceTraffic(job.job, job.state, self.registry, self._uploads, self.outbox, site.monotonic)
         self._messages = MessageHandler(traffic, site.quarantine, profiles, self._rollouts, services.logs)
         self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
+        self._database = job.storage.database
         self._journal = Journal(
             job.state, job.storage, BlobCollector(job.store, job.keep), self.registry, self._dispatcher, site.monotonic
         )
@@ -465,7 +466,7 @@ class JobRunner:
             commands, self._commands = self._commands, []
             self._save(events)
             self._carry_out(commands)
-        self._journal.settle()
+        self._database.flush()  # epochs that messages have begun, where no event was saved with them
         self.outbox.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
@@ -514,7 +515,7 @@ class JobRunner:
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)
-        self._journal.settle()  # logs have a file of their own
+        self._database.flush()  # logs have a file of their own
         self._messages.keep_logs()
         for event in self._dispatcher.repeat(now):
             self._handle(event)

@@ -71,10 +71,6 @@ class Journal:
             self._collector.collect(state, self._dispatcher.arriving())
         return took
 
-    def settle(self) -> None:
-        """Save what the turn's messages have begun, where no event was saved with it."""
-        self._storage.flush()
-
     def ended(self) -> Iterator[dict[str, Any]]:
         """Summaries of the rounds that have ended since the last call; then they are all that memory holds of them."""
         history = self._state.history

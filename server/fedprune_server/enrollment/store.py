@@ -237,7 +237,7 @@ class IdentityStore:
     def hear(
         self, begun: Sequence[tuple[str, str, int]], followed: Iterable[tuple[str, str | None, str | None]] = ()
     ) -> None:
-        """Store which epochs of senders have begun, with the next transaction of the server, or by `save`.
+        """Store which epochs of senders have begun, with the next transaction of the server (`Database.defer`).
 
         Args:
             begun: Verifying key, stream and epoch of each.
@@ -254,10 +254,6 @@ class IdentityStore:
                 put_meta(connection, _FOLLOWED, secrets.token_hex(8))
 
         self._opened().defer(write)
-
-    def save(self) -> None:
-        """Store what `hear` has not stored yet."""
-        self._opened().flush()
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""

@@ -262,10 +262,6 @@ class Storage(Closing):
             put_meta(connection, "outsiders", encoded(body))
         self._saved_outsiders = body
 
-    def flush(self) -> None:
-        """Write what was deferred to the next transaction, if there was none."""
-        self.database.flush()
-
     @_patient
     def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
         """Make events and the state after them durable, all or nothing; returns whether anything was written.

@@ -311,7 +311,7 @@ def test_the_authority_is_replaced_in_two_steps(state: str, tmp_path: Path, caps
         assert (out / "authority.pem").read_text() == identity.authority.pem
         assert identity.authority.is_current(load_certificate(out / "broker.pem", "broker"), client=False)
         identity.store.hear([], [(board.key.verifying.hex, identity.key.verifying.id.hex(), old.hex())])
-        identity.store.save()
+        identity.store._opened().flush()
     capsys.readouterr()
     assert main(["devices", "--state", state]) == ExitCode.OK
     assert "at an earlier certificate authority" in capsys.readouterr().out

@@ -548,7 +548,7 @@ def test_of_an_earlier_version_s_members_revocations_count_where_the_database_ha
         identity.store.approve(name, key, 1)
     identity.store.revoke("pi-2", 2)
     identity.store.hear([("aa", "up", 7), ("aa", "other", 3)])
-    identity.store.save()
+    identity.store._opened().flush()
     identity.close()
     with closing(sqlite3.connect(identity.path / "identity.db")) as connection, connection:
         connection.executescript(EARLIER)
@@ -612,7 +612,7 @@ def test_a_revocation_of_one_name_forgets_nothing_of_another_one(identity: Ident
     for name in ("pi-1", "pi-2"):
         identity.store.approve(name, "a" * 64, 1)
     identity.store.hear([("a" * 64, "up", 5)])
-    identity.store.save()
+    identity.store._opened().flush()
     identity.store.revoke("pi-1", 2)
     assert identity.store.heard() == {"a" * 64: {"up": 5}}
     identity.store.revoke("pi-2", 2)
@@ -659,7 +659,7 @@ def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: 
     key = identity.store.members()["pi-1"]
     identity.store.hear([(key, "up", 5), ("a" * 64, "up", 7)])
     assert identity.store.heard() == {}
-    identity.store.save()
+    identity.store._opened().flush()
     assert identity.store.heard() == {key: {"up": 5}, "a" * 64: {"up": 7}}
 
     NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5

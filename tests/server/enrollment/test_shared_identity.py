@@ -90,7 +90,7 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
         open_claim = Claim.parse(identity.claim(None, 3600).text)
         assert EnrollmentService(identity).answer(request(open_claim, "pi-3")).status == APPROVED
         identity.store.hear([(kept.key, STREAM, 77)])
-        identity.store.save()
+        identity.store._opened().flush()
         with IdentityFolder(first, database=url) as command:  # an operator at a terminal
             command.revoke("pi-1")
         hang(folder)
@@ -249,7 +249,7 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
             put_meta(connection, ROW, json.dumps(row | {"token": row["token"] + 1}))
         identity.store.hear([("ab" * 32, STREAM, 1)])
         with pytest.raises(LeaseLostError):
-            identity.store.save()
+            identity.store._opened().flush()
         with pytest.raises(LeaseLostError):
             identity.claim(None, 3600)
 

@@ -91,7 +91,7 @@ class Server:
                 self.shut_out.append(item.device)
             elif isinstance(item, DuplicateIdentity):
                 self.doubled.append(item.device)
-        self.store.save()  # as the loop does at the end of its turn
+        self.store._opened().flush()  # as the loop does at the end of its turn
         return found
 
 

@@ -91,7 +91,7 @@ def test_a_board_at_an_earlier_signing_key_is_known_to_be(state: Path, executor:
         for known, behind in ((earlier, "signing key"), (identity.key.verifying.id.hex(), None)):
             with IdentityFolder(state) as other:  # another connection, as the server's
                 other.store.hear([], [(key.hex, known, identity.authority.pins[-1].hex())])
-                other.store.save()
+                other.store._opened().flush()
             members.look()
             assert members.status("attic") == Member("member", None, behind)
 

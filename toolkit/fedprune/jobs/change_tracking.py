@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 
 class TrackedEntry:
-    """What a roll holds: a dataclass that tells its roll when something else is assigned to one of its attributes.
+    """Entry of a `TrackedDict`; reports assignments to it.
 
-    What attributes hold is replaced, never changed in place: only so it is noticed.
+    Values of attributes are replaced, never changed in place, which would go unnoticed.
     """
 
     __slots__ = ("_kind", "_name", "_roll")
