@@ -366,6 +366,15 @@ def test_devices_that_come_together_all_take_part_in_the_round_that_begins_with_
     assert set(shell.state.tasks) == set(NAMES)
 
 
+def test_devices_share_the_codecs_that_are_known_and_names_of_others_are_not_kept() -> None:
+    shell = Shell()
+    for name, codecs in (("a", ("zlib", "int8")), ("b", ("strange", "int8", "zlib", "zlib")), ("c", ())):
+        shell.feed(on.DeviceBorn(name, 1, {"name": "toy"}, 10, codecs=codecs))
+    a, b, c = (shell.state.devices[name].codecs for name in "abc")
+    assert a is b
+    assert (a, c) == (["zlib", "int8"], [])
+
+
 def test_a_device_that_was_away_for_another_job_has_failed_as_often_as_before() -> None:
     shell = Shell()
     shell.arrive()

@@ -23,6 +23,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
+from fedprune.updates.codecs import CODECS
 
 Commands = list[do.Command]
 
@@ -238,7 +239,8 @@ class Coordinator(ABC):
         known = state.devices.get(event.device)
         if known is not None and known.online and event.session < known.session:
             return False
-        codecs = self._codecs.setdefault(tuple(event.codecs), list(event.codecs))
+        known_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
+        codecs = self._codecs.setdefault(known_codecs, list(known_codecs))
         device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=codecs)
         if known is None:
             device.last_offered_round = state.round
