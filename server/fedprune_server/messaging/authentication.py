@@ -99,8 +99,8 @@ class AuthenticatedLink(Relay):
         self._followed = {d.key: (d.server_key, d.authority) for d in identity.store.devices()}
         self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet stored
         self._earlier = {s.before.id.hex() for s in identity.successions}
-        self._openers: dict[str, Opener] = {}
-        self._floors = identity.store.heard()
+        self._openers: dict[str, Opener] = {}  # by key, as a key may have two names
+        self._floors = identity.store.heard()  # of keys without an opener yet
         self._members: dict[str, str] = {}
         self._version: str | None = None
         self._look_at = 0.0
@@ -324,10 +324,11 @@ class AuthenticatedLink(Relay):
         return self._members
 
     def _opener(self, device: str) -> Opener:
-        key, opener = self._members[device], self._openers.get(device)
-        if opener is None or opener.key.hex != key:
-            opener = Opener(VerifyingKey.from_hex(key), self._floors.get(key, {}), partial(self._begins, key))
-            self._openers[device] = opener
+        key = self._members[device]
+        opener = self._openers.get(key)
+        if opener is None:
+            opener = Opener(VerifyingKey.from_hex(key), self._floors.pop(key, {}), partial(self._begins, key))
+            self._openers[key] = opener
         return opener
 
     def _begins(self, key: str, stream: str, epoch: int) -> None:

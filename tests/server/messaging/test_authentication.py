@@ -267,6 +267,24 @@ def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new
     assert late[1] != again[1]
 
 
+def test_of_a_key_with_two_names_nothing_is_heard_again_after_a_restart_of_the_server(lab: Lab) -> None:
+    key = SigningKey.make()
+
+    def said(name: str, epoch: int) -> Sent:
+        topic = TOPICS.up(name)
+        return topic, seal(key, topic, epoch, 0, birth(name).to_bytes())
+
+    for name in ("attic", "barn"):
+        lab.identity.store.approve(name, key.verifying.hex, 1)
+    lab.now += 1.0
+    old = [said("attic", 5), said("barn", 5)]
+    assert len(lab.server.hears(*old)) == 2
+    server = lab.new_server()
+    assert len(server.hears(said("attic", 6))) == 1
+    assert server.hears(*old) == []
+    assert len(server.hears(said("barn", 6))) == 1
+
+
 def test_what_was_said_before_a_restart_of_the_board_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     old = lab.server.say("pi-1", Finished("old"))
     assert lab.boards["pi-1"].hears(old) != []
