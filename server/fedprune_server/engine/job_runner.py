@@ -55,7 +55,6 @@ from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import UploadPlace
 from fedprune_server.transfer.uploads import Uploads
-from fedprune_server.transfer.web_uploads import HttpUploads
 
 log = logging.getLogger("fedprune.server")
 
@@ -151,8 +150,7 @@ class JobRunner:
         self._place = services.blobs.uploads(self._shipping)
         self._uploads = Uploads(near, job.pulls, site.max_packet, self._place)
         # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
-        web = self._place if isinstance(self._place, HttpUploads) else None
-        self.served = ServedJob(near, self.may_fetch, web, job.pulls)
+        self.served = ServedJob(near, self.may_fetch, self._place, job.pulls)
         """What devices may fetch and upload over HTTP."""
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(

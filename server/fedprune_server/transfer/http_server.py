@@ -15,7 +15,6 @@ import ssl
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
@@ -27,6 +26,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
 from fedprune.wire.transfer import LEAST_BYTES_PER_S
+from fedprune_server.transfer.upload_place import ByteCounter, UploadPlace
 from fedprune_server.transfer.web_uploads import Awaited, HttpUploads
 
 log = logging.getLogger("fedprune.server")
@@ -63,7 +63,7 @@ class ServedJob:
 
     Args:
         may_fetch: Whether a device, or without certificates any device, may have a blob; called from any thread.
-        uploads: What devices may upload; None for nothing.
+        place: Where devices upload updates; this server takes in only those of `HttpUploads`.
         pulls: How many uploads are awaited at a time.
     """
 
@@ -71,25 +71,22 @@ class ServedJob:
         self,
         store: BlobStore,
         may_fetch: Callable[[str | None, str], bool],
-        uploads: HttpUploads | None = None,
+        place: UploadPlace | None = None,
         pulls: int = 0,
     ) -> None:
-        self.store, self.may_fetch, self.uploads = store, may_fetch, uploads
-        self.connections = 0 if uploads is None else pulls
-        self._sent: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self.store, self.may_fetch = store, may_fetch
+        self.uploads = place if isinstance(place, HttpUploads) else None
+        self.connections = 0 if self.uploads is None else pulls
+        self._sent = ByteCounter()
 
     def count(self, device: str | None, size: int) -> None:
         """Bytes were sent, to a device if it is known which."""
-        with self._lock:
-            if device is not None:
-                self._sent[device] += size
+        if device is not None:
+            self._sent.add(device, size)
 
     def taken(self) -> dict[str, int]:
         """Bytes of blobs that were sent to devices since this was last asked."""
-        with self._lock:
-            found, self._sent = self._sent, Counter()
-        return dict(found)
+        return self._sent.taken()
 
 
 class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):

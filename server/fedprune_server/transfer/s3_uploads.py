@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -38,13 +37,12 @@ class S3Uploads(UploadPlace):
     direct = True
 
     def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
         if shipping.bucket is None:
             raise ConfigError("server: uploads", expected="blobs = 's3://...' for every job", got="'s3'")
         self._shipping, self._store, self._clock = shipping, shipping.bucket, clock
         self._awaited: dict[str, tuple[BlobRef, list[str]]] = {}
         self._unused: deque[tuple[float, str]] = deque()
-        self._taken: Counter[str] = Counter()
-        self._failed: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
         example = self._store.bucket.upload_url(BLOBS, _ANY.sha256, _ANY.size, EXPIRES_S)
         try:
             UploadUrl.parse(example)
@@ -67,7 +65,7 @@ class S3Uploads(UploadPlace):
             url = self._store.bucket.upload_url(key, ref.sha256, ref.size, EXPIRES_S)
         except BucketError as error:
             log.warning("updates are pulled over MQTT: %s", error)
-            self._failed.put(UploadEnd(device, ref, stored=False))
+            self._ends.put(UploadEnd(device, ref, stored=False))
             return None
         self._awaited[device][1].append(key)
         return UploadRequest(ref.sha256, url)
@@ -84,18 +82,12 @@ class S3Uploads(UploadPlace):
     def arrived(self, device: str) -> int:
         return 0  # only the bucket knows
 
-    def taken(self) -> dict[str, int]:
-        found, self._taken = self._taken, Counter()
-        return dict(found)
-
     def ended(self) -> list[UploadEnd]:
-        found = []
-        while not self._failed.empty():
-            found.append(self._failed.get())
+        found = super().ended()
         for adoption, right in self._shipping.adopted():
             found.append(UploadEnd(adoption.device, adoption.ref, right))
             if right:
-                self._taken[adoption.device] += adoption.ref.size
+                self._received.add(adoption.device, adoption.ref.size)
         while self._unused and self._unused[0][0] <= self._clock():
             self._store.clear([self._unused.popleft()[1]])
         return found

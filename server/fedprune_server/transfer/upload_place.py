@@ -1,8 +1,11 @@
-"""Where boards upload updates, as the server's loop sees it: its own web server or a bucket."""
+"""Where boards upload updates, its own web server or a bucket, as the server's loop sees it; bytes counted by board."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -18,6 +21,24 @@ class UploadEnd:
     stored: bool
 
 
+class ByteCounter:
+    """Bytes that devices sent or received; counted in any thread, taken by the server's loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes: Counter[str] = Counter()
+
+    def add(self, device: str, size: int) -> None:
+        with self._lock:
+            self._bytes[device] += size
+
+    def taken(self) -> dict[str, int]:
+        """Bytes by device since the last call."""
+        with self._lock:
+            found, self._bytes = self._bytes, Counter()
+        return dict(found)
+
+
 class UploadPlace(ABC):
     """Where boards upload updates; for the server's loop.
 
@@ -26,6 +47,10 @@ class UploadPlace(ABC):
     """
 
     direct = False
+
+    def __init__(self) -> None:
+        self._received = ByteCounter()
+        self._ends: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
 
     @abstractmethod
     def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
@@ -44,10 +69,13 @@ class UploadPlace(ABC):
     def arrived(self, device: str) -> int:
         """Bytes of an awaited update that have arrived, as far as is known."""
 
-    @abstractmethod
     def taken(self) -> dict[str, int]:
         """Bytes that came from devices since the last call."""
+        return self._received.taken()
 
-    @abstractmethod
     def ended(self) -> list[UploadEnd]:
         """Uploads that have ended since the last call."""
+        found = []
+        while not self._ends.empty():
+            found.append(self._ends.get())
+        return found

@@ -5,9 +5,7 @@ The server's loop awaits an update and collects its end; threads of the web serv
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +40,11 @@ class HttpUploads(UploadPlace):
     def __init__(
         self, store: BlobStore, url: str, cut: Callable[[Any], None], wake: Callable[[], None] = lambda: None
     ) -> None:
+        super().__init__()
         self.store = store
         self._url, self._cut, self._wake = BlobUrl.parse(url), cut, wake
         self._lock = threading.Lock()
         self._awaited: dict[str, Awaited] = {}
-        self._taken: Counter[str] = Counter()
-        self._ended: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
 
     def ask(self, device: str, ref: BlobRef) -> UploadRequest:
         with self._lock:
@@ -66,22 +63,11 @@ class HttpUploads(UploadPlace):
         """A success that this server has not seen: another server answered."""
         known = self._awaited.get(device)
         if known is not None:
-            self._ended.put(UploadEnd(device, known.ref, stored=False))
+            self._ends.put(UploadEnd(device, known.ref, stored=False))
 
     def arrived(self, device: str) -> int:
         known = self._awaited.get(device)
         return 0 if known is None else known.arrived
-
-    def taken(self) -> dict[str, int]:
-        with self._lock:
-            found, self._taken = self._taken, Counter()
-        return dict(found)
-
-    def ended(self) -> list[UploadEnd]:
-        found = []
-        while not self._ended.empty():
-            found.append(self._ended.get())
-        return found
 
     # For the web server's threads.
 
@@ -102,7 +88,7 @@ class HttpUploads(UploadPlace):
         """Note what has arrived on a connection; whether more may come."""
         with self._lock:
             if awaited.connection is connection:
-                self._taken[awaited.device] += arrived - awaited.arrived
+                self._received.add(awaited.device, arrived - awaited.arrived)
             if self._awaited.get(awaited.device) is not awaited or awaited.connection is not connection:
                 return False
             awaited.arrived = arrived
@@ -113,5 +99,5 @@ class HttpUploads(UploadPlace):
         with self._lock:
             if self._awaited.get(awaited.device) is awaited:
                 del self._awaited[awaited.device]
-        self._ended.put(UploadEnd(awaited.device, awaited.ref, stored))
+        self._ends.put(UploadEnd(awaited.device, awaited.ref, stored))
         self._wake()

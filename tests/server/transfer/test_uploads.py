@@ -257,9 +257,10 @@ class Place(UploadPlace):
     """A web server that takes what a test says."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.awaited: dict[str, BlobRef] = {}
         self.bytes: dict[str, int] = {}
-        self.ends: list[UploadEnd] = []
+        self.end = self._ends.put
 
     def ask(self, device: str, ref: BlobRef) -> UploadRequest:
         self.awaited[device] = ref
@@ -269,17 +270,10 @@ class Place(UploadPlace):
         self.awaited.pop(device, None)
 
     def reported(self, device: str) -> None:
-        self.ends.append(UploadEnd(device, self.awaited[device], stored=False))
+        self.end(UploadEnd(device, self.awaited[device], stored=False))
 
     def arrived(self, device: str) -> int:
         return self.bytes.get(device, 0)
-
-    def taken(self) -> dict[str, int]:
-        return {}
-
-    def ended(self) -> list[UploadEnd]:
-        found, self.ends = self.ends, []
-        return found
 
 
 class Web(World):
@@ -296,7 +290,7 @@ class Web(World):
 
     def stored(self, name: str) -> None:
         self.store.put(self.device.read(self.ref(name).sha256))
-        self.place.ends.append(UploadEnd(name, self.ref(name), stored=True))
+        self.place.end(UploadEnd(name, self.ref(name), stored=True))
 
 
 @pytest.fixture
@@ -341,7 +335,8 @@ def test_reports_of_something_else_change_nothing(web: Web) -> None:
     web.announce("B")
     for device, name in (("a", "b"), ("B", "B"), ("c", "c")):
         assert web.uploads.reported(device, UploadResult(web.ref(name).sha256, "no"), 1.0) == []
-    web.place.ends = [UploadEnd("a", web.ref("c"), stored=True), UploadEnd("c", web.ref("c"), stored=False)]
+    web.place.end(UploadEnd("a", web.ref("c"), stored=True))
+    web.place.end(UploadEnd("c", web.ref("c"), stored=False))
     assert web.uploads.collect(1.0) == []
     assert web.uploads.outcomes() == []
 
