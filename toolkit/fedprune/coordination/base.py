@@ -4,10 +4,8 @@ for single tasks.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from functools import lru_cache
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -356,11 +354,6 @@ def based(event: on.UpdateAnnounced, task: Task) -> bool:
 
 
 def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
-    """Optimiser steps behind an update: its own word, as far as its recipe allows it."""
-    recipe = _recipe(json.dumps((task.offer or {})["recipe"]))
+    """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
+    recipe = Recipe.from_dict((task.offer or {})["recipe"])
     return max(1, min(event.steps, recipe.steps(task.samples)))
-
-
-@lru_cache(maxsize=64)
-def _recipe(text: str) -> Recipe:
-    return Recipe.from_dict(json.loads(text))
