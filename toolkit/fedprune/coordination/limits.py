@@ -215,8 +215,9 @@ def limit_of(counts: Mapping[int, int], times: float, most: int = 0) -> int:
     """The same by how many devices have each number of samples."""
     limit, known = most or 2**62, sum(counts.values())
     if times and known >= _MAJORITY:
-        below = accumulate(counts[n] for n in sorted(counts))
-        median = next(n for n, end in zip(sorted(counts), below, strict=True) if 2 * end >= known)
+        ordered = sorted(counts)
+        below = accumulate(counts[n] for n in ordered)
+        median = next(n for n, end in zip(ordered, below, strict=True) if 2 * end >= known)
         limit = min(limit, math.ceil(times * max(1, median)))
     return limit
 
