@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fleet_mixture import SAMPLES, SHARES
 from kept_runs import kept_runs
 from synthetic_nets import setting, write
 
@@ -47,22 +48,10 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import Prediction, predict
 from fedprune.planning.profile_store import find
 
-SHARES = {
-    "raspberry-pi-4b": 0.30,
-    "raspberry-pi-5": 0.15,
-    "raspberry-pi-3b-plus": 0.15,
-    "raspberry-pi-zero-2w": 0.15,
-    "jetson-nano": 0.08,
-    "jetson-orin-nano": 0.07,
-    "generic-x86-64": 0.10,
-}
-"""The swarm's mixture (`benchmarks.swarm.fleet`)."""
-
 NET = "resnet20_bn"
 RECIPE = Recipe(epochs=50)
 DEADLINE_S = 2400.0
 DAY_S = 86_400.0
-SAMPLES = (50, 500)
 BOARD_SIGMA, ROUND_SIGMA, LINK_SIGMA = 0.1, 0.07, 0.3
 ARRIVAL_S = 1800.0
 """Within this time those boards connect that are there at the beginning."""

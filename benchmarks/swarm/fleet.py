@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fleet_mixture import SAMPLES, SHARES
 from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade
@@ -24,18 +25,6 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find
 from fedprune.wire.topics import Topics
 
-SHARES = {
-    "raspberry-pi-4b": 0.30,
-    "raspberry-pi-5": 0.15,
-    "raspberry-pi-3b-plus": 0.15,
-    "raspberry-pi-zero-2w": 0.15,
-    "jetson-nano": 0.08,
-    "jetson-orin-nano": 0.07,
-    "generic-x86-64": 0.10,
-}
-"""The mixture: mostly small boards, some with a better one, a few machines that were there anyway."""
-
-SAMPLES = (50, 500)
 CONNECTING = 64
 """Connections that are being made at a time: a broker's queue of them is short."""
 

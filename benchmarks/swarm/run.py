@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.fleet_mixture import SHARES
 from benchmarks.swarm.audit import audit
-from benchmarks.swarm.fleet import SHARES
 from benchmarks.swarm.job import seconds_per_sample, write_job
 from benchmarks.swarm.site import Site, find_mosquitto, site
 from fedprune_server.storage.storage import Storage
