@@ -13,16 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from fedprune.model import step_contract
-from fedprune.model.selection import Tensors
-from fedprune.runtime.session import Session
+from measured_steps import Step, our_step, torch_step
 
 DENSITIES = (1.0, 0.5, 0.25)
 THREADS = (1, 2)
@@ -32,8 +28,6 @@ WARM_UP = 3
 REST = 0.05
 """Seconds before a step: threads of another's step that spin for more work have gone to sleep."""
 
-LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
-
 HEAD = (
     "| net | width | threads | ours, ms | torch, ms | ratio | CPU: ratio | peak MB | torch's |\n"
     "|---|---|---|---|---|---|---|---|---|"
@@ -42,53 +36,10 @@ HEAD = (
 CONTENDED = 2.0
 """From this ratio of CPU time to that of one thread on, a row with more threads compares nothing."""
 
-Step = Callable[[], float]
-
 
 def batch(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
     return rng.standard_normal((BATCH, *shape)).astype(np.float32), rng.integers(0, 10, BATCH)
-
-
-def our_step(graph: Path, tensors: Tensors, x: Any, y: Any, threads: int) -> Step:
-    session = Session(graph, threads=threads, training=True)
-    scalars = {step_contract.LR: LR, step_contract.MOMENTUM: MOMENTUM, step_contract.WEIGHT_DECAY: DECAY}
-    feeds: dict[str, Any] = {**{n: v.copy() for n, v in tensors.items()}, step_contract.X: x, step_contract.Y: y}
-    feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
-    feeds |= {n: np.zeros_like(tensors[n.split("::")[0]]) for n in session.inputs if "::" in n}
-
-    moving = [n for n in feeds if step_contract.following(n) in session.outputs]
-    spare = {n: np.empty_like(feeds[n]) for n in moving}
-
-    def run() -> float:
-        out = session.run(feeds, into={step_contract.following(n): spare[n] for n in moving})
-        for name in moving:  # as the board's trainer has it
-            feeds[name], spare[name] = spare[name], feeds[name]
-        return float(out[step_contract.LOSS])
-
-    return run
-
-
-def torch_step(name: str, tensors: Tensors, x: Any, y: Any, threads: int) -> Step:
-    """Eager torch; the module takes the width of the tensors that are put in."""
-    import torch
-    from step_nets import loss, network
-
-    torch.set_num_threads(threads)
-    net = network(name)
-    net.train()
-    net.take({n: torch.tensor(v) for n, v in tensors.items()})
-    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
-    images, labels = torch.tensor(x), torch.tensor(y)
-
-    def run() -> float:
-        optimizer.zero_grad()
-        value = loss(net, images, labels)
-        value.backward()
-        optimizer.step()
-        return float(value.detach())
-
-    return run
 
 
 def compare(steps: dict[str, Step]) -> dict[str, dict[str, float]]:

@@ -104,7 +104,7 @@ def board(folder: Path, engines: Iterable[str]) -> Board:
     unpack(wheels, made.root / SITE[1:])
     if "torch" in engines:
         unpack(torch_wheels(), made.root / TORCH_SITE[1:])
-    for file in (HERE / "on_board.py", HERE.parent / "step_nets.py"):
+    for file in (HERE / "on_board.py", HERE.parent / "measured_steps.py", HERE.parent / "step_nets.py"):
         shutil.copy(file, made.root / SITE[1:])
     return replace(made, plugin=counter(folder))
 

@@ -11,62 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+from measured_steps import our_step, torch_step
 
 
 def mark(number: int) -> None:
     """Have the emulator print its counts: a seek in a file that can't be."""
     with contextlib.suppress(OSError):
         os.lseek(-1, number, os.SEEK_SET)
-
-
-def our_step(folder: Path, x: Any, y: Any) -> Callable[[], float]:
-    """The training graph that serves every width, fed as a board's trainer feeds it."""
-    from fedprune.model import step_contract
-    from fedprune.runtime.session import Session
-
-    session = Session(folder / "training.onnx", threads=1, training=True)
-    with np.load(folder / "weights.npz") as held:
-        tensors = {n: held[n] for n in held.files}
-    scalars = {step_contract.LR: LR, step_contract.MOMENTUM: MOMENTUM, step_contract.WEIGHT_DECAY: DECAY}
-    feeds: dict[str, Any] = {**tensors, step_contract.X: x, step_contract.Y: y}
-    feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
-    feeds |= {n: np.zeros_like(tensors[n.split("::")[0]]) for n in session.inputs if "::" in n}
-
-    moving = [n for n in feeds if step_contract.following(n) in session.outputs]
-    spare = {n: np.empty_like(feeds[n]) for n in moving}
-
-    def run() -> float:
-        out = session.run(feeds, into={step_contract.following(n): spare[n] for n in moving})
-        for name in moving:  # as the board's trainer has it
-            feeds[name], spare[name] = spare[name], feeds[name]
-        return float(out[step_contract.LOSS])
-
-    return run
-
-
-def torch_step(folder: Path, net: str, x: Any, y: Any) -> Callable[[], float]:
-    """Eager torch."""
-    import torch
-    from step_nets import loss, network
-
-    torch.set_num_threads(1)
-    module = network(net)
-    module.train()
-    with np.load(folder / "weights.npz") as held:
-        module.take({n: torch.tensor(held[n]) for n in held.files})
-    optimizer = torch.optim.SGD(module.parameters(), LR, MOMENTUM, weight_decay=DECAY)
-    images, labels = torch.tensor(x), torch.tensor(y)
-
-    def run() -> float:
-        optimizer.zero_grad()
-        value = loss(module, images, labels)
-        value.backward()
-        optimizer.step()
-        return float(value.detach())
-
-    return run
 
 
 def our_prediction(folder: Path, x: Any, precision: str) -> Callable[[], float]:
@@ -94,11 +45,13 @@ def work(engine: str, folder: Path, net: str, batch: int) -> Callable[[], float]
     shape = json.loads((folder / "shape.json").read_text())
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((batch, *shape)).astype(np.float32), rng.integers(0, 10, batch)
-    if engine == "ours":
-        return our_step(folder, x, y)
+    if engine in ("plain", "float32", "int8"):
+        return plain_prediction(folder, x[:1]) if engine == "plain" else our_prediction(folder, x[:1], engine)
+    with np.load(folder / "weights.npz") as held:
+        tensors = dict(held)
     if engine == "torch":
-        return torch_step(folder, net, x, y)
-    return plain_prediction(folder, x[:1]) if engine == "plain" else our_prediction(folder, x[:1], engine)
+        return torch_step(net, tensors, x, y, 1)
+    return our_step(folder / "training.onnx", tensors, x, y, 1)
 
 
 def main(folder: Path, batch: int, engine: str, rows: list[str]) -> None:
