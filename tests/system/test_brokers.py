@@ -17,10 +17,11 @@ import pytest
 
 from fedprune.coordination import Phase, State
 from fedprune_server.storage.storage import Storage
+from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.faults.will_broker import WillBroker
 from support.processes.machine import find_mosquitto, free_port, listens
-from support.processes.real_site import Site, models, write_material
+from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
 

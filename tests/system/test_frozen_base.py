@@ -12,7 +12,8 @@ from torch import nn
 import fedprune_export as fx
 from fedprune.coordination import State
 from fedprune_server.storage.storage import Storage
-from support.processes.real_site import Site, models, write_material
+from support.fakes.fleet import models
+from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 

@@ -14,8 +14,9 @@ import pytest
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
+from support.fakes.fleet import models
 from support.processes.machine import free_port
-from support.processes.real_site import FILES, Site, models, write_material
+from support.processes.real_site import FILES, Site, write_material
 
 pytestmark = pytest.mark.system
 

@@ -15,9 +15,10 @@ from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
 from fedprune_server.enrollment.pki import IdentityFolder
+from support.fakes.fleet import models
 from support.processes.machine import free_port
 from support.processes.postgres import Postgres
-from support.processes.real_site import Site, models, write_material
+from support.processes.real_site import Site, write_material
 from support.processes.s3 import S3
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from fedprune.jobs.state import Progress
+from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.processes.machine import free_port
-from support.processes.real_site import Site, models, write_material
+from support.processes.real_site import Site, write_material
 from support.processes.s3 import S3
 
 pytestmark = pytest.mark.system

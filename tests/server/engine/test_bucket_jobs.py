@@ -26,7 +26,7 @@ from fedprune_server.storage.s3.bucket import BucketError, digest_of, parse
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.s3_sync import BucketSync
-from support.fakes.fleet import NAMES, Fleet
+from support.fakes.fleet import NAMES, Fleet, models
 from support.fakes.recorded_job import play_job
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
@@ -50,10 +50,6 @@ def begun(url: str, tmp_path: Path) -> Path:
     state = tmp_path / "state"
     play_job(state, events=MIDDLE, blobs=url)
     return state
-
-
-def models(state: State) -> list[str]:
-    return [r["model"] for r in state.history]
 
 
 def found(state: Path) -> list[Finding]:

@@ -29,6 +29,7 @@ from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
 from fedprune_server.storage.tables import REGISTER, meta, put_meta
 from support.fakes.inbox import Inbox
+from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
 
 pytestmark = pytest.mark.postgresql
@@ -62,14 +63,6 @@ def listed(identity: IdentityFolder) -> set[int]:
 def copied(first: Path, second: Path) -> None:
     """Give another machine the identity, by hand."""
     shutil.copytree(first / "identity", second / "identity")
-
-
-def hang(folder: StateFolder) -> None:
-    """Stop renewing the lease, as a process does that was killed."""
-    folder.lease._closed.set()
-    thread = folder.lease._thread
-    assert thread is not None
-    thread.join()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import LeaseLostError
 from fedprune_server.storage.storage import Storage
+from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
 
 
@@ -113,14 +114,6 @@ def test_a_lease_is_renewed_for_as_long_as_its_server_lives(tmp_path: Path, url:
         assert row(first.storage)["token"] == 1
 
 
-def hung(folder: StateFolder) -> None:
-    """Stop renewing, as a process does that hangs."""
-    folder.lease._closed.set()
-    thread = folder.lease._thread
-    assert thread is not None
-    thread.join()
-
-
 @pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_nothing(
@@ -133,7 +126,7 @@ def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_noth
     standby.start()
     time.sleep(2.5)
     assert not taken  # it lives, and renews
-    hung(first)
+    hang(first)
     standby.join(60)
     with taken[0] as second:
         save(second, 2)
@@ -167,7 +160,7 @@ def test_a_server_that_hung_hears_that_it_was_replaced(tmp_path: Path, url: str,
 @pytest.mark.postgresql
 def test_whoever_has_a_dead_servers_folder_needs_not_wait(tmp_path: Path, url: str) -> None:
     first = StateFolder(tmp_path / "one", url)
-    hung(first)
+    hang(first)
     first.lease._gone = True  # so that it gives nothing back, as after a kill
     first.close()
     with StateFolder(tmp_path / "one", url) as again:

@@ -18,7 +18,6 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.core.errors import ConfigError
 from fedprune.wire.link import tls_context
 from fedprune.wire.messages import PUT, UploadRequest
@@ -36,7 +35,7 @@ from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import EXPIRES_S, S3Uploads
 from fedprune_server.transfer.upload_place import UploadEnd
-from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded
+from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
@@ -345,10 +344,6 @@ def test_a_further_job_without_a_bucket_is_one_clear_error(tmp_path: Path) -> No
     first = ServerConfig(state=tmp_path / "state", uploads="s3", blobs="s3://bucket/first")
     with pytest.raises(ConfigError, match=r"server: uploads.*blobs = 's3://"):
         further(first, [file])
-
-
-def models(state: State) -> list[str]:
-    return [summary["model"] for summary in state.history]
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.blobs.tensor_reader import read_tensors
-from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ProtocolError, StorageFullError
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
@@ -40,7 +39,7 @@ from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import UploadEnd
 from fedprune_server.transfer.web_uploads import HttpUploads
-from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded
+from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
@@ -512,10 +511,6 @@ def test_tensors_of_an_uploaded_update_are_read_by_leaf(
     assert put(server, body, path_of(BlobRef.of(body))) == 201
     found = read_tensors(BlobStore(store.root, durable=False), BlobRef.of(body), ["t7"])
     assert np.array_equal(found["t7"], tensors["t7"])
-
-
-def models(state: State) -> list[str]:
-    return [summary["model"] for summary in state.history]
 
 
 def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, expected: list[str]) -> None:

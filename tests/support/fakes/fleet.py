@@ -348,6 +348,11 @@ def folded(state: State) -> list[list[str]]:
     return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
+def models(state: State) -> list[str]:
+    """Digests of the models of a job's rounds."""
+    return [summary["model"] for summary in state.history]
+
+
 def larger(update: Update) -> Update:
     """An update that claims to be larger than what was offered."""
     ref = update.weights

@@ -91,11 +91,6 @@ def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -
         np.savez(folder / f"{name}.npz", x=x, y=(x @ truth).argmax(1))
 
 
-def models(state: State) -> list[str]:
-    """Digests of the models of a job's rounds."""
-    return [summary["model"] for summary in state.history]
-
-
 class Site:
     """Real processes: a server, its devices and a broker. Use it as a context: they end with it.
 

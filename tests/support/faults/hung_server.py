@@ -1,0 +1,13 @@
+"""A server that hangs: it lives, and renews its lease no more."""
+
+from __future__ import annotations
+
+from fedprune_server.engine.state_directory import StateFolder
+
+
+def hang(folder: StateFolder) -> None:
+    """Stop renewing the lease, as a process does that hangs or was killed."""
+    folder.lease._closed.set()
+    thread = folder.lease._thread
+    assert thread is not None
+    thread.join()
