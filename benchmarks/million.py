@@ -61,10 +61,10 @@ PARTS_KEPT = 50_000
 """As many parts of finished rounds as the server keeps in memory (`fedprune_server.storage.storage`)."""
 
 SAVED = 97
-"""Of so many turns one is encoded as the server would save it; what that takes isn't part of the coordinator's time."""
+"""One turn of this many is encoded as the server would save it; the coordinator's time excludes that."""
 
 TIMED = 53
-"""Of so many events of a kind one is timed, except of those that come once a round."""
+"""One event of this many of a kind is timed; those that come once a round always are."""
 
 RARE = ("Scored", "Closed", "Evaluated")
 
@@ -133,7 +133,7 @@ def name_of(board: int) -> str:
 
 
 class Fleet:
-    """The boards: arrays, so that they take little memory beside the coordinator's."""
+    """The boards: arrays, so that they take little memory next to the coordinator's."""
 
     def __init__(self, case: Case, net: Architecture) -> None:
         n = case.boards
@@ -177,7 +177,7 @@ class Fleet:
         return on.DeviceBorn(name_of(board), int(self.session[board]), self.bodies[kind], samples, probe, ("zlib",))
 
     def probe(self, board: int) -> dict[str, Any]:
-        """What a board measured of itself: as promised, by its own factor."""
+        """A board's measurements of itself: its profile's, times its own factor."""
         from fedprune.planning.probe_report import ProbeReport
 
         profile = self.profiles[self.kind[board]]
@@ -328,7 +328,7 @@ class Shell:
         self.saved["bytes"] += sum(map(len, rows))
 
     def answer(self, command: do.Command) -> on.Event | None:
-        """What the worker answers at once; what boards answer comes later."""
+        """The worker's answer, at once; answers of boards come later."""
         match command:
             case do.Extract():
                 return on.Extracted(command.basis.round, command.part.device, command.part.attempt, self.offer(command))

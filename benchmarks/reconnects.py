@@ -1,4 +1,4 @@
-"""What it costs a server when its whole fleet comes back: `python benchmarks/reconnects.py [--boards 10000] [--write]`.
+"""The cost to a server of its whole fleet reconnecting: `python benchmarks/reconnects.py [--boards 10000] [--write]`.
 
 A server that was restarted reads the signed births of all boards, one after the other, as they would wait in its inbox.
 It stores their epochs, its coordinator's events and its state on the disk, and answers. What boards, broker and network

@@ -217,7 +217,7 @@ fresh processes, one thread. No board was timed: [instructions on Arm](arm.md) a
 –: no comparison. Neighbours were on the cores, and one of the two burned over {CONTENDED:g} times the CPU time that
 it takes with one thread: its threads spun while they waited for each other.
 
-Peak memory beside torch's, geometric mean: {memory:.2f}.
+Peak memory as a ratio to torch's, geometric mean: {memory:.2f}.
 
 Times faster at half width (CPU time, one thread): {halves(rows)}.
 

@@ -64,17 +64,17 @@ PROCESSORS = (
 )
 
 
-def ratios(counts: Mapping[str, Any], engine: str, beside: str) -> dict[str, float]:
+def ratios(counts: Mapping[str, Any], engine: str, reference: str) -> dict[str, float]:
     """Instructions of one engine by another's, by net and width; nothing of what wasn't counted."""
-    ours, theirs = counts.get(engine, {}), counts.get(beside, {})
+    ours, theirs = counts.get(engine, {}), counts.get(reference, {})
     return {c: ours[c]["instructions"] / theirs[c]["instructions"] for c in ours if c in theirs}
 
 
-def comparison(found: Mapping[str, Any], engine: str, beside: str) -> str:
+def comparison(found: Mapping[str, Any], engine: str, reference: str) -> str:
     """Geometric means and the worst rows, by processor."""
     lines = ["| processor | cases | geometric mean | worst |", "|---|---:|---:|---|"]
     for processor in PROCESSORS:
-        held = ratios(found.get(processor.name, {}), engine, beside)
+        held = ratios(found.get(processor.name, {}), engine, reference)
         if held:
             worst = max(held, key=lambda case: held[case])
             mean = statistics.geometric_mean(held.values())
@@ -133,11 +133,11 @@ Cores finish different numbers of instructions per cycle, and wait for memory; t
 differ in both; [times on x86](step.md) are no shorter than torch's. Ratios are ours to the other's: below 1 ours takes
 fewer. qemu has no Cortex-A78: its rows are the A76's instructions, with a /proc/cpuinfo that names an A78.
 
-## A training step beside torch's
+## A training step compared with torch's
 
 {comparison(found, "ours", "torch")}
 
-## A prediction beside onnxruntime's
+## A prediction compared with onnxruntime's
 
 One sample. *onnxruntime's*: torch's export of the same submodel, weights as constants, all of onnxruntime's
 optimisations.
@@ -146,7 +146,7 @@ Float32:
 
 {comparison(found, "float32", "plain")}
 
-Int8, beside the same float32:
+Int8, compared with the same float32:
 
 {comparison(found, "int8", "plain")}
 

@@ -40,7 +40,7 @@ Count = Mapping[str, int]
 
 
 def prepare(folder: Path, nets: Sequence[str], densities: Sequence[float]) -> None:
-    """What a server sends, and what torch needs: a folder for each net and width."""
+    """Write the files that a server sends and those that torch needs, a folder for each net and width."""
     from step_nets import network
 
     from fedprune.core import tensorfile
@@ -132,7 +132,7 @@ def unpack(wheels: Path, place: Path) -> None:
 
 
 def count(machine: Board, engine: str, rows: Sequence[str], batch: int, timeout: float) -> dict[str, Count]:
-    """What one step or prediction takes, by row."""
+    """Counts of one step or prediction, by row."""
     path = f"{TORCH_SITE}:{SITE}" if engine == "torch" else SITE
     machine = replace(machine, environment={"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
     found: dict[str, Count] = {}
@@ -164,7 +164,7 @@ def counted_board(nets: Sequence[str], densities: Sequence[float], engines: Sequ
 
 
 def row(net: str, density: float) -> str:
-    """What a net at a width is called."""
+    """The name of a net at a width."""
     return f"{net}@{density:g}"
 
 

@@ -21,7 +21,7 @@ def mark(number: int) -> None:
 
 
 def our_prediction(folder: Path, x: Any, precision: str) -> Callable[[], float]:
-    """What a board serves, in float32 or int8."""
+    """The model that a board serves, in float32 or int8."""
     from fedprune.model import step_contract
     from fedprune.runtime.session import Session
 

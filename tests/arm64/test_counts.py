@@ -1,4 +1,4 @@
-"""Instructions of training steps, beside those that the benchmark last counted."""
+"""Instructions of training steps, compared with the benchmark's last counts."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
 
 
 def unit(device: Device) -> str:
-    """What a device trains on by its probe or profile: `GPU` or `CPU`; empty if neither can be read."""
+    """The processor on which a device trains by its probe or profile, `GPU` or `CPU`; empty if neither can be read."""
     try:
         probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
         return "CPU" if trains_on(HardwareProfile.from_dict(device.profile), probe) == CPU else "GPU"

@@ -151,7 +151,7 @@ class JobRunner:
         self._uploads = Uploads(near, job.pulls, site.max_packet, self._place)
         # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
         self.served = ServedJob(near, self.may_fetch, self._place, job.pulls)
-        """What devices may fetch and upload over HTTP."""
+        """The blobs that devices may fetch and upload over HTTP."""
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(
             site,

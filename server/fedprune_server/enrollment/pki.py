@@ -11,9 +11,9 @@
     web.key, web.pem          of the web server of blobs, if there is one
     site            the site's name; written last, so that a folder with it is whole
 
-Whoever has this folder is the server: back it up, and keep it to yourself. Claims, devices and answers are in the
-server's database (`fedprune_server.enrollment.store`). A PostgreSQL database also has the register's lines, so that
-each of its servers can revoke what another one has issued.
+Anyone with a copy of this folder can act as the server: back it up, and keep it secret. Claims, devices and answers
+are in the server's database (`fedprune_server.enrollment.store`). A PostgreSQL database also has the register's lines,
+so that each of its servers can revoke what another one has issued.
 """
 
 from __future__ import annotations

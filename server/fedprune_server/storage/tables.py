@@ -65,7 +65,7 @@ PARTICIPANTS = sql.Table(
     sql.Column("device", sql.String(64), primary_key=True),
     sql.Column("body", sql.Text, nullable=False),
 )
-"""What became of each device in the finished rounds."""
+"""Each device's outcome in the finished rounds."""
 
 ROLLOUTS = sql.Table(
     "rollouts",

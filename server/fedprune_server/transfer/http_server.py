@@ -59,7 +59,7 @@ _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
 
 
 class ServedJob:
-    """What the devices of a job may fetch and upload.
+    """The blobs that the devices of a job may fetch and upload.
 
     Args:
         may_fetch: Whether a device, or without certificates any device, may have a blob; called from any thread.

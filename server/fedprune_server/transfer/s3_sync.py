@@ -70,7 +70,7 @@ class BucketSync:
 
     @property
     def digests(self) -> set[str]:
-        """What is on its way into the bucket, or is verified there."""
+        """Digests of updates that are on their way into the bucket, or are verified there."""
         return {a.weights for a in self._shipped}
 
     def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -22,7 +22,7 @@ EXPIRES_S = 900
 """How long an address may be used to begin an upload."""
 
 _LATE_S = 2 * EXPIRES_S
-"""When an upload that nobody awaits any more is deleted from the bucket. The server's next start deletes later ones."""
+"""After this time an upload that is no longer awaited is deleted from the bucket. The next start deletes later ones."""
 
 _ANY = BlobRef.of(b"")
 

@@ -1,4 +1,4 @@
-"""What a server has heard is stored together with what it led to."""
+"""Replay floors are stored in one transaction with the effects of the messages."""
 
 from __future__ import annotations
 

@@ -664,7 +664,7 @@ def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: 
 
     NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5
     identity.claim("pi-3", HOUR)
-    assert len(dump(identity, CLAIMS)) == 3, "whoever comes too late is told that the time is over"
+    assert len(dump(identity, CLAIMS)) == 3, "a late request is answered that the time is over"
     NOW[0] += 60
     identity.claim("pi-4", HOUR)
     assert len(dump(identity, CLAIMS)) == 3, "pi-2's is gone, and the used one stays"

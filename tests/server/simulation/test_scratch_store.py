@@ -33,7 +33,7 @@ def test_what_an_earlier_run_left_is_verified(tmp_path: Path) -> None:
     ref = store.put(DATA)
     path = store.path(ref.sha256)
     path.write_bytes(DATA[::-1])
-    assert store.read(ref.sha256) == DATA[::-1]  # nobody else writes there
+    assert store.read(ref.sha256) == DATA[::-1]  # no other process writes there
     later = ScratchStore(tmp_path)
     for there in (later, copy(later)):
         with pytest.raises(StorageError, match="damaged"):

@@ -1,4 +1,4 @@
-"""Updates that boards put into the bucket: counted once they are verified there, whoever dies and whatever is put."""
+"""Updates that boards put into the bucket: counted once they are verified, whatever is put and whichever side dies."""
 
 from __future__ import annotations
 

@@ -539,7 +539,7 @@ def test_messages_that_come_twice_count_once(fleet: Uploading, expected: list[st
 
 def test_another_web_server_s_word_is_not_taken(fleet: Uploading, expected: list[str]) -> None:
     for device in fleet.air.devices.values():
-        device.upload = lambda request, body: None  # whoever answered is not the server
+        device.upload = lambda request, body: None  # another server answered
     assert models(fleet.run()) == expected
     assert fleet.server.received == 0
 

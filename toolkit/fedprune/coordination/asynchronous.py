@@ -166,7 +166,7 @@ class AsynchronousCoordinator(Coordinator):
         return [self._extract(n, state.tasks[n]) for n in idle]
 
     def _turn(self, name: str) -> float:
-        """What orders a device in the present round's queue for offers."""
+        """Random number that orders a device in the present round's queue for offers."""
         return keyed(self.job.seed, self.state.round, name, "turn").random()
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:

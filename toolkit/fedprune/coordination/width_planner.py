@@ -26,7 +26,7 @@ PLANS = 4096
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A plan as devices share it, or why there is none; and the recipes by which it was made, by widths."""
+    """A plan that devices share, or the error of planning it, and the recipes that planning used, by widths."""
 
     recipes: Mapping[tuple[int, ...], Recipe]
     error: FedpruneError | None = None

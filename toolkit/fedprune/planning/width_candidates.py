@@ -98,7 +98,7 @@ class _Uniform:
 
 
 class _Model:
-    """What times depend on, compared by digests."""
+    """Inputs of the times, compared by digests."""
 
     def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
         self.architecture, self.table, self.batch, self.bandwidth = architecture, table, batch, bandwidth
@@ -169,7 +169,7 @@ def _gains(
     times = model.times(widths)
     gains = []
     for i in range(len(candidates)):
-        beside = times[:, i] / uniform_s[:, uniform.covering(float(macs[i]))]
-        fast = bool((beside <= _EQUAL).all() and (times[:, i] <= _EQUAL * times[:, -1]).all())
+        relative = times[:, i] / uniform_s[:, uniform.covering(float(macs[i]))]
+        fast = bool((relative <= _EQUAL).all() and (times[:, i] <= _EQUAL * times[:, -1]).all())
         gains.append(float(times[:, i].prod() / macs[i] ** 2) if fast else math.inf)
     return gains, macs

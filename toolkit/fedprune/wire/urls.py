@@ -86,8 +86,8 @@ class BlobUrl(WebServer):
 
 @dataclass(frozen=True)
 class UploadUrl(WebServer):
-    """The address of one upload. Whoever knows `query` may upload, so it is never shown: str and errors leave it
-    out."""
+    """The address of one upload. Every client that knows `query` may upload, so it is never shown: str and errors leave
+    it out."""
 
     path: str
     query: str = field(repr=False)

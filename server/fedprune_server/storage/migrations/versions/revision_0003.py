@@ -75,7 +75,7 @@ Row = dict[str, Any]
 
 
 def _shared(connection: sql.Connection) -> dict[str, list[Row]]:
-    """What a server has written for those that take over: without it they would make revoked boards members again."""
+    """Rows that a server has written for its successors; without them revoked boards would become members again."""
     found: dict[str, list[Row]] = {kind: [] for kind in (*_READ, _EARLIER)}
     table = sql.table("identity", sql.column("kind"), sql.column("key"), sql.column("body"))
     for kind, key, body in connection.execute(sql.select(table).order_by(table.c.kind, table.c.key)):
