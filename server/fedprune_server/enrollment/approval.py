@@ -23,10 +23,10 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
     if not right:
         raise JoinError(
             f"no key with this fingerprint waits as {device}", got=shown(fingerprint),
-            hint="If the board shows it, then what waits is another's: don't let it in. See `fedprune-server devices`.",
+            hint="If the board shows it, another board's key waits: don't approve it. See `fedprune-server devices`.",
         )  # fmt: skip
     identity.store.approve(device, right[0].key, identity.authority.now())
-    return f"{device} is let in with key {given}"
+    return f"{device} is approved with key {given}"
 
 
 def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) -> str:
@@ -50,7 +50,7 @@ def revoke(identity: IdentityFolder, device: str) -> str:
     keys, certificates = identity.revoke(device)
     if not keys and not certificates:
         near = meant(device, {d.device for d in identity.store.devices()})
-        raise JoinError(f"no device {device} is let in or waits{near}", hint="See `fedprune-server devices`.")
+        raise JoinError(f"no device {device} is approved or waits{near}", hint="See `fedprune-server devices`.")
     return revoked(identity, device, keys, certificates)
 
 

@@ -1,4 +1,4 @@
-"""Who is let in: a request to join comes in, an answer that the authority signs goes out."""
+"""Approval of boards: a request to join comes in, an answer that the authority signs goes out."""
 
 from __future__ import annotations
 

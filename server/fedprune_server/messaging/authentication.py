@@ -203,10 +203,10 @@ class AuthenticatedLink(Relay):
             if device not in self._look():
                 hint = (
                     "`fedprune-server devices` lists the members; `fedprune-server claim --device "
-                    f"{device}` lets it in. After a revocation it joins again with a new key: "
+                    f"{device}` makes a claim for it. After a revocation it joins again with a new key: "
                     "`fedprune-device join --new-key --claim FILE` on the board."
                 )
-                raise SignatureError(f"{device} is not let in", hint=hint)
+                raise SignatureError(f"{device} is not a member", hint=hint)
             self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
         except ProtocolError as error:
             self._complaints.about(topic, error)

@@ -121,7 +121,7 @@ def order(store: RolloutStore, action: str, why: str) -> str:
 
 def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
     if not members:
-        raise ConfigError("no board is let in yet", hint="`fedprune-server claim` lets boards in.")
+        raise ConfigError("no board has joined yet", hint="Boards join with a claim (`fedprune-server claim`).")
     if names is None:
         return members
     strange = sorted(set(names) - set(members))

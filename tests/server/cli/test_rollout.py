@@ -217,7 +217,7 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
     with IdentityFolder(tmp_path / "new") as identity:
         own = make_release(tmp_path / "own", 1, key=identity.key)
     assert main(["rollout", "start", str(own), "--state", str(tmp_path / "new")]) == 14
-    assert "no board is let in yet" in capsys.readouterr().err
+    assert "no board has joined yet" in capsys.readouterr().err
 
 
 def test_the_page_names_every_option_and_every_state() -> None:

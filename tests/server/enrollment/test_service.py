@@ -1,4 +1,4 @@
-"""Who is let in, with a device's real folder on the other side."""
+"""Approval of boards, with a device's real folder on the other side."""
 
 from __future__ import annotations
 
@@ -604,7 +604,7 @@ def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_ans
         approval.deny(identity, "pi-1")
     identity.store.approve("pi-1", "c" * 64, now)
     assert approval.revoke(identity, "pi-1").startswith("pi-1: 1 key and 0 certificates revoked")
-    with pytest.raises(JoinError, match="no device pi-1 is let in"):
+    with pytest.raises(JoinError, match="no device pi-1 is approved or waits"):
         approval.revoke(identity, "pi-1")
 
 

@@ -246,7 +246,7 @@ def test_who_is_not_let_in_is_not_heard(lab: Lab, tmp_path: Path, caplog: pytest
     with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILT + 30 * DAY)) as other:
         stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
     assert lab.server.hears(stranger.say(birth("pi-9"))) == []
-    assert "pi-9 is not let in" in caplog.text
+    assert "pi-9 is not a member" in caplog.text
     assert not lab.server.link.publish(TOPICS.down("pi-9", "job"), Finished("job").to_bytes())
     hello = lab.server.say("pi-1", Hello())
     assert stranger.hears((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []

@@ -1,4 +1,4 @@
-"""Orders about who is let in and about releases, carried out on a server's real identity folder."""
+"""Orders about boards and releases, carried out on a server's real identity folder."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
         assert (wrong.ok, "no key with this fingerprint waits as attic" in wrong.text) == (False, True)
         assert store.members() == {}
         right = ordered(executor, "approve", device="attic", key=f" {key.fingerprint.upper()}")
-        assert (right.ok, right.text) == (True, f"attic is let in with key {key.fingerprint}")
+        assert (right.ok, right.text) == (True, f"attic is approved with key {key.fingerprint}")
         assert set(store.members()) == {"attic"}
         members.look()
         assert members.status("attic") == Member("member")

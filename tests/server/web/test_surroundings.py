@@ -68,7 +68,7 @@ def test_earlier_rollouts_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Slow:
-    """Who is let in, on a disk that takes its time."""
+    """Approvals, on a disk that takes its time."""
 
     def __init__(self) -> None:
         self.ready, self.looks = threading.Event(), 0

@@ -334,7 +334,7 @@ class IdentityError(FedpruneError):
 
 
 class JoinError(FedpruneError):
-    """A device is not let in, or a server's answer to it can't be believed."""
+    """A device can't join, or a server's answer to it can't be believed."""
 
     exit_code = ExitCode.JOIN
 
