@@ -21,11 +21,11 @@ from fedprune.core.text import quantity, some
 from fedprune.output.tables import Column, print_table
 from fedprune.releases.rollout import CAREFUL, Fate
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
-from fedprune_server.cli.state_option import add_state
+from fedprune_server.cli.state_option import add_database, add_state, database_in
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, order, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
-from fedprune_server.storage.state_folder import LOCK, has_database
+from fedprune_server.storage.state_folder import LOCK, has_database, url_of
 
 _REQUESTED = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}
 """What the server hasn't carried out yet, by the entry's state."""
@@ -112,13 +112,14 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     for action in (start, pause, resume, status, listed, stop, back):
         add_state(action)
+        add_database(action)
 
 
 def _start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
     names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
-    begun = start_rollout(arguments.state, arguments.release, _terms(arguments), names)
+    begun = start_rollout(arguments.state, arguments.release, _terms(arguments), names, database=database_in(arguments))
     number, release, rollout = begun.number, begun.release, begun.rollout
     which = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
@@ -128,11 +129,15 @@ def _start(arguments: argparse.Namespace) -> None:
         print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
     print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
     print("failed; --devices chooses the boards")
-    _note_without_server(arguments.state, "begins")
+    _note_without_server(arguments, "begins")
 
 
-def _note_without_server(state: Path, action: str) -> None:
-    if not held(state / LOCK):
+def _note_without_server(arguments: argparse.Namespace, action: str) -> None:
+    state = arguments.state
+    of_this_folder = url_of(state, database_in(arguments)) == url_of(
+        state
+    )  # another machine's server may have it, else
+    if of_this_folder and not held(state / LOCK):
         print(f"no server is running on this folder: it {action} when one is started")
 
 
@@ -142,7 +147,7 @@ def _terms(arguments: argparse.Namespace) -> RolloutTerms:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    entry = next(reversed(_entries(arguments.state)), None)
+    entry = next(reversed(_entries(arguments)), None)
     if arguments.json:
         print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
     elif entry is None:
@@ -150,11 +155,11 @@ def _status(arguments: argparse.Namespace) -> None:
     else:
         print(describe(entry))
         if entry.rollout.phase.under_way:
-            _note_without_server(arguments.state, "continues")
+            _note_without_server(arguments, "continues")
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    entries = _entries(arguments.state)[::-1]
+    entries = _entries(arguments)[::-1]
     if arguments.json:
         print(json.dumps([_body(e) for e in entries], indent=2, sort_keys=True))
         return
@@ -171,26 +176,29 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _order(arguments: argparse.Namespace) -> None:
-    _entries(arguments.state)
-    with RolloutStore(arguments.state) as store:
+    _entries(arguments)
+    with RolloutStore(arguments.state, database_in(arguments)) as store:
         print(order(store, arguments.action, arguments.reason))
-    _note_without_server(arguments.state, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
+    _note_without_server(arguments, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
 
 
 def _back(arguments: argparse.Namespace) -> None:
-    _entries(arguments.state)
+    _entries(arguments)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
-    begun = take_back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
+    begun = take_back(
+        arguments.state, arguments.reason, number=arguments.number, terms=terms, database=database_in(arguments)
+    )
     print(begun.told_back())
-    _note_without_server(arguments.state, "begins")
+    _note_without_server(arguments, "begins")
 
 
-def _entries(state: Path) -> list[RolloutEntry]:
+def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
     """All rollouts, the oldest first; nothing is made if there is none."""
+    state, database = arguments.state, database_in(arguments)
     IdentityFolder(state).close()  # without an identity there is nothing to roll out
-    if not has_database(state):
+    if database is None and not has_database(state):
         return []
-    with RolloutStore(state, read_only=True) as store:
+    with RolloutStore(state, database, read_only=True) as store:
         return store.entries()
 
 

@@ -84,17 +84,19 @@ def start_rollout(
     terms: RolloutTerms,
     devices: Collection[str] | None = None,
     clock: Callable[[], float] = time.time,
+    *,
+    database: str | None = None,
 ) -> StartedRollout:
-    """Start a rollout to these boards, or to all members, now and later.
+    """Start a rollout to these boards, or to all members, now and later; `database` is a URL, None for the folder's.
 
     Raises `FedpruneError` if the release is damaged or not this server's, a rollout is under way, or a board is not a
     member.
     """
-    with IdentityFolder(state) as identity:
+    with IdentityFolder(state, database=database) as identity:
         release, manifest, signature = read_release(folder, identity.key.verifying)
         boards = _boards(devices, sorted(identity.store.members()))
     rollout = Rollout.of(terms.plan(release), boards)
-    with RolloutStore(state) as store, store.starting():
+    with RolloutStore(state, database) as store, store.starting():
         store.check_free(release.number, manifest.decode())  # so that no board is downloading what is deleted here
         entries = store.entries()
         before = earlier_rollout(entries, release, boards)
@@ -152,6 +154,7 @@ def take_back(
     above: int = 0,
     terms: RolloutTerms = ALL_AT_ONCE,
     clock: Callable[[], float] = time.time,
+    database: str | None = None,
 ) -> StartedRollout:
     """Start a rollout that takes boards from the release that was rolled out last to the one before.
 
@@ -165,14 +168,15 @@ def take_back(
         above: A number that releases that were not rolled out yet may have used.
         terms: How careful it is; attempts and their seconds are those of the last rollout.
         clock: Seconds since 1970.
+        database: Its URL; None for the folder's.
 
     Raises:
         ConfigError: There is no release to go back from or to, no board has it, or another rollout was started since.
         ReleaseError: The earlier release's files are gone, or the number isn't above all that were rolled out.
     """
-    with IdentityFolder(state) as identity:
+    with IdentityFolder(state, database=database) as identity:
         key, members = identity.key, identity.store.members()
-    with RolloutStore(state) as store, store.starting():
+    with RolloutStore(state, database) as store, store.starting():
         entries = store.entries()
         last, before = _ends(entries, release)
         boards = sorted(boards_with(entries, last.offer.number) & set(members))

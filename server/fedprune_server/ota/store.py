@@ -86,7 +86,7 @@ class RolloutStore(Closing):
     or is full.
 
     Args:
-        database: Where they are, which stays open; None for the folder's database.
+        database: An open database, which stays open, or the URL of one; None for the folder's.
         read_only: Change nothing, and don't wait for those who write.
 
     Attributes:
@@ -96,13 +96,15 @@ class RolloutStore(Closing):
     def __init__(
         self,
         state: Path,
-        database: Database | None = None,
+        database: Database | str | None = None,
         *,
         read_only: bool = False,
     ) -> None:
         self._lock = state / FOLDER / _LOCK
-        self._given = database is not None
-        self._database = database or database_of(state, read_only=read_only)
+        self._given = isinstance(database, Database)
+        self._database = (
+            database if isinstance(database, Database) else database_of(state, database, read_only=read_only)
+        )
         if not read_only:
             self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
 

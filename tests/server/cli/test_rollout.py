@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.runtime_releases import make_release
 from support.paths import ROOT
+from support.processes.postgres import Postgres
 
 NAMES = [f"board-{i}" for i in range(20)]
 Read = Callable[..., str]
@@ -47,7 +49,7 @@ def release(tmp_path: Path, state: Path) -> Path:
 def read(state: Path, capsys: pytest.CaptureFixture[str]) -> Read:
     def run(*words: object, code: int = 0) -> str:
         capsys.readouterr()
-        assert main(["rollout", *map(str, words), "--state", str(state)]) == code
+        assert main(["rollout", str(words[0]), "--state", str(state), *map(str, words[1:])]) == code
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return out if code == 0 else err
@@ -62,6 +64,35 @@ def desk(state: Path, reports: list[ReleaseReport]) -> None:
         run.connected(True)
         for report in reports:
             run.reported(report)
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_rollout_is_stopped_from_another_machine_by_its_database(
+    state: Path,
+    release: Path,
+    read: Read,
+    postgres: Postgres,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by_environment: bool,
+) -> None:
+    url, second = postgres.database(), tmp_path / "second"
+    shutil.copytree(state / "identity", second / "identity")
+    with IdentityFolder(state, database=url) as identity:
+        identity.store.ask("board-0", key := SigningKey.make().verifying.hex, 1)
+        identity.store.approve("board-0", key, 2)
+    chosen = ("--database", url)
+    assert "to 1 board" in read("start", release, *chosen)
+    assert read("status") == "no release has been rolled out yet\n"  # that is of the folder's own database
+    if by_environment:
+        monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE", url)
+        chosen = ()
+    words = "--state", second, *chosen
+    assert "rollout 1 of release 7" in read("status", *words)
+    assert read("stop", *words) == "rollout 1 will stop: boards that have the release keep it\n"
+    assert json.loads(read("list", "--json", *words))[0]["stopping"] == "by the operator"
+    assert not (second / "server.db").exists()
 
 
 def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, read: Read) -> None:
