@@ -46,7 +46,7 @@ def test_reference_differs_only_in_what_makes_it_fedavg():
 def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
     rich = Recipe(epochs=4, lr=0.2, proximal=0.1, logit_adjustment=True, mask_absent_classes=False)
     job = Job(
-        "x", 1, 2, 3, 0.5, 9.0, byte_budget=1000, density=0.5, scorer="curvature", warmup_rounds=2, rule="fill",
+        "x", 1, 2, 3, 0.5, 9.0, byte_budget=1000, scorer="curvature", warmup_rounds=2, rule="fill",
         server_momentum=0.5, recipe=rich,
     )  # fmt: skip
     plain = fedavg(job)

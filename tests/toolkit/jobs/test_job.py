@@ -57,6 +57,13 @@ def test_the_recipe_is_checked() -> None:
         Job.from_dict({"recipe": {"epochs": 0}})
 
 
+@pytest.mark.parametrize("budget", ["byte_budget", "energy_budget"])
+def test_a_budget_that_a_density_would_ignore_is_refused(budget: str) -> None:
+    assert getattr(Job(**{budget: 1000}), budget) == 1000
+    with pytest.raises(ConfigError, match=f"job: {budget} with density 0.5: expected one of the two, got 1000"):
+        Job(density=0.5, **{budget: 1000})
+
+
 def test_a_learning_rate_falls_over_the_rounds_of_the_job_unless_others_are_given() -> None:
     cosine = Recipe(lr_schedule="cosine")
     job = Job(rounds=7, recipe=cosine)

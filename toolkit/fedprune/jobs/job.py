@@ -60,9 +60,10 @@ class Job:
         pace: How many times as long as half of a round's devices took the others may take; 0 for up to the deadline.
         schedule: Another schedule than the strategy's: `kind` (`sync`, `semi-async` or `async`) and keys of
             `fedprune.jobs.schedule.Schedule`; empty for the strategy's own.
-        byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
+        byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own. Not
+            with `density`.
         energy_budget: Joules that a round's training may take on a device beyond what it takes when idle; 0 for no
-            limit. Devices whose profile has no power figures aren't limited.
+            limit. Devices whose profile has no power figures aren't limited. Not with `density`.
         strategy: A preset's name, or a composition of your own as `package.module:function`. `plain` is what the keys
             from `density` to `server_momentum` say.
         options: The strategy's own settings.
@@ -144,6 +145,14 @@ class Job:
                 )
         self.privacy.asked_of(self.training)  # what doesn't go with privacy or rounds is better known now
         self._check_ranked()
+        for name in ("byte_budget", "energy_budget") if self.density else ():
+            if getattr(self, name):
+                raise ConfigError(
+                    f"job: {name} with density {self.density:g}",
+                    expected="one of the two",
+                    got=shown(getattr(self, name)),
+                    hint="The planner keeps to budgets, and with a density it plans nothing: density = 0 lets it plan.",
+                )
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
                 "job: scorer 'curvature' learns gradients from how far devices' SGD moves",
