@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.cli import options_of
 from fedprune.core.disk import is_there, storage_errors
-from fedprune.core.errors import BundleError, DataError, StorageError, UsageError
+from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, looked_for
 from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
 from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
@@ -91,7 +91,8 @@ def _slots(state: Path) -> ModelSlots:
     with storage_errors(f"can't read {pointer}"):
         if not state.is_dir():
             raise StorageError(
-                f"there is no folder {state}", hint="Give the folder that `fedprune-device run --state` uses."
+                f"there is no folder {state}",
+                hint=f"Give the folder that `fedprune-device run --state` uses.{looked_for(state)}",
             )
         if pointer.is_file():
             pointer.open("rb").close()

@@ -36,7 +36,7 @@ class Predictor:
     def __init__(self, model: Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:
         path = model / GRAPH if model.is_dir() else model
         if not path.is_file():
-            raise ModelError(f"there is no model at {path}")
+            raise ModelError(f"there is no model at {path.absolute()}")
         self.session: Runs = session or Session(path, threads=threads, cuda=cuda)
         if step.X not in self.session.inputs or step.LOGITS not in self.session.outputs:
             raise ModelError(

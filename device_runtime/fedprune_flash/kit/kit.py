@@ -27,7 +27,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import errors, validation
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageError
+from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageError, looked_for
 from fedprune.output import extras
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import Lineage
@@ -267,7 +267,9 @@ def _row(row: dict[str, Any]) -> KitFile:
 
 def _given(wheel: Path) -> Path:
     if not wheel.is_file():
-        raise KitError(f"there is no wheel {wheel}", hint="`python -m build --wheel` makes one in dist/.")
+        raise KitError(
+            f"there is no wheel {wheel}", hint=f"`python -m build --wheel` makes one in dist/.{looked_for(wheel)}"
+        )
     return wheel.resolve()
 
 

@@ -85,7 +85,9 @@ class BoardRow:
         """Raise `ConfigError` if a file that SSH is to read is missing."""
         for name in ("key", "known_hosts"):
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
-                raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
+                raise ConfigError(
+                    f"board {shown(self.device)}: {name}: there is no file {Path(getattr(self, name)).absolute()}"
+                )
 
     def told(self, kit: BoardSettings) -> BoardSettings:
         try:

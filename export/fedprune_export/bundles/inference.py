@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError
+from fedprune.core.errors import BundleError, remedy
 from fedprune.runtime.bundle import BASE, INFERENCE, WEIGHTS, Bundle
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.cut import at_widths
@@ -88,7 +88,7 @@ def inference_graph(folder: Path) -> Graph:
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}") from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except Exception as error:
         raise BundleError(f"{path} is no ONNX model", hint="Export the bundle again.") from error
     tensors = tensorfile.load(folder / WEIGHTS)

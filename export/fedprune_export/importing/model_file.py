@@ -32,7 +32,7 @@ def read_model_file(path: Path) -> bytes:
             hint += (
                 f" If {path} is a network of timm: {install_command('torch')}, pip install timm, and give timm:{path}."
             )
-        raise ModelError(f"can't read {path}: {error.strerror or error}", hint=hint) from error
+        raise ModelError(f"can't read {path}: {error.strerror or error}", hint=remedy(error, hint)) from error
     try:
         proto = parse(raw, whole=False)
         outside = [t for t in _tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedprune.core.cli import seconds, whole_number
-from fedprune.core.errors import ExitCode, StorageError
+from fedprune.core.errors import ExitCode, StorageError, looked_for
 from fedprune.core.text import amount
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.identity import name_of
@@ -42,7 +42,9 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
 def _logs(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     if not folder.is_dir():
-        raise StorageError(f"{folder} is no server's state folder", hint="Give the folder of `run --state`.")
+        raise StorageError(
+            f"{folder} is no server's state folder", hint=f"Give the folder of `run --state`.{looked_for(folder)}"
+        )
     check_unowned(folder)
     rows = read_logs(folder, arguments.device, most=arguments.last)
     _show(rows, as_json=arguments.json)

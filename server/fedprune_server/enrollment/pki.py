@@ -29,7 +29,7 @@ from cryptography import x509
 
 from fedprune.core.atomic_file import move
 from fedprune.core.closing import Closing
-from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, looked_for, remedy
 from fedprune.core.text import quantity, some
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, KEY, SERVER, Authority
 from fedprune.security.certificates import (
@@ -104,7 +104,7 @@ class IdentityFolder(Closing):
                 ) from error
             check_unowned(state)
             raise IdentityError(
-                f"{state} has no identity", hint=f"Make one: fedprune-server init --state {state}"
+                f"{state} has no identity", hint=f"Make one: `fedprune-server init --state {state}`.{looked_for(state)}"
             ) from error
         except OSError as error:
             refused = isinstance(error, PermissionError)

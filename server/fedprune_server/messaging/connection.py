@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, IdentityError
+from fedprune.core.errors import ConfigError, IdentityError, looked_for
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.link import Link
 from fedprune.wire.queues import Inbox
@@ -124,7 +124,7 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
         raise IdentityError(
             f"{config.state} has no identity, by which boards know their server",
             hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
-            "For a trial on this machine alone: --insecure.",
+            f"For a trial on this machine alone: --insecure.{looked_for(config.state)}",
         )
     with IdentityFolder(config.state, database=config.database) as identity:
         if config.site not in (identity.site, ServerConfig.site):

@@ -21,7 +21,7 @@ from fedprune.coordination import State
 from fedprune.coordination.events import Event
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import StorageError
+from fedprune.core.errors import StorageError, looked_for
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Task
 from fedprune.security.private_file import give_to_owner_of
@@ -221,7 +221,7 @@ class Storage(Closing):
             raise StorageError(
                 f"{folder} is no server's state folder",
                 expected=f"a file {FILE} in it",
-                hint="Give the folder that `fedprune-server run --state` used.",
+                hint=f"Give the folder that `fedprune-server run --state` used.{looked_for(folder)}",
             )
         if not os.access(path, os.R_OK, effective_ids=True):
             raise StorageError(

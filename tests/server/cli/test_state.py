@@ -47,6 +47,15 @@ def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
     assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
 
 
+@pytest.mark.parametrize("command", ["check", "devices", "logs", "rollout status", "status"])
+def test_a_folder_that_is_not_there_is_reported_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--state", "nowhere"]) in (ExitCode.STORAGE, ExitCode.IDENTITY)
+    assert f"It was looked for at {tmp_path / 'nowhere'}." in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_command_line_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -378,7 +378,7 @@ def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(
         patched.setattr(SigningKey, "save", lambda *_: (_ for _ in ()).throw(StorageError("power")))
         with pytest.raises(StorageError, match="power"):
             IdentityFolder.make(tmp_path, "lab")
-    with pytest.raises(IdentityError, match=r"has no identity\. Make one: fedprune-server init"):
+    with pytest.raises(IdentityError, match=r"has no identity\. Make one: `fedprune-server init"):
         IdentityFolder(tmp_path)
     with IdentityFolder.make(tmp_path, "lab") as made:
         pin = made.authority.pin

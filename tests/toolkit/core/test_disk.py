@@ -10,7 +10,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, read_file, storage_errors
-from fedprune.core.errors import BusyError, StorageError, StorageFullError
+from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
 
 pytestmark = pytest.mark.board
 
@@ -114,3 +114,15 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     (tmp_path / "link").symlink_to("file")
     assert read_file(tmp_path / "link", 10) == bytes(10)
     assert read_file("/proc/self/status")  # its size is reported as 0
+
+
+@pytest.mark.parametrize("hint", ["", "Is this a bundle's folder?"])
+def test_a_missing_file_is_reported_with_the_place_where_it_was_looked_for(tmp_path, monkeypatch, hint):
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("gone", f" It was looked for at {tmp_path / 'gone'}."), (str(tmp_path / "gone"), "")):
+        with pytest.raises(FileNotFoundError) as caught:
+            read_file(name)
+        assert remedy(caught.value, hint) == (hint or "Check the path, or choose another.") + place
+    with pytest.raises(IsADirectoryError) as caught:
+        read_file(".")
+    assert "looked for" not in remedy(caught.value, hint)

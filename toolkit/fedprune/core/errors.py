@@ -154,12 +154,17 @@ _REMEDIES = {
 }
 
 
-def remedy(error: OSError | EOFError) -> str:
-    """A remedy where the operating system refuses a path; empty where none is known."""
-    known = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
+def looked_for(path: Path | str) -> str:
+    """Where a missing file or folder was looked for, after a space; empty for an absolute path."""
+    return "" if Path(path).is_absolute() else f" It was looked for at {Path(path).absolute()}."
+
+
+def remedy(error: OSError | EOFError, hint: str = "") -> str:
+    """A remedy where the operating system refuses a path: `hint`, or the usual one; empty where none is known."""
+    known = hint or _REMEDIES.get(getattr(error, "errno", None) or 0, "")
     path = getattr(error, "filename", None)
-    if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)) and not Path(path).is_absolute():
-        return f"{known} It was looked for at {Path(path).absolute()}."
+    if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)):
+        return f"{known}{looked_for(path)}"
     return known
 
 

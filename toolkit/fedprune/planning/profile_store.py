@@ -91,4 +91,6 @@ def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
 def _check(folders: Sequence[Path]) -> None:
     for folder in folders:
         if not folder.is_dir():
-            raise ProfileError(f"{folder} is no folder", expected="a folder of TOML or JSON files, one per profile")
+            raise ProfileError(
+                f"{folder.absolute()} is no folder", expected="a folder of TOML or JSON files, one per profile"
+            )

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.disk import file_digest, read_file
-from fedprune.core.errors import BundleError, ConfigError, shape_text, shown
+from fedprune.core.errors import BundleError, ConfigError, remedy, shape_text, shown
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -45,6 +45,7 @@ ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
 COMPLETE = ".bundle.complete"
 """Subfolder of a bundle: a complete new bundle whose files are still being moved into place, see `files_folder`."""
+_AGAIN = "Copy or export the bundle again."
 _LONGEST = 200
 """Characters of a manifest's text in a message."""
 
@@ -175,7 +176,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(read_file(path))
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}", hint="Is this a bundle's folder?") from error
+        raise BundleError(
+            f"can't read {path}: {error.strerror}", hint=remedy(error, "Is this a bundle's folder?")
+        ) from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged", hint="Export the bundle again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
@@ -214,7 +217,7 @@ def _check_tensors(path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]]
     except (BundleError, ValueError) as error:  # numpy maps no empty file
         raise BundleError(f"{path}: {error}") from error
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error, _AGAIN)) from error
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise BundleError(
@@ -243,15 +246,15 @@ def _check_file(path: Path, entry: object) -> None:
                 f"{path} is cut short or too long",
                 expected=f"{entry['size']} bytes",
                 got=f"{size} bytes",
-                hint="Copy or export the bundle again.",
+                hint=_AGAIN,
             )
         found = file_digest(path)
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error, _AGAIN)) from error
     if found != entry["sha256"]:
         raise BundleError(
             f"{path} has changed since it was exported",
             expected=f"sha256 {entry['sha256'][:16]}",
             got=found[:16],
-            hint="Copy or export the bundle again.",
+            hint=_AGAIN,
         )

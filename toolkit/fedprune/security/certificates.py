@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import IdentityError, ProtocolError, shown
+from fedprune.core.errors import IdentityError, ProtocolError, remedy, shown
 from fedprune.security.private_file import read_private, write_private
 from fedprune.wire.fleet_messages import MAX_AUTHORITIES
 
@@ -127,7 +127,7 @@ def load_certificate(path: Path, what: str) -> x509.Certificate:
     try:
         return read_certificate(path.read_bytes(), f"{what} {path}")
     except OSError as error:
-        raise IdentityError(f"{what}: can't read {path} ({error.strerror})") from error
+        raise IdentityError(f"{what}: can't read {path} ({error.strerror})", hint=remedy(error)) from error
     except ProtocolError as error:
         raise IdentityError(error.what, expected=error.expected, got=error.got) from error
 

@@ -466,6 +466,6 @@ def found(source: str | Path) -> Path:
     raise DataError(
         f"data {str(source)!r}",
         expected="a .npz file or a folder that exists",
-        got=f"nothing at {', '.join(map(str, places))}",
+        got=f"nothing at {', '.join(str(p.absolute()) for p in places)}",
         hint="" if os.environ.get(VARIABLE) else f"Or set {VARIABLE} to the folder that holds it.",
     )
