@@ -10,22 +10,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
+from fedprune.coordination import events as on
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
+from fedprune.jobs.job import Job
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.wire.topics import Topics
+from fedprune_server.aggregators.children import Children, ParentJob
+from fedprune_server.aggregators.collecting_worker import CollectingWorker
+from fedprune_server.aggregators.parent import ParentLink
+from fedprune_server.aggregators.place import admit, children_of, configurations, models, parent_of
+from fedprune_server.aggregators.regional_job import FetchingWorker
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
-from fedprune_server.engine.server import Server
+from fedprune_server.engine.server import Server, Tier
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
@@ -100,6 +108,11 @@ class App:
     connection: Connection
     until_finished: bool
 
+    @property
+    def outdated(self) -> bool:
+        """Whether this aggregator has to begin anew, with other jobs."""
+        return self.server.outdated
+
     def run(self) -> None:
         """Run the server until it is stopped. Raises as `Server.run`, and if another server has taken over."""
         self.server.run(until_finished=self.until_finished)
@@ -150,10 +163,15 @@ def build_app(
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
         alerts = AlertBook(restored(config.state))
         watch = _watchers(stack, config, folder, alerts)
-        jobs = [_open(stack, config, folder)]
-        for further_config in further(config, options.jobs):
-            held = stack.enter_context(StateFolder(further_config.state, further_config.database, stopping=stopping))
-            jobs.append(_open(stack, further_config, held))
+        parent = None if config.parent == OFF else stack.enter_context(parent_of(config, identity))
+        configs = [config, *further(config, options.jobs)] if parent is None else configurations(config, parent)
+        below = stack.enter_context(children_of(config, identity))
+        jobs = []
+        for own in configs:
+            held = folder
+            if own.state != config.state:
+                held = stack.enter_context(StateFolder(own.state, own.database, stopping=stopping))
+            jobs.append(_open(stack, own, held, below, parent))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
@@ -177,10 +195,20 @@ def build_app(
                 profiles=profiles,
                 max_devices=config.max_devices,
                 observers=_observers(job, watch, options, beside_others=len(jobs) > 1),
+                below=below,
             )
             for i, job in enumerate(jobs)
         ]
-        server = Server(runners, site, reached.broker, stopping)
+        server = Server(runners, site, reached.broker, stopping, Tier(below, parent, partial(admit, identity)))
+        stores = {job.opened.job.name: job.folder.store for job in jobs}
+        if below is not None:
+            above = None if parent is None else parent.fetch
+            told = models({n: job.told() for n, job in zip(stores, jobs, strict=True)}, config)
+            states = {job.opened.job.name: job.opened.state for job in jobs}
+            served = {n: ParentJob(told[n], states[n], store) for n, store in stores.items()}
+            below.serve(served, reached.link.wake, above)
+        if parent is not None:
+            parent.serve(stores, reached.link.wake)
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
@@ -210,6 +238,11 @@ class _Job:
     folder: StateFolder
     opened: OpenJob
     worker: CommandExecutor
+    report: Callable[[on.Event], None] | None = None
+
+    def told(self) -> tuple[Job, str, bytes]:
+        """What aggregators begin the job with."""
+        return self.opened.job, str(self.opened.settings["name"]), self.folder.model
 
     def runnable(self, *, beside_others: bool) -> RunnableJob:
         opened, config = self.opened, self.config
@@ -227,6 +260,7 @@ class _Job:
             pulls=config.pulls,
             weight=config.weight,
             beside_others=beside_others,
+            report=self.report,
         )
 
     def log_start(self) -> None:
@@ -263,10 +297,19 @@ class _NextSteps(Observer):
             )
 
 
-def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder) -> _Job:
+def _open(
+    stack: ExitStack, config: ServerConfig, folder: StateFolder, below: Children | None, parent: ParentLink | None
+) -> _Job:
     opened = folder.read_job(config)
-    worker = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
-    return _Job(config, folder, opened, worker)
+    worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
+    name, report = opened.job.name, None
+    if below is not None:
+        ask, fetch = partial(below.ask, name), partial(below.fetch, name)
+        worker = CollectingWorker(opened.worker, worker, ask, fetch, config.aggregator_patience_s)
+    if parent is not None:
+        worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name))
+        report = partial(parent.report, name)
+    return _Job(config, folder, opened, worker, report)
 
 
 def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:

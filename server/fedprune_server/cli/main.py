@@ -12,6 +12,7 @@ from fedprune.core.cli import Command, run_command, with_extra
 
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
+    "aggregate": ("run", "be an aggregator: run the jobs of another server for a region's boards"),
     "status": ("status", "show devices and rounds of a state folder"),
     "export-model": ("export_model", "write the global model of a state folder"),
     "replay": ("store", "work a job out again from its log, and compare"),

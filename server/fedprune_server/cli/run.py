@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import setting_of
-from fedprune.core.errors import ExitCode
+from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
 from fedprune_server.app import StartOptions, build_app
-from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
@@ -49,6 +49,9 @@ _OPTIONS: dict[tuple[str, ...], str] = {
     ("alerts", "webhook"): "alert-webhook",
     **{place: name for name, place in PLACES.items()},
 }
+_OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "archive")
+"""Settings of the server that an aggregator takes from its parent, or doesn't have."""
+
 _LAST_START, _DEFAULTS = "the last start", "the defaults"
 
 
@@ -65,15 +68,21 @@ def add_run(run: argparse.ArgumentParser) -> None:
     run.set_defaults(function=_run)
 
 
-def add_run_options(run: argparse.ArgumentParser) -> None:
+def add_aggregate(aggregate: argparse.ArgumentParser) -> None:
+    add_run_options(aggregate, jobs=False)
+    aggregate.set_defaults(function=_aggregate, job=[])
+
+
+def add_run_options(run: argparse.ArgumentParser, *, jobs: bool = True) -> None:
     run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
     run.add_argument(
         "--insecure", action="store_true", help="without identity, TLS and signatures: for trials on this machine alone"
     )
-    run.add_argument(
-        "--job", type=Path, action="append", default=[], metavar="FILE",
-        help="a further job on the same boards; may be given several times",
-    )  # fmt: skip
+    if jobs:
+        run.add_argument(
+            "--job", type=Path, action="append", default=[], metavar="FILE",
+            help="a further job on the same boards; may be given several times",
+        )  # fmt: skip
     run.add_argument(
         "--standby",
         action="store_true",
@@ -85,7 +94,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="log more, such as each device's row per round")
-    _add_settings(run)
+    _add_settings(run, jobs=jobs)
 
 
 def run_options() -> argparse.ArgumentParser:
@@ -95,19 +104,21 @@ def run_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, *, jobs: bool) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
-    group = parser.add_argument_group("settings of the job")
-    for f in fields(Job):
-        if f.name in _JOB:
-            metavar, text = _JOB[f.name]
-            _add(group, ("job", f.name), type=setting_of(type(f.default)), metavar=metavar, help=text)
-    text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
-    _add(group, ("job", "schedule", "kind"), metavar="KIND", help=text)
+    if jobs:
+        group = parser.add_argument_group("settings of the job")
+        for f in fields(Job):
+            if f.name in _JOB:
+                metavar, text = _JOB[f.name]
+                _add(group, ("job", f.name), type=setting_of(type(f.default)), metavar=metavar, help=text)
+        text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
+        _add(group, ("job", "schedule", "kind"), metavar="KIND", help=text)
     group = parser.add_argument_group("settings of the server")
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
-            _add_setting(group, setting, PLACES.get(setting.name, (table, setting.name)))
+            if jobs or setting.name not in _OF_JOBS:
+                _add_setting(group, setting, PLACES.get(setting.name, (table, setting.name)))
 
 
 def _add_setting(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:
@@ -178,6 +189,16 @@ def _last_start(server: Mapping[str, Any]) -> Layer:
     return Layer(_DEFAULTS) if tables is None else Layer(_LAST_START, tables)
 
 
+def _aggregate(arguments: argparse.Namespace) -> int:
+    config = configured(arguments).config
+    if config.parent == OFF:
+        raise ConfigError(
+            "an aggregator without a parent", expected="--parent wss://HOST:PORT and --region NAME",
+            hint="A server lets aggregators in with --aggregators [ADDRESS:]PORT (docs/scale.md).",
+        )  # fmt: skip
+    return _run(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     config = configured(arguments).config
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
@@ -191,9 +212,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 )
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
-        app = stack.enter_context(build_app(config, options, stopping, waited, pulse))
-        with _stopped_by_signals(stopping) as signals:
-            app.run()
+        while True:
+            with build_app(config, options, stopping, waited, pulse) as app, _stopped_by_signals(stopping) as signals:
+                app.run()
+            if signals or not app.outdated:
+                break
+            log.info("the parent's jobs have changed: this aggregator begins with them anew")
         interrupted = bool(signals) and not app.server.finished
         if interrupted:
             log.info("stopped: the same command continues with what %s holds", config.state)

@@ -142,7 +142,7 @@ class DeviceRegistry:
             if task.progress is not Part.OFFERED or now - self[name].heard_at < patience_s:
                 continue
             device = state.devices.get(name)
-            if state.awaits(task) and device is not None and device.online:
+            if state.awaits(task) and device is not None and device.online and not device.region:
                 self[name].heard_at = now
                 names.append(name)
         return sorted(names)

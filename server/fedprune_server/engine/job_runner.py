@@ -21,6 +21,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.fair_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
+from fedprune.core.metrics import all_served
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
@@ -31,6 +32,9 @@ from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
 from fedprune.wire.messages import PUT, Birth, Finished
 from fedprune.wire.transfer import BlobSender
+from fedprune_server.aggregators.children import Children
+from fedprune_server.aggregators.messages import Steered
+from fedprune_server.aggregators.regional_job import RemoteCoordinator
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
@@ -79,6 +83,8 @@ class RunnableJob:
         pulls: From how many devices updates are pulled at a time.
         weight: Its share of the devices in comparison with other jobs; 0 to pause it.
         beside_others: Whether its server has further jobs.
+        report: Reports events to the parent of an aggregator, whose coordinator decides about the job; None for one
+            that is decided about here.
     """
 
     job: Job
@@ -92,6 +98,7 @@ class RunnableJob:
     pulls: int = 4
     weight: float = 1.0
     beside_others: bool = False
+    report: Callable[[on.Event], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class JobRunner:
         profiles: Folders of hardware profiles in addition to the shipped ones.
         max_devices: How many devices may ever take part.
         observers: Observers of the job; None for lines in the log. More may join before the start.
+        below: The aggregators below this server, if it has any.
     """
 
     def __init__(
@@ -131,11 +139,16 @@ class JobRunner:
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
         observers: Sequence[Observer] | None = None,
+        below: Children | None = None,
     ) -> None:
         self.job, self.state, self._weight = job.job, job.state, job.weight
         self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
         self._services = services
-        self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
+        self._below = below
+        self.region_of: Callable[[str], str] = lambda device: ""
+        """The aggregator through which a device is connected; empty for none."""
+        self._remote = None if job.report is None else RemoteCoordinator(job.architecture, job.state, job.report)
+        self._coordinator = self._remote or coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
         self.observers = Observers([Lines()] if observers is None else observers)
         with log_context(job=job.job.name):
@@ -305,22 +318,46 @@ class JobRunner:
         self._begin()
         events = []
         for birth in births:
-            try:
-                self.registry.admit(birth.device, one_line(birth.software), 0)
-            except ProtocolError as error:
-                log.warning("%s%s", self.registry.prefix, error)
+            if not self.meet(birth):
                 continue
-            born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
             with self._log_context(birth.device):
-                self.outbox.ask(self._uploads.born(*born, uploads=PUT in (birth.abilities or ())))
                 event = self._messages.described(birth)
-            events += [event] if event is not None else []
+            events += [replace(event, region=self.region_of(birth.device))] if event is not None else []
         self._collect_uploads()
         for i, event in enumerate(events):
             with self._log_context(event.device):
                 self._handle(replace(event, more=i + 1 < len(events)))
                 self.registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}
+
+    def meet(self, birth: Birth) -> bool:
+        """Admit a device that is connected, and continue with what it was uploading here; returns whether it may take
+        part."""
+        try:
+            self.registry.admit(birth.device, one_line(birth.software), 0)
+        except ProtocolError as error:
+            log.warning("%s%s", self.registry.prefix, error)
+            return False
+        if not self.region_of(birth.device):
+            born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
+            with self._log_context(birth.device):
+                self.outbox.ask(self._uploads.born(*born, uploads=PUT in (birth.abilities or ())))
+        return True
+
+    def hear(self, event: on.Event) -> None:
+        """Handle what an aggregator reports."""
+        self._begin()
+        if isinstance(event, on.UpdateAnnounced):
+            self.registry[event.device].metrics = all_served(event.metrics) or self.registry[event.device].metrics
+        self._handle(event)
+
+    def follow(self, steered: Steered) -> None:
+        """Take over what the parent of this aggregator has decided."""
+        if self._remote is not None:
+            self._begin()
+            self._commands += self._remote.follow(steered)
+            self._taken.append(on.Ticked())
+            self.needs_assignment = True
 
     def unassign(self, device: str, session: int) -> None:
         """Take a device away from the job: its connection `session` has ended, or it works for another job."""
@@ -351,7 +388,12 @@ class JobRunner:
 
     def cancel_part(self, device: str, held: Mapping[str, Any]) -> None:
         """Cancel the part of a round that a device holds, if that can't count any more."""
-        self._messages.void(device, **held)
+        region = self.region_of(device)
+        if not region:
+            self._messages.void(device, **held)
+        elif self._below is not None and (reason := self._messages.void_reason(device, held["job"], held["round"])):
+            command = do.Cancel(device, held["round"], held["attempt"], reason)
+            self._below.order(region, self.job.name, command)
 
     def send_finished(self, devices: Iterable[str]) -> None:
         for device in devices:
@@ -462,7 +504,10 @@ class JobRunner:
         while self._taken:
             events, self._taken = self._taken, []
             commands, self._commands = self._commands, []
+            changed = self.state.devices.changed | self.state.tasks.changed if self._below is not None else set()
             self._save(events)
+            if self._below is not None:
+                commands = self._below.route(self.job.name, changed, commands)
             self._carry_out(commands)
         self._database.flush()  # epochs that messages have begun, where no event was saved with them
         self.outbox.deliver()
@@ -485,7 +530,7 @@ class JobRunner:
                     heapq.heappush(self._alarms, command.at)
                 case do.Finish():
                     self._finish(command)
-                case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate():
+                case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate() | do.Measure():
                     self._executor.order(command)
                 case _:
                     for event in self._dispatcher.run(command):

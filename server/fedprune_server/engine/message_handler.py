@@ -232,14 +232,17 @@ class MessageHandler:
 
     def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
         """Cancel a device's part that can no longer count, so that it doesn't train in vain."""
+        if reason := self.void_reason(device, job, round):
+            self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
+
+    def void_reason(self, device: str, job: str, round: int) -> str:  # noqa: A002 - the message's own name
+        """Why a device's part can no longer count; empty if it can."""
         task = self._state.tasks.get(device)
         if job != self._job.name:
-            reason = "this server runs another job"
-        elif task is None or round != self._state.round_of(task):
-            reason = "the round is over"  # an earlier attempt of this round may be going on as the present one
-        else:
-            return
-        self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
+            return "this server runs another job"
+        if task is None or round != self._state.round_of(task):
+            return "the round is over"  # an earlier attempt of this round may be going on as the present one
+        return ""
 
     def readable(self, device: str) -> frozenset[str]:
         """Digests that a device may fetch: those of its own offer, and of the release that it is given."""

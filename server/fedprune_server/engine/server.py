@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
@@ -28,10 +30,21 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import NO_JOB
+from fedprune_server.aggregators.children import (
+    BornBelow,
+    Children,
+    DiedBelow,
+    EventBelow,
+    RegionDown,
+    RegionUp,
+)
+from fedprune_server.aggregators.children import Item as ItemBelow
+from fedprune_server.aggregators.messages import Steered
+from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
-from fedprune_server.engine.device_scheduler import DeviceScheduler, SoleJob
+from fedprune_server.engine.device_scheduler import DeviceScheduler, ParentAssigns, SoleJob
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
@@ -48,6 +61,24 @@ _ASKED_AGAIN_S = 10.0
 _SHOWN = 10
 
 
+@dataclass(frozen=True)
+class Tier:
+    """A server's place among aggregators.
+
+    Attributes:
+        below: The aggregators below it, if it may have any.
+        parent: The server above it, if it is an aggregator itself.
+        admit: Stores the fleet's members, as the parent tells them.
+    """
+
+    below: Children | None = None
+    parent: ParentLink | None = None
+    admit: Callable[[Members], None] = lambda members: None
+
+
+ALONE = Tier()
+
+
 class Server:
     """Runs jobs over one connection.
 
@@ -56,6 +87,7 @@ class Server:
             releases and logs.
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
+        tier: The aggregators below this server, and the parent above it.
 
     Raises:
         ConfigError: Two jobs have one name.
@@ -67,6 +99,7 @@ class Server:
         site: SiteLink,
         broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
+        tier: Tier = ALONE,
     ) -> None:
         self.runners = {r.job.name: r for r in runners}
         if len(self.runners) != len(runners):
@@ -80,8 +113,16 @@ class Server:
         self._connected: dict[str, Birth] = {}
         self._presence = Presence(self._session)
         several = len(runners) > 1
-        self._scheduler: DeviceScheduler | SoleJob = (
-            DeviceScheduler(self.runners, self._connected) if several else SoleJob(self.first, self._connected)
+        self._tier = tier
+        self._paths: dict[str, str] = {}  # aggregators through which devices are connected
+        for runner in runners:
+            runner.region_of = self._region_of
+        self._scheduler: DeviceScheduler | SoleJob | ParentAssigns = (
+            ParentAssigns(tier.parent, self.runners, self._connected, self._region_of)
+            if tier.parent is not None
+            else DeviceScheduler(self.runners, self._connected)
+            if several
+            else SoleJob(self.first, self._connected)
         )
         self._several = several
         self._greet_at = self._ticked = self._caught_up = 0.0
@@ -99,6 +140,11 @@ class Server:
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
         return any(r.busy for r in self.runners.values())
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the parent of this aggregator runs other jobs now, so that it must begin anew."""
+        return self._tier.parent is not None and self._tier.parent.outdated
 
     def count_connected(self) -> int:
         return len(self._connected)
@@ -122,7 +168,7 @@ class Server:
             for runner in self.runners.values():
                 runner.open()
             self._ticked = self._site.monotonic()
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and not self.outdated:
                 self._turn()
                 if until_finished and self.finished and not self._computing():
                     self._linger()
@@ -151,6 +197,7 @@ class Server:
             item = self._link.get()
         if item is None:
             self._caught_up = clock()
+        self._hear_tier()
         now = clock()
         if now - self._ticked >= _TICK_S:
             self._ticked = now
@@ -182,7 +229,7 @@ class Server:
             case ConnectionUp():
                 log.info("connected to the broker")
                 self._greet(now)
-                self._presence.connected(now, self._connected)
+                self._presence.connected(now, self._connected.keys() - self._paths.keys())
                 for runner in self.runners.values():
                     runner.connection_changed(True)
             case ConnectionDown():
@@ -273,12 +320,13 @@ class Server:
             runner.readmit(device)
         self.first.device_born(birth, size, connected=known is not None)
         self._site.quarantine.born(device)
-        if known is not None and birth.session < known.session:
+        if known is not None and birth.session < known.session + (device in self._paths):
             return  # an earlier connection's, delivered late
+        self._paths.pop(device, None)
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
         self._needs_assignment = True
-        if birth.held:
+        if birth.held and self._tier.parent is None:  # whose rows may not be here yet
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
         if self._shutdown is not None and self._several:
             for runner in self.runners.values():
@@ -289,9 +337,72 @@ class Server:
     def _gone(self, device: str) -> None:
         self._presence.left(device)
         birth = self._connected.pop(device, None)
+        self._paths.pop(device, None)
         self._needs_assignment = True
         if birth is not None:
             self._scheduler.left(device, birth.session)
+
+    # Aggregators below this server, and the parent above it.
+
+    def _region_of(self, device: str) -> str:
+        return self._paths.get(device, "")
+
+    def _hear_tier(self) -> None:
+        parent, below = self._tier.parent, self._tier.below
+        for item in [] if parent is None else parent.collect():
+            match item:
+                case ParentUp():
+                    for device in self._connected:
+                        self._scheduler.came(device, reconnected=True)
+                case Steered():
+                    if item.job in self.runners:
+                        self.runners[item.job].follow(item)
+                case Members():
+                    self._tier.admit(item)
+        if below is not None:
+            for found in below.collect():
+                self._hear_below(below, found)
+
+    def _hear_below(self, below: Children, item: ItemBelow) -> None:
+        match item:
+            case RegionUp():
+                name = item.region.name
+                log.info("the aggregator %s is connected", name)
+                if below.up(item.region) is not None:
+                    self._region_lost(name)
+                for job, runner in self.runners.items():
+                    runner.hear(on.Reconnected(tuple(below.devices(job, name))))
+            case RegionDown():
+                if below.down(item.region):
+                    log.warning("the aggregator %s is no longer connected", item.region.name)
+                    self._region_lost(item.region.name)
+            case BornBelow():
+                self._born_below(item.path, item.birth)
+            case DiedBelow():
+                known, path = self._connected.get(item.device), self._region_of(item.device)
+                if known is not None and known.session == item.session and path.partition("/")[0] == item.region:
+                    self._gone(item.device)
+            case EventBelow():
+                if item.job in self.runners:
+                    with log_context(device=getattr(item.event, "device", None)):
+                        self.runners[item.job].hear(item.event)
+
+    def _born_below(self, path: str, birth: Birth) -> None:
+        device, known = birth.device, self._connected.get(birth.device)
+        if known is not None and birth.session < known.session + (self._region_of(device) != path):
+            return  # it is connected elsewhere since
+        for runner in self.runners.values():
+            runner.readmit(device)
+        self._presence.left(device)
+        self._paths[device], self._connected[device] = path, birth
+        self._needs_assignment = True
+        self._scheduler.came(device, reconnected=known is None or known.session != birth.session)
+        if birth.held and self._tier.parent is None:
+            self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
+
+    def _region_lost(self, name: str) -> None:
+        for device in [d for d, path in self._paths.items() if path.partition("/")[0] == name]:
+            self._gone(device)
 
     def _ask(self, device: str) -> None:
         """Ask a device to announce itself, if it is there."""
@@ -314,6 +425,8 @@ class Server:
         for device in missing:
             self._gone(device)
         self._site.quarantine.save()
+        if self._tier.below is not None:
+            self._tier.below.tick()
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 
@@ -324,10 +437,15 @@ class Server:
         if self.finished and self._shutdown is None:
             self._shutdown = self._begin_shutdown()
             for runner in self.runners.values():
-                runner.send_finished(self._connected)
+                runner.send_finished(self._connected.keys() - self._paths.keys())
 
     def _begin_shutdown(self) -> GracefulShutdown:
         """Wait for devices that take part in a job, as far as is known, or have announced themselves."""
-        known = self.first.registry.names | {n for r in self.runners.values() for n in r.state.devices}
+        states = [r.state for r in self.runners.values()]
+        known = self.first.registry.names | {n for state in states for n in state.devices}
+        below = {n for state in states for n, device in state.devices.items() if device.region} | self._paths.keys()
+        known -= below  # aggregators tell theirs
         away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
-        return GracefulShutdown(self._connected, away, self._connected.__contains__, self._site.monotonic())
+        return GracefulShutdown(
+            self._connected.keys() - below, away, self._connected.__contains__, self._site.monotonic()
+        )

@@ -105,6 +105,11 @@ class StateFolder(Closing):
             self._open = stack.pop_all()
         self._raw = b""
 
+    @property
+    def model(self) -> bytes:
+        """The model with which the job began, once it is read."""
+        return self._raw
+
     def close(self) -> None:
         self._open.close()
 

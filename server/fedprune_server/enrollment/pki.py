@@ -9,6 +9,7 @@
     server.key, server.pem    what it connects to the broker with
     broker.key, broker.pem    of the embedded broker, if there is one
     web.key, web.pem          of the web server of blobs, if there is one
+    tier.key, tier.pem        of what aggregators connect to, if there is any
     site            the site's name; written last, so that a folder with it is whole
 
 Anyone with a copy of this folder can act as the server: back it up, and keep it secret. Claims, devices and answers
@@ -67,6 +68,7 @@ _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
+_TIER_KEY, _TIER_CERTIFICATE = "tier.key", "tier.pem"
 
 
 class IdentityFolder(Closing):
@@ -324,6 +326,10 @@ class IdentityFolder(Closing):
     def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """The same for a web server of blobs."""
         return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
+
+    def tier(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """The same for what aggregators connect to."""
+        return self._listening(_TIER_CERTIFICATE, _TIER_KEY, hosts)
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.aggregation import sums_file
+from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.limits import UpdateLimits
 from fedprune.coordination.round import Round, RoundResult
 from fedprune.core import tensorfile
+from fedprune.jobs.failure_kind import Failure
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -132,6 +135,10 @@ class Worker:
                 return self._close(command)
             case do.Evaluate():
                 return self._evaluate(command)
+            case do.AddUp():
+                return self._add_up(command)
+            case do.Measure():
+                return self._measure(command)
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Commands that will be carried out in a moment: a round's slabs follow from who is in it."""
@@ -218,7 +225,7 @@ class Worker:
 
     # Updates come in, and a round ends.
 
-    def round_of(self, command: do.Fold | do.Close) -> Round:
+    def round_of(self, command: do.Fold | do.Close | do.Measure) -> Round:
         """The round that a command belongs to; a new one if it isn't the one of the command before."""
         key = (command.round, command.model, command.memory)
         if self._round is None or self._round[0] != key:
@@ -233,6 +240,18 @@ class Worker:
             part = found.part.device, found.basis.round, found.part.attempt
             return on.UpdateRejected(*part, failure.reason, failure.kind)
         return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+
+    def _measure(self, command: do.Measure) -> on.Measured:
+        found = self.round_of(command).measured([self.updates.update(c) for c in command.contributions])
+        failed = {device: how.reason for device, how in found.items() if isinstance(how, Failure)}
+        lengths = {device: dict(how) for device, how in found.items() if not isinstance(how, Failure)}
+        return on.Measured(command.round, command.number, lengths, failed)
+
+    def _add_up(self, command: do.AddUp) -> on.AddedUp:
+        found = self.round_of(command).partial([self.updates.update(c) for c in command.contributions])
+        if not isinstance(found, PartialSums):
+            return on.AddedUp(command.round, command.number, failed={d: f.reason for d, f in found.items()})
+        return on.AddedUp(command.round, command.number, self.store.put(sums_file.encode(found)).sha256)
 
     def _close(self, command: do.Close) -> on.Closed:
         updates = [self.updates.update(c) for c in command.contributions]

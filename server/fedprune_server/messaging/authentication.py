@@ -55,6 +55,9 @@ _HELLO_S = 10.0
 _ASKED = 3
 """Hellos to a device whose answers are awaited: some are lost."""
 
+_GREETED = 100
+"""Most new members that are greeted at once; among more, each that is connected already is heard minutes later."""
+
 _READ_AHEAD = 256
 """Most messages that are opened together."""
 
@@ -317,10 +320,14 @@ class AuthenticatedLink(Relay):
             self._look_at = now + _LOOK_S
             version = self._store.version()
             if version != self._version:
-                before, self._version, self._members = self._members, version, self._store.members()
+                first, before = self._version is None, self._members
+                self._version, self._members = version, self._store.members()
                 self._identity.exchange()
                 self._quarantine.know(self._members)
                 self._news.extend(DeviceRevoked(n) for n, key in before.items() if self._members.get(n) != key)
+                new = self._members.keys() - before.keys()
+                for device in sorted(new) if not first and len(new) <= _GREETED else ():
+                    self._repeat_hello(device)  # another server has let it in, and its birth may have come before
         return self._members
 
     def _opener(self, device: str) -> Opener:

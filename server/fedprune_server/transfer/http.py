@@ -76,7 +76,7 @@ def web_blobs(
         insecure_allowed(host)
     else:
         said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
-        context = _contexts(identity, sorted({*names_of(host), *said}))
+        context = contexts(identity, identity.web(sorted({*names_of(host), *said})))
         context()  # what is wrong with it is better known now than when a board comes
     with BlobServer(host, port, context) as server:
         url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
@@ -92,9 +92,13 @@ def _to_server(url: str, wake: Callable[[], None], shipping: BucketSync) -> Http
     return HttpUploads(shipping.near, url, shut, wake)
 
 
-def _contexts(identity: IdentityFolder, hosts: list[str]) -> Callable[[], ssl.SSLContext]:
-    """Gives TLS for a connection: with the list of revoked certificates as it is then."""
-    certificate, key, authority = identity.web(hosts)
+def contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
+    """Gives TLS for a connection that asks for a certificate: with the list of revoked ones as it is then.
+
+    Args:
+        files: Paths of the certificate, its key and the authority.
+    """
+    certificate, key, authority = files
     latest: list[tuple[tuple[int, int], ssl.SSLContext]] = []
 
     def context() -> ssl.SSLContext:

@@ -81,16 +81,18 @@ class AsynchronousCoordinator(Coordinator):
 
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
+        before = self.region_of(event.device)
         if not self._admit(event):
             return []
         if state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
             return [] if event.more else self._open_if_able(now)
+        moved = self._moved(event.device, before)
         task = state.tasks.get(event.device)
         if task is not None and task.progress is Progress.OFFERED and task.offer:
             return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
-        return [] if event.more else self._offers(now)
+        return moved if event.more else moved + self._offers(now)
 
     # A round begins.
 
@@ -202,15 +204,19 @@ class AsynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.progress, task.weights, task.arrived_at, task.deadline = Progress.STORED, event.weights, now, None
+        task.region = event.region
         task.seconds = None if task.offered_at is None else now - task.offered_at
         commands: Commands = [do.Acknowledge(event.device, event.round, event.attempt, event.weights)]
         if self.state.phase is Phase.TRAINING:
-            commands.append(self._fold(event.device, task, self._weights.weight(event.device)))
+            commands.append(self._fold_again(event.device, task))
         return commands
+
+    def _fold_again(self, name: str, task: Task) -> do.Fold:
+        return self._fold(name, task, self._weights.weight(name))
 
     def _folds(self) -> Commands:
         """Add what came while no sums were open."""
-        return [self._fold(n, t, self._weights.weight(n)) for n, t in self._availability.stored()]
+        return [self._fold_again(n, t) for n, t in self._availability.stored()]
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)

@@ -106,6 +106,8 @@ class Coordinator(ABC):
                 return self._paused(event, now)
             case on.Resumed():
                 return self.resume(now)
+            case on.Reconnected():
+                return self._repeat(event)
         raise TypeError(f"unknown event {type(event).__name__}")
 
     @abstractmethod
@@ -151,6 +153,10 @@ class Coordinator(ABC):
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         """An update is here: acknowledge it, so that the device lets go of it, and add it while sums are open."""
+
+    @abstractmethod
+    def _fold_again(self, name: str, task: Task) -> do.Fold:
+        """The command to add a stored update to the open sums, as `_stored` gave it."""
 
     @abstractmethod
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
@@ -239,7 +245,9 @@ class Coordinator(ABC):
             return False
         known_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
         codecs = self._codecs.setdefault(known_codecs, list(known_codecs))
-        device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=codecs)
+        device = Device(
+            event.session, True, event.profile, event.probe, event.samples, codecs=codecs, region=event.region
+        )
         if known is None:
             device.last_offered_round = state.round
         else:
@@ -252,6 +260,28 @@ class Coordinator(ABC):
         self.allocator.admit(self.fleet, event.device, known)
         return True
 
+    def _repeat(self, event: on.Reconnected) -> Commands:
+        """What an aggregator may have missed: boards and its own messages repeat the rest."""
+        commands: Commands = []
+        for name in sorted(event.devices):
+            task = self.state.tasks.get(name)
+            if task is not None and task.progress is Progress.EXTRACTING:
+                commands.append(self._extract(name, task))
+            elif task is not None and task.progress is Progress.STORED and self.state.phase is Phase.TRAINING:
+                commands.append(self._fold_again(name, task))
+        return commands
+
+    def _moved(self, name: str, before: str) -> Commands:
+        """A device is in another region than before: what it was offered is made there, too."""
+        task = self.state.tasks.get(name)
+        if task is None or self.state.devices[name].region == before or not self.state.awaits(task):
+            return []
+        if task.progress not in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING):
+            return []
+        if task.progress is Progress.OFFERED:
+            task.progress = Progress.EXTRACTING
+        return [self._extract(name, task)]
+
     def _died(self, event: on.DeviceDied) -> Commands:
         device = self.state.devices.get(event.device)
         if device is not None and device.session == event.session:
@@ -263,6 +293,10 @@ class Coordinator(ABC):
         for name, device in self.state.devices.items():
             device.online, device.excluded, device.excluded_by = False, "", ""
             self.allocator.admit(self.fleet, name, None)
+
+    def region_of(self, device: str) -> str:
+        known = self.state.devices.get(device)
+        return "" if known is None else known.region
 
     def _basis(self) -> do.Basis:
         state = self.state
@@ -292,6 +326,7 @@ class Coordinator(ABC):
             tuple(offer["widths"]),
             offer.get("ranking"),
             offer.get("codec"),
+            region=task.region,
         )
 
     def _fold(self, name: str, task: Task, weight: int) -> do.Fold:

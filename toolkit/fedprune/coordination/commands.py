@@ -207,6 +207,7 @@ class Contribution:
         codec: What the update is encoded in, or None.
         shares: By tensor the share of the update's change that counts, where that is less than all of it; the worker
             decides it when a round closes.
+        region: The aggregator that has it; empty for the server itself.
     """
 
     basis: Basis
@@ -220,6 +221,7 @@ class Contribution:
     ranking: str | None = None
     codec: str | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Contribution:
@@ -285,6 +287,22 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Find how far stored updates moved, for a server that closes the round; answered by `Measured`."""
+
+    round: int
+    number: int
+    model: str
+    memory: dict[str, str]
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True)
+class AddUp(Measure):
+    """Add up stored updates, for a server that closes the round; answered by `AddedUp`."""
+
+
+@dataclass(frozen=True)
 class Wake:
     """Send `Ticked` at this time (seconds on the shell's clock)."""
 
@@ -316,6 +334,8 @@ Command = (
     | Fold
     | Close
     | Evaluate
+    | Measure
+    | AddUp
     | Wake
     | Finish
     | TellFinished

@@ -17,6 +17,7 @@ class DeviceBorn:
         profile: Its hardware profile, as JSON.
         probe: What it measured of itself, as JSON.
         codecs: Names of the codecs that it knows.
+        region: The aggregator through which it is connected; empty for the server itself.
         more: Whether events of further devices follow: a round doesn't begin before the last of them.
     """
 
@@ -27,6 +28,7 @@ class DeviceBorn:
     probe: dict[str, Any] | None = None
     codecs: tuple[str, ...] = ()
     more: bool = False
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,13 @@ class UpdateAnnounced:
 
 @dataclass(frozen=True)
 class UpdateStored:
-    """An announced update's weights are on the server's disk."""
+    """An announced update's weights are on the disk of the server or, with a `region`, of that aggregator."""
 
     device: str
     round: int
     attempt: int
     weights: str
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,34 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """How far updates moved: by device the lengths of `fedprune.coordination.limits`; `failed` can't be read, and
+    why."""
+
+    round: int
+    number: int
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AddedUp:
+    """The sums of some updates are stored under `sums`; with `failed`, by device the reason, there are none."""
+
+    round: int
+    number: int
+    sums: str = ""
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    """An aggregator is connected again, which may have missed what its devices' parts need."""
+
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Ticked:
     """Time has passed."""
 
@@ -180,6 +211,9 @@ Event = (
     | Folded
     | Closed
     | Evaluated
+    | Measured
+    | AddedUp
+    | Reconnected
     | Ticked
     | Paused
     | Resumed

@@ -340,6 +340,17 @@ class UpdateLimits:
         if self._times and update.key not in self._lengths:
             self._lengths[update.key] = lengths(known) if isinstance(known, Report) else known
 
+    @property
+    def compare(self) -> bool:
+        """Whether limits depend on how far updates moved."""
+        return bool(self._times)
+
+    def lengths(self, update: RoundUpdate) -> Lengths:
+        """How far an update moved; errors are those of reading it."""
+        if self._times and update.key not in self._lengths:
+            self.learn(update, update.read())
+        return self._lengths.get(update.key, {})
+
     def apply(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""
         reasons = self._heavy(updates)

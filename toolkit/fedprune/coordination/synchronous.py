@@ -103,9 +103,10 @@ class SynchronousCoordinator(Coordinator):
 
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
+        before = self.region_of(event.device)
         if not self._admit(event):
             return []
-        commands: Commands = []
+        commands = self._moved(event.device, before)
         task = state.tasks.get(event.device)
         if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
             commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
@@ -269,12 +270,15 @@ class SynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.progress = Progress.STORED
-        task.weights = event.weights
+        task.weights, task.region = event.weights, event.region
         task.seconds = None if task.offered_at is None else now - task.offered_at
         return [
             do.Acknowledge(event.device, event.round, event.attempt, event.weights),
-            self._fold(event.device, task, task.weight),
+            self._fold_again(event.device, task),
         ]
+
+    def _fold_again(self, name: str, task: Task) -> do.Fold:
+        return self._fold(name, task, task.weight)
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = (

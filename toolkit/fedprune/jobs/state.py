@@ -79,6 +79,7 @@ class Device(TrackedEntry):
             (`fedprune.coordination.commands.Held`).
         releases: Under differential privacy, how many releases contain its samples, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
+        region: The aggregator through which it is connected; empty for the server itself.
     """
 
     session: int
@@ -102,6 +103,7 @@ class Device(TrackedEntry):
     codecs: list[str] = field(default_factory=list)
     held: dict[str, Any] | None = None
     releases: dict[str, int] = field(default_factory=lambda: _NOTHING)
+    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
@@ -165,6 +167,7 @@ class Task(TrackedEntry):
         deadline: Its own deadline, if tasks have individual ones; for a refused task of an asynchronous job, when it
             may be offered again.
         in_summary: Asynchronous jobs: whether a finished round's summary includes it already.
+        region: The aggregator that has its update; empty for the server itself.
     """
 
     attempt: int
@@ -192,6 +195,7 @@ class Task(TrackedEntry):
     in_summary: bool = False
     accumulate: int = 1
     kind: str = ""
+    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Task:

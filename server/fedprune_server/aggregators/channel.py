@@ -1,0 +1,220 @@
+"""One end of the connection between an aggregator and its parent: messages in order, and blobs on request.
+
+A message is JSON text. A blob follows the message that names it, in binary pieces; messages that wait are sent between
+two pieces. Nothing survives the connection: both sides begin anew on the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.connection import Connection
+
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.streamed_blob import StreamedBlob
+from fedprune.core.closing import Closing
+from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
+
+log = logging.getLogger("fedprune.server")
+
+PIECE = 256 * 1024
+MAX_TEXT = 64 * 2**20
+"""Bytes of a message: a region's rows after a reconnection are the longest."""
+
+WAIT_S = 120.0
+"""How long a blob that was asked for may take to come."""
+
+Message = Mapping[str, Any]
+
+
+class ParentLostError(FedpruneError):
+    """The connection to the other side ended while something was awaited from it."""
+
+
+class Channel(Closing):
+    """A connection's messages and blobs. `run` reads until it ends; other threads send.
+
+    Args:
+        find: Gives the store that has a blob of a job, or None.
+        landing: Where blobs of the other side arrive.
+        received: Takes each message, in the thread of `run`. A `ProtocolError` ends the connection.
+        wanted: Takes the job and the digest of a blob that the other side asks for, and calls `give`, now or later.
+    """
+
+    def __init__(
+        self,
+        socket: Connection,
+        find: Callable[[str, str], BlobStore | None],
+        landing: BlobStore,
+        received: Callable[[Channel, Message], None],
+        wanted: Callable[[Channel, str, str], None] | None = None,
+    ) -> None:
+        self._socket, self._find, self._landing, self._received = socket, find, landing, received
+        self._asked = wanted or Channel.give
+        self._changed = threading.Condition()
+        self._texts: deque[str] = deque()
+        self._wanted: deque[tuple[str, str]] = deque()
+        self._awaited: dict[str, Future[bool]] = {}
+        self._arriving: StreamedBlob | None = None
+        self._busy = False
+        self.closed = False
+        self._writer = threading.Thread(target=self._write, name="fedprune-channel", daemon=True)
+        self._writer.start()
+
+    def send(self, message: Message) -> None:
+        """Queue a message; what is queued as the connection ends is dropped."""
+        text = json.dumps(message, separators=(",", ":"), default=vars)
+        with self._changed:
+            self._texts.append(text)
+            self._changed.notify_all()
+
+    def give(self, job: str, sha256: str) -> None:
+        """Queue a blob, or the answer that there is none."""
+        with self._changed:
+            self._wanted.append((job, sha256))
+            self._changed.notify_all()
+
+    def fetch(self, job: str, sha256: str) -> bytes | None:
+        """A blob of the other side; None if it has none. Waits, so not for the server's loop. Raises `ParentLostError`
+        if the connection ends, and `StorageError` if the disk fails."""
+        with self._changed:
+            if self.closed:
+                raise ParentLostError("the connection has ended")
+            first = sha256 not in self._awaited
+            awaited = self._awaited.setdefault(sha256, Future())
+        if first:
+            self.send({"kind": "want", "job": job, "sha256": sha256})
+        try:
+            there = awaited.result(WAIT_S)
+        except TimeoutError as error:
+            self.close()
+            raise ParentLostError(f"a blob did not come within {WAIT_S:.0f} s") from error
+        return self._landing.read(sha256) if there else None
+
+    def flush(self, patience_s: float) -> None:
+        """Wait until what was queued is sent."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or not (self._texts or self._wanted or self._busy), patience_s)
+
+    def run(self) -> None:
+        """Read until the connection ends."""
+        try:
+            for data in self._socket:
+                if isinstance(data, bytes):
+                    self._piece(data)
+                else:
+                    self._text(data)
+        except ConnectionClosed:
+            pass
+        except (ProtocolError, StorageError) as error:
+            log.warning("the connection between aggregator and parent ends: %s", error)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        with self._changed:
+            self.closed = True
+            left, self._awaited = self._awaited, {}
+            self._changed.notify_all()
+        for awaited in left.values():
+            awaited.set_exception(ParentLostError("the connection ended while a blob was on its way"))
+        with suppress(OSError, ConnectionClosed):
+            self._socket.close()
+        if self._arriving is not None:
+            self._arriving.__exit__(None, None, None)
+
+    # Reading.
+
+    def _text(self, text: str) -> None:
+        try:
+            message = json.loads(text)
+            kind = message["kind"]
+            if kind == "want":
+                self._asked(self, str(message["job"]), str(message["sha256"]))
+            elif kind == "blob":
+                self._begin(BlobRef.from_dict(message["ref"]))
+            elif kind == "absent":
+                self._arrived(str(message["sha256"]), there=False)
+            else:
+                self._received(self, message)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ProtocolError(f"message of an aggregator or parent ({type(error).__name__}: {error})") from error
+
+    def _begin(self, ref: BlobRef) -> None:
+        if self._arriving is not None:
+            raise ProtocolError("a blob began before the one before it ended")
+        self._arriving = StreamedBlob(self._landing, ref)
+        self._piece(b"")
+
+    def _piece(self, data: bytes) -> None:
+        blob = self._arriving
+        if blob is None:
+            raise ProtocolError("a piece of no blob")
+        blob.write(data)
+        if not blob.missing:
+            self._arriving = None
+            with blob:
+                blob.finish()
+            self._arrived(blob.ref.sha256, there=True)
+
+    def _arrived(self, sha256: str, *, there: bool) -> None:
+        with self._changed:
+            awaited = self._awaited.pop(sha256, None)
+        if awaited is not None:
+            awaited.set_result(there)
+
+    # Writing.
+
+    def _write(self) -> None:
+        try:
+            while self._send_texts():
+                if self._wanted:
+                    self._give(*self._wanted.popleft())
+        except (ConnectionClosed, OSError):
+            pass
+        except Exception:
+            log.exception("the connection between aggregator and parent ends")
+        finally:
+            self.close()
+
+    def _send_texts(self, *, wait: bool = True) -> bool:
+        """Send what waits; with `wait` until a blob is wanted. Returns False at the end."""
+        while True:
+            with self._changed:
+                if wait:
+                    self._changed.wait_for(lambda: self.closed or self._texts or self._wanted)
+                if self.closed:
+                    return False
+                if not self._texts:
+                    return True
+                text, self._busy = self._texts.popleft(), True
+            self._socket.send(text)
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _give(self, job: str, sha256: str) -> None:
+        store = self._find(job, sha256)
+        try:
+            view = None if store is None else store.map(sha256)
+            ref = None if store is None else store.ref(sha256)
+        except StorageError as error:
+            log.warning("a blob can't be given to another server of the tier: %s", error)
+            view = ref = None
+        if view is None or ref is None:
+            self._socket.send(json.dumps({"kind": "absent", "sha256": sha256}))
+            return
+        self._socket.send(json.dumps({"kind": "blob", "ref": ref.to_dict()}))
+        for start in range(0, len(view), PIECE):
+            self._socket.send(bytes(view[start : start + PIECE]))
+            if not self._send_texts(wait=False):
+                return

@@ -1,0 +1,509 @@
+"""The aggregators below a server: who is connected, what they report, and what goes to which of them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import ssl
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as listen
+
+from fedprune import __version__
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.closing import Closing
+from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.jobs.state import Device, Task
+from fedprune.security.authority import SERVER
+from fedprune.wire.messages import Birth, parse
+from fedprune.wire.topics import check_name
+from fedprune_server.aggregators.channel import MAX_TEXT, Channel, Message, ParentLostError
+from fedprune_server.aggregators.messages import command_body, device_body, head_of, read_event, task_body
+from fedprune_server.enrollment.store import IdentityStore
+
+log = logging.getLogger("fedprune.server")
+
+_FLUSH_S = 5.0
+"""How long the last messages may take to be sent."""
+
+_SEARCHES = 4
+"""Threads that look for a blob of one aggregator at the others."""
+
+
+@dataclass(frozen=True)
+class ParentJob:
+    """A job as aggregators begin it.
+
+    Attributes:
+        about: Its settings, its model's name and digest, as JSON.
+        state: The coordinator's or, at an aggregator, the copy of it; read, never changed.
+    """
+
+    about: Mapping[str, Any]
+    state: State
+    store: BlobStore
+
+
+@dataclass(eq=False)
+class Region:
+    """A connection of an aggregator.
+
+    Attributes:
+        devices: By job the devices whose rows it has.
+        heads: By job what it was told of the state.
+    """
+
+    name: str
+    channel: Channel
+    devices: dict[str, set[str]] = field(default_factory=dict)
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RegionUp:
+    """An aggregator is connected."""
+
+    region: Region
+
+
+@dataclass(frozen=True)
+class RegionDown:
+    """An aggregator's connection has ended."""
+
+    region: Region
+
+
+@dataclass(frozen=True)
+class BornBelow:
+    """A board is connected through an aggregator; `path` names that one, and those between."""
+
+    path: str
+    birth: Birth
+
+
+@dataclass(frozen=True)
+class DiedBelow:
+    """A board's connection to an aggregator has ended."""
+
+    region: str
+    device: str
+    session: int
+
+
+@dataclass(frozen=True)
+class EventBelow:
+    """Something happened to a board's part in a job."""
+
+    region: str
+    job: str
+    event: on.Event
+
+
+Item = RegionUp | RegionDown | BornBelow | DiedBelow | EventBelow
+
+
+class Children(Closing):
+    """Listens for aggregators.
+
+    Args:
+        host: Where; an address of this machine.
+        port: 0 for a free one.
+        context: Gives TLS for a connection, which asks for a certificate; None to do without.
+        landing: Where blobs of aggregators arrive; it also has the jobs' models.
+        members: The fleet's members, whom aggregators let in; None to let in anybody.
+
+    Raises:
+        ConfigError: The address can't be listened on.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        context: Callable[[], ssl.SSLContext] | None,
+        landing: BlobStore,
+        members: IdentityStore | None = None,
+    ) -> None:
+        self._context, self._landing = context, landing
+        self._wake: Callable[[], None] = lambda: None
+        self._jobs: Mapping[str, ParentJob] = {}
+        self._above: Callable[[str, str], bytes | None] = lambda job, sha256: None
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._regions: dict[str, Region] = {}
+        self._asked: dict[tuple[str, int], tuple[str, do.Measure, Future[Any]]] = {}
+        self._store_of_members = members
+        self._members: dict[str, str] | None = None
+        self._version = ""
+        self._closed = False
+        self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
+        try:
+            self._server = listen(
+                self._handle,
+                host,
+                port,
+                ssl=None if context is None else _Latest(context),  # type: ignore[arg-type]
+                max_size=MAX_TEXT,
+                compression=None,
+                max_queue=None,
+            )
+        except OSError as error:
+            raise ConfigError(f"server: aggregators: can't listen on {host}, port {port} ({error.strerror})") from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="fedprune-children", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.socket.getsockname()[1])
+
+    @property
+    def names(self) -> list[str]:
+        """The aggregators that are connected."""
+        return sorted(self._regions)
+
+    def serve(
+        self,
+        jobs: Mapping[str, ParentJob],
+        wake: Callable[[], None],
+        above: Callable[[str, str], bytes | None] | None = None,
+    ) -> None:
+        """Let aggregators in for these jobs.
+
+        Args:
+            wake: Called when there is something to collect.
+            above: Gives a blob of this server's own parent.
+        """
+        self._above = above or self._above
+        with self._changed:
+            self._jobs, self._wake = jobs, wake
+            self._changed.notify_all()
+
+    def collect(self) -> list[Item]:
+        """What has come since the last call."""
+        found = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._items.get_nowait())
+        return found
+
+    # For the server's loop.
+
+    def up(self, region: Region) -> Region | None:
+        """An aggregator is connected: send it the jobs, the members and its rows. Returns an earlier connection of the
+        same name, which is closed."""
+        earlier = self._regions.get(region.name)
+        if earlier is not None:
+            earlier.channel.close()
+        region.channel.send({"kind": "welcome", "jobs": {name: job.about for name, job in self._jobs.items()}})
+        if self._members is not None:
+            region.channel.send({"kind": "members", "added": self._members, "removed": [], "whole": True})
+        with self._changed:
+            self._regions[region.name] = region
+            self._changed.notify_all()
+        for name in self._jobs:
+            self._send(region, name, self.devices(name, region.name), [], whole=True)
+        for (job, _), (asked, command, _) in list(self._asked.items()):
+            if asked == region.name:
+                self.order(asked, job, command)
+        return earlier
+
+    def down(self, region: Region) -> bool:
+        """A connection has ended; returns whether it was the aggregator's latest."""
+        if self._regions.get(region.name) is not region:
+            return False
+        with self._changed:
+            del self._regions[region.name]
+        return True
+
+    def devices(self, job: str, region: str) -> list[str]:
+        """The devices of a job that concern a region."""
+        state = self._jobs[job].state
+        found = {name for name, device in state.devices.items() if _first(device.region) == region}
+        return sorted(found | {name for name, task in state.tasks.items() if _first(task.region) == region})
+
+    def tick(self) -> None:
+        """Tell aggregators which members have changed. Raises `StorageError` if the database can't be read."""
+        if self._store_of_members is None or self._version == (version := self._store_of_members.version()):
+            return
+        self._version, before, members = version, self._members, self._store_of_members.members()
+        self._members = members
+        if before is None:
+            before = {}
+        added = {name: key for name, key in members.items() if before.get(name) != key}
+        body = {"kind": "members", "added": added, "removed": sorted(before.keys() - members.keys()), "whole": False}
+        for region in self._regions.values():
+            region.channel.send(body)
+
+    def route(self, job: str, changed: Collection[str], commands: Sequence[do.Command]) -> list[do.Command]:
+        """Send aggregators the rows that have changed and the commands for their boards; returns the other commands.
+        Call it once the state is saved."""
+        state = self._jobs[job].state
+        rows: dict[str, set[str]] = {name: set() for name in self._regions}
+        for device in changed:
+            for name, region in self._regions.items():
+                if device in region.devices.get(job, ()) or name in _places(state, device):
+                    rows[name].add(device)
+        here: list[do.Command] = []
+        below: dict[str, list[do.Command]] = {name: [] for name in self._regions}
+        for command in commands:
+            place = _place(state, command)
+            if isinstance(command, do.Finish):
+                for orders in below.values():
+                    orders.append(command)
+            if place is None:
+                here.append(command)
+            elif place in below:
+                below[place].append(command)
+            # An aggregator that is away gets its rows when it comes back, and open commands are repeated then.
+        for name, region in self._regions.items():
+            self._send(region, job, rows[name], below[name])
+        return here
+
+    def order(self, path: str, job: str, command: do.Command) -> None:
+        """Send one command to the aggregator of a region, if it is connected; from any thread."""
+        region = self._regions.get(_first(path))
+        if region is not None:
+            region.channel.send(_steered(region, job, commands=[command]))
+
+    def _send(
+        self, region: Region, job: str, changed: Collection[str], commands: Sequence[do.Command], *, whole: bool = False
+    ) -> None:
+        state, known = self._jobs[job].state, region.devices.setdefault(job, set())
+        head = head_of(state)
+        news = head if head != region.heads.get(job) else {}
+        if not (changed or commands or news or whole):
+            return
+        region.heads[job] = head
+        if whole:
+            known.clear()
+        devices: dict[str, Any] = {}
+        tasks: dict[str, Any] = {}
+        for name in changed:
+            device, task = state.devices.get(name), state.tasks.get(name)
+            mine = device is not None and _first(device.region) == region.name
+            held = task is not None and _first(task.region) == region.name
+            devices[name] = _device_row(device, region.name, here=mine)
+            tasks[name] = task_body(task, region.name) if task is not None and (mine or held) else None
+            (known.add if mine or held else known.discard)(name)
+        region.channel.send(_steered(region, job, news, devices, tasks, commands, whole=whole))
+
+    # For the worker's thread.
+
+    def ask(self, job: str, region: str, command: do.Measure) -> Future[Any]:
+        """Have an aggregator measure or add up; it is asked again whenever it reconnects, until it has answered."""
+        answer: Future[Any] = Future()
+        self._asked[job, command.number] = region, command, answer
+        if region not in self._regions:
+            log.warning(
+                "round %d of %s waits for the aggregator %s, which has %d of its updates and isn't connected",
+                command.round, job, region, len(command.contributions),
+            )  # fmt: skip
+        self.order(region, job, command)
+        return answer
+
+    def drop(self, job: str, number: int) -> None:
+        """An answer is awaited no longer."""
+        self._asked.pop((job, number), None)
+
+    def fetch(self, job: str, path: str, sha256: str) -> bytes | None:
+        """A blob of the aggregator of a region; waits until that one is connected. None if it has none, or this server
+        ends."""
+        name = _first(path)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or name in self._regions)
+                region = self._regions.get(name)
+            if region is None:
+                return None
+            with suppress(ParentLostError):
+                return region.channel.fetch(job, sha256)
+            with self._changed:
+                self._changed.wait_for(partial(self._replaced, name, region))
+
+    def _replaced(self, name: str, region: Region) -> bool:
+        return self._closed or self._regions.get(name) is not region
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            regions, self._regions = list(self._regions.values()), {}
+            self._changed.notify_all()
+        for region in regions:
+            region.channel.flush(_FLUSH_S)
+            region.channel.close()
+        self._searches.shutdown(wait=False, cancel_futures=True)
+        self._server.shutdown()
+        self._thread.join(5.0)
+
+    # Connections, each in a thread of its own.
+
+    def _handle(self, connection: ServerConnection) -> None:
+        if self._context is not None and _common_name(connection) != SERVER:
+            connection.close(1008, "not a server of this fleet")
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or bool(self._jobs))
+        found: list[Region] = []
+
+        def received(channel: Channel, message: Message) -> None:
+            if not found:
+                found.append(self._greeted(channel, message))
+                self._put(RegionUp(found[0]))
+            else:
+                self._received(found[0], message)
+
+        with Channel(connection, self._store, self._landing, received, self._wanted) as channel:
+            channel.run()
+        if found:
+            self._put(RegionDown(found[0]))
+
+    def _put(self, item: Item) -> None:
+        self._items.put(item)
+        self._wake()
+
+    def _greeted(self, channel: Channel, message: Message) -> Region:
+        if message["kind"] != "hello":
+            raise ProtocolError("first message of an aggregator", expected="hello", got=str(message["kind"])[:80])
+        name, version = check_name(str(message["region"]), "region"), str(message["version"])[:40]
+        if version != __version__:
+            reason = f"it runs fedprune {version}, and its parent {__version__}"
+            channel.send({"kind": "refused", "reason": reason})
+            raise ProtocolError(f"the aggregator {name} is refused: {reason}")
+        return Region(name, channel)
+
+    def _received(self, region: Region, message: Message) -> None:
+        match message["kind"]:
+            case "born":
+                birth = parse(str(message["birth"]).encode())
+                if not isinstance(birth, Birth):
+                    raise ProtocolError("a board's birth", got=birth.kind)
+                path = "/".join(filter(None, (region.name, str(message["region"]))))
+                self._put(BornBelow(path, birth))
+            case "died":
+                self._put(DiedBelow(region.name, str(message["device"]), int(message["session"])))
+            case "event":
+                job, event = str(message["job"]), read_event(message["event"])
+                if job not in self._jobs:
+                    return  # an aggregator that has to begin again with other jobs
+                if isinstance(event, on.Measured | on.AddedUp):
+                    _, _, answer = self._asked.pop((job, event.number), (None, None, None))
+                    if answer is not None:
+                        answer.set_result(event)
+                    return
+                if isinstance(event, on.UpdateStored):
+                    event = on.UpdateStored(
+                        event.device, event.round, event.attempt, event.weights,
+                        "/".join(filter(None, (region.name, event.region))),
+                    )  # fmt: skip
+                self._put(EventBelow(region.name, job, event))
+            case kind:
+                raise ProtocolError("message of an aggregator", got=str(kind)[:80])
+
+    def _store(self, job: str, sha256: str) -> BlobStore | None:
+        known = self._jobs.get(job)
+        stores = [self._landing] if known is None else [known.store, self._landing]
+        return next((store for store in stores if store.has(sha256)), None)
+
+    def _wanted(self, channel: Channel, job: str, sha256: str) -> None:
+        if self._store(job, sha256) is not None or job not in self._jobs:
+            channel.give(job, sha256)
+        else:
+            with suppress(RuntimeError):  # this server ends
+                self._searches.submit(self._search, channel, job, sha256)
+
+    def _search(self, channel: Channel, job: str, sha256: str) -> None:
+        """Look for a blob at the other aggregators, and then further up."""
+        for region in list(self._regions.values()):
+            if region.channel is not channel:
+                with suppress(ParentLostError):
+                    if region.channel.fetch(job, sha256) is not None:
+                        break
+        else:
+            with suppress(ParentLostError):
+                data = self._above(job, sha256)
+                if data is not None:
+                    self._landing.put(data)
+        channel.give(job, sha256)
+
+
+def _steered(
+    region: Region,
+    job: str,
+    head: Mapping[str, Any] | None = None,
+    devices: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Any] | None = None,
+    commands: Sequence[do.Command] = (),
+    *,
+    whole: bool = False,
+) -> dict[str, Any]:
+    return {
+        "kind": "steered",
+        "job": job,
+        "head": head or {},
+        "devices": devices or {},
+        "tasks": tasks or {},
+        "commands": [command_body(c, region.name) for c in commands],
+        "whole": whole,
+    }
+
+
+class _Latest:
+    """TLS as it is configured when a connection is made."""
+
+    def __init__(self, context: Callable[[], ssl.SSLContext]) -> None:
+        self._context = context
+
+    def wrap_socket(self, *arguments: Any, **named: Any) -> ssl.SSLSocket:
+        return self._context().wrap_socket(*arguments, **named)
+
+
+def _device_row(device: Device | None, region: str, *, here: bool) -> dict[str, Any] | None:
+    if device is None:
+        return None
+    # One that has moved counts as offline; the aggregator keeps its last update, which the next may ask for.
+    return device_body(device, region) | ({} if here else {"online": False, "region": ""})
+
+
+def _first(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _places(state: State, name: str) -> set[str]:
+    device, task = state.devices.get(name), state.tasks.get(name)
+    return {_first(entry.region) for entry in (device, task) if isinstance(entry, Device | Task) and entry.region}
+
+
+def _place(state: State, command: do.Command) -> str | None:
+    """The aggregator that a command is for; None for this server."""
+    match command:
+        case do.Fold():
+            path = command.contribution.region
+        case do.Extract():
+            path = _region(state, command.part.device)
+        case do.SendOffer() | do.PullUpdate() | do.Acknowledge() | do.Cancel() | do.TellFinished():
+            path = _region(state, command.device)
+        case _:
+            path = ""
+    return _first(path) or None
+
+
+def _region(state: State, device: str) -> str:
+    known = state.devices.get(device)
+    return "" if known is None else known.region
+
+
+def _common_name(connection: ServerConnection) -> str:
+    """The name in an aggregator's certificate, which OpenSSL has found to be right; empty without one."""
+    found: Any = getattr(connection.socket, "getpeercert", dict)() or {}
+    names = [value for part in found.get("subject", ()) for key, value in part if key == "commonName"]
+    return str(names[0]) if len(names) == 1 else ""

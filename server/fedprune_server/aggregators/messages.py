@@ -1,0 +1,167 @@
+"""What aggregators and their parents tell each other of a job: events, commands, and rows of the state, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import ProtocolError
+from fedprune.jobs.state import Device, Phase, Task
+
+Body = Mapping[str, Any]
+
+UP: tuple[type[Any], ...] = (
+    on.Extracted,
+    on.Progressed,
+    on.UpdateAnnounced,
+    on.UpdateStored,
+    on.UpdateRejected,
+    on.OfferRefused,
+    on.Folded,
+    on.Measured,
+    on.AddedUp,
+    on.Reconnected,
+)
+"""Events that an aggregator reports."""
+
+_EVENTS = {kind.__name__: kind for kind in UP}
+_PLAIN: Mapping[str, type[Any]] = {
+    kind.__name__: kind for kind in (do.SendOffer, do.PullUpdate, do.Acknowledge, do.Cancel, do.TellFinished, do.Finish)
+}
+
+_TYPES: Mapping[str, type[Any] | tuple[type[Any], ...]] = {"str": str, "int": int, "float": (int, float)}
+
+_HEAD = ("round", "model", "ranking", "order", "memory", "paused")
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What the parent has decided of a job: rows of its state, and commands.
+
+    Attributes:
+        head: Attributes of the state; empty where they stay.
+        devices: Rows by device; None for one that is another region's now.
+        tasks: The same of parts.
+        whole: Devices and tasks that are not named are no longer there.
+    """
+
+    job: str
+    head: Body = field(default_factory=dict)
+    devices: Mapping[str, Device | None] = field(default_factory=dict)
+    tasks: Mapping[str, Task | None] = field(default_factory=dict)
+    commands: tuple[do.Command, ...] = ()
+    whole: bool = False
+
+
+def event_body(event: on.Event) -> list[Any]:
+    return [type(event).__name__, vars(event)]
+
+
+def read_event(body: Any) -> on.Event:
+    """An event of an aggregator. Raises `ProtocolError` if it is none."""
+    event: on.Event = _made(_EVENTS, *_named(body))
+    return event
+
+
+def head_of(state: State) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _HEAD} | {"phase": state.phase.value}
+
+
+def device_body(device: Device, region: str) -> dict[str, Any]:
+    """A device's row for a region: plans, probes and most of profiles are the parent's."""
+    body = {k: getattr(device, k) for k in device.__match_args__ if k not in ("plan", "probe")}
+    profile = {k: device.profile[k] for k in ("name", "title") if k in device.profile}
+    return body | {"probe": None, "profile": profile, "region": below(device.region, region)}
+
+
+def task_body(task: Task, region: str) -> dict[str, Any]:
+    return task.to_dict() | {"region": below(task.region, region)}
+
+
+def below(path: str, region: str) -> str:
+    """A region's path as the aggregator of `region` knows it."""
+    return path.removeprefix(region).removeprefix("/") if path == region or path.startswith(f"{region}/") else path
+
+
+def command_body(command: do.Command, region: str) -> list[Any]:
+    """A command for an aggregator, with regions' paths as that one knows them."""
+    if isinstance(command, do.Fold):
+        command = replace(command, contribution=_below(command.contribution, region))
+    elif isinstance(command, do.Measure):
+        command = replace(command, contributions=tuple(_below(c, region) for c in command.contributions))
+    return [type(command).__name__, vars(command)]
+
+
+def _below(found: do.Contribution, region: str) -> do.Contribution:
+    return replace(found, region=below(found.region, region))
+
+
+def read_steered(body: Body) -> Steered:
+    """What a parent has decided. Raises `ProtocolError` if it can't be read."""
+    try:
+        head = dict(body["head"])
+        if head:
+            head["phase"] = Phase(head["phase"])
+        devices = {str(n): None if row is None else Device.from_dict(row) for n, row in body["devices"].items()}
+        tasks = {str(n): None if row is None else Task.from_dict(row) for n, row in body["tasks"].items()}
+        commands = tuple(_command(c) for c in body["commands"])
+        return Steered(str(body["job"]), head, devices, tasks, commands, bool(body["whole"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProtocolError(f"what a parent decides ({type(error).__name__}: {error})") from error
+
+
+def _command(body: Any) -> do.Command:
+    kind, values = _named(body)
+    reader = _READERS.get(kind)
+    command: do.Command = _made(_PLAIN, kind, values) if reader is None else reader(values)
+    return command
+
+
+def _extract(values: Body) -> do.Extract:
+    coding = dict(values["coding"])
+    held = None if coding["held"] is None else do.Held.from_dict(coding["held"])
+    basis, part = do.Basis.from_dict(values["basis"]), do.Part.from_dict(values["part"])
+    return do.Extract(basis, part, do.Coding(**{**coding, "held": held}), int(values["accumulate"]))
+
+
+def _fold(values: Body) -> do.Fold:
+    return do.Fold(**{**values, "contribution": do.Contribution.from_dict(values["contribution"])})
+
+
+def _measure(kind: type[do.Measure]) -> Callable[[Body], do.Measure]:
+    def read(values: Body) -> do.Measure:
+        return kind(**{**values, "contributions": tuple(map(do.Contribution.from_dict, values["contributions"]))})
+
+    return read
+
+
+_READERS: Mapping[str, Callable[[Body], do.Command]] = {
+    "Extract": _extract,
+    "Fold": _fold,
+    "Measure": _measure(do.Measure),
+    "AddUp": _measure(do.AddUp),
+}
+
+
+def _named(body: Any) -> tuple[str, Body]:
+    if not isinstance(body, list) or len(body) != 2 or not isinstance(body[1], dict):
+        raise ProtocolError("an event or command", expected="its name and its values", got=repr(body)[:80])
+    return str(body[0]), body[1]
+
+
+def _made(kinds: Mapping[str, type[Any]], kind: str, values: Body) -> Any:
+    if kind not in kinds:
+        raise ProtocolError("kind of event or command", expected=", ".join(kinds), got=kind[:80])
+    types = {f.name: f.type for f in fields(kinds[kind])}
+    for name, value in values.items():
+        expected = _TYPES.get(str(types.get(name)))
+        if expected is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise ProtocolError(f"{kind}: {name}", expected=str(types[name]), got=repr(value)[:80])
+    try:
+        return kinds[kind](**{k: v for k, v in values.items() if k in types})
+    except TypeError as error:
+        raise ProtocolError(f"{kind} of an aggregator or parent ({error})") from error

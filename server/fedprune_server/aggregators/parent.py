@@ -1,0 +1,205 @@
+"""An aggregator's connection to its parent, which it makes, and makes again whenever it is lost."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from websockets.exceptions import InvalidHandshake, InvalidMessage, InvalidURI
+from websockets.sync.client import connect
+
+from fedprune import __version__
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import events as on
+from fedprune.core.closing import Closing
+from fedprune.core.errors import BrokerError, ConfigError, ProtocolError
+from fedprune.wire.messages import Birth
+from fedprune_server.aggregators.channel import MAX_TEXT, Channel, Message, ParentLostError
+from fedprune_server.aggregators.messages import Steered, event_body, read_steered
+
+log = logging.getLogger("fedprune.server")
+
+FIRST_S, MOST_S = 0.5, 30.0
+"""Seconds between two attempts to connect: the first pause, doubled each time, and the longest."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who is a member of the fleet, by name with the key: all of them, or what has changed."""
+
+    added: Mapping[str, str]
+    removed: tuple[str, ...]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class ParentUp:
+    """The parent is connected: it knows nothing of this region's boards."""
+
+
+Item = Steered | Members | ParentUp
+
+
+class ParentLink(Closing):
+    """Connects to the parent in a thread of its own.
+
+    Args:
+        url: The parent's, at `wss://` or, on this machine alone, `ws://`.
+        region: This aggregator's name.
+        context: Gives TLS for a connection; None to do without.
+        landing: Where blobs of the parent arrive.
+        wake: Called when there is something to collect.
+
+    Attributes:
+        jobs: What the parent runs: by name its settings, its model's name and digest.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        region: str,
+        context: Callable[[], ssl.SSLContext] | None,
+        landing: BlobStore,
+    ) -> None:
+        self.url, self.region = url, region
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self._context, self._landing = context, landing
+        self._stores: dict[str, BlobStore] = {}
+        self._wake: Callable[[], None] = lambda: None
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._channel: Channel | None = None
+        self._welcomed, self._stopping, self._changed = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fedprune-parent", daemon=True)
+        self._refused = ""
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the parent runs other jobs, or with other settings, than it did when this aggregator started."""
+        return self._changed.is_set()
+
+    def start(self, patience_s: float = 30.0) -> None:
+        """Connect, and wait for the parent's jobs. Raises `BrokerError` if they don't come in time, and `ConfigError`
+        if the parent refuses this aggregator."""
+        self._thread.start()
+        self._welcomed.wait(patience_s)
+        if self._refused:
+            raise ConfigError(f"the parent at {self.url} refuses this aggregator: {self._refused}")
+        if not self.jobs:
+            raise BrokerError(
+                f"no parent answers at {self.url}",
+                hint="Is its server running with --aggregators, and does its certificate name this host?",
+            )
+
+    def serve(self, stores: Mapping[str, BlobStore], wake: Callable[[], None]) -> None:
+        """Give the parent blobs of these jobs when it asks for them."""
+        self._stores.update(stores)
+        self._wake = wake
+
+    def collect(self) -> list[Item]:
+        """What has come since the last call."""
+        found = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._items.get_nowait())
+        return found
+
+    def fetch(self, job: str, sha256: str) -> bytes | None:
+        """A blob of the parent or of another of its aggregators; None if nobody has it. Raises `ParentLostError`."""
+        channel = self._channel
+        if channel is None:
+            raise ParentLostError("the parent isn't connected")
+        return channel.fetch(job, sha256)
+
+    def report(self, job: str, event: on.Event) -> None:
+        self._send({"kind": "event", "job": job, "event": event_body(event)})
+
+    def born(self, birth: Birth, region: str = "") -> None:
+        """A board is connected, here or through an aggregator `region` of this one."""
+        self._send({"kind": "born", "birth": birth.to_bytes().decode(), "region": region})
+
+    def died(self, device: str, session: int) -> None:
+        """A board's connection has ended."""
+        self._send({"kind": "died", "device": device, "session": session})
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _send(self, message: Message) -> None:
+        channel = self._channel
+        if channel is not None:
+            channel.send(message)
+
+    def _run(self) -> None:
+        pause = FIRST_S
+        while not self._stopping.is_set():
+            try:
+                if self._connect():
+                    pause = FIRST_S
+            except (OSError, TimeoutError, InvalidHandshake, InvalidMessage, InvalidURI) as error:
+                log.log(
+                    logging.WARNING if pause == FIRST_S else logging.DEBUG,
+                    "the parent at %s can't be reached: %s",
+                    self.url,
+                    error,
+                )
+            share = random.uniform(0.5, 1.0)  # noqa: S311  # nosec B311  # when to try again is no secret
+            self._stopping.wait(share * pause)
+            pause = min(MOST_S, 2 * pause)
+
+    def _connect(self) -> bool:
+        """Connect, and read until the connection ends; returns whether the parent has welcomed this aggregator."""
+        context = None if self._context is None else self._context()
+        with (
+            connect(self.url, ssl=context, max_size=MAX_TEXT, compression=None, proxy=None, max_queue=None) as socket,
+            Channel(socket, self._store, self._landing, self._received) as channel,
+        ):
+            self._greeted = False
+            channel.send({"kind": "hello", "version": __version__, "region": self.region})
+            channel.run()
+            if self._channel is channel:
+                self._channel = None
+                log.warning("the connection to the parent at %s is lost", self.url)
+        return self._greeted
+
+    def _store(self, job: str, sha256: str) -> BlobStore | None:
+        store = self._stores.get(job)
+        return store if store is not None and store.has(sha256) else None
+
+    def _received(self, channel: Channel, message: Message) -> None:
+        match message["kind"]:
+            case "welcome":
+                self._welcome(channel, dict(message["jobs"]))
+            case "refused":
+                self._refused = str(message["reason"])
+                log.error("the parent at %s refuses this aggregator: %s", self.url, self._refused)
+                self._welcomed.set()
+            case "steered":
+                self._items.put(read_steered(message))
+            case "members":
+                added = {str(k): str(v) for k, v in message["added"].items()}
+                self._items.put(Members(added, tuple(map(str, message["removed"])), bool(message["whole"])))
+            case kind:
+                raise ProtocolError("message of a parent", got=str(kind)[:80])
+        self._wake()
+
+    def _welcome(self, channel: Channel, jobs: dict[str, dict[str, Any]]) -> None:
+        if self.jobs and jobs != self.jobs:
+            self._changed.set()
+        self.jobs = self.jobs or jobs
+        self._refused, self._greeted, self._channel = "", True, channel
+        self._items.put(ParentUp())
+        self._welcomed.set()
+        log.info("connected to the parent at %s", self.url)

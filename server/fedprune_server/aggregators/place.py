@@ -1,0 +1,113 @@
+"""A server's place in the tier, as its configuration says: the parent above it, and the aggregators below."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError, StorageError
+from fedprune.jobs.job import Job
+from fedprune.security.tls import insecure_allowed
+from fedprune_server.aggregators.children import Children
+from fedprune_server.aggregators.parent import Members, ParentLink
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.enrollment.host_names import names_of
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.state_folder import FOLDER
+from fedprune_server.transfer.http import contexts
+
+log = logging.getLogger("fedprune.server")
+
+LANDING = "tier"
+"""Folder of the state folder in which blobs of other servers of the tier arrive."""
+
+_HOST = re.compile(r"wss?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)")
+
+
+@contextmanager
+def parent_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[ParentLink]:
+    """The connection to the configured parent, which has told its jobs.
+
+    Raises:
+        ConfigError: The parent refuses this aggregator, or would be reached without TLS.
+        BrokerError: No parent answers.
+        StorageError: The disk fails or is full.
+    """
+    if identity is None:
+        found = _HOST.match(config.parent)
+        insecure_allowed("" if found is None else found[1].strip("[]"))
+    context = None if identity is None else identity.context
+    with ParentLink(config.parent, config.region, context, _landing(config)) as link:
+        link.start()
+        yield link
+
+
+def configurations(config: ServerConfig, parent: ParentLink) -> list[ServerConfig]:
+    """An aggregator's configuration of each job of its parent, whose models are fetched. Raises `StorageError` if a
+    model can't be had, and `ConfigError` if a job is of another version."""
+    landing, found = _landing(config), []
+    for i, (name, about) in enumerate(parent.jobs.items()):
+        digest = str(about["model"])
+        data = landing.read(digest) if landing.has(digest) else parent.fetch(name, digest)
+        if data is None:
+            raise StorageError(f"the parent has no model of its job {name}", hint="See its log.")
+        path = landing.root / f"{_plain(about['name'])}.onnx"
+        landing.write_file(path, data)
+        state = config.state if i == 0 else config.state / FOLDER / name
+        found.append(replace(config, job=Job.from_dict(about["job"]), model=str(path), state=state))
+    return found
+
+
+def description(job: Job, model: str, name: str) -> dict[str, Any]:
+    """A job as aggregators are told of it: its settings, its model's digest and name."""
+    return {"job": job.to_dict(), "model": model, "name": name}
+
+
+@contextmanager
+def children_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[Children | None]:
+    """What listens for aggregators, as configured; None for nothing. Raises `ConfigError` if the address can't be
+    listened on or is open to others without an identity, and `IdentityError` if the identity's files can't be used."""
+    place = config.aggregators_place
+    if place is None:
+        yield None
+        return
+    host, port = place
+    context = members = None
+    if identity is None:
+        insecure_allowed(host)
+    else:
+        context, members = contexts(identity, identity.tier(names_of(host))), identity.store
+        context()  # what is wrong with it is better known now than when an aggregator comes
+    with Children(host, port, context, _landing(config), members) as children:
+        log.info("aggregators connect to %s:%d", host, children.port)
+        yield children
+
+
+def admit(identity: IdentityFolder | None, members: Members) -> None:
+    """Store the members that the parent tells. Raises `StorageError` if the database fails."""
+    if identity is not None:
+        identity.store.mirror(members.added, members.removed, whole=members.whole, now=identity.authority.now())
+
+
+def models(jobs: Mapping[str, tuple[Job, str, bytes]], config: ServerConfig) -> dict[str, dict[str, Any]]:
+    """What aggregators are told of jobs, by name: of settings, a model's name and its bytes, which they can fetch."""
+    landing = _landing(config)
+    return {n: description(job, landing.put(raw).sha256, name) for n, (job, name, raw) in jobs.items()}
+
+
+def _landing(config: ServerConfig) -> BlobStore:
+    return BlobStore(config.state / LANDING)
+
+
+def _plain(name: object) -> str:
+    """A model's name as that of a file. Raises `ConfigError` if it is none."""
+    text = str(name)
+    if not text or Path(text).name != text or text.startswith("."):
+        raise ConfigError("name of the parent's model", expected="a plain name", got=text[:80])
+    return text

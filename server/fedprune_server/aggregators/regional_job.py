@@ -1,0 +1,140 @@
+"""A job as an aggregator runs it: its coordinator is the parent's, and its worker fetches what it lacks from there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import StorageError
+from fedprune.jobs.change_tracking import TrackedDict
+from fedprune.jobs.state import Device, Task
+from fedprune.model.architecture import Architecture
+from fedprune_server.aggregators.channel import ParentLostError
+from fedprune_server.aggregators.messages import UP, Steered
+from fedprune_server.executor.background import CommandExecutor, Work
+from fedprune_server.executor.worker import Worker
+
+log = logging.getLogger("fedprune.server")
+
+Fetch = Callable[[str], bytes | None]
+_Entry = TypeVar("_Entry", Device, Task)
+
+
+class RemoteCoordinator:
+    """Takes the place of a coordinator: events go up to the parent, and its rows and commands come down.
+
+    Args:
+        state: A copy of the parent's state, as far as it concerns this region.
+        report: Sends an event up.
+    """
+
+    def __init__(self, architecture: Architecture, state: State, report: Callable[[on.Event], None]) -> None:
+        self.architecture = architecture
+        self._state, self._report = state, report
+
+    def handle(self, event: on.Event, now: float) -> list[do.Command]:
+        if isinstance(event, UP):
+            self._report(event)
+        return []
+
+    def follow(self, steered: Steered) -> list[do.Command]:
+        """Take over the parent's rows; returns its commands."""
+        state = self._state
+        for name, value in steered.head.items():
+            setattr(state, name, value)
+        _replace(state.devices, steered.devices, whole=steered.whole)
+        _replace(state.tasks, steered.tasks, whole=steered.whole)
+        return list(steered.commands)
+
+
+def _replace(known: TrackedDict[_Entry], rows: Mapping[str, _Entry | None], *, whole: bool) -> None:
+    for name in known.keys() - rows.keys() if whole else ():
+        del known[name]
+    for name, row in rows.items():
+        if row is None:
+            known.pop(name, None)
+        else:
+            known[name] = row
+
+
+class FetchingWorker:
+    """Carries out a parent's commands, after fetching the blobs that they name and this server doesn't have.
+
+    Args:
+        fetch: Gives a blob of the parent or of another of its aggregators; None if nobody has it. Raises
+            `ParentLostError`.
+        inner: The worker, perhaps with helpers.
+    """
+
+    def __init__(self, worker: Worker, inner: CommandExecutor, fetch: Fetch) -> None:
+        self._worker, self._inner, self._fetch = worker, inner, fetch
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        self._worker.expect(commands)  # helpers can't begin before the blobs are here
+
+    def execute(self, command: Work) -> on.Event:
+        try:
+            command = self._equipped(command)
+        except ParentLostError as error:
+            log.info("left undone until the parent repeats it: %s", error)
+            return on.Ticked()
+        return self._inner.execute(command)
+
+    def _equipped(self, command: Work) -> Work:
+        match command:
+            case do.Extract():
+                part = self._with_past(command.part)
+                self._get(blobs_of_basis(command.basis))
+                if command.coding.held is not None:
+                    self._get({command.coding.held.ranking}, needed=False)
+                return replace(command, part=part)
+            case do.Fold():
+                self._get({command.model, *command.memory.values()})
+                return replace(command, contribution=self._with_blobs(command.contribution))
+            case do.Measure():
+                self._get({command.model, *command.memory.values()})
+                return replace(command, contributions=tuple(map(self._with_blobs, command.contributions)))
+        return command
+
+    def _with_blobs(self, found: do.Contribution) -> do.Contribution:
+        if not found.region:
+            self._get(blobs_of(found), needed=False)  # what can't be read is at fault, and said to be
+        return replace(found, part=self._with_past(found.part))
+
+    def _with_past(self, part: do.Part) -> do.Part:
+        """A part whose last counted update is here; without it, where a lost aggregator had it."""
+        past = part.past
+        wanted = set() if past is None else {d for d in (past.weights, past.ranking, past.mask, past.sent) if d}
+        if self._get(wanted, needed=False):
+            return part
+        log.warning("the last update of %s is on an aggregator that isn't connected: it begins without", part.device)
+        return replace(part, past=None)
+
+    def _get(self, digests: set[str], *, needed: bool = True) -> bool:
+        """Fetch blobs that aren't here; returns whether all are here now. Raises `StorageError` for one that is
+        needed."""
+        for digest in sorted(digests):
+            if self._worker.store.has(digest):
+                continue
+            data = self._fetch(digest)
+            if data is None and needed:
+                raise StorageError(f"blob {digest} is on no server of the tier", hint="Restore the parent's backup.")
+            if data is None:
+                return False
+            self._worker.store.put(data)
+        return True
+
+
+def blobs_of_basis(basis: do.Basis) -> set[str]:
+    return {d for d in (basis.model, basis.ranking, basis.order, *basis.memory.values()) if d}
+
+
+def blobs_of(found: do.Contribution) -> set[str]:
+    """Digests of all that is read of a stored update."""
+    named = (found.sent, found.mask, found.weights, found.ranking)
+    return {d for d in named if d} | blobs_of_basis(found.basis)

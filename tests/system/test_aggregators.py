@@ -1,0 +1,108 @@
+"""Aggregators as real processes with real boards: the models are those of one server, whatever is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune.coordination import State
+from support.processes.real_site import Site, models, write_material
+from support.processes.tiered_site import TieredSite
+
+pytestmark = pytest.mark.system
+
+DEVICES = ("ant", "bee", "cat", "dog")
+REGIONS = {"north": DEVICES[:2], "south": DEVICES[2:]}
+JOB = """
+[job]
+name = "tier"
+strategy = "{strategy}"
+rounds = 3
+devices = 4
+density = {density}
+deadline_s = 300
+
+[job.recipe]
+epochs = 10
+lr = 0.01
+"""
+PATIENCE_S = 90
+
+
+def job(strategy: str = "fedprune", density: float = 0.5) -> str:
+    return JOB.format(strategy=strategy, density=density)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict(zip(DEVICES, (200, 150, 120, 90), strict=True)))
+    return folder
+
+
+def alone(material: Path, folder: Path, text: str) -> list[str]:
+    """The models of one server."""
+    folder.mkdir()
+    with Site(material, folder, text, DEVICES, PATIENCE_S) as site:
+        site.start_all()
+        return models(site.complete())
+
+
+@pytest.fixture(scope="module")
+def expected(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return alone(material, tmp_path_factory.mktemp("alone") / "site", job())
+
+
+def finished(site: TieredSite) -> State:
+    for region in site.regions:
+        assert site.processes[region].wait(site.patience_s) == 0, site.logs()
+    return site.complete()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "density"),
+    [
+        ("fedprune", 0.5),
+        ("subflot", 0.5),  # whose submodels depend on each board's last update
+        ("pr-fl", 0.5),  # whose masks of single elements only the server itself adds up
+        ("fedobp", 0.5),
+    ],
+)
+def test_models_are_those_of_one_server(material: Path, tmp_path: Path, strategy: str, density: float) -> None:
+    text = job(strategy, density)
+    expected = alone(material, tmp_path / "alone", text)
+    (tmp_path / "tier").mkdir()
+    with TieredSite(material, tmp_path / "tier", text, REGIONS, PATIENCE_S) as site:
+        site.start_all()
+        assert models(finished(site)) == expected
+
+
+def test_killed_servers_lose_no_update(material: Path, tmp_path: Path, expected: list[str]) -> None:
+    with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, secure=True, may_hold=True) as site:
+        site.hold(2)
+        site.start_all()
+        site.wait_until_held(2)
+        for name in ("north", "server", "south"):
+            site.kill(name)
+        site.let_go(2)
+        assert models(finished(site)) == expected
+
+
+def test_an_aggregator_can_be_a_parent(material: Path, tmp_path: Path, expected: list[str]) -> None:
+    regions = {"country": DEVICES[:1], "valley": DEVICES[1:3]}
+    below = {"valley": "country"}
+    with TieredSite(material, tmp_path, job(), regions, PATIENCE_S, below=below, direct=DEVICES[3:]) as site:
+        site.start_all()
+        assert models(finished(site)) == expected
+
+
+def test_a_board_moves_in_the_middle_of_its_training(material: Path, tmp_path: Path, expected: list[str]) -> None:
+    with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, may_hold=True) as site:
+        site.hold(2)
+        site.start_all()
+        site.wait_until_held(2)
+        site.move("bee", "south")
+        site.wait_until_held(2)
+        site.let_go(2)
+        assert models(finished(site)) == expected
