@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.coordination import State
-from support.processes.real_site import Site, models, write_material
+from support.fakes.fleet import models
+from support.processes.real_site import Site, write_material
 from support.processes.tiered_site import TieredSite
 
 pytestmark = pytest.mark.system

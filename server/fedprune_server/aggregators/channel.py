@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as LateError
 from contextlib import suppress
 from typing import Any
 
@@ -62,8 +63,8 @@ class Channel(Closing):
         self._asked = wanted or Channel.give
         self._changed = threading.Condition()
         self._texts: deque[str] = deque()
-        self._wanted: deque[tuple[str, str]] = deque()
-        self._awaited: dict[str, Future[bool]] = {}
+        self._wanted: deque[tuple[str, str, bytes | None]] = deque()
+        self._awaited: dict[str, Future[bytes | None]] = {}
         self._arriving: StreamedBlob | None = None
         self._busy = False
         self.closed = False
@@ -77,10 +78,10 @@ class Channel(Closing):
             self._texts.append(text)
             self._changed.notify_all()
 
-    def give(self, job: str, sha256: str) -> None:
-        """Queue a blob, or the answer that there is none."""
+    def give(self, job: str, sha256: str, data: bytes | None = None) -> None:
+        """Queue a blob, which is `data` or in a store, or the answer that there is none."""
         with self._changed:
-            self._wanted.append((job, sha256))
+            self._wanted.append((job, sha256, data))
             self._changed.notify_all()
 
     def fetch(self, job: str, sha256: str) -> bytes | None:
@@ -94,11 +95,10 @@ class Channel(Closing):
         if first:
             self.send({"kind": "want", "job": job, "sha256": sha256})
         try:
-            there = awaited.result(WAIT_S)
-        except TimeoutError as error:
+            return awaited.result(WAIT_S)
+        except LateError as error:
             self.close()
             raise ParentLostError(f"a blob did not come within {WAIT_S:.0f} s") from error
-        return self._landing.read(sha256) if there else None
 
     def flush(self, patience_s: float) -> None:
         """Wait until what was queued is sent."""
@@ -143,7 +143,7 @@ class Channel(Closing):
             elif kind == "blob":
                 self._begin(BlobRef.from_dict(message["ref"]))
             elif kind == "absent":
-                self._arrived(str(message["sha256"]), there=False)
+                self._arrived(str(message["sha256"]), None)
             else:
                 self._received(self, message)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -164,13 +164,15 @@ class Channel(Closing):
             self._arriving = None
             with blob:
                 blob.finish()
-            self._arrived(blob.ref.sha256, there=True)
+            sha256 = blob.ref.sha256
+            self._arrived(sha256, self._landing.read(sha256))
+            self._landing.delete(sha256)
 
-    def _arrived(self, sha256: str, *, there: bool) -> None:
+    def _arrived(self, sha256: str, data: bytes | None) -> None:
         with self._changed:
             awaited = self._awaited.pop(sha256, None)
         if awaited is not None:
-            awaited.set_result(there)
+            awaited.set_result(data)
 
     # Writing.
 
@@ -202,11 +204,12 @@ class Channel(Closing):
                 self._busy = False
                 self._changed.notify_all()
 
-    def _give(self, job: str, sha256: str) -> None:
-        store = self._find(job, sha256)
+    def _give(self, job: str, sha256: str, data: bytes | None) -> None:
+        store = self._find(job, sha256) if data is None else None
+        view, ref = (None, None) if data is None else (memoryview(data), BlobRef.of(data))
         try:
-            view = None if store is None else store.map(sha256)
-            ref = None if store is None else store.ref(sha256)
+            if store is not None:
+                view, ref = store.map(sha256), store.ref(sha256)
         except StorageError as error:
             log.warning("a blob can't be given to another server of the tier: %s", error)
             view = ref = None

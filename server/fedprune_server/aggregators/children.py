@@ -6,6 +6,7 @@ import logging
 import queue
 import ssl
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -121,6 +122,7 @@ class Children(Closing):
         context: Gives TLS for a connection, which asks for a certificate; None to do without.
         landing: Where blobs of aggregators arrive; it also has the jobs' models.
         members: The fleet's members, whom aggregators let in; None to let in anybody.
+        patience_s: How long an aggregator that is away is waited for.
 
     Raises:
         ConfigError: The address can't be listened on.
@@ -133,7 +135,9 @@ class Children(Closing):
         context: Callable[[], ssl.SSLContext] | None,
         landing: BlobStore,
         members: IdentityStore | None = None,
+        patience_s: float = 3600.0,
     ) -> None:
+        self._patience_s = patience_s
         self._context, self._landing = context, landing
         self._wake: Callable[[], None] = lambda: None
         self._jobs: Mapping[str, ParentJob] = {}
@@ -316,19 +320,19 @@ class Children(Closing):
         self._asked.pop((job, number), None)
 
     def fetch(self, job: str, path: str, sha256: str) -> bytes | None:
-        """A blob of the aggregator of a region; waits until that one is connected. None if it has none, or this server
-        ends."""
-        name = _first(path)
+        """A blob of the aggregator of a region, which is waited for; None if it has none, or doesn't come back."""
+        name, until = _first(path), time.monotonic() + self._patience_s
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or name in self._regions)
+                left = max(0.0, until - time.monotonic())
+                self._changed.wait_for(lambda: self._closed or name in self._regions, left)
                 region = self._regions.get(name)
             if region is None:
                 return None
             with suppress(ParentLostError):
                 return region.channel.fetch(job, sha256)
             with self._changed:
-                self._changed.wait_for(partial(self._replaced, name, region))
+                self._changed.wait_for(partial(self._replaced, name, region), max(0.0, until - time.monotonic()))
 
     def _replaced(self, name: str, region: Region) -> bool:
         return self._closed or self._regions.get(name) is not region
@@ -423,17 +427,14 @@ class Children(Closing):
 
     def _search(self, channel: Channel, job: str, sha256: str) -> None:
         """Look for a blob at the other aggregators, and then further up."""
-        for region in list(self._regions.values()):
-            if region.channel is not channel:
-                with suppress(ParentLostError):
-                    if region.channel.fetch(job, sha256) is not None:
-                        break
-        else:
+        places = [partial(r.channel.fetch, job) for r in list(self._regions.values()) if r.channel is not channel]
+        data = None
+        for fetch in (*places, partial(self._above, job)):
             with suppress(ParentLostError):
-                data = self._above(job, sha256)
-                if data is not None:
-                    self._landing.put(data)
-        channel.give(job, sha256)
+                data = fetch(sha256)
+            if data is not None:
+                break
+        channel.give(job, sha256, data)
 
 
 def _steered(

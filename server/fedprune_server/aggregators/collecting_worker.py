@@ -21,6 +21,8 @@ from fedprune_server.executor.worker import Worker
 
 log = logging.getLogger("fedprune.server")
 
+_ATTEMPTS = 3
+
 Ask = Callable[[str, do.Measure], "Future[on.Measured | on.AddedUp]"]
 """Sends a command to the aggregator of a region; its answer comes whenever that one is connected."""
 
@@ -111,24 +113,31 @@ class CollectingWorker:
     def _merge(
         self, command: do.Close | do.AddUp, counted: Sequence[do.Contribution], limited: Mapping[str, RoundUpdate]
     ) -> dict[str, str]:
-        answers = self._answers(do.AddUp, command, counted)
-        failed = {device: why for _, answer in answers for device, why in answer.failed.items()}
-        if failed:
-            return failed
+        sums: list[tuple[list[do.Contribution], bytes]] = []
+        left, failed = list(counted), dict[str, str]()
+        for _ in range(_ATTEMPTS):
+            again: list[do.Contribution] = []
+            for some, answer in self._answers(do.AddUp, command, left):
+                failed |= answer.failed
+                named = answer.sums if isinstance(answer, on.AddedUp) else ""
+                raw = self._fetch(some[0].region, named) if named else None
+                if raw is not None:
+                    sums.append((some, raw))
+                elif named:
+                    again += some  # it was started again meanwhile, which cleans up
+            left = again
+        if failed or left:
+            return failed | {c.part.device: f"its aggregator {c.region} has lost its sums" for c in left}
         round_ = self._worker.round_of(command)
         devices = {c.part.device for c in counted}
         if any(device in devices or limited.get(device) != update for device, update in round_.included.items()):
             round_.reset()
-        for some, answer in answers:
-            region = some[0].region
-            raw = self._fetch(region, answer.sums) if isinstance(answer, on.AddedUp) else None
-            if raw is None:
-                raise StorageError(f"the aggregator {region} has lost its sums", hint="See its log.")
-            try:
-                sums = sums_file.decode(raw, self._worker.architecture)
-                round_.merge([limited[c.part.device] for c in some], [sums])
-            except BundleError as error:
-                raise StorageError(f"the sums of the aggregator {region} can't be used: {error}") from error
+        try:
+            for some, raw in sums:
+                part = sums_file.decode(raw, self._worker.architecture)
+                round_.merge([limited[c.part.device] for c in some], [part])
+        except BundleError as error:
+            raise StorageError(f"an aggregator's sums can't be used: {error}") from error
         return {}
 
     def _measured(self, command: do.Close | do.Measure, regional: Sequence[do.Contribution]) -> on.Measured:

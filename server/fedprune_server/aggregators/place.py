@@ -84,7 +84,7 @@ def children_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterat
     else:
         context, members = contexts(identity, identity.tier(names_of(host))), identity.store
         context()  # what is wrong with it is better known now than when an aggregator comes
-    with Children(host, port, context, _landing(config), members) as children:
+    with Children(host, port, context, _landing(config), members, config.aggregator_patience_s) as children:
         log.info("aggregators connect to %s:%d", host, children.port)
         yield children
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from fedprune_server.engine.message_handler import Envelope, MessageHandler
 from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
-from fedprune_server.executor.retention import BlobCollector
+from fedprune_server.executor.retention import BlobCollector, sweep
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.display import Lines
@@ -184,8 +185,16 @@ class JobRunner:
         self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
         self._database = job.storage.database
         self._journal = Journal(
-            job.state, job.storage, BlobCollector(job.store, job.keep), self.registry, self._dispatcher, site.monotonic
+            job.state,
+            job.storage,
+            BlobCollector(job.store, job.keep),
+            self.registry,
+            self._dispatcher,
+            site.monotonic,
+            (lambda: False) if self._remote is None else lambda: self._executor.busy,
         )
+        self._sweep = partial(sweep, job.store, job.state, job.keep)
+        self._swept = False
         self._timeless = _TIMELESS[:2] if self._schedule.asynchronous else _TIMELESS
         self._alarms: list[float] = []
         self._taken: list[on.Event] = []
@@ -356,6 +365,9 @@ class JobRunner:
         if self._remote is not None:
             self._begin()
             self._commands += self._remote.follow(steered)
+            if steered.whole and not self._swept:
+                self._swept = True
+                self._sweep(self._dispatcher.arriving())  # its earlier state, which a crash may have left, was a copy
             self._taken.append(on.Ticked())
             self.needs_assignment = True
 

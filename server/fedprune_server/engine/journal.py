@@ -20,6 +20,7 @@ class Journal:
     Args:
         registry: The devices, whose traffic is saved, too.
         dispatcher: Knows which updates are being received.
+        busy: Whether commands of an earlier round may still be under way, so that nothing may be deleted.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class Journal:
         registry: DeviceRegistry,
         dispatcher: CommandDispatcher,
         monotonic: Callable[[], float] = time.monotonic,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._state, self._storage, self._collector, self._registry = state, storage, collector, registry
         self._dispatcher, self._monotonic = dispatcher, monotonic
+        self._busy, self._due = busy, False
         self._at = (state.round, state.phase)
         self._told = len(state.history)
 
@@ -42,6 +45,8 @@ class Journal:
             self._collector.note_offer(event.offer, self._state.round)
         if isinstance(event, on.UpdateStored):
             self._collector.mark([event.weights])  # it may have come too late for anybody to want it
+        if isinstance(event, on.AddedUp) and event.sums:
+            self._collector.mark([event.sums])  # which the parent fetches before it closes the round
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
         """Save events and what has changed with them.
@@ -65,7 +70,9 @@ class Journal:
             took = self._monotonic() - begun
         self._storage.put_outsiders(self._registry.outsiders)
         before, self._at = self._at, (state.round, state.phase)
-        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
+        self._due |= state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before)
+        if self._due and not self._busy():
+            self._due = False
             # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
             self._collector.collect(state, self._dispatcher.arriving())

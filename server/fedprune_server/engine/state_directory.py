@@ -22,6 +22,7 @@ from fedprune.model.selection import Selection
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source, with_graphs_of
 from fedprune_export.pruning.model import Model
+from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
@@ -155,9 +156,11 @@ class StateFolder(Closing):
             state = State(model=worker.initial(), architecture=model.architecture.digest)
         else:
             self._move_in(config, known or {}, state)
-            self._check_blobs(state)
+            if config.parent == OFF:  # an aggregator's state is its parent's, who tells it anew
+                self._check_blobs(state)
             self._fit(state, model)
-            sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
+            if config.parent == OFF:
+                sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
         source = raw if known is None else None
         self._raw = raw
         return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)

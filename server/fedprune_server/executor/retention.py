@@ -96,14 +96,14 @@ def kept_models(state: State, keep: int | None) -> set[str]:
     return {state.model, *(r["model"] for r in state.history[-(keep or 0) :])}
 
 
-def sweep(store: BlobStore, state: State, keep: int | None) -> None:
-    """Delete all blobs, whole and partial, that nothing refers to, such as a crash leaves behind.
+def sweep(store: BlobStore, state: State, keep: int | None, arriving: AbstractSet[str] = frozenset()) -> None:
+    """Delete all blobs, whole and partial, that nothing refers to and that don't arrive, such as a crash leaves behind.
 
     Graphs are made again when they are needed. Whole blobs stay if `keep` is None. Raises `StorageError` if the disk
     fails."""
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
-    kept = state.references() | kept_models(state, keep) | updates
+    kept = state.references() | kept_models(state, keep) | updates | arriving
     for digest in store.names() if keep is not None else ():
         if digest not in kept:
             store.delete(digest)
-    store.drop_partials(updates)
+    store.drop_partials(updates | arriving)

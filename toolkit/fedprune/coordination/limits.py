@@ -345,6 +345,10 @@ class UpdateLimits:
         """Whether limits depend on how far updates moved."""
         return bool(self._times)
 
+    def keep(self, updates: Sequence[RoundUpdate]) -> None:
+        """Forget other updates than these."""
+        self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
+
     def lengths(self, update: RoundUpdate) -> Lengths:
         """How far an update moved; errors are those of reading it."""
         if self._times and update.key not in self._lengths:
@@ -364,8 +368,8 @@ class UpdateLimits:
                     raise
                 except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
                     _LOG.debug("length of the update of %s", update.device, exc_info=True)
+        self.keep(updates)
         known = [u for u in updates if u.key in self._lengths]
-        self._lengths = {u.key: self._lengths[u.key] for u in known}
         found = bounds(
             {u.device: self._lengths[u.key] for u in known},
             reaches({u.device: u.steps for u in known}, self._job.weight_limit),

@@ -105,7 +105,8 @@ class Round:
             self.reset()
 
     def measured(self, updates: Sequence[RoundUpdate]) -> dict[str, Lengths | Failure]:
-        """How far each update moved, by device, or why it can't be read."""
+        """How far each update moved, by device, or why it can't be read; others are forgotten."""
+        self._limits.keep(updates)
         found: dict[str, Lengths | Failure] = {}
         for update in updates:
             try:
