@@ -64,12 +64,12 @@ def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
     for job in range(JOBS):
         site = _site(folder, f"job{job}", rounds)
         try:
-            done.append(run(site, rounds, -(-kills // JOBS), seed=job))
+            done.append(run(site, -(-kills // JOBS), seed=job))
         finally:
             site.stop_all()
         ledgers.append(check(site, calm, 1))
         print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
-    jobs = [{"broker": d.broker, "lives": [vars(x) for x in d.lives]} for d in done]
+    jobs = [{"broker": d.neighbours["broker"], "lives": [vars(x) for x in d.lives]} for d in done]
     return {"setting": _setting(), "jobs": jobs, "ledgers": ledgers}
 
 

@@ -80,7 +80,7 @@ def strike(site: Beside, kills: int, seed: int, *, database: Postgres | None = N
         time.sleep(chance.uniform(0.05, 0.8))
         found = _helpers(site) if database is None else []
         if database is not None and chance.random() < 0.5:
-            _strike_down(database)
+            strike_down(database)
             done.killed[POSTMASTER] += 1
             time.sleep(chance.uniform(0, 0.5))
             database.start()
@@ -116,7 +116,7 @@ def _wait(site: Beside, rounds: int) -> None:
         time.sleep(0.05)
 
 
-def _strike_down(database: Postgres) -> None:
+def strike_down(database: Postgres) -> None:
     """kill -9 of the first process; one that is started while others of the old ones live would spoil the data."""
     others = database.children()
     database.kill()

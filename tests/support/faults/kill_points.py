@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,43 +66,55 @@ class Kills:
 
     Attributes:
         lives: Those that ended as they should.
-        broker: How often the broker was killed.
+        neighbours: How often what servers and boards work with was killed, by what it was.
         rounds: Rounds that were finished.
         seconds: How long it took.
     """
 
     lives: list[Life] = field(default_factory=list)
-    broker: int = 0
+    neighbours: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
     seconds: float = 0.0
 
     @property
     def total(self) -> int:
         """Processes killed."""
-        return len(self.lives) + self.broker
+        return len(self.lives) + self.neighbours.total()
 
 
-class Doomed(Site):
+class Mortal(Site):
     """A site of which every process can be told when to die.
 
-    Args:
-        material: What `write_material` wrote for `BOARDS`.
-        folder: The processes' own.
+    Attributes:
+        servers: Names of its servers, the one that decides first.
         rounds: Rounds of the job.
-        patience_s: How long a job may go without a finished round.
     """
 
-    def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
-        super().__init__(material, folder, CONFIG.format(rounds=rounds), BOARDS, patience_s, mosquitto=True)
-        self.rounds = rounds
-        self.shim = folder / "death.so"
+    servers: tuple[str, ...] = ("server",)
+    rounds: int
+
+    def make_shim(self) -> None:
+        """Compile what kills processes at flushes."""
+        self.shim = self.folder / "death.so"
         compiler = shutil.which("cc") or "cc"
         subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", self.shim, SHIM, "-ldl"], check=True)
         self.doom: dict[str, Life] = {}
 
+    def live_all(self, life: Callable[[str], Life]) -> None:
+        """Start all processes, with what `life` gives for each."""
+        self.start("broker")
+        for who in (*self.servers, *self.devices):
+            self.live(life(who))
+
+    def kill_neighbour(self, chance: random.Random) -> str:
+        """kill -9 of something that servers and boards work with, at any time; returns what it was, empty for
+        nothing."""
+        self.kill("broker")
+        return "broker"
+
     def command(self, name: str) -> list[str]:
         command = super().command(name)
-        if name in BOARDS:
+        if name in self.devices:
             at = command.index("fedprune_device.cli.main")
             command[at - 1 : at + 1] = [str(TESTS / "support/processes/noted_device.py"), str(self.notes(name))]
         return command
@@ -132,24 +145,38 @@ class Doomed(Site):
             return "folder"
         if path.name.startswith("server.db"):
             return "database"
-        return "state" if path.parent.name in BOARDS else path.parent.name.rstrip("0123456789abcdef") or "blob"
+        return "state" if path.parent.name in self.devices else path.parent.name.rstrip("0123456789abcdef") or "blob"
 
 
-def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = True) -> Kills:
+class Doomed(Mortal):
+    """One server, one broker and two boards, all of them mortal.
+
+    Args:
+        material: What `write_material` wrote for `BOARDS`.
+        folder: The processes' own.
+        rounds: Rounds of the job.
+        patience_s: How long a job may go without a finished round.
+    """
+
+    def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
+        super().__init__(material, folder, CONFIG.format(rounds=rounds), BOARDS, patience_s, mosquitto=True)
+        self.rounds = rounds
+        self.make_shim()
+
+
+def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
     """Run a job until so many processes have been killed, or it is over; then let it finish a round in peace.
 
     Args:
         site: Where.
-        rounds: Rounds of the job.
         kills: How many.
         seed: Of the order of victims.
-        broker: Whether the broker is killed, too.
 
     Raises:
         LedgerError: The job doesn't get on, or a process failed by itself.
     """
     chance, done, began = random.Random(seed), Kills(), time.monotonic()
-    next_at = dict.fromkeys(("server", *BOARDS), 0)
+    next_at = dict.fromkeys((*site.servers, *site.devices), 0)
 
     def next_life(who: str) -> Life:
         if done.total >= kills:
@@ -158,9 +185,7 @@ def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = 
         next_at[who] = next_at[who] % 80 + 1
         return Life(who, (next_at[who] + 1) // 2, after=next_at[who] % 2 == 0)
 
-    site.start("broker")
-    for who in ("server", *BOARDS):
-        site.live(next_life(who))
+    site.live_all(next_life)
     moved, last, calm_from, broker_at = time.monotonic(), -1, None, time.monotonic() + 5
     while True:
         time.sleep(0.02)
@@ -172,11 +197,11 @@ def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = 
                 done.lives.append(life)
             elif code is not None and code != 0:
                 raise LedgerError(f"{who} ended by itself with {code}: {site.logs()}")
-            if code is not None and (code != 0 or who != "server"):
+            if code is not None and (code != 0 or who not in site.servers):
                 site.live(next_life(who))
-        if broker and done.total < kills and now > broker_at:
-            site.kill("broker")
-            done.broker += 1
+        if done.total < kills and now > broker_at:
+            if killed := site.kill_neighbour(chance):
+                done.neighbours[killed] += 1
             broker_at = now + chance.uniform(2, 20)
         if now - moved > 0.5 or site.processes["server"].poll() == 0:
             done.rounds = len(finished_rounds(site))
@@ -192,7 +217,7 @@ def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = 
     return done
 
 
-def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
+def check(site: Mortal, calm: Mortal, rounds: int) -> dict[str, Any]:
     """Compare what the server counted with what its boards say that they sent, and with a job that nobody disturbed.
 
     Args:
@@ -210,12 +235,12 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     if len(found) < rounds:
         raise LedgerError(f"{len(found)} rounds were finished, not {rounds}")
     counted = _counted(site)
-    notes = {name: _notes(site.notes(name)) for name in BOARDS}
+    notes = {name: _notes(site.notes(name)) for name in site.devices}
     for summary, other in zip(found, expected, strict=False):
         number = summary["round"]
         if summary["model"] != other["model"]:
             raise LedgerError(f"round {number}: model {summary['model']} instead of {other['model']}")
-        for name in BOARDS:
+        for name in site.devices:
             if summary["devices"][name]["progress"] != "folded":
                 raise LedgerError(f"round {number}: the update of {name} does not count")
             digest = counted[number, name]
@@ -224,7 +249,7 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
             if strange := {n[3] for n in notes[name] if n[:2] == ["accepted", number]} - {digest}:
                 raise LedgerError(f"round {number}: {name} was told that {strange} count, and {digest} does")
     said = Counter(n[0] for lines in notes.values() for n in lines)
-    return {"rounds": len(found), "counted": len(found) * len(BOARDS), **said}
+    return {"rounds": len(found), "counted": len(found) * len(site.devices), **said}
 
 
 def _notes(path: Path) -> list[list[Any]]:
@@ -261,10 +286,8 @@ def _counted(site: Site) -> dict[tuple[int, str], str]:
     return closed
 
 
-def undisturbed(site: Doomed) -> None:
+def undisturbed(site: Mortal) -> None:
     """Run the job without any kill."""
-    site.start("broker")
-    for who in ("server", *BOARDS):
-        site.live(Life(who, 0, after=False))
+    site.live_all(lambda who: Life(who, 0, after=False))
     site.finish(max(site.patience_s, 2.0 * site.rounds))  # a long job, on a machine that may be busy
     site.stop_all()
