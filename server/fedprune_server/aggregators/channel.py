@@ -27,6 +27,10 @@ from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
 
 log = logging.getLogger("fedprune.server")
 
+QUIET = logging.getLogger("fedprune.websockets")
+"""For the library, which writes a traceback for everybody who connects and says nothing."""
+QUIET.setLevel(logging.CRITICAL)
+
 PIECE = 256 * 1024
 MAX_TEXT = 64 * 2**20
 """Bytes of a message: a region's rows after a reconnection are the longest."""

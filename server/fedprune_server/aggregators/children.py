@@ -28,7 +28,7 @@ from fedprune.jobs.state import Device, Task
 from fedprune.security.authority import SERVER
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.topics import check_name
-from fedprune_server.aggregators.channel import MAX_TEXT, Channel, Message, ParentLostError
+from fedprune_server.aggregators.channel import MAX_TEXT, QUIET, Channel, Message, ParentLostError
 from fedprune_server.aggregators.messages import command_body, device_body, head_of, read_event, task_body
 from fedprune_server.enrollment.store import IdentityStore
 
@@ -160,6 +160,7 @@ class Children(Closing):
                 max_size=MAX_TEXT,
                 compression=None,
                 max_queue=None,
+                logger=QUIET,
             )
         except OSError as error:
             raise ConfigError(f"server: aggregators: can't listen on {host}, port {port} ({error.strerror})") from error

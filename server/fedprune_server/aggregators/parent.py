@@ -21,7 +21,7 @@ from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
 from fedprune.core.errors import BrokerError, ConfigError, ProtocolError
 from fedprune.wire.messages import Birth
-from fedprune_server.aggregators.channel import MAX_TEXT, Channel, Message, ParentLostError
+from fedprune_server.aggregators.channel import MAX_TEXT, QUIET, Channel, Message, ParentLostError
 from fedprune_server.aggregators.messages import Steered, event_body, read_steered
 
 log = logging.getLogger("fedprune.server")
@@ -163,7 +163,9 @@ class ParentLink(Closing):
         """Connect, and read until the connection ends; returns whether the parent has welcomed this aggregator."""
         context = None if self._context is None else self._context()
         with (
-            connect(self.url, ssl=context, max_size=MAX_TEXT, compression=None, proxy=None, max_queue=None) as socket,
+            connect(
+                self.url, ssl=context, max_size=MAX_TEXT, compression=None, proxy=None, max_queue=None, logger=QUIET
+            ) as socket,
             Channel(socket, self._store, self._landing, self._received) as channel,
         ):
             self._greeted = False

@@ -13,7 +13,7 @@ import sqlite3
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -284,6 +284,7 @@ def reading_uri(path: Path) -> str:
     """URI of a file for reading, also on a read-only disk. Raises `StorageError` if what was written last can't be read
     there.
     """
+    _roll_back(path)
     uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
     if os.access(path.parent, os.W_OK, effective_ids=True) or not path.exists() or (log.exists() and index.exists()):
@@ -294,6 +295,13 @@ def reading_uri(path: Path) -> str:
             hint="Copy the state folder to where it can be written to, and look there.",
         )
     return f"{uri}&immutable=1"  # SQLite would make both files to read it; without a log no process has it open
+
+
+def _roll_back(path: Path) -> None:
+    """Undo a transaction that a crash cut off before the file had its log, which a reader can't."""
+    if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+            connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,25 @@ def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
         assert other.log.heard() == (1.0, {"a": 1.0})
         with pytest.raises(StorageError, match=r"read-?only"):
             other.put_settings({})
+
+
+KILLED = """\
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")  # so that the file is written to before the commit
+connection.execute("CREATE TABLE kept (x)")
+connection.execute("BEGIN")
+connection.executemany("INSERT INTO kept VALUES (?)", [("x" * 4000,)] * 100)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_crash_cut_off_is_undone_by_a_reader(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert path.with_name(f"{FILE}-journal").stat().st_size > 0
+    assert Storage.settings_in(tmp_path) is None
+    assert not path.with_name(f"{FILE}-journal").exists()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
