@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.coordination import State
+from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.real_site import Site, write_material
 from support.processes.tiered_site import TieredSite
@@ -107,3 +108,41 @@ def test_a_board_moves_in_the_middle_of_its_training(material: Path, tmp_path: P
         site.wait_until_held(2)
         site.let_go(2)
         assert models(finished(site)) == expected
+
+
+SECOND = """
+[job]
+name = "second"
+seed = 7
+strategy = "fedavg"
+rounds = 2
+devices = 4
+density = 0
+deadline_s = 300
+
+[job.recipe]
+epochs = 5
+lr = 0.01
+"""
+
+
+class TwoJobs(TieredSite):
+    """A tier whose server runs a second job."""
+
+    def command(self, name: str) -> list[str]:
+        command = super().command(name)
+        return [*command, "--job", str(self.folder / "second.toml")] if name == "server" else command
+
+
+def test_several_jobs_and_uploads_over_https(material: Path, tmp_path: Path, expected: list[str]) -> None:
+    second = alone(material, tmp_path / "alone", SECOND)
+    (tmp_path / "tier").mkdir()
+    uploads = ("--serve-blobs", "127.0.0.1:0", "--uploads", "https")
+    with TwoJobs(material, tmp_path / "tier", job(), REGIONS, PATIENCE_S, settings=uploads) as site:
+        (site.folder / "second.toml").write_text(SECOND + site.files())
+        site.start_all()
+        assert models(finished(site)) == expected
+        with Storage.existing(site.state / "jobs" / "second") as storage:
+            assert [r["model"] for r in storage.rounds()] == second
+        assert "bytes came from http" in site.logs_in_full()
+        assert "it goes over MQTT" not in site.logs_in_full()

@@ -16,7 +16,7 @@ from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.machine import free_port
-from support.processes.real_site import FILES, Site, write_material
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 
@@ -59,10 +59,7 @@ class SharedSite(Site):
         return self.state / "jobs" / "second"
 
     def also(self, text: str) -> None:
-        files = FILES
-        for name in ("model.onnx", "evaluation.npz"):
-            files = files.replace(f'"{name}"', f'"{self.material / name}"')
-        (self.folder / "second.toml").write_text(text + files)
+        (self.folder / "second.toml").write_text(text + self.files())
 
     def saved_second(self) -> State | None:
         if not (self.second / "server.db").is_file():

@@ -131,14 +131,18 @@ class Site:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.may_hold, self.holds = may_hold, folder / "holds"
         self.holds.mkdir(exist_ok=True)
-        text = config + FILES
-        for name in ("model.onnx", "evaluation.npz"):
-            text = text.replace(f'"{name}"', json.dumps(str(material / name)))
-        (folder / "fleet.toml").write_text(text)
+        (folder / "fleet.toml").write_text(config + self.files())
         if secure:
             self._make_identities()
         elif mosquitto:
             (folder / "mosquitto.conf").write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
+
+    def files(self) -> str:
+        """What a configuration says of the material."""
+        text = FILES
+        for name in ("model.onnx", "evaluation.npz"):
+            text = text.replace(f'"{name}"', json.dumps(str(self.material / name)))
+        return text
 
     def _make_identities(self) -> None:
         with IdentityFolder.make(self.state, "default") as identity:

@@ -16,7 +16,7 @@ class TieredSite(Site):
     Args:
         regions: By aggregator its devices.
         below: By aggregator the one that is its parent; the server of those that aren't named.
-        settings: Options of all aggregators in addition.
+        settings: Options of all aggregators in addition; `{region}` stands for their names.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TieredSite(Site):
             at = command.index("--config")
             command[at : at + 2] = ["--parent", f"{'wss' if self.secure else 'ws'}://127.0.0.1:{above}"]
             command[command.index("--state") + 1] = str(self.folder / name)
-            command += ["--region", name, *self.settings]
+            command += ["--region", name, *(text.format(region=name) for text in self.settings)]
         return [*command, "--aggregators", str(tier)]
 
     def start_all(self) -> None:
