@@ -169,8 +169,9 @@ class Channel(Closing):
             with blob:
                 blob.finish()
             sha256 = blob.ref.sha256
-            self._arrived(sha256, self._landing.read(sha256))
+            data = self._landing.read(sha256)
             self._landing.delete(sha256)
+            self._arrived(sha256, data)
 
     def _arrived(self, sha256: str, data: bytes | None) -> None:
         with self._changed:

@@ -383,6 +383,7 @@ class Children(Closing):
         if version != __version__:
             reason = f"it runs fedprune {version}, and its parent {__version__}"
             channel.send({"kind": "refused", "reason": reason})
+            channel.flush(_FLUSH_S)
             raise ProtocolError(f"the aggregator {name} is refused: {reason}")
         return Region(name, channel)
 

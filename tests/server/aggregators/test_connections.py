@@ -1,0 +1,336 @@
+"""Aggregators and their parent over real connections of this machine: rows, commands, blobs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.sync.client import ClientConnection, connect
+
+from fedprune import __version__
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import BrokerError, ConfigError
+from fedprune.jobs.state import Device, Progress, Task
+from fedprune.wire.messages import Birth
+from fedprune_server.aggregators import channel, parent
+from fedprune_server.aggregators.channel import PIECE, ParentLostError
+from fedprune_server.aggregators.children import (
+    BornBelow,
+    Children,
+    DiedBelow,
+    EventBelow,
+    Item,
+    ParentJob,
+    RegionDown,
+    RegionUp,
+)
+from fedprune_server.aggregators.messages import Steered
+from fedprune_server.aggregators.parent import ParentLink, ParentUp
+
+JOB = "job"
+MODEL = "a" * 64
+
+
+def birth(device: str, session: int = 1) -> Birth:
+    return Birth(device, session, "raspberry-pi-5", 10, "test")
+
+
+def device(region: str) -> Device:
+    return Device(1, True, {"name": "raspberry-pi-5"}, None, 10, region=region)
+
+
+class Tier:
+    """A parent with a job, and aggregators."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = State(MODEL, 3)
+        self.store = BlobStore(folder / "parent", durable=False)
+        self.children = Children("127.0.0.1", 0, None, BlobStore(folder / "landing", durable=False), patience_s=5.0)
+        about = {"job": {"name": JOB}, "model": MODEL, "name": "net"}
+        self.children.serve({JOB: ParentJob(about, self.state, self.store)}, lambda: None)
+        self.links: list[ParentLink] = []
+        self.stores: dict[str, BlobStore] = {}
+        self.seen: list[Item] = []
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.children.port}"
+
+    def begin(self, region: str) -> ParentLink:
+        """An aggregator that isn't let in yet: the parent's loop does that."""
+        self.stores[region] = BlobStore(self.folder / region, durable=False)
+        link = ParentLink(self.url, region, None, BlobStore(self.folder / f"{region}-landing", durable=False))
+        link.serve({JOB: self.stores[region]}, lambda: None)
+        self.links.append(link)
+        return link
+
+    def join(self, region: str) -> ParentLink:
+        link = self.begin(region)
+        thread = threading.Thread(target=link.start)
+        thread.start()
+        up = self.wait(RegionUp)
+        self.children.up(up.region)
+        thread.join()
+        return link
+
+    def wait(self, kind: type[Any]) -> Any:
+        """The next item of a kind; others before it are put into `seen`."""
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            for item in self.children.collect():
+                self.seen.append(item)
+            for i, item in enumerate(self.seen):
+                if isinstance(item, kind):
+                    return self.seen.pop(i)
+            time.sleep(0.005)
+        raise AssertionError(f"no {kind.__name__} came, but {self.seen}")
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+        self.children.close()
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[Tier]:
+    made = Tier(tmp_path)
+    yield made
+    made.close()
+
+
+def heard(link: ParentLink, kind: type[Any]) -> Any:
+    """The next item of a kind that an aggregator gets; others before it are dropped."""
+    until, waiting = time.monotonic() + 10, WAITING.setdefault(link, [])
+    while time.monotonic() < until:
+        waiting += link.collect()
+        while waiting:
+            item = waiting.pop(0)
+            if isinstance(item, kind):
+                return item
+        time.sleep(0.005)
+    raise AssertionError(f"no {kind.__name__} came")
+
+
+WAITING: dict[ParentLink, list[Any]] = {}
+
+
+def test_an_aggregator_is_told_the_jobs_and_its_rows_alone(tier: Tier) -> None:
+    tier.state.devices["ant"], tier.state.devices["bee"] = device("north"), device("coast")
+    tier.state.tasks["ant"] = Task(1, (3,), progress=Progress.PULLING)
+    tier.state.tasks["bee"] = Task(1, (3,), progress=Progress.STORED, region="north")  # it has moved since
+    link = tier.join("north")
+    assert link.jobs == {JOB: {"job": {"name": JOB}, "model": MODEL, "name": "net"}}
+    assert isinstance(heard(link, ParentUp), ParentUp)
+    found = heard(link, Steered)
+    assert found.whole
+    assert found.head["round"] == 3
+    assert set(found.devices) == {"ant", "bee"}
+    assert (found.devices["ant"].online, found.devices["bee"].online) == (True, False)
+    assert (found.tasks["ant"].progress, found.tasks["bee"].progress) == (Progress.PULLING, Progress.STORED)
+
+
+def test_rows_and_commands_go_to_the_region_of_their_device(tier: Tier) -> None:
+    for name, region in (("ant", "north"), ("bee", "coast"), ("cat", "")):
+        tier.state.devices[name] = device(region)
+        tier.state.tasks[name] = Task(1, (3,))
+    links = {region: tier.join(region) for region in ("north", "coast")}
+    for link in links.values():
+        heard(link, Steered)
+    orders = [do.Cancel(name, 3, 1, "late") for name in ("ant", "bee", "cat")]
+    wake = do.Wake(7.0)
+    assert tier.children.route(JOB, {"ant", "bee", "cat"}, [*orders, wake]) == [orders[2], wake]
+    for region, name, order in (("north", "ant", orders[0]), ("coast", "bee", orders[1])):
+        found = heard(links[region], Steered)
+        assert set(found.devices) == set(found.tasks) == {name}
+        assert found.commands == (order,)
+        assert found.head == {}  # it was told already
+
+
+def test_the_end_of_a_job_is_told_to_all(tier: Tier) -> None:
+    links = [tier.join("north"), tier.join("coast")]
+    for link in links:
+        heard(link, Steered)
+    assert tier.children.route(JOB, (), [do.Finish(MODEL)]) == [do.Finish(MODEL)]
+    for link in links:
+        assert heard(link, Steered).commands == (do.Finish(MODEL),)
+
+
+def test_a_device_that_moves_is_offline_where_it_was_which_keeps_its_stored_update(tier: Tier) -> None:
+    tier.state.devices["ant"] = device("north")
+    tier.state.tasks["ant"] = Task(1, (3,), progress=Progress.STORED, weights="b" * 64, region="north")
+    links = {region: tier.join(region) for region in ("north", "coast")}
+    for link in links.values():
+        heard(link, Steered)
+    tier.state.devices["ant"].region = "coast"
+    tier.children.route(JOB, {"ant"}, [])
+    there, here = heard(links["north"], Steered), heard(links["coast"], Steered)
+    assert (there.devices["ant"].online, here.devices["ant"].online) == (False, True)
+    assert there.tasks["ant"].references() >= {"b" * 64}
+    tier.state.tasks["ant"].region = "coast"
+    tier.children.route(JOB, {"ant"}, [])
+    assert heard(links["north"], Steered).tasks == {"ant": None}
+
+
+def test_boards_and_events_of_an_aggregator_come_with_their_path(tier: Tier) -> None:
+    link = tier.join("north")
+    link.born(birth("ant"))
+    link.born(birth("bee", 7), "valley")
+    link.died("ant", 1)
+    link.report(JOB, on.UpdateStored("bee", 3, 1, "b" * 64, "valley"))
+    assert tier.wait(BornBelow) == BornBelow("north", birth("ant"))
+    assert tier.wait(BornBelow) == BornBelow("north/valley", birth("bee", 7))
+    assert tier.wait(DiedBelow) == DiedBelow("north", "ant", 1)
+    event = on.UpdateStored("bee", 3, 1, "b" * 64, "north/valley")
+    assert tier.wait(EventBelow) == EventBelow("north", JOB, event)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, 3 * PIECE + 7])
+def test_blobs_come_from_the_parent_and_from_other_aggregators(tier: Tier, size: int) -> None:
+    north, coast = tier.join("north"), tier.join("coast")
+    mine, others = bytes(size), bytes(size) + b"x"
+    assert north.fetch(JOB, tier.store.put(mine).sha256) == mine
+    assert north.fetch(JOB, tier.stores["coast"].put(others).sha256) == others
+    assert coast.fetch(JOB, "c" * 64) is None
+    assert tier.children.fetch(JOB, "coast/valley", BlobStore(tier.folder / "coast").put(others).sha256) == others
+    assert not list((tier.folder / "landing").glob("??/*"))
+
+
+def test_a_blob_is_waited_for_until_its_aggregator_is_back_and_no_longer(tier: Tier) -> None:
+    tier.children._patience_s = 0.2
+    assert tier.children.fetch(JOB, "north", "b" * 64) is None
+    tier.children._patience_s = 10.0
+    digest = BlobStore(tier.folder / "north", durable=False).put(b"sums").sha256
+    found: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: found.append(tier.children.fetch(JOB, "north", digest)))
+    thread.start()
+    tier.join("north")
+    thread.join(10)
+    assert found == [b"sums"]
+
+
+def test_an_aggregator_is_asked_again_after_a_reconnection_until_it_has_answered(tier: Tier) -> None:
+    order = do.AddUp(3, 77, MODEL, {}, ())
+    answer = tier.children.ask(JOB, "north", order)  # it isn't there yet
+    link = tier.join("north")
+    assert order in heard_commands(link)
+    tier.links.pop().close()
+    region = tier.wait(RegionDown).region
+    assert tier.children.down(region)
+    link = tier.join("north")
+    assert order in heard_commands(link)
+    link.report(JOB, on.AddedUp(3, 76))  # an answer to an earlier process
+    link.report(JOB, on.AddedUp(3, 77, "b" * 64))
+    assert answer.result(10) == on.AddedUp(3, 77, "b" * 64)
+
+
+def heard_commands(link: ParentLink) -> tuple[do.Command, ...]:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        if commands := heard(link, Steered).commands:
+            return tuple(commands)
+    raise AssertionError("no command came")
+
+
+def test_a_second_aggregator_of_a_name_replaces_the_first(tier: Tier) -> None:
+    first = tier.join("north")
+    second = tier.begin("north")
+    thread = threading.Thread(target=second.start)
+    thread.start()
+    up = tier.wait(RegionUp)
+    assert tier.children.up(up.region) is not None
+    thread.join()
+    down = tier.wait(RegionDown)
+    assert not tier.children.down(down.region)  # the later one stays
+    assert tier.children.names == ["north"]
+    assert not first.connected or first.outdated is False
+
+
+def test_another_version_is_refused(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "__version__", "0.0.1")
+    with pytest.raises(ConfigError, match=f"it runs fedprune 0.0.1, and its parent {__version__}"):
+        tier.begin("north").start()
+    assert tier.children.collect() == []
+
+
+def test_without_a_parent_an_aggregator_says_so(tier: Tier) -> None:
+    link = tier.begin("north")
+    tier.children.close()
+    with pytest.raises(BrokerError, match="no parent answers at ws://127"):
+        link.start(patience_s=0.3)
+
+
+def consume(socket: ClientConnection) -> None:
+    while True:
+        socket.recv(10)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ["no JSON"],
+        ["{}"],
+        ["[]"],
+        [b"a piece of no blob"],
+        ['{"kind": "born"}'],
+        ['{"kind": "hello", "region": "a/b", "version": "1"}'],
+        ["HELLO", '{"kind": "steal"}'],
+        ["HELLO", '{"kind": "born", "birth": "{}", "region": ""}'],
+        ["HELLO", '{"kind": "event", "job": "job", "event": ["Closed", {}]}'],
+        ["HELLO", '{"kind": "blob", "ref": {"sha256": "x", "size": 1, "leaves": "y"}}'],
+        ["HELLO", '{"kind": "died", "device": "ant", "session": "?"}'],
+    ],
+    ids=str,
+)
+def test_what_is_no_aggregator_is_cut_off_and_the_others_stay(tier: Tier, messages: list[str | bytes]) -> None:
+    link = tier.join("north")
+    hello = json.dumps({"kind": "hello", "region": "coast", "version": __version__})
+    with connect(tier.url) as socket:
+        for message in messages:
+            socket.send(hello if message == "HELLO" else message)
+        with pytest.raises(channel.ConnectionClosed):
+            consume(socket)
+    assert link.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
+
+
+def test_a_broken_connection_ends_what_waits_for_a_blob(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tier.join("north")
+    asked = threading.Event()
+    monkeypatch.setattr(tier.children, "_search", lambda *_: asked.set())  # which never answers
+    errors: list[Exception] = []
+
+    def fetch() -> None:
+        try:
+            link.fetch(JOB, "c" * 64)
+        except ParentLostError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    assert asked.wait(10)
+    tier.children.close()
+    thread.join(10)
+    assert len(errors) == 1
+
+
+def test_changed_jobs_are_noticed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "FIRST_S", 0.01)
+    link = tier.join("north")
+    assert not link.outdated
+    known = tier.children._jobs[JOB]
+    tier.children.serve({JOB: replace(known, about={**known.about, "name": "other"})}, lambda: None)
+    next(iter(tier.children._regions.values())).channel.close()
+    tier.children.up(tier.wait(RegionUp).region)
+    until = time.monotonic() + 10
+    while not link.outdated and time.monotonic() < until:
+        time.sleep(0.01)
+    assert link.outdated
