@@ -1,4 +1,4 @@
-"""The work of an asynchronous round grows with the fleet, not with its square."""
+"""The work of an asynchronous round grows with the devices at work, not with the fleet or its square."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ class Counted(Shell):
         return self._count
 
 
-def instructions(job: Job, devices: int) -> int:
-    shell = Counted(replace(job, devices=devices))
+def instructions(job: Job, devices: int, after: int = 0) -> int:
+    """Instructions of a job, or of what follows after a number of rounds."""
+    shell, before = Counted(replace(job, devices=devices)), 0
     names = [f"d{i:04}" for i in range(devices)]
     shell.sessions = dict.fromkeys(names, 0)
     shell.come(*names)
@@ -67,8 +68,10 @@ def instructions(job: Job, devices: int) -> int:
         shell.feed(shell.inbox.pop(0))
         if not shell.inbox and shell.wakes and shell.state.phase is not Phase.FINISHED:
             shell.tick()
+        if len(shell.state.history) < after:
+            before = shell.instructions
     assert shell.state.phase is Phase.FINISHED
-    return shell.instructions
+    return shell.instructions - before
 
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="something else traces")
@@ -76,3 +79,10 @@ def instructions(job: Job, devices: int) -> int:
 def test_four_times_the_devices_take_about_four_times_the_work(kind: str) -> None:
     small, large = (instructions(JOBS[kind](n), n) for n in (24, 96))
     assert large < 4.5 * small, f"{large / small:.1f} times the work"
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="something else traces")
+def test_devices_that_wait_for_an_offer_are_no_work() -> None:
+    job = job_of(arrivals=4, concurrent=8, rounds=12, score_every=12, staleness=STALE)
+    small, large = (instructions(job, n, after=2) for n in (48, 768))
+    assert large < 1.1 * small, f"{large / small:.1f} times the work for 16 times the devices"

@@ -18,15 +18,16 @@ pytestmark = pytest.mark.board
 NAMES = st.sampled_from([f"d{i}" for i in range(8)])
 TIMES = st.none() | st.sampled_from([1.0, 2.0, 3.0])
 STEPS = st.one_of(
-    st.tuples(st.just("device"), NAMES, st.booleans(), st.sampled_from(["", "no width fits"])),
+    st.tuples(st.just("device"), NAMES, st.booleans(), st.sampled_from(["", "no width fits"]), st.integers(0, 2)),
     st.tuples(st.just("task"), NAMES, st.sampled_from(Progress), TIMES, TIMES),
     st.tuples(st.just("no task"), NAMES),
-    st.tuples(st.sampled_from(["round", "ask", "over"])),
+    st.tuples(st.sampled_from(["ask", "over"])),
 )
 
 
 def turn(state: State, name: str) -> float:
-    return keyed(0, state.round, name).random()
+    last = state.devices[name].last_offered_round
+    return last + keyed(0, last, name).random()
 
 
 @given(st.lists(STEPS, max_size=60), st.booleans())
@@ -35,14 +36,12 @@ def test_indexes_say_what_the_state_says(steps: list[Any], drawn: bool) -> None:
     found = Availability(state, lambda name: name != "d7", (lambda name: turn(state, name)) if drawn else None)
     for step in steps:
         match step:
-            case "device", name, online, excluded:
-                state.devices[name] = Device(1, online, {}, None, 10, excluded=excluded)
+            case "device", name, online, excluded, last:
+                state.devices[name] = Device(1, online, {}, None, 10, excluded=excluded, last_offered_round=last)
             case "task", name, progress, arrived, deadline:
                 state.tasks[name] = Task(1, (), progress=progress, arrived_at=arrived, deadline=deadline)
             case "no task", name:
                 state.tasks.pop(name, None)
-            case ("round",):
-                state.round += 1
             case ("over",):
                 state.tasks = TrackedDict()
             case ("ask",):

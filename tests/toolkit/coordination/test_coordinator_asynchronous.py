@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -304,6 +305,49 @@ def test_no_more_work_at_a_time_than_may() -> None:
     offered = [n for n, _, _ in shell.offered]
     assert len(offered) == 12
     assert set(offered) == set(NAMES), "nobody is left out"
+
+
+def few_at_a_time(seed: int, rounds: int) -> Shell:
+    """A job of nine devices, two of which work at a time, whose devices have come."""
+    shell = Shell(replace(job_of(arrivals=2, rounds=rounds, devices=9, concurrent=2), seed=seed))
+    shell.sessions = {f"d{i}": 0 for i in range(9)}
+    shell.come(*shell.sessions)
+    return shell
+
+
+def test_of_those_that_wait_the_ones_offered_longest_ago_come_first() -> None:
+    shell = few_at_a_time(0, 30)
+    compared, devices = 0, shell.state.devices
+    while shell.inbox:
+        shell.now += 0.01  # no two updates arrive at the same time
+        parts = [c.part.device for c in shell.feed(shell.inbox.pop(0)) if isinstance(c, do.Extract)]
+        waiting = [devices[n].last_offered_round for n in devices if n not in shell.state.tasks]
+        assert all(devices[n].last_offered_round <= min(waiting, default=30) for n in parts)
+        compared += len(parts) * bool(waiting)
+    assert compared > 50
+    assert {n: d.last_offered_round for n, d in devices.items()} == {n: number for n, number, _ in shell.offered}
+    counts = Counter(name for name, _, _ in shell.offered)
+    assert (len(counts), max(counts.values()) - min(counts.values()) <= 2) == (9, True)
+
+
+def test_lots_decide_between_devices_that_wait_equally_long() -> None:
+    shells = [few_at_a_time(seed, 1) for seed in range(200)]
+    for shell in shells:
+        shell.run()
+    seen = Counter(name for shell in shells for name, _, _ in shell.offered[:2])
+    assert len(seen) == 9
+    assert max(seen.values()) < 80, "44 each are expected, with a standard deviation of 6"
+
+
+def test_the_order_of_offers_is_that_of_a_state_that_was_loaded() -> None:
+    whole, stopped = (Shell(job_of(arrivals=1, rounds=20, concurrent=1)) for _ in range(2))
+    for shell in (whole, stopped):
+        shell.come()
+    whole.run()
+    while stopped.state.phase is not Phase.FINISHED:
+        stopped.coordinator = coordinate(stopped.job, ARCHITECTURE, State.from_json(stopped.state.to_json()))
+        stopped.feed(stopped.inbox.pop(0))
+    assert stopped.offered == whole.offered
 
 
 def test_a_window_takes_what_has_come_and_what_is_kept() -> None:

@@ -37,9 +37,9 @@ class AsynchronousCoordinator(Coordinator):
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
-        # With fewer offers than idle devices the order is drawn: the first to ask would else always be served first.
-        turn = self._turn if self.schedule.concurrent else None
-        self._availability = Availability(state, self.privacy_budget.may, turn)
+        self._availability = Availability(
+            state, self.privacy_budget.may, self._turn if self.schedule.concurrent else None
+        )
         self._weights = UpdateWeights(state, self.schedule, job, uniform=self.uniform)
 
     def handle(self, event: on.Event, now: float) -> Commands:
@@ -168,8 +168,10 @@ class AsynchronousCoordinator(Coordinator):
         return [self._extract(n, state.tasks[n]) for n in idle]
 
     def _turn(self, name: str) -> float:
-        """Random number that orders a device in the present round's queue for offers."""
-        return keyed(self.job.seed, self.state.round, name, "turn").random()
+        """Number that orders a device in the queue for offers: the round of its last offer, and its lot among those of
+        that round. It stays as it is while the device waits."""
+        last = self.state.devices[name].last_offered_round
+        return last + keyed(self.job.seed, last, name, "turn").random()
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
@@ -178,6 +180,7 @@ class AsynchronousCoordinator(Coordinator):
         task.offer, task.progress = event.offer, Progress.OFFERED
         task.offered_at, task.deadline = now, now + self.deadline_s
         self.privacy_budget.offered(event.device)
+        self.state.devices[event.device].last_offered_round = event.round
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
 
     # Updates come in.

@@ -1,7 +1,7 @@
 """Indexes of an asynchronous job's state: which devices are idle, at work, away or done, and which deadline is next.
 
 An event concerns one device. The indexes are brought up to date by what has changed since they were last asked, so that
-the work of a round grows with the fleet and not with its square.
+the work of an event doesn't grow with the fleet.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Availability:
 
     Args:
         may: Whether a device may be offered anything at all, by its entry in the state.
-        turn: Orders devices in the present round's queue for offers; by default they are in the order of their names.
+        turn: Orders devices in the queue for offers; by default they are in the order of their names. It may change
+            only with the device's entry in the state.
     """
 
     def __init__(
@@ -63,7 +64,6 @@ class Availability:
     ) -> None:
         self._state, self._may, self._turn = state, may, turn
         self._changed = (state.devices.watch(), state.tasks.watch())
-        self._round = state.round
         self._idle, self._deadlines = _Queue(), _Queue()
         self._done: dict[str, float] = {}
         self._arrivals: list[float] = []
@@ -132,9 +132,6 @@ class Availability:
         names = set().union(*self._changed)
         for changed in self._changed:
             changed.clear()
-        if self._turn is not None and self._round != self._state.round:
-            names |= self._idle.numbers.keys()  # each round draws its queue again
-        self._round = self._state.round
         for name in names:
             self._list(name)
 
