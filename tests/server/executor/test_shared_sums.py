@@ -12,17 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedprune.aggregation.layout import Coverage
 from fedprune.aggregation.update_sums import PartialSums
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core import tensorfile
-from fedprune.jobs.job import Job
-from fedprune.model.architecture import widths_at
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor import distributed, pool_tasks
@@ -31,17 +26,7 @@ from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.pools import TaskPool
 from fedprune_server.simulation.digits import digits_model
-
-DENSITIES = (1.0, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 1.0, 0.5)
-
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "plain": {"strategy": "plain"},
-    "momentum and filling": {"strategy": "fedprune"},
-    "evidence": {"strategy": "ca-hfp"},
-    "moves of earlier models": {"strategy": "fedbuff"},
-    "transport": {"strategy": "subflot"},
-    "own parts": {"strategy": "fedper"},
-}
+from support.fakes.stored_round import STRATEGIES, round_of, worker
 
 
 class Helpers(TaskPool[Worker]):
@@ -78,47 +63,6 @@ class Helpers(TaskPool[Worker]):
 @pytest.fixture(scope="module")
 def model() -> Model:
     return import_onnx(digits_model(), "digits")
-
-
-def worker(model: Model, folder: Path, settings: dict[str, Any]) -> Worker:
-    return Worker(Job.from_dict({"name": "t", **settings}), model, BlobStore(folder, durable=False))
-
-
-def round_of(w: Worker, spoilt: str = "", far: str = "") -> tuple[list[do.Fold], do.Close]:
-    """A round's updates as they come, and its end.
-
-    Args:
-        w: Makes the submodels.
-        spoilt: A device whose update holds numbers that are never accepted.
-        far: A device whose update is five times as long as the others'.
-    """
-    start = w.initial()
-    names = tuple(f"d{k}" for k in range(len(DENSITIES)))
-    scored = w.execute(do.Score(1, start, {}, names))
-    assert isinstance(scored, on.Scored)
-    basis = do.Basis(1, start, scored.ranking, scored.order)
-    found = []
-    for k, name in enumerate(names):
-        part = do.Part(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
-        extracted = w.execute(do.Extract(basis, part))
-        assert isinstance(extracted, on.Extracted)
-        offer, dice = extracted.offer, np.random.default_rng(k)
-        withheld = w.updates.withheld(basis, part)
-        update = {
-            n: (v + (0.5 if name == far else 0.1) * dice.standard_normal(v.shape)).astype(np.float32)
-            for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
-            if n not in withheld
-        }
-        for n, v in update.items():
-            if n.endswith("var"):
-                np.abs(v, out=v)
-        if name == spoilt:
-            next(iter(update.values())).reshape(-1)[0] = np.nan
-        stored = w.store.put(tensorfile.encode(update)).sha256
-        sent, mask = offer["weights"]["sha256"], offer["mask"]["sha256"] if "mask" in offer else None
-        widths = tuple(offer["widths"])
-        found.append(do.Contribution(basis, part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"]))
-    return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
 
 
 def played(w: Worker | DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:
