@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedprune.coordination import State
+from fedprune.core.errors import ExitCode
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.real_site import Site, write_material
@@ -146,3 +149,46 @@ def test_several_jobs_and_uploads_over_https(material: Path, tmp_path: Path, exp
             assert [r["model"] for r in storage.rounds()] == second
         assert "bytes came from http" in site.logs_in_full()
         assert "it goes over MQTT" not in site.logs_in_full()
+
+
+def server(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedprune_server.cli.main", *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path, tmp_path: Path) -> None:
+    text = job().replace("rounds = 3", "rounds = 100000").replace("devices = 4", "devices = 3")
+    with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S, secure=True) as site:
+        site.start_all()
+        site.wait_for(lambda: (state := site.saved()) is not None and state.round > 1, "rounds")
+        assert server("devices", "revoke", "ant", "--state", site.state).returncode == 0
+        log = site.folder / "north.log"
+        site.wait_for(lambda: "device ant was revoked" in log.read_text(), "ant is out at its aggregator")
+        for name in ("north", "server"):  # who start again know it at once
+            site.kill(name)
+        state = site.saved()
+        assert state is not None
+        out = state.round + 1  # the round that was under way may still wait for it
+        site.wait_for(lambda: (state := site.saved()) is not None and state.round > out + 3, "rounds without ant")
+        state = site.saved()
+        assert state is not None
+        assert all("ant" not in r["devices"] for r in state.history if r["round"] > out)
+        assert "ant is not a member" in log.read_text() or "ant is not approved" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "an aggregator without a parent"),
+        (["--parent", "https://127.0.0.1:1"], "wss://host:port"),
+        (["--parent", "ws://127.0.0.1:1"], "[server] region"),
+        (["--parent", "ws://127.0.0.1:1", "--region", "a b"], "[server] region"),
+        (["--parent", "ws://fleet.example:1", "--region", "north"], "without TLS"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], said: str) -> None:
+    found = server("aggregate", "--state", tmp_path / "state", "--insecure", *options)
+    assert found.returncode == ExitCode.CONFIG, found.stderr
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr
