@@ -10,6 +10,7 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
+from fedprune.jobs.state import Progress
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.real_site import Site, write_material
@@ -192,3 +193,22 @@ def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], said: st
     assert found.returncode == ExitCode.CONFIG, found.stderr
     assert said in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_servers_of_a_tier_can_be_checked_and_backed_up_in_the_middle_of_a_round(
+    material: Path, tmp_path: Path, expected: list[str]
+) -> None:
+    with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, may_hold=True) as site:
+        site.hold(2)
+        site.start_all()
+        site.wait_until_held(2)
+        site.processes["bee"].kill()
+        site.let_go(2)
+        site.wait_for(lambda: (found := site.saved()) is not None and found.tasks.count(Progress.FOLDED) == 3, "sums")
+        for name in ("server", "north"):
+            state = site.state if name == "server" else site.folder / name
+            for command in (["check"], ["backup", "--to", site.folder / f"{name}-backup"]):
+                found = server(*command, "--state", state)
+                assert found.returncode == 0, found.stdout + found.stderr
+        site.kill("bee")
+        assert models(finished(site)) == expected

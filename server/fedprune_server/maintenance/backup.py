@@ -134,7 +134,7 @@ class _Collected:
         there = set(self._store.names())
         if needs.archive:
             return set(there) | needs.references
-        return set(needs.references | (needs.models & there))
+        return set(needs.references | ((needs.kept | needs.models) & there))
 
     def _add_blob(self, digest: str) -> None:
         path = self._store.path(digest)

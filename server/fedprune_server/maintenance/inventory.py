@@ -12,6 +12,7 @@ from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import MAX_INT, is_digest, is_whole
+from fedprune_server.config.alert_settings import OFF
 from fedprune_server.executor.retention import kept_models
 from fedprune_server.storage.storage import Storage
 
@@ -21,7 +22,8 @@ class Inventory:
     """What a job needs.
 
     Attributes:
-        references: Digests without which it can't go on.
+        references: Digests without which it can't go on. In a tier of aggregators that is what no other server has.
+        kept: What it refers to, wherever in a tier that is.
         models: Global models that `keep` promises.
         awaited: Updates that are on their way.
         archive: Whether all blobs are kept.
@@ -30,6 +32,7 @@ class Inventory:
     settings: Mapping[str, Any]
     state: State
     references: frozenset[str]
+    kept: frozenset[str]
     models: frozenset[str]
     awaited: frozenset[str]
     archive: bool
@@ -37,7 +40,7 @@ class Inventory:
     @property
     def needed(self) -> frozenset[str]:
         """All that the next start would keep."""
-        return self.references | self.models | self.awaited
+        return self.kept | self.models | self.awaited
 
 
 def inventory(storage: Storage) -> Inventory:
@@ -51,7 +54,17 @@ def inventory(storage: Storage) -> Inventory:
         raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
     updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
     models = frozenset(kept_models(state, None if archive else keep))
-    return Inventory(settings, state, frozenset(state.references()), models, updates, archive)
+    kept = frozenset(state.references())
+    return Inventory(settings, state, _references(state, server, kept), kept, models, updates, archive)
+
+
+def _references(state: State, server: Mapping[str, Any], kept: frozenset[str]) -> frozenset[str]:
+    aggregator = server.get("parent", OFF) != OFF
+    entries = (*state.devices.values(), *state.tasks.values())
+    if not aggregator and not any(entry.region for entry in entries):
+        return kept
+    own = set() if aggregator else state.own_references()
+    return frozenset(own | {t.weights for t in state.tasks.values() if t.weights and not t.region})
 
 
 @dataclass(frozen=True)
