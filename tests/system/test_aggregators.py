@@ -212,3 +212,21 @@ def test_servers_of_a_tier_can_be_checked_and_backed_up_in_the_middle_of_a_round
                 assert found.returncode == 0, found.stdout + found.stderr
         site.kill("bee")
         assert models(finished(site)) == expected
+
+
+def test_an_asynchronous_job_ends_through_aggregators_over_kills(material: Path, tmp_path: Path) -> None:
+    text = job("fedbuff").replace("rounds = 3", "rounds = 12")
+    with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S) as site:
+        site.start_all()
+        for number, name in ((2, "north"), (4, "server"), (6, "south")):
+            site.wait_for(lambda: (state := site.saved()) is not None and state.round > number, "rounds")  # noqa: B023
+            site.kill(name)
+        for region in site.regions:
+            assert site.processes[region].wait(site.patience_s) == 0, site.logs()
+        state = site.finish()
+        assert len(state.history) == 12
+        assert len(set(models(state))) == 12
+        progress = {p["progress"] for r in state.history for p in r["devices"].values()}
+        assert progress <= {"folded", "refused"}, site.logs()
+        assert "lost its sums" not in site.logs_in_full()
+        assert "can't be read" not in site.logs_in_full()
