@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.coordination import events as on
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
 from fedprune.jobs.job import Job
@@ -238,7 +237,7 @@ class _Job:
     folder: StateFolder
     opened: OpenJob
     worker: CommandExecutor
-    report: Callable[[on.Event], None] | None = None
+    parent: ParentLink | None = None
 
     def told(self) -> tuple[Job, str, bytes]:
         """What aggregators begin the job with."""
@@ -260,7 +259,8 @@ class _Job:
             pulls=config.pulls,
             weight=config.weight,
             beside_others=beside_others,
-            report=self.report,
+            report=None if self.parent is None else partial(self.parent.report, opened.job.name),
+            moved=(lambda traffic: None) if self.parent is None else partial(self.parent.moved, opened.job.name),
         )
 
     def log_start(self) -> None:
@@ -302,21 +302,20 @@ def _open(
 ) -> _Job:
     opened = folder.read_job(config)
     worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
-    name, report = opened.job.name, None
+    name = opened.job.name
     if below is not None:
         ask, fetch = partial(below.ask, name), partial(below.fetch, name)
         worker = CollectingWorker(opened.worker, worker, ask, fetch, config.aggregator_patience_s)
     if parent is not None:
         worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name))
-        report = partial(parent.report, name)
-    return _Job(config, folder, opened, worker, report)
+    return _Job(config, folder, opened, worker, parent)
 
 
 def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:
     lines = beside_others or job.config.log_format == JSON
     display = Lines(of_several=beside_others) if lines else make_display()
-    steps = _NextSteps(job.config.state, until_finished=options.until_finished)
-    return [display, *watch(job.opened.job.name), steps]
+    steps = [] if job.parent is not None else [_NextSteps(job.config.state, until_finished=options.until_finished)]
+    return [display, *watch(job.opened.job.name), *steps]
 
 
 def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Watcher:

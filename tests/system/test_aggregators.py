@@ -146,6 +146,8 @@ def test_several_jobs_and_uploads_over_https(material: Path, tmp_path: Path, exp
         (site.folder / "second.toml").write_text(SECOND + site.files())
         site.start_all()
         assert models(finished(site)) == expected
+        with Storage.existing(site.state) as storage:  # which aggregators have told
+            assert all(up > 3 * 500 and down > 3 * 500 for down, up in storage.traffic().values())
         with Storage.existing(site.state / "jobs" / "second") as storage:
             assert [r["model"] for r in storage.rounds()] == second
         assert "bytes came from http" in site.logs_in_full()

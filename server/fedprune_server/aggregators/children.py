@@ -110,7 +110,15 @@ class EventBelow:
     event: on.Event
 
 
-Item = RegionUp | RegionDown | BornBelow | DiedBelow | EventBelow
+@dataclass(frozen=True)
+class TrafficBelow:
+    """Payload bytes went to and from boards."""
+
+    job: str
+    devices: Mapping[str, tuple[int, int]]
+
+
+Item = RegionUp | RegionDown | BornBelow | DiedBelow | EventBelow | TrafficBelow
 
 
 class Children(Closing):
@@ -397,6 +405,9 @@ class Children(Closing):
                 self._put(BornBelow(path, birth))
             case "died":
                 self._put(DiedBelow(region.name, str(message["device"]), int(message["session"])))
+            case "traffic":
+                moved = {str(name): (int(down), int(up)) for name, (down, up) in message["devices"].items()}
+                self._put(TrafficBelow(str(message["job"]), moved))
             case "event":
                 job, event = str(message["job"]), read_event(message["event"])
                 if job not in self._jobs:

@@ -124,6 +124,10 @@ class ParentLink(Closing):
     def report(self, job: str, event: on.Event) -> None:
         self._send({"kind": "event", "job": job, "event": event_body(event)})
 
+    def moved(self, job: str, traffic: Mapping[str, tuple[int, int]]) -> None:
+        """Payload bytes to and from boards since the last call."""
+        self._send({"kind": "traffic", "job": job, "devices": traffic})
+
     def born(self, birth: Birth, region: str = "") -> None:
         """A board is connected, here or through an aggregator `region` of this one."""
         self._send({"kind": "born", "birth": birth.to_bytes().decode(), "region": region})

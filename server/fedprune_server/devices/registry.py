@@ -69,6 +69,8 @@ class DeviceRegistry:
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from devices for which they have changed since they were saved."""
+        self.news: dict[str, tuple[int, int]] | None = None
+        """At an aggregator, payload bytes to and from devices that its parent doesn't know of yet."""
         self.prefix = ""
         """What begins a line about a device's place in the job, where that is one of several."""
         self.clones = CloneDetector()
@@ -111,16 +113,21 @@ class DeviceRegistry:
 
     def received(self, device: str, size: int) -> None:
         """Count bytes from an admitted device; unknown names are unlimited."""
-        if device in self._contacts:
-            contact = self._contacts[device]
-            contact.up += size
-            self.moved[device] = (contact.down, contact.up)
+        self.count(device, 0, size)
 
     def sent(self, device: str, size: int) -> None:
+        self.count(device, size, 0)
+
+    def count(self, device: str, down: int, up: int) -> None:
+        """Count bytes to and from an admitted device."""
         if device in self._contacts:
             contact = self._contacts[device]
-            contact.down += size
+            contact.down += down
+            contact.up += up
             self.moved[device] = (contact.down, contact.up)
+            if self.news is not None:
+                before = self.news.get(device, (0, 0))
+                self.news[device] = (before[0] + down, before[1] + up)
 
     def offered(self, device: str, now: float) -> None:
         contact = self[device]

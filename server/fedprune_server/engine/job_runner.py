@@ -86,6 +86,7 @@ class RunnableJob:
         beside_others: Whether its server has further jobs.
         report: Reports events to the parent of an aggregator, whose coordinator decides about the job; None for one
             that is decided about here.
+        moved: Tells that parent how many bytes went to and from devices.
     """
 
     job: Job
@@ -100,6 +101,7 @@ class RunnableJob:
     weight: float = 1.0
     beside_others: bool = False
     report: Callable[[on.Event], None] | None = None
+    moved: Callable[[Mapping[str, tuple[int, int]]], None] = lambda traffic: None
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class JobRunner:
         self.registry = DeviceRegistry(
             job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders()
         )
+        self._moved = job.moved
+        self.registry.news = None if job.report is None else {}
         if job.beside_others:
             self.registry.prefix = f"{job.job.name}: "
         self._shipping = BucketSync(job.store)
@@ -567,6 +571,9 @@ class JobRunner:
     def _tick(self, now: float) -> None:
         for device, size in self.served.taken().items():
             self.registry.sent(device, size)
+        if self.registry.news:
+            news, self.registry.news = self.registry.news, {}
+            self._moved(news)
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)

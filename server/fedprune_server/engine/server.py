@@ -37,6 +37,7 @@ from fedprune_server.aggregators.children import (
     EventBelow,
     RegionDown,
     RegionUp,
+    TrafficBelow,
 )
 from fedprune_server.aggregators.children import Item as ItemBelow
 from fedprune_server.aggregators.messages import Steered
@@ -382,6 +383,10 @@ class Server:
                 known, path = self._connected.get(item.device), self._region_of(item.device)
                 if known is not None and known.session == item.session and path.partition("/")[0] == item.region:
                     self._gone(item.device)
+            case TrafficBelow():
+                if item.job in self.runners:
+                    for device, (down, up) in item.devices.items():
+                        self.runners[item.job].registry.count(device, down, up)
             case EventBelow():
                 if item.job in self.runners:
                     with log_context(device=getattr(item.event, "device", None)):

@@ -60,8 +60,8 @@ def inventory(storage: Storage) -> Inventory:
 
 def _references(state: State, server: Mapping[str, Any], kept: frozenset[str]) -> frozenset[str]:
     aggregator = server.get("parent", OFF) != OFF
-    entries = (*state.devices.values(), *state.tasks.values())
-    if not aggregator and not any(entry.region for entry in entries):
+    regions = {device.region for device in state.devices.values()} | {task.region for task in state.tasks.values()}
+    if not aggregator and regions <= {""}:
         return kept
     own = set() if aggregator else state.own_references()
     return frozenset(own | {t.weights for t in state.tasks.values() if t.weights and not t.region})

@@ -32,6 +32,7 @@ from fedprune_server.aggregators.children import (
     ParentJob,
     RegionDown,
     RegionUp,
+    TrafficBelow,
 )
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.parent import ParentLink, ParentUp
@@ -186,10 +187,12 @@ def test_boards_and_events_of_an_aggregator_come_with_their_path(tier: Tier) -> 
     link.born(birth("ant"))
     link.born(birth("bee", 7), "valley")
     link.died("ant", 1)
+    link.moved(JOB, {"bee": (3, 4)})
     link.report(JOB, on.UpdateStored("bee", 3, 1, "b" * 64, "valley"))
     assert tier.wait(BornBelow) == BornBelow("north", birth("ant"))
     assert tier.wait(BornBelow) == BornBelow("north/valley", birth("bee", 7))
     assert tier.wait(DiedBelow) == DiedBelow("north", "ant", 1)
+    assert tier.wait(TrafficBelow) == TrafficBelow(JOB, {"bee": (3, 4)})
     event = on.UpdateStored("bee", 3, 1, "b" * 64, "north/valley")
     assert tier.wait(EventBelow) == EventBelow("north", JOB, event)
 
@@ -287,6 +290,7 @@ def consume(socket: ClientConnection) -> None:
         ["HELLO", '{"kind": "born", "birth": "{}", "region": ""}'],
         ["HELLO", '{"kind": "event", "job": "job", "event": ["Closed", {}]}'],
         ["HELLO", '{"kind": "blob", "ref": {"sha256": "x", "size": 1, "leaves": "y"}}'],
+        ["HELLO", '{"kind": "traffic", "job": "job", "devices": {"ant": [1]}}'],
         ["HELLO", '{"kind": "died", "device": "ant", "session": "?"}'],
     ],
     ids=str,
