@@ -10,7 +10,7 @@ import pytest
 
 from support.fakes.fleet import Fleet
 from support.processes.postgres import Postgres
-from support.processes.s3 import S3
+from support.processes.s3 import S3, Ceph, Moto
 
 
 @pytest.fixture(scope="session")
@@ -25,18 +25,29 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[S3]:
-    """A stand-in for S3, in a process of its own."""
-    made = S3()
+def moto() -> Iterator[S3]:
+    """A mock of S3, in a process of its own."""
+    made = Moto()
     try:
         yield made
     finally:
         made.close()
 
 
-@pytest.fixture
-def at_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    """The same, where boto3 looks for it."""
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[S3]:
+    """A small Ceph cluster with its S3 gateway."""
+    made = Ceph()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(params=["moto", "ceph"])
+def at_s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """A server of S3, where boto3 looks for it."""
+    s3: S3 = request.getfixturevalue(request.param)
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3

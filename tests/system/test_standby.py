@@ -19,7 +19,7 @@ from support.fakes.fleet import models
 from support.processes.machine import free_port
 from support.processes.postgres import Postgres
 from support.processes.real_site import Site, write_material
-from support.processes.s3 import S3
+from support.processes.s3 import S3, Ceph
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
@@ -82,7 +82,7 @@ def database() -> Iterator[Postgres]:
 
 @pytest.fixture
 def s3() -> Iterator[S3]:
-    made = S3()
+    made = Ceph()
     yield made
     made.close()
 

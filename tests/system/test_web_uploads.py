@@ -15,7 +15,7 @@ from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.processes.machine import free_port
 from support.processes.real_site import Site, write_material
-from support.processes.s3 import S3
+from support.processes.s3 import S3, Ceph
 
 pytestmark = pytest.mark.system
 
@@ -111,7 +111,7 @@ def test_boards_that_can_t_reach_the_web_server_send_over_mqtt_by_themselves(
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    made = S3()
+    made = Ceph()
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
     yield made

@@ -139,6 +139,37 @@ def test_the_bucket_is_told_the_digest_to_compare_what_it_gets_with(at_s3: S3, u
     assert sent == [ref.sha256]
 
 
+def test_over_https_the_bytes_are_signed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SECRETS | {"AWS_ENDPOINT_URL": "https://127.0.0.1:9"}).items():
+        monkeypatch.setenv(name, value)
+    there, sent = Bucket("s3://bucket/x"), []
+    there._client.meta.events.register("before-send.s3.PutObject", lambda request, **_: sent.append(request.headers))
+    with pytest.raises(BucketError):
+        there.put("key", b"good", digest(b"good"))
+    assert sent[0]["x-amz-content-sha256"].decode() == digest(b"good")
+
+
+@pytest.mark.parametrize("at_s3", ["ceph"], indirect=True)
+def test_bytes_that_were_changed_on_their_way_are_refused(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+
+    def change(request: Any, **_: object) -> None:
+        request.body = b"bad!"
+
+    store.bucket._client.meta.events.register("before-send.s3.PutObject", change)
+    with pytest.raises(BucketError, match="can't write to"):
+        store.put(b"good")
+    assert objects(at_s3, url) == []
+
+
+@pytest.mark.parametrize("at_s3", ["ceph"], indirect=True)
+@pytest.mark.parametrize("secret", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_a_wrong_key_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    monkeypatch.setenv(secret, "wrong")
+    with pytest.raises(BucketError, match=f"{secret}.* right"):
+        BucketStore(tmp_path, url)
+
+
 @pytest.mark.slow
 def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=2500)

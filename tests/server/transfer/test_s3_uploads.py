@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import logging
 import time
@@ -94,9 +95,9 @@ def bench(store: BucketStore) -> Iterator[Bench]:
 
 def put(request: UploadRequest, body: bytes = UPDATE) -> int:
     """The status of an upload of any bytes, as who has the address could do it."""
-    url = UploadUrl.parse(request.url)
+    url, announced = UploadUrl.parse(request.url), base64.b64encode(bytes.fromhex(request.sha256)).decode()
     with closing(http.client.HTTPConnection(url.host, url.port, timeout=10)) as connection:
-        connection.request("PUT", url.target, body)
+        connection.request("PUT", url.target, body, {"x-amz-checksum-sha256": announced})
         with connection.getresponse() as answer:
             return answer.status
 
@@ -136,6 +137,30 @@ def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench
     paths = {UploadUrl.parse(request.url).path for request in (first, second)}
     assert len(paths) == 2  # no name is used twice
     assert all(f"/{BLOBS}{REF.sha256}." in path for path in paths)
+
+
+def on_ceph(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of what moto doesn't do."""
+    return pytest.mark.parametrize("at_s3", ["ceph"], indirect=True)(test)
+
+
+@on_ceph
+def test_an_address_lets_nothing_else_be_put(at_s3: S3, url: str, bench: Bench) -> None:
+    request = bench.asked()
+    for other in (
+        replace(request, sha256=BlobRef.of(b"").sha256),
+        replace(request, url=request.url.replace(REF.sha256, BlobRef.of(b"").sha256)),
+        replace(request, url=request.url.replace(f"Expires={EXPIRES_S}", f"Expires={EXPIRES_S + 1}")),
+    ):
+        assert put(other) == 403
+    for body in (b"", UPDATE[:-1], UPDATE + b"x"):
+        assert put(request, body) == 403
+    assert objects(at_s3, url) == {}
+    assert put(request) == 200
+    late = bench.store.bucket.upload_url(f"{BLOBS}x", REF.sha256, REF.size, 1)
+    time.sleep(2)
+    assert put(replace(request, url=late)) == 403
+    assert len(objects(at_s3, url)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
-"""An S3 of a test's own: moto's server in a process beside it, which can be stopped and let go on."""
+"""S3 servers of a test's own, on this machine alone, which can be stopped and continued: moto's, a mock, and Ceph's."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,30 +24,14 @@ SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_RE
 
 
 class S3:
-    """A stand-in for a bucket's server, on this machine alone; what it holds is gone with it."""
+    """A server; what it has is gone with it."""
 
     def __init__(self) -> None:
-        if find_spec("moto") is None:
-            if os.environ.get("CI") == "true":
-                pytest.fail("CI must have moto")
-            pytest.skip("moto is not installed")
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._names = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        until = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
-                return
-            except OSError:  # noqa: PERF203 - each turn waits anyway
-                assert self._process.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.1)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="fedprune-s3-"))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -69,19 +58,117 @@ class S3:
         return name
 
     def keys(self, bucket: str) -> dict[str, int]:
-        """What lies in a bucket, and how large it is."""
+        """Keys and sizes of a bucket's objects."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return {o["Key"]: o["Size"] for page in pages for o in page.get("Contents", ())}
 
     def hold(self) -> None:
-        """Answer nobody until `go_on`."""
-        os.kill(self._process.pid, signal.SIGSTOP)
+        """Answer no request until `go_on`."""
+        os.kill(self._processes[-1].pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
         """Answer again."""
-        os.kill(self._process.pid, signal.SIGCONT)
+        os.kill(self._processes[-1].pid, signal.SIGCONT)
 
     def close(self) -> None:
         """End it."""
-        self._process.kill()
-        self._process.wait()
+        for process in reversed(self._processes):
+            process.kill()
+            process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, command: Sequence[str | Path]) -> None:
+        with (self._folder / "log").open("ab") as log:
+            self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder))
+
+    def _wait(self) -> None:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+                return
+            except OSError:  # noqa: PERF203 - each turn waits anyway
+                log = (self._folder / "log").read_text()
+                assert not [p for p in self._processes if p.poll() is not None], log
+                assert time.monotonic() < until, log
+                time.sleep(0.1)
+
+
+class Moto(S3):
+    """A mock, which anybody may use with any key."""
+
+    def __init__(self) -> None:
+        if find_spec("moto") is None:
+            _missing("moto")
+        super().__init__()
+        self._start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)])
+        self._wait()
+
+
+class Ceph(S3):
+    """A Ceph cluster with a gateway, one monitor and one daemon that keeps objects in memory."""
+
+    def __init__(self) -> None:
+        for program in ("radosgw", "ceph-mon", "ceph-osd"):
+            if shutil.which(program) is None:
+                _missing(program)
+        super().__init__()
+        (self._folder / "osd").mkdir()
+        monitor = free_port()
+        self._settings = self._folder / "ceph.conf"
+        self._settings.write_text(_CEPH.format(uuid.uuid4(), monitor, self._folder, self.port))
+        osd = str(uuid.uuid4())
+        try:
+            self._run("ceph-mon", "-i", "a", "--mkfs", "--public-addr", f"v2:127.0.0.1:{monitor}")
+            self._daemon("ceph-mon", "-i", "a")
+            self._run("ceph", "osd", "new", osd)
+            self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+            self._daemon("ceph-osd", "-i", "0")
+            user = ("--uid", "test", "--display-name", "test", "--access-key", "test", "--secret-key", "test")
+            self._run("radosgw-admin", "user", "create", *user)
+            self._daemon("radosgw", "-n", "client.rgw.a")
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [program, "-c", str(self._settings), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=self._folder, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def _daemon(self, program: str, *arguments: str) -> None:
+        self._start([program, "-c", str(self._settings), "-f", *arguments])
+
+
+_CEPH = """\
+[global]
+fsid = {0}
+mon host = v2:127.0.0.1:{1}
+mon data = {2}/mon
+mon data avail warn = 1
+mon data avail crit = 0
+mon allow pool size one = true
+paxos propose interval = 0.05
+public addr = 127.0.0.1
+auth cluster required = none
+auth service required = none
+auth client required = none
+ms mon client mode = crc
+run dir = {2}
+admin socket =
+log file =
+osd data = {2}/osd
+osd objectstore = memstore
+osd pool default size = 1
+osd pool default pg num = 1
+osd crush chooseleaf type = 0
+rgw frontends = beast endpoint=127.0.0.1:{3}
+rgw thread pool size = 16
+"""
+
+
+def _missing(program: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must have {program}")
+    pytest.skip(f"{program} is not installed")
