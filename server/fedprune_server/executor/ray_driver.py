@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import time
 from dataclasses import replace
@@ -14,9 +15,8 @@ import numpy as np
 
 from fedprune import __version__
 from fedprune.aggregation.update_sums import PartialSums
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import FedpruneError, StorageError, reason
-from fedprune_server.executor.pool_tasks import Task, WorkerSpec
+from fedprune.core.errors import FedpruneError, reason
+from fedprune_server.executor.pool_tasks import RemoteBlobs, Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.child_side import end_with_parent
 
@@ -154,7 +154,7 @@ class _Cluster:
         for node in nodes:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_probe_machine)
-            asked[see.remote(str(settings.store.root), probe)] = node["NodeManagerAddress"]
+            asked[see.remote(settings.store, probe)] = node["NodeManagerAddress"]
         done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
         answered = 0
         for ref, address in asked.items():
@@ -171,14 +171,12 @@ class _Cluster:
             raise FedpruneError("no machine of the cluster could be asked")
 
 
-def _probe_machine(folder: str, probe: str) -> tuple[str, str]:
-    """A machine's version of fedprune, and the reason if it can't read the server's blobs."""
-    from pathlib import Path
-
+def _probe_machine(blobs: RemoteBlobs, probe: str) -> tuple[str, str]:
+    """A machine's version of fedprune, and the reason if it can't read or store the server's blobs."""
     try:
-        if not Path(folder).is_dir():
-            raise StorageError(f"there is no folder {folder}")
-        BlobStore(Path(folder), sweep=False).read(probe)
+        store = blobs.opened()
+        store.read(probe)
+        store.delete(store.put(secrets.token_bytes(32)).sha256)
     except FedpruneError as error:
         return __version__, str(error)
     return __version__, ""

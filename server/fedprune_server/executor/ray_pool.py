@@ -21,8 +21,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, MissingExtraError, reason
+from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, reason
 from fedprune_server.config.cluster_url import check_url, endpoint, needs_client, ray_address
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.ray_driver import receive_result, run_driver
@@ -47,7 +46,8 @@ def _unusable(url: str, why: str) -> ClusterError:
         f"the Ray cluster at {url} can't be used",
         got=why,
         hint="Start it with `ray start`, check address and port, and see that all its machines see the state folder's "
-        "blobs and have this version of fedprune; --workers-url processes does without.",
+        "blobs, or have AWS_... of the bucket in their environment, and have this version of fedprune; --workers-url "
+        "processes does without.",
     )
 
 
@@ -56,13 +56,13 @@ class RayPool(TaskPool[Worker]):
 
     Args:
         url: The cluster (`fedprune_server.config.cluster_url`).
-        worker: The server's own; every machine of the cluster must see its blob store's folder.
+        worker: The server's own; every machine of the cluster must see its blob store's folder, or reach its bucket.
         retry_s: Pause between attempts to reach a cluster that was lost.
 
     Raises:
-        ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the folder.
+        ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the blobs.
         MissingExtraError: Ray is not installed.
-        ConfigError: The URL is invalid, or blobs are in a bucket.
+        ConfigError: The URL is invalid.
     """
 
     adds = True
@@ -74,16 +74,9 @@ class RayPool(TaskPool[Worker]):
             raise MissingExtraError("Ray is not installed", extra="scale")
         if needs_client(url) and importlib.util.find_spec("grpc") is None:
             raise MissingExtraError("Ray's client is not installed", extra="scale")
-        if type(worker.store) is not BlobStore:
-            raise ConfigError(
-                "server: workers_url",
-                expected="blobs in a folder that all machines of the cluster see",
-                got="blobs in a bucket",
-                hint="Leave --blobs out in a new state folder, or let --workers-url be processes.",
-            )
         self._url = url
         self._store = worker.store
-        self._settings = WorkerSpec.of(worker)
+        self._settings = WorkerSpec.remote(worker)
         self._retry_s = retry_s
         self._lock = threading.Lock()
         self._closed = False
@@ -144,7 +137,7 @@ class RayPool(TaskPool[Worker]):
                 socket.create_connection(place, _CONNECT_S).close()
             except (OSError, OverflowError) as error:
                 raise _unusable(self._url, reason(error)) from error
-        # A machine that can read this blob sees this folder, not an empty one of the same name.
+        # A machine that can read this blob sees this folder or bucket, not an empty one of the same name.
         probe = self._store.put(secrets.token_bytes(32)).sha256
         try:
             return DriverProcess(self._url, self._settings, probe, self._lost, lambda: self._closed)

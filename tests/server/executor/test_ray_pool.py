@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,11 +35,14 @@ from fedprune_server.config.cluster_url import check_url
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.executor import pool_tasks, ray_pool
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.pool_tasks import WorkerSpec
+from fedprune_server.executor.pool_tasks import RemoteBlobs, WorkerSpec
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
+from fedprune_server.storage.s3 import store as bucket_store
+from fedprune_server.storage.s3.store import BucketStore, near
 from support.processes.machine import free_port
+from support.processes.s3 import S3
 
 JOB = Job(rounds=2, devices=3, density=0.5)
 DENSITIES = (1.0, 0.5, 0.25)
@@ -183,19 +187,32 @@ def test_no_cluster_on_this_machine_and_what_is_none_are_errors(
             assert w.store.names() == []
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes of a cluster, of one processor each, and a head without any."""
+@pytest.fixture(scope="module", params=["folder", "bucket"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Two nodes of a cluster, of one processor each, and a head without any; with the place of the blobs that they
+    see."""
     pytest.importorskip("ray", reason="Ray is not installed")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
-    )
-    made.two = [made.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        s3: S3 | None = request.getfixturevalue("ceph") if request.param == "bucket" else None
+        for name, value in s3.environment.items() if s3 is not None else ():
+            patch.setenv(name, value)
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+        )
+        made.two = [made.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
+        made.blobs = None if s3 is None else f"s3://{s3.bucket()}"
+        yield made
+        made.shutdown()
+
+
+def clustered(model: Model, folder: Path, cluster: Any) -> Worker:
+    """A worker whose blobs the cluster sees, too."""
+    if cluster.blobs is None:
+        return worker(model, folder)
+    return Worker(JOB, model, BucketStore(folder, cluster.blobs))
 
 
 def orders(w: Worker, count: int) -> list[do.Extract]:
@@ -222,6 +239,43 @@ def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close
     return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
 
 
+@pytest.mark.slow
+def test_a_helper_of_another_machine_works_on_the_bucket_with_a_folder_of_its_own(
+    model: Model, at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"fedprune-blobs-{2**22 + 1}.1-x"  # of a process that was killed
+    left.mkdir()
+    store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}", cache=2**20)
+    server = Worker(JOB, model, store)
+    made = orders(server, 3)
+    helper = pickle.loads(pickle.dumps(WorkerSpec.remote(server))).worker()  # noqa: S301 - as Ray does
+    own = helper.store.root
+    assert own.parent == tmp_path
+    assert not left.exists()
+
+    batch = pool_tasks.extract(helper, made)
+    new = {digest for digest in batch.objects if not store.has(digest)}
+    assert new
+    store.learn(batch.objects)
+    assert all(map(store.has, new))
+    assert not any(map(near(store).has, new))
+    assert sum(size for size, _ in store._held.values()) == sum(BlobStore.size(store, d) for d in near(store).names())
+    assert batch.events == tuple(server.execute(order) for order in made)
+
+    folds, close = round_of(server, made)
+    checked = [pool_tasks.check(helper, fold) for fold in folds]
+    assert [c.event for c in checked if isinstance(c, pool_tasks.CheckedUpdate)] == [server.execute(f) for f in folds]
+    names = frozenset(t.name for t in server.round_of(close).fold.shared)
+    sums = [pool_tasks.add_up(w, pool_tasks.Addition(close, names, None)) for w in (server, helper)]
+    assert sums[0].arrays.keys() == sums[1].arrays.keys()
+    assert all(np.array_equal(value, sums[1].arrays[key]) for key, value in sums[0].arrays.items())
+    helper.store.cache = 0
+    monkeypatch.setattr(bucket_store, "FRESH_S", 0.0)
+    helper.store.put(b"one more")
+    assert not list(own.glob("??/*"))
+
+
 def slow(w: Worker, where: str) -> str:
     """A task that says where it begins and takes its time; only the first try does."""
     place = Path(where)
@@ -240,14 +294,14 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
 ) -> None:
     """One after the other on one cluster, because it takes long to start."""
     caplog.set_level(logging.INFO)
-    alone = worker(model, tmp_path)
+    alone = clustered(model, tmp_path, cluster)
     many = orders(alone, 60)
     folds, close = round_of(alone, many[:12])
     events = [alone.execute(fold) for fold in folds]
     expected, offers = alone.execute(close), [alone.execute(order) for order in many]
 
     pool = RayPool(f"ray:{cluster.address}", alone, retry_s=0.5)
-    with closing(DistributedWorker(worker(model, tmp_path), pool, block=500, batch=5)) as crew:
+    with closing(DistributedWorker(clustered(model, tmp_path, cluster), pool, block=500, batch=5)) as crew:
         assert pool.size == 2
         crew.expect(many)
         assert [crew.execute(order) for order in many] == offers
@@ -305,13 +359,19 @@ def played(crew: DistributedWorker, folds: list[do.Fold], close: do.Close) -> on
 def test_a_machine_that_does_not_see_the_blobs_is_named(
     model: Model, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w = worker(model, tmp_path / "here")
-    other, gone = (worker(model, tmp_path / name).store for name in ("other", "gone"))
-    shutil.rmtree(gone.root)
-    for there, why in ((gone, "no folder"), (other, "is not in")):
-        elsewhere = replace(WorkerSpec.of(w), store=there)
+    w = clustered(model, tmp_path / "here", cluster)
+    if cluster.blobs is None:
+        (tmp_path / "other").mkdir()
+        places = {
+            "no folder": RemoteBlobs(tmp_path / "gone", False),
+            "is not in": RemoteBlobs(tmp_path / "other", False),
+        }
+    else:
+        urls = {"Make the bucket": "s3://no-such-bucket", "is not in": f"{cluster.blobs}/other"}
+        places = {why: RemoteBlobs(None, False, url, 0) for why, url in urls.items()}
+    for why, there in places.items():
         with monkeypatch.context() as patch:
-            patch.setattr(WorkerSpec, "of", lambda _, made=elsewhere: made)
+            patch.setattr(RemoteBlobs, "of", lambda _, there=there: there)
             with pytest.raises(ClusterError, match=why):
                 RayPool(f"ray:{cluster.address}", w)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -27,7 +26,6 @@ from fedprune_device.network.http_upload import HttpUpload
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.server import Server
-from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.storage.s3 import bucket as patience
 from fedprune_server.storage.s3.bucket import BLOBS, BucketError, parse
 from fedprune_server.storage.s3.store import BucketStore
@@ -277,12 +275,6 @@ def test_a_bucket_that_boards_may_not_reach_is_one_clear_error(
         S3Uploads(BucketSync(store))
     assert "Signature" not in str(caught.value)
     assert "minio.example:9000" in str(caught.value)
-
-
-def test_a_ray_cluster_with_a_bucket_is_one_clear_error(store: BucketStore) -> None:
-    worker: Any = SimpleNamespace(store=store)
-    with pytest.raises(ConfigError, match="a folder that all machines of the cluster see"):
-        RayPool("ray:auto", worker)
 
 
 @pytest.mark.parametrize("region", ["us-west-2", "eu-central-1"])

@@ -112,22 +112,25 @@ class BucketStore(BlobStore):
         root: The folder of the cache.
         url: The bucket and the prefix.
         cache: Bytes that the folder may hold of what the bucket has, too.
+        shared: Whether other processes store blobs in the bucket, too: each blob is looked for there, and they aren't
+            listed at first.
         keeping: Whether fetched blobs are cached in the folder; readers leave it as it is.
 
     Attributes:
         patience: How long calls wait for a bucket that can't be used: at first not at all.
     """
 
-    def __init__(self, root: Path, url: str, *, cache: int = 2**62, keeping: bool = True) -> None:
+    def __init__(self, root: Path, url: str, *, cache: int = 2**62, keeping: bool = True, shared: bool = False) -> None:
         super().__init__(root)
         self.bucket = Bucket(url)
-        self._cache = cache
+        self.cache = cache
         self._keeping = keeping
-        self._helper = False
+        self._shared = shared
+        self._trims = True
         self._begin()
         self._objects: dict[str, dict[str, int]] = {}
         self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        for key, size in self.bucket.list(BLOBS):
+        for key, size in () if shared else self.bucket.list(BLOBS):
             digest = digest_of(key)
             if digest is not None:
                 self._objects.setdefault(digest, {})[key] = size
@@ -147,14 +150,15 @@ class BucketStore(BlobStore):
     def __getstate__(self) -> dict[str, Any]:
         """The state for a worker process: without connections and work under way."""
         with self._lock:
-            state = {k: v for k, v in vars(self).items() if k in ("root", "max_size", "reserve", "durable", "_cache")}
+            state = {k: v for k, v in vars(self).items() if k in ("root", "max_size", "reserve", "durable", "cache")}
             return state | {"url": self.bucket.url, "objects": {d: dict(k) for d, k in self._objects.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.bucket = Bucket(state.pop("url"))
         self._objects = state.pop("objects")
         vars(self).update(state)
-        self._keeping = self._helper = True
+        self._keeping = self._shared = True
+        self._trims = False  # the folder is its parent's
         self._checked, self._held = {}, OrderedDict()
         self._begin()
         self.patience.endless = True
@@ -208,15 +212,16 @@ class BucketStore(BlobStore):
     def has(self, sha256: str) -> bool:
         if sha256 in self._objects:
             return True
-        return self._helper and is_digest(sha256) and bool(self._find(sha256))
+        return self._shared and is_digest(sha256) and bool(self._find(sha256))
 
     def learn(self, news: Objects) -> None:
-        """Note blobs that a worker process has stored."""
+        """Note blobs that a helper has stored, in this folder or in one of its own."""
         with self._lock:
             for digest, (key, size) in news.items():
                 self._objects.setdefault(digest, {})[key] = size
         for digest, (_, size) in news.items():
-            self._hold(digest, size)
+            if BlobStore.has(self, digest):
+                self._hold(digest, size)
 
     def news(self) -> dict[str, tuple[str, int]]:
         """Blobs stored since the last call, for `learn`."""
@@ -361,10 +366,10 @@ class BucketStore(BlobStore):
         return make(self.fetch(sha256))
 
     def _find(self, sha256: str) -> list[str]:
-        """Keys of a blob's objects. A worker process asks the bucket, because other processes store blobs, too."""
+        """Keys of a blob's objects. A helper asks the bucket, because other processes store blobs, too."""
         with self._lock:
             known = list(self._objects.get(sha256, ()))
-        if known or not self._helper:
+        if known or not self._shared:
             return known
         found = self.patience("list", lambda: dict(self.bucket.list(f"{BLOBS}{sha256}.")))
         if found:
@@ -396,10 +401,10 @@ class BucketStore(BlobStore):
 
     def _trim(self, free: int = 0) -> None:
         """Evict the least recently used blobs that are in the bucket, and `free` bytes at least."""
-        if self._helper:
+        if not self._trims:
             return
         with self._lock:
-            over = max(sum(size for size, _ in self._held.values()) - self._cache, free)
+            over = max(sum(size for size, _ in self._held.values()) - self.cache, free)
             now = time.monotonic()
             for digest, (size, used) in list(self._held.items()):
                 if over <= 0 or (not free and now - used < FRESH_S):
