@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | audit | docs | soak | first-boot | release | sbom | pins | clean
+# make demo | test | test-all | check | audit | docs | soak | first-boot | manifests | release | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -33,7 +33,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot release sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
@@ -104,6 +104,11 @@ pins: sbom
 	$(DEV)/bin/pip --python build/sbom/bin/python freeze --exclude fedprune | awk -F == ' \
 	{ name = tolower($$1); gsub("_", "-", name) } FILENAME == "constraints.txt" { known[name] = 1; next } \
 	!(name in known) && NF == 2 { print }' constraints.txt -; } >build/pins && mv build/pins deploy/constraints.txt
+
+# The chart, rendered for those who have kubectl only: after every change of it; needs helm.
+manifests:
+	@mkdir -p build
+	helm template fedprune deploy/helm >build/fedprune.yaml && mv build/fedprune.yaml deploy/kubernetes
 
 # What the code says of itself, written into docs/; then the site, in build/site. Without a network.
 docs: $(DEV)/installed

@@ -203,10 +203,89 @@ def test_kubectl_takes_them(tmp_path: Path) -> None:
     assert len(list(yaml.safe_load_all(done.stdout))) == len(manifests())
 
 
+ELSEWHERE = """
+site: lab
+blobs: s3://fedprune/leaves
+uploads: s3
+server: { replicas: 1, environment: { FEDPRUNE_SERVER_KEEP: "7" }, egress: [443, 5432, 8883] }
+broker: { url: "mqtts://broker.example" }
+database: { enabled: false }
+"""
+"""Values of a fleet whose broker, database and bucket are elsewhere."""
+
+
+def helm(*arguments: str | Path, values: str = "") -> subprocess.CompletedProcess[str]:
+    program = shutil.which("helm")
+    if program is None:
+        pytest.skip("helm is not installed")
+    command = [program, *arguments, DEPLOY / "helm", "--values", "-"]
+    return subprocess.run(command, input=values, capture_output=True, text=True, check=False)
+
+
+def rendered(values: str) -> dict[tuple[str, str], dict[str, Any]]:
+    done = helm("template", "fedprune", values=values)
+    assert done.returncode == 0, done.stderr
+    return {(p["kind"], p["metadata"]["name"]): p for p in yaml.safe_load_all(done.stdout)}
+
+
+def test_the_manifests_are_the_chart_s() -> None:
+    assert helm("template", "fedprune").stdout == (DEPLOY / "kubernetes" / "fedprune.yaml").read_text(), (
+        "make manifests"
+    )
+    chart = yaml.safe_load((DEPLOY / "helm" / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
+
+
+@pytest.mark.parametrize("values", ["", ELSEWHERE], ids=["own", "elsewhere"])
+def test_helm_finds_nothing_to_mend(values: str) -> None:
+    done = helm("lint", "--strict", values=values)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "uploads: s3",
+        "uploads: https",
+        "blobs: bucket",
+        "brokers: {}",
+        "server: { replicas: 3 }",
+        "server: { image: fedprune-server }",
+        "server: { environment: { FEDPRUNE_SERVER_KEEP: 7 } }",
+    ],
+)
+def test_wrong_values_are_refused(values: str) -> None:
+    done = helm("template", "fedprune", values=values)
+    assert done.returncode == 1
+    assert "don't meet the specifications of the schema" in done.stderr
+
+
+def test_the_chart_does_without_what_is_elsewhere() -> None:
+    found = rendered(ELSEWHERE)
+    assert {name for _, name in found} == {"nobody", "server", "fleet", "state"}
+    pod = found["Deployment", "server"]["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    given = {e["name"]: e["value"] for e in server["env"]}
+    check_environment(given)
+    said = {
+        "BROKER": "mqtts://broker.example",
+        "SITE": "lab",
+        "BLOBS": "s3://fedprune/leaves",
+        "UPLOADS": "s3",
+        "KEEP": "7",
+    }
+    assert {f"FEDPRUNE_SERVER_{name}": value for name, value in said.items()}.items() <= given.items()
+    assert server["envFrom"] == [{"secretRef": {"name": "bucket", "optional": True}}]
+    assert found["Deployment", "server"]["spec"]["replicas"] == 1
+    egress = found["NetworkPolicy", "server"]["spec"]["egress"]
+    assert [p["port"] for rule in egress for p in rule["ports"] if "to" not in rule] == [443, 5432, 8883]
+    assert [p["port"] for rule in egress for p in rule["ports"] if "to" in rule] == [53, 53]
+
+
 @pytest.mark.soak  # its package is of 108 MB
 def test_the_schemas_of_kubernetes_know_every_word() -> None:
     schemas = pytest.importorskip("kubernetes_validate")
-    for manifest in manifests().values():
+    for manifest in [*manifests().values(), *rendered(ELSEWHERE).values()]:
         for version in ("1.28", schemas.latest_version()):
             schemas.validate(manifest, version, strict=True)
     wrong = {**manifest, "spec": {**manifest["spec"], "policyType": ["Egress"]}}
