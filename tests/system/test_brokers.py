@@ -21,6 +21,7 @@ from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.faults.will_broker import WillBroker
 from support.processes.machine import find_mosquitto, free_port, listens
+from support.processes.rabbitmq import RabbitMQ
 from support.processes.real_site import Site, write_material
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
@@ -218,5 +219,32 @@ def test_a_bridge_that_is_cut_once_changes_no_bit(make: Callable[..., Site], tmp
         line.mend()
         state = site.finish()
     assert line.connections >= 2
+    assert models(state) == models(expected)
+    assert len(state.history) == 4
+
+
+@pytest.mark.soak
+def test_a_cluster_that_loses_a_node_changes_no_bit(make: Callable[..., Site]) -> None:
+    """The server is at one node; behind a balancer, boards are at two others, of which one is killed in round 2."""
+    expected = complete(make("alone", rounds=4))
+    site = make("clustered", rounds=4, may_hold=True)
+    site.hold(2)
+    with (
+        closing(RabbitMQ()) as cluster,
+        closing(Relay(cluster.ports["b"])) as north,
+        closing(Relay(cluster.ports["c"])) as south,
+    ):
+        site.port = cluster.ports["a"]
+        site.board_ports = {"north": north.port, "south": south.port}
+        for name in ("server", *DEVICES):
+            site.start(name)
+        site.wait_until_held(2)
+        cluster.kill("b")
+        north.cut()
+        north.target = cluster.ports["c"]
+        north.mend()
+        site.let_go(2)
+        state = site.complete()
+        assert north.connections >= 2
     assert models(state) == models(expected)
     assert len(state.history) == 4

@@ -16,11 +16,12 @@ class Relay:
         bytes_s: What a connection carries in a second, each way; 0 for no limit.
 
     Attributes:
+        target: The port; later connections go to another one if it has changed.
         most: Beyond so many bytes in all nothing passes; None for no end.
     """
 
     def __init__(self, target: int, bytes_s: float = 0.0) -> None:
-        self._target, self._bytes_s = target, bytes_s
+        self.target, self._bytes_s = target, bytes_s
         self.most: int | None = None
         self._closed = False
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -57,7 +58,7 @@ class Relay:
         with there, suppress(OSError):
             if self._closed:
                 return
-            with socket.create_connection(("127.0.0.1", self._target)) as here:
+            with socket.create_connection(("127.0.0.1", self.target)) as here:
                 self.connections += 1
                 self._open += [there, here]
                 back = threading.Thread(target=self._pass, args=(here, there), daemon=True)
