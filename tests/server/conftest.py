@@ -35,7 +35,7 @@ def moto() -> Iterator[S3]:
 
 
 @pytest.fixture(scope="session")
-def ceph() -> Iterator[S3]:
+def ceph() -> Iterator[Ceph]:
     """A small Ceph cluster with its S3 gateway."""
     made = Ceph()
     try:

@@ -17,7 +17,7 @@ from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.processes.machine import free_port
 from support.processes.real_site import Site, write_material
-from support.processes.s3 import S3, Ceph
+from support.processes.s3 import Ceph
 
 pytestmark = pytest.mark.system
 
@@ -112,21 +112,22 @@ def test_boards_that_can_t_reach_the_web_server_send_over_mqtt_by_themselves(
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ceph]:
     made = Ceph()
-    for name, value in made.environment.items():
+    for name, value in made.secure_environment.items():
         monkeypatch.setenv(name, value)
     yield made
     made.close()
 
 
-def uploaded(site: Site) -> int:
+def uploaded(site: Site, s3: Ceph) -> int:
+    """Updates that boards put into the bucket."""
     logs = "".join((site.folder / f"{name}.log").read_text() for name in DEVICES)
-    return logs.count("bytes of the update were uploaded to http://127.0.0.1")
+    return logs.count(f"bytes of the update were uploaded to {s3.secure_endpoint}")
 
 
 def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
-    material: Path, tmp_path: Path, over_mqtt: list[str], s3: S3
+    material: Path, tmp_path: Path, over_mqtt: list[str], s3: Ceph
 ) -> None:
     settings = (
         f'blobs = "s3://{s3.bucket()}/fleet"\nuploads = "s3"\n'
@@ -148,7 +149,7 @@ def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
         site.kill("server")
         s3.go_on()
         assert models(site.complete()) == over_mqtt
-        assert uploaded(site) == 4
+        assert uploaded(site, s3) == 4
         assert taken_in(site) == 0
         assert "bytes came from https://127.0.0.1" in site.logs_in_full()
         assert failed(site) == []
@@ -177,7 +178,7 @@ def test_a_ray_cluster_adds_up_what_came_over_https_or_into_the_bucket(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     in_one_process: list[str],
-    s3: S3,
+    s3: Ceph,
     monkeypatch: pytest.MonkeyPatch,
     uploads: str,
     blobs: str,
@@ -209,7 +210,7 @@ def test_a_ray_cluster_adds_up_what_came_over_https_or_into_the_bucket(
     assert models(ended) == in_one_process
     assert "2 processors" in logs
     assert "by the server itself" not in logs
-    assert (uploaded(site), taken_in(site)) == ((4, 0) if uploads == "s3" else (0, 4))
+    assert (uploaded(site, s3), taken_in(site)) == ((4, 0) if uploads == "s3" else (0, 4))
     assert failed(site) == []
     # Only blobs of a bucket are copied to folders of the helpers' own.
     assert bool(read) == (blobs == "bucket")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from fedprune_server.enrollment.pki import IdentityFolder
 from support.processes.machine import free_port
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
@@ -106,7 +107,11 @@ class Moto(S3):
 
 
 class Ceph(S3):
-    """A Ceph cluster with a gateway, one monitor and one daemon that keeps objects in memory."""
+    """A Ceph cluster with a gateway, one monitor and one daemon that keeps objects in memory.
+
+    Attributes:
+        authority: Of the certificate at `secure_endpoint`.
+    """
 
     def __init__(self) -> None:
         for program in ("radosgw", "ceph-mon", "ceph-osd"):
@@ -116,7 +121,12 @@ class Ceph(S3):
         (self._folder / "osd").mkdir()
         monitor = free_port()
         self._settings = self._folder / "ceph.conf"
-        self._settings.write_text(_CEPH.format(uuid.uuid4(), monitor, self._folder, self.port))
+        with IdentityFolder.make(self._folder / "tls", "s3") as identity:
+            certificate, key, self.authority = identity.web(("127.0.0.1",))
+        secure = free_port()
+        self.secure_endpoint = f"https://127.0.0.1:{secure}"
+        places = (self._folder, self.port, secure, certificate, key)
+        self._settings.write_text(_CEPH.format(uuid.uuid4(), monitor, *places))
         osd = str(uuid.uuid4())
         try:
             self._run("ceph-mon", "-i", "a", "--mkfs", "--public-addr", f"v2:127.0.0.1:{monitor}")
@@ -131,6 +141,12 @@ class Ceph(S3):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def secure_environment(self) -> dict[str, str]:
+        """What a process needs to know to use it over TLS; `SSL_CERT_FILE` is for boards."""
+        trusted = dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE"), str(self.authority))
+        return self.environment | {"AWS_ENDPOINT_URL": self.secure_endpoint} | trusted
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [program, "-c", str(self._settings), *arguments]
@@ -163,7 +179,7 @@ osd objectstore = memstore
 osd pool default size = 1
 osd pool default pg num = 1
 osd crush chooseleaf type = 0
-rgw frontends = beast endpoint=127.0.0.1:{3}
+rgw frontends = beast endpoint=127.0.0.1:{3} ssl_endpoint=127.0.0.1:{4} ssl_certificate={5} ssl_private_key={6}
 rgw thread pool size = 16
 """
 
