@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.coordination.quotas import DIMENSIONS, Quotas
 from fedprune.coordination.stragglers import beyond, drawn, places
 from fedprune.core.rng import keyed
 from support.fakes.timed_shell import Board, begun
@@ -24,7 +25,8 @@ SHARES = st.floats(0.01, 1, allow_nan=False)
 
 def named(order: Sequence[str], offered: Mapping[str, int], count: int, fairness: float) -> list[str]:
     """Names of the devices that a round asks, of those in a random order."""
-    found = drawn(np.array([offered[n] for n in order], np.int64), count, fairness)
+    free = Quotas({}).places(np.zeros((DIMENSIONS, len(order)), np.int64), count)
+    found = drawn(np.array([offered[n] for n in order], np.int64), count, fairness, free)
     return [order[i] for i in found.tolist()]
 
 

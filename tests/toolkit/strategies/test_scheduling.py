@@ -92,7 +92,10 @@ def test_a_strategy_with_arithmetic_of_its_own_stays(name: str) -> None:
         compose(job_of("semi-async", name))
 
 
-@pytest.mark.parametrize("setting", [{"over_selection": 0.2}, {"fairness": 0.5}, {"in_flight": 3}, {"pace": 2.0}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"over_selection": 0.2}, {"fairness": 0.5}, {"quotas": {"region:": 0.5}}, {"in_flight": 3}, {"pace": 2.0}],
+)
 @pytest.mark.parametrize("base", [Job(strategy="fedbuff"), job_of("semi-async")])
 def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any], base: Job) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
@@ -118,6 +121,11 @@ def test_asking_more_than_all_is_refused() -> None:
         ("pace", True),
         ("pace", "quick"),
         ("pace", 1001),
+        ("quotas", ["hardware:raspberry-pi-5"]),
+        ("quotas", {"raspberry-pi-5": 0.5}),
+        ("quotas", {"hardware:": 0.5}),
+        ("quotas", {"region:north": 1.5}),
+        ("quotas", {"region:north": "half"}),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any) -> None:
@@ -128,9 +136,9 @@ def test_a_wrong_setting_is_named(name: str, value: Any) -> None:
 def test_settings_that_are_not_used_are_not_in_a_jobs_dict() -> None:
     """Records and folders of earlier versions stay what they are."""
     body = Job().to_dict()
-    new = {"over_selection", "fairness", "in_flight", "pace", "schedule"}
+    new = {"over_selection", "fairness", "quotas", "in_flight", "pace", "schedule"}
     assert not new & body.keys()
-    used = Job(participation=0.5, over_selection=0.2, fairness=0.5, in_flight=3, pace=2.0)
+    used = Job(participation=0.5, over_selection=0.2, fairness=0.5, quotas={"region:": 0.5}, in_flight=3, pace=2.0)
     assert new - {"schedule"} <= used.to_dict().keys()
     assert Job.from_dict(used.to_dict()) == used
     moved = job_of("semi-async", window_s=3)

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.privacy_budget import PrivacyBudget
+from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
@@ -56,12 +57,13 @@ class Coordinator(ABC):
         self.fleet = Fleet(job, architecture, state)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
         self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
-        self._ready = ReadyDevices(state, self.privacy_budget.may)
-        if self.schedule.asynchronous and self.strategy.explores:
+        self._quotas = Quotas(job.quotas)
+        self._ready = ReadyDevices(state, self.privacy_budget.may, self._quotas)
+        if self.strategy.explores and (self.schedule.asynchronous or self._quotas):
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
-                expected="a synchronous schedule",
-                got="an asynchronous one",
+                expected="a synchronous schedule without quotas",
+                got="quotas" if self._quotas else "an asynchronous one",
             )
 
     def handle(self, event: on.Event, now: float) -> Commands:

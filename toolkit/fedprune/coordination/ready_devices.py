@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.coordination.quotas import DIMENSIONS, Quotas
 from fedprune.jobs.state import Device, State
 
 Integers = npt.NDArray[np.int64]
@@ -21,15 +22,18 @@ class ReadyDevices:
 
     Args:
         may: Whether a device may be offered anything at all, by its entry in the state.
+        quotas: Those of the job, by which `kinds` counts.
     """
 
-    def __init__(self, state: State, may: Callable[[str], bool]) -> None:
+    def __init__(self, state: State, may: Callable[[str], bool], quotas: Quotas) -> None:
         self._state = state
         self._may = may
+        self._quotas = quotas
         self._changed = state.devices.watch()
         self._names: list[str] = []
         self._ready = np.zeros(0, bool)
         self._offered = np.zeros(0, np.int64)
+        self._kinds = np.zeros((DIMENSIONS, 0), np.int64)
 
     def places(self) -> Integers:
         """Places of the devices that are ready, rising."""
@@ -40,6 +44,10 @@ class ReadyDevices:
         """The round that each of these devices was last offered."""
         return self._offered[places]
 
+    def kinds(self, places: Integers) -> Integers:
+        """The kinds of these devices by the job's quotas, `[DIMENSIONS, devices]`."""
+        return self._kinds[:, places]
+
     def names(self, places: Integers) -> list[str]:
         return [self._names[at] for at in places.tolist()]
 
@@ -48,10 +56,12 @@ class ReadyDevices:
         if 2 * len(changed) > len(self._names):  # most are new, as at a start
             self._names = sorted(devices)
             self._ready, self._offered = np.zeros(len(devices), bool), np.zeros(len(devices), np.int64)
+            self._kinds = np.zeros((DIMENSIONS, len(devices)), np.int64)
             changed = set(devices)
         elif new := sorted(n for n in changed if n in devices and self._place(n) is None):
             at = [bisect_left(self._names, n) for n in new]
             self._ready, self._offered = np.insert(self._ready, at, False), np.insert(self._offered, at, 0)
+            self._kinds = np.insert(self._kinds, at, 0, axis=1)
             self._names = sorted([*self._names, *new])
         for name in changed:
             if (place := self._place(name)) is not None:
@@ -64,6 +74,8 @@ class ReadyDevices:
         else:
             self._ready[place] = device.online and not device.excluded and self._may(self._names[place])
             self._offered[place] = device.last_offered_round
+            if self._quotas:
+                self._kinds[:, place] = self._quotas.kinds(device)
 
     def _place(self, name: str) -> int | None:
         at = bisect_left(self._names, name)

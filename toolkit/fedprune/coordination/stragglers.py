@@ -31,6 +31,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from fedprune.coordination.quotas import Places
 from fedprune.coordination.ready_devices import Integers
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress, State, Task
@@ -215,21 +216,20 @@ def beyond(count: int, over_selection: float, ready: int) -> int:
     return min(ready, _ceil(count * (1 + over_selection)))
 
 
-def drawn(offered: Integers, count: int, fairness: float) -> Integers:
+def drawn(offered: Integers, count: int, fairness: float, free: Places) -> Integers:
     """Whom a round asks, as places in a random order of the devices that are ready.
 
     Args:
         offered: The round that each was last offered, in that order.
         count: How many to choose.
         fairness: Share of the places that goes by turn, from 0 to 1.
+        free: The places that the job's quotas leave to each kind of device; there may be fewer than `count`.
     """
     chosen = np.zeros(len(offered), bool)
     if turns := _ceil(count * fairness):
-        last = np.partition(offered, turns - 1)[turns - 1]
-        chosen = offered < last
         # The random order decides among those who have waited alike.
-        chosen[np.flatnonzero(offered == last)[: turns - np.count_nonzero(chosen)]] = True
-    chosen[np.flatnonzero(~chosen)[: count - turns]] = True
+        chosen[free.take(np.argsort(offered, kind="stable"), turns)] = True
+    chosen[free.take(np.flatnonzero(~chosen), count - int(np.count_nonzero(chosen)))] = True
     return np.flatnonzero(chosen)
 
 

@@ -130,28 +130,35 @@ class SynchronousCoordinator(Coordinator):
         ready = self._ready.places()
         if not len(ready):  # who is here has spent its budget of privacy, and who hasn't is away
             return []
+        asked = self._draw(ready, state.round + 1, attempt=1)
+        if not asked:  # the quotas leave no place to those who are here
+            return []
         state.round += 1
         self.allocator.open(self.fleet)
-        state.tasks = self._tasks(ready, attempt=1)
+        state.tasks = self._tasks(asked, attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
         state.deadline = None
         return self._score()
 
-    def _tasks(self, ready: Integers, attempt: int) -> TrackedDict[Task]:
-        """Parts for a keyed share of the devices, each with its widths and weight of now."""
+    def _draw(self, ready: Integers, number: int, attempt: int) -> list[str]:
+        """Names of the devices that round `number` asks: a keyed share of those that are ready; sorted."""
         share = self.schedule.participation or self.job.participation
-        if self.state.round <= self.strategy.explores:
+        if number <= self.strategy.explores:
             share = 1.0
         count = places(share, len(ready))
         asked = beyond(count, self.job.over_selection, len(ready))
-        self.state.target_updates = count if count < asked else 0
         # A round that no device finished isn't offered to the same silent devices for ever.
         lot = ("participation",) if attempt == 1 else ("participation", attempt)
-        order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
-        lots = ready[order]
-        given = lots[drawn(self._ready.offered(lots), asked, self.job.fairness)]
-        chosen = {n: self.state.devices[n] for n in self._ready.names(np.sort(given))}
+        lots = ready[keyed(self.job.seed, number, *lot).permutation(len(ready))]
+        free = self._quotas.places(self._ready.kinds(lots), asked)
+        given = lots[drawn(self._ready.offered(lots), asked, self.job.fairness, free)]
+        self.state.target_updates = count if count < len(given) else 0
+        return self._ready.names(np.sort(given))
+
+    def _tasks(self, asked: list[str], attempt: int) -> TrackedDict[Task]:
+        """Parts for these devices, each with its widths and weight of now."""
+        chosen = {n: self.state.devices[n] for n in asked}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         counts = capped(counts, self.job.weight_limit, self.job.most_samples)
@@ -355,13 +362,15 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         state.deadline = None
         ready = self._ready.places()
-        if len(ready) < self.job.devices or state.paused:
+        before, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
+        able = len(ready) >= self.job.devices and not state.paused
+        asked = self._draw(ready, state.round, attempt) if able else []
+        if not asked:
             state.tasks = TrackedDict()
             state.round -= 1
             state.phase = Phase.WAITING
             return self._finish_budget_spent(state.round) if self.privacy_budget.barred() else []
-        before, attempt = set(state.tasks), 1 + max(t.attempt for t in state.tasks.values())
-        state.tasks = self._tasks(ready, attempt)
+        state.tasks = self._tasks(asked, attempt)
         if set(state.tasks) == before:
             return self._collect(now)
         state.phase = Phase.SCORING

@@ -20,6 +20,9 @@ RULES = get_args(Rule)
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
+HARDWARE, REGION = "hardware", "region"
+"""What a quota may be of."""
+
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """What only the plain strategy reads."""
 
@@ -28,6 +31,7 @@ _LATER = (
     "precision",
     "over_selection",
     "fairness",
+    "quotas",
     "in_flight",
     "pace",
     "schedule",
@@ -54,6 +58,8 @@ class Job:
         participation: Share of the present devices that a round asks.
         over_selection: Share of devices that a round asks beyond those, to close as soon as enough have delivered.
         fairness: Share of a round's places that go to those who have waited longest; the others are drawn by lot.
+        quotas: The largest shares of a round's devices by `hardware:PROFILE` or `region:NAME`; the region of devices
+            that are connected to the server itself has an empty name.
         in_flight: How many devices of a round may have an offer at a time, while the others wait for their turn; 0 for
             all.
         deadline_s: Seconds that a round waits for updates after the offers went out.
@@ -95,6 +101,7 @@ class Job:
     participation: float = bounded(1.0, 0, 1, above=True)
     over_selection: float = bounded(0.0, 0, 10)
     fairness: float = bounded(0.0, 0, 1)
+    quotas: dict[str, float] = field(default_factory=dict)
     in_flight: int = bounded(0, 0, 10**6)
     deadline_s: float = bounded(600.0, 0, 1e8, above=True)
     pace: float = bounded(0.0, 1, 1_000, or_zero=True)
@@ -120,10 +127,11 @@ class Job:
 
     def __post_init__(self) -> None:
         check_fields(self, "job: {}")
-        for name in ("schedule", "options", "compression_of"):
+        for name in ("schedule", "options", "quotas", "compression_of"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
                 raise ConfigError(f"job: {name}", expected="a table of settings", got=shown(value))
+        self._check_quotas()
         check_job(self.name, "job: name", error=ConfigError)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
@@ -159,6 +167,15 @@ class Job:
                 expected="recipe.optimizer 'sgd'",
                 got=repr(self.recipe.optimizer),
             )
+
+    def _check_quotas(self) -> None:
+        for key, share in self.quotas.items():
+            what, colon, name = key.partition(":")
+            if what not in (HARDWARE, REGION) or not colon or not (name or what == REGION):
+                raise ConfigError(
+                    "job: quotas", expected=f"shares of {HARDWARE}:PROFILE or {REGION}:NAME", got=shown(key)
+                )
+            validation.number(f"job: quotas: {shown(key)}", share, 0, 1, error=ConfigError)
 
     def _check_ranked(self) -> None:
         """Refuse keys of the plain strategy together with another one, which would ignore them."""
