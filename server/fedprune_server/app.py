@@ -198,7 +198,8 @@ def build_app(
             )
             for i, job in enumerate(jobs)
         ]
-        server = Server(runners, site, reached.broker, stopping, Tier(below, parent, partial(admit, identity)))
+        tier = Tier(below, parent, partial(admit, identity))
+        server = Server(runners, site, reached.broker, stopping, tier, config.connected)
         stores = {job.opened.job.name: job.folder.store for job in jobs}
         if below is not None:
             above = None if parent is None else parent.fetch

@@ -139,6 +139,12 @@ class ServerConfig:
     max_devices: int = setting(
         1000, "Devices that may ever take part; announcements of further ones are ignored.", within=(1, 10**6)
     )
+    connected: int = setting(
+        0,
+        "Boards that are connected on average: others disconnect and come back in turn. 0: all stay connected.",
+        "N",
+        within=(0, 10**6),
+    )
     pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
     uploads: str = setting(
         MQTT,

@@ -439,6 +439,11 @@ class JobRunner:
             return self.state.phase is not Phase.FINISHED
         return self.state.phase in (Phase.SCORING, Phase.TRAINING)
 
+    @property
+    def short_of_devices(self) -> bool:
+        """Whether too few devices are connected for the job to begin a round."""
+        return self.state.phase is Phase.WAITING and not self.state.paused
+
     def may_take_part(self, device: str, session: int) -> bool:
         """Whether a device can take part in the job, as far as is known."""
         known = self.state.devices.get(device)

@@ -18,6 +18,7 @@ from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.fleet_messages import RECONNECT, Reconnect
 from fedprune.wire.messages import (
     Alive,
     Birth,
@@ -42,6 +43,7 @@ from fedprune_server.aggregators.children import (
 from fedprune_server.aggregators.children import Item as ItemBelow
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp
+from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
@@ -89,6 +91,7 @@ class Server:
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
         tier: The aggregators below this server, and the parent above it.
+        connected: Boards that are connected on average, while the others are away; 0 to keep all connected.
 
     Raises:
         ConfigError: Two jobs have one name.
@@ -101,6 +104,7 @@ class Server:
         broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
         tier: Tier = ALONE,
+        connected: int = 0,
     ) -> None:
         self.runners = {r.job.name: r for r in runners}
         if len(self.runners) != len(runners):
@@ -113,6 +117,7 @@ class Server:
         self._complaints = RejectedMessageLog(log, site.monotonic)
         self._connected: dict[str, Birth] = {}
         self._presence = Presence(self._session)
+        self._steering = PaceSteering(connected, self.first.job.seed, self.first.registry.names, site.monotonic())
         several = len(runners) > 1
         self._tier = tier
         self._paths: dict[str, str] = {}  # aggregators through which devices are connected
@@ -326,6 +331,7 @@ class Server:
         self._paths.pop(device, None)
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
+        self._steering.came(device, self._site.monotonic(), able=RECONNECT in (birth.abilities or ()))
         self._needs_assignment = True
         if birth.held and self._tier.parent is None:  # whose rows may not be here yet
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
@@ -337,10 +343,11 @@ class Server:
 
     def _gone(self, device: str) -> None:
         self._presence.left(device)
-        birth = self._connected.pop(device, None)
-        self._paths.pop(device, None)
+        birth, below = self._connected.pop(device, None), self._paths.pop(device, "")
         self._needs_assignment = True
         if birth is not None:
+            if not below:
+                self._steering.left(device, self._site.monotonic())
             self._scheduler.left(device, birth.session)
 
     # Aggregators below this server, and the parent above it.
@@ -399,6 +406,7 @@ class Server:
         for runner in self.runners.values():
             runner.readmit(device)
         self._presence.left(device)
+        self._steering.moved(device)
         self._paths[device], self._connected[device] = path, birth
         self._needs_assignment = True
         self._scheduler.came(device, reconnected=known is None or known.session != birth.session)
@@ -429,11 +437,32 @@ class Server:
             log.info("%d devices don't answer and are taken for gone: %s", len(missing), names)
         for device in missing:
             self._gone(device)
+        self._steer(now)
         self._site.quarantine.save()
         if self._tier.below is not None:
             self._tier.below.tick()
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
+
+    def _steer(self, now: float) -> None:
+        """Let boards of this server's own broker that have no part disconnect for a time; from now on they are gone."""
+        if not self._link.connected:
+            return
+        runners = [r for r in self.runners.values() if not r.finished]
+        # Rounds need boards of the whole tier: an aggregator doesn't know how many of them are to be its own.
+        needed = sum(r.job.devices for r in runners) if self._tier.parent is None else 0
+        demand = Demand(
+            max(0, needed - len(self._paths)),
+            max((r.job.deadline_s for r in runners), default=self.first.job.deadline_s),
+            waiting=any(r.short_of_devices for r in runners),
+        )
+
+        def works(device: str) -> bool:
+            return any(r.awaits_part_of(device) for r in self.runners.values())
+
+        for device, away_s in self._steering.leaving(now, self._site.clock(), demand, works):
+            self.first.outbox.send(device, Reconnect(self._steering.spread_s, away_s))
+            self._gone(device)
 
     # Assignment of devices to jobs, and the end.
 

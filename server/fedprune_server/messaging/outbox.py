@@ -10,7 +10,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.fields import MAX_MESSAGE
-from fedprune.wire.fleet_messages import LogRequest, ReleaseOffer
+from fedprune.wire.fleet_messages import LogRequest, Reconnect, ReleaseOffer
 from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.transfer import SeenRequests, with_request_id
@@ -22,7 +22,7 @@ from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
 
-_ANSWERED = (Hello, Offer, LogRequest, ReleaseOffer)
+_ANSWERED = (Hello, Offer, LogRequest, Reconnect, ReleaseOffer)
 """Messages that a device answers."""
 
 

@@ -284,7 +284,7 @@ def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: C
         services = DeviceServices(**{k: own[k] for k in ("rollouts", "members", "logs", "blobs") if k in own})
         kept = {k: own[k] for k in ("profiles", "max_devices", "observers") if k in own}
         runners.append(JobRunner(job, site, services, **kept))
-    return Server(runners, site, options.get("broker"))
+    return Server(runners, site, options.get("broker"), connected=options.get("connected", 0))
 
 
 class Fleet:

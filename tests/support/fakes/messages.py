@@ -8,12 +8,14 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.model.recipe import Recipe
 from fedprune.wire.fleet_messages import (
     LEVELS,
+    LONGEST_AWAY_S,
     MAX_FRAMES,
     MAX_LINES,
     STATES,
     CrashReport,
     LogReport,
     LogRequest,
+    Reconnect,
     ReleaseOffer,
     ReleaseReport,
     ReleaseWithdrawn,
@@ -126,6 +128,7 @@ messages = st.one_of(
         CrashReport, names, counts, counts, texts, texts, frames, texts, texts, reals, reals, st.none() | counts,
         st.none() | counts,
     ),
+    st.builds(Reconnect, st.floats(0, 3600), st.none() | st.floats(1, LONGEST_AWAY_S)),
     st.builds(LogRequest, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
     st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
     st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
@@ -179,6 +182,7 @@ EXAMPLES: list[Message] = [
         2,
     ),
     LogRequest(60, 16_384, 7),
+    Reconnect(50.0, 3600.0),
     ServerQuery(DIGEST[:32], DIGEST[:32], True, "host", "/state", None),
     ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None, True),
 ]

@@ -52,6 +52,7 @@ from fedprune.wire.fleet_messages import (
     JoinRequest,
     LogReport,
     LogRequest,
+    Reconnect,
     ReleaseOffer,
     ReleaseReport,
     ReleaseWithdrawn,
@@ -172,6 +173,7 @@ def _messages() -> list[Any]:
             2,
         ),
         LogRequest(60, 16_384, 7),
+        Reconnect(50.0, 3600.0),
     ]
 
 

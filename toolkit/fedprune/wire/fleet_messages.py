@@ -1,4 +1,5 @@
-"""Messages outside of rounds: joining a fleet, releases of the runtime, boards' problems, and servers that meet.
+"""Messages outside of rounds: joining a fleet, releases of the runtime, boards' problems, connections, and servers that
+meet.
 
 `fedprune.security.joining` makes and checks the signatures of join messages. A board sends no log before the server's
 `LogRequest`, which goes only to boards with the ability `LOG`. Messages between servers of one identity never reach
@@ -226,6 +227,23 @@ class LogRequest(CheckedMessage, kind="log_wanted"):
     """Bytes of their texts per hour."""
     kept: Count | None = newer()
     """The highest number of a line or crash that is on the server's disk; None for none yet."""
+
+
+RECONNECT = "reconnect"
+"""Ability of a board: it spreads its reconnects as the server says, and disconnects for a time where it asks for it."""
+
+LONGEST_AWAY_S = 7 * 86_400.0
+"""The longest time for which a board is sent away."""
+
+
+@dataclass(frozen=True)
+class Reconnect(CheckedMessage, kind="reconnect"):
+    """How a board connects again. Only for boards with the ability `RECONNECT`."""
+
+    spread_s: Annotated[float, number(0.0, 3600.0)]
+    """After a lost connection, each attempt comes after a random pause of up to so many seconds, or more."""
+    away_s: Annotated[float, number(1.0, LONGEST_AWAY_S)] | None = newer()
+    """Seconds for which a board without a part disconnects now; None to stay connected."""
 
 
 Random = Annotated[str, hexadecimal(32)]

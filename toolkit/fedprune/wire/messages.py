@@ -48,6 +48,7 @@ from fedprune.wire.fleet_messages import (
     JoinRequest,
     LogReport,
     LogRequest,
+    Reconnect,
     ReleaseFromServer,
     ReleaseReport,
     ServerPresence,
@@ -420,6 +421,7 @@ FromServer = (
     | JoinAnswer
     | ReleaseFromServer
     | LogRequest
+    | Reconnect
 )
 BetweenServers = ServerQuery | ServerPresence
 Message = FromDevice | FromServer | BetweenServers

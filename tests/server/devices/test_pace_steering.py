@@ -1,0 +1,169 @@
+"""The number of connected boards, and their arrivals, on a virtual clock: as many as was asked for, and not at once."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.wire.fleet_messages import LONGEST_AWAY_S
+from fedprune_server.devices.pace_steering import COUNTED_S, Demand, PaceSteering, Plan
+
+STAY_S = 600.0
+TICK_S = 5.0
+
+
+@dataclass
+class VirtualFleet:
+    """Boards that obey; all of them are connected at the beginning.
+
+    Attributes:
+        dead: How many of them leave and never come back.
+        arrivals: When boards came back.
+        levels: The number of connected boards at each look.
+    """
+
+    boards: int
+    target: int
+    demand: Demand
+    dead: int = 0
+    works: Callable[[str], bool] = lambda device: False
+    now: float = 0.0
+    arrivals: list[float] = field(default_factory=list)
+    levels: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.steering = PaceSteering(self.target, 7, (), self.now)
+        self.here = {f"d{i}" for i in range(self.boards)}
+        self.back: list[tuple[float, str]] = []
+        for device in sorted(self.here):
+            self.steering.came(device, self.now, able=True)
+
+    def run(self, until: float, demand: Callable[[VirtualFleet], Demand] = lambda fleet: fleet.demand) -> None:
+        while self.now < until:
+            self.now += TICK_S
+            while self.back and self.back[0][0] <= self.now:
+                at, device = heapq.heappop(self.back)
+                if int(device[1:]) >= self.dead:
+                    self.here.add(device)
+                    self.arrivals.append(at)
+                    self.steering.came(device, self.now, able=True)
+            for device, away_s in self.steering.leaving(self.now, self.now, demand(self), self.works):
+                assert 1 <= away_s <= LONGEST_AWAY_S
+                self.here.remove(device)
+                heapq.heappush(self.back, (self.now + away_s, device))
+            self.levels.append(len(self.here))
+
+    def forget(self) -> None:
+        self.arrivals.clear()
+        self.levels.clear()
+
+
+def within(found: float, expected: float, sigmas: float = 5.0) -> bool:
+    """Whether a count that is a sum of independent events is near what is expected of it."""
+    return abs(found - expected) <= sigmas * math.sqrt(expected) + 1
+
+
+@pytest.mark.parametrize(("boards", "target"), [(1_000, 100), (10_000, 500), (100_000, 2_000)])
+def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replaces_them_once(
+    boards: int, target: int
+) -> None:
+    fleet = VirtualFleet(boards, target, Demand(10, STAY_S))
+    fleet.run(STAY_S)
+    for _ in range(5):  # from the first visit on: that all came at once makes no wave
+        assert within(len(fleet.arrivals), target)
+        fleet.forget()
+        fleet.run(fleet.now + STAY_S)
+        assert fleet.levels == [target] * len(fleet.levels)
+    seconds = Counter(int(at // 10) for at in fleet.arrivals)
+    assert max(seconds.values()) <= 10 * target / STAY_S + 6 * math.sqrt(10 * target / STAY_S) + 1
+
+
+@pytest.mark.parametrize(("boards", "target", "needed"), [(1_000, 20, 100), (10_000, 50, 400), (100_000, 500, 2_000)])
+def test_where_a_round_needs_more_than_the_target_boards_meet(boards: int, target: int, needed: int) -> None:
+    demand = Demand(needed, STAY_S)
+    plan, fleet = Plan(target, demand), VirtualFleet(boards, target, demand)
+    first, meetings = 2, 8
+    fleet.run(first * plan.period_s - 2 * TICK_S)
+    fleet.forget()
+    fleet.run((first + meetings) * plan.period_s - 2 * TICK_S)
+    came = Counter(int(at // plan.period_s) for at in fleet.arrivals)
+    assert sorted(came) == list(range(first, first + meetings))
+    assert all(at % plan.period_s <= 0.1 * STAY_S for at in fleet.arrivals)
+    assert within(len(fleet.arrivals), meetings * plan.crowd)
+    assert sum(n >= needed for n in came.values()) >= meetings - 1
+    assert sum(fleet.levels) / len(fleet.levels) == pytest.approx(target, rel=0.05)
+
+
+def test_boards_that_do_not_return_are_soon_not_counted() -> None:
+    fleet = VirtualFleet(2_000, 100, Demand(10, STAY_S), dead=1_000)
+    fleet.run(COUNTED_S + 3_600)
+    fleet.forget()
+    fleet.run(fleet.now + 10 * STAY_S)
+    assert fleet.steering.boards == 1_000
+    assert within(len(fleet.arrivals), 10 * 100)
+
+
+def test_a_job_that_waits_for_boards_keeps_those_that_are_there() -> None:
+    """Half of the fleet is dead, so that meetings are too small: boards stay until they are enough."""
+    demand = Demand(100, STAY_S)
+    fleet = VirtualFleet(300, 20, demand, dead=150)
+    fleet.run(Plan(20, demand).period_s)
+    began = False
+
+    def waiting(fleet: VirtualFleet) -> Demand:
+        nonlocal began
+        began = began or len(fleet.here) >= 100
+        return Demand(100, STAY_S, waiting=not began)
+
+    fleet.run(fleet.now + 6 * Plan(20, demand).period_s, waiting)
+    assert began
+
+
+@given(st.integers(2, 50), st.integers(1, 40), st.integers(0, 60), st.sets(st.integers(0, 49)))
+@settings(max_examples=50, deadline=None)
+def test_a_board_with_a_part_stays_and_leaves_when_it_is_done(
+    boards: int, target: int, needed: int, busy: set[int]
+) -> None:
+    names = {f"d{i}" for i in busy if i < boards}
+    fleet = VirtualFleet(boards, target, Demand(needed, STAY_S), works=lambda device: device in names)
+    fleet.run(2 * STAY_S)
+    assert names <= fleet.here
+    names.clear()
+    fleet.run(fleet.now + 10)
+    plan = Plan(target, fleet.demand)
+    late = sum(at > fleet.now - STAY_S - 20 for at in fleet.arrivals)
+    assert len(fleet.here) <= (late if plan.meets else target)
+
+
+def test_without_a_target_every_board_stays() -> None:
+    fleet = VirtualFleet(500, 0, Demand(10, STAY_S))
+    fleet.run(10 * STAY_S)
+    assert fleet.levels == [500] * len(fleet.levels)
+
+
+def test_boards_that_can_not_leave_stay_and_count() -> None:
+    steering = PaceSteering(2, 0, (), 0.0)
+    for i in range(4):
+        steering.came(f"old{i}", 0.0, able=False)
+    steering.came("new", 1.0, able=True)
+    assert [n for n, _ in steering.leaving(2.0, 2.0, Demand(1, STAY_S), lambda device: False)] == ["new"]
+    assert steering.leaving(3.0, 3.0, Demand(1, STAY_S), lambda device: False) == []
+
+
+def test_the_time_is_drawn_by_a_key_and_no_order_of_boards_changes_it() -> None:
+    plan = Plan(10, Demand(1, STAY_S))
+    assert plan.away_s(1000, 5.0, 7, "a", 1) == plan.away_s(1000, 5.0, 7, "a", 1)
+    assert len({plan.away_s(1000, 5.0, 7, name, 1) for name in "abcdef"}) == 6
+
+
+def test_a_server_that_starts_counts_on_the_boards_it_knew() -> None:
+    steering = PaceSteering(10, 0, [f"d{i}" for i in range(1000)], 0.0)
+    steering.came("d1", 1.0, able=True)
+    assert steering.boards == 1000

@@ -1,0 +1,149 @@
+"""A server with a target sends boards away that have no part, and its rounds lack none for it."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.jobs.state import State
+from fedprune.wire.fleet_messages import RECONNECT, Reconnect
+from fedprune.wire.messages import Alive, Hello, Offer
+from fedprune_server.engine.server import Server
+from support.fakes.fleet import Fleet, ToyDevice, folded
+from support.fakes.tiny_job import JOB
+
+TRAINING_S = 30.0
+NAMES = tuple(f"d{i:02d}" for i in range(40))
+
+
+class Board(ToyDevice):
+    """A board that takes its time to train, and disconnects when it is sent away.
+
+    Attributes:
+        busy: Whether it has something else to do.
+        here: Whether it is connected.
+    """
+
+    busy, here = False, True
+    fleet: PacedFleet
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        if self.here:
+            super().hear(topic, payload)
+        if isinstance(last := self.heard[-1] if self.heard else None, Reconnect) and last.away_s is not None:
+            self.heard.append(None)
+            if self.busy:
+                self.birth()
+            else:
+                self.here = False
+                self.fleet.later(last.away_s, self.back)
+
+    def take(self, offer: Offer) -> None:
+        self.fleet.later(TRAINING_S, lambda: super(Board, self).take(offer))
+
+    def back(self) -> None:
+        self.here, self.session = True, self.session + 1
+        self.birth()
+
+
+class PacedFleet(Fleet):
+    """Boards on the fleet's virtual clock."""
+
+    def __init__(self, folder: Path, **job: Any) -> None:
+        super().__init__(folder, replace(JOB, **job), NAMES)
+        self.order = itertools.count()
+        self.due: list[tuple[float, int, Callable[[], None]]] = []
+        self.most = 0
+        for name in NAMES:
+            board = self.air.devices[name] = Board(name, folder / "devices", self.air)
+            board.abilities, board.fleet = (RECONNECT,), self
+
+    def boards(self) -> list[Board]:
+        return [board for board in self.air.devices.values() if isinstance(board, Board)]
+
+    def later(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self.due, (self.air.now + seconds, next(self.order), what))
+
+    def step(self, server: Server) -> None:
+        if self.air.now > 20:
+            self.most = max(self.most, server.count_connected())
+        while self.due and self.due[0][0] <= self.air.now:
+            heapq.heappop(self.due)[2]()
+
+    def run_daemon(self, daemon: Server) -> State:
+        tick = self.air.get
+
+        def get(timeout: float | None = 0.0) -> Any:
+            self.step(daemon)
+            return tick(timeout)
+
+        self.air.get = get  # type: ignore[method-assign]
+        return super().run_daemon(daemon)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., PacedFleet]:
+    return lambda **job: PacedFleet(tmp_path, **{"devices": 4, "participation": 0.5, "rounds": 12, **job})
+
+
+def test_rounds_go_on_with_the_target_connected_and_reach_other_boards(make: Callable[..., PacedFleet]) -> None:
+    fleet = make(fairness=1.0)
+    state = fleet.run(connected=10)
+    assert fleet.most <= 11  # one may come back between two looks
+    asked = [set(r["devices"]) for r in state.history]
+    assert all(set(done) == names for done, names in zip(folded(state), asked, strict=True))  # no board left a part
+    assert len(set().union(*asked)) > 20
+    assert all(d.failures == 0 and d.missed_rounds == 0 for d in state.devices.values())
+
+
+def test_without_a_target_every_board_stays(make: Callable[..., PacedFleet]) -> None:
+    fleet = make(rounds=2)
+    fleet.run()
+    assert fleet.most == len(NAMES)
+    assert not any(isinstance(m, Reconnect) for d in fleet.air.devices.values() for m in d.heard)
+
+
+def test_boards_of_earlier_versions_stay(make: Callable[..., PacedFleet]) -> None:
+    fleet = make(rounds=3)
+    for name in NAMES[:20]:
+        fleet.air.devices[name].abilities = None
+    fleet.run(connected=10)
+    assert not any(isinstance(m, Reconnect) for n in NAMES[:20] for m in fleet.air.devices[n].heard)
+    assert all(fleet.air.devices[n].here for n in NAMES[:20])  # type: ignore[attr-defined]
+    assert fleet.most >= 20
+
+
+def test_a_board_that_is_busy_says_so_and_counts_as_connected(make: Callable[..., PacedFleet]) -> None:
+    fleet = make(rounds=3)
+    busy = fleet.air.devices["d00"]
+    busy.busy = True  # type: ignore[attr-defined]
+    daemon = fleet.daemon(connected=10)
+    state = fleet.run_daemon(daemon)
+    assert None in busy.heard
+    assert state.devices["d00"].online
+    assert daemon.present("d00")
+
+
+def test_a_message_of_a_board_that_was_to_leave_brings_its_birth(make: Callable[..., PacedFleet]) -> None:
+    """The request to leave may get lost; the board's next sign of life shows that it is there."""
+    fleet = make()
+    boards, daemon, missed = fleet.air.devices, fleet.daemon(connected=10), set[str]()
+    fleet.air.lost += [boards[n].topics.down(n) for n in NAMES]
+    fleet.later(20.0, lambda: missed.update(n for n in NAMES if not daemon.present(n)))
+    fleet.later(21.0, lambda: [boards[n].say(Alive(n, 1)) for n in missed])
+    fleet.run_daemon(daemon)
+    assert len(missed) > 20
+    assert all(sum(isinstance(m, Hello) for m in boards[n].heard) == 2 for n in missed)  # the first is to all
+
+
+def test_boards_meet_where_a_round_needs_more_than_the_target(make: Callable[..., PacedFleet]) -> None:
+    fleet = make(devices=12, rounds=4, participation=1.0)
+    state = fleet.run(connected=6)
+    assert len(state.history) == 4
+    assert all(len(done) >= 12 for done in folded(state))
