@@ -20,6 +20,7 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.chunk import MAX_PACKET
+from fedprune.wire.fleet_messages import LONGEST_AWAY_S
 from fedprune.wire.link import tls_context
 from fedprune_device.agent.agent import Agent, BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
@@ -60,7 +61,8 @@ class AgentSettings:
 
     Without `profile` only the disk limits what is accepted. `train_alone_s` are the seconds after which the board
     trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
-    is the size in bytes of the MQTT packets that the broker accepts, as far as is known. `updater` installs releases,
+    is the size in bytes of the MQTT packets that the broker accepts, as far as is known. The server may send the board
+    away for `most_away_s` seconds at a time, 0 for never. `updater` installs releases,
     or is the reason why none can be installed. By default `log` and `crashes` are those of the state directory.
     `status` is what other threads see of the agent; `stopping` ends it.
     """
@@ -75,6 +77,7 @@ class AgentSettings:
     precision: str = FLOAT32
     serve_job: str = ""
     max_packet: int = MAX_PACKET
+    most_away_s: float = LONGEST_AWAY_S
     engine: Callable[[], str] = lambda: ""
     web: Callable[[], ssl.SSLContext] = tls_context
     updater: ReleaseInstaller | str = NO_LAUNCHER
@@ -115,20 +118,21 @@ def build_agent(
     return Agent(
         connection,
         store,
-        BirthBuilder(connection, data, name, settings.probe, settings.engine),
+        BirthBuilder(connection, data, name, settings.probe, settings.engine, may_leave=settings.most_away_s > 0),
         uplink,
         offers,
         releases=ReleaseAgent(connection, settings.updater),
         logs=LogReporter(connection, log, settings.crashes or CrashReports(store.root)),
         watchdog=Watchdog(settings.trial),
         stopping=settings.stopping or threading.Event(),
+        most_away_s=settings.most_away_s,
         clock=clock,
     )
 
 
 @dataclass(frozen=True)
 class BoardConfig:
-    """The options of `fedprune-device run`; `train_alone` is in hours, temperatures in °C."""
+    """The options of `fedprune-device run`; `train_alone` and `away` are in hours, temperatures in °C."""
 
     membership: MembershipOptions
     samples: SampleOptions
@@ -141,6 +145,7 @@ class BoardConfig:
     pause_above: float
     resume_below: float
     train_alone: float
+    away: float
     serve: str
     serve_job: str | None
     max_packet: int
@@ -215,6 +220,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
             precision=config.serve,
             serve_job=config.serve_job or "",
             max_packet=config.max_packet,
+            most_away_s=3600 * config.away,
             engine=lambda: "" if selector is None else selector.status,
             web=member.web_context,
             updater=board_installer(member.identity),

@@ -18,7 +18,7 @@ from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.updates import CODECS
-from fedprune.wire.fleet_messages import LOG, LogRequest, ReleaseOffer, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import LOG, RECONNECT, LogRequest, Reconnect, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
     PUT,
     Accepted,
@@ -50,7 +50,10 @@ _LONGEST = 150  # characters of the description of what answers predictions
 
 
 class BirthBuilder:
-    """Makes births and notices when the last one is outdated. `engine` describes what answers predictions."""
+    """Makes births and notices when the last one is outdated. `engine` describes what answers predictions.
+
+    `may_leave`: whether the server may send the board away for a time.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,11 @@ class BirthBuilder:
         profile_name: str = "",
         probe: ProbeReport | None = None,
         engine: Callable[[], str] = lambda: "",
+        *,
+        may_leave: bool = True,
     ) -> None:
         self._connection, self._data, self._engine = connection, data, engine
+        self._abilities = (PUT, LOG, RECONNECT) if may_leave else (PUT, LOG)
         self._profile_name, self._probe = profile_name, probe
         slot = running()
         self._slot = f", {slot}" if slot else ""
@@ -83,7 +89,7 @@ class BirthBuilder:
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
             round(self._connection.answers.slowest, 3) or None,
-            (PUT, LOG),
+            self._abilities,
         )
 
     def outdated(self, now: float) -> bool:
@@ -101,7 +107,8 @@ _FAILED_TURNS = 5
 
 
 class Agent:
-    """A device in a fleet (`fedprune_device.board.build_agent` makes one). `clock` is monotonic, in seconds."""
+    """A device in a fleet (`fedprune_device.board.build_agent` makes one). `clock` is monotonic, in seconds; no server
+    sends the board away for longer than `most_away_s`."""
 
     def __init__(
         self,
@@ -115,11 +122,12 @@ class Agent:
         logs: LogReporter,
         watchdog: Watchdog,
         stopping: threading.Event,
+        most_away_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection, self._store, self._births, self._uplink = connection, store, births, uplink
         self._offers, self._releases, self._logs, self._watchdog = offers, releases, logs, watchdog
-        self._stopping, self._clock = stopping, clock
+        self._stopping, self._most_away_s, self._clock = stopping, most_away_s, clock
         self._finished = False
 
     def run(self, until_finished: bool = False) -> None:
@@ -214,6 +222,19 @@ class Agent:
                 self._releases.on_message(release)
             case LogRequest() as request if received.private:
                 self._logs.wanted(request)
+            case Reconnect() as advice if received.private:
+                self._connection.spread(advice.spread_s)
+                if advice.away_s is not None:
+                    self._leave(advice.away_s, now)
+
+    def _leave(self, seconds: float, now: float) -> None:
+        """Disconnect for a time. A board that has something to do announces itself instead, and stays."""
+        seconds = min(seconds, self._most_away_s)
+        if self.quiet and self._releases.idle and not self._uplink.uploading:
+            _LOG.info("the server asks this board to come back in %.0f s", seconds)
+            self._connection.leave(seconds)
+        else:
+            self._greet(now)
 
     def _greet(self, now: float) -> None:
         self._logs.born()

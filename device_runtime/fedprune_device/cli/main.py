@@ -16,6 +16,7 @@ from fedprune.core.cli import Command, options_of, rate, recipe_setting, run_com
 from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
+from fedprune.wire.fleet_messages import LONGEST_AWAY_S
 from fedprune.wire.topics import check_job
 from fedprune_device.api.address import SOCKET
 from fedprune_device.cli.options import (
@@ -133,6 +134,14 @@ def _add_run(commands: Any) -> None:
         default=0.0,
         metavar="HOURS",
         help="while the server is away, train every HOURS hours (default: wait for it)",
+    )
+    run.add_argument(
+        "--away",
+        type=_away,
+        default=LONGEST_AWAY_S / 3600,
+        metavar="HOURS",
+        help="stay disconnected for at most HOURS hours when the server has no work; 0: never (default: as long as the "
+        "server says)",
     )
     run.add_argument(
         "--max-packet",
@@ -358,6 +367,10 @@ def _run(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[log_handler()])
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
     run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
+
+
+def _away(text: str) -> float:
+    return 0.0 if float(text) == 0 else _hours(text)
 
 
 def _hours(text: str) -> float:

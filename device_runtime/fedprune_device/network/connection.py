@@ -93,6 +93,14 @@ class Connection:
         """Send a piece of a blob; False if it can't be sent."""
         return self.link.publish(self.topics.up_blob(self.device, job), chunk, CHUNK_QOS)
 
+    def spread(self, seconds: float) -> None:
+        """Spread attempts to connect again over at least this time."""
+        self.link.spread_s = seconds
+
+    def leave(self, seconds: float) -> None:
+        """Disconnect, and connect again after this time."""
+        self.link.leave(seconds)
+
     def listen(self, topics: Collection[str]) -> None:
         """Listen to exactly these shared topics in addition to the board's own, without waiting."""
         self.link.listen(topics)

@@ -84,10 +84,10 @@ class Membership:
         return context
 
     def renewal(self, link: Link) -> Renewal | None:
-        """What keeps the board's certificate fresh while it is connected by `link`."""
+        """What keeps the board's certificate fresh while `link` is connected, or closed for a time on purpose."""
         if self.identity is None:
             return None
-        return Renewal(self.identity, self.urls, lambda: link.connected, self.options.ca)
+        return Renewal(self.identity, self.urls, lambda: link.connected or link.away, self.options.ca)
 
 
 def membership(options: MembershipOptions) -> Membership:

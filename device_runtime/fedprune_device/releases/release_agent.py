@@ -81,6 +81,11 @@ class ReleaseAgent:
         self._last: ReleaseReport | None = None
         self._report_at = self._look_at = 0.0
 
+    @property
+    def idle(self) -> bool:
+        """Whether no release is being fetched, unpacked or tried."""
+        return self._offer is None and not self._trying and not self._leaving
+
     def born(self) -> None:
         """A birth is sent: report where releases are, and ask again for what is missing."""
         self._guarded(self._greet)

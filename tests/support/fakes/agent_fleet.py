@@ -39,6 +39,9 @@ class MemoryLink:
         self.listened: set[str] = set()
         self.server = server
         self.up = True
+        self.spread_s = 0.0
+        self.left: list[float] = []
+        """Seconds for which the agent has disconnected; a test restores the connection."""
         server.link = self
         self.inbox.put(ConnectionUp())
 
@@ -63,6 +66,10 @@ class MemoryLink:
         if self.up:
             for raw in self.server.mangle("down", payload):
                 self.inbox.put((topic, raw))
+
+    def leave(self, seconds: float) -> None:
+        self.left.append(seconds)
+        self.drop()
 
     def drop(self) -> None:
         self.up = False

@@ -16,7 +16,7 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
 from fedprune.wire import queues
-from fedprune.wire.link import Link, tls_context
+from fedprune.wire.link import Link, longest_pause, tls_context
 from fedprune.wire.queues import ConnectionDown, ConnectionUp, Inbox
 from fedprune.wire.urls import BrokerUrl
 from support.processes.machine import free_port
@@ -152,6 +152,42 @@ def test_publishing_while_offline_is_declined() -> None:
     link.close()
 
 
+@pytest.mark.board
+def test_pauses_grow_up_to_a_minute_and_are_spread_over_more_where_many_share_a_broker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    assert [longest_pause(n) for n in (0, 1, 6, 7, 99)] == [0.5, 1.0, 32.0, 60.0, 60.0]
+    assert [longest_pause(n, 40.0) for n in (0, 1, 6, 7, 99)] == [40.0, 40.0, 40.0, 60.0, 60.0]
+    assert longest_pause(0, 100.0) == longest_pause(99, 100.0) == 100.0
+
+
+@pytest.mark.board
+def test_a_lost_broker_is_tried_after_pauses_of_the_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def uniform(least: float, most: float) -> float:
+        limits.append(most)
+        return 0.01
+
+    monkeypatch.setattr(link_module.random, "uniform", uniform)
+    with closing(Link("mqtt://127.0.0.1:1", "x")) as link:
+        link.spread_s = 40.0
+        link.start(patient=True)
+        until = time.monotonic() + 30
+        while len(limits) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert limits[:4] == [40.0] * 4
+
+
+@pytest.mark.board
+def test_a_link_without_a_connection_can_not_leave() -> None:
+    link = Link("mqtt://127.0.0.1:1", "x")
+    link.leave(3600)
+    assert not link.away
+    link.close()
+
+
 @pytest.mark.mosquitto
 class TestWithMosquitto:
     def test_what_is_published_arrives_in_order(self, mosquitto: Any) -> None:
@@ -215,6 +251,30 @@ class TestWithMosquitto:
                 mortal.get(30)
                 assert mortal.get(30) == ConnectionUp()
             assert watcher.get(0.5) is None
+
+    def test_who_leaves_is_away_for_that_long_without_its_will_and_comes_back(self, mosquitto: Any) -> None:
+        will = ("wills", b"lost")
+        with (
+            connected(mosquitto.url, "watcher", ["wills", "x"]) as watcher,
+            connected(mosquitto.url, "guest", will=will) as guest,
+        ):
+            guest.publish("x", b"last")
+            began = time.monotonic()
+            guest.leave(1.0)
+            assert guest.get(30) == ConnectionDown("away for 1 s")
+            assert guest.away
+            assert not guest.publish("x", b"lost")
+            assert guest.get(30) == ConnectionUp()
+            assert time.monotonic() - began >= 1
+            assert not guest.away
+            assert guest.publish("x", b"again")
+            assert [watcher.get(30), watcher.get(30)] == [("x", b"last"), ("x", b"again")]
+            guest.leave(3600)
+            assert isinstance(guest.get(30), ConnectionDown)
+            began = time.monotonic()
+            guest.close()
+            assert time.monotonic() - began < 5
+            assert watcher.get(0.3) is None
 
     def test_nothing_is_sent_again_after_a_reconnection(self, mosquitto: Any, start_mosquitto: Start) -> None:
         with connected(mosquitto.url, "a") as sender:

@@ -130,8 +130,15 @@ _KERNEL_BYTES = 128 * 1024
 
 Will = tuple[str, bytes]
 
+
+def longest_pause(failures: int, spread_s: float = 0.0) -> float:
+    """The limit, in seconds, of the random pause before a connection is tried again."""
+    return max(spread_s, min(MAX_DELAY, 0.5 * 2.0 ** min(failures, 10)))
+
+
 MAX_DELAY = 60.0
 _STEADY = 10.0
+_NAP = 60.0
 _POLL = 1.0
 _AT_ONCE = 64
 """Messages that are read at most before the network thread writes again."""
@@ -172,6 +179,9 @@ class Link(Closing):
         self.client_id = client_id
         self.dropped = 0
         """Messages that didn't fit into the inbox."""
+        self.spread_s = 0.0
+        """The least limit of pauses before a lost connection is opened again, in seconds: many clients share a
+        broker."""
         self.overflowed = ""
         """Topic prefix of the sender whose messages last filled the inbox; empty if there were many senders."""
         self._pause_s = pause_s
@@ -192,6 +202,7 @@ class Link(Closing):
         self._subscriptions = Subscriptions()
         self._unsent = Unsent()
         self._paused = False
+        self._away_s: float | None = None  # seconds for which the connection is closed, or is about to be
         self._received = 0  # messages
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -224,6 +235,11 @@ class Link(Closing):
     @property
     def connected(self) -> bool:
         return self._up
+
+    @property
+    def away(self) -> bool:
+        """Whether the connection is closed for a time, as `leave` has asked."""
+        return self._away_s is not None and not self._up
 
     @property
     def trouble(self) -> str:
@@ -299,6 +315,15 @@ class Link(Closing):
         """Let a waiting `get` return; may be called in any thread."""
         self._inbox.wake()
 
+    def leave(self, seconds: float) -> None:
+        """Disconnect without the will being published, and connect again after this time."""
+        with self._state:
+            client = self._client
+            if not self._up or client is None:
+                return
+            self._away_s, self._failure = seconds, f"away for {seconds:.0f} s"
+        client.disconnect()
+
     def close(self, timeout: float = 2.0) -> None:
         """Send what is queued, disconnect without the will being published, and stop; may be called twice."""
         self.flush(timeout)
@@ -322,6 +347,10 @@ class Link(Closing):
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
             self._lost(reason)
+            if self._away_s is not None:
+                self._wait(self._away_s)
+                self._away_s, attempt = None, 0
+                continue
             if self._paused:  # no failure: a flood that continues must not keep it closed for longer and longer
                 self._paused = False
                 self._closing.wait(self._pause_s)
@@ -330,7 +359,13 @@ class Link(Closing):
                 continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
             attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
-            self._closing.wait(random.uniform(0, min(MAX_DELAY, 0.5 * 2.0 ** min(attempt, 10))))  # noqa: S311  # nosec B311  # a pause needs no secret
+            self._closing.wait(random.uniform(0, longest_pause(attempt, self.spread_s)))  # noqa: S311  # nosec B311  # a pause needs no secret
+
+    def _wait(self, seconds: float) -> None:
+        """Wait by the monotonic clock, unless the link is closed."""
+        until = time.monotonic() + seconds
+        while not self._closing.is_set() and (left := until - time.monotonic()) > 0:
+            self._closing.wait(min(left, _NAP))
 
     def _connection(self) -> str:
         """One connection from CONNECT to its end; returns why it ended."""
@@ -455,7 +490,7 @@ class Link(Closing):
             if was_up and not self._closing.is_set():
                 self._inbox.tell(ConnectionDown(reason))
             self._state.notify_all()
-        if news and self._tell and not self._closing.is_set():
+        if news and self._tell and not self._closing.is_set() and not self.away:
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
 
     def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:

@@ -1,0 +1,122 @@
+"""A board without work disconnects when the server sends it away; one with work says so and stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedprune.wire.fleet_messages import RECONNECT, Reconnect
+from fedprune.wire.messages import Birth, Progress, Update
+from fedprune_device.network.membership import Membership, MembershipOptions
+from support.fakes.agent_fleet import TOPICS
+from support.fakes.agent_harness import LONG, Bench
+
+pytestmark = pytest.mark.board
+
+
+def test_a_board_without_work_leaves_and_is_born_again_when_it_is_back(bench: Bench) -> None:
+    server, seen = bench.server, list[int]()
+
+    def react(message: Any) -> None:
+        if not isinstance(message, Birth):
+            return
+        if not server.link.left:
+            server.say(Reconnect(30.0, 3600.0))
+        else:
+            bench.agent.stop()
+
+    def watch() -> None:
+        if server.link.left and not server.link.up and not bench.agent.status.connected:
+            seen.append(len(server.of(Birth)))
+            server.link.restore()
+
+    server.react, server.watch, server.ends = react, watch, False
+    bench.run(until_finished=False)
+    assert server.link.left == [3600.0]
+    assert server.link.spread_s == 30.0
+    assert seen == [1]
+    assert len(server.of(Birth)) == 2
+
+
+def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, LONG.to_dict() | {"epochs": 50})]
+    told = list[int]()
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and not told:
+            told.append(len(server.of(Birth)))
+            server.say(Reconnect(0.0, 3600.0))
+
+    server.react = react
+    bench.run()
+    assert server.link.left == []
+    assert len(server.of(Birth)) == told[0] + 1
+    assert server.of(Update)
+
+
+def test_a_board_whose_release_is_under_way_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedprune_device.releases.release_agent import ReleaseAgent
+
+    monkeypatch.setattr(ReleaseAgent, "idle", property(lambda self: False))
+    server = bench.server
+
+    def react(message: Any) -> None:
+        if isinstance(message, Birth):
+            if len(server.of(Birth)) == 1:
+                server.say(Reconnect(0.0, 3600.0))
+            else:
+                bench.agent.stop()
+
+    server.react, server.ends = react, False
+    bench.run(until_finished=False)
+    assert server.link.left == []
+
+
+@pytest.mark.parametrize(("most", "expected"), [(60.0, 60.0), (7200.0, 3600.0)])
+def test_the_owner_says_how_long_a_board_is_away_at_most(bench: Bench, most: float, expected: float) -> None:
+    server = bench.server
+    server.react = lambda message: server.say(Reconnect(0.0, 3600.0)) if isinstance(message, Birth) else None
+    server.watch = lambda: bench.agent.stop() if server.link.left else None
+    server.ends = False
+    bench.run(until_finished=False, most_away_s=most)
+    assert server.link.left == [expected]
+
+
+@pytest.mark.parametrize(("most", "able"), [(0.0, False), (60.0, True)])
+def test_a_board_that_must_stay_says_so(bench: Bench, most: float, able: bool) -> None:
+    bench.stop_on(Birth)
+    bench.run(until_finished=False, most_away_s=most)
+    (birth,) = bench.server.of(Birth)
+    assert (RECONNECT in birth.abilities) == able
+
+
+def test_only_a_message_to_this_board_counts(bench: Bench) -> None:
+    server = bench.server
+
+    def react(message: Any) -> None:
+        if isinstance(message, Birth):
+            for topic in (TOPICS.broadcast(), TOPICS.down("d", "job")):
+                server.link.deliver(topic, Reconnect(30.0, 3600.0).to_bytes())
+            server.say(Reconnect(20.0))
+
+    server.react, server.ends = react, False
+    server.watch = lambda: bench.agent.stop() if server.link.spread_s else None
+    bench.run(until_finished=False)
+    assert server.link.left == []
+    assert server.link.spread_s == 20.0
+
+
+def test_a_board_that_is_away_renews_its_certificate_only_when_that_is_due(tmp_path: Path) -> None:
+    """Else each of them would connect to renew it, as one does that the broker refuses."""
+    identity: Any = SimpleNamespace(renewal_due=lambda: False)
+    options = MembershipOptions(None, None, None, "site", "d", tmp_path, None)
+    link: Any = SimpleNamespace(connected=False, away=True)
+    renewal = Membership(options, (), identity).renewal(link)
+    assert renewal is not None
+    assert not renewal.due()
+    link.away = False
+    assert renewal.due()
