@@ -120,6 +120,8 @@ class PaceSteering:
         self._busy: dict[str, float] = {}  # those that had a part when it was their turn to leave
         self._connected: set[str] = set()
         self._away = dict.fromkeys(known, now + COUNTED_S)  # boards that come back, by the latest time
+        self._able: set[str] = set()
+        self._told_s = max(1.0, self.spread_s)
         self._looked_at = self._counted_at = now
         self._waiting_since: float | None = None
 
@@ -137,10 +139,19 @@ class PaceSteering:
         connected = self.boards if not self._target else min(self.boards, max(self._target, len(self._connected)))
         return min(MOST_SPREAD_S, 2 * connected / RECONNECTS_PER_S)
 
+    def told(self) -> list[str]:
+        """Boards that are to be told the spread again: all that understand it, each time it has doubled."""
+        if self.spread_s < 2 * self._told_s:
+            return []
+        self._told_s = self.spread_s
+        return sorted(self._able)
+
     def came(self, device: str, now: float, *, able: bool) -> None:
         """A board is connected. One that isn't `able` to disconnect for a time stays."""
         self._away.pop(device, None)
         self._connected.add(device)
+        if able:
+            self._able.add(device)
         if able and self._target and device not in self._busy:
             self._here.setdefault(device, now)
 
@@ -182,6 +193,7 @@ class PaceSteering:
                 self._busy[device] = since
                 continue
             self._connected.discard(device)
+            self._able.discard(device)
             away_s = plan.away_s(self.boards + 1, wall, self._seed, device, round(wall))
             self._away[device] = now + away_s + self.spread_s + _GRACE_S
             found.append((device, away_s))
@@ -201,5 +213,6 @@ class PaceSteering:
 
     def _drop(self, device: str) -> None:
         self._connected.discard(device)
+        self._able.discard(device)
         self._here.pop(device, None)
         self._busy.pop(device, None)

@@ -235,7 +235,9 @@ class Server:
             case ConnectionUp():
                 log.info("connected to the broker")
                 self._greet(now)
-                self._presence.connected(now, self._connected.keys() - self._paths.keys())
+                # Boards that have lost the broker, too, come back one after the other.
+                direct = self._connected.keys() - self._paths.keys()
+                self._presence.connected(now + self._steering.spread_s, direct)
                 for runner in self.runners.values():
                     runner.connection_changed(True)
             case ConnectionDown():
@@ -331,7 +333,10 @@ class Server:
         self._paths.pop(device, None)
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
-        self._steering.came(device, self._site.monotonic(), able=RECONNECT in (birth.abilities or ()))
+        able = RECONNECT in (birth.abilities or ())
+        self._steering.came(device, self._site.monotonic(), able=able)
+        if able and self._steering.spread_s >= 1:
+            self.first.outbox.send(device, Reconnect(self._steering.spread_s))
         self._needs_assignment = True
         if birth.held and self._tier.parent is None:  # whose rows may not be here yet
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
@@ -448,6 +453,8 @@ class Server:
         """Let boards of this server's own broker that have no part disconnect for a time; from now on they are gone."""
         if not self._link.connected:
             return
+        for device in self._steering.told():
+            self.first.outbox.send(device, Reconnect(self._steering.spread_s))
         runners = [r for r in self.runners.values() if not r.finished]
         # Rounds need boards of the whole tier: an aggregator doesn't know how many of them are to be its own.
         needed = sum(r.job.devices for r in runners) if self._tier.parent is None else 0

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.core.rng import keyed
 from fedprune.wire.fleet_messages import LONGEST_AWAY_S
-from fedprune_server.devices.pace_steering import COUNTED_S, Demand, PaceSteering, Plan
+from fedprune.wire.link import longest_pause
+from fedprune_server.devices.pace_steering import COUNTED_S, RECONNECTS_PER_S, Demand, PaceSteering, Plan
 
 STAY_S = 600.0
 TICK_S = 5.0
@@ -167,3 +169,35 @@ def test_a_server_that_starts_counts_on_the_boards_it_knew() -> None:
     steering = PaceSteering(10, 0, [f"d{i}" for i in range(1000)], 0.0)
     steering.came("d1", 1.0, able=True)
     assert steering.boards == 1000
+
+
+def returns(boards: int, outage_s: float, spread_s: float) -> Counter[int]:
+    """Arrivals by second, of boards that lose their connection together, and try until the broker is back."""
+    arrivals, chance = Counter[int](), keyed(0, "returns", outage_s)
+    for _ in range(boards):
+        at, failures = 0.0, 0
+        while (at := at + chance.uniform(0, longest_pause(failures, spread_s))) < outage_s:
+            failures += 1
+        arrivals[int(at)] += 1
+    return arrivals
+
+
+@pytest.mark.parametrize("outage_s", [0.0, 1.0, 30.0, 200.0, 1_000.0])
+def test_ten_thousand_boards_come_back_after_a_restart_of_the_broker_at_a_bounded_rate(outage_s: float) -> None:
+    boards = 10_000
+    steering = PaceSteering(0, 0, (), 0.0)
+    for i in range(boards):
+        steering.came(f"d{i}", 0.0, able=True)
+    found = returns(boards, outage_s, steering.spread_s)
+    assert sum(found.values()) == boards
+    assert max(found.values()) <= RECONNECTS_PER_S + 5 * math.sqrt(RECONNECTS_PER_S)
+    assert max(found) <= outage_s + steering.spread_s
+    if outage_s <= 1:  # what the spread is for
+        assert max(returns(boards, outage_s, 0.0).values()) > boards / 2
+
+
+def test_a_target_bounds_the_spread_and_so_does_a_limit() -> None:
+    known = [f"d{i}" for i in range(200_000)]
+    assert PaceSteering(0, 0, known, 0.0).spread_s == 600.0
+    assert PaceSteering(1_000, 0, known, 0.0).spread_s == 2 * 1_000 / RECONNECTS_PER_S
+    assert PaceSteering(0, 0, known[:10], 0.0).spread_s < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from fedprune.core.rng import keyed
 from fedprune.jobs.state import State
 from fedprune.wire.fleet_messages import RECONNECT, Reconnect
 from fedprune.wire.messages import Alive, Hello, Offer
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
+from fedprune_server.devices import pace_steering
+from fedprune_server.devices.presence import ANSWER_S
 from fedprune_server.engine.server import Server
 from support.fakes.fleet import Fleet, ToyDevice, folded
 from support.fakes.tiny_job import JOB
@@ -147,3 +152,31 @@ def test_boards_meet_where_a_round_needs_more_than_the_target(make: Callable[...
     state = fleet.run(connected=6)
     assert len(state.history) == 4
     assert all(len(done) >= 12 for done in folded(state))
+
+
+@pytest.mark.parametrize("target", [0, 10])
+def test_a_broker_that_restarts_costs_no_part_of_a_round(
+    make: Callable[..., PacedFleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, target: int
+) -> None:
+    """Boards return over more time than a server otherwise waits for their births."""
+    monkeypatch.setattr(pace_steering, "RECONNECTS_PER_S", 0.1)
+    caplog.set_level(logging.INFO)
+    fleet = make(rounds=6, deadline_s=600.0)
+    daemon = fleet.daemon(connected=target)
+    chance, returned = keyed(0, "storm"), list[float]()
+
+    def restart() -> None:
+        fleet.air.inbox += [ConnectionDown("the broker ended"), ConnectionUp()]
+        for board in fleet.boards():
+            if board.here:
+                told = [m.spread_s for m in board.heard if isinstance(m, Reconnect)][-1]
+                assert told >= daemon._steering.spread_s / 2
+                board.here = False
+                returned.append(float(chance.uniform(0, told)))
+                fleet.later(returned[-1], board.back)
+
+    fleet.later(45.0, restart)
+    state = fleet.run_daemon(daemon)
+    assert max(returned) > ANSWER_S
+    assert "taken for gone" not in caplog.text
+    assert all(set(done) == set(r["devices"]) for done, r in zip(folded(state), state.history, strict=True))
