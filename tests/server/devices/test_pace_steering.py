@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.coordination.quotas import DIMENSIONS, Quotas
+from fedprune.coordination.stragglers import drawn
 from fedprune.core.rng import keyed
 from fedprune.wire.fleet_messages import LONGEST_AWAY_S
 from fedprune.wire.link import longest_pause
@@ -101,6 +104,27 @@ def test_where_a_round_needs_more_than_the_target_boards_meet(boards: int, targe
     assert within(len(fleet.arrivals), meetings * plan.crowd)
     assert sum(n >= needed for n in came.values()) >= meetings - 1
     assert sum(fleet.levels) / len(fleet.levels) == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("fairness", [0.0, 1.0])
+def test_over_days_boards_that_take_turns_take_part_equally_often(fairness: float) -> None:
+    """A round every visit asks 1 % of the boards, of the tenth that is connected."""
+    boards, asked, rounds = 1_000, 10, 3 * 144
+    fleet = VirtualFleet(boards, boards // 10, Demand(asked, STAY_S))
+    last, times = Counter[str](), Counter[str]({f"d{i}": 0 for i in range(boards)})
+    for number in range(1, rounds + 1):
+        fleet.run(number * STAY_S)
+        lots = keyed(7, number).permutation(sorted(fleet.here)).tolist()
+        free = Quotas({}).places(np.zeros((DIMENSIONS, len(lots)), np.int64), asked)
+        for place in drawn(np.array([last[name] for name in lots], np.int64), asked, fairness, free):
+            last[lots[place]] = number
+            times[lots[place]] += 1
+    mean = rounds * asked / boards
+    assert sum(times.values()) == rounds * asked
+    if fairness:
+        assert mean - 2 < min(times.values()) <= max(times.values()) < mean + 2
+    else:  # what turns are for
+        assert max(times.values()) > 2 * mean
 
 
 def test_boards_that_do_not_return_are_soon_not_counted() -> None:
