@@ -68,6 +68,15 @@ def test_the_largest_remainders_get_the_places_that_are_left() -> None:
     assert apportioned([], 10) == []
 
 
+@pytest.mark.parametrize(
+    ("region", "expected"),
+    [("", 3), ("north", 1), ("north/yard", 2), ("north/yard/shed", 2), ("north/hall", 1), ("south", 0), ("south/a", 0)],
+)
+def test_a_region_counts_with_those_above_it_unless_it_has_a_quota(region: str, expected: int) -> None:
+    quotas = Quotas({"region:north": 0.5, "region:north/yard": 0.25, "region:": 0.1})
+    assert quotas.kinds(Device(1, True, {"name": "pi"}, None, 1, region=region)) == (0, expected)
+
+
 @given(st.data(), BOARDS, QUOTAS, st.floats(0, 1))
 def test_no_quota_is_exceeded_and_no_place_stays_empty_that_another_board_could_have(
     data: st.DataObject, boards: list[tuple[str, str, int]], shares: dict[str, float], fairness: float

@@ -38,9 +38,12 @@ class Quotas:
         return any(self._shares)
 
     def kinds(self, device: Device) -> tuple[int, int]:
-        """A board's kind by hardware and by region."""
-        hardware, region = self._kinds
-        return hardware.get(str(device.profile.get("name")), 0), region.get(device.region, 0)
+        """A board's kind by hardware and by region: that of the nearest aggregator above it that has a quota."""
+        hardware, regions = self._kinds
+        region = device.region
+        while region not in regions and "/" in region:
+            region = region.rpartition("/")[0]
+        return hardware.get(str(device.profile.get("name")), 0), regions.get(region, 0)
 
     def places(self, kinds: Integers, count: int) -> Places:
         """The places of a round that asks `count` of the boards of these kinds, `[DIMENSIONS, boards]`."""
