@@ -26,7 +26,8 @@ from fedprune.coordination import State  # noqa: E402
 from fedprune.planning.profile_store import find  # noqa: E402
 from fedprune.security.keys import SigningKey  # noqa: E402
 from fedprune.security.signed_channel import seal  # noqa: E402
-from fedprune.wire.messages import TO, Birth  # noqa: E402
+from fedprune.wire.fleet_messages import RECONNECT  # noqa: E402
+from fedprune.wire.messages import PUT, Birth  # noqa: E402
 from fedprune.wire.queues import ConnectionUp  # noqa: E402
 from fedprune.wire.topics import Topics  # noqa: E402
 from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
@@ -70,7 +71,7 @@ class Fleet:
         for i, (name, key) in enumerate(self.keys.items()):
             probe, (server_key, authorities) = probe_of(PROFILE, i, 0).to_dict(), self._knows
             birth = Birth(
-                name, 7, PROFILE.name, 600, "fedprune 0.1.0", probe, abilities=(TO,), server_key=server_key,
+                name, 7, PROFILE.name, 600, "fedprune 0.1.0", probe, abilities=(PUT, RECONNECT), server_key=server_key,
                 authorities=authorities,
             )  # fmt: skip
             found.append((TOPICS.up(name), seal(key, TOPICS.up(name), self._epoch, 0, birth.to_bytes())))
