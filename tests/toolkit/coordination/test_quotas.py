@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
+from fedprune.coordination.availability import WORKING
 from fedprune.coordination.quotas import DIMENSIONS, Quotas, apportioned
 from fedprune.coordination.stragglers import drawn
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Phase
+from support.fakes.asynchronous_shell import job_of
 from support.fakes.timed_shell import Board, Timed
 from support.fakes.tiny_job import JOB
 
@@ -178,3 +181,27 @@ def test_exploration_takes_no_quotas() -> None:
     job = replace(JOB, density=0.0, strategy="autoflip", quotas={"hardware:pi": 0.5})
     with pytest.raises(ConfigError, match="exploration"):
         Timed(job, {})
+
+
+@pytest.mark.parametrize("schedule", [{"arrivals": 2, "concurrent": 4}, {"window_s": 15, "least": 1, "concurrent": 4}])
+def test_of_the_devices_that_work_at_a_time_no_quota_is_exceeded(schedule: dict[str, Any]) -> None:
+    job = replace(job_of(rounds=8, devices=12, **schedule), quotas={"hardware:pi": 0.5, "region:south": 0.25})
+    shell = fleet(job, *(f"pi-north-{i}" for i in range(8)), *(f"x86-south-{i}" for i in range(4)), "x86--0")
+    most = 0
+    while shell.state.phase is not Phase.FINISHED:
+        shell.step()
+        works = [n for n, t in shell.state.tasks.items() if t.progress in WORKING]
+        assert sum(n.startswith("pi") for n in works) <= 2
+        assert sum("-south-" in n for n in works) <= 1
+        most = max(most, len(works))
+    assert most == 4
+    assert len({n for _, n, _ in shell.offered}) > 6
+
+
+def test_devices_without_a_place_keep_no_asynchronous_round_open() -> None:
+    """Those that no quota lets in are as if they weren't there: the others' updates are enough."""
+    job = replace(job_of(arrivals=3, rounds=2, devices=3, deadline_s=50), quotas={"hardware:pi": 0.2})
+    shell = fleet(job, "pi-north-0", "pi-north-1", "x86--0", "x86--1")
+    shell.run()
+    assert {n for _, n, _ in shell.offered} == {"x86--0", "x86--1"}
+    assert shell.now < 150

@@ -94,7 +94,7 @@ def test_a_strategy_with_arithmetic_of_its_own_stays(name: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"over_selection": 0.2}, {"fairness": 0.5}, {"quotas": {"region:": 0.5}}, {"in_flight": 3}, {"pace": 2.0}],
+    [{"over_selection": 0.2}, {"fairness": 0.5}, {"in_flight": 3}, {"pace": 2.0}],
 )
 @pytest.mark.parametrize("base", [Job(strategy="fedbuff"), job_of("semi-async")])
 def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any], base: Job) -> None:

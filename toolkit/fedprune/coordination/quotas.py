@@ -21,6 +21,8 @@ Integers = npt.NDArray[np.int64]
 DIMENSIONS = 2
 """A board has a kind by its hardware, and one by its region."""
 
+Kinds = tuple[int, int]
+
 _UNLIMITED = 2**31
 
 
@@ -37,7 +39,7 @@ class Quotas:
     def __bool__(self) -> bool:
         return any(self._shares)
 
-    def kinds(self, device: Device) -> tuple[int, int]:
+    def kinds(self, device: Device) -> Kinds:
         """A board's kind by hardware and by region: that of the nearest aggregator above it that has a quota."""
         hardware, regions = self._kinds
         region = device.region
@@ -45,9 +47,16 @@ class Quotas:
             region = region.rpartition("/")[0]
         return hardware.get(str(device.profile.get("name")), 0), regions.get(region, 0)
 
+    def room(self, count: int) -> list[list[int]]:
+        """Of `count` places, those that boards of each kind may have, by dimension."""
+        return [[_UNLIMITED, *apportioned([*s.values()], count)] for s in self._shares]
+
     def places(self, kinds: Integers, count: int) -> Places:
         """The places of a round that asks `count` of the boards of these kinds, `[DIMENSIONS, boards]`."""
-        return Places(kinds, [[_UNLIMITED, *apportioned([*s.values()], count)] for s in self._shares])
+        return Places(kinds, self.room(count))
+
+
+NO_QUOTAS = Quotas({})
 
 
 class Places:

@@ -58,8 +58,9 @@ class Job:
         participation: Share of the present devices that a round asks.
         over_selection: Share of devices that a round asks beyond those, to close as soon as enough have delivered.
         fairness: Share of a round's places that go to those who have waited longest; the others are drawn by lot.
-        quotas: The largest shares of a round's devices by `hardware:PROFILE` or `region:NAME`; the region of devices
-            that are connected to the server itself has an empty name.
+        quotas: The largest shares of a round's devices or, in an asynchronous job, of those at work, by
+            `hardware:PROFILE` or `region:NAME`; the region of devices that are connected to the server itself has an
+            empty name.
         in_flight: How many devices of a round may have an offer at a time, while the others wait for their turn; 0 for
             all.
         deadline_s: Seconds that a round waits for updates after the offers went out.

@@ -90,7 +90,7 @@ _EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness",
 _OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
 """Keys of `Schedule` that either kind has, and those of each."""
 
-_SYNCHRONOUS_ONLY = ("over_selection", "fairness", "quotas", "in_flight", "pace")
+_SYNCHRONOUS_ONLY = ("over_selection", "fairness", "in_flight", "pace")
 """Settings of the job that only synchronous rounds have."""
 
 
@@ -115,8 +115,7 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
             if getattr(job, name):
                 raise ConfigError(
                     f"job: {name}",
-                    expected=f"{'none' if name == 'quotas' else 0} in an asynchronous job, whose devices never wait "
-                    "for one another",
+                    expected="0 in an asynchronous job, whose devices never wait for one another",
                     got=getattr(job, name),
                     hint="The schedule's concurrent says how many work at a time." if name == "in_flight" else "",
                 )
