@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedprune.core.rng import keyed
 from fedprune.wire.fleet_messages import LONGEST_AWAY_S
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def most(self) -> int:
-        """Boards that are connected at most, while none of the others has a part."""
+        """Boards that are connected at most, of those that can leave, while none of the others has a part."""
         return math.ceil(max(self.target, self.crowd))
 
     @property
@@ -109,7 +109,7 @@ class PaceSteering:
     """Chooses the boards that leave, and the time at which each comes back.
 
     Args:
-        target: Boards that are connected on average; 0 to send none away.
+        target: Boards that are connected on average, in addition to those that can't leave; 0 to send none away.
         known: Boards that took part before this start of the server.
         now: Monotonic clock, as everywhere here unless said otherwise.
     """
@@ -147,7 +147,7 @@ class PaceSteering:
         return sorted(self._able)
 
     def came(self, device: str, now: float, *, able: bool) -> None:
-        """A board is connected. One that isn't `able` to disconnect for a time stays."""
+        """A board is connected. One that isn't `able` to leave for a time stays."""
         self._away.pop(device, None)
         self._connected.add(device)
         if able:
@@ -175,7 +175,8 @@ class PaceSteering:
         if not self._target:
             return []
         self._look(now)
-        plan = Plan(self._target, demand)
+        staying = len(self._connected) - len(self._able)  # they are there in addition to the target
+        plan = Plan(self._target, replace(demand, needed=max(0, demand.needed - staying)))
         if not demand.waiting:
             self._waiting_since = None
         elif self._waiting_since is None:
@@ -186,7 +187,7 @@ class PaceSteering:
         for _ in range(len(self._here)):
             device, since = next(iter(self._here.items()))
             over = plan.meets and now - since >= demand.stay_s
-            if not over and len(self._connected) <= plan.most:
+            if not over and len(self._able) <= plan.most:
                 break
             del self._here[device]
             if works(device):
@@ -194,7 +195,7 @@ class PaceSteering:
                 continue
             self._connected.discard(device)
             self._able.discard(device)
-            away_s = plan.away_s(self.boards + 1, wall, self._seed, device, round(wall))
+            away_s = plan.away_s(self.boards - staying + 1, wall, self._seed, device, round(wall))
             self._away[device] = now + away_s + self.spread_s + _GRACE_S
             found.append((device, away_s))
         return found

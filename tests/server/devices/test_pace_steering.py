@@ -174,13 +174,14 @@ def test_without_a_target_every_board_stays() -> None:
     assert fleet.levels == [500] * len(fleet.levels)
 
 
-def test_boards_that_can_not_leave_stay_and_count() -> None:
+def test_boards_that_can_not_leave_stay_and_do_not_displace_others() -> None:
     steering = PaceSteering(2, 0, (), 0.0)
     for i in range(4):
         steering.came(f"old{i}", 0.0, able=False)
-    steering.came("new", 1.0, able=True)
-    assert [n for n, _ in steering.leaving(2.0, 2.0, Demand(1, STAY_S), lambda device: False)] == ["new"]
-    assert steering.leaving(3.0, 3.0, Demand(1, STAY_S), lambda device: False) == []
+        steering.came(f"new{i}", 1.0 + i, able=True)
+    leaving = steering.leaving(9.0, 9.0, Demand(4, STAY_S), lambda device: False)
+    assert [n for n, _ in leaving] == ["new0", "new1"]
+    assert steering.leaving(10.0, 10.0, Demand(4, STAY_S), lambda device: False) == []
 
 
 def test_the_time_is_drawn_by_a_key_and_no_order_of_boards_changes_it() -> None:
