@@ -3,6 +3,9 @@
 `python benchmarks/kills.py [--kills 500]`: needs Mosquitto and a C compiler. Every job has two boards that train and
 goes through the rounds that one without any kill went through; each of its models must be that one's, bit for bit.
 
+`--tier` kills a server with PostgreSQL, two aggregators whose blobs are in a bucket of Ceph, their
+brokers, the database, the gateway and the boards (`--kills 300`).
+
 `--beside` kills PostgreSQL under a server, and the helpers of another, instead (`--kills 40` of each); what the other
 run found stays in the results.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -24,8 +28,10 @@ from synthetic_nets import RESULTS, setting, write
 
 from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, left_alone, strike
 from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
+from support.faults.kill_tiers import REGIONS, DoomedTier
 from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
+from support.processes.s3 import Ceph
 
 JOBS = 5
 BESIDE_ROUNDS = 150
@@ -36,6 +42,9 @@ def main() -> int:
     """Run the jobs; returns 1 where a ledger is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, metavar="N", help="processes to kill (default: 500, or 40 of each kind)")
+    parser.add_argument(
+        "--tier", action="store_true", help="kill a server with aggregators, and all that they work with"
+    )
     parser.add_argument("--beside", action="store_true", help="kill what is beside the server: database, helpers")
     parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
     options = parser.parse_args()
@@ -44,7 +53,9 @@ def main() -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_material(folder, dict.fromkeys(BOARDS, 200))
-        if options.beside:
+        if options.tier:
+            body["tier"] = tier(folder, options.kills or 300)
+        elif options.beside:
             body["beside"] = beside(folder, options.kills or 40)
         else:
             body |= at_flushes(folder, options.kills or 500)
@@ -71,6 +82,36 @@ def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
         print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
     jobs = [{"broker": d.neighbours["broker"], "lives": [vars(x) for x in d.lives]} for d in done]
     return {"setting": _setting(), "jobs": jobs, "ledgers": ledgers}
+
+
+def tier(folder: Path, kills: int) -> dict[str, Any]:
+    """Kill a server, its aggregators, and what they work with."""
+    rounds = kills
+    calm = _site(folder, "alone", rounds)
+    undisturbed(calm)
+    done, ledgers = [], []
+    database, bucket = Postgres(), Ceph()
+    os.environ.update(bucket.environment)
+    try:
+        database.start()
+        for job in range(JOBS):
+            (folder / f"tier{job}").mkdir()
+            blobs = ("--blobs", f"s3://{bucket.bucket()}/{{region}}", "--uploads", "s3")
+            site = DoomedTier(
+                folder, folder / f"tier{job}", rounds, database=database, settings=blobs, gateway=bucket.restart_gateway
+            )
+            try:
+                done.append(run(site, -(-kills // JOBS), seed=job))
+            finally:
+                site.stop_all()
+            ledgers.append(check(site, calm, 1))
+            print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
+    finally:
+        database.close()
+        bucket.close()
+    jobs = [{"neighbours": dict(d.neighbours), "lives": [vars(x) for x in d.lives]} for d in done]
+    about = _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}
+    return {"setting": about, "jobs": jobs, "ledgers": ledgers}
 
 
 def beside(folder: Path, kills: int) -> dict[str, Any]:
@@ -119,6 +160,7 @@ def _commit() -> str:
 def page(body: dict[str, Any]) -> str:
     """The results as a page."""
     lines = ["# Kills", "", *(_flushes_page(body) if body["jobs"] else ())]
+    lines += _tier_page(body["tier"]) if "tier" in body else ()
     return "\n".join([*lines, *(_beside_page(body["beside"]) if "beside" in body else ())]) + "\n"
 
 
@@ -154,6 +196,33 @@ def _flushes_page(body: dict[str, Any]) -> list[str]:
     lines += ["| process | what it was flushing | killed before | killed after |", "|---|---|---:|---:|", *kills, ""]
     lines += ["| job | rounds | updates counted | announced by boards | told that they count |"]
     return [*lines, "|---:|---:|---:|---:|---:|", *jobs, "", why]
+
+
+def _tier_page(body: dict[str, Any]) -> list[str]:
+    about = body["setting"]
+    lives = [life for job in body["jobs"] for life in job["lives"]]
+    neighbours = sum((Counter(job["neighbours"]) for job in body["jobs"]), Counter[str]())
+    names = {"server": "server", **dict.fromkeys(REGIONS, "aggregator")}
+    places = Counter((names.get(x["who"], "board"), x["file"], x["after"]) for x in lives)
+    rows = sorted({(who, file) for who, file, _ in places})
+    what = (
+        f"A server with PostgreSQL, two aggregators with embedded brokers and with blobs in a bucket of Ceph, where "
+        f"boards put their updates, and a board of each: {len(lives) + neighbours.total()} processes were killed in "
+        f"{len(body['jobs'])} jobs. Every job's rounds are those of one server with SQLite, a folder and all boards, "
+        "which was not disturbed: the same models, bit for bit. No update was lost, none counted twice."
+    )
+    lines = ["", "## A tier of aggregators", ""]
+    versions = f"{_machine(about)}, psycopg {about['psycopg']}, commit {about['commit']}"
+    lines += [f"{versions}. `python benchmarks/kills.py --tier`", "", what, ""]
+    lines += ["| process | what it was flushing | killed before | killed after |", "|---|---|---:|---:|"]
+    lines += [f"| {who} | {file} | {places[who, file, False]} | {places[who, file, True]} |" for who, file in rows]
+    lines += [f"| {who} | (any time) | {count} | |" for who, count in sorted(neighbours.items())]
+    lines += ["", "| job | rounds | updates counted | announced by boards | told that they count |"]
+    lines += ["|---:|---:|---:|---:|---:|"]
+    return lines + [
+        f"| {n} | {x['rounds']} | {x['counted']} | {x['sent']} | {x['accepted']} |"
+        for n, x in enumerate(body["ledgers"], 1)
+    ]
 
 
 def _beside_page(body: dict[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ def finished(site: TieredSite) -> State:
     [
         ("fedprune", 0.5),
         ("subflot", 0.5),  # whose submodels depend on each board's last update
-        ("pr-fl", 0.5),  # whose masks of single elements only the server itself adds up
+        ("fiarse", 0.5),  # whose masks of single elements only the server itself adds up
         ("fedobp", 0.5),
     ],
 )

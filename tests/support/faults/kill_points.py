@@ -88,10 +88,12 @@ class Mortal(Site):
     Attributes:
         servers: Names of its servers, the one that decides first.
         rounds: Rounds of the job.
+        between_s: The shortest and the longest time between two kills of neighbours.
     """
 
     servers: tuple[str, ...] = ("server",)
     rounds: int
+    between_s: tuple[float, float] = (2.0, 20.0)
 
     def make_shim(self) -> None:
         """Compile what kills processes at flushes."""
@@ -138,7 +140,7 @@ class Mortal(Site):
         """What kind of file a process was flushing when it died."""
         note = self.folder / f"{who}.death"
         if not note.exists():
-            return "?"
+            return "(any time)"
         path = Path(note.read_text())
         note.unlink()
         if path.is_dir():
@@ -202,7 +204,7 @@ def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
         if done.total < kills and now > broker_at:
             if killed := site.kill_neighbour(chance):
                 done.neighbours[killed] += 1
-            broker_at = now + chance.uniform(2, 20)
+            broker_at = now + chance.uniform(*site.between_s)
         if now - moved > 0.5 or site.processes["server"].poll() == 0:
             done.rounds = len(finished_rounds(site))
             moved, last, stuck = now, done.rounds, now - moved > site.patience_s and last == done.rounds

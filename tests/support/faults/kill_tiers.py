@@ -33,6 +33,7 @@ class DoomedTier(Mortal, TieredSite):
     """
 
     servers = ("server", *REGIONS)
+    between_s = (0.3, 3.0)
 
     def __init__(
         self,
@@ -64,12 +65,14 @@ class DoomedTier(Mortal, TieredSite):
             self.live(life(who))
 
     def kill_neighbour(self, chance: random.Random) -> str:
-        kinds = [
-            "broker",
-            *(["database"] if self._database is not None else []),
-            *(["bucket"] if self._gateway else []),
-        ]
+        kinds = ["broker", *self.servers]
+        kinds += [] if self._database is None else ["database"]
+        kinds += [] if self._gateway is None else ["bucket"]
         match chance.choice(kinds):
+            case str(name) if name in self.servers:  # whose end is counted as that of a life
+                if self.doom[name].at:
+                    self.processes[name].kill()
+                return ""
             case "database" if self._database is not None:
                 strike_down(self._database)
                 time.sleep(chance.uniform(0, 0.5))
