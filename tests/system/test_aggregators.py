@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fedprune.jobs.state import Progress
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.real_site import Site, write_material
+from support.processes.s3 import Moto
 from support.processes.tiered_site import TieredSite
 
 pytestmark = pytest.mark.system
@@ -214,6 +216,21 @@ def test_servers_of_a_tier_can_be_checked_and_backed_up_in_the_middle_of_a_round
                 assert found.returncode == 0, found.stdout + found.stderr
         site.kill("bee")
         assert models(finished(site)) == expected
+
+
+def test_updates_go_into_a_bucket_of_each_aggregator(
+    material: Path, tmp_path: Path, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Moto()) as s3:
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket = s3.bucket()
+        settings = ("--blobs", f"s3://{bucket}/{{region}}", "--uploads", "s3")
+        with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, settings=settings) as site:
+            site.start_all()
+            assert models(finished(site)) == expected
+            assert "it goes over MQTT" not in site.logs_in_full()
+        assert {key.partition("/")[0] for key in s3.keys(bucket)} == set(REGIONS)
 
 
 def test_an_asynchronous_job_ends_through_aggregators_over_kills(material: Path, tmp_path: Path) -> None:

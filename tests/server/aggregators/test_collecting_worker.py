@@ -20,9 +20,10 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.aggregators.collecting_worker import CollectingWorker
 from fedprune_server.aggregators.messages import command_body, event_body, read_event, read_steered
 from fedprune_server.aggregators.regional_job import FetchingWorker, blobs_of
+from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
-from support.fakes.stored_round import STRATEGIES, round_of, worker
+from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
 
 WHOLE = {
     "masks": {"strategy": "fiarse"},
@@ -38,7 +39,9 @@ PLACES = ("", "north", "north/valley", "coast")
 class Place:
     """A server of a tier in memory: the root, or an aggregator with those below it."""
 
-    def __init__(self, model: Model, folder: Path, settings: dict[str, Any], name: str = "") -> None:
+    def __init__(
+        self, model: Model, folder: Path, settings: dict[str, Any], name: str = "", *, helped: bool = False
+    ) -> None:
         self.worker: Worker = worker(model, folder / (name or "root"), settings)
         self.name = name
         self.above: Place | None = None
@@ -47,7 +50,8 @@ class Place:
         self.fetched: list[str] = []
         self.lose: Callable[[], bool] = lambda: False
         self.away = False
-        collecting = CollectingWorker(self.worker, self.worker, self._ask, self._fetch_below, patience_s=0.05)
+        crew = DistributedWorker(self.worker, Helpers(self.worker), block=500) if helped else self.worker
+        collecting = CollectingWorker(self.worker, crew, self._ask, self._fetch_below, patience_s=0.05)
         self.crew = collecting if not name else FetchingWorker(self.worker, collecting, self._fetch_above)
 
     def put_below(self, place: Place) -> None:
@@ -91,10 +95,12 @@ def sent_down(command: do.Command, region: str) -> dict[str, Any]:
 class Tier:
     """A round of which each update lies at one place."""
 
-    def __init__(self, model: Model, folder: Path, settings: dict[str, Any], **faults: str) -> None:
+    def __init__(
+        self, model: Model, folder: Path, settings: dict[str, Any], *, helped: bool = False, **faults: str
+    ) -> None:
         self.alone = worker(model, folder / "alone", settings)
         self.folds, self.close = round_of(self.alone, **faults)
-        self.places = {name: Place(model, folder, settings, name) for name in PLACES}
+        self.places = {name: Place(model, folder, settings, name, helped=helped and not name) for name in PLACES}
         self.places[""].put_below(self.places["north"])
         self.places["north"].put_below(self.places["north/valley"])
         self.places[""].put_below(self.places["coast"])
@@ -146,6 +152,12 @@ def test_the_sums_of_a_tier_have_the_bits_of_one_server(model: Model, tmp_path: 
     assert found == tier.expected()
     assert isinstance(found, on.Closed)
     assert found.model != tier.close.model
+
+
+@pytest.mark.parametrize("settings", [STRATEGIES["plain"], STRATEGIES["transport"], WHOLE["masks"]])
+def test_helpers_of_the_parent_add_up_its_own_updates(model: Model, tmp_path: Path, settings: dict[str, Any]) -> None:
+    tier = Tier(model, tmp_path, settings, helped=True)
+    assert tier.end() == tier.expected()
 
 
 @pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)

@@ -22,42 +22,10 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor import distributed, pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.pool_tasks import Task, WorkerSpec
+from fedprune_server.executor.pool_tasks import Task
 from fedprune_server.executor.worker import Worker
-from fedprune_server.process.pools import TaskPool
 from fedprune_server.simulation.digits import digits_model
-from support.fakes.stored_round import STRATEGIES, round_of, worker
-
-
-class Helpers(TaskPool[Worker]):
-    """A pool whose tasks are done at once, by a worker of its own, each by another process for all that it knows."""
-
-    adds = True
-    size = 3
-
-    def __init__(self, worker: Worker) -> None:
-        self.done: list[tuple[Task, Any]] = []
-        self.fails: Callable[[Task, Any], bool] = lambda *_: False
-        self.changed: Callable[[Any], Any] = lambda result: result
-        self._worker = WorkerSpec.of(worker).worker()
-
-    def submit(self, task: Task, *arguments: Any) -> Future[Any]:
-        (argument,) = arguments
-        future: Future[Any] = Future()
-        self.done.append((task, argument))
-        try:
-            if self.fails(task, argument):
-                raise RuntimeError("this helper has died")
-            future.set_result(self.changed(task(self._worker, argument)))
-        except Exception as error:  # noqa: BLE001 - as a real pool
-            future.set_exception(error)
-        return future
-
-    def close(self) -> None:
-        pass
-
-    def count(self, task: Task) -> int:
-        return sum(done is task for done, _ in self.done)
+from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
 
 
 @pytest.fixture(scope="module")
