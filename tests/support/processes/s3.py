@@ -65,7 +65,12 @@ class S3:
 
     def hold(self) -> None:
         """Answer no request until `go_on`."""
-        os.kill(self._processes[-1].pid, signal.SIGSTOP)
+        pid = self._processes[-1].pid
+        os.kill(pid, signal.SIGSTOP)  # until its first thread gets a turn, the others go on
+        until = time.monotonic() + 10
+        while not all(map(_is_stopped, Path(f"/proc/{pid}/task").iterdir())):
+            assert time.monotonic() < until
+            time.sleep(0.001)
 
     def go_on(self) -> None:
         """Answer again."""
@@ -138,6 +143,7 @@ class Ceph(S3):
             self._run("radosgw-admin", "user", "create", *user)
             self._daemon("radosgw", "-n", "client.rgw.a")
             self._wait()
+            self.client().put_object(Bucket=self.bucket(), Key="first", Body=b"")  # for which it makes its pools
         except BaseException:
             self.close()
             raise
@@ -190,6 +196,13 @@ osd crush chooseleaf type = 0
 rgw frontends = beast endpoint=127.0.0.1:{3} ssl_endpoint=127.0.0.1:{4} ssl_certificate={5} ssl_private_key={6}
 rgw thread pool size = 16
 """
+
+
+def _is_stopped(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return True
 
 
 def _missing(program: str) -> None:
