@@ -84,6 +84,8 @@ class S3:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, command: Sequence[str | Path]) -> None:
+        if shutil.which("setpriv"):  # it ends with a test run that is killed, too
+            command = ["setpriv", "--pdeathsig", "KILL", *command]
         with (self._folder / "log").open("ab") as log:
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder))
 
