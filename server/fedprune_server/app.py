@@ -22,10 +22,10 @@ from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.wire.topics import Topics
-from fedprune_server.aggregators.children import Children, ParentJob
+from fedprune_server.aggregators.children import Children, JobRegions, ParentJob
 from fedprune_server.aggregators.collecting_worker import CollectingWorker
 from fedprune_server.aggregators.parent import ParentLink
-from fedprune_server.aggregators.place import admit, children_of, configurations, models, parent_of
+from fedprune_server.aggregators.place import admit, adopt, children_of, configurations, models, parent_of
 from fedprune_server.aggregators.regional_job import FetchingWorker
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
@@ -198,7 +198,7 @@ def build_app(
             )
             for i, job in enumerate(jobs)
         ]
-        tier = Tier(below, parent, partial(admit, identity))
+        tier = Tier(below, parent, partial(admit, identity), partial(adopt, identity))
         server = Server(runners, site, reached.broker, stopping, tier, config.connected)
         stores = {job.opened.job.name: job.folder.store for job in jobs}
         if below is not None:
@@ -208,7 +208,7 @@ def build_app(
             served = {n: ParentJob(told[n], states[n], store) for n, store in stores.items()}
             below.serve(served, reached.link.wake, above)
         if parent is not None:
-            parent.serve(stores, reached.link.wake)
+            parent.serve(stores, reached.link.wake, None if below is None else below.look)
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
@@ -305,10 +305,9 @@ def _open(
     worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
     name = opened.job.name
     if below is not None:
-        ask, fetch = partial(below.ask, name), partial(below.fetch, name)
-        worker = CollectingWorker(opened.worker, worker, ask, fetch, config.aggregator_patience_s)
+        worker = CollectingWorker(opened.worker, worker, JobRegions(below, name))
     if parent is not None:
-        worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name))
+        worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name), opened.state)
     return _Job(config, folder, opened, worker, parent)
 
 

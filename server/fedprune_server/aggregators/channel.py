@@ -12,8 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as LateError
-from contextlib import suppress
 from typing import Any
 
 from websockets.exceptions import ConnectionClosed
@@ -24,6 +22,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
+from fedprune_server.transfer.http_server import shut
 
 log = logging.getLogger("fedprune.server")
 
@@ -35,8 +34,8 @@ PIECE = 256 * 1024
 MAX_TEXT = 64 * 2**20
 """Bytes of a message: a region's rows after a reconnection are the longest."""
 
-WAIT_S = 120.0
-"""How long a blob that was asked for may take to come."""
+PING_TIMEOUT_S = 120.0
+"""A connection that has answered no ping for so long has ended: a slow one may have megabytes to send before it."""
 
 Message = Mapping[str, Any]
 
@@ -67,8 +66,9 @@ class Channel(Closing):
         self._asked = wanted or Channel.give
         self._changed = threading.Condition()
         self._texts: deque[str] = deque()
-        self._wanted: deque[tuple[str, str, bytes | None]] = deque()
-        self._awaited: dict[str, Future[bytes | None]] = {}
+        self._wanted: deque[tuple[str, str, bytes | None, bool]] = deque()
+        self._awaited: dict[tuple[str, str], Future[bytes | None]] = {}
+        self._job = ""
         self._arriving: StreamedBlob | None = None
         self._busy = False
         self.closed = False
@@ -82,27 +82,24 @@ class Channel(Closing):
             self._texts.append(text)
             self._changed.notify_all()
 
-    def give(self, job: str, sha256: str, data: bytes | None = None) -> None:
-        """Queue a blob, which is `data` or in a store, or the answer that there is none."""
+    def give(self, job: str, sha256: str, data: bytes | None = None, *, lost: bool = False) -> None:
+        """Queue a blob, which is `data` or in a store, or the answer that there is none, or that nobody can know while
+        this side has `lost` its parent."""
         with self._changed:
-            self._wanted.append((job, sha256, data))
+            self._wanted.append((job, sha256, data, lost))
             self._changed.notify_all()
 
     def fetch(self, job: str, sha256: str) -> bytes | None:
         """A blob of the other side; None if it has none. Waits, so not for the server's loop. Raises `ParentLostError`
-        if the connection ends, and `StorageError` if the disk fails."""
+        if the connection ends, or the other side has lost its own parent."""
         with self._changed:
             if self.closed:
                 raise ParentLostError("the connection has ended")
-            first = sha256 not in self._awaited
-            awaited = self._awaited.setdefault(sha256, Future())
+            first = (job, sha256) not in self._awaited
+            awaited = self._awaited.setdefault((job, sha256), Future())
         if first:
             self.send({"kind": "want", "job": job, "sha256": sha256})
-        try:
-            return awaited.result(WAIT_S)
-        except LateError as error:
-            self.close()
-            raise ParentLostError(f"a blob did not come within {WAIT_S:.0f} s") from error
+        return awaited.result()
 
     def flush(self, patience_s: float) -> None:
         """Wait until what was queued is sent."""
@@ -123,18 +120,18 @@ class Channel(Closing):
             log.warning("the connection between aggregator and parent ends: %s", error)
         finally:
             self.close()
+            if self._arriving is not None:
+                self._arriving.__exit__(None, None, None)
 
     def close(self) -> None:
+        """End the connection at once; may be called from any thread."""
         with self._changed:
             self.closed = True
             left, self._awaited = self._awaited, {}
             self._changed.notify_all()
         for awaited in left.values():
             awaited.set_exception(ParentLostError("the connection ended while a blob was on its way"))
-        with suppress(OSError, ConnectionClosed):
-            self._socket.close()
-        if self._arriving is not None:
-            self._arriving.__exit__(None, None, None)
+        shut(self._socket.socket)  # without the library's own farewell, which waits for the other side
 
     # Reading.
 
@@ -145,18 +142,20 @@ class Channel(Closing):
             if kind == "want":
                 self._asked(self, str(message["job"]), str(message["sha256"]))
             elif kind == "blob":
-                self._begin(BlobRef.from_dict(message["ref"]))
-            elif kind == "absent":
-                self._arrived(str(message["sha256"]), None)
+                self._begin(str(message["job"]), BlobRef.from_dict(message["ref"]))
+            elif kind in ("absent", "lost"):
+                self._arrived(str(message["job"]), str(message["sha256"]), None, lost=kind == "lost")
             else:
                 self._received(self, message)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"message of an aggregator or parent ({type(error).__name__}: {error})") from error
 
-    def _begin(self, ref: BlobRef) -> None:
+    def _begin(self, job: str, ref: BlobRef) -> None:
         if self._arriving is not None:
             raise ProtocolError("a blob began before the one before it ended")
-        self._arriving = StreamedBlob(self._landing, ref)
+        if (job, ref.sha256) not in self._awaited:
+            raise ProtocolError("a blob that nobody asked for", got=ref.sha256)
+        self._arriving, self._job = StreamedBlob(self._landing, ref), job
         self._piece(b"")
 
     def _piece(self, data: bytes) -> None:
@@ -171,12 +170,14 @@ class Channel(Closing):
             sha256 = blob.ref.sha256
             data = self._landing.read(sha256)
             self._landing.delete(sha256)
-            self._arrived(sha256, data)
+            self._arrived(self._job, sha256, data)
 
-    def _arrived(self, sha256: str, data: bytes | None) -> None:
+    def _arrived(self, job: str, sha256: str, data: bytes | None, *, lost: bool = False) -> None:
         with self._changed:
-            awaited = self._awaited.pop(sha256, None)
-        if awaited is not None:
+            awaited = self._awaited.pop((job, sha256), None)
+        if awaited is not None and lost:
+            awaited.set_exception(ParentLostError("the other side has lost its own parent"))
+        elif awaited is not None:
             awaited.set_result(data)
 
     # Writing.
@@ -209,7 +210,7 @@ class Channel(Closing):
                 self._busy = False
                 self._changed.notify_all()
 
-    def _give(self, job: str, sha256: str, data: bytes | None) -> None:
+    def _give(self, job: str, sha256: str, data: bytes | None, lost: bool) -> None:
         store = self._find(job, sha256) if data is None else None
         view, ref = (None, None) if data is None else (memoryview(data), BlobRef.of(data))
         try:
@@ -219,9 +220,9 @@ class Channel(Closing):
             log.warning("a blob can't be given to another server of the tier: %s", error)
             view = ref = None
         if view is None or ref is None:
-            self._socket.send(json.dumps({"kind": "absent", "sha256": sha256}))
+            self._socket.send(json.dumps({"kind": "lost" if lost else "absent", "job": job, "sha256": sha256}))
             return
-        self._socket.send(json.dumps({"kind": "blob", "ref": ref.to_dict()}))
+        self._socket.send(json.dumps({"kind": "blob", "job": job, "ref": ref.to_dict()}))
         for start in range(0, len(view), PIECE):
             self._socket.send(bytes(view[start : start + PIECE]))
             if not self._send_texts(wait=False):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as LateError
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
+from typing import Any, Protocol
 
 from fedprune.aggregation import sums_file
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.limits import RoundUpdate
 from fedprune.core.errors import BundleError, StorageError
+from fedprune_server.aggregators.messages import first
 from fedprune_server.aggregators.regional_job import blobs_of
 from fedprune_server.executor.background import CommandExecutor, Work
 from fedprune_server.executor.worker import Worker
@@ -23,29 +23,43 @@ log = logging.getLogger("fedprune.server")
 
 _ATTEMPTS = 3
 
-Ask = Callable[[str, do.Measure], "Future[on.Measured | on.AddedUp]"]
-"""Sends a command to the aggregator of a region; its answer comes whenever that one is connected."""
+_LOOK_S = 1.0
 
-Fetch = Callable[[str, str], bytes | None]
-"""Fetches a blob from the aggregator of a region; waits until that one is connected."""
+
+class Regions(Protocol):
+    """The aggregators of a job."""
+
+    def ask(self, region: str, command: do.Measure) -> Future[Any]:
+        """Send a command to an aggregator; its answer comes whenever that one is connected."""
+        ...
+
+    def fetch(self, path: str, sha256: str) -> bytes | None:
+        """A blob of the aggregator of a region, which is waited for."""
+        ...
+
+    def gone(self, path: str) -> bool:
+        """Whether an aggregator is away, and was waited for long enough."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """An answer is awaited no longer."""
+        ...
 
 
 class CollectingWorker:
     """Carries out commands as its worker does, and closes a round with the sums of aggregators.
 
     A round is closed once each aggregator has answered, so that no update that was counted is lost: one that is away is
-    waited for. Where a strategy reads whole updates, they are fetched as they are read.
+    waited for, as long as `aggregator_patience_s` says. Where a strategy reads whole updates, they are fetched as they
+    are read.
 
     Args:
         inner: The worker, perhaps with helpers.
-        patience_s: After so long without an answer, the round is closed without the updates of that aggregator.
     """
 
-    def __init__(
-        self, worker: Worker, inner: CommandExecutor, ask: Ask, fetch: Fetch, patience_s: float = 3600.0
-    ) -> None:
-        self._worker, self._inner, self._ask, self._fetch = worker, inner, ask, fetch
-        self._patience_s = patience_s
+    def __init__(self, worker: Worker, inner: CommandExecutor, tier: Regions) -> None:
+        self._worker, self._inner = worker, inner
+        self._ask, self._fetch, self._gone, self._drop = tier.ask, tier.fetch, tier.gone, tier.drop
         self._number = secrets.randbits(48)  # an answer to an earlier process must not be taken for one to this
         worker.updates.bring = self._bring
 
@@ -156,21 +170,26 @@ class CollectingWorker:
         """Ask the aggregators at once; each answer with the updates that it is about."""
         by_region: dict[str, list[do.Contribution]] = {}
         for found in regional:
-            by_region.setdefault(found.region.partition("/")[0], []).append(found)
+            by_region.setdefault(first(found.region), []).append(found)
         asked = []
         for region, some in sorted(by_region.items()):
             self._number += 1
             order = kind(command.round, self._number, command.model, dict(command.memory), tuple(some))
-            asked.append((some, self._ask(region, order)))
-        until = time.monotonic() + self._patience_s
+            asked.append((some, self._number, self._ask(region, order)))
         answers: list[tuple[list[do.Contribution], on.Measured | on.AddedUp]] = []
-        for some, future in asked:
-            try:
-                answers.append((some, future.result(max(0.0, until - time.monotonic()))))
-            except LateError:  # noqa: PERF203 - each turn waits for an aggregator anyway
-                why = f"its aggregator {some[0].region} was away for {self._patience_s:g} s"
-                log.error("%d updates of round %d don't count: %s", len(some), command.round, why)
-                answers.append((some, on.Measured(command.round, 0, failed={c.part.device: why for c in some})))
+        for some, number, future in asked:
+            region = first(some[0].region)
+            answer = None
+            while answer is None:
+                done, _ = wait([future], _LOOK_S)
+                if done:
+                    answer = future.result()
+                elif self._gone(region):
+                    self._drop(number)
+                    why = f"its aggregator {region} was away for too long"
+                    log.error("%d updates of round %d don't count: %s", len(some), command.round, why)
+                    answer = on.Measured(command.round, 0, failed={c.part.device: why for c in some})
+            answers.append((some, answer))
         return answers
 
     def _bring(self, found: do.Contribution) -> None:

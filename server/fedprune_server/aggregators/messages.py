@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -75,7 +75,33 @@ def device_body(device: Device, region: str) -> dict[str, Any]:
     """A device's row for a region: plans, probes and most of profiles are the parent's."""
     body = {k: getattr(device, k) for k in device.__match_args__ if k not in ("plan", "probe")}
     profile = {k: device.profile[k] for k in ("name", "title") if k in device.profile}
-    return body | {"probe": None, "profile": profile, "region": below(device.region, region)}
+    past, buffer = device.past, device.buffer
+    if past is not None:
+        past = past | {"region": below(past.get("region", ""), region)}
+    if buffer is not None and (found := buffer.get("contribution")) is not None:
+        buffer = buffer | {"contribution": found | {"region": below(found.get("region", ""), region)}}
+    return body | {
+        "probe": None, "profile": profile, "region": below(device.region, region), "past": past, "buffer": buffer,
+    }  # fmt: skip
+
+
+def places(device: Device | None, task: Task | None) -> set[str]:
+    """The aggregators that a device's rows concern: where it is connected, and where updates of it are."""
+    found = set() if task is None else {task.region}
+    if device is not None:
+        contribution = (device.buffer or {}).get("contribution") or {}
+        found |= {device.region, (device.past or {}).get("region", ""), contribution.get("region", "")}
+    return {first(path) for path in found if path}
+
+
+def first(path: str) -> str:
+    """The first aggregator of a path."""
+    return path.partition("/")[0]
+
+
+def joined(region: str, path: str) -> str:
+    """The path of what an aggregator knows by a path of its own."""
+    return f"{region}/{path}" if path else region
 
 
 def task_body(task: Task, region: str) -> dict[str, Any]:
@@ -112,6 +138,13 @@ def read_steered(body: Body) -> Steered:
         return Steered(str(body["job"]), head, devices, tasks, commands, bool(body["whole"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProtocolError(f"what a parent decides ({type(error).__name__}: {error})") from error
+
+
+def whole_of(parts: Sequence[Steered]) -> Steered:
+    """What came in several messages."""
+    devices = {name: row for part in parts for name, row in part.devices.items()}
+    tasks = {name: row for part in parts for name, row in part.tasks.items()}
+    return replace(parts[-1], devices=devices, tasks=tasks)
 
 
 def _command(body: Any) -> do.Command:

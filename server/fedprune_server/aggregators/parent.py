@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import secrets
 import ssl
 import threading
 from collections.abc import Callable, Mapping
@@ -19,10 +20,10 @@ from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
-from fedprune.core.errors import BrokerError, ConfigError, ProtocolError
+from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, ProtocolError
 from fedprune.wire.messages import Birth
-from fedprune_server.aggregators.channel import MAX_TEXT, QUIET, Channel, Message, ParentLostError
-from fedprune_server.aggregators.messages import Steered, event_body, read_steered
+from fedprune_server.aggregators.channel import MAX_TEXT, PING_TIMEOUT_S, QUIET, Channel, Message, ParentLostError
+from fedprune_server.aggregators.messages import Steered, event_body, read_steered, whole_of
 
 log = logging.getLogger("fedprune.server")
 
@@ -40,11 +41,18 @@ class Members:
 
 
 @dataclass(frozen=True)
+class Register:
+    """Lines of the register of certificates: what was issued and revoked."""
+
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ParentUp:
     """The parent is connected: it knows nothing of this region's boards."""
 
 
-Item = Steered | Members | ParentUp
+Item = Steered | Members | Register | ParentUp
 
 
 class ParentLink(Closing):
@@ -72,6 +80,9 @@ class ParentLink(Closing):
         self.jobs: dict[str, dict[str, Any]] = {}
         self._context, self._landing = context, landing
         self._stores: dict[str, BlobStore] = {}
+        self._below: Callable[[str, str], bytes | None] | None = None
+        self._parts: list[Steered] = []
+        self._new_members: dict[str, str] = {}
         self._wake: Callable[[], None] = lambda: None
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._channel: Channel | None = None
@@ -101,10 +112,20 @@ class ParentLink(Closing):
                 hint="Is its server running with --aggregators, and does its certificate name this host?",
             )
 
-    def serve(self, stores: Mapping[str, BlobStore], wake: Callable[[], None]) -> None:
-        """Give the parent blobs of these jobs when it asks for them."""
+    def serve(
+        self,
+        stores: Mapping[str, BlobStore],
+        wake: Callable[[], None],
+        below: Callable[[str, str], bytes | None] | None = None,
+    ) -> None:
+        """Give the parent blobs of these jobs when it asks for them.
+
+        Args:
+            wake: Called when there is something to collect.
+            below: Gives a blob of this aggregator's own aggregators.
+        """
         self._stores.update(stores)
-        self._wake = wake
+        self._wake, self._below = wake, below
 
     def collect(self) -> list[Item]:
         """What has come since the last call."""
@@ -152,7 +173,7 @@ class ParentLink(Closing):
             try:
                 if self._connect():
                     pause = FIRST_S
-            except (OSError, TimeoutError, InvalidHandshake, InvalidMessage, InvalidURI) as error:
+            except (OSError, TimeoutError, InvalidHandshake, InvalidMessage, InvalidURI, FedpruneError) as error:
                 log.log(
                     logging.WARNING if pause == FIRST_S else logging.DEBUG,
                     "the parent at %s can't be reached: %s",
@@ -168,12 +189,20 @@ class ParentLink(Closing):
         context = None if self._context is None else self._context()
         with (
             connect(
-                self.url, ssl=context, max_size=MAX_TEXT, compression=None, proxy=None, max_queue=None, logger=QUIET
+                self.url,
+                ssl=context,
+                max_size=MAX_TEXT,
+                compression=None,
+                proxy=None,
+                ping_timeout=PING_TIMEOUT_S,
+                logger=QUIET,
             ) as socket,
-            Channel(socket, self._store, self._landing, self._received) as channel,
+            Channel(socket, self._store, self._landing, self._received, self._wanted) as channel,
         ):
             self._greeted = False
-            channel.send({"kind": "hello", "version": __version__, "region": self.region})
+            self._parts, self._new_members = [], {}
+            hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance()}
+            channel.send(hello)
             channel.run()
             if self._channel is channel:
                 self._channel = None
@@ -184,6 +213,24 @@ class ParentLink(Closing):
         store = self._stores.get(job)
         return store if store is not None and store.has(sha256) else None
 
+    def _instance(self) -> str:
+        """Tells this aggregator from another one of the same name; kept in its folder."""
+        path = self._landing.root / "instance"
+        if not path.exists():
+            self._landing.write_file(path, secrets.token_hex(16).encode())
+        return path.read_text()
+
+    def _wanted(self, channel: Channel, job: str, sha256: str) -> None:
+        below = self._below
+        if below is None or self._store(job, sha256) is not None:
+            channel.give(job, sha256)
+            return
+
+        def look() -> None:
+            channel.give(job, sha256, below(job, sha256))
+
+        threading.Thread(target=look, name="fedprune-blobs", daemon=True).start()
+
     def _received(self, channel: Channel, message: Message) -> None:
         match message["kind"]:
             case "welcome":
@@ -193,10 +240,18 @@ class ParentLink(Closing):
                 log.error("the parent at %s refuses this aggregator: %s", self.url, self._refused)
                 self._welcomed.set()
             case "steered":
-                self._items.put(read_steered(message))
+                self._parts.append(read_steered(message))
+                if not message["more"]:
+                    self._items.put(whole_of(self._parts))
+                    self._parts = []
             case "members":
-                added = {str(k): str(v) for k, v in message["added"].items()}
-                self._items.put(Members(added, tuple(map(str, message["removed"])), bool(message["whole"])))
+                self._new_members |= {str(k): str(v) for k, v in message["added"].items()}
+                if not message["more"]:
+                    removed = tuple(map(str, message["removed"]))
+                    self._items.put(Members(self._new_members, removed, bool(message["whole"])))
+                    self._new_members = {}
+            case "register":
+                self._items.put(Register(tuple(map(str, message["lines"]))))
             case kind:
                 raise ProtocolError("message of a parent", got=str(kind)[:80])
         self._wake()

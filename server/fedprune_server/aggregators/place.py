@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.security.tls import insecure_allowed
 from fedprune_server.aggregators.children import Children
-from fedprune_server.aggregators.parent import Members, ParentLink
+from fedprune_server.aggregators.parent import Members, ParentLink, Register
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.host_names import names_of
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.s3.bucket import FOLDER as BLOBS_FOLDER
 from fedprune_server.storage.state_folder import FOLDER
 from fedprune_server.transfer.http import contexts
 
@@ -42,6 +44,8 @@ def parent_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator
     if identity is None:
         found = _HOST.match(config.parent)
         insecure_allowed("" if found is None else found[1].strip("[]"))
+    elif config.parent.startswith("ws://"):
+        raise ConfigError("server: parent", expected="wss://host:port, for a fleet with an identity", got=config.parent)
     context = None if identity is None else identity.context
     with ParentLink(config.parent, config.region, context, _landing(config)) as link:
         link.start()
@@ -57,10 +61,21 @@ def configurations(config: ServerConfig, parent: ParentLink) -> list[ServerConfi
         data = landing.read(digest) if landing.has(digest) else parent.fetch(name, digest)
         if data is None:
             raise StorageError(f"the parent has no model of its job {name}", hint="See its log.")
-        path = landing.root / f"{_plain(about['name'])}.onnx"
+        folder = landing.root / "models" / _plain(name)
+        with storage_errors(f"can't use {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{_plain(about['name'])}.onnx"
         landing.write_file(path, data)
-        state = config.state if i == 0 else config.state / FOLDER / name
-        found.append(replace(config, job=Job.from_dict(about["job"]), model=str(path), state=state))
+        changes: dict[str, Any] = {"job": Job.from_dict(about["job"]), "model": str(path)}
+        if i:
+            blobs = config.blobs if config.blobs == BLOBS_FOLDER else f"{config.blobs}/{name}"
+            changes |= {"state": config.state / FOLDER / name, "blobs": blobs}
+        if i and config.database is not None:
+            raise ConfigError(
+                "server: database", expected="none, at an aggregator of several jobs", got=f"{len(parent.jobs)} jobs",
+                hint="A database has one job: leave it out, or run an aggregator for each job's server.",
+            )  # fmt: skip
+        found.append(replace(config, **changes))
     return found
 
 
@@ -78,13 +93,13 @@ def children_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterat
         yield None
         return
     host, port = place
-    context = members = None
+    context = None
     if identity is None:
         insecure_allowed(host)
     else:
-        context, members = contexts(identity, identity.tier(names_of(host))), identity.store
+        context = contexts(identity, identity.tier(names_of(host)))
         context()  # what is wrong with it is better known now than when an aggregator comes
-    with Children(host, port, context, _landing(config), members, config.aggregator_patience_s) as children:
+    with Children(host, port, context, _landing(config), identity, config.aggregator_patience_s) as children:
         log.info("aggregators connect to %s:%d", host, children.port)
         yield children
 
@@ -93,6 +108,12 @@ def admit(identity: IdentityFolder | None, members: Members) -> None:
     """Store the members that the parent tells. Raises `StorageError` if the database fails."""
     if identity is not None:
         identity.store.mirror(members.added, members.removed, whole=members.whole, now=identity.authority.now())
+
+
+def adopt(identity: IdentityFolder | None, register: Register) -> None:
+    """Take over what the parent has issued and revoked. Raises `StorageError` if the disk fails."""
+    if identity is not None:
+        identity.authority.adopt(list(register.lines))
 
 
 def models(jobs: Mapping[str, tuple[Job, str, bytes]], config: ServerConfig) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,9 @@ from typing import TypeVar
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import StorageError
+from fedprune.core.errors import FedpruneError
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.architecture import Architecture
 from fedprune_server.aggregators.channel import ParentLostError
 from fedprune_server.aggregators.messages import UP, Steered
@@ -23,6 +23,10 @@ log = logging.getLogger("fedprune.server")
 
 Fetch = Callable[[str], bytes | None]
 _Entry = TypeVar("_Entry", Device, Task)
+
+
+class NotFoundError(FedpruneError):
+    """No server of the tier has a blob."""
 
 
 class RemoteCoordinator:
@@ -69,21 +73,42 @@ class FetchingWorker:
         fetch: Gives a blob of the parent or of another of its aggregators; None if nobody has it. Raises
             `ParentLostError`.
         inner: The worker, perhaps with helpers.
+        state: The copy of the parent's; read, never changed.
     """
 
-    def __init__(self, worker: Worker, inner: CommandExecutor, fetch: Fetch) -> None:
-        self._worker, self._inner, self._fetch = worker, inner, fetch
+    def __init__(self, worker: Worker, inner: CommandExecutor, fetch: Fetch, state: State) -> None:
+        self._worker, self._inner, self._fetch, self._state = worker, inner, fetch, state
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         self._worker.expect(commands)  # helpers can't begin before the blobs are here
 
     def execute(self, command: Work) -> on.Event:
+        if self._outdated(command):
+            return on.Ticked()
         try:
             command = self._equipped(command)
         except ParentLostError as error:
             log.info("left undone until the parent repeats it: %s", error)
             return on.Ticked()
+        except NotFoundError as error:
+            log.error("left undone: %s", error)
+            return on.Ticked()
         return self._inner.execute(command)
+
+    def _outdated(self, command: Work) -> bool:
+        """Whether a part is no longer what the parent has ordered: what it needs may have been deleted there."""
+        match command:
+            case do.Extract():
+                part, number, awaited = command.part, command.basis.round, (Progress.EXTRACTING, Progress.PULLING)
+            case do.Fold():
+                part, number = command.contribution.part, command.contribution.basis.round
+                awaited = (Progress.STORED, Progress.FOLDED)
+            case _:
+                return False
+        task = self._state.tasks.get(part.device)
+        if task is None or (self._state.round_of(task), task.attempt) != (number, part.attempt):
+            return True
+        return task.progress not in awaited
 
     def _equipped(self, command: Work) -> Work:
         match command:
@@ -116,14 +141,14 @@ class FetchingWorker:
         return replace(part, past=None)
 
     def _get(self, digests: set[str], *, needed: bool = True) -> bool:
-        """Fetch blobs that aren't here; returns whether all are here now. Raises `StorageError` for one that is
+        """Fetch blobs that aren't here; returns whether all are here now. Raises `NotFoundError` for one that is
         needed."""
         for digest in sorted(digests):
             if self._worker.store.has(digest):
                 continue
             data = self._fetch(digest)
             if data is None and needed:
-                raise StorageError(f"blob {digest} is on no server of the tier", hint="Restore the parent's backup.")
+                raise NotFoundError(f"blob {digest} is on no server of the tier")
             if data is None:
                 return False
             self._worker.store.put(data)

@@ -41,8 +41,8 @@ from fedprune_server.aggregators.children import (
     TrafficBelow,
 )
 from fedprune_server.aggregators.children import Item as ItemBelow
-from fedprune_server.aggregators.messages import Steered
-from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp
+from fedprune_server.aggregators.messages import Steered, first
+from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp, Register
 from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released
@@ -72,11 +72,13 @@ class Tier:
         below: The aggregators below it, if it may have any.
         parent: The server above it, if it is an aggregator itself.
         admit: Stores the fleet's members, as the parent tells them.
+        adopt: Stores which certificates were issued and revoked.
     """
 
     below: Children | None = None
     parent: ParentLink | None = None
     admit: Callable[[Members], None] = lambda members: None
+    adopt: Callable[[Register], None] = lambda register: None
 
 
 ALONE = Tier()
@@ -174,6 +176,10 @@ class Server:
             for runner in self.runners.values():
                 runner.open()
             self._ticked = self._site.monotonic()
+            if self._tier.below is not None:
+                states = [r.state for r in self.runners.values()]
+                regions = {first(d.region) for state in states for d in state.devices.values()}
+                self._tier.below.expect({*regions, *(first(t.region) for s in states for t in s.tasks.values())} - {""})
             while not self._stopping.is_set() and not self.outdated:
                 self._turn()
                 if until_finished and self.finished and not self._computing():
@@ -372,6 +378,8 @@ class Server:
                         self.runners[item.job].follow(item)
                 case Members():
                     self._tier.admit(item)
+                case Register():
+                    self._tier.adopt(item)
         if below is not None:
             for found in below.collect():
                 self._hear_below(below, found)
@@ -380,20 +388,24 @@ class Server:
         match item:
             case RegionUp():
                 name = item.region.name
+                if not below.up(item.region):
+                    return
+                self._region_lost(name)  # an earlier connection's boards announce themselves again
                 log.info("the aggregator %s is connected", name)
-                if below.up(item.region) is not None:
-                    self._region_lost(name)
                 for job, runner in self.runners.items():
                     runner.hear(on.Reconnected(tuple(below.devices(job, name))))
             case RegionDown():
                 if below.down(item.region):
                     log.warning("the aggregator %s is no longer connected", item.region.name)
                     self._region_lost(item.region.name)
+                    for job, runner in self.runners.items():
+                        runner.hear(on.Disconnected(tuple(below.devices(job, item.region.name))))
             case BornBelow():
-                self._born_below(item.path, item.birth)
+                if below.is_member(item.birth.device):
+                    self._born_below(item.path, item.birth)
             case DiedBelow():
                 known, path = self._connected.get(item.device), self._region_of(item.device)
-                if known is not None and known.session == item.session and path.partition("/")[0] == item.region:
+                if known is not None and known.session == item.session and first(path) == item.region:
                     self._gone(item.device)
             case TrafficBelow():
                 if item.job in self.runners:
@@ -419,7 +431,7 @@ class Server:
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
 
     def _region_lost(self, name: str) -> None:
-        for device in [d for d, path in self._paths.items() if path.partition("/")[0] == name]:
+        for device in [d for d, path in self._paths.items() if first(path) == name]:
             self._gone(device)
 
     def _ask(self, device: str) -> None:
@@ -444,8 +456,12 @@ class Server:
             self._gone(device)
         self._steer(now)
         self._site.quarantine.save()
-        if self._tier.below is not None:
-            self._tier.below.tick()
+        if (below := self._tier.below) is not None:
+            below.tick()
+            for region in below.away():
+                why = f"its aggregator {region} was away for too long"
+                for job, runner in self.runners.items():
+                    runner.hear(on.Disconnected(tuple(below.devices(job, region)), why))
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 
@@ -487,6 +503,12 @@ class Server:
         below = {n for state in states for n, device in state.devices.items() if device.region} | self._paths.keys()
         known -= below  # aggregators tell theirs
         away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
-        return GracefulShutdown(
-            self._connected.keys() - below, away, self._connected.__contains__, self._site.monotonic()
-        )
+        tier, regions = self._tier.below, {first(d.region) for state in states for d in state.devices.values()} - {""}
+        here, names = self._connected.keys() - below, [] if tier is None else tier.names
+
+        def there(name: str) -> bool:
+            return name in self._connected or (tier is not None and name[1:] in tier.names)
+
+        # Aggregators that are away are waited for as boards are: they tell theirs.
+        absent = {f"/{region}" for region in regions.difference(names)} if tier is not None else set()
+        return GracefulShutdown(here, {*away, *absent}, there, self._site.monotonic())

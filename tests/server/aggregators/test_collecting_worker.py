@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.jobs.state import Progress, Task
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.aggregators.collecting_worker import CollectingWorker
@@ -44,21 +46,29 @@ class Place:
     ) -> None:
         self.worker: Worker = worker(model, folder / (name or "root"), settings)
         self.name = name
+        self.state = State("")  # the copy that its parent keeps
         self.above: Place | None = None
         self.below: dict[str, Place] = {}
         self.asked: list[do.Measure] = []
+        self.dropped: list[int] = []
         self.fetched: list[str] = []
         self.lose: Callable[[], bool] = lambda: False
         self.away = False
         crew = DistributedWorker(self.worker, Helpers(self.worker), block=500) if helped else self.worker
-        collecting = CollectingWorker(self.worker, crew, self._ask, self._fetch_below, patience_s=0.05)
-        self.crew = collecting if not name else FetchingWorker(self.worker, collecting, self._fetch_above)
+        collecting = CollectingWorker(self.worker, crew, self)
+        self.crew = collecting if not name else FetchingWorker(self.worker, collecting, self._fetch_above, self.state)
 
     def put_below(self, place: Place) -> None:
         self.below[place.name.rpartition("/")[2]] = place
         place.above = self
 
-    def _ask(self, region: str, command: do.Measure) -> Future[Any]:
+    def gone(self, path: str) -> bool:
+        return self.below[path.partition("/")[0]].away
+
+    def drop(self, number: int) -> None:
+        self.dropped.append(number)
+
+    def ask(self, region: str, command: do.Measure) -> Future[Any]:
         place, answer = self.below[region], Future[Any]()
         place.asked.append(command)
         if not place.away:
@@ -68,7 +78,7 @@ class Place:
             answer.set_result(read_event(json.loads(json.dumps(event_body(event), default=vars))))
         return answer
 
-    def _fetch_below(self, path: str, digest: str) -> bytes | None:
+    def fetch(self, path: str, digest: str) -> bytes | None:
         first, _, rest = path.partition("/")
         place = self.below[first]
         self.fetched.append(digest)
@@ -76,7 +86,7 @@ class Place:
             place.worker.store.delete(digest)
         if place.worker.store.has(digest):
             return place.worker.store.read(digest)
-        return place._fetch_below(rest, digest) if rest else None
+        return place.fetch(rest, digest) if rest else None
 
     def _fetch_above(self, digest: str) -> bytes | None:
         above = self.above
@@ -122,6 +132,9 @@ class Tier:
             return place.crew.execute(fold)
         (read,) = read_steered(sent_down(fold, place.name)).commands
         assert isinstance(read, do.Fold)
+        part, state = read.contribution.part, place.state
+        state.round = read.round
+        state.tasks[part.device] = Task(part.attempt, part.widths, progress=Progress.STORED)
         return place.crew.execute(read)
 
     def end(self, contributions: Sequence[do.Contribution] | None = None) -> on.Event:
@@ -218,7 +231,8 @@ def test_after_its_patience_a_round_closes_without_the_aggregator_that_is_away(
         found = tier.end()
     assert isinstance(found, on.Closed)
     lost = {c.part.device for c in tier.close.contributions if c.region == "coast"}
-    assert found.rejected == dict.fromkeys(sorted(lost), "its aggregator coast was away for 0.05 s")
+    assert found.rejected == dict.fromkeys(sorted(lost), "its aggregator coast was away for too long")
+    assert tier.places[""].dropped
     assert f"{len(lost)} updates of round 1 don't count" in caplog.text
     rest = tier.expected([c for c in tier.close.contributions if c.region != "coast"])
     assert isinstance(rest, on.Closed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import BrokerError, ConfigError
-from fedprune.jobs.state import Device, Progress, Task
+from fedprune.jobs.state import Device, Phase, Progress, Task
 from fedprune.wire.messages import Birth
-from fedprune_server.aggregators import channel, parent
+from fedprune_server.aggregators import channel, children, parent
 from fedprune_server.aggregators.channel import PIECE, ParentLostError
 from fedprune_server.aggregators.children import (
     BornBelow,
@@ -210,8 +211,12 @@ def test_blobs_come_from_the_parent_and_from_other_aggregators(tier: Tier, size:
 
 def test_a_blob_is_waited_for_until_its_aggregator_is_back_and_no_longer(tier: Tier) -> None:
     tier.children._patience_s = 0.2
+    started = time.monotonic()
     assert tier.children.fetch(JOB, "north", "b" * 64) is None
+    assert time.monotonic() - started < 5
+    assert tier.children.gone("north/valley")
     tier.children._patience_s = 10.0
+    assert not tier.children.gone("north")
     digest = BlobStore(tier.folder / "north", durable=False).put(b"sums").sha256
     found: list[bytes | None] = []
     thread = threading.Thread(target=lambda: found.append(tier.children.fetch(JOB, "north", digest)))
@@ -244,18 +249,38 @@ def heard_commands(link: ParentLink) -> tuple[do.Command, ...]:
     raise AssertionError("no command came")
 
 
-def test_a_second_aggregator_of_a_name_replaces_the_first(tier: Tier) -> None:
+def test_another_aggregator_of_a_name_is_refused(tier: Tier) -> None:
     first = tier.join("north")
     second = tier.begin("north")
-    thread = threading.Thread(target=second.start)
+    second._landing = BlobStore(tier.folder / "elsewhere", durable=False)
+    errors: list[ConfigError] = []
+
+    def start() -> None:
+        try:
+            second.start()
+        except ConfigError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start)
     thread.start()
-    up = tier.wait(RegionUp)
-    assert tier.children.up(up.region) is not None
-    thread.join()
+    assert not tier.children.up(tier.wait(RegionUp).region)
+    thread.join(10)
+    assert "another aggregator is connected as north" in str(errors[0])
+    assert first.connected
+    assert first.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
+
+
+def test_an_aggregator_that_comes_back_replaces_its_own_connection(tier: Tier) -> None:
+    tier.join("north")
+    again = tier.begin("north")
+    thread = threading.Thread(target=again.start)
+    thread.start()
+    assert tier.children.up(tier.wait(RegionUp).region)
+    thread.join(10)
     down = tier.wait(RegionDown)
     assert not tier.children.down(down.region)  # the later one stays
     assert tier.children.names == ["north"]
-    assert not first.connected or first.outdated is False
+    assert again.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
 
 
 def test_another_version_is_refused(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,19 +310,20 @@ def consume(socket: ClientConnection) -> None:
         ["[]"],
         [b"a piece of no blob"],
         ['{"kind": "born"}'],
-        ['{"kind": "hello", "region": "a/b", "version": "1"}'],
+        ['{"kind": "hello", "region": "a/b", "version": "1", "instance": "x"}'],
         ["HELLO", '{"kind": "steal"}'],
         ["HELLO", '{"kind": "born", "birth": "{}", "region": ""}'],
         ["HELLO", '{"kind": "event", "job": "job", "event": ["Closed", {}]}'],
         ["HELLO", '{"kind": "blob", "ref": {"sha256": "x", "size": 1, "leaves": "y"}}'],
         ["HELLO", '{"kind": "traffic", "job": "job", "devices": {"ant": [1]}}'],
+        ["HELLO", '{"kind": "died", "device": "ant", "session": Infinity}'],
         ["HELLO", '{"kind": "died", "device": "ant", "session": "?"}'],
     ],
     ids=str,
 )
 def test_what_is_no_aggregator_is_cut_off_and_the_others_stay(tier: Tier, messages: list[str | bytes]) -> None:
     link = tier.join("north")
-    hello = json.dumps({"kind": "hello", "region": "coast", "version": __version__})
+    hello = json.dumps({"kind": "hello", "region": "coast", "version": __version__, "instance": "x"})
     with connect(tier.url) as socket:
         for message in messages:
             socket.send(hello if message == "HELLO" else message)
@@ -324,6 +350,76 @@ def test_a_broken_connection_ends_what_waits_for_a_blob(tier: Tier, monkeypatch:
     tier.children.close()
     thread.join(10)
     assert len(errors) == 1
+
+
+def test_an_aggregator_that_missed_the_end_of_a_job_is_told(tier: Tier) -> None:
+    tier.state.phase = Phase.FINISHED
+    assert heard(tier.join("north"), Steered).commands == (do.Finish(MODEL),)
+
+
+def test_a_region_keeps_the_rows_of_boards_that_have_left_an_update_there(tier: Tier) -> None:
+    tier.state.devices["ant"] = device("coast")
+    tier.state.devices["ant"].past = {"weights": "b" * 64, "region": "north"}
+    tier.state.devices["bee"] = device("coast")
+    tier.state.devices["bee"].buffer = {"contribution": {"region": "north", "weights": "c" * 64}}
+    found = heard(tier.join("north"), Steered)
+    assert set(found.devices) == {"ant", "bee"}
+    assert not any(d.online for d in found.devices.values())
+    assert found.devices["ant"].past["weights"] == "b" * 64
+
+
+def test_many_rows_come_in_several_messages_and_as_one(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "_ROWS", 3)
+    for k in range(10):
+        tier.state.devices[f"d{k}"] = device("north")
+    found = heard(tier.join("north"), Steered)
+    assert found.whole
+    assert set(found.devices) == {f"d{k}" for k in range(10)}
+
+
+def test_too_many_connections_are_closed_at_once(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "CONNECTIONS", 3)
+    link = tier.join("north")
+    silent = [socket.create_connection(("127.0.0.1", tier.children.port)) for _ in range(2)]
+    with socket.create_connection(("127.0.0.1", tier.children.port)) as one_more:
+        one_more.settimeout(10)
+        assert one_more.recv(1) == b""
+    assert link.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
+    for connection in silent:
+        connection.close()
+
+
+def test_a_silent_peer_does_not_hold_the_loop_up(tier: Tier) -> None:
+    hello = json.dumps({"kind": "hello", "region": "north", "version": __version__, "instance": "x"})
+    with connect(tier.url, ping_interval=None) as silent:
+        silent.send(hello)
+        region = tier.wait(RegionUp).region
+        tier.children.up(region)
+        region.channel.give(JOB, tier.store.put(bytes(2**26)).sha256)  # which it never reads
+        time.sleep(0.5)
+        started = time.monotonic()
+        region.channel.close()
+        assert time.monotonic() - started < 1
+
+
+def test_an_aggregator_without_its_parent_does_not_say_that_a_blob_is_nowhere(tier: Tier) -> None:
+    def lost(job: str, sha256: str) -> bytes | None:
+        raise ParentLostError("the parent isn't connected")
+
+    link = tier.join("north")
+    tier.children._above = lost
+    with pytest.raises(ParentLostError):
+        link.fetch(JOB, "c" * 64)
+
+
+def test_a_parent_finds_a_blob_below_an_aggregator(tier: Tier) -> None:
+    link = tier.begin("north")
+    link.serve({JOB: tier.stores["north"]}, lambda: None, lambda job, sha256: b"sums" if job == JOB else None)
+    thread = threading.Thread(target=link.start)
+    thread.start()
+    tier.children.up(tier.wait(RegionUp).region)
+    thread.join(10)
+    assert tier.children.fetch(JOB, "north/valley", BlobStore(tier.folder / "x").put(b"sums").sha256) is not None
 
 
 def test_changed_jobs_are_noticed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,11 @@ def test_an_aggregator_knows_its_own_updates_by_an_empty_region_and_those_below_
 def test_rows_arrive_as_they_were_without_what_the_parent_alone_needs() -> None:
     state = State("a" * 64, 3, Phase.TRAINING, ranking="b" * 64, memory=MEMORY, paused=True)
     device = Device(5, True, {"name": "pi", "title": "Pi", "train_rate": 3}, {"x": 1}, 10, {"y": 2}, region="north")
-    device.past, device.held, device.widths = {"weights": "c" * 64}, {"ranking": "d" * 64}, (3, 4)
+    device.past, device.held, device.widths = (
+        {"weights": "c" * 64, "region": "north/valley"},
+        {"ranking": "d" * 64},
+        (3, 4),
+    )
     task = Task(1, (3, 4), progress=Progress.STORED, offer={"widths": [3]}, weights="e" * 64, region="north/valley")
     rows = {"ant": device_body(device, "north"), "bee": None}
     body = steered(head=head_of(state), devices=rows, tasks={"ant": task_body(task, "north")}, whole=True)
@@ -105,6 +109,7 @@ def test_rows_arrive_as_they_were_without_what_the_parent_alone_needs() -> None:
     assert copy is not None
     assert copy.to_dict() == device.to_dict() | {
         "profile": {"name": "pi", "title": "Pi"}, "probe": None, "plan": None, "region": "",
+        "past": {"weights": "c" * 64, "region": "valley"},
     }  # fmt: skip
     part = found.tasks["ant"]
     assert part is not None

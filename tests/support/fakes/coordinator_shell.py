@@ -72,7 +72,8 @@ class Shell(ABC):
                     "widths": list(part.widths),
                     "recipe": self.recipe,
                 }
-                return on.Extracted(command.basis.round, part.device, part.attempt, offer)
+                region = self.coordinator.region_of(part.device)
+                return on.Extracted(command.basis.round, part.device, part.attempt, offer, region)
             case do.SendOffer():
                 return on.UpdateAnnounced(
                     command.device,

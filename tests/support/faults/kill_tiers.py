@@ -16,6 +16,9 @@ from support.processes.machine import listens
 from support.processes.postgres import Postgres
 from support.processes.tiered_site import TieredSite
 
+_LATE = 10**6
+"""A flush that a process doesn't come to: it is killed at any time."""
+
 REGIONS = {"hill": BOARDS[:1], "coast": BOARDS[1:]}
 
 
@@ -59,7 +62,7 @@ class DoomedTier(Mortal, TieredSite):
         return [*command, "--database", self._database_url] if name == "server" and self._database_url else command
 
     def live_all(self, life: Callable[[str], Life]) -> None:
-        self.live(Life("server", 0, after=False))
+        self.live(Life("server", _LATE, after=False))
         self.wait_for(lambda: all(map(listens, self.ports["server"])), "the server listens")
         for who in (*REGIONS, *BOARDS):
             self.live(life(who))

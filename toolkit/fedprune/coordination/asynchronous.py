@@ -62,7 +62,7 @@ class AsynchronousCoordinator(Coordinator):
             task.offered_at = None
             task.deadline = None if task.deadline is None else now + self.deadline_s
             if task.progress is Progress.EXTRACTING:
-                commands.append(self._extract(name, task))
+                commands += self._extracts([name], now)
             elif task.progress is Progress.PULLING and task.update is not None:
                 commands.append(do.PullUpdate(name, state.round_of(task), task.attempt, task.update))
         if state.phase is Phase.SCORING:
@@ -89,11 +89,11 @@ class AsynchronousCoordinator(Coordinator):
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
             return [] if event.more else self._open_if_able(now)
-        moved = self._moved(event.device, before)
+        made = self._make_here(event.device, before)
         task = state.tasks.get(event.device)
         if task is not None and task.progress is Progress.OFFERED and task.offer:
             return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
-        return moved if event.more else moved + self._offers(now)
+        return made if event.more else made + self._offers(now)
 
     # A round begins.
 
@@ -166,7 +166,11 @@ class AsynchronousCoordinator(Coordinator):
                 accumulate=device.accumulate,
                 basis=basis,
             )
-        return [self._extract(n, state.tasks[n]) for n in idle]
+        return self._extracts(idle, now)
+
+    @property
+    def _own_deadlines(self) -> bool:
+        return True
 
     def _turn(self, name: str) -> float:
         """Number that orders a device in the queue for offers: the round of its last offer, and its lot among those of
@@ -179,8 +183,9 @@ class AsynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.offer, task.progress = event.offer, Progress.OFFERED
+        if task.offered_at is None:  # else it has moved, and what it was offered before is the same
+            self.privacy_budget.offered(event.device)
         task.offered_at, task.deadline = now, now + self.deadline_s
-        self.privacy_budget.offered(event.device)
         self.state.devices[event.device].last_offered_round = event.round
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
 

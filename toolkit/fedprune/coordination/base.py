@@ -5,7 +5,7 @@ for single tasks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -15,6 +15,7 @@ from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.change_tracking import TrackedDict
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Device, Phase, Progress, State, Task
@@ -110,6 +111,8 @@ class Coordinator(ABC):
                 return self.resume(now)
             case on.Reconnected():
                 return self._repeat(event)
+            case on.Disconnected():
+                return self._parted(event, now)
         raise TypeError(f"unknown event {type(event).__name__}")
 
     @abstractmethod
@@ -234,6 +237,8 @@ class Coordinator(ABC):
             return None
         if (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
             return None
+        if isinstance(event, on.Extracted) and event.region != self.region_of(event.device):
+            return None  # the device has moved since, and what it was offered is made where it is now
         return task if task.progress is progress else None
 
     def _admit(self, event: on.DeviceBorn) -> bool:
@@ -267,21 +272,64 @@ class Coordinator(ABC):
         commands: Commands = []
         for name in sorted(event.devices):
             task = self.state.tasks.get(name)
-            if task is not None and task.progress is Progress.EXTRACTING:
+            if task is not None and self.state.awaits(task) and _not_made(task):
+                task.progress = Progress.EXTRACTING
                 commands.append(self._extract(name, task))
             elif task is not None and task.progress is Progress.STORED and self.state.phase is Phase.TRAINING:
                 commands.append(self._fold_again(name, task))
         return commands
 
-    def _moved(self, name: str, before: str) -> Commands:
-        """A device is in another region than before: what it was offered is made there, too."""
+    def _parted(self, event: on.Disconnected, now: float) -> Commands:
+        """Parts that a region would have to make count as offered, so that the round's deadline comes; they are made
+        when the region is back."""
+        refused = False
+        for name in sorted(event.devices):
+            task = self.state.tasks.get(name)
+            if task is None or not self.state.awaits(task):
+                continue
+            if task.progress is Progress.EXTRACTING:
+                self._postpone(task, now)
+            elif event.given_up and task.progress is Progress.STORED:
+                task.refuse(event.given_up, FailureKind.LATE)
+                refused = True
+        return self._go_on(now) if refused else self._clocked(now)
+
+    def _extracts(self, names: Iterable[str], now: float) -> Commands:
+        """Commands for parts that begin; those of a region that is away wait for it."""
+        commands: Commands = []
+        for name in names:
+            task, device = self.state.tasks[name], self.state.devices[name]
+            if device.region and not device.online:
+                self._postpone(task, now)
+            else:
+                commands.append(self._extract(name, task))
+        return commands
+
+    def _postpone(self, task: Task, now: float) -> None:
+        task.progress, task.offered_at = Progress.OFFERED, None
+        task.deadline = now + self.deadline_s if self._own_deadlines else None
+
+    @property
+    @abstractmethod
+    def _own_deadlines(self) -> bool:
+        """Whether each part has a deadline of its own."""
+
+    def _clocked(self, now: float) -> Commands:
+        """What follows once no part is made any more: a round's deadline, where there is one."""
+        return []
+
+    def _make_here(self, name: str, before: str) -> Commands:
+        """What a device was offered is made in the region where it is now, if that isn't the one before, or wasn't
+        there."""
         task = self.state.tasks.get(name)
-        if task is None or self.state.devices[name].region == before or not self.state.awaits(task):
+        if task is None or not self.state.awaits(task):
             return []
-        if task.progress not in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING):
+        under_way = task.progress in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+        postponed = task.progress is Progress.OFFERED and task.offer is None
+        if not postponed and (not under_way or self.state.devices[name].region == before):
             return []
         if task.progress is Progress.OFFERED:
-            task.progress = Progress.EXTRACTING
+            task.progress, task.offer = Progress.EXTRACTING, None
         return [self._extract(name, task)]
 
     def _died(self, event: on.DeviceDied) -> Commands:
@@ -343,7 +391,7 @@ class Coordinator(ABC):
             sent = self._contribution(name, task, task.weight)
             ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
             base = sent.sent if sent.codec else None
-            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
+            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base, task.region)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, task: Task, event: on.UpdateRejected | on.OfferRefused) -> None:
@@ -394,3 +442,8 @@ def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
     """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
     recipe = Recipe.from_dict((task.offer or {})["recipe"])
     return max(1, min(event.steps, recipe.steps(task.samples)))
+
+
+def _not_made(task: Task) -> bool:
+    """Whether a part's submodel is still to be made, or waits for the region that makes it."""
+    return task.progress is Progress.EXTRACTING or (task.progress is Progress.OFFERED and task.offer is None)

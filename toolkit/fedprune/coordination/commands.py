@@ -18,6 +18,7 @@ class Past:
         mask: Digest of its element mask, or None.
         codec: What it is encoded in, or None.
         sent: Where it is encoded, digest of the weights that the device was sent.
+        region: The aggregator that has it; empty for the server itself.
     """
 
     round: int
@@ -27,6 +28,7 @@ class Past:
     mask: str | None = None
     codec: str | None = None
     sent: str | None = None
+    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Past:

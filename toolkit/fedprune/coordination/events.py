@@ -50,12 +50,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A device's submodel is stored; `offer` is all that its offer needs."""
+    """A device's submodel is stored; `offer` is all that its offer needs. With a `region`, that aggregator has it."""
 
     round: int
     device: str
     attempt: int
     offer: dict[str, Any]
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,18 @@ class Reconnected:
 
 
 @dataclass(frozen=True)
+class Disconnected:
+    """An aggregator is away: what its devices' parts need can't be made until it is back.
+
+    Attributes:
+        given_up: It is no longer waited for, and why: updates that it has and that aren't in the sums don't count.
+    """
+
+    devices: tuple[str, ...]
+    given_up: str = ""
+
+
+@dataclass(frozen=True)
 class Ticked:
     """Time has passed."""
 
@@ -214,6 +227,7 @@ Event = (
     | Measured
     | AddedUp
     | Reconnected
+    | Disconnected
     | Ticked
     | Paused
     | Resumed

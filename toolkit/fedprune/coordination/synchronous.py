@@ -51,8 +51,10 @@ class SynchronousCoordinator(Coordinator):
         self._pace = Pace(job.pace, self.deadline_s) if job.pace else None
         self._stragglers = Stragglers(state, self._pace)
         self._queue: WaitQueue | None = None
+        self._now = 0.0
 
     def handle(self, event: on.Event, now: float) -> Commands:
+        self._now = now
         return super().handle(event, now) + self._look_again(now)
 
     def resume(self, now: float) -> Commands:
@@ -77,12 +79,13 @@ class SynchronousCoordinator(Coordinator):
                 task.offered_at = task.first_report = task.latest_report = None
                 task.deadline = None if task.deadline is None else now + self.deadline_s
                 if task.progress is Progress.EXTRACTING:
-                    commands.append(self._extract(name, task))
+                    commands += self._extracts([name], now)
                 elif task.progress is Progress.PULLING and task.update is not None:
                     # The announcement will be repeated, too; pulling is resumed from what is on disk.
                     commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
                 elif task.progress in (Progress.STORED, Progress.FOLDED):
                     commands.append(self._fold(name, task, task.weight))
+            commands += self._start_clock(now)
             return commands + self._next_turns(self._tally()) + self._look_again(now)
         if state.phase is Phase.CLOSING:
             return [self._close()]
@@ -106,7 +109,7 @@ class SynchronousCoordinator(Coordinator):
         before = self.region_of(event.device)
         if not self._admit(event):
             return []
-        commands = self._moved(event.device, before)
+        commands = self._make_here(event.device, before)
         task = state.tasks.get(event.device)
         if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
             commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
@@ -203,7 +206,14 @@ class SynchronousCoordinator(Coordinator):
                 task.progress = Progress.QUEUED
             self._queue = None
             return self._next_turns(self._tally())
-        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
+        return self._extracts(sorted(state.tasks), now) + self._start_clock(now)
+
+    @property
+    def _own_deadlines(self) -> bool:
+        return bool(self.job.in_flight)
+
+    def _clocked(self, now: float) -> Commands:
+        return self._start_clock(now) if self.state.phase is Phase.TRAINING else []
 
     def _next_turns(self, tally: Counter[Progress]) -> Commands:
         """Parts for those who waited, as many as may work at a time."""
@@ -216,7 +226,7 @@ class SynchronousCoordinator(Coordinator):
         names = self._queue.next(room)
         for name in names:
             tasks[name].progress = Progress.EXTRACTING
-        return [self._extract(n, tasks[n]) for n in names]
+        return self._extracts(names, self._now)
 
     def _tally(self) -> Counter[Progress]:
         """How many of the round's parts are how far."""
@@ -227,10 +237,11 @@ class SynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.offer = event.offer
+        if task.offered_at is None:  # else it has moved, and what it was offered before is the same
+            self.privacy_budget.offered(event.device)
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
         self.state.devices[event.device].last_offered_round = event.round
-        self.privacy_budget.offered(event.device)
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:

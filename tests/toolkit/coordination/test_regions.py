@@ -1,0 +1,160 @@
+"""A region that is lost, and a board that moves, hold no round up and cost no update that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Phase, Progress
+from support.fakes.synchronous_shell import Shell
+from support.fakes.tiny_job import JOB, NAMES
+
+pytestmark = pytest.mark.board
+
+NORTH = NAMES[:1]
+
+
+class Regional(Shell):
+    """A shell whose first board is connected through the aggregator `north`."""
+
+    def __init__(self, job: Job = JOB) -> None:
+        super().__init__(job)
+        self.region, self.away = "north", False
+        self.lost: list[do.Command] = []
+
+    def birth(self, name: str) -> on.DeviceBorn:
+        return replace(super().birth(name), region=self.region if name in NORTH else "")
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        device = _device(command)
+        if self.away and device in NORTH:
+            self.lost.append(command)
+            return None
+        event = super().answer(command)
+        if isinstance(event, on.UpdateStored):
+            event = replace(event, region=self.coordinator.region_of(event.device))
+        return event
+
+    def part(self, given_up: str = "") -> None:
+        """The aggregator is away."""
+        self.away = True
+        for name in NORTH:
+            self.feed(on.DeviceDied(name, self.session))
+        self.feed(on.Disconnected(NORTH, given_up))
+
+    def back(self) -> None:
+        """It is connected again: first what it missed is repeated, then its boards announce themselves."""
+        self.away = False
+        self.session += 1
+        self.feed(on.Reconnected(NORTH))
+        self.inbox += [self.birth(n) for n in NORTH]
+        self.run()
+
+    def until(self, progress: Progress) -> None:
+        """Let things happen until the part of the region's board is so far."""
+        while self.state.phase is not Phase.TRAINING or self.state.tasks[NORTH[0]].progress is not progress:
+            self.feed(self.inbox.pop(0))
+
+    def later(self, seconds: float) -> None:
+        self.now += seconds
+        self.feed(on.Ticked())
+        self.run()
+
+
+def _device(command: do.Command) -> str:
+    match command:
+        case do.Extract():
+            return command.part.device
+        case do.Fold():
+            return command.contribution.part.device
+        case do.SendOffer() | do.PullUpdate() | do.Acknowledge():
+            return command.device
+    return ""
+
+
+@pytest.fixture
+def shell() -> Regional:
+    made = Regional(replace(JOB, deadline_s=60.0))
+    made.arrive()
+    return made
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_region_that_is_lost_while_it_makes_an_offer_is_as_late_as_any_board(in_flight: int) -> None:
+    shell = Regional(replace(JOB, deadline_s=60.0, in_flight=in_flight))
+    shell.arrive()
+    shell.away = True  # the command gets lost
+    while not shell.lost:
+        shell.feed(shell.inbox.pop(0))
+    shell.part()
+    shell.run()
+    for _ in range(2 * len(NAMES)):
+        shell.later(60.0)
+    assert shell.state.history, "the round has closed"
+    ended = shell.state.history[0]["devices"]
+    assert ended[NORTH[0]]["progress"] == "refused"
+    assert all(ended[n]["progress"] == "folded" for n in NAMES[1:])
+
+
+@pytest.mark.parametrize("progress", [Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING, Progress.STORED])
+def test_a_region_that_comes_back_in_time_costs_nothing(shell: Regional, progress: Progress) -> None:
+    whole = Regional(replace(JOB, deadline_s=60.0))
+    whole.arrive()
+    whole.run()
+    shell.until(progress)
+    inbox, shell.inbox = shell.inbox, []
+    shell.inbox = [e for e in inbox if getattr(e, "device", "") not in NORTH]  # what was on its way is lost
+    shell.part()
+    shell.run()
+    shell.back()
+    if progress is Progress.PULLING:  # the board announces its update again
+        task = shell.state.tasks[NORTH[0]]
+        assert task.update is not None
+        shell.inbox.append(on.UpdateStored(NORTH[0], 1, task.attempt, task.update["sha256"], "north"))
+    shell.run()
+    assert shell.state.phase is Phase.FINISHED
+    found = [{n: d["progress"] for n, d in r["devices"].items()} for r in shell.state.history]
+    assert found == [dict.fromkeys(NAMES, "folded")] * len(found)
+    assert len(found) == len(whole.state.history)
+
+
+def test_a_stored_update_waits_for_its_region_until_that_is_given_up(shell: Regional) -> None:
+    shell.until(Progress.STORED)
+    shell.inbox = [e for e in shell.inbox if not isinstance(e, on.Folded) or e.device not in NORTH]
+    shell.part()
+    shell.run()
+    for _ in range(5):
+        shell.later(60.0)
+    assert shell.state.phase is Phase.TRAINING
+    shell.part("its aggregator north was away for too long")
+    shell.run()
+    ended = shell.state.history[0]["devices"]
+    assert (ended[NORTH[0]]["progress"], ended[NORTH[0]]["kind"]) == ("refused", "late")
+    assert "north was away" in ended[NORTH[0]]["reason"]
+    assert shell.state.devices[NORTH[0]].failures == 0
+
+
+@pytest.mark.parametrize("progress", [Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING])
+def test_a_board_that_moves_is_offered_the_same_where_it_is(shell: Regional, progress: Progress) -> None:
+    shell.until(progress)
+    late = [e for e in shell.inbox if isinstance(e, on.Extracted) and e.device in NORTH]
+    shell.inbox = [e for e in shell.inbox if getattr(e, "device", "") not in NORTH]
+    shell.region, shell.session = "south", shell.session + 1
+    commands = shell.feed(shell.birth(NORTH[0]))
+    assert shell.state.devices[NORTH[0]].region == "south"
+    assert [_device(c) for c in commands if isinstance(c, do.Extract)] == list(NORTH)
+    assert not [c for c in commands if isinstance(c, do.SendOffer)]
+    for event in late:  # of the region that it has left
+        assert shell.feed(event) == []
+    if progress is Progress.PULLING:
+        task = shell.state.tasks[NORTH[0]]
+        assert task.update is not None
+        shell.inbox.append(on.UpdateStored(NORTH[0], 1, task.attempt, task.update["sha256"], "south"))
+    shell.run()
+    assert shell.state.phase is Phase.FINISHED
+    assert all(d["progress"] == "folded" for r in shell.state.history for d in r["devices"].values())
+    assert shell.closes[1][0].contributions[0].region == "south"
