@@ -182,7 +182,7 @@ class Children(Closing):
         self._away: dict[str, float] = {}
         self._given_up: set[str] = set()
         self._connections = 0
-        self._members: dict[str, str] | None = None
+        self._members: Mapping[str, str] | None = None
         self._version = ""
         self._closed = False
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")

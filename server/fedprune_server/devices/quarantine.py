@@ -93,7 +93,7 @@ class Released:
     device: str
 
 
-@dataclass
+@dataclass(slots=True)
 class Counts:
     """A device's messages that were not used, since the server's start."""
 
@@ -104,7 +104,7 @@ class Counts:
     times: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Ledger:
     points: float = BURST
     at: float = 0.0
@@ -127,7 +127,8 @@ class Quarantine:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._clock, self._wall, self._path = clock, wall, path
-        self._ledgers: dict[str, _Ledger] = {}
+        self._known = set[str]()
+        self._ledgers: dict[str, _Ledger] = {}  # of those that were heard: most of a large fleet's members are away
         self._strangers = _Ledger(STRANGERS_BURST, clock())
         self._crowd: tuple[str, float] | None = None
         self._crowded_at = -CROWDED_S
@@ -138,13 +139,11 @@ class Quarantine:
 
     def know(self, devices: Iterable[str]) -> None:
         """Give devices allowances; the caller limits their number."""
-        for device in devices:
-            if device not in self._ledgers:
-                self._ledgers[device] = _Ledger(at=self._clock())
+        self._known.update(devices)
 
     def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
         """Charge a device for a message, perhaps a chunk of a blob; returns whether to read it."""
-        ledger, now = self._ledgers.get(device), self._clock()
+        ledger, now = self._ledger(device), self._clock()
         if ledger is None:
             return self._stranger(MESSAGE + size / BYTES_PER_POINT, now)
         if now < ledger.until:
@@ -177,13 +176,13 @@ class Quarantine:
 
     def sends(self, device: str) -> None:
         """Credit a device for a message that needs an answer."""
-        if (ledger := self._ledgers.get(device)) is not None:
+        if (ledger := self._ledger(device)) is not None:
             self._refill(ledger, self._clock())
             ledger.points = min(BURST, ledger.points + EARNED)
 
     def fetches(self, device: str, sha256: str, leaves: int) -> None:
         """Charge a request for part of an offered blob of so many leaves, which is free a few times over."""
-        if (ledger := self._ledgers.get(device)) is None:
+        if (ledger := self._ledger(device)) is None:
             return
         spent = ledger.fetching.pop(sha256, 0)
         free = spent < FREE_WANTS + WANTS_PER_LEAF * leaves  # a blob that is still coming has no leaves yet
@@ -196,18 +195,18 @@ class Quarantine:
 
     def asked(self, device: str, leaves: int) -> None:
         """Credit a device for requested leaves; each may come twice."""
-        if (ledger := self._ledgers.get(device)) is not None:
+        if (ledger := self._ledger(device)) is not None:
             ledger.credit = min(CREDIT, ledger.credit + 2 * leaves * (LEAF + 64))
 
     def born(self, device: str) -> None:
         """Charge an announcement."""
         self.know([device])
-        ledger = self._ledgers[device]
-        self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
+        if (ledger := self._ledger(device)) is not None:
+            self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
 
     def bad(self, device: str) -> None:
         """Charge an invalid message."""
-        if (ledger := self._ledgers.get(device)) is not None:
+        if (ledger := self._ledger(device)) is not None:
             ledger.counts.bad += 1
             self._charge(device, ledger, BAD, self._clock(), "messages that make no sense")
         else:
@@ -252,7 +251,7 @@ class Quarantine:
 
         Diverged training makes weights that are far too large, and a device may no longer have its update.
         """
-        ledger = self._ledgers.get(device)
+        ledger = self._ledger(device)
         if ledger is None or kind != FailureKind.MALFORMED:
             return
         ledger.counts.refused += 1
@@ -263,7 +262,7 @@ class Quarantine:
 
     def counted(self, device: str) -> None:
         """A device's update was aggregated."""
-        if (ledger := self._ledgers.get(device)) is not None:
+        if (ledger := self._ledger(device)) is not None:
             ledger.strikes = 0
 
     def news(self) -> Quarantined | Released | None:
@@ -321,6 +320,12 @@ class Quarantine:
                 write_whole(self._path, json.dumps(self.rows(), sort_keys=True).encode())
         except StorageError as error:
             log.warning("%s", error)
+
+    def _ledger(self, device: str) -> _Ledger | None:
+        ledger = self._ledgers.get(device)
+        if ledger is None and device in self._known:
+            ledger = self._ledgers[device] = _Ledger(at=self._clock())
+        return ledger
 
     def _charge(self, device: str, ledger: _Ledger, cost: float, now: float, reason: str) -> bool:
         if now < ledger.until:

@@ -101,6 +101,7 @@ class IdentityStore:
 
     def __init__(self, database: Database | None) -> None:
         self._database = database
+        self._known: tuple[str, Mapping[str, str]] = "", {}
 
     @property
     def shared(self) -> bool:
@@ -212,14 +213,23 @@ class IdentityStore:
                 )
         return found
 
+    def waiting(self) -> list[tuple[str, str]]:
+        """Names and keys that wait for the operator; other members are not read."""
+        query = sql.select(_M.device, _M.key).where(_M.status == WAITING)
+        return [(row.device, row.key) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
+
     def key_of(self, device: str) -> str | None:
         found = self._rows(sql.select(_M.key).where(_M.device == device, _M.status == APPROVED))
         return str(found[0].key) if found else None
 
-    def members(self) -> dict[str, str]:
-        """Keys of the approved devices by name."""
-        query = sql.select(_M.device, _M.key).where(_M.status == APPROVED)
-        return {row.device: row.key for row in self._rows(query.order_by(_M.device))}
+    def members(self) -> Mapping[str, str]:
+        """Keys of the approved devices by name; the same mapping for all callers until they change."""
+        version = self.version()  # read first: what changes in between is read again by the next call
+        if not version or version != self._known[0]:
+            query = sql.select(_M.device, _M.key).where(_M.status == APPROVED).order_by(_M.device)
+            known = {} if self._database is None else self._read(lambda c: {r.device: r.key for r in c.execute(query)})
+            self._known = version, known
+        return self._known[1]
 
     def mirror(self, added: Mapping[str, str], removed: Collection[str], *, whole: bool, now: int) -> None:
         """Take over members that another server has let in or revoked.
@@ -254,6 +264,13 @@ class IdentityStore:
         """A text that changes with the members and, with `followed`, with the server's keys that they know."""
         rows = self._rows(sql.select(META.c.value).where(META.c.key.in_((_VERSION, _FOLLOWED)[: 1 + followed])))
         return " ".join(sorted(row.value for row in rows))
+
+    def followed(self) -> dict[str, tuple[str | None, str | None]]:
+        """By key what devices knew of this server at their latest birth, `server_key` and `authority` as in `Device`;
+        without those that knew nothing."""
+        query = sql.select(_M.key, _M.server_key, _M.authority)
+        known = sql.or_(_M.server_key.is_not(None), _M.authority.is_not(None))
+        return {key: (server_key, authority) for key, server_key, authority in self._rows(query.where(known))}
 
     def heard(self) -> dict[str, dict[str, int]]:
         """The latest epoch of each sender, by its key and by stream (`fedprune.security.signed_channel`), as `hear`

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -99,12 +99,12 @@ class AuthenticatedLink(Relay):
         self._unsigned: set[int] = set()  # stored releases whose signature is none of this server's
         authority = identity.authority
         self._authorities = tuple(p.hex() for p in authority.pins) if authority.ever_rotated else None
-        self._followed = {d.key: (d.server_key, d.authority) for d in identity.store.devices()}
+        self._followed = identity.store.followed()
         self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet stored
         self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}  # by key, as a key may have two names
         self._floors = identity.store.heard()  # of keys without an opener yet
-        self._members: dict[str, str] = {}
+        self._members: Mapping[str, str] = {}
         self._version: str | None = None
         self._look_at = 0.0
         self._hello_at: dict[str, float] = {}
@@ -270,7 +270,7 @@ class AuthenticatedLink(Relay):
             self._sealer.renew(self._topics.down(device))
             self._compare(device, birth.session, opener.epoch(topic) - before)
             known = birth.server_key, birth.authorities[-1] if birth.authorities else None
-            if self._followed.get(opener.key.hex) != known:
+            if self._followed.get(opener.key.hex, (None, None)) != known:
                 self._followed[opener.key.hex] = self._to_follow[opener.key.hex] = known
             self._offer_successions(device, birth.server_key)
             if self._authorities is not None and birth.authorities != self._authorities:
@@ -313,7 +313,7 @@ class AuthenticatedLink(Relay):
         )
         self._complaints.about(self._topics.up(device), error)
 
-    def _look(self) -> dict[str, str]:
+    def _look(self) -> Mapping[str, str]:
         """The members' keys by name; a member that is gone or has another key now is reported as revoked."""
         now = self._clock()
         if self._version is None or now >= self._look_at:

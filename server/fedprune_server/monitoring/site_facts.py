@@ -15,7 +15,7 @@ from fedprune.security.certificates import load_authorities, load_certificate, s
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
-from fedprune_server.enrollment.store import WAITING, IdentityStore
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import CertificateDates, RolloutStatus, SiteFacts, at, command
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import has_database
@@ -76,10 +76,10 @@ def _waiting(folder: Path) -> dict[str, str]:
         return {}
     try:
         with database_of(folder, read_only=True) as database:
-            rows = [d for d in IdentityStore(database).devices() if d.status == WAITING]
+            waiting = IdentityStore(database).waiting()
     except StorageError:  # as below
         return {}
-    return {d.device: VerifyingKey.from_hex(d.key).fingerprint for d in rows}
+    return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}
 
 
 def _rollout(folder: Path) -> RolloutStatus | None:

@@ -170,7 +170,7 @@ def test_points_never_exceed_the_allowance(steps: list[tuple[str, int, bool, flo
             paid[device] += 1 + size / 4096
         if device in paid:
             assert paid[device] <= BURST + PER_S * (clock.now - began) + 2.0 * len(steps)
-    assert set(quarantine._ledgers) == {"a", "b"}
+    assert set(quarantine._ledgers) <= {"a", "b"}
 
 
 def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
@@ -179,7 +179,7 @@ def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
     heard_of = sum(quarantine.hears(f"x{n}", 1000) for n in range(200_000))
 
     assert 0.5 * STRANGERS_BURST < heard_of < STRANGERS_BURST
-    assert len(quarantine._ledgers) == 2
+    assert not quarantine._ledgers
     assert quarantine.news() is None
     assert caplog.text.count("unknown devices send") == 1
     assert quarantine.hears("a", 1000)

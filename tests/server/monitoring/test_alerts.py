@@ -18,7 +18,10 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
 from fedprune.releases.rollout import RolloutPhase
+from fedprune.security.keys import SigningKey
 from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.store import Device, IdentityStore
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
@@ -464,6 +467,21 @@ def test_a_database_that_can_t_be_read_hides_no_other_fact(tmp_path: Path) -> No
     facts = site_facts_module.site_facts(tmp_path, {})
     assert (facts.waiting, facts.rollout) == ({}, None)
     assert facts.disk is not None
+
+
+def test_members_are_not_read_where_only_boards_that_wait_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = SigningKey.make().verifying
+    with IdentityFolder.make(tmp_path, "lab") as identity:
+        identity.store.mirror({"pi": "11" * 32}, (), whole=True, now=1)
+        identity.store.ask("attic", key.hex, 2)
+
+    def read(_: IdentityStore) -> list[Device]:
+        raise AssertionError("a fleet may have a hundred thousand members")
+
+    monkeypatch.setattr(IdentityStore, "devices", read)
+    assert site_facts_module.site_facts(tmp_path, {}).waiting == {"attic": key.fingerprint}
 
 
 def test_rollouts_that_are_only_read_are_not_changed(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""The members of a fleet, as its server's database has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.storage.database import Database
+from fedprune_server.storage.storage import Storage
+
+A, B = "11" * 32, "22" * 32
+
+
+def opened(folder: Path) -> tuple[Database, IdentityStore]:
+    database = Storage.at(folder).database
+    return database, IdentityStore(database)
+
+
+def test_members_are_held_once_and_read_again_when_any_server_has_changed_them(tmp_path: Path) -> None:
+    (first, ours), (second, theirs) = opened(tmp_path), opened(tmp_path)
+    with first, second:
+        assert ours.members() == {}
+        ours.mirror({"pi-1": A}, (), whole=True, now=1)
+        known = ours.members()
+        assert known == {"pi-1": A}
+        assert ours.members() is known
+        theirs.mirror({"pi-2": B}, ("pi-1",), whole=False, now=2)
+        assert ours.members() == {"pi-2": B}
+        assert known == {"pi-1": A}, "what was handed out has changed"
+
+
+def test_only_members_that_knew_a_key_of_the_server_are_named(tmp_path: Path) -> None:
+    database, store = opened(tmp_path)
+    with database:
+        store.mirror({"pi-1": A, "pi-2": B}, (), whole=True, now=1)
+        assert store.followed() == {}
+        store.hear((), [(A, "ab" * 8, None)])
+        database.flush()
+        assert store.followed() == {A: ("ab" * 8, None)}
