@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import random
@@ -26,6 +27,9 @@ from fedprune_server.aggregators.channel import MAX_TEXT, PING_TIMEOUT_S, QUIET,
 from fedprune_server.aggregators.messages import Steered, event_body, read_steered, whole_of
 
 log = logging.getLogger("fedprune.server")
+
+_JOBS, _AGAIN_S = "jobs.json", 10.0
+"""The jobs that the parent told last, and for how long it is waited for where they are known."""
 
 FIRST_S, MOST_S = 0.5, 30.0
 """Seconds between two attempts to connect: the first pause, doubled each time, and the longest."""
@@ -100,17 +104,30 @@ class ParentLink(Closing):
         return self._changed.is_set()
 
     def start(self, patience_s: float = 30.0) -> None:
-        """Connect, and wait for the parent's jobs. Raises `BrokerError` if they don't come in time, and `ConfigError`
-        if the parent refuses this aggregator."""
+        """Connect, and wait for the parent's jobs; one that has told them before is waited for later. Raises
+        `BrokerError` if no parent answers in time, and `ConfigError` if it refuses this aggregator."""
+        known = self._stored()
         self._thread.start()
-        self._welcomed.wait(patience_s)
+        self._welcomed.wait(min(patience_s, _AGAIN_S) if known else patience_s)
         if self._refused:
             raise ConfigError(f"the parent at {self.url} refuses this aggregator: {self._refused}")
+        if not self.jobs and known:
+            log.warning("no parent answers at %s: boards are served as it said last, until it does", self.url)
+            self.jobs = known
         if not self.jobs:
             raise BrokerError(
                 f"no parent answers at {self.url}",
-                hint="Is its server running with --aggregators, and does its certificate name this host?",
+                hint="Is its server running with --aggregators, is identity/ a copy of its own, and does its "
+                "certificate name this host?",
             )
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        """The jobs that the parent told last; none if that can't be read."""
+        try:
+            found = json.loads((self._landing.root / _JOBS).read_text())
+        except (OSError, ValueError):
+            return {}
+        return {str(name): dict(about) for name, about in found.items()}
 
     def serve(
         self,
@@ -180,6 +197,8 @@ class ParentLink(Closing):
                     self.url,
                     error,
                 )
+            except Exception as error:  # noqa: BLE001 - the connection is tried again, whatever has ended it
+                log.error("the connection to the parent at %s failed: %s: %s", self.url, type(error).__name__, error)
             share = random.uniform(0.5, 1.0)  # noqa: S311  # nosec B311  # when to try again is no secret
             self._stopping.wait(share * pause)
             pause = min(MOST_S, 2 * pause)
@@ -260,6 +279,7 @@ class ParentLink(Closing):
         if self.jobs and jobs != self.jobs:
             self._changed.set()
         self.jobs = self.jobs or jobs
+        self._landing.write_file(self._landing.root / _JOBS, json.dumps(jobs).encode())
         self._refused, self._greeted, self._channel = "", True, channel
         self._items.put(ParentUp())
         self._welcomed.set()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.jobs.job import Job
@@ -22,6 +23,7 @@ from fedprune_server.enrollment.host_names import names_of
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.s3.bucket import FOLDER as BLOBS_FOLDER
 from fedprune_server.storage.state_folder import FOLDER
+from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.http import contexts
 
 log = logging.getLogger("fedprune.server")
@@ -56,21 +58,24 @@ def configurations(config: ServerConfig, parent: ParentLink) -> list[ServerConfi
     """An aggregator's configuration of each job of its parent, whose models are fetched. Raises `StorageError` if a
     model can't be had, and `ConfigError` if a job is of another version."""
     landing, found = _landing(config), []
+    known = Storage.settings_in(config.state, config.database)
+    own = None if known is None else str(known["job"]["name"])
     for i, (name, about) in enumerate(parent.jobs.items()):
-        digest = str(about["model"])
-        data = landing.read(digest) if landing.has(digest) else parent.fetch(name, digest)
-        if data is None:
-            raise StorageError(f"the parent has no model of its job {name}", hint="See its log.")
         folder = landing.root / "models" / _plain(name)
+        path = folder / f"{_plain(about['name'])}.onnx"
         with storage_errors(f"can't use {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_plain(about['name'])}.onnx"
-        landing.write_file(path, data)
+            there = path.exists() and tensorfile.digest(path.read_bytes()) == about["model"]
+        if not there:
+            data = parent.fetch(name, str(about["model"]))
+            if data is None:
+                raise StorageError(f"the parent has no model of its job {name}", hint="See its log.")
+            landing.write_file(path, data)
         changes: dict[str, Any] = {"job": Job.from_dict(about["job"]), "model": str(path)}
-        if i:
+        if name != own and (i or own is not None):
             blobs = config.blobs if config.blobs == BLOBS_FOLDER else f"{config.blobs}/{name}"
             changes |= {"state": config.state / FOLDER / name, "blobs": blobs}
-        if i and config.database is not None:
+        if "state" in changes and config.database is not None:
             raise ConfigError(
                 "server: database", expected="none, at an aggregator of several jobs", got=f"{len(parent.jobs)} jobs",
                 hint="A database has one job: leave it out, or run an aggregator for each job's server.",

@@ -286,7 +286,7 @@ class ServerConfig:
         check_name(self.region, "server: region", error=ConfigError)
         if self.parent == OFF:
             return
-        if not _PARENT.fullmatch(self.parent):
+        if not _PARENT.fullmatch(self.parent) or int(self.parent.rpartition(":")[2]) > 65_535:
             raise ConfigError("server: parent", expected=f"wss://host:port, or {OFF!r}", got=shown(self.parent))
         if self.region == OFF:
             raise ConfigError("server: region", expected="a name, at a server with a parent", got=repr(OFF))

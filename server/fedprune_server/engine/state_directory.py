@@ -215,8 +215,17 @@ class StateFolder(Closing):
         )
 
     def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
-        """A job of another name is another job."""
-        name = known["job"]["name"]
+        """A job of another name is another job; so is that of a server for an aggregator, which has copies."""
+        name, above = known["job"]["name"], parent_in(known)
+        if (above == OFF) != (config.parent == OFF):
+            whose = "a server's own job" if above == OFF else f"copies that an aggregator of {above} has"
+            raise ConfigError(
+                f"{self.path} holds {whose}",
+                expected="a folder of its own for an aggregator" if above == OFF else f"--parent {above}",
+                hint="Copy only identity/ of the server into an aggregator's new folder."
+                if above == OFF
+                else "The parent's folder has the job itself.",
+            )
         if config.job.name != name:
             raise ConfigError(
                 f"{self.path} holds {_described(known, state)}",
@@ -294,6 +303,11 @@ class StateFolder(Closing):
             self.storage.save(state, (), time.time())
 
 
+def parent_in(settings: Mapping[str, Any] | None) -> str:
+    """The parent of the aggregator that a state folder is, by its stored settings; `off` for a server."""
+    return str((settings or {}).get("server", {}).get("parent", OFF))
+
+
 def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
     """The tables of what a state folder's last start ran with; None if there was none.
 
@@ -328,6 +342,10 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
         known, state = storage.settings(), storage.load()
     if known is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
+    if (parent := parent_in(known)) != OFF:
+        raise StorageError(
+            f"{folder} is an aggregator's, which need not have the global model", hint=f"Take it out at {parent}."
+        )
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
     weights = reader(folder, known).read(digest or state.model)

@@ -25,6 +25,7 @@ from fedprune.core.errors import ConfigError, FedpruneError, StorageError
 from fedprune.core.text import all_strings
 from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
+from fedprune_server.config.alert_settings import OFF
 from fedprune_server.executor.evaluator import load_calibration
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
@@ -189,6 +190,8 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
     Args:
         folder: The state folder; no server runs on it.
     """
+    if needs.settings.get("server", {}).get("parent", OFF) != OFF:
+        return  # an aggregator's events lead to nothing here: its parent decides
     log = storage.log.events()
     first = next(log, None)
     if first is None or first[0] != 1:

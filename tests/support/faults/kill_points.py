@@ -89,11 +89,13 @@ class Mortal(Site):
         servers: Names of its servers, the one that decides first.
         rounds: Rounds of the job.
         between_s: The shortest and the longest time between two kills of neighbours.
+        comes_back: Exit codes with which a process may end by itself, and is started again as a service does.
     """
 
     servers: tuple[str, ...] = ("server",)
     rounds: int
     between_s: tuple[float, float] = (2.0, 20.0)
+    comes_back: tuple[int, ...] = ()
 
     def make_shim(self) -> None:
         """Compile what kills processes at flushes."""
@@ -197,7 +199,7 @@ def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
             if code == -signal.SIGKILL and life.at:
                 life.file = site.file(who)
                 done.lives.append(life)
-            elif code is not None and code != 0:
+            elif code is not None and code != 0 and code not in site.comes_back:
                 raise LedgerError(f"{who} ended by itself with {code}: {site.logs()}")
             if code is not None and (code != 0 or who not in site.servers):
                 site.live(next_life(who))

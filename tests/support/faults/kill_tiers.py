@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fedprune.core.errors import ExitCode
 from support.faults.kill_neighbours import strike_down
 from support.faults.kill_points import BOARDS, CONFIG, Life, Mortal
 from support.processes.machine import listens
@@ -37,6 +38,8 @@ class DoomedTier(Mortal, TieredSite):
 
     servers = ("server", *REGIONS)
     between_s = (0.3, 3.0)
+    comes_back = (ExitCode.BROKER, ExitCode.STORAGE)
+    """As it starts, a server finds its database away, or an aggregator its parent or bucket."""
 
     def __init__(
         self,
