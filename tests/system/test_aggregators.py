@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from cryptography.x509 import load_pem_x509_crl
 
 from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
@@ -169,6 +170,10 @@ def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path
         assert server("devices", "revoke", "ant", "--state", site.state).returncode == 0
         log = site.folder / "north.log"
         site.wait_for(lambda: "device ant was revoked" in log.read_text(), "ant is out at its aggregator")
+        revoked = site.folder / "north" / "identity" / "crl.pem"
+        site.wait_for(
+            lambda: len(list(load_pem_x509_crl(revoked.read_bytes()))) == 1, "its certificate is revoked there"
+        )
         for name in ("north", "server"):  # who start again know it at once
             site.kill(name)
         state = site.saved()
