@@ -98,10 +98,14 @@ def test_killed_servers_lose_no_update(material: Path, tmp_path: Path, expected:
         assert models(finished(site)) == expected
 
 
-def test_an_aggregator_can_be_a_parent(material: Path, tmp_path: Path, expected: list[str]) -> None:
-    regions = {"country": DEVICES[:1], "valley": DEVICES[1:3]}
-    below = {"valley": "country"}
-    with TieredSite(material, tmp_path, job(), regions, PATIENCE_S, below=below, direct=DEVICES[3:]) as site:
+@pytest.mark.parametrize("strategy", ["subflot", "fiarse"])  # sums, and whole updates
+def test_an_aggregator_can_be_a_parent(material: Path, tmp_path: Path, strategy: str) -> None:
+    expected = alone(material, tmp_path / "alone", job(strategy))
+    (tmp_path / "tier").mkdir()
+    regions, below = {"country": DEVICES[:1], "valley": DEVICES[1:3]}, {"valley": "country"}
+    with TieredSite(
+        material, tmp_path / "tier", job(strategy), regions, PATIENCE_S, below=below, direct=DEVICES[3:]
+    ) as site:
         site.start_all()
         assert models(finished(site)) == expected
 

@@ -233,6 +233,11 @@ class ServerConfig:
         _place(self.metrics, LOCAL[0], "metrics")
         _place(self.aggregators, self.host, "aggregators")
         self._check_parent()
+        if self.archive and self.aggregators != OFF:
+            raise ConfigError(
+                "server: archive", expected="no aggregators with it", got=f"aggregators = {self.aggregators!r}",
+                hint="Updates of a region stay at its aggregator, so that the job could not be replayed.",
+            )  # fmt: skip
         if self.traces != OFF and not _WEB.fullmatch(self.traces):
             raise ConfigError(
                 "server: traces",
