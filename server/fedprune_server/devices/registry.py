@@ -272,6 +272,8 @@ class DeviceRegistry:
             doing = f"refused: {task.reason}"
         else:
             doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
+        if device.region:
+            doing = f"{doing} ({device.region})"
         return DeviceRow(
             device=name,
             profile=str(device.profile.get("name", "?")),

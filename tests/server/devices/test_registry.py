@@ -20,3 +20,23 @@ def test_the_numbers_of_a_submodel_are_kept_for_its_present_widths_alone() -> No
     assert registry["a"].parameters == (widths, row.parameters)
     state.devices["a"].widths = ()
     assert registry.snapshot(0.0, True, {}).rows[0].parameters == 0
+
+
+def test_a_device_that_is_connected_through_an_aggregator_is_shown_with_it() -> None:
+    devices = {"a": Device(1, True, {"name": "pi"}, None, 10), "b": Device(1, True, {"name": "pi"}, None, 10)}
+    devices["b"].region = "north/valley"
+    state = State(model="m" * 64, devices=devices)  # type: ignore[arg-type]
+    rows = DeviceRegistry(JOB, ARCHITECTURE, state, {}).snapshot(0.0, True, {}).rows
+    assert [row.state for row in rows] == ["ready", "ready (north/valley)"]
+
+
+def test_bytes_since_the_last_report_are_kept_for_the_parent() -> None:
+    registry = DeviceRegistry(JOB, ARCHITECTURE, State(model="m" * 64), {"a": (5, 6)})
+    registry.received("a", 3)
+    assert registry.news is None
+    registry.news = {}
+    registry.sent("a", 4)
+    registry.received("a", 3)
+    registry.received("stranger", 9)
+    assert registry.news == {"a": (4, 3)}
+    assert registry.traffic == {"a": (9, 12)}
