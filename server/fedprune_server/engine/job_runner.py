@@ -71,6 +71,8 @@ _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 _TICK_S = 0.5
+_COPIED_EVERY_S = 1.0
+"""How often an aggregator saves its copy of the parent's state while it changes; the parent sends it anew anyway."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ class JobRunner:
             self._dispatcher,
             site.monotonic,
             (lambda: False) if self._remote is None else lambda: self._executor.busy,
+            _COPIED_EVERY_S if self._remote is not None and below is None else 0.0,
         )
         self._sweep = partial(sweep, job.store, job.state, job.keep)
         self._swept = False
@@ -574,6 +577,7 @@ class JobRunner:
         return due
 
     def _tick(self, now: float) -> None:
+        self._journal.flush(self._now)
         for device, size in self.served.taken().items():
             self.registry.sent(device, size)
         if self.registry.news:

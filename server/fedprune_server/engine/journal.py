@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ class Journal:
         registry: The devices, whose traffic is saved, too.
         dispatcher: Knows which updates are being received.
         busy: Whether commands of an earlier round may still be under way, so that nothing may be deleted.
+        every_s: Shortest time between two transactions within a phase: at an aggregator, whose state is a copy.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Journal:
         dispatcher: CommandDispatcher,
         monotonic: Callable[[], float] = time.monotonic,
         busy: Callable[[], bool] = lambda: False,
+        every_s: float = 0.0,
     ) -> None:
         self._state, self._storage, self._collector, self._registry = state, storage, collector, registry
         self._dispatcher, self._monotonic = dispatcher, monotonic
         self._busy, self._due = busy, False
+        self._every_s, self._saved_at, self._unsaved = every_s, -math.inf, list[on.Event]()
         self._at = (state.round, state.phase)
         self._told = len(state.history)
 
@@ -61,6 +65,10 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         state = self._state
+        self._unsaved += events
+        if (state.round, state.phase) == self._at and self._monotonic() - self._saved_at < self._every_s:
+            return None
+        events, self._unsaved, self._saved_at = self._unsaved, [], self._monotonic()
         self._collector.note_state(state)
         self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
@@ -77,6 +85,11 @@ class Journal:
             # all are here before the round's end is; and those of the next round are ordered after this.
             self._collector.collect(state, self._dispatcher.arriving())
         return took
+
+    def flush(self, now: float) -> None:
+        """Save what had to wait. Raises `StorageError` if the disk fails or is full."""
+        if self._unsaved:
+            self.save((), now)
 
     def ended(self) -> Iterator[dict[str, Any]]:
         """Summaries of the rounds that have ended since the last call; then they are all that memory holds of them."""
