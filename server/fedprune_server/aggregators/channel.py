@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.connection import Connection
@@ -40,6 +42,18 @@ PING_TIMEOUT_S = 120.0
 Message = Mapping[str, Any]
 
 
+_Item = TypeVar("_Item")
+
+
+def drained(items: queue.SimpleQueue[_Item]) -> list[_Item]:
+    """All items of a queue, which are taken out."""
+    found = []
+    with suppress(queue.Empty):
+        while True:
+            found.append(items.get_nowait())
+    return found
+
+
 class ParentLostError(FedpruneError):
     """The connection to the other side ended while something was awaited from it."""
 
@@ -60,10 +74,10 @@ class Channel(Closing):
         find: Callable[[str, str], BlobStore | None],
         landing: BlobStore,
         received: Callable[[Channel, Message], None],
-        wanted: Callable[[Channel, str, str], None] | None = None,
+        wanted: Callable[[Channel, str, str], None],
     ) -> None:
         self._socket, self._find, self._landing, self._received = socket, find, landing, received
-        self._asked = wanted or Channel.give
+        self._asked = wanted
         self._changed = threading.Condition()
         self._texts: deque[str] = deque()
         self._wanted: deque[tuple[str, str, bytes | None, bool]] = deque()

@@ -31,7 +31,15 @@ from fedprune.jobs.state import Device, Phase
 from fedprune.security.authority import SERVER
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.topics import check_name
-from fedprune_server.aggregators.channel import MAX_TEXT, PING_TIMEOUT_S, QUIET, Channel, Message, ParentLostError
+from fedprune_server.aggregators.channel import (
+    MAX_TEXT,
+    PING_TIMEOUT_S,
+    QUIET,
+    Channel,
+    Message,
+    ParentLostError,
+    drained,
+)
 from fedprune_server.aggregators.messages import (
     command_body,
     device_body,
@@ -231,12 +239,8 @@ class Children(Closing):
             self._changed.notify_all()
 
     def collect(self) -> list[Item]:
-        """What has come since the last call."""
-        found = []
-        with suppress(queue.Empty):
-            while True:
-                found.append(self._items.get_nowait())
-        return found
+        """Items that have come since the last call."""
+        return drained(self._items)
 
     # For the server's loop.
 
@@ -339,11 +343,10 @@ class Children(Closing):
         Call it once the state is saved."""
         state = self._jobs[job].state
         rows: dict[str, set[str]] = {name: set() for name in self._regions}
-        for device in changed:
+        for device in changed if rows else ():
+            concerned = places(state.devices.get(device), state.tasks.get(device))
             for name, region in self._regions.items():
-                if device in region.devices.get(job, ()) or name in places(
-                    state.devices.get(device), state.tasks.get(device)
-                ):
+                if name in concerned or device in region.devices.get(job, ()):
                     rows[name].add(device)
         here: list[do.Command] = []
         below: dict[str, list[do.Command]] = {name: [] for name in self._regions}

@@ -10,7 +10,6 @@ import secrets
 import ssl
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,15 @@ from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, ProtocolError
 from fedprune.wire.messages import Birth
-from fedprune_server.aggregators.channel import MAX_TEXT, PING_TIMEOUT_S, QUIET, Channel, Message, ParentLostError
+from fedprune_server.aggregators.channel import (
+    MAX_TEXT,
+    PING_TIMEOUT_S,
+    QUIET,
+    Channel,
+    Message,
+    ParentLostError,
+    drained,
+)
 from fedprune_server.aggregators.messages import Steered, event_body, read_steered, whole_of
 
 log = logging.getLogger("fedprune.server")
@@ -67,7 +74,6 @@ class ParentLink(Closing):
         region: This aggregator's name.
         context: Gives TLS for a connection; None to do without.
         landing: Where blobs of the parent arrive.
-        wake: Called when there is something to collect.
 
     Attributes:
         jobs: What the parent runs: by name its settings, its model's name and digest.
@@ -92,7 +98,7 @@ class ParentLink(Closing):
         self._channel: Channel | None = None
         self._welcomed, self._stopping, self._changed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedprune-parent", daemon=True)
-        self._refused = ""
+        self._refused, self._greeted = "", False
 
     @property
     def connected(self) -> bool:
@@ -145,12 +151,8 @@ class ParentLink(Closing):
         self._wake, self._below = wake, below
 
     def collect(self) -> list[Item]:
-        """What has come since the last call."""
-        found = []
-        with suppress(queue.Empty):
-            while True:
-                found.append(self._items.get_nowait())
-        return found
+        """Items that have come since the last call."""
+        return drained(self._items)
 
     def fetch(self, job: str, sha256: str) -> bytes | None:
         """A blob of the parent or of another of its aggregators; None if nobody has it. Raises `ParentLostError`."""
