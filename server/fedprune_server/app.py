@@ -22,10 +22,11 @@ from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.wire.topics import Topics
-from fedprune_server.aggregators.children import Children, JobRegions, ParentJob
 from fedprune_server.aggregators.collecting_worker import CollectingWorker
+from fedprune_server.aggregators.connections import JobRegions, RegionConnections
+from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
 from fedprune_server.aggregators.parent import ParentLink
-from fedprune_server.aggregators.place import admit, adopt, children_of, configurations, models, parent_of
+from fedprune_server.aggregators.place import admit, adopt, configurations, models, parent_of, regions_of
 from fedprune_server.aggregators.regional_job import FetchingWorker
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
@@ -164,13 +165,13 @@ def build_app(
         watch = _watchers(stack, config, folder, alerts)
         parent = None if config.parent == OFF else stack.enter_context(parent_of(config, identity))
         configs = [config, *further(config, options.jobs)] if parent is None else configurations(config, parent)
-        below = stack.enter_context(children_of(config, identity))
+        regions = stack.enter_context(regions_of(config, identity))
         jobs = []
         for own in configs:
             held = folder
             if own.state != config.state:
                 held = stack.enter_context(StateFolder(own.state, own.database, stopping=stopping))
-            jobs.append(_open(stack, own, held, below, parent))
+            jobs.append(_open(stack, own, held, regions, parent))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
@@ -186,6 +187,7 @@ def build_app(
             stack.enter_context(web_blobs(config, identity, reached.link.wake)),
         )
         site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
+        below = None if regions is None else RegionDispatcher(regions, _below(jobs, config), identity)
         runners = [
             JobRunner(
                 job.runnable(beside_others=len(jobs) > 1),
@@ -201,14 +203,10 @@ def build_app(
         tier = Tier(below, parent, partial(admit, identity), partial(adopt, identity))
         server = Server(runners, site, reached.broker, stopping, tier, config.connected)
         stores = {job.opened.job.name: job.folder.store for job in jobs}
-        if below is not None:
-            above = None if parent is None else parent.fetch
-            told = models({n: job.told() for n, job in zip(stores, jobs, strict=True)}, config)
-            states = {job.opened.job.name: job.opened.state for job in jobs}
-            served = {n: ParentJob(told[n], states[n], store) for n, store in stores.items()}
-            below.serve(served, reached.link.wake, above)
+        if regions is not None:
+            regions.serve(stores, reached.link.wake, None if parent is None else parent.fetch)
         if parent is not None:
-            parent.serve(stores, reached.link.wake, None if below is None else below.look)
+            parent.serve(stores, reached.link.wake, None if regions is None else regions.look)
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
@@ -304,16 +302,26 @@ class _NextSteps(Observer):
 
 
 def _open(
-    stack: ExitStack, config: ServerConfig, folder: StateFolder, below: Children | None, parent: ParentLink | None
+    stack: ExitStack,
+    config: ServerConfig,
+    folder: StateFolder,
+    regions: RegionConnections | None,
+    parent: ParentLink | None,
 ) -> _Job:
     opened = folder.read_job(config)
     worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
     name = opened.job.name
-    if below is not None:
-        worker = CollectingWorker(opened.worker, worker, JobRegions(below, name))
+    if regions is not None:
+        worker = CollectingWorker(opened.worker, worker, JobRegions(regions, name))
     if parent is not None:
         worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name), opened.state)
     return _Job(config, folder, opened, worker, parent)
+
+
+def _below(jobs: Sequence[_Job], config: ServerConfig) -> dict[str, ParentJob]:
+    """The jobs as aggregators begin them, by name."""
+    told = models({job.opened.job.name: job.told() for job in jobs}, config)
+    return {job.opened.job.name: ParentJob(told[job.opened.job.name], job.opened.state) for job in jobs}
 
 
 def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:

@@ -122,6 +122,29 @@ def command_body(command: do.Command, region: str) -> list[Any]:
     return [type(command).__name__, vars(command)]
 
 
+def steered_body(
+    region: str,
+    job: str,
+    head: Mapping[str, Any] | None = None,
+    devices: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Any] | None = None,
+    commands: Sequence[do.Command] = (),
+    *,
+    whole: bool = False,
+) -> dict[str, Any]:
+    """What the parent sends an aggregator of a job, which `read_steered` reads."""
+    return {
+        "kind": "steered",
+        "job": job,
+        "head": head or {},
+        "devices": devices or {},
+        "tasks": tasks or {},
+        "commands": [command_body(c, region) for c in commands],
+        "whole": whole,
+        "more": False,
+    }
+
+
 def _below(found: do.Contribution, region: str) -> do.Contribution:
     return replace(found, region=below(found.region, region))
 

@@ -16,7 +16,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.security.tls import insecure_allowed
-from fedprune_server.aggregators.children import Children
+from fedprune_server.aggregators.connections import RegionConnections
 from fedprune_server.aggregators.parent import Members, ParentLink, Register
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.host_names import names_of
@@ -90,8 +90,8 @@ def description(job: Job, model: str, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def children_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[Children | None]:
-    """What listens for aggregators, as configured; None for nothing. Raises `ConfigError` if the address can't be
+def regions_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[RegionConnections | None]:
+    """The connections of aggregators, as configured; None without. Raises `ConfigError` if the address can't be
     listened on or is open to others without an identity, and `IdentityError` if the identity's files can't be used."""
     place = config.aggregators_place
     if place is None:
@@ -104,9 +104,9 @@ def children_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterat
     else:
         context = contexts(identity, identity.tier(names_of(host)))
         context()  # what is wrong with it is better known now than when an aggregator comes
-    with Children(host, port, context, _landing(config), identity, config.aggregator_patience_s) as children:
-        log.info("aggregators connect to %s:%d", host, children.port)
-        yield children
+    with RegionConnections(host, port, context, _landing(config), config.aggregator_patience_s) as regions:
+        log.info("aggregators connect to %s:%d", host, regions.port)
+        yield regions
 
 
 def admit(identity: IdentityFolder | None, members: Members) -> None:

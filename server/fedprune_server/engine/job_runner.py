@@ -33,7 +33,7 @@ from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
 from fedprune.wire.messages import PUT, Birth, Finished
 from fedprune.wire.transfer import BlobSender
-from fedprune_server.aggregators.children import Children
+from fedprune_server.aggregators.dispatcher import RegionDispatcher
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.regional_job import RemoteCoordinator
 from fedprune_server.devices.board_logs import BoardLogs
@@ -144,7 +144,7 @@ class JobRunner:
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
         observers: Sequence[Observer] | None = None,
-        below: Children | None = None,
+        below: RegionDispatcher | None = None,
     ) -> None:
         self.job, self.state, self._weight = job.job, job.state, job.weight
         self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
@@ -412,7 +412,7 @@ class JobRunner:
             self._messages.void(device, **held)
         elif self._below is not None and (reason := self._messages.void_reason(device, held["job"], held["round"])):
             command = do.Cancel(device, held["round"], held["attempt"], reason)
-            self._below.order(region, self.job.name, command)
+            self._below.connections.order(region, self.job.name, command)
 
     def send_finished(self, devices: Iterable[str]) -> None:
         for device in devices:

@@ -31,16 +31,16 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import NO_JOB
-from fedprune_server.aggregators.children import (
+from fedprune_server.aggregators.connections import (
     BornBelow,
-    Children,
     DiedBelow,
     EventBelow,
     RegionDown,
     RegionUp,
     TrafficBelow,
 )
-from fedprune_server.aggregators.children import Item as ItemBelow
+from fedprune_server.aggregators.connections import Item as ItemBelow
+from fedprune_server.aggregators.dispatcher import RegionDispatcher
 from fedprune_server.aggregators.messages import Steered, first
 from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp, Register
 from fedprune_server.devices.pace_steering import Demand, PaceSteering
@@ -75,7 +75,7 @@ class Tier:
         adopt: Stores which certificates were issued and revoked.
     """
 
-    below: Children | None = None
+    below: RegionDispatcher | None = None
     parent: ParentLink | None = None
     admit: Callable[[Members], None] = lambda members: None
     adopt: Callable[[Register], None] = lambda register: None
@@ -179,7 +179,9 @@ class Server:
             if self._tier.below is not None:
                 states = [r.state for r in self.runners.values()]
                 regions = {first(d.region) for state in states for d in state.devices.values()}
-                self._tier.below.expect({*regions, *(first(t.region) for s in states for t in s.tasks.values())} - {""})
+                self._tier.below.connections.expect(
+                    {*regions, *(first(t.region) for s in states for t in s.tasks.values())} - {""}
+                )
             while not self._stopping.is_set() and not self.outdated:
                 self._turn()
                 if until_finished and self.finished and not self._computing():
@@ -381,10 +383,10 @@ class Server:
                 case Register():
                     self._tier.adopt(item)
         if below is not None:
-            for found in below.collect():
+            for found in below.connections.collect():
                 self._hear_below(below, found)
 
-    def _hear_below(self, below: Children, item: ItemBelow) -> None:
+    def _hear_below(self, below: RegionDispatcher, item: ItemBelow) -> None:
         match item:
             case RegionUp():
                 name = item.region.name
@@ -458,7 +460,7 @@ class Server:
         self._site.quarantine.save()
         if (below := self._tier.below) is not None:
             below.tick()
-            for region in below.away():
+            for region in below.connections.away():
                 why = f"its aggregator {region} was away for too long"
                 for job, runner in self.runners.items():
                     runner.hear(on.Disconnected(tuple(below.devices(job, region)), why))
@@ -504,10 +506,10 @@ class Server:
         known -= below  # aggregators tell theirs
         away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
         tier, regions = self._tier.below, {first(d.region) for state in states for d in state.devices.values()} - {""}
-        here, names = self._connected.keys() - below, [] if tier is None else tier.names
+        here, names = self._connected.keys() - below, [] if tier is None else tier.connections.names
 
         def there(name: str) -> bool:
-            return name in self._connected or (tier is not None and name[1:] in tier.names)
+            return name in self._connected or (tier is not None and name[1:] in tier.connections.names)
 
         # Aggregators that are away are waited for as boards are: they tell theirs.
         absent = {f"/{region}" for region in regions.difference(names)} if tier is not None else set()

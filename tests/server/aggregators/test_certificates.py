@@ -13,12 +13,11 @@ from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatu
 from websockets.sync.client import connect
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import write_public
 from fedprune.security.tls import pinned_context
-from fedprune_server.aggregators.children import Children, ParentJob
+from fedprune_server.aggregators.connections import RegionConnections
 from fedprune_server.aggregators.parent import Members, Register
 from fedprune_server.aggregators.place import admit, adopt
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -33,10 +32,10 @@ def identity(tmp_path: Path) -> Iterator[IdentityFolder]:
 
 
 @pytest.fixture
-def children(identity: IdentityFolder, tmp_path: Path) -> Iterator[Children]:
+def connections(identity: IdentityFolder, tmp_path: Path) -> Iterator[RegionConnections]:
     context = contexts(identity, identity.tier(["127.0.0.1"]))
-    with Children("127.0.0.1", 0, context, BlobStore(tmp_path / "landing"), identity) as made:
-        made.serve({"job": ParentJob({}, State("a" * 64), BlobStore(tmp_path / "blobs"))}, lambda: None)
+    with RegionConnections("127.0.0.1", 0, context, BlobStore(tmp_path / "landing")) as made:
+        made.serve({"job": BlobStore(tmp_path / "blobs")}, lambda: None)
         yield made
 
 
@@ -50,25 +49,25 @@ def as_board(identity: IdentityFolder, folder: Path) -> ssl.SSLContext:
     return pinned_context(authority, folder / "ant.pem", folder / "ant.key", identity.authority.now)
 
 
-def test_a_server_of_the_fleet_may_connect(identity: IdentityFolder, children: Children) -> None:
-    with connect(f"wss://127.0.0.1:{children.port}", ssl=identity.context()) as socket:
+def test_a_server_of_the_fleet_may_connect(identity: IdentityFolder, connections: RegionConnections) -> None:
+    with connect(f"wss://127.0.0.1:{connections.port}", ssl=identity.context()) as socket:
         assert socket.response is not None
         assert socket.response.status_code == 101
 
 
 def test_a_board_is_refused_before_anything_is_read_of_it(
-    identity: IdentityFolder, children: Children, tmp_path: Path
+    identity: IdentityFolder, connections: RegionConnections, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidStatus) as caught:
-        connect(f"wss://127.0.0.1:{children.port}", ssl=as_board(identity, tmp_path))
+        connect(f"wss://127.0.0.1:{connections.port}", ssl=as_board(identity, tmp_path))
     assert caught.value.response.status_code == 403
-    assert children.collect() == []
+    assert connections.collect() == []
 
 
-def test_without_a_certificate_nobody_connects(identity: IdentityFolder, children: Children) -> None:
+def test_without_a_certificate_nobody_connects(identity: IdentityFolder, connections: RegionConnections) -> None:
     context = ssl.create_default_context(cafile=str(identity.client()[0]))
     with pytest.raises((OSError, ConnectionClosed, InvalidMessage)):
-        connect(f"wss://127.0.0.1:{children.port}", ssl=context)
+        connect(f"wss://127.0.0.1:{connections.port}", ssl=context)
 
 
 def test_members_of_the_parent_are_those_of_the_aggregator(identity: IdentityFolder) -> None:

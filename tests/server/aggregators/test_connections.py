@@ -22,19 +22,19 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import BrokerError, ConfigError
 from fedprune.jobs.state import Device, Phase, Progress, Task
 from fedprune.wire.messages import Birth
-from fedprune_server.aggregators import channel, children, parent
+from fedprune_server.aggregators import channel, connections, dispatcher, parent
 from fedprune_server.aggregators.channel import PIECE, ParentLostError
-from fedprune_server.aggregators.children import (
+from fedprune_server.aggregators.connections import (
     BornBelow,
-    Children,
     DiedBelow,
     EventBelow,
     Item,
-    ParentJob,
+    RegionConnections,
     RegionDown,
     RegionUp,
     TrafficBelow,
 )
+from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.parent import ParentLink, ParentUp
 
@@ -57,16 +57,18 @@ class Tier:
         self.folder = folder
         self.state = State(MODEL, 3)
         self.store = BlobStore(folder / "parent", durable=False)
-        self.children = Children("127.0.0.1", 0, None, BlobStore(folder / "landing", durable=False), patience_s=5.0)
+        landing = BlobStore(folder / "landing", durable=False)
+        self.connections = RegionConnections("127.0.0.1", 0, None, landing, patience_s=5.0)
         about = {"job": {"name": JOB}, "model": MODEL, "name": "net"}
-        self.children.serve({JOB: ParentJob(about, self.state, self.store)}, lambda: None)
+        self.connections.serve({JOB: self.store}, lambda: None)
+        self.dispatcher = RegionDispatcher(self.connections, {JOB: ParentJob(about, self.state)})
         self.links: list[ParentLink] = []
         self.stores: dict[str, BlobStore] = {}
         self.seen: list[Item] = []
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.children.port}"
+        return f"ws://127.0.0.1:{self.connections.port}"
 
     def begin(self, region: str) -> ParentLink:
         """An aggregator that isn't let in yet: the parent's loop does that."""
@@ -81,7 +83,7 @@ class Tier:
         thread = threading.Thread(target=link.start)
         thread.start()
         up = self.wait(RegionUp)
-        self.children.up(up.region)
+        self.dispatcher.up(up.region)
         thread.join()
         return link
 
@@ -89,7 +91,7 @@ class Tier:
         """The next item of a kind; others before it are put into `seen`."""
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            for item in self.children.collect():
+            for item in self.connections.collect():
                 self.seen.append(item)
             for i, item in enumerate(self.seen):
                 if isinstance(item, kind):
@@ -100,7 +102,7 @@ class Tier:
     def close(self) -> None:
         for link in self.links:
             link.close()
-        self.children.close()
+        self.connections.close()
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_rows_and_commands_go_to_the_region_of_their_device(tier: Tier) -> None:
         heard(link, Steered)
     orders = [do.Cancel(name, 3, 1, "late") for name in ("ant", "bee", "cat")]
     wake = do.Wake(7.0)
-    assert tier.children.route(JOB, {"ant", "bee", "cat"}, [*orders, wake]) == [orders[2], wake]
+    assert tier.dispatcher.route(JOB, {"ant", "bee", "cat"}, [*orders, wake]) == [orders[2], wake]
     for region, name, order in (("north", "ant", orders[0]), ("coast", "bee", orders[1])):
         found = heard(links[region], Steered)
         assert set(found.devices) == set(found.tasks) == {name}
@@ -162,7 +164,7 @@ def test_the_end_of_a_job_is_told_to_all(tier: Tier) -> None:
     links = [tier.join("north"), tier.join("coast")]
     for link in links:
         heard(link, Steered)
-    assert tier.children.route(JOB, (), [do.Finish(MODEL)]) == [do.Finish(MODEL)]
+    assert tier.dispatcher.route(JOB, (), [do.Finish(MODEL)]) == [do.Finish(MODEL)]
     for link in links:
         assert heard(link, Steered).commands == (do.Finish(MODEL),)
 
@@ -174,12 +176,12 @@ def test_a_device_that_moves_is_offline_where_it_was_which_keeps_its_stored_upda
     for link in links.values():
         heard(link, Steered)
     tier.state.devices["ant"].region = "coast"
-    tier.children.route(JOB, {"ant"}, [])
+    tier.dispatcher.route(JOB, {"ant"}, [])
     there, here = heard(links["north"], Steered), heard(links["coast"], Steered)
     assert (there.devices["ant"].online, here.devices["ant"].online) == (False, True)
     assert there.tasks["ant"].references() >= {"b" * 64}
     tier.state.tasks["ant"].region = "coast"
-    tier.children.route(JOB, {"ant"}, [])
+    tier.dispatcher.route(JOB, {"ant"}, [])
     assert heard(links["north"], Steered).tasks == {"ant": None}
 
 
@@ -205,21 +207,21 @@ def test_blobs_come_from_the_parent_and_from_other_aggregators(tier: Tier, size:
     assert north.fetch(JOB, tier.store.put(mine).sha256) == mine
     assert north.fetch(JOB, tier.stores["coast"].put(others).sha256) == others
     assert coast.fetch(JOB, "c" * 64) is None
-    assert tier.children.fetch(JOB, "coast/valley", BlobStore(tier.folder / "coast").put(others).sha256) == others
+    assert tier.connections.fetch(JOB, "coast/valley", BlobStore(tier.folder / "coast").put(others).sha256) == others
     assert not list((tier.folder / "landing").glob("??/*"))
 
 
 def test_a_blob_is_waited_for_until_its_aggregator_is_back_and_no_longer(tier: Tier) -> None:
-    tier.children._patience_s = 0.2
+    tier.connections._patience_s = 0.2
     started = time.monotonic()
-    assert tier.children.fetch(JOB, "north", "b" * 64) is None
+    assert tier.connections.fetch(JOB, "north", "b" * 64) is None
     assert time.monotonic() - started < 5
-    assert tier.children.gone("north/valley")
-    tier.children._patience_s = 10.0
-    assert not tier.children.gone("north")
+    assert tier.connections.gone("north/valley")
+    tier.connections._patience_s = 10.0
+    assert not tier.connections.gone("north")
     digest = BlobStore(tier.folder / "north", durable=False).put(b"sums").sha256
     found: list[bytes | None] = []
-    thread = threading.Thread(target=lambda: found.append(tier.children.fetch(JOB, "north", digest)))
+    thread = threading.Thread(target=lambda: found.append(tier.connections.fetch(JOB, "north", digest)))
     thread.start()
     tier.join("north")
     thread.join(10)
@@ -228,12 +230,12 @@ def test_a_blob_is_waited_for_until_its_aggregator_is_back_and_no_longer(tier: T
 
 def test_an_aggregator_is_asked_again_after_a_reconnection_until_it_has_answered(tier: Tier) -> None:
     order = do.AddUp(3, 77, MODEL, {}, ())
-    answer = tier.children.ask(JOB, "north", order)  # it isn't there yet
+    answer = tier.connections.ask(JOB, "north", order)  # it isn't there yet
     link = tier.join("north")
     assert order in heard_commands(link)
     tier.links.pop().close()
     region = tier.wait(RegionDown).region
-    assert tier.children.down(region)
+    assert tier.dispatcher.down(region)
     link = tier.join("north")
     assert order in heard_commands(link)
     link.report(JOB, on.AddedUp(3, 76))  # an answer to an earlier process
@@ -263,7 +265,7 @@ def test_another_aggregator_of_a_name_is_refused(tier: Tier) -> None:
 
     thread = threading.Thread(target=start)
     thread.start()
-    assert not tier.children.up(tier.wait(RegionUp).region)
+    assert not tier.dispatcher.up(tier.wait(RegionUp).region)
     thread.join(10)
     assert "another aggregator is connected as north" in str(errors[0])
     assert first.connected
@@ -275,11 +277,11 @@ def test_an_aggregator_that_comes_back_replaces_its_own_connection(tier: Tier) -
     again = tier.begin("north")
     thread = threading.Thread(target=again.start)
     thread.start()
-    assert tier.children.up(tier.wait(RegionUp).region)
+    assert tier.dispatcher.up(tier.wait(RegionUp).region)
     thread.join(10)
     down = tier.wait(RegionDown)
-    assert not tier.children.down(down.region)  # the later one stays
-    assert tier.children.names == ["north"]
+    assert not tier.dispatcher.down(down.region)  # the later one stays
+    assert tier.connections.names == ["north"]
     assert again.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
 
 
@@ -287,12 +289,12 @@ def test_another_version_is_refused(tier: Tier, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(parent, "__version__", "0.0.1")
     with pytest.raises(ConfigError, match=f"it runs fedprune 0.0.1, and its parent {__version__}"):
         tier.begin("north").start()
-    assert tier.children.collect() == []
+    assert tier.connections.collect() == []
 
 
 def test_without_a_parent_an_aggregator_says_so(tier: Tier) -> None:
     link = tier.begin("north")
-    tier.children.close()
+    tier.connections.close()
     with pytest.raises(BrokerError, match="no parent answers at ws://127"):
         link.start(patience_s=0.3)
 
@@ -335,7 +337,7 @@ def test_what_is_no_aggregator_is_cut_off_and_the_others_stay(tier: Tier, messag
 def test_a_broken_connection_ends_what_waits_for_a_blob(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     link = tier.join("north")
     asked = threading.Event()
-    monkeypatch.setattr(tier.children, "_search", lambda *_: asked.set())  # which never answers
+    monkeypatch.setattr(tier.connections, "_search", lambda *_: asked.set())  # which never answers
     errors: list[Exception] = []
 
     def fetch() -> None:
@@ -347,7 +349,7 @@ def test_a_broken_connection_ends_what_waits_for_a_blob(tier: Tier, monkeypatch:
     thread = threading.Thread(target=fetch)
     thread.start()
     assert asked.wait(10)
-    tier.children.close()
+    tier.connections.close()
     thread.join(10)
     assert len(errors) == 1
 
@@ -369,7 +371,7 @@ def test_a_region_keeps_the_rows_of_boards_that_have_left_an_update_there(tier: 
 
 
 def test_many_rows_come_in_several_messages_and_as_one(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "_ROWS", 3)
+    monkeypatch.setattr(dispatcher, "_ROWS", 3)
     for k in range(10):
         tier.state.devices[f"d{k}"] = device("north")
     found = heard(tier.join("north"), Steered)
@@ -378,10 +380,10 @@ def test_many_rows_come_in_several_messages_and_as_one(tier: Tier, monkeypatch: 
 
 
 def test_too_many_connections_are_closed_at_once(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "CONNECTIONS", 3)
     link = tier.join("north")
-    silent = [socket.create_connection(("127.0.0.1", tier.children.port)) for _ in range(2)]
-    with socket.create_connection(("127.0.0.1", tier.children.port)) as one_more:
+    silent = [socket.create_connection(("127.0.0.1", tier.connections.port)) for _ in range(2)]
+    with socket.create_connection(("127.0.0.1", tier.connections.port)) as one_more:
         one_more.settimeout(10)
         assert one_more.recv(1) == b""
     assert link.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
@@ -394,7 +396,7 @@ def test_a_silent_peer_does_not_hold_the_loop_up(tier: Tier) -> None:
     with connect(tier.url, ping_interval=None) as silent:
         silent.send(hello)
         region = tier.wait(RegionUp).region
-        tier.children.up(region)
+        tier.dispatcher.up(region)
         region.channel.give(JOB, tier.store.put(bytes(2**26)).sha256)  # which it never reads
         time.sleep(0.5)
         started = time.monotonic()
@@ -407,7 +409,7 @@ def test_an_aggregator_without_its_parent_does_not_say_that_a_blob_is_nowhere(ti
         raise ParentLostError("the parent isn't connected")
 
     link = tier.join("north")
-    tier.children._above = lost
+    tier.connections._above = lost
     with pytest.raises(ParentLostError):
         link.fetch(JOB, "c" * 64)
 
@@ -417,19 +419,19 @@ def test_a_parent_finds_a_blob_below_an_aggregator(tier: Tier) -> None:
     link.serve({JOB: tier.stores["north"]}, lambda: None, lambda job, sha256: b"sums" if job == JOB else None)
     thread = threading.Thread(target=link.start)
     thread.start()
-    tier.children.up(tier.wait(RegionUp).region)
+    tier.dispatcher.up(tier.wait(RegionUp).region)
     thread.join(10)
-    assert tier.children.fetch(JOB, "north/valley", BlobStore(tier.folder / "x").put(b"sums").sha256) is not None
+    assert tier.connections.fetch(JOB, "north/valley", BlobStore(tier.folder / "x").put(b"sums").sha256) is not None
 
 
 def test_changed_jobs_are_noticed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parent, "FIRST_S", 0.01)
     link = tier.join("north")
     assert not link.outdated
-    known = tier.children._jobs[JOB]
-    tier.children.serve({JOB: replace(known, about={**known.about, "name": "other"})}, lambda: None)
-    next(iter(tier.children._regions.values())).channel.close()
-    tier.children.up(tier.wait(RegionUp).region)
+    known = tier.dispatcher._jobs[JOB]
+    tier.dispatcher._jobs = {JOB: replace(known, about={**known.about, "name": "other"})}
+    next(iter(tier.connections._regions.values())).channel.close()
+    tier.dispatcher.up(tier.wait(RegionUp).region)
     until = time.monotonic() + 10
     while not link.outdated and time.monotonic() < until:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The aggregators below a server: who is connected, what they report, and what goes to which of them."""
+"""The connections of aggregators below a server: who is connected, what they report, and blobs they have."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -22,12 +22,10 @@ from websockets.sync.server import serve as listen
 
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.jobs.state import Device, Phase
 from fedprune.security.authority import SERVER
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.topics import check_name
@@ -40,17 +38,7 @@ from fedprune_server.aggregators.channel import (
     ParentLostError,
     drained,
 )
-from fedprune_server.aggregators.messages import (
-    command_body,
-    device_body,
-    first,
-    head_of,
-    joined,
-    places,
-    read_event,
-    task_body,
-)
-from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.aggregators.messages import first, joined, read_event, steered_body
 
 log = logging.getLogger("fedprune.server")
 
@@ -60,46 +48,23 @@ _FLUSH_S = 5.0
 CONNECTIONS = 256
 """Most connections at a time, those included that haven't said who they are."""
 
-_MEMBERS, _ROWS = 20_000, 1000
-"""Most members, and devices, in a message."""
-
 _LOOK_S = 1.0
 
 _SEARCHES = 16
 """Threads that look for a blob of one aggregator at the others."""
 
 
-@dataclass(frozen=True)
-class ParentJob:
-    """A job as aggregators begin it.
-
-    Attributes:
-        about: Its settings, its model's name and digest, as JSON.
-        state: The coordinator's or, at an aggregator, the copy of it; read, never changed.
-    """
-
-    about: Mapping[str, Any]
-    state: State
-    store: BlobStore
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Region:
     """A connection of an aggregator.
 
     Attributes:
         instance: Tells an aggregator from another one of the same name.
-        register: Bytes of the register of certificates that it was told.
-        devices: By job the devices whose rows it has.
-        heads: By job what it was told of the state.
     """
 
     name: str
     channel: Channel
     instance: str = ""
-    register: int = 0
-    devices: dict[str, set[str]] = field(default_factory=dict)
-    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +118,7 @@ class TrafficBelow:
 Item = RegionUp | RegionDown | BornBelow | DiedBelow | EventBelow | TrafficBelow
 
 
-class Children(Closing):
+class RegionConnections(Closing):
     """Listens for aggregators.
 
     Args:
@@ -161,7 +126,6 @@ class Children(Closing):
         port: 0 for a free one.
         context: Gives TLS for a connection, which asks for a certificate; None to do without.
         landing: Where blobs of aggregators arrive; it also has the jobs' models.
-        identity: The fleet's, whose members and revocations aggregators are told; None to do without.
         patience_s: How long an aggregator that is away is waited for.
 
     Raises:
@@ -174,24 +138,20 @@ class Children(Closing):
         port: int,
         context: Callable[[], ssl.SSLContext] | None,
         landing: BlobStore,
-        identity: IdentityFolder | None = None,
         patience_s: float = 3600.0,
     ) -> None:
         self._patience_s = patience_s
         self._context, self._landing = context, landing
         self._wake: Callable[[], None] = lambda: None
-        self._jobs: Mapping[str, ParentJob] = {}
+        self._stores: Mapping[str, BlobStore] = {}
         self._above: Callable[[str, str], bytes | None] = lambda job, sha256: None
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._regions: dict[str, Region] = {}
         self._asked: dict[tuple[str, int], tuple[str, do.Measure, Future[Any]]] = {}
-        self._identity = identity
         self._away: dict[str, float] = {}
         self._given_up: set[str] = set()
         self._connections = 0
-        self._members: Mapping[str, str] | None = None
-        self._version = ""
         self._closed = False
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
         try:
@@ -209,7 +169,7 @@ class Children(Closing):
             self._serve, self._server.handler = self._server.handler, self._limited
         except OSError as error:
             raise ConfigError(f"server: aggregators: can't listen on {host}, port {port} ({error.strerror})") from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="fedprune-children", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="fedprune-regions", daemon=True)
         self._thread.start()
 
     @property
@@ -223,11 +183,11 @@ class Children(Closing):
 
     def serve(
         self,
-        jobs: Mapping[str, ParentJob],
+        stores: Mapping[str, BlobStore],
         wake: Callable[[], None],
         above: Callable[[str, str], bytes | None] | None = None,
     ) -> None:
-        """Let aggregators in for these jobs.
+        """Accept aggregators for the jobs of these stores, whose blobs they can fetch.
 
         Args:
             wake: Called when there is something to collect.
@@ -235,7 +195,7 @@ class Children(Closing):
         """
         self._above = above or self._above
         with self._changed:
-            self._jobs, self._wake = jobs, wake
+            self._stores, self._wake = stores, wake
             self._changed.notify_all()
 
     def collect(self) -> list[Item]:
@@ -244,8 +204,8 @@ class Children(Closing):
 
     # For the server's loop.
 
-    def up(self, region: Region) -> bool:
-        """An aggregator is connected: send it the jobs, the members and its rows. An earlier connection of it is
+    def up(self, region: Region, greeting: Iterable[Message]) -> bool:
+        """An aggregator is connected: send it these messages before all others. An earlier connection of it is
         closed. Returns False if another aggregator has its name, and is connected."""
         earlier = self._regions.get(region.name)
         if earlier is not None and not earlier.channel.closed and earlier.instance != region.instance:
@@ -255,21 +215,13 @@ class Children(Closing):
             return False
         if earlier is not None:
             earlier.channel.close()
-        region.channel.send({"kind": "welcome", "jobs": {name: job.about for name, job in self._jobs.items()}})
-        if self._members is not None:
-            self._tell_members(region, self._members, (), whole=True)
-            self._tell_register(region, 0)
+        for message in greeting:
+            region.channel.send(message)
         with self._changed:
             self._regions[region.name] = region
             self._away.pop(region.name, None)
             self._given_up.discard(region.name)
             self._changed.notify_all()
-        for name, job in self._jobs.items():
-            ended: list[do.Command] = [do.Finish(job.state.model)] if job.state.phase is Phase.FINISHED else []
-            self._send(region, name, self.devices(name, region.name), ended, whole=True)
-        for (job_name, _), (asked, command, _) in list(self._asked.items()):
-            if asked == region.name:
-                self.order(asked, job_name, command)
         return True
 
     def down(self, region: Region) -> bool:
@@ -280,19 +232,6 @@ class Children(Closing):
             del self._regions[region.name]
             self._away[region.name] = time.monotonic()
         return True
-
-    def devices(self, job: str, region: str) -> list[str]:
-        """The devices of a job that concern a region."""
-        state = self._jobs[job].state
-        names = state.devices.keys() | state.tasks.keys()
-        return sorted(n for n in names if region in places(state.devices.get(n), state.tasks.get(n)))
-
-    def is_member(self, device: str) -> bool:
-        """Whether a board may be connected through an aggregator, as of now."""
-        if self._members is None or device in self._members:
-            return True
-        self.tick()
-        return device in self._members
 
     def away(self) -> list[str]:
         """Aggregators that are no longer waited for; each once, until it is back."""
@@ -311,93 +250,17 @@ class Children(Closing):
         since = self._away.get(first(path))
         return since is not None and time.monotonic() - since > self._patience_s
 
-    def tick(self) -> None:
-        """Tell aggregators which members have changed, and which certificates were revoked. Raises `StorageError` if
-        the database can't be read."""
-        if self._identity is None or self._version == (version := self._identity.store.version()):
-            return
-        before, members = self._members or {}, self._identity.store.members()
-        self._version, self._members = version, members
-        added = {name: key for name, key in members.items() if before.get(name) != key}
-        for region in self._regions.values():
-            self._tell_members(region, added, sorted(before.keys() - members.keys()), whole=False)
-            self._tell_register(region, region.register)
-
-    def _tell_members(self, region: Region, added: Mapping[str, str], removed: Sequence[str], *, whole: bool) -> None:
-        names = sorted(added)
-        for at in range(0, max(1, len(names)), _MEMBERS):
-            some = {n: added[n] for n in names[at : at + _MEMBERS]}
-            more = at + _MEMBERS < len(names)
-            body = {"kind": "members", "added": some, "removed": removed, "whole": whole, "more": more}
-            region.channel.send(body)
-
-    def _tell_register(self, region: Region, after: int) -> None:
-        if self._identity is None:
-            return
-        lines, region.register = self._identity.authority.lines(after)
-        for at in range(0, len(lines), _MEMBERS):
-            region.channel.send({"kind": "register", "lines": lines[at : at + _MEMBERS]})
-
-    def route(self, job: str, changed: Collection[str], commands: Sequence[do.Command]) -> list[do.Command]:
-        """Send aggregators the rows that have changed and the commands for their boards; returns the other commands.
-        Call it once the state is saved."""
-        state = self._jobs[job].state
-        rows: dict[str, set[str]] = {name: set() for name in self._regions}
-        for device in changed if rows else ():
-            concerned = places(state.devices.get(device), state.tasks.get(device))
-            for name, region in self._regions.items():
-                if name in concerned or device in region.devices.get(job, ()):
-                    rows[name].add(device)
-        here: list[do.Command] = []
-        below: dict[str, list[do.Command]] = {name: [] for name in self._regions}
-        for command in commands:
-            place = _place(state, command)
-            if isinstance(command, do.Finish):
-                for orders in below.values():
-                    orders.append(command)
-            if place is None:
-                here.append(command)
-            elif place in below:
-                below[place].append(command)
-            # An aggregator that is away gets its rows when it comes back, and open commands are repeated then.
-        for name, region in self._regions.items():
-            self._send(region, job, rows[name], below[name])
-        return here
-
     def order(self, path: str, job: str, command: do.Command) -> None:
         """Send one command to the aggregator of a region, if it is connected; from any thread."""
         region = self._regions.get(first(path))
         if region is not None:
-            region.channel.send(_steered(region, job, commands=[command]))
+            region.channel.send(steered_body(region.name, job, commands=[command]))
 
-    def _send(
-        self, region: Region, job: str, changed: Collection[str], commands: Sequence[do.Command], *, whole: bool = False
-    ) -> None:
-        state, known = self._jobs[job].state, region.devices.setdefault(job, set())
-        head = head_of(state)
-        news = head if head != region.heads.get(job) else {}
-        if not (changed or commands or news or whole):
-            return
-        region.heads[job] = head
-        if whole:
-            known.clear()
-        names, parts = sorted(changed), range(0, max(1, len(changed)), _ROWS)
-        for at in parts:
-            devices: dict[str, Any] = {}
-            tasks: dict[str, Any] = {}
-            for name in names[at : at + _ROWS]:
-                device, task = state.devices.get(name), state.tasks.get(name)
-                mine = region.name in places(device, task)
-                here = device is not None and first(device.region) == region.name
-                held = task is not None and first(task.region) == region.name
-                devices[name] = _device_row(device, region.name, here=here) if mine else None
-                tasks[name] = task_body(task, region.name) if task is not None and (here or held) else None
-                (known.add if mine else known.discard)(name)
-            last = at == parts[-1]
-            body = _steered(region, job, news, devices, tasks, commands if last else (), whole=whole)
-            region.channel.send(body | {"more": not last})
-
-    # For the worker's thread.
+    def repeat(self, region: Region) -> None:
+        """Ask an aggregator again for the answers that are awaited of it."""
+        for (job, _), (asked, command, _) in list(self._asked.items()):
+            if asked == region.name:
+                self.order(asked, job, command)
 
     def ask(self, job: str, region: str, command: do.Measure) -> Future[Any]:
         """Have an aggregator measure or add up; it is asked again whenever it reconnects, until `drop`."""
@@ -479,7 +342,7 @@ class Children(Closing):
 
     def _handle(self, connection: ServerConnection) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or bool(self._jobs))
+            self._changed.wait_for(lambda: self._closed or bool(self._stores))
         found: list[Region] = []
 
         def received(channel: Channel, message: Message) -> None:
@@ -524,7 +387,7 @@ class Children(Closing):
                 self._put(TrafficBelow(str(message["job"]), moved))
             case "event":
                 job, event = str(message["job"]), read_event(message["event"])
-                if job not in self._jobs:
+                if job not in self._stores:
                     return  # an aggregator that has to begin again with other jobs
                 if isinstance(event, on.Measured | on.AddedUp):
                     _, _, answer = self._asked.pop((job, event.number), (None, None, None))
@@ -538,12 +401,12 @@ class Children(Closing):
                 raise ProtocolError("message of an aggregator", got=str(kind)[:80])
 
     def _store(self, job: str, sha256: str) -> BlobStore | None:
-        known = self._jobs.get(job)
-        stores = [self._landing] if known is None else [known.store, self._landing]
+        known = self._stores.get(job)
+        stores = [self._landing] if known is None else [known, self._landing]
         return next((store for store in stores if store.has(sha256)), None)
 
     def _wanted(self, channel: Channel, job: str, sha256: str) -> None:
-        if self._store(job, sha256) is not None or job not in self._jobs:
+        if self._store(job, sha256) is not None or job not in self._stores:
             channel.give(job, sha256)
         else:
             with suppress(RuntimeError):  # this server ends
@@ -564,42 +427,20 @@ class Children(Closing):
 class JobRegions:
     """The aggregators of one job, as its worker uses them."""
 
-    children: Children
+    connections: RegionConnections
     job: str
 
     def ask(self, region: str, command: do.Measure) -> Future[Any]:
-        return self.children.ask(self.job, region, command)
+        return self.connections.ask(self.job, region, command)
 
     def fetch(self, path: str, sha256: str) -> bytes | None:
-        return self.children.fetch(self.job, path, sha256)
+        return self.connections.fetch(self.job, path, sha256)
 
     def gone(self, path: str) -> bool:
-        return self.children.gone(path)
+        return self.connections.gone(path)
 
     def drop(self, number: int) -> None:
-        self.children.drop(self.job, number)
-
-
-def _steered(
-    region: Region,
-    job: str,
-    head: Mapping[str, Any] | None = None,
-    devices: Mapping[str, Any] | None = None,
-    tasks: Mapping[str, Any] | None = None,
-    commands: Sequence[do.Command] = (),
-    *,
-    whole: bool = False,
-) -> dict[str, Any]:
-    return {
-        "kind": "steered",
-        "job": job,
-        "head": head or {},
-        "devices": devices or {},
-        "tasks": tasks or {},
-        "commands": [command_body(c, region.name) for c in commands],
-        "whole": whole,
-        "more": False,
-    }
+        self.connections.drop(self.job, number)
 
 
 class _Latest:
@@ -616,32 +457,6 @@ def _dismiss(channel: Channel, reason: str) -> None:
     channel.send({"kind": "refused", "reason": reason})
     channel.flush(_FLUSH_S)
     channel.close()
-
-
-def _device_row(device: Device | None, region: str, *, here: bool) -> dict[str, Any] | None:
-    if device is None:
-        return None
-    # One that has moved counts as offline; the aggregator keeps its last update, which the next may ask for.
-    return device_body(device, region) | ({} if here else {"online": False, "region": ""})
-
-
-def _place(state: State, command: do.Command) -> str | None:
-    """The aggregator that a command is for; None for this server."""
-    match command:
-        case do.Fold():
-            path = command.contribution.region
-        case do.Extract():
-            path = _region(state, command.part.device)
-        case do.SendOffer() | do.PullUpdate() | do.Acknowledge() | do.Cancel() | do.TellFinished():
-            path = _region(state, command.device)
-        case _:
-            path = ""
-    return first(path) or None
-
-
-def _region(state: State, device: str) -> str:
-    known = state.devices.get(device)
-    return "" if known is None else known.region
 
 
 def _common_name(connection: ServerConnection) -> str:
