@@ -369,7 +369,7 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
             local.samples.add(rng.standard_normal(6).astype(np.float32), n % 3)
         trained_on = local.samples.samples
         agent = agent_on(store, MemoryLink(fleet), local.samples)
-        fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=400, batch_size=1, lr=1e-4))]
+        fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=100, batch_size=1, lr=1e-4))]
         thread = threading.Thread(target=agent.run, args=(True,))
         thread.start()
         during, added = 0, 0

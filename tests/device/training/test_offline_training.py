@@ -18,12 +18,12 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageFullError
-from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink
@@ -31,8 +31,9 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import offline_training as alone
+from fedprune_device.training import round_runner
 from fedprune_device.training.offline_training import OfflineTraining
-from fedprune_device.training.round_runner import RoundRunner
+from fedprune_device.training.round_runner import NICENESS, RoundRunner
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
 from support.fakes.agent_harness import agent_on, expected, same
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
@@ -52,12 +53,14 @@ class Board:
         self.server = MemoryServer(root / "server", graphs, weights)
         self.server.ends = False
 
-    def live(self, script: Callable[[MemoryLink, Agent], None], every: float = 0.0) -> None:
+    def live(
+        self, script: Callable[[MemoryLink, Agent], None], every: float = 0.0, guard: ThermalGuard | None = None
+    ) -> None:
         """Run the agent while a script of a thread goes on; what the script raises is raised here."""
         raised: list[BaseException] = []
         with DeviceStore(self.root / "state", owner=DirectoryOwner("d", "site")) as store:
             link = MemoryLink(self.server)
-            agent = agent_on(store, link, self.data, train_alone_s=every)
+            agent = agent_on(store, link, self.data, train_alone_s=every, guard=guard)
 
             def play() -> None:
                 try:
@@ -168,37 +171,52 @@ def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
 
 
-@pytest.mark.slow
+class Gate(ThermalGuard):
+    """Holds training between two steps while it is shut, as heat would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shut = False
+
+    def pause(self, stop: Callable[[], bool]) -> bool:
+        while self.shut and not stop():
+            time.sleep(0.01)
+        return stop()
+
+
 def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
-    board.server.plan = [board.server.offer(1, Recipe(epochs=600, batch_size=1, lr=1e-5))]
+    board.server.plan = [board.server.offer(1)]
+    gate = Gate()
 
     def script(link: MemoryLink, agent: Agent) -> None:
         until(lambda: 1 in board.server.updates)
+        gate.shut = True
         link.drop()
         until(lambda: agent.status.to_dict()["alone"])
         assert not agent.quiet, "a restart would cost what was trained"
         board.server.plan.append(board.server.offer(2))
         link.restore()
+        until(lambda: not agent.status.to_dict()["alone"], "the end of training alone")
+        gate.shut = False
         until(lambda: 2 in board.server.updates)
-        assert not agent.status.to_dict()["alone"]
 
-    board.live(script, every=0.2)
+    board.live(script, every=0.2, guard=gate)
     assert times(board) == 0
 
 
-def test_threads_that_train_have_the_lowest_priority(board: Board) -> None:
-    board.server.plan = [board.server.offer(1, Recipe(epochs=600, batch_size=1, lr=1e-5))]
-    found: list[int] = []
+def test_threads_that_train_have_the_lowest_priority(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_runner, "NICENESS", NICENESS)
+    board.server.plan = [board.server.offer(1)]
+    found: set[int] = set()
 
-    def script(link: MemoryLink, agent: Agent) -> None:
-        until(lambda: agent.status.to_dict()["phase"] == "train")
-        thread = next(t for t in threading.enumerate() if t.name == "fedprune-training")
-        assert thread.native_id is not None
-        found.append(os.getpriority(os.PRIO_PROCESS, thread.native_id))
+    class Noting(ThermalGuard):
+        def pause(self, stop: Callable[[], bool]) -> bool:
+            found.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return stop()
 
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    board.live(script)
-    assert found == [19]
+    board.live(lambda *_: until(lambda: 1 in board.server.updates), guard=Noting())
+    assert found == {19}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
