@@ -213,9 +213,12 @@ class Lease:
         )
 
 
+_LOOK = sql.select(META.c.value).where(META.c.key == ROW)
+_HOLD, _SHARE = _LOOK.with_for_update(), _LOOK.with_for_update(read=True)
+
+
 def _read(connection: sql.Connection, *, share: bool = False, hold: bool = True) -> _Row:
-    query = sql.select(META.c.value).where(META.c.key == ROW)
-    text = connection.execute(query.with_for_update(read=share) if hold else query).scalar()
+    text = connection.execute((_SHARE if share else _HOLD) if hold else _LOOK).scalar()
     try:
         return _Row() if text is None else _Row(**json.loads(text))
     except (ValueError, TypeError) as error:

@@ -51,6 +51,12 @@ LOGGED_EVENTS = 50_000
 
 _FROM_DEVICES = ("DeviceBorn", "DeviceDied", "UpdateAnnounced", "UpdateStored", "OfferRefused")
 _PRUNE_EVERY, _PAGE = 500, 1000
+_INSERT_EVENT = EVENTS.insert()
+_COUNT = (
+    DEVICES.update()
+    .where(DEVICES.c.name == sql.bindparam("_name"))
+    .values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
+)
 
 
 class EventLog:
@@ -59,6 +65,7 @@ class EventLog:
     def __init__(self, database: Database, least: int = LOGGED_EVENTS) -> None:
         self.least = least
         self._database = database
+        self._number: int | None = None
 
     def write(self, connection: sql.Connection, events: Sequence[Event], now: float) -> None:
         """Add events that happened at `now`, in seconds since 1970, in a transaction of the caller's."""
@@ -72,11 +79,19 @@ class EventLog:
         ]
         if not rows:
             return
-        connection.execute(EVENTS.insert(), rows)
-        number = int(connection.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar() or 0)
-        every = min(_PRUNE_EVERY, self.least) if self.least else 0
-        if every and number // every > (number - len(rows)) // every:
+        connection.execute(_INSERT_EVENT, rows)
+        if not self.least:
+            return
+        # Counted here: the database is asked once, and again only when rows are due to be deleted.
+        every = min(_PRUNE_EVERY, self.least)
+        number = self._last(connection) if self._number is None else self._number + len(rows)
+        if number // every > (number - len(rows)) // every:
+            number = self._last(connection)
             connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self.least))
+        self._number = number
+
+    def _last(self, connection: sql.Connection) -> int:
+        return int(connection.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar() or 0)
 
     def events(self) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
         """Number, time, type and body of all events, in order."""
@@ -284,7 +299,8 @@ class Storage(Closing):
         written = body != self._saved_state or bool(devices or tasks or new_rounds)
         if written:
             with self.database.writing() as connection:
-                put_meta(connection, "state", body)
+                if body != self._saved_state:
+                    put_meta(connection, "state", body)
                 self.log.write(connection, events, now)
                 self._devices.write(connection, devices)
                 self._tasks.write(connection, tasks)
@@ -303,9 +319,7 @@ class Storage(Closing):
 
     def _count(self, connection: sql.Connection, traffic: Traffic) -> None:
         if traffic:
-            query = DEVICES.update().where(DEVICES.c.name == sql.bindparam("_name"))
-            query = query.values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
-            connection.execute(query, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
+            connection.execute(_COUNT, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
 
     def load(self) -> State | None:
         """The last saved state, or None for a new database.
