@@ -146,6 +146,8 @@ class RegionConnections(Closing):
         self._stores: Mapping[str, BlobStore] = {}
         self._above: Callable[[str, str], bytes | None] = lambda job, sha256: None
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self.waiting = False
+        """Whether there is something to collect."""
         self._changed = threading.Condition()
         self._regions: dict[str, Region] = {}
         self._asked: dict[tuple[str, int], tuple[str, do.Measure, Future[Any]]] = {}
@@ -200,6 +202,7 @@ class RegionConnections(Closing):
 
     def collect(self) -> list[Item]:
         """Items that have come since the last call."""
+        self.waiting = False  # before they are taken, so that one that comes now wakes the loop again
         return drained(self._items)
 
     # For the server's loop.
@@ -361,7 +364,9 @@ class RegionConnections(Closing):
 
     def _put(self, item: Item) -> None:
         self._items.put(item)
-        self._wake()
+        if not self.waiting:
+            self.waiting = True
+            self._wake()
 
     def _greeted(self, channel: Channel, message: Message) -> Region:
         if message["kind"] != "hello":

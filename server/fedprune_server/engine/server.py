@@ -9,6 +9,7 @@ part under way continue with it, and the others are free.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
+
+_GATHERED_S = 0.05
+"""Least time between two transactions of what aggregators report: what comes meanwhile shares the next one."""
 
 _ASKED_AGAIN_S = 10.0
 """Seconds between two requests to a device that counts as offline, and sends messages, to announce itself."""
@@ -134,6 +138,7 @@ class Server:
         )
         self._several = several
         self._greet_at = self._ticked = self._caught_up = 0.0
+        self._heard_at = -math.inf
         self._asked: dict[str, float] = {}
         self._needs_assignment = True
         self._shutdown: GracefulShutdown | None = None
@@ -199,7 +204,7 @@ class Server:
     def _turn(self) -> None:
         """Take in what has come, let every job save what it leads to and act on it, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
-        item = self._link.get(min(r.pause_s for r in runners))
+        item = self._link.get(self._pause_s())
         until = clock() + TURN_S
         for runner in runners:
             runner.begin_turn()
@@ -225,6 +230,13 @@ class Server:
             self._share(now)
             for runner in runners:
                 runner.needs_assignment = False
+
+    def _pause_s(self) -> float:
+        """Seconds for which the next turn may wait for a message."""
+        longest, below = min(r.pause_s for r in self.runners.values()), self._tier.below
+        if below is None or not below.connections.waiting:
+            return longest
+        return max(0.0, min(longest, self._heard_at + _GATHERED_S - self._site.monotonic()))
 
     def _linger(self) -> None:
         """Send the last messages, and tell devices that come back now that the jobs are finished."""
@@ -382,7 +394,9 @@ class Server:
                     self._tier.admit(item)
                 case Register():
                     self._tier.adopt(item)
-        if below is not None:
+        now = self._site.monotonic()
+        if below is not None and below.connections.waiting and now >= self._heard_at + _GATHERED_S:
+            self._heard_at = now
             for found in below.connections.collect():
                 self._hear_below(below, found)
 
