@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 from fedprune.coordination import Phase, State
@@ -22,7 +23,14 @@ from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 log = logging.getLogger("fedprune.server")
 
 
-@dataclass
+_WIDTHS = 4096
+"""Submodels whose numbers are remembered: devices of equal widths share one."""
+
+_NO_METRICS: Mapping[str, float] = {}
+"""Shared by the devices of a fleet: metrics are replaced, never changed in place."""
+
+
+@dataclass(slots=True)
 class Contact:
     """A device's volatile state, in addition to the coordinator's."""
 
@@ -33,12 +41,11 @@ class Contact:
     offered_at: float | None = None
     heard_at: float = -math.inf
     seconds: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
     """Of the model that it serves, on its own test samples, as last reported."""
-    introduced: tuple[Any, ...] = ()
+    introduced: int = 0
+    """Hash of what was last logged of its plan."""
     problem: str = ""
-    parameters: tuple[tuple[int, ...], int] = ((), 0)
-    """Its submodel's widths, and the numbers in that."""
 
 
 class DeviceRegistry:
@@ -67,6 +74,9 @@ class DeviceRegistry:
         self._state = state
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
+        self.total = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
+        """Payload bytes to and from all devices, over all starts of the server."""
+        self._parameters = lru_cache(_WIDTHS)(partial(parameters, architecture))
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from devices for which they have changed since they were saved."""
         self.news: dict[str, tuple[int, int]] | None = None
@@ -97,6 +107,7 @@ class DeviceRegistry:
                 )
             self._contacts[device] = Contact(up=size)
             self.moved[device] = (0, size)
+            self.total = self.total[0], self.total[1] + size
         self._contacts[device].software = software
 
     def admitted(self, device: str) -> bool:
@@ -125,6 +136,7 @@ class DeviceRegistry:
             contact.down += down
             contact.up += up
             self.moved[device] = (contact.down, contact.up)
+            self.total = self.total[0] + down, self.total[1] + up
             if self.news is not None:
                 before = self.news.get(device, (0, 0))
                 self.news[device] = (before[0] + down, before[1] + up)
@@ -203,7 +215,7 @@ class DeviceRegistry:
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
         self.outsiders.pop(name, None)
-        what = (device.widths, device.excluded, device.samples, device.profile.get("name"))
+        what = hash((device.widths, device.excluded, device.samples, device.profile.get("name")))
         if what == contact.introduced:
             return
         contact.introduced = what
@@ -255,8 +267,6 @@ class DeviceRegistry:
             doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
             return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, {}, doing)
         density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
-        if device.widths != contact.parameters[0]:
-            contact.parameters = device.widths, parameters(self._architecture, device.widths) if device.widths else 0
         if device.excluded:
             doing = f"excluded: {device.excluded}"
         elif not device.online:
@@ -278,7 +288,7 @@ class DeviceRegistry:
             device=name,
             profile=str(device.profile.get("name", "?")),
             density=density,
-            parameters=contact.parameters[1],
+            parameters=self._parameters(device.widths) if device.widths else 0,
             bytes_down=contact.down,
             bytes_up=contact.up,
             seconds=contact.seconds,

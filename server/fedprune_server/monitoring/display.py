@@ -53,11 +53,13 @@ class Lines(Observer):
         self._pace = _Pace()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        snapshot = seen.snapshot()
-        job = f"{snapshot.job}: " if self._of_several else ""
-        log.info("%s%s%s", job, round_line(snapshot, summary), self._pace.rest(snapshot, summary))
-        for row in snapshot.rows:
-            log.debug("  %s", row_line(row))
+        job = f"{seen.job.name}: " if self._of_several else ""
+        down, up = seen.registry.total
+        line = round_line(summary, seen.job.rounds, down, up)
+        log.info("%s%s%s", job, line, self._pace.rest(summary, seen.job.rounds))
+        if log.isEnabledFor(logging.DEBUG):  # it takes a look at every device
+            for row in seen.snapshot().rows:
+                log.debug("  %s", row_line(row))
 
 
 class LiveTable(Observer):
@@ -84,9 +86,9 @@ class LiveTable(Observer):
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Print the round's line above the table and draw."""
-        snapshot = seen.snapshot()
-        log.info("%s%s", round_line(snapshot, summary), self._pace.rest(snapshot, summary))
-        self._draw(snapshot)
+        down, up = seen.registry.total
+        log.info("%s%s", round_line(summary, seen.job.rounds, down, up), self._pace.rest(summary, seen.job.rounds))
+        self._draw(seen.snapshot())
 
     def ended(self) -> None:
         """Leave the last table on the screen."""
@@ -129,15 +131,15 @@ class _Pace:
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
-    def rest(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> str:
+    def rest(self, summary: Mapping[str, Any], rounds: int) -> str:
         """What to add to a round's line; nothing at the first, whose beginning wasn't seen, and the last."""
         number, now = int(summary["round"]), time.monotonic()
         if self._first is None or number <= self._first[0]:
             self._first = number, now
             return ""
         before, at = self._first
-        left = (snapshot.rounds - number) * (now - at) / (number - before)
-        return f", about {span(left)} left" if number < snapshot.rounds else ""
+        left = (rounds - number) * (now - at) / (number - before)
+        return f", about {span(left)} left" if number < rounds else ""
 
 
 def span(seconds: float) -> str:
@@ -205,14 +207,14 @@ def row_line(row: DeviceRow) -> str:
     )
 
 
-def round_line(snapshot: JobSnapshot, summary: Mapping[str, Any]) -> str:
-    """A finished round as one line of a log."""
+def round_line(summary: Mapping[str, Any], rounds: int, bytes_down: int, bytes_up: int) -> str:
+    """A finished round as one line of a log, with the payload bytes of all devices so far."""
     devices = summary["devices"]
     counted = sum(d["progress"] == "folded" for d in devices.values())
     parts = [f"{counted} of {quantity(len(devices), 'device')} counted"]
     parts += metric_texts(summary["metrics"])
-    parts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
-    return f"round {summary['round']} of {snapshot.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
+    parts.append(f"{_mb(bytes_down)} MB down and {_mb(bytes_up)} MB up so far")
+    return f"round {summary['round']} of {rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:

@@ -92,7 +92,7 @@ class JobView:
             online = "working" if works else "idle"
             devices["excluded" if device.excluded else online if device.online else "offline"] += 1
         devices["excluded"] += len(self.registry.outsiders.keys() - self.state.devices.keys())
-        traffic = self.registry.traffic.values()
+        down, up = self.registry.total
         return Facts(
             self.state.round,
             self.job.rounds,
@@ -100,8 +100,8 @@ class JobView:
             devices,
             {p.value: self.state.tasks.count(p) for p in Progress},
             sum(row["until"] is not None for row in self.quarantine.rows().values()),
-            sum(down for down, _ in traffic),
-            sum(up for _, up in traffic),
+            down,
+            up,
             self.link.connected,
             {
                 "commands": self.executor.waiting,

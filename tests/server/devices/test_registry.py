@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fedprune.coordination import State
 from fedprune.jobs.state import Device
 from fedprune_server.devices.registry import DeviceRegistry, parameters
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
-def test_the_numbers_of_a_submodel_are_kept_for_its_present_widths_alone() -> None:
+def test_the_numbers_of_submodels_are_remembered_for_some_widths_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedprune_server.devices.registry._WIDTHS", 2)
     state = State(model="m" * 64, devices={"a": Device(1, True, {"name": "pi"}, None, 10)})  # type: ignore[arg-type]
     registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
     sizes = ARCHITECTURE.sizes
@@ -17,7 +20,7 @@ def test_the_numbers_of_a_submodel_are_kept_for_its_present_widths_alone() -> No
         state.devices["a"].widths = widths
         (row,) = registry.snapshot(0.0, True, {}).rows
         assert row.parameters == parameters(ARCHITECTURE, widths)
-    assert registry["a"].parameters == (widths, row.parameters)
+    assert registry._parameters.cache_info().currsize == 2
     state.devices["a"].widths = ()
     assert registry.snapshot(0.0, True, {}).rows[0].parameters == 0
 
@@ -28,6 +31,15 @@ def test_a_device_that_is_connected_through_an_aggregator_is_shown_with_it() -> 
     state = State(model="m" * 64, devices=devices)  # type: ignore[arg-type]
     rows = DeviceRegistry(JOB, ARCHITECTURE, state, {}).snapshot(0.0, True, {}).rows
     assert [row.state for row in rows] == ["ready", "ready (north/valley)"]
+
+
+def test_the_bytes_of_all_devices_are_summed_as_they_come() -> None:
+    registry = DeviceRegistry(JOB, ARCHITECTURE, State(model="m" * 64), {"a": (5, 6), "b": (1, 2)})
+    registry.admit("c", "1.0", 10)
+    registry.sent("a", 4)
+    registry.received("c", 3)
+    registry.received("stranger", 9)
+    assert registry.total == tuple(map(sum, zip(*registry.traffic.values(), strict=True))) == (10, 21)
 
 
 def test_bytes_since_the_last_report_are_kept_for_the_parent() -> None:

@@ -84,7 +84,7 @@ class StatusPublisher:
         self._covered: dict[str, float] = {}
         for name, view in self._views.items():
             history = view.state.history
-            self._before[name] = (history[-1]["at"] if history else None, _traffic(view))
+            self._before[name] = (history[-1]["at"] if history else None, view.registry.total)
 
     def changed(self, devices: Collection[str]) -> None:
         for name in devices:
@@ -95,7 +95,7 @@ class StatusPublisher:
 
     def round_over(self, job: str, summary: dict[str, Any]) -> None:
         view, (before, counted) = self._views[job], self._before[job]
-        sums = _traffic(view)
+        sums = view.registry.total
         moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
         self._before[job] = (summary["at"], sums)
         self.add(rows.finished_round(job, summary, before, moved))
@@ -256,11 +256,6 @@ class StatusPublisher:
             now=before[1] or None,
             update=self._poller.update(name),
         )
-
-
-def _traffic(view: JobView) -> tuple[int, int]:
-    traffic = view.registry.traffic.values()
-    return sum(down for down, _ in traffic), sum(up for _, up in traffic)
 
 
 def _job(view: JobView) -> PublishedJob:
