@@ -198,6 +198,10 @@ def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path
         (["--parent", "ws://127.0.0.1:1"], "[server] region"),
         (["--parent", "ws://127.0.0.1:1", "--region", "a b"], "[server] region"),
         (["--parent", "ws://fleet.example:1", "--region", "north"], "without TLS"),
+        (
+            ["--parent", "ws://localhost:7", "--region", "north", "--aggregators", "7"],
+            "parent: expected another server",
+        ),
     ],
     ids=str,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,8 +17,8 @@ from fedprune.jobs.job import Job
 from fedprune.security.tls import insecure_allowed
 from fedprune_server.aggregators.connections import RegionConnections
 from fedprune_server.aggregators.parent import Members, ParentLink, Register
-from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.enrollment.host_names import names_of
+from fedprune_server.config.server_config import ServerConfig, is_loopback
+from fedprune_server.enrollment.host_names import ANY, names_of
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.s3.bucket import FOLDER as BLOBS_FOLDER
 from fedprune_server.storage.state_folder import FOLDER
@@ -31,21 +30,22 @@ log = logging.getLogger("fedprune.server")
 LANDING = "tier"
 """Folder of the state folder in which blobs of other servers of the tier arrive."""
 
-_HOST = re.compile(r"wss?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)")
-
 
 @contextmanager
 def parent_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[ParentLink]:
     """The connection to the configured parent, which has told its jobs.
 
     Raises:
-        ConfigError: The parent refuses this aggregator, or would be reached without TLS.
+        ConfigError: The parent refuses this aggregator, is this server itself, or would be reached without TLS.
         BrokerError: No parent answers.
         StorageError: The disk fails or is full.
     """
+    if _is_own(config):
+        raise ConfigError(
+            "server: parent", expected="another server", got=f"{config.parent}, where this server's aggregators connect"
+        )
     if identity is None:
-        found = _HOST.match(config.parent)
-        insecure_allowed("" if found is None else found[1].strip("[]"))
+        insecure_allowed(_parents_host(config), "server: parent")
     elif config.parent.startswith("ws://"):
         raise ConfigError("server: parent", expected="wss://host:port, for a fleet with an identity", got=config.parent)
     context = None if identity is None else identity.context
@@ -100,7 +100,7 @@ def regions_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
     host, port = place
     context = None
     if identity is None:
-        insecure_allowed(host)
+        insecure_allowed(host, "server: aggregators")
     else:
         context = contexts(identity, identity.tier(names_of(host)))
         context()  # what is wrong with it is better known now than when an aggregator comes
@@ -125,6 +125,21 @@ def models(jobs: Mapping[str, tuple[Job, str, bytes]], config: ServerConfig) -> 
     """What aggregators are told of jobs, by name: of settings, a model's name and its bytes, which they can fetch."""
     landing = _landing(config)
     return {n: description(job, landing.put(raw).sha256, name) for n, (job, name, raw) in jobs.items()}
+
+
+def _parents_host(config: ServerConfig) -> str:
+    return config.parent.partition("://")[2].rpartition(":")[0].strip("[]")
+
+
+def _is_own(config: ServerConfig) -> bool:
+    """Whether the parent's address is the one where this server's own aggregators connect."""
+    place, parent = config.aggregators_place, _parents_host(config)
+    if place is None or place[1] != int(config.parent.rpartition(":")[2]):
+        return False
+    host = place[0]
+    if is_loopback(parent):
+        return host in ANY or is_loopback(host)
+    return parent in (names_of(host) if host in ANY else [host])
 
 
 def _landing(config: ServerConfig) -> BlobStore:

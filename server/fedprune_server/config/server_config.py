@@ -289,6 +289,11 @@ class ServerConfig:
 
     def _check_parent(self) -> None:
         check_name(self.region, "server: region", error=ConfigError)
+        if self.parent == OFF and self.region != OFF:
+            raise ConfigError(
+                "server: region", expected=f"{OFF!r}, at a server without a parent", got=shown(self.region),
+                hint="An aggregator has both: --parent wss://HOST:PORT names the server above it (docs/scale.md).",
+            )  # fmt: skip
         if self.parent == OFF:
             return
         if not _PARENT.fullmatch(self.parent) or int(self.parent.rpartition(":")[2]) > 65_535:

@@ -98,13 +98,20 @@ def unpinned_context() -> ssl.SSLContext:
     return context
 
 
-def insecure_allowed(host: str) -> None:
+def insecure_allowed(host: str, setting: str = "") -> None:
     """Make sure that a connection without TLS, or without an identity, stays on this machine. Raises `ConfigError`
-    if it would leave it."""
+    if it would leave it.
+
+    Args:
+        setting: A server's setting that names the host; without it, the host is a broker's.
+    """
     if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
-            "a broker without TLS and identity", expected="127.0.0.1, ::1 or localhost", got=repr(host)[:80],
-            hint="Use mqtts://, with the certificates that `fedprune-server init` and joining give.",
+            f"{setting or 'a broker'} without TLS and identity", expected="127.0.0.1, ::1 or localhost",
+            got=repr(host)[:80],
+            hint="Leave --insecure out: a fleet has an identity from `fedprune-server init`, and an aggregator a copy."
+            if setting
+            else "Use mqtts://, with the certificates that `fedprune-server init` and joining give.",
         )  # fmt: skip
 
 
