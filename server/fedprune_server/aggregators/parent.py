@@ -20,7 +20,7 @@ from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
-from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, ProtocolError
+from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, IdentityError, ProtocolError
 from fedprune.wire.messages import Birth
 from fedprune_server.aggregators.channel import (
     MAX_TEXT,
@@ -40,6 +40,12 @@ _JOBS, _AGAIN_S = "jobs.json", 10.0
 
 FIRST_S, MOST_S = 0.5, 30.0
 """Seconds between two attempts to connect: the first pause, doubled each time, and the longest."""
+
+_OTHER_AUTHORITY = (18, 19, 20, 21)
+"""OpenSSL's X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT to X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE (x509_vfy.h)."""
+
+_OTHER_HOST = (62, 64)
+"""OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class ParentLink(Closing):
         self._welcomed, self._stopping, self._changed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedprune-parent", daemon=True)
         self._refused, self._greeted = "", False
+        self._distrusted: IdentityError | None = None
 
     @property
     def connected(self) -> bool:
@@ -111,7 +118,8 @@ class ParentLink(Closing):
 
     def start(self, patience_s: float = 30.0) -> None:
         """Connect, and wait for the parent's jobs; one that has told them before is waited for later. Raises
-        `BrokerError` if no parent answers in time, and `ConfigError` if it refuses this aggregator."""
+        `BrokerError` if no parent answers in time, `ConfigError` if it refuses this aggregator, and `IdentityError` if
+        its certificate is not to be trusted."""
         known = self._stored()
         self._thread.start()
         self._welcomed.wait(min(patience_s, _AGAIN_S) if known else patience_s)
@@ -120,11 +128,11 @@ class ParentLink(Closing):
         if not self.jobs and known:
             log.warning("no parent answers at %s: boards are served as it said last, until it does", self.url)
             self.jobs = known
+        if not self.jobs and self._distrusted is not None:
+            raise self._distrusted
         if not self.jobs:
             raise BrokerError(
-                f"no parent answers at {self.url}",
-                hint="Is its server running with --aggregators, is identity/ a copy of its own, and does its "
-                "certificate name this host?",
+                f"no parent answers at {self.url}", hint="Is its server running with --aggregators at this address?"
             )
 
     def _stored(self) -> dict[str, dict[str, Any]]:
@@ -192,6 +200,10 @@ class ParentLink(Closing):
             try:
                 if self._connect():
                     pause = FIRST_S
+            except ssl.SSLCertVerificationError as error:
+                self._distrusted = _distrusted(self.url, error)
+                log.log(logging.WARNING if pause == FIRST_S else logging.DEBUG, "%s", self._distrusted)
+                self._welcomed.set()
             except (OSError, TimeoutError, InvalidHandshake, InvalidMessage, InvalidURI, FedpruneError) as error:
                 log.log(
                     logging.WARNING if pause == FIRST_S else logging.DEBUG,
@@ -286,3 +298,18 @@ class ParentLink(Closing):
         self._items.put(ParentUp())
         self._welcomed.set()
         log.info("connected to the parent at %s", self.url)
+
+
+def _distrusted(url: str, error: ssl.SSLCertVerificationError) -> IdentityError:
+    """Why the certificate of a parent is not to be trusted, and what to do."""
+    why = getattr(error, "verify_message", "") or error.reason or str(error)
+    code = getattr(error, "verify_code", 0)
+    if code in _OTHER_AUTHORITY:
+        what = f"the certificate of the parent at {url} is of another authority than this aggregator's identity"
+        hint = "Replace identity/ in this state folder by a copy of the parent's, or correct --parent."
+    elif code in _OTHER_HOST:
+        what = f"the certificate of the parent at {url} doesn't name this host"
+        hint = "Use a name of its machine, as its log lists them, or give it --aggregators HOST:PORT with this host."
+    else:
+        what, hint = f"the certificate of the parent at {url} can't be used", "Start its server again, and see its log."
+    return IdentityError(f"{what} ({why})", hint=hint)

@@ -38,6 +38,7 @@ def parent_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator
     Raises:
         ConfigError: The parent refuses this aggregator, is this server itself, or would be reached without TLS.
         BrokerError: No parent answers.
+        IdentityError: The parent's certificate is of another authority, or doesn't name its host.
         StorageError: The disk fails or is full.
     """
     if _is_own(config):
@@ -98,14 +99,15 @@ def regions_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         yield None
         return
     host, port = place
-    context = None
+    context, names = None, [host]
     if identity is None:
         insecure_allowed(host, "server: aggregators")
     else:
-        context = contexts(identity, identity.tier(names_of(host)))
+        names = names_of(host)
+        context = contexts(identity, identity.tier(names))
         context()  # what is wrong with it is better known now than when an aggregator comes
     with RegionConnections(host, port, context, _landing(config), config.aggregator_patience_s) as regions:
-        log.info("aggregators connect to %s:%d", host, regions.port)
+        log.info("aggregators connect to port %d of one of: %s", regions.port, ", ".join(names))
         yield regions
 
 

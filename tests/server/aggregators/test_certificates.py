@@ -13,12 +13,13 @@ from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatu
 from websockets.sync.client import connect
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import IdentityError
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import write_public
 from fedprune.security.tls import pinned_context
 from fedprune_server.aggregators.connections import RegionConnections
-from fedprune_server.aggregators.parent import Members, Register
+from fedprune_server.aggregators.parent import Members, ParentLink, Register
 from fedprune_server.aggregators.place import admit, adopt
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import APPROVED, REVOKED
@@ -68,6 +69,25 @@ def test_without_a_certificate_nobody_connects(identity: IdentityFolder, connect
     context = ssl.create_default_context(cafile=str(identity.client()[0]))
     with pytest.raises((OSError, ConnectionClosed, InvalidMessage)):
         connect(f"wss://127.0.0.1:{connections.port}", ssl=context)
+
+
+@pytest.mark.parametrize(
+    ("host", "own", "said"),
+    [
+        ("127.0.0.1", False, r"another authority than this aggregator's identity .*identity/ in this state folder"),
+        ("localhost", True, r"doesn't name this host .*--aggregators HOST:PORT"),
+    ],
+)
+def test_an_aggregator_says_why_it_distrusts_its_parent(
+    identity: IdentityFolder, connections: RegionConnections, tmp_path: Path, host: str, own: bool, said: str
+) -> None:
+    with IdentityFolder.make(tmp_path / "other", "default") as other:
+        context = (identity if own else other).context
+        url = f"wss://{host}:{connections.port}"
+        with ParentLink(url, "north", context, BlobStore(tmp_path / "north")) as link:
+            with pytest.raises(IdentityError, match=said):
+                link.start(patience_s=60)
+            assert not link.connected
 
 
 def test_members_of_the_parent_are_those_of_the_aggregator(identity: IdentityFolder) -> None:
