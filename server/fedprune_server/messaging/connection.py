@@ -99,7 +99,13 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 wake=link.wake,
             )
             stack.callback(joins.close)
-            wire = AuthenticatedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
+            wire = AuthenticatedLink(
+                RateLimitedLink(link, quarantine),
+                identity,
+                joins=joins,
+                quarantine=quarantine,
+                aggregator=config.parent != OFF,
+            )
         stack.callback(link.close)
         yield Connection(wire, link, joins, broker, site, quarantine, url)
 
