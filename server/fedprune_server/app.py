@@ -162,10 +162,10 @@ def build_app(
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
         alerts = AlertBook(restored(config.state))
-        watch = _watchers(stack, config, folder, alerts)
+        regions = stack.enter_context(regions_of(config, identity))
+        watch = _watchers(stack, config, folder, alerts, regions)
         parent = None if config.parent == OFF else stack.enter_context(parent_of(config, identity))
         configs = [config, *further(config, options.jobs)] if parent is None else configurations(config, parent)
-        regions = stack.enter_context(regions_of(config, identity))
         jobs = []
         for own in configs:
             held = folder
@@ -331,14 +331,16 @@ def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_other
     return [display, *watch(job.opened.job.name), *steps]
 
 
-def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Watcher:
+def _watchers(
+    stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook, regions: RegionConnections | None
+) -> Watcher:
     """What makes the configured observers of a job: metrics and spans."""
     makers: list[Callable[[str], Observer]] = []
     if config.metrics_place is not None:
         with _extra("metrics", "console"):
             from fedprune_server.monitoring.http import served
             from fedprune_server.monitoring.metrics import Metrics
-        metrics = Metrics(config.state, alerts.counts)
+        metrics = Metrics(config.state, alerts.counts, regions=None if regions is None else regions.connected)
         ready = {"database": folder.lease.trouble, "broker": lambda: "" if metrics.connected else "not connected"}
         stack.enter_context(served(config.metrics_place, metrics, ready))
         makers.append(metrics.watch)
@@ -373,7 +375,9 @@ def monitoring(
     runners = list(server.runners.values())
     views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
     here = server.count_connected if len(runners) > 1 else None
-    monitor = Monitor(config.state, config.server_settings(), views, here=here, others=others, book=alerts)
+    monitor = Monitor(
+        config.state, config.server_settings(), views, here=here, others=others, tier=server.tier_status, book=alerts
+    )
     for runner in runners:
         runner.observers.join(monitor.watches[runner.view.job.name])
     server.first.observers.join(monitor)

@@ -243,10 +243,22 @@ class RegionConnections(Closing):
         self._given_up |= set(lost)
         return lost
 
+    def connected(self) -> dict[str, bool]:
+        """Aggregators that are connected, or away; from any thread."""
+        with self._changed:
+            return dict.fromkeys(self._away, False) | dict.fromkeys(self._regions, True)
+
+    def absent(self) -> dict[str, float]:
+        """Aggregators that are away, with the seconds since then; from any thread."""
+        with self._changed:
+            now = time.monotonic()
+            return {name: now - since for name, since in self._away.items()}
+
     def expect(self, regions: Collection[str]) -> None:
         """Aggregators that were there before this start of the server."""
-        now = time.monotonic()
-        self._away |= {name: now for name in regions if name not in self._regions}
+        with self._changed:
+            now = time.monotonic()
+            self._away |= {name: now for name in regions if name not in self._regions}
 
     def gone(self, path: str) -> bool:
         """Whether the aggregator of a region is away, and was waited for long enough; from any thread."""

@@ -13,9 +13,12 @@ from fedprune_server.aggregators.channel import Message
 from fedprune_server.aggregators.connections import Region, RegionConnections
 from fedprune_server.aggregators.messages import device_body, first, head_of, places, steered_body, task_body
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.monitoring.alerts import LostRegion
 
 _MEMBERS, _ROWS = 20_000, 1000
 """Most members, and devices, in a message."""
+
+_COUNT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class RegionDispatcher:
         self._sent: dict[str, _Sent] = {}
         self._members: Mapping[str, str] | None = None
         self._version = ""
+        self._boards: dict[str, int] = {}
+        self._counted_at = 0.0
 
     def up(self, region: Region) -> bool:
         """An aggregator is connected: send it the jobs, the members and its rows. Returns False if it is refused,
@@ -89,6 +94,28 @@ class RegionDispatcher:
         state = self._jobs[job].state
         names = state.devices.keys() | state.tasks.keys()
         return sorted(n for n in names if region in places(state.devices.get(n), state.tasks.get(n)))
+
+    def lost(self, now: float) -> list[LostRegion]:
+        """Aggregators that are away while boards of a job that isn't finished are theirs, at a time in seconds since
+        1970. Boards are counted again every few seconds."""
+        absent = self.connections.absent()
+        if absent.keys() - self._boards.keys() or (absent and now - self._counted_at > _COUNT_S):
+            self._boards, self._counted_at = self._count(absent), now
+        return [
+            LostRegion(name, now - away_s, boards, waited=self.connections.gone(name))
+            for name, away_s in sorted(absent.items())
+            if (boards := self._boards[name])
+        ]
+
+    def _count(self, regions: Collection[str]) -> dict[str, int]:
+        """The boards of aggregators: members that were connected through one lastly."""
+        boards: dict[str, set[str]] = {name: set() for name in regions}
+        for job in self._jobs.values():
+            for device, row in job.state.devices.items() if job.state.phase is not Phase.FINISHED else ():
+                member = self._members is None or device in self._members
+                if member and (region := first(row.region)) in boards:
+                    boards[region].add(device)
+        return {name: len(devices) for name, devices in boards.items()}
 
     def is_member(self, device: str) -> bool:
         """Whether a board may be connected through an aggregator, as of now."""

@@ -9,6 +9,7 @@ import random
 import secrets
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ class ParentLink(Closing):
 
     Attributes:
         jobs: What the parent runs: by name its settings, its model's name and digest.
+        lost_since: When the connection ended, or was first tried, in seconds since 1970; None while it lasts.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ParentLink(Closing):
     ) -> None:
         self.url, self.region = url, region
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.lost_since: float | None = time.time()
         self._context, self._landing = context, landing
         self._stores: dict[str, BlobStore] = {}
         self._below: Callable[[str, str], bytes | None] | None = None
@@ -238,7 +241,7 @@ class ParentLink(Closing):
             channel.send(hello)
             channel.run()
             if self._channel is channel:
-                self._channel = None
+                self._channel, self.lost_since = None, time.time()
                 log.warning("the connection to the parent at %s is lost", self.url)
         return self._greeted
 
@@ -294,7 +297,7 @@ class ParentLink(Closing):
             self._changed.set()
         self.jobs = self.jobs or jobs
         self._landing.write_file(self._landing.root / _JOBS, json.dumps(jobs).encode())
-        self._refused, self._greeted, self._channel = "", True, channel
+        self._refused, self._greeted, self._channel, self.lost_since = "", True, channel, None
         self._items.put(ParentUp())
         self._welcomed.set()
         log.info("connected to the parent at %s", self.url)

@@ -97,9 +97,9 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
         row
+        | _of_state(row["name"], state)
         | _last_part(row["name"], state)
         | {
-            "unit": unit(state.devices[row["name"]]) if state is not None and row["name"] in state.devices else "",
             "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
@@ -204,7 +204,7 @@ def _connection(device: dict[str, Any]) -> str:
     if device["revoked"]:
         return "revoked"
     if device["online"]:
-        return "online"
+        return f"online at {device['region']}" if device["region"] else "online"
     if "job" in device and device["seen_at"] is None:
         return f"at work for {device['job']}" if device["job"] else "free, or not there"
     return "offline" if device["seen_at"] is None else f"last heard of at {_clock(device['seen_at'])}"
@@ -255,6 +255,12 @@ def _misbehaved(row: dict[str, Any]) -> str:
 def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
     blank = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
     return {**blank, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
+
+
+def _of_state(name: str, state: State | None) -> dict[str, Any]:
+    """What trains on a device, and the aggregators through which it is or was connected, as `north` or `north/yard`."""
+    device = None if state is None else state.devices.get(name)
+    return {"unit": "", "region": ""} if device is None else {"unit": unit(device), "region": device.region}
 
 
 def _last_part(name: str, state: State | None) -> dict[str, Any]:

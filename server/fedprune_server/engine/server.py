@@ -53,6 +53,7 @@ from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
+from fedprune_server.monitoring.alerts import TierStatus
 
 log = logging.getLogger("fedprune.server")
 
@@ -379,6 +380,15 @@ class Server:
 
     def _region_of(self, device: str) -> str:
         return self._paths.get(device, "")
+
+    def tier_status(self) -> TierStatus:
+        """The state of the parent and of aggregators, for alerts."""
+        parent, below = self._tier.parent, self._tier.below
+        return TierStatus(
+            "" if parent is None else parent.url,
+            None if parent is None else parent.lost_since,
+            () if below is None else below.lost(self._site.clock()),
+        )
 
     def _hear_tier(self) -> None:
         parent, below = self._tier.parent, self._tier.below

@@ -24,6 +24,7 @@ from fedprune.security.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
+from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import EMBEDDED, LOCAL, without_password
 from fedprune_server.devices.board_logs import read_logs
 from fedprune_server.devices.quarantine import read_rows
@@ -35,7 +36,7 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
-from fedprune_server.monitoring.alerts import SHOWN, Snapshot, at, command, day, evaluate
+from fedprune_server.monitoring.alerts import SHOWN, Snapshot, TierStatus, at, command, day, evaluate
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
@@ -184,6 +185,7 @@ def alerts(site: Site) -> Iterator[Finding]:
         sum(case.here for case in site.cases),
         site.running,
         None if live is None else max(0.0, site.now - live[0]),
+        tier=TierStatus(parent if (parent := str(site.server.get("parent", OFF))) != OFF else ""),
         quarantined=rows,
         site=site_facts(site.folder, site.server, members=site.members),
     )

@@ -207,7 +207,11 @@ class AuthenticatedLink(Relay):
                 return
             device, _, channel = self._topics.parse(topic)
             if device not in self._look():
-                place = "At the parent of this aggregator, " if self._aggregator else ""
+                place = (
+                    "One that has just joined at this aggregator's parent is known here within seconds. At the parent, "
+                    if self._aggregator
+                    else ""
+                )
                 joins = "--join mqtts://HOST:PORT " if self._aggregator else ""
                 hint = (
                     f"{place}`fedprune-server devices` lists the members, and `fedprune-server claim --device "

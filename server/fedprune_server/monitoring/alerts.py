@@ -28,6 +28,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "server-hangs": (CRITICAL,),
     "broker": (CRITICAL,),
     "second-server": (CRITICAL, WARNING),
+    "aggregator": (CRITICAL, WARNING),
+    "parent": (WARNING,),
     "no-devices": (CRITICAL, WARNING),
     "too-few-devices": (WARNING,),
     "no-progress": (CRITICAL,),
@@ -78,7 +80,7 @@ class Alert:
         todo: What to do about it, with a command where there is one.
         job: The job that it is about; None for the whole server.
         device: The board that it is about; None for no single one.
-        subject: The file that it is about; empty for none.
+        subject: The file, server or region that it is about; empty for none.
         delay_s: Seconds for which it has to hold before it opens, and to be gone before it closes.
     """
 
@@ -191,6 +193,37 @@ class SiteFacts:
 
 
 @dataclass(frozen=True)
+class LostRegion:
+    """An aggregator that is away while boards of a job that isn't finished are its own.
+
+    Attributes:
+        since: When its connection ended or, if it has not been connected since, when this server started, in seconds
+            since 1970.
+        waited: Whether it has been away for so long that rounds no longer wait for it.
+    """
+
+    name: str
+    since: float
+    boards: int
+    waited: bool
+
+
+@dataclass(frozen=True)
+class TierStatus:
+    """The servers above and below this one.
+
+    Attributes:
+        parent: Address of the parent, at an aggregator; empty for none.
+        parent_lost: Since when the parent isn't connected, in seconds since 1970; None if it is, or there is none.
+        regions: Aggregators of this server that are away.
+    """
+
+    parent: str = ""
+    parent_lost: float | None = None
+    regions: Sequence[LostRegion] = ()
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A server and its fleet at one moment.
 
@@ -213,6 +246,7 @@ class Snapshot:
     turned_s: float | None = None
     broker: str = ""
     others: Sequence[Candidate] = ()
+    tier: TierStatus = TierStatus()
     quarantined: Mapping[str, str] = field(default_factory=dict)
     floods_joins: str | None = None
     site: SiteFacts | None = None
@@ -221,7 +255,7 @@ class Snapshot:
 
 def evaluate(seen: Snapshot, now: float) -> list[Alert]:
     """All alerts that a snapshot justifies at a time in seconds since 1970."""
-    found = [*_server(seen, now), *_second_servers(seen, now)]
+    found = [*_server(seen, now), *_second_servers(seen, now), *_tier(seen)]
     for job in seen.jobs:
         if not job.finished and job.begun:
             found += _boards(seen, job, now)
@@ -310,12 +344,41 @@ def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
             )  # fmt: skip
 
 
+def _tier(seen: Snapshot) -> Iterator[Alert]:
+    delay_s = min([_DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
+    for region in seen.tier.regions[:MOST]:
+        yield Alert(
+            "aggregator", CRITICAL if region.waited else WARNING, region.since,
+            f"the aggregator {region.name}, which has {quantity(region.boards, 'board')}, has not been connected since "
+            f"{day(region.since)}",
+            "rounds close without its boards, and without updates that only it has"
+            if region.waited
+            else "its boards take no further part, and a round with updates that only it has doesn't close yet "
+            "(aggregator_patience_s)",
+            "see its log and its network, and start it again with its state folder (fedprune-server aggregate --region "
+            f"{region.name} --state DIR, and its other options); if it is lost for good, let its boards connect to "
+            f"another aggregator, or revoke them: {command('devices', 'revoke', 'NAME', *at(seen.folder))}",
+            subject=region.name, delay_s=0.0 if region.waited else delay_s,
+        )  # fmt: skip
+    if (since := seen.tier.parent_lost) is not None:
+        yield Alert(
+            "parent", WARNING, since,
+            f"the parent of this aggregator, {seen.tier.parent}, has not been connected since {day(since)}",
+            "boards go on with what they were given, and get nothing new until it is back",
+            "see whether its server runs, its log, and the network between; this aggregator connects again by itself",
+            subject=seen.tier.parent, delay_s=delay_s,
+        )  # fmt: skip
+
+
 def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     if not job.known and not seen.here:
+        claim = f"let a board in: {command('claim', '--device', 'NAME', *at(seen.folder))}; then on the board: "
+        if seen.tier.parent:
+            claim = f"make a claim at the parent, {seen.tier.parent}; then, with --join to its broker, on the board: "
         yield Alert(
             "no-devices", WARNING, now, f"no device has ever announced itself to job {job.name}",
             "a round can't begin without boards",
-            f"let a board in: {command('claim', '--device', 'NAME', *at(seen.folder))}; then on the board: "
+            f"{claim}"
             "fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its log "
             "has the reason if it doesn't connect",
             job=job.name, delay_s=job.delay_s,

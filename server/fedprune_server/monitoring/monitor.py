@@ -39,6 +39,7 @@ from fedprune_server.monitoring.alerts import (
     JobStatus,
     SiteFacts,
     Snapshot,
+    TierStatus,
     evaluate,
 )
 from fedprune_server.monitoring.observer import Observer
@@ -127,6 +128,7 @@ class Monitor(Observer):
         server: Settings of the table [server].
         here: Counts the boards that can take part; None to count those of the only job.
         others: Other servers of this identity that were heard.
+        tier: Returns the state of the servers above and below.
         book: Open alerts; None for what the last run left open.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
@@ -143,6 +145,7 @@ class Monitor(Observer):
         *,
         here: Callable[[], int] | None = None,
         others: Callable[[], Sequence[Candidate]] = tuple,
+        tier: Callable[[], TierStatus] = TierStatus,
         book: AlertBook | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -150,7 +153,7 @@ class Monitor(Observer):
         self._folder, self._server, self._view = folder, server, views[0][0]
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
-        self._others = others
+        self._others, self._tier = others, tier
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(restored(folder)) if book is None else book
@@ -232,6 +235,7 @@ class Monitor(Observer):
             self._here(),
             broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),
+            tier=self._tier(),
             quarantined={name: found[1] for name, found in held if found is not None},
             floods_joins=quarantine.floods_joins(),
             site=self._site,

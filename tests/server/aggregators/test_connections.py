@@ -424,6 +424,28 @@ def test_a_parent_finds_a_blob_below_an_aggregator(tier: Tier) -> None:
     assert tier.connections.fetch(JOB, "north/valley", BlobStore(tier.folder / "x").put(b"sums").sha256) is not None
 
 
+def test_an_aggregator_that_is_away_is_named_as_long_as_boards_are_its_own(tier: Tier) -> None:
+    now = 1_800_000_000.0
+    tier.state.devices["ant"], tier.state.devices["bee"] = device("north/valley"), device("coast")
+    link = tier.join("north")
+    assert link.lost_since is None
+    assert tier.dispatcher.lost(now) == []
+    link.close()
+    tier.dispatcher.down(tier.wait(RegionDown).region)
+    (found,) = tier.dispatcher.lost(now)
+    assert (found.name, found.boards, found.waited) == ("north", 1, False)
+    assert now - 5 < found.since <= now
+    assert tier.connections.connected() == {"north": False}
+    tier.connections._patience_s = 0.0
+    (found,) = tier.dispatcher.lost(now)
+    assert found.waited
+    tier.state.devices["ant"].region = "coast"  # its boards have moved
+    assert tier.dispatcher.lost(now + 11) == []
+    tier.state.devices["ant"].region = "north"
+    tier.state.phase = Phase.FINISHED
+    assert tier.dispatcher.lost(now + 22) == []
+
+
 def test_changed_jobs_are_noticed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parent, "FIRST_S", 0.01)
     link = tier.join("north")

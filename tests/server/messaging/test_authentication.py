@@ -259,7 +259,7 @@ def test_an_aggregator_names_its_parent_for_who_is_no_member(
         stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
     lab.server.link = server_side.AuthenticatedLink(lab.server.end, lab.identity, lambda: lab.now, aggregator=True)
     assert lab.server.hears(stranger.say(birth("pi-9"))) == []
-    assert "At the parent of this aggregator, `fedprune-server devices` lists the members" in caplog.text
+    assert "At the parent, `fedprune-server devices` lists the members" in caplog.text
     assert "--join mqtts://HOST:PORT --claim FILE" in caplog.text
 
 

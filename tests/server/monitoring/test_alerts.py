@@ -31,9 +31,12 @@ from fedprune_server.monitoring.alerts import (
     Alert,
     CertificateDates,
     JobStatus,
+    LostRegion,
     RolloutStatus,
     SiteFacts,
     Snapshot,
+    TierStatus,
+    day,
     evaluate,
 )
 from fedprune_server.monitoring.monitor import FILE, Monitor, off_by_far, read_open
@@ -85,6 +88,12 @@ def another(silent_s: float, *, leads: bool = False) -> Snapshot:
     return replace(CALM, others=[Candidate("yard", "/var/lib/fedprune", NOW - 900, NOW - silent_s, leads)])
 
 
+def without_north(away_s: float, *, waited: bool = False) -> Snapshot:
+    return replace(CALM, tier=TierStatus(regions=[LostRegion("north", NOW - away_s, 40, waited)]))
+
+
+PARENT = "wss://fleet.example:8885"
+
 CASES: dict[str, tuple[Snapshot, str, str]] = {
     "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
     "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
@@ -92,6 +101,12 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
     "a second server": (another(599), "second-server", "warning"),
     "a server that took over": (another(0, leads=True), "second-server", "critical"),
+    "an aggregator that is away": (without_north(61), "aggregator", "warning"),
+    "an aggregator for which no round waits": (without_north(3601, waited=True), "aggregator", "critical"),
+    "a parent that is away": (replace(CALM, tier=TierStatus(PARENT, NOW - 61)), "parent", "warning"),
+    "an aggregator without boards yet": (
+        replace(with_job(0, known=0), tier=TierStatus(PARENT)), "no-devices", "warning",
+    ),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
@@ -161,6 +176,28 @@ def test_an_alert_about_a_second_server_tells_where_it_is_and_how_to_serve_from_
     assert found.since == NOW - 900
     (found,) = evaluate(another(10, leads=True), NOW)
     assert "fedprune-server run --state state --take-over" in found.todo
+
+
+def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -> None:
+    (away,) = evaluate(without_north(61), NOW)
+    assert away.key == "aggregator:north"
+    assert away.since == NOW - 61
+    assert f"north, which has 40 boards, has not been connected since {day(NOW - 61)}" in away.what
+    assert "fedprune-server aggregate --region north" in away.todo
+    (given_up,) = evaluate(without_north(3601, waited=True), NOW)
+    assert given_up.key == away.key
+    assert "rounds close without" in given_up.why
+    assert away.delay_s > given_up.delay_s == 0
+
+
+def test_claims_are_made_at_the_parent() -> None:
+    for parent, said in (
+        ("", "fedprune-server claim --device NAME --state state"),
+        (PARENT, f"at the parent, {PARENT}"),
+    ):
+        (found,) = evaluate(replace(with_job(0, known=0), tier=TierStatus(parent)), NOW)
+        assert said in found.todo
+        assert ("--join" in found.todo) == bool(parent)
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
