@@ -23,7 +23,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.closing import Closing
-from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
+from fedprune.core.errors import BrokerError, ProtocolError, StorageError
 from fedprune_server.transfer.http_server import shut
 
 log = logging.getLogger("fedprune.server")
@@ -54,7 +54,7 @@ def drained(items: queue.SimpleQueue[_Item]) -> list[_Item]:
     return found
 
 
-class ParentLostError(FedpruneError):
+class ParentLostError(BrokerError):
     """The connection to the other side ended while something was awaited from it."""
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.architecture import Architecture
@@ -25,7 +25,7 @@ Fetch = Callable[[str], bytes | None]
 _Entry = TypeVar("_Entry", Device, Task)
 
 
-class NotFoundError(FedpruneError):
+class NotFoundError(StorageError):
     """No server of the tier has a blob."""
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.errors import ConfigError
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.jobs.job import Job
+from fedprune_server.aggregators.channel import ParentLostError
 from fedprune_server.aggregators.parent import ParentLink
-from fedprune_server.aggregators.place import parent_of, regions_of
+from fedprune_server.aggregators.place import configurations, parent_of, regions_of
 from fedprune_server.config.server_config import ServerConfig
 
 
@@ -57,3 +60,12 @@ def test_without_an_identity_aggregators_connect_from_this_machine_alone(tmp_pat
         regions_of(config, None),
     ):
         pass
+
+
+def test_a_parent_that_is_lost_before_its_models_are_here_is_one_that_does_not_answer(tmp_path: Path) -> None:
+    config = ServerConfig(parent="ws://127.0.0.1:1", region="north", state=tmp_path)
+    with ParentLink(config.parent, config.region, None, BlobStore(tmp_path / "landing")) as link:
+        link.jobs = {"leaves": {"job": Job(name="leaves").to_dict(), "model": "a" * 64, "name": "net"}}
+        with pytest.raises(ParentLostError) as caught:
+            configurations(config, link)
+    assert caught.value.exit_code == ExitCode.BROKER
