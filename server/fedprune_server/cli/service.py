@@ -8,14 +8,16 @@ import re
 import shutil
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, StorageError, UsageError, reason, shown
+from fedprune.core.errors import ConfigError, StorageError, UsageError, meant, reason, shown
 from fedprune_device.releases.unit import quoted
+from fedprune_server.cli.run import add_run_options
 from fedprune_server.config.environment import variables
 
 NAME = "fedprune-server.service"
@@ -27,6 +29,7 @@ _SYSTEMD = Path("/run/systemd/system")
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+-]{0,200}")
 _STATE_ROOT = "/var/lib/"
+_CONFIG = "/etc/fedprune/fleet.toml"
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class ServerUnit:
         environment: A file with further settings, which may be missing.
         user: Runs the server, and owns the state folder.
         state: The state folder, in /var/lib.
-        arguments: Further options of `run`.
+        config: Its configuration file; None for an aggregator without one.
+        arguments: Further options of `run`, or of `aggregate` if `--parent` is one of them.
         credentials: Files with secrets by setting, such as `server.database`; root may own them alone.
         memory_max: Most memory, as systemd writes it (share or bytes).
     """
 
     program: str
-    config: str = "/etc/fedprune/fleet.toml"
+    config: str | None = _CONFIG
     environment: str = "/etc/fedprune/server.env"
     user: str = "fedprune"
     state: str = "/var/lib/fedprune"
@@ -56,6 +60,8 @@ class ServerUnit:
             raise ConfigError("--user", expected="small letters, digits, - and _", got=shown(self.user))
         paths = {f"--{n}": getattr(self, n) for n in ("program", "config", "environment", "state")}
         for option, path in (*paths.items(), *(("--credential", p) for _, p in self.credentials)):
+            if path is None:
+                continue
             if not _PLAIN_PATH.fullmatch(path) or ".." in path.split("/"):
                 raise ConfigError(option, expected="an absolute path of letters, digits and _./@+-", got=shown(path))
         if not _PLAIN_NAME.fullmatch(self.state.removeprefix(_STATE_ROOT)) or not self.state.startswith(_STATE_ROOT):
@@ -72,9 +78,11 @@ class ServerUnit:
                 )
         if any("\n" in a or "\0" in a for a in self.arguments):
             raise ConfigError("arguments of a service", expected="one line each")
+        _check_arguments(self.arguments)
 
     def text(self) -> str:
-        run = ("run", "--config", self.config, "--state", self.state, *self.arguments)
+        config = () if self.config is None else ("--config", self.config)
+        run = (_verb(self.arguments), *config, "--state", self.state, *self.arguments)
         secrets = []
         for setting, path in self.credentials:
             variable = f"FEDPRUNE_{setting.upper().replace('.', '_')}_FILE"
@@ -148,6 +156,28 @@ _SANDBOX = (
 )
 
 
+def _verb(arguments: Sequence[str]) -> str:
+    """The command that a service runs."""
+    return "aggregate" if any(a == "--parent" or a.startswith("--parent=") for a in arguments) else "run"
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Make sure that a service's command understands these options. Raises `UsageError`."""
+    verb = _verb(arguments)
+    hint = f"See `fedprune-server {verb} --help`."
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_run_options(parser, jobs=verb == "run")
+    try:
+        found, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error), hint=hint) from error
+    if unknown:
+        known = [o for action in parser._actions for o in action.option_strings]
+        raise UsageError(f"`{verb}` has no option {shown(unknown[0])}{meant(unknown[0], known)}", hint=hint)
+    if found.config is not None or vars(found)["server.state"] is not None:
+        raise UsageError("--config and --state of a service", expected="them before --")
+
+
 def program_of(executable: Path, prefix: Path) -> Path:
     """The installed `fedprune-server`, which a unit starts; raises `ConfigError` if there is none."""
     for path in (prefix / "bin" / "fedprune-server", executable):
@@ -160,7 +190,7 @@ def add_service(service: argparse.ArgumentParser) -> None:
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (("print", "print the unit"), ("install", "write the unit, and let systemd read it")):
         action = actions.add_parser(name, help=text)
-        action.add_argument("--config", default=ServerUnit.config, metavar="FILE", help="default: %(default)s")
+        action.add_argument("--config", metavar="FILE", help=f"default: {_CONFIG}; none at an aggregator")
         action.add_argument(
             "--environment", default=ServerUnit.environment, metavar="FILE", help="default: %(default)s"
         )
@@ -178,7 +208,9 @@ def add_service(service: argparse.ArgumentParser) -> None:
             "--credential", action="append", default=[], dest="credentials", metavar="TABLE.KEY=FILE",
             help="a setting in a file that root owns, such as server.database=/etc/fedprune/database",
         )  # fmt: skip
-        action.add_argument("arguments", nargs="*", metavar="-- OPTION", help="further options of `run`")
+        action.add_argument(
+            "arguments", nargs="*", metavar="-- OPTION", help="further options of `run`; of `aggregate` with --parent"
+        )
         action.set_defaults(function=_service)
     actions.choices["install"].add_argument(
         "--units", type=Path, default=_UNITS, metavar="DIR", help="folder of the units (default: %(default)s)"
@@ -189,6 +221,7 @@ def _service(arguments: argparse.Namespace) -> None:
     unit = options_of(
         ServerUnit,
         arguments,
+        config=arguments.config or (_CONFIG if _verb(arguments.arguments) == "run" else None),
         program=arguments.program or str(program_of(Path(sys.argv[0]), Path(sys.prefix))),
         arguments=tuple(arguments.arguments),
         credentials=tuple(text.partition("=")[::2] for text in arguments.credentials),
@@ -208,7 +241,7 @@ def _install(unit: ServerUnit, folder: Path) -> None:
             hint=f"Make one: useradd --system --home-dir {unit.state} --shell /usr/sbin/nologin {unit.user}",
         ) from None  # fmt: skip
     for needed in (unit.program, unit.config, *(p for _, p in unit.credentials)):
-        if not Path(needed).is_file():
+        if needed is not None and not Path(needed).is_file():
             raise UsageError(needed, expected="a file that exists", got="none")
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}", hint="Name that of systemd's units with --units.")

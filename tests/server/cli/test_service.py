@@ -87,6 +87,40 @@ def test_it_is_printed_and_installed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "systemctl enable --now fedprune-server" in capsys.readouterr().out
 
 
+def test_an_aggregator_needs_no_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "fedprune-server"
+    program.write_text("")
+    tier = ["--parent", "wss://fleet.example:8885", "--region", "north"]
+    options = ["--program", str(program), "--user", "root", "--units", str(tmp_path)]
+    assert main(["service", "install", *options, "--", *tier]) == ExitCode.OK
+    text = (tmp_path / "fedprune-server.service").read_text()
+    words = re.findall(rf"^ExecStart={program} (.*)$", text, re.MULTILINE)[0].split()
+    assert words == ["aggregate", "--state", "/var/lib/fedprune", *tier]
+    assert vars(build_parser().parse_args(words))["server.region"] == "north"
+    assert main(["service", "print", *options[:4], "--config", "/etc/north.toml", "--", *tier]) == ExitCode.OK
+    assert " aggregate --config /etc/north.toml --state " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--agregators", "8885"], "`run` has no option '--agregators' (did you mean '--aggregators'?)"),
+        (["aggregate"], "`run` has no option 'aggregate'"),
+        (["--rounds"], "--rounds: expected one argument"),
+        (["--parent", "wss://h:1", "--rounds", "9"], "`aggregate` has no option '--rounds'"),
+        (["--state", "/var/lib/other"], "--config and --state"),
+    ],
+    ids=str,
+)
+def test_options_that_the_server_would_refuse_are_not_written(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["service", "print", "--program", "/usr/bin/fedprune-server", "--", *options]) == ExitCode.USAGE
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert said in found.err
+
+
 def test_it_is_not_installed_where_it_couldnt_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install = ["service", "install", "--program", "/nowhere/fedprune-server", "--units", str(tmp_path)]
     assert main([*install, "--user", "nobody-of-that-name"]) == ExitCode.CONFIG
