@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection
@@ -27,6 +27,7 @@ from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
 from fedprune.core.errors import ConfigError, ProtocolError
 from fedprune.security.authority import SERVER
+from fedprune.security.tls import peer_name
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.topics import check_name
 from fedprune_server.aggregators.channel import (
@@ -337,7 +338,7 @@ class RegionConnections(Closing):
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Refuse, before anything is read of it, whoever has no server's certificate of this fleet."""
-        if self._context is not None and _common_name(connection) != SERVER:
+        if self._context is not None and peer_name(cast("ssl.SSLSocket", connection.socket)) != SERVER:
             return connection.respond(HTTPStatus.FORBIDDEN, "")
         return None
 
@@ -474,10 +475,3 @@ def _dismiss(channel: Channel, reason: str) -> None:
     channel.send({"kind": "refused", "reason": reason})
     channel.flush(_FLUSH_S)
     channel.close()
-
-
-def _common_name(connection: ServerConnection) -> str:
-    """The name in an aggregator's certificate, which OpenSSL has found to be right; empty without one."""
-    found: Any = getattr(connection.socket, "getpeercert", dict)() or {}
-    names = [value for part in found.get("subject", ()) for key, value in part if key == "commonName"]
-    return str(names[0]) if len(names) == 1 else ""

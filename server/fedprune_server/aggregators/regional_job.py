@@ -12,7 +12,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.state import Device, Progress, Task
+from fedprune.jobs.state import Device, Progress, Task, basis_digests, update_digests
 from fedprune.model.architecture import Architecture
 from fedprune_server.aggregators.channel import ParentLostError
 from fedprune_server.aggregators.messages import UP, Steered
@@ -114,7 +114,7 @@ class FetchingWorker:
         match command:
             case do.Extract():
                 part = self._with_past(command.part)
-                self._get(blobs_of_basis(command.basis))
+                self._get(basis_digests(vars(command.basis)))
                 if command.coding.held is not None:
                     self._get({command.coding.held.ranking}, needed=False)
                 return replace(command, part=part)
@@ -134,8 +134,7 @@ class FetchingWorker:
     def _with_past(self, part: do.Part) -> do.Part:
         """A part whose last counted update is here; without it, where a lost aggregator had it."""
         past = part.past
-        wanted = set() if past is None else {d for d in (past.weights, past.ranking, past.mask, past.sent) if d}
-        if self._get(wanted, needed=False):
+        if past is None or self._get(update_digests(vars(past)), needed=False):
             return part
         log.warning("the last update of %s is on an aggregator that isn't connected: it begins without", part.device)
         return replace(part, past=None)
@@ -155,11 +154,6 @@ class FetchingWorker:
         return True
 
 
-def blobs_of_basis(basis: do.Basis) -> set[str]:
-    return {d for d in (basis.model, basis.ranking, basis.order, *basis.memory.values()) if d}
-
-
 def blobs_of(found: do.Contribution) -> set[str]:
     """Digests of all that is read of a stored update."""
-    named = (found.sent, found.mask, found.weights, found.ranking)
-    return {d for d in named if d} | blobs_of_basis(found.basis)
+    return update_digests(vars(found)) | basis_digests(vars(found.basis))

@@ -21,7 +21,8 @@ class Journal:
     Args:
         registry: The devices, whose traffic is saved, too.
         dispatcher: Knows which updates are being received.
-        busy: Whether commands of an earlier round may still be under way, so that nothing may be deleted.
+        busy: Whether nothing may be deleted yet: at an aggregator, whose parent begins a round without waiting for the
+            command that runs here, and reads blobs of the last one.
         every_s: Shortest time between two transactions within a phase: at an aggregator, whose state is a copy.
     """
 

@@ -25,6 +25,7 @@ from fedprune.blobs.blob_ref import LEAF, SUFFIX, table_file
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
+from fedprune.security.tls import peer_name
 from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune_server.transfer.upload_place import ByteCounter, UploadPlace
 from fedprune_server.transfer.web_uploads import Awaited, HttpUploads
@@ -265,7 +266,9 @@ class BlobHandler(BaseHTTPRequestHandler):
         self.request.settimeout(self.timeout)
         if isinstance(self.request, ssl.SSLSocket):
             self.request.do_handshake()
-            self._device = _common_name(self.request)
+            self._device = peer_name(self.request)
+            if not self._device:
+                raise ConnectionError("a certificate without a name")
         super().setup()
         self.rfile: Any = _Head(self.rfile)
 
@@ -390,15 +393,6 @@ class BlobHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
         """Requests are no news."""
-
-
-def _common_name(client: ssl.SSLSocket) -> str:
-    """The name in a client's certificate, which OpenSSL has found to be right."""
-    subject: Any = (client.getpeercert() or {}).get("subject", ())
-    names = [value for part in subject for key, value in part if key == "commonName"]
-    if len(names) != 1:
-        raise ConnectionError("a certificate without a name")
-    return str(names[0])
 
 
 def shut(client: Any) -> None:

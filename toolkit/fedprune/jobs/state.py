@@ -131,8 +131,11 @@ class Device(TrackedEntry):
 
     def references(self) -> set[str]:
         """Digests of the blobs that are kept for it."""
-        found = _named(self.held) | _named(self.past) | _contributed((self.buffer or {}).get("contribution"))
-        return {d for d in found if d}
+        return (
+            update_digests(self.held)
+            | update_digests(self.past)
+            | _contributed((self.buffer or {}).get("contribution"))
+        )
 
 
 @dataclass(slots=True)
@@ -209,7 +212,7 @@ class Task(TrackedEntry):
     def references(self) -> set[str]:
         """Digests of the blobs that it needs."""
         found = {self.weights, (self.offer or {}).get("ranking")}
-        found |= _named(self.past) | _cut_from(self.basis) | named_in(self.offer or {})
+        found |= update_digests(self.past) | basis_digests(self.basis) | named_in(self.offer or {})
         return {d for d in found if d}
 
     def refuse(self, reason: str, kind: str) -> None:
@@ -398,9 +401,9 @@ class State:
             ) from error
 
 
-def _named(past: dict[str, Any] | None) -> set[str]:
-    """Digests that a past update refers to."""
-    return {past[k] for k in ("weights", "ranking", "mask", "sent") if past.get(k)} if past else set()
+def update_digests(update: Mapping[str, Any] | None) -> set[str]:
+    """Digests of the blobs that a stored update refers to itself: `Past` and `Contribution`, as attributes or JSON."""
+    return {update[k] for k in ("weights", "ranking", "mask", "sent") if update.get(k)} if update else set()
 
 
 def named_in(offer: Mapping[str, Any]) -> set[str]:
@@ -411,17 +414,15 @@ def named_in(offer: Mapping[str, Any]) -> set[str]:
     return {v["sha256"] for v in found if isinstance(v.get("sha256"), str)}
 
 
-def _cut_from(basis: dict[str, Any] | None) -> set[str]:
-    """Digests of what a part was cut from."""
-    return {basis["model"], basis["ranking"], basis["order"], *basis["memory"].values()} if basis else set()
+def basis_digests(basis: Mapping[str, Any] | None) -> set[str]:
+    """Digests of the blobs that a part was cut from: `Basis`, as attributes or JSON."""
+    if not basis:
+        return set()
+    return {d for d in (basis["model"], basis["ranking"], basis["order"], *basis["memory"].values()) if d}
 
 
 def _contributed(update: dict[str, Any] | None) -> set[str]:
-    """Digests that a kept update refers to."""
+    """Digests of the blobs that a kept contribution refers to."""
     if update is None:
         return set()
-    return (
-        {update["sent"], update["mask"], update["weights"], update.get("ranking")}
-        | _cut_from(update["basis"])
-        | _named(update["part"]["past"])
-    )
+    return update_digests(update) | basis_digests(update["basis"]) | update_digests(update["part"]["past"])

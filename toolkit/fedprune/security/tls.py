@@ -19,6 +19,7 @@ import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -47,6 +48,13 @@ class _CheckedSocket(ssl.SSLSocket):
             except ssl.SSLCertVerificationError:
                 self.close()  # the caller wouldn't, and nothing must be sent
                 raise
+
+
+def peer_name(connection: ssl.SSLSocket) -> str:
+    """The common name in the peer's certificate, which OpenSSL has verified; empty if it has none or several."""
+    subject: Any = (connection.getpeercert() or {}).get("subject", ())
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    return str(names[0]) if len(names) == 1 else ""
 
 
 SYSTEM = Path("system")
