@@ -206,7 +206,7 @@ def build_app(
         if regions is not None:
             regions.serve(stores, reached.link.wake, None if parent is None else parent.fetch)
         if parent is not None:
-            parent.serve(stores, reached.link.wake, None if regions is None else regions.look)
+            parent.serve(stores, reached.link.wake, None if regions is None else regions.find)
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()

@@ -65,7 +65,8 @@ class Channel(Closing):
         find: Gives the store that has a blob of a job, or None.
         landing: Where blobs of the other side arrive.
         received: Takes each message, in the thread of `run`. A `ProtocolError` ends the connection.
-        wanted: Takes the job and the digest of a blob that the other side asks for, and calls `give`, now or later.
+        wanted: Takes the job, the digest and the region of a blob that the other side asks for, and calls `give`, now
+            or later. The region is empty where any will do.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Channel(Closing):
         find: Callable[[str, str], BlobStore | None],
         landing: BlobStore,
         received: Callable[[Channel, Message], None],
-        wanted: Callable[[Channel, str, str], None],
+        wanted: Callable[[Channel, str, str, str], None],
     ) -> None:
         self._socket, self._find, self._landing, self._received = socket, find, landing, received
         self._asked = wanted
@@ -103,16 +104,16 @@ class Channel(Closing):
             self._wanted.append((job, sha256, data, lost))
             self._changed.notify_all()
 
-    def fetch(self, job: str, sha256: str) -> bytes | None:
-        """A blob of the other side; None if it has none. Waits, so not for the server's loop. Raises `ParentLostError`
-        if the connection ends, or the other side has lost its own parent."""
+    def fetch(self, job: str, sha256: str, region: str = "") -> bytes | None:
+        """A blob of the other side, or of a region below it; None if it has none. Waits, so not for the server's loop.
+        Raises `ParentLostError` if the connection ends, or the other side has lost its own parent or ends."""
         with self._changed:
             if self.closed:
                 raise ParentLostError("the connection has ended")
             first = (job, sha256) not in self._awaited
             awaited = self._awaited.setdefault((job, sha256), Future())
         if first:
-            self.send({"kind": "want", "job": job, "sha256": sha256})
+            self.send({"kind": "want", "job": job, "sha256": sha256, "region": region})
         return awaited.result()
 
     def flush(self, patience_s: float) -> None:
@@ -154,7 +155,7 @@ class Channel(Closing):
             message = json.loads(text)
             kind = message["kind"]
             if kind == "want":
-                self._asked(self, str(message["job"]), str(message["sha256"]))
+                self._asked(self, str(message["job"]), str(message["sha256"]), str(message["region"]))
             elif kind == "blob":
                 self._begin(str(message["job"]), BlobRef.from_dict(message["ref"]))
             elif kind in ("absent", "lost"):

@@ -134,7 +134,7 @@ class CollectingWorker:
             for some, answer in self._answers(do.AddUp, command, left):
                 failed |= answer.failed
                 named = answer.sums if isinstance(answer, on.AddedUp) else ""
-                raw = self._fetch(some[0].region, named) if named else None
+                raw = self._fetch(first(some[0].region), named) if named else None
                 if raw is not None:
                     sums.append((some, raw))
                 elif named:

@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -50,6 +50,9 @@ CONNECTIONS = 256
 """Most connections at a time, those included that haven't said who they are."""
 
 _LOOK_S = 1.0
+
+_BACK_S = 60.0
+"""How long an aggregator may take to connect to a server that was away, too: twice its longest pause."""
 
 _SEARCHES = 16
 """Threads that look for a blob of one aggregator at the others."""
@@ -146,7 +149,7 @@ class RegionConnections(Closing):
         self._wake: Callable[[], None] = lambda: None
         self._stores: Mapping[str, BlobStore] = {}
         self._above: Callable[[str, str], bytes | None] = lambda job, sha256: None
-        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[Region, Item]] = queue.SimpleQueue()
         self.waiting = False
         """Whether there is something to collect."""
         self._changed = threading.Condition()
@@ -154,6 +157,7 @@ class RegionConnections(Closing):
         self._asked: dict[tuple[str, int], tuple[str, do.Measure, Future[Any]]] = {}
         self._away: dict[str, float] = {}
         self._given_up: set[str] = set()
+        self._expected: set[str] = set()
         self._connections = 0
         self._closed = False
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
@@ -201,10 +205,13 @@ class RegionConnections(Closing):
             self._stores, self._wake = stores, wake
             self._changed.notify_all()
 
-    def collect(self) -> list[Item]:
-        """Items that have come since the last call."""
+    def collect(self) -> Iterator[Item]:
+        """Items that have come since the last call, without those of a connection that was refused or replaced: what
+        they report may be over, and is repeated."""
         self.waiting = False  # before they are taken, so that one that comes now wakes the loop again
-        return drained(self._items)
+        for region, item in drained(self._items):
+            if isinstance(item, RegionUp | RegionDown) or self._regions.get(region.name) is region:
+                yield item
 
     # For the server's loop.
 
@@ -225,6 +232,7 @@ class RegionConnections(Closing):
             self._regions[region.name] = region
             self._away.pop(region.name, None)
             self._given_up.discard(region.name)
+            self._expected.discard(region.name)
             self._changed.notify_all()
         return True
 
@@ -237,12 +245,11 @@ class RegionConnections(Closing):
             self._away[region.name] = time.monotonic()
         return True
 
-    def away(self) -> list[str]:
+    def given_up(self) -> list[str]:
         """Aggregators that are no longer waited for; each once, until it is back."""
-        now = time.monotonic()
-        lost = [n for n, since in self._away.items() if now - since > self._patience_s and n not in self._given_up]
-        self._given_up |= set(lost)
-        return lost
+        found = [name for name in self.absent() if name not in self._given_up and self.gone(name)]
+        self._given_up |= set(found)
+        return found
 
     def connected(self) -> dict[str, bool]:
         """Aggregators that are connected, or away; from any thread."""
@@ -256,10 +263,19 @@ class RegionConnections(Closing):
             return {name: now - since for name, since in self._away.items()}
 
     def expect(self, regions: Collection[str]) -> None:
-        """Aggregators that were there before this start of the server."""
+        """Aggregators that have rows: of those that aren't connected, the wait begins."""
         with self._changed:
-            now = time.monotonic()
-            self._away |= {name: now for name in regions if name not in self._regions}
+            new = set(regions) - self._regions.keys() - self._away.keys()
+            self._away |= dict.fromkeys(new, time.monotonic())
+            self._expected |= new
+
+    def waited(self, seconds: float) -> None:
+        """Add the seconds for which this server was away to the wait for aggregators that haven't come back since: its
+        parent has waited as long. They keep the time to connect again."""
+        now = time.monotonic()
+        latest = now - max(0.0, self._patience_s - _BACK_S)
+        for name in self._expected:
+            self._away[name] = min(self._away[name], max(now - seconds, latest))
 
     def gone(self, path: str) -> bool:
         """Whether the aggregator of a region is away, and was waited for long enough; from any thread."""
@@ -295,20 +311,27 @@ class RegionConnections(Closing):
         self._asked.pop((job, number), None)
 
     def fetch(self, job: str, path: str, sha256: str) -> bytes | None:
-        """A blob of the aggregator of a region, which is waited for; None if it has none, or doesn't come back."""
-        name = first(path)
+        """A blob of the aggregator of a region, which is waited for; None if it has none, or doesn't come back. Raises
+        `ParentLostError` if this server ends."""
+        name, _, rest = path.partition("/")
         while True:
             with self._changed:
                 while not self._closed and name not in self._regions and not self.gone(name):
                     self._away.setdefault(name, time.monotonic())
                     self._changed.wait(_LOOK_S)
                 region = self._regions.get(name)
+            if self._closed:
+                raise ParentLostError("this server ends")
             if region is None:
                 return None
             with suppress(ParentLostError):
-                return region.channel.fetch(job, sha256)
+                return region.channel.fetch(job, sha256, rest)
             with self._changed:
                 self._changed.wait_for(partial(self._replaced, name, region), _LOOK_S)
+
+    def find(self, job: str, sha256: str, path: str) -> bytes | None:
+        """A blob of the aggregator of a region, as `fetch`, or without a path of any."""
+        return self.fetch(job, path, sha256) if path else self.look(job, sha256)
 
     def look(self, job: str, sha256: str, asker: Channel | None = None) -> bytes | None:
         """A blob of any aggregator that is connected, but not of the one that asks."""
@@ -364,7 +387,7 @@ class RegionConnections(Closing):
         def received(channel: Channel, message: Message) -> None:
             if not found:
                 found.append(self._greeted(channel, message))
-                self._put(RegionUp(found[0]))
+                self._put(found[0], RegionUp(found[0]))
             else:
                 self._received(found[0], message)
 
@@ -373,10 +396,10 @@ class RegionConnections(Closing):
                 channel.run()
         finally:
             if found:
-                self._put(RegionDown(found[0]))
+                self._put(found[0], RegionDown(found[0]))
 
-    def _put(self, item: Item) -> None:
-        self._items.put(item)
+    def _put(self, region: Region, item: Item) -> None:
+        self._items.put((region, item))
         if not self.waiting:
             self.waiting = True
             self._wake()
@@ -397,12 +420,12 @@ class RegionConnections(Closing):
                 birth = parse(str(message["birth"]).encode())
                 if not isinstance(birth, Birth):
                     raise ProtocolError("a board's birth", got=birth.kind)
-                self._put(BornBelow(joined(region.name, str(message["region"])), birth))
+                self._put(region, BornBelow(joined(region.name, str(message["region"])), birth))
             case "died":
-                self._put(DiedBelow(region.name, str(message["device"]), int(message["session"])))
+                self._put(region, DiedBelow(region.name, str(message["device"]), int(message["session"])))
             case "traffic":
                 moved = {str(name): (int(down), int(up)) for name, (down, up) in message["devices"].items()}
-                self._put(TrafficBelow(str(message["job"]), moved))
+                self._put(region, TrafficBelow(str(message["job"]), moved))
             case "event":
                 job, event = str(message["job"]), read_event(message["event"])
                 if job not in self._stores:
@@ -412,9 +435,9 @@ class RegionConnections(Closing):
                     if answer is not None:
                         answer.set_result(event)
                     return
-                if isinstance(event, on.UpdateStored | on.Extracted):
+                if isinstance(event, on.UpdateStored | on.Extracted | on.Reconnected | on.Disconnected):
                     event = replace(event, region=joined(region.name, event.region))
-                self._put(EventBelow(region.name, job, event))
+                self._put(region, EventBelow(region.name, job, event))
             case kind:
                 raise ProtocolError("message of an aggregator", got=str(kind)[:80])
 
@@ -423,7 +446,7 @@ class RegionConnections(Closing):
         stores = [self._landing] if known is None else [known, self._landing]
         return next((store for store in stores if store.has(sha256)), None)
 
-    def _wanted(self, channel: Channel, job: str, sha256: str) -> None:
+    def _wanted(self, channel: Channel, job: str, sha256: str, region: str) -> None:
         if self._store(job, sha256) is not None or job not in self._stores:
             channel.give(job, sha256)
         else:

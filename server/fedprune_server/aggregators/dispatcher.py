@@ -78,7 +78,7 @@ class RegionDispatcher:
         self._sent[region.name] = sent
         for name, job in self._jobs.items():
             ended: list[do.Command] = [do.Finish(job.state.model)] if job.state.phase is Phase.FINISHED else []
-            self._send(sent, name, self.devices(name, region.name), ended, whole=True)
+            self._send(sent, name, self._devices(name, region.name), ended, whole=True)
         self.connections.repeat(region)
         return True
 
@@ -89,7 +89,7 @@ class RegionDispatcher:
         self._sent.pop(region.name, None)
         return True
 
-    def devices(self, job: str, region: str) -> list[str]:
+    def _devices(self, job: str, region: str) -> list[str]:
         """The devices of a job that concern a region."""
         state = self._jobs[job].state
         names = state.devices.keys() | state.tasks.keys()
@@ -138,7 +138,8 @@ class RegionDispatcher:
                 sent.region.channel.send(message)
 
     def _greeting(self, sent: _Sent) -> Iterator[Message]:
-        yield {"kind": "welcome", "jobs": {name: job.about for name, job in self._jobs.items()}}
+        jobs = {name: job.about for name, job in self._jobs.items()}
+        yield {"kind": "welcome", "jobs": jobs, "away_s": self.connections.absent().get(sent.region.name, 0.0)}
         if self._members is not None:
             yield from _member_messages(self._members, (), whole=True)
             yield from self._register_messages(sent)

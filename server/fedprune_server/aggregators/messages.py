@@ -25,6 +25,7 @@ UP: tuple[type[Any], ...] = (
     on.Measured,
     on.AddedUp,
     on.Reconnected,
+    on.Disconnected,
 )
 """Events that an aggregator reports."""
 

@@ -67,7 +67,13 @@ class Register:
 
 @dataclass(frozen=True)
 class ParentUp:
-    """The parent is connected: it knows nothing of this region's boards."""
+    """The parent is connected: it knows nothing of this region's boards.
+
+    Attributes:
+        away_s: Seconds for which it has waited for this aggregator.
+    """
+
+    away_s: float = 0.0
 
 
 Item = Steered | Members | Register | ParentUp
@@ -99,7 +105,7 @@ class ParentLink(Closing):
         self.lost_since: float | None = time.time()
         self._context, self._landing = context, landing
         self._stores: dict[str, BlobStore] = {}
-        self._below: Callable[[str, str], bytes | None] | None = None
+        self._below: Callable[[str, str, str], bytes | None] | None = None
         self._parts: list[Steered] = []
         self._new_members: dict[str, str] = {}
         self._wake: Callable[[], None] = lambda: None
@@ -150,13 +156,14 @@ class ParentLink(Closing):
         self,
         stores: Mapping[str, BlobStore],
         wake: Callable[[], None],
-        below: Callable[[str, str], bytes | None] | None = None,
+        below: Callable[[str, str, str], bytes | None] | None = None,
     ) -> None:
         """Give the parent blobs of these jobs when it asks for them.
 
         Args:
             wake: Called when there is something to collect.
-            below: Gives a blob of this aggregator's own aggregators.
+            below: Gives a blob of this aggregator's own aggregators, by job, digest and region. Raises
+                `ParentLostError` if this server ends.
         """
         self._stores.update(stores)
         self._wake, self._below = wake, below
@@ -256,21 +263,26 @@ class ParentLink(Closing):
             self._landing.write_file(path, secrets.token_hex(16).encode())
         return path.read_text()
 
-    def _wanted(self, channel: Channel, job: str, sha256: str) -> None:
+    def _wanted(self, channel: Channel, job: str, sha256: str, region: str) -> None:
         below = self._below
         if below is None or self._store(job, sha256) is not None:
             channel.give(job, sha256)
             return
 
         def look() -> None:
-            channel.give(job, sha256, below(job, sha256))
+            data, lost = None, False
+            try:
+                data = below(job, sha256, region)
+            except ParentLostError:
+                lost = True
+            channel.give(job, sha256, data, lost=lost)
 
         threading.Thread(target=look, name="fedprune-blobs", daemon=True).start()
 
     def _received(self, channel: Channel, message: Message) -> None:
         match message["kind"]:
             case "welcome":
-                self._welcome(channel, dict(message["jobs"]))
+                self._welcome(channel, dict(message["jobs"]), float(message["away_s"]))
             case "refused":
                 self._refused = str(message["reason"])
                 log.error("the parent at %s refuses this aggregator: %s", self.url, self._refused)
@@ -292,13 +304,13 @@ class ParentLink(Closing):
                 raise ProtocolError("message of a parent", got=str(kind)[:80])
         self._wake()
 
-    def _welcome(self, channel: Channel, jobs: dict[str, dict[str, Any]]) -> None:
+    def _welcome(self, channel: Channel, jobs: dict[str, dict[str, Any]], away_s: float) -> None:
         if self.jobs and jobs != self.jobs:
             self._changed.set()
         self.jobs = self.jobs or jobs
         self._landing.write_file(self._landing.root / _JOBS, json.dumps(jobs).encode())
         self._refused, self._greeted, self._channel, self.lost_since = "", True, channel, None
-        self._items.put(ParentUp())
+        self._items.put(ParentUp(away_s))
         self._welcomed.set()
         log.info("connected to the parent at %s", self.url)
 

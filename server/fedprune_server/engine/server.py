@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
 from fedprune.jobs.failure_kind import Failure, FailureKind
@@ -183,11 +184,8 @@ class Server:
                 runner.open()
             self._ticked = self._site.monotonic()
             if self._tier.below is not None:
-                states = [r.state for r in self.runners.values()]
-                regions = {first(d.region) for state in states for d in state.devices.values()}
-                self._tier.below.connections.expect(
-                    {*regions, *(first(t.region) for s in states for t in s.tasks.values())} - {""}
-                )
+                for runner in self.runners.values():
+                    self._tier.below.connections.expect(_regions_in(runner.state))
             while not self._stopping.is_set() and not self.outdated:
                 self._turn()
                 if until_finished and self.finished and not self._computing():
@@ -397,9 +395,11 @@ class Server:
                 case ParentUp():
                     for device in self._connected:
                         self._scheduler.came(device, reconnected=True)
+                    if below is not None:
+                        below.connections.waited(item.away_s)
                 case Steered():
                     if item.job in self.runners:
-                        self.runners[item.job].follow(item)
+                        self._follow(self.runners[item.job], item)
                 case Members():
                     self._tier.admit(item)
                 case Register():
@@ -410,6 +410,14 @@ class Server:
             for found in below.connections.collect():
                 self._hear_below(below, found)
 
+    def _follow(self, runner: JobRunner, steered: Steered) -> None:
+        runner.follow(steered)
+        if steered.whole and (below := self._tier.below) is not None:
+            # The parent has repeated what it has ordered, also for regions that can't be reached from here.
+            below.connections.expect(_regions_in(runner.state))
+            for region in sorted(below.connections.absent()):
+                runner.hear(on.Disconnected(region, _given_up(region) if below.connections.gone(region) else ""))
+
     def _hear_below(self, below: RegionDispatcher, item: ItemBelow) -> None:
         match item:
             case RegionUp():
@@ -418,14 +426,14 @@ class Server:
                     return
                 self._region_lost(name)  # an earlier connection's boards announce themselves again
                 log.info("the aggregator %s is connected", name)
-                for job, runner in self.runners.items():
-                    runner.hear(on.Reconnected(tuple(below.devices(job, name))))
+                for runner in self.runners.values():
+                    runner.hear(on.Reconnected(name))
             case RegionDown():
                 if below.down(item.region):
                     log.warning("the aggregator %s is no longer connected", item.region.name)
                     self._region_lost(item.region.name)
-                    for job, runner in self.runners.items():
-                        runner.hear(on.Disconnected(tuple(below.devices(job, item.region.name))))
+                    for runner in self.runners.values():
+                        runner.hear(on.Disconnected(item.region.name))
             case BornBelow():
                 if below.is_member(item.birth.device):
                     self._born_below(item.path, item.birth)
@@ -484,10 +492,9 @@ class Server:
         self._site.quarantine.save()
         if (below := self._tier.below) is not None:
             below.tick()
-            for region in below.connections.away():
-                why = f"its aggregator {region} was away for too long"
-                for job, runner in self.runners.items():
-                    runner.hear(on.Disconnected(tuple(below.devices(job, region)), why))
+            for region in below.connections.given_up():
+                for runner in self.runners.values():
+                    runner.hear(on.Disconnected(region, _given_up(region)))
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 
@@ -538,3 +545,13 @@ class Server:
         # Aggregators that are away are waited for as boards are: they tell theirs.
         absent = {f"/{region}" for region in regions.difference(names)} if tier is not None else set()
         return GracefulShutdown(here, {*away, *absent}, there, self._site.monotonic())
+
+
+def _regions_in(state: State) -> set[str]:
+    """The aggregators with which a job has to do."""
+    paths = {device.region for device in state.devices.values()} | {task.region for task in state.tasks.values()}
+    return {first(path) for path in paths if path}
+
+
+def _given_up(region: str) -> str:
+    return f"its aggregator {region} was away for too long"

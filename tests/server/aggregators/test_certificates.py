@@ -62,7 +62,7 @@ def test_a_board_is_refused_before_anything_is_read_of_it(
     with pytest.raises(InvalidStatus) as caught:
         connect(f"wss://127.0.0.1:{connections.port}", ssl=as_board(identity, tmp_path))
     assert caught.value.response.status_code == 403
-    assert connections.collect() == []
+    assert list(connections.collect()) == []
 
 
 def test_without_a_certificate_nobody_connects(identity: IdentityFolder, connections: RegionConnections) -> None:

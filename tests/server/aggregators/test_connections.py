@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,7 +290,7 @@ def test_another_version_is_refused(tier: Tier, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(parent, "__version__", "0.0.1")
     with pytest.raises(ConfigError, match=f"it runs fedprune 0.0.1, and its parent {__version__}"):
         tier.begin("north").start()
-    assert tier.connections.collect() == []
+    assert list(tier.connections.collect()) == []
 
 
 def test_without_a_parent_an_aggregator_says_so(tier: Tier) -> None:
@@ -416,12 +417,132 @@ def test_an_aggregator_without_its_parent_does_not_say_that_a_blob_is_nowhere(ti
 
 def test_a_parent_finds_a_blob_below_an_aggregator(tier: Tier) -> None:
     link = tier.begin("north")
-    link.serve({JOB: tier.stores["north"]}, lambda: None, lambda job, sha256: b"sums" if job == JOB else None)
+    link.serve(
+        {JOB: tier.stores["north"]},
+        lambda: None,
+        lambda job, sha256, region: b"sums" if (job, region) == (JOB, "valley") else None,
+    )
     thread = threading.Thread(target=link.start)
     thread.start()
     tier.dispatcher.up(tier.wait(RegionUp).region)
     thread.join(10)
-    assert tier.connections.fetch(JOB, "north/valley", BlobStore(tier.folder / "x").put(b"sums").sha256) is not None
+    digest = BlobStore(tier.folder / "x").put(b"sums").sha256
+    assert tier.connections.fetch(JOB, "north/valley", digest) == b"sums"
+    assert tier.connections.fetch(JOB, "north/hill", digest) is None
+
+
+def test_an_aggregator_that_ends_does_not_say_that_a_blob_below_it_is_nowhere(tier: Tier) -> None:
+    ends, asked = threading.Event(), threading.Event()
+
+    def below(job: str, sha256: str, region: str) -> bytes | None:
+        asked.set()
+        if ends.is_set():
+            return b"sums"
+        raise ParentLostError("this server ends")
+
+    link = tier.begin("north")
+    link.serve({JOB: tier.stores["north"]}, lambda: None, below)
+    thread = threading.Thread(target=link.start)
+    thread.start()
+    tier.dispatcher.up(tier.wait(RegionUp).region)
+    thread.join(10)
+    digest = BlobStore(tier.folder / "x").put(b"sums").sha256
+    found: list[bytes | None] = []
+    fetch = threading.Thread(target=lambda: found.append(tier.connections.fetch(JOB, "north/valley", digest)))
+    fetch.start()
+    assert asked.wait(10)
+    assert found == []
+    ends.set()
+    fetch.join(10)
+    assert found == [b"sums"]
+
+
+def test_what_waits_for_an_aggregator_ends_with_the_server(tier: Tier) -> None:
+    errors: list[Exception] = []
+
+    def fetch() -> None:
+        try:
+            tier.connections.fetch(JOB, "north", "c" * 64)
+        except ParentLostError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    tier.connections.close()
+    thread.join(10)
+    assert len(errors) == 1
+
+
+def said(region: str, instance: str) -> str:
+    return json.dumps({"kind": "hello", "region": region, "version": __version__, "instance": instance})
+
+
+def born(name: str) -> str:
+    return json.dumps({"kind": "born", "birth": birth(name).to_bytes().decode(), "region": ""})
+
+
+def handled(tier: Tier, count: int) -> list[Item]:
+    """Items that the loop handles once so many wait, apart from connections."""
+    until, found = time.monotonic() + 10, list[Item]()
+    while tier.connections._items.qsize() < count:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    for item in tier.connections.collect():
+        match item:
+            case RegionUp():
+                tier.dispatcher.up(item.region)
+            case RegionDown():
+                tier.dispatcher.down(item.region)
+            case _:
+                found.append(item)
+    return found
+
+
+@pytest.mark.parametrize("instance", ["same", "another"])
+def test_events_of_a_connection_that_was_replaced_or_refused_are_dropped(tier: Tier, instance: str) -> None:
+    queue = tier.connections._items
+    with connect(tier.url) as first, connect(tier.url) as second:
+        first.send(said("north", "same"))
+        assert handled(tier, 1) == []
+        stale, latest = (first, second) if instance == "same" else (second, first)
+        second.send(said("north", instance))
+        for count, (peer, name) in enumerate(((stale, "ant"), (latest, "bee")), 1):
+            while queue.qsize() < count:
+                time.sleep(0.005)
+            peer.send(born(name))
+        assert handled(tier, 3) == [BornBelow("north", birth("bee"))]
+        assert tier.connections.names == ["north"]
+
+
+def test_a_server_that_was_away_does_not_wait_twice_for_aggregators_that_do_not_come_back(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    regions = tier.connections
+    regions._patience_s = 3600.0
+    regions.expect(["north", "coast"])
+    regions.waited(3000.0)
+    now[0] += 599.0
+    assert regions.given_up() == []
+    now[0] += 2.0
+    assert sorted(regions.given_up()) == ["coast", "north"]
+    assert regions.given_up() == []
+    regions.expect(["valley"])
+    regions.waited(5000.0)  # it has the time to connect again
+    now[0] += 59.0
+    assert regions.given_up() == []
+    regions.waited(0.0)
+    now[0] += 2.0
+    assert regions.given_up() == ["valley"]
+
+
+def test_an_aggregator_is_told_how_long_it_was_away(tier: Tier) -> None:
+    assert heard(tier.join("north"), ParentUp).away_s == 0.0
+    tier.links.pop().close()
+    assert tier.dispatcher.down(tier.wait(RegionDown).region)
+    tier.connections._away["north"] -= 100.0
+    assert 100.0 <= heard(tier.join("north"), ParentUp).away_s < 110.0
 
 
 def test_an_aggregator_that_is_away_is_named_as_long_as_boards_are_its_own(tier: Tier) -> None:

@@ -37,7 +37,8 @@ EVENTS = [
     on.Folded("ant", 3, 1),
     on.Measured(3, 7, {"ant": {"": 0.25}}, {"bee": "damaged"}),
     on.AddedUp(3, 8, "a" * 64),
-    on.Reconnected(("ant", "bee")),
+    on.Reconnected("valley"),
+    on.Disconnected("valley", "it was away for too long"),
 ]
 COMMANDS = [
     do.Extract(BASIS, PART, do.Coding("int8", None, do.Held("a" * 64, "b" * 64, (3,), None)), 2),

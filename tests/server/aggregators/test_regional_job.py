@@ -1,4 +1,4 @@
-"""A job at an aggregator: what its parent decides while this server is still busy with something earlier."""
+"""A job at an aggregator: its parent's decisions while a command runs, and what the parent learns of regions below."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Device, Phase, Progress, Task
+from fedprune.wire.messages import Birth
 from fedprune.wire.topics import Topics
+from fedprune_server.aggregators.connections import RegionConnections
+from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
 from fedprune_server.aggregators.messages import Steered
+from fedprune_server.aggregators.parent import ParentLink, ParentUp
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.server import Server, Tier
 from fedprune_server.messaging.transport import SiteLink
 from support.fakes.fleet import Air, ToyWorker, fill, quick
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -98,3 +103,122 @@ def test_a_command_under_way_keeps_what_it_reads_when_the_parent_goes_on(region:
     assert isinstance(region.answer(), on.Extracted)
     region.steer({})
     assert not region.store.has(first)
+
+
+class Parent:
+    """The connection to a parent, without one."""
+
+    outdated, connected = False, True
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.gone: list[str] = []
+
+    def collect(self) -> list[Any]:
+        items, self.items = self.items, []
+        return items
+
+    def born(self, birth: Birth, region: str = "") -> None:
+        """Boards are no part of these tests."""
+
+    def died(self, device: str, session: int) -> None:
+        self.gone.append(device)
+
+
+class Middle:
+    """An aggregator with aggregators below it: its loop, and real connections to these."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.reported = folder, list[on.Event]()
+        store = BlobStore(folder / "blobs", durable=False)
+        self.state = State(store.put(b"model").sha256)
+        self.parent = Parent()
+        landing = BlobStore(folder / "landing", durable=False)
+        self.connections = RegionConnections("127.0.0.1", 0, None, landing, patience_s=3600.0)
+        self.connections.serve({JOB.name: store}, lambda: None)
+        about = {"job": {"name": JOB.name}, "model": self.state.model, "name": "net"}
+        below = RegionDispatcher(self.connections, {JOB.name: ParentJob(about, self.state)})
+        job = RunnableJob(
+            JOB, ARCHITECTURE, self.state, quick(folder), store, ToyWorker(store), report=self.reported.append
+        )
+        air: Any = Air()
+        site = SiteLink(
+            air, Topics("default"), Quarantine(lambda: air.now), clock=lambda: air.now, monotonic=lambda: air.now
+        )
+        self.air = air
+        self.server = Server([JobRunner(job, site, below=below)], site, tier=Tier(below, self.parent))  # type: ignore[arg-type]
+        self.link: ParentLink | None = None
+
+    def join(self) -> None:
+        """The aggregator `valley` connects."""
+        landing = BlobStore(self.folder / "valley", durable=False)
+        self.link = ParentLink(f"ws://127.0.0.1:{self.connections.port}", "valley", None, landing)
+        thread = threading.Thread(target=self.link.start)
+        thread.start()
+        self.until(on.Reconnected("valley"))
+        thread.join(10)
+
+    def turn(self) -> None:
+        self.air.now += 1.0
+        self.server._turn()
+
+    def until(self, event: on.Event) -> None:
+        """Turns until an event is reported."""
+        until = time.monotonic() + 10
+        while event not in self.reported:
+            assert time.monotonic() < until, self.reported
+            self.turn()
+        self.reported.clear()
+
+    def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
+        self.connections.close()
+        for runner in self.server.runners.values():
+            runner.close()
+
+
+@pytest.fixture
+def middle(tmp_path: Path) -> Iterator[Middle]:
+    made = Middle(tmp_path)
+    yield made
+    made.close()
+
+
+def test_the_parent_hears_which_regions_further_down_are_away(middle: Middle) -> None:
+    middle.server.first.open()
+    middle.join()
+    link = middle.link
+    assert link is not None
+    link.born(Birth("ant", 1, "raspberry-pi-5", 10, "test"))
+    while not middle.server.present("ant"):
+        middle.turn()
+    link.close()
+    middle.until(on.Disconnected("valley"))
+    assert middle.parent.gone == ["ant"]
+    head = {"round": 1, "phase": Phase.TRAINING, "model": middle.state.model}
+    whole = Steered(JOB.name, head, whole=True)
+    middle.parent.items += [ParentUp(0.0), whole]  # which may not have heard it, and has repeated its orders
+    middle.turn()
+    assert middle.reported == [on.Disconnected("valley")]
+    middle.reported.clear()
+    lost = on.Disconnected("valley", "its aggregator valley was away for too long")
+    middle.connections._patience_s = 0.0
+    middle.until(lost)
+    middle.turn()
+    assert middle.reported == []  # once
+    middle.parent.items += [ParentUp(0.0), whole]
+    middle.turn()
+    assert middle.reported == [lost]
+
+
+def test_the_parent_hears_of_regions_that_have_not_come_since_the_start(middle: Middle) -> None:
+    middle.server.first.open()
+    device = Device(1, False, {"name": "raspberry-pi-5"}, None, 10, region="valley/hill")
+    stored = Task(1, (3,), progress=Progress.STORED, region="coast")
+    steered = Steered(JOB.name, {"phase": Phase.TRAINING}, {"ant": device}, {"ant": stored}, whole=True)
+    middle.parent.items += [ParentUp(0.0), steered]
+    middle.turn()
+    assert middle.reported == [on.Disconnected("coast"), on.Disconnected("valley")]
+    middle.join()
+    assert list(middle.connections.absent()) == ["coast"]

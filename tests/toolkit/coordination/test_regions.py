@@ -40,17 +40,17 @@ class Regional(Shell):
         return event
 
     def part(self, given_up: str = "") -> None:
-        """The aggregator is away."""
+        """The aggregator `north` is away, and with it those below it."""
         self.away = True
         for name in NORTH:
             self.feed(on.DeviceDied(name, self.session))
-        self.feed(on.Disconnected(NORTH, given_up))
+        self.feed(on.Disconnected("north", given_up))
 
     def back(self) -> None:
         """It is connected again: first what it missed is repeated, then its boards announce themselves."""
         self.away = False
         self.session += 1
-        self.feed(on.Reconnected(NORTH))
+        self.feed(on.Reconnected("north"))
         self.inbox += [self.birth(n) for n in NORTH]
         self.run()
 
@@ -158,3 +158,35 @@ def test_a_board_that_moves_is_offered_the_same_where_it_is(shell: Regional, pro
     assert shell.state.phase is Phase.FINISHED
     assert all(d["progress"] == "folded" for r in shell.state.history for d in r["devices"].values())
     assert shell.closes[1][0].contributions[0].region == "south"
+
+
+@pytest.mark.parametrize("lost", ["north/valley", "north"])
+def test_a_part_is_in_each_region_of_its_path(shell: Regional, lost: str) -> None:
+    shell.region = "north/valley"
+    shell.session += 1
+    shell.inbox += [shell.birth(n) for n in NORTH]
+    shell.until(Progress.STORED)
+    shell.inbox = [e for e in shell.inbox if not isinstance(e, on.Folded) or e.device not in NORTH]
+    shell.feed(on.Disconnected("north/val", "it was away for too long"))
+    shell.feed(on.Disconnected("valley", "it was away for too long"))
+    assert shell.state.tasks[NORTH[0]].progress is Progress.STORED
+    (again,) = shell.feed(on.Reconnected(lost))
+    assert isinstance(again, do.Fold)
+    shell.feed(on.Disconnected(lost, "it was away for too long"))
+    shell.run()
+    assert shell.state.history[0]["devices"][NORTH[0]]["progress"] == "refused"
+
+
+def test_a_lost_region_costs_no_part_that_is_elsewhere(shell: Regional) -> None:
+    shell.until(Progress.EXTRACTING)
+    shell.state.devices[NORTH[0]].past = {"region": "south"}
+    assert shell.feed(on.Disconnected("south", "it was away for too long")) == []
+    assert shell.feed(on.Reconnected("south")) == []
+    assert shell.state.tasks[NORTH[0]].progress is Progress.EXTRACTING
+    shell.state.devices[NORTH[0]].past = None
+    here = NAMES[1]
+    while shell.state.tasks[here].progress is not Progress.STORED:
+        shell.feed(shell.inbox.pop(0))
+    shell.state.devices[here].region = "north"  # where it is by now; its update isn't
+    shell.feed(on.Disconnected("north", "it was away for too long"))
+    assert shell.state.tasks[here].progress is Progress.STORED

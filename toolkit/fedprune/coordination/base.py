@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
+from operator import itemgetter
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -270,22 +271,30 @@ class Coordinator(ABC):
     def _repeat(self, event: on.Reconnected) -> Commands:
         """What an aggregator may have missed: boards and its own messages repeat the rest."""
         commands: Commands = []
-        for name in sorted(event.devices):
-            task = self.state.tasks.get(name)
-            if task is not None and self.state.awaits(task) and _not_made(task):
+        for name, task in self._parts_in(event.region):
+            if self.state.awaits(task) and _not_made(task):
                 task.progress = Progress.EXTRACTING
                 commands.append(self._extract(name, task))
-            elif task is not None and task.progress is Progress.STORED and self.state.phase is Phase.TRAINING:
+            elif task.progress is Progress.STORED and self.state.phase is Phase.TRAINING:
                 commands.append(self._fold_again(name, task))
         return commands
+
+    def _parts_in(self, region: str) -> list[tuple[str, Task]]:
+        """Parts whose update is stored in a region or below it or, before that, whose device is connected there."""
+        found = []
+        for name, task in self.state.tasks.items():
+            stored = task.progress in (Progress.STORED, Progress.FOLDED)
+            path = task.region if stored else self.region_of(name)
+            if path == region or path.startswith(f"{region}/"):
+                found.append((name, task))
+        return sorted(found, key=itemgetter(0))
 
     def _parted(self, event: on.Disconnected, now: float) -> Commands:
         """Parts that a region would have to make count as offered, so that the round's deadline comes; they are made
         when the region is back."""
         refused = False
-        for name in sorted(event.devices):
-            task = self.state.tasks.get(name)
-            if task is None or not self.state.awaits(task):
+        for _, task in self._parts_in(event.region):
+            if not self.state.awaits(task):
                 continue
             if task.progress is Progress.EXTRACTING:
                 self._postpone(task, now)

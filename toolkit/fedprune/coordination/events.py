@@ -177,20 +177,21 @@ class AddedUp:
 
 @dataclass(frozen=True)
 class Reconnected:
-    """An aggregator is connected again, which may have missed what its devices' parts need."""
+    """The aggregator of a region is connected again, which may have missed what parts there need."""
 
-    devices: tuple[str, ...]
+    region: str
 
 
 @dataclass(frozen=True)
 class Disconnected:
-    """An aggregator is away: what its devices' parts need can't be made until it is back.
+    """The aggregator of a region is away: what parts there need can't be made until it is back.
 
     Attributes:
+        region: Its path.
         given_up: It is no longer waited for, and why: updates that it has and that aren't in the sums don't count.
     """
 
-    devices: tuple[str, ...]
+    region: str
     given_up: str = ""
 
 
