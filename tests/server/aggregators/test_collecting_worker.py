@@ -237,3 +237,20 @@ def test_after_its_patience_a_round_closes_without_the_aggregator_that_is_away(
     rest = tier.expected([c for c in tier.close.contributions if c.region != "coast"])
     assert isinstance(rest, on.Closed)
     assert found.model == rest.model
+
+
+@pytest.mark.parametrize("strategy", ["fedasync", "fedbuff", "fedfix"])
+def test_updates_of_an_earlier_model_have_the_bits_of_one_server(model: Model, tmp_path: Path, strategy: str) -> None:
+    tier = Tier(model, tmp_path, {"strategy": strategy})
+    found = tier.close.contributions
+    tier.close = replace(tier.close, contributions=found[:4], rate=0.75)
+    first = tier.end()
+    assert first == tier.expected()
+    assert isinstance(first, on.Closed)
+    stale = tuple(replace(c, weight=1 + c.weight // 3) for c in found[4:])  # they began before that round ended
+    tier.close = replace(tier.close, round=2, model=first.model, memory=first.memory, contributions=stale, rate=0.5)
+    second = tier.end()
+    assert second == tier.expected()
+    assert isinstance(second, on.Closed)
+    assert second.model != first.model
+    assert not second.rejected

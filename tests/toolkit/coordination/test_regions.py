@@ -1,7 +1,10 @@
-"""A region that is lost, and a board that moves, hold no round up and cost no update that is there."""
+"""A region that is lost, and a board that moves, hold no round up and cost no update that is there. Where updates are
+stored decides no model: in an asynchronous job their order does."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,8 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress
+from support.fakes import asynchronous_shell
+from support.fakes.asynchronous_shell import KINDS, history
 from support.fakes.synchronous_shell import Shell
 from support.fakes.tiny_job import JOB, NAMES
 
@@ -190,3 +195,52 @@ def test_a_lost_region_costs_no_part_that_is_elsewhere(shell: Regional) -> None:
     shell.state.devices[here].region = "north"  # where it is by now; its update isn't
     shell.feed(on.Disconnected("north", "it was away for too long"))
     assert shell.state.tasks[here].progress is Progress.STORED
+
+
+class Scattered(asynchronous_shell.Shell):
+    """An asynchronous job whose boards are in these regions."""
+
+    def __init__(self, job: Job, regions: Mapping[str, str]) -> None:
+        super().__init__(job)
+        self.regions = regions
+
+    def come(self, *names: str) -> None:
+        for name in names or NAMES:
+            self.sessions[name] += 1
+            region = self.regions.get(name, "")
+            self.feed(on.DeviceBorn(name, self.sessions[name], {"name": "toy"}, 10, region=region))
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        event = super().answer(command)
+        if isinstance(event, on.UpdateStored):
+            event = replace(event, region=self.coordinator.region_of(event.device))
+        return event
+
+    def run_in_order(self, seed: int) -> None:
+        """Run with the order of arrival that a seed gives."""
+        self.come()
+        dice = random.Random(seed)
+        while self.state.phase is not Phase.FINISHED:
+            if self.inbox:
+                self.feed(self.inbox.pop(dice.randrange(len(self.inbox))))
+            else:
+                self.tick()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_asynchronous_job_in_regions_closes_as_on_one_server_that_hears_the_same_order(kind: str) -> None:
+    models = set()
+    for seed in range(5):
+        alone, tier = Scattered(KINDS[kind], {}), Scattered(KINDS[kind], {"a": "north", "b": "north/valley"})
+        alone.run_in_order(seed)
+        tier.run_in_order(seed)
+        assert {c.region for close in tier.closes for c in close.contributions} == {"", "north", "north/valley"}
+        here = [
+            replace(close, contributions=tuple(replace(c, region="") for c in close.contributions))
+            for close in tier.closes
+        ]
+        assert here == alone.closes
+        assert history(tier) == history(alone)
+        models.add(history(alone)[-1])
+    whole = kind in ("all", "window")  # each round has the updates of all boards, so that nothing is left to order
+    assert len(models) == 1 if whole else len(models) > 1
