@@ -1,4 +1,4 @@
-"""Kills server, boards and broker at flushes to the disk, and compares what counted with what boards say they sent.
+"""Kills server, boards and broker at flushes to the disk, and compares the updates that counted with those sent.
 
 `python benchmarks/kills.py [--kills 500]`: needs Mosquitto and a C compiler. Every job has two boards that train and
 goes through the rounds that one without any kill went through; each of its models must be that one's, bit for bit.
@@ -6,8 +6,8 @@ goes through the rounds that one without any kill went through; each of its mode
 `--tier` kills a server with PostgreSQL, two aggregators whose blobs are in a bucket of Ceph, their
 brokers, the database, the gateway and the boards (`--kills 300`).
 
-`--beside` kills PostgreSQL under a server, and the helpers of another, instead (`--kills 40` of each); what the other
-run found stays in the results.
+`--neighbours` kills a server's PostgreSQL, and another server's helpers, instead (`--kills 40` of each); the results of
+the other runs stay.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from synthetic_nets import RESULTS, setting, write
 
-from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, left_alone, strike
+from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, DoomedNeighbours, left_alone, strike
 from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
 from support.faults.kill_tiers import REGIONS, DoomedTier
 from support.processes.postgres import Postgres
@@ -34,8 +34,8 @@ from support.processes.real_site import write_material
 from support.processes.s3 import Ceph
 
 JOBS = 5
-BESIDE_ROUNDS = 150
-"""Rounds of a job beside whose server is killed: more than there will be."""
+NEIGHBOURS_ROUNDS = 150
+"""Rounds of a job with `--neighbours`: more than it reaches."""
 
 
 def main() -> int:
@@ -43,9 +43,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, metavar="N", help="processes to kill (default: 500, or 40 of each kind)")
     parser.add_argument(
-        "--tier", action="store_true", help="kill a server with aggregators, and all that they work with"
+        "--tier", action="store_true", help="kill a server, its aggregators, and their databases, brokers and buckets"
     )
-    parser.add_argument("--beside", action="store_true", help="kill what is beside the server: database, helpers")
+    parser.add_argument("--neighbours", action="store_true", help="kill the server's database and helpers")
     parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
     options = parser.parse_args()
     path = RESULTS / "kills.json"
@@ -55,8 +55,8 @@ def main() -> int:
         write_material(folder, dict.fromkeys(BOARDS, 200))
         if options.tier:
             body["tier"] = tier(folder, options.kills or 300)
-        elif options.beside:
-            body["beside"] = beside(folder, options.kills or 40)
+        elif options.neighbours:
+            body["neighbours"] = neighbours(folder, options.kills or 40)
         else:
             body |= at_flushes(folder, options.kills or 500)
     if options.no_page:
@@ -69,7 +69,7 @@ def main() -> int:
 def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
     """Kill server, boards and broker."""
     done, ledgers = [], []
-    rounds = kills  # more than there will be: a round takes several lives
+    rounds = kills  # more than the job reaches: a round takes several lives
     calm = _site(folder, "calm", rounds)
     undisturbed(calm)
     for job in range(JOBS):
@@ -85,7 +85,7 @@ def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
 
 
 def tier(folder: Path, kills: int) -> dict[str, Any]:
-    """Kill a server, its aggregators, and what they work with."""
+    """Kill a server, its aggregators, and their databases, brokers and buckets."""
     rounds = kills
     calm = _site(folder, "alone", rounds)
     undisturbed(calm)
@@ -114,17 +114,17 @@ def tier(folder: Path, kills: int) -> dict[str, Any]:
     return {"setting": about, "jobs": jobs, "ledgers": ledgers}
 
 
-def beside(folder: Path, kills: int) -> dict[str, Any]:
+def neighbours(folder: Path, kills: int) -> dict[str, Any]:
     """Kill a server's database, and another server's helpers."""
     for name in ("left", "struck", "helped"):
         (folder / name).mkdir()
-    calm = Beside(folder, folder / "left", BESIDE_ROUNDS)
+    calm = DoomedNeighbours(folder, folder / "left", NEIGHBOURS_ROUNDS)
     database = Postgres()
     try:
         database.start()
         sites = (
-            (Beside(folder, folder / "struck", BESIDE_ROUNDS, database.database()), database),
-            (Beside(folder, folder / "helped", BESIDE_ROUNDS, workers=2), None),
+            (DoomedNeighbours(folder, folder / "struck", NEIGHBOURS_ROUNDS, database.database()), database),
+            (DoomedNeighbours(folder, folder / "helped", NEIGHBOURS_ROUNDS, workers=2), None),
         )
         done = []
         for seed, (site, server) in enumerate(sites):
@@ -161,7 +161,7 @@ def page(body: dict[str, Any]) -> str:
     """The results as a page."""
     lines = ["# Kills", "", *(_flushes_page(body) if body["jobs"] else ())]
     lines += _tier_page(body["tier"]) if "tier" in body else ()
-    return "\n".join([*lines, *(_beside_page(body["beside"]) if "beside" in body else ())]) + "\n"
+    return "\n".join([*lines, *(_neighbours_page(body["neighbours"]) if "neighbours" in body else ())]) + "\n"
 
 
 def _machine(about: dict[str, Any]) -> str:
@@ -179,12 +179,12 @@ def _flushes_page(body: dict[str, Any]) -> list[str]:
     what = (
         f"{len(lives) + broker} processes were killed in {len(body['jobs'])} jobs of two boards that train, "
         f"{broker} of them brokers at any time, the others at a flush to the disk. "
-        "Every job's rounds are those of one that nobody disturbed: the same models, bit for bit. No update was lost, "
+        "Every job's rounds are those of an undisturbed job: the same models, bit for bit. No update was lost, "
         "none counted twice."
     )
     why = (
-        "Boards announce an update again after every death of theirs, the server's or the broker's, and the server "
-        "tells them again that it counts; a board that dies in between is told no more."
+        "Boards announce an update again after each kill of the board, the server or the broker, and the server "
+        "accepts it again. A board that is killed in between may receive no acceptance."
     )
     kills = [f"| {who} | {file} | {places[who, file, False]} | {places[who, file, True]} |" for who, file in rows]
     kills.append(f"| broker | (any time) | {broker} | |")
@@ -193,8 +193,8 @@ def _flushes_page(body: dict[str, Any]) -> list[str]:
         for n, x in enumerate(body["ledgers"], 1)
     ]
     lines = [f"{_machine(body['setting'])}. `python benchmarks/kills.py`", "", what, ""]
-    lines += ["| process | what it was flushing | killed before | killed after |", "|---|---|---:|---:|", *kills, ""]
-    lines += ["| job | rounds | updates counted | announced by boards | told that they count |"]
+    lines += ["| process | file being flushed | killed before | killed after |", "|---|---|---:|---:|", *kills, ""]
+    lines += ["| job | rounds | updates counted | announced by boards | acceptances received |"]
     return [*lines, "|---:|---:|---:|---:|---:|", *jobs, "", why]
 
 
@@ -214,10 +214,10 @@ def _tier_page(body: dict[str, Any]) -> list[str]:
     lines = ["", "## A tier of aggregators", ""]
     versions = f"{_machine(about)}, psycopg {about['psycopg']}, commit {about['commit']}"
     lines += [f"{versions}. `python benchmarks/kills.py --tier`", "", what, ""]
-    lines += ["| process | what it was flushing | killed before | killed after |", "|---|---|---:|---:|"]
+    lines += ["| process | file being flushed | killed before | killed after |", "|---|---|---:|---:|"]
     lines += [f"| {who} | {file} | {places[who, file, False]} | {places[who, file, True]} |" for who, file in rows]
     lines += [f"| {who} | (any time) | {count} | |" for who, count in sorted(neighbours.items())]
-    lines += ["", "| job | rounds | updates counted | announced by boards | told that they count |"]
+    lines += ["", "| job | rounds | updates counted | announced by boards | acceptances received |"]
     lines += ["|---:|---:|---:|---:|---:|"]
     return lines + [
         f"| {n} | {x['rounds']} | {x['counted']} | {x['sent']} | {x['accepted']} |"
@@ -225,18 +225,18 @@ def _tier_page(body: dict[str, Any]) -> list[str]:
     ]
 
 
-def _beside_page(body: dict[str, Any]) -> list[str]:
+def _neighbours_page(body: dict[str, Any]) -> list[str]:
     about = body["setting"]
     versions = f"{_machine(about)}, psycopg {about['psycopg']}, commit {about['commit']}"
-    machine = f"{versions}. `python benchmarks/kills.py --beside`"
+    machine = f"{versions}. `python benchmarks/kills.py --neighbours`"
     what = (
-        "Here server and boards live, and what the server works with is killed (kill -9) at random moments, 0.05 to "
-        "0.8 seconds after the last time. The database is started again by hand after its first process was killed, "
-        "by itself after another was. Both jobs' rounds are those of one with SQLite, in one process, that nobody "
-        "disturbed: the same models, bit for bit. No update was lost, none counted twice."
+        "Server and boards stay alive, and the server's database or helpers are killed (kill -9) at random moments, "
+        "0.05 to 0.8 seconds after the last kill. The benchmark restarts the database after a kill of its first "
+        "process; after other kills it restarts itself. Both jobs' rounds are those of an undisturbed job with SQLite "
+        "in one process: the same models, bit for bit. No update was lost, none counted twice."
     )
-    lines = ["", "## Beside the server", "", machine, "", what, ""]
-    lines += ["| process | killed | rounds | updates counted | announced by boards | told that they count |"]
+    lines = ["", "## The server's database and helpers", "", machine, "", what, ""]
+    lines += ["| process | killed | rounds | updates counted | announced by boards | acceptances received |"]
     lines += ["|---|---:|---:|---:|---:|---:|"]
     for job in body["jobs"]:
         ledger = job["ledger"]

@@ -24,11 +24,11 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="factor of predicted training times (default: 1)")
     parser.add_argument("--arrivals", type=float, default=250.0, help="boards that connect in a second (default: 250)")
     parser.add_argument("--moto", action="store_true", help="use the mock of S3, and not Ceph's gateway")
-    parser.add_argument("--limit", type=float, default=1800.0, metavar="S", help="give a step up after so long")
+    parser.add_argument("--limit", type=float, default=1800.0, metavar="S", help="seconds after which a step fails")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="run the servers under cProfile")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder, and leave everything there")
     parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
-    parser.add_argument("--note", metavar="TEXT", help="what the page is to say of the circumstances")
+    parser.add_argument("--note", metavar="TEXT", help="remark on the circumstances, for the page")
     options = parser.parse_args()
     profile = None if options.profile is None else options.profile.resolve()
     size = Size(

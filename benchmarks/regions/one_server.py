@@ -1,4 +1,4 @@
-"""The models of one server without aggregators: coordinator and worker in one process, given the same updates."""
+"""The models of one server without aggregators: coordinator and worker in one process, with the same updates."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedprune_server.engine.state_directory import StateFolder
 
 
 class OneServer:
-    """A job that is run here, on boards that answer at once.
+    """A job in this process, on boards that answer at once.
 
     Args:
         config: The job's, with which the measured servers were started.
-        folder: Where its blobs are.
+        folder: The folder of its blobs.
         profile: A hardware profile for all boards; submodels of this job don't depend on it.
     """
 

@@ -13,13 +13,13 @@ _SERVERS = {"server": "root", "north": "north", "south": "south"}
 _SHAPE = """\
 The root is `fedprune-server run --aggregators`, the regions are two `fedprune-server aggregate --uploads s3`, each with
 a prefix of its own in one bucket. All of them have the fleet's identity, and each has its own Mosquitto, to which it
-connects with TLS and a certificate. Every board is a member with a key of its own, which the root knows and tells the
+connects with TLS and a certificate. Every board is a member with a key of its own, which the root sends to the
 aggregators. Boards come in turns: all boards of a turn connect, half of them at each region, announce themselves, and
 leave before the next turn. In some turns a round begins as soon as the last board is there, and asks a quarter of them.
 Those fetch the weights over MQTT and check each leaf, wait as long as the planner expects training to take, sign what
 they send, put an update of 103 kB into the bucket by a presigned PUT, and leave once it is accepted.
 
-What boards of the swarm don't do: they use a listener of the same Mosquitto without TLS, on this machine alone, and
+Differences from real boards: they use a listener of the same Mosquitto without TLS, on this machine alone, and
 don't verify the server's signatures, since they share the processors with what is measured. Graphs are fetched by one
 board of a process only."""
 
@@ -29,9 +29,9 @@ that of coordinator and worker in one process, without aggregators, given the sa
 in [swarm](swarm.md)."""
 
 _CPU = """\
-CPU seconds of each server with the processes below it, from when the phase begins until no server has anything to do.
-*Connecting* is a turn's boards but for one; the *round* ends with the next model, evaluated, and includes the asked
-boards' leaving; *leaving* the rest. Mosquitto, the bucket and the boards are not in it."""
+CPU seconds of each server with the processes below it, from the beginning of a phase until all servers are idle.
+*Connecting* is all of a turn's boards except one; the *round* ends with the next model, evaluated, and includes the
+asked boards' leaving; *leaving* the rest. Mosquitto, the bucket and the boards are not in it."""
 
 _ASKED = """\
 Seconds from a board's message to its region's answer while updates come in, as in [swarm](swarm.md); 10 questions a
@@ -39,7 +39,7 @@ second of *call off* at each region, and as many as there are answers of *say ag
 
 
 def page(row: Row, about: Row, command: str) -> str:
-    """Markdown, of what `benchmarks.regions.run.measure` gave."""
+    """Markdown of the result of `benchmarks.regions.run.measure`."""
     heading = (
         f"{about['date']}, {about['cpu']}, {about['cores']} cores for all processes together (load {about['load']:g} "
         f"at the end, other programs included), {about['broker']}, {_bucket(row)}, Python {about['python']}, "
@@ -90,7 +90,7 @@ def _summary(row: Row) -> list[str]:
         ("whole run", "", f"{row['wall_s'] / 60:.0f} min"),
     ]  # fmt: skip
     table = "\n".join(f"| {what} | {meant} | {value} |" for what, meant, value in lines)
-    return [f"| | meant to hold at 100,000 | found |\n|---|---:|---|\n{table}"]
+    return [f"| | target at 100,000 | found |\n|---|---:|---|\n{table}"]
 
 
 def _rounds(row: Row) -> str:
@@ -143,4 +143,4 @@ def _processes(row: Row) -> str:
 
 def _faults(row: Row) -> list[str]:
     found = row["audit"]["faults"]
-    return ["## Not as it should be", "\n".join(f"- {fault}." for fault in found)] if found else []
+    return ["## Faults", "\n".join(f"- {fault}." for fault in found)] if found else []

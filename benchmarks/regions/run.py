@@ -56,19 +56,19 @@ max_devices = {most}
 
 @dataclass(frozen=True)
 class Size:
-    """What is to be run.
+    """Size of a run.
 
     Attributes:
         devices: Boards in all.
-        turns: How many of them there are; each has an equal part of the boards.
-        rounds: How many rounds there are; turns between them have none.
+        turns: Number of turns; each has an equal part of the boards.
+        rounds: Number of rounds; turns between them have none.
         participation: Share of a turn's boards that a round asks.
         scale: Factor of the predicted training times.
         arrivals: Boards that connect in a second.
         moto: Use the mock of S3.
         limit_s: Seconds after which a step is given up.
         seed: Keys the fleet and its noise.
-        profile: A folder for what cProfile finds in the servers, or None.
+        profile: A folder for cProfile's files of the servers, or None.
     """
 
     devices: int
@@ -117,7 +117,7 @@ class Meter:
         return {n: self._place.watched[n].cpu_s for n in self._names}
 
     def settle(self) -> None:
-        """Wait until no server has anything to do."""
+        """Wait until all servers are idle."""
         before = self._now()
         while True:
             time.sleep(_SETTLED_S)
@@ -128,7 +128,7 @@ class Meter:
 
     @contextmanager
     def phase(self, kind: str, turn: int) -> Iterator[None]:
-        """What the servers use for something, up to when they rest again."""
+        """Measure the CPU time of the servers for a phase, until all of them are idle."""
         began = time.time()
         yield
         took = time.time() - began
@@ -194,7 +194,7 @@ def _measure(size: Size, folder: Path, place: Site, s3: S3) -> dict[str, Any]:
 
 
 def _identities(state: Path, size: Size) -> dict[str, Any]:
-    """Give the server an identity, and make all boards members; what boards know of the server."""
+    """Give the server an identity, and make all boards members; returns what boards need to verify it."""
     names = {device_name(i): i for i in range(size.devices)}
     names |= {f"caller-{region}-probes": size.devices + i for i, region in enumerate(REGIONS)}
     keys = {n: signing_key(i, size.seed).verifying.hex for n, i in names.items()}
@@ -283,8 +283,8 @@ def _wait(done: Callable[[], bool], place: Site, size: Size, what: str, swarm: S
         ended = [n for n in ("server", *REGIONS) if not place.alive(n)]
         ended += [n for n in swarm if not place.alive(n) and not (place.folder / f"{n}-result.json").exists()]
         if ended or time.monotonic() > until:
-            said = "\n".join(f"--- {n}\n{place.said(n)[-3000:]}" for n in (*ended, "server", *REGIONS))
-            raise FedpruneError(f"{what}: it doesn't come to that", hint=said)
+            logs = "\n".join(f"--- {n}\n{place.said(n)[-3000:]}" for n in (*ended, "server", *REGIONS))
+            raise FedpruneError(f"it hasn't happened in time: {what}", hint=logs)
         time.sleep(0.2)
 
 

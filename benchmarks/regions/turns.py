@@ -1,4 +1,4 @@
-"""A process of a region's boards: one turn of them after the other connects, takes part, and leaves.
+"""A process with a region's boards, which connect, take part and leave in turns.
 
 The driver and its processes agree by files: `go-3` lets the third turn connect, `last-3` its last board, `end-3` lets
 it leave; `NAME-ready-3` and `NAME-left-3` answer. A process with a caller asks the questions of
@@ -47,7 +47,7 @@ class Region:
     Args:
         spec: As of a `Fleet`, but with `turns` (first board, and behind the last, of each) instead of `indices`; the
             process's `name`; the `caller`'s number, or None; and whether the last board of a turn `waits`.
-        folder: Where the marks are.
+        folder: The folder of the marks.
     """
 
     def __init__(self, spec: dict[str, Any], folder: Path) -> None:

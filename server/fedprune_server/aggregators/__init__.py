@@ -6,7 +6,7 @@ orders comes down as commands, with the rows of its state that these need. At th
 aggregator for the sums of exactly the updates that count, and merges them. The sums are whole numbers, so the next
 model is bit-identical to that of a server without aggregators.
 
-Nothing is decided twice and nothing is lost between the two: after a broken connection or a crash of either side, the
-parent sends its rows anew and repeats open commands, and the aggregator repeats the births of its boards. An aggregator
-can be the parent of others.
+No decision is made twice and no update is lost between the two: after a broken connection or a crash of either side,
+the parent sends its rows again and repeats open commands, and the aggregator repeats the births of its boards. An
+aggregator can be the parent of others.
 """

@@ -1,7 +1,7 @@
 """One end of the connection between an aggregator and its parent: messages in order, and blobs on request.
 
 A message is JSON text. A blob follows the message that names it, in binary pieces; messages that wait are sent between
-two pieces. Nothing survives the connection: both sides begin anew on the next one.
+two pieces. No state survives the connection: both sides start from the beginning on the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedprune_server.transfer.http_server import shut
 log = logging.getLogger("fedprune.server")
 
 QUIET = logging.getLogger("fedprune.websockets")
-"""For the library, which writes a traceback for everybody who connects and says nothing."""
+"""For the library, which logs a traceback for each peer that connects and sends nothing."""
 QUIET.setLevel(logging.CRITICAL)
 
 PIECE = 256 * 1024
@@ -91,14 +91,14 @@ class Channel(Closing):
         self._writer.start()
 
     def send(self, message: Message) -> None:
-        """Queue a message; what is queued as the connection ends is dropped."""
+        """Queue a message. Messages that are queued as the connection ends are dropped."""
         text = json.dumps(message, separators=(",", ":"), default=vars)
         with self._changed:
             self._texts.append(text)
             self._changed.notify_all()
 
     def give(self, job: str, sha256: str, data: bytes | None = None, *, lost: bool = False) -> None:
-        """Queue a blob, which is `data` or in a store, or the answer that there is none, or that nobody can know while
+        """Queue a blob, which is `data` or in a store, or the answer that there is none, or that this is unknown since
         this side has `lost` its parent."""
         with self._changed:
             self._wanted.append((job, sha256, data, lost))
@@ -117,7 +117,7 @@ class Channel(Closing):
         return awaited.result()
 
     def flush(self, patience_s: float) -> None:
-        """Wait until what was queued is sent."""
+        """Wait until all queued messages and blobs are sent."""
         with self._changed:
             self._changed.wait_for(lambda: self.closed or not (self._texts or self._wanted or self._busy), patience_s)
 
@@ -169,7 +169,7 @@ class Channel(Closing):
         if self._arriving is not None:
             raise ProtocolError("a blob began before the one before it ended")
         if (job, ref.sha256) not in self._awaited:
-            raise ProtocolError("a blob that nobody asked for", got=ref.sha256)
+            raise ProtocolError("a blob without a request", got=ref.sha256)
         self._arriving, self._job = StreamedBlob(self._landing, ref), job
         self._piece(b"")
 
@@ -210,7 +210,7 @@ class Channel(Closing):
             self.close()
 
     def _send_texts(self, *, wait: bool = True) -> bool:
-        """Send what waits; with `wait` until a blob is wanted. Returns False at the end."""
+        """Send queued messages; with `wait` until a blob is requested. Returns False at the end."""
         while True:
             with self._changed:
                 if wait:

@@ -1,4 +1,4 @@
-"""The worker of a server with aggregators: it closes rounds with the sums that they hand in."""
+"""The worker of a server with aggregators: it closes rounds with their sums."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class CollectingWorker:
                 if raw is not None:
                     sums.append((some, raw))
                 elif named:
-                    again += some  # it was started again meanwhile, which cleans up
+                    again += some  # it has restarted meanwhile and deleted them
             left = again
         if failed or left:
             return failed | {c.part.device: f"its aggregator {c.region} has lost its sums" for c in left}
@@ -193,7 +193,7 @@ class CollectingWorker:
         return answers
 
     def _bring(self, found: do.Contribution) -> None:
-        """Fetch a whole update, where it is read; what its aggregator can't give is found to be missing there."""
+        """Fetch a whole update that is about to be read. If its aggregator lacks a blob, the update is missing."""
         for digest in sorted(blobs_of(found)):
             if not self._worker.store.has(digest) and (raw := self._fetch(found.region, digest)) is not None:
                 self._worker.store.put(raw)

@@ -1,4 +1,4 @@
-"""The connections of aggregators below a server: who is connected, what they report, and blobs they have."""
+"""The connections of aggregators below a server: those that are connected, their reports, and their blobs."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from fedprune_server.aggregators.messages import first, joined, read_event, stee
 log = logging.getLogger("fedprune.server")
 
 _FLUSH_S = 5.0
-"""How long the last messages may take to be sent."""
+"""Time limit for sending the last messages."""
 
 CONNECTIONS = 256
-"""Most connections at a time, those included that haven't said who they are."""
+"""Most connections at a time, including those without a first message."""
 
 _LOOK_S = 1.0
 
 _BACK_S = 60.0
-"""How long an aggregator may take to connect to a server that was away, too: twice its longest pause."""
+"""Time for an aggregator to connect to a server that was away, too: twice its longest pause."""
 
 _SEARCHES = 16
 """Threads that look for a blob of one aggregator at the others."""
@@ -63,7 +63,7 @@ class Region:
     """A connection of an aggregator.
 
     Attributes:
-        instance: Tells an aggregator from another one of the same name.
+        instance: Distinguishes aggregators of the same name.
     """
 
     name: str
@@ -87,7 +87,7 @@ class RegionDown:
 
 @dataclass(frozen=True)
 class BornBelow:
-    """A board is connected through an aggregator; `path` names that one, and those between."""
+    """A board is connected through an aggregator; `path` names that aggregator and those between."""
 
     path: str
     birth: Birth
@@ -104,7 +104,7 @@ class DiedBelow:
 
 @dataclass(frozen=True)
 class EventBelow:
-    """Something happened to a board's part in a job."""
+    """An event of a job, such as a board's stored update."""
 
     region: str
     job: str
@@ -126,11 +126,11 @@ class RegionConnections(Closing):
     """Listens for aggregators.
 
     Args:
-        host: Where; an address of this machine.
+        host: An address of this machine.
         port: 0 for a free one.
         context: Gives TLS for a connection, which asks for a certificate; None to do without.
         landing: Where blobs of aggregators arrive; it also has the jobs' models.
-        patience_s: How long an aggregator that is away is waited for.
+        patience_s: Seconds to wait for an aggregator that is away.
 
     Raises:
         ConfigError: The address can't be listened on.
@@ -151,7 +151,7 @@ class RegionConnections(Closing):
         self._above: Callable[[str, str], bytes | None] = lambda job, sha256: None
         self._items: queue.SimpleQueue[tuple[Region, Item]] = queue.SimpleQueue()
         self.waiting = False
-        """Whether there is something to collect."""
+        """Whether items wait to be collected."""
         self._changed = threading.Condition()
         self._regions: dict[str, Region] = {}
         self._asked: dict[tuple[str, int], tuple[str, do.Measure, Future[Any]]] = {}
@@ -197,7 +197,7 @@ class RegionConnections(Closing):
         """Accept aggregators for the jobs of these stores, whose blobs they can fetch.
 
         Args:
-            wake: Called when there is something to collect.
+            wake: Called when items wait to be collected.
             above: Gives a blob of this server's own parent.
         """
         self._above = above or self._above
@@ -206,8 +206,8 @@ class RegionConnections(Closing):
             self._changed.notify_all()
 
     def collect(self) -> Iterator[Item]:
-        """Items that have come since the last call, without those of a connection that was refused or replaced: what
-        they report may be over, and is repeated."""
+        """Items that have come since the last call, without those of a connection that was refused or replaced: they
+        may be outdated, and are repeated."""
         self.waiting = False  # before they are taken, so that one that comes now wakes the loop again
         for region, item in drained(self._items):
             if isinstance(item, RegionUp | RegionDown) or self._regions.get(region.name) is region:
@@ -263,7 +263,7 @@ class RegionConnections(Closing):
             return {name: now - since for name, since in self._away.items()}
 
     def expect(self, regions: Collection[str]) -> None:
-        """Aggregators that have rows: of those that aren't connected, the wait begins."""
+        """Begin to wait for aggregators that have rows in a job's state and aren't connected."""
         with self._changed:
             new = set(regions) - self._regions.keys() - self._away.keys()
             self._away |= dict.fromkeys(new, time.monotonic())
@@ -289,7 +289,7 @@ class RegionConnections(Closing):
             region.channel.send(steered_body(region.name, job, commands=[command]))
 
     def repeat(self, region: Region) -> None:
-        """Ask an aggregator again for the answers that are awaited of it."""
+        """Repeat the open requests to an aggregator."""
         for (job, _), (asked, command, _) in list(self._asked.items()):
             if asked == region.name:
                 self.order(asked, job, command)
@@ -307,7 +307,7 @@ class RegionConnections(Closing):
         return answer
 
     def drop(self, job: str, number: int) -> None:
-        """An answer is awaited no longer."""
+        """Stop waiting for an answer."""
         self._asked.pop((job, number), None)
 
     def fetch(self, job: str, path: str, sha256: str) -> bytes | None:
@@ -330,11 +330,11 @@ class RegionConnections(Closing):
                 self._changed.wait_for(partial(self._replaced, name, region), _LOOK_S)
 
     def find(self, job: str, sha256: str, path: str) -> bytes | None:
-        """A blob of the aggregator of a region, as `fetch`, or without a path of any."""
+        """A blob of the aggregator of a region, as `fetch`, or of any aggregator if the path is empty."""
         return self.fetch(job, path, sha256) if path else self.look(job, sha256)
 
     def look(self, job: str, sha256: str, asker: Channel | None = None) -> bytes | None:
-        """A blob of any aggregator that is connected, but not of the one that asks."""
+        """A blob of any connected aggregator except `asker`."""
         for region in list(self._regions.values()):
             if region.channel is not asker:
                 with suppress(ParentLostError):
@@ -360,13 +360,13 @@ class RegionConnections(Closing):
     # Connections, each in a thread of its own.
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Refuse, before anything is read of it, whoever has no server's certificate of this fleet."""
+        """Refuse a peer without a server's certificate of this fleet, before any of its messages is read."""
         if self._context is not None and peer_name(cast("ssl.SSLSocket", connection.socket)) != SERVER:
             return connection.respond(HTTPStatus.FORBIDDEN, "")
         return None
 
     def _limited(self, client: socket.socket, address: Any) -> None:
-        """Serve a connection, unless there are too many: aggregators are few."""
+        """Serve a connection, or close it if there are too many."""
         with self._changed:
             self._connections += 1
             admitted = self._connections <= CONNECTIONS

@@ -1,4 +1,4 @@
-"""What each aggregator is sent of the jobs: their settings, the fleet's members, rows of the state, and commands."""
+"""Messages of a parent to its aggregators: jobs' settings, the fleet's members, rows of the state, and commands."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ParentJob:
 
 @dataclass(eq=False)
 class _Sent:
-    """What was sent over a connection of an aggregator.
+    """Content that an aggregator already has, by its connection.
 
     Attributes:
-        register: Bytes of the register of certificates.
-        devices: By job the devices whose rows it has.
-        heads: By job the state's attributes.
+        register: Length of the register of certificates in bytes.
+        devices: Devices whose rows it has, by job.
+        heads: Attributes of the state, by job.
     """
 
     region: Region

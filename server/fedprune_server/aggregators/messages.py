@@ -1,4 +1,4 @@
-"""What aggregators and their parents tell each other of a job: events, commands, and rows of the state, as JSON."""
+"""Messages about a job between an aggregator and its parent: events, commands, and rows of the state, as JSON."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _HEAD = ("round", "model", "ranking", "order", "memory", "paused")
 
 @dataclass(frozen=True)
 class Steered:
-    """What the parent has decided of a job: rows of its state, and commands.
+    """A parent's decisions about a job: rows of its state, and commands.
 
     Attributes:
-        head: Attributes of the state; empty where they stay.
-        devices: Rows by device; None for one that is another region's now.
-        tasks: The same of parts.
-        whole: Devices and tasks that are not named are no longer there.
+        head: Attributes of the state; empty if they haven't changed.
+        devices: Rows by device; None for a device that has moved to another region.
+        tasks: Rows of parts by device, likewise.
+        whole: The rows are all rows of this region.
     """
 
     job: str
@@ -63,7 +63,7 @@ def event_body(event: on.Event) -> list[Any]:
 
 
 def read_event(body: Any) -> on.Event:
-    """An event of an aggregator. Raises `ProtocolError` if it is none."""
+    """An event of an aggregator. Raises `ProtocolError` for an invalid one."""
     event: on.Event = _made(_EVENTS, *_named(body))
     return event
 
@@ -101,7 +101,7 @@ def first(path: str) -> str:
 
 
 def joined(region: str, path: str) -> str:
-    """The path of what an aggregator knows by a path of its own."""
+    """The path, seen from the parent, of a path below the aggregator `region`."""
     return f"{region}/{path}" if path else region
 
 
@@ -110,12 +110,12 @@ def task_body(task: Task, region: str) -> dict[str, Any]:
 
 
 def below(path: str, region: str) -> str:
-    """A region's path as the aggregator of `region` knows it."""
+    """A path relative to `region`, as its aggregator uses it."""
     return path.removeprefix(region).removeprefix("/") if path == region or path.startswith(f"{region}/") else path
 
 
 def command_body(command: do.Command, region: str) -> list[Any]:
-    """A command for an aggregator, with regions' paths as that one knows them."""
+    """A command for an aggregator, with paths relative to its region."""
     if isinstance(command, do.Fold):
         command = replace(command, contribution=_below(command.contribution, region))
     elif isinstance(command, do.Measure):
@@ -133,7 +133,7 @@ def steered_body(
     *,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """What the parent sends an aggregator of a job, which `read_steered` reads."""
+    """JSON of a parent's decisions about a job, as `read_steered` reads it."""
     return {
         "kind": "steered",
         "job": job,
@@ -151,7 +151,7 @@ def _below(found: do.Contribution, region: str) -> do.Contribution:
 
 
 def read_steered(body: Body) -> Steered:
-    """What a parent has decided. Raises `ProtocolError` if it can't be read."""
+    """A parent's decisions from JSON. Raises `ProtocolError` if it can't be read."""
     try:
         head = dict(body["head"])
         if head:
@@ -161,11 +161,11 @@ def read_steered(body: Body) -> Steered:
         commands = tuple(_command(c) for c in body["commands"])
         return Steered(str(body["job"]), head, devices, tasks, commands, bool(body["whole"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ProtocolError(f"what a parent decides ({type(error).__name__}: {error})") from error
+        raise ProtocolError(f"decisions of a parent ({type(error).__name__}: {error})") from error
 
 
 def whole_of(parts: Sequence[Steered]) -> Steered:
-    """What came in several messages."""
+    """One `Steered` of the parts in several messages."""
     devices = {name: row for part in parts for name, row in part.devices.items()}
     tasks = {name: row for part in parts for name, row in part.tasks.items()}
     return replace(parts[-1], devices=devices, tasks=tasks)

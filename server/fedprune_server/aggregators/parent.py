@@ -37,7 +37,7 @@ from fedprune_server.aggregators.messages import Steered, event_body, read_steer
 log = logging.getLogger("fedprune.server")
 
 _JOBS, _AGAIN_S = "jobs.json", 10.0
-"""The jobs that the parent told last, and for how long it is waited for where they are known."""
+"""The file with the parent's latest jobs, and the seconds to wait for the parent if there is one."""
 
 FIRST_S, MOST_S = 0.5, 30.0
 """Seconds between two attempts to connect: the first pause, doubled each time, and the longest."""
@@ -51,7 +51,7 @@ _OTHER_HOST = (62, 64)
 
 @dataclass(frozen=True)
 class Members:
-    """Who is a member of the fleet, by name with the key: all of them, or what has changed."""
+    """Members of the fleet, name and key: all of them, or changes."""
 
     added: Mapping[str, str]
     removed: tuple[str, ...]
@@ -60,14 +60,14 @@ class Members:
 
 @dataclass(frozen=True)
 class Register:
-    """Lines of the register of certificates: what was issued and revoked."""
+    """Lines of the register of issued and revoked certificates."""
 
     lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ParentUp:
-    """The parent is connected: it knows nothing of this region's boards.
+    """The parent is connected, and doesn't know this region's boards yet.
 
     Attributes:
         away_s: Seconds for which it has waited for this aggregator.
@@ -89,7 +89,7 @@ class ParentLink(Closing):
         landing: Where blobs of the parent arrive.
 
     Attributes:
-        jobs: What the parent runs: by name its settings, its model's name and digest.
+        jobs: The parent's jobs by name: settings, the model's name and digest.
         lost_since: When the connection ended, or was first tried, in seconds since 1970; None while it lasts.
     """
 
@@ -126,7 +126,7 @@ class ParentLink(Closing):
         return self._changed.is_set()
 
     def start(self, patience_s: float = 30.0) -> None:
-        """Connect, and wait for the parent's jobs; one that has told them before is waited for later. Raises
+        """Connect, and wait for the parent's jobs. If they are known from an earlier start, don't wait long. Raises
         `BrokerError` if no parent answers in time, `ConfigError` if it refuses this aggregator, and `IdentityError` if
         its certificate is not to be trusted."""
         known = self._stored()
@@ -135,7 +135,7 @@ class ParentLink(Closing):
         if self._refused:
             raise ConfigError(f"the parent at {self.url} refuses this aggregator: {self._refused}")
         if not self.jobs and known:
-            log.warning("no parent answers at %s: boards are served as it said last, until it does", self.url)
+            log.warning("no parent answers at %s: boards are served by its latest orders, until it does", self.url)
             self.jobs = known
         if not self.jobs and self._distrusted is not None:
             raise self._distrusted
@@ -145,7 +145,7 @@ class ParentLink(Closing):
             )
 
     def _stored(self) -> dict[str, dict[str, Any]]:
-        """The jobs that the parent told last; none if that can't be read."""
+        """The parent's latest jobs; none if the file can't be read."""
         try:
             found = json.loads((self._landing.root / _JOBS).read_text())
         except (OSError, ValueError):
@@ -161,7 +161,7 @@ class ParentLink(Closing):
         """Give the parent blobs of these jobs when it asks for them.
 
         Args:
-            wake: Called when there is something to collect.
+            wake: Called when items wait to be collected.
             below: Gives a blob of this aggregator's own aggregators, by job, digest and region. Raises
                 `ParentLostError` if this server ends.
         """
@@ -173,7 +173,7 @@ class ParentLink(Closing):
         return drained(self._items)
 
     def fetch(self, job: str, sha256: str) -> bytes | None:
-        """A blob of the parent or of another of its aggregators; None if nobody has it. Raises `ParentLostError`."""
+        """A blob of the parent or of another of its aggregators; None if no server has it. Raises `ParentLostError`."""
         channel = self._channel
         if channel is None:
             raise ParentLostError("the parent isn't connected")
@@ -257,7 +257,7 @@ class ParentLink(Closing):
         return store if store is not None and store.has(sha256) else None
 
     def _instance(self) -> str:
-        """Tells this aggregator from another one of the same name; kept in its folder."""
+        """An id that distinguishes this aggregator from others of its name; stored in its folder."""
         path = self._landing.root / "instance"
         if not path.exists():
             self._landing.write_file(path, secrets.token_hex(16).encode())

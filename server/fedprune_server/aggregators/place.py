@@ -1,4 +1,4 @@
-"""A server's place in the tier, as its configuration says: the parent above it, and the aggregators below."""
+"""A server's place in the tier, as configured: the parent above it, and the aggregators below."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LANDING = "tier"
 
 @contextmanager
 def parent_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[ParentLink]:
-    """The connection to the configured parent, which has told its jobs.
+    """The connection to the configured parent, once its jobs are known.
 
     Raises:
         ConfigError: The parent refuses this aggregator, is this server itself, or would be reached without TLS.
@@ -86,7 +86,7 @@ def configurations(config: ServerConfig, parent: ParentLink) -> list[ServerConfi
 
 
 def description(job: Job, model: str, name: str) -> dict[str, Any]:
-    """A job as aggregators are told of it: its settings, its model's digest and name."""
+    """A job in the message to aggregators: its settings, its model's digest and name."""
     return {"job": job.to_dict(), "model": model, "name": name}
 
 
@@ -105,26 +105,26 @@ def regions_of(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
     else:
         names = names_of(host)
         context = contexts(identity, identity.tier(names))
-        context()  # what is wrong with it is better known now than when an aggregator comes
+        context()  # so that an error shows at the start, not when an aggregator connects
     with RegionConnections(host, port, context, _landing(config), config.aggregator_patience_s) as regions:
         log.info("aggregators connect to port %d of one of: %s", regions.port, ", ".join(names))
         yield regions
 
 
 def admit(identity: IdentityFolder | None, members: Members) -> None:
-    """Store the members that the parent tells. Raises `StorageError` if the database fails."""
+    """Store the members that the parent has sent. Raises `StorageError` if the database fails."""
     if identity is not None:
         identity.store.mirror(members.added, members.removed, whole=members.whole, now=identity.authority.now())
 
 
 def adopt(identity: IdentityFolder | None, register: Register) -> None:
-    """Take over what the parent has issued and revoked. Raises `StorageError` if the disk fails."""
+    """Store the certificates that the parent has issued and revoked. Raises `StorageError` if the disk fails."""
     if identity is not None:
         identity.authority.adopt(list(register.lines))
 
 
 def models(jobs: Mapping[str, tuple[Job, str, bytes]], config: ServerConfig) -> dict[str, dict[str, Any]]:
-    """What aggregators are told of jobs, by name: of settings, a model's name and its bytes, which they can fetch."""
+    """Jobs in the message to aggregators, by name. Their models are stored where aggregators fetch them."""
     landing = _landing(config)
     return {n: description(job, landing.put(raw).sha256, name) for n, (job, name, raw) in jobs.items()}
 
@@ -149,7 +149,7 @@ def _landing(config: ServerConfig) -> BlobStore:
 
 
 def _plain(name: object) -> str:
-    """A model's name as that of a file. Raises `ConfigError` if it is none."""
+    """A model's name as a file's name. Raises `ConfigError` if it can't be one."""
     text = str(name)
     if not text or Path(text).name != text or text.startswith("."):
         raise ConfigError("name of the parent's model", expected="a plain name", got=text[:80])

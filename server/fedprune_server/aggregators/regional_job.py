@@ -1,4 +1,4 @@
-"""A job as an aggregator runs it: its coordinator is the parent's, and its worker fetches what it lacks from there."""
+"""A job as an aggregator runs it: its coordinator is the parent's, and its worker fetches missing blobs from there."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class NotFoundError(StorageError):
 
 
 class RemoteCoordinator:
-    """Takes the place of a coordinator: events go up to the parent, and its rows and commands come down.
+    """Stands in for the coordinator: sends events to the parent, and takes over its rows and commands.
 
     Args:
-        state: A copy of the parent's state, as far as it concerns this region.
+        state: A copy of the parent's state, limited to this region.
         report: Sends an event up.
     """
 
@@ -70,7 +70,7 @@ class FetchingWorker:
     """Carries out a parent's commands, after fetching the blobs that they name and this server doesn't have.
 
     Args:
-        fetch: Gives a blob of the parent or of another of its aggregators; None if nobody has it. Raises
+        fetch: Gives a blob of the parent or of another of its aggregators; None if no server has it. Raises
             `ParentLostError`.
         inner: The worker, perhaps with helpers.
         state: The copy of the parent's; read, never changed.
@@ -96,7 +96,7 @@ class FetchingWorker:
         return self._inner.execute(command)
 
     def _outdated(self, command: Work) -> bool:
-        """Whether a part is no longer what the parent has ordered: what it needs may have been deleted there."""
+        """Whether the parent has replaced the order for a part: blobs that it needs may have been deleted there."""
         match command:
             case do.Extract():
                 part, number, awaited = command.part, command.basis.round, (Progress.EXTRACTING, Progress.PULLING)
@@ -128,11 +128,11 @@ class FetchingWorker:
 
     def _with_blobs(self, found: do.Contribution) -> do.Contribution:
         if not found.region:
-            self._get(blobs_of(found), needed=False)  # what can't be read is at fault, and said to be
+            self._get(blobs_of(found), needed=False)  # an update that is missing is rejected as unreadable
         return replace(found, part=self._with_past(found.part))
 
     def _with_past(self, part: do.Part) -> do.Part:
-        """A part whose last counted update is here; without it, where a lost aggregator had it."""
+        """A part with its last counted update, whose blobs are here now; without it if a lost aggregator had them."""
         past = part.past
         if past is None or self._get(update_digests(vars(past)), needed=False):
             return part
@@ -155,5 +155,5 @@ class FetchingWorker:
 
 
 def blobs_of(found: do.Contribution) -> set[str]:
-    """Digests of all that is read of a stored update."""
+    """Digests of all blobs that are read for a stored update."""
     return update_digests(vars(found)) | basis_digests(vars(found.basis))

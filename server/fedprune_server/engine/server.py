@@ -77,8 +77,8 @@ class Tier:
     Attributes:
         below: The aggregators below it, if it may have any.
         parent: The server above it, if it is an aggregator itself.
-        admit: Stores the fleet's members, as the parent tells them.
-        adopt: Stores which certificates were issued and revoked.
+        admit: Stores the fleet's members that the parent sends.
+        adopt: Stores the register of certificates that the parent sends.
     """
 
     below: RegionDispatcher | None = None

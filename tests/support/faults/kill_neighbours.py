@@ -1,6 +1,6 @@
-"""Processes beside a job's server that are killed at any time: its database's, and those that make submodels for it.
+"""Kills of a server's neighbours at any time: its database's processes, and the helpers that make submodels for it.
 
-What the job must come to is what one comes to that keeps SQLite, works in one process and is left alone.
+The job must end as an undisturbed job with SQLite in one process does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SLOW = ("epochs = 2\n", "epochs = 150\n")  # rounds last long enough to be hit
 
 @dataclass
 class Struck:
-    """What was killed beside a job.
+    """Kills during a job, and its progress.
 
     Attributes:
         killed: How often, by what it was.
@@ -36,7 +36,7 @@ class Struck:
     seconds: float = 0.0
 
 
-class Beside(Doomed):
+class DoomedNeighbours(Doomed):
     """A site whose server has a database of its own, or helpers.
 
     Args:
@@ -59,14 +59,14 @@ class Beside(Doomed):
         return super().command(name) + (self._options if name == "server" else [])
 
 
-def strike(site: Beside, kills: int, seed: int, *, database: Postgres | None = None) -> Struck:
-    """Run a job while what is beside its server is killed again and again; then let it finish two rounds in peace.
+def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres | None = None) -> Struck:
+    """Run a job while its server's neighbours are killed again and again; then let it finish two undisturbed rounds.
 
     Args:
         site: Where.
         kills: How many.
         seed: Of the moments and the victims.
-        database: What is killed; helpers of the server without.
+        database: The database to kill; None to kill the server's helpers.
 
     Raises:
         LedgerError: The job doesn't get on, ends too early, or a process failed by itself.
@@ -97,7 +97,7 @@ def strike(site: Beside, kills: int, seed: int, *, database: Postgres | None = N
     return done
 
 
-def left_alone(site: Beside, rounds: int) -> None:
+def left_alone(site: DoomedNeighbours, rounds: int) -> None:
     """Run a job without any kill for so many rounds."""
     site.start("broker")
     for who in ("server", *BOARDS):
@@ -108,7 +108,7 @@ def left_alone(site: Beside, rounds: int) -> None:
         site.stop_all()
 
 
-def _wait(site: Beside, rounds: int) -> None:
+def _wait(site: DoomedNeighbours, rounds: int) -> None:
     until = time.monotonic() + site.patience_s
     while len(finished_rounds(site)) < rounds:
         if time.monotonic() > until:
@@ -136,7 +136,7 @@ def _kill(chance: random.Random, pids: list[int]) -> int:
     return 0
 
 
-def _helpers(site: Beside) -> list[int]:
+def _helpers(site: DoomedNeighbours) -> list[int]:
     """The processes of a server that make submodels."""
     server, found = site.processes["server"].pid, []
     for path in Path(f"/proc/{server}/task").glob("*/children"):
