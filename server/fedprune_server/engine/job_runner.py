@@ -49,7 +49,7 @@ from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.display import Lines
 from fedprune_server.monitoring.observer import Observer, Observers
-from fedprune_server.monitoring.view import OFFLINE, JobView
+from fedprune_server.monitoring.view import OFFLINE, UNDER_WAY, JobView
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import Storage
@@ -69,7 +69,6 @@ ELSEWHERE = "not at this job"
 _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 """Phases without a deadline; asynchronous jobs have none in the first two only."""
 
-_UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 _TICK_S = 0.5
 _COPIED_EVERY_S = 1.0
 """How often an aggregator saves its copy of the parent's state while it changes; the parent sends it anew anyway."""
@@ -436,7 +435,7 @@ class JobRunner:
     def awaits_part_of(self, device: str) -> bool:
         """Whether a part of a round is awaited from a device."""
         task = self.state.tasks.get(device)
-        if task is None or task.progress not in _UNDER_WAY:
+        if task is None or task.progress not in UNDER_WAY:
             return False
         if task.basis is not None:
             return self.state.phase is not Phase.FINISHED
@@ -480,7 +479,7 @@ class JobRunner:
             return JobDemand(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:
             return JobDemand(self.job.name, weight, self.job.devices, 0)
-        holds = state.tasks.count(*_UNDER_WAY)
+        holds = state.tasks.count(*UNDER_WAY)
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
         return JobDemand(self.job.name, weight, 1, room, holds)
 

@@ -32,6 +32,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "parent": (WARNING,),
     "no-devices": (CRITICAL, WARNING),
     "too-few-devices": (WARNING,),
+    "quotas": (WARNING,),
     "no-progress": (CRITICAL,),
     "disk": (CRITICAL, WARNING),
     "certificate": (CRITICAL, WARNING),
@@ -113,6 +114,7 @@ class JobStatus:
         deadline_s: Seconds that a round waits for updates.
         missed: Deadlines in a row that passed without an update.
         empty: Rounds in a row that closed without a usable update.
+        full: Quotas that leave no connected board a place, so that no round begins.
         off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
     """
 
@@ -130,6 +132,7 @@ class JobStatus:
     deadline_s: float = 600.0
     missed: int = 0
     empty: int = 0
+    full: Sequence[str] = ()
     off: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -259,6 +262,7 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
     for job in seen.jobs:
         if not job.finished and job.begun:
             found += _boards(seen, job, now)
+            found += _quotas(job, now)
             found += _progress(job, now)
             found += _predictions(job, now)
     if seen.site is not None:
@@ -408,6 +412,18 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         f"with fewer: {command('run', *at(job.folder), '--devices', seen.here)}{again}",
         job=job.name, delay_s=job.delay_s,
     )  # fmt: skip
+
+
+def _quotas(job: JobStatus, now: float) -> Iterator[Alert]:
+    if job.full:
+        yield Alert(
+            "quotas", WARNING, now,
+            f"the quotas of job {job.name} leave no place for any board that is connected: {some(job.full)}",
+            "no board is asked: of so few boards, these shares are less than one",
+            "raise them in [job.quotas] and start the server again, or let more boards connect, or others "
+            "(docs/rounds.md#quotas)",
+            job=job.name, delay_s=job.delay_s,
+        )  # fmt: skip
 
 
 def _progress(job: JobStatus, now: float) -> Iterator[Alert]:

@@ -19,6 +19,8 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.quotas import Quotas
+from fedprune.coordination.stragglers import beyond, places
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import FedpruneError, reason
 from fedprune.core.text import amount
@@ -44,7 +46,7 @@ from fedprune_server.monitoring.alerts import (
 )
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.monitoring.view import UNDER_WAY, JobView
 
 log = logging.getLogger("fedprune.server")
 
@@ -66,9 +68,9 @@ class JobWatch(Observer):
 
     def __init__(self, view: JobView, folder: Path) -> None:
         self._view, self._folder = view, folder
-        schedule = compose(view.job).schedule or SYNCHRONOUS
+        self._schedule = schedule = compose(view.job).schedule or SYNCHRONOUS
         self._deadline_s = schedule.deadline_s or view.job.deadline_s
-        self._asynchronous = schedule.asynchronous
+        self._quotas = Quotas(view.job.quotas)
         self._missed = self._empty = self._closing = 0
         self._asked_at: float | None = None  # the first offer since an update counted
         self._off: Mapping[str, str] = off_by_far(view.state)
@@ -81,7 +83,8 @@ class JobWatch(Observer):
 
     def event(self, event: on.Event, now: float) -> None:
         if isinstance(event, (on.Folded, on.Paused)):
-            self._missed, self._asked_at = 0, now if self._asynchronous else None  # others are being asked meanwhile
+            self._missed = 0
+            self._asked_at = now if self._schedule.asynchronous else None  # others are being asked meanwhile
         elif isinstance(event, on.Closed) and self._closing and len(event.rejected) >= self._closing:
             self._empty += 1
         elif isinstance(event, on.Ticked) and self._asked_at is not None:
@@ -100,8 +103,21 @@ class JobWatch(Observer):
             job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
             len(state.devices) + len(self._view.registry.outsiders),
             tuple(islice(away, SHOWN + 1)) if missing else (), (),
-            self._deadline_s, self._missed, self._empty, self._off,
+            self._deadline_s, self._missed, self._empty, self._full(), self._off,
         )  # fmt: skip
+
+    def _full(self) -> list[str]:
+        """The quotas that keep a round from beginning or, in an asynchronous job, boards from working."""
+        job, state, schedule = self._view.job, self._view.state, self._schedule
+        idle = state.phase is Phase.WAITING or (schedule.asynchronous and not state.tasks.count(*UNDER_WAY))
+        online = state.devices.count(True)
+        if not self._quotas or not idle or state.paused or online < job.devices:
+            return []
+        ready = [d for d in state.devices.values() if d.online and not d.excluded]
+        if schedule.asynchronous:
+            return self._quotas.full(ready, schedule.concurrent or online)
+        count = places(schedule.participation or job.participation, len(ready))
+        return self._quotas.full(ready, beyond(count, job.over_selection, len(ready)))
 
 
 def off_by_far(state: State) -> dict[str, str]:

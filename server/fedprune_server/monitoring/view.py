@@ -19,7 +19,7 @@ from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import Wire
 from fedprune_server.transfer.uploads import Uploads
 
-_UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 """Progress of parts that something is still awaited of."""
 
 
@@ -88,7 +88,7 @@ class JobView:
         devices: Counter[str] = Counter()
         for name, device in self.state.devices.items():
             task = self.state.tasks.get(name)
-            works = task is not None and task.progress in _UNDER_WAY and self.state.awaits(task)
+            works = task is not None and task.progress in UNDER_WAY and self.state.awaits(task)
             online = "working" if works else "idle"
             devices["excluded" if device.excluded else online if device.online else "offline"] += 1
         devices["excluded"] += len(self.registry.outsiders.keys() - self.state.devices.keys())

@@ -17,6 +17,7 @@ import pytest
 
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
+from fedprune.jobs.state import Device as Board
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune_server.devices.quarantine import Quarantine
@@ -39,7 +40,7 @@ from fedprune_server.monitoring.alerts import (
     day,
     evaluate,
 )
-from fedprune_server.monitoring.monitor import FILE, Monitor, off_by_far, read_open
+from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, off_by_far, read_open
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice
@@ -110,6 +111,7 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
+    "quotas that leave no place": (with_job(full=["hardware:pi"], phase=Phase.WAITING), "quotas", "warning"),
     "a missed deadline": (with_job(missed=1), "no-progress", "critical"),
     "a round without updates": (with_job(empty=1), "no-progress", "critical"),
     "a board off its plan": (with_job(off={"a": "memory 2 MB instead of 1 MB"}), "prediction-off", "info"),
@@ -198,6 +200,23 @@ def test_claims_are_made_at_the_parent() -> None:
         (found,) = evaluate(replace(with_job(0, known=0), tier=TierStatus(parent)), NOW)
         assert said in found.todo
         assert ("--join" in found.todo) == bool(parent)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"kind": "async"}], ids=["sync", "async"])
+def test_quotas_that_leave_no_place_are_named_while_nobody_is_asked(tmp_path: Path, schedule: dict[str, Any]) -> None:
+    job = replace(JOB, quotas={"hardware:pi": 0.3}, schedule=schedule)
+    view = Fleet(tmp_path, job).daemon().first.view
+    watch = JobWatch(view, tmp_path)
+    assert list(watch.status().full) == []  # no board is connected
+    for name in "abc":
+        view.state.devices[name] = Board(1, True, {"name": "pi"}, None, 10)
+    assert list(watch.status().full) == ["hardware:pi"]  # 0.3 of three boards are none
+    view.state.devices["d"] = Board(1, True, {"name": "pi"}, None, 10)
+    assert list(watch.status().full) == []
+    view.state.devices["d"].online = False
+    assert list(watch.status().full) == ["hardware:pi"]
+    view.state.paused = True
+    assert list(watch.status().full) == []
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:

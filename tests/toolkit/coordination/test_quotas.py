@@ -101,6 +101,20 @@ def test_no_quota_is_exceeded_and_no_place_stays_empty_that_another_board_could_
 
 
 @given(st.data(), BOARDS, QUOTAS)
+def test_quotas_are_named_where_no_board_has_a_place_and_not_where_one_has(
+    data: st.DataObject, boards: list[tuple[str, str, int]], shares: dict[str, float]
+) -> None:
+    count, quotas = data.draw(st.integers(1, len(boards))), Quotas(shares)
+    devices = [Device(1, True, {"name": hw}, None, 1, region=region) for hw, region, _ in boards]
+    found = quotas.full(devices, count)
+    chosen = drawn(np.zeros(len(boards), np.int64), count, 0.0, quotas.places(kinds(quotas, boards), count))
+    assert bool(found) == (not len(chosen))
+    assert set(found) <= shares.keys()
+    for hardware, region, _ in boards if found else ():
+        assert {f"hardware:{hardware}", f"region:{region}"} & set(found)
+
+
+@given(st.data(), BOARDS, QUOTAS)
 def test_within_a_kind_no_board_is_asked_twice_while_another_waits(
     data: st.DataObject, boards: list[tuple[str, str, int]], shares: dict[str, float]
 ) -> None:

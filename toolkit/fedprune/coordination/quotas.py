@@ -8,7 +8,7 @@ rounded in the same way, and a board needs room in both. So shares that add up t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from fedprune.jobs.state import Device
 
 Integers = npt.NDArray[np.int64]
 
-DIMENSIONS = 2
+_DIMENSION = (HARDWARE, REGION)
+DIMENSIONS = len(_DIMENSION)
 """A board has a kind by its hardware, and one by its region."""
 
 Kinds = tuple[int, int]
@@ -32,7 +33,7 @@ class Quotas:
     def __init__(self, shares: Mapping[str, float]) -> None:
         self._shares: list[dict[str, float]] = [
             {key.partition(":")[2]: share for key, share in shares.items() if key.startswith(f"{what}:")}
-            for what in (HARDWARE, REGION)
+            for what in _DIMENSION
         ]
         self._kinds = [{name: i for i, name in enumerate(names, 1)} for names in self._shares]
 
@@ -50,6 +51,17 @@ class Quotas:
     def room(self, count: int) -> list[list[int]]:
         """Of `count` places, those that boards of each kind may have, by dimension."""
         return [[_UNLIMITED, *apportioned([*s.values()], count)] for s in self._shares]
+
+    def full(self, devices: Iterable[Device], count: int) -> list[str]:
+        """Keys of the quotas that leave none of these boards one of `count` places; empty if a board has one."""
+        room, keys = self.room(count), set[str]()
+        for device in devices:
+            kinds = self.kinds(device)
+            without = [i for i in range(DIMENSIONS) if not room[i][kinds[i]]]
+            if not without:
+                return []
+            keys |= {f"{_DIMENSION[i]}:{list(self._shares[i])[kinds[i] - 1]}" for i in without}
+        return sorted(keys)
 
     def places(self, kinds: Integers, count: int) -> Places:
         """The places of a round that asks `count` of the boards of these kinds, `[DIMENSIONS, boards]`."""
