@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.x509 import load_pem_x509_crl
@@ -188,6 +190,30 @@ def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path
         assert state is not None
         assert all("ant" not in r["devices"] for r in state.history if r["round"] > out)
         assert "ant is not a member" in log.read_text() or "ant is not approved" in log.read_text()
+
+
+def test_an_aggregator_that_is_away_is_named_with_its_boards_until_it_is_back(material: Path, tmp_path: Path) -> None:
+    text = job().replace("rounds = 3", "rounds = 100000") + "[server]\naggregator_patience_s = 1\n"
+    with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S) as site:
+
+        def status() -> dict[str, Any]:
+            return dict(json.loads(server("status", "--json", "--rounds", 1, "--state", site.state).stdout))
+
+        def alerts() -> list[str]:
+            return [str(a["what"]) for a in status()["alerts"] if a["kind"] == "aggregator"]
+
+        site.start_all()
+        site.wait_for(lambda: (state := site.saved()) is not None and state.round > 1, "rounds")
+        assert {d["name"]: d["region"] for d in status()["devices"]} == {n: r for r in REGIONS for n in REGIONS[r]}
+        assert alerts() == []
+        site.processes["north"].kill()
+        site.wait_for(lambda: bool(alerts()), "an alert")
+        assert [what.partition(" has not")[0] for what in alerts()] == ["the aggregator north, which has 2 boards,"]
+        found = server("doctor", "--state", site.state)
+        assert found.returncode == ExitCode.FOUND
+        assert alerts()[0] in found.stdout
+        site.kill("north")  # which starts it again
+        site.wait_for(lambda: not alerts(), "the end of the alert")
 
 
 @pytest.mark.parametrize(
