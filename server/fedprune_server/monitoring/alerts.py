@@ -262,7 +262,8 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
     for job in seen.jobs:
         if not job.finished and job.begun:
             found += _boards(seen, job, now)
-            found += _quotas(job, now)
+            if not seen.tier.parent:
+                found += _quotas(job, now)
             found += _progress(job, now)
             found += _predictions(job, now)
     if seen.site is not None:
@@ -364,7 +365,7 @@ def _tier(seen: Snapshot) -> Iterator[Alert]:
             f"another aggregator, or revoke them: {command('devices', 'revoke', 'NAME', *at(seen.folder))}",
             subject=region.name, delay_s=0.0 if region.waited else delay_s,
         )  # fmt: skip
-    if (since := seen.tier.parent_lost) is not None:
+    if (since := seen.tier.parent_lost) is not None and not all(j.finished for j in seen.jobs):
         yield Alert(
             "parent", WARNING, since,
             f"the parent of this aggregator, {seen.tier.parent}, has not been connected since {day(since)}",
@@ -404,6 +405,8 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
+    if seen.tier.parent:
+        return  # the parent begins rounds, with boards of other regions
     yield Alert(
         "too-few-devices", WARNING, now,
         f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{out}",
