@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
@@ -363,7 +363,13 @@ class Server:
             for runner in self.runners.values():
                 runner.send_finished([device])
         else:
-            self._scheduler.came(device, reconnected=known is None or known.session != birth.session)
+            self._assign(birth, known)
+
+    def _assign(self, birth: Birth, known: Birth | None) -> None:
+        """Have a device assigned that has announced itself; `known` is its announcement before."""
+        self._scheduler.came(birth.device, reconnected=known is None or known.session != birth.session)
+        if isinstance(self._scheduler, SoleJob):  # its job keeps what the device measured of itself
+            self._connected[birth.device] = replace(birth, probe=None)
 
     def _gone(self, device: str) -> None:
         self._presence.left(device)
@@ -460,7 +466,7 @@ class Server:
         self._steering.moved(device)
         self._paths[device], self._connected[device] = path, birth
         self._needs_assignment = True
-        self._scheduler.came(device, reconnected=known is None or known.session != birth.session)
+        self._assign(birth, known)
         if birth.held and self._tier.parent is None:
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
 

@@ -35,9 +35,9 @@ from fedprune_server.storage.tables import (
     PARTICIPANTS,
     ROUNDS,
     TASKS,
+    DeviceRows,
     TrackedTable,
     decoded,
-    device_row,
     encoded,
     meta,
     participant_rows,
@@ -162,7 +162,7 @@ class Storage(Closing):
         self._saved: State | None = None
         self._saved_state = ""
         self._saved_rounds = 0
-        self._devices = TrackedTable[Device](DEVICES, device_row)
+        self._devices = TrackedTable[Device](DEVICES, DeviceRows().row)
         self._tasks = TrackedTable[Task](TASKS, task_row)
         self._saved_outsiders: dict[str, Any] = {}
         self.database = Database(url, read_only=not create)

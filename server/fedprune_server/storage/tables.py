@@ -12,7 +12,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
+from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device, Task
+
+_PROFILES = 256
+"""Profiles whose text is remembered."""
 
 TABLES = sql.MetaData()
 META = sql.Table(
@@ -137,19 +141,40 @@ REGISTER = sql.Table(
 """Lines of the register of certificates, for the other servers of a PostgreSQL database."""
 
 
-def device_row(name: str, device: Device) -> dict[str, Any]:
-    """A device's row, except its traffic."""
-    body = device.to_dict()
-    return {
-        "name": name,
-        "online": device.online,
-        "profile": str(device.profile.get("name", "")),
-        "samples": device.samples,
-        "widths": encoded(list(device.widths)),
-        "plan": encoded(body["plan"]),
-        "excluded": device.excluded,
-        "body": encoded(body),
-    }
+class DeviceRows:
+    """Makes devices' rows, except their traffic. Profile, probe and plan are most of a row and change seldom: they are
+    not made into text again for each."""
+
+    def __init__(self) -> None:
+        self._profiles: dict[int, tuple[Mapping[str, Any], str]] = {}
+
+    def row(self, name: str, device: Device) -> dict[str, Any]:
+        rest = {k: getattr(device, k) for k in device.__match_args__ if k not in ("profile", "probe", "plan")}
+        plan, probe = _packed(device.plan), _packed(device.probe)
+        parts = f'"plan":{plan},"probe":{probe},"profile":{self._profile(device.profile)}'
+        return {
+            "name": name,
+            "online": device.online,
+            "profile": str(device.profile.get("name", "")),
+            "samples": device.samples,
+            "widths": encoded(list(device.widths)),
+            "plan": plan,
+            "excluded": device.excluded,
+            "body": f"{encoded(rest)[:-1]},{parts}}}",
+        }
+
+    def _profile(self, body: Mapping[str, Any]) -> str:
+        """A profile as text; boards of one kind share the object."""
+        known = self._profiles.get(id(body))
+        if known is None:
+            if len(self._profiles) >= _PROFILES:
+                self._profiles.clear()
+            known = self._profiles[id(body)] = body, encoded(body)  # which keeps the object, and so its id
+        return known[1]
+
+
+def _packed(body: Mapping[str, Any] | None) -> str:
+    return body.text if isinstance(body, PackedJson) else encoded(body)
 
 
 def task_row(name: str, task: Task) -> dict[str, Any]:

@@ -49,3 +49,13 @@ def test_a_device_packs_its_plan_and_its_probe() -> None:
     again = State.from_json(state.to_json())
     assert again.devices["a"] == device
     assert again.to_json() == state.to_json()
+
+
+def test_devices_of_one_kind_share_their_profile_after_a_start() -> None:
+    kinds = {"a": {"name": "pi", "cores": 4}, "b": {"name": "pi", "cores": 4}, "c": {"name": "pi", "cores": 2}}
+    state = State(model="m")
+    for name, profile in kinds.items():
+        state.devices[name] = Device(1, True, profile, None, 5)
+    again = State.from_json(state.to_json())
+    assert again == state
+    assert again.devices["a"].profile is again.devices["b"].profile

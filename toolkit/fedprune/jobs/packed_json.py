@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+_READ = 512
+"""Objects that are kept as they were read; boards of one kind share them."""
+
 
 class PackedJson(Mapping[str, Any]):
     """Compressed text, which is read when an entry is asked for. What entries hold must not be changed. Two of them are
@@ -17,6 +20,11 @@ class PackedJson(Mapping[str, Any]):
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self.raw = zlib.compress(json.dumps(body, sort_keys=True, separators=(",", ":")).encode(), 1)
+
+    @property
+    def text(self) -> str:
+        """The object as JSON, with sorted keys."""
+        return zlib.decompress(self.raw).decode()
 
     def __getitem__(self, key: str) -> Any:
         return _read(self.raw)[key]
@@ -34,7 +42,7 @@ class PackedJson(Mapping[str, Any]):
         return hash(self.raw)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_READ)
 def _read(raw: bytes) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(zlib.decompress(raw))
     return body
