@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -45,11 +46,11 @@ Message = Mapping[str, Any]
 _Item = TypeVar("_Item")
 
 
-def drained(items: queue.SimpleQueue[_Item]) -> list[_Item]:
-    """All items of a queue, which are taken out."""
-    found = []
+def drained(items: queue.SimpleQueue[_Item], most: int = sys.maxsize) -> list[_Item]:
+    """The items of a queue, `most` of them at most, which are taken out."""
+    found: list[_Item] = []
     with suppress(queue.Empty):
-        while True:
+        while len(found) < most:
             found.append(items.get_nowait())
     return found
 

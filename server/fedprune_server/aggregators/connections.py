@@ -49,6 +49,10 @@ _FLUSH_S = 5.0
 CONNECTIONS = 256
 """Most connections at a time, including those without a first message."""
 
+TOGETHER = 1000
+"""Most items that are collected at a time: one transaction of a whole region's boards would take seconds and a hundred
+megabytes."""
+
 _LOOK_S = 1.0
 
 _BACK_S = 60.0
@@ -206,10 +210,12 @@ class RegionConnections(Closing):
             self._changed.notify_all()
 
     def collect(self) -> Iterator[Item]:
-        """Items that have come since the last call, without those of a connection that was refused or replaced: they
-        may be outdated, and are repeated."""
+        """Items that have come first, `TOGETHER` at most, without those of a connection that was refused or replaced:
+        they may be outdated, and are repeated."""
         self.waiting = False  # before they are taken, so that one that comes now wakes the loop again
-        for region, item in drained(self._items):
+        found = drained(self._items, TOGETHER)
+        self.waiting |= len(found) == TOGETHER
+        for region, item in found:
             if isinstance(item, RegionUp | RegionDown) or self._regions.get(region.name) is region:
                 yield item
 

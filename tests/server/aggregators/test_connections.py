@@ -144,6 +144,25 @@ def test_an_aggregator_is_told_the_jobs_and_its_rows_alone(tier: Tier) -> None:
     assert (found.tasks["ant"].progress, found.tasks["bee"].progress) == (Progress.PULLING, Progress.STORED)
 
 
+def test_what_boards_report_is_collected_some_at_a_time_and_wakes_the_loop_once(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedprune_server.aggregators.connections.TOGETHER", 3)
+    link, woken = tier.join("north"), list[int]()
+    tier.connections.collect()
+    tier.connections.serve({JOB: tier.store}, lambda: woken.append(1))
+    for number in range(7):
+        link.died(f"board-{number}", 1)
+    until = time.monotonic() + 10
+    while tier.connections._items.qsize() < 7 and time.monotonic() < until:
+        time.sleep(0.005)
+    found = []
+    while tier.connections.waiting:
+        found.append([item.device for item in tier.connections.collect() if isinstance(item, DiedBelow)])
+    assert found == [["board-0", "board-1", "board-2"], ["board-3", "board-4", "board-5"], ["board-6"]]
+    assert woken == [1]
+
+
 def test_rows_and_commands_go_to_the_region_of_their_device(tier: Tier) -> None:
     for name, region in (("ant", "north"), ("bee", "coast"), ("cat", "")):
         tier.state.devices[name] = device(region)
