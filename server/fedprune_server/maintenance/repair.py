@@ -78,6 +78,6 @@ def _mend(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
             store.write_file(folder / key.removeprefix(OBJECTS), data)
             yield f"laid {key} in {folder}"
         store.forget(key)
-        store.bucket.delete(key)
+        store.bucket.delete([key])
     if finding.keys:
         yield f"deleted {len(finding.keys)} objects, such as {store.bucket.url}/{finding.keys[0]}"

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -22,10 +22,11 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Adoption:
-    """An update that a device says it has put into the bucket."""
+    """An update that a device says it has put into the bucket, at the last of `keys` as a rule."""
 
     device: str
     ref: BlobRef
+    keys: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def weights(self) -> str:
@@ -93,9 +94,9 @@ class BucketSync:
             told.append(ended)
         return told
 
-    def adopt(self, device: str, ref: BlobRef) -> None:
+    def adopt(self, device: str, ref: BlobRef, keys: Iterable[str] = ()) -> None:
         """Verify an update that a device has put into the bucket, unless that is under way."""
-        adoption = Adoption(device, ref)
+        adoption = Adoption(device, ref, tuple(keys))
         if adoption not in self._shipped:
             self._shipped.add(adoption)
             self._order(adoption)
@@ -159,7 +160,7 @@ class BucketSync:
             self._ended.put(order)
             return
         if isinstance(order, Adoption):
-            self._adopted.put((order, self.bucket.adopt(order.ref)))
+            self._adopted.put((order, self.bucket.adopt(order.ref, order.keys)))
             return
         try:
             self.bucket.size(order)  # which fetches it if it is not in the folder

@@ -77,7 +77,7 @@ class S3Uploads(UploadPlace):
 
     def reported(self, device: str) -> None:
         if device in self._awaited:
-            self._shipping.adopt(device, self._awaited[device][0])
+            self._shipping.adopt(device, *self._awaited[device])
 
     def arrived(self, device: str) -> int:
         return 0  # only the bucket knows

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -248,13 +248,13 @@ def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, u
     old = BucketStore(tmp_path / "old", url)
     ref = old.put(b"same bytes")
     late: list[str] = []
-    old.bucket.delete = late.append  # type: ignore[method-assign]
+    old.bucket.delete = late.extend  # type: ignore[method-assign]
     old.delete(ref.sha256)
     assert old.put(b"same bytes") == ref
     new = BucketStore(tmp_path / "new", url)  # and so for another server, which has the job by now
     wait_for(lambda: late)
     (key,) = late
-    Bucket(url).delete(key)
+    Bucket(url).delete([key])
     assert len(objects(at_s3, url)) == 1
     assert BucketStore(tmp_path / "third", url).read(ref.sha256) == b"same bytes"
     assert new.read(ref.sha256) == b"same bytes"
@@ -265,10 +265,10 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
     first, second = store.put(b"first").sha256, store.put(b"second").sha256
     real, failures = store.bucket.delete, [BucketError("no")]
 
-    def failing(key: str) -> None:
+    def failing(keys: Sequence[str]) -> None:
         if failures:
             raise failures.pop()
-        real(key)
+        real(keys)
 
     store.bucket.delete = failing  # type: ignore[method-assign]
     store.delete(first)
@@ -276,6 +276,41 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
     store.delete(second)
     wait_for(lambda: [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [first])
     wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
+
+
+def test_objects_are_deleted_together(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_MOST", 2)
+    found = Bucket(url)
+    keys = [f"{BLOBS}{n}" for n in range(5)]
+    for key in keys:
+        found.put(key, b"x", digest(b"x"))
+    found.delete([*keys[:4], f"{BLOBS}never"])
+    assert objects(at_s3, url) == [f"a/fleet/{keys[4]}"]
+
+
+@pytest.mark.parametrize("code", ["NotImplemented", "AccessDenied"])
+def test_objects_are_deleted_one_by_one_where_the_bucket_can_do_no_more(
+    at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    found = Bucket(url)
+    key = f"{BLOBS}1"
+    found.put(key, b"x", digest(b"x"))
+
+    def refused(**_: object) -> None:
+        raise found._failed({"Error": {"Code": code}}, "DeleteObjects")
+
+    monkeypatch.setattr(found._client, "delete_objects", refused)
+    with nullcontext() if code == "NotImplemented" else pytest.raises(BucketError, match=code):
+        found.delete([key])
+    assert len(objects(at_s3, url)) == (code == "AccessDenied")
+
+
+def test_an_object_that_can_not_be_deleted_is_named(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Bucket(url)
+    wrong = {"Key": f"a/fleet/{BLOBS}1", "Code": "AccessDenied", "Message": "it is locked"}
+    monkeypatch.setattr(found._client, "delete_objects", lambda **_: {"Errors": [wrong]})
+    with pytest.raises(BucketError, match="it is locked"):
+        found.delete([f"{BLOBS}1"])
 
 
 @pytest.mark.slow

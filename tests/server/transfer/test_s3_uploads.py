@@ -190,6 +190,28 @@ def test_the_right_one_of_several_is_found_and_the_others_are_deleted(at_s3: S3,
     assert bench.store.fetch(REF.sha256) == UPDATE
 
 
+def test_the_bucket_is_searched_only_for_what_is_not_where_it_was_asked_for(
+    at_s3: S3, url: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, listed = list[str](), bench.store.bucket.list
+
+    def listing(prefix: str = "") -> Iterator[tuple[str, int]]:
+        searched.append(prefix)
+        return listed(prefix)
+
+    monkeypatch.setattr(bench.store.bucket, "list", listing)
+    first = bench.asked()
+    put(bench.asked())
+    assert bench.end()
+    assert searched == []
+    bench.store.delete(REF.sha256)
+    bench.deleted()
+    put(first)
+    assert bench.end()
+    assert searched == [f"{BLOBS}{REF.sha256}."]
+    assert len(objects(at_s3, url)) == 1
+
+
 def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> None:
     late = bench.asked()
     bench.uploads.drop("pi")
@@ -232,14 +254,14 @@ def test_what_an_earlier_process_let_be_put_is_not_wanted_again(
 def test_a_bucket_that_is_away_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "PAUSE_S", 0.01)
     put(bench.asked())
-    away, listed = True, bench.store.bucket.list
+    away, streamed = True, bench.store.bucket.stream
 
-    def listing(prefix: str = "") -> Iterator[tuple[str, int]]:
+    def streaming(key: str) -> Iterator[bytes]:
         if away:
             raise BucketError("the bucket is away")
-        return listed(prefix)
+        return streamed(key)
 
-    monkeypatch.setattr(bench.store.bucket, "list", listing)
+    monkeypatch.setattr(bench.store.bucket, "stream", streaming)
     bench.uploads.reported("pi")
     until = time.monotonic() + 10
     while not bench.shipping.stuck:

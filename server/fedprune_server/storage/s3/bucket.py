@@ -6,12 +6,13 @@ Where it is, and who we are, says boto3's usual environment: AWS_ENDPOINT_URL, A
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,6 +44,9 @@ _MEETS = ("ConditionalRequestConflict", "409")
 """Another write of the same object is under way: who tries again sees what came of it."""
 
 _MEETINGS = 5
+_MOST = 1000
+"""Objects that one request deletes."""
+
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
@@ -133,6 +137,7 @@ class Bucket:
                     self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
+        self._client.meta.events.register("before-call.s3.DeleteObjects", _with_md5)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Keys with this prefix, and the objects' sizes."""
@@ -197,10 +202,21 @@ class Bucket:
             with closing(found["Body"]) as body:  # as a context it is urllib3's stream, with errors that aren't boto3's
                 return None if int(found["ContentLength"]) > limit else bytes(body.read())
 
-    def delete(self, key: str) -> None:
-        """Delete an object, if it exists."""
-        with self._translated("delete from"):
-            self._client.delete_object(Bucket=self._name, Key=self._prefix + key)
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted; the others are."""
+        for at in range(0, len(keys), _MOST):
+            named = [{"Key": self._prefix + key} for key in keys[at : at + _MOST]]
+            with self._translated("delete from"):
+                try:
+                    found = self._client.delete_objects(Bucket=self._name, Delete={"Objects": named, "Quiet": True})
+                except self._failed as error:
+                    if _code(error) not in _UNKNOWN:
+                        raise
+                    found = {}
+                    for each in named:
+                        self._client.delete_object(Bucket=self._name, **each)
+                for wrong in found.get("Errors", ())[:1]:
+                    raise self._failed({"Error": wrong}, "DeleteObjects")
 
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
@@ -222,6 +238,12 @@ class Bucket:
             if "redentials" in type(error).__name__:
                 hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
             raise BucketError(f"can't {doing} {self.url}: {_first_line(error)}", hint=hint) from error
+
+
+def _with_md5(params: dict[str, Any], **_: Any) -> None:
+    """Add the checksum that servers from before S3's newer ones require of a request that deletes several objects."""
+    found = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(found).decode()
 
 
 def _code(error: Exception) -> str:

@@ -12,8 +12,8 @@ import logging
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -41,13 +41,13 @@ from fedprune_server.storage.s3.bucket import (
 
 
 class Deletions:
-    """Deletes objects one by one, on a thread that runs while there are any."""
+    """Deletes objects, all that wait at once, on a thread that runs while there are any."""
 
     def __init__(self, bucket: Bucket, patience: RetryPolicy) -> None:
         self._bucket = bucket
         self._patience = patience
         self._lock = threading.Lock()
-        self._doomed: deque[str] = deque()
+        self._doomed: list[str] = []
         self._thread: threading.Thread | None = None
 
     def add(self, keys: Iterable[str]) -> None:
@@ -66,20 +66,20 @@ class Deletions:
             thread.join(patience_s)
 
     def _run(self) -> None:
-        while (key := self._next()) is not None:
+        while keys := self._next():
             try:
-                self._patience("delete", partial(self._bucket.delete, key))
+                self._patience("delete", partial(self._bucket.delete, keys))
             except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
                 self._forget()
-            except StorageError:  # where there is no patience, this one is left and the others have their turn
+            except StorageError:  # where there is no patience, these are left and the others have their turn
                 continue
 
-    def _next(self) -> str | None:
+    def _next(self) -> list[str]:
         with self._lock:
-            if self._doomed:
-                return self._doomed.popleft()
-            self._thread = None
-            return None
+            keys, self._doomed = self._doomed, []
+            if not keys:
+                self._thread = None
+            return keys
 
     def _forget(self) -> None:
         with self._lock:
@@ -252,14 +252,22 @@ class BucketStore(BlobStore):
                 self._news[sha256] = key, len(data)
         self._hold(sha256, len(data))
 
-    def adopt(self, ref: BlobRef) -> bool:
+    def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
         """Verify what a device has put into the bucket as this blob, and keep it there and in the folder; whether it
-        was right. Anything else under its name is deleted."""
-        return self.patience(ADOPT, partial(self._adopt, ref))
+        was right. Anything else under its name is deleted.
 
-    def _adopt(self, ref: BlobRef) -> bool:
-        found = {k: n for k, n in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(k) == ref.sha256}
-        right = next((k for k, size in sorted(found.items()) if size == ref.size and self._verify(k, ref)), None)
+        Args:
+            keys: Objects to which the device was to upload it. The bucket is searched only if the last of them is
+                wrong.
+        """
+        return self.patience(ADOPT, partial(self._adopt, ref, keys))
+
+    def _adopt(self, ref: BlobRef, keys: Sequence[str]) -> bool:
+        right = next((key for key in keys[-1:] if self._verify(key, ref)), None)
+        found = dict.fromkeys(keys, ref.size)
+        if right is None:
+            found = {k: n for k, n in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(k) == ref.sha256}
+            right = next((k for k, size in sorted(found.items()) if size == ref.size and self._verify(k, ref)), None)
         if right is not None:
             with self._lock:
                 self._objects.setdefault(ref.sha256, {})[right] = ref.size
@@ -274,6 +282,8 @@ class BucketStore(BlobStore):
             with StreamedBlob(self, ref) as blob:
                 for piece in self.bucket.stream(key):
                     blob.write(piece)
+                if ref.size and not blob.size:
+                    return False  # as a rule there is no such object
                 blob.finish()
         except ProtocolError as error:
             log.warning("%s/%s is not the update that was announced: %s", self.bucket.url, key, error)
