@@ -52,6 +52,9 @@ _LOOK_S = 1.0
 _HELLO_S = 10.0
 """Shortest time between two hellos that tell one device of this server's restart."""
 
+_COMPLETED = (Hello.kind.encode(), ReleaseOffer.kind.encode())
+"""What the payloads of messages contain to which the connection adds something; other messages are not parsed here."""
+
 _ASKED = 3
 """Hellos to a device whose answers are awaited: some are lost."""
 
@@ -127,7 +130,7 @@ class AuthenticatedLink(Relay):
         if address.device != EVERYONE and address.device not in self._look():
             return False
         if address.channel == "down":
-            message = parse(payload)
+            message = parse(payload) if any(kind in payload for kind in _COMPLETED) else None
             if isinstance(message, Hello):
                 if address.device != EVERYONE:
                     self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
@@ -275,7 +278,8 @@ class AuthenticatedLink(Relay):
                 self._repeat_hello(device)
                 raise
             return body
-        if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
+        maybe = Birth.kind.encode() in body or b"\\" in body  # which may stand for any letter
+        if maybe and topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
             self._compare(device, birth.session, opener.epoch(topic) - before)
             known = birth.server_key, birth.authorities[-1] if birth.authorities else None
