@@ -278,6 +278,25 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
     wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
 
 
+@pytest.mark.parametrize("name", ["s3://bucket/a!b(c)'*/x", "s3://buc.ket"])
+@pytest.mark.parametrize("more", [{}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, {"AWS_SESSION_TOKEN": "to/ken+"}])
+def test_uploads_are_signed_as_boto3_signs_them(
+    monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, str]
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    for key, value in (SECRETS | {"AWS_REGION": "eu-central-1"} | more).items():
+        monkeypatch.setenv(key, value)
+    made, key, sha256 = Bucket(name), f"{BLOBS}{digest(b'x')}.0123456789abcdef", digest(b"x")
+    meant = {"Bucket": made._name, "Key": made._prefix + key, "ContentLength": 12}
+    meant["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
+
+    def both() -> set[str]:
+        theirs = made._client.generate_presigned_url("put_object", Params=meant, ExpiresIn=900)
+        return {theirs, made.upload_url(key, sha256, 12, 900)}
+
+    wait_for(lambda: len(both()) == 1)  # within the same second
+
+
 def test_objects_are_deleted_together(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "_MOST", 2)
     found = Bucket(url)

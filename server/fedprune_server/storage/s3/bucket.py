@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, quote
 
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
 from fedprune.core.validation import is_digest
@@ -44,6 +45,7 @@ _MEETS = ("ConditionalRequestConflict", "409")
 """Another write of the same object is under way: who tries again sees what came of it."""
 
 _MEETINGS = 5
+_SAMPLE = "sample"
 _MOST = 1000
 """Objects that one request deletes."""
 
@@ -113,12 +115,15 @@ class Bucket:
         self.url = f"{SCHEME}{self._name}/{self._prefix}".rstrip("/")
         try:
             import boto3
-            from botocore import exceptions
+            from botocore import auth, awsrequest, exceptions
             from botocore.config import Config
         except ImportError as error:
             raise MissingExtraError(f"blobs at {SCHEME} need the package boto3", extra="scale") from error
         self._failed: type[Exception] = exceptions.ClientError
         self._broken: type[Exception] = exceptions.BotoCoreError
+        self._request, self._signer = awsrequest.AWSRequest, auth.S3SigV4QueryAuth
+        self._base = self._region = ""
+        """Address of the object without a name under the prefix, and the region for signatures; once they are known."""
         config = Config(
             connect_timeout=_CONNECT_S,
             read_timeout=_READ_S,
@@ -137,6 +142,7 @@ class Bucket:
                     self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
+            self._credentials: Any = session.get_credentials()
         self._client.meta.events.register("before-call.s3.DeleteObjects", _with_md5)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -174,9 +180,20 @@ class Bucket:
     def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
         """Presigned PUT for one object of this SHA-256 and size, valid for `seconds`."""
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
-        meant = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": check}
         with self._translated("sign an upload to"):
-            return str(self._client.generate_presigned_url("put_object", Params=meant, ExpiresIn=seconds))
+            return self._signed("PUT", key, seconds, {"Content-Length": str(size), "x-amz-checksum-sha256": check})
+
+    def _signed(self, method: str, key: str, seconds: int, headers: dict[str, str]) -> str:
+        """A presigned address, the same as boto3's, by its signature alone: boto3 works out the endpoint and checks the
+        parameters each time, which takes three times as long."""
+        if not self._base:
+            meant = {"Bucket": self._name, "Key": self._prefix + _SAMPLE}
+            address, _, query = self._client.generate_presigned_url("get_object", Params=meant).partition("?")
+            self._region = parse_qs(query)["X-Amz-Credential"][0].split("/")[-3]
+            self._base = address.removesuffix(_SAMPLE)
+        request = self._request(method, self._base + quote(key), headers)
+        self._signer(self._credentials.get_frozen_credentials(), "s3", self._region, seconds).add_auth(request)
+        return str(request.url)
 
     def stream(self, key: str) -> Iterator[bytes]:
         """An object's bytes in pieces, not verified; none if it doesn't exist."""
