@@ -70,8 +70,10 @@ _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 """Phases without a deadline; asynchronous jobs have none in the first two only."""
 
 _TICK_S = 0.5
-_COPIED_EVERY_S = 1.0
-"""How often an aggregator saves its copy of the parent's state while it changes; the parent sends it anew anyway."""
+_COPIED_EVERY_S = 5.0
+"""How often an aggregator saves its copy of the parent's state within a phase. The parent sends the state anew after a
+crash, so the copy matters only to an aggregator that starts while its parent is away; and most parts have ended before
+a longer interval ends, so that their rows are written once."""
 
 
 @dataclass(frozen=True)

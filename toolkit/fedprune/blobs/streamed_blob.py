@@ -17,15 +17,17 @@ class StreamedBlob:
 
     Args:
         ref: Named by the sender, so that all of it is verified.
+        flush: Whether it must survive a power cut; not where the folder is a cache.
 
     Raises:
         StorageError: The disk fails.
         StorageFullError: There is no room, or no blob may be that large.
     """
 
-    def __init__(self, store: BlobFolder, ref: BlobRef) -> None:
+    def __init__(self, store: BlobFolder, ref: BlobRef, *, flush: bool = True) -> None:
         store.check_room(ref.size)
         self.ref = ref
+        self._flush = flush
         self.size = 0
         """Bytes that have arrived."""
         self._store = store
@@ -75,12 +77,12 @@ class StreamedBlob:
             raise ProtocolError("what was sent is not the blob", expected=self.ref.sha256, got=found)
         target = self._store.path(self.ref.sha256)
         with storage_errors(f"can't write {target}"):
-            if self._store.durable:
+            if self._store.durable and self._flush:
                 os.fsync(self._descriptor)
             self._close()
             if self.ref.leaf_count > 1:
                 self._store.write_file(target.with_name(target.name + SUFFIX), table_file(table), flush=False)
-            self._store.move(self._path, target)
+            self._store.move(self._path, target, flush=self._flush)
 
     def _close(self) -> None:
         if self._descriptor is not None:

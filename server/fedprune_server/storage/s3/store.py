@@ -279,7 +279,7 @@ class BucketStore(BlobStore):
 
     def _verify(self, key: str, ref: BlobRef) -> bool:
         try:
-            with StreamedBlob(self, ref) as blob:
+            with StreamedBlob(self, ref, flush=False) as blob:
                 for piece in self.bucket.stream(key):
                     blob.write(piece)
                 if ref.size and not blob.size:
