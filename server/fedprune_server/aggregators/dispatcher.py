@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,12 +152,14 @@ class RegionDispatcher:
         for at in range(0, len(lines), _MEMBERS):
             yield {"kind": "register", "lines": lines[at : at + _MEMBERS]}
 
-    def route(self, job: str, changed: Collection[str], commands: Sequence[do.Command]) -> list[do.Command]:
-        """Send aggregators the rows that have changed and the commands for their boards; returns the other commands.
-        Call it once the state is saved."""
+    def route(
+        self, job: str, devices: AbstractSet[str], tasks: AbstractSet[str], commands: Sequence[do.Command]
+    ) -> list[do.Command]:
+        """Send aggregators the rows that have changed, those of `devices` and of their `tasks`, and the commands for
+        their boards; returns the other commands. Call it once the state is saved."""
         state = self._jobs[job].state
         rows: dict[str, set[str]] = {name: set() for name in self._sent}
-        for device in changed if rows else ():
+        for device in devices | tasks if rows else ():
             concerned = places(state.devices.get(device), state.tasks.get(device))
             for name, sent in self._sent.items():
                 if name in concerned or device in sent.devices.get(job, ()):
@@ -174,12 +177,20 @@ class RegionDispatcher:
                 below[place].append(command)
             # An aggregator that is away gets its rows when it comes back, and open commands are repeated then.
         for name, sent in self._sent.items():
-            self._send(sent, job, rows[name], below[name])
+            self._send(sent, job, rows[name], below[name], kept=tasks - devices)
         return here
 
     def _send(
-        self, sent: _Sent, job: str, changed: Collection[str], commands: Sequence[do.Command], *, whole: bool = False
+        self,
+        sent: _Sent,
+        job: str,
+        changed: Collection[str],
+        commands: Sequence[do.Command],
+        *,
+        kept: AbstractSet[str] = frozenset(),
+        whole: bool = False,
     ) -> None:
+        """Send rows and commands; of the changed devices that are `kept` only the tasks, to who has their rows."""
         region = sent.region.name
         state, known = self._jobs[job].state, sent.devices.setdefault(job, set())
         head = head_of(state)
@@ -198,7 +209,8 @@ class RegionDispatcher:
                 mine = region in places(device, task)
                 here = device is not None and first(device.region) == region
                 held = task is not None and first(task.region) == region
-                devices[name] = _device_row(device, region, here=here) if mine else None
+                if not (mine and name in kept and name in known):
+                    devices[name] = _device_row(device, region, here=here) if mine else None
                 tasks[name] = task_body(task, region) if task is not None and (here or held) else None
                 (known.add if mine else known.discard)(name)
             last = at == parts[-1]

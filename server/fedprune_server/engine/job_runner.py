@@ -529,10 +529,10 @@ class JobRunner:
         while self._taken:
             events, self._taken = self._taken, []
             commands, self._commands = self._commands, []
-            changed = self.state.devices.changed | self.state.tasks.changed if self._below is not None else set()
+            devices, tasks = self.state.devices.changed, self.state.tasks.changed  # which saving replaces
             self._save(events)
             if self._below is not None:
-                commands = self._below.route(self.job.name, changed, commands)
+                commands = self._below.route(self.job.name, devices, tasks, commands)
             self._carry_out(commands)
         self._database.flush()  # epochs that messages have begun, where no event was saved with them
         self.outbox.deliver()

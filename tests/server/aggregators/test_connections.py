@@ -172,7 +172,7 @@ def test_rows_and_commands_go_to_the_region_of_their_device(tier: Tier) -> None:
         heard(link, Steered)
     orders = [do.Cancel(name, 3, 1, "late") for name in ("ant", "bee", "cat")]
     wake = do.Wake(7.0)
-    assert tier.dispatcher.route(JOB, {"ant", "bee", "cat"}, [*orders, wake]) == [orders[2], wake]
+    assert tier.dispatcher.route(JOB, {"ant", "bee", "cat"}, set(), [*orders, wake]) == [orders[2], wake]
     for region, name, order in (("north", "ant", orders[0]), ("coast", "bee", orders[1])):
         found = heard(links[region], Steered)
         assert set(found.devices) == set(found.tasks) == {name}
@@ -184,7 +184,7 @@ def test_the_end_of_a_job_is_told_to_all(tier: Tier) -> None:
     links = [tier.join("north"), tier.join("coast")]
     for link in links:
         heard(link, Steered)
-    assert tier.dispatcher.route(JOB, (), [do.Finish(MODEL)]) == [do.Finish(MODEL)]
+    assert tier.dispatcher.route(JOB, set(), set(), [do.Finish(MODEL)]) == [do.Finish(MODEL)]
     for link in links:
         assert heard(link, Steered).commands == (do.Finish(MODEL),)
 
@@ -196,13 +196,29 @@ def test_a_device_that_moves_is_offline_where_it_was_which_keeps_its_stored_upda
     for link in links.values():
         heard(link, Steered)
     tier.state.devices["ant"].region = "coast"
-    tier.dispatcher.route(JOB, {"ant"}, [])
+    tier.dispatcher.route(JOB, {"ant"}, set(), [])
     there, here = heard(links["north"], Steered), heard(links["coast"], Steered)
     assert (there.devices["ant"].online, here.devices["ant"].online) == (False, True)
     assert there.tasks["ant"].references() >= {"b" * 64}
     tier.state.tasks["ant"].region = "coast"
-    tier.dispatcher.route(JOB, {"ant"}, [])
-    assert heard(links["north"], Steered).tasks == {"ant": None}
+    tier.dispatcher.route(JOB, set(), {"ant"}, [])
+    there, here = heard(links["north"], Steered), heard(links["coast"], Steered)
+    assert (there.devices, there.tasks) == ({"ant": None}, {"ant": None})
+    assert (here.devices, set(here.tasks)) == ({}, {"ant"})
+
+
+def test_a_row_that_has_not_changed_is_not_sent_again(tier: Tier) -> None:
+    tier.state.devices["ant"] = device("north")
+    link = tier.join("north")
+    heard(link, Steered)
+    tier.state.devices["bee"] = device("north")
+    tier.state.tasks |= {"ant": Task(1, (3,)), "bee": Task(1, (3,))}
+    tier.dispatcher.route(JOB, set(), {"ant", "bee"}, [])
+    found = heard(link, Steered)
+    assert (set(found.devices), set(found.tasks)) == ({"bee"}, {"ant", "bee"})  # which is new there
+    tier.dispatcher.route(JOB, {"ant"}, {"ant", "bee"}, [])
+    found = heard(link, Steered)
+    assert (set(found.devices), set(found.tasks)) == ({"ant"}, {"ant", "bee"})
 
 
 def test_boards_and_events_of_an_aggregator_come_with_their_path(tier: Tier) -> None:
