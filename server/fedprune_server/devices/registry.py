@@ -12,6 +12,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ProtocolError
 from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
 from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
@@ -24,7 +25,7 @@ log = logging.getLogger("fedprune.server")
 
 
 _WIDTHS = 4096
-"""Submodels whose numbers are remembered: devices of equal widths share one."""
+"""Submodels, and plans, of which numbers and text are remembered: devices of equal widths share one."""
 
 _NO_METRICS: Mapping[str, float] = {}
 """Shared by the devices of a fleet: metrics are replaced, never changed in place."""
@@ -76,6 +77,7 @@ class DeviceRegistry:
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
         self.total = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
         """Payload bytes to and from all devices, over all starts of the server."""
+        self._described: dict[int, tuple[str, str]] = {}
         self._parameters = lru_cache(_WIDTHS)(partial(parameters, architecture))
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from devices for which they have changed since they were saved."""
@@ -211,7 +213,7 @@ class DeviceRegistry:
             self.outsiders[device]["online"] = False
 
     def introduce(self, name: str) -> None:
-        """Log a joined device and its plan, once per plan."""
+        """Log a joined device, once per plan of it, and the plan; of one that others had before, the first line."""
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
         self.outsiders.pop(name, None)
@@ -225,18 +227,31 @@ class DeviceRegistry:
             return
         known = (name, title, device.samples, contact.software or "?")
         log.info("%sdevice %s joined: %s, %d samples, %s", self.prefix, *known)
-        if device.plan is not None:
-            plan = Plan.from_dict(device.plan)
-            for line in plan.describe(self.whole).splitlines():
-                log.info("  %s", line)
-            if plan.warning:
-                log.warning("%sdevice %s: %s", self.prefix, name, plan.warning)
-            if gains := plan.gains():
-                log.debug("  %s", gains)
-        else:
+        shown = hash(device.plan if device.plan is not None else (device.widths, device.density))
+        if shown not in self._described:
+            if len(self._described) >= _WIDTHS:
+                self._described.clear()
+            self._described[shown] = self._describe(device)
+        elif device.plan is not None or device.density != self._job.density:
+            log.info("  %s", self._described[shown][0])
+        if warning := self._described[shown][1]:
+            log.warning("%sdevice %s: %s", self.prefix, name, warning)
+
+    def _describe(self, device: Device) -> tuple[str, str]:
+        """Log a plan that no device before had; returns its first line, for devices that share it, and its warning."""
+        if device.plan is None:
             kept = costs_at(self._architecture, device.widths).parameters / self.whole
             by = "job" if device.density == self._job.density else "strategy"
-            log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
+            lines = [f"density {device.density:.3g}, as the {by} says: keeps {100 * kept:.0f}% of the weights"]
+            warning = gains = ""
+        else:
+            plan = Plan.from_dict(device.plan)
+            lines, warning, gains = plan.describe(self.whole).splitlines(), plan.warning, plan.gains()
+        for line in lines:
+            log.info("  %s", line)
+        if gains:
+            log.debug("  %s", gains)
+        return lines[0], warning
 
     def bars(self, device: str) -> bool:
         """Whether a device is known to be unable to take part."""

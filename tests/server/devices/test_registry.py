@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fedprune.coordination import State
@@ -23,6 +25,23 @@ def test_the_numbers_of_submodels_are_remembered_for_some_widths_alone(monkeypat
     assert registry._parameters.cache_info().currsize == 2
     state.devices["a"].widths = ()
     assert registry.snapshot(0.0, True, {}).rows[0].parameters == 0
+
+
+def test_a_plan_that_devices_share_is_described_once(caplog: pytest.LogCaptureFixture) -> None:
+    kinds = {"a": ({"name": "pi"}, 10), "b": ({"name": "pi"}, 10), "c": ({"name": "nano"}, 20)}
+    devices = {n: Device(1, True, profile, None, samples) for n, (profile, samples) in kinds.items()}
+    for device in devices.values():
+        device.widths, device.density = ARCHITECTURE.sizes, 1.0
+    state = State(model="m" * 64, devices=devices)  # type: ignore[arg-type]
+    registry = DeviceRegistry(replace(JOB, density=1.0), ARCHITECTURE, state, dict.fromkeys(devices, (0, 0)))
+    with caplog.at_level("INFO", "fedprune.server"):
+        for name in devices:
+            registry.introduce(name)
+            registry.introduce(name)
+    first, line, *others = [r.getMessage() for r in caplog.records]
+    assert first == "device a joined: pi, 10 samples, ?"
+    assert line.startswith("  density 1, as the ")
+    assert others == ["device b joined: pi, 10 samples, ?", "device c joined: nano, 20 samples, ?"]
 
 
 def test_a_device_that_is_connected_through_an_aggregator_is_shown_with_it() -> None:
