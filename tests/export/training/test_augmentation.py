@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,20 +84,25 @@ class Words(nn.Module):
         return self.table(x).mean(1)
 
 
-MODELS: dict[str, Model] = {
-    "whole": fx.load(Pixels(whole=True)),
-    "pixels": fx.load(Pixels()),
-    "series": fx.load(Steps(whole=True)),
-    "steps": fx.load(Steps()),
-    "several": fx.load(Several()),
-    "twins": fx.load(Several(second=True)),
-    "words": fx.load(Words()),
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "whole": lambda: Pixels(whole=True),
+    "pixels": Pixels,
+    "series": lambda: Steps(whole=True),
+    "steps": Steps,
+    "several": Several,
+    "twins": lambda: Several(second=True),
+    "words": Words,
 }
+
+
+@functools.cache
+def model_of(net: str) -> Model:
+    return fx.load(NETS[net]())
 
 
 @functools.lru_cache
 def sessions(model: str, *augment: str, **recipe: Any) -> dict[str, Session]:
-    metadata = training_graph(MODELS[model], Recipe(augment=augment, **recipe).features).metadata
+    metadata = training_graph(model_of(model), Recipe(augment=augment, **recipe).features).metadata
     return {k: Session(base64.b64decode(metadata[k])) for k in (AUGMENT_X, AUGMENT_Y) if k in metadata}
 
 
@@ -171,7 +177,7 @@ ORACLES: list[tuple[str, str, Any]] = [
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_graph_computes_what_numpy_does_with_its_numbers(entry: str, model: str, wanted: Any, seed: int) -> None:
     session = sessions(model, entry)[AUGMENT_X]
-    x, u = drawn(MODELS[model].architecture.input_shape, session, seed)
+    x, u = drawn(model_of(model).architecture.input_shape, session, seed)
     got = augmented(session, x, u)
     assert (got.shape, got.dtype) == (x.shape, np.float32)
     for one, numbers, found in zip(x, u, got, strict=True):
@@ -253,7 +259,7 @@ def test_labels_of_steps_move_in_time() -> None:
 )
 def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
     session = sessions(model, entry)[AUGMENT_X]
-    x, u = drawn(MODELS[model].architecture.input_shape, session, 0)
+    x, u = drawn(model_of(model).architecture.input_shape, session, 0)
     u[:] = 0.6
     image = np.s_[:, : math.prod(IMAGE)]
     other = np.s_[:, math.prod(IMAGE) : -5]
@@ -289,7 +295,7 @@ def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
 )
 def test_what_has_no_meaning_is_refused(model: str, augment: str, recipe: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"recipe: augment '{augment}'"):
-        training_graph(MODELS[model], Recipe(augment=(augment,), **recipe).features)
+        training_graph(model_of(model), Recipe(augment=(augment,), **recipe).features)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +326,8 @@ def test_a_board_trains_on_augmented_samples_and_labels(extra: dict[str, Any]) -
         y = y[:, 0, 0]
     if recipe.loss == "bce":
         y = (y[:, None] == np.arange(K)[:, None, None]).astype(np.float32)
-    graph = training_graph(MODELS[model], recipe.features)
-    tensors = MODELS[model].tensors
+    graph = training_graph(model_of(model), recipe.features)
+    tensors = model_of(model).tensors
     task = TrainingTask(recipe, seed=7, device="d", round=1, classes=K)
     data = LocalData(x, y, x[:0], y[:0])
     got = Trainer(graph.to_bytes()).train(tensors, data, task)

@@ -43,12 +43,14 @@ class Places(nn.Module):
         return self.layer(x)
 
 
-MODELS = {places: fx.load(Places(*places)) for places in ((), (2, 3))}
+@functools.cache
+def model_of(places: tuple[int, ...]) -> Model:
+    return fx.load(Places(*places))
 
 
 @functools.lru_cache
 def objective(shape: tuple[int, ...], recipe: Recipe) -> Objective:
-    return objective_of(MODELS[shape], recipe)
+    return objective_of(model_of(shape), recipe)
 
 
 def objective_of(model: Model, recipe: Recipe) -> Objective:
@@ -65,7 +67,7 @@ def measured(judge: Objective, outputs: Array, labels: Array, parts: int = 1) ->
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(3, 40)
-places = st.sampled_from(sorted(MODELS))
+places = st.sampled_from([(), (2, 3)])
 
 
 @given(seeds, sizes, places, st.integers(1, 3))
@@ -201,7 +203,7 @@ def test_wrong_metrics_are_one_clear_error(metric: object, error: str) -> None:
 
 def test_a_recipe_asks_for_a_metric_that_the_model_lacks() -> None:
     with pytest.raises(ConfigError, match=r"metric 'custom', and the model brings no metric"):
-        training_graph(MODELS[()], Recipe(loss="mse", metric="custom").features)
+        training_graph(model_of(()), Recipe(loss="mse", metric="custom").features)
 
 
 def test_average_precision_of_a_diverged_model_is_not_a_number() -> None:
