@@ -27,11 +27,11 @@ DEVICES = ("ant", "bee", "cat", "dog")
 REGIONS = {"north": DEVICES[:2], "south": DEVICES[2:]}
 JOB = """
 [job]
-name = "tier"
+name = "{strategy}"
 strategy = "{strategy}"
 rounds = 3
 devices = 4
-density = {density}
+density = 0.5
 deadline_s = 300
 
 [job.recipe]
@@ -41,8 +41,12 @@ lr = 0.01
 PATIENCE_S = 90
 
 
-def job(strategy: str = "fedprune", density: float = 0.5) -> str:
-    return JOB.format(strategy=strategy, density=density)
+FIRST = JOB.format(strategy="fedprune")
+FURTHER = {
+    "subflot": JOB.format(strategy="subflot"),  # whose submodels depend on each board's last update
+    "fiarse": JOB.format(strategy="fiarse"),  # whose masks of single elements only the server itself adds up
+    "fedobp": JOB.format(strategy="fedobp"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +56,45 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(material: Path, folder: Path, text: str) -> list[str]:
-    """The models of one server."""
-    folder.mkdir()
-    with Site(material, folder, text, DEVICES, PATIENCE_S) as site:
-        site.start_all()
-        return models(site.complete())
+class SharedSite(Site):
+    """A site whose server runs all jobs."""
+
+    def start_all(self) -> None:
+        for name, text in FURTHER.items():
+            (self.folder / f"{name}.toml").write_text(text + self.files())
+        super().start_all()
+
+    def command(self, name: str) -> list[str]:
+        further = [word for job in FURTHER for word in ("--job", str(self.folder / f"{job}.toml"))]
+        return [*super().command(name), *(further if name == "server" else [])]
+
+    def models(self, state: State) -> dict[str, list[str]]:
+        """Those of each job, by its name, once the first one has finished in this state."""
+        found = {"fedprune": models(state)}
+        for job in FURTHER:
+            with Storage.existing(self.state / "jobs" / job) as storage:
+                found[job] = [r["model"] for r in storage.rounds()]
+        return found
+
+
+class SharedTier(SharedSite, TieredSite):
+    """A tier whose server runs all jobs."""
 
 
 @pytest.fixture(scope="module")
-def expected(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return alone(material, tmp_path_factory.mktemp("alone") / "site", job())
+def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The models that one server makes without aggregators."""
+    with SharedSite(material, tmp_path_factory.mktemp("alone"), FIRST, DEVICES, PATIENCE_S) as site:
+        site.start_all()
+        found = site.models(site.complete())
+    assert [len(set(rounds)) for rounds in found.values()] == [3] * len(found)
+    return found
+
+
+@pytest.fixture
+def expected(alone: dict[str, list[str]]) -> list[str]:
+    """The models of the first job."""
+    return alone["fedprune"]
 
 
 def finished(site: TieredSite) -> State:
@@ -71,26 +103,24 @@ def finished(site: TieredSite) -> State:
     return site.complete()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "density"),
-    [
-        ("fedprune", 0.5),
-        ("subflot", 0.5),  # whose submodels depend on each board's last update
-        ("fiarse", 0.5),  # whose masks of single elements only the server itself adds up
-        ("fedobp", 0.5),
-    ],
-)
-def test_models_are_those_of_one_server(material: Path, tmp_path: Path, strategy: str, density: float) -> None:
-    text = job(strategy, density)
-    expected = alone(material, tmp_path / "alone", text)
-    (tmp_path / "tier").mkdir()
-    with TieredSite(material, tmp_path / "tier", text, REGIONS, PATIENCE_S) as site:
+def test_models_are_those_of_one_server(material: Path, tmp_path: Path, alone: dict[str, list[str]]) -> None:
+    """Boards are at the server, at aggregators and at an aggregator's aggregator; the latter take uploads over HTTP."""
+    regions, below = {"country": ("ant",), "valley": ("bee",), "coast": ("cat",)}, {"valley": "country"}
+    uploads = ("--serve-blobs", "127.0.0.1:0", "--uploads", "https")
+    with SharedTier(
+        material, tmp_path, FIRST, regions, PATIENCE_S, below=below, direct=("dog",), settings=uploads
+    ) as site:
         site.start_all()
-        assert models(finished(site)) == expected
+        assert site.models(finished(site)) == alone
+        for folder in (site.state, site.state / "jobs" / "subflot"):
+            with Storage.existing(folder) as storage:  # which aggregators have told
+                assert all(up > 3 * 500 and down > 3 * 500 for down, up in storage.traffic().values())
+        assert "bytes came from http" in site.logs_in_full()
+        assert "it goes over MQTT" not in site.logs_in_full()
 
 
 def test_killed_servers_lose_no_update(material: Path, tmp_path: Path, expected: list[str]) -> None:
-    with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, secure=True, may_hold=True) as site:
+    with TieredSite(material, tmp_path, FIRST, REGIONS, PATIENCE_S, secure=True, may_hold=True) as site:
         site.hold(2)
         site.start_all()
         site.wait_until_held(2)
@@ -100,20 +130,8 @@ def test_killed_servers_lose_no_update(material: Path, tmp_path: Path, expected:
         assert models(finished(site)) == expected
 
 
-@pytest.mark.parametrize("strategy", ["subflot", "fiarse"])  # sums, and whole updates
-def test_an_aggregator_can_be_a_parent(material: Path, tmp_path: Path, strategy: str) -> None:
-    expected = alone(material, tmp_path / "alone", job(strategy))
-    (tmp_path / "tier").mkdir()
-    regions, below = {"country": DEVICES[:1], "valley": DEVICES[1:3]}, {"valley": "country"}
-    with TieredSite(
-        material, tmp_path / "tier", job(strategy), regions, PATIENCE_S, below=below, direct=DEVICES[3:]
-    ) as site:
-        site.start_all()
-        assert models(finished(site)) == expected
-
-
 def test_a_board_moves_in_the_middle_of_its_training(material: Path, tmp_path: Path, expected: list[str]) -> None:
-    with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, may_hold=True) as site:
+    with TieredSite(material, tmp_path, FIRST, REGIONS, PATIENCE_S, may_hold=True) as site:
         site.hold(2)
         site.start_all()
         site.wait_until_held(2)
@@ -123,53 +141,13 @@ def test_a_board_moves_in_the_middle_of_its_training(material: Path, tmp_path: P
         assert models(finished(site)) == expected
 
 
-SECOND = """
-[job]
-name = "second"
-seed = 7
-strategy = "fedavg"
-rounds = 2
-devices = 4
-density = 0
-deadline_s = 300
-
-[job.recipe]
-epochs = 5
-lr = 0.01
-"""
-
-
-class TwoJobs(TieredSite):
-    """A tier whose server runs a second job."""
-
-    def command(self, name: str) -> list[str]:
-        command = super().command(name)
-        return [*command, "--job", str(self.folder / "second.toml")] if name == "server" else command
-
-
-def test_several_jobs_and_uploads_over_https(material: Path, tmp_path: Path, expected: list[str]) -> None:
-    second = alone(material, tmp_path / "alone", SECOND)
-    (tmp_path / "tier").mkdir()
-    uploads = ("--serve-blobs", "127.0.0.1:0", "--uploads", "https")
-    with TwoJobs(material, tmp_path / "tier", job(), REGIONS, PATIENCE_S, settings=uploads) as site:
-        (site.folder / "second.toml").write_text(SECOND + site.files())
-        site.start_all()
-        assert models(finished(site)) == expected
-        with Storage.existing(site.state) as storage:  # which aggregators have told
-            assert all(up > 3 * 500 and down > 3 * 500 for down, up in storage.traffic().values())
-        with Storage.existing(site.state / "jobs" / "second") as storage:
-            assert [r["model"] for r in storage.rounds()] == second
-        assert "bytes came from http" in site.logs_in_full()
-        assert "it goes over MQTT" not in site.logs_in_full()
-
-
 def server(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedprune_server.cli.main", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
 def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path, tmp_path: Path) -> None:
-    text = job().replace("rounds = 3", "rounds = 100000").replace("devices = 4", "devices = 3")
+    text = FIRST.replace("rounds = 3", "rounds = 100000").replace("devices = 4", "devices = 3")
     with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S, secure=True) as site:
         site.start_all()
         site.wait_for(lambda: (state := site.saved()) is not None and state.round > 1, "rounds")
@@ -193,7 +171,7 @@ def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path
 
 
 def test_an_aggregator_that_is_away_is_named_with_its_boards_until_it_is_back(material: Path, tmp_path: Path) -> None:
-    text = job().replace("rounds = 3", "rounds = 100000") + "[server]\naggregator_patience_s = 1\n"
+    text = FIRST.replace("rounds = 3", "rounds = 100000") + "[server]\naggregator_patience_s = 1\n"
     with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S) as site:
 
         def status() -> dict[str, Any]:
@@ -241,7 +219,7 @@ def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], said: st
 def test_servers_of_a_tier_can_be_checked_and_backed_up_in_the_middle_of_a_round(
     material: Path, tmp_path: Path, expected: list[str]
 ) -> None:
-    with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, may_hold=True) as site:
+    with TieredSite(material, tmp_path, FIRST, REGIONS, PATIENCE_S, may_hold=True) as site:
         site.hold(2)
         site.start_all()
         site.wait_until_held(2)
@@ -265,7 +243,7 @@ def test_updates_go_into_a_bucket_of_each_aggregator(
             monkeypatch.setenv(name, value)
         bucket = s3.bucket()
         settings = ("--blobs", f"s3://{bucket}/{{region}}", "--uploads", "s3")
-        with TieredSite(material, tmp_path, job(), REGIONS, PATIENCE_S, settings=settings) as site:
+        with TieredSite(material, tmp_path, FIRST, REGIONS, PATIENCE_S, settings=settings) as site:
             site.start_all()
             assert models(finished(site)) == expected
             assert "it goes over MQTT" not in site.logs_in_full()
@@ -273,7 +251,7 @@ def test_updates_go_into_a_bucket_of_each_aggregator(
 
 
 def test_an_asynchronous_job_ends_through_aggregators_over_kills(material: Path, tmp_path: Path) -> None:
-    text = job("fedbuff").replace("rounds = 3", "rounds = 12")
+    text = JOB.format(strategy="fedbuff").replace("rounds = 3", "rounds = 12")
     with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S) as site:
         site.start_all()
         for number, name in ((2, "north"), (4, "server"), (6, "south")):
