@@ -18,11 +18,9 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
-from support.processes.device_process import Field, loaded_packages, running
+from support.processes.device_process import PATIENCE_S, Field, loaded_packages, running
 
 pytestmark = pytest.mark.system
-
-SLOW = Recipe(epochs=1600, batch_size=1, lr=1e-4)  # seconds on a fast machine: progress is reported once a second
 
 
 @pytest.fixture
@@ -41,18 +39,19 @@ def field(tmp_path: Path, weights: Tensors) -> Iterator[Field]:
 
 
 def test_a_process_killed_while_training_goes_on_to_the_same_bits(field: Field, weights: Tensors) -> None:
-    server = field.server
-    server.plan = [server.offer(1, SLOW)]
-    process = field.start()
-    field.wait_for(Progress, phase="train")
+    server, holds = field.server, field.root / "holds"
+    server.plan = [server.offer(1)]
+    holds.mkdir()
+    (holds / "7-1").touch()
+    process = field.start(holds=holds)
+    field.wait((holds / "7-1-d").exists, "training")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not server.of(Update)
-    again = field.start()
-    assert again.wait(40) == 0, (field.root / "log").read_text()[-3000:]
+    assert field.start().wait(PATIENCE_S) == 0, (field.root / "log").read_text()[-3000:]
     data = load_data(str(field.root / "data.npz"), 0, "d")
     wanted = Trainer(GRAPHS / "plain.onnx").train(
-        weights, data, TrainingTask(SLOW, seed=7, device="d", round=1, classes=3)
+        weights, data, TrainingTask(Recipe.from_dict(server.plan[0].recipe), seed=7, device="d", round=1, classes=3)
     )
     assert server.blobs.read(server.updates[1].weights.sha256) == tensorfile.encode(wanted.tensors)
     assert server.of(Birth)[-1].session > server.of(Birth)[0].session
@@ -69,7 +68,7 @@ def test_a_process_killed_before_its_update_was_accepted_hands_it_in_without_tra
     first = server.of(Update)[0]
     server.seen.clear()
     server.accepts = True
-    assert field.start().wait(40) == 0
+    assert field.start().wait(PATIENCE_S) == 0
     assert server.updates[1] == first
     assert not [p for p in server.of(Progress) if p.phase == "train"]
 
@@ -78,13 +77,13 @@ def test_a_process_that_is_told_to_stop_ends_well(field: Field) -> None:
     process = field.start()
     field.wait_for(Birth)
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE_S) == 0
     field.wait_for(Death)
 
 
 def test_a_training_device_imports_neither_torch_nor_onnx_nor_scipy(field: Field) -> None:
     field.server.plan = [field.server.offer(1)]
-    assert field.start("-X", "importtime").wait(60) == 0
+    assert field.start("-X", "importtime").wait(PATIENCE_S) == 0
     loaded = loaded_packages(field)
     assert {"onnxruntime", "numpy", "fedprune_device"} <= loaded
     assert not loaded & {"torch", "onnx", "onnxscript", "scipy", "rich", "sqlalchemy", "amqtt", "fedprune_export"}

@@ -17,7 +17,7 @@ from fedprune.wire.messages import Progress, Update
 from fedprune_device.client import Board
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
-from support.processes.device_process import running
+from support.processes.device_process import PATIENCE_S, running
 
 pytestmark = pytest.mark.system
 
@@ -42,7 +42,7 @@ def start(root: Path, url: str) -> subprocess.Popen[bytes]:
 
 
 def until(condition: Callable[[], object], root: Path) -> None:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, (root / "log").read_text()[-3000:]
         time.sleep(0.02)
@@ -61,7 +61,7 @@ def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_p
         for n, row in enumerate(x):
             board.add(row, n % 3)
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
 
         with running(tmp_path, server) as field:
             process = start(tmp_path, field.url)
@@ -80,7 +80,7 @@ def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_p
         assert sum(board.samples()["parts"].values()) == 60
         assert not board.status()["connected"]
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
 
         made = next(u for u in server.of(Update) if u.round == 2)
         server.seen.clear()

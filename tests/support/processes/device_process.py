@@ -16,6 +16,10 @@ from fedprune.wire.link import Link
 from fedprune_device.client import Board
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.agent_fleet import TOPICS, MemoryServer
+from support.processes.real_site import HELD
+
+PATIENCE_S = 120.0
+"""How long something may take that is waited for, on a machine that has other work."""
 
 
 class Wires:
@@ -54,11 +58,14 @@ class Field:
         """The local interface of a process with `local` data."""
         return Board(f"unix:{self.root / 'state' / 'local.sock'}")
 
-    def start(self, *python: str, local: bool = False, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    def start(
+        self, *python: str, local: bool = False, options: Sequence[str] = (), holds: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a board; in rounds that `holds` has a file of it waits in the middle of its training, see `HELD`."""
         command = [
             sys.executable,
             *python,
-            "-m",
+            *(["-m"] if holds is None else ["-c", HELD, str(holds)]),
             "fedprune_device.cli.main",
             "run",
             "--no-probe",
@@ -80,7 +87,7 @@ class Field:
         self.processes.append(process)
         return process
 
-    def wait(self, seen: Callable[[], object], what: str, limit: float = 30.0) -> None:
+    def wait(self, seen: Callable[[], object], what: str, limit: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + limit
         while not seen():
             assert time.monotonic() < deadline, f"no {what}: {(self.root / 'log').read_text()[-3000:]}"
