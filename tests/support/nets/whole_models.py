@@ -211,8 +211,9 @@ PUBLISHED: dict[str, Whole] = {
 MODELS: dict[str, Whole] = {**OURS, **TASKS, **PUBLISHED}
 
 
+@functools.cache
 def exported(name: str) -> bytes:
-    """One of `MODELS` as ONNX."""
+    """One of `MODELS` as ONNX; each only once."""
     whole = MODELS[name]
     module = whole.make()
     if whole.vocabulary and not hasattr(module, "input_dtype"):
@@ -220,9 +221,13 @@ def exported(name: str) -> bytes:
     return export_torch(module, name=name)
 
 
-@functools.cache
 def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     """One of `MODELS`, imported; each only once."""
+    return _imported(name, prefer)
+
+
+@functools.cache  # which takes a default that is given for another call
+def _imported(name: str, prefer: Literal["coarse", "fine"]) -> Model:
     if MODELS[name].values:
         return fx.load(MODELS[name].make(), name=name, prefer=prefer, loss=squared)
     return import_onnx(exported(name), name, prefer=prefer)
