@@ -78,7 +78,9 @@ class Channel(Closing):
         received: Callable[[Channel, Message], None],
         wanted: Callable[[Channel, str, str, str], None],
     ) -> None:
-        self._socket, self._find, self._landing, self._received = socket, find, landing, received
+        self._socket, self._find, self._received = socket, find, received
+        # Apart from what is offered to others: a blob is here for a moment only.
+        self._landing = BlobStore(landing.root / "arriving", durable=False)
         self._asked = wanted
         self._changed = threading.Condition()
         self._texts: deque[str] = deque()

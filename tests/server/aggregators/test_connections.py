@@ -247,6 +247,21 @@ def test_blobs_come_from_the_parent_and_from_other_aggregators(tier: Tier, size:
     assert not list((tier.folder / "landing").glob("??/*"))
 
 
+def test_a_blob_that_arrives_is_not_offered_before_it_is_stored(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier.join("north")
+    digest = BlobStore(tier.folder / "north", durable=False).put(b"model").sha256
+    offered: list[bool] = []
+    delete = BlobStore.delete
+
+    def deleted(store: BlobStore, sha256: str) -> None:  # the moment in which it has arrived
+        offered.append(tier.connections._store(JOB, sha256) is not None)
+        delete(store, sha256)
+
+    monkeypatch.setattr(BlobStore, "delete", deleted)
+    assert tier.connections.fetch(JOB, "north", digest) == b"model"
+    assert offered == [False]
+
+
 def test_a_blob_is_waited_for_until_its_aggregator_is_back_and_no_longer(tier: Tier) -> None:
     tier.connections._patience_s = 0.2
     started = time.monotonic()
