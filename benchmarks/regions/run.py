@@ -38,7 +38,7 @@ SITE = "default"
 CALLERS = 16
 """Boards of each region, in each turn, that live in the process which measures latencies."""
 
-_SETTLED_S, _SETTLED_CPU_S = 2.0, 0.1
+_SETTLED_S, _SETTLED_CPU_S = 2.0, 0.2
 _PLAIN = "\nlistener {port} 127.0.0.1\nallow_anonymous true\nmax_connections -1\n"
 
 AGGREGATOR = """\

@@ -22,7 +22,6 @@ from websockets.sync.connection import Connection
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.closing import Closing
 from fedprune.core.errors import BrokerError, ProtocolError, StorageError
 from fedprune_server.transfer.http_server import shut
@@ -64,7 +63,6 @@ class Channel(Closing):
 
     Args:
         find: Gives the store that has a blob of a job, or None.
-        landing: Where blobs of the other side arrive.
         received: Takes each message, in the thread of `run`. A `ProtocolError` ends the connection.
         wanted: Takes the job, the digest and the region of a blob that the other side asks for, and calls `give`, now
             or later. The region is empty where any will do.
@@ -74,20 +72,16 @@ class Channel(Closing):
         self,
         socket: Connection,
         find: Callable[[str, str], BlobStore | None],
-        landing: BlobStore,
         received: Callable[[Channel, Message], None],
         wanted: Callable[[Channel, str, str, str], None],
     ) -> None:
         self._socket, self._find, self._received = socket, find, received
-        # Apart from what is offered to others: a blob is here for a moment only.
-        self._landing = BlobStore(landing.root / "arriving", durable=False)
         self._asked = wanted
         self._changed = threading.Condition()
         self._texts: deque[str] = deque()
         self._wanted: deque[tuple[str, str, bytes | None, bool]] = deque()
         self._awaited: dict[tuple[str, str], Future[bytes | None]] = {}
-        self._job = ""
-        self._arriving: StreamedBlob | None = None
+        self._arriving: tuple[str, BlobRef, bytearray] | None = None
         self._busy = False
         self.closed = False
         self._writer = threading.Thread(target=self._write, name="fedprune-channel", daemon=True)
@@ -138,8 +132,6 @@ class Channel(Closing):
             log.warning("the connection between aggregator and parent ends: %s", error)
         finally:
             self.close()
-            if self._arriving is not None:
-                self._arriving.__exit__(None, None, None)
 
     def close(self) -> None:
         """End the connection at once; may be called from any thread."""
@@ -173,22 +165,23 @@ class Channel(Closing):
             raise ProtocolError("a blob began before the one before it ended")
         if (job, ref.sha256) not in self._awaited:
             raise ProtocolError("a blob without a request", got=ref.sha256)
-        self._arriving, self._job = StreamedBlob(self._landing, ref), job
+        self._arriving = job, ref, bytearray()
         self._piece(b"")
 
     def _piece(self, data: bytes) -> None:
-        blob = self._arriving
-        if blob is None:
+        if self._arriving is None:
             raise ProtocolError("a piece of no blob")
-        blob.write(data)
-        if not blob.missing:
+        job, ref, arrived = self._arriving
+        arrived += data
+        if len(arrived) > ref.size:
+            raise ProtocolError("bytes of a blob", expected=ref.size, got=len(arrived))
+        if len(arrived) == ref.size:
             self._arriving = None
-            with blob:
-                blob.finish()
-            sha256 = blob.ref.sha256
-            data = self._landing.read(sha256)
-            self._landing.delete(sha256)
-            self._arrived(self._job, sha256, data)
+            blob = bytes(arrived)
+            found = BlobRef.of(blob)
+            if found != ref:
+                raise ProtocolError("what was sent is not the blob", expected=ref.sha256, got=found.sha256)
+            self._arrived(job, ref.sha256, blob)
 
     def _arrived(self, job: str, sha256: str, data: bytes | None, *, lost: bool = False) -> None:
         with self._changed:

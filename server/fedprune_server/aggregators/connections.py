@@ -214,10 +214,10 @@ class RegionConnections(Closing):
         they may be outdated, and are repeated."""
         self.waiting = False  # before they are taken, so that one that comes now wakes the loop again
         found = drained(self._items, TOGETHER)
-        self.waiting |= len(found) == TOGETHER
-        for region, item in found:
-            if isinstance(item, RegionUp | RegionDown) or self._regions.get(region.name) is region:
-                yield item
+        if len(found) == TOGETHER:
+            self.waiting = True
+        # Each is judged when its turn comes: the caller may accept a connection before the next.
+        return (i for r, i in found if isinstance(i, RegionUp | RegionDown) or self._regions.get(r.name) is r)
 
     # For the server's loop.
 
@@ -398,7 +398,7 @@ class RegionConnections(Closing):
                 self._received(found[0], message)
 
         try:
-            with Channel(connection, self._store, self._landing, received, self._wanted) as channel:
+            with Channel(connection, self._store, received, self._wanted) as channel:
                 channel.run()
         finally:
             if found:

@@ -11,6 +11,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ProtocolError
 from fedprune.jobs.state import Device, Phase, Task
+from fedprune.wire.topics import check_name
 
 Body = Mapping[str, Any]
 
@@ -101,8 +102,9 @@ def first(path: str) -> str:
 
 
 def joined(region: str, path: str) -> str:
-    """The path, seen from the parent, of a path below the aggregator `region`."""
-    return f"{region}/{path}" if path else region
+    """The path, seen from the parent, of a path below the aggregator `region`. Raises `ProtocolError` if the path has
+    a part that is no name."""
+    return "/".join([region, *(check_name(part, "region") for part in path.split("/"))]) if path else region
 
 
 def task_body(task: Task, region: str) -> dict[str, Any]:

@@ -240,7 +240,7 @@ class ParentLink(Closing):
                 ping_timeout=PING_TIMEOUT_S,
                 logger=QUIET,
             ) as socket,
-            Channel(socket, self._store, self._landing, self._received, self._wanted) as channel,
+            Channel(socket, self._store, self._received, self._wanted) as channel,
         ):
             self._greeted = False
             self._parts, self._new_members = [], {}

@@ -38,6 +38,7 @@ from fedprune_server.aggregators.connections import (
 from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.parent import ParentLink, ParentUp
+from support.waiting import until
 
 JOB = "job"
 MODEL = "a" * 64
@@ -149,7 +150,7 @@ def test_what_boards_report_is_collected_some_at_a_time_and_wakes_the_loop_once(
 ) -> None:
     monkeypatch.setattr("fedprune_server.aggregators.connections.TOGETHER", 3)
     link, woken = tier.join("north"), list[int]()
-    tier.connections.collect()
+    assert not list(tier.connections.collect())
     tier.connections.serve({JOB: tier.store}, lambda: woken.append(1))
     for number in range(7):
         link.died(f"board-{number}", 1)
@@ -244,22 +245,15 @@ def test_blobs_come_from_the_parent_and_from_other_aggregators(tier: Tier, size:
     assert north.fetch(JOB, tier.stores["coast"].put(others).sha256) == others
     assert coast.fetch(JOB, "c" * 64) is None
     assert tier.connections.fetch(JOB, "coast/valley", BlobStore(tier.folder / "coast").put(others).sha256) == others
+    # Nothing is on offer to others before whoever asked has stored it.
     assert not list((tier.folder / "landing").glob("??/*"))
 
 
-def test_a_blob_that_arrives_is_not_offered_before_it_is_stored(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier.join("north")
-    digest = BlobStore(tier.folder / "north", durable=False).put(b"model").sha256
-    offered: list[bool] = []
-    delete = BlobStore.delete
-
-    def deleted(store: BlobStore, sha256: str) -> None:  # the moment in which it has arrived
-        offered.append(tier.connections._store(JOB, sha256) is not None)
-        delete(store, sha256)
-
-    monkeypatch.setattr(BlobStore, "delete", deleted)
-    assert tier.connections.fetch(JOB, "north", digest) == b"model"
-    assert offered == [False]
+@pytest.mark.parametrize("path", ["/x", "x//y", "..", "a b"])
+def test_a_path_that_is_none_ends_the_connection(tier: Tier, path: str) -> None:
+    tier.join("north").born(birth("ant"), path)
+    assert tier.wait(RegionDown)
+    assert not [item for item in tier.seen if isinstance(item, BornBelow)]
 
 
 def test_a_blob_is_waited_for_until_its_aggregator_is_back_and_no_longer(tier: Tier) -> None:
@@ -557,8 +551,7 @@ def test_events_of_a_connection_that_was_replaced_or_refused_are_dropped(tier: T
         stale, latest = (first, second) if instance == "same" else (second, first)
         second.send(said("north", instance))
         for count, (peer, name) in enumerate(((stale, "ant"), (latest, "bee")), 1):
-            while queue.qsize() < count:
-                time.sleep(0.005)
+            until(lambda count=count: queue.qsize() >= count)
             peer.send(born(name))
         assert handled(tier, 3) == [BornBelow("north", birth("bee"))]
         assert tier.connections.names == ["north"]

@@ -296,6 +296,16 @@ def test_of_a_key_with_two_names_nothing_is_heard_again_after_a_restart_of_the_s
     assert len(server.hears(said("barn", 6))) == 1
 
 
+def test_a_birth_is_recognised_however_its_type_is_escaped(lab: Lab) -> None:
+    key, topic = SigningKey.make(), TOPICS.up("attic")
+    lab.identity.store.approve("attic", key.verifying.hex, 1)
+    lab.now += 1.0
+    plain = birth("attic").to_bytes()
+    body = plain.replace(b'"birth"', b'"b\\u0069rth"')
+    assert body != plain
+    assert lab.server.hears((topic, seal(key, topic, 5, 0, body))) == [(topic, plain)]
+
+
 def test_what_was_said_before_a_restart_of_the_board_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     old = lab.server.say("pi-1", Finished("old"))
     assert lab.boards["pi-1"].hears(old) != []

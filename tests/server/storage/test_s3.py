@@ -324,6 +324,25 @@ def test_objects_are_deleted_one_by_one_where_the_bucket_can_do_no_more(
     assert len(objects(at_s3, url)) == (code == "AccessDenied")
 
 
+def test_a_batch_that_can_not_be_deleted_keeps_no_other(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_MOST", 1)
+    found = Bucket(url)
+    keys = [f"{BLOBS}{n}" for n in range(3)]
+    for key in keys:
+        found.put(key, b"x", digest(b"x"))
+    delete = found._client.delete_objects
+
+    def locked(**asked: Any) -> Any:
+        if asked["Delete"]["Objects"][0]["Key"].endswith(keys[0]):
+            raise found._failed({"Error": {"Code": "AccessDenied"}}, "DeleteObjects")
+        return delete(**asked)
+
+    monkeypatch.setattr(found._client, "delete_objects", locked)
+    with pytest.raises(BucketError, match="AccessDenied"):
+        found.delete(keys)
+    assert objects(at_s3, url) == [f"a/fleet/{keys[0]}"]
+
+
 def test_an_object_that_can_not_be_deleted_is_named(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Bucket(url)
     wrong = {"Key": f"a/fleet/{BLOBS}1", "Code": "AccessDenied", "Message": "it is locked"}

@@ -172,6 +172,15 @@ def nested(levels: int) -> Any:
     return {"a": nested(levels - 1)} if levels else 0
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
+def test_messages_are_utf_8_alone(encoding: str) -> None:
+    raw = EXAMPLES[0].to_bytes()
+    assert attempt(raw)[0] == EXAMPLES[0]
+    read, error = attempt(raw.decode().encode(encoding))
+    assert read is None
+    assert "is not JSON" in error
+
+
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
 def test_every_limit_of_every_field_holds_and_the_error_names_the_field(message: Message) -> None:
     for name, declared in field_types(type(message)).items():

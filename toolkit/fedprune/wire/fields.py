@@ -350,7 +350,8 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
         ProtocolError: It is not JSON, or a field is missing or wrong; the error names the field.
     """
     try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
+        # UTF-8 alone: `json` would recognise other encodings, in which no one finds a type without parsing.
+        body = json.loads(str(raw, "utf-8"), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ProtocolError(f"{what} is nested too deeply") from error
     except ValueError as error:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -220,20 +220,29 @@ class Bucket:
                 return None if int(found["ContentLength"]) > limit else bytes(body.read())
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted; the others are."""
-        for at in range(0, len(keys), _MOST):
-            named = [{"Key": self._prefix + key} for key in keys[at : at + _MOST]]
-            with self._translated("delete from"):
+        """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted: the others are, unless
+        the bucket can't be reached."""
+        failures: list[Exception] = []
+        with self._translated("delete from"):
+            for at in range(0, len(keys), _MOST):
+                named = [{"Key": self._prefix + key} for key in keys[at : at + _MOST]]
                 try:
                     found = self._client.delete_objects(Bucket=self._name, Delete={"Objects": named, "Quiet": True})
+                    failures += [self._failed({"Error": e}, "DeleteObjects") for e in found.get("Errors", ())[:1]]
                 except self._failed as error:
-                    if _code(error) not in _UNKNOWN:
-                        raise
-                    found = {}
-                    for each in named:
-                        self._client.delete_object(Bucket=self._name, **each)
-                for wrong in found.get("Errors", ())[:1]:
-                    raise self._failed({"Error": wrong}, "DeleteObjects")
+                    failures += self._delete_each(named) if _code(error) in _UNKNOWN else [error]
+            for failure in failures[:1]:
+                raise failure
+
+    def _delete_each(self, named: Sequence[Mapping[str, str]]) -> Sequence[Exception]:
+        """Returns the failures."""
+        failures = []
+        for each in named:
+            try:
+                self._client.delete_object(Bucket=self._name, **each)
+            except self._failed as error:  # noqa: PERF203 - each turn waits for the network anyway
+                failures.append(error)
+        return failures
 
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
