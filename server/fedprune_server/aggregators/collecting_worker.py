@@ -15,7 +15,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.limits import RoundUpdate
 from fedprune.core.errors import BundleError, StorageError
 from fedprune_server.aggregators.messages import first
-from fedprune_server.aggregators.regional_job import blobs_of
+from fedprune_server.aggregators.regional_job import LOST, UpdateLostError, blobs_of
 from fedprune_server.executor.background import CommandExecutor, Work
 from fedprune_server.executor.worker import Worker
 
@@ -186,14 +186,23 @@ class CollectingWorker:
                     answer = future.result()
                 elif self._gone(region):
                     self._drop(number)
-                    why = f"its aggregator {region} was away for too long"
+                    why = _away(region)
                     log.error("%d updates of round %d don't count: %s", len(some), command.round, why)
                     answer = on.Measured(command.round, 0, failed={c.part.device: why for c in some})
             answers.append((some, answer))
         return answers
 
     def _bring(self, found: do.Contribution) -> None:
-        """Fetch a whole update that is about to be read. If its aggregator lacks a blob, the update is missing."""
+        """Fetch a whole update that is about to be read. Raises `UpdateLostError` if its aggregator doesn't have it any
+        more, or was away for too long."""
         for digest in sorted(blobs_of(found)):
-            if not self._worker.store.has(digest) and (raw := self._fetch(found.region, digest)) is not None:
-                self._worker.store.put(raw)
+            if self._worker.store.has(digest):
+                continue
+            raw = self._fetch(found.region, digest)
+            if raw is None:
+                raise UpdateLostError(_away(found.region) if self._gone(found.region) else LOST)
+            self._worker.store.put(raw)
+
+
+def _away(region: str) -> str:
+    return f"its aggregator {first(region)} was away for too long"

@@ -10,7 +10,7 @@ from typing import TypeVar
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import StorageError
+from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Progress, Task, basis_digests, update_digests
 from fedprune.model.architecture import Architecture
@@ -21,12 +21,19 @@ from fedprune_server.executor.worker import Worker
 
 log = logging.getLogger("fedprune.server")
 
+LOST = "no server of the tier has all of its update any more"
+"""Why an update doesn't count: some of it was lost with the aggregator that had acknowledged it."""
+
 Fetch = Callable[[str], bytes | None]
 _Entry = TypeVar("_Entry", Device, Task)
 
 
 class NotFoundError(StorageError):
     """No server of the tier has a blob."""
+
+
+class UpdateLostError(FedpruneError):
+    """No server of the tier has a device's update: it doesn't count, and the others do."""
 
 
 class RemoteCoordinator:
@@ -87,13 +94,14 @@ class FetchingWorker:
             return on.Ticked()
         try:
             command = self._equipped(command)
+            lost = self._lost(command)
         except ParentLostError as error:
             log.info("left undone until the parent repeats it: %s", error)
             return on.Ticked()
         except NotFoundError as error:
             log.error("left undone: %s", error)
             return on.Ticked()
-        return self._inner.execute(command)
+        return _failed(command, lost) if lost else self._inner.execute(command)
 
     def _outdated(self, command: Work) -> bool:
         """Whether the parent has replaced the order for a part: blobs that it needs may have been deleted there."""
@@ -120,16 +128,24 @@ class FetchingWorker:
                 return replace(command, part=part)
             case do.Fold():
                 self._get({command.model, *command.memory.values()})
-                return replace(command, contribution=self._with_blobs(command.contribution))
+                found = command.contribution
+                return replace(command, contribution=replace(found, part=self._with_past(found.part)))
             case do.Measure():
                 self._get({command.model, *command.memory.values()})
-                return replace(command, contributions=tuple(map(self._with_blobs, command.contributions)))
+                some = (replace(c, part=self._with_past(c.part)) for c in command.contributions)
+                return replace(command, contributions=tuple(some))
         return command
 
-    def _with_blobs(self, found: do.Contribution) -> do.Contribution:
-        if not found.region:
-            self._get(blobs_of(found), needed=False)  # an update that is missing is rejected as unreadable
-        return replace(found, part=self._with_past(found.part))
+    def _lost(self, command: Work) -> dict[str, str]:
+        """Fetch the updates that a command reads here; returns by device why one can't be had."""
+        match command:
+            case do.Fold():
+                stored: tuple[do.Contribution, ...] = (command.contribution,)
+            case do.Measure():
+                stored = tuple(c for c in command.contributions if not c.region)
+            case _:
+                stored = ()
+        return {c.part.device: LOST for c in stored if not self._get(blobs_of(c), needed=False)}
 
     def _with_past(self, part: do.Part) -> do.Part:
         """A part with its last counted update, whose blobs are here now; without it if a lost aggregator had them."""
@@ -152,6 +168,19 @@ class FetchingWorker:
                 return False
             self._worker.store.put(data)
         return True
+
+
+def _failed(command: Work, failed: Mapping[str, str]) -> on.Event:
+    """The answer to a command that reads updates which can't be had."""
+    match command:
+        case do.Fold():
+            part = command.contribution.part
+            return on.UpdateRejected(part.device, command.contribution.basis.round, part.attempt, failed[part.device])
+        case do.AddUp():
+            return on.AddedUp(command.round, command.number, failed=dict(failed))
+        case do.Measure():
+            return on.Measured(command.round, command.number, failed=dict(failed))
+    raise TypeError(f"{type(command).__name__} reads no updates")
 
 
 def blobs_of(found: do.Contribution) -> set[str]:

@@ -21,7 +21,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.aggregators.collecting_worker import CollectingWorker
 from fedprune_server.aggregators.messages import command_body, event_body, read_event, read_steered
-from fedprune_server.aggregators.regional_job import FetchingWorker, blobs_of
+from fedprune_server.aggregators.regional_job import LOST, FetchingWorker, blobs_of
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
@@ -82,6 +82,8 @@ class Place:
         first, _, rest = path.partition("/")
         place = self.below[first]
         self.fetched.append(digest)
+        if place.away:
+            return None  # it was waited for
         if place.lose():
             place.worker.store.delete(digest)
         if place.worker.store.has(digest):
@@ -222,21 +224,63 @@ def test_sums_that_a_restart_has_swept_are_made_anew(model: Model, tmp_path: Pat
         assert found.model == rest.model
 
 
+@pytest.mark.parametrize(
+    "settings", [STRATEGIES["plain"], STRATEGIES["transport"], *WHOLE.values()], ids=["plain", "transport", *WHOLE]
+)
 def test_after_its_patience_a_round_closes_without_the_aggregator_that_is_away(
+    model: Model, tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = Tier(model, tmp_path, settings)
+    tier.places["coast"].away = True
+    with caplog.at_level(logging.WARNING):
+        found = tier.end()
+    lost = {c.part.device for c in tier.close.contributions if c.region == "coast"}
+    assert lost
+    closed_without(tier, found, dict.fromkeys(lost, "its aggregator coast was away for too long"))
+    assert "its aggregator coast was away for too long" in caplog.text
+
+
+def test_an_aggregator_that_was_away_for_too_long_is_asked_no_more(
     model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = Tier(model, tmp_path, {"strategy": "plain"})
     tier.places["coast"].away = True
     with caplog.at_level(logging.ERROR):
-        found = tier.end()
-    assert isinstance(found, on.Closed)
-    lost = {c.part.device for c in tier.close.contributions if c.region == "coast"}
-    assert found.rejected == dict.fromkeys(sorted(lost), "its aggregator coast was away for too long")
+        tier.end()
     assert tier.places[""].dropped
+    lost = [c for c in tier.close.contributions if c.region == "coast"]
     assert f"{len(lost)} updates of round 1 don't count" in caplog.text
-    rest = tier.expected([c for c in tier.close.contributions if c.region != "coast"])
+
+
+def test_an_aggregator_rejects_an_update_that_no_server_has(model: Model, tmp_path: Path) -> None:
+    tier = Tier(model, tmp_path, {"strategy": "plain"})
+    fold = next(f for f in tier.folds if f.contribution.region == "coast")
+    part = fold.contribution.part
+    tier.places["coast"].worker.store.delete(fold.contribution.weights)
+    assert tier._fold(fold) == on.UpdateRejected(part.device, fold.round, part.attempt, LOST)
+
+
+@pytest.mark.parametrize("settings", [STRATEGIES["plain"], STRATEGIES["transport"], *WHOLE.values()])
+@pytest.mark.parametrize("region", ["coast", "north/valley"])
+def test_a_round_closes_without_an_update_that_no_server_has(
+    model: Model, tmp_path: Path, settings: dict[str, Any], region: str
+) -> None:
+    tier = Tier(model, tmp_path, settings)
+    gone = next(c for c in tier.close.contributions if c.region == region)
+    for place in tier.places.values():  # restarted: the update is in no sums
+        place.worker._round = None
+        place.worker.limits.keep([])
+        place.worker.store.delete(gone.weights)
+    closed_without(tier, tier.end(), {gone.part.device: LOST})
+
+
+def closed_without(tier: Tier, found: on.Event, rejected: Mapping[str, str]) -> None:
+    """Check that a round's end rejects these devices, and has the bits of one without their updates."""
+    assert isinstance(found, on.Closed)
+    assert found.rejected == dict(sorted(rejected.items()))
+    rest = tier.expected([c for c in tier.close.contributions if c.part.device not in rejected])
     assert isinstance(rest, on.Closed)
-    assert found.model == rest.model
+    assert (found.model, found.memory) == (rest.model, rest.memory)
 
 
 @pytest.mark.parametrize("strategy", ["fedasync", "fedbuff", "fedfix"])
