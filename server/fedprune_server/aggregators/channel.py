@@ -58,6 +58,11 @@ class ParentLostError(BrokerError):
     """The connection to the other side ended while something was awaited from it."""
 
 
+class UnansweredError(ParentLostError):
+    """The other side is connected and can't tell now whether there is a blob: it has lost its own parent or ends, or
+    can't read its disk."""
+
+
 class Channel(Closing):
     """A connection's messages and blobs. `run` reads until it ends; other threads send.
 
@@ -96,14 +101,14 @@ class Channel(Closing):
 
     def give(self, job: str, sha256: str, data: bytes | None = None, *, lost: bool = False) -> None:
         """Queue a blob, which is `data` or in a store, or the answer that there is none, or that this is unknown since
-        this side has `lost` its parent."""
+        this side has `lost` its parent or can't read its store."""
         with self._changed:
             self._wanted.append((job, sha256, data, lost))
             self._changed.notify_all()
 
     def fetch(self, job: str, sha256: str, region: str = "") -> bytes | None:
         """A blob of the other side, or of a region below it; None if it has none. Waits, so not for the server's loop.
-        Raises `ParentLostError` if the connection ends, or the other side has lost its own parent or ends."""
+        Raises `ParentLostError` if the connection ends, and `UnansweredError` if the other side can't tell."""
         with self._changed:
             if self.closed:
                 raise ParentLostError("the connection has ended")
@@ -187,7 +192,8 @@ class Channel(Closing):
         with self._changed:
             awaited = self._awaited.pop((job, sha256), None)
         if awaited is not None and lost:
-            awaited.set_exception(ParentLostError("the other side has lost its own parent"))
+            why = "the other server can't tell whether there is such a blob: it has lost its parent, or can't read it"
+            awaited.set_exception(UnansweredError(why))
         elif awaited is not None:
             awaited.set_result(data)
 
@@ -222,14 +228,13 @@ class Channel(Closing):
                 self._changed.notify_all()
 
     def _give(self, job: str, sha256: str, data: bytes | None, lost: bool) -> None:
-        store = self._find(job, sha256) if data is None else None
         view, ref = (None, None) if data is None else (memoryview(data), BlobRef.of(data))
         try:
-            if store is not None:
+            if data is None and (store := self._find(job, sha256)) is not None:
                 view, ref = store.map(sha256), store.ref(sha256)
         except StorageError as error:
             log.warning("a blob can't be given to another server of the tier: %s", error)
-            view = ref = None
+            lost = True
         if view is None or ref is None:
             self._socket.send(json.dumps({"kind": "lost" if lost else "absent", "job": job, "sha256": sha256}))
             return

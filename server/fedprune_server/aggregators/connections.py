@@ -37,6 +37,7 @@ from fedprune_server.aggregators.channel import (
     Channel,
     Message,
     ParentLostError,
+    UnansweredError,
     drained,
 )
 from fedprune_server.aggregators.messages import first, joined, read_event, steered_body
@@ -54,6 +55,9 @@ TOGETHER = 1000
 megabytes."""
 
 _LOOK_S = 1.0
+
+_TRIES = 10
+"""Times that an aggregator that can't tell whether it has a blob is asked in a row."""
 
 _BACK_S = 60.0
 """Time for an aggregator to connect to a server that was away, too: twice its longest pause."""
@@ -317,10 +321,11 @@ class RegionConnections(Closing):
         self._asked.pop((job, number), None)
 
     def fetch(self, job: str, path: str, sha256: str) -> bytes | None:
-        """A blob of the aggregator of a region, which is waited for; None if it has none, or doesn't come back. Raises
-        `ParentLostError` if this server ends."""
+        """A blob of the aggregator of a region, which is waited for; None if it has none or can't read it, or doesn't
+        come back. Raises `ParentLostError` if this server ends."""
         name, _, rest = path.partition("/")
-        while True:
+        unanswered = 0
+        while unanswered < _TRIES:
             with self._changed:
                 while not self._closed and name not in self._regions and not self.gone(name):
                     self._away.setdefault(name, time.monotonic())
@@ -330,10 +335,16 @@ class RegionConnections(Closing):
                 raise ParentLostError("this server ends")
             if region is None:
                 return None
-            with suppress(ParentLostError):
+            try:
                 return region.channel.fetch(job, sha256, rest)
+            except UnansweredError:
+                unanswered += 1
+            except ParentLostError:
+                unanswered = 0
             with self._changed:
                 self._changed.wait_for(partial(self._replaced, name, region), _LOOK_S)
+        log.error("the aggregator %s can't read blob %s", name, sha256)
+        return None
 
     def find(self, job: str, sha256: str, path: str) -> bytes | None:
         """A blob of the aggregator of a region, as `fetch`, or of any aggregator if the path is empty."""

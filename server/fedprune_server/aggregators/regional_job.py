@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -14,7 +16,7 @@ from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Progress, Task, basis_digests, update_digests
 from fedprune.model.architecture import Architecture
-from fedprune_server.aggregators.channel import ParentLostError
+from fedprune_server.aggregators.channel import ParentLostError, UnansweredError
 from fedprune_server.aggregators.messages import UP, Steered
 from fedprune_server.executor.background import CommandExecutor, Work
 from fedprune_server.executor.worker import Worker
@@ -24,12 +26,19 @@ log = logging.getLogger("fedprune.server")
 LOST = "no server of the tier has all of its update any more"
 """Why an update doesn't count: some of it was lost with the aggregator that had acknowledged it."""
 
+_TRIES, _AGAIN_S = 3, 1.0
+"""Times that the parent is asked for a blob that it should have, and the seconds between two of them."""
+
 Fetch = Callable[[str], bytes | None]
 _Entry = TypeVar("_Entry", Device, Task)
 
 
 class NotFoundError(StorageError):
-    """No server of the tier has a blob."""
+    """No server of the tier has a blob that a command needs."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"blob {digest} is on no server of the tier")
+        self.digest = digest
 
 
 class UpdateLostError(FedpruneError):
@@ -76,6 +85,9 @@ def _replace(known: TrackedDict[_Entry], rows: Mapping[str, _Entry | None], *, w
 class FetchingWorker:
     """Carries out a parent's commands, after fetching the blobs that they name and this server doesn't have.
 
+    A blob that the parent can't find is asked for again, a few times: then the parts that need it have failed, so that
+    the round can close. While the parent can't tell, and no connection ends, it is asked until it can.
+
     Args:
         fetch: Gives a blob of the parent or of another of its aggregators; None if no server has it. Raises
             `ParentLostError`.
@@ -85,23 +97,29 @@ class FetchingWorker:
 
     def __init__(self, worker: Worker, inner: CommandExecutor, fetch: Fetch, state: State) -> None:
         self._worker, self._inner, self._fetch, self._state = worker, inner, fetch, state
+        self._absent = Counter[str]()
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         self._worker.expect(commands)  # helpers can't begin before the blobs are here
 
     def execute(self, command: Work) -> on.Event:
-        if self._outdated(command):
-            return on.Ticked()
-        try:
-            command = self._equipped(command)
-            lost = self._lost(command)
-        except ParentLostError as error:
-            log.info("left undone until the parent repeats it: %s", error)
-            return on.Ticked()
-        except NotFoundError as error:
-            log.error("left undone: %s", error)
-            return on.Ticked()
-        return _failed(command, lost) if lost else self._inner.execute(command)
+        while not self._outdated(command):
+            try:
+                equipped = self._equipped(command)
+                lost = self._lost(equipped)
+            except UnansweredError as error:
+                log.debug("asking again: %s", error)
+            except ParentLostError as error:
+                log.info("left undone until the parent repeats it: %s", error)
+                return on.Ticked()
+            except NotFoundError as error:
+                if self._absent[error.digest] >= _TRIES:
+                    log.error("it can't be done: %s", error)
+                    return _failed(command, dict.fromkeys(_devices(command), str(error)))
+            else:
+                return _failed(command, lost) if lost else self._inner.execute(equipped)
+            time.sleep(_AGAIN_S)
+        return on.Ticked()
 
     def _outdated(self, command: Work) -> bool:
         """Whether the parent has replaced the order for a part: blobs that it needs may have been deleted there."""
@@ -163,16 +181,20 @@ class FetchingWorker:
                 continue
             data = self._fetch(digest)
             if data is None and needed:
-                raise NotFoundError(f"blob {digest} is on no server of the tier")
+                self._absent[digest] += 1
+                raise NotFoundError(digest)
             if data is None:
                 return False
             self._worker.store.put(data)
+            del self._absent[digest]
         return True
 
 
 def _failed(command: Work, failed: Mapping[str, str]) -> on.Event:
-    """The answer to a command that reads updates which can't be had."""
+    """The answer to a command that needs blobs which can't be had: by device, why its part has failed."""
     match command:
+        case do.Extract(part=part):
+            return on.OfferRefused(part.device, command.basis.round, part.attempt, failed[part.device])
         case do.Fold():
             part = command.contribution.part
             return on.UpdateRejected(part.device, command.contribution.basis.round, part.attempt, failed[part.device])
@@ -180,7 +202,19 @@ def _failed(command: Work, failed: Mapping[str, str]) -> on.Event:
             return on.AddedUp(command.round, command.number, failed=dict(failed))
         case do.Measure():
             return on.Measured(command.round, command.number, failed=dict(failed))
-    raise TypeError(f"{type(command).__name__} reads no updates")
+    raise TypeError(f"{type(command).__name__} is no command for an aggregator")
+
+
+def _devices(command: Work) -> list[str]:
+    """The devices whose parts a command is about."""
+    match command:
+        case do.Extract():
+            return [command.part.device]
+        case do.Fold():
+            return [command.contribution.part.device]
+        case do.Measure():
+            return [c.part.device for c in command.contributions]
+    return []
 
 
 def blobs_of(found: do.Contribution) -> set[str]:

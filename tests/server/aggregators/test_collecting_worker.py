@@ -19,6 +19,8 @@ from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress, Task
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
+from fedprune_server.aggregators import regional_job
+from fedprune_server.aggregators.channel import ParentLostError, UnansweredError
 from fedprune_server.aggregators.collecting_worker import CollectingWorker
 from fedprune_server.aggregators.messages import command_body, event_body, read_event, read_steered
 from fedprune_server.aggregators.regional_job import LOST, FetchingWorker, blobs_of
@@ -258,6 +260,83 @@ def test_an_aggregator_rejects_an_update_that_no_server_has(model: Model, tmp_pa
     part = fold.contribution.part
     tier.places["coast"].worker.store.delete(fold.contribution.weights)
     assert tier._fold(fold) == on.UpdateRejected(part.device, fold.round, part.attempt, LOST)
+
+
+class Asked:
+    """An aggregator's way to its parent, which answers the first requests in its own way."""
+
+    def __init__(self, place: Place, answers: Sequence[type[ParentLostError] | None]) -> None:
+        self.requests = 0
+        self._answers, self._fetch = answers, place._fetch_above
+        place.crew = FetchingWorker(place.worker, place.worker, self, place.state)
+
+    def __call__(self, digest: str) -> bytes | None:
+        self.requests += 1
+        if self.requests > len(self._answers):
+            return self._fetch(digest)
+        if (error := self._answers[self.requests - 1]) is not None:
+            raise error("the parent")
+        return None
+
+
+def order_of(tier: Tier, region: str) -> do.Extract:
+    """Has an aggregator without the round's model make a device's submodel."""
+    place = tier.places[region]
+    place.worker._shared.clear()
+    found = next(c for c in tier.close.contributions if c.region == region)
+    place.state.tasks[found.part.device] = Task(1, found.part.widths, progress=Progress.EXTRACTING)
+    place.worker.store.delete(tier.close.model)
+    return do.Extract(found.basis, found.part)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regional_job, "_AGAIN_S", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("answers", [[None], [None, None], [UnansweredError] * 20, [UnansweredError, None]])
+def test_an_aggregator_asks_again_for_a_blob_that_its_parent_should_have(
+    model: Model, tmp_path: Path, answers: list[type[ParentLostError] | None]
+) -> None:
+    tier = Tier(model, tmp_path, {"strategy": "plain"})
+    order, asked = order_of(tier, "coast"), Asked(tier.places["coast"], answers)
+    assert isinstance(tier.places["coast"].crew.execute(order), on.Extracted)
+    assert asked.requests == len(answers) + 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_part_fails_whose_blobs_its_aggregator_cannot_get(model: Model, tmp_path: Path) -> None:
+    tier = Tier(model, tmp_path, {"strategy": "plain"})
+    order, asked = order_of(tier, "coast"), Asked(tier.places["coast"], [None] * 100)
+    place, part = tier.places["coast"], order.part
+    reason = f"blob {tier.close.model} is on no server of the tier"
+    refused = on.OfferRefused(part.device, 1, 1, reason)
+    assert place.crew.execute(order) == refused
+    assert asked.requests == 3
+    assert place.crew.execute(order) == refused
+    assert asked.requests == 4  # a region's parts together are not held up for longer
+    fold = next(f for f in tier.folds if f.contribution.part == part)
+    assert tier._fold(fold) == on.UpdateRejected(part.device, 1, 1, reason)
+    measure = do.Measure(1, 5, tier.close.model, {}, (replace(fold.contribution, region=""),))
+    assert place.crew.execute(measure) == on.Measured(1, 5, failed={part.device: reason})
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_order_that_is_outdated_meanwhile_is_left_undone(model: Model, tmp_path: Path) -> None:
+    tier = Tier(model, tmp_path, {"strategy": "plain"})
+    order, place = order_of(tier, "coast"), tier.places["coast"]
+    asked = Asked(place, [UnansweredError])
+    asked._fetch = lambda digest: place.state.tasks.clear()
+    assert place.crew.execute(order) == on.Ticked()
+    assert asked.requests == 2
+
+
+def test_a_connection_that_ended_repeats_what_it_left_undone(model: Model, tmp_path: Path) -> None:
+    tier = Tier(model, tmp_path, {"strategy": "plain"})
+    order, asked = order_of(tier, "coast"), Asked(tier.places["coast"], [ParentLostError])
+    assert tier.places["coast"].crew.execute(order) == on.Ticked()
+    assert asked.requests == 1
 
 
 @pytest.mark.parametrize("settings", [STRATEGIES["plain"], STRATEGIES["transport"], *WHOLE.values()])

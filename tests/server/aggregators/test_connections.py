@@ -20,11 +20,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import BrokerError, ConfigError
+from fedprune.core.errors import BrokerError, ConfigError, StorageError
 from fedprune.jobs.state import Device, Phase, Progress, Task
 from fedprune.wire.messages import Birth
 from fedprune_server.aggregators import channel, connections, dispatcher, parent
-from fedprune_server.aggregators.channel import PIECE, ParentLostError
+from fedprune_server.aggregators.channel import PIECE, ParentLostError, UnansweredError
 from fedprune_server.aggregators.connections import (
     BornBelow,
     DiedBelow,
@@ -457,6 +457,28 @@ def test_an_aggregator_without_its_parent_does_not_say_that_a_blob_is_nowhere(ti
     tier.connections._above = lost
     with pytest.raises(ParentLostError):
         link.fetch(JOB, "c" * 64)
+
+
+def test_a_server_that_cannot_read_a_blob_does_not_say_that_it_is_nowhere(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tier.join("north")
+    digest, above = tier.stores["north"].put(b"sums").sha256, tier.store.put(b"ranks").sha256
+    disk, ok = BlobStore.map, threading.Event()
+
+    def read(store: BlobStore, sha256: str) -> memoryview:
+        if not ok.is_set():
+            raise StorageError("can't read it (Input/output error)")
+        return disk(store, sha256)
+
+    monkeypatch.setattr(BlobStore, "map", read)
+    monkeypatch.setattr(connections, "_LOOK_S", 0.01)
+    with pytest.raises(UnansweredError):
+        link.fetch(JOB, above)
+    assert tier.connections.fetch(JOB, "north", digest) is None  # however often it is asked
+    threading.Timer(0.03, ok.set).start()
+    assert tier.connections.fetch(JOB, "north", digest) == b"sums"
+    assert link.fetch(JOB, above) == b"ranks"
 
 
 def test_a_parent_finds_a_blob_below_an_aggregator(tier: Tier) -> None:

@@ -143,6 +143,36 @@ def test_a_stored_update_waits_for_its_region_until_that_is_given_up(shell: Regi
     assert shell.state.devices[NORTH[0]].failures == 0
 
 
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_an_offer_that_its_aggregator_cannot_make_does_not_hold_the_round_up(in_flight: int) -> None:
+    shell = Regional(replace(JOB, deadline_s=60.0, in_flight=in_flight))
+    shell.arrive()
+    shell.away = True  # the offer isn't made
+    shell.run()
+    (name,) = NORTH
+    assert shell.state.tasks[name].progress is Progress.EXTRACTING
+    shell.feed(on.OfferRefused(name, 1, shell.state.tasks[name].attempt, "blob abc is on no server of the tier"))
+    shell.run()
+    for _ in range(2 * len(NAMES)):
+        if not shell.state.history:
+            shell.later(60.0)
+    ended = shell.state.history[0]["devices"]
+    assert (ended[name]["progress"], ended[name]["reason"]) == ("refused", "blob abc is on no server of the tier")
+    assert all(ended[n]["progress"] == "folded" for n in NAMES[1:])
+    assert shell.state.devices[name].failures == 0
+
+
+def test_the_deadline_comes_if_the_last_offer_cannot_be_made(shell: Regional) -> None:
+    shell.away = True
+    while not shell.lost:
+        shell.feed(shell.inbox.pop(0))
+    while shell.state.tasks.count(Progress.EXTRACTING) > 1:
+        shell.feed(shell.inbox.pop(0))
+    assert shell.state.deadline is None
+    shell.feed(on.OfferRefused(NORTH[0], 1, 1, "blob abc is on no server of the tier"))
+    assert shell.state.deadline == shell.now + 60.0
+
+
 @pytest.mark.parametrize("progress", [Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING])
 def test_a_board_that_moves_is_offered_the_same_where_it_is(shell: Regional, progress: Progress) -> None:
     shell.until(progress)

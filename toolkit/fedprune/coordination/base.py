@@ -97,7 +97,8 @@ class Coordinator(ABC):
             case on.UpdateRejected():
                 return self._rejected(event, now)
             case on.OfferRefused():
-                return self._give_up(self._task(event, Progress.OFFERED), event, now)
+                task = self._task(event, Progress.OFFERED) or self._task(event, Progress.EXTRACTING)
+                return self._give_up(task, event, now) + self._clocked(now)
             case on.Folded():
                 return self._folded(event, now)
             case on.Closed():
@@ -404,10 +405,11 @@ class Coordinator(ABC):
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, task: Task, event: on.UpdateRejected | on.OfferRefused) -> None:
-        """A device's part came to nothing by its own fault."""
-        task.refuse(event.reason, event.kind)
+        """A device's part came to nothing: by its own fault or, if it wasn't offered yet, by its aggregator's."""
         device = self.state.devices[event.device]
-        device.failures += 1
+        if task.progress is not Progress.EXTRACTING:
+            device.failures += 1
+        task.refuse(event.reason, event.kind)
         if device.failures >= MAX_FAILURES:
             device.excluded_by = task.kind
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {event.reason}"

@@ -107,7 +107,7 @@ class UpdateRejected:
 
 @dataclass(frozen=True)
 class OfferRefused:
-    """A device can't carry out its offer. `kind` is a `FailureKind`."""
+    """A device can't carry out its offer, or its aggregator can't make it. `kind` is a `FailureKind`."""
 
     device: str
     round: int
