@@ -11,6 +11,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,9 @@ _JOBS, _AGAIN_S = "jobs.json", 10.0
 
 FIRST_S, MOST_S = 0.5, 30.0
 """Seconds between two attempts to connect: the first pause, doubled each time, and the longest."""
+
+_SEARCHES = 16
+"""Threads that look for a blob at this aggregator's own aggregators, which may have to be waited for."""
 
 _OTHER_AUTHORITY = (18, 19, 20, 21)
 """OpenSSL's X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT to X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE (x509_vfy.h)."""
@@ -106,6 +111,9 @@ class ParentLink(Closing):
         self._context, self._landing = context, landing
         self._stores: dict[str, BlobStore] = {}
         self._below: Callable[[str, str, str], bytes | None] | None = None
+        self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
+        self._searched: dict[tuple[str, str, str], Channel] = {}
+        self._searched_lock = threading.Lock()
         self._parts: list[Steered] = []
         self._new_members: dict[str, str] = {}
         self._wake: Callable[[], None] = lambda: None
@@ -196,6 +204,7 @@ class ParentLink(Closing):
 
     def close(self) -> None:
         self._stopping.set()
+        self._searches.shutdown(wait=False, cancel_futures=True)
         if self._channel is not None:
             self._channel.close()
 
@@ -268,16 +277,22 @@ class ParentLink(Closing):
         if below is None or self._store(job, sha256) is not None:
             channel.give(job, sha256)
             return
+        with self._searched_lock:
+            under_way = (job, sha256, region) in self._searched
+            self._searched[job, sha256, region] = channel  # the latest connection gets the answer
+        if not under_way:
+            with suppress(RuntimeError):  # this server ends
+                self._searches.submit(self._search, below, job, sha256, region)
 
-        def look() -> None:
-            data, lost = None, False
-            try:
-                data = below(job, sha256, region)
-            except ParentLostError:
-                lost = True
-            channel.give(job, sha256, data, lost=lost)
-
-        threading.Thread(target=look, name="fedprune-blobs", daemon=True).start()
+    def _search(self, below: Callable[[str, str, str], bytes | None], job: str, sha256: str, region: str) -> None:
+        data, lost = None, False
+        try:
+            data = below(job, sha256, region)
+        except ParentLostError:
+            lost = True
+        with self._searched_lock:
+            channel = self._searched.pop((job, sha256, region))
+        channel.give(job, sha256, data, lost=lost)
 
     def _received(self, channel: Channel, message: Message) -> None:
         match message["kind"]:

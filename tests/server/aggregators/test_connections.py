@@ -497,6 +497,75 @@ def test_a_parent_finds_a_blob_below_an_aggregator(tier: Tier) -> None:
     assert tier.connections.fetch(JOB, "north/hill", digest) is None
 
 
+class Held:
+    """The aggregators below an aggregator, which have every blob, and wait before they give one."""
+
+    def __init__(self, tier: Tier) -> None:
+        self.may_go, self.asked = threading.Event(), list[str]()
+        self.data = [str(number).encode() for number in range(parent._SEARCHES + 5)]
+        store = BlobStore(tier.folder / "x", durable=False)
+        self.blobs = {store.put(data).sha256: data for data in self.data}
+        self.found: list[bytes | None] = []
+        self._tier, self._threads = tier, list[threading.Thread]()
+        link = tier.begin("north")
+        link.serve({JOB: tier.stores["north"]}, lambda: None, self._below)
+        threading.Thread(target=link.start).start()
+        tier.dispatcher.up(tier.wait(RegionUp).region)
+
+    def _below(self, job: str, sha256: str, region: str) -> bytes | None:
+        self.asked.append(sha256)
+        assert self.may_go.wait(10)
+        return self.blobs[sha256]
+
+    def fetch(self, sha256: str) -> None:
+        def fetch() -> None:
+            self.found.append(self._tier.connections.fetch(JOB, "north/valley", sha256))
+
+        self._threads.append(threading.Thread(target=fetch))
+        self._threads[-1].start()
+
+    def until_asked(self, count: int) -> None:
+        until = time.monotonic() + 10
+        while len(self.asked) < count:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    def end(self) -> None:
+        self.may_go.set()
+        for thread in self._threads:
+            thread.join(10)
+
+
+def test_an_aggregator_looks_for_so_many_blobs_at_a_time(tier: Tier) -> None:
+    held = Held(tier)
+    for digest in held.blobs:
+        held.fetch(digest)
+    held.until_asked(parent._SEARCHES)
+    time.sleep(0.2)
+    assert len(held.asked) == parent._SEARCHES
+    held.end()
+    assert sorted(held.found, key=repr) == sorted(held.data, key=repr)
+
+
+def test_a_search_goes_on_while_its_parent_connects_again(tier: Tier) -> None:
+    held = Held(tier)
+    digest, data = next(iter(held.blobs.items()))
+    held.fetch(digest)
+    held.until_asked(1)
+    (link,) = tier.links
+    assert link._channel is not None
+    link._channel.close()
+    tier.dispatcher.down(tier.wait(RegionDown).region)
+    tier.dispatcher.up(tier.wait(RegionUp).region)
+    other = list(held.blobs)[1]
+    held.fetch(other)
+    held.until_asked(2)  # the new connection is in use
+    time.sleep(0.2)
+    assert held.asked == [digest, other]
+    held.end()
+    assert data in held.found
+
+
 def test_an_aggregator_that_ends_does_not_say_that_a_blob_below_it_is_nowhere(tier: Tier) -> None:
     ends, asked = threading.Event(), threading.Event()
 
