@@ -59,14 +59,31 @@ class RemoteCoordinator:
 
     def handle(self, event: on.Event, now: float) -> list[do.Command]:
         if isinstance(event, UP):
+            self._note(event)
             self._report(event)
         return []
+
+    def _note(self, event: on.Event) -> None:
+        """Enter the blobs that are reported in the copy of the part's row: what no row names is deleted when a round
+        begins, and the parent's row may name them only after that."""
+        if not isinstance(event, on.Extracted | on.UpdateStored) or event.region:
+            return
+        task = self._state.tasks.get(event.device)
+        if task is None or (self._state.round_of(task), task.attempt) != (event.round, event.attempt):
+            return
+        if isinstance(event, on.Extracted) and task.progress is Progress.EXTRACTING:
+            task.offer = event.offer
+        if isinstance(event, on.UpdateStored) and task.progress is Progress.PULLING:
+            task.weights = event.weights
 
     def follow(self, steered: Steered) -> list[do.Command]:
         """Take over the parent's rows; returns its commands."""
         state = self._state
         for name, value in steered.head.items():
             setattr(state, name, value)
+        for name, row in steered.tasks.items():
+            if row is not None and (known := state.tasks.get(name)) is not None:
+                _keep_reported(known, row)
         _replace(state.devices, steered.devices, whole=steered.whole)
         _replace(state.tasks, steered.tasks, whole=steered.whole)
         return list(steered.commands)
@@ -80,6 +97,17 @@ def _replace(known: TrackedDict[_Entry], rows: Mapping[str, _Entry | None], *, w
             known.pop(name, None)
         else:
             known[name] = row
+
+
+def _keep_reported(known: Task, row: Task) -> None:
+    """Take over what was reported of a part to a row that the parent sent before it learned of it. Synchronous rounds
+    end with no part at this point."""
+    if row.basis is None or (row.basis, row.attempt, row.progress) != (known.basis, known.attempt, known.progress):
+        return
+    if row.progress is Progress.EXTRACTING:
+        row.offer = known.offer
+    if row.progress is Progress.PULLING:
+        row.weights = known.weights
 
 
 class FetchingWorker:

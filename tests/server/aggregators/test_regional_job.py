@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.staleness import plain
 from fedprune.jobs.state import Device, Phase, Progress, Task
 from fedprune.wire.messages import Birth
 from fedprune.wire.topics import Topics
@@ -103,6 +105,62 @@ def test_a_command_under_way_keeps_what_it_reads_when_the_parent_goes_on(region:
     assert isinstance(region.answer(), on.Extracted)
     region.steer({})
     assert not region.store.has(first)
+
+
+HEAD = {"ranking": None, "order": None, "memory": {}, "paused": False, "phase": Phase.TRAINING}
+
+
+def begun(region: Region, progress: Progress, **values: Any) -> tuple[do.Basis, Task]:
+    """An asynchronous part that the board `ant` has begun, and the basis of its offer."""
+    basis = do.Basis(1, region.state.model, region.put("ranks"))
+    return basis, Task(1, (3,), progress=progress, basis=plain(basis), **values)
+
+
+def go_on(region: Region, number: int, tasks: dict[str, Task | None]) -> None:
+    """The parent begins a round."""
+    region.steer(HEAD | {"round": number, "model": region.put(f"model {number}")}, tasks=tasks)
+
+
+def check_kept(region: Region, digests: set[str], sent: Task, known: Task) -> None:
+    """Blobs that were reported stay until the parent has done with them.
+
+    Args:
+        sent: The part's row, which the parent sends again before it learns of the report.
+        known: The row after that.
+    """
+    go_on(region, 2, {})
+    assert all(map(region.store.has, digests))
+    go_on(region, 3, {"ant": replace(sent)})
+    go_on(region, 4, {})
+    assert all(map(region.store.has, digests))
+    go_on(region, 5, {"ant": known})
+    go_on(region, 6, {})
+    assert all(map(region.store.has, digests))
+    go_on(region, 7, {"ant": None})
+    assert not any(map(region.store.has, digests))
+
+
+def test_an_update_that_is_reported_stays_while_the_parent_begins_a_round(region: Region) -> None:
+    update = region.store.put(fill("update"))
+    _, task = begun(region, Progress.PULLING, offer={"weights": {"size": update.size}}, update=update.to_dict())
+    device, head = Device(1, True, {"name": "raspberry-pi-5"}, None, 10), HEAD | {"round": 1}
+    pull = do.PullUpdate("ant", 1, 1, update.to_dict())
+    region.steer(head, devices={"ant": device}, tasks={"ant": replace(task)}, commands=(pull,), whole=True)
+    assert region.answer() == on.UpdateStored("ant", 1, 1, update.sha256)
+    stored = replace(task, progress=Progress.STORED, weights=update.sha256)
+    check_kept(region, {update.sha256}, task, stored)
+
+
+def test_an_offer_that_is_reported_stays_while_the_parent_begins_a_round(region: Region) -> None:
+    basis, task = begun(region, Progress.EXTRACTING)
+    device, head = Device(1, True, {"name": "raspberry-pi-5"}, None, 10), HEAD | {"round": 1}
+    order = do.Extract(basis, do.Part("ant", 1, (3,), 1.0, 10, None), do.Coding(), 1)
+    region.steer(head, devices={"ant": device}, tasks={"ant": replace(task)}, commands=(order,), whole=True)
+    region.worker.may_go.set()
+    made = region.answer()
+    assert isinstance(made, on.Extracted)
+    offered = replace(task, progress=Progress.OFFERED, offer=made.offer)
+    check_kept(region, {made.offer["weights"]["sha256"]}, task, offered)
 
 
 class Parent:
