@@ -62,6 +62,7 @@ class CommandDispatcher:
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
         self._shipping, self._blobs_at = shipping, blobs_at
+        self._changed = traffic.state.tasks.watch()
         self.revoked: set[str] = set()
 
     def run(self, command: DeviceCommand) -> list[on.Event]:
@@ -113,18 +114,19 @@ class CommandDispatcher:
         """Stop receiving updates that no part awaits any more.
 
         Args:
-            everywhere: Look at all that are received, not only at parts that have changed.
+            everywhere: Look at all that are received, not only at parts that have changed since the last call.
 
         Returns:
             Digests of what was dropped.
         """
         state, dropped = self._state, list[str]()
-        for name in self._uploads.devices() if everywhere else state.tasks.changed:
+        for name in self._uploads.devices() if everywhere else self._changed:
             task = state.tasks.get(name)
             if task is None or task.progress is not Part.PULLING or not state.awaits(task):
                 dropped += self._uploads.drop(name)
             else:
                 dropped += self._uploads.keep(name, state.round_of(task), task.attempt)
+        self._changed.clear()
         return dropped
 
     def arriving(self) -> set[str]:

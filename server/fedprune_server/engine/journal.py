@@ -67,11 +67,11 @@ class Journal:
         """
         state = self._state
         self._unsaved += events
+        self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
         if (state.round, state.phase) == self._at and self._monotonic() - self._saved_at < self._every_s:
             return None
         events, self._unsaved, self._saved_at = self._unsaved, [], self._monotonic()
         self._collector.note_state(state)
-        self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         begun, took = self._monotonic(), None
         if self._storage.save(state, events, now, self._registry.moved):

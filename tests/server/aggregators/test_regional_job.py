@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
@@ -63,9 +64,9 @@ class Region:
     def put(self, name: str) -> str:
         return self.store.put(fill(name)).sha256
 
-    def steer(self, head: dict[str, Any], **rest: Any) -> None:
-        """A turn in which the parent has decided something."""
-        self.now += 10.0
+    def steer(self, head: dict[str, Any], later: float = 10.0, **rest: Any) -> None:
+        """A turn in which the parent has decided something, `later` by so many seconds."""
+        self.now += later
         self.runner.begin_turn()
         self.runner.follow(Steered(JOB.name, head, **rest))
         self.runner.end_turn()
@@ -161,6 +162,21 @@ def test_an_offer_that_is_reported_stays_while_the_parent_begins_a_round(region:
     assert isinstance(made, on.Extracted)
     offered = replace(task, progress=Progress.OFFERED, offer=made.offer)
     check_kept(region, {made.offer["weights"]["sha256"]}, task, offered)
+
+
+def test_a_part_that_has_moved_takes_no_place_of_those_that_are_received_here(region: Region) -> None:
+    update = BlobRef.of(fill("update"))
+    _, task = begun(region, Progress.PULLING, offer={"weights": {"size": update.size}}, update=update.to_dict())
+    names = ("ant", "bee", "cat", "dog", "eel")
+    devices = {n: Device(1, True, {"name": "raspberry-pi-5"}, None, 10) for n in names}
+    pulls = tuple(do.PullUpdate(n, 1, 1, update.to_dict()) for n in names)
+    tasks = {n: replace(task) for n in names}
+    region.steer(HEAD | {"round": 1}, devices=devices, tasks=tasks, commands=pulls, whole=True)
+    uploads = region.runner.view.uploads
+    assert [n for n in names if uploads.progress(n)] == ["ant", "bee", "cat", "dog"]
+    region.steer({}, later=1.0, tasks=dict.fromkeys(("ant", "cat")))
+    region.steer({}, later=0.5)
+    assert [n for n in names if uploads.progress(n)] == ["bee", "dog", "eel"]
 
 
 class Parent:
