@@ -452,7 +452,7 @@ class RegionConnections(Closing):
                     if answer is not None:
                         answer.set_result(event)
                     return
-                if isinstance(event, on.UpdateStored | on.Extracted | on.Reconnected | on.Disconnected):
+                if isinstance(event, on.Located | on.Reconnected | on.Disconnected):
                     event = replace(event, region=joined(region.name, event.region))
                 self._put(region, EventBelow(region.name, job, event))
             case kind:

@@ -144,7 +144,7 @@ class MessageHandler:
             return []
         events: list[on.Event] = [self.ended(device, known.session)]
         if task is not None:
-            part = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
+            part = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind, known.region
             if task.progress is Part.OFFERED:
                 events.append(on.OfferRefused(*part))
             if task.progress is Part.PULLING:

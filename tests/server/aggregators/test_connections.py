@@ -228,13 +228,20 @@ def test_boards_and_events_of_an_aggregator_come_with_their_path(tier: Tier) -> 
     link.born(birth("bee", 7), "valley")
     link.died("ant", 1)
     link.moved(JOB, {"bee": (3, 4)})
-    link.report(JOB, on.UpdateStored("bee", 3, 1, "b" * 64, "valley"))
+    events = (
+        on.Extracted(3, "bee", 1, {}, "valley"),
+        on.UpdateStored("bee", 3, 1, "b" * 64, "valley"),
+        on.UpdateRejected("bee", 3, 1, "it isn't finite", region="valley"),
+        on.OfferRefused("bee", 3, 1, "no room", region="valley"),
+    )
+    for event in events:
+        link.report(JOB, event)
     assert tier.wait(BornBelow) == BornBelow("north", birth("ant"))
     assert tier.wait(BornBelow) == BornBelow("north/valley", birth("bee", 7))
     assert tier.wait(DiedBelow) == DiedBelow("north", "ant", 1)
     assert tier.wait(TrafficBelow) == TrafficBelow(JOB, {"bee": (3, 4)})
-    event = on.UpdateStored("bee", 3, 1, "b" * 64, "north/valley")
-    assert tier.wait(EventBelow) == EventBelow("north", JOB, event)
+    for event in events:
+        assert tier.wait(EventBelow) == EventBelow("north", JOB, replace(event, region="north/valley"))
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE, 3 * PIECE + 7])

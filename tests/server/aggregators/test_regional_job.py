@@ -296,3 +296,13 @@ def test_the_parent_hears_of_regions_that_have_not_come_since_the_start(middle: 
     assert middle.reported == [on.Disconnected("coast"), on.Disconnected("valley")]
     middle.join()
     assert list(middle.connections.absent()) == ["coast"]
+
+
+@pytest.mark.parametrize("progress", [Progress.OFFERED, Progress.PULLING])
+def test_the_part_of_a_board_that_is_revoked_is_void_in_its_region(middle: Middle, progress: Progress) -> None:
+    middle.state.round = 3
+    middle.state.devices["ant"] = Device(1, True, {"name": "raspberry-pi-5"}, None, 10, region="valley/hill")
+    middle.state.tasks["ant"] = Task(2, (3,), progress=progress)
+    middle.server.first.remove_member("ant")
+    kind = on.OfferRefused if progress is Progress.OFFERED else on.UpdateRejected
+    assert middle.reported == [kind("ant", 3, 2, "it was revoked", "revoked", "valley/hill")]

@@ -151,7 +151,8 @@ def test_an_offer_that_its_aggregator_cannot_make_does_not_hold_the_round_up(in_
     shell.run()
     (name,) = NORTH
     assert shell.state.tasks[name].progress is Progress.EXTRACTING
-    shell.feed(on.OfferRefused(name, 1, shell.state.tasks[name].attempt, "blob abc is on no server of the tier"))
+    attempt = shell.state.tasks[name].attempt
+    shell.feed(on.OfferRefused(name, 1, attempt, "blob abc is on no server of the tier", region="north"))
     shell.run()
     for _ in range(2 * len(NAMES)):
         if not shell.state.history:
@@ -169,7 +170,7 @@ def test_the_deadline_comes_if_the_last_offer_cannot_be_made(shell: Regional) ->
     while shell.state.tasks.count(Progress.EXTRACTING) > 1:
         shell.feed(shell.inbox.pop(0))
     assert shell.state.deadline is None
-    shell.feed(on.OfferRefused(NORTH[0], 1, 1, "blob abc is on no server of the tier"))
+    shell.feed(on.OfferRefused(NORTH[0], 1, 1, "blob abc is on no server of the tier", region="north"))
     assert shell.state.deadline == shell.now + 60.0
 
 
@@ -193,6 +194,53 @@ def test_a_board_that_moves_is_offered_the_same_where_it_is(shell: Regional, pro
     assert shell.state.phase is Phase.FINISHED
     assert all(d["progress"] == "folded" for r in shell.state.history for d in r["devices"].values())
     assert shell.closes[1][0].contributions[0].region == "south"
+
+
+def report(progress: Progress, attempt: int, region: str) -> on.Event:
+    """A region's report that a part has failed at this point."""
+    if progress is Progress.OFFERED:
+        return on.OfferRefused(NORTH[0], 1, attempt, "no room", region=region)
+    return on.UpdateRejected(NORTH[0], 1, attempt, "the board no longer has it", "gone", region)
+
+
+@pytest.mark.parametrize("progress", [Progress.OFFERED, Progress.PULLING])
+def test_a_part_fails_only_where_its_board_is_now(shell: Regional, progress: Progress) -> None:
+    shell.until(progress)
+    shell.inbox = [e for e in shell.inbox if getattr(e, "device", "") not in NORTH]
+    shell.region, shell.session = "south", shell.session + 1
+    for event in map(shell.answer, shell.feed(shell.birth(NORTH[0]))):
+        if isinstance(event, on.Extracted):
+            shell.feed(event)
+    task = shell.state.tasks[NORTH[0]]
+    assert task.progress is progress
+    shell.feed(report(progress, task.attempt, "north"))
+    assert task.progress is progress
+    assert shell.state.devices[NORTH[0]].failures == 0
+    shell.feed(report(progress, task.attempt, "south"))
+    assert task.progress is Progress.REFUSED
+    assert shell.state.devices[NORTH[0]].failures == 1
+
+
+def test_an_update_is_not_acknowledged_for_a_region_that_its_board_has_left(shell: Regional) -> None:
+    shell.until(Progress.PULLING)
+    late = [e for e in shell.inbox if isinstance(e, on.UpdateStored) and e.device in NORTH]
+    shell.inbox = [e for e in shell.inbox if e not in late]
+    shell.region, shell.session = "south", shell.session + 1
+    shell.feed(shell.birth(NORTH[0]))
+    assert [shell.feed(e) for e in late] == [[]]  # it may have been deleted there, since nothing refers to it any more
+    assert shell.state.tasks[NORTH[0]].progress is Progress.PULLING
+
+
+def test_a_stored_update_fails_where_it_is_wherever_its_board_is(shell: Regional) -> None:
+    shell.until(Progress.STORED)
+    shell.inbox = [e for e in shell.inbox if not isinstance(e, on.Folded) or e.device not in NORTH]
+    shell.region, shell.session = "south", shell.session + 1
+    shell.feed(shell.birth(NORTH[0]))
+    task = shell.state.tasks[NORTH[0]]
+    shell.feed(report(Progress.STORED, task.attempt, "south"))
+    assert task.progress is Progress.STORED
+    shell.feed(report(Progress.STORED, task.attempt, "north"))
+    assert task.progress is Progress.REFUSED
 
 
 @pytest.mark.parametrize("lost", ["north/valley", "north"])

@@ -239,8 +239,8 @@ class Coordinator(ABC):
             return None
         if (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
             return None
-        if isinstance(event, on.Extracted) and event.region != self.region_of(event.device):
-            return None  # the device has moved since, and what it was offered is made where it is now
+        if isinstance(event, on.Located) and event.region != self._place_of(event.device, task):
+            return None  # the device has moved since, and its part goes on where it is now
         return task if task.progress is progress else None
 
     def _admit(self, event: on.DeviceBorn) -> bool:
@@ -280,12 +280,15 @@ class Coordinator(ABC):
                 commands.append(self._fold_again(name, task))
         return commands
 
+    def _place_of(self, name: str, task: Task) -> str:
+        """The region where a part's update is stored or, before that, where its device is connected."""
+        return task.region if task.progress in (Progress.STORED, Progress.FOLDED) else self.region_of(name)
+
     def _parts_in(self, region: str) -> list[tuple[str, Task]]:
         """Parts whose update is stored in a region or below it or, before that, whose device is connected there."""
         found = []
         for name, task in self.state.tasks.items():
-            stored = task.progress in (Progress.STORED, Progress.FOLDED)
-            path = task.region if stored else self.region_of(name)
+            path = self._place_of(name, task)
             if path == region or path.startswith(f"{region}/"):
                 found.append((name, task))
         return sorted(found, key=itemgetter(0))

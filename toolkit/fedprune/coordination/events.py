@@ -96,24 +96,32 @@ class UpdateStored:
 
 @dataclass(frozen=True)
 class UpdateRejected:
-    """A stored update failed its checks and must not count. `kind` is a `FailureKind`."""
+    """An update can't be received, or failed its checks, and must not count. `kind` is a `FailureKind`, `region` the
+    aggregator that reports it; empty for the server itself."""
 
     device: str
     round: int
     attempt: int
     reason: str
     kind: str = FailureKind.OTHER
+    region: str = ""
 
 
 @dataclass(frozen=True)
 class OfferRefused:
-    """A device can't carry out its offer, or its aggregator can't make it. `kind` is a `FailureKind`."""
+    """A device can't carry out its offer, or its aggregator can't make it. `kind` is a `FailureKind`, `region` that
+    aggregator; empty for the server itself."""
 
     device: str
     round: int
     attempt: int
     reason: str
     kind: str = FailureKind.OTHER
+    region: str = ""
+
+
+Located = Extracted | UpdateStored | UpdateRejected | OfferRefused
+"""Events that count only from where the part is: another region's are of the time before its device moved."""
 
 
 @dataclass(frozen=True)
