@@ -85,7 +85,8 @@ class Shell(ABC):
                     2,
                 )
             case do.PullUpdate():
-                return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
+                sha256, region = str(command.weights["sha256"]), self.coordinator.region_of(command.device)
+                return on.UpdateStored(command.device, command.round, command.attempt, sha256, region)
             case do.Fold():
                 found = command.contribution
                 return on.Folded(found.part.device, found.basis.round, found.part.attempt)
