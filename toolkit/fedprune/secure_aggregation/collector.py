@@ -1,0 +1,214 @@
+"""The server's side of a secure sum.
+
+    collector = Collector(session, directory)
+    collector.add_advertisement(board, message)  # from each board
+    collector.rosters()                          # for each of them
+    collector.add_shares(board, message)
+    collector.deliveries()
+    collector.add_masked(board, message)
+    collector.survivors()
+    collector.add_unmasking(board, message)
+    collector.total()
+
+The server ends each of the four steps when it likes; boards that haven't answered by then have dropped out. Those that
+had shared before are restored from their neighbours' shares, and those that drop out earlier have no part in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Collection, Mapping
+from random import Random
+
+from fedprune.core.errors import ProtocolError
+from fedprune.secure_aggregation.keys import (
+    SEALED,
+    Advertisement,
+    commitment_to,
+    own_mask_key,
+    pair_mask_key,
+    restored_mask_key,
+)
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.messages import (
+    decode_unmasking,
+    encode_bits,
+    encode_delivery,
+    encode_roster,
+    split,
+)
+from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.shamir import join
+from fedprune.security.keys import VerifyingKey
+
+_ADVERTISE, _SHARE, _MASK, _UNMASK, _END = "advertisement", "shares", "masked vector", "unmasking", ""
+_STEPS = (_ADVERTISE, _SHARE, _MASK, _UNMASK, _END)
+
+
+class Collector:
+    """The sum of a cohort's masked vectors, which are added as they arrive: memory is that of one vector.
+
+    `add_...` raises `ProtocolError` for a message that is damaged, of another step, of a board that has dropped out, or
+    different from the board's earlier one; the same one again is ignored. The methods that end a step raise it if too
+    few boards are left: then the sum is lost, and the next attempt needs a new session.
+
+    Args:
+        directory: The boards' identity keys.
+        random: Places boards on the circle.
+    """
+
+    def __init__(self, session: Session, directory: Mapping[str, VerifyingKey], random: Random | None = None) -> None:
+        self._session, self._directory = session, directory
+        self._random = random or secrets.SystemRandom()
+        self._step = _ADVERTISE
+        self._seen: dict[str, dict[str, bytes]] = {step: {} for step in _STEPS}
+        self._keys: dict[str, Advertisement] = {}
+        self._graph: dict[str, tuple[str, ...]] = {}
+        self._sealed: dict[str, dict[str, bytes]] = {}
+        self._shares: dict[str, dict[str, bytes]] = {}
+        self._sum = Vector.zeros(session)
+
+    @property
+    def boards(self) -> tuple[str, ...]:
+        """The boards whose vectors are in the sum."""
+        return tuple(sorted(self._seen[_MASK]))
+
+    def add_advertisement(self, board: str, message: bytes) -> None:
+        """Raises `SignatureError` if the board's identity key has not signed it."""
+        if not self._new(_ADVERTISE, board, message, self._directory):
+            return
+        keys = Advertisement.from_bytes(message)
+        keys.verify(self._session, board, self._directory[board])
+        self._keys[board] = keys
+        self._note(board, message)
+
+    def rosters(self) -> dict[str, bytes]:
+        """End the step of keys: each board's message."""
+        self._end(_ADVERTISE)
+        self._graph = self._session.neighbours(tuple(self._keys), self._random)
+        return {board: encode_roster({n: self._keys[n] for n in around}) for board, around in self._graph.items()}
+
+    def add_shares(self, board: str, message: bytes) -> None:
+        if not self._new(_SHARE, board, message, self._graph):
+            return
+        around = self._graph[board]
+        self._sealed[board] = dict(zip(around, split(message, SEALED, len(around), "sealed shares"), strict=True))
+        self._note(board, message)
+
+    def deliveries(self) -> dict[str, bytes]:
+        """End the step of shares: each remaining board's message."""
+        self._end(_SHARE)
+        self._check_left(self._sealed, self._sealed)
+        return {
+            board: encode_delivery(
+                self._graph[board], {n: self._sealed[n][board] for n in self._graph[board] if n in self._sealed}
+            )
+            for board in self._sealed
+        }
+
+    def add_masked(self, board: str, message: bytes) -> None:
+        if not self._new(_MASK, board, message, self._sealed):
+            return
+        self._sum.add(Vector.from_bytes(message, self._session))
+        self._note(board, message)
+
+    def survivors(self) -> dict[str, bytes]:
+        """End the step of masked vectors: each remaining board's message."""
+        self._end(_MASK)
+        alive = self._seen[_MASK]
+        self._check_left(self._needed(), alive)
+        return {board: encode_bits(self._graph[board], alive) for board in alive}
+
+    def add_unmasking(self, board: str, message: bytes) -> None:
+        if not self._new(_UNMASK, board, message, self._seen[_MASK]):
+            return
+        owners = [name for name in self._graph[board] if name in self._sealed]
+        for owner, share in decode_unmasking(message, owners).items():
+            self._shares.setdefault(owner, {})[board] = share
+        self._note(board, message)
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough boards have answered for `total`."""
+        least = self._session.threshold
+        return self._step == _UNMASK and all(len(self._shares.get(b, ())) >= least for b in self._needed())
+
+    def total(self) -> Vector:
+        """The sum of the vectors of `boards`. Raises `ProtocolError`, which names a board, if too few shares of its
+        secret have arrived or some are false."""
+        self._end(_UNMASK)
+        self._check_left(self._needed(), self._seen[_UNMASK])
+        alive = self._seen[_MASK]
+        masks = [key for board in self._needed() for key in self._unmasked(board, alive)]
+        for key, negative in masks:
+            self._sum.add_mask(key, negative=negative)
+        return self._sum
+
+    def _needed(self) -> tuple[str, ...]:
+        """The boards of which a secret must be restored: survivors, and others with whom survivors have masked."""
+        alive = self._seen[_MASK]
+        return tuple(b for b in self._sealed if b in alive or any(n in alive for n in self._graph[b]))
+
+    def _unmasked(self, board: str, alive: Collection[str]) -> list[tuple[bytes, bool]]:
+        """The keys of masks that a board's shares give, and whether to subtract them."""
+        around, keys = self._graph[board], self._keys[board]
+        shares = {around.index(holder) + 1: share for holder, share in self._shares[board].items()}
+        try:
+            secret = join(shares, self._session.threshold)
+            if board in alive:
+                if commitment_to(self._session, board, secret) != keys.commitment:
+                    raise ProtocolError("restored seed", expected="the board's own", got="another one")
+                return [(own_mask_key(self._session, board, secret), True)]
+            key = restored_mask_key(secret, keys.mask)
+        except ProtocolError as error:
+            raise ProtocolError(
+                f"shares of a secret of {board} are false ({error})",
+                hint="The board or one of its neighbours has sent wrong ones. Repeat the round.",
+            ) from error
+        # What a survivor has added with this board is subtracted, and the other way round.
+        return [
+            (pair_mask_key(self._session, key, board, n, self._keys[n].mask), board > n) for n in around if n in alive
+        ]
+
+    def _check_left(self, boards: Collection[str], left: Collection[str]) -> None:
+        """Make sure that each board has as many neighbours among the left ones as restore its secret. Raises
+        `ProtocolError`, and ends the sum, if one hasn't, or none are left."""
+        for board in boards:
+            found = sum(n in left for n in self._graph[board])
+            if found < self._session.threshold:
+                self._step = _END
+                raise ProtocolError(
+                    f"neighbours of {board} that are left in a secure sum",
+                    expected=f"{self._session.threshold} or more",
+                    got=found,
+                    hint="Too many boards have dropped out. Repeat the round.",
+                )
+        if not left:
+            self._step = _END
+            raise ProtocolError(
+                "boards that are left in a secure sum", expected="some", got=0, hint="Repeat the round."
+            )
+
+    def _new(self, step: str, board: str, message: bytes, members: Collection[str]) -> bool:
+        """Whether a message of a step has not come before. Raises `ProtocolError` if it may not come."""
+        if board not in members:
+            raise ProtocolError(f"{step} for a secure sum", expected="a board that takes part", got=board)
+        before = self._seen[step].get(board)
+        if before is not None:
+            if before != hashlib.sha256(message).digest():
+                raise ProtocolError(f"{step} of {board}", expected="the same as before", got="a different message")
+            return False
+        if step != self._step:
+            raise ProtocolError(
+                f"{step} of {board}", expected=self._step or "nothing more", got="another step's message"
+            )
+        return True
+
+    def _note(self, board: str, message: bytes) -> None:
+        self._seen[self._step][board] = hashlib.sha256(message).digest()
+
+    def _end(self, step: str) -> None:
+        if step != self._step:
+            raise ProtocolError(f"end of the step of the {step}", expected=self._step or "nothing more", got=step)
+        self._step = _STEPS[_STEPS.index(step) + 1]

@@ -1,0 +1,149 @@
+"""A board's keys for one secure sum, and the keys that two boards agree on.
+
+A board draws new ones for each sum:
+
+- a *channel key* (X25519, RFC 7748), from which each pair of boards gets two keys of AES-128-GCM, one for each
+  direction, that encrypt the shares which the server passes on;
+- a *mask key* (X25519), from which each pair gets the key of the mask that one of them adds and the other subtracts.
+  If the board drops out, its neighbours restore this key, and the server computes the pair's masks;
+- a *seed*, of the mask that the board adds alone. If the board delivers, its neighbours restore it. So an update that
+  is late, after the mask key was restored, is still masked (Bonawitz et al. 2017, Sec. 4).
+
+The public keys and a commitment to the seed are signed by the board's identity key, together with the session and the
+board's name: neither another board nor another sum can pass them off as its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedprune.core.errors import ProtocolError
+from fedprune.secure_aggregation.masks import MASK_KEY
+from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.shamir import SECRET, SHARE, check_share
+from fedprune.security.keys import SIGNATURE, SigningKey, VerifyingKey, transcript
+
+PUBLIC = 32
+"""Bytes of a public key, and of a commitment."""
+
+ADVERTISEMENT = 3 * PUBLIC + SIGNATURE
+"""Bytes of an advertisement."""
+
+SEALED = 2 * SHARE + 16
+"""Bytes of a sealed pair of shares, with its tag."""
+
+_NONCE = bytes(12)  # each key encrypts one message only
+
+
+@dataclass(frozen=True)
+class Advertisement:
+    """A board's public keys for one sum, signed."""
+
+    channel: bytes
+    mask: bytes
+    commitment: bytes
+    signature: bytes
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Advertisement:
+        """Read an advertisement without verifying it. Raises `ProtocolError` for another length."""
+        if len(raw) != ADVERTISEMENT:
+            raise ProtocolError("bytes of an advertisement", expected=ADVERTISEMENT, got=len(raw))
+        return cls(raw[:PUBLIC], raw[PUBLIC : 2 * PUBLIC], raw[2 * PUBLIC : 3 * PUBLIC], raw[3 * PUBLIC :])
+
+    def to_bytes(self) -> bytes:
+        return self.channel + self.mask + self.commitment + self.signature
+
+    def verify(self, session: Session, board: str, key: VerifyingKey) -> None:
+        """Make sure that a board's identity key has signed it for this sum. Raises `SignatureError`."""
+        key.verify(self.signature, _signed(session, board, self.channel, self.mask, self.commitment))
+
+
+class BoardKeys:
+    """A board's secret keys for one sum, from the operating system's random numbers; they are never stored."""
+
+    def __init__(self) -> None:
+        self._channel = X25519PrivateKey.generate()
+        self._mask = X25519PrivateKey.generate()
+        self.seed = secrets.token_bytes(SECRET)
+
+    @property
+    def mask_secret(self) -> bytes:
+        """The second secret of which neighbours get shares, after the seed."""
+        return self._mask.private_bytes_raw()
+
+    def advertise(self, session: Session, board: str, identity: SigningKey) -> Advertisement:
+        channel, mask = (k.public_key().public_bytes_raw() for k in (self._channel, self._mask))
+        commitment = commitment_to(session, board, self.seed)
+        return Advertisement(
+            channel, mask, commitment, identity.sign(_signed(session, board, channel, mask, commitment))
+        )
+
+    def seal(self, session: Session, board: str, to: str, theirs: Advertisement, shares: bytes) -> bytes:
+        """Shares for a neighbour, encrypted; called once per neighbour."""
+        return AESGCM(self._sealing_key(session, board, to, theirs)).encrypt(_NONCE, shares, None)
+
+    def open(self, session: Session, board: str, sender: str, theirs: Advertisement, sealed: bytes) -> bytes:
+        """Shares from a neighbour. Raises `ProtocolError`, which names the neighbour, if they are damaged."""
+        try:
+            shares = AESGCM(self._sealing_key(session, sender, board, theirs)).decrypt(_NONCE, sealed, None)
+        except InvalidTag as error:
+            raise ProtocolError(f"shares from {sender} don't decrypt", hint="They were changed on the way.") from error
+        for share in (shares[:SHARE], shares[SHARE:]):
+            check_share(share)
+        return shares
+
+    def mask_key(self, session: Session, board: str, other: str, theirs: Advertisement) -> bytes:
+        """The key of the mask of this board and another one."""
+        return pair_mask_key(session, self._mask, board, other, theirs.mask)
+
+    def _sealing_key(self, session: Session, sender: str, receiver: str, theirs: Advertisement) -> bytes:
+        purpose = transcript("fedprune secure sum shares 1", session.digest, sender, receiver)
+        return _derived(_agreed(self._channel, theirs.channel), purpose)
+
+
+def own_mask_key(session: Session, board: str, seed: bytes) -> bytes:
+    """The key of the mask that a board adds alone."""
+    return _derived(seed, transcript("fedprune secure sum own mask 1", session.digest, board))
+
+
+def pair_mask_key(session: Session, secret: X25519PrivateKey, board: str, other: str, public: bytes) -> bytes:
+    """The key of two boards' mask, from the secret mask key of one and the public one of the other."""
+    purpose = transcript("fedprune secure sum pair mask 1", session.digest, *sorted((board, other)))
+    return _derived(_agreed(secret, public), purpose)
+
+
+def restored_mask_key(secret: bytes, public: bytes) -> X25519PrivateKey:
+    """A secret mask key from what its shares gave. Raises `ProtocolError` if it isn't that of the public one."""
+    key = X25519PrivateKey.from_private_bytes(secret)
+    if key.public_key().public_bytes_raw() != public:
+        raise ProtocolError("restored mask key", expected="that of the board's public key", got="another one")
+    return key
+
+
+def commitment_to(session: Session, board: str, seed: bytes) -> bytes:
+    """A hash that identifies a restored seed. The mask's key is derived from the seed with another domain."""
+    return hashlib.sha256(transcript("fedprune secure sum commitment 1", session.digest, board, seed)).digest()
+
+
+def _agreed(secret: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return secret.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:  # a point of small order, with which every secret agrees on zeros
+        raise ProtocolError("public key of a board", expected="a point of X25519", got="one of small order") from error
+
+
+def _derived(secret: bytes, purpose: bytes) -> bytes:
+    return HKDF(hashes.SHA256(), MASK_KEY, None, purpose).derive(secret)
+
+
+def _signed(session: Session, board: str, channel: bytes, mask: bytes, commitment: bytes) -> bytes:
+    return transcript("fedprune secure sum keys 1", session.digest, board, channel, mask, commitment)

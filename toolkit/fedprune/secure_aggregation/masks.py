@@ -1,0 +1,72 @@
+"""Vectors of whole numbers modulo 2^32 and 2^64, and the masks that are added to them.
+
+A mask is uniform to anyone without its key: the key stream of AES-128 in counter mode (NIST SP 800-38A), read as
+little-endian numbers. A key is used for one mask only. Its 128 bits are what X25519 gives, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from fedprune.core.errors import ProtocolError
+from fedprune.secure_aggregation.session import Session
+
+MASK_KEY = 16
+"""Bytes of a mask's key."""
+
+_BLOCK = 65_536  # bytes: a mask is added while it is in the cache
+_ZEROS = bytes(_BLOCK)
+
+Narrow = npt.NDArray[np.uint32]
+Wide = npt.NDArray[np.uint64]
+
+
+class Vector:
+    """Numbers modulo 2^32, then numbers modulo 2^64; signed ones are in two's complement."""
+
+    __slots__ = ("narrow", "wide")
+
+    def __init__(self, narrow: Narrow, wide: Wide) -> None:
+        self.narrow, self.wide = narrow, wide
+
+    @classmethod
+    def zeros(cls, session: Session) -> Vector:
+        return cls(np.zeros(session.narrow, "<u4"), np.zeros(session.wide, "<u8"))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, session: Session) -> Vector:
+        """Read what `to_bytes` gives, of a session's length. Raises `ProtocolError` for another length."""
+        if len(raw) != session.size:
+            raise ProtocolError("bytes of a masked vector", expected=session.size, got=len(raw))
+        edge = 4 * session.narrow
+        return cls(np.frombuffer(raw[:edge], "<u4"), np.frombuffer(raw[edge:], "<u8"))
+
+    def to_bytes(self) -> bytes:
+        return self.narrow.astype("<u4").tobytes() + self.wide.astype("<u8").tobytes()
+
+    def copy(self) -> Vector:
+        return Vector(self.narrow.astype("<u4"), self.wide.astype("<u8"))
+
+    def add(self, other: Vector) -> None:
+        self.narrow += other.narrow
+        self.wide += other.wide
+
+    def add_mask(self, key: bytes, *, negative: bool = False) -> None:
+        """Add the mask of a key, or subtract it."""
+        stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        for part in self._blocks():
+            drawn = np.frombuffer(stream.update(memoryview(_ZEROS)[: part.nbytes]), part.dtype)
+            if negative:
+                part -= drawn
+            else:
+                part += drawn
+
+    def _blocks(self) -> Iterable[npt.NDArray[np.unsignedinteger]]:
+        for words in (self.narrow, self.wide):
+            step = _BLOCK // words.itemsize
+            for start in range(0, words.size, step):
+                yield words[start : start + step]

@@ -1,0 +1,133 @@
+"""A board's side of a secure sum.
+
+    participant = Participant(session, name, identity, directory)
+    to_server = participant.advertise()
+    to_server = participant.share(roster)
+    to_server = participant.mask(delivery, vector)
+    to_server = participant.unmask(survivors)
+
+With x its vector, p its own mask and p_j the mask of the pair with neighbour j, a board sends
+
+    y = x + p + Σ_{j after it} p_j − Σ_{j before it} p_j
+
+over the neighbours that have shared, by name (Bonawitz et al. 2017, Sec. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedprune.core.errors import ProtocolError
+from fedprune.secure_aggregation.keys import Advertisement, BoardKeys, own_mask_key
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.messages import decode_bits, decode_delivery, decode_roster
+from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.shamir import SHARE, split
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.wire.topics import check_device
+
+
+class Participant:
+    """A board in one secure sum, from its keys to the shares that it hands out.
+
+    Every message of the server is answered once; the same message again gets the same answer, and a different one is
+    refused. Its secrets are never stored: a board that restarts has dropped out.
+
+    Args:
+        identity: The key by which other boards know it.
+        directory: The identity keys of other boards. The board trusts them, so they come from where the server of the
+            sum can't change them.
+    """
+
+    def __init__(
+        self, session: Session, name: str, identity: SigningKey, directory: Mapping[str, VerifyingKey]
+    ) -> None:
+        self._session, self._name, self._directory = session, check_device(name), directory
+        self._keys = BoardKeys()
+        self._advertisement = self._keys.advertise(session, name, identity)
+        self._neighbours: dict[str, Advertisement] = {}
+        self._received: dict[str, bytes] | None = None
+        self._answers: dict[str, tuple[bytes, bytes]] = {}
+
+    def advertise(self) -> bytes:
+        return self._advertisement.to_bytes()
+
+    def share(self, roster: bytes) -> bytes:
+        """Shares of the board's secrets for its neighbours.
+
+        Raises:
+            SignatureError: A neighbour's keys are not signed by its identity key for this sum.
+            ProtocolError: The roster is damaged, has too few neighbours, one whose identity key the board doesn't know
+                or an invalid key, or is another one than before.
+        """
+        known = self._answered("roster", roster)
+        if known is not None:
+            return known
+        neighbours = decode_roster(roster, self._session)
+        for name, theirs in neighbours.items():
+            key = self._directory.get(name)
+            if key is None or name == self._name:
+                raise ProtocolError(
+                    "neighbour in a roster", expected="another board whose identity key is known", got=name
+                )
+            theirs.verify(self._session, name, key)
+        holders, least = len(neighbours), self._session.threshold
+        pairs = zip(split(self._keys.seed, holders, least), split(self._keys.mask_secret, holders, least), strict=True)
+        answer = b"".join(
+            self._keys.seal(self._session, self._name, name, theirs, seed + mask)
+            for (name, theirs), (seed, mask) in zip(neighbours.items(), pairs, strict=True)
+        )
+        self._neighbours = neighbours
+        return self._answer("roster", roster, answer)
+
+    def mask(self, delivery: bytes, vector: Vector) -> bytes:
+        """The board's vector, masked in place.
+
+        Raises `ProtocolError` if shares are damaged or too few, the vector has another size, or it isn't the time: a
+        second vector under the same masks would give away the difference.
+        """
+        if not self._neighbours or self._received is not None:
+            raise ProtocolError("a delivery of shares", expected="one, after the roster", got="another")
+        if (vector.narrow.size, vector.wide.size) != (self._session.narrow, self._session.wide):
+            raise ProtocolError("bytes of a vector", expected=self._session.size, got=len(vector.to_bytes()))
+        sealed = decode_delivery(delivery, tuple(self._neighbours), self._session)
+        received, keys = {}, {}
+        for name, raw in sealed.items():
+            theirs = self._neighbours[name]
+            received[name] = self._keys.open(self._session, self._name, name, theirs, raw)
+            keys[name] = self._keys.mask_key(self._session, self._name, name, theirs)
+        self._received = received
+        vector.add_mask(own_mask_key(self._session, self._name, self._keys.seed))
+        for name, key in keys.items():
+            vector.add_mask(key, negative=name < self._name)
+        return vector.to_bytes()
+
+    def unmask(self, survivors: bytes) -> bytes:
+        """For every neighbour that has shared one share: of its seed if its vector has arrived, else of its mask key.
+
+        Raises `ProtocolError` if too few survived, a survivor had not shared, the board itself has not sent its vector,
+        or other survivors were named before: both shares of a board would unmask its update.
+        """
+        known = self._answered("survivors", survivors)
+        if known is not None:
+            return known
+        if self._received is None:
+            raise ProtocolError("survivors of a secure sum", expected="a delivery of shares before", got="none")
+        alive = decode_bits(survivors, tuple(self._neighbours), self._session, "neighbours that survived")
+        strangers = set(alive) - set(self._received)
+        if strangers:
+            raise ProtocolError("survivors of a secure sum", expected="boards that had shared", got=min(strangers))
+        answer = b"".join(
+            shares[:SHARE] if name in alive else shares[SHARE:] for name, shares in self._received.items()
+        )
+        return self._answer("survivors", survivors, answer)
+
+    def _answered(self, what: str, message: bytes) -> bytes | None:
+        before, answer = self._answers.get(what, (message, None))
+        if before != message:
+            raise ProtocolError(f"{what} of a secure sum", expected="the same as before", got="a different message")
+        return answer
+
+    def _answer(self, what: str, message: bytes, answer: bytes) -> bytes:
+        self._answers[what] = (message, answer)
+        return answer

@@ -1,0 +1,138 @@
+"""One secure sum's settings, and the graph of the boards that mask together.
+
+Boards mask in pairs along the edges of a graph in which each has k neighbours (Bell et al. 2020), and share their
+secrets with the same neighbours. Boards are placed on a circle in random order, and a board's neighbours are the k/2
+on either side; with k + 1 boards or fewer, all others (Bonawitz et al. 2017).
+
+Such a graph stays connected until k boards are removed (Harary 1962). So, wherever they are on the circle:
+
+- fewer than t colluding boards can't restore a secret of an honest one;
+- up to k − t boards may drop out, and every secret that is needed can be restored;
+- while colluding and absent boards are fewer than k in all, the masks between the remaining ones join them all, and the
+  server learns nothing but the sum of them all.
+
+`Session.choose` takes the smallest k at which more than these fail with negligible probability.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.core.validation import whole
+from fedprune.security.keys import transcript
+
+MAX_BOARDS = 100_000
+MAX_CONTEXT = 1024
+"""Bytes of a context."""
+
+MAX_WORDS = 2**31
+"""Words of a vector."""
+
+_DOMAIN = "fedprune secure sum 1"
+_PRIVATE = 2.0**-40
+"""Probability that colluding and absent boards are placed so that the server learns more than the sum."""
+_RELIABLE = 2.0**-20
+"""Probability that absent boards are placed so that the sum is lost."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The settings of one secure sum, which all parties know before it begins.
+
+    Attributes:
+        context: Identifies the sum: job, round, attempt, selection. No two sums have the same.
+        degree: k, the largest number of neighbours; a circle needs an even one.
+        threshold: t, the number of shares that restore a secret. It is more than k/2, so that no secret's holders can
+            be divided into two parts that each restore one.
+        narrow: Numbers of 32 bits in a vector.
+        wide: Numbers of 64 bits in a vector.
+    """
+
+    context: bytes
+    degree: int
+    threshold: int
+    narrow: int
+    wide: int
+
+    def __post_init__(self) -> None:
+        where = "secure sum: {}".format
+        whole(where("bytes of the context"), len(self.context), 1, MAX_CONTEXT, error=ProtocolError)
+        whole(where("degree"), self.degree, 2, MAX_BOARDS - 1, error=ProtocolError)
+        if self.degree % 2:
+            raise ProtocolError(where("degree"), expected="an even number", got=self.degree)
+        whole(where("threshold"), self.threshold, self.degree // 2 + 1, self.degree, error=ProtocolError)
+        for name in ("narrow", "wide"):
+            whole(where(f"{name} numbers"), getattr(self, name), 0, MAX_WORDS, error=ProtocolError)
+
+    @classmethod
+    def choose(
+        cls, context: bytes, boards: int, narrow: int, wide: int, *, dropping: float = 0.2, colluding: float = 0.1
+    ) -> Session:
+        """The session of least degree for a number of boards, with a threshold of just over half of it.
+
+        Raises `ConfigError` if no degree suffices: fewer than three boards, or too many that drop out or collude.
+
+        Args:
+            dropping: Share of boards that may drop out after the keys are known.
+            colluding: Share of boards that may tell the server all that they know.
+        """
+        whole("boards of a secure sum", boards, 3, MAX_BOARDS)
+        absent, curious = math.ceil(dropping * boards), math.ceil(colluding * boards)
+        for degree in range(2, boards + 1, 2):
+            threshold, held = degree // 2 + 1, min(degree, boards - 1)
+            if held < threshold:
+                continue
+            lost = boards * _at_least(held - threshold + 1, boards - 1, absent, held)
+            known = boards * _at_least(threshold, boards - 1, curious, held)
+            if lost <= _RELIABLE and known + _divided(boards, absent + curious, held) <= _PRIVATE:
+                return cls(context, degree, threshold, narrow, wide)
+        raise ConfigError(
+            "boards of a secure sum",
+            expected=f"enough that {absent} may drop out and {curious} collude",
+            got=boards,
+            hint="Fewer than half may drop out, or collude.",
+        )
+
+    @property
+    def digest(self) -> bytes:
+        """The value that keys and signatures of this sum are bound to."""
+        text = transcript(_DOMAIN, self.context, self.degree, self.threshold, self.narrow, self.wide)
+        return hashlib.sha256(text).digest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of a vector."""
+        return 4 * self.narrow + 8 * self.wide
+
+    def neighbours(self, boards: Sequence[str], random: Random) -> dict[str, tuple[str, ...]]:
+        """Each board's neighbours, sorted, on a circle in random order. Raises `ProtocolError` if there are too few
+        boards."""
+        if len(boards) <= self.threshold:
+            raise ProtocolError("boards of a secure sum", expected=f"more than {self.threshold}", got=len(boards))
+        circle = sorted(boards)
+        if len(circle) <= self.degree + 1:
+            return {name: tuple(n for n in circle if n != name) for name in circle}
+        random.shuffle(circle)
+        count, reach = len(circle), self.degree // 2
+        steps = [*range(-reach, 0), *range(1, reach + 1)]
+        return {name: tuple(sorted(circle[(i + s) % count] for s in steps)) for i, name in enumerate(circle)}
+
+
+def _at_least(least: int, others: int, marked: int, drawn: int) -> float:
+    """The probability that of `drawn` boards out of `others` so many are marked (hypergeometric)."""
+    ways = sum(
+        math.comb(marked, i) * math.comb(others - marked, drawn - i) for i in range(least, min(marked, drawn) + 1)
+    )
+    return ways / math.comb(others, drawn)
+
+
+def _divided(boards: int, removed: int, degree: int) -> float:
+    """A bound of the probability that removed boards cut the circle in two: they fill two arcs of k/2 places each."""
+    if removed < degree or boards <= degree + 1:
+        return 0.0
+    return math.comb(boards, 2) * math.prod((removed - i) / (boards - i) for i in range(degree))
