@@ -156,6 +156,10 @@ class Fold:
         """N, the weight of all updates."""
         return self._sums.coverage.weight
 
+    def span(self, name: str) -> Range:
+        """The bound and the resolution of a tensor's sum."""
+        return self._spans[name]
+
     def bound(self, name: str) -> float:
         """The largest magnitude that values of a tensor may have in an update."""
         return self._spans[name].bound

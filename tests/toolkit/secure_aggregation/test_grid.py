@@ -1,0 +1,225 @@
+"""A cohort's sum is the plain fold's, bit for bit; codes of 32 bits never overflow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, FixedSum, Range
+from fedprune.aggregation.fold import Fold
+from fedprune.core.errors import ProtocolError
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Selection, Tensors
+from fedprune.secure_aggregation.grid import CODES, Grid, TensorGrid, step_exponent
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.session import Session
+from support.fakes.masked_cohort import NAMES, MaskedCohort, summed
+from support.nets.drawn_models import architectures, model, seeds, selections, trained
+from support.nets.two_groups import ARCHITECTURE, TRAINED
+
+pytestmark = pytest.mark.board
+
+
+def exact(fold: Fold, selection: Selection, boards: int) -> Grid:
+    return Grid(selection, {t.name: TensorGrid(fold.span(t.name)) for t in fold.shared}, boards)
+
+
+def total(grid: Grid, vectors: list[Vector]) -> Vector:
+    return summed(vectors, Session(b"x", 2, 2, grid.narrow, grid.wide))
+
+
+def alike(one: Fold, other: Fold) -> None:
+    assert (one.weight, one.updates) == (other.weight, other.updates)
+    for first, second in zip(one.close(0.5), other.close(0.5), strict=True):
+        assert first is not None
+        assert second is not None
+        assert {n: v.tobytes() for n, v in first.items()} == {n: v.tobytes() for n, v in second.items()}
+
+
+@st.composite
+def cohorts(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[tuple[Selection, list[tuple[Tensors, int]]]]]:
+    """A round of up to three cohorts, each of one selection."""
+    architecture = draw(architectures())
+    base, out = model(architecture, draw(seeds)), []
+    for _ in range(draw(st.integers(1, 3))):
+        selection = draw(selections(architecture))
+        weights = draw(st.lists(st.integers(1, 10_000), min_size=1, max_size=4))
+        out.append((selection, [(trained(selection, base, draw(seeds)), weight) for weight in weights]))
+    return architecture, base, out
+
+
+@given(cohorts())
+@settings(deadline=None, max_examples=40)
+def test_cohorts_give_the_bits_of_a_plain_fold(
+    case: tuple[Architecture, Tensors, list[tuple[Selection, list[tuple[Tensors, int]]]]],
+) -> None:
+    architecture, base, several = case
+    plain, masked = Fold(architecture, base), Fold(architecture, base)
+    for selection, updates in several:
+        grid, sent = exact(masked, selection, 4), selection.gather(base)
+        vectors = [grid.encode(tensors, sent, weight)[0] for tensors, weight in updates]
+        masked.take([grid.sums(total(grid, vectors), len(updates), sent)])
+        for tensors, weight in updates:
+            plain.add(selection, tensors, weight)
+    alike(plain, masked)
+
+
+def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
+    base = model(ARCHITECTURE, 1)
+    selection = Selection.of(ARCHITECTURE, (4, 3), ([5, 0, 3, 1, 2, 4], [1, 0, 2, 4, 3]))
+    plain, masked = Fold(ARCHITECTURE, base, excluded=["head"]), Fold(ARCHITECTURE, base, excluded=["head"])
+    grid, sent = exact(masked, selection, 8), selection.gather(base)
+    session = Session(b"grid", 8, 5, grid.narrow, grid.wide)
+    cohort, names = MaskedCohort(session, NAMES[:8]), NAMES[:8]
+    updates = {name: (trained(selection, base, i), i + 1) for i, name in enumerate(names)}
+    vectors = {name: grid.encode(tensors, sent, weight)[0] for name, (tensors, weight) in updates.items()}
+    found = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
+    masked.take([grid.sums(found, len(cohort.collector.boards), sent)])
+    for name in cohort.collector.boards:
+        plain.add(selection, *updates[name])
+    assert plain.updates == 7
+    alike(plain, masked)
+
+
+def coded(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, Grid]:
+    fold = Fold(ARCHITECTURE, base)
+    tensors = {t.name: TensorGrid(fold.span(t.name), steps.get(t.name)) for t in fold.shared}
+    return fold, Grid(Selection.full(ARCHITECTURE), tensors, boards)
+
+
+@given(seeds, st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(-20, -5))
+@settings(deadline=None, max_examples=40)
+def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, weights: list[int], step: int) -> None:
+    base = model(ARCHITECTURE, seed)
+    masked, grid = coded(base, dict.fromkeys(TRAINED, step), len(weights))
+    assert grid.narrow == sum(base[n].size for n in TRAINED)
+    plain = {n: FixedSum(base[n].shape, masked.span(n)) for n in TRAINED}
+    vectors = []
+    for i, weight in enumerate(weights):
+        new = trained(Selection.full(ARCHITECTURE), base, seed + i, scale=2.0**step * 40)
+        vector, left = grid.encode(new, base, weight)
+        vectors.append(vector)
+        for name in TRAINED:
+            moved = new[name].astype(np.float64) - base[name]
+            codes = np.clip(np.rint(moved / 2.0**step), -CODES, CODES)
+            assert np.allclose(left[name], moved - codes * 2.0**step, atol=1e-7 * 2.0**step)
+            plain[name].add(base[name].astype(np.float64) + codes * 2.0**step, weight)
+    sums = grid.sums(total(grid, vectors), len(weights), base)
+    for name in TRAINED:
+        assert sums.arrays["value", name, 0].tobytes() == plain[name].limbs[0].tobytes()
+    masked.take([sums])
+    assert masked.weight == sum(weights)
+
+
+def test_codes_whose_weights_are_float32_numbers_give_the_bits_of_the_fold_itself() -> None:
+    base = {n: np.round(v * 64).astype(np.float32) / np.float32(64) for n, v in model(ARCHITECTURE, 3).items()}
+    masked, grid = coded(base, dict.fromkeys(TRAINED, -10), 3)
+    plain, vectors = Fold(ARCHITECTURE, base), []
+    for i in range(3):
+        new = trained(Selection.full(ARCHITECTURE), base, i, scale=0.02)
+        vector, left = grid.encode(new, base, i + 1)
+        vectors.append(vector)
+        plain.add(Selection.full(ARCHITECTURE), {n: v - left[n] if n in left else v for n, v in new.items()}, i + 1)
+    masked.take([grid.sums(total(grid, vectors), 3, base)])
+    alike(plain, masked)
+
+
+def test_what_codes_leave_out_is_made_up_for_later() -> None:
+    base = model(ARCHITECTURE, 5)
+    _, grid = coded(base, dict.fromkeys(TRAINED, -6), 1)
+    new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.004)  # half a step is 0.008
+    reached, left = {n: np.zeros(base[n].shape) for n in TRAINED}, None
+    for _ in range(50):
+        vector, left = grid.encode(new, base, 1, left)
+        start = 0
+        for name in (t.name for t in ARCHITECTURE.tensors if t.name in TRAINED):
+            codes = vector.narrow.view(np.int32)[start : start + base[name].size].reshape(base[name].shape)
+            start += base[name].size
+            reached[name] += codes * 2.0**-6
+    for name in TRAINED:
+        assert np.allclose(reached[name] / 50, new[name] - base[name], atol=2.0**-6 / 50)
+
+
+def test_the_largest_codes_of_the_largest_weights_fit() -> None:
+    """127·2^24 fits into 32 bits; so do 2^24 times the largest values into 64."""
+    base = {n: np.zeros(v.shape, np.float32) for n, v in model(ARCHITECTURE, 1).items()}
+    far = {n: np.full(v.shape, 8.0 if n in TRAINED else 2.0**24, np.float32) for n, v in base.items()}
+    for sign, steps in ((1, {}), (-1, {}), (1, dict.fromkeys(TRAINED, -5)), (-1, dict.fromkeys(TRAINED, -5))):
+        fold, grid = coded(base, steps, 4)
+        new = {n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}
+        vector, _ = grid.encode(new, base, grid.most_weight)
+        sums = grid.sums(total(grid, [vector] * 4), 4, base)
+        assert sums.weight == MAX_WEIGHT
+        for name in TRAINED:
+            per_board = CODES * 2.0**-5 if steps else 8.0
+            units = round(per_board / fold.span(name).unit)
+            assert np.array_equal(sums.arrays["value", name, 0], np.full(base[name].shape, sign * MAX_WEIGHT * units))
+
+
+def test_a_board_s_weight_is_at_most_its_share() -> None:
+    base = model(ARCHITECTURE, 1)
+    _, grid = coded(base, {}, 100)
+    assert 100 * grid.most_weight <= MAX_WEIGHT
+    grid.encode(base, base, grid.most_weight)
+    for weight in (0, grid.most_weight + 1, True):
+        with pytest.raises(ProtocolError, match="weight of an update in a secure sum"):
+            grid.encode(base, base, weight)
+
+
+def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
+    base = model(ARCHITECTURE, 1)
+    _, grid = coded(base, dict.fromkeys(TRAINED, -8), 2)
+    for wrong, problem in (
+        ({**base, "a": base["a"] * np.float32(np.nan)}, "not finite"),
+        ({**base, "a": np.full_like(base["a"], 1e9)}, "values of a"),
+        ({**base, "a": base["a"].astype(np.float64)}, "type of a"),
+        ({**base, "a": base["a"][:1]}, "shape of a"),
+        ({n: v for n, v in base.items() if n != "a"}, "lacks tensor a"),
+        ({**base, "a.var": -base["a.var"]}, "variances from 0 up"),
+    ):
+        with pytest.raises(ProtocolError, match=problem):
+            grid.encode(wrong, base, 1)
+
+
+def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
+    base = model(ARCHITECTURE, 1)
+    _, grid = coded(base, {"a": -8}, 2)
+    good = total(grid, [grid.encode(base, base, 3)[0], grid.encode(base, base, 4)[0]])
+    assert grid.sums(good, 2, base).weight == 7
+    heavy, coarse, wide = good.copy(), good.copy(), good.copy()
+    heavy.wide[0] = 2 * grid.most_weight + 1
+    coarse.narrow[0] = 7 * CODES + 1
+    wide.wide[1] = np.uint64(2**63)
+    for wrong, boards, problem in (
+        (heavy, 2, "weight of a cohort"),
+        (coarse, 2, "sums of a: .*No single update can be blamed"),
+        (wide, 2, "sums of a.mean"),
+        (good, 3, "sum of a cohort"),
+        (Vector(good.narrow[1:], good.wide), 2, "sum of a cohort"),
+    ):
+        with pytest.raises(ProtocolError, match=problem):
+            grid.sums(wrong, boards, base)
+
+
+def test_grids_that_could_overflow_or_round_are_refused() -> None:
+    span = Range(3)
+    for step in (3 - 38, 3 - 7):
+        with pytest.raises(ProtocolError, match="exponent of a tensor's step: expected from -34 to -5"):
+            TensorGrid(span, step)
+    with pytest.raises(ProtocolError, match="several limbs"):
+        TensorGrid(Range(24, 2), 0)
+    selection = Selection.full(ARCHITECTURE)
+    with pytest.raises(ProtocolError, match="none for statistics"):
+        Grid(selection, {"a.mean": TensorGrid(span, -8)}, 2)
+    with pytest.raises(ProtocolError, match="some of the model's, got x"):
+        Grid(selection, {"x": TensorGrid(span)}, 2)
+    with pytest.raises(ProtocolError, match="boards of a cohort"):
+        Grid(selection, {"a": TensorGrid(span)}, MAX_WEIGHT + 1)
+
+
+@given(st.floats(1e-9, 1e3))
+def test_a_step_reaches_the_largest_difference_and_no_further_than_needed(largest: float) -> None:
+    step = step_exponent(largest)
+    assert CODES * 2.0**step >= largest > CODES * 2.0 ** (step - 1)
