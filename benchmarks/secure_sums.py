@@ -1,0 +1,166 @@
+"""Secure sums of a hundred boards: what masks, keys and shares cost each board and the server.
+
+    OMP_NUM_THREADS=1 python benchmarks/secure_sums.py
+
+Boards and server run their own code in one process, without a network. Every board has the same number of numbers; the
+sum is compared with the one without masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any, TypeVar
+
+import numpy as np
+from synthetic_nets import setting, write
+
+from fedprune.secure_aggregation.collector import Collector
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.participant import Participant
+from fedprune.secure_aggregation.session import Session
+from fedprune.security.keys import SigningKey
+
+BOARDS, NUMBERS = 100, 250_000
+STEPS = ("advertise", "share", "mask", "unmask")
+CASES = (("chosen", 32, 0.0), ("chosen", 32, 0.2), ("chosen", 64, 0.2), ("all", 32, 0.2))
+"""Neighbours of a board, bits of a number, and the share of boards that drop out between their shares and vectors."""
+
+_Result = TypeVar("_Result")
+
+
+class Meter:
+    """Milliseconds of processor time by what was done."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = defaultdict(list)
+
+    def run(self, what: str, work: Callable[[], _Result]) -> _Result:
+        start = time.process_time()
+        result = work()
+        self.times[what].append(1e3 * (time.process_time() - start))
+        return result
+
+
+def measured(neighbours: str, bits: int, dropping: float) -> dict[str, Any]:
+    """One secure sum: bytes and processor time of a board, medians over boards, and processor time of the server."""
+    words = (NUMBERS, 0) if bits == 32 else (0, NUMBERS)
+    if neighbours == "all":
+        session = Session(b"benchmark", BOARDS, BOARDS // 2 + 1, *words)
+    else:
+        session = Session.choose(b"benchmark", BOARDS, *words)
+    identities = {f"board-{i:02}": SigningKey.make() for i in range(BOARDS)}
+    directory = {name: key.verifying for name, key in identities.items()}
+    random, meter = np.random.default_rng(1), Meter()
+    gone = set(random.permutation(sorted(identities))[: round(dropping * BOARDS)].tolist())
+    inputs = {
+        n: Vector(random.integers(0, 2**32, words[0], np.uint32), random.integers(0, 2**64, words[1], np.uint64))
+        for n in identities
+    }
+    up: dict[str, list[int]] = {step: [] for step in STEPS}
+    down: dict[str, list[int]] = {step: [0] for step in STEPS}
+    collector = Collector(session, directory, Random(1))
+    boards = {}
+    for name, identity in identities.items():
+        boards[name], message = meter.run("advertise", partial(_advertised, session, name, identity, directory))
+        up["advertise"].append(len(message))
+        meter.run("server", partial(collector.add_advertisement, name, message))
+    rosters = meter.run("server", collector.rosters)
+    down["share"] = [len(raw) for raw in rosters.values()]
+    for name, raw in rosters.items():
+        message = meter.run("share", partial(boards[name].share, raw))
+        up["share"].append(len(message))
+        meter.run("server", partial(collector.add_shares, name, message))
+    deliveries = meter.run("server", collector.deliveries)
+    down["mask"] = [len(raw) for raw in deliveries.values()]
+    for name in set(deliveries) - gone:
+        vector = inputs[name].copy()
+        message = meter.run("mask", partial(boards[name].mask, deliveries[name], vector))
+        up["mask"].append(len(message))
+        meter.run("server", partial(collector.add_masked, name, message))
+    survivors = meter.run("server", collector.survivors)
+    down["unmask"] = [len(raw) for raw in survivors.values()]
+    for name, raw in survivors.items():
+        message = meter.run("unmask", partial(boards[name].unmask, raw))
+        up["unmask"].append(len(message))
+        meter.run("server", partial(collector.add_unmasking, name, message))
+    total = meter.run("unmasking", collector.total)
+    expected = Vector.zeros(session)
+    for name in set(inputs) - gone:
+        expected.add(inputs[name])
+    return {
+        "neighbours": min(session.degree, BOARDS - 1),
+        "threshold": session.threshold,
+        "bits": bits,
+        "dropped": len(gone),
+        "exact": total.to_bytes() == expected.to_bytes(),
+        "up": {step: statistics.median(sizes) for step, sizes in up.items()},
+        "down": {step: statistics.median(sizes) for step, sizes in down.items()},
+        "board_ms": {step: statistics.median(meter.times[step]) for step in STEPS},
+        "server_ms": sum(meter.times["server"]),
+        "unmasking_ms": sum(meter.times["unmasking"]),
+    }
+
+
+def _advertised(session: Session, name: str, identity: SigningKey, directory: Any) -> tuple[Participant, bytes]:
+    board = Participant(session, name, identity, directory)
+    return board, board.advertise()
+
+
+def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The results as a page."""
+    lines = []
+    for row in rows:
+        vector = row["up"]["mask"]
+        around = sum(row["up"].values()) + sum(row["down"].values()) - vector
+        board = [f"{row['board_ms'][step]:.1f}" for step in STEPS]
+        server = [f"{row['server_ms'] / 1e3:.2f}", f"{row['unmasking_ms'] / 1e3:.2f}"]
+        head = [str(row[key]) for key in ("neighbours", "threshold", "bits", "dropped")]
+        cells = [*head, "yes" if row["exact"] else "**no**", f"{vector / 1e3:,.0f}", f"{around / 1e3:.1f}"]
+        lines.append("| " + " | ".join([*cells, *board, *server]) + " |")
+    table = "\n".join(lines)
+    first = rows[1]
+    steps = "\n".join(f"| {step} | {first['down'][step]:,.0f} | {first['up'][step]:,.0f} |" for step in STEPS)
+    titles = (
+        *("neighbours", "threshold", "bits", "dropped", "exact", "vector, kB", "other bytes, kB"),
+        *("keys, ms", "shares, ms", "masks, ms", "answer, ms", "server: messages, s", "server: unmasking, s"),
+    )
+    return f"""# Secure sums
+
+{about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the start),
+Python {about["python"]}, numpy {about["numpy"]}, cryptography {about["cryptography"]}.
+`OMP_NUM_THREADS=1 python benchmarks/secure_sums.py`
+
+{BOARDS} boards with {NUMBERS:,} numbers each, in one process without a network. Dropped boards have sent their
+shares but no vector, the most expensive moment for the server. As float32 such an update has
+{4 * NUMBERS / 1e3:,.0f} kB, in the codec `int8` about {NUMBERS / 1e3:,.0f} kB. Bytes and milliseconds are medians
+over boards, milliseconds processor time of this machine. A Raspberry Pi 4, whose processor has no instructions for
+AES, was not measured.
+
+| {" | ".join(titles)} |
+|{"---|" * len(titles)}
+{table}
+
+Bytes of a board in the second row:
+
+| step | to the board | from the board |
+|---|---|---|
+{steps}
+"""
+
+
+def main() -> None:
+    """Measure and write the results."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    about = setting("cryptography")
+    rows = [measured(*case) for case in CASES]
+    write("secure_sums", {"setting": about, "rows": rows}, page(about, rows))
+
+
+if __name__ == "__main__":
+    main()
