@@ -28,6 +28,17 @@ from fedprune.planning.profile_store import find
 from fedprune.releases.release import Release, ReleaseFile, opened, signed
 from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import INT8, graphs_of
+from fedprune.secure_aggregation.keys import ADVERTISEMENT, SEALED, Advertisement
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.messages import (
+    decode_delivery,
+    decode_roster,
+    decode_unmasking,
+    encode_delivery,
+    encode_roster,
+)
+from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.shamir import SHARE
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import (
     key_digest,
@@ -116,6 +127,22 @@ def wire_targets() -> tuple[Target, ...]:
         *_signed(told),
         *_joining(),
         *_blobs(),
+        *_secure_sums(),
+    )
+
+
+def _secure_sums() -> tuple[Target, ...]:
+    """Messages of a secure sum, to a board with four neighbours and to the server."""
+    session, names = Session(b"toy", 4, 3, 2, 1), ("a", "b", "c", "d")
+    keys = {n: Advertisement.from_bytes(bytes([i]) * ADVERTISEMENT) for i, n in enumerate(names)}
+    sealed = {n: bytes([i]) * SEALED for i, n in enumerate(names)}
+    shares = bytes(4 * SHARE)
+    deliveries = (encode_delivery(names, sealed), encode_delivery(names, {n: sealed[n] for n in "abd"}))
+    return (
+        Target("wire.secure sum: roster", lambda raw: decode_roster(raw, session), (encode_roster(keys),)),
+        Target("wire.secure sum: delivery", lambda raw: decode_delivery(raw, names, session), deliveries),
+        Target("wire.secure sum: vector", lambda raw: Vector.from_bytes(raw, session), (bytes(16),), share=0.2),
+        Target("wire.secure sum: shares", lambda raw: decode_unmasking(raw, names), (shares,)),
     )
 
 
