@@ -159,7 +159,9 @@ def _plain(value: Any) -> Any:
 
 
 def _says_nothing(node: object) -> bool:
-    """A docstring, or a line for a log."""
+    """A docstring, the package's version, or a line for a log."""
+    if isinstance(node, ast.Assign):
+        return [getattr(target, "id", "") for target in node.targets] == ["__version__"]
     if isinstance(node, ast.AST) and _for_types_alone(node):
         return True
     if not isinstance(node, ast.Expr):

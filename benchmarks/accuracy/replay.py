@@ -6,16 +6,22 @@ Differences are compressed before they are sent, so a weight that differs in its
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.accuracy.figures import Run
 from benchmarks.accuracy.protocol import Method, Protocol
 from benchmarks.accuracy.run import commit, experiment_of, result_path, rounds_of
 from fedprune.core.atomic_file import write_whole
+from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.run_folder import simulate
 from fedprune_server.simulation.simulation import Simulation
+
+VERSIONS = ("0.1.0", "0.2.0")
+"""Versions of fedprune that have made runs of tables."""
 
 _COMPARED = ("round", "at", "down", "up", "macs", "density", "active_macs")
 
@@ -37,7 +43,7 @@ def replay(protocol: Protocol, method: Method, seed: int, folder: Path, rounds: 
     path = result_path(method, seed, folder, cuda=cuda)
     stored: Run = json.loads(path.read_text())
     experiment = experiment_of(protocol, method, seed, cuda=cuda)
-    if experiment.fingerprint != stored["fingerprint"]:
+    if stored["fingerprint"] not in fingerprints(experiment):
         return "other settings, data or model"
     running: list[Simulation] = []
 
@@ -57,6 +63,15 @@ def replay(protocol: Protocol, method: Method, seed: int, folder: Path, rounds: 
     stored |= {"key": protocol.key(method, seed, cuda=cuda), "replayed": {"rounds": rounds, "code": commit()}}
     write_whole(path, json.dumps(stored).encode())
     return ""
+
+
+def fingerprints(experiment: Experiment) -> set[str]:
+    """Of this run by each version, whose number is part of a fingerprint."""
+    found = set()
+    for version in VERSIONS:
+        with patch("fedprune_server.simulation.experiment.__version__", version):
+            found.add(replace(experiment).fingerprint)
+    return found
 
 
 def first_difference(stored: list[dict[str, Any]], again: list[dict[str, Any]]) -> str:

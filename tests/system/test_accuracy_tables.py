@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fedprune import __version__
 from fedprune.core.tensorfile import encode
 from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
@@ -114,7 +115,7 @@ def test_a_table_runs(accuracy, table, tmp_path):
 @pytest.mark.slow
 def test_a_run_of_earlier_code_counts_if_its_first_rounds_are_repeated(accuracy, tmp_path):
     from benchmarks.accuracy import page
-    from benchmarks.accuracy.replay import replay
+    from benchmarks.accuracy.replay import VERSIONS, fingerprints, replay
 
     _, run = accuracy
     protocol = small(TABLES["fashion-pathological"]).lasting(2)
@@ -136,6 +137,9 @@ def test_a_run_of_earlier_code_counts_if_its_first_rounds_are_repeated(accuracy,
         assert said.startswith(f"round 1: {name} was ")
         assert found["key"] == "of other code"
     assert replayed(fingerprint="other")[0] == "other settings, data or model"
+    assert VERSIONS[-1] == __version__
+    (earlier,) = fingerprints(run.experiment_of(protocol, method, 0)) - {made["fingerprint"]}
+    assert replayed(fingerprint=earlier)[0] == ""
 
 
 @pytest.mark.soak
@@ -634,6 +638,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedprune.jobs.job import Job
 
+__version__ = "1.0"
+
 log = logging.getLogger("x")
 
 
@@ -655,6 +661,7 @@ def halved(value: float) -> float:
         ("halving %s", "now %s", False),
         ("value: float", "value: int", False),
         ("jobs.job import Job", "jobs.schedule import Schedule", False),
+        ('__version__ = "1.0"', '__version__ = "1.1"', False),
         ("value / 2", "value / 3", True),
         ("value < 0", "value <= 0", True),
         ("def halved", "def half", True),

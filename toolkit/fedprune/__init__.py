@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedprune.strategies.strategy import Strategy
     from fedprune.strategies.values import Closing, Ranking, Submodel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "Architecture": "model.architecture",
