@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | audit | docs | soak | first-boot | manifests | release | sbom | pins | clean
+# make demo | test | test-all | check | audit | docs | soak | first-boot | manifests | release | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -33,7 +33,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
@@ -84,11 +84,16 @@ audit: $(DEV)/installed
 # What is in a release: wheel and sdist, the same bytes wherever the same commit is built, what their extras install
 # (CycloneDX), and the digests of all of them.
 release: $(DEV)/installed
-	rm -rf build/release && mkdir -p build/release dist
+	rm -rf build/release dist/fedprune-* && mkdir -p build/release dist
 	git archive HEAD | tar -x -C build/release
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(DEV)/bin/python -m build --no-isolation --outdir dist build/release
 	@$(MAKE) --no-print-directory sbom
 	cd dist && sha256sum fedprune-* >SHA256SUMS && cat SHA256SUMS
+	@echo "dist/ has release $(VERSION); nothing is uploaded. docs/release.md says how a maintainer publishes it, by one tag."
+
+# A release's text for its tag and its page: the introduction of its section in the changelog, up to the first topic.
+notes:
+	@sed -n '/^## $(VERSION)\b/,/:$$/{/^## /d;/:$$/d;p}' CHANGELOG.md
 
 # Of an environment with these extras, which is installed for it.
 sbom: $(DEV)/installed

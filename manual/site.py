@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BESIDE = (
     "README.md",
     "CHANGELOG.md",
+    "CODE_OF_CONDUCT.md",
     "CONTRIBUTING.md",
     "LICENSE",
+    "SECURITY.md",
     "benchmarks/**/*.md",
     "benchmarks/**/*.json",
     "benchmarks/**/*.png",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from manual.site import BESIDE
 from support.paths import ROOT
 
 pytest.importorskip("mkdocs")
@@ -98,7 +99,7 @@ def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path, target: str) -
     """In a copy: what is checked must be able to fail."""
     for name in ("docs", "manual", "benchmarks", "examples", "toolkit", "device_runtime"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
+    for name in ("mkdocs.yml", *(name for name in BESIDE if "/" not in name)):
         shutil.copy(ROOT / name, tmp_path / name)
     with (tmp_path / "docs" / "planner.md").open("a") as file:
         file.write(f"\n[there]({target})\n")
