@@ -14,7 +14,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.limits import RoundUpdate
 from fedprune.core.errors import BundleError, StorageError
-from fedprune_server.aggregators.messages import first
+from fedprune_server.aggregators.messages import away_too_long, first
 from fedprune_server.aggregators.regional_job import LOST, UpdateLostError, blobs_of
 from fedprune_server.executor.background import CommandExecutor, Work
 from fedprune_server.executor.worker import Worker
@@ -186,7 +186,7 @@ class CollectingWorker:
                     answer = future.result()
                 elif self._gone(region):
                     self._drop(number)
-                    why = _away(region)
+                    why = away_too_long(region)
                     log.error("%d updates of round %d don't count: %s", len(some), command.round, why)
                     answer = on.Measured(command.round, 0, failed={c.part.device: why for c in some})
             answers.append((some, answer))
@@ -200,9 +200,5 @@ class CollectingWorker:
                 continue
             raw = self._fetch(found.region, digest)
             if raw is None:
-                raise UpdateLostError(_away(found.region) if self._gone(found.region) else LOST)
+                raise UpdateLostError(away_too_long(found.region) if self._gone(found.region) else LOST)
             self._worker.store.put(raw)
-
-
-def _away(region: str) -> str:
-    return f"its aggregator {first(region)} was away for too long"

@@ -101,6 +101,11 @@ def first(path: str) -> str:
     return path.partition("/")[0]
 
 
+def away_too_long(path: str) -> str:
+    """Why parts of a region don't count whose aggregator is no longer waited for."""
+    return f"its aggregator {first(path)} was away for too long"
+
+
 def joined(region: str, path: str) -> str:
     """The path, seen from the parent, of a path below the aggregator `region`. Raises `ProtocolError` if the path has
     a part that is no name."""

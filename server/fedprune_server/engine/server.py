@@ -43,7 +43,7 @@ from fedprune_server.aggregators.connections import (
 )
 from fedprune_server.aggregators.connections import Item as ItemBelow
 from fedprune_server.aggregators.dispatcher import RegionDispatcher
-from fedprune_server.aggregators.messages import Steered, first
+from fedprune_server.aggregators.messages import Steered, away_too_long, first
 from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp, Register
 from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
@@ -422,7 +422,7 @@ class Server:
             # The parent has repeated what it has ordered, also for regions that can't be reached from here.
             below.connections.expect(_regions_in(runner.state))
             for region in sorted(below.connections.absent()):
-                runner.hear(on.Disconnected(region, _given_up(region) if below.connections.gone(region) else ""))
+                runner.hear(on.Disconnected(region, away_too_long(region) if below.connections.gone(region) else ""))
 
     def _hear_below(self, below: RegionDispatcher, item: ItemBelow) -> None:
         match item:
@@ -500,7 +500,7 @@ class Server:
             below.tick()
             for region in below.connections.given_up():
                 for runner in self.runners.values():
-                    runner.hear(on.Disconnected(region, _given_up(region)))
+                    runner.hear(on.Disconnected(region, away_too_long(region)))
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 
@@ -557,7 +557,3 @@ def _regions_in(state: State) -> set[str]:
     """The aggregators with which a job has to do."""
     paths = {device.region for device in state.devices.values()} | {task.region for task in state.tasks.values()}
     return {first(path) for path in paths if path}
-
-
-def _given_up(region: str) -> str:
-    return f"its aggregator {region} was away for too long"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.jobs.state import Device
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.tables import DeviceRows
 from support.fakes.stored_job import TO_THE_SECOND_ROUND, born, filled
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -144,6 +146,13 @@ def test_devices_can_be_queried(storage: Storage) -> None:
     storage.save(filled(), (), 1.0, {"a": (7, 8)})
     row = storage.devices()[0]
     assert (row["name"], row["profile"], row["widths"], row["bytes_down"], row["bytes_up"]) == ("a", "board", [4], 7, 8)
+
+
+def test_the_body_of_a_row_is_the_whole_device() -> None:
+    rows, profile = DeviceRows(), {"name": "pi", "memory": [1, 2]}
+    for plan in (None, {"density": 0.5}):
+        device = Device(1, True, profile, {"speed": 2.5}, 10, widths=(3,), region="north", plan=plan)
+        assert json.loads(rows.row("ant", device)["body"]) == json.loads(json.dumps(device.to_dict()))
 
 
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
