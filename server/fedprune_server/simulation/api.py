@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedprune.core.errors import ConfigError
+import pyarrow as pa
+
+from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
 from fedprune.output.document import Document, Drawing
@@ -21,8 +23,12 @@ from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, final_rows, table, write_report
+from fedprune_server.simulation.results.run_folder import devices_table, rounds_table
 from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
 from fedprune_server.simulation.results.runs_progress import RunDisplay
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HEIGHT = 620
 """Pixels of a page in a notebook."""
@@ -64,6 +70,22 @@ class Run:
             f"global_{kind}": list(self.record.global_values()),
             f"local_{kind}": list(self.record.mean_locals()),
         }
+
+    def table(self, *, devices: bool = False) -> pa.Table:
+        """A row per round as a pyarrow table, with the columns of `rounds.parquet` (docs/simulate.md has their units).
+
+        Args:
+            devices: A row per round and device that took part in it instead.
+        """
+        return devices_table(self.record) if devices else rounds_table(self.record)
+
+    def frame(self, *, devices: bool = False) -> pd.DataFrame:
+        """The same as a pandas data frame. Raises `MissingExtraError` if pandas is not installed."""
+        try:
+            return self.table(devices=devices).to_pandas()
+        except ModuleNotFoundError as error:
+            hint = "pip install pandas, or take table(), which needs nothing else."
+            raise MissingExtraError(f"a data frame needs {error.name}, which is not installed", hint=hint) from error
 
     def plot(self) -> Page:
         """The run's curves over rounds, bytes and simulated time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import fedprune_server
 from fedprune import Strategy, compose
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
@@ -98,6 +100,45 @@ def test_curves_are_columns_of_a_table(fleet: dict[str, Any], tmp_path: Path) ->
     assert isinstance(run, Run)
     assert run.record.title == "fedavg"
     assert run.plot().save(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_table_has_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any], tmp_path: Path) -> None:
+    run = simulate(fleet, folder=tmp_path / "kept")
+
+    rounds = run.table()
+    assert rounds.equals(pq.read_table(tmp_path / "kept" / "rounds.parquet").replace_schema_metadata(None))
+    assert rounds["round"].to_pylist() == [1, 2]
+    assert rounds["local_accuracy"].to_pylist() == list(run.record.mean_locals())
+
+    devices = run.table(devices=True).to_pylist()
+    names = sorted(device.name for device in run.record.devices)
+    assert [(row["round"], row["device"]) for row in devices] == [(r, name) for r in (1, 2) for name in names]
+    long = pq.read_table(tmp_path / "kept" / "metrics.parquet").to_pylist()
+    assert {(r["round"], r["device"], r["metric"]): r["value"] for r in long if r["device"] is not None} == {
+        (row["round"], row["device"], name): value
+        for row in devices
+        for name, value in row.items()
+        if name not in ("round", "device", "time_s") and value is not None
+    }
+
+
+HAS_PANDAS = importlib.util.find_spec("pandas") is not None
+
+
+@pytest.mark.skipif(not HAS_PANDAS, reason="needs pandas")
+def test_a_frame_is_the_table(fleet: dict[str, Any]) -> None:
+    run = simulate(fleet, rounds=1)
+
+    assert run.frame().to_dict("records") == run.table().to_pylist()
+    assert len(run.frame(devices=True)) == 2
+
+
+@pytest.mark.skipif(HAS_PANDAS, reason="pandas is installed")
+def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(fleet: dict[str, Any]) -> None:
+    run = simulate(fleet, rounds=1)
+
+    with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas"):
+        run.frame()
 
 
 def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:

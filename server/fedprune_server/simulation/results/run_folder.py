@@ -6,8 +6,9 @@ The numbers are also written as two Parquet tables, for pandas, polars, DuckDB a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -142,7 +143,7 @@ def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
     with storage_errors(f"can't write {path}"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for piece in _pieces(record.rounds):
             writer.write_table(pa.table([pa.array(v, f.type) for v, f in zip(piece, schema, strict=True)], schema))
-    wide = pa.Table.from_pylist(_wide(record)).replace_schema_metadata(about)
+    wide = rounds_table(record).replace_schema_metadata(about)
     path = folder / ROUNDS.format(suffix)
     with storage_errors(f"can't write {path}"):
         pq.write_table(wide, path, compression="zstd")
@@ -176,25 +177,64 @@ def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
             yield device, metric, float(count)
 
 
-def _wide(record: Record) -> list[dict[str, Any]]:
+def rounds_table(record: Record) -> pa.Table:
+    """The wide table: a row per round. Columns that no round has are left out."""
+    rows = list(map(WideRows(record.measure).row, record.rounds))
     own = sorted(set().union(*(r.own for r in record.rounds)))
-    whole = sorted(set().union(*(r.metrics for r in record.rounds)))
-    measured = sorted(set().union(*(r.measured for r in record.rounds)))
-    means = {f"mean_{m}": record.own_means(m) for m in own}
-    return [
-        {
-            "round": r.round,
-            "time_s": r.at,
-            "total_bytes_down": r.down,
-            "total_bytes_up": r.up,
-            "training_macs": r.macs,
-            "active_macs": r.active_macs,
-            "asked": r.asked,
-            "updates": r.updates,
-            "model": r.model,
-            **{k: r.metrics.get(k) for k in whole},
-            **{k: v[i] for k, v in means.items()},
-            **{k: r.measured.get(k) for k in measured},
-        }
-        for i, r in enumerate(record.rounds)
+    names = [
+        *_ROUND,
+        *sorted(set().union(*(r.metrics for r in record.rounds))),
+        *(f"local_{record.measure}" for _ in range(any(r.local for r in record.rounds))),
+        *(f"mean_{metric}" for metric in own),
+        *sorted(set().union(*(r.measured for r in record.rounds))),
     ]
+    return pa.Table.from_pylist([{name: row.get(name) for name in dict.fromkeys(names)} for row in rows])
+
+
+def devices_table(record: Record) -> pa.Table:
+    """A row per round and device that has received, trained or delivered something in it."""
+    metrics = sorted(set().union(*(r.own for r in record.rounds)))
+    return pa.Table.from_pylist(
+        [
+            {
+                "round": r.round,
+                "time_s": r.at,
+                "device": device,
+                "density": r.density.get(device),
+                **dict(zip_longest(SPENT, r.spent.get(device, ())[: len(SPENT)])),
+                **{m: r.own.get(m, {}).get(device) for m in metrics},
+            }
+            for r in record.rounds
+            for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.own.values()))
+        ]
+    )
+
+
+_ROUND = (
+    "round", "time_s", "total_bytes_down", "total_bytes_up", "training_macs", "active_macs", "asked", "updates",
+    "model",
+)  # fmt: skip
+"""Columns that every round has."""
+
+
+class WideRows:
+    """Makes the wide table's rows, of one round after the other: means are over each device's latest value.
+
+    Args:
+        kind: By what models are judged, such as `accuracy`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._latest: dict[str, dict[str, float]] = {}
+
+    def row(self, r: RoundRow) -> dict[str, Any]:
+        self._add(f"local_{self._kind}", r.local)
+        for metric, values in r.own.items():
+            self._add(f"mean_{metric}", values)
+        own = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.model)
+        means = {name: sum(known.values()) / len(known) for name, known in self._latest.items() if known}
+        return dict(zip(_ROUND, own, strict=True)) | r.metrics | means | r.measured
+
+    def _add(self, name: str, values: Mapping[str, float]) -> None:
+        self._latest.setdefault(name, {}).update(values)
