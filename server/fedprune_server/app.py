@@ -195,7 +195,7 @@ def build_app(
                 DeviceServices(blobs=services.blobs) if i else services,
                 profiles=profiles,
                 max_devices=config.max_devices,
-                observers=_observers(job, watch, options, beside_others=len(jobs) > 1),
+                observers=[*_observers(job, watch, options, beside_others=len(jobs) > 1), *_tracked(stack, job)],
                 below=below,
             )
             for i, job in enumerate(jobs)
@@ -329,6 +329,18 @@ def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_other
     display = Lines(of_several=beside_others) if lines else make_display()
     steps = [] if job.parent is not None else [_NextSteps(job.config.state, until_finished=options.until_finished)]
     return [display, *watch(job.opened.job.name), *steps]
+
+
+def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:
+    """What gives a job's rounds to experiment trackers, if there are any."""
+    config, opened = job.config, job.opened
+    if not config.tracked:
+        return []
+    from fedprune_server.simulation.results.tracked_rounds import JobTracker
+
+    tracker = JobTracker(config.tracked, opened.job, opened.model, config.state, opened.state.history)
+    stack.callback(tracker.close)
+    return [tracker]
 
 
 def _watchers(

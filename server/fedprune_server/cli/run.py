@@ -49,7 +49,7 @@ _OPTIONS: dict[tuple[str, ...], str] = {
     ("alerts", "webhook"): "alert-webhook",
     **{place: name for name, place in PLACES.items()},
 }
-_OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "archive")
+_OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "archive", "track")
 """Settings of the server that an aggregator takes from its parent, or doesn't have."""
 
 _LAST_START, _DEFAULTS = "the last start", "the defaults"

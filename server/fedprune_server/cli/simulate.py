@@ -58,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=setting_of(int), metavar="N", help="instead of the job's")
     parser.add_argument("--workers", type=whole_number, metavar="N", help="processes that train side by side")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU, if that works")
+    parser.add_argument(
+        "--track",
+        metavar="TOOL[:DESTINATION],...",
+        help="experiment trackers that get every round: tensorboard[:FOLDER], mlflow[:ADDRESS], "
+        "wandb[:[ENTITY/]PROJECT], several with commas",
+    )
     parser.set_defaults(run=with_extra("server", _run))
     return parser
 
@@ -106,7 +112,9 @@ def _run(options: argparse.Namespace) -> None:
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
         )
     with _goes_on(out):
-        run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, display=RunDisplay)
+        run = simulate(
+            plan, folder=out, workers=options.workers, cuda=options.cuda, track=options.track, display=RunDisplay
+        )
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few_rounds(plan.job.rounds) if options.demo else ""
     judged = options.demo and not unjudged

@@ -20,6 +20,13 @@ from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_url
 from fedprune_server.config.setting import SWITCH, check_settings, setting
+from fedprune_server.config.track_targets import (
+    TRACK_METAVAR,
+    TRACK_TEXT,
+    TrackTarget,
+    anchored_track,
+    track_targets,
+)
 from fedprune_server.storage.s3.bucket import FOLDER, parse
 
 EMBEDDED = "embedded"
@@ -190,6 +197,7 @@ class ServerConfig:
         "collector.",
         "URL",
     )
+    track: str = setting(OFF, TRACK_TEXT, TRACK_METAVAR)
     alerts: AlertSettings = field(default_factory=AlertSettings)
 
     def __post_init__(self) -> None:
@@ -244,6 +252,11 @@ class ServerConfig:
                 expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
                 got=shown(self.traces.rpartition("@")[2]),
             )
+        if self.tracked and self.parent != OFF:
+            raise ConfigError(
+                "server: track", expected=f"{OFF!r} at an aggregator", got=shown(self.track),
+                hint="The rounds are the parent's: set it there.",
+            )  # fmt: skip
         self._check_console()
         try:
             words = shlex.split(self.on_revocation)
@@ -286,6 +299,11 @@ class ServerConfig:
     def console_place(self) -> tuple[str, int] | None:
         """Address and port of the console; None for none."""
         return _place(self.console, LOCAL[0], "console")
+
+    @property
+    def tracked(self) -> tuple[TrackTarget, ...]:
+        """The experiment trackers that get every round."""
+        return track_targets(self.track, "server: track")
 
     def _check_parent(self) -> None:
         check_name(self.region, "server: region", error=ConfigError)
@@ -330,6 +348,7 @@ class ServerConfig:
     def server_settings(self) -> dict[str, Any]:
         """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
+        values["track"] = anchored_track(self.track, Path().resolve())
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 

@@ -17,6 +17,7 @@ from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.server_config import PATHS, PLACES, SERVER, ServerConfig
 from fedprune_server.config.setting import read_table
+from fedprune_server.config.track_targets import anchored_track
 
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 """Of a `fleet.toml`."""
@@ -83,6 +84,9 @@ def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         text = values.get(key) if isinstance(values, dict) else None
         if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
             found[table][key] = _source(text, folder) if (table, key) in sources else str(folder / text)
+    server = found.get("server")
+    if isinstance(server, dict) and isinstance(server.get("track"), str):
+        server["track"] = anchored_track(server["track"], folder)
     return found
 
 

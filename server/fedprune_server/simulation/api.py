@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from html import escape
@@ -18,6 +18,7 @@ from fedprune.jobs.job import Job
 from fedprune.output.document import Document, Drawing
 from fedprune.strategies.strategy import Strategy
 from fedprune_export.pruning.model import Model
+from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
@@ -26,6 +27,8 @@ from fedprune_server.simulation.results.report import Report, final_rows, table,
 from fedprune_server.simulation.results.run_folder import devices_table, rounds_table
 from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
 from fedprune_server.simulation.results.runs_progress import RunDisplay
+from fedprune_server.simulation.results.tracked_rounds import tracked
+from fedprune_server.simulation.simulation import Simulation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,6 +143,7 @@ def simulate(
     reference: bool = False,
     workers: int | None = None,
     cuda: bool = False,
+    track: str | None = None,
     display: Callable[[str], AbstractContextManager[RunDisplay]] | None = None,
 ) -> Run:
     """Run a fleet on a virtual clock.
@@ -156,10 +160,12 @@ def simulate(
         reference: Whether FedAvg at full width is run on the same devices, too.
         workers: Number of processes; by default the fleet's.
         cuda: Whether to train on an NVIDIA GPU, if that works.
+        track: Experiment trackers that get every round, such as `mlflow,tensorboard:events`; by default the fleet's.
         display: Opens a display of progress for a run of a given title.
 
     Raises:
         ConfigError: A setting is missing, unknown or wrong; the message names it.
+        MissingExtraError: The library of a tracker is not installed.
         FedpruneError: Model or data can't be read, or a training fails.
     """
     place = None if folder is None else Path(folder)
@@ -194,22 +200,37 @@ def simulate(
             tables=tables,
             model=model,
         )
-    plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda)
+    targets = plan.track if track is None else track_targets(track, "track")
+    plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()
-    record = _simulated(plan, place, display)
+    record = _simulated(plan, place, display, plan.track)
     if compared is None:
         return Run(record)
-    return Run(record, _simulated(compared, place, display, suffix="-reference", state="reference"))
+    return Run(record, _simulated(compared, place, display, plan.track, suffix="-reference", state="reference"))
 
 
 def _simulated(
     experiment: Experiment,
     folder: Path | None,
     display: Callable[[str], AbstractContextManager[RunDisplay]] | None,
+    targets: Sequence[TrackTarget],
     *,
     suffix: str = "",
     state: str = "run",
 ) -> Record:
-    with nullcontext() if display is None else display(experiment.title) as shown:
-        show, begin = (None, None) if shown is None else (shown.show, shown.begin)
+    with (
+        tracked(targets, experiment, folder, state) as track,
+        nullcontext() if display is None else display(experiment.title) as shown,
+    ):
+
+        def begin(simulation: Simulation) -> None:
+            track(simulation)
+            if shown is not None:
+                shown.begin(simulation)
+
+        def show(simulation: Simulation) -> None:
+            track(simulation)
+            if shown is not None:
+                shown.show(simulation)
+
         return simulate_experiment(experiment, folder, show, begun=begin, suffix=suffix, state=state)

@@ -15,7 +15,9 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.rng import keyed
 from fedprune.planning.profile import Link
+from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.setting import check_settings, read_table, setting
+from fedprune_server.config.track_targets import TRACK_TEXT, track_targets
 from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
 
 ALWAYS = math.inf
@@ -224,11 +226,13 @@ class Settings:
         (), "Densities of submodels that are measured on the server's samples.", within=(1e-6, 1)
     )
     every: int = setting(1, "Rounds between two measurements.", within=(1, 10**6))
+    track: str = setting(OFF, TRACK_TEXT)
 
     def __post_init__(self) -> None:
         densities = validation.items("simulation: densities", self.densities, 1000, "numbers")
         object.__setattr__(self, "densities", tuple(densities))
         check_settings(self, "simulation")
+        track_targets(self.track, "simulation: track")
 
 
 def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple[LinkSettings, ...]]:

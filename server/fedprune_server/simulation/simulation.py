@@ -33,7 +33,7 @@ from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
-from fedprune_server.simulation.measure import RoundRecorder
+from fedprune_server.simulation.measure import RoundNotes, RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.state import Item, Left, SavedRun, SimulationState, Trained
@@ -161,6 +161,11 @@ class Simulation:
     @property
     def measured(self) -> dict[int, dict[str, float]]:
         return {number: notes.measured for number, notes in self._run.rounds.items()}
+
+    @property
+    def notes(self) -> Mapping[int, RoundNotes]:
+        """Notes of finished rounds, by number."""
+        return self._run.rounds
 
     def run(
         self,

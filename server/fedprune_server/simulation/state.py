@@ -327,13 +327,18 @@ class SavedRun:
         `StorageFullError` if there is no room, and `StorageError` if the disk fails."""
         if self._folder is None:
             return
-        folder = self._folder / _CHECKPOINTS / f"round-{number:06d}"
-        with storage_errors(f"can't make {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS_FILE, weights)
-        if (frozen := model.base_file) is not None:
-            write_whole(folder / BASE, frozen)
-        write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
+        write_model(self._folder / _CHECKPOINTS / f"round-{number:06d}", model, weights)
+
+
+def write_model(folder: Path, model: Model, weights: bytes) -> None:
+    """Write a global model as `model.onnx` and the weights that it refers to. Raises `StorageFullError` if there is no
+    room, and `StorageError` if the disk fails."""
+    with storage_errors(f"can't make {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / WEIGHTS_FILE, weights)
+    if (frozen := model.base_file) is not None:
+        write_whole(folder / BASE, frozen)
+    write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
 
 
 def _stamp(folder: Path) -> tuple[int, ...] | None:

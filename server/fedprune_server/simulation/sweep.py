@@ -31,6 +31,7 @@ from fedprune.core.toml_file import read_toml
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan, read_tables
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.runs import Progress, RunSpec
 from fedprune_server.simulation.simulation import Simulation
 
@@ -167,12 +168,14 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> dict[str, Any]
     plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
 
     def progress(simulation: Simulation) -> None:
+        track(simulation)
         history = simulation.state.history
         metrics = history[-1]["metrics"] if history else {}
         found = leading(metrics)
         report(len(history) / plan.job.rounds, "" if found is None else found[0].said(found[1]))
 
-    record = simulate(plan, folder, progress)
+    with tracked(plan.track, plan, folder) as track:
+        record = simulate(plan, folder, progress, begun=track)
     write_report(folder, record)
     local, whole = (None if math.isnan(v) else v for v in record.final())
     return {"rounds": len(record.rounds), f"own_{record.measure}": local, f"global_{record.measure}": whole}

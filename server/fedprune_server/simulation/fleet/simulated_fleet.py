@@ -24,6 +24,7 @@ from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import changed_job, parse_config
+from fedprune_server.config.track_targets import TrackTarget, anchored_track, track_targets
 from fedprune_server.executor.evaluator import check_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import DataPlan, Federation, Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model
@@ -116,9 +117,11 @@ class Plan(Experiment):
 
     Attributes:
         reference: The reference's job on the same devices, or None.
+        track: Experiment trackers that get the rounds of both.
     """
 
     reference: Job | None = None
+    track: tuple[TrackTarget, ...] = ()
 
     def reference_experiment(self) -> Experiment | None:
         return None if self.reference is None else replace(self, title=REFERENCE, job=self.reference, reference=None)
@@ -213,6 +216,7 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         cuda=settings.cuda,
         partition=_partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
         reference=fedavg(job) if reference else None,
+        track=track_targets(settings.track, "simulation: track"),
     )
 
 
@@ -259,6 +263,7 @@ def read_tables(
         dropouts = read_table(DropOuts, body.get("dropouts", {}), f"{path}: [dropouts]")
         availability = read_table(Availability, body.get("availability", {}), f"{path}: [availability]")
         settings = read_table(Settings, body.get("simulation", {}), f"{path}: [simulation]")
+        settings = replace(settings, track=anchored_track(settings.track, path.parent))
         return Tables(body, layers, config, data, dropouts, availability, *read_weather(body, path), settings)
 
 

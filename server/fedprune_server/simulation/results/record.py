@@ -291,7 +291,7 @@ def record_of(
         partition: The fleet's data, if known.
     """
     known = notes or {}
-    rounds = (_round(e, known.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history)
+    rounds = (round_row(e, known.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history)
     missed = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     foretold = {name: predicted(name, device, job, architecture) for name, device in state.devices.items()}
@@ -370,7 +370,8 @@ def _label(architecture: Architecture, group: int) -> str:
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
-def _round(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:
+def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:
+    """A finished round; arguments as `record_of`, `kind`: by what models are judged."""
     metrics, devices = entry["metrics"], entry["devices"]
     delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
     own = {n: served(part["metrics"], kind) for n, part in delivered.items()}

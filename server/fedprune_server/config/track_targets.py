@@ -1,0 +1,63 @@
+"""The setting `track`: which experiment trackers get a job's rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core.errors import ConfigError, shown
+from fedprune_server.config.alert_settings import OFF
+
+TENSORBOARD, MLFLOW, WANDB = TOOLS = ("tensorboard", "mlflow", "wandb")
+
+TRACK_TEXT = (
+    "Experiment trackers that get every round: `tensorboard[:FOLDER]`, `mlflow[:ADDRESS]`, `wandb[:[ENTITY/]PROJECT]`, "
+    "several with commas; `off` for none."
+)
+TRACK_METAVAR = "TOOL[:DESTINATION],..."
+
+
+@dataclass(frozen=True)
+class TrackTarget:
+    """An experiment tracker, and where in it the run goes; empty for the tool's usual place."""
+
+    tool: str
+    destination: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.tool}:{self.destination}" if self.destination else self.tool
+
+
+def track_targets(text: str, where: str) -> tuple[TrackTarget, ...]:
+    """The trackers of a setting, which `where` names in errors. Raises `ConfigError` if one is unknown, comes twice, or
+    has a password in its address."""
+    if text == OFF:
+        return ()
+    found = []
+    for part in text.split(","):
+        tool, colon, destination = part.strip().partition(":")
+        if tool not in TOOLS or (colon and not destination) or not part.isprintable():
+            raise ConfigError(
+                where,
+                expected=f"{', '.join(TOOLS)}, each alone or with :DESTINATION, and commas between them, or {OFF!r}",
+                got=shown(part.strip()),
+            )
+        if "@" in destination.partition("://")[2].partition("/")[0]:
+            raise ConfigError(
+                where, expected="an address without a user", got=shown(destination.rpartition("@")[2]),
+                hint="It would be stored with the settings. Give the whole address in the variable "
+                f"MLFLOW_TRACKING_URI, and {tool} alone here.",
+            )  # fmt: skip
+        found.append(TrackTarget(tool, destination))
+    if len(set(found)) < len(found):
+        raise ConfigError(where, expected="each of them once", got=shown(text))
+    return tuple(found)
+
+
+def anchored_track(text: str, folder: Path) -> str:
+    """The setting with the folders of event files counted from `folder`."""
+    parts = [part.strip().partition(":") for part in text.split(",")]
+    return ",".join(
+        f"{tool}:{folder / place}" if tool == TENSORBOARD and place else f"{tool}{colon}{place}"
+        for tool, colon, place in parts
+    )

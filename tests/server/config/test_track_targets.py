@@ -1,0 +1,54 @@
+"""The setting `track`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import ConfigError
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.tables import parse_config
+from fedprune_server.config.track_targets import TrackTarget, track_targets
+
+
+def test_each_tracker_may_have_a_destination() -> None:
+    found = track_targets("tensorboard, mlflow:http://here:5000/path,wandb:us/ours", "track")
+
+    assert found == (
+        TrackTarget("tensorboard"),
+        TrackTarget("mlflow", "http://here:5000/path"),
+        TrackTarget("wandb", "us/ours"),
+    )
+    assert [str(target) for target in found] == ["tensorboard", "mlflow:http://here:5000/path", "wandb:us/ours"]
+    assert track_targets("off", "track") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("neptune", "neptune"),
+        ("tensorboard,", "''"),
+        ("mlflow:", "mlflow:"),
+        ("wandb,wandb", "wandb,wandb"),
+        ("mlflow:http://ann:secret@here:5000", "here:5000"),
+    ],
+)
+def test_a_wrong_tracker_is_refused_by_its_name(text: str, got: str) -> None:
+    with pytest.raises(ConfigError, match="server: track: expected") as caught:
+        ServerConfig(track=text)
+
+    assert got in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_folders_of_event_files_count_from_the_configuration(tmp_path: Path) -> None:
+    config = parse_config({"server": {"track": "tensorboard:events,mlflow"}}, "fleet.toml", tmp_path)
+
+    assert config.tracked == (TrackTarget("tensorboard", str(tmp_path / "events")), TrackTarget("mlflow"))
+    assert ServerConfig(track="tensorboard:events").server_settings()["track"] == f"tensorboard:{Path.cwd() / 'events'}"
+
+
+def test_an_aggregator_has_no_rounds_to_track() -> None:
+    with pytest.raises(ConfigError, match="server: track"):
+        ServerConfig(parent="wss://here:8443", region="north", track="mlflow")

@@ -1,0 +1,399 @@
+"""Experiment trackers get the rows of `rounds.parquet`, each once, whatever happens to them or to the run."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
+from fedprune_export.importing import import_onnx
+from fedprune_server import simulate
+from fedprune_server.app import StartOptions, build_app
+from fedprune_server.cli.simulate import main
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.track_targets import TrackTarget
+from fedprune_server.monitoring import trackers
+from fedprune_server.monitoring.trackers import TrackedRun, Tracker
+from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.results.tracked_rounds import JobTracker
+from fedprune_server.simulation.runs import RunSpec
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.sweep import simulate_run
+from support.fakes.stored_job import TO_THE_SECOND_ROUND
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+FLEET: dict[str, Any] = {
+    "job": {"rounds": 3, "recipe": {"lr": 0.05}},
+    "model": {"path": "model.onnx"},
+    "data": {"source": "digits.npz", "server": 0.2},
+    "devices": [{"name": "pi", "count": 2, "profile": "raspberry-pi-4b"}],
+}
+
+
+@dataclass
+class Shown:
+    """What a tracker shows of a run."""
+
+    title: str
+    parameters: Mapping[str, Any]
+    rounds: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
+    ends: list[bool] = field(default_factory=list)
+
+
+class FakeTracker(Tracker):
+    """A tracker whose runs are kept in memory; it fails from `fails_at` on."""
+
+    shown: ClassVar[dict[str, Shown]] = {}
+    fails_at = 1_000
+
+    def __init__(self, destination: str) -> None:
+        self._destination = destination
+
+    def open(self, run: TrackedRun, name: str, rounds: int) -> int:
+        self._run = self.shown.setdefault(name, Shown(run.title, run.parameters))
+        return rounds
+
+    def write(self, number: int, values: Mapping[str, float], at: float) -> None:
+        if number >= self.fails_at:
+            raise ConnectionError("no route to the tracker")
+        self._run.rounds.append((number, dict(values)))
+
+    def keep(self, folder: Path) -> None:
+        self._run.files |= {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+    def close(self, *, finished: bool) -> None:
+        self._run.ends.append(finished)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shown]:
+    """Runs of `mlflow`, which is a fake."""
+    runs: dict[str, Shown] = {}
+    monkeypatch.setattr(FakeTracker, "shown", runs)
+    monkeypatch.setitem(trackers._TRACKERS, "mlflow", FakeTracker)
+    return runs
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Tables whose files are in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    x, y = load_digits()
+    np.savez("digits.npz", x=x[:400], y=y[:400])
+    Path("model.onnx").write_bytes(digits_model())
+    return FLEET
+
+
+def only(shown: dict[str, Shown]) -> Shown:
+    [run] = shown.values()
+    return run
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if isinstance(v, (int, float))}
+
+
+def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    run = simulate({**fleet, "simulation": {"track": "mlflow"}}, folder="out", title="mine")
+
+    found = only(shown)
+    rows = pq.read_table("out/rounds.parquet").to_pylist()
+    assert [number for number, _ in found.rounds] == [1, 2, 3]
+    assert (
+        [values for _, values in found.rounds]
+        == [numbers(row) for row in rows]
+        == [numbers(row) for row in run.table().to_pylist()]
+    )
+    assert {"accuracy", "local_accuracy", "total_bytes_up", "time_s", "updates"} <= rows[0].keys()
+    assert found.title == "mine"
+    assert found.parameters["job.recipe.lr"] == 0.05
+    assert (found.parameters["data"], found.parameters["fleet"]) == ("digits", 2)
+    assert {"report.html", "model/model.onnx", "model/weights.safetensors"} <= found.files
+    assert found.ends == [True]
+
+
+def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    def start(rounds: int) -> None:
+        simulate(fleet, folder="out", rounds=rounds, track="mlflow")
+
+    start(1)
+    start(3)
+    start(3)
+
+    found = only(shown)
+    assert [number for number, _ in found.rounds] == [1, 2, 3]
+    assert [values for _, values in found.rounds] == list(map(numbers, pq.read_table("out/rounds.parquet").to_pylist()))
+    assert found.ends == [True] * 3
+
+
+def test_a_tracker_that_is_given_later_gets_all_rounds(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    simulate(fleet, folder="out")
+
+    simulate(fleet, folder="out", track="mlflow")
+
+    assert [number for number, _ in only(shown).rounds] == [1, 2, 3]
+
+
+def test_a_tracker_that_fails_ends_no_run_and_catches_up(
+    fleet: dict[str, Any], shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(FakeTracker, "fails_at", 2)
+    run = simulate(fleet, folder="out", track="mlflow")
+
+    assert len(run.record.rounds) == 3
+    assert [number for number, _ in only(shown).rounds] == [1]
+    lines = [r.getMessage() for r in caplog.records if "track" in r.getMessage()]
+    assert lines == ["track: mlflow fails and is left off: ConnectionError: no route to the tracker"]
+
+    monkeypatch.setattr(FakeTracker, "fails_at", 1_000)
+    simulate(fleet, folder="out", track="mlflow")
+    assert [number for number, _ in only(shown).rounds] == [1, 2, 3]
+    assert "report.html" in only(shown).files
+
+
+def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    class Interrupts:
+        def __init__(self, title: str) -> None:
+            """A display that is shown nothing."""
+
+        def begin(self, simulation: Simulation) -> None:
+            """Show nothing."""
+
+        def show(self, simulation: Simulation) -> None:
+            if len(simulation.state.history) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(fleet, folder="out", track="mlflow", display=lambda title: nullcontext(Interrupts(title)))  # type: ignore[arg-type]
+    assert [number for number, _ in only(shown).rounds] == [1, 2]
+
+    simulate(fleet, folder="out", track="mlflow")
+    assert [number for number, _ in only(shown).rounds] == [1, 2, 3]
+    assert only(shown).ends == [False, True]
+
+
+def test_runs_of_a_sweep_are_tracked(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    Path("fleet.toml").write_text(
+        "[job]\nrounds = 1\n[model]\npath = 'model.onnx'\n[data]\nsource = 'digits.npz'\n"
+        "[[devices]]\ncount = 2\nname = 'pi'\nprofile = 'raspberry-pi-4b'\n[simulation]\ntrack = 'mlflow'\n"
+    )
+
+    settings = {"config": "fleet.toml", "seed": 0, "changes": {}}
+    simulate_run(RunSpec("ours-0", settings), Path("runs/ours-0"), lambda share, note: None)
+
+    assert only(shown).title == "ours-0"
+    assert len(only(shown).rounds) == 1
+
+
+def test_the_reference_is_a_run_of_its_own(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    simulate(fleet, folder="out", rounds=1, reference=True, track="mlflow")
+
+    assert [run.title for run in shown.values()] == ["job", "FedAvg"]
+
+
+@pytest.mark.parametrize("tool", ["tensorboard", "mlflow", "wandb"])
+def test_a_missing_library_is_named_with_its_extra(
+    fleet: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tool: str,
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == tool]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, tool, None)
+
+    assert main(["--demo", "--rounds", "1", "--out", "out", "--track", tool]) == ExitCode.MISSING_EXTRA
+
+    line = capsys.readouterr().err
+    assert f"track = {tool} needs {tool}, which is not installed" in line
+    assert f"[{tool}]" in line
+    assert not (Path("out") / "run").exists()
+
+
+def test_a_server_writes_rounds_with_its_bytes_and_continues(
+    tmp_path: Path, shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = State(model="m" * 64)
+    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
+    for i, event in enumerate(TO_THE_SECOND_ROUND):
+        coordinator.handle(event, 1000.0 + i)
+    model = import_onnx(digits_model(), "digits")
+    store = SimpleNamespace(read=lambda digest: tensorfile.encode(model.tensors))
+    seen: Any = SimpleNamespace(registry=SimpleNamespace(total=(700, 300)), store=store, state=state)
+    first, second = state.history[0], {**state.history[0], "round": 2, "at": state.history[0]["at"] + 50.0}
+
+    def serve(history: list[dict[str, Any]], summary: dict[str, Any], *, finished: bool) -> None:
+        tracker = JobTracker([TrackTarget("mlflow")], JOB, model, tmp_path, history)
+        assert not shown or history
+        tracker.turned(lambda: 0.0, seen)
+        tracker.round_over(summary, summary["at"], seen)
+        if finished:
+            tracker.finished(seen)
+        tracker.close()
+
+    serve([], first, finished=False)
+    serve([first], second, finished=True)
+
+    found = only(shown)
+    assert [number for number, _ in found.rounds] == [1, 2]
+    assert [values["time_s"] for _, values in found.rounds] == [0.0, 50.0]
+    assert found.rounds[0][1] == {
+        "round": 1.0,
+        "time_s": 0.0,
+        "total_bytes_down": 700.0,
+        "total_bytes_up": 300.0,
+        "asked": 3.0,
+        "updates": 3.0,
+        "accuracy": 0.5,
+        "mean_loss": pytest.approx(0.1),
+    }
+    assert found.files == {"model", "model/model.onnx", "model/weights.safetensors"}
+    assert found.ends == [False, True]
+
+
+@pytest.mark.slow
+def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) -> None:
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    config = ServerConfig(job=JOB, model=str(tmp_path / "model.onnx"), state=tmp_path / "state", port=0, track="mlflow")
+    stopping = threading.Event()
+    with build_app(config, StartOptions(insecure=True), stopping) as app:
+        assert not shown
+        app.server.first.observers.each_turn(stopping.set)
+        app.run()
+
+    assert only(shown).title == JOB.name
+    assert only(shown).ends == [False]
+    assert (tmp_path / "state" / trackers.FILE).is_file()
+
+
+def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+    simulate(fleet, folder="out", rounds=1, track="mlflow")
+    Path("out/run", trackers.FILE).write_text(json.dumps({"mlflow": {"name": 5}}))
+
+    simulate(fleet, folder="out", rounds=1, track="mlflow")
+
+    assert [[number for number, _ in run.rounds] for run in shown.values()] == [[1], [1]]
+
+
+OTHERS_WARNINGS = pytest.mark.filterwarnings("ignore::Warning")
+"""What a library warns of within itself is its own business."""
+
+
+@pytest.mark.slow
+@OTHERS_WARNINGS
+def test_event_files_are_what_tensorboard_reads(fleet: dict[str, Any]) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    simulate(fleet, folder="out", rounds=2, track="tensorboard:events")
+    simulate(fleet, folder="out", track="tensorboard:events")
+
+    [place] = Path("events").iterdir()
+    events = reader.EventAccumulator(str(place), size_guidance={reader.SCALARS: 0}).Reload()
+    rows = pq.read_table("out/rounds.parquet").to_pylist()
+    assert set(events.Tags()["scalars"]) == numbers(rows[-1]).keys()
+    for name in events.Tags()["scalars"]:
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (row["round"], pytest.approx(row[name])) for row in rows if row[name] is not None
+        ]
+    [text] = events.Tensors("configuration")
+    assert b"| job.recipe.lr | 0.05 |" in text.tensor_proto.string_val[0]
+
+
+@pytest.mark.slow
+@OTHERS_WARNINGS
+def test_a_round_that_was_cut_off_is_shown_once(tmp_path: Path) -> None:
+    """A kill can come after the writing and before the note."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = TrackedRun("mine", tmp_path)
+    for noted, rounds in ((0, (1, 2)), (1, (2, 3))):
+        tracker = trackers.TensorBoardTracker("")  # which nobody closes
+        tracker.open(run, "0" * 32, noted)
+        for number in rounds:
+            tracker.write(number, {"loss": 1.0 / number}, 1000.0 + number)
+
+    [place] = (tmp_path / "tensorboard").iterdir()
+    events = reader.EventAccumulator(str(place)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@OTHERS_WARNINGS
+def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    simulate(fleet, folder="out", rounds=2, track="mlflow")
+    simulate(fleet, folder="out", track="mlflow")
+
+    client = MlflowClient(f"sqlite:///{Path('out/mlflow.db').resolve()}")
+    experiment = client.get_experiment_by_name("fedprune")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("job", "FINISHED")
+    assert run.data.params["job.recipe.lr"] == "0.05"
+    rows = pq.read_table("out/rounds.parquet").to_pylist()
+    assert run.data.metrics.keys() == numbers(rows[-1]).keys()
+    for name in run.data.metrics:
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [(m.step, m.value) for m in history] == [
+            (row["round"], pytest.approx(row[name])) for row in rows if row[name] is not None
+        ]
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"model", "report.html", "report.md"}
+
+
+@pytest.mark.slow
+@OTHERS_WARNINGS
+def test_wandb_without_a_key_writes_a_run_to_upload_later(
+    fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs the tests
+
+    simulate(fleet, folder="out", track="wandb")
+
+    [log] = Path("out/wandb").glob("offline-run-*/run-*.wandb")
+    records = records_of(log.read_bytes())
+    rounds = [json.loads(i.value_json) for r in records for i in r.history.item if "round" in (i.key, *i.nested_key)]
+    assert rounds == [1, 2, 3]
+    [run] = [record.run for record in records if record.HasField("run")]
+    assert (run.project, run.display_name) == ("fedprune", "job")
+    assert {item.key for item in run.config.update} >= {"job.strategy", "job.recipe.lr"}
+    assert any(record.request.HasField("log_artifact") or record.HasField("artifact") for record in records)
+
+
+def records_of(raw: bytes) -> list[Any]:
+    """Records of a run's log: chunks of blocks of 32 KiB, each with checksum, length and place within its record."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found, part, at = [], b"", 7
+    while at + 7 <= len(raw):
+        if (left := 32_768 - at % 32_768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", raw, at + 4)
+        part += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole of a record, or its last chunk
+            found.append(Record.FromString(part))
+            part = b""
+    return found
