@@ -129,11 +129,12 @@ soak: $(DEV)/installed
 first-boot: $(DEV)/installed
 	$(DEV)/bin/python benchmarks/first_boot.py
 
+# On a terminal pip shows what it fetches.
 $(VENV)/installed: $(SOURCES)
 	@echo "making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing fedprune and what a server and a board need into $(VENV): a minute or two"
-	@$(VENV)/bin/$(PIP) '.[board,server]'
+	@if [ -t 1 ]; then $(VENV)/bin/$(PIP:-q=) '.[board,server]'; else $(VENV)/bin/$(PIP) '.[board,server]'; fi
 	@touch $@
 
 $(DEV)/installed: pyproject.toml constraints.txt

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedprune.core.cli import with_extra
 from fedprune.core.errors import ConfigError, remedy
 from fedprune.core.text import quantity
+from fedprune.output.tables import progress
 from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
 
 _CLAIM = "FEDPRUNE_CLAIM"
@@ -53,19 +54,22 @@ def _kit(arguments: argparse.Namespace) -> None:
     claim = os.environ.get(_CLAIM)
     if arguments.claim_file is not None:
         claim = read_bytes(arguments.claim_file).decode("utf-8", "replace")
-    kit = build_kit(
-        arguments.out,
-        BoardSettings(
-            arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
-        ),
-        Target(arguments.python, arguments.architecture, arguments.jetson),
-        wheel=arguments.wheel,
-        links=arguments.find_links,
-        authorities=authorities,
-        pin=arguments.ca_sha256,
-        claim=claim,
-        signer=None if arguments.signing_key is None else Signer.load(arguments.signing_key),
+    board = BoardSettings(
+        arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
     )
+    with progress("making the kit") as tell:
+        kit = build_kit(
+            arguments.out,
+            board,
+            Target(arguments.python, arguments.architecture, arguments.jetson),
+            wheel=arguments.wheel,
+            links=arguments.find_links,
+            authorities=authorities,
+            pin=arguments.ca_sha256,
+            claim=claim,
+            signer=None if arguments.signing_key is None else Signer.load(arguments.signing_key),
+            tell=tell,
+        )
     print(
         f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
     )

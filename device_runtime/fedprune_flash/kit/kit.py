@@ -19,7 +19,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,13 @@ def build_kit(
     pin: str | None = None,
     claim: str | None = None,
     signer: Signer | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Kit:
     """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
 
     `wheel` is fedprune's own, built from the checkout by default; `links` are folders with wheels, instead of a
-    network. `pin` is the sha256 of one of the `authorities`. Raises `KitError` if the wheels are not available, or
-    don't suit the target.
+    network. `pin` is the sha256 of one of the `authorities`; `tell` is called with what is done next. Raises `KitError`
+    if the wheels are not available, or don't suit the target.
     """
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
@@ -154,10 +155,14 @@ def build_kit(
             wheels = new / WHEELS
             new.mkdir(mode=0o777 if claim is None else 0o700)
             wheels.mkdir()
+            if wheel is None:
+                tell("building fedprune's wheel")
             own = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
+            tell("fetching wheels")
             wheelhouse.fetch(own, target, wheels, links)
             if not (wheels / own.name).exists():
                 shutil.copyfile(own, wheels / own.name)
+            tell("checking wheels")
             wheelhouse.check(sorted(wheels.iterdir()), target)
             (new / INSTALLER).write_bytes(installer_archive())
             write_launcher(new / LAUNCHER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
@@ -14,6 +14,9 @@ from fedprune.core.text import quantity
 from fedprune.output import tables
 from fedprune.runtime.bundle import FILES, MANIFEST
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
+
+if TYPE_CHECKING:
+    from fedprune_export.bundles.conversion import Source
 
 _SOURCE = f"the folder of a bundle, the state folder of a board, or a whole model: {MODEL_HELP}"
 _OF_BOARD = "A board doesn't know which channels of the whole model it has: take the global model from the server."
@@ -61,10 +64,12 @@ def to_onnx(arguments: argparse.Namespace) -> None:
 
     _check_out(arguments, ".onnx")
     model = _model(arguments)
-    source = conversion.read_folder(arguments.source) if model is None else conversion.whole(model, arguments.weights)
-    raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
-    error = conversion.onnx_parity(raw, source.graph)
-    write_whole(arguments.out, raw)
+    with tables.progress(f"writing {arguments.out}") as tell:
+        source = _source(arguments, model)
+        raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
+        tell("comparing outputs")
+        error = conversion.onnx_parity(raw, source.graph)
+        write_whole(arguments.out, raw)
     print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement(error)}")
 
 
@@ -75,7 +80,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
 
     _check_out(arguments, ".safetensors", ".pt", ".pth")
     model = _model(arguments)
-    source = conversion.read_folder(arguments.source) if model is None else conversion.whole(model, arguments.weights)
+    source = _source(arguments, model)
     graph, tensors, named, hint = source.graph, source.tensors, None, ""
     if arguments.into is not None:
         if source.bundle is None:
@@ -93,8 +98,9 @@ def to_torch(arguments: argparse.Namespace) -> None:
     state = conversion.state_dict(tensors, graph)
     compared = ""
     if arguments.into is None or arguments.others == "zero":
-        module = None if named is None else torch_module(named)
-        error = conversion.state_parity(state, graph, source.graph, module, hint)
+        with tables.progress("comparing outputs"):
+            module = None if named is None else torch_module(named)
+            error = conversion.state_parity(state, graph, source.graph, module, hint)
         compared = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
     print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{compared}")
@@ -115,6 +121,14 @@ def _check_out(arguments: argparse.Namespace, *endings: str) -> None:
 def _files(source: Path) -> list[Path]:
     """A file, or the files of a bundle."""
     return [source / name for name in (*FILES, MANIFEST)] if source.is_dir() else [source]
+
+
+def _source(arguments: argparse.Namespace, model: fx.Model | None) -> Source:
+    from fedprune_export.bundles import conversion
+
+    if model is None:
+        return conversion.read_folder(arguments.source)
+    return conversion.whole(model, arguments.weights)
 
 
 def _model(arguments: argparse.Namespace) -> fx.Model | None:

@@ -326,9 +326,9 @@ def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None
 def test_a_kit_for_a_jetson_has_neither_onnxruntime_nor_numpy(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     own = tiny_wheels.fleet_of_wheels(folder)
-    kit = build_kit(
-        tmp_path / "kit", BoardSettings("mqtts://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
-    )
+    board, told = BoardSettings("mqtts://h", "nano"), list[str]()
+    kit = build_kit(tmp_path / "kit", board, Target("3.10", jetson=True), wheel=own, links=[folder], tell=told.append)
+    assert told == ["fetching wheels", "checking wheels"]
     names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
     assert names == {"fedprune", "pillow"}
     body = json.loads((kit.folder / "kit.json").read_text())
