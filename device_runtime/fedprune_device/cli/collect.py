@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.cli import ended_by_signals, options_of
+from fedprune.core.cli import ended_by_signals, options_of, print_json
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, DataError, ExitCode, StorageFullError, UsageError
 from fedprune_device.api.address import SOCKET, Address
@@ -81,7 +81,10 @@ def _follow(source: str, address: str, arguments: argparse.Namespace) -> None:
                     _watch_pipe(file.fileno(), collector)
     except KeyboardInterrupt:
         pass  # the end of what goes on
-    print(collector.summary)
+    if arguments.json:
+        print_json(dict(collector.counts))
+    else:
+        print(collector.summary)
 
 
 def _watch_pipe(file: int, collector: Collector) -> None:
@@ -118,7 +121,11 @@ def _add_all(sources: list[Path], board: Board, arguments: argparse.Namespace) -
                 count["left out"] += 1
                 continue
             count["known" if added["duplicate"] else "kept" if added["kept"] else "not kept"] += 1
-    print(", ".join(f"{count[k]} {k}" for k in ("kept", "known", "not kept", "left out")))
+    kinds = ("kept", "known", "not kept", "left out")
+    if arguments.json:
+        print_json({kind: count[kind] for kind in kinds})
+    else:
+        print(", ".join(f"{count[kind]} {kind}" for kind in kinds))
     return int(ExitCode.OK if not count["left out"] else ExitCode.DATA)
 
 

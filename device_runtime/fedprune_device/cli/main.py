@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import Command, options_of, rate, recipe_setting, run_command, seconds, whole_number
+from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, seconds, whole_number
 from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
@@ -57,12 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_collect(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
-    probe.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(probe)
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
     add_tier_option(probe)
     probe.set_defaults(run=_command("measure", "probe_board"))
     identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
-    identify.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(identify)
     identify.set_defaults(run=_command("measure", "identify_board"))
     _add_engine(commands)
     _add_runtime(commands)
@@ -204,6 +204,7 @@ def _add_train(commands: Any) -> None:
         help="of the training samples, set aside for early stopping (default: 0)",
     )
     train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
+    add_json(train)
     add_sample_options(train.add_argument_group("images and samples"))
     train.set_defaults(run=_command("train", "train"), device="")
 
@@ -233,6 +234,7 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument(
         "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
     )
+    add_json(predict)
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     add_sample_options(predict.add_argument_group("images and samples"))
     predict.set_defaults(run=_command("predict", "predict"), device="", seed=0, validation_share=0.0)
@@ -263,6 +265,7 @@ def _add_collect(commands: Any) -> None:
     collect.add_argument(
         "--rate", type=seconds, default=30.0, metavar="FPS", help="frames per second of a recording (default: 30)"
     )
+    add_json(collect, "the counts at the end as JSON, for programs")
     sensor = collect.add_argument_group("sensors (docs/board-data.md)")
     sensor.add_argument(
         "--format", choices=("json", "float32", "int16"), default="json", help="of a message (default: json)"
@@ -290,7 +293,7 @@ def _add_engine(commands: Any) -> None:
         "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
     )
     build.add_argument("--anew", action="store_true", help="even if there is a good one, or others failed before")
-    build.add_argument("--json", action="store_true", help="the report as JSON, for programs")
+    add_json(build, "the report as JSON, for programs")
     build.set_defaults(run=_command("build_engine", "build_engine"))
 
 
@@ -317,7 +320,7 @@ def _add_runtime(commands: Any) -> None:
         "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
     )
     slots = commands.add_parser("slots", help="show which release runs, and how the last update ended")
-    slots.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(slots)
     for parser in (install, update, slots):
         parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
     install.set_defaults(run=_command("runtime", "install"))

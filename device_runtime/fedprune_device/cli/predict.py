@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.cli import options_of
+from fedprune.core.cli import options_of, print_json
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, looked_for
 from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
@@ -28,7 +28,7 @@ from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.predictor import Predictor, described, judged, targets_of
+from fedprune_device.serving.predictor import Predictor, described, judged, ranked, targets_of
 from fedprune_device.storage.directory_owner import FILE
 
 _MOST_NAMED = 10  # folders of boards that an error names
@@ -67,11 +67,26 @@ def predict(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         with arguments.output.open("wb") as file:
             np.save(file, logits)
-    else:
+    if arguments.json:
+        print_json(_body(logits, loss, arguments, class_names))
+    elif arguments.output is None:
         for line in described(logits, loss, arguments.top, class_names):
             print(line)
     if chosen.y is not None and len(chosen.y) and judges:
         print(judged(logits, chosen.y, loss), file=sys.stderr)
+
+
+def _body(
+    logits: npt.NDArray[np.float32], loss: str, arguments: argparse.Namespace, names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """A row per sample, as the text has it. Raises `UsageError` for outputs of places, which are for `--output`."""
+    if logits.ndim > 2:
+        raise UsageError("--json with a model that predicts places", hint="Write the outputs to a file: --output.")
+    what, kind = ("class", "score") if labels_of(loss) in JUDGED else ("output", "value")
+    return [
+        {"sample": i, "outputs": [{what: names[c] if c < len(names) else c, kind: v} for c, v in row.items()]}
+        for i, row in enumerate(ranked(logits, loss, arguments.top))
+    ]
 
 
 def _graph(bundle: Bundle, precision: str | None) -> Path:

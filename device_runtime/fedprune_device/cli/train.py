@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
-from fedprune.core.cli import options_of
+from fedprune.core.cli import options_of, print_json
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, FedpruneError, UsageError
 from fedprune.core.metrics import METRICS
@@ -61,18 +61,29 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
     del trainer  # it ends with the training, which the new model needs the memory of
-    print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
-    print(f"before: {training.measured(Predictor(bundle.folder, threads=number), 'before')}", flush=True)
+    if not arguments.json:
+        print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
+    before = training.measured(Predictor(bundle.folder, threads=number), "before")
+    if not arguments.json:
+        print(f"before: {_shown(before)}", flush=True)
     with _interruptible() as asked, _progress() as progress:
         result = training.train(progress, asked.is_set)
-    print(
-        f"trained: {quantity(result.steps, 'step')} in {result.seconds:.1f} s, "
-        f"loss {result.loss_first:.4g} -> {result.loss_last:.4g}"
-    )
+    if not arguments.json:
+        print(
+            f"trained: {quantity(result.steps, 'step')} in {result.seconds:.1f} s, "
+            f"loss {result.loss_first:.4g} -> {result.loss_last:.4g}"
+        )
     files, after = training.finished(result)
-    print(f"after: {after}")
+    if not arguments.json:
+        print(f"after: {_shown(after)}")
     write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names, bundle.base)
-    print(f"{arguments.out}: {quantity(len(files), 'file')}, {sum(map(len, files.values())):,} bytes")
+    size = sum(map(len, files.values()))
+    if arguments.json:
+        body = {"out": str(arguments.out), "bytes": size, "samples": data.samples, "test_samples": len(data.y_test)}
+        done = {key: getattr(result, key) for key in ("steps", "seconds", "loss_first", "loss_last")}
+        print_json({**body, **done, "before": before, "after": after})
+    else:
+        print(f"{arguments.out}: {quantity(len(files), 'file')}, {size:,} bytes")
     if asked.is_set():
         raise KeyboardInterrupt(
             f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
@@ -107,12 +118,12 @@ class _LocalTraining:
         own = LogitAdjustment.of(data.y_train, recipe, self._classes)
         self._evaluation = Evaluation(data, recipe, self._classes, own, trainer.objective(recipe, self._classes))
 
-    def measured(self, model: Predictor, when: str) -> str:
-        """Measure a model on the test samples."""
+    def measured(self, model: Predictor, when: str) -> dict[str, float]:
+        """Measure a model on the test samples: each metric by its name, none without samples."""
         self._evaluation.add(model, when)
         metrics = self._evaluation.metrics
-        found = [(m.title, metrics.get(f"{m.name}_{when}")) for m in METRICS.values()]
-        return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None) or "no test samples"
+        found = {name: metrics.get(f"{name}_{when}") for name in METRICS}
+        return {name: float(value) for name, value in found.items() if value is not None}
 
     def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:
         """Train until all epochs are done, or `enough()` is true."""
@@ -120,7 +131,7 @@ class _LocalTraining:
         task = TrainingTask(self._recipe, self._classes, self._seed, device="", round=1, widths=widths)
         return self._trainer.train(weights, self._data, task, TrainingControl(progress, enough=enough))
 
-    def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], str]:
+    def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], dict[str, float]]:
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
         if self._recipe.calibrate and self._trainer.normalised:
             tensors = self._trainer.calibrated(tensors, self._data, self._recipe, seed=self._seed, device="")
@@ -157,6 +168,10 @@ class _LocalTraining:
             print(f"{precision} is left out: {error}", file=sys.stderr)
             for file in files_of(precision):
                 del files[file]
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{METRICS[name].title} {value:.4f}" for name, value in metrics.items()) or "no test samples"
 
 
 @contextmanager

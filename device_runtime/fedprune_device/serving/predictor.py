@@ -118,11 +118,18 @@ def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequ
     if outputs.ndim > 2:
         yield from _of_places(outputs, loss, top, names)
         return
-    for i, row in enumerate(likely(loss, outputs.astype(np.float64))):
+    digits = ".4f" if labels_of(loss) in JUDGED else ".6g"
+    for i, row in enumerate(ranked(outputs, loss, top)):
+        shown = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
+        yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(shown, row.values(), strict=True))
+
+
+def ranked(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
+    """Per sample of outputs [n, K] the `top` likeliest classes or labels with their shares, or all predicted numbers by
+    their places."""
+    for row in likely(loss, outputs.astype(np.float64)):
         best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED else range(len(row))
-        shown = [f"{names[c] if c < len(names) else c} " if len(row) > 1 else "" for c in best]
-        digits = ".4f" if labels_of(loss) in JUDGED else ".6g"
-        yield f"{i}: " + ", ".join(f"{name}{row[c]:{digits}}" for name, c in zip(shown, best, strict=True))
+        yield {int(c): float(row[c]) for c in best}
 
 
 def _of_places(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:

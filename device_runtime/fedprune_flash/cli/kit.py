@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fedprune.core.cli import with_extra
+from fedprune.core.cli import add_json, print_json, with_extra
 from fedprune.core.errors import ConfigError, remedy
 from fedprune.core.text import quantity
 from fedprune.output.tables import progress
@@ -42,6 +42,7 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     kit.add_argument(
         "--signing-key", type=Path, metavar="FILE", help="the server's: identity/signing.key in its state folder"
     )
+    add_json(kit)
     kit.set_defaults(run=with_extra("flash", _kit))
 
 
@@ -70,6 +71,10 @@ def _kit(arguments: argparse.Namespace) -> None:
             signer=None if arguments.signing_key is None else Signer.load(arguments.signing_key),
             tell=tell,
         )
+    if arguments.json:
+        body = {"folder": str(kit.folder), "target": str(kit.target), "files": len(kit.files), "bytes": kit.bytes}
+        print_json({**body, "sha256": kit.digest, "claimed": kit.claimed, "key": kit.key or None})
+        return
     print(
         f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
     )

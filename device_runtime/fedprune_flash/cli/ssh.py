@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprune.core.cli import ended_by_signals, seconds, whole_number, with_extra
+from fedprune.core.cli import add_json, ended_by_signals, print_json, seconds, whole_number, with_extra
 from fedprune.core.errors import ConfigError, ExitCode, UsageError
 from fedprune.core.text import quantity
 
@@ -50,6 +50,7 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     ssh.add_argument("--unsigned", action="store_true", help="install without signatures")
     ssh.add_argument("--remove", action="store_true", help="undo an installation; the board's state stays")
     ssh.add_argument("--purge", action="store_true", help="with --remove: delete the board's state, too")
+    add_json(ssh)
     ssh.set_defaults(run=with_extra("flash", _ssh))
 
 
@@ -92,7 +93,11 @@ def _ssh(arguments: argparse.Namespace) -> int:
     claims = Claims(journal, texts, arguments.server_state, arguments.hours, used)
     with journal.alone(), ended_by_signals():
         outcomes = SshInstallation(order, claims, journal, jobs=arguments.jobs, again=arguments.again).run(rows)
-    print_outcomes(outcomes)
+    if arguments.json:
+        keys = ("state", "reason", "remedy", "good")
+        print_json([{"device": o.row.device, **{key: getattr(o, key) for key in keys}} for o in outcomes])
+    else:
+        print_outcomes(outcomes)
     good = sum(outcome.good for outcome in outcomes)
     what = "planned" if arguments.dry_run else "removed" if arguments.remove else "done"
     print(f"{good} of {quantity(len(outcomes), 'board')} {what}", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import add_json, print_json, whole_number
 from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
@@ -34,7 +34,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--target", metavar="PROFILE", help="hardware profile to predict for: a name or a TOML file")
     add_profiles_option(parser)
     add_probe_option(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     parser.set_defaults(function=bench)
 
 
@@ -61,7 +61,7 @@ def bench(arguments: argparse.Namespace) -> None:
                     measured.append(watch.prediction(batch, threads, precision))
     found = Benchmark(bundle, tuple(measured), profile, probe)
     if arguments.json:
-        tables.print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         found.table().print()
 

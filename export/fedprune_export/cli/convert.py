@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import add_json, print_json, whole_number
 from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
@@ -55,6 +55,7 @@ def register(subparsers: Any) -> None:
     torch.set_defaults(function=to_torch)
     for parser in (onnx, torch):
         parser.add_argument("--weights", type=Path, metavar="FILE.safetensors", help=_WEIGHTS)
+        add_json(parser)
         add_model_options(parser)
 
 
@@ -70,6 +71,9 @@ def to_onnx(arguments: argparse.Namespace) -> None:
         tell("comparing outputs")
         error = conversion.onnx_parity(raw, source.graph)
         write_whole(arguments.out, raw)
+    if arguments.json:
+        _print_json(arguments.out, source.title, len(raw), error)
+        return
     print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement(error)}")
 
 
@@ -97,13 +101,22 @@ def to_torch(arguments: argparse.Namespace) -> None:
         named = arguments.source
     state = conversion.state_dict(tensors, graph)
     compared = ""
+    error: float | None = None
     if arguments.into is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
             module = None if named is None else torch_module(named)
             error = conversion.state_parity(state, graph, source.graph, module, hint)
         compared = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
+    if arguments.json:
+        _print_json(arguments.out, source.title, size, error)
+        return
     print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{compared}")
+
+
+def _print_json(out: Path, title: str, size: int, error: float | None) -> None:
+    """`error` is the largest difference of outputs; None where they weren't compared."""
+    print_json({"file": str(out), "bytes": size, "source": title, "difference": error})
 
 
 def _check_out(arguments: argparse.Namespace, *endings: str) -> None:

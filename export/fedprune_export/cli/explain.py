@@ -8,7 +8,7 @@ from typing import Any
 
 import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import add_json, print_json, whole_number
 from fedprune.core.errors import UsageError
 from fedprune.model.architecture import widths_at
 from fedprune.output import tables
@@ -43,7 +43,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--threads", type=whole_number, default=1, metavar="N", help="threads (default: 1)")
     parser.add_argument("--measure", action="store_true", help="run the step on this machine, and time every piece")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write it as a page with a picture, too")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     add_model_options(parser)
     add_recipe_options(parser)
     parser.set_defaults(function=explain)
@@ -76,6 +76,6 @@ def explain(arguments: argparse.Namespace) -> None:
     if arguments.page is not None:
         write_whole(arguments.page, document(found).to_html().encode())
     if arguments.json:
-        tables.print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         print_explanation(found)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
-from fedprune.core.cli import byte_count, joules, seconds, whole_number
+from fedprune.core.cli import add_json, byte_count, joules, print_json, seconds, whole_number
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
 from fedprune.model.recipe import Recipe
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="show where the time of a training step goes (one target; see explain)"
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser, "the report as JSON, for programs")
     add_probe_option(parser)
     add_model_options(parser)
     add_recipe_options(parser)
@@ -211,7 +211,7 @@ def _print(report: fx.Report, *, explained: bool, as_json: bool) -> None:
     explanation = _explanation(report) if explained else None
     if as_json:
         body = report.to_dict()
-        tables.print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
+        print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
         return
     print(report)
     if explanation is not None:
@@ -234,7 +234,7 @@ def _print_all(
     reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
     failed = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
     if as_json:
-        tables.print_json([_body(name, result) for name, result in results.items()])
+        print_json([_body(name, result) for name, result in results.items()])
     else:
         if reports:
             tables.print_table(_SUMMARY, map(_summary_row, reports.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fedprune.core.cli import add_json, print_json
 from fedprune.output import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
@@ -16,7 +17,7 @@ def register(subparsers: Any) -> None:
         "lives (conv1.weight[0] is the first one), the axes that stay whole, and why.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     add_model_options(parser)
     parser.set_defaults(function=groups)
 
@@ -27,6 +28,6 @@ def groups(arguments: argparse.Namespace) -> None:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)
     if arguments.json:
-        tables.print_json(model.groups.to_dict())
+        print_json(model.groups.to_dict())
     else:
         print(model.groups)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedprune.core.cli import add_json, print_json
 from fedprune.output import tables
 from fedprune.output.tables import Column
 
@@ -18,7 +19,7 @@ def register(subparsers: Any) -> None:
         "forms it is read and written. Channels of an operator without a channel rule stay; a model with one "
         "without a gradient rule can't be trained.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     parser.set_defaults(function=operators)
 
 
@@ -34,7 +35,7 @@ def operators(arguments: argparse.Namespace) -> None:
     """Print the table."""
     rows = table()
     if arguments.json:
-        tables.print_json(rows)
+        print_json(rows)
         return
     tables.print_table(
         _COLUMNS, [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import byte_count, whole_number
+from fedprune.core.cli import add_json, byte_count, whole_number
 from fedprune.core.errors import ProfileError
 from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
@@ -46,7 +46,7 @@ def register(subparsers: Any) -> None:
     finding.add_argument("--machine", default="aarch64", help="the output of uname -m (default: aarch64)")
     finding.set_defaults(function=identify_profile)
     for action in (listing, showing, checking, finding):
-        action.add_argument("--json", action="store_true", help="print JSON")
+        add_json(action)
     for action in (listing, showing, finding):
         action.add_argument(
             "--folder", type=Path, action="append", default=[], help="a folder of own profiles (can be repeated)"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.cli import add_json, print_json
 from fedprune.core.errors import FedpruneError
 from fedprune.output import tables
 from fedprune.runtime.bundle import open_bundle
@@ -20,7 +21,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--model", metavar="MODEL", help=f"compare with the model that was cut: {MODEL_HELP}")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     add_model_options(parser)
     parser.set_defaults(function=verify)
 
@@ -43,7 +44,7 @@ def verify(arguments: argparse.Namespace) -> None:
                     print(f"{check.name}: {check.found}")
     except FedpruneError as error:
         if arguments.json:
-            tables.print_json({"ok": False, "passed": passed, "error": str(error)})
+            print_json({"ok": False, "passed": passed, "error": str(error)})
         raise
     if arguments.json:
-        tables.print_json({"ok": True, "passed": passed})
+        print_json({"ok": True, "passed": passed})

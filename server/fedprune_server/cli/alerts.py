@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
+from fedprune.core.cli import add_json, print_json
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.run import configured, run_options
 from fedprune_server.monitoring.notifications import Channel, Message, NotificationError, channels, trial
@@ -17,6 +19,7 @@ def add_alerts(alerts: argparse.ArgumentParser) -> None:
         help="send a test notification by every way that `run` with the same options would use",
         parents=[run_options()],
     )
+    add_json(test)
     test.set_defaults(function=_test)
 
 
@@ -27,13 +30,20 @@ def _test(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "[alerts]", expected="a webhook or mail_to", got="none", hint="docs/observe.md#notifications has the keys."
         )
-    return max(_tried(channel, trial(config.site, time.time())) for channel in found)
+    rows = []
+    for channel in found:
+        rows.append(_tried(channel, trial(config.site, time.time())))
+        if not arguments.json:
+            row = rows[-1]
+            print(f"{row['channel']}: {'delivered' if row['delivered'] else 'failed'}: {row['answer']}", flush=True)
+    if arguments.json:
+        print_json(rows)
+    return max(int(row["exit_code"]) for row in rows)
 
 
-def _tried(channel: Channel, message: Message) -> int:
+def _tried(channel: Channel, message: Message) -> dict[str, Any]:
     try:
-        print(f"{channel.name}: delivered: {channel.send(message)}", flush=True)
+        answer, code = channel.send(message), ExitCode.OK
     except NotificationError as error:
-        print(f"{channel.name}: failed: {error}", flush=True)
-        return int(error.exit_code)
-    return int(ExitCode.OK)
+        answer, code = str(error), error.exit_code
+    return {"channel": channel.name, "delivered": code is ExitCode.OK, "answer": answer, "exit_code": int(code)}

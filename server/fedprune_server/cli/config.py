@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.cli import add_json
 from fedprune_server.cli.run import configured, run_options
 from fedprune_server.config.alert_settings import shown_url
 from fedprune_server.config.layers import brief, masked, origin
@@ -25,7 +26,7 @@ def add_config(config: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=text, parents=[run_options()])
         if name == "check":
             action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
-        action.add_argument("--json", action="store_true", help="as JSON, for programs")
+        add_json(action)
         action.add_argument("--all", action="store_true", help="also what is as by default")
         action.set_defaults(function=_show)
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fedprune.core.cli import seconds
+from fedprune.core.cli import add_json, print_json, seconds
 from fedprune.core.errors import UsageError
 from fedprune_server.monitoring.health import FILE as _PULSE
 from fedprune_server.monitoring.health import check_pulse
@@ -18,6 +18,7 @@ def add_health(health: argparse.ArgumentParser) -> None:
         "--within", type=seconds, default=120.0, metavar="S", help="seconds since then, at most (default: 120)"
     )
     health.add_argument("--ready", action="store_true", help="a server on standby doesn't count")
+    add_json(health)
     health.set_defaults(function=_health)
 
 
@@ -25,4 +26,8 @@ def _health(arguments: argparse.Namespace) -> None:
     path = arguments.pulse or (Path(os.environ[_PULSE]) if os.environ.get(_PULSE) else None)
     if path is None:
         raise UsageError("health", expected=f"--pulse FILE, or {_PULSE} in the environment", got="neither")
-    print(check_pulse(path, arguments.within, running=arguments.ready))
+    found = check_pulse(path, arguments.within, running=arguments.ready)
+    if arguments.json:
+        print_json({"server": found})
+    else:
+        print(found)

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedprune.core.cli import options_of, whole_number
+from fedprune.core.cli import add_json, options_of, print_json, whole_number
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, UsageError
 from fedprune.core.text import quantity
@@ -50,6 +50,7 @@ def add_init(init: argparse.ArgumentParser) -> None:
     init.add_argument(
         "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
     )
+    add_json(init)
     init.set_defaults(function=_init)
 
 
@@ -64,6 +65,7 @@ def add_identity(identity: argparse.ArgumentParser) -> None:
     identity.add_argument(
         "--force", action="store_true", help="retire-ca also while boards have none: they must join again with a claim"
     )
+    add_json(identity)
     identity.set_defaults(function=_identity)
 
 
@@ -85,7 +87,7 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
 def add_devices(devices: argparse.ArgumentParser) -> None:
     add_state(devices)
     add_database(devices)
-    devices.add_argument("--json", action="store_true", help="the list as JSON, for programs")
+    add_json(devices, "the list as JSON, for programs")
     devices.add_argument(
         "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
         help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
@@ -120,6 +122,7 @@ def add_broker_config(broker: argparse.ArgumentParser) -> None:
     broker.add_argument(
         "--plugin", type=Path, default=Broker.plugin, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1"
     )
+    add_json(broker, "the files that are written as JSON, for programs")
     broker.set_defaults(function=_broker_config)
 
 
@@ -150,6 +153,9 @@ def _init(arguments: argparse.Namespace) -> None:
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
         if database is not None:
             keep(arguments.state, url_of(arguments.state, database))
+        if arguments.json:
+            print_json({**_facts(identity), "folder": str(identity.path)})
+            return
         print(f"identity of site {identity.site} in {identity.path}: back it up, and keep it private")
         _describe(identity)
 
@@ -169,15 +175,23 @@ def _identity(arguments: argparse.Namespace) -> None:
             else:
                 identity.retire_authority(force=arguments.force)
     with IdentityFolder(arguments.state, database=database_in(arguments), read_only=True) as identity:
-        print(f"site:                 {identity.site}")
-        _describe(identity)
-        if identity.authority.rotating:
-            left = identity.without_new_certificate()
-            print(f"about to replace it:  {grouped(identity.authority.pins[-1].hex())}")
-            print(f"boards without a certificate of that one: {len(left)}{''.join(f'{chr(10)}  {n}' for n in left)}")
-        print(f"earlier keys that boards can follow to it: {len(identity.successions)}")
+        rotating = identity.authority.rotating
+        left = list(identity.without_new_certificate()) if rotating else []
+        later = identity.authority.pins[-1].hex() if rotating else None
+        earlier = len(identity.successions)
+        if arguments.json:
+            more = {"next_pin": later, "without_new_certificate": left, "earlier_keys": earlier}
+            print_json({**_facts(identity), **more})
+        else:
+            print(f"site:                 {identity.site}")
+            _describe(identity)
+            if later is not None:
+                print(f"about to replace it:  {grouped(later)}")
+                names = "".join(f"\n  {name}" for name in left)
+                print(f"boards without a certificate of that one: {len(left)}{names}")
+            print(f"earlier keys that boards can follow to it: {earlier}")
     if action in _NEXT:
-        print(_NEXT[action])
+        print(_NEXT[action], file=sys.stderr if arguments.json else sys.stdout)
 
 
 def _identity_of(arguments: argparse.Namespace) -> IdentityFolder:
@@ -192,6 +206,11 @@ def _at_the_parent(arguments: argparse.Namespace) -> None:
             f"{arguments.state} is an aggregator's, which learns the members from its parent",
             hint=f"Do it at the server of {parent}.",
         )
+
+
+def _facts(identity: IdentityFolder) -> dict[str, Any]:
+    pin, key = identity.authority.pin.hex(), identity.key.verifying
+    return {"site": identity.site, "pin": pin, "key": key.hex, "fingerprint": key.fingerprint}
 
 
 def _describe(identity: IdentityFolder) -> None:
@@ -305,8 +324,12 @@ def _broker_config(arguments: argparse.Namespace) -> None:
     broker = options_of(Broker, arguments, hosts=tuple(arguments.hosts), folder=folder)
     with _identity_of(arguments) as identity:
         identity.update_revocations()
-        for name in write_broker(identity, arguments.kind, broker, arguments.out):
-            print(arguments.out / name)
+        written = [arguments.out / name for name in write_broker(identity, arguments.kind, broker, arguments.out)]
+    if arguments.json:
+        print_json([str(path) for path in written])
+        return
+    for path in written:
+        print(path)
     print(f"the broker's user must be able to read them, and {KEY} no other user")
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprune.core.cli import seconds, whole_number
+from fedprune.core.cli import add_json, seconds, whole_number
 from fedprune.core.errors import ExitCode, StorageError, looked_for
 from fedprune.core.text import amount
 from fedprune_device.storage.directory_owner import check_unowned
@@ -25,7 +25,7 @@ def add_logs(logs: argparse.ArgumentParser) -> None:
     logs.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
     logs.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
     logs.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
-    logs.add_argument("--json", action="store_true", help="one JSON object on each line, for programs")
+    add_json(logs, "one JSON object on each line, for programs")
     logs.set_defaults(function=_logs)
 
 
@@ -35,7 +35,7 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
         "--timeout", type=seconds, default=5.0, metavar="S",
         help="for how long broker, database and bucket are waited for, each (default: 5)",
     )  # fmt: skip
-    doctor.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(doctor)
     doctor.set_defaults(function=_doctor)
 
 

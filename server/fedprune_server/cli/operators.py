@@ -10,6 +10,7 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+from fedprune.core.cli import add_json
 from fedprune.core.errors import StorageError, UsageError
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.web.auth.accounts import Accounts
@@ -28,7 +29,7 @@ def add_operators(operators: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("remove", help="take an account away; its sessions end")
     remove.add_argument("name", metavar="NAME", help="who")
     shown = actions.add_parser("list", help="list them")
-    shown.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(shown)
     for action, run in ((add, _add), (password, _password), (remove, _remove), (shown, _list)):
         add_state(action)
         action.set_defaults(function=run)

@@ -11,6 +11,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from fedprune.core.cli import add_json, print_json
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import amount
@@ -49,6 +50,7 @@ def add_release(release: argparse.ArgumentParser) -> None:
     release.add_argument(
         "--entry", default="fedprune_start:device", metavar="MODULE:FUNCTION", help="default: %(default)s"
     )
+    add_json(release)
     release.set_defaults(function=_release)
 
 
@@ -58,6 +60,10 @@ def _release(arguments: argparse.Namespace) -> None:
     with IdentityFolder(arguments.state) as identity:
         key = identity.key
     release = _again(arguments, key) if arguments.again is not None else _of_wheels(arguments, key)
+    if arguments.json:
+        body = {"release": release.number, "version": release.version, "wheels": len(release.files)}
+        print_json({**body, "bytes": release.size, "key": key.verifying.hex})
+        return
     print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {amount(release.size, 'bytes')}")
     print(f"signed with key {key.verifying.hex}")
 

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import options_of, whole_number
+from fedprune.core.cli import add_json, options_of, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity, some
@@ -92,10 +92,10 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     )
     resume = actions.add_parser("resume", help="resume a paused rollout")
     status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
-    status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(status)
     status.set_defaults(function=_status)
     listed = actions.add_parser("list", help="list all rollouts, the latest first")
-    listed.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(listed)
     listed.set_defaults(function=_list)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
     back = actions.add_parser(
@@ -110,6 +110,8 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
         action.set_defaults(function=_order, reason="")
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
+    for action in (start, pause, resume, stop, back):
+        add_json(action, "the rollout as JSON, as `status` has it")
     for action in (start, pause, resume, status, listed, stop, back):
         add_state(action)
         add_database(action)
@@ -120,6 +122,9 @@ def _start(arguments: argparse.Namespace) -> None:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
     names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
     begun = start_rollout(arguments.state, arguments.release, _terms(arguments), names, database=database_in(arguments))
+    if arguments.json:
+        _print_latest(arguments)
+        return
     number, release, rollout = begun.number, begun.release, begun.rollout
     which = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
@@ -147,15 +152,22 @@ def _terms(arguments: argparse.Namespace) -> RolloutTerms:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    entry = next(reversed(_entries(arguments)), None)
     if arguments.json:
-        print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
-    elif entry is None:
+        _print_latest(arguments)
+        return
+    entry = next(reversed(_entries(arguments)), None)
+    if entry is None:
         print("no release has been rolled out yet")
     else:
         print(describe(entry))
         if entry.rollout.phase.under_way:
             _note_without_server(arguments, "continues")
+
+
+def _print_latest(arguments: argparse.Namespace) -> None:
+    """The latest rollout as JSON; null if there is none."""
+    entry = next(reversed(_entries(arguments)), None)
+    print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -178,7 +190,11 @@ def _list(arguments: argparse.Namespace) -> None:
 def _order(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     with RolloutStore(arguments.state, database_in(arguments)) as store:
-        print(order(store, arguments.action, arguments.reason))
+        told = order(store, arguments.action, arguments.reason)
+    if arguments.json:
+        _print_latest(arguments)
+        return
+    print(told)
     _note_without_server(arguments, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
 
 
@@ -188,6 +204,9 @@ def _back(arguments: argparse.Namespace) -> None:
     begun = take_back(
         arguments.state, arguments.reason, number=arguments.number, terms=terms, database=database_in(arguments)
     )
+    if arguments.json:
+        _print_latest(arguments)
+        return
     print(begun.told_back())
     _note_without_server(arguments, "begins")
 

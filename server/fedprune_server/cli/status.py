@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import add_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
 from fedprune.core.text import amount, quantity
@@ -38,7 +38,7 @@ def add_status(status: argparse.ArgumentParser) -> None:
     status.add_argument(
         "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
     )
-    status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    add_json(status)
     status.set_defaults(function=_status)
 
 

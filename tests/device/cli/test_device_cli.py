@@ -67,6 +67,11 @@ def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: Lo
     assert [line.split()[:2] for line in lines] == [["0:", "1"], ["1:", "1"]]
     assert all(line.count(",") == 1 for line in lines)
     assert "accuracy 0.5000 on 2 samples" in shown.err
+    command = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--top", "2", "--json"]
+    assert main.main(command) == ExitCode.OK
+    rows = json.loads(capsys.readouterr().out)
+    printed = [f"{r['sample']}: " + ", ".join(f"{o['class']} {o['score']:.4f}" for o in r["outputs"]) for r in rows]
+    assert printed == lines
 
 
 def predicted(source: Path | str, state: Path, capsys: Capture, *more: str) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -105,6 +106,8 @@ def test_files_are_handed_in(tmp_path: Path, served: LocalBoard, capsys: Capture
     assert capsys.readouterr().out == "10 kept, 0 known, 0 not kept, 0 left out\n"
     assert main.main(["collect", "--local", served.address, files[0]]) == ExitCode.OK
     assert capsys.readouterr().out == "0 kept, 5 known, 0 not kept, 0 left out\n"
+    assert main.main(["collect", "--local", served.address, files[1], "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == {"kept": 0, "known": 5, "not kept": 0, "left out": 0}
     counts = served.board.samples()
     assert {c: row["kept"] for c, row in counts["classes"].items()} == {"0": 2, "1": 2, "2": 1}
     assert counts["unlabelled"] == 5

@@ -85,6 +85,11 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     assert f"before: accuracy {before:.4f}" in said
     assert f"after: accuracy {after:.4f}" in said
     assert "9 steps" in said
+    assert train(bundle, samples, tmp_path / "again", "--epochs", "3", "--set", "lr=0.1", "--json") == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert (body["steps"], body["samples"], body["test_samples"]) == (9, 70, 20)
+    assert (body["before"]["accuracy"], body["after"]["accuracy"]) == (pytest.approx(before), pytest.approx(after))
+    assert body["out"] == str(tmp_path / "again")
 
 
 def test_a_folder_that_may_not_be_written_is_refused_before_training(

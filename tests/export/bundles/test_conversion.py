@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,17 @@ def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Pat
     for name, value in held.items():
         np.testing.assert_array_equal(found[name], value)
     assert {n for n in found if n not in held} == {f"bn{i}.num_batches_tracked" for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(("command", "name"), [("to-onnx", "s.onnx"), ("to-torch", "s.safetensors")])
+def test_a_conversion_is_reported_as_json(
+    bundle: Path, tmp_path: Path, command: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    assert main([command, str(bundle), str(out), "--json"]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert (body["file"], body["bytes"]) == (str(out), out.stat().st_size)
+    assert 0 <= body["difference"] < 1e-5
 
 
 def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_path: Path) -> None:

@@ -398,4 +398,9 @@ def test_the_command_makes_a_kit(
     signed = [*arguments(tmp_path / "signed", wheels, wheels), "--signing-key", str(tmp_path / "signing.key")]
     assert cli.main(signed) == ExitCode.OK
     assert f"It is signed with key {PUBLIC.fingerprint}." in capsys.readouterr().out
+    signed[signed.index(str(tmp_path / "signed"))] = str(tmp_path / "third")
+    assert cli.main([*signed, "--json"]) == ExitCode.OK
+    body, kit = json.loads(capsys.readouterr().out), open_kit(tmp_path / "third")
+    assert (body["folder"], body["sha256"], body["bytes"]) == (str(kit.folder), kit.digest, kit.bytes)
+    assert (body["claimed"], body["key"]) == (False, PUBLIC.hex)
     assert open_kit(tmp_path / "signed", Signer(KEY)).key == PUBLIC.hex

@@ -116,6 +116,10 @@ def test_a_board_may_lie_about_itself(
     assert "Traceback" not in said.out + said.err
     assert "\x1b" not in said.out + said.err
     assert len(said.out.splitlines()) == 2
+    words = ["ssh", str(tmp_path / "boards.toml"), "--kit", str(kit.folder), "--unsigned", "--json"]
+    assert cli.main(words) == ExitCode.BOARD
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["device"], row["good"], bool(row["reason"])) == ("attic", False, True)
 
 
 @pytest.fixture

@@ -455,13 +455,20 @@ def test_status_of_a_folder_without_a_job_is_an_error(tmp_path: Path, capsys: py
     assert str(tmp_path) in one_line(capsys)
 
 
-def test_the_exported_model_computes_with_the_current_weights(state: Path, model: Path, tmp_path: Path) -> None:
+def test_the_exported_model_computes_with_the_current_weights(
+    state: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.onnx"
     assert main(["export-model", "--state", str(state), "--out", str(out)]) == ExitCode.OK
     x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
     w = {t.name: numpy_helper.to_array(t) + 1 for t in onnx.load(model).graph.initializer}
     expected = np.maximum(x @ w["w1"].T + w["b1"], 0) @ w["w2"].T + w["b2"]
     np.testing.assert_allclose(Session(out).run({"x": x})["logits"], expected, rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    assert main(["export-model", "--state", str(state), "--out", str(out), "--json"]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert (body["file"], body["bytes"]) == (str(out), out.stat().st_size)
+    assert 0 <= body["difference"] < 1e-5
 
 
 def test_exported_weights_are_the_stored_bytes(state: Path, tmp_path: Path) -> None:

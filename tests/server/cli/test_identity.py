@@ -287,6 +287,37 @@ def test_the_signing_key_is_replaced_while_no_server_runs(state: str, tmp_path: 
     assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
 
 
+def test_an_identity_is_shown_as_json(state: str, tmp_path: Path, capsys: Captured) -> None:
+    def shown(*words: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*words, "--json"]) == ExitCode.OK
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    made = shown("init", "--state", str(tmp_path / "other"), "--site", "north")
+    assert (made["site"], made["folder"]) == ("north", str(tmp_path / "other" / "identity"))
+    before = shown("identity", "--state", state)
+    with IdentityFolder(Path(state), read_only=True) as identity:
+        assert before["pin"] == identity.authority.pin.hex()
+        assert before["key"] == identity.key.verifying.hex
+    after = shown("identity", "rotate", "--state", state)
+    assert (before["earlier_keys"], after["earlier_keys"], after["next_pin"]) == (0, 1, None)
+    assert after["key"] != before["key"]
+    board = asks(state, tmp_path / "1", "pi-1", Claim.parse(claimed(state, capsys)))[1]
+    rotating = shown("identity", "rotate-ca", "--state", state)
+    assert (board, rotating["without_new_certificate"]) == ("approved", ["pi-1"])
+    with IdentityFolder(Path(state), read_only=True) as identity:
+        assert rotating["next_pin"] == identity.authority.pins[-1].hex() != before["pin"]
+
+
+def test_a_brokers_files_are_listed_as_json(state: str, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "broker"
+    capsys.readouterr()
+    words = ["broker-config", "mosquitto", "--state", state, "--host", "localhost", "--out", str(out), "--json"]
+    assert main(words) == ExitCode.OK
+    assert {Path(name) for name in json.loads(capsys.readouterr().out)} == set(out.iterdir())
+
+
 @pytest.mark.slow
 def test_the_authority_is_replaced_in_two_steps(state: str, tmp_path: Path, capsys: Captured) -> None:
     def run(action: str, *more: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_a_board_is_set_up_updated_taken_back_and_tells_what_it_runs(
     assert device([*update, str(one)]) == 65
     assert device([*update, str(released(tmp_path, 3, state, again=one))]) == 0
     assert (home.root / "a" / "app" / "__init__.py").read_text() == "VERSION = 1\n"
+
+
+def test_a_release_is_reported_as_json(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = key_of(state, capsys, tmp_path)
+    one = tmp_path / "first" / "release-1"
+    words = ["release", "--state", str(state), "--number", "2", "--again", str(one), "--out", str(tmp_path / "two")]
+    assert server([*words, "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert (body["release"], body["version"], body["wheels"], body["key"]) == (2, "1", 3, key)
 
 
 def test_what_is_refused_ends_with_its_code(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:

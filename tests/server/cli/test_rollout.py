@@ -146,6 +146,21 @@ def test_a_rollout_is_paused_resumed_and_taken_back(state: Path, release: Path, 
     assert "it rolls boards back from release 8" in read("status")
 
 
+def test_every_order_prints_the_rollout_as_json(state: Path, release: Path, read: Read, tmp_path: Path) -> None:
+    begun = json.loads(read("start", release, "--groups", "100%", "--json"))
+    assert (begun["number"], begun["release"], begun["version"]) == (1, 7, "0.7.0")
+    desk(state, [ReleaseReport(name, 7, COMMITTED, "", 0, 0) for name in NAMES])
+    with IdentityFolder(state) as identity:
+        second = make_release(tmp_path / "second", 8, key=identity.key)
+    read("start", second, "--groups", "100%")
+    assert json.loads(read("pause", "--reason", "a storm", "--json"))["pausing"] == "a storm"
+    assert json.loads(read("resume", "--json")) == json.loads(read("status", "--json"))
+    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in NAMES])
+    back = json.loads(read("back", "--number", 20, "--json"))
+    assert (back["number"], back["release"], back["leaves"]) == (3, 20, 8)
+    assert json.loads(read("stop", "--reason", "enough", "--json"))["stopping"] == "enough"
+
+
 def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: Read) -> None:
     read("start", release, "--groups", "25%,100%", "--success", "80%", "--errors", "0%")
     with RolloutStore(state) as store:

@@ -160,6 +160,32 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
     assert [r["model"] for r in end.history] == [r["model"] for r in finished.history]
 
 
+def test_state_folders_are_checked_backed_up_and_restored_as_json(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ""
+
+    def read(*words: object, code: int = ExitCode.OK) -> Any:
+        nonlocal said
+        assert main([*map(str, words), "--json"]) == code
+        out, said = capsys.readouterr()
+        return json.loads(out)
+
+    [made] = read("backup", "--state", state, "--to", tmp_path / "backup")
+    assert "keep it private" in said
+    assert (made["place"], made["private_keys"]) == (str(tmp_path / "backup"), True)
+    whole = {**made, "place": str(tmp_path / "backup")}
+    assert read("restore", "--from", tmp_path / "backup", "--state", tmp_path / "new", "--dry-run") == [whole]
+    assert not (tmp_path / "new").exists()
+    assert read("restore", "--from", tmp_path / "backup", "--state", tmp_path / "new") == [whole]
+    assert "first revoke again" in said
+    found = read("check", "--state", tmp_path / "new")
+    assert (found["wrong"], found["repaired"]) == (0, [])
+    (tmp_path / "new" / "model.onnx").unlink()
+    found = read("check", "--state", tmp_path / "new", code=ExitCode.STORAGE)
+    assert found["wrong"] == sum(f["weight"] == "wrong" for f in found["findings"]) > 0
+
+
 def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> None:
     for name in ("backup", "backup.tar"):
         back_up(state, tmp_path / name, silent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -106,6 +107,8 @@ def test_the_command_ends_as_a_probe_wants_it(
     capsys.readouterr()
     assert main(["health", "--ready"]) == ExitCode.OK
     assert capsys.readouterr().out == "running\n"
+    assert main(["health", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == {"server": "running"}
 
 
 def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:

@@ -481,6 +481,12 @@ def test_a_test_notification_is_sent_and_its_result_printed(tmp_path: Path, caps
     assert "e-mail: delivered: taken by 127.0.0.1" in said
     assert main([*words, url]) == ExitCode.NOTIFICATION
     assert "webhook: failed" in capsys.readouterr().out
+    assert main([*words, url, "--json"]) == ExitCode.NOTIFICATION
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["channel"], r["delivered"], r["exit_code"]) for r in rows] == [
+        ("webhook", False, ExitCode.NOTIFICATION),
+        ("e-mail", False, ExitCode.NOTIFICATION),
+    ]
 
 
 def test_a_password_is_given_to_the_relay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

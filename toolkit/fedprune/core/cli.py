@@ -145,6 +145,16 @@ def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, *
     return kind(**{**{name: value for name, value in vars(arguments).items() if name in known}, **more})
 
 
+def add_json(parser: argparse.ArgumentParser, text: str = "as JSON, for programs") -> None:
+    """Give a command that prints a result the option `--json`."""
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, its keys in the order in which they were written."""
+    print(json.dumps(value, indent=2))
+
+
 def whole_number(text: str) -> int:
     """A number of an option: whole and above 0."""
     try:

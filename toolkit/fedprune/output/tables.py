@@ -1,4 +1,4 @@
-"""What commands print for people: tables, colours, progress; for programs JSON and tab-separated lines.
+"""What commands print for people: tables, colours, progress; for programs tab-separated lines.
 
 Everything here needs the package rich on a terminal only, so boards can import what prints through it but never do.
 Colours follow rich: none with `NO_COLOR`, with `TERM=dumb`, or where the output is not a terminal.
@@ -7,11 +7,10 @@ Colours follow rich: none with `NO_COLOR`, with `TERM=dumb`, or where the output
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
     from rich.table import Table
@@ -104,11 +103,6 @@ def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int
 
 def _text(cell: Cell) -> str:
     return cell if isinstance(cell, str) else cell[0]
-
-
-def print_json(value: Any) -> None:
-    """Print JSON, its keys in the order in which they were written."""
-    print(json.dumps(value, indent=2))
 
 
 _VERDICTS = {"PASS": GOOD, "FAIL": BAD}
