@@ -11,8 +11,14 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-export nets:unet --input-shape 3,64,64 --target raspberry-pi-5,jetson-orin-nano --out bundles",
     ),
     "fedprune-export groups": ("fedprune-export groups model.onnx", "fedprune-export groups timm:resnet18 --json"),
-    "fedprune-export operators": ("fedprune-export operators",),
-    "fedprune-export verify": ("fedprune-export verify bundle",),
+    "fedprune-export operators": (
+        "fedprune-export operators",
+        "fedprune-export operators --json",
+    ),
+    "fedprune-export verify": (
+        "fedprune-export verify bundle",
+        "fedprune-export verify bundle --model model.onnx",
+    ),
     "fedprune-export explain": (
         "fedprune-export explain model.onnx --target raspberry-pi-5 --density 0.5",
         "fedprune-export explain model.onnx --measure --page step.html",
@@ -29,11 +35,21 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-export to-torch bundle board.pt",
         "fedprune-export to-torch bundle whole.safetensors --into model.onnx",
     ),
-    "fedprune-export profiles list": ("fedprune-export profiles list --folder my-boards",),
-    "fedprune-export profiles show": ("fedprune-export profiles show raspberry-pi-5",),
-    "fedprune-export profiles check": ("fedprune-export profiles check my-boards/vision-box.toml",),
+    "fedprune-export profiles list": (
+        "fedprune-export profiles list",
+        "fedprune-export profiles list --folder my-boards",
+    ),
+    "fedprune-export profiles show": (
+        "fedprune-export profiles show raspberry-pi-5",
+        "fedprune-export profiles show my-boards/vision-box.toml --json",
+    ),
+    "fedprune-export profiles check": (
+        "fedprune-export profiles check my-boards/vision-box.toml",
+        "fedprune-export profiles check my-boards/*.toml --json",
+    ),
     "fedprune-export profiles identify": (
         "fedprune-export profiles identify --model 'Raspberry Pi 5 Model B Rev 1.0' --memory 8000000000",
+        "fedprune-export profiles identify --compatible nvidia,p3767-0005 --l4t 36.4.3 --json",
     ),
     "fedprune-server run": (
         "fedprune-server run --model model.onnx --evaluation test.npz --strategy fedprune --rounds 20",
@@ -41,6 +57,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-server aggregate": (
         "fedprune-server aggregate --parent wss://fleet.example:8884 --region north --state state",
+        "fedprune-server aggregate --config region.toml --state state",
     ),
     "fedprune-server status": (
         "fedprune-server status --state state --rounds 3",
@@ -50,8 +67,14 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server export-model --state state --out global.onnx",
         "fedprune-server export-model --state state --round 12 --out round-12.safetensors",
     ),
-    "fedprune-server replay": ("fedprune-server replay --state state",),
-    "fedprune-server init": ("fedprune-server init --state state",),
+    "fedprune-server replay": (
+        "fedprune-server replay --state state",
+        "fedprune-server replay --state backups/state --json",
+    ),
+    "fedprune-server init": (
+        "fedprune-server init --state state",
+        "fedprune-server init --state state --site north --json",
+    ),
     "fedprune-server identity": (
         "fedprune-server identity --state state",
         "fedprune-server identity rotate --state state",
@@ -67,6 +90,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-server broker-config": (
         "fedprune-server broker-config mosquitto --state state --host broker.example --out mosquitto",
+        "fedprune-server broker-config emqx --state state --host broker.example --out emqx --at /etc/emqx",
     ),
     "fedprune-server demo": ("fedprune-server demo --out demo-run", "fedprune-server demo --quick"),
     "fedprune-server release": (
@@ -77,12 +101,30 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server rollout start release-7 --state state",
         "fedprune-server rollout start release-7 --groups 1,25%,100% --state state",
     ),
-    "fedprune-server rollout pause": ("fedprune-server rollout pause --reason 'two boards are hot' --state state",),
-    "fedprune-server rollout resume": ("fedprune-server rollout resume --state state",),
-    "fedprune-server rollout list": ("fedprune-server rollout list --state state",),
-    "fedprune-server rollout status": ("fedprune-server rollout status --state state",),
-    "fedprune-server rollout stop": ("fedprune-server rollout stop --state state",),
-    "fedprune-server rollout back": ("fedprune-server rollout back --reason 'accuracy fell' --state state",),
+    "fedprune-server rollout pause": (
+        "fedprune-server rollout pause --state state",
+        "fedprune-server rollout pause --reason 'two boards are hot' --state state",
+    ),
+    "fedprune-server rollout resume": (
+        "fedprune-server rollout resume --state state",
+        "fedprune-server rollout resume --state state --json",
+    ),
+    "fedprune-server rollout list": (
+        "fedprune-server rollout list --state state",
+        "fedprune-server rollout list --state state --json",
+    ),
+    "fedprune-server rollout status": (
+        "fedprune-server rollout status --state state",
+        "fedprune-server rollout status --state state --json",
+    ),
+    "fedprune-server rollout stop": (
+        "fedprune-server rollout stop --state state",
+        "fedprune-server rollout stop --reason 'the camera fails' --state state",
+    ),
+    "fedprune-server rollout back": (
+        "fedprune-server rollout back --reason 'accuracy fell' --state state",
+        "fedprune-server rollout back --groups 10%,100% --state state",
+    ),
     "fedprune-server check": (
         "fedprune-server check --state state",
         "fedprune-server check --state state --repair --from backups/state",
@@ -95,22 +137,54 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server restore --from backups/state --state restored",
         "fedprune-server restore --from state.tar --state restored --dry-run",
     ),
-    "fedprune-server alerts": ("fedprune-server alerts test --state state",),
     "fedprune-server alerts test": (
         "fedprune-server alerts test --state state",
         "fedprune-server alerts test --alert-webhook https://chat.example/hooks/abc",
     ),
-    "fedprune-server config check": ("fedprune-server config check fleet.toml",),
-    "fedprune-server config show": ("fedprune-server config show --config fleet.toml --all",),
-    "fedprune-server service print": ("fedprune-server service print --memory 8G",),
-    "fedprune-server service install": ("fedprune-server service install --state /var/lib/fedprune -- --console 8470",),
-    "fedprune-server health": ("fedprune-server health",),
-    "fedprune-server logs": ("fedprune-server logs --device attic --state state",),
-    "fedprune-server doctor": ("fedprune-server doctor --state state",),
-    "fedprune-server operators add": ("fedprune-server operators add ann --role admin --state state",),
-    "fedprune-server operators password": ("fedprune-server operators password ann --state state",),
-    "fedprune-server operators remove": ("fedprune-server operators remove ann --state state",),
-    "fedprune-server operators list": ("fedprune-server operators list --state state",),
+    "fedprune-server config check": (
+        "fedprune-server config check fleet.toml",
+        "fedprune-server config check fleet.toml --all --json",
+    ),
+    "fedprune-server config show": (
+        "fedprune-server config show --config fleet.toml --all",
+        "fedprune-server config show --state state --rounds 50",
+    ),
+    "fedprune-server service print": (
+        "fedprune-server service print --memory 8G",
+        "fedprune-server service print --config /etc/fedprune/fleet.toml -- --console 8470",
+    ),
+    "fedprune-server service install": (
+        "fedprune-server service install --state /var/lib/fedprune -- --console 8470",
+        "fedprune-server service install --credential server.database=/etc/fedprune/database",
+    ),
+    "fedprune-server health": (
+        "fedprune-server health",
+        "fedprune-server health --pulse /run/fedprune/pulse --within 60 --ready",
+    ),
+    "fedprune-server logs": (
+        "fedprune-server logs --device attic --state state",
+        "fedprune-server logs --state state --follow --json",
+    ),
+    "fedprune-server doctor": (
+        "fedprune-server doctor --state state",
+        "fedprune-server doctor --state state --json",
+    ),
+    "fedprune-server operators add": (
+        "fedprune-server operators add ann --role admin --state state",
+        "fedprune-server operators add bob --state state <password.txt",
+    ),
+    "fedprune-server operators password": (
+        "fedprune-server operators password ann --state state",
+        "fedprune-server operators password ann --state state <password.txt",
+    ),
+    "fedprune-server operators remove": (
+        "fedprune-server operators remove ann",
+        "fedprune-server operators remove ann --state state",
+    ),
+    "fedprune-server operators list": (
+        "fedprune-server operators list --state state",
+        "fedprune-server operators list --state state --json",
+    ),
     "fedprune-device join": (
         "fedprune-device join --broker mqtts://192.168.1.10 --device attic --claim attic.claim --state board",
         'fedprune-device join --broker mqtts://192.168.1.10 --device attic --pin "$PIN" --state board',
@@ -133,12 +207,30 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-device collect /dev/video0 --every 60 --state board",
     ),
     "fedprune-device probe": ("fedprune-device probe", "fedprune-device probe --json >probe.json"),
-    "fedprune-device identify": ("fedprune-device identify",),
-    "fedprune-device build-engine": ("fedprune-device build-engine --state board",),
-    "fedprune-device install": ("fedprune-device install --release release-1 --key server.pub",),
-    "fedprune-device update": ("fedprune-device update --release release-2 --attempts 5",),
-    "fedprune-device slots": ("fedprune-device slots",),
-    "fedprune-device unit": ("fedprune-device unit --cpu -- run --state /var/lib/fedprune --data /srv/samples.npz",),
+    "fedprune-device identify": (
+        "fedprune-device identify",
+        "fedprune-device identify --json",
+    ),
+    "fedprune-device build-engine": (
+        "fedprune-device build-engine --state board",
+        "fedprune-device build-engine --bundle bundle --out engine --json",
+    ),
+    "fedprune-device install": (
+        "fedprune-device install --release release-1",
+        "fedprune-device install --release release-1 --key server.pub",
+    ),
+    "fedprune-device update": (
+        "fedprune-device update --release release-2 --attempts 5",
+        "fedprune-device update --release release-2 --stage-only",
+    ),
+    "fedprune-device slots": (
+        "fedprune-device slots",
+        "fedprune-device slots --json",
+    ),
+    "fedprune-device unit": (
+        "fedprune-device unit --cpu -- run --state /var/lib/fedprune --data /srv/samples.npz",
+        "fedprune-device unit --jetson --memory 6G --user fedprune",
+    ),
     "fedprune-flash kit": (
         "fedprune-flash kit --server mqtts://broker --device a --claim-file claim --signing-key signing.key --out kit",
         "fedprune-flash kit --server mqtts://192.168.1.10 --device any --signing-key signing.key --out pi-kit",
@@ -147,7 +239,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-flash image raspios.img --kit kit --signing-key signing.key --user ann --ssh-key id.pub --out o.img",
         "fedprune-flash image raspios.img.xz --kit kit --unsigned --out attic.img --dry-run",
     ),
-    "fedprune-flash jetson": ("fedprune-flash jetson jetson-orin-nano --release 36.4.3 --storage nvme",),
+    "fedprune-flash jetson": (
+        "fedprune-flash jetson jetson-orin-nano --release 36.4.3 --storage nvme",
+        "fedprune-flash jetson jetson-thor --release 38.4 --user ann",
+    ),
     "fedprune-flash ssh": (
         "fedprune-flash ssh boards.toml --kit pi-kit --signing-key signing.key --claims claims",
         "fedprune-flash ssh boards.toml --kit pi-kit --unsigned --only attic --dry-run",
@@ -156,10 +251,16 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-simulate --config fleet.toml --out sim --reference",
         "fedprune-simulate --demo --rounds 5 --out quick",
     ),
-    "fedprune-simulate compare": ("fedprune-simulate compare sims/fedavg sims/fedprune --out sims/both --target 0.8",),
-    "fedprune-simulate sweep": ("fedprune-simulate sweep sweep.toml --out sims --workers 4",),
+    "fedprune-simulate compare": (
+        "fedprune-simulate compare sims/fedavg sims/fedprune --out sims/both",
+        "fedprune-simulate compare sims/fedavg sims/fedprune --out sims/both --target 0.8",
+    ),
+    "fedprune-simulate sweep": (
+        "fedprune-simulate sweep sweep.toml --out sims --workers 4",
+        "fedprune-simulate sweep sweep.toml --out sims --ray",
+    ),
 }
-"""Command lines by command. Tests parse all of them."""
+"""Two command lines or more of every command. Tests parse all of them."""
 
 
 class _Lines(argparse.HelpFormatter):
@@ -172,17 +273,18 @@ class _Lines(argparse.HelpFormatter):
 
 
 def examples(parser: argparse.ArgumentParser) -> tuple[str, ...]:
-    """Examples of a command; of one that only has subcommands, the first examples of the first three."""
+    """Examples of a command; of one that only has subcommands, the first example of the first three; all of a single
+    one's."""
     if parser.prog in EXAMPLES:
         return EXAMPLES[parser.prog]
     inner = [
-        found[0]
+        found
         for action in parser._actions
         if isinstance(action, argparse._SubParsersAction)
         for choice in action.choices.values()
         if (found := examples(choice))
     ]
-    return tuple(inner[:3])
+    return inner[0] if len(inner) == 1 else tuple(found[0] for found in inner[:3])
 
 
 def add_examples(parser: argparse.ArgumentParser) -> None:
