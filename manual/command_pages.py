@@ -18,6 +18,13 @@ _HEAD = """# Commands
 <!-- Made by `python -m manual`: change the parsers instead. -->
 
 What every command takes, as its `--help` says it. All end with a [documented exit code](../exit-codes.md).
+
+## Completion
+
+With the extra `completion`, Tab completes commands, options, targets, strategies and, from a server's state folder,
+boards. It takes this line in `~/.bashrc` or, after `compinit`, in `~/.zshrc`:
+
+    eval "$(register-python-argcomplete fedprune fedprune-{export,server,device,flash,simulate})"
 """
 _WORD = re.compile(r"[a-z]+(?:n't)?(?:[ ,;]|:(?: |$)|$)(?!\(default\))")
 """How help begins that can begin with a capital: not with a value, such as ray:auto, or one that is the default."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manual import asyncapi, command_pages, message_schemas, rooms, setting_pages
+from manual import asyncapi, command_pages, grammar, message_schemas, rooms, setting_pages
 
 SCHEMAS = "docs/schemas"
 _ROOT = Path(__file__).resolve().parent.parent
+_GRAMMAR = "toolkit/fedprune_start/grammar.json"
 
 
 def files() -> dict[str, str]:
@@ -15,6 +16,7 @@ def files() -> dict[str, str]:
     schemas = {**message_schemas.files(), "asyncapi.json": message_schemas.written(asyncapi.document())}
     return {
         "docs/reference/cli.md": command_pages.page(),
+        _GRAMMAR: grammar.document(),
         "docs/reference/settings.md": setting_pages.page(),
         f"{SCHEMAS}/README.md": message_schemas.page(),
         **{f"{SCHEMAS}/{name}": text for name, text in schemas.items()},

@@ -33,7 +33,8 @@ def test_a_changed_a_missing_and_a_left_over_file_are_stale(
     tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(written, "files", lambda: files)
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for folder in ("docs", "toolkit/fedprune_start"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     changed, missing, left = (tmp_path / written.SCHEMAS / name for name in ("want.json", "gone.json", "old.json"))
     changed.write_text(changed.read_text().replace("1024", "1025"))
     missing.unlink()

@@ -1,18 +1,23 @@
 """Entry points of all commands. They import nothing that takes long, so Ctrl-C ends a command from its first moment on.
 
-This package needs the standard library alone; importing a package of fedprune imports numpy.
+This package needs the standard library alone, and argcomplete if it is installed and a shell asks for completions (its
+mark is PYTHON_ARGCOMPLETE_OK); importing a package of fedprune imports numpy.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _USAGE, _INTERRUPTED = 2, 4
 """Exit codes of `fedprune.core.errors`, which isn't imported yet."""
+
+_ASKED = "_ARGCOMPLETE"
+"""Environment variable by which a shell asks for completions instead of a run."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ def simulate() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`fedprune`: one command that has the others as subcommands; returns the exit code."""
+    if argv is None and _ASKED in os.environ:
+        return _complete(None)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if words else sys.stderr)
@@ -121,8 +128,16 @@ def _help() -> str:
 
 def _run(name: str, argv: Sequence[str] | None = None) -> int:
     """Import a command and run it; returns its exit code."""
+    if argv is None and _ASKED in os.environ:
+        return _complete(name)
     try:
         return int(importlib.import_module(_COMMANDS[name].module).main(argv))
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _complete(name: str | None) -> int:
+    from fedprune_start.completion import complete
+
+    return complete(name)
