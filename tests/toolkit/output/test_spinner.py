@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 import time
@@ -9,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
+from fedprune.core.cli import run_command
 from fedprune.output import spinner as module
 from fedprune.output.spinner import spinner
 
@@ -88,3 +90,18 @@ def test_a_signal_that_interrupts_its_end_may_write() -> None:
         terminal.write = interrupted  # type: ignore[method-assign]
         sys.stderr.writelines(["hello\n"])
     assert terminal.getvalue().endswith("hello\n")
+
+
+def test_it_appears_while_a_command_is_imported() -> None:
+    terminal = Terminal()
+
+    def build() -> argparse.ArgumentParser:
+        assert appeared(terminal)
+        parser = argparse.ArgumentParser(prog="fedprune-x")
+        parser.set_defaults(run=lambda _: print("done"))
+        return parser
+
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(terminal):
+        assert run_command("fedprune-x", build, []) == 0
+    assert out.getvalue() == "done\n"
+    assert terminal.getvalue().endswith("\r\x1b[2K")

@@ -54,12 +54,13 @@ def run_command(
     """Parse the command line, run what it asks for and return the exit code; argparse may end the process with
     `SystemExit`."""
     try:
-        parser = build_parser()
-        _describe(parser)
-        add_examples(parser)
-        _shorten(parser)
-        _check_options(parser, sys.argv[1:] if argv is None else argv)
-        arguments = parser.parse_args(argv)
+        with spinner(prog):  # modules with a command's options take seconds to import on a busy machine
+            parser = build_parser()
+            _describe(parser)
+            add_examples(parser)
+            _shorten(parser)
+            _check_options(parser, sys.argv[1:] if argv is None else argv)
+            arguments = parser.parse_args(argv)
         with spinner(" ".join([prog, *_command_of(arguments)])):
             code = int(arguments.run(arguments) or ExitCode.OK)
         sys.stdout.flush()
