@@ -11,6 +11,7 @@ from pathlib import Path
 from fedprune.core.cli import add_json, seconds, whole_number
 from fedprune.core.errors import ExitCode, StorageError, looked_for
 from fedprune.core.text import amount
+from fedprune.output.tables import print_verdicts
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state_option import add_state
@@ -84,7 +85,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]}, indent=2))
     else:
         for finding in findings:
-            print(finding)
+            print_verdicts(str(finding))
         if not findings:
             print(f"{arguments.state}: nothing is wrong that could be seen from here")
     return int(ExitCode.FOUND if wrong else ExitCode.OK)

@@ -13,7 +13,7 @@ from fedprune.core.cli import add_json, ended_by_signals, print_json
 from fedprune.core.disk import held
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount, quantity
-from fedprune.output.tables import byte_progress
+from fedprune.output.tables import byte_progress, print_verdicts
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import Manifest, record_backup
@@ -78,7 +78,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
     def tell(text: object) -> None:
         if not arguments.json:
-            print(text)
+            print_verdicts(str(text))
 
     wrong, told, repaired = 0, [], []
     for part in (folder, *folders(folder)):

@@ -94,7 +94,7 @@ def test_a_bracket_in_a_cell_is_a_bracket(monkeypatch: pytest.MonkeyPatch) -> No
 def test_verdicts_are_coloured_on_terminals_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "rows 1\n\nPASS: as good\nFAIL: too many bytes"
+    text = "rows 1\n\nPASS: as good\nFAIL: too many bytes\nwrong: no broker\n  why: a note: it is gone\nnote: old"
     print_verdicts(text)
     assert capsys.readouterr().out == f"{text}\n"
 
@@ -104,3 +104,5 @@ def test_verdicts_are_coloured_on_terminals_alone(
     out = capsys.readouterr().out
     assert "\x1b[32mPASS\x1b[0m: as good" in out
     assert "\x1b[31mFAIL\x1b[0m: too many bytes" in out
+    assert "\x1b[31mwrong\x1b[0m: no broker\n  why: a note: it is gone\n" in out
+    assert "\x1b[33mnote\x1b[0m: old" in out

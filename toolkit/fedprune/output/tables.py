@@ -105,11 +105,11 @@ def _text(cell: Cell) -> str:
     return cell if isinstance(cell, str) else cell[0]
 
 
-_VERDICTS = {"PASS": GOOD, "FAIL": BAD}
+_VERDICTS = {"PASS": GOOD, "FAIL": BAD, "wrong": BAD, "note": ATTENTION}
 
 
 def print_verdicts(text: str) -> None:
-    """Print lines; those that begin with PASS or FAIL have it in its colour on a terminal."""
+    """Print lines; on a terminal a claim's PASS or FAIL and a finding's severity at their beginning are in colour."""
     if not sys.stdout.isatty():
         print(text)
         return
