@@ -203,7 +203,7 @@ class WandbTracker(Tracker):
 
     def open(self, run: TrackedRun, name: str, rounds: int) -> int:
         entity, _, project = self._destination.rpartition("/")
-        mode = os.environ.get("WANDB_MODE") or ("online" if self._wandb.login(prompt=False) else "offline")
+        chosen = os.environ.get("WANDB_MODE") or self._wandb.login(prompt=False)
         self._run = self._wandb.init(
             entity=entity or None,
             project=project or os.environ.get("WANDB_PROJECT", PROJECT),
@@ -211,7 +211,7 @@ class WandbTracker(Tracker):
             name=run.title,
             config=dict(run.parameters),
             dir=run.folder,
-            mode=mode,
+            mode=None if chosen else "offline",
             resume="allow",
             settings=self._wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,20 +122,19 @@ def test_a_table_has_a_row_per_round_or_per_round_and_device(fleet: dict[str, An
     }
 
 
-HAS_PANDAS = importlib.util.find_spec("pandas") is not None
-
-
-@pytest.mark.skipif(not HAS_PANDAS, reason="needs pandas")
 def test_a_frame_is_the_table(fleet: dict[str, Any]) -> None:
+    pytest.importorskip("pandas")
     run = simulate(fleet, rounds=1)
 
     assert run.frame().to_dict("records") == run.table().to_pylist()
     assert len(run.frame(devices=True)) == 2
 
 
-@pytest.mark.skipif(HAS_PANDAS, reason="pandas is installed")
-def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(fleet: dict[str, Any]) -> None:
+def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(
+    fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = simulate(fleet, rounds=1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
 
     with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas"):
         run.frame()

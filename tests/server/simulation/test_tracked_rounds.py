@@ -364,12 +364,13 @@ def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypa
 def test_wandb_without_a_key_writes_a_run_to_upload_later(
     fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs the tests
 
     simulate(fleet, folder="out", track="wandb")
+    wandb.teardown()  # the process that writes the log ends, as at the end of a command
 
     [log] = Path("out/wandb").glob("offline-run-*/run-*.wandb")
     records = records_of(log.read_bytes())
