@@ -57,7 +57,7 @@ ARRIVAL_S = 1800.0
 """Within this time those boards connect that are there at the beginning."""
 
 FAULTS = 0.005
-PARTS_KEPT = 50_000
+PARTS_KEPT = 10_000
 """As many parts of finished rounds as the server keeps in memory (`fedprune_server.storage.storage`)."""
 
 SAVED = 97

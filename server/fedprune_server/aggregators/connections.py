@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -61,6 +62,9 @@ _TRIES = 10
 
 _BACK_S = 60.0
 """Time for an aggregator to connect to a server that was away, too: twice its longest pause."""
+
+_OFFERS = 16
+"""Latest different offers that are compared with the next ones."""
 
 _SEARCHES = 16
 """Threads that look for a blob of one aggregator at the others."""
@@ -163,6 +167,7 @@ class RegionConnections(Closing):
         self._changed = threading.Condition()
         self._regions: dict[str, Region] = {}
         self._asked: dict[tuple[str, int], tuple[str, do.Measure, Future[Any]]] = {}
+        self._offers: deque[dict[str, Any]] = deque(maxlen=_OFFERS)
         self._away: dict[str, float] = {}
         self._given_up: set[str] = set()
         self._expected: set[str] = set()
@@ -445,6 +450,8 @@ class RegionConnections(Closing):
                 self._put(region, TrafficBelow(str(message["job"]), moved))
             case "event":
                 job, event = str(message["job"]), read_event(message["event"])
+                if isinstance(event, on.Extracted):
+                    event = replace(event, offer=self._shared(event.offer))
                 if job not in self._stores:
                     return  # an aggregator that has to begin again with other jobs
                 if isinstance(event, on.Measured | on.AddedUp):
@@ -457,6 +464,14 @@ class RegionConnections(Closing):
                 self._put(region, EventBelow(region.name, job, event))
             case kind:
                 raise ProtocolError("message of an aggregator", got=str(kind)[:80])
+
+    def _shared(self, offer: dict[str, Any]) -> dict[str, Any]:
+        """An offer as its equals in memory: many boards are offered the same, and a copy takes 4 kB."""
+        for known in tuple(self._offers):
+            if known == offer:
+                return known
+        self._offers.append(offer)
+        return offer
 
     def _store(self, job: str, sha256: str) -> BlobStore | None:
         known = self._stores.get(job)

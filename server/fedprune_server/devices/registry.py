@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -110,7 +111,7 @@ class DeviceRegistry:
             self._contacts[device] = Contact(up=size)
             self.moved[device] = (0, size)
             self.total = self.total[0], self.total[1] + size
-        self._contacts[device].software = software
+        self._contacts[device].software = sys.intern(software)
 
     def admitted(self, device: str) -> bool:
         return device in self._contacts

@@ -125,10 +125,10 @@ def off_by_far(state: State) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, part in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
-        if device is None or device.plan is None:
-            continue
-        if part["progress"] != Progress.FOLDED.value or part.get("widths") != list(device.widths):
+        if device is None or part["progress"] != Progress.FOLDED.value or part.get("widths") != list(device.widths):
             continue  # it has measured nothing of its present plan in this round
+        if device.plan is None:
+            continue
         for metric, (expected, measured) in compared(name, state, device.plan.get("prediction")).items():
             if expected and measured and measured > _FAR_OFF[metric] * expected:
                 title, _, unit = QUANTITIES[metric]

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -27,6 +28,7 @@ from fedprune.jobs.state import Device, Task
 from fedprune.security.private_file import give_to_owner_of
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.storage.database import MARK, Database, copy_sqlite, mark
+from fedprune_server.storage.devices_away import DevicesAway
 from fedprune_server.storage.schema_migration import latest, migrate, revision
 from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_of
 from fedprune_server.storage.tables import (
@@ -52,6 +54,7 @@ LOGGED_EVENTS = 50_000
 _FROM_DEVICES = ("DeviceBorn", "DeviceDied", "UpdateAnnounced", "UpdateStored", "OfferRefused")
 _PRUNE_EVERY, _PAGE = 500, 1000
 _INSERT_EVENT = EVENTS.insert()
+_DEVICE = sql.select(DEVICES.c.body).where(DEVICES.c.name == sql.bindparam("name"))
 _COUNT = (
     DEVICES.update()
     .where(DEVICES.c.name == sql.bindparam("_name"))
@@ -120,11 +123,14 @@ class EventLog:
 
 log = logging.getLogger("fedprune.server")
 
-PARTS_KEPT = 50_000
+PARTS_KEPT = 10_000
 """Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database."""
 
 Traffic = Mapping[str, tuple[int, int]]
 """Payload bytes by device: to it and from it."""
+
+Rows = Mapping[str, dict[str, Any] | None]
+"""Rows to write by name, or None for those to delete."""
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
@@ -164,6 +170,7 @@ class Storage(Closing):
         self._saved_rounds = 0
         self._devices = TrackedTable[Device](DEVICES, DeviceRows().row)
         self._tasks = TrackedTable[Task](TASKS, task_row)
+        self._away = DevicesAway(self._device)
         self._saved_outsiders: dict[str, Any] = {}
         self.database = Database(url, read_only=not create)
         self.url = str(self.database.file or self.database.url)
@@ -293,8 +300,7 @@ class Storage(Closing):
         # Devices, tasks and finished rounds have tables of their own, so that an event doesn't write all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
         everything = state is not self._saved
-        devices = self._devices.changes(state.devices, everything=everything)
-        tasks = self._tasks.changes(state.tasks, everything=everything)
+        devices, tasks = self._differing(state) if everything else self._changed(state)
         new_rounds = state.history[self._saved_rounds :]
         written = body != self._saved_state or bool(devices or tasks or new_rounds)
         if written:
@@ -311,11 +317,21 @@ class Storage(Closing):
                     connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
                     if participants := [row for r in new_rounds for row in participant_rows(r)]:
                         connection.execute(PARTICIPANTS.insert(), participants)
-        self._devices.written(devices)
-        self._tasks.written(tasks)
+        self._devices.written(state.devices, devices)
+        self._tasks.written(state.tasks, tasks)
+        changed = state.devices.keys() if everything else state.devices.changed
+        self._away.saved(state, changed, round_over=everything or bool(new_rounds))
         self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
         state.settle()
         return written
+
+    def _changed(self, state: State) -> tuple[Rows, Rows]:
+        return self._devices.changed(state.devices), self._tasks.changed(state.tasks)
+
+    def _differing(self, state: State) -> tuple[Rows, Rows]:
+        with self.database.transaction() as connection:
+            devices, tasks = self._devices.hashes(connection), self._tasks.hashes(connection)
+        return self._devices.differing(state.devices, devices), self._tasks.differing(state.tasks, tasks)
 
     def _count(self, connection: sql.Connection, traffic: Traffic) -> None:
         if traffic:
@@ -329,11 +345,14 @@ class Storage(Closing):
         """
         with self.database.transaction() as connection:
             text = meta(connection, "state")
+            if text is None:
+                return None
             history = self._history(connection, PARTS_KEPT)
-            devices, tasks = self._devices.load(connection, self.url), self._tasks.load(connection, self.url)
-        if text is None:
-            return None
-        state = State.from_json(text, devices, tasks)
+            with (
+                closing(self._devices.load(connection, self.url)) as devices,
+                closing(self._tasks.load(connection, self.url)) as tasks,
+            ):
+                state = State.from_json(text, devices, tasks)
         state.history = history
         self._saved_rounds = len(history)
         return state
@@ -359,6 +378,15 @@ class Storage(Closing):
         for row in rows:
             row["widths"], row["plan"] = decoded(row["widths"], self.url), decoded(row["plan"], self.url)
         return rows
+
+    @_patient
+    def _device(self, name: str) -> dict[str, Any]:
+        """A device's saved row."""
+        with self.database.transaction() as connection:
+            text = connection.execute(_DEVICE, {"name": name}).scalar()
+        if text is None:
+            raise StorageError(f"{self.url}: the row of device {name} is gone", hint="Restore the server's backup.")
+        return dict(decoded(text, self.url))
 
     def traffic(self) -> dict[str, tuple[int, int]]:
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}

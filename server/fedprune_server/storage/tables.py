@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,9 @@ from fedprune.jobs.state import Device, Task
 
 _PROFILES = 256
 """Profiles whose text is remembered."""
+
+_PAGE = 1000
+"""Rows that are read at a time."""
 
 TABLES = sql.MetaData()
 META = sql.Table(
@@ -249,36 +252,51 @@ class TrackedTable(Generic[E]):
     def __init__(self, table: sql.Table, row: Callable[[str, E], Row]) -> None:
         self._table = table
         self._row = row
-        self._known: dict[str, int] = {}
 
-    def load(self, connection: sql.Connection, url: str) -> dict[str, Any]:
-        """Bodies of all rows, by name."""
-        columns = self._table.c
-        rows = connection.execute(sql.select(columns.name, columns.body)).all()
-        self._known = {name: hash(body) for name, body in rows}
-        return {name: decoded(body, url) for name, body in rows}
+    def load(self, connection: sql.Connection, url: str) -> Generator[tuple[str, Any], None, None]:
+        """Names and bodies of all rows, one after the other: together they may be more than memory should hold."""
+        with self._rows(connection) as rows:
+            for name, body in rows:
+                yield name, decoded(body, url)
 
-    def changes(self, roll: TrackedDict[E], *, everything: bool) -> dict[str, Row | None]:
-        """Rows of changed entries, or of all, that differ from the table; None for those to delete."""
-        found: dict[str, Row | None] = {}
-        for name in roll.keys() | self._known.keys() if everything else roll.changed:
+    def changed(self, roll: TrackedDict[E]) -> dict[str, Row | None]:
+        """Rows of changed entries that differ from what was saved; None for those to delete."""
+        rows: dict[str, Row | None] = {}
+        for name in roll.changed:
             entry = roll.get(name)
             row = None if entry is None else self._row(name, entry)
-            if self._known.get(name) != (None if row is None else hash(row["body"])):
-                found[name] = row
-        return found
+            if entry is None or row is None or entry.saved != hash(row["body"]):
+                rows[name] = row
+        return rows
+
+    def hashes(self, connection: sql.Connection) -> dict[str, int]:
+        """Hashes of all rows' bodies, by name."""
+        with self._rows(connection) as rows:
+            return {name: hash(body) for name, body in rows}
+
+    def differing(self, roll: TrackedDict[E], known: Mapping[str, int]) -> dict[str, Row | None]:
+        """Rows of all entries that differ from the table, of which `hashes` are known; None for those to delete."""
+        rows: dict[str, Row | None] = dict.fromkeys(known.keys() - roll.keys())
+        for name, entry in roll.items():
+            row = self._row(name, entry)
+            entry.note_saved(row["body"])
+            if known.get(name) != entry.saved:
+                rows[name] = row
+        return rows
 
     def write(self, connection: sql.Connection, rows: Mapping[str, Row | None]) -> None:
-        """Write the result of `changes`."""
+        """Write the result of `changed` or `differing`."""
         upsert(connection, self._table, [row for row in rows.values() if row is not None])
         gone = [{"gone": name} for name, row in rows.items() if row is None]
         if gone:
             connection.execute(self._table.delete().where(self._table.c.name == sql.bindparam("gone")), gone)
 
-    def written(self, rows: Mapping[str, Row | None]) -> None:
-        """Note that the changes are committed."""
+    def written(self, roll: TrackedDict[E], rows: Mapping[str, Row | None]) -> None:
+        """Note that the rows are committed."""
         for name, row in rows.items():
-            if row is None:
-                self._known.pop(name, None)
-            else:
-                self._known[name] = hash(row["body"])
+            if row is not None:
+                roll[name].note_saved(row["body"])
+
+    def _rows(self, connection: sql.Connection) -> sql.CursorResult[str, str]:
+        columns = self._table.c
+        return connection.execute(sql.select(columns.name, columns.body).execution_options(yield_per=_PAGE))

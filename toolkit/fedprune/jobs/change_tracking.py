@@ -7,21 +7,36 @@ all of them each time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar, Generic, TypeVar
+
+_Self = TypeVar("_Self", bound="TrackedEntry")
 
 
 class TrackedEntry:
     """Entry of a `TrackedDict`; reports assignments to it.
 
     Values of attributes are replaced, never changed in place, which would go unnoticed.
+
+    Attributes:
+        saved: Hash of the text as which it was saved last; its successor under the same name takes it over.
     """
 
-    __slots__ = ("_kind", "_name", "_roll")
+    __slots__ = ("_kind", "_name", "_roll", "saved")
     __match_args__: ClassVar[tuple[str, ...]]
     _kind: Hashable
     _name: str
     _roll: TrackedDict[Any] | None
+    saved: int | None
+
+    def __new__(cls: type[_Self], *_: Any, **__: Any) -> _Self:
+        entry = object.__new__(cls)
+        object.__setattr__(entry, "_roll", None)
+        object.__setattr__(entry, "saved", None)
+        return entry
+
+    def note_saved(self, text: str) -> None:
+        object.__setattr__(self, "saved", hash(text))
 
     @property
     def counted_as(self) -> Hashable:
@@ -33,11 +48,20 @@ class TrackedEntry:
         return set()
 
     def __setattr__(self, name: str, value: object) -> None:
-        roll = getattr(self, "_roll", None)
-        before = self if roll is None else getattr(self, name, self)  # itself: nothing, as it is no value of its own
+        if self._roll is None:
+            object.__setattr__(self, name, value)
+            return
+        before = getattr(self, name)
         object.__setattr__(self, name, value)
-        if roll is not None and before is not value and (type(before) is not type(value) or before != value):
-            roll.note(self._name)
+        if before is not value and (type(before) is not type(value) or before != value):
+            self._roll.note(self._name)
+
+    def put_away(self, names: Iterable[str]) -> None:
+        """Drop these attributes from memory, except those that are None; they are saved, and the dictionary's `fetch`
+        gives them back when one of them is read."""
+        for name in names:
+            if getattr(self, name) is not None:
+                object.__delattr__(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__match_args__}
@@ -58,6 +82,7 @@ class TrackedDict(dict[str, E], Generic[E]):
     Attributes:
         changed: Names of entries that were put, replaced, changed or taken away since `settle`.
         counts: How many entries are of each kind.
+        fetch: Gives the saved attributes of an entry, by its name, that were put away.
     """
 
     def __init__(self, entries: Mapping[str, E] | Iterable[tuple[str, E]] = ()) -> None:
@@ -65,6 +90,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         self.changed: set[str] = set()
         self._watches: list[set[str]] = []
         self.counts = Counter[Any]()
+        self.fetch: Callable[[str], Mapping[str, Any]] | None = None
         self.update(entries)
 
     def count(self, *kinds: Hashable) -> int:
@@ -82,6 +108,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         for names in before._watches:
             names |= before.keys() | self.keys()
         self._watches += before._watches
+        self.fetch = self.fetch or before.fetch
 
     def settle(self) -> None:
         """What has changed is taken care of."""
@@ -105,6 +132,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         same = before is not None and before == entry
         if before is not None:
             self._count(before, -1)
+            object.__setattr__(entry, "saved", before.saved)
         super().__setitem__(name, entry)
         object.__setattr__(entry, "_name", name)
         object.__setattr__(entry, "_roll", self)
@@ -116,6 +144,7 @@ class TrackedDict(dict[str, E], Generic[E]):
     def __delitem__(self, name: str) -> None:
         entry = self[name]
         object.__setattr__(entry, "_roll", None)
+        object.__setattr__(entry, "saved", None)
         self._count(entry, -1)
         super().__delitem__(name)
         self.note(name)

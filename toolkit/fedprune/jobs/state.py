@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
@@ -15,6 +16,9 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.packed_json import PackedJson
 
 FORMAT = "fedprune.state/2"
+
+PUT_AWAY = ("plan", "probe")
+"""Attributes of a device that only its next connection or part needs: most of its size."""
 
 _NOTHING: dict[str, Any] = {}
 """Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place."""
@@ -111,9 +115,17 @@ class Device(TrackedEntry):
         return cls(**{**body, "widths": tuple(body["widths"])})
 
     def __post_init__(self) -> None:
-        for name in ("plan", "probe"):
+        for name in PUT_AWAY:
             if (value := getattr(self, name)) is not None and not isinstance(value, PackedJson):
                 setattr(self, name, PackedJson(value))
+
+    def __getattr__(self, name: str) -> Any:
+        """Read what was put away; it stays in memory until that is done again."""
+        if name not in PUT_AWAY or self._roll is None or self._roll.fetch is None:
+            raise AttributeError(f"device: {name}")
+        for key, value in self._roll.fetch(self._name).items():
+            object.__setattr__(self, key, value)
+        return object.__getattribute__(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         packed = {k: dict(v) for k, v in (("plan", self.plan), ("probe", self.probe)) if v is not None}
@@ -379,19 +391,24 @@ class State:
 
     @classmethod
     def from_json(
-        cls, text: str, devices: Mapping[str, Any] | None = None, tasks: Mapping[str, Any] | None = None
+        cls, text: str, devices: Iterable[tuple[str, Any]] = (), tasks: Iterable[tuple[str, Any]] = ()
     ) -> State:
-        """Read what `to_json` wrote. Raises `StorageError` if the text is damaged or of another version."""
+        """Read what `to_json` wrote. Raises `StorageError` if the text is damaged or of another version.
+
+        Args:
+            devices: Names and rows of devices that the text doesn't have, each read when its turn comes.
+            tasks: The same of tasks.
+        """
         try:
             body = json.loads(text)
             if body.pop("format") != FORMAT:
                 raise StorageError("state of a job is of another version", expected=FORMAT)
             body["phase"] = Phase(body["phase"])
-            profiles: dict[str, dict[str, Any]] = {}
+            shared: dict[str, Any] = {}
             body["devices"] = TrackedDict(
-                (k, Device.from_dict(_sharing(v, profiles))) for k, v in (body["devices"] | dict(devices or {})).items()
+                (k, Device.from_dict(_sharing(v, shared))) for k, v in chain(body["devices"].items(), devices)
             )
-            body["tasks"] = TrackedDict((k, Task.from_dict(v)) for k, v in (body["tasks"] | dict(tasks or {})).items())
+            body["tasks"] = TrackedDict((k, Task.from_dict(v)) for k, v in chain(body["tasks"].items(), tasks))
             return cls(**body)
         except StorageError:
             raise
@@ -402,11 +419,17 @@ class State:
             ) from error
 
 
-def _sharing(device: Mapping[str, Any], profiles: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
-    """A device's JSON with the profile that another of its kind has, if it is the same: a copy takes 10 kB."""
-    profile = device["profile"]
-    known = profiles.setdefault(str(profile.get("name")), profile)
-    return {**device, "profile": known} if known is not profile and known == profile else device
+def _sharing(device: Mapping[str, Any], shared: dict[str, Any]) -> Mapping[str, Any]:
+    """A device's JSON with the profile and codecs that another of its kind has, if they are the same: a profile takes
+    10 kB."""
+    profile, codecs = device["profile"], device["codecs"]
+    known = shared.setdefault(f"profile {profile.get('name')}", profile)
+    return {
+        **device,
+        "profile": known if known == profile else profile,
+        "codecs": shared.setdefault(f"codecs {codecs}", codecs),
+        "region": sys.intern(device.get("region", "")),
+    }
 
 
 def update_digests(update: Mapping[str, Any] | None) -> set[str]:

@@ -1,0 +1,59 @@
+"""Which devices of a job's state have their plan and probe in memory, and which in the database alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune.jobs.packed_json import PackedJson
+from fedprune.jobs.state import PUT_AWAY
+
+KEPT = 1000
+"""Devices that have left lastly and are kept as they are: most devices that come back do so soon."""
+
+
+class DevicesAway:
+    """Puts away what saved devices need only when they come back, so that memory holds it of active devices alone.
+
+    A device is active while it is connected, has a part, or was in the latest round.
+
+    Args:
+        read: A device's saved row.
+    """
+
+    def __init__(self, read: Callable[[str], Mapping[str, Any]]) -> None:
+        self._read = read
+        self._whole: dict[str, None] = {}  # devices that are away and still in memory, the longest ones first
+        self._spared: list[str] = []  # others, which had a part when their turn came
+
+    def saved(self, state: State, names: Iterable[str], *, round_over: bool) -> None:
+        """The state is saved: put away devices that are not active.
+
+        Args:
+            names: Devices that have changed.
+            round_over: Whether a round has ended, after which other devices are active.
+        """
+        state.devices.fetch = self._fetch
+        if round_over:
+            self._whole = dict.fromkeys([*self._spared, *self._whole])
+            self._spared = []
+        for name in names:
+            self._whole.pop(name, None)
+            if (device := state.devices.get(name)) is not None and not device.online:
+                self._whole[name] = None
+        latest = state.history[-1]["devices"] if state.history else {}
+        while len(self._whole) > KEPT:
+            name = next(iter(self._whole))
+            del self._whole[name]
+            device = state.devices.get(name)
+            if name in state.tasks or name in latest:
+                self._spared.append(name)
+            elif device is not None and not device.online:
+                device.put_away(PUT_AWAY)
+
+    def _fetch(self, name: str) -> dict[str, Any]:
+        """What was put away of a device."""
+        row = self._read(name)
+        self._whole[name] = None
+        return {key: None if row[key] is None else PackedJson(row[key]) for key in PUT_AWAY}
