@@ -51,7 +51,7 @@ _FLUSH_S = 5.0
 CONNECTIONS = 256
 """Most connections at a time, including those without a first message."""
 
-TOGETHER = 1000
+TOGETHER = 200
 """Most items that are collected at a time: one transaction of a whole region's boards would take seconds and a hundred
 megabytes."""
 
