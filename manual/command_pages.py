@@ -50,6 +50,7 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     yield "fedprune-simulate", simulate.build_parser()
     yield "fedprune-simulate compare", simulate.build_compare_parser()
     yield "fedprune-simulate sweep", simulate.build_sweep_parser()
+    yield "fedprune-simulate new", simulate.build_new_parser()
 
 
 def _only(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ WITHOUT = {
     "fedprune-simulate": _FOLDER,
     "fedprune-simulate compare": "it compares what the runs' metrics.json hold",
     "fedprune-simulate sweep": "its figures are in metrics.json in the folder of each run",
+    "fedprune-simulate new": _CHANGES,
 }
 """Commands without --json, and why."""
 

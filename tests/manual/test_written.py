@@ -57,7 +57,7 @@ def test_the_page_of_commands_has_every_command_and_every_option(files: dict[str
     page = files["docs/reference/cli.md"]
     parsers = [module.build_parser() for module in (device, export, flash, server, simulate)]
     parsers += [export._command_parser(name) for name in export.COMMANDS]
-    parsers += [simulate.build_compare_parser(), simulate.build_sweep_parser()]
+    parsers += [simulate.build_compare_parser(), simulate.build_sweep_parser(), simulate.build_new_parser()]
     options = 0
     while parsers:
         parser = parsers.pop()

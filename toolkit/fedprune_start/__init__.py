@@ -119,7 +119,7 @@ def _help() -> str:
         f"  {name:<9} {command.what}" + (f"  [needs the extra {command.extra}]" if command.missing else "")
         for name, command in _COMMANDS.items()
     ]
-    lines += ["", "examples:", "  fedprune server demo"]
+    lines += ["", "examples:", "  fedprune server demo", "  fedprune simulate new fleet"]
     lines += ["  fedprune export model.onnx --target raspberry-pi-zero-2w --out bundle"]
     if any(command.missing for command in _COMMANDS.values()):
         lines += ["", "A command that needs an extra says how to install it when it is run."]

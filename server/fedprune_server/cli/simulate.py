@@ -9,27 +9,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.core.cli import check_command, ended_by_signals, run_command, setting_of, whole_number, with_extra
+from fedprune.core.cli import (
+    byte_count,
+    check_command,
+    ended_by_signals,
+    run_command,
+    setting_of,
+    whole_number,
+    with_extra,
+)
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"
 SWEEP = "sweep"
+NEW = "new"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == [COMPARE]:
-        return run_command(PROG, build_compare_parser, given[1:])
-    if given[:1] == [SWEEP]:
-        return run_command(PROG, build_sweep_parser, given[1:])
+    builders = {COMPARE: build_compare_parser, SWEEP: build_sweep_parser, NEW: build_new_parser}
+    if given and given[0] in builders:
+        return run_command(PROG, builders[given[0]], given[1:])
     return run_command(PROG, lambda: _parser_of(given), given)
 
 
 def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
     if given:
-        check_command(given[0], (COMPARE, SWEEP), f"See `{PROG} --help`.")
+        check_command(given[0], (COMPARE, SWEEP, NEW), f"See `{PROG} --help`.")
     return build_parser()
 
 
@@ -38,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROG,
         description="Simulate a fleet on a virtual clock and write its report.",
         epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report; "
-        f"`{PROG} {SWEEP} FILE --out DIR` does many runs side by side. "
+        f"`{PROG} {SWEEP} FILE --out DIR` does many runs side by side; "
+        f"`{PROG} {NEW} DIR` writes a fleet to begin with. "
         "Exit codes are explained in docs/exit-codes.md.",
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
@@ -97,6 +106,50 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
     parser.set_defaults(run=with_extra("server", _sweep))
     return parser
+
+
+def build_new_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {NEW}",
+        description="Write a fleet to begin with: fleet.toml, a model, samples of digits, a hardware profile per "
+        "board, and a strategy of your own.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that is empty or new")
+    parser.add_argument(
+        "--boards",
+        type=_starter_boards,
+        metavar="NAME=PROFILE[:BYTES],...",
+        help="its boards, each with a shipped hardware profile and what its link carries in a round, such as 40KB "
+        "(default: attic, yard and dock, with links of 40 kB, 150 kB and 1 MB)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="keys every random number (default: 0)")
+    parser.set_defaults(run=with_extra("server", _new))
+    return parser
+
+
+def _starter_boards(text: str) -> list[tuple[str, str, int]]:
+    """Name, profile and bytes of each board, 0 for those of the profile."""
+    found = []
+    for item in text.split(","):
+        name, equals, rest = item.partition("=")
+        profile, colon, amount = rest.partition(":")
+        if not (name and equals and profile):
+            raise argparse.ArgumentTypeError(f"expected NAME=PROFILE or NAME=PROFILE:BYTES, got {item[:80]!r}")
+        found.append((name, profile, byte_count(amount) if colon else 0))
+    return found
+
+
+def _new(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from fedprune_server.simulation.digits import CLASSES
+    from fedprune_server.simulation.starter import FLEET, STARTERS, StarterBoard, write_starter
+
+    boards = STARTERS if options.boards is None else [StarterBoard(*board) for board in options.boards]
+    for name, data in write_starter(options.folder, boards, options.seed).items():
+        counts = " ".join(map(str, np.bincount(data.y_train, minlength=CLASSES)))
+        print(f"{name}: {len(data.y_train)} samples to learn from, by class {counts}")
+    print(f"\nNext: {PROG} --config {options.folder / FLEET} --out run")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
 from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.starter import STARTERS, write_starter
 from support.paths import ROOT
 
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
@@ -63,6 +65,26 @@ def test_the_notebook_goes_from_a_module_to_curves(tmp_path: Path, monkeypatch: 
     assert shown[3][-1] > 0.8
     assert [row[0] for row in shown[4].table] == ["run", "fedprune", "heterofl"]
     assert shown[5]._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+
+
+@pytest.mark.slow
+def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of a fleet to begin with, for a round."""
+    write_starter(tmp_path, STARTERS)
+    config = tmp_path / "fleet.toml"
+    config.write_text(config.read_text().replace("rounds = 12", "rounds = 1"))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "simulate.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page.partition("## From Python")[2], re.DOTALL)
+
+    names: dict[str, Any] = {}
+    exec(first, names)  # noqa: S102
+    assert len(names["run"].curves["round"]) == 1
+    assert "<svg" in (tmp_path / "curves.html").read_text()
+
+    names = {}
+    exec(second, names)  # noqa: S102
+    assert len(names["record"].rounds) == 2
 
 
 @pytest.fixture

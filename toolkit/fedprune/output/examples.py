@@ -259,6 +259,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-simulate sweep sweep.toml --out sims --workers 4",
         "fedprune-simulate sweep sweep.toml --out sims --ray",
     ),
+    "fedprune-simulate new": (
+        "fedprune-simulate new fleet",
+        "fedprune-simulate new fleet --boards attic=raspberry-pi-zero-2w:40KB,dock=jetson-orin-nano",
+    ),
 }
 """Two command lines or more of every command. Tests parse all of them."""
 

@@ -1,0 +1,85 @@
+"""A fleet to begin with: what `fedprune-simulate new` writes runs as it stands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.planning import profile_store
+from fedprune_server.cli.simulate import main
+from fedprune_server.simulation.digits import load_digits
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
+
+
+def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
+    dealt = write_starter(tmp_path, STARTERS, seed=3)
+    sizes = []
+    for board in STARTERS:
+        own, like = profile_store.read(tmp_path / "profiles" / f"{board.name}.toml"), profile_store.find(board.profile)
+        assert (own.name, own.link.bytes_per_round) == (board.name, board.round_bytes)
+        assert (own.cpu, own.memory, own.compute) == (like.cpu, like.memory, like.compute)
+        with np.load(tmp_path / f"{board.name}.npz") as file:
+            np.testing.assert_array_equal(file["x_train"], dealt[board.name].x_train)
+            sizes.append(len(file["y_train"]) + len(file["y_test"]))
+    for name in ("server", "calibration"):
+        with np.load(tmp_path / f"{name}.npz") as file:
+            sizes.append(len(file["x"]))
+    assert sum(sizes) == len(load_digits()[1])
+
+
+@pytest.mark.slow
+def test_it_is_simulated_with_its_own_strategy_at_widths_that_its_links_carry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
+    assert main(["new", "My fleet!"]) == ExitCode.OK
+    assert capsys.readouterr().out.endswith("Next: fedprune-simulate --config My fleet!/fleet.toml --out run\n")
+    monkeypatch.chdir(tmp_path / "My fleet!")
+    for strategy in ("fedprune", "my_strategy:mine"):
+        out = tmp_path / strategy.partition(":")[0]
+        assert main(["--config", "fleet.toml", "--rounds", "2", "--strategy", strategy, "--out", str(out)]) == 0
+        record = Record.load(out / "metrics.json")
+        assert record.title == "my-fleet"
+        planned = {row.name: row.density for row in record.devices}
+        densities = [planned[board.name] for board in STARTERS]
+        assert densities == sorted(set(densities)), "each board's is wider than the one before"
+        assert densities[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("boards", "what"),
+    [
+        ("attic", "NAME=PROFILE:BYTES, got 'attic'"),
+        ("attic=raspberry-pi-5:much", "expected bytes"),
+        ("attic=rapsberry-pi-5", "raspberry-pi-5"),
+        ("server=raspberry-pi-5", "other than server and calibration"),
+        ("../attic=raspberry-pi-5", "a name of 1 to 64"),
+        ("a=raspberry-pi-5,a=raspberry-pi-5", "different names"),
+    ],
+)
+def test_boards_that_are_none_are_refused_before_anything_is_written(
+    boards: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["new", str(tmp_path / "fleet"), "--boards", boards])
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code != ExitCode.OK
+    assert what in capsys.readouterr().err
+    assert not (tmp_path / "fleet").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "full"])
+def test_a_place_that_is_taken_is_left_alone(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "fleet.toml").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something already"):
+        write_starter(tmp_path / place, [StarterBoard("pi", "raspberry-pi-5")])
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "fleet.toml").read_text() == "mine"
