@@ -28,9 +28,6 @@ WITHOUT = {
     "fedprune-device unit": _TEXT,
     "fedprune-flash image": "it writes an image and may ask before it writes a card; its plan is for people",
     "fedprune-flash jetson": _TEXT,
-    "fedprune-simulate": _FOLDER,
-    "fedprune-simulate compare": "it compares what the runs' metrics.json hold",
-    "fedprune-simulate sweep": "its figures are in metrics.json in the folder of each run",
     "fedprune-simulate new": _CHANGES,
 }
 """Commands without --json, and why."""

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from fedprune import __version__
 from fedprune.core.cli import (
+    add_json,
     byte_count,
     check_command,
     ended_by_signals,
+    print_json,
     run_command,
     setting_of,
     whole_number,
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="experiment trackers that get every round: tensorboard[:FOLDER], mlflow[:ADDRESS], "
         "wandb[:[ENTITY/]PROJECT], several with commas",
     )
+    add_json(parser)
     parser.set_defaults(run=with_extra("server", _run))
     return parser
 
@@ -90,6 +93,7 @@ def build_compare_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="accuracy (or loss) whose cost is compared; repeatable",
     )
+    add_json(parser)
     parser.set_defaults(run=with_extra("server", _compare))
     return parser
 
@@ -104,6 +108,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
+    add_json(parser)
     parser.set_defaults(run=with_extra("server", _sweep))
     return parser
 
@@ -156,7 +161,7 @@ def _run(options: argparse.Namespace) -> None:
     with progress("reading the fleet"):
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
-        from fedprune_server.simulation.results.report import summary_text
+        from fedprune_server.simulation.results.report import claims, final_figures, summary_text
         from fedprune_server.simulation.results.runs_progress import RunDisplay
 
         out = _run_folder(options.out)
@@ -173,6 +178,18 @@ def _run(options: argparse.Namespace) -> None:
     judged = options.demo and not unjudged
     with progress("writing the report"):
         report = run.report(out, judged=judged)
+    if options.json:
+        reference = run.reference
+        found = claims(run.record, reference) if judged and reference is not None else ()
+        print_json(
+            {
+                "run": final_figures(run.record),
+                "reference": None if reference is None else final_figures(reference),
+                "claims": [{"text": claim.text, "measured": claim.measured, "held": claim.held} for claim in found],
+                "report": str(report.html),
+            }
+        )
+        return
     print_verdicts(summary_text(run.record, run.reference, judged=judged))
     if unjudged:
         print(f"\n{unjudged}")
@@ -181,17 +198,33 @@ def _run(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
-        from fedprune_server.simulation.results.report import print_comparison, read_runs, write_comparison
+        from fedprune_server.simulation.results.report import (
+            final_figures,
+            print_comparison,
+            read_runs,
+            target_figures,
+            write_comparison,
+        )
 
         out, targets = _folder(options.out), tuple(options.target or ())
         runs = read_runs(options.runs)
         page = write_comparison(out, runs, targets)
+    if options.json:
+        rows = [{**final_figures(run), "targets": [target_figures(run, t) for t in targets]} for run in runs]
+        print_json({"runs": rows, "report": str(page)})
+        return
     print_comparison(runs, targets)
     print(f"\nReport: {page}")
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.results.report import absences, print_comparison, read_runs, write_comparison
+    from fedprune_server.simulation.results.report import (
+        absences,
+        final_figures,
+        print_comparison,
+        read_runs,
+        write_comparison,
+    )
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import FAILED, carry_out
     from fedprune_server.simulation.sweep import read_sweep, simulate_run
@@ -202,14 +235,18 @@ def _sweep(options: argparse.Namespace) -> int:
         ended = carry_out(simulate_run, runs, out, workers=options.workers, ray=options.ray, watch=display.show)
     failed = [e for e in ended if e.result is None]
     done = [out / e.name for e in ended if e.result is not None]
-    if done:
-        records = read_runs(done)
-        page = write_comparison(out, records)
+    records = read_runs(done) if done else ()
+    page = write_comparison(out, records) if records else None
+    if options.json:
+        errors = [{"run": run.name, "error": run.error.splitlines()[-1]} for run in failed]
+        rows = [final_figures(record) for record in records]
+        print_json({"runs": rows, "failed": errors, "report": None if page is None else str(page)})
+    elif page is not None:
         print_comparison(records)
         print(f"\nReport: {page}")
-        for record in records:
-            for line in absences(record):
-                print(f"{record.title}: {line}", file=sys.stderr)
+    for record in records:
+        for line in absences(record):
+            print(f"{record.title}: {line}", file=sys.stderr)
     for run in failed:
         details = out / run.name / FAILED
         more = f" (details: {details})" if details.exists() else ""

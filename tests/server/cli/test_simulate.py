@@ -1,5 +1,6 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
+import json
 import re
 import shutil
 import signal
@@ -111,6 +112,28 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsy
     assert Record.load(tmp_path / "out" / "metrics.json") == first
 
 
+def test_results_are_json_on_request(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["--config", config(), "--out", str(out), "--reference", "--json"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    run, reference = (Record.load(out / name) for name in ("metrics.json", "metrics-reference.json"))
+    assert found["report"] == str(out / "report.html")
+    assert found["claims"] == []
+    assert (found["run"]["run"], found["run"]["rounds"]) == ("yard", 2)
+    assert found["run"]["bytes_up"] == run.last.up < found["reference"]["bytes_up"] == reference.last.up
+    assert found["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
+
+    compared = ["compare", str(out), str(out), "--out", str(tmp_path / "both"), "--target", "0", "--target", "1.5"]
+    assert main([*compared, "--json"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    first = run.rounds[0]
+    assert found["report"] == str(tmp_path / "both" / "comparison.html")
+    assert [row["rounds"] for row in found["runs"]] == [2, 2]
+    reached, never = found["runs"][0]["targets"]
+    assert (reached["round"], reached["seconds"], reached["bytes"]) == (1, first.at, first.down + first.up)
+    assert (never["target"], never["round"]) == (1.5, None)
+
+
 def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):
     arguments = ["--config", config(), "--out", str(tmp_path / "out"), "--rounds", "1"]
     assert main(arguments) == ExitCode.OK
@@ -172,7 +195,7 @@ def test_rounds_wait_for_as_many_devices_as_the_configuration_says(config, tmp_p
     assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.OK
     record = Record.load(tmp_path / "out" / "metrics.json")
     assert (record.job["devices"], record.last.asked) == (devices, devices)
-    assert ("note: [job] devices is 5" in capsys.readouterr().out) is noted
+    assert ("note: [job] devices is 5" in capsys.readouterr().err) is noted
 
 
 def test_calibration_samples_need_no_labels(config, tmp_path):

@@ -151,6 +151,11 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     assert "gone.npz" in said.err
     assert f"(details: {out / 'wrong-3' / 'failed.txt'})" in said.err
     assert "quarter-3" in said.out
+    assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(out), "--json"]) == ExitCode.TRAINING
+    found = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in found["runs"]] == ["quarter-3", "long-3"]
+    assert [row["run"] for row in found["failed"]] == ["wrong-3"]
+    assert found["report"] == str(out / "comparison.html")
     alone = fleet / "alone"
     assert main(["--config", str(fleet / "fleet.toml"), "--seed", "3", "--out", str(alone)]) == ExitCode.OK
     mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (alone, out / "quarter-3"))

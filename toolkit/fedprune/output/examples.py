@@ -249,7 +249,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-simulate": (
         "fedprune-simulate --config fleet.toml --out sim --reference",
-        "fedprune-simulate --demo --rounds 5 --out quick",
+        "fedprune-simulate --demo --rounds 5 --out quick --json",
     ),
     "fedprune-simulate compare": (
         "fedprune-simulate compare sims/fedavg sims/fedprune --out sims/both",

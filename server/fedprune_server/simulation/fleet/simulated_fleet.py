@@ -6,6 +6,7 @@ shared uplink, a cable), from which the planner derives them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -326,5 +327,6 @@ def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
     if "devices" not in body:
         return devices
     if job.devices > devices:
-        print(f"note: [job] devices is {job.devices}, but there are {devices}: rounds start with {devices}.")
+        note = f"note: [job] devices is {job.devices}, but there are {devices}: rounds start with {devices}."
+        print(note, file=sys.stderr)
     return min(job.devices, devices)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity, some
@@ -352,6 +353,39 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
     return tuple(named)
 
 
+def final_figures(run: Record) -> dict[str, str | float | None]:
+    """A run's results: bytes, MACs and simulated seconds in all, and measures as means over the last rounds; None where
+    there is no measurement."""
+    kind = run.measure
+    local, whole = run.final(TAIL)
+    return {
+        "run": run.title,
+        "rounds": len(run.rounds),
+        "seconds": run.last.at,
+        "bytes_down": run.last.down,
+        "bytes_up": run.last.up,
+        "training_macs": run.macs() or None,
+        f"local_{kind}": _finite(local),
+        f"global_{kind}": _finite(whole),
+        **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
+        **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
+    }
+
+
+def target_figures(run: Record, target: float) -> dict[str, float | None]:
+    """Cost until a run's global model reached a target; without a round if it never did."""
+    row = run.reached(target)
+    if row is None:
+        return {"target": target, "round": None, "seconds": None, "bytes": None, "training_macs": None}
+    macs = sum(r.macs for r in run.rounds if r.round <= row.round)
+    spent = row.down + row.up
+    return {"target": target, "round": row.round, "seconds": row.at, "bytes": spent, "training_macs": macs or None}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results, means over the last rounds; the first row is the header."""
     kind = runs[0].measure
@@ -360,20 +394,23 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
     rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names)]
     for run in runs:
-        local, whole = run.final(TAIL)
-        more = [_tail(run.own_means(m)) for m in own] + [_tail(run.measured_values(n)) for n in names]
+        found: dict[str, Any] = final_figures(run)
+        measures = (found.get(key) for key in (f"local_{kind}", f"global_{kind}", *own, *names))
         rows.append(
             (
                 run.title,
-                str(len(run.rounds)),
-                f"{run.last.at:,.0f}",
-                f"{run.last.down / 1e6:,.2f}",
-                f"{run.last.up / 1e6:,.2f}",
-                f"{run.macs() / 1e12:.3g}" if run.macs() else "–",
-                *(shown(v, kind) for v in (local, whole, *more)),
+                str(found["rounds"]),
+                f"{found['seconds']:,.0f}",
+                *(f"{found[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
+                _tmacs(found["training_macs"]),
+                *(shown(value, kind) for value in measures),
             )
         )
     return rows
+
+
+def _tmacs(macs: float | None) -> str:
+    return f"{macs / 1e12:.3g}" if macs else "–"
 
 
 def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
@@ -381,22 +418,21 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
 
     Speed-up is the first run's simulated time over each run's.
     """
-    reached = [run.reached(target) for run in runs]
+    reached: list[dict[str, Any]] = [target_figures(run, target) for run in runs]
     rows: list[tuple[str, ...]] = [("run", "round", "seconds", "speed-up", "MB down and up", "training TMACs")]
-    first = reached[0]
-    for run, row in zip(runs, reached, strict=True):
-        if row is None:
+    first = reached[0]["seconds"]
+    for run, found in zip(runs, reached, strict=True):
+        if found["round"] is None:
             rows.append((run.title, "never", "–", "–", "–", "–"))
             continue
-        macs = sum(r.macs for r in run.rounds if r.round <= row.round)
         rows.append(
             (
                 run.title,
-                str(row.round),
-                f"{row.at:,.0f}",
-                f"{first.at / row.at:.2f}" if first is not None and row.at else "–",
-                f"{(row.down + row.up) / 1e6:,.2f}",
-                f"{macs / 1e12:.3g}" if macs else "–",
+                str(found["round"]),
+                f"{found['seconds']:,.0f}",
+                f"{first / found['seconds']:.2f}" if first is not None and found["seconds"] else "–",
+                f"{found['bytes'] / 1e6:,.2f}",
+                _tmacs(found["training_macs"]),
             )
         )
     return rows
