@@ -27,6 +27,7 @@ from fedprune.output.page import Bar, bars, document, paragraph
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
+from fedprune_server.simulation.datasets.arrow_files import Columns
 from fedprune_server.simulation.datasets.samples import Preparation, Samples
 from fedprune_server.simulation.datasets.source import VARIABLE, read_samples
 
@@ -255,6 +256,11 @@ class DataPlan:
     """Settings of a data set's split: the table [data]."""
 
     source: str = setting("", "A data set, see `read_samples`.")
+    x: tuple[str, ...] = setting(
+        (), "Columns of inputs in Arrow and Parquet files, each of numbers if there are several; empty for `image`."
+    )
+    y: str | None = setting(None, "Their column of labels; None for `label`.")
+    owner: str | None = setting(None, "Their column that says whose sample it is; None without owners.")
     devices: int = setting(0, "Number of devices; 0 for one per owner.", within=(0, 10**6))
     partition: Kind = setting(
         "dirichlet", "Who gets what: `pathological` devices have a few classes each, owners are people or domains."
@@ -283,6 +289,11 @@ class DataPlan:
             expected = f"a file or folder, also one under {VARIABLE}"
             raise ConfigError("data: source", expected=expected, got=shown(self.source))
         check_settings(self, "data")
+        x: object = self.x  # one name may be given as a text
+        columns = (x,) if isinstance(x, str) else tuple(x) if isinstance(x, (list, tuple)) else (x,)
+        if not all(isinstance(name, str) and name.strip() for name in columns):
+            raise ConfigError("data: x", expected="a column's name, or a list of them", got=shown(x))
+        object.__setattr__(self, "x", columns)
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))
@@ -303,7 +314,10 @@ class DataPlan:
     def read(self, seed: int = 0) -> Federation:
         """Read the data set and split it. Raises `DataError` if it can't be read, or can't be split like this."""
         size = (self.size[0], self.size[1]) if self.size else None
-        return self.deal(read_samples(self.source, size=size, colour=self.colour), seed)
+        columns = None
+        if self.x or self.y is not None or self.owner is not None:
+            columns = Columns(self.x or Columns.x, self.y or Columns.y, self.owner or Columns.owner)
+        return self.deal(read_samples(self.source, columns, size=size, colour=self.colour), seed)
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:
         """Split samples; arguments and errors as `read`."""
@@ -312,7 +326,7 @@ class DataPlan:
         if self.partition == "owners" and samples.owners is None:
             raise DataError(
                 f"owners of the samples of {self.source}",
-                expected="an array owner, subject, writer, domain or user, or a folder per owner",
+                expected="an array owner, subject, writer, domain or user, a column, or a folder per owner",
                 hint="Choose another partition.",
             )
         rows = partition.chosen(everything, self.most, seed=own)

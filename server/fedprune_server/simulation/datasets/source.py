@@ -1,4 +1,4 @@
-"""Readers of data sets: `.npz` files, MNIST's idx files, binary CIFAR, and folders of images.
+"""Readers of data sets: `.npz` files, MNIST's idx files and binary CIFAR; and which reader a source takes.
 
 Formats: yann.lecun.com/exdb/mnist (idx), cs.toronto.edu/~kriz/cifar.html. Uncompressed arrays of `.npz` files are
 memory-mapped.
@@ -23,8 +23,10 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError, MissingExtraError, reason, remedy, shape_text
+from fedprune.core.errors import DataError, remedy, shape_text
 from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO, check_sizes, why_unreadable
+from fedprune_server.simulation.datasets.arrow_files import ENDINGS, Columns, has_arrow, read_arrow
+from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -172,112 +174,6 @@ def _class_names(path: Path) -> tuple[str, ...]:
     return tuple(line for line in path.read_text(encoding="ascii", errors="replace").split("\n") if line.strip())
 
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
-"""Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file."""
-
-_TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
-_MOST_SIDE = 4096
-_MOST_BYTES = 2**34
-
-
-def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
-    """Read images.
-
-    Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
-    where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
-    every machine.
-
-    Args:
-        size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
-        colour: Three channels, else grey.
-
-    Returns:
-        Inputs uint8 [n, height, width, 3], or [n, height, width] if grey.
-
-    Raises:
-        DataError: There are no images, one can't be read, is too large, or differs in size from the first.
-        MissingExtraError: Pillow is not installed.
-    """
-    top = _folders(folder)
-    if not top:
-        raise DataError(f"{folder} holds no folders of images", expected="a folder per class")
-    names = [f.name.lower() for f in top]
-    if all(n in _TRAIN + _TEST for n in names):
-        if not any(n in _TRAIN for n in names):
-            raise DataError(f"{folder} has no folder of training images", expected="train", got=", ".join(names))
-        groups = [(f, f.name.lower() in _TEST, "") for f in top]
-    elif any(_folders(f) for f in top):
-        groups = [(f, False, f.name) for f in top]
-    else:
-        groups = [(folder, False, "")]
-    classes = sorted({c.name for group, _, _ in groups for c in _folders(group)})
-    files = [
-        (path, label, testing, owner)
-        for group, testing, owner in groups
-        for label, name in enumerate(classes)
-        for path in _images(group / name)
-    ]
-    if not files:
-        raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(_SUFFIXES)}")
-    x = _decoded([f[0] for f in files], size, colour)
-    y = np.array([f[1] for f in files], np.int64)
-    testing = np.array([f[2] for f in files], bool)
-    owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
-    whole = assembled([(x, y, False)], owners=owners, class_names=classes)
-    return Samples(whole.parts, whole.labels, testing, whole.owners, whole.owner_names, whole.class_names)
-
-
-def _decoded(paths: list[Path], size: tuple[int, int] | None, colour: bool) -> npt.NDArray[np.uint8]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError("reading images needs Pillow", extra="board") from error
-    out: npt.NDArray[np.uint8] | None = None
-    for number, path in enumerate(paths):
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
-                    raise DataError(f"{path}: size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
-                shown: Any = image.convert("RGB" if colour else "L")
-        except DataError:
-            raise
-        except Exception as error:  # decoders raise whatever they meet
-            raise DataError(f"can't read the image {path} ({reason(error)})") from error
-        if size is not None and (shown.height, shown.width) != size:
-            shown = shown.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        pixels = np.asarray(shown, np.uint8)
-        if out is None:
-            if pixels.nbytes * len(paths) > _MOST_BYTES:
-                raise DataError("images", expected=f"at most {_MOST_BYTES} bytes", hint="Give a smaller size.")
-            out = np.empty((len(paths), *pixels.shape), np.uint8)
-        if pixels.shape != out.shape[1:]:
-            raise DataError(
-                f"{path}: size",
-                expected=f"{out.shape[1]} x {out.shape[2]}, as {paths[0].name}",
-                got=f"{pixels.shape[0]} x {pixels.shape[1]}",
-                hint="Give a size to which images are scaled.",
-            )
-        out[number] = pixels
-    if out is None:
-        raise DataError("no images")
-    return out
-
-
-def _folders(folder: Path) -> list[Path]:
-    try:
-        return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
-    except OSError as error:
-        raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from sorted(
-            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file()), key=lambda f: f.name
-        )
-
-
 Array = npt.NDArray[Any]
 
 _OWNERS = ("owner", "subject", "writer", "domain", "user")
@@ -415,24 +311,34 @@ _INNER = ("cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "ci
 """Folders of archives and of torchvision, below the folder that a user names."""
 
 
-def read_samples(source: str | Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+def read_samples(
+    source: str | Path, columns: Columns | None = None, *, size: tuple[int, int] | None = None, colour: bool = True
+) -> Samples:
     """Read a data set.
 
     Args:
-        source: A `.npz` file, or a folder: MNIST's idx files, CIFAR's binary files, or images in a folder per class. A
-            path that doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension `.npz`.
-        size: Height and width to which images of a folder are scaled.
-        colour: Whether images of a folder are read in colour.
+        source: A `.npz`, Arrow or Parquet file, or a folder: one that `datasets` saved or with such files, MNIST's idx
+            files, CIFAR's binary files, or images in a folder per class. A path that doesn't exist is searched in
+            `FEDPRUNE_DATA`, also with the extension `.npz`.
+        columns: Columns of an Arrow or Parquet file.
+        size: Height and width to which images are scaled.
+        colour: Whether images are read in colour.
 
     Raises:
         DataError: It doesn't exist, or can't be read; the message names the file.
     """
     path = found(source)
     with _named(path):
-        return _read(path, size, colour)
+        return _read(path, columns, size, colour)
 
 
-def _read(path: Path, size: tuple[int, int] | None, colour: bool) -> Samples:
+def _read(path: Path, columns: Columns | None, size: tuple[int, int] | None, colour: bool) -> Samples:
+    if path.suffix in ENDINGS if path.is_file() else has_arrow(path):
+        return read_arrow(path, columns or Columns(), size=size, colour=colour)
+    if columns is not None:
+        raise DataError(
+            "x, y or owner of [data]", expected="none: columns are those of Arrow and Parquet files", got="some"
+        )
     if path.is_file():
         return read_npz(path)
     for folder in (path, *(path / inner for inner in _INNER)):

@@ -1,0 +1,306 @@
+"""Data sets of the library `datasets` and of the Hugging Face hub: Arrow and Parquet files, read by pyarrow alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fedprune.core.disk import read_file
+from fedprune.core.errors import DataError, meant, reason, remedy, shape_text, shown
+from fedprune.core.text import some
+from fedprune_server.simulation.datasets.image_files import MOST_BYTES, decoded, is_test
+from fedprune_server.simulation.datasets.samples import Samples, assembled
+
+Array = npt.NDArray[Any]
+
+ENDINGS = (".arrow", ".parquet")
+
+_SPLITS, _STATE = "dataset_dict.json", "state.json"
+"""Written by `DatasetDict.save_to_disk` and `Dataset.save_to_disk` (datasets/arrow_dataset.py)."""
+
+_MOST_JSON = 2**24
+_ROWS = 1024
+"""Rows of a Parquet file that are read at once."""
+
+_ABOUT = b"huggingface"
+"""The schema's metadata in which `datasets` keeps the features."""
+
+_PLAIN = ("Value", "List", "LargeList", "Sequence", "ClassLabel", "Array2D", "Array3D", "Array4D", "Array5D")
+_HINTS = {
+    "Audio": "Decode it with datasets first, into lists of numbers of one length.",
+    "text": "Tokenise it first with Dataset.map, into lists of whole numbers of one length.",
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are read.
+
+    Attributes:
+        x: The inputs: one column of images or of lists of numbers, or several of numbers.
+        y: The labels.
+        owner: Whose sample it is; empty without owners.
+    """
+
+    x: tuple[str, ...] = ("image",)
+    y: str = "label"
+    owner: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*self.x, self.y, *([self.owner] if self.owner else [])]))
+
+
+@dataclass
+class _Split:
+    """What is read of one split: parts of each column, and what its features are."""
+
+    testing: bool
+    features: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, list[pa.Array]] = field(default_factory=dict)
+
+    def column(self, name: str) -> pa.Array:
+        return pa.concat_arrays(self.parts[name])
+
+
+def has_arrow(folder: Path) -> bool:
+    """Whether a folder was saved by `datasets`, or holds Arrow or Parquet files."""
+    return any((folder / name).is_file() for name in (_SPLITS, _STATE)) or bool(_found(folder))
+
+
+def read_arrow(path: Path, columns: Columns, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+    """Read a data set.
+
+    Args:
+        path: A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; a folder of Arrow or Parquet files, as
+            the hub has them, whose names say what is test data; or one such file.
+        size: Height and width to which images are scaled.
+        colour: Whether images are read in colour.
+
+    Raises:
+        DataError: A file is missing or damaged, there is no such column, or it holds what can't be read.
+        MissingExtraError: There are images, and Pillow is not installed.
+    """
+    splits = [s for s in (_read(files, testing, columns) for files, testing in _files(path)) if s.parts]
+    if not splits:
+        raise DataError(f"{path} holds no rows", expected="at least one sample")
+    xs = [_inputs(split, columns.x, size, colour) for split in splits]
+    ys, names = _labels(splits, columns.y)
+    owners = None if not columns.owner else [_owners(split, columns.owner) for split in splits]
+    return assembled(
+        [(x, y, split.testing) for x, y, split in zip(xs, ys, splits, strict=True)], owners=owners, class_names=names
+    )
+
+
+def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
+    """The files of each split, and whether it is for tests."""
+    if path.is_file():
+        yield [path], False
+    elif (path / _SPLITS).is_file():
+        for name in _names(path / _SPLITS, _json(path / _SPLITS).get("splits")):
+            yield _saved(path / name), is_test(name)
+    elif (path / _STATE).is_file():
+        yield _saved(path), False
+    else:
+        found = _found(path)
+        for testing in (False, True):
+            files = [f for f in found if testing == any(map(is_test, re.split(r"[-_.]", f.stem)))]
+            if files:
+                yield files, testing
+
+
+def _found(folder: Path) -> list[Path]:
+    """Arrow and Parquet files of a folder, or else of its folder `data`, sorted by name."""
+    for place in (folder, folder / "data"):
+        if files := sorted(f for f in place.glob("*") if f.suffix in ENDINGS and f.is_file()):
+            return files
+    return []
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Files of one saved split. Raises `DataError` if they are elsewhere, or rows are chosen by a further file."""
+    path = folder / _STATE
+    state = _json(path)
+    if state.get("_indices_data_files"):
+        raise DataError(
+            f"{path} refers to a list of rows", expected="plain rows", hint="Save Dataset.flatten_indices()."
+        )
+    rows = state.get("_data_files")
+    names = [row.get("filename") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else rows
+    return [folder / name for name in _names(path, names)]
+
+
+def _names(path: Path, names: object) -> list[str]:
+    """Names in a file of `datasets`. Raises `DataError` if one is not that of a file or folder beside it."""
+    if not isinstance(names, list) or not all(
+        isinstance(n, str) and re.fullmatch(r"\w[\w.-]{0,254}", n) for n in names
+    ):
+        raise DataError(f"{path}: names", expected="files or folders beside it", got=shown(names))
+    return names
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(read_file(path, _MOST_JSON))
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({reason(error)})") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path}", expected="an object", got=type(body).__name__)
+    return body
+
+
+def _read(files: Sequence[Path], testing: bool, columns: Columns) -> _Split:
+    """The wanted columns of a split's files."""
+    split, size = _Split(testing), 0
+    for path in files:
+        with _damage_named(path):
+            for batch in _batches(path, columns, split):
+                batch.validate(full=True)  # offsets beyond the data would be read otherwise
+                size += batch.nbytes
+                if size > MOST_BYTES:
+                    raise DataError(
+                        f"{path}: the columns {some(columns.names)}", expected=f"at most {MOST_BYTES} bytes"
+                    )
+                for name in columns.names:
+                    split.parts.setdefault(name, []).append(batch.column(name))
+    return split
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise DataError(f"{path} is damaged", expected="an Arrow or Parquet file", got=reason(error)) from error
+    except OSError as error:
+        raise DataError(f"can't read {path}: {reason(error)}", hint=remedy(error)) from error
+
+
+def _batches(path: Path, columns: Columns, split: _Split) -> Iterator[pa.RecordBatch]:
+    """Some rows at a time, so that a small file that unfolds to a huge one is noticed."""
+    names = columns.names
+    if path.suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            split.features = _features(path, file.schema_arrow, columns)
+            yield from file.iter_batches(_ROWS, columns=names)
+        return
+    with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
+        split.features = _features(path, stream.schema, columns)
+        for batch in stream:
+            yield batch.select(names)
+
+
+def _features(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, Any]:
+    """What `datasets` says of the columns. Raises `DataError` if one of them is missing, or there twice."""
+    for name in columns.names:
+        if schema.names.count(name) != 1:
+            raise DataError(
+                f"{path}: column {name!r}",
+                expected=f"one of {some(schema.names, most=20)}",
+                got="several" if name in schema.names else f"none{meant(name, schema.names)}",
+                hint="Name the columns with x, y and owner in [data].",
+            )
+    try:
+        features = json.loads((schema.metadata or {}).get(_ABOUT, b"{}")).get("info", {}).get("features", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: the schema's metadata", expected="features of datasets", got=reason(error)) from error
+    return {n: features[n] for n in columns.names if isinstance(features, dict) and isinstance(features.get(n), dict)}
+
+
+def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, colour: bool) -> Array:
+    if len(names) > 1:
+        found = [_numbers(split.column(name), name) for name in names]
+        if any(column.ndim != 1 for column in found):
+            raise DataError(f"several columns of inputs ({some(names)})", expected="one number per row in each")
+        return np.stack(found, 1).astype(np.float32)
+    [name] = names
+    column, kind = split.column(name), str(split.features.get(name, {}).get("_type", ""))
+    if kind not in ("", "Image", *_PLAIN):
+        raise DataError(f"column {name!r}", expected="images or numbers", got=kind[:40], hint=_HINTS.get(kind, ""))
+    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+        column = column.field("bytes")  # beside a path, which is never opened
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        _check_filled(
+            column, name, "Save the data set with Dataset.save_to_disk, which puts the images into its files."
+        )
+        return decoded([(f"row {i} of {name!r}", row.as_py()) for i, row in enumerate(column)], size, colour)
+    x = _numbers(column, name)
+    return x if x.ndim > 1 else x[:, None]
+
+
+def _numbers(column: pa.Array, name: str) -> Array:
+    """A column of numbers, or of equally long lists of them, as an array [n, ...]."""
+    shape = [len(column)]
+    while True:
+        _check_filled(column, name)
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
+        elif pa.types.is_fixed_size_list(column.type):
+            shape.append(column.type.list_size)
+            column = column.flatten()
+        elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+            if len(lengths) > 1:
+                raise DataError(
+                    f"lists in column {name!r}",
+                    expected="one length",
+                    got=f"{min(lengths)} to {max(lengths)}",
+                    hint="Pad or cut them with Dataset.map.",
+                )
+            shape += lengths
+            column = column.flatten()
+        else:
+            break
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        raise DataError(f"column {name!r}", expected="images or numbers", got=str(kind), hint=_HINTS["text"] * text)
+    if len(shape) > 8 or 0 in shape[1:]:
+        raise DataError(f"column {name!r}", expected="numbers [n, ...]", got=shape_text(*shape))
+    numbers: Array = column.to_numpy(zero_copy_only=False)
+    return numbers.reshape(shape)
+
+
+def _labels(splits: Sequence[_Split], name: str) -> tuple[list[Array], tuple[str, ...]]:
+    """Labels of each split, and the names of the classes: those of the feature, or the texts themselves in order."""
+    columns = [split.column(name) for split in splits]
+    for column in columns:
+        _check_filled(column, name, "A split without labels can't be used: leave it out.")
+    if all(pa.types.is_string(column.type) or pa.types.is_large_string(column.type) for column in columns):
+        texts = [np.array(column.to_pylist(), object) for column in columns]
+        classes, places = np.unique(np.concatenate(texts).astype(str), return_inverse=True)
+        return np.split(places.astype(np.int64), np.cumsum([*map(len, texts)])[:-1]), tuple(map(str, classes))
+    for column in columns:
+        if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+            raise DataError(f"labels in column {name!r}", expected="whole numbers or texts", got=str(column.type))
+    known = splits[0].features.get(name, {}).get("names")
+    if known is not None and not (isinstance(known, list) and all(isinstance(n, str) for n in known)):
+        raise DataError(f"names of the classes of {name!r}", expected="texts", got=shown(known))
+    return [column.to_numpy(zero_copy_only=False) for column in columns], tuple(known or ())
+
+
+def _owners(split: _Split, name: str) -> Array:
+    column = split.column(name)
+    _check_filled(column, name)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return np.array(column.to_pylist(), str)
+    numbers: Array = column.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _check_filled(column: pa.Array, name: str, hint: str = "") -> None:
+    if column.null_count:
+        raise DataError(f"empty rows in column {name!r}", expected="none", got=column.null_count, hint=hint)

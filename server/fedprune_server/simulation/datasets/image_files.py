@@ -1,0 +1,128 @@
+"""Folders of images as a data set; needs Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, MissingExtraError, reason, remedy
+from fedprune_server.simulation.datasets.samples import Samples, assembled
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
+"""Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file."""
+
+_TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
+_MOST_SIDE = 4096
+MOST_BYTES = 2**34
+
+
+def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+    """Read images.
+
+    Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
+    where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
+    every machine.
+
+    Args:
+        size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
+        colour: Three channels, else grey.
+
+    Returns:
+        Inputs uint8 [n, height, width, 3], or [n, height, width] if grey.
+
+    Raises:
+        DataError: There are no images, one can't be read, is too large, or differs in size from the first.
+        MissingExtraError: Pillow is not installed.
+    """
+    top = _folders(folder)
+    if not top:
+        raise DataError(f"{folder} holds no folders of images", expected="a folder per class")
+    names = [f.name.lower() for f in top]
+    if all(n in _TRAIN + _TEST for n in names):
+        if not any(n in _TRAIN for n in names):
+            raise DataError(f"{folder} has no folder of training images", expected="train", got=", ".join(names))
+        groups = [(f, is_test(f.name), "") for f in top]
+    elif any(_folders(f) for f in top):
+        groups = [(f, False, f.name) for f in top]
+    else:
+        groups = [(folder, False, "")]
+    classes = sorted({c.name for group, _, _ in groups for c in _folders(group)})
+    files = [
+        (path, label, testing, owner)
+        for group, testing, owner in groups
+        for label, name in enumerate(classes)
+        for path in _images(group / name)
+    ]
+    if not files:
+        raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(_SUFFIXES)}")
+    x = decoded([(str(f[0]), f[0]) for f in files], size, colour)
+    y = np.array([f[1] for f in files], np.int64)
+    testing = np.array([f[2] for f in files], bool)
+    owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
+    whole = assembled([(x, y, False)], owners=owners, class_names=classes)
+    return Samples(whole.parts, whole.labels, testing, whole.owners, whole.owner_names, whole.class_names)
+
+
+def decoded(
+    images: Sequence[tuple[str, Path | bytes]], size: tuple[int, int] | None, colour: bool
+) -> npt.NDArray[np.uint8]:
+    """Pixels of images, each a file or its bytes after the name that errors have; arguments and errors as
+    `read_image_folder`."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("reading images needs Pillow", extra="board") from error
+    out: npt.NDArray[np.uint8] | None = None
+    for number, (name, file) in enumerate(images):
+        try:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
+                if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
+                    raise DataError(f"{name}: size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
+                shown: Any = image.convert("RGB" if colour else "L")
+        except DataError:
+            raise
+        except Exception as error:  # decoders raise whatever they meet
+            raise DataError(f"can't read the image {name} ({reason(error)})") from error
+        if size is not None and (shown.height, shown.width) != size:
+            shown = shown.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        pixels = np.asarray(shown, np.uint8)
+        if out is None:
+            if pixels.nbytes * len(images) > MOST_BYTES:
+                raise DataError("images", expected=f"at most {MOST_BYTES} bytes", hint="Give a smaller size.")
+            out = np.empty((len(images), *pixels.shape), np.uint8)
+        if pixels.shape != out.shape[1:]:
+            raise DataError(
+                f"{name}: size",
+                expected=f"{out.shape[1]} x {out.shape[2]}, as {Path(images[0][0]).name}",
+                got=f"{pixels.shape[0]} x {pixels.shape[1]}",
+                hint="Give a size to which images are scaled.",
+            )
+        out[number] = pixels
+    if out is None:
+        raise DataError("no images")
+    return out
+
+
+def is_test(name: str) -> bool:
+    """Whether a split of this name is test data."""
+    return name.lower() in _TEST
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
+    except OSError as error:
+        raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(
+            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file()), key=lambda f: f.name
+        )
