@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedprune_export.api import export
     from fedprune_export.bundles.board_plan import BoardPlan, plan
+    from fedprune_export.bundles.hub_repository import ModelCard, from_pretrained, push_to_hub, save_pretrained
     from fedprune_export.checks.labelled_data import LabelledData
     from fedprune_export.importing.adapters import Lora
     from fedprune_export.importing.load import load
@@ -32,13 +33,17 @@ __all__ = [
     "LabelledData",
     "Lora",
     "Model",
+    "ModelCard",
     "Report",
     "cut",
     "explain",
     "export",
+    "from_pretrained",
     "load",
     "narrowed",
     "plan",
+    "push_to_hub",
+    "save_pretrained",
     "training_step",
 ]
 
@@ -48,13 +53,17 @@ _MODULES = {
     "LabelledData": "checks.labelled_data",
     "Lora": "importing.adapters",
     "Model": "pruning.model",
+    "ModelCard": "bundles.hub_repository",
     "Report": "reports.report",
     "cut": "pruning.cut",
     "explain": "profiling.roofline",
     "export": "api",
+    "from_pretrained": "bundles.hub_repository",
     "load": "importing.load",
     "narrowed": "importing.torch_narrowing",
     "plan": "bundles.board_plan",
+    "push_to_hub": "bundles.hub_repository",
+    "save_pretrained": "bundles.hub_repository",
     "training_step": "training.step_graph",
 }
 

@@ -26,6 +26,7 @@ from fedprune.runtime.session import Session
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
 from fedprune_export.importing import import_onnx, metadata
+from fedprune_export.importing.hub_folder import COUNTER
 from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
@@ -33,9 +34,6 @@ from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
-
-_COUNTER = "num_batches_tracked"
-"""What torch's batch norms count in addition to their statistics; a strict `load_state_dict` misses it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
         out |= dict.fromkeys((name, *others.get(name, ())), value)
         norm = name.removesuffix("running_var")
         if norm != name and f"{norm}running_mean" in tensors:
-            out[norm + _COUNTER] = np.zeros((), np.int64)
+            out[norm + COUNTER] = np.zeros((), np.int64)
     return out
 
 

@@ -145,8 +145,10 @@ def _source(arguments: argparse.Namespace, model: fx.Model | None) -> Source:
 
 
 def _model(arguments: argparse.Namespace) -> fx.Model | None:
-    """The whole model that is converted; None where the source is a folder."""
-    if Path(arguments.source).is_dir():
+    """The whole model that is converted; None where the source is the folder of a bundle or a board."""
+    from fedprune_export.importing.hub_folder import is_hub_folder
+
+    if Path(arguments.source).is_dir() and not is_hub_folder(Path(arguments.source)):
         if arguments.weights is not None:
             raise UsageError("--weights is for whole models", hint=f"The weights of {arguments.source} are in it.")
         return None

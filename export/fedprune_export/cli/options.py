@@ -17,7 +17,9 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec
 
-MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
+MODEL_HELP = (
+    "model.onnx, a folder in the layout of the Hugging Face hub, package.module:factory of a torch module, or timm:NAME"
+)
 
 BASE_PRECISIONS = ("float16", "int8")
 PREFERENCES = ("coarse", "fine")

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import onnx
 
+from fedprune.core.disk import is_there
 from fedprune.core.errors import ModelError, reason, shape_text, shown
 from fedprune.core.validation import instance, texts
 from fedprune.model.lengths import LENGTH, Shape, at_most, free_axis
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
+from fedprune_export.importing.hub_folder import model_name, read_hub_folder
 from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.lengths import INPUT_KEY, bind, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
@@ -63,7 +65,8 @@ def load(
     if torch or timm is needed and not installed.
 
     Args:
-        source: An ONNX file; a torch module; `package.module:factory` of one; or `timm:NAME`.
+        source: An ONNX file; a folder in the Hugging Face hub's layout; a torch module; `package.module:factory` of
+            one; or `timm:NAME`.
         name: The architecture's name; by default that of the file, factory, network or module's class.
         input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
             be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
@@ -89,7 +92,7 @@ def load(
         raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
         return import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name)
     text = str(source)
-    default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
+    default = _name_of(text)
     raw = _read(source, input_shape, token_ids)
     try:
         model = import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name or default)
@@ -149,13 +152,23 @@ def _read(source: str | Path, input_shape: Sequence[int | str] | None, token_ids
         return export_torch(module, input_shape=found, name=text)
     if _is_factory(text):
         return export_torch(factory_product(text), input_shape=shape, token_ids=token_ids, name=text)
-    raw = read_model_file(Path(source))
+    raw = read_hub_folder(Path(source)) if _is_folder(source) else read_model_file(Path(source))
     if shape is None or free_axis(shape) is None:
         return raw
     proto = parse(raw)
     bind(proto, shape)
     bound: bytes = proto.SerializeToString(deterministic=True)
     return bound
+
+
+def _name_of(source: str) -> str:
+    if _is_factory(source) or source.startswith(PREFIX):
+        return source.rpartition(":")[2]
+    return model_name(Path(source)) if _is_folder(source) else Path(source).stem
+
+
+def _is_folder(source: str | Path) -> bool:
+    return is_there(Path(source)) and Path(source).is_dir()
 
 
 def _with_choices(

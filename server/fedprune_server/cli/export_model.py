@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import add_json, print_json, whole_number
-from fedprune.core.errors import UsageError
+from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount
+from fedprune.jobs.job import Job
 from fedprune_export.bundles import conversion
+from fedprune_export.bundles.hub_repository import save_pretrained
+from fedprune_export.importing.hub_folder import FILES
+from fedprune_export.pruning.model import Model
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.engine.state_directory import global_model, model_after
+from fedprune_server.simulation.measure import RoundNotes
+from fedprune_server.simulation.results.model_card import model_card
+from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.storage.storage import Storage
 
 
 def add_export_model(export: argparse.ArgumentParser) -> None:
@@ -21,8 +30,9 @@ def add_export_model(export: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         required=True,
-        metavar="FILE",
-        help="model.onnx, weights.safetensors, or state.pt; written over if it is there",
+        metavar="PLACE",
+        help="model.onnx, weights.safetensors, or state.pt, written over if it is there; or a folder, which gets the "
+        "layout of the Hugging Face hub",
     )
     export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
@@ -32,13 +42,20 @@ def add_export_model(export: argparse.ArgumentParser) -> None:
 
 def _export_model(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    if out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
-        raise UsageError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
+    hub = not out.suffix or out.is_dir()
+    if not hub and out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
+        expected = "a folder, or a file name that ends in .onnx, .safetensors, .pt or .pth"
+        raise UsageError("--out", expected=expected, got=str(out))
+    if hub and arguments.opset is not None:
+        raise UsageError("--opset is for .onnx files", hint=f"{out} is a folder.")
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
     model, weights = global_model(arguments.state, digest)
     model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state))
     error: float | None = None
-    if out.suffix == ".safetensors":
+    if hub:
+        card = model_card(_record(arguments.state, model, arguments.round))
+        size = sum((save_pretrained(model, out, card=card) / name).stat().st_size for name in FILES)
+    elif out.suffix == ".safetensors":
         write_whole(out, weights)
         size = len(weights)
     elif out.suffix == ".onnx":
@@ -55,3 +72,17 @@ def _export_model(arguments: argparse.Namespace) -> None:
         return
     compared = "" if error is None else f"; {conversion.agreement(error)}"
     print(f"{out}: {amount(size, 'bytes')}{compared}")
+
+
+def _record(folder: Path, model: Model, round_: int | None) -> Record:
+    """The record of a server's job, up to a round if one is given. Raises `StorageError` if it has no finished one."""
+    with Storage.existing(folder) as storage:
+        settings, state, traffic = storage.settings(), storage.load(), storage.traffic()
+    if settings is None or state is None:
+        raise StorageError(f"{folder} holds no job yet")
+    job = Job.from_dict(settings["job"])
+    # A server counts the bytes of a device since the job's start.
+    down, up = (sum(counted[way] for counted in traffic.values()) for way in (0, 1))
+    notes = {entry["round"]: RoundNotes(down, up) for entry in state.history[-1:]}
+    record = record_of(job.name, job, model.architecture, state, notes=notes)
+    return replace(record, rounds=tuple(row for row in record.rounds if round_ is None or row.round <= round_))

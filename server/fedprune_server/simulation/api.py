@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
 from fedprune.output.document import Document, Drawing
 from fedprune.strategies.strategy import Strategy
+from fedprune_export.bundles.conversion import with_weights
+from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
+from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, final_rows, table, write_report
-from fedprune_server.simulation.results.run_folder import devices_table, rounds_table
-from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
+from fedprune_server.simulation.results.run_folder import devices_table, rounds_table, simulate_to_weights
 from fedprune_server.simulation.results.runs_progress import RunDisplay
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
@@ -53,9 +56,16 @@ class Page:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A simulated run, printed as a table of its results. `record` has all its numbers, `reference` FedAvg's if run."""
+    """A simulated run, printed as a table of its results.
+
+    Attributes:
+        record: All its numbers.
+        model: The global model after the last round.
+        reference: All numbers of FedAvg, if that was run.
+    """
 
     record: Record
+    model: Model
     reference: Record | None = None
 
     @property
@@ -101,6 +111,18 @@ class Run:
     def report(self, folder: Path, *, judged: bool = True) -> Report:
         """Write the report into a folder; `judged`: whether a comparison with the reference tests the claims."""
         return write_report(folder, self.record, self.reference, judged=judged)
+
+    def save_pretrained(self, folder: str | Path, *, license: str = "") -> Path:  # noqa: A002  as the hub calls it
+        """Write the model as a folder in the layout of the Hugging Face hub, with a card of how it was trained.
+
+        Args:
+            license: Its identifier on the hub, such as `apache-2.0`; by default the card has a placeholder.
+
+        Raises:
+            ModelError: The model can't be written as a graph.
+            StorageError: The folder can't be written.
+        """
+        return save_pretrained(self.model, folder, card=model_card(self.record, license))
 
     def __str__(self) -> str:
         return str(self.compare())
@@ -203,10 +225,12 @@ def simulate(
     targets = plan.track if track is None else track_targets(track, "track")
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()
-    record = _simulated(plan, place, display, plan.track)
+    record, weights = _simulated(plan, place, display, plan.track)
+    trained = with_weights(plan.model, tensorfile.decode(weights), plan.title)
     if compared is None:
-        return Run(record)
-    return Run(record, _simulated(compared, place, display, plan.track, suffix="-reference", state="reference"))
+        return Run(record, trained)
+    other, _ = _simulated(compared, place, display, plan.track, suffix="-reference", state="reference")
+    return Run(record, trained, other)
 
 
 def _simulated(
@@ -217,7 +241,7 @@ def _simulated(
     *,
     suffix: str = "",
     state: str = "run",
-) -> Record:
+) -> tuple[Record, bytes]:
     with (
         tracked(targets, experiment, folder, state) as track,
         nullcontext() if display is None else display(experiment.title) as shown,
@@ -233,4 +257,4 @@ def _simulated(
             if shown is not None:
                 shown.show(simulation)
 
-        return simulate_experiment(experiment, folder, show, begun=begin, suffix=suffix, state=state)
+        return simulate_to_weights(experiment, folder, show, begun=begin, suffix=suffix, state=state)

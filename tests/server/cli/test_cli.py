@@ -22,6 +22,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, ModelError
 from fedprune.jobs.job import Job
 from fedprune.runtime.session import Session
+from fedprune_export import load
 from fedprune_server import app
 from fedprune_server.cli.main import main
 from fedprune_server.config.server_config import ServerConfig
@@ -476,6 +477,25 @@ def test_exported_weights_are_the_stored_bytes(state: Path, tmp_path: Path) -> N
     assert main(["export-model", "--state", str(state), "--out", str(out), "--round", "1"]) == ExitCode.OK
     with StateFolder(state) as folder:
         assert tensorfile.digest(out.read_bytes()) == folder.storage.load().model  # type: ignore[union-attr]
+
+
+def test_a_model_is_exported_in_the_layout_of_the_hub(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "for-the-hub"
+    assert main(["export-model", "--state", str(state), "--out", str(out), "--json"]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert (body["file"], body["bytes"]) == (str(out), sum(path.stat().st_size for path in out.iterdir()))
+    with StateFolder(state) as folder:
+        found = tensorfile.encode(load(out).tensors)
+        assert tensorfile.digest(found) == folder.storage.load().model  # type: ignore[union-attr]
+    card = (out / "README.md").read_text()
+    assert (
+        '"dataset": {"type": "own-data", "name": "own data"}, "metrics": [{"type": "accuracy", "value": 0.5}]' in card
+    )
+    assert "| global accuracy | 50.0% |" in card
+    assert "| pi |" not in card
+    assert main(["export-model", "--state", str(state), "--out", str(out), "--opset", "13"]) == ExitCode.USAGE
 
 
 def test_the_exported_model_is_written_at_an_opset(state: Path, tmp_path: Path) -> None:

@@ -8,15 +8,19 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import fedprune_export as fx
 import fedprune_server
 from fedprune import Strategy, compose
+from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
@@ -158,8 +162,32 @@ def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(
     run = simulate(fleet, rounds=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
 
+    def to_pandas() -> None:
+        raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
+
+    monkeypatch.setattr(Run, "table", lambda self, devices: SimpleNamespace(to_pandas=to_pandas))
     with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas"):
         run.frame()
+
+
+def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path) -> None:
+    run = simulate(fleet, folder="kept", title="mine")
+
+    saved = run.save_pretrained(tmp_path / "saved", license="mit")
+
+    stored = tensorfile.encode(run.model.tensors)
+    assert tensorfile.digest(stored) == run.record.last.model
+    again = fx.from_pretrained(saved)
+    assert tensorfile.encode(again.tensors) == stored
+    card = huggingface_hub.ModelCard.load(saved / "README.md")
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == pytest.approx(run.record.last.metrics, abs=1e-6)
+    assert (card.data.license, card.data.eval_results[0].dataset_name) == ("mit", "digits")
+    assert "| raspberry-pi-4b | 2 | 1.00 |" in card.text
+    assert "digits: " in card.text
+    assert not any(device.name in card.text for device in run.record.devices)
+    resumed = simulate(fleet, folder="kept", title="mine")
+    assert tensorfile.encode(resumed.model.tensors) == stored
 
 
 def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:

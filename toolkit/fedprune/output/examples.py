@@ -66,6 +66,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "fedprune-server export-model": (
         "fedprune-server export-model --state state --out global.onnx",
         "fedprune-server export-model --state state --round 12 --out round-12.safetensors",
+        "fedprune-server export-model --state state --out for-the-hub",
     ),
     "fedprune-server replay": (
         "fedprune-server replay --state state",

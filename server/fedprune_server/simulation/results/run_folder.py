@@ -59,6 +59,19 @@ def simulate(
         StorageError: The folder holds another run, or the disk fails.
         FedpruneError: As `Simulation.run`.
     """
+    return simulate_to_weights(experiment, folder, progress, begun=begun, suffix=suffix, state=state)[0]
+
+
+def simulate_to_weights(
+    experiment: Experiment,
+    folder: Path | None = None,
+    progress: Callable[[Simulation], None] | None = None,
+    *,
+    begun: Callable[[Simulation], None] | None = None,
+    suffix: str = "",
+    state: str = "run",
+) -> tuple[Record, bytes]:
+    """Run an experiment as `simulate` does. Returns the weights of the last global model, too."""
     with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
         place = None if folder is None else folder / state
         if folder is not None and place is not None:
@@ -74,11 +87,11 @@ def simulate(
             text = json.dumps(experiment.settings(), indent=1) + "\n"
             write_whole(folder / CONFIG.format(suffix), text.encode())
         simulation.run(progress, begun)
-        record = simulation.record()
+        record, weights = simulation.record(), simulation.store.read(simulation.state.model)
     if folder is not None:
         record.save(folder / RECORD.format(suffix))
         write_metrics(folder, record, suffix)
-    return record
+    return record, weights
 
 
 def is_run(folder: Path) -> bool:

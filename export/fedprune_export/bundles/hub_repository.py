@@ -1,0 +1,215 @@
+"""Models as repositories of the Hugging Face hub: folders in its layout with a model card, up- and download."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from fedprune import __version__
+from fedprune.core import tensorfile
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import MissingExtraError, ModelError, reason, shown
+from fedprune.core.validation import instance
+from fedprune.output.document import Block, Document
+from fedprune_export.bundles.conversion import onnx_file, onnx_parity, state_dict
+from fedprune_export.importing import load
+from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS, is_hub_folder
+from fedprune_export.pruning.model import Model
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+_TAGS = ("federated-learning", "structured-pruning", "onnx")
+
+_USE = """## Loading it
+
+```python
+import fedprune_export as fx
+
+model = fx.from_pretrained("OWNER/NAME")  # this repository, or the folder
+```
+
+`model.onnx` runs in any ONNX runtime. `model.safetensors` is the state dict of the torch module:
+`module.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
+"""
+
+_LICENCE = "To be chosen by whoever publishes the model; `license` in the head of this page says `unknown` until then."
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the card says of a model in addition to its shape.
+
+    Attributes:
+        data: The name of the data that it was trained on; empty if it has none.
+        metrics: Measurements, such as accuracy, on samples of that data that no device had.
+        classes: Names of its classes.
+        license: The licence by its identifier on the hub, such as `apache-2.0`; empty for a placeholder.
+        facts: Settings, for the first lines.
+        sections: Paragraphs and tables by heading.
+    """
+
+    data: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    license: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    sections: Mapping[str, Sequence[Block]] = field(default_factory=dict)
+
+    def to_markdown(self, model: Model) -> str:
+        """The card with the head that the hub reads (huggingface.co/docs/hub/model-cards)."""
+        architecture = model.architecture
+        task = "image-classification" if len(architecture.input_shape) == 3 and "accuracy" in self.metrics else "other"
+        head: dict[str, Any] = {"library_name": "fedprune", "license": self.license or "unknown", "tags": [*_TAGS]}
+        if task != "other":
+            head["pipeline_tag"] = task
+        if self.metrics:
+            measured = [{"type": name, "value": round(value, 6)} for name, value in self.metrics.items()]
+            name = self.data or "own data"
+            data = {"type": re.sub(r"\W+", "-", name).strip("-").lower() or "data", "name": name}
+            result = {"task": {"type": task}, "dataset": data, "metrics": measured}
+            head["model-index"] = [{"name": architecture.name, "results": [result]}]
+        # JSON is YAML, too.
+        lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+        body = Document(
+            architecture.name,
+            self.facts,
+            {
+                "": [_shape(model)],
+                **self.sections,
+                "Licence": [f"{self.license}." if self.license else _LICENCE],
+            },
+        )
+        return "\n".join(["---", *lines, "---", "", body.to_markdown(), _USE])
+
+
+def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None = None) -> Path:
+    """Write a model as a folder in the hub's layout, after checking that the graph computes what the model does.
+
+    Files of an earlier model are replaced, but for a `README.md`, which may have been edited. Needs no network and no
+    further library.
+
+    Args:
+        folder: It is made if it is not there.
+        card: What `README.md` says of the training.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: An argument is of another type.
+        ModelError: The graph can't be written.
+        StorageError: The folder can't be written.
+    """
+    instance("model", model, Model, "a model, such as one from fedprune_export.load")
+    instance("folder", folder, (str, Path), "the path of a folder")
+    instance("card", card, (ModelCard, NoneType), "a ModelCard")
+    folder, card = Path(folder), card or ModelCard()
+    graph = onnx_file(model.graph, model.tensors, model.architecture.name)
+    onnx_parity(graph, model.graph)
+    with storage_errors(f"can't make {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / WEIGHTS, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"}))
+    write_whole(folder / GRAPH, graph)
+    write_whole(folder / CONFIG, (json.dumps(_config(model, card), indent=2) + "\n").encode())
+    if not (folder / CARD).exists():
+        write_whole(folder / CARD, card.to_markdown(model).encode())
+    return folder
+
+
+def from_pretrained(source: str | Path, *, revision: str | None = None, name: str | None = None) -> Model:
+    """Import a model from a folder in the hub's layout, or from the hub itself.
+
+    Args:
+        source: A folder with `model.onnx`, and `model.safetensors` whose weights win; or `owner/name` on the hub.
+        revision: A branch, tag or commit of the repository on the hub.
+        name: The architecture's name; by default what `config.json` says, else the folder's name.
+
+    Raises:
+        ModelError: There is no such folder or repository, or it holds something else.
+        MissingExtraError: The hub is needed, and huggingface_hub is not installed.
+    """
+    instance("source", source, (str, Path), "a folder, or owner/name on the hub")
+    if Path(source).is_dir():
+        return load(Path(source), name=name)
+    if not _REPOSITORY.fullmatch(str(source)):
+        raise ModelError(f"model {shown(str(source))}", expected="a folder, or owner/name on the hub", got="neither")
+    return load(_downloaded(str(source), revision), name=name or str(source).partition("/")[2])
+
+
+def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, message: str = "") -> str:
+    """Upload a folder of `save_pretrained`, with huggingface_hub's own login. Returns the commit's address.
+
+    Args:
+        repository: `owner/name`, which is made where it doesn't exist.
+        private: Whether a new one is for its owner alone.
+        message: The commit's.
+
+    Raises:
+        ModelError: The folder holds something else, or the hub refuses it.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    folder = Path(folder)
+    if not is_hub_folder(folder):
+        raise ModelError(
+            f"{folder}", expected=f"{', '.join(FILES)}, such as save_pretrained writes", got="none of that"
+        )
+    if not _REPOSITORY.fullmatch(repository):
+        raise ModelError("repository", expected="owner/name", got=shown(repository))
+    hub = _hub()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[*FILES],
+            commit_message=message or f"Upload a model of fedprune {__version__}",
+        )
+    except Exception as error:  # the library lets through whatever its client for HTTP raises
+        hint = "Log in with `hf auth login`, and see whether the repository is yours."
+        raise ModelError(f"can't upload {folder} to {repository} ({reason(error)})", hint=hint) from error
+    return str(commit.commit_url)
+
+
+def _downloaded(repository: str, revision: str | None) -> Path:
+    hub = _hub()
+    try:
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=[GRAPH, WEIGHTS, CONFIG]))
+    except Exception as error:  # the library lets through whatever its client for HTTP raises
+        hint = "If it is a folder of this machine, it isn't there; else see whether the hub has it, and is reachable."
+        raise ModelError(f"can't get {repository} from the hub ({reason(error)})", hint=hint) from error
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtraError("the hub needs huggingface_hub, which is not installed", extra="hub") from error
+    return huggingface_hub
+
+
+def _config(model: Model, card: ModelCard) -> dict[str, Any]:
+    """What programs, and the hub's count of downloads, read."""
+    architecture = model.architecture
+    config: dict[str, Any] = {
+        "model_type": "fedprune",
+        "name": architecture.name,
+        "fedprune_version": __version__,
+        "architecture": architecture.digest,
+        "input_shape": architecture.input_shape,
+        "output_shape": architecture.output_shape,
+    }
+    if card.classes:
+        config["id2label"] = dict(enumerate(card.classes))
+    return config
+
+
+def _shape(model: Model) -> str:
+    architecture = model.architecture
+    sizes = (" × ".join(map(str, shape)) or "1" for shape in (architecture.input_shape, architecture.output_shape))
+    count = sum(t.size for t in model.tensors.values())
+    return f"A network of {count:,} parameters and statistics, from {next(sizes)} to {next(sizes)} numbers per sample."

@@ -1,0 +1,101 @@
+"""Reading a folder in the layout of the Hugging Face hub: a graph, and the weights that take the place of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fedprune.core import tensorfile
+from fedprune.core.disk import is_there, read_file
+from fedprune.core.errors import BundleError, ModelError, reason, remedy, shape_text, shown
+from fedprune_export.importing import metadata
+from fedprune_export.importing.model_file import parse, read_model_file
+
+GRAPH, WEIGHTS, CONFIG, CARD = "model.onnx", "model.safetensors", "config.json", "README.md"
+FILES = (GRAPH, WEIGHTS, CONFIG, CARD)
+"""Files of a repository on the hub: the graph, torch's state dict, facts for programs, and the model card."""
+
+COUNTER = "num_batches_tracked"
+"""What torch's batch norms count in addition to their statistics; a graph has no such tensor."""
+
+_MOST_CONFIG = 2**20
+_LONGEST_NAME = 100
+
+
+def is_hub_folder(path: Path) -> bool:
+    return is_there(path / GRAPH, file=True) and is_there(path / CONFIG, file=True)
+
+
+def read_hub_folder(folder: Path) -> bytes:
+    """A model as one ONNX file: `model.onnx` with the weights of `model.safetensors`, where that is there.
+
+    Raises `ModelError` if there is no graph, a file is damaged, or the weights are not the graph's.
+    """
+    if not is_there(folder / GRAPH, file=True):
+        raise ModelError(
+            f"{folder} is no model in the layout of the Hugging Face hub",
+            expected=f"a folder with {GRAPH}",
+            got="no such file",
+            hint="For weights alone, load them into their torch module, and give fedprune_export.load the module.",
+        )
+    raw = read_model_file(folder / GRAPH)
+    if not is_there(folder / WEIGHTS, file=True):
+        return raw
+    try:
+        tensors = tensorfile.mapped(folder / WEIGHTS)
+    except BundleError as error:
+        raise ModelError(str(error)) from error
+    proto = parse(raw)
+    _fill(proto, tensors, folder / WEIGHTS)
+    filled: bytes = proto.SerializeToString(deterministic=True)
+    return filled
+
+
+def model_name(folder: Path) -> str:
+    """What `config.json` calls the model; the folder's name where there is no such file or name.
+
+    Raises `ModelError` if the file is damaged, or the name is none.
+    """
+    path = folder / CONFIG
+    if not is_there(path, file=True):
+        return folder.resolve().name
+    try:
+        body = json.loads(read_file(path, _MOST_CONFIG))
+    except OSError as error:
+        raise ModelError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({reason(error)})") from error
+    name = body.get("name", folder.resolve().name) if isinstance(body, dict) else None
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise ModelError(f"{path}: name", expected=f"a text of 1 to {_LONGEST_NAME} characters", got=shown(name))
+    return name
+
+
+def _fill(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:
+    """Put weights at their places in a graph. Raises `ModelError` if they are not the graph's."""
+    texts = metadata.read(proto)
+    held = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    listed = metadata.names(texts, metadata.PARAMETERS_KEY, set(held))
+    others = {name for names in metadata.tied(texts).values() for name in names} | set(metadata.unused(texts))
+    for name, value in tensors.items():
+        if name not in held:
+            if name in others or name.rpartition(".")[2] == COUNTER:
+                continue
+            raise ModelError(
+                f"{where} has a tensor {shown(name)}", expected=f"weights of {GRAPH} alone", hint="Save both again."
+            )
+        sizes = tuple(held[name].dims)
+        if value.shape != sizes or value.dtype != np.float32:
+            raise ModelError(
+                f"{where}: tensor {shown(name)}",
+                expected=f"float32 {shape_text(*sizes)}",
+                got=f"{value.dtype} {shape_text(*value.shape)}",
+            )
+        held[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
+    lacking = next((name for name in listed or () if name not in tensors), None)
+    if lacking is not None:
+        raise ModelError(f"{where}: tensor {lacking}", expected="a weight", got="nothing", hint="Save both again.")

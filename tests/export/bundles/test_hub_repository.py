@@ -1,0 +1,283 @@
+"""Folders in the Hugging Face hub's layout: what is saved is loaded again, by others too; hostile ones are refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import onnx
+import pytest
+
+import fedprune_export as fx
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, ModelError
+from fedprune.output.document import Table
+from fedprune.output.tables import Column
+from fedprune.runtime.session import Session
+from fedprune_export.cli.main import main
+from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS
+
+torch = pytest.importorskip("torch")
+hub = pytest.importorskip("huggingface_hub")
+pytestmark = pytest.mark.torch
+
+CARD_OF = fx.ModelCard(
+    data="ten shapes × 8",
+    metrics={"accuracy": 0.875, "loss": 0.25},
+    classes=("round", "square"),
+    license="apache-2.0",
+    facts={"Strategy": "fedprune"},
+    sections={"Plan": [Table([Column("boards")], [("raspberry-pi-5",)])]},
+)
+
+
+def net() -> Any:
+    from torch import nn
+
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> fx.Model:
+    return fx.load(net(), input_shape=(1, 6, 6), name="shapes")
+
+
+@pytest.fixture
+def folder(model: fx.Model, tmp_path: Path) -> Path:
+    return fx.save_pretrained(model, tmp_path / "saved", card=CARD_OF)
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = {name: np.array(value) for name, value in tensorfile.load(folder / WEIGHTS).items()}
+    change(tensors)
+    (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+
+
+def test_a_saved_model_is_loaded_again(model: fx.Model, folder: Path) -> None:
+    again = fx.from_pretrained(folder)
+
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert again.architecture.digest == model.architecture.digest
+    assert all(np.array_equal(again.tensors[name], value) for name, value in model.tensors.items())
+    assert fx.load(folder, name="other").architecture.name == "other"
+
+
+def test_torch_and_onnxruntime_read_the_files(model: fx.Model, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    module = net()
+    with torch.no_grad():
+        module[0].weight.zero_()
+    module.load_state_dict(load_file(folder / WEIGHTS))
+    module.eval()
+    x = np.random.default_rng(0).standard_normal((3, 1, 6, 6)).astype(np.float32)
+    expected = Session(model.graph.to_bytes()).run({"x": x})["logits"]
+    np.testing.assert_allclose(Session(folder / GRAPH).run({"x": x})["logits"], expected, atol=1e-5)
+    np.testing.assert_allclose(module(torch.from_numpy(x)).detach().numpy(), expected, atol=1e-5)
+
+
+def test_the_weights_file_wins_over_the_graphs_weights(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors["5.bias"].fill(7))
+    assert fx.from_pretrained(folder).tensors["5.bias"].tolist() == [7, 7]
+    (folder / WEIGHTS).unlink()
+    assert fx.from_pretrained(folder).tensors["5.bias"].tolist() != [7, 7]
+
+
+def test_the_card_is_what_the_hub_reads(folder: Path) -> None:
+    card = hub.ModelCard.load(folder / CARD)
+
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "fedprune"
+    assert card.data.pipeline_tag == "image-classification"
+    [accuracy, loss] = card.data.eval_results
+    assert (accuracy.dataset_name, accuracy.dataset_type) == ("ten shapes × 8", "ten-shapes-8")
+    assert (accuracy.metric_type, accuracy.metric_value, loss.metric_value) == ("accuracy", 0.875, 0.25)
+    assert "| raspberry-pi-5 |" in card.text
+    assert "from 1 × 6 × 6 to 2 numbers" in card.text
+    assert json.loads((folder / CONFIG).read_text())["id2label"] == {"0": "round", "1": "square"}
+
+
+def test_without_a_training_the_card_has_placeholders(model: fx.Model, tmp_path: Path) -> None:
+    card = hub.ModelCard.load(fx.save_pretrained(model, tmp_path) / CARD)
+    assert card.data.license == "unknown"
+    assert card.data.eval_results is None
+    assert "To be chosen by whoever publishes the model" in card.text
+
+
+def test_an_edited_card_stays(model: fx.Model, folder: Path) -> None:
+    (folder / CARD).write_text("mine")
+    (folder / GRAPH).write_text("damaged")
+    fx.save_pretrained(model, folder)
+    assert (folder / CARD).read_text() == "mine"
+    assert fx.from_pretrained(folder).architecture.digest == model.architecture.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.update(evil=t["0.weight"]), r"has a tensor 'evil'.*expected weights of model\.onnx alone"),
+        (lambda t: t.update({"../../etc/passwd": t["0.bias"]}), r"has a tensor '\.\./\.\./etc/passwd'"),
+        (lambda t: t.pop("0.weight"), r"tensor 0\.weight: expected a weight, got nothing"),
+        (
+            lambda t: t.update({"0.weight": t["0.weight"][:2]}),
+            r"0\.weight\': expected float32 \[4, 1, 3, 3\], got float32 \[2,",
+        ),
+        (
+            lambda t: t.update({"0.bias": t["0.bias"].astype(np.float16)}),
+            r"0\.bias\': expected float32 \[4\], got float16 \[4\]",
+        ),
+    ],
+)
+def test_other_weights_are_refused(folder: Path, change: Any, said: str) -> None:
+    change_weights(folder, change)
+    with pytest.raises(ModelError, match=said):
+        fx.from_pretrained(folder)
+
+
+def header(table: object) -> bytes:
+    text = json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff" * 8,
+        (2**63).to_bytes(8, "little") + b"{}",
+        header({"0.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}) + b"1234",
+        header({"0.weight": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}) + b"1234",
+        header({"0.weight": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}) + b"1234",
+        header({"0.weight": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}) + b"1234",
+        header([1, 2]),
+    ],
+)
+def test_hostile_weights_are_one_error(folder: Path, raw: bytes) -> None:
+    (folder / WEIGHTS).write_bytes(raw)
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        fx.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "raw", ["{", "[" * 10**5, "[]", '{"name": 3}', '{"name": "a\\u0000b"}', f'{{"name": "{"x" * 101}"}}']
+)
+def test_a_hostile_config_is_one_error(folder: Path, raw: str) -> None:
+    (folder / CONFIG).write_text(raw)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        fx.from_pretrained(folder)
+
+
+def test_a_huge_config_is_not_read(folder: Path) -> None:
+    with (folder / CONFIG).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        fx.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret"])
+def test_a_graph_that_points_elsewhere_is_refused(folder: Path, location: str) -> None:
+    proto = onnx.load(folder / GRAPH)
+    tensor = next(t for t in proto.graph.initializer if t.name == "0.weight")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    (folder / GRAPH).write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="is not a file beside the model"):
+        fx.from_pretrained(folder)
+
+
+def test_weights_without_a_graph_say_what_to_do(folder: Path) -> None:
+    (folder / GRAPH).unlink()
+    with pytest.raises(ModelError, match=r"expected a folder with model\.onnx.*load them into their torch module"):
+        fx.from_pretrained(folder)
+
+
+def test_commands_take_such_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["groups", str(folder), "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["model"] == "shapes"
+    assert main(["to-onnx", str(folder), str(tmp_path / "out.onnx")]) == ExitCode.OK
+    assert fx.load(tmp_path / "out.onnx").architecture.output_shape == (2,)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../x/y", "https://hub/a"])
+def test_what_is_neither_folder_nor_repository_is_refused(source: str) -> None:
+    with pytest.raises(ModelError, match="expected a folder, or owner/name on the hub"):
+        fx.from_pretrained(source)
+
+
+def test_a_repository_is_downloaded_by_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append((repository, options))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert fx.from_pretrained("ann/shapes", revision="v1").architecture.output_shape == (2,)
+    assert asked == [("ann/shapes", {"revision": "v1", "allow_patterns": [GRAPH, WEIGHTS, CONFIG]})]
+
+
+def test_without_a_network_the_hub_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="can't get ann/shapes from the hub"):
+        fx.from_pretrained("ann/shapes")
+
+
+def test_a_folder_is_uploaded_by_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub itself makes of it is untried: there is no account here."""
+    called: list[Any] = []
+    monkeypatch.setattr(hub, "create_repo", lambda *args, **options: called.append((args, options)))
+    address = SimpleNamespace(commit_url="https://hub/ann/shapes/commit/1")
+    monkeypatch.setattr(hub, "upload_folder", lambda **options: called.append(options) or address)
+
+    assert fx.push_to_hub(folder, "ann/shapes", private=True, message="first") == address.commit_url
+    created, uploaded = called
+    assert created == (("ann/shapes",), {"private": True, "exist_ok": True})
+    assert (uploaded["repo_id"], uploaded["folder_path"], uploaded["allow_patterns"]) == (
+        "ann/shapes",
+        folder,
+        [*FILES],
+    )
+    assert uploaded["commit_message"] == "first"
+
+
+def test_an_upload_that_fails_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"can't upload .* to ann/shapes .*hf auth login"):
+        fx.push_to_hub(folder, "ann/shapes")
+    monkeypatch.setattr(hub, "create_repo", Mock(side_effect=Exception("name or service not known")))
+    with pytest.raises(ModelError, match=r"to ann/shapes \(name or service not known\).*hf auth login"):
+        fx.push_to_hub(folder, "ann/shapes")
+    with pytest.raises(ModelError, match="repository: expected owner/name, got 'shapes'"):
+        fx.push_to_hub(folder, "shapes")
+    with pytest.raises(ModelError, match="such as save_pretrained writes"):
+        fx.push_to_hub(folder.parent, "ann/shapes")
+
+
+def test_the_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for call in (lambda: fx.from_pretrained("ann/shapes"), lambda: fx.push_to_hub(folder, "ann/shapes")):
+        with pytest.raises(MissingExtraError, match=r"huggingface_hub.*\[hub\]"):
+            call()
+    assert fx.from_pretrained(folder).architecture.output_shape == (2,)
+
+
+def test_arguments_of_another_type_are_refused_by_name(model: fx.Model, tmp_path: Path) -> None:
+    for arguments, said in (
+        (("net", tmp_path, None), "model"),
+        ((model, 3, None), "folder"),
+        ((model, tmp_path, "card"), "card"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{said}: expected"):
+            fx.save_pretrained(arguments[0], arguments[1], card=arguments[2])  # type: ignore[arg-type]
