@@ -387,6 +387,12 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch, capsys):
     assert "yard: 1 of 3 rounds are done, accuracy 50.0%\n" in capsys.readouterr().err
 
 
+def test_a_bar_of_rounds_has_their_rate():
+    rate = runs_progress._Rate()
+    assert rate.render(SimpleNamespace(speed=0.5)).plain == "30/min"
+    assert rate.render(SimpleNamespace(speed=None)).plain == ""  # before the second round
+
+
 def test_a_terminal_sees_that_a_simulation_is_prepared_from_its_first_moment_on(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     shown = []

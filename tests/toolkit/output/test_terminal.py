@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fedprune.output.tables import GOOD, Column, print_table, print_verdicts
+from fedprune.output.tables import GOOD, Column, byte_progress, print_table, print_verdicts
 
 COLUMNS = [
     Column("target"),
@@ -106,3 +106,14 @@ def test_verdicts_are_coloured_on_terminals_alone(
     assert "\x1b[31mFAIL\x1b[0m: too many bytes" in out
     assert "\x1b[31mwrong\x1b[0m: no broker\n  why: a note: it is gone\n" in out
     assert "\x1b[33mnote\x1b[0m: old" in out
+
+
+def test_a_bar_of_bytes_has_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    with byte_progress("reading", 10**8) as advance:
+        for _ in range(100):
+            advance(10**6)
+    assert re.search(r"100\.0/100\.0 MB [\d.]+ [kMGT]B/s", "".join(plain(stream.getvalue())))

@@ -12,6 +12,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -42,12 +44,19 @@ class _Lines:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Rate(ProgressColumn):
+    """Rounds per minute."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{60 * task.speed:.3g}/min")
+
+
 class RunDisplay:
     """A progress bar for one run, with a spinner while it is prepared; log lines scroll above."""
 
     def __init__(self, title: str) -> None:
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         self._console, self._lines = console, _Lines(console)
         self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._rounds = self._bar.add_task(title, total=None, note="")
