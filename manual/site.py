@@ -27,6 +27,7 @@ BESIDE = (
     "examples/*/README.md",
     "examples/*/*.toml",
     "examples/*/*.py",
+    "examples/*/*.ipynb",
     "server/fedprune_server/web/static/mark.svg",
 )
 """What is part of the site beside docs/."""

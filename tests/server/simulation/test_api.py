@@ -1,14 +1,11 @@
-"""The quickstart notebook runs as it stands, and the simulator's Python API that it shows."""
+"""The simulator's Python API."""
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -30,45 +27,12 @@ from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.starter import STARTERS, write_starter
 from support.paths import ROOT
 
-NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
-MOST_LINES = 40
-
 FLEET: dict[str, Any] = {
     "job": {"rounds": 2, "recipe": {"lr": 0.05}},
     "model": {"path": "model.onnx"},
     "data": {"source": "digits.npz", "server": 0.2},
     "devices": [{"name": "pi", "count": 2, "profile": "raspberry-pi-4b"}],
 }
-
-
-def cells() -> list[str]:
-    found = json.loads(NOTEBOOK.read_text())["cells"]
-    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
-
-
-def run_cell(source: str, names: dict[str, Any]) -> Any:
-    """The value of a cell's last expression, as a notebook shows it."""
-    tree = ast.parse(source)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, str(NOTEBOOK), "exec"), names)  # noqa: S102
-    return None if last is None else eval(compile(ast.Expression(last.value), str(NOTEBOOK), "eval"), names)  # noqa: S307
-
-
-@pytest.mark.slow
-@pytest.mark.torch
-def test_the_notebook_goes_from_a_module_to_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert sum(bool(line.strip()) for cell in cells() for line in cell.splitlines()) < MOST_LINES
-
-    names: dict[str, Any] = {}
-    shown = [run_cell(cell, names) for cell in cells()]
-
-    assert "g0: 32 channels" in str(shown[1])
-    assert (tmp_path / "bundle" / "report.html").is_file()
-    assert str(shown[2]).endswith("bundle: bundle (report.html says more)")
-    assert shown[3][-1] > 0.8
-    assert [row[0] for row in shown[4].table] == ["run", "fedprune", "heterofl"]
-    assert shown[5]._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
 
 
 @pytest.mark.slow
@@ -162,10 +126,6 @@ def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(
     run = simulate(fleet, rounds=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
 
-    def to_pandas() -> None:
-        raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
-
-    monkeypatch.setattr(Run, "table", lambda self, devices: SimpleNamespace(to_pandas=to_pandas))
     with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas"):
         run.frame()
 
