@@ -1,9 +1,10 @@
-# make demo | test | test-all | check | audit | docs | soak | first-boot | manifests | release | notes | sbom | pins | clean
+# make demo | test | test-all | check | audit | docs | soak | home-assistant | first-boot | manifests | release | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
 BOARD := .venv-py310
 FLOWER := build/flower
+HOME_ASSISTANT := build/home-assistant
 PIP := pip install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_runtime server hardware_profiles -type f -not -path '*/__pycache__/*')
 
@@ -124,6 +125,11 @@ docs: $(DEV)/installed
 soak: $(DEV)/installed
 	$(DEV)/bin/pytest -m "soak or hypothesis" --timeout 3600 $(ARGS)
 
+# A fleet in a real Home Assistant, 400 MB that are installed in an environment of their own; needs mosquitto and its clients.
+home-assistant: $(DEV)/installed $(HOME_ASSISTANT)/installed
+	$(DEV)/bin/pytest -q -m soak tests/server/web/test_home_assistant.py
+	$(DEV)/bin/python -m benchmarks.home_assistant
+
 # An image's first boot, in a virtual machine: needs what test-arm64 does, and qemu-system-arm, mtools, fdisk, e2fsprogs,
 # dosfstools, fakechroot and fakeroot. Some minutes.
 first-boot: $(DEV)/installed
@@ -148,6 +154,13 @@ $(DEV)/installed: pyproject.toml constraints.txt
 $(FLOWER)/installed:
 	$(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/pip install -q flwr==1.41.0
+	@touch $@
+
+# The newest that Python 3.11 runs, with what its parts `http`, `file_upload` and `camera` import.
+$(HOME_ASSISTANT)/installed:
+	$(PYTHON) -m venv $(HOME_ASSISTANT)
+	$(HOME_ASSISTANT)/bin/pip install -q homeassistant==2024.3.3 paho-mqtt==1.6.1 janus==2.0.0 numpy PyTurboJPEG==2.6.1 \
+		aiohttp-fast-url-dispatcher==0.3.0 aiohttp-zlib-ng==0.3.1 hassil==3.12.1 home-assistant-intents==2026.10.27
 	@touch $@
 
 $(BOARD)/installed: pyproject.toml constraints.txt

@@ -26,6 +26,7 @@ BESIDE = (
     "examples/*.*",
     "examples/*/README.md",
     "examples/*/*.toml",
+    "examples/*/*.json",
     "examples/*/*.py",
     "examples/*/*.ipynb",
     "server/fedprune_server/web/static/mark.svg",

@@ -88,13 +88,21 @@ class ConsoleObserver(Observer):
 
 def check_console(config: ServerConfig) -> None:
     """Check the console's settings; its port may still be in use. Raises `MissingExtraError` if the packages of the
-    extra `console` are missing; and `ConfigError` if the address is not this machine's, or the certificate can't be
+    extra `console` are missing; and `ConfigError` if the address is not this machine's, or a certificate can't be
     used."""
     if config.console_place is None:
         return
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise MissingExtraError(f"the console needs {', '.join(missing)}", extra="console")
     check_tls(config)
+    if config.home_assistant_ca is not None:
+        try:
+            ssl.create_default_context(cafile=str(config.home_assistant_ca))
+        except OSError as error:
+            raise ConfigError(
+                "[server] home_assistant_ca", expected="certificates as PEM",
+                got=f"{config.home_assistant_ca}: {reason(error)}",
+            ) from error  # fmt: skip
     check_free(config.console_place[0], 0)
 
 

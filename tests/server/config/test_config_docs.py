@@ -58,6 +58,7 @@ def test_the_example_configuration_has_every_key() -> None:
         "console_key",
         "console_releases",
         "database",
+        "home_assistant_ca",
         "profiles",
     }  # type: ignore[call-overload]
     assert "\n# ca = " in (DOCS / "configure-a-job.md").read_text()  # an embedded broker has none

@@ -1,0 +1,1 @@
+"""A recorded session of a real fleet with a real Home Assistant."""
