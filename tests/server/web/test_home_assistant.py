@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.home_assistant.bridge import MOST, OPERATOR, HomeAssistantBridge
 from fedprune_server.web.home_assistant.broker_client import Arrival
 from fedprune_server.web.home_assistant.discovery import BOARDS, JOBS, Discovery, Message, identifier
 from fedprune_server.web.observer import check_console
+from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state.records import PublishedJob
-from fedprune_server.web.state.status import FILE, FleetView, encoded
-from support.fakes.console_browser import Trial, trial
+from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
+from support.fakes.console_browser import PASSWORD, Trial, trial
 from support.fakes.console_fleet import ConsoleFleet
 from support.paths import ROOT
+from support.processes.machine import find_mosquitto, free_port, listens
 
 TOPIC = re.compile(r"homeassistant/(\w+)/([a-zA-Z0-9_-]+)/([a-zA-Z0-9_-]+)/config")
 """Home Assistant's own pattern of a topic with all its levels (`TOPIC_MATCHER` of its integration)."""
@@ -283,6 +292,63 @@ def test_settings_that_cannot_work_are_refused(said: dict[str, Any], named: str)
     assert named in str(caught.value)
     assert "secret" not in str(caught.value)
     ServerConfig(console="8470", home_assistant="mqtt://ha:secret@home.example", home_assistant_insecure=True)
+
+
+@pytest.mark.slow
+@pytest.mark.mosquitto
+@pytest.mark.system
+def test_the_console_s_process_is_at_the_broker_and_its_will_is_published(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "broker.conf").write_text(
+        f"listener {port} 127.0.0.1\nuser root\nallow_anonymous false\npassword_file {tmp_path / 'users'}\n"
+    )
+    (tmp_path / "users").write_text(f"fleet:{mosquitto_hash(PASSWORD)}\n")
+    heard: dict[str, bytes] = {}
+    user = paho.Client(CallbackAPIVersion.VERSION2)
+    user.username_pw_set("fleet", PASSWORD)
+    user.on_connect = lambda client, *_: client.subscribe("#", 1)
+    user.on_message = lambda _client, _user, message: heard.__setitem__(message.topic, message.payload)
+    ConsoleFleet(3, 1).publish(writer := StatusWriter(tmp_path / FILE))
+    settings = ConsoleSettings(
+        "127.0.0.1", 0, str(tmp_path), None, None, False, "all", (), False, os.getpid(),
+        f"mqtt://fleet:{quote(PASSWORD)}@127.0.0.1:{port}", None, "homeassistant", True, "lab",
+    )  # fmt: skip
+    process = ConsoleProcess(settings)
+    broker = subprocess.Popen([find_mosquitto(), "-c", tmp_path / "broker.conf"], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: listens(port))
+        user.connect("127.0.0.1", port)
+        user.loop_start()
+        until(lambda: process.turn(0.0) or heard.get("fedprune-states/lab/status") == b"online")
+        until(lambda: "fedprune-states/lab/boards/board-0002" in heard)
+        user.publish("fedprune-states/lab/jobs/trial/pause/set", "ON", 1)
+        with ConsoleDatabase(tmp_path / "console.db") as database:
+            (order,) = until(lambda: database.rows("SELECT operator, address, kind FROM orders"))
+        assert order == {"operator": OPERATOR, "address": f"mqtt://127.0.0.1:{port}", "kind": "pause"}
+        assert process.pid is not None
+        os.kill(process.pid, 9)
+        until(lambda: heard.get("fedprune-states/lab/status") == b"offline")
+    finally:
+        process.stop()
+        user.loop_stop()
+        broker.kill()
+        broker.wait()
+        writer.close()
+
+
+def mosquitto_hash(password: str) -> str:
+    """A password as a file of Mosquitto's has it: PBKDF2 with SHA-512."""
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), b"salt of test", 101)
+    return f"$7$101${base64.b64encode(b'salt of test').decode()}${base64.b64encode(digest).decode()}"
+
+
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.05)
+    raise TimeoutError
 
 
 def test_authorities_that_are_none_are_known_before_the_console_starts(tmp_path: Path) -> None:
