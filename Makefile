@@ -1,16 +1,18 @@
-# make demo | test | test-all | check | audit | docs | soak | home-assistant | first-boot | manifests | release | notes | sbom | pins | clean
+# make demo | test | test-all | check | audit | docs | soak | home-assistant | first-boot | manifests | release | release-check | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
 BOARD := .venv-py310
 FLOWER := build/flower
 HOME_ASSISTANT := build/home-assistant
+TOOLS := build/tools
 PIP := pip install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_runtime server hardware_profiles -type f -not -path '*/__pycache__/*')
 
 SHIPPED := toolkit/fedprune toolkit/fedprune_start export/fedprune_export device_runtime/fedprune_device \
 	device_runtime/fedprune_flash server/fedprune_server
-EXTRAS ?= board,console,export,fast,flash,privacy,scale,server,tracing
+EXTRAS ?= board,completion,console,export,fast,flash,mlflow,parquet,privacy,scale,server,tensorboard,tracing,wandb
+COMMA := ,
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # A Python 3.10, where a board's code runs too; on many machines only pyenv has one.
@@ -34,7 +36,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release release-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
@@ -84,32 +86,42 @@ audit: $(DEV)/installed
 
 # What is in a release: wheel and sdist, the same bytes wherever the same commit is built, what their extras install
 # (CycloneDX), and the digests of all of them.
-release: $(DEV)/installed
+release: $(TOOLS)/installed
 	rm -rf build/release dist/fedprune-* && mkdir -p build/release dist
 	git archive HEAD | tar -x -C build/release
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(DEV)/bin/python -m build --no-isolation --outdir dist build/release
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(TOOLS)/bin/python -m build --no-isolation --outdir dist build/release
 	@$(MAKE) --no-print-directory sbom
 	cd dist && sha256sum fedprune-* >SHA256SUMS && cat SHA256SUMS
 	@echo "dist/ has release $(VERSION); nothing is uploaded. docs/release.md says how a maintainer publishes it, by one tag."
+
+# Two releases of the latest commit, byte by byte, then its wheel and demo in bare Debian userlands: needs mmdebstrap. Some
+# twenty minutes.
+release-check: $(DEV)/installed
+	$(DEV)/bin/python -m benchmarks.release
 
 # A release's text for its tag and its page: the introduction of its section in the changelog, up to the first topic.
 notes:
 	@sed -n '/^## $(VERSION)\b/,/:$$/{/^## /d;/:$$/d;p}' CHANGELOG.md
 
 # Of an environment with these extras, which is installed for it.
-sbom: $(DEV)/installed
+sbom: $(TOOLS)/installed
 	$(PYTHON) -m venv --clear --without-pip build/sbom
-	$(DEV)/bin/pip --python build/sbom/bin/python install -q -c constraints.txt '.[$(EXTRAS)]'
+	$(TOOLS)/bin/python -m build --wheel --no-isolation --outdir build/sbom .
+	$(TOOLS)/bin/pip --python build/sbom/bin/python install -q -c deploy/constraints.txt "$$(echo build/sbom/fedprune-*.whl)[$(EXTRAS)]"
 	mkdir -p dist
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(DEV)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
 		--output-reproducible --of JSON --output-file dist/fedprune-$(VERSION).cdx.json build/sbom/bin/python
 
-# Versions of what the requirements of constraints.txt require in turn, for images and audits: after every change there.
-pins: sbom
-	@{ echo '# Written by `make pins`: what the extras install beside the versions of constraints.txt.'; \
-	$(DEV)/bin/pip --python build/sbom/bin/python freeze --exclude fedprune | awk -F == ' \
-	{ name = tolower($$1); gsub("_", "-", name) } FILENAME == "constraints.txt" { known[name] = 1; next } \
-	!(name in known) && NF == 2 { print }' constraints.txt -; } >build/pins && mv build/pins deploy/constraints.txt
+# The files that lock what is installed, after every change of pyproject.toml's requirements or of constraints.txt: what releases are built
+# with, an image of the server and a board's wheels, with sha256, and the versions of all extras. Versions stay where they can; to take
+# the newest ones, delete a file first.
+COMPILE = $(DEV)/bin/uv pip compile -q --universal --only-binary :all: --no-annotate --custom-compile-command 'make pins' -c constraints.txt
+pins: $(DEV)/installed
+	$(COMPILE) --python-version 3.11 pyproject.toml $(patsubst %,--extra %,$(subst $(COMMA), ,$(EXTRAS))) -o deploy/constraints.txt
+	$(COMPILE) --python-version 3.11 --generate-hashes -c deploy/constraints.txt pyproject.toml deploy/locks/server.in \
+		--extra server --extra console --extra privacy --extra tracing -o deploy/locks/server.txt
+	$(COMPILE) --python-version 3.11 --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
+	$(COMPILE) --python-version 3.10 --generate-hashes pyproject.toml --extra board -o device_runtime/fedprune_flash/kit/board_wheels.txt
 
 # The chart, rendered for those who have kubectl only: after every change of it; needs helm.
 manifests:
@@ -148,6 +160,12 @@ $(DEV)/installed: pyproject.toml constraints.txt
 	$(DEV)/bin/$(PIP) -e '.[dev]'
 	# Peers that tests compare with; their own dependencies (torchvision) are not needed.
 	$(DEV)/bin/$(PIP) --no-deps torch-pruning timm
+	@touch $@
+
+# What builds a release, from files of known bytes.
+$(TOOLS)/installed: deploy/locks/build.txt
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/pip install -q --require-hashes --only-binary :all: -r deploy/locks/build.txt
 	@touch $@
 
 # A peer that tests compare with, in an environment of its own: its dependencies are not ours.
