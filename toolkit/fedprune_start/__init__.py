@@ -49,7 +49,7 @@ _COMMANDS = {
     "simulate": _Command(
         "fedprune_server.cli.simulate",
         "server",
-        ("onnx", "ot", "scipy", "sqlalchemy", "matplotlib"),
+        ("onnx", "ot", "scipy", "sqlalchemy"),
         "run a fleet on a virtual clock, compare strategies",
     ),
     "server": _Command(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import fedprune_start
 from fedprune import __version__
 from fedprune.core.errors import ExitCode
+from fedprune.core.toml_file import parse_toml
+from support.paths import ROOT
 
 ENTRIES = [fedprune_start.device, fedprune_start.server, fedprune_start.simulate, fedprune_start.export]
 
@@ -69,6 +73,14 @@ def test_the_umbrella_command_lists_all_and_what_is_missing(
             assert line.endswith("[needs the extra server]")
         elif name == "device":  # wherever tests run
             assert "needs" not in line
+
+
+def test_what_a_command_needs_comes_with_its_extra() -> None:
+    project = parse_toml((ROOT / "pyproject.toml").read_text())["project"]
+    sources = packages_distributions()
+    for name, command in fedprune_start._COMMANDS.items():
+        extra = {Requirement(text).name.lower() for text in project["optional-dependencies"][command.extra]}
+        assert {source.lower() for package in command.needs for source in sources[package]} <= extra, name
 
 
 def test_the_umbrella_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
