@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | audit | docs | soak | home-assistant | first-boot | manifests | release | release-check | notes | sbom | pins | clean
+# make demo | test | test-all | check | audit | docs | soak | home-assistant | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -36,7 +36,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release release-check notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
@@ -99,6 +99,11 @@ release: $(TOOLS)/installed
 release-check: $(DEV)/installed
 	$(DEV)/bin/python -m benchmarks.release
 
+# The container images, built and run without a registry: needs root, buildah, mmdebstrap, qemu-user-static and proot. Some
+# ten minutes.
+image-check: $(DEV)/installed
+	$(DEV)/bin/python -m benchmarks.images
+
 # A release's text for its tag and its page: the introduction of its section in the changelog, up to the first topic.
 notes:
 	@sed -n '/^## $(VERSION)\b/,/:$$/{/^## /d;/:$$/d;p}' CHANGELOG.md
@@ -107,7 +112,7 @@ notes:
 sbom: $(TOOLS)/installed
 	$(PYTHON) -m venv --clear --without-pip build/sbom
 	$(TOOLS)/bin/python -m build --wheel --no-isolation --outdir build/sbom .
-	$(TOOLS)/bin/pip --python build/sbom/bin/python install -q -c deploy/constraints.txt "$$(echo build/sbom/fedprune-*.whl)[$(EXTRAS)]"
+	$(TOOLS)/bin/pip --python build/sbom/bin/python install -q --no-compile -c deploy/constraints.txt "$$(echo build/sbom/fedprune-*.whl)[$(EXTRAS)]"
 	mkdir -p dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
 		--output-reproducible --of JSON --output-file dist/fedprune-$(VERSION).cdx.json build/sbom/bin/python

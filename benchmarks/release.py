@@ -77,10 +77,11 @@ def run(*words: str | Path, cwd: Path = ROOT, environment: Mapping[str, str] | N
     return done.stdout
 
 
-def release(folder: Path, zone: str, umask: int) -> dict[str, str]:
-    """Make a release in a fresh clone; returns its files' sha256 by name."""
+def release(folder: Path, commit: str, zone: str, umask: int) -> dict[str, str]:
+    """Make a release of a commit in a fresh clone; returns its files' sha256 by name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     run("git", "clone", "-q", ROOT, folder, umask=umask)
+    run("git", "checkout", "-q", commit, cwd=folder, umask=umask)
     run("make", "release", f"PYTHON={sys.executable}", cwd=folder, environment={"TZ": zone}, umask=umask)
     return {path.name: sha256(path) for path in sorted((folder / "dist").iterdir())}
 
@@ -167,7 +168,8 @@ def main() -> None:
     work = arguments.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    made = {name: release(work / name, zone, umask) for name, (zone, umask) in CLONES.items()}
+    commit = run("git", "rev-parse", "HEAD").strip()
+    made = {name: release(work / name, commit, zone, umask) for name, (zone, umask) in CLONES.items()}
     one, other = made.values()
     if one != other:
         raise SystemExit(f"the releases differ: {json.dumps(made, indent=1)}")
@@ -175,7 +177,7 @@ def main() -> None:
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "commit": run("git", "rev-parse", "HEAD").strip(),
+        "commit": commit,
         "versions": {"Python": platform.python_version(), "fedprune": version("fedprune")},
         "files": one,
         "userlands": [bare_debian(suite, work / "one" / "dist", work) for suite in SYSTEMS],
