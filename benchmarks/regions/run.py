@@ -25,10 +25,10 @@ from benchmarks.swarm.site import Site, find_mosquitto, free_port, site
 from benchmarks.swarm.updates import device_name
 from fedprune.core.errors import ConfigError, FedpruneError
 from fedprune.core.toml_file import read_toml
-from fedprune_server.cli.broker_files import CONFIG, Broker, write_broker
 from fedprune_server.config.tables import parse_config
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import APPROVED
+from fedprune_server.messaging.broker.broker_files import CONFIG, Broker, write_broker
 from fedprune_server.storage.state_folder import FILE
 from fedprune_server.storage.storage import Storage
 from support.processes.s3 import S3, Ceph, Moto

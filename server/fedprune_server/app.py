@@ -120,13 +120,9 @@ class App:
             folder.lease.confirm()
         if self.leader is not None:
             self.leader.confirm()
-        if self.connection.broker is not None:
-            traffic = self.connection.broker.traffic()
-            log.info(
-                "the broker received %s and delivered %s of payload",
-                amount(sum(traffic.received.values()), "bytes"),
-                amount(sum(traffic.delivered.values()), "bytes"),
-            )
+        totals = [runner.registry.total for runner in self.server.runners.values()]
+        down, up = (amount(sum(total), "bytes") for total in zip(*totals, strict=True))
+        log.info("%s of payload to devices and %s from them, over all starts", down, up)
 
 
 @contextmanager
@@ -174,7 +170,7 @@ def build_app(
             jobs.append(_open(stack, own, held, regions, parent))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
-            log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
+            log.info("embedded broker: %s on %s:%d", reached.broker.program, config.host, reached.broker.port)
         leader = rollouts = None
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)

@@ -13,6 +13,7 @@ from fedprune.core.errors import ConfigError
 from fedprune_server.cli.demo import DemoFolder
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS
 from fedprune_server.simulation.results.record import Record
+from fedprune_server.storage.storage import Storage
 
 pytestmark = pytest.mark.system
 
@@ -103,6 +104,10 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     assert all(d.density == 1 for d in reference.devices)
     assert 0 < fleet.last.up < reference.last.up
     assert 0 < fleet.last.down < reference.last.down
+    with Storage.existing(run / "fleet" / "server") as storage:
+        down, up = (sum(of_all) for of_all in zip(*storage.traffic().values(), strict=True))
+    assert 0.95 * down < fleet.last.down <= down
+    assert 0.95 * up < fleet.last.up <= up
     assert set(fleet.last.local) == {b.name for b in DEMO_BOARDS}
 
 

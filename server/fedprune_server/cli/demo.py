@@ -31,7 +31,6 @@ from fedprune.output.log_lines import logged_to_stdout
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
@@ -246,12 +245,10 @@ def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
         build_app(config, StartOptions(insecure=True, until_finished=True), threading.Event()) as app,
         BoardProcesses() as boards,
     ):
-        broker, runner = app.connection.broker, app.server.first
-        if broker is None:
-            raise ConfigError("the demo's broker", expected="an embedded one")
+        runner = app.server.first
         for board in DEMO_BOARDS:
-            _start_board(boards, board.name, folder, place, broker.url)
-        runner.observers.join(_Watch(boards, lambda number: notes.__setitem__(number, _bytes(broker))))
+            _start_board(boards, board.name, folder, place, app.connection.url)
+        runner.observers.join(_Watch(boards, notes))
         began = time.time()
         app.run()
         view = runner.view
@@ -269,16 +266,16 @@ def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
 
 
 class _Watch(Observer):
-    """Looks after the boards, and reads the broker's meter after every round."""
+    """Looks after the boards, and notes the bytes that the server has sent to them and received after every round."""
 
-    def __init__(self, boards: BoardProcesses, meter: Callable[[int], None]) -> None:
-        self._boards, self._meter = boards, meter
+    def __init__(self, boards: BoardProcesses, notes: dict[int, RoundNotes]) -> None:
+        self._boards, self._notes = boards, notes
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         self._boards.check()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        self._meter(int(summary["round"]))
+        self._notes[int(summary["round"])] = RoundNotes(*seen.registry.total)
 
 
 def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:
@@ -290,10 +287,3 @@ def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: P
     # Plans shall come from the profiles: a probe would measure this machine.
     command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
     boards.start(f"device {name}", command, devices / f"{name}.log")
-
-
-def _bytes(broker: EmbeddedBroker) -> RoundNotes:
-    """Payload bytes down and up that passed the broker."""
-    meter = broker.traffic()
-    down = meter.delivered.get("down", 0) + meter.delivered.get("down/blob", 0)
-    return RoundNotes(down, meter.received.get("up", 0) + meter.received.get("up/blob", 0))

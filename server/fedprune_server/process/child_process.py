@@ -8,7 +8,7 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import IO, BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 from fedprune.core.errors import FedpruneError, ProtocolError
 
@@ -40,7 +40,6 @@ class ChildProcess(Generic[Message]):
         read: Reads its next message; None at the end.
         max_unread: Maximum number of unread messages; with more it is ended. 0 for no limit.
         environment: Its environment variables; None for this process's.
-        errors: File for its standard error; None for this process's.
 
     Raises:
         OSError: It can't be started.
@@ -54,7 +53,6 @@ class ChildProcess(Generic[Message]):
         *,
         max_unread: int = 0,
         environment: Mapping[str, str] | None = None,
-        errors: IO[bytes] | None = None,
     ) -> None:
         self._name, self._read_message = name, read
         self._lines: queue.Queue[bytes | None] = queue.Queue()
@@ -65,7 +63,6 @@ class ChildProcess(Generic[Message]):
             list(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
             env=environment,
             start_new_session=True,
         )

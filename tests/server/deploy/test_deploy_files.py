@@ -18,11 +18,11 @@ import yaml
 from fedprune import __version__
 from fedprune.core.toml_file import parse_toml
 from fedprune_device.cli.main import build_parser as build_board_parser
-from fedprune_server.cli.broker_files import CONFIG as MOSQUITTO_CONF
 from fedprune_server.cli.main import build_parser
 from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.tables import parse_config
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker.broker_files import CONFIG as MOSQUITTO_CONF
 from fedprune_server.monitoring.health import FILE as PULSE
 from support.processes.compose_file import DEPLOY, mounts, read_compose
 

@@ -30,7 +30,9 @@ from fedprune.wire.fleet_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.network.enrollment import Renewal
-from fedprune_server.cli.broker_files import (
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.messaging.broker.broker_files import (
     ACL,
     CONFIG,
     EMQX_ACL,
@@ -41,8 +43,6 @@ from fedprune_server.cli.broker_files import (
     mosquitto,
     write_broker,
 )
-from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.messaging.broker.revocations import delivering
 from support.processes.machine import find_mosquitto, free_port, listens
 

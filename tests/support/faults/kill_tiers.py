@@ -13,7 +13,7 @@ from pathlib import Path
 from fedprune.core.errors import ExitCode
 from support.faults.kill_neighbours import strike_down
 from support.faults.kill_points import BOARDS, CONFIG, Life, Mortal
-from support.processes.machine import listens
+from support.processes.machine import embedded_broker, listens
 from support.processes.postgres import Postgres
 from support.processes.tiered_site import TieredSite
 
@@ -87,10 +87,9 @@ class DoomedTier(Mortal, TieredSite):
             case "bucket" if self._gateway is not None:
                 self._gateway()
                 return "bucket's gateway"
-        server = self.processes[chance.choice(self.servers)].pid
+        broker = embedded_broker(self.processes[chance.choice(self.servers)].pid)
         with suppress(OSError):
-            children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-            if children:
-                os.kill(int(children[0]), signal.SIGKILL)
+            if broker is not None:
+                os.kill(broker, signal.SIGKILL)
                 return "broker"
         return ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def find_chromium() -> str:
             pytest.fail("CI must have chromium")
         pytest.skip("chromium is not installed")
     return found
+
+
+def embedded_broker(server: int) -> int | None:
+    """The process of a server's embedded broker; None while there is none."""
+    for path in Path(f"/proc/{server}/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in path.read_text().split():
+                if re.search(rb"mosquitto\0-c|amqtt_process", Path("/proc", pid, "cmdline").read_bytes()):
+                    return int(pid)
+    return None
 
 
 _TAKEN: list[socket.socket] = []

@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import StorageError
-from fedprune_server.cli.broker_files import Broker, write_broker
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.messaging.broker.broker_files import Broker, write_broker
 from fedprune_server.storage.storage import Storage
-from support.processes.machine import find_mosquitto, free_port, listens
+from support.processes.machine import embedded_broker, find_mosquitto, free_port, listens
 
 FILES = """
 [model]
@@ -59,6 +59,16 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
 """
 """Runs a board that stands in the middle of its training in rounds that are held: what must come to pass while a round
 is under way can't come too late."""
+
+AMQTT_ONLY = """\
+import runpy, sys
+from fedprune_server.messaging.broker import programs
+
+programs.find_mosquitto = lambda: None
+sys.argv[:2] = sys.argv[1:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
+"""
+"""Runs a server as on a machine without Mosquitto."""
 
 _Site = TypeVar("_Site", bound="Site")
 
@@ -101,6 +111,7 @@ class Site:
         devices: Names of the devices.
         patience_s: How long something may take that is waited for.
         mosquitto: Whether the broker is a process of its own, or the server's.
+        amqtt: Whether the server finds no Mosquitto for its broker.
         secure: Whether the server has an identity and devices join with claims; Mosquitto gets the configuration that
             the server writes for it.
         may_hold: Whether rounds can be held.
@@ -115,6 +126,7 @@ class Site:
         patience_s: float,
         *,
         mosquitto: bool = False,
+        amqtt: bool = False,
         secure: bool = False,
         may_hold: bool = False,
     ) -> None:
@@ -123,6 +135,7 @@ class Site:
         self.devices = tuple(devices)
         self.patience_s = patience_s
         self.mosquitto = mosquitto
+        self.amqtt = amqtt
         self.secure = secure
         self.state = folder / "server"
         self.port, self.join_port = free_port(), free_port()
@@ -186,7 +199,8 @@ class Site:
         if name == "server":
             where = ["--broker", self.url] if self.mosquitto else ["--port", str(self.port)]
             run = ["run", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state), "--until-finished"]
-            return [*python, "fedprune_server.cli.main", *run, *where, *security]
+            start = [*python[:1], "-c", AMQTT_ONLY] if self.amqtt else python
+            return [*start, "fedprune_server.cli.main", *run, *where, *security]
         if self.secure:
             join = self.join_port if self.mosquitto else self.port
             security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
@@ -214,10 +228,9 @@ class Site:
     def kill(self, name: str) -> None:
         """kill -9; of an embedded broker, only of it."""
         if name == "broker" and not self.mosquitto:
-            server = self.processes["server"].pid
-            children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-            assert len(children) == 1
-            os.kill(int(children[0]), signal.SIGKILL)
+            broker = embedded_broker(self.processes["server"].pid)
+            assert broker is not None
+            os.kill(broker, signal.SIGKILL)
             return
         self.processes[name].kill()
         self.processes[name].wait()

@@ -1,1 +1,1 @@
-"""The embedded broker's process, and the configuration of other brokers."""
+"""The embedded broker, the programs that it can be, and the configuration of other brokers."""

@@ -1,31 +1,32 @@
-"""The embedded broker: amqtt in a child process, for a quick start and for tests.
+"""The embedded broker: Mosquitto or amqtt in a child process, for a quick start and for tests.
 
-It needs nothing but Python and no configuration. It has no access control: whoever reaches it can read what passes, and
-crowd it. With a certificate it encrypts; without, it belongs on the loopback interface. A fleet in the field belongs
-on Mosquitto, EMQX or a hosted broker.
+It needs no configuration. It has no access control: whoever reaches it can read what passes, and crowd it. With a
+certificate it encrypts; without, it belongs on the loopback interface. A fleet in the field belongs on a broker of its
+own with the fleet's rules (`broker_files`).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import socket
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO
 
 from fedprune.core.errors import BrokerError, reason
-from fedprune.output.extras import install_command
 from fedprune.security.tls import unpinned_context
-from fedprune_server.process.child_process import ChildProcess
+from fedprune_server.messaging.broker.broker_files import TlsFiles
+from fedprune_server.messaging.broker.programs import Program, programs
+from fedprune_server.process.child_process import wait_or_kill
 
 log = logging.getLogger("fedprune.server")
 
@@ -37,38 +38,18 @@ _PORT_PATIENCE_S = 3.0
 """Seconds in which a port that is taken may become free: a server that was killed a moment ago may have left a broker
 that is just ending."""
 _PAUSE_S = 0.2
-_CHILD = "fedprune_server.messaging.broker.child"
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Payload bytes that passed a broker, by channel: up, up/blob, down, down/blob, other.
-
-    Attributes:
-        received: From publishers.
-        delivered: To subscribers.
-    """
-
-    received: dict[str, int] = field(default_factory=dict)
-    delivered: dict[str, int] = field(default_factory=dict)
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(_sum(self.received, other.received), _sum(self.delivered, other.delivered))
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """What a broker needs to encrypt.
-
-    Attributes:
-        certificate: Its certificate, and those of its authorities (PEM).
-        key: The key of that certificate (PEM).
-        authority: Whose certificates of clients are right; a client needn't have one.
-    """
-
-    certificate: Path
-    key: Path
-    authority: Path
+_LAUNCHER = """\
+import os, signal, sys
+from fedprune.core.parent_death import set_parent_death_signal
+set_parent_death_signal(signal.SIGKILL)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Runs a command that dies with this process, however it ends, and that no signal ends but SIGKILL: a terminal or a
+service manager may send the others to the whole group. This process handles them: it first takes in the boards'
+remaining messages, then ends the broker."""
 
 
 class EmbeddedBroker:
@@ -76,18 +57,27 @@ class EmbeddedBroker:
 
     Args:
         port: TCP port; 0 finds a free one.
+        candidates: What may be the broker, best first: one that doesn't start is replaced by the next. By default the
+            system's Mosquitto, then amqtt.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 1883, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 1883,
+        tls: TlsFiles | None = None,
+        candidates: Sequence[Program] | None = None,
+    ) -> None:
         self.host = host
         self.port = port
+        self.program: Program | None = None
+        """What the broker is, once it has started."""
         self._tls = tls
+        self._candidates = candidates
         self._any_port = port == 0
-        self._process: ChildProcess[dict[str, Any]] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
         self._lock = threading.Lock()
-        self._before = Traffic()
-        self._latest = Traffic()
 
     @property
     def url(self) -> str:
@@ -101,33 +91,26 @@ class EmbeddedBroker:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.running
+        return self._process is not None and self._process.poll() is None
 
     def start(self, timeout: float = 20.0) -> None:
         """Start, and wait until it accepts MQTT connections; does nothing if it is running. Raises `BrokerError` if the
-        port is taken, amqtt is missing, or it doesn't come up in time."""
+        port is taken, or no program comes up in time."""
         if self.alive:
             return
         self.stop()
-        until = time.monotonic() + _PORT_PATIENCE_S
-        for attempt in count(1):
-            if self._any_port:
-                self.port = _free_port(self.host)
-            answer = self._spawn(timeout)
-            if answer.get("ready"):
-                break
-            taken = answer.get("errno") == errno.EADDRINUSE
-            if taken and (attempt < _TRIES if self._any_port else time.monotonic() < until):
-                self.stop()
-                time.sleep(0.0 if self._any_port else _PAUSE_S)  # someone was faster than we, or is just going
-                continue
-            raise self._failed(answer, taken)
-        self._any_port = False  # a restart must come back where clients look for it
-        try:
-            self._wait_for_mqtt(timeout)
-        except BrokerError:
-            self.stop()
-            raise
+        if self._candidates is None:
+            self._candidates = programs()
+        for number, program in enumerate(self._candidates, start=1):
+            problem = self._start(program, timeout)
+            if not problem:
+                self.program = program
+                self._any_port = False  # a restart must come back where clients look for it
+                return
+            message = f"embedded broker ({program}) on {self.host}:{self.port} doesn't start ({problem})"
+            if number == len(self._candidates):
+                raise BrokerError(message, hint=program.hint)
+            log.warning("%s; %s takes its place", message, self._candidates[number])
 
     def restart(self) -> None:
         """Stop if it is running, and start on the same port; raises as `start`. Clients connect again by themselves."""
@@ -136,28 +119,14 @@ class EmbeddedBroker:
 
     def stop(self) -> None:
         """End the child; may be called twice."""
-        if self._process is None:
-            return
-        self.traffic()  # the last chance to learn it
         with self._lock:
             process, self._process = self._process, None
-            if process is None:
-                return
-            self._before, self._latest = self._before + self._latest, Traffic()
-            process.stop(5.0)
-            if self._errors is not None:
-                self._errors.close()
-
-    def traffic(self) -> Traffic:
-        """Payload bytes so far, over all restarts; the last known numbers if the child doesn't answer."""
-        with self._lock:
-            process = self._process
-            if process is not None and process.running:
-                process.send(b"traffic\n")
-                answer = process.receive(5.0)
-                if answer is not None and "received" in answer:
-                    self._latest = Traffic(answer["received"], answer["delivered"])
-            return self._before + self._latest
+        if process is not None:
+            process.kill()
+            wait_or_kill(process, 5.0)
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
 
     def __enter__(self) -> EmbeddedBroker:
         self.start()
@@ -166,26 +135,54 @@ class EmbeddedBroker:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def _spawn(self, timeout: float) -> dict[str, Any]:
-        command = [sys.executable, "-W", "ignore", "-m", _CHILD, "--host", self.host, "--port", str(self.port)]
-        if self._tls is not None:
-            command += ["--tls", str(self._tls.certificate), str(self._tls.key), str(self._tls.authority)]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
-        command += ["--parent", str(os.getpid())]
-        self._process = ChildProcess(command, "the embedded broker", _read_json, errors=self._errors)
-        return self._process.receive(timeout) or {}
+    def _start(self, program: Program, timeout: float) -> str:
+        """Start a program on the port; returns what prevents it. Raises `BrokerError` if the port is taken."""
+        until = time.monotonic() + _PORT_PATIENCE_S
+        for attempt in count(1):
+            if self._any_port:
+                self.port = _bound(self.host, 0)
+            problem = ""
+            if _bound(self.host, self.port):
+                self._spawn(program)
+                problem = self._wait_for_mqtt(timeout)
+                if not problem:
+                    return ""
+                self.stop()
+                if _bound(self.host, self.port):
+                    return problem
+            if attempt == _TRIES if self._any_port else time.monotonic() > until:
+                break
+            time.sleep(0.0 if self._any_port else _PAUSE_S)  # someone was faster than we, or is just going
+        raise BrokerError(
+            f"embedded broker: port {self.port} of {self.host} is taken",
+            hint="If another server of this fleet runs there, stop it. Else use that broker (--broker URL) or "
+            "another port.",
+        )
 
-    def _failed(self, answer: dict[str, Any], taken: bool) -> BrokerError:
-        reason = str(answer.get("error") or self._last_words() or "it doesn't answer")
-        self.stop()
-        if taken:
-            return BrokerError(
-                f"embedded broker: port {self.port} of {self.host} is taken",
-                hint="If another server of this fleet runs there, stop it. Else use that broker (--broker URL) or "
-                "another port.",
-            )
-        hint = install_command("server") if "amqtt" in reason else "Check the address, or use another broker."
-        return BrokerError(f"embedded broker on {self.host}:{self.port} doesn't start ({reason})", hint=hint)
+    def _spawn(self, program: Program) -> None:
+        """Start the process on a thread that lives as long as it does: Linux ends the child when the thread that has
+        started it ends."""
+        words, given = program.command(self.host, self.port, self._tls)
+        self._errors = errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
+        started: Future[subprocess.Popen[bytes]] = Future()
+
+        def run() -> None:
+            try:
+                with tempfile.TemporaryFile() as config:
+                    config.write(given)
+                    config.seek(0)
+                    process = subprocess.Popen(  # noqa: S603  # nosec B603  # a broker, with words that we have made
+                        [sys.executable, "-W", "ignore", "-c", _LAUNCHER, str(os.getpid()), *words],
+                        stdin=config, stdout=errors, stderr=errors, start_new_session=True,
+                    )  # fmt: skip
+            except OSError as error:
+                started.set_exception(BrokerError(f"embedded broker ({program}) can't be started ({reason(error)})"))
+                return
+            started.set_result(process)
+            process.wait()
+
+        threading.Thread(target=run, name="fedprune-broker", daemon=True).start()
+        self._process = started.result()
 
     def _last_words(self) -> str:
         if self._errors is None:
@@ -194,10 +191,11 @@ class EmbeddedBroker:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
-    def _wait_for_mqtt(self, timeout: float) -> None:
+    def _wait_for_mqtt(self, timeout: float) -> str:
+        """Wait until it accepts connections; returns what prevents it."""
         host = self.url.partition("://")[2].rsplit(":", 1)[0].strip("[]")
         deadline = time.monotonic() + timeout
-        reason = "no answer"
+        problem = "no answer"
         while self.alive and time.monotonic() < deadline:
             try:
                 with ExitStack() as stack:
@@ -208,34 +206,27 @@ class EmbeddedBroker:
                     answer = connection.recv(4)
                     connection.sendall(b"\xe0\x00")  # DISCONNECT
                 if answer == b"\x20\x02\x00\x00":
-                    return
-                reason = f"it answers {answer.hex() or 'nothing'} to CONNECT"
+                    return "" if self.alive else self._last_words()
+                problem = f"it answers {answer.hex() or 'nothing'} to CONNECT"
             except OSError as error:
-                reason = error.strerror or str(error)
-            time.sleep(0.05)
-        raise BrokerError(f"embedded broker on {self.host}:{self.port} doesn't accept connections ({reason})")
+                problem = error.strerror or str(error)
+            time.sleep(0.02)
+        return problem if self.alive else self._last_words() or "it has ended"
 
 
-def _read_json(stream: BinaryIO) -> dict[str, Any] | None:
-    line = stream.readline()
-    if not line:
-        return None
-    answer: dict[str, Any] = json.loads(line)
-    return answer
-
-
-def _free_port(host: str) -> int:
+def _bound(host: str, port: int) -> int:
+    """A port that can be listened on: the one that is asked for, or any for 0; 0 if it is taken. Raises `BrokerError`
+    if the address isn't this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: connections that end don't count
         try:
-            probe.bind((host, 0))
+            probe.bind((host, port))
         except OSError as error:
-            raise BrokerError(f"embedded broker: can't listen on {host} ({error.strerror})") from error
+            if error.errno == errno.EADDRINUSE:
+                return 0
+            raise BrokerError(f"embedded broker: can't listen on {host}:{port} ({reason(error)})") from error
         return int(probe.getsockname()[1])
-
-
-def _sum(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
-    return {key: a.get(key, 0) + b.get(key, 0) for key in {**a, **b}}
 
 
 class BrokerSupervisor:

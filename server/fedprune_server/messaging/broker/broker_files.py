@@ -1,7 +1,8 @@
-"""Configuration of a broker in which a device reaches its own topics and nothing else.
+"""Configuration of a broker: for a fleet, in which a device reaches its own topics and nothing else, or for a trial.
 
-Two listeners. The first asks for a certificate of the fleet's authority; its common name is the user. The second is for
-joining: it asks for no certificate and lets a client reach two topics, those with the client's own id in them.
+A fleet's has two listeners. The first asks for a certificate of the fleet's authority; its common name is the user. The
+second is for joining: it asks for no certificate and lets a client reach two topics, those with the client's own id in
+them.
 
 A client's id must be unguessable on both listeners: a broker ends the connection of a client whose id another client
 takes on either listener.
@@ -46,6 +47,21 @@ MAX_WAITING, MAX_WAITING_BYTES = 1000, 64 * 2**20
 
 MAX_JOINING = 100
 """Connections at a time on the listener for joining."""
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """What a broker needs to encrypt.
+
+    Attributes:
+        certificate: Its certificate, and those of its authorities (PEM).
+        key: The key of that certificate (PEM).
+        authority: Whose certificates of clients are right; a client needn't have one.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,20 @@ def write_broker(identity: IdentityFolder, kind: str, broker: Broker, out: Path)
     return [AUTHORITY, CERTIFICATE, KEY, CRL, *texts]
 
 
+_LIMITS = (
+    "# Without it small windows wait for delayed acknowledgements of TCP.",
+    "set_tcp_nodelay true",
+    f"max_packet_size {MAX_PACKET}",
+    f"message_size_limit {MAX_PACKET}",
+    "# What may wait for one client: a flood is dropped here and not kept.",
+    f"max_queued_messages {MAX_WAITING}",
+    f"max_queued_bytes {MAX_WAITING_BYTES}",
+    "persistence false",
+    "# How long a client leaves a session behind: the shortest time that Mosquitto knows.",
+    "persistent_client_expiration 1h",
+)
+
+
 def mosquitto(site: str, broker: Broker) -> dict[str, str]:
     """Mosquitto's files by name: its configuration and the rules of both listeners."""
     old = broker.form == "2.0"
@@ -110,17 +140,9 @@ def mosquitto(site: str, broker: Broker) -> dict[str, str]:
     head = [
         f"# Mosquitto {broker.form} and later, for the site {site}; written by fedprune-server broker-config.",
         *(["per_listener_settings true"] if old else []),
-        "# Without it small windows wait for delayed acknowledgements of TCP.",
-        "set_tcp_nodelay true",
-        f"max_packet_size {MAX_PACKET}",
-        f"message_size_limit {MAX_PACKET}",
-        "# What may wait for one client: a flood is dropped here and not kept.",
-        f"max_queued_messages {MAX_WAITING}",
-        f"max_queued_bytes {MAX_WAITING_BYTES}",
-        "persistence false",
-        "# What a client leaves behind: no messages, and no session beyond the shortest time that Mosquitto knows.",
+        *_LIMITS,
+        "# A client leaves no messages behind.",
         "retain_available false",
-        "persistent_client_expiration 1h",
     ]
     if not old:
         head += [
@@ -163,6 +185,20 @@ def mosquitto(site: str, broker: Broker) -> dict[str, str]:
         ACL: "\n".join(_member_rules(site)) + "\n",
         JOIN_ACL: "\n".join(_join_rules(site)) + "\n",
     }
+
+
+def trial_mosquitto(host: str, port: int, tls: TlsFiles | None) -> str:
+    """Mosquitto's configuration for a trial: one listener, where every client may connect and reach every topic.
+
+    Args:
+        host: Address to listen on; empty for all.
+    """
+    # Started by root, Mosquitto would give up root's rights before it reads its key; for others `user` has no effect.
+    lines = [*_LIMITS, "user root", "log_dest stderr", "log_type error"]
+    lines += [f"listener {port} {host}".rstrip(), "allow_anonymous true", "max_qos 1"]
+    if tls is not None:
+        lines += [f"certfile {tls.certificate}", f"keyfile {tls.key}", "tls_version tlsv1.2"]
+    return "\n".join(lines) + "\n"
 
 
 def _join_rules(site: str) -> list[str]:

@@ -1,0 +1,103 @@
+"""The programs that can be the embedded broker: the system's Mosquitto, or amqtt, which the extra `server` brings.
+
+`benchmarks/results/brokers.md` compares them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess  # nosec B404  # lists of words, never a shell
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple, Protocol
+
+from fedprune.output.extras import install_command
+from fedprune_server.messaging.broker.broker_files import TlsFiles, trial_mosquitto
+
+_SYSTEM = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+"""Where systems keep Mosquitto, and not every user's PATH looks."""
+
+_OLDEST = (2, 0)
+_ASK_S = 10.0
+
+
+class Command(NamedTuple):
+    """How a program is started.
+
+    Attributes:
+        input: What its standard input gives.
+    """
+
+    words: list[str]
+    input: bytes = b""
+
+
+class Program(Protocol):
+    """A broker's program; `str` gives its name and version."""
+
+    @property
+    def hint(self) -> str:
+        """What to do if it doesn't start."""
+
+    def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
+        """The command that listens on an address and a port."""
+
+
+@dataclass(frozen=True)
+class Mosquitto:
+    """The system's Mosquitto."""
+
+    path: str
+    version: str
+    hint = "Check the address, or use another broker (--broker URL)."
+
+    def __str__(self) -> str:
+        return f"Mosquitto {self.version}"
+
+    def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
+        return Command([self.path, "-c", "/dev/stdin"], trial_mosquitto(host, port, tls).encode())
+
+
+@dataclass(frozen=True)
+class Amqtt:
+    """amqtt, in Python; it speaks MQTT 3.1.1 only."""
+
+    @property
+    def hint(self) -> str:
+        return f"Install Mosquitto, or amqtt: {install_command('server')}"
+
+    def __str__(self) -> str:
+        try:
+            return f"amqtt {version('amqtt')}"
+        except PackageNotFoundError:
+            return "amqtt"
+
+    def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
+        module = "fedprune_server.messaging.broker.amqtt_process"
+        words = [sys.executable, "-W", "ignore", "-m", module, f"{host}:{port}"]
+        if tls is not None:
+            words += ["--tls", str(tls.certificate), str(tls.key), str(tls.authority)]
+        return Command(words)
+
+
+def find_mosquitto() -> Mosquitto | None:
+    """The system's Mosquitto, on PATH or where systems keep it; None without one, or with one before 2.0."""
+    path = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SYSTEM)
+    if path is None:
+        return None
+    try:
+        printed = subprocess.run([path, "-h"], capture_output=True, text=True, timeout=_ASK_S, check=False).stdout  # noqa: S603  # nosec B603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"mosquitto version ((\d+)\.(\d+)\S*)", printed)
+    if found is None or (int(found[2]), int(found[3])) < _OLDEST:
+        return None
+    return Mosquitto(path, found[1])
+
+
+def programs() -> list[Program]:
+    """The programs that may be here, best first."""
+    mosquitto = find_mosquitto()
+    return [Amqtt()] if mosquitto is None else [mosquitto, Amqtt()]
