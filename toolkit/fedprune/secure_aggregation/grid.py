@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.client_update import check_submodel
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Range, check_range
 from fedprune.aggregation.layout import places
 from fedprune.aggregation.update_sums import Key, PartialSums
-from fedprune.core.errors import ProtocolError
+from fedprune.core import validation
+from fedprune.core.errors import ProtocolError, shown
 from fedprune.core.validation import whole
 from fedprune.model.selection import Selection, Tensors
 from fedprune.secure_aggregation.masks import Vector
@@ -37,6 +37,7 @@ from fedprune.secure_aggregation.masks import Vector
 CODES = 127
 """The largest code of a difference."""
 
+_MOST_TENSORS = 65_536
 _LEAST = 1 - VALUE_BITS
 """A step is at least twice the fold's unit, as a power of two of the bound."""
 _MOST = -8
@@ -57,14 +58,85 @@ class TensorGrid:
             return
         if self.span.limbs > 1:
             raise ProtocolError("step of a tensor of several limbs", expected="none", got=self.step)
-        low, high = self.span.exponent + _LEAST, self.span.exponent + _MOST
+        low, high = self.steps(self.span)
         if not low <= self.step <= high:
             raise ProtocolError("exponent of a tensor's step", expected=f"from {low} to {high}", got=self.step)
+
+    @staticmethod
+    def steps(span: Range) -> tuple[int, int]:
+        """The least and the largest exponent of a step."""
+        return span.exponent + _LEAST, span.exponent + _MOST
 
     @property
     def units(self) -> int:
         """A step in units of the fold, an even number."""
         return 0 if self.step is None else 1 << (self.step + VALUE_BITS - self.span.exponent)
+
+
+@dataclass(frozen=True)
+class VectorForm:
+    """The tensors of a cohort's vectors, in their order: all that a board needs to know of a `Grid`."""
+
+    tensors: Mapping[str, TensorGrid]
+
+    @classmethod
+    def from_json(cls, rows: object) -> VectorForm:
+        """Read what `to_json` gives. Raises `ProtocolError`."""
+        found: dict[str, TensorGrid] = {}
+        for row in validation.items("tensors of a vector", rows, _MOST_TENSORS, "rows", least=1, error=ProtocolError):
+            if not isinstance(row, (list, tuple)) or len(row) != 4 or not isinstance(row[0], str) or row[0] in found:
+                raise ProtocolError("tensor of a vector", expected="name, exponent, limbs and step", got=shown(row))
+            exponent = whole("exponent of a tensor's range", row[1], -1100, 1100, error=ProtocolError)
+            limbs = whole("limbs of a tensor's range", row[2], 1, 4, error=ProtocolError)
+            step = None if row[3] is None else whole("step of a tensor", row[3], -1100, 1100, error=ProtocolError)
+            found[row[0]] = TensorGrid(Range(exponent, limbs), step)
+        return cls(found)
+
+    def to_json(self) -> list[list[Any]]:
+        return [[name, grid.span.exponent, grid.span.limbs, grid.step] for name, grid in self.tensors.items()]
+
+    def encode(
+        self,
+        trained: Mapping[str, Float32s],
+        sent: Mapping[str, Float32s],
+        weight: int,
+        residual: Mapping[str, Float32s] | None = None,
+    ) -> tuple[Vector, Tensors]:
+        """A board's update as a vector, and what the codes leave out of coded tensors.
+
+        Raises `ProtocolError` if a tensor is missing, of another shape than it was sent, not finite or out of range.
+
+        Args:
+            trained: The tensors after training.
+            sent: The tensors as they were sent.
+            weight: n, which the server chooses.
+            residual: By name what earlier updates left out.
+        """
+        whole("weight of an update in a secure sum", weight, 1, MAX_WEIGHT, error=ProtocolError)
+        narrow: list[npt.NDArray[np.int32]] = []
+        wide: list[npt.NDArray[np.int64]] = [np.array([weight], np.int64)]
+        left: Tensors = {}
+        for name, grid in self.tensors.items():
+            if name not in trained or name not in sent:
+                raise ProtocolError(f"update lacks tensor {name}")
+            value, before = trained[name], sent[name]
+            if value.dtype != np.float32:
+                raise ProtocolError(f"type of {name} in an update", expected="float32", got=value.dtype)
+            if value.shape != before.shape:
+                raise ProtocolError(f"shape of {name} in an update", expected=before.shape, got=value.shape)
+            check_range(name, value, grid.span.bound)
+            if grid.step is None:
+                added = FixedSum(value.shape, grid.span)
+                added.add(value, weight)
+                wide += [limb.reshape(-1) for limb in added.limbs]
+                continue
+            difference = value.astype(np.float64) - before
+            if residual is not None and name in residual:
+                difference += residual[name]
+            codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -CODES, CODES)
+            left[name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
+            narrow.append((codes.astype(np.int32) * np.int32(weight)).reshape(-1))
+        return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), left
 
 
 class Grid:
@@ -74,9 +146,17 @@ class Grid:
         selection: What all boards of the cohort hold.
         tensors: By name, how the shared tensors travel.
         boards: The most boards that the cohort may have; a board's weight is at most 2^24 divided by it.
+        withheld: By name, the ranges of tensors that don't travel, since boards don't train or share them: they enter
+            the sums as they were sent.
     """
 
-    def __init__(self, selection: Selection, tensors: Mapping[str, TensorGrid], boards: int) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        tensors: Mapping[str, TensorGrid],
+        boards: int,
+        withheld: Mapping[str, Range] | None = None,
+    ) -> None:
         known = selection.architecture.by_name
         unknown = sorted(set(tensors) - set(known))
         if unknown or not tensors:
@@ -88,10 +168,14 @@ class Grid:
         self.selection = selection
         self.most_weight = MAX_WEIGHT // boards
         self._boards = boards
-        self._specs = [t for t in selection.architecture.tensors if t.name in tensors]
-        self._tensors = dict(tensors)
-        self._left_out = frozenset(known) - frozenset(tensors)
-        self._sizes = {name: math.prod(shape) for name, shape in selection.shapes().items() if name in tensors}
+        self._withheld = dict(withheld or {})
+        self._specs = [t for t in selection.architecture.tensors if t.name in tensors or t.name in self._withheld]
+        self._tensors = {spec.name: tensors[spec.name] for spec in self._specs if spec.name in tensors}
+        self._sizes = {name: math.prod(shape) for name, shape in selection.shapes().items()}
+
+    @property
+    def form(self) -> VectorForm:
+        return VectorForm(self._tensors)
 
     @property
     def narrow(self) -> int:
@@ -102,46 +186,6 @@ class Grid:
     def wide(self) -> int:
         """Numbers of 64 bits, the weight among them."""
         return 1 + sum(self._sizes[n] * grid.span.limbs for n, grid in self._tensors.items() if grid.step is None)
-
-    def encode(
-        self,
-        trained: Mapping[str, Float32s],
-        sent: Mapping[str, Float32s],
-        weight: int,
-        residual: Mapping[str, Float32s] | None = None,
-    ) -> tuple[Vector, Tensors]:
-        """A board's update as a vector, and what the codes leave out of coded tensors.
-
-        Raises `ProtocolError` if a tensor is missing, not the selection's, not finite or out of range, or the weight is
-        too large.
-
-        Args:
-            trained: The tensors after training, of the selection's shapes.
-            sent: The tensors as they were sent.
-            weight: n, the board's number of samples; 1 where all boards weigh the same.
-            residual: By name what earlier updates left out.
-        """
-        whole("weight of an update in a secure sum", weight, 1, self.most_weight, error=ProtocolError)
-        bounds = {name: grid.span.bound for name, grid in self._tensors.items()}
-        own = {name: value for name, value in trained.items() if name in self._tensors}
-        check_submodel(self.selection.architecture, self.selection, own, bounds, self._left_out)
-        narrow: list[npt.NDArray[np.int32]] = []
-        wide: list[npt.NDArray[np.int64]] = [np.array([weight], np.int64)]
-        left: Tensors = {}
-        for spec in self._specs:
-            value, grid = own[spec.name], self._tensors[spec.name]
-            if grid.step is None:
-                added = FixedSum(value.shape, grid.span)
-                added.add(value, weight)
-                wide += [limb.reshape(-1) for limb in added.limbs]
-                continue
-            difference = value.astype(np.float64) - sent[spec.name]
-            if residual is not None and spec.name in residual:
-                difference += residual[spec.name]
-            codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -CODES, CODES)
-            left[spec.name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
-            narrow.append((codes.astype(np.int32) * np.int32(weight)).reshape(-1))
-        return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), left
 
     def sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
         """The sum of a cohort's updates for `Fold.take`.
@@ -165,15 +209,18 @@ class Grid:
         arrays: dict[Key, npt.NDArray[np.int64]] = {}
         at_narrow, at_wide = 0, 1
         for spec in self._specs:
-            grid, size, shape = self._tensors[spec.name], self._sizes[spec.name], self.selection.shapes()[spec.name]
-            if grid.step is not None:
+            size, shape = self._sizes[spec.name], self.selection.shapes()[spec.name]
+            grid = self._tensors.get(spec.name)
+            if grid is None or grid.step is not None:
+                start = FixedSum(shape, self._withheld[spec.name] if grid is None else grid.span)
+                start.add(np.asarray(sent[spec.name]), weight)
+                limbs = list(start.limbs)
+            if grid is not None and grid.step is not None:
                 codes = narrow[at_narrow : at_narrow + size].reshape(shape).astype(np.int64)
                 at_narrow += size
                 _check_sums(spec.name, codes, CODES * weight)
-                start = FixedSum(shape, grid.span)
-                start.add(np.asarray(sent[spec.name]), weight)
-                limbs = [start.limbs[0] + codes * grid.units]
-            else:
+                limbs[0] = limbs[0] + codes * grid.units
+            elif grid is not None:
                 limbs = []
                 for i in range(grid.span.limbs):
                     limbs.append(wide[at_wide : at_wide + size].reshape(shape))
@@ -184,7 +231,7 @@ class Grid:
                 for into, part in places(layout, spec, self.selection):
                     whole_tensor[into] = limb[part]
                 arrays["value", spec.name, i] = whole_tensor
-        names = frozenset(self._tensors)
+        names = frozenset(spec.name for spec in self._specs)
         return PartialSums(names, layout, ((self.selection, weight),), boards, arrays)
 
 
