@@ -37,6 +37,7 @@ from fedprune_device.launcher.sd_notify import starting
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.membership import MembershipOptions, checked_urls, join_first, membership
+from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.privacy.budget import read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
@@ -110,6 +111,7 @@ def build_agent(
         uplink,
         runner,
         OfflineTraining(store, offline, settings.train_alone_s),
+        SecureUpdate(connection, uplink, store.blobs),
         profile=profile,
         guard=settings.guard,
     )

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.core.errors import MissingExtraError
+from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.text import amount
 from fedprune.jobs.job import HARDWARE, Job
 from fedprune.output.log_lines import JSON
@@ -308,6 +308,13 @@ def _open(
     worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
     name = opened.job.name
     if regions is not None:
+        if opened.job.secure_aggregation:
+            raise ConfigError(
+                f"job {name}: secure_aggregation on a server with aggregators",
+                expected="a server to which all boards are connected",
+                got="aggregators in [server]",
+                hint="Leave out secure_aggregation, or the aggregators.",
+            )
         worker = CollectingWorker(opened.worker, worker, JobRegions(regions, name))
     if parent is not None:
         worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name), opened.state)

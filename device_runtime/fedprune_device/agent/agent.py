@@ -30,6 +30,7 @@ from fedprune.wire.messages import (
     Finished,
     Hello,
     Offer,
+    SecureStep,
     Update,
     UploadRequest,
 )
@@ -211,6 +212,8 @@ class Agent:
             case Finished() as finished:
                 self._offers.finished(finished)
                 self._finished = True
+            case SecureStep() as step:
+                self._offers.secure_step(step, now)
             case BlobRequest() as request:
                 self._offers.wanted(request, now)
             case UploadRequest() as request:

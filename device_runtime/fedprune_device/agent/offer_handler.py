@@ -9,15 +9,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import FedpruneError, TrainingError
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, Update, UploadRequest
+from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, SecureStep, Update, UploadRequest
 from fedprune_device.hardware import allocator
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work
+from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.offline_training import OfflineTraining
@@ -44,12 +45,13 @@ class OfferHandler:
         uplink: Uplink,
         runner: RoundRunner,
         offline: OfflineTraining,
+        secure: SecureUpdate,
         *,
         profile: HardwareProfile | None = None,
         guard: ThermalGuard | None = None,
     ) -> None:
         self._store, self._downloader, self._uplink = store, downloader, uplink
-        self._runner, self._offline = runner, offline
+        self._runner, self._offline, self._secure = runner, offline, secure
         self._profile, self._guard = profile, guard
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
@@ -64,7 +66,7 @@ class OfferHandler:
     def quiet(self) -> bool:
         """Whether a restart would cost nothing: no download, no training, and no update that waits."""
         task = self._store.task
-        idle = self._worker is None and not self._busy and self._store.pending is None
+        idle = self._worker is None and not self._busy and self._store.pending is None and not self._secure.waits
         return idle and (task is None or task.done)
 
     @property
@@ -77,12 +79,14 @@ class OfferHandler:
     def connected(self, now: float) -> None:
         """The board has connected: treat every offer as new, and request all missing blobs again."""
         self._seen.clear()
+        self._secure.hurry(now)
         self._downloader.connected(now)
 
     def hello(self, now: float) -> None:
         """The server has (re)started, perhaps with a lost state: treat every offer as new, and repeat overdue
         requests."""
         self._seen.clear()
+        self._secure.hurry(now)
         self._downloader.remind(now)
 
     def heard(self, now: float) -> None:
@@ -100,12 +104,13 @@ class OfferHandler:
         if self._uplink.refuse_again(offer):
             return
         if task is not None and not task.done and task.offer == offer:
-            self._uplink.hurry(now)  # a pending update should be announced at once
+            self._hurry(now)  # a pending update should be announced at once
             return
         if offer in self._seen:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
-        if task is not None and same_work(task.offer, offer) and (self._store.waiting(task.offer) or self._busy):
+        waits = task is not None and (self._store.waiting(task.offer) or self._secure.waits or self._busy)
+        if task is not None and same_work(task.offer, offer) and waits:
             _LOG.info(
                 "round %d of job %s, attempt %d: the same work, continuing", offer.round, offer.job, offer.attempt
             )
@@ -113,6 +118,23 @@ class OfferHandler:
         else:
             self._start(offer, now)
         self._seen = [*self._seen, offer][-_REMEMBERED:]
+
+    def secure_step(self, message: SecureStep, now: float) -> None:
+        """A step of a secure sum; if the server breaks its rules, the board refuses to take part."""
+        task, before = self._store.task, self._secure.sum
+        if task is None or task.done or attempt_of(task.offer) != attempt_of(message):
+            return
+        try:
+            if not self._secure.waits and not self._busy:
+                raise TrainingError("the update that was to be masked is gone: this board has restarted")
+            masked = self._secure.receive(message, now)
+            if self._secure.sum != before:
+                self._store.forget()  # it is masked for the sum before
+            if masked is not None:
+                self._store.keep(masked)
+                self._uplink.hurry(now)
+        except FedpruneError as error:
+            self._refuse(task.offer, error)
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
         """A piece of what was asked for; `shared` where all devices get it."""
@@ -128,6 +150,7 @@ class OfferHandler:
         _LOG.info("round %d of job %s: the server has the update", message.round, message.job)
         if task is not None and place_of(task.offer) == place_of(message):
             self._store.finish()
+            self._secure.drop()
         self._store.forget()
         self._collect()
 
@@ -188,6 +211,7 @@ class OfferHandler:
             self._collect()
         if self._worker is None:
             self._train(now, connected=connected)
+        self._secure.turn(now)
         self._uplink.continue_upload(self._store.pending, now)
         if self._store.pending is not None:
             self._uplink.announce(self._store.pending, now)
@@ -220,13 +244,20 @@ class OfferHandler:
     def _renumber(self, offer: Offer, now: float) -> None:
         """Continue the current work, or the waiting update, for another attempt at the same offer."""
         pending = self._store.waiting(offer)
-        if pending is not None:
+        if self._secure.waits:
+            self._store.forget()  # it is masked for another sum
+            self._secure.renumber(offer.attempt, now)
+        elif pending is not None:
             self._store.keep(replace(pending, attempt=offer.attempt))
         self._store.accept(offer)
         self._downloader.renumber(offer)
         if self._worker is not None and not self._worker.offline:
             self._worker.offer = offer
         self._uplink.hurry(now)
+
+    def _hurry(self, now: float) -> None:
+        self._uplink.hurry(now)
+        self._secure.hurry(now)
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
@@ -299,8 +330,11 @@ class OfferHandler:
             self._offline.record(result, serves=serves)
             return
         update = replace(worker.runner.commit(result), attempt=offer.attempt)
-        self._store.keep(update)
-        self._uplink.hurry(now)
+        if offer.secure is None:
+            self._store.keep(update)
+            self._uplink.hurry(now)
+        else:
+            self._secure.hold(offer, update, now)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
         _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, shown)
 
@@ -327,6 +361,7 @@ class OfferHandler:
     def _halt(self) -> None:
         """Stop what is being done for the current offer."""
         self._downloader.stop()
+        self._secure.drop()
         self._ready = None
         if self._worker is not None:
             self._worker.stop()

@@ -9,8 +9,10 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
@@ -44,6 +46,11 @@ class Channel:
     def __init__(self, device: str, site: str) -> None:
         self.device, self.topics = device, Topics(site)
 
+    @cached_property
+    def signing_key(self) -> SigningKey:
+        """The key by which other boards know this one in a secure sum; without an identity, one of this process."""
+        return SigningKey.make()
+
     @property
     def birth_due(self) -> bool:
         """Whether the board must send another birth before the server accepts its messages."""
@@ -74,6 +81,11 @@ class Connection:
         self.answers = ResponseTime()
         self._channel = channel
         self._complaints = RejectedMessageLog(_LOG, clock)
+
+    @property
+    def signing_key(self) -> SigningKey:
+        """The key by which other boards know this one in a secure sum."""
+        return self._channel.signing_key
 
     @property
     def unsent(self) -> int:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedprune.core.errors import PlanError, StorageFullError
+from fedprune.core.errors import PlanError, ProtocolError, StorageFullError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import storage_bytes
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import Codec
-from fedprune.wire.messages import Accepted, Cancelled, Offer, Update
+from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Update
 from fedprune_device.storage.state_directory import DeviceStore
 
 
 def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
-    """Check an offer; raises `ConfigError`, `PrivacyError`, `StorageFullError`, or `PlanError` beyond the profile."""
+    """Check an offer; raises `ConfigError`, `ProtocolError`, `PrivacyError`, `StorageFullError`, or `PlanError` beyond
+    the profile."""
     recipe = Recipe.from_dict(offer.recipe)
+    if recipe.secure_aggregation != (offer.secure is not None):
+        raise ProtocolError(
+            "offer: secure",
+            expected="present" if recipe.secure_aggregation else "absent, as the recipe has no secure_aggregation",
+            got="none" if offer.secure is None else "present",
+        )
     store.privacy.check(recipe)
     full = _full_size(offer)
     lowered = offer.lowered or {}
@@ -60,6 +67,8 @@ def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
     codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
     # What serves is no longer what is sent; and, before and after a round, what codes left out.
     coded = 0 if codec is None else 1 + 2 * codec.feedback
+    if offer.secure is not None:
+        coded = 5  # twice a vector of up to 8 bytes a number
     # A lowered model is smaller than the one that it is made of.
     copies = 2 + recipe.own_files + coded + len(offer.lowered or {})
     return sum(r.size for r in lacking) + copies * _full_size(offer)
@@ -92,5 +101,5 @@ def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:
     return message.job, message.round
 
 
-def attempt_of(message: Offer | Update | Cancelled) -> tuple[str, int, int]:
+def attempt_of(message: Offer | Update | Cancelled | SecureStep) -> tuple[str, int, int]:
     return message.job, message.round, message.attempt

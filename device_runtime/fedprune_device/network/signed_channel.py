@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 from fedprune.core.errors import FedpruneError, StaleEpochError
 from fedprune.security.device_identity import DeviceIdentity
+from fedprune.security.keys import SigningKey
 from fedprune.security.signed_channel import Envelope, Opener, Sealer
 from fedprune.security.succession import Succession, follow
 from fedprune.wire.messages import Birth, Hello, Message, parse
@@ -38,6 +40,10 @@ class SignedChannel(Channel):
         self._born = self._disbelieved = False
         self._again_at, self._pause_s = 0.0, _AGAIN_S
         self._silent_since: float | None = None
+
+    @cached_property
+    def signing_key(self) -> SigningKey:
+        return self._identity.key
 
     @property
     def birth_due(self) -> bool:

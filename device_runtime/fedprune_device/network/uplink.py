@@ -49,6 +49,26 @@ ALIVE_S = 300.0
 _MOST_WANTS = 64  # wants that are kept; what is dropped beyond is asked for again
 
 
+class Backoff:
+    """When to repeat what the server has not answered: soon at first, then ever less often."""
+
+    def __init__(self) -> None:
+        self.at, self.count = 0.0, 0
+
+    def hurry(self, now: float) -> None:
+        """Begin again: the next time is now."""
+        self.at, self.count = now, 0
+
+    def due(self, now: float) -> bool:
+        """Whether it is time; then the next time is set."""
+        if now < self.at:
+            return False
+        wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self.count, 10))
+        self.count += 1
+        self.at = now + wait * random.uniform(0.75, 1.25)  # noqa: S311  # nosec B311  # spreads boards in time
+        return True
+
+
 class BoardStatus:
     """Notes that one thread writes and others read. Each is replaced as a whole."""
 
@@ -109,8 +129,7 @@ class Uplink:
         self._wanted: deque[tuple[Update, BlobRequest]] = deque()
         self._chunks: Iterator[bytes] = iter(())
         self._chunks_job = NO_JOB
-        self._announce_at = 0.0
-        self._announced = 0
+        self._announcements = Backoff()
         self._reported: tuple[str, int, int] | None = None
         self._report_at = 0.0
         self._spoke = True
@@ -136,7 +155,7 @@ class Uplink:
         if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
             self._wanted.append((pending, want))
         self.send_chunks()
-        self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
+        self._announcements.at = max(self._announcements.at, now + 5 * ANNOUNCE_S)
 
     @property
     def uploading(self) -> bool:
@@ -167,7 +186,7 @@ class Uplink:
         elif upload.over():
             self._upload = None
             self.send(UploadResult(upload.ref.sha256, _printable(upload.failure)[:400] or None), pending.job)
-            self._announce_at = max(self._announce_at, now + ANNOUNCE_S)
+            self._announcements.at = max(self._announcements.at, now + ANNOUNCE_S)
 
     def end(self, timeout: float) -> None:
         """Stop the upload, and wait for the end of its thread, but no longer than `timeout` seconds."""
@@ -199,17 +218,15 @@ class Uplink:
 
     def hurry(self, now: float) -> None:
         """Announce the update at the next turn, and often at first: it is new, or the connection is."""
-        self._announced, self._announce_at = 0, now
+        self._announcements.hurry(now)
 
     def announce(self, update: Update, now: float) -> None:
         """Announce an update, if it is time to, ever less often."""
         self.status.announcing(update)
-        if now < self._announce_at or (self._upload is not None and self._announced > 0):
+        if self._upload is not None and self._announcements.count > 0:
             return  # during an upload once for each server and connection that asks who is there
-        self.send(update, update.job)
-        wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
-        self._announced += 1
-        self._announce_at = now + wait * random.uniform(0.75, 1.25)  # noqa: S311  # nosec B311  # spreads boards in time
+        if self._announcements.due(now):
+            self.send(update, update.job)
 
     def progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
         """Report an offer's progress (phase, units done, units in all) if it has changed, at most once a second."""

@@ -19,6 +19,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
+from fedprune.secure_aggregation.grid import VectorForm
 from fedprune.updates import Codec, encode, weights
 from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.updates.remap import relocated
@@ -126,7 +127,9 @@ class LocalUpdate:
         self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
-        feeds_back = self._codec is not None and self._codec.feedback
+        self._form = None if offer.secure is None else VectorForm.from_json(offer.secure.get("tensors"))
+        coded = self._form is not None and any(grid.step is not None for grid in self._form.tensors.values())
+        feeds_back = coded or (self._codec is not None and self._codec.feedback)
         keeps = recipe.average or self._personal or feeds_back or recipe.keep_optimizer_state
         self.kept = RoundState(states, offer) if keeps else None
         self._calibrates = recipe.calibrate and trainer.normalised
@@ -173,10 +176,15 @@ class LocalUpdate:
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
-        other = other or recipe.update_clip > 0
+        other = other or recipe.update_clip > 0 or self._form is not None
         whole = self.mask is None and not other
         after = trained if whole and not self._calibrates else self._predicting(trained)
-        update, residual = self._encoded(self._private(self._sent(result, after), read), trained, read)
+        private = self._private(self._sent(result, after), read)
+        if self._form is None:
+            update, residual = self._encoded(private, trained, read)
+        else:
+            update, residual = self._vector(self._form, private, trained, read)
+        del private
         sent = put(update)
         del update
         average: Tensors = {}
@@ -250,9 +258,8 @@ class LocalUpdate:
         """The update as it travels, and what that leaves out, with all elements in their places."""
         if self._codec is None:
             return tensorfile.encode(update), {}
-        base = None if self.kept is None else self.kept.base
-        missed = {} if base is None else carried(base.residual, base, self._offer, trained, read)
         received: Tensors = tensorfile.decode(read(self._offer.weights))
+        missed = self._missed(trained, read)
         packed = missed if self.mask is None else self.mask.pack(missed)
         try:
             raw, left = encode(self._codec, update, received, self._trainer.trainable, packed)
@@ -260,6 +267,20 @@ class LocalUpdate:
             _LOG.warning("the update is sent plainly: %s", error)
             return tensorfile.encode(update), {}
         return raw, left if self.mask is None else self.mask.unpack(left)
+
+    def _vector(
+        self, form: VectorForm, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]
+    ) -> tuple[bytes, Tensors]:
+        """The update as the vector that is to be masked, and what its codes leave out."""
+        received: Tensors = tensorfile.decode(read(self._offer.weights))
+        weight = (self._offer.secure or {}).get("weight", 0)
+        vector, left = form.encode(update, received, weight, self._missed(trained, read))
+        return vector.to_bytes(), left
+
+    def _missed(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
+        """What earlier updates left out."""
+        base = None if self.kept is None else self.kept.base
+        return {} if base is None else carried(base.residual, base, self._offer, trained, read)
 
     def _predicting(self, tensors: Tensors) -> Tensors:
         """Weights as they predict, with statistics of the board's own where it measures them."""

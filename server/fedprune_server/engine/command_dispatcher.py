@@ -56,6 +56,7 @@ class CommandDispatcher:
 
     Attributes:
         revoked: Devices that are no longer members and have not announced themselves since.
+        masks: Whether a device's masked update is awaited.
     """
 
     def __init__(self, traffic: DeviceTraffic, shipping: BucketSync, blobs_at: str | None = None) -> None:
@@ -64,6 +65,7 @@ class CommandDispatcher:
         self._shipping, self._blobs_at = shipping, blobs_at
         self._changed = traffic.state.tasks.watch()
         self.revoked: set[str] = set()
+        self.masks: Callable[[str], bool] = lambda device: False
 
     def run(self, command: DeviceCommand) -> list[on.Event]:
         """Carry out a command. Raises `StorageError` if the disk fails."""
@@ -121,6 +123,8 @@ class CommandDispatcher:
         """
         state, dropped = self._state, list[str]()
         for name in self._uploads.devices() if everywhere else self._changed:
+            if self.masks(name):
+                continue
             task = state.tasks.get(name)
             if task is None or task.progress is not Part.PULLING or not state.awaits(task):
                 dropped += self._uploads.drop(name)

@@ -41,6 +41,7 @@ from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
 from fedprune_server.engine.journal import Journal
 from fedprune_server.engine.message_handler import Envelope, MessageHandler
+from fedprune_server.engine.secure_sums import SecureSums
 from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
@@ -188,8 +189,11 @@ class JobRunner:
             else RolloutCoordinator(services.rollouts, self.outbox.send, services.members, site.clock, site.monotonic)
         )
         traffic = DeviceTraffic(job.job, job.state, self.registry, self._uploads, self.outbox, site.monotonic)
-        self._messages = MessageHandler(traffic, site.quarantine, profiles, self._rollouts, services.logs)
+        self._sums = SecureSums(traffic, job.store) if job.job.secure_aggregation else None
+        self._messages = MessageHandler(traffic, site.quarantine, profiles, self._rollouts, services.logs, self._sums)
         self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
+        if self._sums is not None:
+            self._dispatcher.masks = self._sums.awaits
         self._database = job.storage.database
         self._journal = Journal(
             job.state,
@@ -235,19 +239,19 @@ class JobRunner:
     @property
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
-        return self._executor.busy or bool(self._taken) or self.outbox.waiting or self._shipping.waiting
+        return self.computing or bool(self._taken) or self.outbox.waiting or self._shipping.waiting
 
     @property
     def computing(self) -> bool:
         """Whether a heavy command is under way, such as a last evaluation."""
-        return self._executor.busy
+        return self._executor.busy or (self._sums is not None and self._sums.computing)
 
     @property
     def pause_s(self) -> float:
         """Seconds for which the next turn may wait for a message."""
         if self.outbox.ready or self._taken:
             return 0.0
-        longest = 0.01 if self._executor.busy or self.outbox.waiting or self._shipping.waiting else 0.1
+        longest = 0.01 if self.computing or self.outbox.waiting or self._shipping.waiting else 0.1
         if not self._alarms or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
             return longest
         return max(0.0, min(longest, self._alarms[0] - self._steady()))
@@ -281,6 +285,8 @@ class JobRunner:
             self._collect_uploads()
             while (result := self._executor.collect()) is not None:
                 self._handle(result)
+            if self._sums is not None and (unmasked := self._sums.turn(self._monotonic())) is not None:
+                self._handle(unmasked)
             if self._monotonic() - self._ticked >= _TICK_S:
                 self._ticked = self._monotonic()
                 self._tick(self._ticked)
@@ -294,6 +300,8 @@ class JobRunner:
         """Stop; what is not saved is done again by the next process."""
         self._shipping.close()
         self._executor.close()
+        if self._sums is not None:
+            self._sums.close()
         self.observers.ended()
 
     def pause(self, paused: bool) -> None:
@@ -437,6 +445,8 @@ class JobRunner:
     def awaits_part_of(self, device: str) -> bool:
         """Whether a part of a round is awaited from a device."""
         task = self.state.tasks.get(device)
+        if task is not None and self._sums is not None and task.progress is Progress.FOLDED:
+            return self.state.phase in (Phase.TRAINING, Phase.CLOSING)  # it waits to mask its update, or does
         if task is None or task.progress not in UNDER_WAY:
             return False
         if task.basis is not None:
@@ -522,7 +532,8 @@ class JobRunner:
 
     def _collect_uploads(self) -> None:
         for event in self._dispatcher.collect_uploads():
-            self._handle(event)
+            if self._sums is None or not self._sums.takes(event):
+                self._handle(event)
 
     def _commit(self) -> None:
         """End the transaction: save what happened, then carry out its commands; that may lead to more."""
@@ -555,6 +566,9 @@ class JobRunner:
                     heapq.heappush(self._alarms, command.at)
                 case do.Finish():
                     self._finish(command)
+                case do.SumMasked():
+                    if self._sums is not None:
+                        self._sums.begin(command)
                 case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate() | do.Measure():
                     self._executor.order(command)
                 case _:

@@ -29,6 +29,8 @@ from fedprune.wire.messages import (
     Message,
     Progress,
     Refusal,
+    SecureStep,
+    Trained,
     Update,
     UploadResult,
     parse,
@@ -36,6 +38,7 @@ from fedprune.wire.messages import (
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
+from fedprune_server.engine.secure_sums import SecureSums
 from fedprune_server.ota.coordinator import RolloutCoordinator
 
 log = logging.getLogger("fedprune.server")
@@ -82,6 +85,7 @@ class MessageHandler:
         profiles: Folders of hardware profiles in addition to the shipped ones.
         rollouts: Runs rollouts of releases, if this job's runner does.
         logs: Stores boards' logs; None to ask for none.
+        sums: Sums masked updates; None where the job takes updates as they are.
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class MessageHandler:
         profiles: Sequence[Path] = (),
         rollouts: RolloutCoordinator | None = None,
         logs: BoardLogs | None = None,
+        sums: SecureSums | None = None,
     ) -> None:
+        self._sums = sums
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
         self._quarantine, self._profiles, self._rollouts, self._logs = quarantine, tuple(profiles), rollouts, logs
@@ -121,10 +127,14 @@ class MessageHandler:
                 self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
             case UploadResult() as result:
                 self._outbox.ask(self._uploads.reported(device, result, now))
-            case Progress() | Refusal() | Update() as report:
+            case SecureStep() as step:
+                self._registry.heard(device, now)
+                if self._sums is not None and step.job == self._job.name:
+                    self._sums.answered(device, step)
+            case Progress() | Refusal() | Trained() | Update() as report:
                 if report.job == self._job.name:
                     return self._report(device, report)
-                if isinstance(report, Update):
+                if isinstance(report, (Trained, Update)):
                     self.void(device, report.job, report.round, report.attempt)
             case message:
                 raise ProtocolError("message of a device", got=message.kind)
@@ -198,7 +208,7 @@ class MessageHandler:
             self._known_profiles[name] = now, known
         return known
 
-    def _report(self, device: str, message: Progress | Refusal | Update) -> on.Event | None:
+    def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
         """The event of a device's report on its part in a round."""
         if isinstance(message, Progress):
             task = self._state.tasks.get(device)
@@ -212,10 +222,22 @@ class MessageHandler:
             reason = one_line(message.reason)
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
             kind = of_exit_code(message.exit_code)
+            if self._sums is not None:
+                self._sums.lost(device, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason, kind)
         contact = self._registry[device]
         metrics = believable(message.metrics)
         contact.metrics = all_served(metrics) or contact.metrics
+        if isinstance(message, Trained):
+            if self._sums is not None:
+                self._sums.repeat(device, message.round)
+            told = message.round, message.attempt, message.base, message.samples, message.steps
+            return on.Trained(device, *told, metrics)
+        if self._sums is not None:
+            if not self._sums.announced(device, message):
+                reason = "this job takes no updates but masked ones of a sum that goes on"
+                self._outbox.send(device, Cancelled(message.job, message.round, message.attempt, reason), message.job)
+            return None
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
             self._outbox.ask(self._uploads.heard(device, self._monotonic()))
             return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are

@@ -98,7 +98,7 @@ class DistributedWorker:
                 return event
             if isinstance(event, on.UpdateRejected):
                 return event
-        if self._shared is not None and isinstance(command, do.Close):
+        if self._shared is not None and isinstance(command, do.Close) and not command.sums:
             updates = [self._worker.updates.update(c) for c in command.contributions]
             shares = {u.device: u.shares for u in self._worker.round_of(command).limited(updates).updates}
             counted = (c for c in command.contributions if c.part.device in shares)

@@ -37,6 +37,7 @@ from fedprune_server.executor.background import Work
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
+from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.executor.offers import Offers, blobs_of, graphs_of
 from fedprune_server.executor.slab_chains import SlabChains, basis_of, kind_of
 from fedprune_server.executor.stored_updates import StoredUpdates
@@ -91,6 +92,7 @@ class Worker:
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
+        self._masked_sums = MaskedSums(job, self.updates, store, self.round_of) if job.secure_aggregation else None
         self._shared: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
         self._told: set[str] = set()
 
@@ -195,7 +197,11 @@ class Worker:
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
         before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
+        secure: dict[str, Any] = {}
+        if self._masked_sums is not None:
+            secure[do.SECURE] = self._masked_sums.form(command.basis, command.part, submodel.selection)
         return {
+            **secure,
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
             "selection": submodel.selection.digest,
@@ -225,7 +231,7 @@ class Worker:
 
     # Updates come in, and a round ends.
 
-    def round_of(self, command: do.Fold | do.Close | do.Measure) -> Round:
+    def round_of(self, command: do.Fold | do.Close | do.Measure | do.Basis) -> Round:
         """The round that a command belongs to; a new one if it isn't the one of the command before."""
         key = (command.round, command.model, command.memory)
         if self._round is None or self._round[0] != key:
@@ -254,8 +260,11 @@ class Worker:
         return on.AddedUp(command.round, command.number, self.store.put(sums_file.encode(found)).sha256)
 
     def _close(self, command: do.Close) -> on.Closed:
-        updates = [self.updates.update(c) for c in command.contributions]
-        result = self.round_of(command).close(updates, command.rate, command.participants)
+        if self._masked_sums is None:
+            updates = [self.updates.update(c) for c in command.contributions]
+            result = self.round_of(command).close(updates, command.rate, command.participants)
+        else:
+            result = self._masked_sums.closed(command)
         self._round = None
         self._log(command.round, result)
         model = self._put_model(command, result)
@@ -277,11 +286,8 @@ class Worker:
         """Store the next model; tensors that don't travel keep their bits, which sums would round."""
         if result.model is None:
             return command.model
-        before, kept, counted = (
-            self.updates.archive.model(command.model),
-            set[str](),
-            {u.device for u in result.updates},
-        )
+        before, kept = self.updates.archive.model(command.model), set[str]()
+        counted = {u.device for u in result.updates} | {device for found in command.sums for device in found.devices}
         for found in command.contributions:
             if found.part.device in counted:
                 kept |= self.updates.withheld(found.basis, found.part)

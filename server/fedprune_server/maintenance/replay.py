@@ -134,11 +134,14 @@ class _Replay:
 
     def _work(self, command: do.Score | do.Extract | do.Close) -> None:
         if isinstance(command, do.Close):
-            for found in command.contributions:
-                if not (self._store.has(found.weights) or self._updates.has(found.weights)):
-                    raise _gone(self._archived, f"the update of {found.part.device} in round {command.round} is gone")
-                if not self._store.has(found.weights):
-                    self._store.put(self._updates.read(found.weights))
+            needed = {found.weights: f"update of {found.part.device}" for found in command.contributions}
+            if command.sums:
+                needed = {found.total: "sum of masked updates" for found in command.sums}
+            for digest, what in needed.items():
+                if not (self._store.has(digest) or self._updates.has(digest)):
+                    raise _gone(self._archived, f"the {what} in round {command.round} is gone")
+                if not self._store.has(digest):
+                    self._store.put(self._updates.read(digest))
         event = self._worker.execute(command)
         self._made[_key(event)] = event
 

@@ -11,7 +11,7 @@ from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.fields import MAX_MESSAGE
 from fedprune.wire.fleet_messages import LogRequest, Reconnect, ReleaseOffer
-from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer
+from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer, SecureStep
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.transfer import SeenRequests, with_request_id
 from fedprune_server.devices.registry import DeviceRegistry
@@ -22,7 +22,7 @@ from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
 
-_ANSWERED = (Hello, Offer, LogRequest, Reconnect, ReleaseOffer)
+_ANSWERED = (Hello, Offer, SecureStep, LogRequest, Reconnect, ReleaseOffer)
 """Messages that a device answers."""
 
 

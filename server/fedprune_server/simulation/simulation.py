@@ -135,6 +135,14 @@ class Simulation:
             raise ConfigError(
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
+        if job.secure_aggregation:
+            raise ConfigError(
+                "simulation: job.secure_aggregation",
+                expected="false",
+                got="true",
+                hint="Simulate the job without it, with move_limit = 0: the model is the same bit for bit. With "
+                "compression = 'int8' it differs by what codes round.",
+            )
         shared = experiment.weather.multicast
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, slabs=shared)
         worker.prefix = f"{experiment.title}: "

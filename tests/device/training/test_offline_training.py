@@ -26,6 +26,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
@@ -265,7 +266,8 @@ def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[]
     uplink, runner = Uplink(connection, store.blobs), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
     downloader = Downloader(store, connection, uplink)
-    return OfferHandler(store, downloader, uplink, runner, offline)
+    secure = SecureUpdate(connection, uplink, store.blobs)
+    return OfferHandler(store, downloader, uplink, runner, offline, secure)
 
 
 @pytest.fixture

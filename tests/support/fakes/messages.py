@@ -25,6 +25,7 @@ from fedprune.wire.fleet_messages import (
 from fedprune.wire.messages import (
     MAX_REQUEST,
     PHASES,
+    STEPS,
     Accepted,
     Alive,
     Birth,
@@ -40,6 +41,8 @@ from fedprune.wire.messages import (
     Offer,
     Progress,
     Refusal,
+    SecureStep,
+    Trained,
     Update,
     UploadRequest,
     UploadResult,
@@ -97,6 +100,11 @@ messages = st.one_of(
             lambda at: None if at is None else str(BlobUrl.parse(at))
         ),
     ),
+    st.builds(Trained, names, names, counts, counts, hexes, counts, counts, metrics),
+    st.builds(
+        SecureStep.of, names, counts, counts, hexes.map(lambda h: h[:32]), st.sampled_from(STEPS),
+        st.binary(max_size=99),
+    ),
     st.builds(Accepted, names, counts, counts, hexes),
     st.builds(Cancelled, names, counts, counts, texts),
     st.builds(Finished, names),
@@ -153,6 +161,8 @@ EXAMPLES: list[Message] = [
         {"int8": REF},
         (REF,),
     ),
+    Trained("pi-1", "j", 1, 0, DIGEST, 100, 40, {"loss": 0.5}),
+    SecureStep.of("j", 1, 0, DIGEST[:32], "keys", b"abc"),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),

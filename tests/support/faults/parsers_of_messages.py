@@ -172,6 +172,8 @@ def _messages() -> list[Any]:
         m.Update(
             "a", **place, base=ZERO, weights=REF, samples=10, steps=5, metrics={"accuracy_after": 0.5, "loss": 1.0}
         ),
+        m.Trained("a", **place, base=ZERO, samples=10, steps=5, metrics={"loss": 1.0}),
+        m.SecureStep.of("toy", 3, 1, ZERO[:32], "shares", bytes(96)),
         m.Hello(1_700_000_000),
         offer,
         m.Accepted(**place, weights=ZERO),

@@ -92,6 +92,10 @@ class Coordinator(ABC):
                 return self._progressed(event, now)
             case on.UpdateAnnounced():
                 return self._announced(event, now)
+            case on.Trained():
+                return self._trained(event, now)
+            case on.Unmasked():
+                return self._unmasked(event, now)
             case on.UpdateStored():
                 return self._stored(event, now)
             case on.UpdateRejected():
@@ -157,6 +161,14 @@ class Coordinator(ABC):
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         """A device has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
 
+    def _trained(self, event: on.Trained, now: float) -> Commands:
+        """A device has an update to mask: it is part of the round's sum from now on."""
+        return [do.Cancel(event.device, event.round, event.attempt, "this job takes updates as they are")]
+
+    def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
+        """The sums of masked updates are known: the round can close."""
+        return []
+
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         """An update is here: acknowledge it, so that the device lets go of it, and add it while sums are open."""
@@ -210,6 +222,7 @@ class Coordinator(ABC):
         device, offer = self.state.devices[event.device], task.offer or {}
         device.failures = 0
         keeps = offer.get("recipe", {}).get("keep_optimizer_state")
+        keeps = keeps or any(step is not None for *_, step in offer.get(do.SECURE, {}).get("tensors", ()))
         if keeps or {"codec", "weights_codec"} & set(offer):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
@@ -447,12 +460,12 @@ def part_of(name: str, task: Task) -> do.Part:
     return do.Part(name, task.attempt, task.widths, task.density, task.samples, past, task.last_counted_round)
 
 
-def based(event: on.UpdateAnnounced, task: Task) -> bool:
+def based(event: on.UpdateAnnounced | on.Trained, task: Task) -> bool:
     """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
     return task.offer is not None and event.base == task.offer["weights"]["sha256"]
 
 
-def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
+def steps_of(event: on.UpdateAnnounced | on.Trained, task: Task) -> int:
     """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
     recipe = Recipe.from_dict((task.offer or {})["recipe"])
     return max(1, min(event.steps, recipe.steps(task.samples)))

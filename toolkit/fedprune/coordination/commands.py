@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SECURE = "secure"
+"""Entry of an offer that says how the update becomes a vector to be masked: its `tensors`
+(`fedprune.secure_aggregation.grid.VectorForm`), its numbers of 32 (`narrow`) and 64 bits (`wide`), and the device's
+`weight` in the sum."""
+
 
 @dataclass(frozen=True)
 class Past:
@@ -250,6 +255,33 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class CohortSum:
+    """The sum of the masked updates of devices that were sent the same.
+
+    Attributes:
+        total: Digest of the vector.
+        narrow: How many numbers of 32 bits it has, before those of 64.
+        devices: Whose updates are in it, sorted.
+    """
+
+    total: str
+    narrow: int
+    devices: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> CohortSum:
+        return cls(**{**body, "devices": tuple(body["devices"])})
+
+
+@dataclass(frozen=True)
+class SumMasked:
+    """Have devices that have trained mask their updates, and sum them; answered by `Unmasked`."""
+
+    round: int
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Close:
     """Turn the sums of exactly these contributions into a new global model; answered by `Closed`.
 
@@ -261,6 +293,7 @@ class Close:
         memory: Digests of what the job remembers, by name.
         participants: The devices of the round, sorted.
         rate: Share of the way to the sums' mean that is gone.
+        sums: With secure aggregation, the sums of all contributions, none of which is known by itself.
     """
 
     round: int
@@ -269,6 +302,7 @@ class Close:
     participants: tuple[str, ...]
     contributions: tuple[Contribution, ...]
     rate: float = 1.0
+    sums: tuple[CohortSum, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -334,6 +368,7 @@ Command = (
     | Acknowledge
     | Cancel
     | Fold
+    | SumMasked
     | Close
     | Evaluate
     | Measure

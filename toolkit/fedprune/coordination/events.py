@@ -84,6 +84,34 @@ class UpdateAnnounced:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A device of a job with secure aggregation has an update, which it will mask. Attributes are those of
+    `UpdateAnnounced`."""
+
+    device: str
+    round: int
+    attempt: int
+    base: str
+    samples: int
+    steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """The sums of a round's masked updates are known.
+
+    Attributes:
+        sums: `fedprune.coordination.commands.CohortSum`s, as JSON.
+        dropped: By device, why its update is in none of them.
+    """
+
+    round: int
+    sums: list[dict[str, Any]]
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class UpdateStored:
     """An announced update's weights are on the disk of the server or, with a `region`, of that aggregator."""
 
@@ -227,6 +255,8 @@ Event = (
     | Extracted
     | Progressed
     | UpdateAnnounced
+    | Trained
+    | Unmasked
     | UpdateStored
     | UpdateRejected
     | OfferRefused

@@ -150,6 +150,18 @@ class Round:
         reasons = {device: why for device, why in limited.reasons.items() if device not in rejected}
         return replace(result, rejected=rejected, limited=reasons)
 
+    def close_sums(self, sums: Sequence[PartialSums], participants: tuple[str, ...]) -> RoundResult:
+        """Close the round with sums of which no single update is known, as of masked ones. Raises `ProtocolError` or
+        `BundleError` if they don't fit."""
+        self.reset()
+        scene = replace(self.scene, participants=participants)
+        for part in sums:
+            self.fold.take([part])
+        closing = self._strategy.close(self.fold, scene, 1.0, lambda: iter(()))
+        learnt = self._strategy.learn(scene, self.fold, lambda: iter(()))
+        self.reset()
+        return RoundResult(closing.model, {**closing.memories, **learnt})
+
     def lifted(self, report: Report) -> Submodel:
         """An update as it enters the sums."""
         return self._strategy.reconstruct(report)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.aggregation.fixed_point import weight_in
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
@@ -64,7 +64,7 @@ class SynchronousCoordinator(Coordinator):
         have changed; a round's deadline starts again. A finished job continues if it has been given more rounds.
         """
         state = self.state
-        state.keep_to(asynchronous=False)
+        state.keep_to(asynchronous=False, masked=self.job.secure_aggregation)
         self._mark_all_offline()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
@@ -83,7 +83,7 @@ class SynchronousCoordinator(Coordinator):
                 elif task.progress is Progress.PULLING and task.update is not None:
                     # The announcement will be repeated, too; pulling is resumed from what is on disk.
                     commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
-                elif task.progress in (Progress.STORED, Progress.FOLDED):
+                elif task.progress in (Progress.STORED, Progress.FOLDED) and not self.job.secure_aggregation:
                     commands.append(self._fold(name, task, task.weight))
             commands += self._start_clock(now)
             return commands + self._next_turns(self._tally()) + self._look_again(now)
@@ -165,6 +165,8 @@ class SynchronousCoordinator(Coordinator):
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         counts = capped(counts, self.job.weight_limit, self.job.most_samples)
+        if self.job.secure_aggregation:  # a board can't see the others' weights, and no sum may overflow
+            counts = {name: min(count, MAX_WEIGHT // len(chosen)) for name, count in counts.items()}
         total = sum(counts.values())
         tasks = TrackedDict[Task]()
         for name, device in chosen.items():
@@ -237,12 +239,14 @@ class SynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.offer = event.offer
+        if do.SECURE in event.offer:
+            task.offer = event.offer | {do.SECURE: event.offer[do.SECURE] | {"weight": task.weight}}
         if task.offered_at is None:  # else it has moved, and what it was offered before is the same
             self.privacy_budget.offered(event.device)
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
         self.state.devices[event.device].last_offered_round = event.round
-        return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
+        return [do.SendOffer(event.device, event.round, event.attempt, task.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
         """Set the deadline once everything has been offered."""
@@ -282,6 +286,34 @@ class SynchronousCoordinator(Coordinator):
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if late else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
+
+    def _trained(self, event: on.Trained, now: float) -> Commands:
+        state, task = self.state, self.state.tasks.get(event.device)
+        mine = task is not None and (event.round, event.attempt) == (state.round, task.attempt) and based(event, task)
+        if task is None or not mine or not self.job.secure_aggregation:
+            if task is not None and event.round == state.round and task.progress in TO_COME:
+                return []  # the offer that it gets in a moment says whether this update still counts
+            return [do.Cancel(event.device, event.round, event.attempt, "the round is over")]
+        if task.progress is Progress.FOLDED and state.phase in (Phase.TRAINING, Phase.CLOSING):
+            return []  # the shell tells it what is next
+        if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
+            return [do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")]
+        task.trained_s = task.seconds = None if task.offered_at is None else now - task.offered_at
+        task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
+        # Its update is not here, but settled: it is in the round's sum unless the device drops out of that.
+        task.progress = Progress.STORED
+        return self._folded(on.Folded(event.device, event.round, event.attempt), now)
+
+    def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is not None:
+            return []
+        for name in event.dropped.keys() & state.tasks.keys():
+            state.tasks[name].refuse(event.dropped[name], FailureKind.LATE)
+        if not event.sums:
+            return self._restart_after_unusable_updates(now)
+        state.closing = {"sums": event.sums}
+        return [self._close()]
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
@@ -388,16 +420,20 @@ class SynchronousCoordinator(Coordinator):
         state.ranking = state.order = None
         return self._score()
 
-    def _close(self) -> do.Close:
+    def _close(self) -> do.Close | do.SumMasked:
         state = self.state
         done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
+        if self.job.secure_aggregation and state.closing is None:
+            return do.SumMasked(state.round, tuple(done))
+        sums = tuple(do.CohortSum.from_dict(body) for body in (state.closing or {}).get("sums", ()))
         parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
-        return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts)
+        return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts, sums=sums)
 
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
+        state.closing = None
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():

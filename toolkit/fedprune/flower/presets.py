@@ -32,6 +32,9 @@ def composed(job: Job) -> Strategy:
         ),
         "its updates come in whenever they are ready, while Flower's rounds wait": strategy.schedule is not None,
         "its first rounds explore": strategy.explores > 0,
+        "its updates are masked by fedprune's own boards; Flower has secure aggregation of its own": (
+            job.secure_aggregation
+        ),
         "it needs what fedprune's own boards measure": recipe.report_squares or strategy.inputs == "measurements",
     }
     reason = next((reason for reason, holds in reasons.items() if holds), "")

@@ -39,6 +39,7 @@ _LATER = (
     "compression_of",
     "compression_down",
     "privacy",
+    "secure_aggregation",
     "weight_limit",
     "most_samples",
     "move_limit",
@@ -88,6 +89,9 @@ class Job:
         compression_down: The codec of the weights that devices are sent: `auto` for the strategy's own, `none`, `zlib`,
             `float16`, `int8`, `int4` or `ternary`.
         privacy: Whether and how what boards hand in is clipped and noised.
+        secure_aggregation: Boards mask what they hand in, so that the server learns only the sum of boards with the
+            same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, and boards that fewer than
+            two others share their channels with don't count.
         weight_limit: The most samples that a device counts for, and the most steps for which it may move further
             than others, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
@@ -122,6 +126,7 @@ class Job:
     compression_of: dict[str, str] = field(default_factory=dict)
     compression_down: str = one_of(AUTO, (AUTO, PLAIN, *DOWN))
     privacy: Privacy = field(default_factory=Privacy)
+    secure_aggregation: bool = False
     weight_limit: float = bounded(4.0, 1, 1e6, or_zero=True)
     most_samples: int = bounded(0, 0, 2**62)
     move_limit: float = bounded(1.5, 1, 1e6, or_zero=True)
@@ -145,13 +150,10 @@ class Job:
         for what, setting in {"job: compression": self.compression, **of_profiles}.items():
             if setting != AUTO:
                 Codec.parse(setting, what)
-        for name in WRITTEN:
+        written = dict.fromkeys(WRITTEN, "[job.privacy], which says what it is")
+        for name, place in (written | {"secure_aggregation": "secure_aggregation in [job]"}).items():
             if getattr(self.recipe, name):
-                raise ConfigError(
-                    f"job: recipe: {name}",
-                    expected="[job.privacy], which says what it is",
-                    got=getattr(self.recipe, name),
-                )
+                raise ConfigError(f"job: recipe: {name}", expected=place, got=getattr(self.recipe, name))
         self.privacy.asked_of(self.training)  # what doesn't go with privacy or rounds is better known now
         self._check_ranked()
         for name in ("byte_budget", "energy_budget") if self.density else ():
@@ -198,10 +200,10 @@ class Job:
 
     @property
     def training(self) -> Recipe:
-        """The recipe with the rounds over which its learning rate falls."""
-        if self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds:
-            return self.recipe
-        return replace(self.recipe, lr_rounds=self.rounds)
+        """The recipe with the rounds over which its learning rate falls, and whether updates are masked."""
+        own = self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds
+        rounds = self.recipe.lr_rounds if own else self.rounds
+        return replace(self.recipe, lr_rounds=rounds, secure_aggregation=self.secure_aggregation)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""

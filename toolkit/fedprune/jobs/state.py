@@ -266,8 +266,8 @@ class State:
         deadline: When the current round stops waiting, on the caller's clock.
         target_updates: Updates with which the current round closes; 0 for all.
         opened_at: Asynchronous jobs: when the current round began to collect.
-        closing: Asynchronous jobs, while a round is being closed: which updates are new, the weight of each, and how
-            far the sums move the model.
+        closing: While a round is being closed. Asynchronous jobs: which updates are new, the weight of each, and how
+            far the sums move the model. With secure aggregation: the sums of masked updates, once they are known.
         wake_times: Times of `Wake` commands that the shell has not answered yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store
@@ -327,7 +327,8 @@ class State:
 
     def own_references(self) -> set[str]:
         """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
-        return {d for d in (self.model, self.ranking, self.order, *self.memory.values()) if d}
+        sums = [found["total"] for found in (self.closing or {}).get("sums", ())]
+        return {d for d in (self.model, self.ranking, self.order, *self.memory.values(), *sums) if d}
 
     def round_of(self, task: Task) -> int:
         """The round that a part was offered in."""
@@ -369,13 +370,17 @@ class State:
                 for n, t in self.tasks.items()
             )
 
-    def keep_to(self, *, asynchronous: bool) -> None:
-        """Drop parts that were made under another kind of schedule; a round that has begun with them starts again.
+    def keep_to(self, *, asynchronous: bool, masked: bool = False) -> None:
+        """Drop parts that were made under another kind of schedule, or offered with other masks; a round that has begun
+        with them starts again.
 
         Args:
             asynchronous: Whether the job is asynchronous now.
+            masked: Whether updates are masked now.
         """
-        if all((t.basis is not None) == asynchronous for t in self.tasks.values()):
+        offers = [t.offer for t in self.tasks.values() if t.offer is not None]
+        scheduled = all((t.basis is not None) == asynchronous for t in self.tasks.values())
+        if scheduled and all(("secure" in offer) == masked for offer in offers):
             return
         self.tasks, self.closing, self.deadline, self.wake_times = TrackedDict(), None, None, []
         if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):

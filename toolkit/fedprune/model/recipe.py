@@ -208,6 +208,7 @@ _LATER = (
     "augment",
     "update_clip",
     "update_noise",
+    "secure_aggregation",
 )
 """Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
 
@@ -309,6 +310,7 @@ class Recipe:
         update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
             it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
+        secure_aggregation: The update leaves the board masked, and never otherwise.
     """
 
     epochs: int = bounded(1, 1, 10_000)
@@ -356,6 +358,7 @@ class Recipe:
     augment: tuple[str, ...] = ()
     update_clip: float = bounded(0.0, 0, 1e6)
     update_noise: float = bounded(0.0, 0, 1e10)
+    secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
         # Types count: 1 and numpy's 1 may have the same text, True and 1 are equal.
@@ -505,6 +508,7 @@ class Recipe:
         tensors and optimiser's state: the newest, the one that it was made from, and the staged one.
         """
         differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
+        differs = differs or self.secure_aggregation
         serves = differs or self.average > 0 or bool(self.personal)
         records = (self.average > 0) + bool(self.personal) + self._kept_states
         return int(serves) + 3 * records + self.report_squares

@@ -17,12 +17,13 @@ Such a graph stays connected until k boards are removed (Harary 1962). So, where
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 
-from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.core.errors import ConfigError, ProtocolError, shown
 from fedprune.core.validation import whole
 from fedprune.security.keys import transcript
 
@@ -97,6 +98,19 @@ class Session:
             got=boards,
             hint="Fewer than half may drop out, or collude.",
         )
+
+    def to_bytes(self) -> bytes:
+        """As boards are sent it: JSON."""
+        return json.dumps({**asdict(self), "context": self.context.hex()}, sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Session:
+        """Read what `to_bytes` gives. Raises `ProtocolError`."""
+        try:
+            body = json.loads(raw)
+            return cls(**{**body, "context": bytes.fromhex(body["context"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ProtocolError("settings of a secure sum", expected="JSON of its settings", got=shown(raw)) from error
 
     @property
     def digest(self) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from typing import Any
 
@@ -67,7 +67,8 @@ def compose(job: Job) -> Strategy:
     options = dict(job.options)
     settings = options.pop(ROBUST, None)
     strategy = scheduled(_compose(replace(job, options=options)), job)
-    return check_private(job, replace(strategy, aggregator=robust(strategy.aggregator, settings)))
+    strategy = replace(strategy, aggregator=robust(strategy.aggregator, settings))
+    return check_secure(job, check_private(job, strategy))
 
 
 def _compose(job: Job) -> Strategy:
@@ -195,7 +196,7 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
-    if not job.privacy.local and (looks := _looks(job, strategy)):
+    if not job.privacy.local and (looks := _looks(job, strategy, _LOSSLESS)):
         raise ConfigError(
             f"job: privacy: noise {SHARED!r} with strategy {job.strategy}",
             expected="a job in which nothing is made of single updates",
@@ -205,9 +206,34 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
     return strategy
 
 
-def _looks(job: Job, strategy: Strategy) -> str:
-    """What of a job looks at single updates, or is no function of their sum; empty where nothing does."""
-    codecs = {job.compression, *job.compression_of.values()} - {AUTO, *_LOSSLESS}
+def check_secure(job: Job, strategy: Strategy) -> Strategy:
+    """Check that a job with secure aggregation needs no more than sums of masked updates. Raises `ConfigError`, which
+    says what does.
+
+    Returns:
+        The strategy.
+    """
+    if not job.secure_aggregation:
+        return strategy
+    looks = _looks(job, strategy, (PLAIN, "int8"))
+    if not looks and (job.compression_of or job.compression_down not in (AUTO, *_LOSSLESS)):
+        looks = "compression_of or compression_down, by which boards differ"
+    if not looks and (job.recipe.mask != "none" or job.recipe.report_squares):
+        looks = "a recipe with element masks or squared gradients, which boards have of their own"
+    if looks:
+        raise ConfigError(
+            f"job: secure_aggregation with strategy {job.strategy}",
+            expected="a job in which nothing is made of single updates",
+            got=looks,
+            hint="fedavg, and heterofl with label_rows = false, are some that go with it; compression may be int8.",
+        )
+    return strategy
+
+
+def _looks(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
+    """What of a job looks at single updates, or is no function of their sum; empty where nothing does. `allowed` are
+    codecs that are none of that."""
+    codecs = {job.compression, *job.compression_of.values()} - {AUTO, *allowed}
     found = {
         "a composition of somebody's own, which may look at anything": ":" in job.strategy,
         "a strategy that uses single updates": strategy.inputs != "sum",

@@ -30,6 +30,7 @@ MAX_DEPTH = 8
 
 MAX_METRICS = 64
 
+_BASE64 = re.compile(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _PRINTABLE = r"^[^\u0000-\u0008\u000b-\u001f\u007f-\u009f]*$"
 _LONGEST_KEY = 256
@@ -124,6 +125,18 @@ def hexadecimal(low: int, high: int | None = None) -> FieldType:
 
     pattern = "^([0-9a-f]{2})*$"
     return FieldType(check, {"type": "string", "minLength": low, "maxLength": most, "pattern": pattern})
+
+
+def base64_bytes(most: int) -> FieldType:
+    """Bytes as text in base64 (RFC 4648, with padding); at most so many."""
+    longest = 4 * -(-most // 3)
+
+    def check(where: str, value: object) -> str:
+        found = validation.text(where, value, longest, error=ProtocolError)
+        return validation.matching(where, found, _BASE64, "base64", error=ProtocolError)
+
+    schema = {"type": "string", "maxLength": longest, "pattern": f"^{_BASE64.pattern}$", "contentEncoding": "base64"}
+    return FieldType(check, schema)
 
 
 def _optional(one: FieldType) -> FieldType:

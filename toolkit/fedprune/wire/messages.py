@@ -7,6 +7,7 @@ twice, late or never.
 
 from __future__ import annotations
 
+import base64
 import logging
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from fedprune.wire.fields import (
     TrueOrAbsent,
     UploadAddress,
     WebAddress,
+    base64_bytes,
     choice,
     hexadecimal,
     newer,
@@ -143,6 +145,10 @@ class Offer(CheckedMessage, kind="offer"):
     or where that is unknown."""
     moved_from: Digest | None = newer()
     """Digest of the selection that those were sent in."""
+    secure: FreeObject | None = newer()
+    """How the update becomes the vector that the board masks: `tensors`
+    (`fedprune.secure_aggregation.grid.VectorForm`) and `weight`. None where updates aren't masked; the recipe says so,
+    too, so that a board that doesn't know of masks refuses."""
     base: Blob | None = newer()
     """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
     blobs_at: WebAddress | None = newer()
@@ -295,6 +301,57 @@ class Update(CheckedMessage, kind="update"):
 
 
 @dataclass(frozen=True)
+class Trained(CheckedMessage, kind="trained"):
+    """A device has trained, and waits to mask its update."""
+
+    device: Device
+    job: Job
+    round: Round
+    attempt: Attempt
+    base: Digest
+    """As of `Update`."""
+    samples: Count
+    """Local samples that it was trained on."""
+    steps: Count
+    """Optimiser steps taken."""
+    metrics: Metrics = field(default_factory=dict)
+    """As of `Update`."""
+
+
+STEPS = ("session", "keys", "roster", "shares", "delivery", "survivors", "unmasking")
+"""Steps of a secure sum in their order; between delivery and survivors the device sends its masked vector as an
+`Update`."""
+
+MOST_PAYLOAD = 128 * 1024
+
+
+@dataclass(frozen=True)
+class SecureStep(CheckedMessage, kind="secure"):
+    """A step of a secure sum (`fedprune.secure_aggregation`). `keys`, `shares` and `unmasking` are a device's, the
+    others the server's."""
+
+    job: Job
+    round: Round
+    attempt: Attempt
+    sum: Annotated[str, hexadecimal(32)]
+    """Random number of the sum: steps of an earlier one are ignored."""
+    step: Annotated[str, choice(*STEPS)]
+    """The step."""
+    payload: Annotated[str, base64_bytes(MOST_PAYLOAD)]
+    """What the step carries: `session`, the settings as JSON; `keys`, the identity key and the advertisement; `roster`,
+    the number of neighbours in two bytes, their identity keys and the roster; otherwise a message of
+    `fedprune.secure_aggregation.messages`."""
+
+    @classmethod
+    def of(cls, job: str, round_: int, attempt: int, sum_: str, step: str, content: bytes) -> SecureStep:
+        return cls(job, round_, attempt, sum_, step, base64.b64encode(content).decode())
+
+    @property
+    def content(self) -> bytes:
+        return base64.b64decode(self.payload)
+
+
+@dataclass(frozen=True)
 class Hello(CheckedMessage, kind="hello"):
     """The server is online: devices answer with a birth and repeat an update that is not yet accepted."""
 
@@ -401,6 +458,8 @@ FromDevice = (
     | Progress
     | Refusal
     | Update
+    | Trained
+    | SecureStep
     | BlobRequest
     | BlobNotFound
     | UploadResult
@@ -415,6 +474,7 @@ FromServer = (
     | Accepted
     | Cancelled
     | Finished
+    | SecureStep
     | BlobRequest
     | BlobNotFound
     | UploadRequest

@@ -1,0 +1,166 @@
+"""An update that waits to be masked, and the board's part in its secure sum (`fedprune.secure_aggregation`)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.messages import decode_roster
+from fedprune.secure_aggregation.participant import Participant
+from fedprune.secure_aggregation.session import Session
+from fedprune.security.keys import KEY, VerifyingKey
+from fedprune.wire.messages import Offer, SecureStep, Trained, Update
+from fedprune_device.network.connection import Connection
+from fedprune_device.network.uplink import Backoff, Uplink
+
+_LOG = logging.getLogger("fedprune.device")
+
+
+class SecureUpdate:
+    """The update of the current offer, in memory only: a board that restarts has dropped out of the sum.
+
+    What the board has said last is repeated until the server answers with the next step. A server that begins another
+    sum (it has restarted, or too many boards had dropped out) ends this board's part in the one before: its secrets are
+    gone, and the next ones are new.
+    """
+
+    def __init__(self, connection: Connection, uplink: Uplink, blobs: BlobStore) -> None:
+        self._connection, self._uplink, self._blobs = connection, uplink, blobs
+        self._update: Update | None = None
+        self._vector = b""
+        self._numbers = 0, 0
+        self._backoff = Backoff()
+        self._said: Trained | SecureStep | None = None
+        self._part: _Part | None = None
+        self._left: set[str] = set()
+
+    @property
+    def waits(self) -> bool:
+        return self._update is not None
+
+    @property
+    def sum(self) -> str:
+        """The number of the sum that the board takes part in; empty for none."""
+        return "" if self._part is None else self._part.sum
+
+    def hold(self, offer: Offer, update: Update, now: float) -> None:
+        """Keep a trained update, which is not masked yet, until the server has the sum. Raises `StorageError` if it
+        can't be read."""
+        self.drop()
+        form = offer.secure or {}
+        self._vector = self._blobs.read(update.weights.sha256)
+        self._numbers = form.get("narrow", 0), form.get("wide", 0)
+        self._update = update
+        self._begin(now)
+
+    def renumber(self, attempt: int, now: float) -> None:
+        """Continue with another attempt at the same offer, in another sum."""
+        if self._update is not None:
+            self._update = replace(self._update, attempt=attempt)
+            self._begin(now)
+
+    def drop(self) -> None:
+        """Forget the update and all secrets of its sum."""
+        self._update, self._vector, self._said, self._part = None, b"", None, None
+        self._left.clear()
+
+    def hurry(self, now: float) -> None:
+        """Repeat at the next turn what was said last: the server or the connection is new."""
+        self._backoff.hurry(now)
+
+    def turn(self, now: float) -> None:
+        if self._said is not None and self._backoff.due(now):
+            self._uplink.send(self._said, self._said.job)
+
+    def receive(self, message: SecureStep, now: float) -> Update | None:
+        """Take the next step. Returns the masked update when it is to be announced.
+
+        Raises:
+            ProtocolError: The message is damaged or breaks the protocol's rules.
+            SignatureError: A neighbour's keys are not its own.
+            StorageError: The masked vector can't be written.
+        """
+        update = self._update
+        if update is None or (message.job, message.round, message.attempt) != _place(update):
+            return None
+        if message.step == "session" and message.sum not in self._left:
+            self._join(message, now)
+            return None
+        part = self._part
+        if part is None or message.sum != part.sum:
+            return None
+        match message.step:
+            case "roster":
+                self._answer(message, "shares", part.share(message.content), now)
+            case "delivery" if not part.masked:
+                self._said = None  # the update is announced from now on
+                masked = part.mask(message.content, self._vector)
+                return replace(update, weights=self._blobs.put(masked))
+            case "survivors":
+                self._answer(message, "unmasking", part.participant.unmask(message.content), now)
+                self._said = None  # the server asks again as long as the update is announced
+        return None
+
+    def _begin(self, now: float) -> None:
+        """Report to the server that the update is ready for a sum."""
+        update = self._update
+        if update is None:
+            return
+        self._part = None
+        self._said = Trained(
+            update.device, *_place(update), update.base, update.samples, update.steps, metrics=update.metrics
+        )
+        self._backoff.hurry(now)
+
+    def _join(self, message: SecureStep, now: float) -> None:
+        key = self._connection.signing_key
+        if self._part is None or self._part.sum != message.sum:
+            session = Session.from_bytes(message.content)
+            if (session.narrow, session.wide) != self._numbers:
+                got = f"{session.narrow} and {session.wide}"
+                raise ProtocolError("numbers of a secure sum", expected="{} and {}".format(*self._numbers), got=got)
+            if self._part is not None:
+                self._left.add(self._part.sum)
+                _LOG.info("round %d of job %s: the secure sum begins anew", message.round, message.job)
+            directory: dict[str, VerifyingKey] = {}
+            participant = Participant(session, self._connection.device, key, directory)
+            self._part = _Part(message.sum, session, directory, participant)
+        self._answer(message, "keys", key.verifying.raw + self._part.participant.advertise(), now)
+
+    def _answer(self, message: SecureStep, step: str, content: bytes, now: float) -> None:
+        self._said = SecureStep.of(message.job, message.round, message.attempt, message.sum, step, content)
+        self._backoff.hurry(now)
+        self.turn(now)
+
+
+class _Part:
+    """The board's part in one sum."""
+
+    def __init__(
+        self, sum_: str, session: Session, directory: dict[str, VerifyingKey], participant: Participant
+    ) -> None:
+        self.sum, self.participant, self.masked = sum_, participant, False
+        self._session, self._directory = session, directory
+
+    def share(self, content: bytes) -> bytes:
+        """The shares for the neighbours, whose identity keys the server names with the first roster."""
+        edge = 2 + KEY * int.from_bytes(content[:2], "big")
+        keys, roster = content[2:edge], content[edge:]
+        names = tuple(decode_roster(roster, self._session))
+        if len(keys) != KEY * len(names):
+            raise ProtocolError("identity keys of neighbours", expected=len(names), got=f"{len(keys)} bytes")
+        for at, name in enumerate(names):
+            self._directory.setdefault(name, VerifyingKey(keys[KEY * at : KEY * (at + 1)]))
+        return self.participant.share(roster)
+
+    def mask(self, delivery: bytes, vector: bytes) -> bytes:
+        masked = self.participant.mask(delivery, Vector.from_bytes(vector, self._session).copy())
+        self.masked = True
+        return masked
+
+
+def _place(update: Update) -> tuple[str, int, int]:
+    return update.job, update.round, update.attempt

@@ -1,0 +1,323 @@
+"""Secure sums over the messages of a job's devices: which devices sum together, and the steps of each sum."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
+from fedprune.core.text import one_line
+from fedprune.secure_aggregation.collector import Collector
+from fedprune.secure_aggregation.messages import decode_roster
+from fedprune.secure_aggregation.session import Session
+from fedprune.security.keys import KEY, VerifyingKey
+from fedprune.wire.messages import Accepted, SecureStep, Update
+from fedprune_server.engine.command_dispatcher import DeviceTraffic
+
+log = logging.getLogger("fedprune.server")
+
+LEAST = 3
+"""Fewest boards of a sum: of two boards, each knows the other's update."""
+
+_ANSWERS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
+"""What boards answer to each of the server's steps; to a delivery, with an `Update`."""
+
+_RETURN_S = 10.0
+_RANDOM = 16
+
+
+class SecureSums:
+    """The secure sums of a job's current round, one for each cohort of devices that were sent the same.
+
+    Nothing of it is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat what
+    they have said until they hear of the next step, and are told it again.
+
+    Args:
+        store: Where masked vectors arrive; they are deleted once they are added.
+    """
+
+    def __init__(self, traffic: DeviceTraffic, store: BlobStore) -> None:
+        self._job, self._state, self._traffic, self._store = traffic.job, traffic.state, traffic, store
+        self._round = 0
+        self._cohorts: list[_Cohort] = []
+        self._dropped: dict[str, str] = {}
+        self._accepted: dict[str, Accepted] = {}
+        self._thread = ThreadPoolExecutor(1, "fedprune-masks")
+
+    @property
+    def computing(self) -> bool:
+        """Whether vectors are being added, or masks subtracted."""
+        return any(cohort.work for cohort in self._cohorts)
+
+    def awaits(self, device: str) -> bool:
+        """Whether a device is in a sum that goes on."""
+        return self._cohort_of(device) is not None
+
+    def begin(self, command: do.SumMasked) -> None:
+        """Begin the sums of a round; earlier ones are dropped."""
+        self._round, self._dropped, self._accepted = command.round, {}, {}
+        self._cohorts = []
+        groups: dict[tuple[str, str], list[str]] = {}
+        for device in command.devices:
+            offer = self._state.tasks[device].offer or {}
+            groups.setdefault((offer["selection"], offer["weights"]["sha256"]), []).append(device)
+        for (selection, _), devices in sorted(groups.items()):
+            form = (self._state.tasks[devices[0]].offer or {})[do.SECURE]
+            try:
+                session = _session(self._job.name, command.round, selection, len(devices), form)
+            except FedpruneError as error:
+                self._dropped |= dict.fromkeys(devices, one_line(str(error)))
+                log.warning("round %d: no secure sum of %s: %s", command.round, ", ".join(devices), error)
+                continue
+            cohort = _Cohort(session, tuple(devices))
+            self._cohorts.append(cohort)
+            self._tell(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
+
+    def repeat(self, device: str, round_: int) -> None:
+        """Tell a device its current step again, if it is in this round's sum: it repeats itself, so it may have missed
+        that."""
+        cohort = self._cohort_of(device)
+        if round_ != self._round:
+            return
+        if cohort is not None and device not in cohort.answered:
+            self._send(cohort, device)
+        elif device in self._accepted:
+            self._traffic.outbox.send(device, self._accepted[device], self._job.name)
+
+    def answered(self, device: str, message: SecureStep) -> None:
+        """Take in a device's answer; one that can't be used costs the device its place in the sum."""
+        cohort = self._cohort_of(device)
+        awaited = cohort is not None and message.sum == cohort.sum and not cohort.work
+        if cohort is None or not awaited or message.step != _ANSWERS[cohort.step] or device in cohort.answered:
+            self.repeat(device, message.round)  # it is of an earlier step, came twice, or is needed no longer
+            return
+        try:
+            cohort.add(device, message.step, message.content)
+        except (ProtocolError, SignatureError) as error:
+            self.lost(device, one_line(str(error)))
+
+    def announced(self, device: str, update: Update) -> bool:
+        """Fetch a masked vector, or tell a device again what is next. False if none is expected."""
+        cohort, accepted = self._cohort_of(device), self._accepted.get(device)
+        if update.round != self._round or (cohort is None and accepted is None):
+            return False
+        if cohort is None or cohort.step != "delivery":
+            self.repeat(device, update.round)  # in the first steps it is masked for an earlier sum
+            return True
+        if update.weights.size != cohort.session.size:
+            return False
+        if device not in cohort.answered:
+            ref, now = update.weights, self._traffic.monotonic()
+            fetch = self._traffic.uploads.add(device, update.round, update.attempt, ref, now)
+            self._traffic.outbox.ask(fetch)
+        return True
+
+    def takes(self, event: on.Event) -> bool:
+        """Take in an upload that has ended, if it is a masked vector's."""
+        if not isinstance(event, (on.UpdateStored, on.UpdateRejected)):
+            return False
+        cohort = self._cohort_of(event.device)
+        if cohort is None or cohort.step != "delivery":
+            return False
+        if isinstance(event, on.UpdateRejected):
+            self.lost(event.device, event.reason)
+        elif event.device not in cohort.answered:
+            cohort.answered.add(event.device)
+            accepted = Accepted(self._job.name, event.round, event.attempt, event.weights)
+            cohort.arrived[event.device] = accepted
+            cohort.work.append((event.device, self._thread.submit(self._add, cohort, event.device, event.weights)))
+        return True
+
+    def lost(self, device: str, reason: str) -> None:
+        """A device drops out of its sum."""
+        cohort = self._cohort_of(device)
+        if cohort is not None:
+            log.warning("round %d: %s drops out of the secure sum: %s", self._round, device, reason)
+            cohort.gone[device] = reason
+
+    def turn(self, now: float) -> on.Unmasked | None:
+        """Go on where all answers are in, or the time is up; the round's sums when all of them have ended.
+
+        A device that is away is not waited for, but a moment for its keys: a server that has restarted begins before
+        devices have come back. Each step has the job's deadline.
+        """
+        if not self._cohorts and not self._dropped:
+            return None
+        for cohort in self._cohorts:
+            self._advance(cohort, now)
+        if not all(cohort.over for cohort in self._cohorts):
+            return None
+        sums: list[dict[str, Any]] = []
+        for cohort in self._cohorts:
+            if cohort.total:
+                devices = cohort.collector.boards
+                sums.append({"total": cohort.total, "narrow": cohort.session.narrow, "devices": list(devices)})
+                self._accepted |= {name: cohort.arrived[name] for name in devices}
+            self._dropped |= cohort.dropped()
+        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())))
+        self._cohorts, self._dropped = [], {}
+        for device in self._accepted:
+            self.repeat(device, self._round)
+        return event
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _advance(self, cohort: _Cohort, now: float) -> None:
+        cohort.began = cohort.began or now
+        cohort.settle()
+        if cohort.over or cohort.work:
+            return
+        returning = cohort.step == "session" and now < cohort.began + _RETURN_S
+        awaited = [name for name in cohort.awaited if returning or self._state.devices[name].online]
+        enough = cohort.step == "survivors" and cohort.collector.ready
+        if awaited and now < cohort.began + self._job.deadline_s and not enough:
+            return
+        try:
+            match cohort.step:
+                case "session":
+                    self._tell(cohort, "roster", cohort.rosters())
+                case "roster":
+                    self._tell(cohort, "delivery", cohort.collector.deliveries())
+                case "delivery":
+                    self._tell(cohort, "survivors", cohort.collector.survivors())
+                case _:
+                    cohort.work.append(("", self._thread.submit(self._unmask, cohort)))
+        except ProtocolError as error:
+            cohort.fail(error)
+
+    def _tell(self, cohort: _Cohort, step: str, messages: Mapping[str, bytes]) -> None:
+        cohort.step, cohort.messages = step, dict(messages)
+        cohort.answered, cohort.began = set(), 0.0
+        for device in cohort.messages:
+            self._send(cohort, device)
+
+    def _send(self, cohort: _Cohort, device: str) -> None:
+        task, content = self._state.tasks.get(device), cohort.messages.get(device)
+        if task is None or content is None:
+            return
+        message = SecureStep.of(self._job.name, self._round, task.attempt, cohort.sum, cohort.step, content)
+        self._traffic.outbox.send(device, message, self._job.name)
+
+    def _cohort_of(self, device: str) -> _Cohort | None:
+        return next((c for c in self._cohorts if device in c.devices and not c.over), None)
+
+    # In the thread.
+
+    def _add(self, cohort: _Cohort, device: str, digest: str) -> None:
+        try:
+            cohort.collector.add_masked(device, self._store.read(digest))
+        finally:
+            self._store.delete(digest)
+
+    def _unmask(self, cohort: _Cohort) -> str:
+        return self._store.put(cohort.collector.total().to_bytes()).sha256
+
+
+@dataclass
+class _Cohort:
+    """One secure sum.
+
+    Attributes:
+        sum: Its random number.
+        directory: Identity keys of devices, as they came over their connections.
+        step: The server's last step, `messages` what it told each device, `answered` who has answered, and `began` when
+            it began; 0 before the next turn.
+        arrived: By device, how its masked vector will be accepted.
+        gone: By device that has dropped out by itself, why.
+        work: What the thread does, with the device that it concerns; empty for all.
+        total: Digest of the sum, once it is known.
+        failure: Why there is none.
+    """
+
+    session: Session
+    devices: tuple[str, ...]
+    sum: str = field(default_factory=lambda: secrets.token_hex(_RANDOM))
+    directory: dict[str, VerifyingKey] = field(default_factory=dict)
+    step: str = ""
+    messages: dict[str, bytes] = field(default_factory=dict)
+    answered: set[str] = field(default_factory=set)
+    arrived: dict[str, Accepted] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+    work: list[tuple[str, Future[Any]]] = field(default_factory=list)
+    began: float = 0.0
+    total: str = ""
+    failure: str = ""
+
+    def __post_init__(self) -> None:
+        self.collector = Collector(self.session, self.directory)
+
+    @property
+    def over(self) -> bool:
+        return bool(self.total or self.failure)
+
+    @property
+    def awaited(self) -> list[str]:
+        return [name for name in self.messages if name not in self.answered and name not in self.gone]
+
+    def add(self, device: str, step: str, content: bytes) -> None:
+        """Add a device's answer. Raises `ProtocolError` or `SignatureError`."""
+        if step == "keys":
+            self.directory.setdefault(device, VerifyingKey(content[:KEY]))
+            self.collector.add_advertisement(device, content[KEY:])
+        elif step == "shares":
+            self.collector.add_shares(device, content)
+        else:
+            self.collector.add_unmasking(device, content)
+        self.answered.add(device)
+
+    def rosters(self) -> dict[str, bytes]:
+        """Each device's neighbours: their identity keys, and the collector's roster."""
+        found = self.collector.rosters()
+        around = {device: tuple(decode_roster(roster, self.session)) for device, roster in found.items()}
+        return {
+            device: len(names).to_bytes(2, "big") + b"".join(self.directory[n].raw for n in names) + found[device]
+            for device, names in around.items()
+        }
+
+    def settle(self) -> None:
+        """Take in what the thread has done."""
+        for device, future in [each for each in self.work if each[1].done()]:
+            self.work.remove((device, future))
+            error = future.exception()
+            if error is None:
+                self.total = self.total if device else future.result()
+            elif not isinstance(error, ProtocolError):
+                raise error
+            elif device:
+                self.gone[device] = one_line(str(error))
+            else:
+                self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        self.failure = one_line(f"the secure sum failed: {error}")
+        log.warning("%s", self.failure)
+
+    def dropped(self) -> dict[str, str]:
+        """By device that is not in the sum, why."""
+        summed = self.collector.boards if self.total else ()
+        reason = self.failure or "it dropped out of the secure sum"
+        return {name: self.gone.get(name, reason) for name in self.devices if name not in summed}
+
+
+def _session(job: str, round_: int, selection: str, boards: int, form: Mapping[str, Any]) -> Session:
+    """The settings of a sum of so many boards. Raises `ConfigError` if they are too few.
+
+    Five boards or more may lose a fifth of them after the step of keys; fewer have no board to spare.
+    """
+    if boards < LEAST:
+        raise ConfigError("boards of the same channels in a secure sum", expected=f"{LEAST} or more", got=boards)
+    context = json.dumps([job, round_, selection, secrets.token_hex(_RANDOM)]).encode()
+    make: Callable[..., Session] = Session.choose
+    try:
+        return make(context, boards, form["narrow"], form["wide"])
+    except ConfigError:
+        return make(context, boards, form["narrow"], form["wide"], dropping=0.0)

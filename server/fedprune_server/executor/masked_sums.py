@@ -1,0 +1,110 @@
+"""Secure aggregation as the worker sees it: what offers say of vectors, and sums of vectors as a round takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedprune.aggregation.fixed_point import Range
+from fedprune.aggregation.update_sums import PartialSums
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination.round import Round, RoundResult
+from fedprune.core.errors import ProtocolError
+from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import Failure, FailureKind
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Selection, Tensors
+from fedprune.secure_aggregation.grid import Grid, TensorGrid, step_exponent
+from fedprune.secure_aggregation.masks import Vector
+from fedprune_server.executor.stored_updates import StoredUpdates
+
+_MOVES = "masked_moves"
+"""Memory of how far the model moved in the last round: the largest move of each tensor's elements."""
+
+_REACH = 4.0
+"""How many times further than the model a single board's update can move an element in one round; the rest is kept for
+its next update. Larger steps would round more."""
+
+
+class MaskedSums:
+    """Describes the vectors of a round, and closes it with their sums.
+
+    Args:
+        round_of: The round that a command belongs to.
+    """
+
+    def __init__(
+        self, job: Job, updates: StoredUpdates, store: BlobStore, round_of: Callable[[do.Close | do.Basis], Round]
+    ) -> None:
+        self._coded = job.compression == "int8"
+        self._updates, self._store, self._round_of = updates, store, round_of
+
+    def form(self, basis: do.Basis, part: do.Part, selection: Selection) -> dict[str, Any]:
+        """What an offer says of the vector that the device is to mask."""
+        grid = self._grid(self._round_of(basis), basis, part, selection)
+        return {"tensors": grid.form.to_json(), "narrow": grid.narrow, "wide": grid.wide}
+
+    def closed(self, command: do.Close) -> RoundResult:
+        """The end of a round. If a sum can't be that of boards which follow the protocol, no update counts: which of
+        them is at fault nobody can tell."""
+        parts = {found.part.device: found for found in command.contributions}
+        round_ = self._round_of(command)
+        try:
+            sums = [self._sums(round_, found, [parts[device] for device in found.devices]) for found in command.sums]
+            result = round_.close_sums(sums, command.participants)
+        except ProtocolError as error:
+            failure = Failure(FailureKind.OTHER, one_line(f"the sum of masked updates is false: {error}"))
+            return RoundResult(rejected=dict.fromkeys(parts, failure))
+        if not self._coded or result.model is None:
+            return result
+        moves = _largest_moves(round_.scene.model, result.model)
+        return replace(result, memories={**result.memories, _MOVES: moves})
+
+    def _sums(self, round_: Round, found: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
+        """The sum of a cohort, whose devices were all sent the same."""
+        archive, one, weight = self._updates.archive, cohort[0], sum(each.weight for each in cohort)
+        selection = archive.selection(one.ranking or one.basis.ranking, one.widths or one.part.widths)
+        grid = self._grid(round_, one.basis, one.part, selection, len(found.devices))
+        raw = self._store.read(found.total)
+        edge = 4 * found.narrow
+        if found.narrow != grid.narrow or len(raw) != edge + 8 * grid.wide:
+            raise ProtocolError("bytes of a cohort's sum", expected=4 * grid.narrow + 8 * grid.wide, got=len(raw))
+        total = Vector(np.frombuffer(raw[:edge], "<u4"), np.frombuffer(raw[edge:], "<u8"))
+        sent = selection.gather(round_.scene.model) | dict(archive.sent(one.sent))
+        sums = grid.sums(total, len(found.devices), sent)
+        if sums.weight != weight:
+            raise ProtocolError("weight of a cohort's sum", expected=weight, got=sums.weight)
+        return sums
+
+    def _grid(self, round_: Round, basis: do.Basis, part: do.Part, selection: Selection, boards: int = 1) -> Grid:
+        fold, withheld = round_.fold, self._updates.withheld(basis, part)
+        moves = round_.scene.memory.get(_MOVES, {}) if self._coded else {}
+        tensors, stay = dict[str, TensorGrid](), dict[str, Range]()
+        for spec in fold.shared:
+            span = fold.span(spec.name)
+            if spec.name in withheld:
+                stay[spec.name] = span
+            else:
+                step = _step(span, moves, spec.name) if spec.kind.trainable else None
+                tensors[spec.name] = TensorGrid(span, step)
+        return Grid(selection, tensors, boards, stay)
+
+
+def _step(span: Range, moves: Mapping[str, Any], name: str) -> int | None:
+    """The exponent of a tensor's step; None where its numbers travel as they are, as long as no move is known."""
+    if name not in moves or not float(moves[name][0]) > 0:
+        return None
+    low, high = TensorGrid.steps(span)
+    return min(max(step_exponent(_REACH * float(moves[name][0])), low), high)
+
+
+def _largest_moves(before: Tensors, after: Tensors) -> Tensors:
+    """By trained tensor, the largest move of its elements."""
+    return {
+        name: np.array([np.max(np.abs(after[name].astype(np.float64) - before[name]), initial=0.0)], np.float32)
+        for name in before
+    }

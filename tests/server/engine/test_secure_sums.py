@@ -1,0 +1,210 @@
+"""Rounds with secure aggregation: the model is that of plain sums, and the server sees no single update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError
+from fedprune.jobs.job import Job
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.session import Session
+from fedprune.strategies import compose
+from fedprune.wire.messages import SecureStep, Trained, Update, parse
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.digits import digits_model
+from support.fakes.fleet import folded
+from support.fakes.masked_cohort import ServerView
+from support.fakes.secure_fleet import SecureFleet
+
+NAMES = ("a", "b", "c", "d", "e")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+def plain(folder: Path, model: Model, names: tuple[str, ...] = NAMES, **settings: Any) -> State:
+    """What boards make of the model that hand in their updates as they are."""
+    return SecureFleet(folder / "plain", model, names, move_limit=0, **settings).run()
+
+
+def test_masked_updates_give_the_model_of_plain_ones(model: Model, tmp_path: Path) -> None:
+    state = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True).run()
+    assert folded(state) == [list(NAMES)] * 2
+    assert state.model == plain(tmp_path, model).model
+
+
+@pytest.mark.parametrize("step", ["trained", "session", "roster", "delivery", "vector", "survivors"])
+def test_a_fifth_of_the_boards_may_drop_out_at_any_step(model: Model, tmp_path: Path, step: str) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    fleet.board("c").stops_at = step
+    state = fleet.run()
+    left = NAMES if step == "survivors" else ("a", "b", "d", "e")  # what has arrived then counts
+    assert folded(state) == [list(left)]
+    assert state.model == plain(tmp_path, model, left, rounds=1).model
+
+
+def test_the_server_can_compute_nothing_but_the_sum(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
+    fleet.board("c").stops_at = "vector"
+    fleet.run()
+    transcript = fleet.transcript()
+    session = Session.from_bytes(transcript.requests["advertise"]["a"])
+    view = ServerView(session, transcript)
+    assert set(view.arrived) == {"a", "b", "d", "e"}
+    assert view.revealed() == [{"a", "b", "d", "e"}]
+    for name, masked in view.arrived.items():
+        # Without all masks that the server can remove, a vector is still spread over the whole range.
+        left = view.unmasked(name)
+        assert np.median(np.abs(left.wide.view(np.int64).astype(np.float64))) > 2**60
+        assert left.to_bytes() != masked.to_bytes()
+    total = Vector.zeros(session)
+    for name in view.arrived:
+        total.add(view.unmasked(name))
+    assert int(total.wide[0]) == 40  # the weights of four boards
+
+
+def test_nothing_that_boards_send_holds_an_update(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
+    fleet.run()
+    vectors = [fleet.board(name).vector for name in NAMES]
+    sent = b"".join(payload for _, payload in fleet.said)
+    for vector in vectors:
+        assert all(vector[at : at + 64] not in sent for at in range(8, len(vector) - 64, 4096))
+
+
+def test_coded_updates_travel_in_half_the_bytes_and_give_nearly_the_same_model(model: Model, tmp_path: Path) -> None:
+    settings = {"rounds": 3, "scorer": "ordered"}
+    fleet = SecureFleet(tmp_path / "a", model, NAMES, secure_aggregation=True, compression="int8", **settings)
+    state = fleet.run()
+    assert folded(state) == [list(NAMES)] * 3
+    sizes = sorted({(m.round, m.weights.size) for m in fleet.of(Update)})
+    assert len(sizes) == 3
+    assert sizes[1][1] == sizes[2][1] < 0.6 * sizes[0][1]
+    exact = plain(tmp_path, model, **settings)
+    one, other = (
+        tensorfile.decode(BlobStore(tmp_path / at / "blobs").read(s.model))
+        for at, s in (("a", state), ("plain", exact))
+    )
+    for name in one:
+        moved = np.linalg.norm(other[name] - model.tensors[name])
+        assert np.linalg.norm(one[name] - other[name]) < 0.03 * moved
+
+
+def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_anew(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    daemon = fleet.daemon()
+    board = fleet.board("a")
+
+    def stopping(message: SecureStep) -> SecureStep:
+        if message.step == "survivors":
+            raise KeyboardInterrupt
+        return message
+
+    board.spoil = stopping
+    with pytest.raises(KeyboardInterrupt):
+        fleet.run_daemon(daemon)
+    board.spoil = lambda message: message
+    fleet.restart()
+    state = fleet.run()
+    assert folded(state) == [list(NAMES)]
+    assert state.model == plain(tmp_path, model, rounds=1).model
+    assert len({m.sum for m in fleet.of(SecureStep)}) == 2
+
+
+def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    fleet.air.doubled = True
+    state = fleet.run()
+    assert folded(state) == [list(NAMES)]
+    assert state.model == plain(tmp_path, model, rounds=1).model
+
+
+def test_too_few_boards_of_a_width_are_left_out_and_never_seen(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, ("a", "b"), secure_aggregation=True, rounds=1)
+    daemon = fleet.daemon()
+    reasons: set[str] = set()
+
+    def idle() -> None:
+        reasons.update(task.reason for task in daemon.first.state.tasks.values())
+        if not daemon.busy:
+            fleet.air.now += 0.5
+        if fleet.air.now > 200:
+            raise TimeoutError
+
+    fleet.air.on_idle = idle
+    with pytest.raises(TimeoutError):
+        daemon.run(until_finished=True)
+    assert "boards of the same channels in a secure sum: expected 3 or more, got 2" in reasons
+    assert daemon.first.state.history == []
+    assert not fleet.of(SecureStep)
+
+
+def test_a_board_whose_messages_are_damaged_drops_out(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    to_server = fleet.air.to_server
+
+    def damaged(topic: str, payload: bytes) -> None:
+        if "/c/" in topic and b'"shares"' in payload:
+            said = parse(payload)
+            assert isinstance(said, SecureStep)
+            payload = SecureStep.of(said.job, said.round, said.attempt, said.sum, "shares", b"short").to_bytes()
+        to_server(topic, payload)
+
+    fleet.air.to_server = damaged  # type: ignore[method-assign]
+    state = fleet.run()
+    assert folded(state) == [["a", "b", "d", "e"]]
+    assert "sealed shares" in state.history[0]["devices"]["c"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"strategy": "subflot"}, "uses single updates"),
+        ({"strategy": "fedbuff"}, "uses single updates"),
+        ({"strategy": "heterofl"}, "only what an update has changed"),
+        ({"scorer": "curvature"}, "how single updates moved"),
+        ({"options": {"robust": {"centre": "median"}}}, "robust mean"),
+        ({"schedule": {"kind": "async"}}, "released one by one"),
+        ({"compression": "top-k"}, "rounds single updates"),
+        ({"compression_down": "int8"}, "by which boards differ"),
+        ({"recipe": {"secure_aggregation": True}}, r"secure_aggregation in \[job\]"),
+    ],
+)
+def test_what_needs_single_updates_is_refused_by_name(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        compose(Job.from_dict({"secure_aggregation": True, **settings}))
+
+
+def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, NAMES, rounds=2, move_limit=0)
+    fleet.board("a").stops_at = "trained"
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        fleet.air.now += 0.0 if daemon.busy else 0.5
+        if fleet.air.now > 5:
+            raise KeyboardInterrupt
+
+    fleet.air.on_idle = idle
+    with pytest.raises(KeyboardInterrupt):
+        daemon.run(until_finished=True)
+    assert fleet.of(Update)
+    fleet.said.clear()
+    fleet.restart()
+    fleet.board("a").stops_at = ""
+    for name in NAMES:
+        fleet.board(name).offer = fleet.board(name).pending = None
+    fleet.job = replace(fleet.job, secure_aggregation=True)
+    assert folded(fleet.run()) == [list(NAMES)] * 2
+    assert fleet.of(Trained)

@@ -1,0 +1,177 @@
+"""Boards that mask, of the same parts as real ones but for the training, and all that they send to a server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors
+from fedprune.secure_aggregation.grid import VectorForm
+from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Trained, Update, parse
+from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.secure_update import SecureUpdate
+from fedprune_device.network.uplink import Uplink
+from fedprune_export.pruning.model import Model
+from fedprune_server.engine.job_runner import RunnableJob
+from fedprune_server.engine.server import Server
+from fedprune_server.executor.worker import Worker
+from support.fakes.fleet import Air, Fleet, ToyDevice, server_of
+from support.fakes.masked_cohort import Transcript
+
+
+def trained(name: str, number: int, sent: Tensors) -> Tensors:
+    """What a board makes of a submodel in a round: the same each time."""
+    dice = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big"))
+    moved = {n: (v + 0.05 * dice.standard_normal(v.shape)).astype(np.float32) for n, v in sent.items()}
+    return {n: np.abs(v) if n.endswith("var") else v for n, v in moved.items()}
+
+
+class MaskingBoard(ToyDevice):
+    """A board that trains by chance. It masks its update where the offer says so."""
+
+    def __init__(self, name: str, folder: Path, air: Air) -> None:
+        super().__init__(name, folder, air)
+        connection = Connection(self, Channel(name, "default"))  # type: ignore[arg-type]
+        self.secure = SecureUpdate(connection, Uplink(connection, self.store), self.store)
+        self.residual: Tensors = {}
+        self.vector = b""
+        """Its last update, not masked."""
+        self.stops_at = ""
+        """The step of a sum, or `vector`, at which the board stops answering, or `trained`."""
+        self.spoil: Callable[[SecureStep], SecureStep] = lambda message: message
+        """Changes what the board hears."""
+
+    # A link, as `Connection` needs it.
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        self.air.to_server(topic, payload)
+        return True
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        message = None if self.topics.parse(topic).channel == "down/blob" else parse(payload)
+        if isinstance(message, SecureStep):
+            self.heard.append(message)
+            if message.step == self.stops_at:
+                self.silent = True
+            if not self.silent:
+                self.step(self.spoil(message))
+            return
+        if self.silent and message is not None:
+            self.heard.append(message)
+            return
+        super().hear(topic, payload)
+        if isinstance(message, (Accepted, Cancelled)):
+            self.secure.drop()
+
+    def step(self, message: SecureStep) -> None:
+        before = self.secure.sum
+        masked = self.secure.receive(message, self.air.now)
+        if self.secure.sum != before:
+            self.pending = None
+        if masked is not None and self.stops_at == "vector":
+            self.silent = True
+        elif masked is not None:
+            self.pending = masked
+            self.repeat()
+
+    def train(self) -> None:
+        offer = self.offer
+        if offer is None or not all(p.done for p in self.pulls.values()) or not self.pulls:
+            return
+        self.pulls = {}
+        if self.stops_at == "trained":
+            return
+        sent = tensorfile.decode(self.store.read(offer.weights.sha256))
+        tensors = trained(self.name, offer.round, sent)
+        if offer.secure is None:
+            raw = tensorfile.encode(tensors)
+        else:
+            form = VectorForm.from_json(offer.secure["tensors"])
+            vector, self.residual = form.encode(tensors, sent, offer.secure["weight"], self.residual)
+            raw = self.vector = vector.to_bytes()
+        at = self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256
+        update = Update(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})
+        if offer.secure is None:
+            self.pending = update
+            self.repeat()
+        else:
+            self.secure.hold(offer, update, self.air.now)
+            self.store.delete(update.weights.sha256)
+            self.secure.turn(self.air.now)
+
+    def repeat(self) -> None:
+        super().repeat()
+        self.secure.hurry(self.air.now)
+        self.secure.turn(self.air.now)
+
+
+class SecureFleet(Fleet):
+    """A fleet whose server has a real worker; `said` is all that boards sent to it."""
+
+    def __init__(self, folder: Path, model: Model, names: tuple[str, ...], **settings: Any) -> None:
+        job = Job.from_dict(
+            {"name": "t", "rounds": 2, "devices": len(names), "density": 1.0, "deadline_s": 50.0, **settings}
+        )
+        super().__init__(folder, job, ())
+        self.model = model
+        self.said: list[tuple[str, bytes]] = []
+        for name in names:
+            self.air.devices[name] = MaskingBoard(name, folder / "devices", self.air)
+        to_server = self.air.to_server
+
+        def noted(topic: str, payload: bytes) -> None:
+            self.said.append((topic, payload))
+            to_server(topic, payload)
+
+        self.air.to_server = noted  # type: ignore[method-assign]
+
+    def board(self, name: str) -> MaskingBoard:
+        found = self.air.devices[name]
+        if not isinstance(found, MaskingBoard):
+            raise TypeError(name)
+        return found
+
+    def daemon(self, **options: Any) -> Server:
+        worker = Worker(self.job, self.model, BlobStore(self.folder / "blobs", durable=False))
+        state = self.storage.load()
+        if state is None:
+            state = State(model=worker.initial())
+            self.storage.save(state, (), 0.0)
+        job = RunnableJob(self.job, self.model.architecture, state, self.storage, self.store, worker)
+        return server_of([(job, options)], self.air, self.clock or (lambda: self.air.now))
+
+    def transcript(self) -> Transcript:
+        """The last sum's messages, as the server saw them."""
+        found = Transcript()
+        steps = {"keys": "advertise", "shares": "share", "unmasking": "unmask"}
+        asked = {"session": "advertise", "roster": "share", "delivery": "mask", "survivors": "unmask"}
+        for topic, payload in self.said:
+            message = None if topic.endswith("blob") else parse(payload)
+            if isinstance(message, SecureStep):
+                content = message.content[32:] if message.step == "keys" else message.content
+                found.answers[steps[message.step]][topic.split("/")[3]] = content
+        for name in self.air.devices:
+            for heard in self.board(name).heard:
+                if isinstance(heard, SecureStep):
+                    content = heard.content
+                    if heard.step == "roster":
+                        content = content[2 + 32 * int.from_bytes(content[:2], "big") :]
+                    found.requests[asked[heard.step]][name] = content
+        for topic, payload in self.said:
+            message = None if topic.endswith("blob") else parse(payload)
+            if isinstance(message, Update):
+                found.answers["mask"][message.device] = self.board(message.device).store.read(message.weights.sha256)
+        return found
+
+    def of(self, kind: type[Trained] | type[SecureStep] | type[Update] | type[Offer]) -> list[Any]:
+        """Messages of a kind that boards sent."""
+        parsed = [parse(payload) for topic, payload in self.said if not topic.endswith("blob")]
+        return [message for message in parsed if isinstance(message, kind)]
