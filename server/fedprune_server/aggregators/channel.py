@@ -41,6 +41,9 @@ PING_TIMEOUT_S = 120.0
 
 Message = Mapping[str, Any]
 
+BlobWanted = tuple[str, str, str]
+"""A request for a blob: job, digest and region, which is empty where any will do."""
+
 
 _Item = TypeVar("_Item")
 
@@ -69,8 +72,7 @@ class Channel(Closing):
     Args:
         find: Gives the store that has a blob of a job, or None.
         received: Takes each message, in the thread of `run`. A `ProtocolError` ends the connection.
-        wanted: Takes the job, the digest and the region of a blob that the other side asks for, and calls `give`, now
-            or later. The region is empty where any will do.
+        wanted: Takes each request of the other side, and calls `give`, now or later.
     """
 
     def __init__(
@@ -78,15 +80,15 @@ class Channel(Closing):
         socket: Connection,
         find: Callable[[str, str], BlobStore | None],
         received: Callable[[Channel, Message], None],
-        wanted: Callable[[Channel, str, str, str], None],
+        wanted: Callable[[Channel, BlobWanted], None],
     ) -> None:
         self._socket, self._find, self._received = socket, find, received
         self._asked = wanted
         self._changed = threading.Condition()
         self._texts: deque[str] = deque()
-        self._wanted: deque[tuple[str, str, bytes | None, bool]] = deque()
-        self._awaited: dict[tuple[str, str], Future[bytes | None]] = {}
-        self._arriving: tuple[str, BlobRef, bytearray] | None = None
+        self._wanted: deque[tuple[BlobWanted, bytes | None, bool]] = deque()
+        self._awaited: dict[BlobWanted, Future[bytes | None]] = {}
+        self._arriving: tuple[BlobWanted, BlobRef, bytearray] | None = None
         self._busy = False
         self.closed = False
         self._writer = threading.Thread(target=self._write, name="fedprune-channel", daemon=True)
@@ -99,23 +101,24 @@ class Channel(Closing):
             self._texts.append(text)
             self._changed.notify_all()
 
-    def give(self, job: str, sha256: str, data: bytes | None = None, *, lost: bool = False) -> None:
-        """Queue a blob, which is `data` or in a store, or the answer that there is none, or that this is unknown since
-        this side has `lost` its parent or can't read its store."""
+    def give(self, request: BlobWanted, data: bytes | None = None, *, lost: bool = False) -> None:
+        """Queue the answer to a request: a blob, which is `data` or in a store, or that there is none, or that this is
+        unknown since this side has `lost` its parent or can't read its store."""
         with self._changed:
-            self._wanted.append((job, sha256, data, lost))
+            self._wanted.append((request, data, lost))
             self._changed.notify_all()
 
     def fetch(self, job: str, sha256: str, region: str = "") -> bytes | None:
         """A blob of the other side, or of a region below it; None if it has none. Waits, so not for the server's loop.
         Raises `ParentLostError` if the connection ends, and `UnansweredError` if the other side can't tell."""
+        request = job, sha256, region
         with self._changed:
             if self.closed:
                 raise ParentLostError("the connection has ended")
-            first = (job, sha256) not in self._awaited
-            awaited = self._awaited.setdefault((job, sha256), Future())
+            first = request not in self._awaited
+            awaited = self._awaited.setdefault(request, Future())
         if first:
-            self.send({"kind": "want", "job": job, "sha256": sha256, "region": region})
+            self.send({"kind": "want", **_named(request)})
         return awaited.result()
 
     def flush(self, patience_s: float) -> None:
@@ -155,28 +158,28 @@ class Channel(Closing):
             message = json.loads(text)
             kind = message["kind"]
             if kind == "want":
-                self._asked(self, str(message["job"]), str(message["sha256"]), str(message["region"]))
+                self._asked(self, _request(message))
             elif kind == "blob":
-                self._begin(str(message["job"]), BlobRef.from_dict(message["ref"]))
+                self._begin(_request(message), BlobRef.from_dict(message["ref"]))
             elif kind in ("absent", "lost"):
-                self._arrived(str(message["job"]), str(message["sha256"]), None, lost=kind == "lost")
+                self._arrived(_request(message), None, lost=kind == "lost")
             else:
                 self._received(self, message)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"message of an aggregator or parent ({type(error).__name__}: {error})") from error
 
-    def _begin(self, job: str, ref: BlobRef) -> None:
+    def _begin(self, request: BlobWanted, ref: BlobRef) -> None:
         if self._arriving is not None:
             raise ProtocolError("a blob began before the one before it ended")
-        if (job, ref.sha256) not in self._awaited:
+        if request not in self._awaited or request[1] != ref.sha256:
             raise ProtocolError("a blob without a request", got=ref.sha256)
-        self._arriving = job, ref, bytearray()
+        self._arriving = request, ref, bytearray()
         self._piece(b"")
 
     def _piece(self, data: bytes) -> None:
         if self._arriving is None:
             raise ProtocolError("a piece of no blob")
-        job, ref, arrived = self._arriving
+        request, ref, arrived = self._arriving
         arrived += data
         if len(arrived) > ref.size:
             raise ProtocolError("bytes of a blob", expected=ref.size, got=len(arrived))
@@ -186,11 +189,11 @@ class Channel(Closing):
             found = BlobRef.of(blob)
             if found != ref:
                 raise ProtocolError("what was sent is not the blob", expected=ref.sha256, got=found.sha256)
-            self._arrived(job, ref.sha256, blob)
+            self._arrived(request, blob)
 
-    def _arrived(self, job: str, sha256: str, data: bytes | None, *, lost: bool = False) -> None:
+    def _arrived(self, request: BlobWanted, data: bytes | None, *, lost: bool = False) -> None:
         with self._changed:
-            awaited = self._awaited.pop((job, sha256), None)
+            awaited = self._awaited.pop(request, None)
         if awaited is not None and lost:
             why = "the other server can't tell whether there is such a blob: it has lost its parent, or can't read it"
             awaited.set_exception(UnansweredError(why))
@@ -227,7 +230,8 @@ class Channel(Closing):
                 self._busy = False
                 self._changed.notify_all()
 
-    def _give(self, job: str, sha256: str, data: bytes | None, lost: bool) -> None:
+    def _give(self, request: BlobWanted, data: bytes | None, lost: bool) -> None:
+        job, sha256, _ = request
         view, ref = (None, None) if data is None else (memoryview(data), BlobRef.of(data))
         try:
             if data is None and (store := self._find(job, sha256)) is not None:
@@ -236,10 +240,18 @@ class Channel(Closing):
             log.warning("a blob can't be given to another server of the tier: %s", error)
             lost = True
         if view is None or ref is None:
-            self._socket.send(json.dumps({"kind": "lost" if lost else "absent", "job": job, "sha256": sha256}))
+            self._socket.send(json.dumps({"kind": "lost" if lost else "absent", **_named(request)}))
             return
-        self._socket.send(json.dumps({"kind": "blob", "job": job, "ref": ref.to_dict()}))
+        self._socket.send(json.dumps({"kind": "blob", **_named(request), "ref": ref.to_dict()}))
         for start in range(0, len(view), PIECE):
             self._socket.send(bytes(view[start : start + PIECE]))
             if not self._send_texts(wait=False):
                 return
+
+
+def _named(request: BlobWanted) -> dict[str, str]:
+    return dict(zip(("job", "sha256", "region"), request, strict=True))
+
+
+def _request(message: Message) -> BlobWanted:
+    return str(message["job"]), str(message["sha256"]), str(message["region"])

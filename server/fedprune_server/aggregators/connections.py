@@ -35,6 +35,7 @@ from fedprune_server.aggregators.channel import (
     MAX_TEXT,
     PING_TIMEOUT_S,
     QUIET,
+    BlobWanted,
     Channel,
     Message,
     ParentLostError,
@@ -478,22 +479,24 @@ class RegionConnections(Closing):
         stores = [self._landing] if known is None else [known, self._landing]
         return next((store for store in stores if store.has(sha256)), None)
 
-    def _wanted(self, channel: Channel, job: str, sha256: str, region: str) -> None:
+    def _wanted(self, channel: Channel, request: BlobWanted) -> None:
+        job, sha256, _ = request
         if self._store(job, sha256) is not None or job not in self._stores:
-            channel.give(job, sha256)
+            channel.give(request)
         else:
             with suppress(RuntimeError):  # this server ends
-                self._searches.submit(self._search, channel, job, sha256)
+                self._searches.submit(self._search, channel, request)
 
-    def _search(self, channel: Channel, job: str, sha256: str) -> None:
+    def _search(self, channel: Channel, request: BlobWanted) -> None:
         """Look for a blob at the other aggregators, and then further up."""
+        job, sha256, _ = request
         data, lost = self.look(job, sha256, channel), False
         if data is None:
             try:
                 data = self._above(job, sha256)
             except ParentLostError:
                 lost = True
-        channel.give(job, sha256, data, lost=lost)
+        channel.give(request, data, lost=lost)
 
 
 @dataclass(frozen=True)

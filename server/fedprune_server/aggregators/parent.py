@@ -29,6 +29,7 @@ from fedprune_server.aggregators.channel import (
     MAX_TEXT,
     PING_TIMEOUT_S,
     QUIET,
+    BlobWanted,
     Channel,
     Message,
     ParentLostError,
@@ -112,7 +113,7 @@ class ParentLink(Closing):
         self._stores: dict[str, BlobStore] = {}
         self._below: Callable[[str, str, str], bytes | None] | None = None
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
-        self._searched: dict[tuple[str, str, str], Channel] = {}
+        self._searched: dict[BlobWanted, Channel] = {}
         self._searched_lock = threading.Lock()
         self._parts: list[Steered] = []
         self._new_members: dict[str, str] = {}
@@ -272,27 +273,27 @@ class ParentLink(Closing):
             self._landing.write_file(path, secrets.token_hex(16).encode())
         return path.read_text()
 
-    def _wanted(self, channel: Channel, job: str, sha256: str, region: str) -> None:
-        below = self._below
+    def _wanted(self, channel: Channel, request: BlobWanted) -> None:
+        below, (job, sha256, _) = self._below, request
         if below is None or self._store(job, sha256) is not None:
-            channel.give(job, sha256)
+            channel.give(request)
             return
         with self._searched_lock:
-            under_way = (job, sha256, region) in self._searched
-            self._searched[job, sha256, region] = channel  # the latest connection gets the answer
+            under_way = request in self._searched
+            self._searched[request] = channel  # the latest connection gets the answer
         if not under_way:
             with suppress(RuntimeError):  # this server ends
-                self._searches.submit(self._search, below, job, sha256, region)
+                self._searches.submit(self._search, below, request)
 
-    def _search(self, below: Callable[[str, str, str], bytes | None], job: str, sha256: str, region: str) -> None:
+    def _search(self, below: Callable[[str, str, str], bytes | None], request: BlobWanted) -> None:
         data, lost = None, False
         try:
-            data = below(job, sha256, region)
+            data = below(*request)
         except ParentLostError:
             lost = True
         with self._searched_lock:
-            channel = self._searched.pop((job, sha256, region))
-        channel.give(job, sha256, data, lost=lost)
+            channel = self._searched.pop(request)
+        channel.give(request, data, lost=lost)
 
     def _received(self, channel: Channel, message: Message) -> None:
         match message["kind"]:

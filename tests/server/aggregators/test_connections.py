@@ -449,7 +449,7 @@ def test_a_silent_peer_does_not_hold_the_loop_up(tier: Tier) -> None:
         silent.send(hello)
         region = tier.wait(RegionUp).region
         tier.dispatcher.up(region)
-        region.channel.give(JOB, tier.store.put(bytes(2**26)).sha256)  # which it never reads
+        region.channel.give((JOB, tier.store.put(bytes(2**26)).sha256, ""))  # which it never reads
         time.sleep(0.5)
         started = time.monotonic()
         region.channel.close()
@@ -541,6 +541,27 @@ class Held:
         self.may_go.set()
         for thread in self._threads:
             thread.join(10)
+
+
+def test_one_blob_is_asked_of_two_regions_at_a_time(tier: Tier) -> None:
+    link, answered = tier.join("north"), threading.Event()
+
+    def below(job: str, sha256: str, region: str) -> bytes | None:
+        if region == "hill":
+            return b"sums"
+        answered.wait(10)
+        return None
+
+    link.serve({}, lambda: None, below)
+    digest = BlobStore(tier.folder / "other").put(b"sums").sha256
+    found: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: found.append(tier.connections.fetch(JOB, "north/valley", digest)))
+    thread.start()
+    assert tier.connections.fetch(JOB, "north/hill", digest) == b"sums"
+    assert not found
+    answered.set()
+    thread.join()
+    assert found == [None]
 
 
 def test_an_aggregator_looks_for_so_many_blobs_at_a_time(tier: Tier) -> None:
