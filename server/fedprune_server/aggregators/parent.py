@@ -144,7 +144,8 @@ class ParentLink(Closing):
         if self._refused:
             raise ConfigError(f"the parent at {self.url} refuses this aggregator: {self._refused}")
         if not self.jobs and known:
-            log.warning("no parent answers at %s: boards are served by its latest orders, until it does", self.url)
+            why = f"no parent answers at {self.url}" if self._distrusted is None else str(self._distrusted)
+            log.warning("%s: boards are served by its latest orders until it can be reached", why)
             self.jobs = known
         if not self.jobs and self._distrusted is not None:
             raise self._distrusted

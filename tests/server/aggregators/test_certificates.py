@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import ssl
 from collections.abc import Iterator
@@ -79,7 +80,13 @@ def test_without_a_certificate_nobody_connects(identity: IdentityFolder, connect
     ],
 )
 def test_an_aggregator_says_why_it_distrusts_its_parent(
-    identity: IdentityFolder, connections: RegionConnections, tmp_path: Path, host: str, own: bool, said: str
+    identity: IdentityFolder,
+    connections: RegionConnections,
+    tmp_path: Path,
+    host: str,
+    own: bool,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with IdentityFolder.make(tmp_path / "other", "default") as other:
         context = (identity if own else other).context
@@ -88,6 +95,13 @@ def test_an_aggregator_says_why_it_distrusts_its_parent(
             with pytest.raises(IdentityError, match=said):
                 link.start(patience_s=60)
             assert not link.connected
+        caplog.clear()
+        (tmp_path / "north" / "jobs.json").write_text('{"job": {}}')  # which an earlier start has left
+        with ParentLink(url, "north", context, BlobStore(tmp_path / "north")) as link:
+            link.start(patience_s=60)
+        served = [r.message for r in caplog.records if "latest orders" in r.message]
+        assert len(served) == 1
+        assert re.search(said, served[0])
 
 
 def test_members_of_the_parent_are_those_of_the_aggregator(identity: IdentityFolder) -> None:
