@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedprune_server.messaging.broker.programs import find_mosquitto
+
 
 def found() -> tuple[str, str] | None:
     """Its program and version; None where it isn't installed."""
-    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if binary is None:
-        return None
-    return binary, subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout.split()[2]
+    mosquitto = find_mosquitto()
+    return None if mosquitto is None else (mosquitto.path, mosquitto.version)
 
 
 def needed(who: str) -> tuple[str, str]:

@@ -99,15 +99,15 @@ class Site:
                 self.watched[name] = self.watched.get(name, Watch())
         return process
 
-    def broker(self, binary: str) -> None:
-        """Start Mosquitto.
+    def broker(self, binary: str | None = None) -> None:
+        """Start Mosquitto: a program, or the system's.
 
         Raises:
-            BrokerError: It doesn't listen.
+            BrokerError: It doesn't listen, or there is none.
         """
         path = self.folder / "mosquitto.conf"
         path.write_text(MOSQUITTO.format(port=self.port))
-        self.broker_of("broker", binary, path, self.port)
+        self.broker_of("broker", binary or find_mosquitto(), path, self.port)
 
     def broker_of(self, name: str, binary: str, config: Path, port: int) -> None:
         """Start Mosquitto under a name, with a configuration that listens on a port. Raises `BrokerError` if it
@@ -195,11 +195,11 @@ class Site:
 
 
 @contextmanager
-def site(folder: Path) -> Iterator[Site]:
+def site(folder: Path, kind: type[Site] = Site) -> Iterator[Site]:
     """A site in a folder, with room for as many connections as the system lets a process have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    made = Site(folder)
+    made = kind(folder)
     try:
         yield made
     finally:

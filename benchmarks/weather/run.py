@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.swarm.site import Site, find_mosquitto, site
+from benchmarks.swarm.site import Site, site
 from benchmarks.weather.proxy import Proxy, Weather
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
@@ -81,7 +81,9 @@ class Found:
     restarts: int = 0
 
 
-def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0) -> dict[str, Any]:
+def compare(
+    folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0, kind: type[Site] = Site
+) -> dict[str, Any]:
     """Both runs, side by side.
 
     Args:
@@ -90,6 +92,7 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
         seconds: After so long the round that continues is the last one in bad weather.
         weather: How bad it is.
         seed: Keys the weather.
+        kind: Says which broker it is.
 
     Raises:
         FedpruneError: A process died that should live, or the last round doesn't end in four times that time and ten
@@ -103,8 +106,8 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
     np.savez(material / "evaluation.npz", x=hands.x, y=hands.y)
     for name in names:
         write_hand(material / f"{name}.npz", hands.devices[name])
-    stormy = _run(folder / "storm", material, names, weather, seconds, None, seed)
-    calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed)
+    stormy = _run(folder / "storm", material, names, weather, seconds, None, seed, kind)
+    calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed, kind)
     same = [a["model"] == b["model"] for a, b in zip(stormy.rounds, calm.rounds, strict=True)]
     counted = [sum(d["progress"] == "folded" for d in r["devices"].values()) for r in stormy.rounds]
     accuracy = {
@@ -126,12 +129,19 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
 
 
 def _run(
-    folder: Path, material: Path, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
+    folder: Path,
+    material: Path,
+    names: list[str],
+    weather: Weather,
+    seconds: float,
+    rounds: int | None,
+    seed: int,
+    kind: type[Site],
 ) -> Found:
     folder.mkdir()
     for path in material.iterdir():
         (folder / path.name).symlink_to(path)
-    with site(folder) as place:
+    with site(folder, kind) as place:
         return asyncio.run(_weathered(place, names, weather, seconds, rounds, seed))
 
 
@@ -139,11 +149,11 @@ async def _weathered(
     place: Site, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
 ) -> Found:
     """Run until as many rounds are over, or the first that ends after so many seconds."""
-    proxy, binary, began, restarts = Proxy(weather, place.port, seed), find_mosquitto(), time.monotonic(), 0
+    proxy, began, restarts = Proxy(weather, place.port, seed), time.monotonic(), 0
     await proxy.start()
     config = place.folder / "fleet.toml"
     config.write_text(FLEET.format(rounds=rounds or ENDLESS, devices=len(names), port=place.port))
-    place.broker(binary)
+    place.broker()
     await asyncio.to_thread(place.server, config)
     for name in names:
         place.start(name, _board(place.folder, name, proxy.port))
@@ -154,7 +164,7 @@ async def _weathered(
         if rounds is None and time.monotonic() - killed > RESTART_S:
             killed, restarts = time.monotonic(), restarts + 1
             place.kill("broker")
-            await asyncio.to_thread(place.broker, binary)
+            await asyncio.to_thread(place.broker)
         dead = [n for n in ("server", *names) if not place.alive(n)]
         done = len(_finished(place.folder / "state"))
         if rounds is not None and done >= rounds:
