@@ -19,8 +19,8 @@ MOST_LINES = 80
 
 pytestmark = [
     pytest.mark.slow,
-    # Libraries of others, which errors of ours don't depend on.
-    pytest.mark.filterwarnings("default"),
+    # What a library warns of within itself is its own business.
+    pytest.mark.filterwarnings("ignore::Warning"),
 ]
 
 
