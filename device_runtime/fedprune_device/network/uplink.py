@@ -33,6 +33,7 @@ from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import NO_JOB
 from fedprune.wire.transfer import BlobSender, SeenRequests, with_request_id
 from fedprune.wire.urls import UploadUrl
+from fedprune_device.hardware.readings import temperature_c
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.http_upload import HttpUpload
 from fedprune_device.privacy.redaction import refused
@@ -235,7 +236,8 @@ class Uplink:
             return
         self._reported, self._report_at = status, now + PROGRESS_S
         phase, done, total = status
-        self.send(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
+        told = Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total, temperature_c())
+        self.send(told, offer.job, 0)
 
     def stay(self, session: int, now: float) -> None:
         """Send a sign of life after minutes of silence."""

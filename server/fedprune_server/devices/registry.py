@@ -48,6 +48,8 @@ class Contact:
     introduced: int = 0
     """Hash of what was last logged of its plan."""
     problem: str = ""
+    temperature_c: float | None = None
+    """As reported last while it worked."""
 
 
 class DeviceRegistry:
@@ -152,6 +154,8 @@ class DeviceRegistry:
         """A device has shown that it works on its offer."""
         contact = self[device]
         contact.heard_at, contact.progress = now, progress or contact.progress
+        if progress is not None and progress.temperature_c is not None:
+            contact.temperature_c = progress.temperature_c
 
     def silent(self, now: float, patience_s: float) -> list[str]:
         """Connected devices with an offer that have shown no sign of it for too long.

@@ -213,6 +213,16 @@ def test_progress_comes_at_most_once_a_second(bench: Bench) -> None:
     assert 1 <= len(bench.server.of(Progress)) <= clock() - began + 1
 
 
+def test_progress_has_the_temperature_where_it_can_be_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([51.5])
+    monkeypatch.setattr("fedprune_device.network.uplink.temperature_c", lambda: next(found, None))
+    bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
+    bench.run()
+    first, *others = [message.temperature_c for message in bench.server.of(Progress)]
+    assert first == 51.5
+    assert set(others) == {None}
+
+
 def test_every_connection_has_a_number_of_its_own_and_a_will(bench: Bench, tmp_path: Path) -> None:
     with DeviceStore(tmp_path / "state", clock=lambda: 0.0) as store:
         channel = Channel("d", "site")

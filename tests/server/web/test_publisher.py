@@ -16,6 +16,7 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
 from fedprune.output.log_lines import log_context
+from fedprune.wire.messages import Progress
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
@@ -118,6 +119,22 @@ def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path) -> None:
     row = rows.device_row(view, "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
     assert (row["key"], row["behind"]) == ("ab12", "signing key")
+
+
+def test_a_board_s_temperature_is_the_last_that_it_has_reported(tmp_path: Path) -> None:
+    daemon, _, _ = finished(tmp_path)
+    view = daemon.first.view
+    name, device = next(iter(view.state.devices.items()))
+
+    def shown() -> float | None:
+        more = {"job": None, "here": True, "member": Member("member"), "traffic": (0, 0), "now": None}
+        return rows.device_row(view, name, **more)["temperature_c"]  # type: ignore[arg-type]
+
+    view.registry[name].temperature_c, device.probe = None, {"temperature_c": 40.0}
+    assert shown() == 40.0, "as measured at its start"
+    for said, expected in ((0.0, 0.0), (61.5, 61.5), (None, 61.5)):
+        view.registry.heard(name, 0.0, Progress(name, JOB.name, 1, 1, "train", 1, 2, said))
+        assert shown() == expected
 
 
 def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> None:

@@ -263,6 +263,8 @@ class Progress(CheckedMessage, kind="progress"):
     """Units done in this phase."""
     total: Count
     """Units of this phase."""
+    temperature_c: Annotated[float, number(-100.0, 300.0)] | None = newer()
+    """The board's temperature, if it can be read."""
 
 
 @dataclass(frozen=True)

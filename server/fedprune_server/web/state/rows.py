@@ -82,7 +82,7 @@ def device_row(
         "parameters": shown.parameters if device is not None and device.widths else None,
         "samples": None if device is None else device.samples,
         "seen_at": now,
-        "temperature_c": number(probe.get("temperature_c"), -100.0, 300.0),
+        "temperature_c": _temperature(contact.temperature_c, probe.get("temperature_c")),
         "versions": versions(contact.software),
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
@@ -151,6 +151,10 @@ def finished_round(
         staleness={"mean": sum(stale) / len(stale), "max": max(stale)} if stale else None,
         model=summary["model"],
     )
+
+
+def _temperature(reported: float | None, at_start: Any) -> float | None:
+    return number(at_start, -100.0, 300.0) if reported is None else reported
 
 
 def number(value: Any, low: float, high: float) -> float | None:
