@@ -11,7 +11,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_run
 
 SHIPPED := toolkit/fedprune toolkit/fedprune_start export/fedprune_export device_runtime/fedprune_device \
 	device_runtime/fedprune_flash server/fedprune_server
-EXTRAS ?= board,completion,console,export,fast,flash,mlflow,parquet,privacy,scale,server,tensorboard,tracing,wandb
+EXTRAS ?= board,completion,console,export,fast,flash,hub,mlflow,parquet,privacy,scale,server,tensorboard,tracing,wandb
 COMMA := ,
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
