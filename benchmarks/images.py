@@ -146,8 +146,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"- The server's image ran the demo for {server['rounds of the demo']} rounds as user 10001, and exported",
         f"  a bundle ({server['bundle']}).",
-        f"- The board's image, on an emulated Cortex-A72, found its profile ({board['profile']}) in {board['seconds']} s,",
-        "  start included. Nothing was trained in it.",
+        f"- The board's image, on an emulated Cortex-A72, found its profile ({board['profile']}) in",
+        f"  {board['seconds']} s. Nothing was trained in it.",
     ]
     return "\n".join(lines) + "\n"
 

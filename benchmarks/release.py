@@ -67,13 +67,14 @@ def sha256(path: Path) -> str:
 
 
 def run(*words: str | Path, cwd: Path = ROOT, environment: Mapping[str, str] | None = None, umask: int = -1) -> str:
-    """Run a command to its end and return its output; end with the last of both its streams if it fails."""
+    """Run a command to its end and return its output; end with the last of it if it fails."""
     done = subprocess.run(
         [str(word) for word in words],
-        cwd=cwd, env={**os.environ, **(environment or {})}, umask=umask, capture_output=True, text=True, check=False,
+        cwd=cwd, env={**os.environ, **(environment or {})}, umask=umask, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,  # where mmdebstrap puts what its hooks print
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{words[0]} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{words[0]} ended with {done.returncode}\n{done.stdout[-4000:]}")
     return done.stdout
 
 
