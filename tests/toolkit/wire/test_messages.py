@@ -69,7 +69,7 @@ def test_unknown_keys_are_ignored(message: Message) -> None:
 def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert parse(OFFER.to_bytes()) == OFFER
     newer = {"mask", "ranking", "lowered", "slabs"}
-    newer |= {"codec", "weights_codec", "coded", "held", "moved", "moved_from", "base", "blobs_at"}
+    newer |= {"codec", "weights_codec", "coded", "held", "moved", "moved_from", "secure", "base", "blobs_at"}
     assert set(json.loads(OFFER.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - newer
     assert parse(altered(OFFER, **dict.fromkeys(newer))) == OFFER
     birth = Birth("d", 1, "p", 10, "s")
