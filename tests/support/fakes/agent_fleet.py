@@ -50,6 +50,7 @@ class MemoryLink:
         try:
             return self.inbox.get(timeout=min(timeout or 0.001, 0.02))
         except queue.Empty:
+            self.server.idle += 1
             return None
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
@@ -84,7 +85,7 @@ class MemoryServer:
     """Offers rounds one after the other, pulls updates, accepts them, and says that the job is finished."""
 
     def __init__(self, folder: Path, graphs: Path, weights: dict[str, Any], now: Callable[[], float] = clock) -> None:
-        self._clock = now
+        self.clock = now
         self.blobs = BlobStore(folder)
         self.graphs = {n: self.blobs.put((graphs / f"{n}.onnx").read_bytes()) for n in ("plain", "full", "inference")}
         self.weights = self.blobs.put(tensorfile.encode(weights))
@@ -98,6 +99,8 @@ class MemoryServer:
         """Called at each turn of the agent's loop."""
         self.accepts = True
         self.ends = True
+        self.idle = 0
+        """How often the agent has waited for a message and got none."""
         self._pull: tuple[Update, Pull] | None = None
         self._offered_at = 0.0
         self._lock = threading.RLock()
@@ -128,7 +131,7 @@ class MemoryServer:
 
     def receive(self, topic: str, raw: bytes) -> None:
         address = TOPICS.parse(topic)
-        now = self._clock()
+        now = self.clock()
         if address.channel == "up/blob":
             if self._pull is not None:
                 self._ask(self._pull[1].on_chunk(Chunk.parse(raw), now))
@@ -151,7 +154,7 @@ class MemoryServer:
 
     def tick(self) -> None:
         self.watch()
-        now = self._clock()
+        now = self.clock()
         if self._pull is not None:
             self._ask(self._pull[1].on_tick(now))
         if now - self._offered_at < 5:
