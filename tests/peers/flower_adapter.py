@@ -26,6 +26,8 @@ from fedprune import strategies
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import FedpruneError
 from fedprune.flower import PRESETS, FedpruneStrategy, Part, answer
+from fedprune.flower.presets import composed
+from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -269,6 +271,10 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(mask="hard"))
     with refused("boards measure"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(report_squares=True))
+    with refused("secure_aggregation in [job]"):
+        FedpruneStrategy(model(), "fedavg", recipe=Recipe(secure_aggregation=True))
+    with refused("Flower has secure aggregation of its own"):
+        composed(Job(strategy="fedavg", secure_aggregation=True))
     with refused("did you mean 'fedprune'"):
         FedpruneStrategy(model(), "fedprun")
 

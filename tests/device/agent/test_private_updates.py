@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune.aggregation.fixed_point import Range
+from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
+from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
 from fedprune.updates import Codec, decode
+from fedprune.updates.privacy import GaussianNoise
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
@@ -81,6 +85,22 @@ def test_noise_is_another_one_each_time_and_not_in_what_serves(board: HiddenBoar
         assert np.array_equal(first[name], second[name]) == (name in STATISTICS), name
     noise = np.concatenate([(first[n] - second[n]).ravel() for n in first if n not in STATISTICS])
     assert 0.4 < noise.std() / math.sqrt(2) < 0.6  # of 91 elements
+
+
+def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -> None:
+    form = VectorForm({name: TensorGrid(Range(3, 1)) for name in SENT if name not in STATISTICS})
+    secure = {"tensors": form.to_json(), "narrow": 0, "wide": 1 + sum(SENT[n].size for n in form.tensors), "weight": 4}
+    recipe = replace(PLAIN, update_clip=0.1, update_noise=0.05)
+    found = []
+    for offered, own in ((recipe, None), (replace(recipe, secure_aggregation=True), secure)):
+        offer = board.offer(1, offered, SENT, graph="kept", secure=own)
+        with DeviceStore(board.root) as store:
+            runner = RoundRunner(
+                DEVICE, store.blobs, store.slots, board.data, noise=lambda offer: GaussianNoise.keyed(offer.round)
+            )
+            found.append(store.blobs.read(runner.commit(runner.make(offer)).weights.sha256))
+    noised, vector = found
+    assert vector == form.encode(tensorfile.decode(noised), SENT, secure["weight"])[0].to_bytes()
 
 
 @pytest.mark.parametrize("text", ["zlib", "float16", "int8", "int4", "ternary", "top-k:0.25"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,11 @@ from fedprune.strategies import compose
 from fedprune.wire.messages import SecureStep, Trained, Update, parse
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
+from fedprune_server import app
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
 from support.fakes.fleet import folded
 from support.fakes.masked_cohort import ServerView
 from support.fakes.secure_fleet import SecureFleet
@@ -184,6 +191,62 @@ def test_a_board_whose_messages_are_damaged_drops_out(model: Model, tmp_path: Pa
 def test_what_needs_single_updates_is_refused_by_name(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         compose(Job.from_dict({"secure_aggregation": True, **settings}))
+
+
+def with_aggregators(job: Job, model: Model) -> None:
+    opened = SimpleNamespace(job=job, worker=None)
+    folder: Any = SimpleNamespace(read_job=lambda config: opened)
+    regions: Any = SimpleNamespace()
+    with ExitStack() as stack:
+        app._open(stack, ServerConfig(), folder, regions, None)
+
+
+def simulated(job: Job, model: Model) -> None:
+    devices: Any = [SimpleNamespace(name=name) for name in NAMES]
+    Simulation(Experiment("t", job, model, devices), BlobStore(Path("never-written"), durable=False))
+
+
+@pytest.mark.parametrize(
+    ("begin", "problem", "remedy"),
+    [
+        (with_aggregators, "job t: secure_aggregation on a server with aggregators", "Leave out secure_aggregation"),
+        (simulated, "simulation: job.secure_aggregation", "Simulate the job without it, with move_limit = 0"),
+    ],
+)
+def test_where_boards_can_t_mask_is_refused_by_name(
+    model: Model, begin: Callable[[Job, Model], None], problem: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        begin(Job.from_dict({"name": "t", "devices": len(NAMES), "secure_aggregation": True}), model)
+    assert remedy in caught.value.hint
+
+
+SIGMA, CLIP = 3.0, 0.1
+PRIVATE = {
+    "strategy": "fedavg",
+    "privacy": {"clip": CLIP, "noise_multiplier": SIGMA, "noise": "shared", "boards": len(NAMES)},
+}
+
+
+def test_shared_noise_is_in_the_sum_and_costs_what_it_costs_without_masks(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, **PRIVATE)
+    state, expected = fleet.run(), plain(tmp_path, model, **PRIVATE)
+    assert folded(state) == [list(NAMES)] * 2
+    assert [r["model"] for r in state.history] == [r["model"] for r in expected.history]
+    paid = [(r["metrics"]["epsilon"], r["metrics"]["epsilon_next"]) for r in state.history]
+    assert paid == [(r["metrics"]["epsilon"], r["metrics"]["epsilon_next"]) for r in expected.history]
+    assert 0 < paid[0][0] < paid[0][1] == paid[1][0]
+
+    quiet = {"strategy": "fedavg", "privacy": {"clip": CLIP}, "rounds": 1}
+    without = SecureFleet(tmp_path / "quiet", model, NAMES, secure_aggregation=True, **quiet).run()
+    blobs, silent = (BlobStore(tmp_path / at / "blobs") for at in ("secure", "quiet"))
+    one = tensorfile.decode(blobs.read(state.history[0]["model"]))
+    other = tensorfile.decode(silent.read(without.history[0]["model"]))
+    trainable = [spec.name for spec in model.architecture.tensors if spec.kind.trainable]
+    noise = np.concatenate([(one[n].astype(np.float64) - other[n]).ravel() for n in trainable]) * len(NAMES)
+    # The variance of n normal numbers is off by √(2/n) of itself; four times that is one test in 16,000.
+    assert noise.var() == pytest.approx((SIGMA * CLIP) ** 2, rel=4 * np.sqrt(2 / noise.size))
+    assert abs(noise.mean()) < 4 * SIGMA * CLIP / np.sqrt(noise.size)
 
 
 def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:

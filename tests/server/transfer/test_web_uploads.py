@@ -29,9 +29,11 @@ from fedprune.security.tls import pinned_context
 from fedprune.wire.messages import PUT, UploadRequest, UploadResult
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.http_upload import HttpUpload
+from fedprune_export.importing import import_onnx
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
@@ -40,6 +42,7 @@ from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import UploadEnd
 from fedprune_server.transfer.web_uploads import HttpUploads
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
+from support.fakes.secure_fleet import SecureFleet
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
@@ -440,8 +443,8 @@ def sent(request: UploadRequest, body: bytes) -> str | None:
 class Uploading(Fleet):
     """A fleet whose devices upload to the server's own web server."""
 
-    def __init__(self, folder: Path, server: BlobServer) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, server: BlobServer, *fleet: Any, **settings: Any) -> None:
+        super().__init__(folder, *fleet, **settings)
         self.server = server
         for device in self.air.devices.values():
             device.abilities, device.upload = (PUT,), sent
@@ -464,6 +467,34 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def fleet(tmp_path: Path, server: BlobServer) -> Uploading:
     return Uploading(tmp_path, server)
+
+
+class MaskedUploads(Uploading, SecureFleet):
+    """The same of boards that mask their updates."""
+
+
+def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, server: BlobServer) -> None:
+    names = ("a", "b", "c")
+    fleet = MaskedUploads(tmp_path / "https", server, import_onnx(digits_model(), "digits"), names)
+    fleet.job = replace(fleet.job, secure_aggregation=True)
+    bodies: list[bytes] = []
+
+    def upload(request: UploadRequest, body: bytes) -> str | None:
+        bodies.append(body)
+        return sent(request, body)
+
+    for name in names:
+        fleet.board(name).upload = upload
+    state = fleet.run()
+    assert folded(state) == [list(names)] * 2
+    over_mqtt = SecureFleet(tmp_path / "mqtt", fleet.model, names, secure_aggregation=True).run()
+    assert models(state) == models(over_mqtt)
+    assert server.received == len(bodies) == 6
+    vectors = {fleet.board(name).vector for name in names}
+    assert {len(body) for body in bodies} == {len(vector) for vector in vectors}
+    assert not vectors & set(bodies), "an update that is not masked"
+    assert not any(fleet.store.has(BlobRef.of(body).sha256) for body in bodies), "they are added, and needed no longer"
+    assert not any(topic.endswith("blob") for topic, _ in fleet.said), "nothing has come over MQTT"
 
 
 def jobs_of(folder: Path) -> SeveralJobs:

@@ -15,6 +15,7 @@ from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
 from fedprune.secure_aggregation.grid import VectorForm
+from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Trained, Update, parse
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.secure_update import SecureUpdate
@@ -25,6 +26,8 @@ from fedprune_server.engine.server import Server
 from fedprune_server.executor.worker import Worker
 from support.fakes.fleet import Air, Fleet, ToyDevice, server_of
 from support.fakes.masked_cohort import Transcript
+
+STATISTICS = ("mean", "var")
 
 
 def trained(name: str, number: int, sent: Tensors) -> Tensors:
@@ -91,6 +94,10 @@ class MaskingBoard(ToyDevice):
             return
         sent = tensorfile.decode(self.store.read(offer.weights.sha256))
         tensors = trained(self.name, offer.round, sent)
+        if clip := offer.recipe.get("update_clip"):
+            noise = GaussianNoise.keyed(self.name, offer.round)
+            names = [name for name in sent if not name.endswith(STATISTICS)]
+            tensors = noised(tensors, sent, names, clip, offer.recipe.get("update_noise", 0.0), noise)
         if offer.secure is None:
             raw = tensorfile.encode(tensors)
         else:
