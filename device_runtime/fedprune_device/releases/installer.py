@@ -282,16 +282,16 @@ _ANSWER_S = 120.0
 
 def check_release(release: Release, highest: int) -> None:
     """Make sure that a release is for this board and above the `highest` staged number; else `ReleaseError`."""
+    own = {"python": f"cp{sys.version_info.major}{sys.version_info.minor}", "machine": platform.machine()}
+    for name, value in own.items():
+        if getattr(release, name) != value:
+            raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
     if release.number <= highest:
         raise ReleaseError(
             f"release {release.number}",
             expected=f"a number above {highest}",
             hint="To go back, release the earlier one again under a new number.",
         )
-    own = {"python": f"cp{sys.version_info.major}{sys.version_info.minor}", "machine": platform.machine()}
-    for name, value in own.items():
-        if getattr(release, name) != value:
-            raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
     if release.launcher > VERSION:
         raise ReleaseError(
             f"release {release.number}: launcher",

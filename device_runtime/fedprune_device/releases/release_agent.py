@@ -6,11 +6,13 @@ state; the server repeats at every birth which release it wants.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -34,6 +36,7 @@ from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import Pull
 from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.launcher import state as on_disk
+from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.network.connection import Connection
 from fedprune_device.releases.installer import KEPT, ReleaseInstaller, ReleaseSource
 
@@ -126,6 +129,8 @@ class ReleaseAgent:
             self._say(offer.number, REFUSED, self._updater)
             return
         state, reason = self._standing(self._updater, offer.number)
+        if installed_manifest(self._updater.home, offer.number) not in (None, _digest(offer.manifest)):
+            state = None  # another release has this number here: this one is refused, and nothing is fetched
         if state == STAGED:
             self._offer, self._ready = offer, True
         if state is not None:
@@ -280,7 +285,10 @@ class ReleaseAgent:
             self._say(self._offer.number, DOWNLOADING, "", done, total)
 
     def _say(self, number: int, state: str, reason: str = "", done: int = 0, total: int = 0) -> None:
-        report = ReleaseReport(self._connection.device, number, state, one_line(reason, 1000), done, total)
+        manifest = None
+        if state in (STAGED, TRIAL, COMMITTED, ROLLED_BACK) and not isinstance(self._updater, str):
+            manifest = installed_manifest(self._updater.home, number)
+        report = ReleaseReport(self._connection.device, number, state, one_line(reason, 1000), done, total, manifest)
         if report != self._last:
             self._last = report
             self._connection.send(report)
@@ -371,6 +379,20 @@ class StagingThread:
             self.error = error
         except Exception as error:  # noqa: BLE001 - the loop reports it to the server
             self.error = ReleaseError(f"it can't be unpacked ({type(error).__name__}: {error})")
+
+
+def installed_manifest(home: SlotStore, number: int) -> str | None:
+    """sha256 of the signed manifest of the release of this number that is in a slot; None if there is none."""
+    for slot in on_disk.SLOTS:
+        with suppress(on_disk.DamagedError):
+            record = home.record(slot)
+            if record.version == number and record.manifest:
+                return _digest(record.manifest)
+    return None
+
+
+def _digest(manifest: str) -> str:
+    return hashlib.sha256(manifest.encode()).hexdigest()
 
 
 def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:

@@ -9,6 +9,7 @@ Once the connection is back, boards that were given the release get their full t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -120,6 +121,8 @@ class RolloutCoordinator:
         if entry is None or report.number != entry.offer.number or device not in entry.rollout.boards:
             self._withdraw_if_ours(report)
             return
+        if report.manifest not in (None, hashlib.sha256(entry.offer.manifest.encode()).hexdigest()):
+            return  # of another release with this number; the board refuses the offer of this one
         before = entry.reports.get(device, {})
         report_row = {"state": report.state, "reason": reason, "done": report.done, "total": report.total}
         moved = any(before.get(k) != report_row[k] for k in ("state", "done"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import RuntimeUnavailableError, StorageError
+from fedprune.releases.release import MANIFEST
 from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
@@ -127,6 +129,21 @@ def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make,
     ended = it.server.ended(1)
     assert "expected a number above 3" in ended.reason
     assert it.server.wants == wants, "nothing is pulled again"
+
+
+def test_another_release_of_the_number_that_runs_is_refused(board: Make, tmp_path: Path) -> None:
+    for name, changes, said in (("arm", {"machine": "pdp11"}, "got pdp11"), ("other", {}, "a number above 1")):
+        it = board(make_release(tmp_path / f"release-{name}", 1, version="0.1.1", **changes), name=name)
+        assert said in refused(it)
+        assert it.server.wants == 0
+
+
+def test_reports_name_the_installed_release_by_its_manifest(board: Make, releases: dict[int, Path]) -> None:
+    it = board(releases[2], releases[3])
+    it.live()
+    digests = {n: hashlib.sha256((releases[n] / MANIFEST).read_bytes()).hexdigest() for n in (2, 3)}
+    said = {(r.number, r.state): r.manifest for r in it.server.reports if r.state in (COMMITTED, ROLLED_BACK)}
+    assert said == {(2, COMMITTED): digests[2], (3, ROLLED_BACK): digests[3]}
 
 
 @pytest.mark.parametrize("seed", range(5))

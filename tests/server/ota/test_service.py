@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -371,6 +372,17 @@ def test_a_board_that_has_it_already_has_done_well_and_one_that_went_back_before
     rollout = site.live()
     assert rollout.phase is RolloutPhase.DONE
     assert rollout.failures() == {NAMES[3]: "rolled back: killed by SIGILL", NAMES[4]: "refused: killed by SIGILL"}
+
+
+def test_what_a_board_reports_of_another_release_with_this_number_is_not_counted(site: Site) -> None:
+    site.usual = ()
+    site.begin(Stage(1.0))
+    coordinator = site.start()
+    coordinator.reported(ReleaseReport(NAMES[0], 7, COMMITTED, "", 0, 0, "ab" * 32))
+    assert site.rollout.boards[NAMES[0]].fate is Fate.GIVEN
+    manifest = hashlib.sha256(site.offer().manifest.encode()).hexdigest()
+    coordinator.reported(ReleaseReport(NAMES[0], 7, COMMITTED, "", 0, 0, manifest))
+    assert site.rollout.boards[NAMES[0]].fate is Fate.WELL
 
 
 class CrashError(Exception):

@@ -141,6 +141,8 @@ class ReleaseReport(CheckedMessage, kind="release_report"):
     """Leaves of its files that have arrived."""
     total: Count
     """Leaves of its files; 0 where none are fetched."""
+    manifest: Digest | None = None
+    """sha256 of the manifest of the release of this number that is installed, because others may have the number."""
 
 
 ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn
