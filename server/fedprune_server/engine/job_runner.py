@@ -231,6 +231,7 @@ class JobRunner:
             near,
             self._steady,
             ELSEWHERE if job.beside_others else OFFLINE,
+            services.members,
         )
         """What observers may read of the job."""
 

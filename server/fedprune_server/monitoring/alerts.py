@@ -407,12 +407,14 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         return
     if seen.tier.parent:
         return  # the parent begins rounds, with boards of other regions
+    more = f"let more boards in ({command('claim', '--device', 'NAME', *at(seen.folder))})"
+    if job.away:
+        more = f"start the boards that are away ({command('logs', *at(seen.folder))} shows what they sent last)"
     yield Alert(
         "too-few-devices", WARNING, now,
         f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{out}",
         f"a round begins with {quantity(job.needed, 'device')}",
-        f"start the boards that are away ({command('logs', *at(seen.folder))} shows what they sent last), or begin "
-        f"with fewer: {command('run', *at(job.folder), '--devices', seen.here)}{again}",
+        f"{more}, or begin with fewer: {command('run', *at(job.folder), '--devices', seen.here)}{again}",
         job=job.name, delay_s=job.delay_s,
     )  # fmt: skip
 

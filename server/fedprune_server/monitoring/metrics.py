@@ -21,7 +21,7 @@ from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_parts import OF_DEVICES, PARTS, begun, ended
 from fedprune_server.monitoring.view import Facts, JobView
 
-STATES = ("working", "idle", "excluded", "offline")
+STATES = ("working", "idle", "excluded", "offline", "revoked")
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
 _SHORT = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)

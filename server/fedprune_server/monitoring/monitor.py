@@ -97,12 +97,13 @@ class JobWatch(Observer):
 
     def status(self) -> JobStatus:
         job, state = self._view.job, self._view.state
-        away = (n for n, d in state.devices.items() if not d.online)
         missing = state.phase is Phase.WAITING or not state.devices.count(True)
+        revoked = self._view.revoked() if missing else ()
+        away = (n for n, d in state.devices.items() if not d.online and n not in revoked)
         return JobStatus(
             job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
             len(state.devices) + len(self._view.registry.outsiders),
-            tuple(islice(away, SHOWN + 1)) if missing else (), (),
+            tuple(islice(away, SHOWN + 1)) if missing else (), sorted(revoked),
             self._deadline_s, self._missed, self._empty, self._full(), self._off,
         )  # fmt: skip
 

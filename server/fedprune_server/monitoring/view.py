@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedprune.blobs.blob_store import BlobStore
@@ -28,7 +28,7 @@ class Facts:
     """Figures of a job at one moment.
 
     Attributes:
-        devices: Devices by state: `working`, `idle`, `excluded` or `offline`.
+        devices: Devices by state: `working`, `idle`, `excluded`, `offline` or `revoked`.
         tasks: Parts of the round by progress.
         bytes_down: Payload bytes to all devices, over all starts.
         bytes_up: The same from them.
@@ -60,6 +60,7 @@ class JobView:
         store: Blobs that are available without waiting.
         clock: Seconds since 1970.
         away: The state of a device that isn't connected.
+        members: Returns the names of the fleet's members; None where every device may take part.
     """
 
     job: Job
@@ -75,6 +76,11 @@ class JobView:
     store: BlobStore
     clock: Callable[[], float]
     away: str = OFFLINE
+    members: Callable[[], Collection[str]] | None = None
+
+    def revoked(self) -> Collection[str]:
+        """Devices of the job that are no longer members."""
+        return () if self.members is None else self.state.devices.keys() - self.members()
 
     def snapshot(self) -> JobSnapshot:
         pulled = {n: p for n in self.state.tasks if (p := self.uploads.progress(n)) is not None}
@@ -86,11 +92,13 @@ class JobView:
     def facts(self) -> Facts:
         """Figures of the job, by a look at every device."""
         devices: Counter[str] = Counter()
+        revoked = self.revoked()
         for name, device in self.state.devices.items():
             task = self.state.tasks.get(name)
             works = task is not None and task.progress in UNDER_WAY and self.state.awaits(task)
             online = "working" if works else "idle"
-            devices["excluded" if device.excluded else online if device.online else "offline"] += 1
+            away = "revoked" if name in revoked else OFFLINE
+            devices["excluded" if device.excluded else online if device.online else away] += 1
         devices["excluded"] += len(self.registry.outsiders.keys() - self.state.devices.keys())
         down, up = self.registry.total
         return Facts(

@@ -61,6 +61,20 @@ def test_filters_keep_what_they_say_and_counts_are_of_all(tmp_path: Path) -> Non
     assert view.devices(only={"online": "no"}).total == view.counts["online"]["no"]
 
 
+def test_a_revoked_board_is_not_counted_as_offline(tmp_path: Path) -> None:
+    view, fleet = published(tmp_path, 20)
+    before = view.counts["online"]
+    row = next(r for r in fleet.rows.values() if not r["online"] and r["status"] == "member")
+    writer = StatusWriter(tmp_path / "later.db")
+    write(writer, rows={n: encoded({**r, "status": "revoked"} if r is row else r) for n, r in fleet.rows.items()})
+    later = FleetView(tmp_path / "later.db")
+    assert later.counts["online"] == {"yes": before["yes"], "no": before["no"] - 1}
+    assert later.devices(only={"online": "no"}).total == before["no"] - 1
+    assert later.counts["status"]["revoked"] == 1
+    for opened in (view, later, writer):
+        opened.close()
+
+
 @pytest.mark.parametrize("wrong", [{"page": 0}, {"size": 0}, {"size": 501}, {"sort": "key"}, {"only": {"name": "a"}}])
 def test_a_page_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"expected|no "):

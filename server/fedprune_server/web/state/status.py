@@ -238,15 +238,17 @@ class FleetView(Closing):
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Number of devices by state, profile, job, status and whether they are online."""
+        """Number of devices by state, profile, job, status and, without revoked ones, whether they are online."""
         found: dict[str, Counter[str]] = {column: Counter() for column in _FILTERS}
         query = (
             "SELECT state, profile, job, status, online, count(*) FROM device_status WHERE body IS NOT NULL "
             "GROUP BY state, profile, job, status, online"
         )
         for *values, count in self._rows(query):
-            for column, value in zip(_FILTERS, values, strict=True):
-                found[column][str(value)] += count
+            row = dict(zip(_FILTERS, values, strict=True))
+            for column, value in row.items():
+                if column != "online" or row["status"] != "revoked":
+                    found[column][str(value)] += count
         online = found.pop("online")
         return {**found, "online": {"yes": online["1"], "no": online["0"]}}
 
@@ -296,6 +298,8 @@ class FleetView(Closing):
                 raise ValueError(f"no filter {name!r}")
             where.append(f"{name} = ?")
             values.append(wanted == "yes" if name == "online" else wanted)
+            if name == "online":
+                where.append("status != 'revoked'")
         if q:
             where.append("instr(casefold(name), ?)")
             values.append(q.casefold())
