@@ -21,7 +21,7 @@ from fedprune_server.devices.plan_vs_actual import compared, described, planned,
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
-from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.alerts import CRITICAL, Snapshot, evaluate
 from fedprune_server.monitoring.display import metric_texts
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
@@ -56,14 +56,16 @@ def status_of_all(state: Path) -> dict[str, Any]:
     """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
 
     A device is at one job at a time: `job` names it while a server runs. `alerts` are those that the running server has
-    open.
+    open; of one that ended, that another server has taken the fleet over, which is what `replaced` says.
     """
     first = status(state)
     first["alerts"] = _alerts(state, running=first["running"])
     further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
+    every = [first, *further]
+    for body in every:
+        body["replaced"] = not first["running"] and bool(first["alerts"])
     if not further:
         return first
-    every = [first, *further]
     at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
     for body in every:
         body["devices"] = [{**d, "job": at.get(d["name"])} for d in body["devices"]]
@@ -155,14 +157,18 @@ def _outcome(progress: str) -> str:
 
 
 def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
-    """Open alerts of a running server, and that its loop hangs if it does."""
-    live = read_open(folder) if running else None
+    """Open alerts of a running server, and that its loop hangs if it does; of one that ended, what replaced it."""
+    live = read_open(folder)
     if live is None:
         return []
     now = time.time()
-    hangs = evaluate(Snapshot(folder, turned_s=max(0.0, now - live[0])), now)
+    found = live[1]
+    if running:
+        found = [*evaluate(Snapshot(folder, turned_s=max(0.0, now - live[0])), now), *found]
+    else:
+        found = [a for a in found if a.kind == "second-server" and a.severity == CRITICAL]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
-    return [{key: getattr(alert, key) for key in keys} for alert in (*hangs, *live[1])]
+    return [{key: getattr(alert, key) for key in keys} for alert in found]
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
@@ -196,7 +202,8 @@ def _stopped(body: dict[str, Any]) -> str:
     command = f"fedprune-server run --state {shlex.quote(body['server'])}"
     if not body["job"]:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
-    end = "" if body["phase"] == Phase.FINISHED.value else f"; to go on: {command}"
+    over = body["phase"] == Phase.FINISHED.value or body.get("replaced")
+    end = "" if over else f"; to go on: {command}"
     return f"  no server is running{since}{end}"
 
 

@@ -92,6 +92,8 @@ def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
     """All findings about a server and its fleet, the worst first. Raises `StorageError` if it is no server's state
     folder."""
     found = list(_examine(folder, timeout))
+    if any(a.kind == "second-server" for a in found):
+        found = [a for a in found if a.kind != "server-not-running"]  # a start here would take the fleet back
     return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
 
 

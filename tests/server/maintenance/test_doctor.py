@@ -220,6 +220,25 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
     assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
 
 
+@pytest.mark.usefixtures("roomy")
+def test_who_was_replaced_is_not_told_to_start_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = doctor.wrong("second-server", "another server runs this fleet: on yard", "boards follow it", "look there")
+    monkeypatch.setattr(doctor, "CHECKS", (*doctor.CHECKS, lambda _: [other]))
+    assert [f.kind for f in doctor.examined(folder)] == ["second-server"]
+    what = "another server has taken this fleet over: on yard"
+    alert = Alert("second-server", "critical", NOW, what, "why", "look there", subject="yard:/")
+    (folder / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(alert)]}))
+    assert main(["status", "--state", str(folder)]) == ExitCode.OK
+    shown = capsys.readouterr().out
+    assert f"critical: {what}. To do: look there" in shown
+    assert "to go on" not in shown
+    with running(folder):
+        assert main(["status", "--state", str(folder), "--json"]) == ExitCode.OK
+    assert not json.loads(capsys.readouterr().out)["replaced"]
+
+
 def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
