@@ -30,6 +30,8 @@ _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+-]{0,200}")
 _STATE_ROOT = "/var/lib/"
 _CONFIG = "/etc/fedprune/fleet.toml"
+_HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108  # nosec B108  # nothing is made there
+"""Folders that the sandbox empties (ProtectHome=, PrivateTmp=)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ class ServerUnit:
                 continue
             if not _PLAIN_PATH.fullmatch(path) or ".." in path.split("/"):
                 raise ConfigError(option, expected="an absolute path of letters, digits and _./@+-", got=shown(path))
+        further = [("arguments of a service", a.rpartition("=")[2]) for a in self.arguments]
+        for option, path in (("--program", self.program), ("--config", self.config or ""), *further):
+            if path.startswith(_HIDDEN):
+                raise ConfigError(
+                    option, expected=f"a path that the service sees, not in {', '.join(_HIDDEN)}", got=shown(path),
+                    hint="Install fedprune in /opt, and put files into /etc/fedprune (docs/deploy.md#systemd).",
+                )  # fmt: skip
         if not _PLAIN_NAME.fullmatch(self.state.removeprefix(_STATE_ROOT)) or not self.state.startswith(_STATE_ROOT):
             raise ConfigError(
                 "--state", expected=f"a folder of {_STATE_ROOT}, such as {_STATE_ROOT}fedprune", got=self.state

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode
+from fedprune_server.cli import service
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.service import ServerUnit
 
@@ -27,7 +28,7 @@ def analyze(*arguments: str) -> str:
 @analyzed
 def test_systemd_knows_every_word_and_sees_a_low_exposure(tmp_path: Path) -> None:
     path = tmp_path / "fedprune-server.service"
-    path.write_text(ServerUnit(sys.executable, user="root", credentials=SECRET, arguments=("--name", "a b%$")).text())
+    path.write_text(ServerUnit("/usr/bin/env", user="root", credentials=SECRET, arguments=("--name", "a b%$")).text())
     said = [line for line in analyze("verify", "--man=no", str(path)).splitlines() if path.name in line]
     assert said == []
     found = re.search(r"exposure level for \S+: ([0-9.]+)", analyze("security", "--offline=yes", str(path)))
@@ -73,6 +74,28 @@ def test_what_would_break_out_of_its_line_is_refused(changes: dict[str, object])
         ServerUnit(**{"program": "/usr/bin/fedprune-server", **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"program": "/home/ann/venv/bin/fedprune-server"}, "--program"),
+        ({"config": "/tmp/fleet.toml"}, "--config"),
+        ({"arguments": ("--model", "/root/model.onnx")}, "arguments of a service"),
+        ({"arguments": ("--model=/var/tmp/model.onnx",)}, "arguments of a service"),
+    ],
+    ids=str,
+)
+def test_what_the_sandbox_hides_is_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}: expected a path that the service sees, not in /home/"):
+        ServerUnit(**{"program": "/usr/bin/fedprune-server", **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def unhidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a unit name a test's files, which are in /tmp."""
+    monkeypatch.setattr(service, "_HIDDEN", ())
+
+
+@pytest.mark.usefixtures("unhidden")
 def test_it_is_printed_and_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, config = tmp_path / "fedprune-server", tmp_path / "fleet.toml"
     for path in (program, config):
@@ -87,6 +110,7 @@ def test_it_is_printed_and_installed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "systemctl enable --now fedprune-server" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unhidden")
 def test_an_aggregator_needs_no_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = tmp_path / "fedprune-server"
     program.write_text("")
