@@ -11,15 +11,18 @@ from fastapi import APIRouter, HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import ProtocolError, shown
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import NEEDED, may
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.state.orders import RefusedError
+from fedprune_server.web.state.records import DEVICE_STATES, LEVELS, STATUSES
 from fedprune_server.web.state.status import Page
 
 PREFIX = "/api/v1"
 _MAX_Q = 100
+_YES_NO = ("yes", "no")
+_VALUES = {"state": DEVICE_STATES, "status": STATUSES, "online": _YES_NO, "gone": _YES_NO, "level": LEVELS}
 
 
 def router(console: Console) -> APIRouter:
@@ -49,9 +52,13 @@ def router(console: Console) -> APIRouter:
     @routes.get("/devices")
     async def devices(request: Request) -> Response:
         query = request.query_params
-        only = {k: v for k in ("state", "profile", "job", "status", "online") if (v := query.get(k))}
         sort, q = query.get("sort", "name"), query.get("q", "")[:_MAX_Q]
-        return _page(lambda: view.devices(**_paging(request), sort=sort, q=q, only=only), counts=view.counts)
+
+        def find() -> Page:
+            only = _filters(request, "state", "profile", "job", "status", "online")
+            return view.devices(**_paging(request), sort=sort, q=q, only=only)
+
+        return _page(find, counts=view.counts)
 
     @routes.get("/devices/{name}")
     async def device(name: str) -> Response:
@@ -74,14 +81,13 @@ def router(console: Console) -> APIRouter:
 
     @routes.get("/alerts")
     async def alerts(request: Request) -> Response:
-        gone = request.query_params.get("gone", "yes") != "no"
-        return _page(lambda: view.alerts(**_paging(request), gone=gone))
+        return _page(lambda: view.alerts(**_paging(request), gone=_filters(request, "gone").get("gone") != "no"))
 
     @routes.get("/logs")
     async def logs(request: Request) -> Response:
-        query = request.query_params
-        only = {k: v for k in ("level", "device", "job") if (v := query.get(k))}
-        return _page(lambda: view.lines(**_paging(request, 100), q=query.get("q", "")[:_MAX_Q], only=only))
+        q = request.query_params.get("q", "")[:_MAX_Q]
+        names = ("level", "device", "job")
+        return _page(lambda: view.lines(**_paging(request, 100), q=q, only=_filters(request, *names)))
 
     @routes.get("/audit")
     async def audit(request: Request) -> Response:
@@ -136,6 +142,15 @@ def _paging(request: Request, size: int = 50) -> dict[str, int]:
         return {"page": int(query.get("page", "1")[:9]), "size": int(query.get("size", str(size))[:9])}
     except ValueError as error:
         raise ValueError("expected whole numbers for page and size") from error
+
+
+def _filters(request: Request, *names: str) -> dict[str, str]:
+    """The filters of a request that are set. Raises `ValueError` if one has no such value."""
+    found = {name: value for name in names if (value := request.query_params.get(name))}
+    for name, value in found.items():
+        if value not in _VALUES.get(name, (value,)):
+            raise ValueError(f"{name}: expected one of {', '.join(_VALUES[name])}, got {shown(value)}")
+    return found
 
 
 def _page(find: Any, **more: Any) -> Response:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from fedprune.jobs.state import Progress
 from fedprune_server.web.auth.roles import NEEDED, ROLES
 from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, OrderQueue
 from fedprune_server.web.state.orders import OrderService
+from fedprune_server.web.state.records import DEVICE_STATES, LEVELS, STATUSES
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_browser import trial
+from support.paths import ROOT
 
 FIELDS = {
     "pause": {"job": "trial"}, "resume": {"job": "trial"}, "coverage": {"job": "trial"},
@@ -64,6 +67,26 @@ def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]
     here = trial(tmp_path)
     assert here.browser("admin").order(**body).status == 422
     assert here.orders == []
+
+
+def test_a_filter_with_a_value_that_it_cant_have_is_refused_with_those_that_it_can(tmp_path: Path) -> None:
+    browser = trial(tmp_path).browser("viewer")
+    for path, said in (
+        ("/devices?state=nonsense", "state: expected one of ready, queued,"),
+        ("/devices?status=ready", "status: expected one of member, waiting, revoked, got 'ready'"),
+        ("/devices?online=maybe", "online: expected one of yes, no, got 'maybe'"),
+        ("/alerts?gone=1", "gone: expected one of yes, no, got '1'"),
+        ("/logs?level=loud", "level: expected one of debug, info, warning, error, got 'loud'"),
+    ):
+        reply = browser.get(f"/api/v1{path}")
+        assert reply.status == 422, path
+        assert reply.json["error"].startswith(said)
+    for row in browser.get("/api/v1/devices?state=&size=500").json["items"]:
+        assert row["state"] in DEVICE_STATES
+        assert row["status"] in STATUSES
+    assert {p.value for p in Progress} < set(DEVICE_STATES)
+    words = (ROOT / "docs" / "console.md").read_text()
+    assert [s for s in (*DEVICE_STATES, *STATUSES, *LEVELS) if f"`{s}`" not in words] == []
 
 
 def test_an_error_of_the_framework_is_said_in_the_apis_own_form(tmp_path: Path) -> None:

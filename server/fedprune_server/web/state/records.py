@@ -7,6 +7,15 @@ from typing import Any, ClassVar
 
 LEVELS = ("debug", "info", "warning", "error")
 
+STATUSES = ("member", "waiting", "revoked")
+"""A device's membership."""
+
+DEVICE_STATES = (
+    "ready", "queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused", "excluded",
+    "elsewhere", "offline", "waiting", "revoked", "unknown",
+)  # fmt: skip
+"""What a device is at: its part's progress and, where it has none, why."""
+
 Row = dict[str, Any]
 
 
