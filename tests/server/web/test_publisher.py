@@ -282,7 +282,8 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
     assert [(console.answer(n) or (False,))[0] for n in numbers] == [True, True]
 
 
-def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path) -> None:
+def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fedprune.server")
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
     console = Console(tmp_path, daemon, fleet.air)
@@ -292,6 +293,10 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path) -> No
     daemon.first._commit()
     console.flush()
     assert console.answer(number) == (True, f"job {JOB.name} is paused")
+    console.order("resume", job=JOB.name)
+    console.flush()
+    said = [r.getMessage() for r in caplog.records if "ordered at the console" in r.getMessage()]
+    assert said == [f"job {JOB.name} {end}, as ann ordered at the console" for end in ("is paused", "goes on")]
 
 
 def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
@@ -503,11 +508,16 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
                 log.warning("no word")
             with log_context(device="no name"):
                 log.warning("a foreign topic")
+        log.warning("no device has ever announced itself")
+        log.warning("device b. is known, device c is not asked for")
     finally:
         log.removeHandler(console.publisher.tap)
+    console.publisher.changed(["b"])
     console.flush()
     found = [(x["text"], x["job"], x["round"], x["device"]) for x in console.view.lines().items]
     assert found == [
+        ("device b. is known, device c is not asked for", None, None, "b"),
+        ("no device has ever announced itself", None, None, None),
         ("a foreign topic", None, None, None), ("no word", JOB.name, 3, "b"), ("the disk is slow", JOB.name, 3, None),
     ]  # fmt: skip
 
@@ -542,6 +552,7 @@ def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Pa
         log.warning("device a says: %s", "x\n12:00:00 job finished\x1b[2J\u202e<script>alert(1)</script>" + "y" * 5000)
     finally:
         log.removeHandler(console.publisher.tap)
+    console.publisher.changed(["a"])
     console.flush()
     (found,) = console.view.lines(only={"device": "a"}).items
     assert found["text"].isprintable()

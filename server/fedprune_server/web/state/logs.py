@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,41 @@ _LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warni
 
 
 class LogTap(logging.Handler):
-    """Collects lines of the server's log, from any thread."""
+    """Collects lines of the server's log, from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        known: Whether a name that follows the word "device" in a line is a device's; called by `take`.
+    """
+
+    def __init__(self, known: Callable[[str], bool]) -> None:
         super().__init__(logging.INFO)
-        self._lines: deque[LogLine] = deque(maxlen=KEPT)
+        self._known = known
+        self._lines: deque[tuple[LogLine, bool]] = deque(maxlen=KEPT)  # and whether its device is only read from it
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line, without control characters."""
         try:
             text = one_line(record.getMessage(), 1500)
             facts: dict[str, Any] = {n: v for n, v in current_log_context().items() if n in ("device", "job", "round")}
-            if "device" not in facts and (found := _DEVICE.search(text)):
+            found = None if "device" in facts else _DEVICE.search(text)
+            if found is not None:
                 facts["device"] = found[1].rstrip(".")
             try:
                 check_device(facts.get("device", "x"))
             except ProtocolError:  # part of a foreign topic, which need not be a device's name
                 facts = {}
             level = _LEVELS.get(record.levelno, "error")
-            self._lines.append(LogLine(max(0.0, record.created), level, text, **facts))
+            line = LogLine(max(0.0, record.created), level, text, **facts)
+            self._lines.append((line, found is not None))
         except Exception:  # noqa: BLE001 - a line that can't be shown must not stop its author
             self.handleError(record)
 
     def take(self, most: int) -> list[LogLine]:
-        return [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+        found = [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+        return [
+            replace(line, device=None) if guess and not self._known(line.device or "") else line
+            for line, guess in found
+        ]
 
 
 class BoardLogTap:

@@ -82,7 +82,9 @@ class OrderHandler:
         if order.order in ("pause", "resume"):
             job = self._publisher.view_of(order.job or "").job.name
             self._runners[job].pause(order.order == "pause")
-            return f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
+            text = f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
+            log.info("%s, as %s ordered at the console", text, order.operator)
+            return text
         name = order.device or ""
         if order.order == "look":
             self._publisher.add_details(name)

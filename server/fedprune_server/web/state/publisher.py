@@ -66,7 +66,7 @@ class StatusPublisher:
         self._poller = poller or SurroundingsPoller()
         self._boards, self._alerts = boards, alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
-        self.tap = LogTap()
+        self.tap = LogTap(self._knows)
         self.faults: list[str] = []
         self._held: set[str] = set()
         self._of: dict[str, str] = {}
@@ -189,6 +189,10 @@ class StatusPublisher:
         self.add(*(_alert(c.alert, c.closed_at) for c in self._alerts.changes()), *self.tap.take(_LINES))
         if self._boards is not None:
             self.add(*self._boards.take(_LINES))
+
+    def _knows(self, device: str) -> bool:
+        """Whether this is the name of a device that is published, or is about to be."""
+        return device in self._published or device in self._pending
 
     def _add_changed(self, name: str, record: Record) -> None:
         if self._statuses.get(name) != record:
