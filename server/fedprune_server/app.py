@@ -391,8 +391,10 @@ def monitoring(
     views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
     here = server.count_connected if len(runners) > 1 else None
     monitor = Monitor(
-        config.state, config.server_settings(), views, here=here, others=others, tier=server.tier_status, book=alerts
-    )
+        config.state, config.server_settings(), views, here=here, others=others, tier=server.tier_status, book=alerts,
+        # Boards that come back in turn are away for most of the time.
+        away_s=0.0 if config.connected else 3600.0 * config.alerts.away_hours, present=server.present,
+    )  # fmt: skip
     for runner in runners:
         runner.observers.join(monitor.watches[runner.view.job.name])
     server.first.observers.join(monitor)

@@ -14,7 +14,7 @@ from fedprune_server.aggregators.channel import Message
 from fedprune_server.aggregators.connections import Region, RegionConnections
 from fedprune_server.aggregators.messages import device_body, first, head_of, places, steered_body, task_body
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.monitoring.alerts import LostRegion
+from fedprune_server.monitoring.snapshot import LostRegion
 
 _MEMBERS, _ROWS = 20_000, 1000
 """Most members, and devices, in a message."""

@@ -21,9 +21,10 @@ from fedprune_server.devices.plan_vs_actual import compared, described, planned,
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
-from fedprune_server.monitoring.alerts import CRITICAL, Snapshot, evaluate
+from fedprune_server.monitoring.alerts import CRITICAL, evaluate
 from fedprune_server.monitoring.display import metric_texts
 from fedprune_server.monitoring.monitor import read_open
+from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
 

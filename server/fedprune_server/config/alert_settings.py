@@ -1,4 +1,4 @@
-"""Settings of notifications about alerts: the table [alerts]."""
+"""Settings of alerts and of notifications about them: the table [alerts]."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 @dataclass(frozen=True)
 class AlertSettings:
-    """Settings of notifications, `[alerts]`."""
+    """Settings of alerts and notifications, `[alerts]`."""
 
     webhook: str = setting(
         OFF, "Where alerts are posted as JSON: `https://...` or `http://...`; `off` for nowhere.", "URL"
@@ -56,6 +56,9 @@ class AlertSettings:
     quiet_severity: str = setting("critical", "The least severity that is notified in quiet hours.", choices=_LEVELS)
     repeat_minutes: int = setting(
         240, "How often an open alert is notified again, in minutes; 0 for once.", within=(0, 100_000)
+    )
+    away_hours: float = setting(
+        24.0, "After how many hours a board that isn't connected is an alert; 0 for never.", within=(0.0, 10_000.0)
     )
     resolved: bool = setting(True, "Whether the end of an alert is notified, too.")
 

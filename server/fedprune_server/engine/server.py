@@ -54,7 +54,7 @@ from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
-from fedprune_server.monitoring.alerts import TierStatus
+from fedprune_server.monitoring.snapshot import TierStatus
 
 log = logging.getLogger("fedprune.server")
 

@@ -36,9 +36,10 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
-from fedprune_server.monitoring.alerts import SHOWN, Snapshot, TierStatus, at, command, day, evaluate
+from fedprune_server.monitoring.alerts import SHOWN, at, command, day, evaluate
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.state_folder import LOCK, MODEL, folders

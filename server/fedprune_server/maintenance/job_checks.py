@@ -15,8 +15,9 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
-from fedprune_server.monitoring.alerts import SHOWN, JobStatus, at, command
+from fedprune_server.monitoring.alerts import SHOWN, at, command
 from fedprune_server.monitoring.monitor import off_by_far
+from fedprune_server.monitoring.snapshot import JobStatus
 
 _ROUNDS = 3
 """Rounds that are looked back at."""

@@ -1,15 +1,15 @@
 """Alert rules: from one snapshot of a server and its fleet to the alerts that it justifies.
 
 The server's log, its console, its metrics, its notifications and `fedprune-server doctor` all show what `evaluate`
-returns. A running server fills the snapshot once a second; the doctor fills it from the state folder.
+returns.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fedprune.coordination import Phase
 from fedprune.core.text import quantity, some
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.devices.quarantine import CROWDED_S
-from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring.snapshot import DELAY_S, JobStatus, RolloutStatus, SiteFacts, Snapshot
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
 SEVERITIES = (INFO, WARNING, CRITICAL)
@@ -37,6 +37,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "disk": (CRITICAL, WARNING),
     "certificate": (CRITICAL, WARNING),
     "quarantine": (WARNING,),
+    "device-away": (WARNING,),
     "joins-flooded": (WARNING,),
     "devices-wait": (WARNING,),
     "rollout": (WARNING, INFO),
@@ -64,8 +65,8 @@ _LEAST_BYTES = 256 * 2**20
 _ROOMIER = 1.2
 """An open alert about the disk stays until this many times the limit is free."""
 
-_DELAY_S, _BROKER_S, _SECOND_S = 60.0, 15.0, 5.0
-"""The longest that boards, the broker, and a second server's takeover may take before an alert opens."""
+_BROKER_S, _SECOND_S = 15.0, 5.0
+"""The longest that the broker and a second server's takeover may take before an alert opens."""
 
 _QUIET_S = 600.0
 """The alert about a second server closes once that one has been silent for this long."""
@@ -102,160 +103,6 @@ class Alert:
         return ":".join(part for part in (self.kind, self.job, self.device or self.subject) if part)
 
 
-@dataclass(frozen=True)
-class JobStatus:
-    """A job, as the rules see it.
-
-    Attributes:
-        begun: Whether it ever began.
-        needed: Boards with which a round begins.
-        known: Boards that ever announced themselves.
-        away: Some of the boards that are not connected and not revoked.
-        deadline_s: Seconds that a round waits for updates.
-        missed: Deadlines in a row that passed without an update.
-        empty: Rounds in a row that closed without a usable update.
-        full: Quotas that leave no connected board a place, so that no round begins.
-        off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
-    """
-
-    name: str
-    folder: Path
-    begun: bool = True
-    phase: Phase = Phase.WAITING
-    round: int = 0
-    rounds: int = 0
-    paused: bool = False
-    needed: int = 1
-    known: int = 0
-    away: Sequence[str] = ()
-    revoked: Sequence[str] = ()
-    deadline_s: float = 600.0
-    missed: int = 0
-    empty: int = 0
-    full: Sequence[str] = ()
-    off: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def finished(self) -> bool:
-        return self.phase is Phase.FINISHED
-
-    @property
-    def delay_s(self) -> float:
-        """Seconds after which missing boards are an alert: well within a deadline."""
-        return min(_DELAY_S, self.deadline_s / 2)
-
-
-@dataclass(frozen=True)
-class CertificateDates:
-    """A certificate that boards, servers or browsers rely on, valid from `begins` to `ends`, in seconds since 1970.
-
-    Attributes:
-        todo: How it is replaced.
-        error: Why it can't be read; empty if it can.
-    """
-
-    path: str
-    begins: float
-    ends: float
-    todo: str
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class RolloutStatus:
-    """The latest rollout.
-
-    Attributes:
-        why: Why it is paused or stopped.
-        failed: Boards on which it failed.
-        left: Boards that haven't reported it yet.
-        heard_at: When a board last reported something of it, in seconds since 1970.
-    """
-
-    release: int
-    phase: RolloutPhase
-    why: str
-    failed: Sequence[str]
-    left: Sequence[str]
-    heard_at: float
-
-
-@dataclass(frozen=True)
-class SiteFacts:
-    """What the state folder's disk, identity and rollouts show.
-
-    Attributes:
-        disk: Free bytes, and all, of the state folder's disk; None if unknown.
-        waiting: Fingerprints of keys that wait for approval, by board.
-    """
-
-    disk: tuple[int, int] | None = None
-    certificates: Sequence[CertificateDates] = ()
-    waiting: Mapping[str, str] = field(default_factory=dict)
-    rollout: RolloutStatus | None = None
-
-
-@dataclass(frozen=True)
-class LostRegion:
-    """An aggregator that is away while boards of a job that isn't finished are its own.
-
-    Attributes:
-        since: When its connection ended or, if it has not been connected since, when this server started, in seconds
-            since 1970.
-        waited: Whether it has been away for so long that rounds no longer wait for it.
-    """
-
-    name: str
-    since: float
-    boards: int
-    waited: bool
-
-
-@dataclass(frozen=True)
-class TierStatus:
-    """The servers above and below this one.
-
-    Attributes:
-        parent: Address of the parent, at an aggregator; empty for none.
-        parent_lost: Since when the parent isn't connected, in seconds since 1970; None if it is, or there is none.
-        regions: Aggregators of this server that are away.
-    """
-
-    parent: str = ""
-    parent_lost: float | None = None
-    regions: Sequence[LostRegion] = ()
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A server and its fleet at one moment.
-
-    Attributes:
-        here: Boards that are connected and can take part.
-        running: Whether a server runs on the folder.
-        turned_s: Seconds since the server's loop turned; None if unknown.
-        broker: Why the broker can't be used; empty if it can.
-        others: Other servers of this identity that were heard.
-        quarantined: Boards in quarantine, and why.
-        floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
-        site: What the state folder shows; None if unknown.
-        open: Kinds and severities of open alerts.
-    """
-
-    folder: Path
-    jobs: Sequence[JobStatus] = ()
-    here: int = 0
-    running: bool = True
-    turned_s: float | None = None
-    broker: str = ""
-    others: Sequence[Candidate] = ()
-    tier: TierStatus = TierStatus()
-    quarantined: Mapping[str, str] = field(default_factory=dict)
-    floods_joins: str | None = None
-    site: SiteFacts | None = None
-    open: frozenset[tuple[str, str]] = frozenset()
-
-
 def evaluate(seen: Snapshot, now: float) -> list[Alert]:
     """All alerts that a snapshot justifies at a time in seconds since 1970."""
     found = [*_server(seen, now), *_second_servers(seen, now), *_tier(seen)]
@@ -272,6 +119,7 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
         found += _waiting(seen, seen.site, now)
         found += _rollout(seen, seen.site.rollout, now)
     found += _quarantine(seen, now)
+    found += _absent(seen)
     if seen.floods_joins is not None:
         found.append(_joins_flooded(seen.floods_joins, now))
     return found
@@ -350,7 +198,7 @@ def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
 
 
 def _tier(seen: Snapshot) -> Iterator[Alert]:
-    delay_s = min([_DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
+    delay_s = min([DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
     for region in seen.tier.regions[:MOST]:
         yield Alert(
             "aggregator", CRITICAL if region.waited else WARNING, region.since,
@@ -549,6 +397,17 @@ def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
             "quarantine", WARNING, now, f"{name} is in quarantine: {why}", "what it sends is dropped unread",
             f"see {command('logs', '--device', name, *at(seen.folder))} and the board's own log; it ends by itself, "
             f"and a board that isn't yours is revoked by {command('devices', 'revoke', name, *at(seen.folder))}",
+            device=name,
+        )  # fmt: skip
+
+
+def _absent(seen: Snapshot) -> Iterator[Alert]:
+    for name, since in islice(seen.absent.items(), MOST):
+        yield Alert(
+            "device-away", WARNING, since, f"{name} has not been connected since {day(since)}",
+            "rounds go on without it, and without what its samples would teach the model",
+            f"see that it has power and network, and {command('logs', '--device', name, *at(seen.folder))}; a board "
+            f"that is gone for good is revoked by {command('devices', 'revoke', name, *at(seen.folder))}",
             device=name,
         )  # fmt: skip
 

@@ -29,23 +29,12 @@ from fedprune.jobs.state import Progress
 from fedprune.strategies import compose
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
 from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring.absence import Absences
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
-from fedprune_server.monitoring.alerts import (
-    CRITICAL,
-    HANGS_S,
-    INFO,
-    KINDS,
-    SHOWN,
-    WARNING,
-    Alert,
-    JobStatus,
-    SiteFacts,
-    Snapshot,
-    TierStatus,
-    evaluate,
-)
+from fedprune_server.monitoring.alerts import CRITICAL, HANGS_S, INFO, KINDS, SHOWN, WARNING, Alert, evaluate
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.monitoring.snapshot import JobStatus, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
 
 log = logging.getLogger("fedprune.server")
@@ -147,6 +136,8 @@ class Monitor(Observer):
         others: Other servers of this identity that were heard.
         tier: Returns the state of the servers above and below.
         book: Open alerts; None for what the last run left open.
+        away_s: Seconds after which a board that isn't connected is an alert; 0 for never.
+        present: Whether a board is connected, at whatever job; None to go by the jobs alone.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
 
@@ -164,6 +155,8 @@ class Monitor(Observer):
         others: Callable[[], Sequence[Candidate]] = tuple,
         tier: Callable[[], TierStatus] = TierStatus,
         book: AlertBook | None = None,
+        away_s: float = 0.0,
+        present: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -174,6 +167,8 @@ class Monitor(Observer):
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(restored(folder)) if book is None else book
+        known = {a.device: a.since for a in self.book.open if a.kind == "device-away" and a.device is not None}
+        self._absences = Absences([view for view, _ in views], away_s, present, known)
         self._site: SiteFacts | None = None
         self._next_at = 0.0
         self._complain_at: float | None = None
@@ -254,6 +249,7 @@ class Monitor(Observer):
             others=self._others(),
             tier=self._tier(),
             quarantined={name: found[1] for name, found in held if found is not None},
+            absent=self._absences.look(self._clock()),
             floods_joins=quarantine.floods_joins(),
             site=self._site,
             open=self.book.severities,

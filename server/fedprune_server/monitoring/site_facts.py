@@ -16,7 +16,8 @@ from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.monitoring.alerts import CertificateDates, RolloutStatus, SiteFacts, at, command
+from fedprune_server.monitoring.alerts import at, command
+from fedprune_server.monitoring.snapshot import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import database_of

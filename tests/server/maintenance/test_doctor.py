@@ -38,9 +38,10 @@ from fedprune_server.maintenance.doctor import Site
 from fedprune_server.maintenance.finding import Finding, of_alert
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
-from fedprune_server.monitoring.alerts import Alert, Snapshot, evaluate
+from fedprune_server.monitoring.alerts import Alert, evaluate
 from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.storage import Storage
 from support.paths import ROOT
 

@@ -26,10 +26,10 @@ from fedprune_server.enrollment.store import Device, IdentityStore
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import (
-    KINDS,
-    MOST,
-    Alert,
+from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, day, evaluate
+from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, off_by_far, read_open
+from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.snapshot import (
     CertificateDates,
     JobStatus,
     LostRegion,
@@ -37,11 +37,7 @@ from fedprune_server.monitoring.alerts import (
     SiteFacts,
     Snapshot,
     TierStatus,
-    day,
-    evaluate,
 )
-from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, off_by_far, read_open
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice
 from support.fakes.tiny_job import JOB
@@ -126,6 +122,7 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
         with_site(certificates=[replace(ending(99), error="no PEM")]), "certificate", "critical",
     ),
     "a board in quarantine": (replace(CALM, quarantined={"a": "too many messages"}), "quarantine", "warning"),
+    "a board that is gone": (replace(CALM, absent={"a": NOW - DAY}), "device-away", "warning"),
     "requests to join that flood the server": (
         replace(CALM, floods_joins="ab" * 16), "joins-flooded", "warning",
     ),
@@ -238,6 +235,37 @@ def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:
         (found,) = evaluate(replace(waits, jobs=[replace(waits.jobs[0], away=away, revoked=["c"])]), NOW)
         assert "revoked: c" in found.what
         assert found.todo.startswith(do)
+
+
+def test_a_board_that_is_gone_is_told_after_a_day_until_it_is_back(tmp_path: Path) -> None:
+    now = [NOW]
+
+    def start(open_: list[Alert]) -> Monitor:
+        return Monitor(
+            tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook(open_), away_s=DAY,
+            present=lambda name: name == "c", clock=lambda: now[0], monotonic=lambda: now[0],
+        )  # fmt: skip
+
+    def told(hours: float) -> dict[str | None, float]:
+        now[0] += 3600 * hours
+        monitor.look()
+        return {a.device: a.since for a in monitor.book.open if a.kind == "device-away"}
+
+    view = replace(Fleet(tmp_path).daemon().first.view, members=lambda: "abc")
+    for name in "abcd":  # c is at another job, d was revoked
+        view.state.devices[name] = Board(1, name == "a", {"name": "pi"}, None, 10)
+    monitor = start([])
+    assert told(0) == told(23.9) == {}
+    assert told(0.2) == {"b": NOW}
+    monitor = start(monitor.book.open)
+    assert told(1) == {"b": NOW}, "a restart doesn't close it"
+    view.state.paused = True
+    assert told(1) == {}
+    view.state.paused = False
+    assert told(1) == told(23.9) == {}
+    assert told(0.2).keys() == {"b"}
+    view.state.devices["b"].online = True
+    assert told(0.1) == {}
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:

@@ -17,8 +17,9 @@ from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import COMMITTED, ReleaseReport
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.alerts import evaluate
 from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import database_of

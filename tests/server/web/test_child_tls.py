@@ -26,8 +26,9 @@ from fedprune.core.errors import ConfigError
 from fedprune.security.certificates import common_name
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.alerts import evaluate
 from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.web.observer import check_tls
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state.status import FILE, StatusWriter

@@ -1,0 +1,173 @@
+"""A server and its fleet at one moment, as the alert rules see them.
+
+A running server fills the snapshot once a second; the doctor fills it from the state folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedprune.coordination import Phase
+from fedprune.releases.rollout import RolloutPhase
+from fedprune_server.messaging.leadership import Candidate
+
+DELAY_S = 60.0
+"""The longest that boards may take before an alert opens."""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job, as the rules see it.
+
+    Attributes:
+        begun: Whether it ever began.
+        needed: Boards with which a round begins.
+        known: Boards that ever announced themselves.
+        away: Some of the boards that are not connected and not revoked.
+        deadline_s: Seconds that a round waits for updates.
+        missed: Deadlines in a row that passed without an update.
+        empty: Rounds in a row that closed without a usable update.
+        full: Quotas that leave no connected board a place, so that no round begins.
+        off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
+    """
+
+    name: str
+    folder: Path
+    begun: bool = True
+    phase: Phase = Phase.WAITING
+    round: int = 0
+    rounds: int = 0
+    paused: bool = False
+    needed: int = 1
+    known: int = 0
+    away: Sequence[str] = ()
+    revoked: Sequence[str] = ()
+    deadline_s: float = 600.0
+    missed: int = 0
+    empty: int = 0
+    full: Sequence[str] = ()
+    off: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.phase is Phase.FINISHED
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds after which missing boards are an alert: well within a deadline."""
+        return min(DELAY_S, self.deadline_s / 2)
+
+
+@dataclass(frozen=True)
+class CertificateDates:
+    """A certificate that boards, servers or browsers rely on, valid from `begins` to `ends`, in seconds since 1970.
+
+    Attributes:
+        todo: How it is replaced.
+        error: Why it can't be read; empty if it can.
+    """
+
+    path: str
+    begins: float
+    ends: float
+    todo: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class RolloutStatus:
+    """The latest rollout.
+
+    Attributes:
+        why: Why it is paused or stopped.
+        failed: Boards on which it failed.
+        left: Boards that haven't reported it yet.
+        heard_at: When a board last reported something of it, in seconds since 1970.
+    """
+
+    release: int
+    phase: RolloutPhase
+    why: str
+    failed: Sequence[str]
+    left: Sequence[str]
+    heard_at: float
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What the state folder's disk, identity and rollouts show.
+
+    Attributes:
+        disk: Free bytes, and all, of the state folder's disk; None if unknown.
+        waiting: Fingerprints of keys that wait for approval, by board.
+    """
+
+    disk: tuple[int, int] | None = None
+    certificates: Sequence[CertificateDates] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    rollout: RolloutStatus | None = None
+
+
+@dataclass(frozen=True)
+class LostRegion:
+    """An aggregator that is away while boards of a job that isn't finished are its own.
+
+    Attributes:
+        since: When its connection ended or, if it has not been connected since, when this server started, in seconds
+            since 1970.
+        waited: Whether it has been away for so long that rounds no longer wait for it.
+    """
+
+    name: str
+    since: float
+    boards: int
+    waited: bool
+
+
+@dataclass(frozen=True)
+class TierStatus:
+    """The servers above and below this one.
+
+    Attributes:
+        parent: Address of the parent, at an aggregator; empty for none.
+        parent_lost: Since when the parent isn't connected, in seconds since 1970; None if it is, or there is none.
+        regions: Aggregators of this server that are away.
+    """
+
+    parent: str = ""
+    parent_lost: float | None = None
+    regions: Sequence[LostRegion] = ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A server and its fleet at one moment.
+
+    Attributes:
+        here: Boards that are connected and can take part.
+        running: Whether a server runs on the folder.
+        turned_s: Seconds since the server's loop turned; None if unknown.
+        broker: Why the broker can't be used; empty if it can.
+        others: Other servers of this identity that were heard.
+        quarantined: Boards in quarantine, and why.
+        absent: Boards that have been away for long, and since when, in seconds since 1970.
+        floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
+        site: What the state folder shows; None if unknown.
+        open: Kinds and severities of open alerts.
+    """
+
+    folder: Path
+    jobs: Sequence[JobStatus] = ()
+    here: int = 0
+    running: bool = True
+    turned_s: float | None = None
+    broker: str = ""
+    others: Sequence[Candidate] = ()
+    tier: TierStatus = TierStatus()
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, float] = field(default_factory=dict)
+    floods_joins: str | None = None
+    site: SiteFacts | None = None
+    open: frozenset[tuple[str, str]] = frozenset()
