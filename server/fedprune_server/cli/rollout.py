@@ -131,7 +131,8 @@ def _start(arguments: argparse.Namespace) -> None:
     print(f"rollout {number}: release {release.number} ({release.version}) to {count}, {which}")
     for at in range(len(rollout.plan.stages)):
         names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
-        print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
+        if names:
+            print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
     print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
     print("failed; --devices chooses the boards")
     _note_without_server(arguments, "begins")
@@ -256,7 +257,9 @@ def _doing(report: dict[str, Any] | None) -> str:
 
 
 def _body(entry: RolloutEntry) -> dict[str, Any]:
-    release = entry.release
+    release, body = entry.release, entry.rollout.to_dict()
+    one = 1 / max(1, len(entry.rollout.boards))
+    stages = [{**stage, "share": max(stage["share"], one)} for stage in body["plan"]["stages"]]  # each has a board
     return {
         "number": entry.number,
         "at": entry.at,
@@ -267,7 +270,8 @@ def _body(entry: RolloutEntry) -> dict[str, Any]:
         "leaves": entry.leaves,
         "committed": sorted(n for n, r in entry.reports.items() if r.get("state") == COMMITTED),
         "reports": entry.reports,
-        **{k: v for k, v in entry.rollout.to_dict().items() if k != "format"},
+        **{k: v for k, v in body.items() if k != "format"},
+        "plan": {**body["plan"], "stages": stages},
     }
 
 

@@ -181,9 +181,7 @@ def take_back(
         last, before = _ends(entries, release)
         boards = sorted(boards_with(entries, last.offer.number) & set(members))
         if not boards:
-            raise ConfigError(
-                f"no board has release {last.offer.number} or is at it", hint="To end its rollout: `rollout stop`."
-            )
+            raise _no_board(last.offer.number)
         old = before.release
         highest = max(above, *(e.offer.number for e in entries))
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
@@ -208,10 +206,12 @@ def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntr
         raise ConfigError(f"release {release} isn't the one that was rolled out last", expected=number, got=release)
     if last.leaves is not None:
         raise ConfigError(f"release {number} is itself the way back from release {last.leaves}", hint=_BY_HAND)
+    if not boards_with(entries, number):
+        raise _no_board(number)
     before = next((e for e in entries if e.number == last.prior), None)
     if before is None:
-        files = last.release.files
-        same = next((e.offer.number for e in reversed(entries[:-1]) if e.release.files == files), None)
+        files, earlier = last.release.files, (e for e in reversed(entries) if e.offer.number != number)
+        same = next((e.offer.number for e in earlier if e.release.files == files), None)
         if same is not None:
             raise ConfigError(
                 f"release {number} has the same files as release {same}, so that going back would change nothing",
@@ -219,6 +219,10 @@ def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntr
             )
         raise ConfigError(f"no board of release {number} had one of this server's before", hint=_BY_HAND)
     return last, before
+
+
+def _no_board(release: int) -> ConfigError:
+    return ConfigError(f"no board has release {release} or is at it", hint="To end its rollout: `rollout stop`.")
 
 
 def _number(wanted: int | None, highest: int) -> int:

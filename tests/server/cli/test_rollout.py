@@ -95,6 +95,11 @@ def test_a_rollout_is_stopped_from_another_machine_by_its_database(
     assert not (second / "server.db").exists()
 
 
+def test_stages_without_boards_are_not_listed(release: Path, read: Read) -> None:
+    lines = read("start", release, "--devices", "board-3").splitlines()
+    assert [x for x in lines if x.startswith("  stage")] == ["  stage 1: 1 board: board-3"]
+
+
 def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, read: Read) -> None:
     assert read("status") == "no release has been rolled out yet\n"
     assert json.loads(read("status", "--json")) is None
@@ -114,6 +119,7 @@ def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, re
     desk(state, [ReleaseReport(first, 7, COMMITTED, "", 0, 0)])
     body = json.loads(read("status", "--json"))
     assert (body["release"], body["phase"], body["stage"], body["committed"]) == (7, "running", 1, [first])
+    assert [stage["share"] for stage in body["plan"]["stages"]] == [1 / 20, 0.1, 1.0]
 
     assert "boards that have the release keep it" in read("stop", "--reason", "enough")
     assert "to be stopped" in read("status")

@@ -250,6 +250,17 @@ def test_of_a_copy_of_the_same_files_it_is_said_that_going_back_changes_nothing(
         take_back(field.state, "a rehearsal")
 
 
+def test_after_a_rollout_that_reached_no_board_it_is_said_that_none_has_it(tmp_path: Path) -> None:
+    field = Field(tmp_path)
+    release = field.release(1)
+    for _ in range(2):  # the second one is of the same files as the first
+        start_rollout(field.state, release, RolloutTerms((1.0,)))
+        field.ordered(lambda store: store.stop("before any board has it"))
+        field.live(1)
+        with pytest.raises(ConfigError, match="no board has release 1 or is at it"):
+            take_back(field.state, "x")
+
+
 def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:
     start_rollout(field.state, field.release(2), RolloutTerms((1.0,), success=0.5, errors=0.5))
     field.silent = {"board-9"}
