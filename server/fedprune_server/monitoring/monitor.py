@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedprune.coordination import Phase, State
@@ -82,7 +83,7 @@ class JobWatch(Observer):
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
         self._empty = 0 if counted else self._empty + 1
-        self._off = off_by_far(seen.state)
+        self._off = off_by_far(seen.state, self._off)
 
     def status(self) -> JobStatus:
         job, state = self._view.job, self._view.state
@@ -110,17 +111,23 @@ class JobWatch(Observer):
         return self._quotas.full(ready, beyond(count, job.over_selection, len(ready)))
 
 
-def off_by_far(state: State) -> dict[str, str]:
-    """Boards of the last round whose time or memory exceeds the prediction by far, and by how much."""
-    found: dict[str, str] = {}
+def off_by_far(state: State, before: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
+
+    Args:
+        before: The same after the round before. These boards stay until half of the excess is gone.
+    """
+    found = {name: text for name, text in before.items() if name in state.devices}
     for name, part in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
-        if device is None or part["progress"] != Progress.FOLDED.value or part.get("widths") != list(device.widths):
-            continue  # it has measured nothing of its present plan in this round
-        if device.plan is None:
-            continue
+        if device is None or part["progress"] != Progress.FOLDED.value:
+            continue  # it has measured nothing in this round
+        found.pop(name, None)
+        if device.plan is None or part.get("widths") != list(device.widths):
+            continue  # nothing of its present plan
         for metric, (expected, measured) in compared(name, state, device.plan.get("prediction")).items():
-            if expected and measured and measured > _FAR_OFF[metric] * expected:
+            limit = (1.0 + _FAR_OFF[metric]) / 2 if name in before else _FAR_OFF[metric]
+            if expected and measured and measured > limit * expected:
                 title, _, unit = QUANTITIES[metric]
                 text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
                 found[name] = f"{found[name]}, {text}" if name in found else text

@@ -530,6 +530,12 @@ def test_a_board_far_off_its_plan_is_found() -> None:
     part |= {"metrics": {"peak_memory_bytes": 126e6}, "progress": "refused"}
     state.history.insert(0, {"devices": {"a": {**part, "progress": "folded"}}})
     assert off_by_far(state) == {}, "what an earlier round measured was reported then"
+    before = off_by_far(state, {"a": "memory", "gone": "memory"})
+    assert before == {"a": "memory"}, "a board that has measured nothing since is still off"
+    part |= {"progress": "folded", "metrics": {"peak_memory_bytes": 113e6}}
+    assert off_by_far(state, before) == {"a": "memory 113.00 MB instead of 100.00 MB"}, "more than half of the excess"
+    part["metrics"] = {"peak_memory_bytes": 112e6}
+    assert off_by_far(state, before) == {}
 
 
 def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path: Path, disk: Disk) -> None:
