@@ -253,6 +253,7 @@ def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) ->
 
 
 def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
+    _LOG.info("measuring this board, which takes 10 to 30 s")
     report = runtime.probe(config.threads, memory_file=config.membership.state / "layer_times.json", cuda=cuda)
     # A plan counts this process and its samples, which hold memory already.
     held = data.bytes if isinstance(data, LocalData) else 0

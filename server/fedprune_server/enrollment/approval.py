@@ -60,4 +60,4 @@ def revoked(identity: IdentityFolder, device: str, keys: int, certificates: int)
     if not certificates:
         return line
     path = identity.authority.crl_path
-    return f"{line}\nunless on_revocation does that: copy {path} to the broker and restart the broker"
+    return f"{line}.\nUnless on_revocation does that, copy {path} to the broker and restart the broker"

@@ -229,7 +229,7 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         if seen.tier.parent:
             claim = f"make a claim at the parent, {seen.tier.parent}; then, with --join to its broker, on the board: "
         yield Alert(
-            "no-devices", WARNING, now, f"no device has ever announced itself to job {job.name}",
+            "no-devices", WARNING, now, f"no device has announced itself to job {job.name} yet",
             "a round can't begin without boards",
             f"{claim}"
             "fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its log "

@@ -193,7 +193,7 @@ def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path,
     printed = capsys.readouterr()
     text = printed.out.strip()
     said, where = printed.err.splitlines()
-    assert said == "pi-1: 1 key and 1 certificate revoked"
+    assert said == "pi-1: 1 key and 1 certificate revoked."
     assert "crl.pem" in where
     assert asks(state, tmp_path / "1", "pi-1")[1] == "refused"
     assert asks(state, tmp_path / "2", "pi-1", Claim.parse(text))[1] == "approved"

@@ -56,7 +56,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server run --config fleet.toml --state state --host 0.0.0.0 --console 8470",
     ),
     "fedprune-server aggregate": (
-        "fedprune-server aggregate --parent wss://fleet.example:8884 --region north --state state",
+        "fedprune-server aggregate --parent wss://fleet.example:8885 --region north --state state",
         "fedprune-server aggregate --config region.toml --state state",
     ),
     "fedprune-server status": (
