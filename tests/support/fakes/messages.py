@@ -138,7 +138,10 @@ messages = st.one_of(
     ),
     st.builds(Reconnect, st.floats(0, 3600), st.none() | st.floats(1, LONGEST_AWAY_S)),
     st.builds(LogRequest, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
-    st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
+    st.builds(
+        ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts,
+        st.none() | hexes,
+    ),
     st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
               st.none() | texts, st.none() | texts, st.none() | hexes.map(lambda h: h[:32])),
     st.builds(
@@ -174,7 +177,7 @@ EXAMPLES: list[Message] = [
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
     ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),
     ReleaseWithdrawn(7, "stopped"),
-    ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2),
+    ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2, DIGEST),
     Alive("pi-1", 3),
     LogReport("pi-1", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
     CrashReport(
