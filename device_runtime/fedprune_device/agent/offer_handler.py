@@ -109,7 +109,9 @@ class OfferHandler:
         if offer in self._seen:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
-        waits = task is not None and (self._store.waiting(task.offer) or self._secure.waits or self._busy)
+        # A masked update that a restart has left is of no use: the secrets that its sum needs are gone.
+        pending = offer.secure is None and task is not None and self._store.waiting(task.offer) is not None
+        waits = pending or self._secure.waits or self._busy
         if task is not None and same_work(task.offer, offer) and waits:
             _LOG.info(
                 "round %d of job %s, attempt %d: the same work, continuing", offer.round, offer.job, offer.attempt

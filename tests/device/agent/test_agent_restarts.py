@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedprune.aggregation.fixed_point import Range
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, StorageFullError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Cancelled, Progress, Refusal, Update
+from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
+from fedprune.wire.messages import (
+    Birth,
+    BlobNotFound,
+    BlobRequest,
+    Cancelled,
+    Progress,
+    Refusal,
+    SecureStep,
+    Trained,
+    Update,
+)
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.privacy.budget import PrivacyPolicy
@@ -52,6 +65,41 @@ def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
     server.react = lambda _: None
     bench.run()
     assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+
+
+def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_for_the_next_attempt(
+    bench: Bench, weights: Tensors
+) -> None:
+    server = bench.server
+    form = VectorForm({name: TensorGrid(Range(5, 1)) for name in weights})
+    wide = 1 + sum(value.size for value in weights.values())
+    secure = {"tensors": form.to_json(), "narrow": 0, "wide": wide, "weight": 4}
+    recipe = Recipe(epochs=2, batch_size=16, secure_aggregation=True)
+    offer = server.offer(1, recipe, secure=secure)
+    server.plan, server.accepts = [offer], False
+    bench.stop_on(Trained)
+    bench.run(until_finished=False)
+    (trained,) = server.of(Trained)
+    with bench.reopened() as store:  # as it is once a process has masked the update and was killed
+        masked = store.blobs.put(bytes(8 * wide))
+        store.keep(Update("d", "job", 1, 0, offer.weights.sha256, masked, trained.samples, trained.steps))
+    server.seen.clear()
+    again = replace(offer, attempt=1)
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update):
+            server.say(SecureStep.of("job", 1, message.attempt, "0" * 32, "survivors", b"\1"))
+        elif isinstance(message, Refusal):
+            server.plan = [again]
+            server.say(again)
+        elif isinstance(message, Trained) and bench.agent is not None:
+            bench.agent.stop()
+
+    server.react = react
+    bench.run(until_finished=False)
+    assert {update.attempt for update in server.of(Update)} == {0}
+    assert "this board has restarted" in server.of(Refusal)[0].reason
+    assert [message.attempt for message in server.of(Trained)] == [1]
 
 
 def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_on_with(bench: Bench) -> None:
