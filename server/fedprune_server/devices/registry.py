@@ -286,7 +286,6 @@ class DeviceRegistry:
             profile = self.outsiders.get(name, {}).get("profile", "?")
             doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
             return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, {}, doing)
-        density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
         if device.excluded:
             doing = f"excluded: {device.excluded}"
         elif not device.online:
@@ -307,7 +306,7 @@ class DeviceRegistry:
         return DeviceRow(
             device=name,
             profile=str(device.profile.get("name", "?")),
-            density=density,
+            density=device.density if device.widths else None,  # its plan need not be in memory
             parameters=self._parameters(device.widths) if device.widths else 0,
             bytes_down=contact.down,
             bytes_up=contact.up,

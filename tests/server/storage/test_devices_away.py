@@ -11,6 +11,7 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
+from fedprune.core.errors import StorageError
 from fedprune.jobs.state import Device, Task
 from fedprune_server.storage import devices_away
 from fedprune_server.storage.storage import Storage
@@ -82,6 +83,17 @@ def test_changes_of_what_was_put_away_are_saved(tmp_path: Path, state: State) ->
 
 
 @pytest.mark.usefixtures("none_kept")
+def test_a_device_that_is_taken_out_of_the_state_says_what_it_lacks(tmp_path: Path, state: State) -> None:
+    with Storage.at(tmp_path) as storage:
+        storage.save(state, (), 1.0)
+        gone = state.devices.pop("a")
+    with pytest.raises(StorageError, match=r"device: its plan .* taken out"):
+        _ = gone.plan
+    with pytest.raises(AttributeError):
+        _ = gone.plans  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("none_kept")
 def test_devices_of_a_round_are_put_away_once_the_next_one_is_over(tmp_path: Path, state: State) -> None:
     state.tasks["a"] = Task(1, (4, 8))
     with Storage.at(tmp_path) as storage:
@@ -128,5 +140,4 @@ def test_a_device_that_is_away_takes_little_memory(tmp_path: Path, monkeypatch: 
         finally:
             tracemalloc.stop()
     per_board = (after - before) / boards
-    print("PB", per_board)
     assert 200 < per_board < 600, per_board

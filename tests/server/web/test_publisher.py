@@ -15,6 +15,7 @@ import pytest
 
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
+from fedprune.jobs.state import PUT_AWAY
 from fedprune.output.log_lines import log_context
 from fedprune.wire.messages import Progress
 from fedprune_server.monitoring.monitor import Monitor
@@ -135,6 +136,21 @@ def test_a_board_s_temperature_is_the_last_that_it_has_reported(tmp_path: Path) 
     for said, expected in ((0.0, 0.0), (61.5, 61.5), (None, 61.5)):
         view.registry.heard(name, 0.0, Progress(name, JOB.name, 1, 1, "train", 1, 2, said))
         assert shown() == expected
+
+
+def test_rows_of_boards_that_are_away_read_nothing_from_the_database(tmp_path: Path) -> None:
+    daemon, _, _ = finished(tmp_path)
+    view = daemon.first.view
+    for device in view.state.devices.values():
+        device.plan, device.probe, device.online = {"density": 0.25}, {"temperature_c": 40.0}, False
+        device.put_away(PUT_AWAY)
+    view.state.devices.fetch = fetch = Mock(return_value={"plan": None, "probe": None})
+    shown = {row.device: row.density for row in view.snapshot().rows}
+    assert shown == {name: device.density for name, device in view.state.devices.items()}
+    for name in shown:
+        row = rows.device_row(view, name, job=None, here=False, member=Member("member"), traffic=(0, 0), now=None)
+        assert (row["density"], row["temperature_c"]) == (shown[name], None)
+    fetch.assert_not_called()
 
 
 def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> None:

@@ -121,8 +121,13 @@ class Device(TrackedEntry):
 
     def __getattr__(self, name: str) -> Any:
         """Read what was put away; it stays in memory until that is done again."""
-        if name not in PUT_AWAY or self._roll is None or self._roll.fetch is None:
+        if name not in PUT_AWAY:
             raise AttributeError(f"device: {name}")
+        if self._roll is None or self._roll.fetch is None:
+            raise StorageError(
+                f"device: its {name} is in the database alone", expected="a device of a job's state",
+                got="one that was taken out of it", hint=f"Read its {name} before it is taken out.",
+            )  # fmt: skip
         for key, value in self._roll.fetch(self._name).items():
             object.__setattr__(self, key, value)
         return object.__getattribute__(self, name)

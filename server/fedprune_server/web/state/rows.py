@@ -55,7 +55,8 @@ def device_row(
     slot, release = running(contact.software)
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
-    probe = (device.probe if device is not None else None) or {}
+    # The probe of a board that is away need not be in memory, and what it measured at its start is over.
+    probe = (device.probe if device is not None and device.online else None) or {}
     now_at = _state(
         state,
         device,
