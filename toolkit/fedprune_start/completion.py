@@ -27,7 +27,7 @@ _WORDS, _LINE, _AT = "_ARGCOMPLETE", "COMP_LINE", "COMP_POINT"
 
 _STATE, _STATE_DEFAULT = "FEDPRUNE_SERVER_STATE", "fedprune-state"
 _BUSY_S = 0.2
-"""Seconds for which a server that writes its database is waited for."""
+"""Longest wait, in seconds, for a server that is writing its database."""
 
 _Completer = Callable[..., Sequence[str]]
 

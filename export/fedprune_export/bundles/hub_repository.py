@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +15,31 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import MissingExtraError, ModelError, reason, shown
 from fedprune.core.validation import instance
 from fedprune.output.document import Block, Document
 from fedprune_export.bundles.conversion import onnx_file, onnx_parity, state_dict
 from fedprune_export.importing import load
-from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS, is_hub_folder
+from fedprune_export.importing.hub_folder import (
+    CARD,
+    CONFIG,
+    FILES,
+    GRAPH,
+    WEIGHTS,
+    is_hub_folder,
+    model_name,
+    read_config,
+)
 from fedprune_export.pruning.model import Model
+
+log = logging.getLogger("fedprune.export")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TAGS = ("federated-learning", "structured-pruning", "onnx")
+
+_CARD_DIGEST = "card_sha256"
+"""Key of `config.json`: the digest of the card as it was written, which tells whether it was edited."""
 
 _USE = """## Loading it
 
@@ -37,7 +53,7 @@ model = fx.from_pretrained("OWNER/NAME")  # this repository, or the folder
 `module.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
 """
 
-_LICENCE = "To be chosen by whoever publishes the model; `license` in the head of this page says `unknown` until then."
+_LICENCE = "To be chosen by the publisher of the model; until then `license` at the head of this page is `unknown`."
 
 
 @dataclass(frozen=True)
@@ -90,8 +106,8 @@ class ModelCard:
 def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None = None) -> Path:
     """Write a model as a folder in the hub's layout, after checking that the graph computes what the model does.
 
-    Files of an earlier model are replaced, but for a `README.md`, which may have been edited. Needs no network and no
-    further library.
+    Files of an earlier model are replaced. An edited `README.md` is kept, which is logged as a warning. Needs no
+    network and no further library.
 
     Args:
         folder: It is made if it is not there.
@@ -113,11 +129,19 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
     onnx_parity(graph, model.graph)
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+    text = card.to_markdown(model).encode()
+    edited = _is_edited(folder)
     write_whole(folder / WEIGHTS, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"}))
     write_whole(folder / GRAPH, graph)
-    write_whole(folder / CONFIG, (json.dumps(_config(model, card), indent=2) + "\n").encode())
-    if not (folder / CARD).exists():
-        write_whole(folder / CARD, card.to_markdown(model).encode())
+    if edited:
+        log.warning(
+            "%s was edited and is kept: its figures may be those of an earlier model. Delete it and save again for a "
+            "new one.",
+            folder / CARD,
+        )
+    else:
+        write_whole(folder / CARD, text)
+    write_whole(folder / CONFIG, (json.dumps(_config(model, card, text), indent=2) + "\n").encode())
     return folder
 
 
@@ -127,7 +151,7 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
     Args:
         source: A folder with `model.onnx`, and `model.safetensors` whose weights win; or `owner/name` on the hub.
         revision: A branch, tag or commit of the repository on the hub.
-        name: The architecture's name; by default what `config.json` says, else the folder's name.
+        name: The architecture's name; by default that in `config.json`, else that of the folder or repository.
 
     Raises:
         ModelError: There is no such folder or repository, or it holds something else.
@@ -138,7 +162,8 @@ def from_pretrained(source: str | Path, *, revision: str | None = None, name: st
         return load(Path(source), name=name)
     if not _REPOSITORY.fullmatch(str(source)):
         raise ModelError(f"model {shown(str(source))}", expected="a folder, or owner/name on the hub", got="neither")
-    return load(_downloaded(str(source), revision), name=name or str(source).partition("/")[2])
+    folder = _downloaded(str(source), revision)
+    return load(folder, name=name or model_name(folder, str(source).partition("/")[2]))
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, message: str = "") -> str:
@@ -192,8 +217,21 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _config(model: Model, card: ModelCard) -> dict[str, Any]:
-    """What programs, and the hub's count of downloads, read."""
+def _is_edited(folder: Path) -> bool:
+    """Whether the folder has a card other than the one that was written with its `config.json`."""
+    path = folder / CARD
+    with storage_errors(f"can't read {path}"):
+        if not is_there(path):
+            return False
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return read_config(folder).get(_CARD_DIGEST) != digest
+    except ModelError:
+        return True
+
+
+def _config(model: Model, card: ModelCard, text: bytes) -> dict[str, Any]:
+    """Facts for programs and for the hub's count of downloads."""
     architecture = model.architecture
     config: dict[str, Any] = {
         "model_type": "fedprune",
@@ -202,6 +240,7 @@ def _config(model: Model, card: ModelCard) -> dict[str, Any]:
         "architecture": architecture.digest,
         "input_shape": architecture.input_shape,
         "output_shape": architecture.output_shape,
+        _CARD_DIGEST: hashlib.sha256(text).hexdigest(),
     }
     if card.classes:
         config["id2label"] = dict(enumerate(card.classes))

@@ -55,24 +55,33 @@ def read_hub_folder(folder: Path) -> bytes:
     return filled
 
 
-def model_name(folder: Path) -> str:
-    """What `config.json` calls the model; the folder's name where there is no such file or name.
+def model_name(folder: Path, default: str = "") -> str:
+    """The model's name in `config.json`; without one, `default`, which is the folder's name unless it is given.
 
-    Raises `ModelError` if the file is damaged, or the name is none.
+    Raises `ModelError` if the file is damaged, or the name is invalid.
     """
+    name = read_config(folder).get("name", default or folder.resolve().name)
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise ModelError(
+            f"{folder / CONFIG}: name", expected=f"a text of 1 to {_LONGEST_NAME} characters", got=shown(name)
+        )
+    return name
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`; empty without such a file. Raises `ModelError` if it is damaged."""
     path = folder / CONFIG
     if not is_there(path, file=True):
-        return folder.resolve().name
+        return {}
     try:
         body = json.loads(read_file(path, _MOST_CONFIG))
     except OSError as error:
         raise ModelError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({reason(error)})") from error
-    name = body.get("name", folder.resolve().name) if isinstance(body, dict) else None
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
-        raise ModelError(f"{path}: name", expected=f"a text of 1 to {_LONGEST_NAME} characters", got=shown(name))
-    return name
+    if not isinstance(body, dict):
+        raise ModelError(f"{path}", expected="an object", got=shown(body))
+    return body
 
 
 def _fill(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:

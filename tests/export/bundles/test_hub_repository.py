@@ -111,14 +111,30 @@ def test_without_a_training_the_card_has_placeholders(model: fx.Model, tmp_path:
     card = hub.ModelCard.load(fx.save_pretrained(model, tmp_path) / CARD)
     assert card.data.license == "unknown"
     assert card.data.eval_results is None
-    assert "To be chosen by whoever publishes the model" in card.text
+    assert "To be chosen by the publisher of the model" in card.text
 
 
-def test_an_edited_card_stays(model: fx.Model, folder: Path) -> None:
+def test_a_card_follows_the_model(model: fx.Model, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for accuracy in (0.5, 0.9):
+        fx.save_pretrained(model, folder, card=fx.ModelCard(metrics={"accuracy": accuracy}))
+        [result] = hub.ModelCard.load(folder / CARD).data.eval_results
+        assert result.metric_value == accuracy
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}"], ids=["written", "damaged", "without a digest"])
+def test_an_edited_card_stays(
+    model: fx.Model, folder: Path, config: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / CARD).write_text("mine")
     (folder / GRAPH).write_text("damaged")
-    fx.save_pretrained(model, folder)
-    assert (folder / CARD).read_text() == "mine"
+    if config is not None:
+        (folder / CONFIG).write_text(config)
+    for _ in range(2):
+        caplog.clear()
+        fx.save_pretrained(model, folder)
+        assert (folder / CARD).read_text() == "mine"
+        assert caplog.records[0].getMessage().startswith(f"{folder / CARD} was edited and is kept")
     assert fx.from_pretrained(folder).architecture.digest == model.architecture.digest
 
 
@@ -223,8 +239,12 @@ def test_a_repository_is_downloaded_by_the_library(folder: Path, monkeypatch: py
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert fx.from_pretrained("ann/shapes", revision="v1").architecture.output_shape == (2,)
-    assert asked == [("ann/shapes", {"revision": "v1", "allow_patterns": [GRAPH, WEIGHTS, CONFIG]})]
+    model = fx.from_pretrained("ann/other", revision="v1")
+    assert model.architecture.digest == fx.from_pretrained(folder).architecture.digest
+    assert asked == [("ann/other", {"revision": "v1", "allow_patterns": [GRAPH, WEIGHTS, CONFIG]})]
+    assert fx.from_pretrained("ann/other", name="mine").architecture.name == "mine"
+    (folder / CONFIG).unlink()
+    assert fx.from_pretrained("ann/other").architecture.name == "other"
 
 
 def test_without_a_network_the_hub_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
         f"The metrics at the head of this page are those of the model after round {run.last.round}, on the server's "
         f"samples. Local {run.measure} is that of the boards' own models on their own test data."
     )
-    limits = "To be written by whoever publishes the model: what it is for, and what it must not be used for."
+    limits = "To be written by the publisher of the model: what it is for, and what it must not be used for."
     sections: dict[str, Sequence[Block]] = {
         "Accuracy": [
             about,
