@@ -55,9 +55,20 @@ def track_targets(text: str, where: str) -> tuple[TrackTarget, ...]:
 
 
 def anchored_track(text: str, folder: Path) -> str:
-    """The setting with the folders of event files counted from `folder`."""
-    parts = [part.strip().partition(":") for part in text.split(",")]
-    return ",".join(
-        f"{tool}:{folder / place}" if tool == TENSORBOARD and place else f"{tool}{colon}{place}"
-        for tool, colon, place in parts
-    )
+    """The setting with the folders of event files counted from `folder`.
+
+    Raises `ConfigError` if such a folder's path has a comma, which separates trackers.
+    """
+    found = []
+    for tool, colon, place in (part.strip().partition(":") for part in text.split(",")):
+        if tool == TENSORBOARD and place:
+            place = str(folder / place)
+            if "," in place:
+                raise ConfigError(
+                    "track: the folder of event files",
+                    expected="a path without commas",
+                    got=place,
+                    hint="Give an absolute path without commas, or rename the folder.",
+                )
+        found.append(f"{tool}{colon}{place}")
+    return ",".join(found)

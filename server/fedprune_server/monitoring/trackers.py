@@ -1,7 +1,7 @@
 """Runs in the user's own experiment tracker: TensorBoard, MLflow or Weights & Biases, by their own libraries.
 
-A thread writes, so that nobody waits for a disk or another server. A tracker that fails is logged once and left off;
-the next start of the same run writes what it lacks.
+A thread writes, so that the run never waits for a disk or another server. A tracker that fails is logged once and left
+off; the next start of the same run writes what it lacks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.errors import FedpruneError, MissingExtraError, reason
+from fedprune.core.errors import MissingExtraError, reason
 from fedprune_server.config.track_targets import MLFLOW, TENSORBOARD, WANDB, TrackTarget
 
 log = logging.getLogger("fedprune.server")
@@ -322,17 +322,16 @@ class Tracking:
         lacking = [target for target in self._targets if target.kept < last]
         if not lacking:
             return
-        with TemporaryDirectory(prefix="fedprune-tracked-") as scratch:
-            try:
+        try:
+            with TemporaryDirectory(prefix="fedprune-tracked-") as scratch:
                 files(Path(scratch))
-            except (FedpruneError, OSError) as error:
-                log.warning("track: can't write the run's files: %s", reason(error))
-                return
-            for target in lacking:
-                with self._left_off(target):
-                    target.tracker.keep(Path(scratch))
-                    target.kept = last
-                    self._note()
+                for target in lacking:
+                    with self._left_off(target):
+                        target.tracker.keep(Path(scratch))
+                        target.kept = last
+                        self._note()
+        except Exception as error:  # noqa: BLE001 - else the thread ends, and closes no tracker
+            log.warning("track: can't write the run's files: %s: %s", type(error).__name__, reason(error))
 
     @contextmanager
     def _left_off(self, target: _Target) -> Iterator[None]:

@@ -49,6 +49,15 @@ def test_folders_of_event_files_count_from_the_configuration(tmp_path: Path) -> 
     assert ServerConfig(track="tensorboard:events").server_settings()["track"] == f"tensorboard:{Path.cwd() / 'events'}"
 
 
+def test_a_folder_with_a_comma_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "runs, old"
+    tables = {"server": {"track": f"mlflow,tensorboard:{tmp_path}/events"}}
+    assert len(parse_config(tables, "fleet.toml", folder).tracked) == 2
+    tables["server"]["track"] = "mlflow,tensorboard:events"
+    with pytest.raises(ConfigError, match="track: the folder of event files: expected a path without commas, got"):
+        parse_config(tables, "fleet.toml", folder)
+
+
 def test_an_aggregator_has_no_rounds_to_track() -> None:
     with pytest.raises(ConfigError, match="server: track"):
         ServerConfig(parent="wss://here:8443", region="north", track="mlflow")

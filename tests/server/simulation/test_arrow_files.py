@@ -80,6 +80,9 @@ def written(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.select(range(5, 8)).to_parquet(folder / "hub" / "data" / "train-00001-of-00002.parquet")
     rows.select(range(8, 12)).to_parquet(folder / "hub" / "data" / "test-00000-of-00001.parquet")
     rows.to_parquet(folder / "all.parquet")
+    table = pq.read_table(folder / "all.parquet")
+    with pa.OSFile(str(folder / "all.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as footed:
+        footed.write_table(table, max_chunksize=5)
     return folder
 
 
@@ -87,7 +90,9 @@ def plan(source: Path, **columns: Any) -> DataPlan:
     return DataPlan.from_dict({"source": str(source), "devices": 1, "least": 1, "partition": "iid", **columns})
 
 
-@pytest.mark.parametrize(("name", "tests"), [("dict", 4), ("hub", 4), ("saved", 0), ("all.parquet", 0)])
+@pytest.mark.parametrize(
+    ("name", "tests"), [("dict", 4), ("hub", 4), ("saved", 0), ("all.parquet", 0), ("all.arrow", 0)]
+)
 def test_images_classes_and_splits_are_the_librarys(written: Path, name: str, tests: int) -> None:
     read = read_samples(written / name)
 
@@ -101,7 +106,7 @@ def test_images_are_scaled_and_turned_grey(written: Path) -> None:
     assert read_samples(written / "saved", size=(3, 4), colour=False).shape == (3, 4)
 
 
-@pytest.mark.parametrize("name", ["dict", "hub", "saved", "all.parquet"])
+@pytest.mark.parametrize("name", ["dict", "hub", "saved", "all.parquet", "all.arrow"])
 def test_columns_are_chosen_by_name(written: Path, name: str) -> None:
     maps = plan(written / name, x="maps", owner="who").read().samples
     assert np.array_equal(maps.take(range(ROWS)), np.arange(ROWS * 4, dtype=np.float32).reshape(ROWS, 1, 2, 2))
@@ -219,7 +224,7 @@ def test_offsets_beyond_the_data_are_refused(tmp_path: Path) -> None:
         plan(tmp_path / "a.arrow", x="x").read()
 
 
-@pytest.mark.parametrize("name", ["saved/data-00000-of-00002.arrow", "all.parquet"])
+@pytest.mark.parametrize("name", ["saved/data-00000-of-00002.arrow", "all.parquet", "all.arrow"])
 @given(data=st.data())
 def test_damage_is_an_error_or_does_not_matter(written: Path, name: str, data: st.DataObject) -> None:
     raw = bytearray((written / name).read_bytes())

@@ -281,6 +281,23 @@ def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) ->
     assert (tmp_path / "state" / trackers.FILE).is_file()
 
 
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such array")])
+def test_files_that_cannot_be_written_leave_no_tracker_open(
+    tmp_path: Path, shown: dict[str, Shown], caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    tracking = trackers.Tracking([TrackTarget("mlflow")], TrackedRun("mine", tmp_path), tmp_path)
+    tracking.start()
+    tracking.write(1, {"loss": 1.0}, 1000.0)
+    tracking.finish(fail)
+    tracking.close()
+
+    assert only(shown).ends == [True]
+    assert f"can't write the run's files: {type(error).__name__}: {error}" in caplog.text
+
+
 def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
     simulate(fleet, folder="out", rounds=1, track="mlflow")
     Path("out/run", trackers.FILE).write_text(json.dumps({"mlflow": {"name": 5}}))

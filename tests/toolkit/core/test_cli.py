@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import signal
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from fedprune.core.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
+from fedprune.core.cli import (
+    DEBUG,
+    check_command,
+    ended_by_signals,
+    print_json,
+    run_command,
+    seconds,
+    whole_number,
+    with_extra,
+)
 from fedprune.core.errors import (
     BrokerError,
     ConfigError,
@@ -333,3 +343,16 @@ def test_on_a_terminal_an_error_is_red(
 
     assert run_command("fedprune-x", build, []) == ExitCode.CONFIG
     assert capsys.readouterr().err == f"{begins}wrong\n"
+
+
+def test_what_is_printed_as_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "after": [1.5, float("-inf"), {"steps": 3}], "span": (float("inf"), None, "NaN")})
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    assert json.loads(capsys.readouterr().out, parse_constant=refuse) == {
+        "loss": None,
+        "after": [1.5, None, {"steps": 3}],
+        "span": [None, None, "NaN"],
+    }

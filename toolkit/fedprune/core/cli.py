@@ -152,8 +152,17 @@ def add_json(parser: argparse.ArgumentParser, text: str = "as JSON, for programs
 
 
 def print_json(value: Any) -> None:
-    """Print JSON, its keys in the order in which they were written."""
-    print(json.dumps(value, indent=2))
+    """Print JSON, its keys in the order in which they were written; NaN and infinities, which JSON lacks, as null."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """A value for JSON with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def whole_number(text: str) -> int:

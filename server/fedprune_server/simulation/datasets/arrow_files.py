@@ -33,6 +33,9 @@ _MOST_JSON = 2**24
 _ROWS = 1024
 """Rows of a Parquet file that are read at once."""
 
+_IPC_FILE = b"ARROW1"
+"""The first bytes of an Arrow file in the format with a footer; files of `datasets` are streams without one."""
+
 _ABOUT = b"huggingface"
 """The schema's metadata in which `datasets` keeps the features."""
 
@@ -197,10 +200,18 @@ def _batches(path: Path, columns: Columns, split: _Split) -> Iterator[pa.RecordB
             split.features = _features(path, file.schema_arrow, columns)
             yield from file.iter_batches(_ROWS, columns=names)
         return
-    with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
-        split.features = _features(path, stream.schema, columns)
-        for batch in stream:
-            yield batch.select(names)
+    with pa.memory_map(str(path)) as mapped:
+        if mapped.read(len(_IPC_FILE)) == _IPC_FILE:
+            with pa.ipc.open_file(mapped) as file:
+                split.features = _features(path, file.schema, columns)
+                for number in range(file.num_record_batches):
+                    yield file.get_batch(number).select(names)
+            return
+        mapped.seek(0)
+        with pa.ipc.open_stream(mapped) as stream:
+            split.features = _features(path, stream.schema, columns)
+            for batch in stream:
+                yield batch.select(names)
 
 
 def _features(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, Any]:
