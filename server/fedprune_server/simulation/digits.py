@@ -44,7 +44,7 @@ class Digits:
 
 def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """All images, float32 [1797, 1, 8, 8] from 0 to 1, and their labels."""
-    with np.load(BytesIO(_asset("digits.npz")), allow_pickle=False) as file:
+    with np.load(BytesIO(asset("digits.npz")), allow_pickle=False) as file:
         x, y = file["x"], file["y"]
     return (x.astype(np.float32) / _BRIGHTEST)[:, None], y.astype(np.int64)
 
@@ -54,7 +54,7 @@ DIGITS = "handwritten digits, 8 × 8 (UCI)"
 
 
 def digits_model() -> bytes:
-    return _asset("digits_net.onnx")
+    return asset("digits_net.onnx")
 
 
 def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: int = 0) -> Digits:
@@ -125,5 +125,6 @@ def _own(
     return LocalData(x[train], y[train], x[test], y[test])
 
 
-def _asset(name: str) -> bytes:
+def asset(name: str) -> bytes:
+    """A file of the package's `assets`."""
     return (files("fedprune_server") / "assets" / name).read_bytes()

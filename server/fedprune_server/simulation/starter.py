@@ -14,9 +14,9 @@ from fedprune.core.errors import ConfigError
 from fedprune.planning import profile_store
 from fedprune.wire.topics import check_device
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import asset, deal, digits_model, write_hand
 
-FLEET = "fleet.toml"
+FLEET, STRATEGY = "fleet.toml", "my_strategy.py"
 
 _SERVERS = ("server", "calibration")
 """Files of the server's own samples, whose names no board may have."""
@@ -25,11 +25,11 @@ _FLEET = """\
 # A fleet to begin with: change what is yours. Paths count from this file's folder.
 #     fedprune-simulate --config fleet.toml --out run     the boards on a virtual clock
 #     fedprune-server run --config fleet.toml             the same job on real boards (it looks at no [[devices]])
-# docs/configure-a-job.md and docs/simulate.md explain every key.
+# docs/configure-a-job.md and docs/simulate.md explain every key, docs/write-a-strategy.md my_strategy.py.
 
 [job]
 name = "{name}"
-strategy = "fedprune"              # or another of docs/strategies, or my_strategy:mine
+strategy = "fedprune"              # or another of docs/strategies, or my_strategy:energy
 seed = {seed}
 rounds = 12
 devices = {devices}
@@ -58,44 +58,6 @@ name = "{name}"
 profile = "profiles/{name}.toml"
 data = "{name}.npz"
 """
-
-_STRATEGY = '''\
-"""A strategy to begin with: `--strategy my_strategy:mine` in this folder, or `strategy` of [job].
-
-docs/write-a-strategy.md has all methods that can be overridden, and what they may rely on.
-"""
-
-from dataclasses import dataclass, replace
-
-from fedprune import Ranking, Strategy, read_options
-from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.importance.scoring import magnitude, ranks
-
-
-@dataclass(frozen=True)
-class Options:
-    """What [job.options] may set."""
-
-    lr_decay: float = 0.98
-
-
-@dataclass(frozen=True)
-class Mine(Strategy):
-    """Sends the channels with the largest weights, and lets the learning rate fall."""
-
-    lr_decay: float = 0.98
-
-    def rank(self, scene):
-        return Ranking(ranks(magnitude(scene.architecture, scene.model)))
-
-    def recipe(self, recipe, turn):
-        return replace(recipe, lr=recipe.lr * self.lr_decay ** (turn.round - 1))
-
-
-def mine(job):
-    options = read_options(job, Options)
-    return Mine(lr_decay=options.lr_decay, aggregator=Mean(rule="fill"), inputs="sum")
-'''
 
 
 @dataclass(frozen=True)
@@ -156,7 +118,7 @@ def write_starter(folder: Path, boards: Sequence[StarterBoard], seed: int = 0) -
         for name, hand in hands.devices.items():
             write_hand(folder / f"{name}.npz", hand)
             (folder / "profiles" / f"{name}.toml").write_text(profiles[name], "utf-8")
-        (folder / "my_strategy.py").write_text(_STRATEGY, "utf-8")
+        (folder / STRATEGY).write_bytes(asset(STRATEGY))
         job = re.sub(r"[^a-z0-9-]+", "-", folder.resolve().name.lower()).strip("-")[:64] or "fleet"
         fleet = _FLEET.format(name=job, seed=seed, devices=len(boards))
         (folder / FLEET).write_text(

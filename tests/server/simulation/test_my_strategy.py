@@ -28,6 +28,7 @@ from support.fakes.digits_simulation import boards, digits_simulation
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "write-a-strategy.md"
+ASSETS = ROOT / "server" / "fedprune_server" / "assets"
 METHODS = CHECKS[fedprune.Strategy]
 RECIPE = Recipe(epochs=2)
 JOB = Job(rounds=3, devices=3, density=0.5, strategy="my_strategy:energy", recipe=RECIPE)
@@ -39,8 +40,8 @@ def blocks() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def _found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ASSETS))
     monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
 
 
@@ -108,7 +109,7 @@ def test_what_is_no_strategy_is_said(name: str, what: str) -> None:
 
 
 def test_the_page_shows_the_very_file() -> None:
-    assert blocks()[0] == (ROOT / "examples" / "my_strategy.py").read_text()
+    assert blocks()[0] == (ASSETS / "my_strategy.py").read_text()
 
 
 def test_the_page_lists_the_methods_that_can_be_overridden() -> None:

@@ -25,6 +25,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
 from fedprune_server.simulation import state as simulation_state
+from fedprune_server.simulation.digits import asset
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
 from fedprune_server.simulation.measure import Measure, Moment, RoundNotes, RoundRecorder
@@ -46,7 +47,7 @@ from support.fakes.digits_simulation import (
     killed_after,
     run_killed,
 )
-from support.paths import ROOT, TESTS
+from support.paths import TESTS
 
 NAMES = ("a", "b")
 DATA = digits(NAMES)
@@ -410,7 +411,7 @@ def test_a_run_does_not_go_on_with_other_code(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "gentle.py"
-    text = (ROOT / "examples" / "my_strategy.py").read_text()
+    text = asset("my_strategy.py").decode()
     source.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     own = replace(experiment, job=Job(rounds=3, devices=2, density=0.25, strategy="gentle:energy", recipe=JOB.recipe))

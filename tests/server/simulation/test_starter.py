@@ -14,6 +14,7 @@ from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import load_digits
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
+from support.paths import ROOT
 
 
 def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
@@ -26,6 +27,7 @@ def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
         with np.load(tmp_path / f"{board.name}.npz") as file:
             np.testing.assert_array_equal(file["x_train"], dealt[board.name].x_train)
             sizes.append(len(file["y_train"]) + len(file["y_test"]))
+    assert (tmp_path / "my_strategy.py").read_text() in (ROOT / "docs" / "write-a-strategy.md").read_text()
     for name in ("server", "calibration"):
         with np.load(tmp_path / f"{name}.npz") as file:
             sizes.append(len(file["x"]))
@@ -41,7 +43,7 @@ def test_it_is_simulated_with_its_own_strategy_at_widths_that_its_links_carry(
     assert main(["new", "My fleet!"]) == ExitCode.OK
     assert capsys.readouterr().out.endswith("Next: fedprune-simulate --config My fleet!/fleet.toml --out run\n")
     monkeypatch.chdir(tmp_path / "My fleet!")
-    for strategy in ("fedprune", "my_strategy:mine"):
+    for strategy in ("fedprune", "my_strategy:energy"):
         out = tmp_path / strategy.partition(":")[0]
         assert main(["--config", "fleet.toml", "--rounds", "2", "--strategy", strategy, "--out", str(out)]) == 0
         record = Record.load(out / "metrics.json")
