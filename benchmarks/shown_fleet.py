@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedprune.jobs.job import Job
+from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import Partition
-from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
+from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.web.state import records as r
 from support.fakes.console_fleet import ConsoleFleet
 

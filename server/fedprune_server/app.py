@@ -339,7 +339,7 @@ def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:
     config, opened = job.config, job.opened
     if not config.tracked:
         return []
-    from fedprune_server.simulation.results.tracked_rounds import JobTracker
+    from fedprune_server.monitoring.job_tracker import JobTracker
 
     tracker = JobTracker(config.tracked, opened.job, opened.model, config.state, opened.state.history)
     stack.callback(tracker.close)

@@ -12,9 +12,10 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune_export.cli.main import main
+from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
+from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.results.report import write_comparison, write_report
 from support.processes.machine import find_chromium
 

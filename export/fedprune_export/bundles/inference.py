@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 
 from fedprune.core import tensorfile
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, remedy
 from fedprune.runtime.bundle import BASE, INFERENCE, WEIGHTS, Bundle
 from fedprune_export.ir.graph import Graph
@@ -22,6 +24,7 @@ from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 
 WEIGHTS_FILE = "weights.safetensors"  # the file of weights that an inference graph refers to
+_MODEL_FILE = "model.onnx"
 
 
 def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = None) -> bytes:
@@ -45,6 +48,17 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         proto.graph.input.append(onnx.helper.make_tensor_value_info(array.name, kind, array.shape))
     return with_weights(proto, model.architecture.shapes(widths))
+
+
+def write_model(folder: Path, model: Model, weights: bytes) -> None:
+    """Write a global model as `model.onnx` and the weights that it refers to. Raises `StorageFullError` if there is no
+    room, and `StorageError` if the disk fails."""
+    with storage_errors(f"can't make {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / WEIGHTS_FILE, weights)
+    if (frozen := model.base_file) is not None:
+        write_whole(folder / BASE, frozen)
+    write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
 
 
 def with_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bytes:

@@ -32,6 +32,7 @@ from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
 from fedprune_server.simulation.datasets.federation import Partition
@@ -45,7 +46,6 @@ from fedprune_server.simulation.fleet.simulated_fleet import (
     demo_reference_job,
     too_few_rounds,
 )
-from fedprune_server.simulation.measure import RoundNotes
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import claims, summary_text, write_report
 

@@ -18,7 +18,7 @@ from fedprune_export.importing.hub_folder import FILES
 from fedprune_export.pruning.model import Model
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.engine.state_directory import global_model, model_after
-from fedprune_server.simulation.measure import RoundNotes
+from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.storage.storage import Storage

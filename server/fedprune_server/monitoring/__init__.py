@@ -1,4 +1,4 @@
-"""Observation of a running server: its terminal, metrics, traces, alerts, notifications, health.
+"""Observation of a running server: its terminal, metrics, traces, trackers, alerts, notifications, health.
 
 Not here: anything that changes a job. Observers decide nothing.
 """

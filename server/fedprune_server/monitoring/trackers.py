@@ -36,6 +36,12 @@ FILE = "tracking.json"
 PROJECT = "fedprune"
 """MLflow's experiment and Weights & Biases' project, unless others are given."""
 
+ENDS_S = 10.0
+"""Seconds for which the end of a server, or of an interrupted simulation, waits for trackers."""
+
+MODEL = "model"
+"""Folder of the model in a run's files."""
+
 _ROUND = "round"
 _BATCH = 100
 _LONGEST = 500

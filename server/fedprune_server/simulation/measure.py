@@ -34,6 +34,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions, check_samples
+from fedprune_server.monitoring.round_rows import RoundNotes
 
 Array = npt.NDArray[Any]
 
@@ -182,28 +183,6 @@ class Measure:
 
 _MAPS = 100
 """Approximate number of rounds whose channel coverage is recorded."""
-
-
-@dataclass
-class RoundNotes:
-    """Notes of a round.
-
-    Attributes:
-        down: Bytes sent to devices since the start.
-        up: Bytes sent by devices since the start.
-        devices: Bytes down, bytes up, training MACs and those of active weights of each device since the previous
-            round.
-        measured: Measurements of the global model.
-        updates: Number of aggregated updates.
-        coverage: Number of updates that held each channel, per group; empty if not recorded.
-    """
-
-    down: int = 0
-    up: int = 0
-    devices: dict[str, list[int]] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
-    updates: int = 0
-    coverage: list[list[int]] = field(default_factory=list)
 
 
 class RoundRecorder:

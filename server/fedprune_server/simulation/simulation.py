@@ -30,10 +30,11 @@ from fedprune_server.executor.distributed import DistributedWorker, helped
 from fedprune_server.executor.divergence import advice
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
+from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
-from fedprune_server.simulation.measure import RoundNotes, RoundRecorder
+from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.state import Item, Left, SavedRun, SimulationState, Trained

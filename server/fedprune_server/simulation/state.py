@@ -22,10 +22,9 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import all_strings
-from fedprune.runtime.bundle import BASE
-from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
+from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.measure import RoundNotes
+from fedprune_server.monitoring.round_rows import RoundNotes
 
 FORMAT = "fedprune.simulation/4"
 FILE = "simulation.json"
@@ -179,7 +178,6 @@ class SimulationState:
 
 
 _CHECKPOINTS = "checkpoints"
-_MODEL_FILE = "model.onnx"
 
 _INTERVAL_S = 5.0
 """Seconds between two saves within a round."""
@@ -328,17 +326,6 @@ class SavedRun:
         if self._folder is None:
             return
         write_model(self._folder / _CHECKPOINTS / f"round-{number:06d}", model, weights)
-
-
-def write_model(folder: Path, model: Model, weights: bytes) -> None:
-    """Write a global model as `model.onnx` and the weights that it refers to. Raises `StorageFullError` if there is no
-    room, and `StorageError` if the disk fails."""
-    with storage_errors(f"can't make {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / WEIGHTS_FILE, weights)
-    if (frozen := model.base_file) is not None:
-        write_whole(folder / BASE, frozen)
-    write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
 
 
 def _stamp(folder: Path) -> tuple[int, ...] | None:

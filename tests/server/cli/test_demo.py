@@ -7,9 +7,10 @@ from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
+from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, demo_job, demo_reference_job, too_few_rounds
-from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
+from fedprune_server.simulation.results.record import DeviceRow, Record
 
 KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
 

@@ -16,9 +16,10 @@ from fedprune.coordination import State
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
+from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.results import charts, runs_progress
-from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow, also_measured
+from fedprune_server.simulation.results.record import DeviceRow, Record, also_measured
 from fedprune_server.simulation.results.report import (
     absences,
     claims,

@@ -24,11 +24,12 @@ from fedprune.core.errors import PlanError, StorageError, StorageFullError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
+from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation import state as simulation_state
 from fedprune_server.simulation.digits import asset
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
-from fedprune_server.simulation.measure import Measure, Moment, RoundNotes, RoundRecorder
+from fedprune_server.simulation.measure import Measure, Moment, RoundRecorder
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.run_folder import is_run, simulate

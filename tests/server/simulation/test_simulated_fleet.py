@@ -13,6 +13,7 @@ from fedprune.planning.profile_store import find
 from fedprune_server.cli.simulate import build_compare_parser, main
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
+from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import fedavg
@@ -25,7 +26,7 @@ from fedprune_server.simulation.network_model import (
     read_weather,
 )
 from fedprune_server.simulation.results import run_folder
-from fedprune_server.simulation.results.record import Record, RoundRow
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import final_rows, read_runs, target_rows
 from fedprune_server.simulation.results.run_folder import SPENT
 from fedprune_server.simulation.sweep import read_sweep

@@ -27,9 +27,9 @@ from fedprune_server.cli.simulate import main
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring import trackers
+from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.monitoring.trackers import TrackedRun, Tracker
 from fedprune_server.simulation.digits import digits_model, load_digits
-from fedprune_server.simulation.results.tracked_rounds import JobTracker
 from fedprune_server.simulation.runs import RunSpec
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.sweep import simulate_run

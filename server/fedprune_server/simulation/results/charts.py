@@ -12,7 +12,8 @@ from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity
 from fedprune.output.chart import Chart, chart, scale, style, tiles, together
 from fedprune.output.page import Bar, bars, boxes, charts, paragraph
-from fedprune_server.simulation.results.record import Record, RoundRow, also_measured, measured_names, shown
+from fedprune_server.monitoring.round_rows import RoundRow
+from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
 
 T = TypeVar("T")
 

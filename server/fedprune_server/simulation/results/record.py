@@ -18,7 +18,7 @@ from fedprune.coordination import State
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.metrics import AVERAGED, METRICS, TRAINED, Metric, served
+from fedprune.core.metrics import AVERAGED, METRICS, TRAINED, Metric
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
@@ -26,11 +26,9 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import judged_by
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
-from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted, unit
-from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.monitoring.round_rows import RoundNotes, RoundRow, round_row
 from fedprune_server.simulation.datasets.federation import Partition
-from fedprune_server.simulation.measure import RoundNotes
 
 FORMAT = "fedprune.record/1"
 
@@ -71,63 +69,6 @@ class DeviceRow:
     unit: str = ""
     train_j: float | None = None
     warning: str = ""
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """One finished round.
-
-    Attributes:
-        round: Its number, from 1.
-        at: Its end, in seconds since the run's start.
-        model: Digest of the global model.
-        metrics: Measurements of the global model on the server's data, such as accuracy and loss.
-        local: What the run is judged by, of each delivering device's served model on its own test data.
-        down: Bytes from server to devices since the start.
-        up: Bytes from devices to server since the start.
-        own: Other measurements of delivering devices, per metric and device.
-        density: Share of the model of each delivering device.
-        measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon`.
-        spent: Bytes down, bytes up, training MACs and, of these, the MACs of active weights of each device since the
-            previous round; in simulations.
-        updates: Number of aggregated updates; in simulations.
-        coverage: Number of updates that held each channel, per group; empty if not recorded.
-    """
-
-    round: int
-    at: float
-    model: str
-    metrics: dict[str, float]
-    local: dict[str, float]
-    asked: int
-    down: int
-    up: int
-    own: dict[str, dict[str, float]] = field(default_factory=dict)
-    density: dict[str, float] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
-    spent: dict[str, list[int]] = field(default_factory=dict)
-    updates: int = 0
-    coverage: list[list[int]] = field(default_factory=list)
-
-    @property
-    def accuracy(self) -> float | None:
-        """Of the global model on the server's data."""
-        return self.metrics.get("accuracy")
-
-    @property
-    def loss(self) -> float | None:
-        """Of the global model on the server's data."""
-        return self.metrics.get("loss")
-
-    @property
-    def macs(self) -> int:
-        """Training MACs since the previous round."""
-        return sum(spent[2] for spent in self.spent.values())
-
-    @property
-    def active_macs(self) -> int:
-        """Training MACs whose weight an element mask leaves active, since the previous round."""
-        return sum(spent[-1] for spent in self.spent.values())  # earlier records end with all MACs
 
 
 @dataclass(frozen=True)
@@ -368,30 +309,6 @@ def _label(architecture: Architecture, group: int) -> str:
     """The name of the layer that produces a group's channels."""
     members = architecture.members(group)
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
-
-
-def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:
-    """A finished round; arguments as `record_of`, `kind`: by what models are judged."""
-    metrics, devices = entry["metrics"], entry["devices"]
-    delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
-    own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
-    names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
-    return RoundRow(
-        round=entry["round"],
-        at=entry["at"] - began,
-        model=entry["model"],
-        metrics={n: metrics[n] for n in METRICS if n in metrics},
-        local={n: value for n, value in own.items() if value is not None},
-        asked=len(devices),
-        down=notes.down,
-        up=notes.up,
-        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
-        density={n: part["density"] for n, part in delivered.items() if "density" in part},
-        measured={k: metrics[k] for k in (EPSILON,) if k in metrics} | notes.measured,
-        spent={n: list(v) for n, v in sorted(notes.devices.items())},
-        updates=notes.updates,
-        coverage=notes.coverage,
-    )
 
 
 def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:

@@ -6,7 +6,7 @@ The numbers are also written as two Parquet tables, for pandas, polars, DuckDB a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
+from fedprune_server.monitoring.round_rows import EACH_ROUND, RoundRow, WideRows
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.results.record import Record, RoundRow
+from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
@@ -195,7 +196,7 @@ def rounds_table(record: Record) -> pa.Table:
     rows = list(map(WideRows(record.measure).row, record.rounds))
     own = sorted(set().union(*(r.own for r in record.rounds)))
     names = [
-        *_ROUND,
+        *EACH_ROUND,
         *sorted(set().union(*(r.metrics for r in record.rounds))),
         *(f"local_{record.measure}" for _ in range(any(r.local for r in record.rounds))),
         *(f"mean_{metric}" for metric in own),
@@ -221,33 +222,3 @@ def devices_table(record: Record) -> pa.Table:
             for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.own.values()))
         ]
     )
-
-
-_ROUND = (
-    "round", "time_s", "total_bytes_down", "total_bytes_up", "training_macs", "active_macs", "asked", "updates",
-    "model",
-)  # fmt: skip
-"""Columns that every round has."""
-
-
-class WideRows:
-    """Makes the wide table's rows, of one round after the other: means are over each device's latest value.
-
-    Args:
-        kind: By what models are judged, such as `accuracy`.
-    """
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._latest: dict[str, dict[str, float]] = {}
-
-    def row(self, r: RoundRow) -> dict[str, Any]:
-        self._add(f"local_{self._kind}", r.local)
-        for metric, values in r.own.items():
-            self._add(f"mean_{metric}", values)
-        own = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.model)
-        means = {name: sum(known.values()) / len(known) for name, known in self._latest.items() if known}
-        return dict(zip(_ROUND, own, strict=True)) | r.metrics | means | r.measured
-
-    def _add(self, name: str, values: Mapping[str, float]) -> None:
-        self._latest.setdefault(name, {}).update(values)

@@ -1,0 +1,150 @@
+"""Finished rounds as rows of numbers: for experiment trackers, and for the records and tables of simulations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprune.core.metrics import METRICS, served
+from fedprune_device.training.round_runner import MEASURED
+from fedprune_server.executor.accountant import EPSILON
+
+
+@dataclass
+class RoundNotes:
+    """Notes of a round.
+
+    Attributes:
+        down: Bytes sent to devices since the start.
+        up: Bytes sent by devices since the start.
+        devices: Bytes down, bytes up, training MACs and those of active weights of each device since the previous
+            round.
+        measured: Measurements of the global model.
+        updates: Number of aggregated updates.
+        coverage: Number of updates that held each channel, per group; empty if not recorded.
+    """
+
+    down: int = 0
+    up: int = 0
+    devices: dict[str, list[int]] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    updates: int = 0
+    coverage: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One finished round.
+
+    Attributes:
+        round: Its number, from 1.
+        at: Its end, in seconds since the run's start.
+        model: Digest of the global model.
+        metrics: Measurements of the global model on the server's data, such as accuracy and loss.
+        local: What the run is judged by, of each delivering device's served model on its own test data.
+        down: Bytes from server to devices since the start.
+        up: Bytes from devices to server since the start.
+        own: Other measurements of delivering devices, per metric and device.
+        density: Share of the model of each delivering device.
+        measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon`.
+        spent: Bytes down, bytes up, training MACs and, of these, the MACs of active weights of each device since the
+            previous round; in simulations.
+        updates: Number of aggregated updates; in simulations.
+        coverage: Number of updates that held each channel, per group; empty if not recorded.
+    """
+
+    round: int
+    at: float
+    model: str
+    metrics: dict[str, float]
+    local: dict[str, float]
+    asked: int
+    down: int
+    up: int
+    own: dict[str, dict[str, float]] = field(default_factory=dict)
+    density: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, list[int]] = field(default_factory=dict)
+    updates: int = 0
+    coverage: list[list[int]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the global model on the server's data."""
+        return self.metrics.get("accuracy")
+
+    @property
+    def loss(self) -> float | None:
+        """Of the global model on the server's data."""
+        return self.metrics.get("loss")
+
+    @property
+    def macs(self) -> int:
+        """Training MACs since the previous round."""
+        return sum(spent[2] for spent in self.spent.values())
+
+    @property
+    def active_macs(self) -> int:
+        """Training MACs whose weight an element mask leaves active, since the previous round."""
+        return sum(spent[-1] for spent in self.spent.values())  # earlier records end with all MACs
+
+
+def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:
+    """The row of a finished round.
+
+    Args:
+        entry: The round in a job's history.
+        began: The run's start, on the clock of the history.
+        kind: By what models are judged.
+    """
+    metrics, devices = entry["metrics"], entry["devices"]
+    delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
+    own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
+    names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
+    return RoundRow(
+        round=entry["round"],
+        at=entry["at"] - began,
+        model=entry["model"],
+        metrics={n: metrics[n] for n in METRICS if n in metrics},
+        local={n: value for n, value in own.items() if value is not None},
+        asked=len(devices),
+        down=notes.down,
+        up=notes.up,
+        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
+        density={n: part["density"] for n, part in delivered.items() if "density" in part},
+        measured={k: metrics[k] for k in (EPSILON,) if k in metrics} | notes.measured,
+        spent={n: list(v) for n, v in sorted(notes.devices.items())},
+        updates=notes.updates,
+        coverage=notes.coverage,
+    )
+
+
+EACH_ROUND = (
+    "round", "time_s", "total_bytes_down", "total_bytes_up", "training_macs", "active_macs", "asked", "updates",
+    "model",
+)  # fmt: skip
+"""Columns that every round has."""
+
+
+class WideRows:
+    """Makes the wide table's rows, of one round after the other: means are over each device's latest value.
+
+    Args:
+        kind: By what models are judged, such as `accuracy`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._latest: dict[str, dict[str, float]] = {}
+
+    def row(self, r: RoundRow) -> dict[str, Any]:
+        self._add(f"local_{self._kind}", r.local)
+        for metric, values in r.own.items():
+            self._add(f"mean_{metric}", values)
+        own = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.model)
+        means = {name: sum(known.values()) / len(known) for name, known in self._latest.items() if known}
+        return dict(zip(EACH_ROUND, own, strict=True)) | r.metrics | means | r.measured
+
+    def _add(self, name: str, values: Mapping[str, float]) -> None:
+        self._latest.setdefault(name, {}).update(values)
