@@ -419,9 +419,9 @@ SERVER = tuple(_TYPES)
 PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
 """Settings that name files and folders, in addition to `state`."""
 
-ELSEWHERE = ("state", "database", "on_revocation")
-"""Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen
-by writing to the database."""
+ELSEWHERE = ("state", "database", "on_revocation", "home_assistant")
+"""Keys that the database doesn't keep: the state folder is or contains the first two, a command must not be chosen by
+writing to the database, and the last one has a password, which every backup would contain."""
 
 
 def without_password(broker: str) -> str:

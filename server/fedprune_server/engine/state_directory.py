@@ -389,7 +389,7 @@ def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str
             before, after = old.get(key), new[key]
             if before == after:
                 continue
-            if key in ("broker", "home_assistant"):  # the password in it is nobody's business
+            if key == "broker":  # the password in it is nobody's business
                 before, after = without_password(str(before)), without_password(str(after))
             lines.append(f"{key}: {before!r} is now {after!r}")
     return lines

@@ -24,8 +24,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.web.auth.accounts import HOME_ASSISTANT, Accounts
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.home_assistant.bridge import MOST, OPERATOR, HomeAssistantBridge
+from fedprune_server.web.home_assistant.bridge import MOST, HomeAssistantBridge
 from fedprune_server.web.home_assistant.broker_client import Arrival
 from fedprune_server.web.home_assistant.discovery import BOARDS, JOBS, Discovery, Message, identifier
 from fedprune_server.web.observer import check_console
@@ -195,7 +196,7 @@ def test_what_left_while_the_server_was_off_is_removed_at_its_start(tmp_path: Pa
     for topic in ("fedprune-states/lab/boards/gone", "fedprune-states/lab/boards/board-0001"):
         here.client.says(topic, "{}", retained=True)
     here.client.retained["homeassistant/sensor/fedprune_lab_boards_gone/state/config"] = "{}"
-    here.turn(10)
+    here.turn(150)
     assert not any("gone" in topic for topic in here.client.retained)
     assert sum("board-0001" in topic for topic in here.client.retained) == 5
     assert here.client.unsubscribed == ["fedprune-states/lab/boards/+", "fedprune-states/lab/jobs/+"]
@@ -214,7 +215,7 @@ def test_no_more_boards_than_a_house_can_have_are_shown(tmp_path: Path) -> None:
     here.here.write(rows={n: encoded({**r, "status": "member"}) for n, r in fleet.rows.items()})
     here.turn(30)
     states = sum(t.startswith("fedprune-states/lab/") for t in here.client.retained)
-    assert states == MOST + 1  # and the status
+    assert states == MOST + 2  # and a job and the status
 
 
 def test_the_switch_gives_an_operator_s_order(tmp_path: Path) -> None:
@@ -227,12 +228,12 @@ def test_the_switch_gives_an_operator_s_order(tmp_path: Path) -> None:
     here.client.says(topic, "ON", retained=True)
     here.turn()
     assert [(o.order, o.job, o.operator) for o in here.here.orders] == [
-        ("pause", "trial", OPERATOR),
-        ("resume", "trial", OPERATOR),
+        ("pause", "trial", HOME_ASSISTANT),
+        ("resume", "trial", HOME_ASSISTANT),
     ]
     here.here.answer(1, True, "job trial is paused")
     (second, first) = here.here.console.audit.page().items
-    assert (first["operator"], first["address"], first["action"]) == (OPERATOR, here.client.address, "pause")
+    assert (first["operator"], first["address"], first["action"]) == (HOME_ASSISTANT, here.client.address, "pause")
     assert (first["outcome"], second["outcome"]) == ("done: job trial is paused", "ordered")
     job = here.here.fleet.job("trial")
     here.here.write(PublishedJob(**{**vars(job), "paused": True}))
@@ -251,8 +252,24 @@ def test_a_flood_of_commands_is_limited_as_an_operator_s(tmp_path: Path, capsys:
 
 def test_without_the_setting_there_is_no_switch(tmp_path: Path) -> None:
     here = home(tmp_path, pause=False)
+    here.client.retained["homeassistant/switch/fedprune_lab_jobs_trial/pause/config"] = "of an earlier start"
     here.turn()
     assert not any("/switch/" in topic for topic in here.client.retained)
+    assert here.turn() == []
+
+
+@pytest.mark.parametrize("name", [HOME_ASSISTANT, "Home-Assistant"])
+def test_no_account_has_the_name_of_the_switches_operator(tmp_path: Path, name: str) -> None:
+    with (
+        ConsoleDatabase(tmp_path / "console.db") as database,
+        pytest.raises(ConfigError, match="operator of Home Assistant's switches"),
+    ):
+        Accounts(database).add(name, "operator", PASSWORD)
+
+
+def test_the_address_with_its_password_is_not_stored() -> None:
+    config = ServerConfig(console="8470", home_assistant="mqtts://ha:secret@home.example")
+    assert "secret" not in json.dumps(config.server_settings())
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=2, unique=True))
@@ -324,7 +341,7 @@ def test_the_console_s_process_is_at_the_broker_and_its_will_is_published(tmp_pa
         user.publish("fedprune-states/lab/jobs/trial/pause/set", "ON", 1)
         with ConsoleDatabase(tmp_path / "console.db") as database:
             (order,) = until(lambda: database.rows("SELECT operator, address, kind FROM orders"))
-        assert order == {"operator": OPERATOR, "address": f"mqtt://127.0.0.1:{port}", "kind": "pause"}
+        assert order == {"operator": HOME_ASSISTANT, "address": f"mqtt://127.0.0.1:{port}", "kind": "pause"}
         assert process.pid is not None
         os.kill(process.pid, 9)
         until(lambda: heard.get("fedprune-states/lab/status") == b"offline")

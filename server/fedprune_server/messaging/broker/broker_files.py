@@ -194,6 +194,7 @@ def trial_mosquitto(host: str, port: int, tls: TlsFiles | None) -> str:
         host: Address to listen on; empty for all.
     """
     # Started by root, Mosquitto would give up root's rights before it reads its key; for others `user` has no effect.
+    # docs/run-a-fleet.md advises against root.
     lines = [*_LIMITS, "user root", "log_dest stderr", "log_type error"]
     lines += [f"listener {port} {host}".rstrip(), "allow_anonymous true", "max_qos 1"]
     if tls is not None:

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Protocol
 
 from fedprune.core.errors import FedpruneError, reason
-from fedprune_server.web.auth.accounts import Operator
+from fedprune_server.web.auth.accounts import HOME_ASSISTANT, Operator
 from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.home_assistant.broker_client import Arrival
 from fedprune_server.web.home_assistant.discovery import (
@@ -32,9 +32,6 @@ from fedprune_server.web.state.status import FleetView
 
 EVERY_S = 1.0
 """Pause between two turns."""
-
-OPERATOR = "home-assistant"
-"""Who gives the switches' orders, in the audit log."""
 
 MOST = 1000
 """Boards that are shown: Home Assistant is made for a house."""
@@ -97,6 +94,7 @@ class HomeAssistantBridge:
         self._pending: dict[str, None] = {}
         self._emptied: list[Message] = []
         self._sweep_at: float | None = None
+        self._hears_states = False
         self._complaint = ""
 
     def turn(self) -> None:
@@ -122,7 +120,7 @@ class HomeAssistantBridge:
             self._connection = self._client.connections
             self._published.clear()
             self._pending.update(dict.fromkeys(self._view.device_names))
-            self._sweep_at = None
+            self._sweep_at, self._hears_states = None, True
         for message in self._emptied:  # a turn late: an entity that is about to go would fail to read an empty state
             if message.topic not in self._published:
                 self._client.publish(*message)
@@ -141,7 +139,8 @@ class HomeAssistantBridge:
     def _show_board(self, name: str) -> None:
         row = self._view.device(name)
         if row is not None and row["status"] == "member":
-            if (BOARDS, identifier(name)) in self._shown or len(self._shown) < MOST:
+            shown = (BOARDS, identifier(name)) in self._shown
+            if shown or sum(kind == BOARDS for kind, _ in self._shown) < MOST:
                 self._show(BOARDS, name, self._discovery.board(row))
         elif (BOARDS, identifier(name)) in self._shown:
             self._remove(BOARDS, identifier(name))
@@ -155,8 +154,9 @@ class HomeAssistantBridge:
         now = self._monotonic()
         if self._sweep_at is not None and now < self._sweep_at:
             return
-        if self._sweep_at is not None:  # what is retained has arrived since the first look
+        if self._sweep_at is not None and self._hears_states:  # what is retained has arrived since the first look
             self._client.unsubscribe(_published(self._discovery))
+            self._hears_states = False
         self._sweep_at = now + (_SWEEP_S if self._sweep_at is not None else 5 * EVERY_S)
         known = {(BOARDS, identifier(name)) for name in self._view.device_names}
         known |= {(JOBS, identifier(name)) for name in self._view.job_names}
@@ -183,14 +183,14 @@ class HomeAssistantBridge:
             prefix = self._discovery.state(kind, "")
             name = arrival.topic.removeprefix(prefix)
             if name != arrival.topic and "/" not in name:
-                if arrival.retained and arrival.payload and len(self._left) < MOST:
+                if arrival.retained and arrival.payload and len(self._left) < 2 * MOST:
                     self._left[kind, name] = None
                 return
         wanted = _ORDERS.get(arrival.payload.decode("ascii", "replace"))
         for job in self._view.job_names:
             # A retained order would be given again at each connection.
             if wanted and not arrival.retained and arrival.topic == self._discovery.command(identifier(job)):
-                session = Session(Operator(OPERATOR, "operator", 0.0, 0.0), "", "")
+                session = Session(Operator(HOME_ASSISTANT, "operator", 0.0, 0.0), "", "")
                 self._orders.give(session, self._client.address, {"order": wanted, "job": job})
 
     def _complain(self, text: str) -> None:

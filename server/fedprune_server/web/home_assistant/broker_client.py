@@ -70,10 +70,6 @@ class BrokerClient:
         self._client.connect_async(self._url.host, self._url.port, _KEEPALIVE_S)
         self._client.loop_start()
 
-    def close(self) -> None:
-        """End the connection without a farewell, so that the broker publishes the will."""
-        self._client.loop_stop()
-
     def publish(self, topic: str, payload: str) -> bool:
         """Publish a retained message; returns whether it was queued."""
         return self._client.publish(topic, payload, qos=1, retain=True).rc == MQTTErrorCode.MQTT_ERR_SUCCESS

@@ -157,7 +157,10 @@ class Discovery:
             **_measurement(found),
         }
         entities = (*_JOB, *_measured(found), *((_PAUSE,) if self.pause else ()))
-        return self._messages(JOBS, row["name"], about, entities, state)
+        messages = self._messages(JOBS, row["name"], about, entities, state)
+        # An earlier start may have published the switch, which would now do nothing.
+        gone = [] if self.pause else [Message(self._config(JOBS, identifier(row["name"]), _PAUSE), "")]
+        return [*gone, *messages]
 
     def removal(self, kind: str, name: str) -> list[Message]:
         """What makes Home Assistant forget a board or a job, by its identifier: empty messages in place of all that
