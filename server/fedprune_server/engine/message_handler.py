@@ -223,7 +223,7 @@ class MessageHandler:
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
             kind = of_exit_code(message.exit_code)
             if self._sums is not None:
-                self._sums.lost(device, reason)
+                self._sums.refused(device, message.round, message.attempt, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason, kind)
         contact = self._registry[device]
         metrics = believable(message.metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ _RANDOM = 16
 class SecureSums:
     """The secure sums of a job's current round, one for each cohort of devices that were sent the same.
 
-    Nothing of it is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat what
-    they have said until they hear of the next step, and are told it again.
+    Nothing of it is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat their
+    last message until the next step reaches them; each repetition makes the server send that step again.
 
     Args:
         store: Where masked vectors arrive; they are deleted once they are added.
@@ -48,6 +49,7 @@ class SecureSums:
         self._job, self._state, self._traffic, self._store = traffic.job, traffic.state, traffic, store
         self._round = 0
         self._cohorts: list[_Cohort] = []
+        self._members: dict[str, _Cohort] = {}
         self._dropped: dict[str, str] = {}
         self._accepted: dict[str, Accepted] = {}
         self._thread = ThreadPoolExecutor(1, "fedprune-masks")
@@ -64,7 +66,7 @@ class SecureSums:
     def begin(self, command: do.SumMasked) -> None:
         """Begin the sums of a round; earlier ones are dropped."""
         self._round, self._dropped, self._accepted = command.round, {}, {}
-        self._cohorts = []
+        self._cohorts, self._members = [], {}
         groups: dict[tuple[str, str], list[str]] = {}
         for device in command.devices:
             offer = self._state.tasks[device].offer or {}
@@ -79,11 +81,12 @@ class SecureSums:
                 continue
             cohort = _Cohort(session, tuple(devices))
             self._cohorts.append(cohort)
-            self._tell(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
+            self._members |= dict.fromkeys(devices, cohort)
+            self._begin_step(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
 
     def repeat(self, device: str, round_: int) -> None:
-        """Tell a device its current step again, if it is in this round's sum: it repeats itself, so it may have missed
-        that."""
+        """Send a device its current step again, if it is in this round's sum: it repeats its last message, so it may
+        have missed that step."""
         cohort = self._cohort_of(device)
         if round_ != self._round:
             return
@@ -102,20 +105,24 @@ class SecureSums:
         try:
             cohort.add(device, message.step, message.content)
         except (ProtocolError, SignatureError) as error:
-            self.lost(device, one_line(str(error)))
+            self._drop(cohort, device, one_line(str(error)))
 
     def announced(self, device: str, update: Update) -> bool:
-        """Fetch a masked vector, or tell a device again what is next. False if none is expected."""
-        cohort, accepted = self._cohort_of(device), self._accepted.get(device)
-        if update.round != self._round or (cohort is None and accepted is None):
+        """Fetch a masked vector, or send the device its current step again. False if none is expected."""
+        cohort, accepted = self._members.get(device), self._accepted.get(device)
+        if accepted is not None and (update.round, update.attempt) == (self._round, accepted.attempt):
+            self.repeat(device, update.round)
+            return True
+        if cohort is None or not self._is_current(device, update.round, update.attempt):
             return False
-        if cohort is None or cohort.step != "delivery":
+        if cohort.over or cohort.step != "delivery":
             self.repeat(device, update.round)  # in the first steps it is masked for an earlier sum
             return True
         if update.weights.size != cohort.session.size:
             return False
         if device not in cohort.answered:
             ref, now = update.weights, self._traffic.monotonic()
+            cohort.announced[device] = ref.sha256
             fetch = self._traffic.uploads.add(device, update.round, update.attempt, ref, now)
             self._traffic.outbox.ask(fetch)
         return True
@@ -125,29 +132,31 @@ class SecureSums:
         if not isinstance(event, (on.UpdateStored, on.UpdateRejected)):
             return False
         cohort = self._cohort_of(event.device)
-        if cohort is None or cohort.step != "delivery":
+        current = self._is_current(event.device, event.round, event.attempt)
+        if cohort is None or cohort.step != "delivery" or not current:
             return False
         if isinstance(event, on.UpdateRejected):
-            self.lost(event.device, event.reason)
+            self._drop(cohort, event.device, event.reason)
+        elif event.weights != cohort.announced.get(event.device):
+            return False
         elif event.device not in cohort.answered:
-            cohort.answered.add(event.device)
+            cohort.answer(event.device)
             accepted = Accepted(self._job.name, event.round, event.attempt, event.weights)
             cohort.arrived[event.device] = accepted
             cohort.work.append((event.device, self._thread.submit(self._add, cohort, event.device, event.weights)))
         return True
 
-    def lost(self, device: str, reason: str) -> None:
-        """A device drops out of its sum."""
+    def refused(self, device: str, round_: int, attempt: int, reason: str) -> None:
+        """A device drops out of its sum, if it refuses the current attempt at this round."""
         cohort = self._cohort_of(device)
-        if cohort is not None:
-            log.warning("round %d: %s drops out of the secure sum: %s", self._round, device, reason)
-            cohort.gone[device] = reason
+        if cohort is not None and self._is_current(device, round_, attempt):
+            self._drop(cohort, device, reason)
 
     def turn(self, now: float) -> on.Unmasked | None:
-        """Go on where all answers are in, or the time is up; the round's sums when all of them have ended.
+        """End each step whose answers are all in, or whose time is up. Returns the round's sums when all have ended.
 
-        A device that is away is not waited for, but a moment for its keys: a server that has restarted begins before
-        devices have come back. Each step has the job's deadline.
+        No step waits for devices that are offline, except the step of keys, for `_RETURN_S`: after a restart the server
+        begins before devices have connected again. Each step has the job's deadline.
         """
         if not self._cohorts and not self._dropped:
             return None
@@ -163,7 +172,7 @@ class SecureSums:
                 self._accepted |= {name: cohort.arrived[name] for name in devices}
             self._dropped |= cohort.dropped()
         event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())))
-        self._cohorts, self._dropped = [], {}
+        self._cohorts, self._members, self._dropped = [], {}, {}
         for device in self._accepted:
             self.repeat(device, self._round)
         return event
@@ -177,26 +186,27 @@ class SecureSums:
         if cohort.over or cohort.work:
             return
         returning = cohort.step == "session" and now < cohort.began + _RETURN_S
-        awaited = [name for name in cohort.awaited if returning or self._state.devices[name].online]
-        enough = cohort.step == "survivors" and cohort.collector.ready
-        if awaited and now < cohort.began + self._job.deadline_s and not enough:
+        in_time = now < cohort.began + self._job.deadline_s
+        # A set's order is random, so the search meets a device that is online early, if many are.
+        waits = returning or any(self._state.devices[name].online for name in cohort.awaited)
+        if in_time and cohort.awaited and waits and not (cohort.step == "survivors" and cohort.collector.ready):
             return
         try:
             match cohort.step:
                 case "session":
-                    self._tell(cohort, "roster", cohort.rosters())
+                    self._begin_step(cohort, "roster", cohort.rosters())
                 case "roster":
-                    self._tell(cohort, "delivery", cohort.collector.deliveries())
+                    self._begin_step(cohort, "delivery", cohort.collector.deliveries())
                 case "delivery":
-                    self._tell(cohort, "survivors", cohort.collector.survivors())
+                    self._begin_step(cohort, "survivors", cohort.collector.survivors())
                 case _:
                     cohort.work.append(("", self._thread.submit(self._unmask, cohort)))
         except ProtocolError as error:
             cohort.fail(error)
 
-    def _tell(self, cohort: _Cohort, step: str, messages: Mapping[str, bytes]) -> None:
-        cohort.step, cohort.messages = step, dict(messages)
-        cohort.answered, cohort.began = set(), 0.0
+    def _begin_step(self, cohort: _Cohort, step: str, messages: Mapping[str, bytes]) -> None:
+        cohort.step, cohort.messages, cohort.began = step, dict(messages), 0.0
+        cohort.answered, cohort.awaited = set(), messages.keys() - cohort.gone.keys()
         for device in cohort.messages:
             self._send(cohort, device)
 
@@ -207,8 +217,18 @@ class SecureSums:
         message = SecureStep.of(self._job.name, self._round, task.attempt, cohort.sum, cohort.step, content)
         self._traffic.outbox.send(device, message, self._job.name)
 
+    def _drop(self, cohort: _Cohort, device: str, reason: str) -> None:
+        log.warning("round %d: %s drops out of the secure sum: %s", self._round, device, reason)
+        cohort.drop(device, reason)
+
+    def _is_current(self, device: str, round_: int, attempt: int) -> bool:
+        task = self._state.tasks.get(device)
+        return task is not None and (round_, attempt) == (self._round, task.attempt)
+
     def _cohort_of(self, device: str) -> _Cohort | None:
-        return next((c for c in self._cohorts if device in c.devices and not c.over), None)
+        """The cohort whose sum a device is in, if that goes on."""
+        cohort = self._members.get(device)
+        return None if cohort is None or cohort.over else cohort
 
     # In the thread.
 
@@ -229,11 +249,14 @@ class _Cohort:
     Attributes:
         sum: Its random number.
         directory: Identity keys of devices, as they came over their connections.
-        step: The server's last step, `messages` what it told each device, `answered` who has answered, and `began` when
-            it began; 0 before the next turn.
+        step: The server's last step; `messages` are its messages by device, `began` the time at which it began (0 until
+            the next turn).
+        answered: Devices that have answered the step.
+        awaited: Devices whose answers the step waits for, unless they are offline.
+        announced: By device, digest of the masked vector that it has announced.
         arrived: By device, how its masked vector will be accepted.
         gone: By device that has dropped out by itself, why.
-        work: What the thread does, with the device that it concerns; empty for all.
+        work: What the thread does, in its order, with the device that it concerns; empty for all.
         total: Digest of the sum, once it is known.
         failure: Why there is none.
     """
@@ -245,9 +268,11 @@ class _Cohort:
     step: str = ""
     messages: dict[str, bytes] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
+    awaited: set[str] = field(default_factory=set)
+    announced: dict[str, str] = field(default_factory=dict)
     arrived: dict[str, Accepted] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
-    work: list[tuple[str, Future[Any]]] = field(default_factory=list)
+    work: deque[tuple[str, Future[Any]]] = field(default_factory=deque)
     began: float = 0.0
     total: str = ""
     failure: str = ""
@@ -259,9 +284,13 @@ class _Cohort:
     def over(self) -> bool:
         return bool(self.total or self.failure)
 
-    @property
-    def awaited(self) -> list[str]:
-        return [name for name in self.messages if name not in self.answered and name not in self.gone]
+    def answer(self, device: str) -> None:
+        self.answered.add(device)
+        self.awaited.discard(device)
+
+    def drop(self, device: str, reason: str) -> None:
+        self.gone[device] = reason
+        self.awaited.discard(device)
 
     def add(self, device: str, step: str, content: bytes) -> None:
         """Add a device's answer. Raises `ProtocolError` or `SignatureError`."""
@@ -272,7 +301,7 @@ class _Cohort:
             self.collector.add_shares(device, content)
         else:
             self.collector.add_unmasking(device, content)
-        self.answered.add(device)
+        self.answer(device)
 
     def rosters(self) -> dict[str, bytes]:
         """Each device's neighbours: their identity keys, and the collector's roster."""
@@ -284,16 +313,20 @@ class _Cohort:
         }
 
     def settle(self) -> None:
-        """Take in what the thread has done."""
-        for device, future in [each for each in self.work if each[1].done()]:
-            self.work.remove((device, future))
+        """Take in what the thread has done. Raises `StorageError` if the disk has failed; a device whose vector is lost
+        by that is awaited again."""
+        while self.work and self.work[0][1].done():
+            device, future = self.work.popleft()
             error = future.exception()
             if error is None:
                 self.total = self.total if device else future.result()
             elif not isinstance(error, ProtocolError):
+                if device:
+                    self.answered.discard(device)
+                    self.awaited.add(device)
                 raise error
             elif device:
-                self.gone[device] = one_line(str(error))
+                self.drop(device, one_line(str(error)))
             else:
                 self.fail(error)
 

@@ -13,7 +13,7 @@ from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination.round import Round, RoundResult
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
@@ -49,14 +49,14 @@ class MaskedSums:
         return {"tensors": grid.form.to_json(), "narrow": grid.narrow, "wide": grid.wide}
 
     def closed(self, command: do.Close) -> RoundResult:
-        """The end of a round. If a sum can't be that of boards which follow the protocol, no update counts: which of
-        them is at fault nobody can tell."""
+        """The result of a round. If a sum can't be that of boards which follow the protocol, no update counts: sums of
+        masked updates don't show which board is at fault."""
         parts = {found.part.device: found for found in command.contributions}
         round_ = self._round_of(command)
         try:
             sums = [self._sums(round_, found, [parts[device] for device in found.devices]) for found in command.sums]
             result = round_.close_sums(sums, command.participants)
-        except ProtocolError as error:
+        except (ProtocolError, BundleError) as error:
             failure = Failure(FailureKind.OTHER, one_line(f"the sum of masked updates is false: {error}"))
             return RoundResult(rejected=dict.fromkeys(parts, failure))
         if not self._coded or result.model is None:

@@ -14,17 +14,22 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.round import RoundResult
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import BundleError, ConfigError, ExitCode, StorageError
 from fedprune.jobs.job import Job
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import Session
 from fedprune.strategies import compose
-from fedprune.wire.messages import SecureStep, Trained, Update, parse
+from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server import app
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.engine.secure_sums import SecureSums
+from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
@@ -129,12 +134,166 @@ def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_anew(model: Mod
     assert len({m.sum for m in fleet.of(SecureStep)}) == 2
 
 
-def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path) -> None:
+def test_messages_that_come_twice_count_once(model: Model, tmp_path: Path) -> None:
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
     fleet.air.doubled = True
     state = fleet.run()
     assert folded(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_messages_that_get_lost_are_repeated(model: Model, tmp_path: Path, way: str) -> None:
+    """Each board's first message of each step gets lost, in one direction."""
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    to_server, publish, lost = fleet.air.to_server, fleet.air.publish, set[tuple[str, str]]()
+
+    def first(topic: str, payload: bytes) -> bool:
+        message = None if topic.endswith("blob") else parse(payload)
+        if not isinstance(message, (Trained, SecureStep, Update)):
+            return False
+        step = topic.split("/")[3], message.step if isinstance(message, SecureStep) else message.kind
+        repeated = step in lost
+        lost.add(step)
+        return not repeated
+
+    def sent(topic: str, payload: bytes) -> None:
+        if way == "down" or not first(topic, payload):
+            to_server(topic, payload)
+
+    def published(topic: str, payload: bytes, qos: int = 1) -> bool:
+        return (way == "down" and first(topic, payload)) or publish(topic, payload, qos)
+
+    fleet.air.to_server = sent  # type: ignore[method-assign]
+    fleet.air.publish = published  # type: ignore[method-assign]
+    state = fleet.run()
+    assert folded(state) == [list(NAMES)]
+    assert state.model == plain(tmp_path, model, rounds=1).model
+    ways = {"up": {"trained", "keys", "shares", "update"}, "down": {"session", "roster", "delivery", "survivors"}}
+    assert ways[way] <= {step for _, step in lost}
+    assert len(lost) >= len(NAMES) * len(ways[way])
+
+
+def test_a_late_refusal_of_an_earlier_round_leaves_a_board_in_its_sum(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, ("a", "b", "c"), secure_aggregation=True)
+    late, to_server = [Refusal("c", "t", 1, 1, "too hot", ExitCode.STORAGE).to_bytes()], fleet.air.to_server
+
+    def sent(topic: str, payload: bytes) -> None:
+        message = None if topic.endswith("blob") else parse(payload)
+        of_c = isinstance(message, SecureStep) and topic.split("/")[3] == "c"
+        to_server(topic, late.pop() if of_c and message.round == 2 and late else payload)
+
+    fleet.air.to_server = sent  # type: ignore[method-assign]
+    state = fleet.run()
+    assert not late
+    assert folded(state) == [["a", "b", "c"]] * 2
+    assert fleet.air.now < fleet.job.deadline_s
+
+
+def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    daemon = fleet.daemon()
+    sums, board = daemon.first._sums, fleet.board("c")
+    assert sums is not None
+    taken: list[bool] = []
+
+    def hears(message: SecureStep) -> SecureStep:
+        if message.step == "delivery":
+            other = fleet.store.put(b"masked for an earlier attempt").sha256
+            taken.append(sums.takes(on.UpdateStored("c", 1, message.attempt, other)))
+            taken.append(sums.takes(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
+        return message
+
+    board.spoil = hears
+    state = fleet.run_daemon(daemon)
+    assert not any(taken)
+    assert len(taken) >= 2
+    assert folded(state) == [list(NAMES)]
+    assert state.model == plain(tmp_path, model, rounds=1).model
+
+
+def test_a_vector_that_a_failing_disk_has_lost_is_fetched_again(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    daemon = fleet.daemon()
+    sums, failures = daemon.first._sums, list[StorageError]()
+    assert sums is not None
+    read, turn, fails = sums._store.read, sums.turn, [True]
+
+    def failing(digest: str) -> bytes:
+        if fails and fails.pop():
+            raise StorageError("the disk fails")
+        return read(digest)
+
+    def turned(now: float) -> on.Unmasked | None:
+        try:
+            return turn(now)
+        except StorageError as error:
+            failures.append(error)
+            return None
+
+    monkeypatch.setattr(sums, "_store", SimpleNamespace(read=failing, put=sums._store.put, delete=sums._store.delete))
+    monkeypatch.setattr(sums, "turn", turned)
+    state = fleet.run_daemon(daemon)
+    assert failures
+    assert folded(state) == [list(NAMES)]
+    assert state.model == plain(tmp_path, model, rounds=1).model
+
+
+class CountedName(str):
+    """A device's name that counts comparisons."""
+
+    compared = 0
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.compared += 1
+        return str.__eq__(self, other)
+
+
+class CountedDevices(dict[str, Any]):
+    read = 0
+
+    def __getitem__(self, name: str) -> Any:
+        self.read += 1
+        return super().__getitem__(name)
+
+
+def test_a_turn_and_a_message_look_at_few_boards_of_a_large_cohort(tmp_path: Path) -> None:
+    names = [CountedName(f"b{i}") for i in range(1000)]
+    form = {"tensors": [], "narrow": 0, "wide": 9, "weight": 1}
+    offer = {"selection": "s", "weights": {"sha256": "w"}, "secure": form}
+    devices = CountedDevices({name: SimpleNamespace(online=True) for name in names})
+    state = SimpleNamespace(tasks={n: SimpleNamespace(attempt=1, offer=offer) for n in names}, devices=devices)
+    outbox = SimpleNamespace(send=lambda *sent: None)
+    job = Job.from_dict({"name": "t", "devices": 3, "deadline_s": 50.0, "secure_aggregation": True})
+    traffic: Any = SimpleNamespace(job=job, state=state, outbox=outbox, uploads=None, monotonic=lambda: 0.0)
+    sums = SecureSums(traffic, BlobStore(tmp_path, durable=False))
+    sums.begin(do.SumMasked(1, tuple(names)))
+    sums.turn(1.0)
+    sums.turn(12.0)  # boards that have just connected again are awaited no longer
+    assert devices.read < 10
+    CountedName.compared = 0
+    assert all(sums.awaits(str(name)) for name in names)
+    assert CountedName.compared < 10 * len(names)
+    sums.close()
+
+
+def test_sums_that_do_not_fit_the_round_are_rejected(tmp_path: Path) -> None:
+    def close_sums(*_: object) -> RoundResult:
+        raise BundleError("partial sums of other tensors")
+
+    sums = MaskedSums(
+        Job.from_dict({"name": "t", "devices": 3, "secure_aggregation": True}),
+        SimpleNamespace(),  # type: ignore[arg-type]
+        BlobStore(tmp_path, durable=False),
+        lambda command: SimpleNamespace(close_sums=close_sums),  # type: ignore[arg-type, return-value]
+    )
+    found: Any = SimpleNamespace(part=SimpleNamespace(device="a"))
+    command: Any = SimpleNamespace(contributions=(found,), sums=(), participants=("a",))
+    assert "partial sums of other tensors" in sums.closed(command).rejected["a"].reason
 
 
 def test_too_few_boards_of_a_width_are_left_out_and_never_seen(model: Model, tmp_path: Path) -> None:

@@ -210,6 +210,9 @@ class ToyDevice:
         if self.pending is not None:
             self.say(self.pending)
 
+    def turn(self) -> None:
+        """Time has passed."""
+
     def die(self) -> None:
         self.say(Death(self.name, self.session))
 
@@ -331,6 +334,8 @@ class Fleet:
             self.air.now += 0.5
             if self.air.now > 10_000:
                 raise TimeoutError("the job doesn't come to an end")
+            for device in self.air.devices.values():
+                device.turn()
 
         self.air.on_idle = idle
         daemon.run(until_finished=True)

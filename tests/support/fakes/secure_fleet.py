@@ -19,7 +19,7 @@ from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Trained, Update, parse
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.secure_update import SecureUpdate
-from fedprune_device.network.uplink import Uplink
+from fedprune_device.network.uplink import Backoff, Uplink
 from fedprune_export.pruning.model import Model
 from fedprune_server.engine.job_runner import RunnableJob
 from fedprune_server.engine.server import Server
@@ -44,6 +44,7 @@ class MaskingBoard(ToyDevice):
         super().__init__(name, folder, air)
         connection = Connection(self, Channel(name, "default"))  # type: ignore[arg-type]
         self.secure = SecureUpdate(connection, Uplink(connection, self.store), self.store)
+        self.announcements = Backoff()
         self.residual: Tensors = {}
         self.vector = b""
         """Its last update, not masked."""
@@ -115,9 +116,16 @@ class MaskingBoard(ToyDevice):
             self.secure.turn(self.air.now)
 
     def repeat(self) -> None:
-        super().repeat()
+        self.announcements.hurry(self.air.now)
         self.secure.hurry(self.air.now)
+        self.turn()
+
+    def turn(self) -> None:
+        if self.silent:
+            return
         self.secure.turn(self.air.now)
+        if self.pending is not None and self.announcements.due(self.air.now):
+            self.say(self.pending)
 
 
 class SecureFleet(Fleet):
