@@ -1,0 +1,185 @@
+"""An agent's part in secure sums, and offers of masked updates that it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.aggregation.fixed_point import Range
+from fedprune.core import validation
+from fedprune.core.errors import ExitCode
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Tensors
+from fedprune.secure_aggregation.collector import Collector
+from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
+from fedprune.secure_aggregation.masks import Vector
+from fedprune.secure_aggregation.messages import decode_roster
+from fedprune.secure_aggregation.participant import Participant
+from fedprune.secure_aggregation.session import Session
+from fedprune.security.keys import KEY, SigningKey, VerifyingKey
+from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, Trained, Update
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.network import offer_checks
+from support.fakes.agent_harness import Bench, expected
+
+pytestmark = pytest.mark.board
+
+RECIPE = Recipe(epochs=2, batch_size=16, secure_aggregation=True)
+WEIGHT = 4
+
+
+def form_of(weights: Tensors) -> VectorForm:
+    return VectorForm({name: TensorGrid(Range(5, 1)) for name in weights})
+
+
+def masked_offer(bench: Bench, weights: Tensors, **other: Any) -> Offer:
+    wide = 1 + sum(value.size for value in weights.values())
+    secure = {"tensors": form_of(weights).to_json(), "narrow": 0, "wide": wide, "weight": WEIGHT}
+    return bench.server.offer(1, **{"recipe": RECIPE, "secure": secure, **other})
+
+
+class Sums:
+    """Secure sums of the agent and two boards whose vectors are 0.
+
+    Args:
+        announced: Called with the agent's masked update; returns whether the sum goes on.
+    """
+
+    def __init__(self, bench: Bench, wide: int, announced: Callable[[Update], bool]) -> None:
+        self._bench, self._wide, self._announced = bench, wide, announced
+        self.vectors: list[bytes] = []
+        self.total: Vector | None = None
+        self._attempt, self._awaits_vector = -1, False
+
+    def react(self, message: Any) -> None:
+        match message:
+            case Trained() if message.attempt != self._attempt:
+                self._begin(message.attempt)
+            case SecureStep() if message.attempt == self._attempt:
+                self._answered(message.step, message.content)
+            case Update() if message.attempt == self._attempt and self._awaits_vector:
+                self._awaits_vector = False
+                vector = self._bench.store.blobs.read(message.weights.sha256)
+                self.vectors.append(vector)
+                if self._announced(message):
+                    self._collector.add_masked("d", vector)
+                    self._digest = message.weights.sha256
+                    self._survivors = self._collector.survivors()
+                    self._send("survivors", self._survivors["d"])
+
+    def _begin(self, attempt: int) -> None:
+        self._attempt, self._awaits_vector = attempt, False
+        keys = {name: SigningKey.make() for name in ("e", "f")}
+        self._directory: dict[str, VerifyingKey] = {name: key.verifying for name, key in keys.items()}
+        session = self._session = Session.choose(b"a test", 3, 0, self._wide, dropping=0.0)
+        self._collector = Collector(session, self._directory)
+        self._others = {name: Participant(session, name, key, self._directory) for name, key in keys.items()}
+        for name, other in self._others.items():
+            self._collector.add_advertisement(name, other.advertise())
+        self._send("session", session.to_bytes())
+
+    def _answered(self, step: str, content: bytes) -> None:
+        if step == "keys" and "d" not in self._directory:
+            self._directory["d"] = VerifyingKey(content[:KEY])
+            self._collector.add_advertisement("d", content[KEY:])
+            rosters = self._collector.rosters()
+            for name, other in self._others.items():
+                self._collector.add_shares(name, other.share(rosters[name]))
+            around = b"".join(self._directory[name].raw for name in decode_roster(rosters["d"], self._session))
+            self._send("roster", (len(around) // KEY).to_bytes(2, "big") + around + rosters["d"])
+        elif step == "shares" and not self._awaits_vector:
+            self._collector.add_shares("d", content)
+            deliveries: Mapping[str, bytes] = self._collector.deliveries()
+            for name, other in self._others.items():
+                vector = other.mask(deliveries[name], Vector.zeros(self._session))
+                self._collector.add_masked(name, vector)
+            self._awaits_vector = True
+            self._send("delivery", deliveries["d"])
+        elif step == "unmasking" and self.total is None:
+            self._collector.add_unmasking("d", content)
+            for name, other in self._others.items():
+                self._collector.add_unmasking(name, other.unmask(self._survivors[name]))
+            self.total = self._collector.total()
+            self._bench.server.plan = []
+            self._bench.server.say(Accepted("job", 1, self._attempt, self._digest))
+            self._bench.stop_once_quiet()
+
+    def _send(self, step: str, content: bytes) -> None:
+        number = f"{self._attempt:032x}"
+        self._bench.server.say(SecureStep.of("job", 1, self._attempt, number, step, content))
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, attempts: int
+) -> None:
+    server = bench.server
+    offer = masked_offer(bench, weights)
+    server.plan, server.accepts = [offer], False
+
+    def announced(update: Update) -> bool:
+        if update.attempt + 1 == attempts:
+            return True
+        server.plan = [replace(offer, attempt=update.attempt + 1)]
+        server.say(server.plan[0])
+        return False
+
+    sums = Sums(bench, offer.secure["wide"], announced)
+    server.react = sums.react
+    bench.run(until_finished=False)
+    vector, _ = form_of(weights).encode(expected(graphs, weights, data, 1, RECIPE), weights, WEIGHT)
+    assert sums.total is not None
+    assert sums.total.to_bytes() == vector.to_bytes()
+    assert len({vector.to_bytes(), *sums.vectors}) == 1 + attempts
+    assert {message.attempt for message in server.of(Update)} == set(range(attempts))
+    assert len({message.metrics["train_seconds"] for message in server.of(Trained)}) == 1
+    last = next(i for i, m in enumerate(server.seen) if isinstance(m, Trained) and m.attempt + 1 == attempts)
+    late = [message for message in server.seen[last:] if isinstance(message, Update)]
+    assert {message.attempt for message in late} == {attempts - 1}, "it announces a vector of an earlier sum"
+    with bench.reopened() as store:
+        assert store.pending is None
+        assert store.task.done
+
+
+@pytest.mark.parametrize(
+    ("other", "expects"),
+    [
+        ({"secure": None}, "present"),
+        ({"recipe": replace(RECIPE, secure_aggregation=False)}, "absent"),
+    ],
+)
+def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
+    bench: Bench, weights: Tensors, other: dict[str, Any], expects: str
+) -> None:
+    bench.server.plan = [masked_offer(bench, weights, **other)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert refusal.exit_code == ExitCode.PROTOCOL
+    assert f"offer: secure: expected {expects}" in refusal.reason
+    assert not bench.server.of(Trained)
+    assert not bench.server.of(Update)
+
+
+def test_a_board_that_knows_no_masks_refuses_an_offer_and_sends_nothing(
+    bench: Bench, weights: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [(f.name, f.type, f) for f in fields(Recipe) if f.name != "secure_aggregation"]
+    older: Any = make_dataclass("Recipe", known, namespace={"from_dict": lambda body: read(body)})
+
+    def read(body: Mapping[str, Any]) -> Any:
+        return older(**validation.known(older, body, "recipe"))
+
+    monkeypatch.setattr(offer_checks, "Recipe", older)
+    bench.server.plan = [masked_offer(bench, weights, recipe=RECIPE.to_offer(), secure=None)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert refusal.exit_code == ExitCode.CONFIG
+    assert "secure_aggregation" in refusal.reason
+    assert not bench.server.of(Trained)
+    assert not bench.server.of(Update)
