@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedprune.coordination.base import EPSILON_NEXT
 from fedprune.core.metrics import METRICS, served
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.executor.accountant import EPSILON
+
+PRIVACY = (EPSILON, EPSILON_NEXT)
+"""The privacy cost of a private job, which is recorded with its measurements and grows from round to round."""
 
 
 @dataclass
@@ -47,7 +51,8 @@ class RoundRow:
         up: Bytes from devices to server since the start.
         own: Other measurements of delivering devices, per metric and device.
         density: Share of the model of each delivering device.
-        measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon`.
+        measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon` and
+            `epsilon_next`.
         spent: Bytes down, bytes up, training MACs and, of these, the MACs of active weights of each device since the
             previous round; in simulations.
         updates: Number of aggregated updates; in simulations.
@@ -113,7 +118,7 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: s
         up=notes.up,
         own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
         density={n: part["density"] for n, part in delivered.items() if "density" in part},
-        measured={k: metrics[k] for k in (EPSILON,) if k in metrics} | notes.measured,
+        measured={k: metrics[k] for k in PRIVACY if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
         updates=notes.updates,
         coverage=notes.coverage,

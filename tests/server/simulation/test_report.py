@@ -23,6 +23,7 @@ from fedprune_server.simulation.results.record import DeviceRow, Record, also_me
 from fedprune_server.simulation.results.report import (
     absences,
     claims,
+    final_figures,
     final_rows,
     foresight_rows,
     plan_rows,
@@ -70,6 +71,41 @@ def test_cut_record_is_refused(cut):
     text = record().to_json()
     with pytest.raises(StorageError):
         Record.from_json(text[: min(cut, len(text) - 1)])
+
+
+def private(*epsilons, delta=1e-5, **settings):
+    """A private run that ends with the last of these ε."""
+    run = record(rounds=len(epsilons), **settings)
+    rows = [
+        replace(row, measured={"epsilon": e, "epsilon_next": e + 1})
+        for row, e in zip(run.rounds, epsilons, strict=True)
+    ]
+    job = {"privacy": {"delta": delta, "noise": "local"}}
+    return replace(run, job=job, rounds=tuple(rows))
+
+
+def test_the_privacy_cost_of_a_run_is_that_of_its_last_round_and_no_share():
+    run = private(40.0, 50.0, 58.775)
+    figures = final_figures(run)
+    assert (figures["epsilon"], figures["delta"]) == (58.775, 1e-5)
+    assert "epsilon_next" not in figures
+    head, row, other = final_rows([run, record("open")])
+    assert dict(zip(head, row, strict=True))["epsilon"] == "58.8"
+    assert dict(zip(head, row, strict=True))["delta"] == "1e-05"
+    assert dict(zip(head, other, strict=True))["epsilon"] == "–"
+    assert dict(summary(run))["privacy"] == "ε 58.8 at δ 1e-05, local noise"
+    page = html.unescape(charts.curves([run]))
+    assert "Privacy cost: ε, by round" in page
+    assert "58.77" in page
+    assert "5877" not in page
+    assert "Measured: epsilon" not in page
+
+
+def test_a_run_without_privacy_has_no_figure_or_curve_of_it():
+    run = record()
+    assert "epsilon" not in final_figures(run)
+    assert "epsilon" not in final_rows([run])[0]
+    assert "Privacy cost" not in charts.curves([run])
 
 
 def test_record_without_a_round_makes_no_report(tmp_path):

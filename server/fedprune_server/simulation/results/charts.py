@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from fedprune.core.metrics import METRICS
+from fedprune.core.metrics import Metric
 from fedprune.core.text import amount, quantity
 from fedprune.output.chart import Chart, chart, scale, style, tiles, together
 from fedprune.output.page import Bar, bars, boxes, charts, paragraph
+from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
 
@@ -35,6 +36,8 @@ ROUNDS = 40
 MEASURED = 6
 """Measurements of a simulation that get curves."""
 
+_COST = Metric(EPSILON, "ε", higher=False, share=False)
+
 _ALONG: tuple[tuple[str, Callable[[RoundRow], float]], ...] = (
     ("round", lambda r: r.round),
     ("MB", lambda r: (r.down + r.up) / 1e6),
@@ -47,14 +50,15 @@ Values = Callable[[Record], "Sequence[float | None]"]
 
 
 def curves(runs: Sequence[Record]) -> str:
-    """Curves of the leading metric of the global and the local models, by rounds, by bytes and by time.
+    """Curves of the leading metric of the global and the local models and of the privacy cost, by rounds, by bytes and
+    by time.
 
     Args:
         runs: Runs laid over each other; their titles tell them apart.
     """
     drawn = [
-        _curve(f"curve-{i}-{label}", f"{title}, by {label}", runs, values, label, along)
-        for i, (title, values) in enumerate(_rows(runs))
+        _curve(f"curve-{i}-{label}", f"{title}, by {label}", runs, values, metric, label, along)
+        for i, (title, metric, values) in enumerate(_rows(runs))
         for label, along in _ALONG
     ]
     found = [c for c in drawn if c is not None]
@@ -69,7 +73,7 @@ def devices(run: Record, reference: Record | None) -> str:
     parts = []
     if 1 < len(run.devices) <= CURVES and len(rounds) > 1:
         series = {d.name: [values.get(d.name) for values in local] for d in run.devices}
-        drawn = _chart("devices", f"Local {kind} by round", rounds, series, kind)
+        drawn = _chart("devices", f"Local {kind} by round", rounds, series, run.metric)
         parts.append(charts([drawn], "device-curves") if drawn is not None else "")
     runs = [run] + ([reference] if reference is not None else [])
     if len(run.devices) > FEW:
@@ -82,7 +86,7 @@ def devices(run: Record, reference: Record | None) -> str:
             value = each.latest.get(device.name)
             name = f"{device.name} (density {device.density:.2f})" if not i else f"{device.name} ({names[i]})"
             share = 0.0 if value is None else min(1.0, max(0.0, value / top))
-            rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), shown(value, kind)))
+            rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), shown(value, run.metric)))
     legend = boxes(names) if len(runs) > 1 else ""
     text = paragraph("The model that each device serves, on its own test data, as measured last; – for never.")
     return "".join(parts) + text + legend + bars(rows, f"Local {kind} of each device")
@@ -140,24 +144,33 @@ def coverage_map(run: Record) -> str:
     )
 
 
-def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
-    """Titles of the curves, and a run's values."""
-    kind = runs[0].measure
-    rows: list[tuple[str, Values]] = [
-        (f"Global {kind}", lambda record: record.global_values()),
-        (f"Mean local {kind}", lambda record: record.mean_locals()),
+def _rows(runs: Sequence[Record]) -> list[tuple[str, Metric, Values]]:
+    """Titles of the curves, what they show, and a run's values."""
+    kind, metric = runs[0].measure, runs[0].metric
+    rows: list[tuple[str, Metric, Values]] = [
+        (f"Global {kind}", metric, lambda record: record.global_values()),
+        (f"Mean local {kind}", metric, lambda record: record.mean_locals()),
     ]
     for moment in also_measured(runs):
         title = f"Local {kind} as {'received' if moment == 'before' else 'trained'}"
-        rows.append((title, partial(Record.own_means, metric=f"{kind}_{moment}")))
+        rows.append((title, metric, partial(Record.own_means, metric=f"{kind}_{moment}")))
     suffix = "_loss" if kind == "loss" else ""
     names = sorted(measured_names(runs), key=lambda name: "/" in name)[:MEASURED]  # further sets of samples last
-    rows += [(f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name)) for name in names]
-    return [row for row in rows if any(v is not None for run in runs for v in row[1](run))]
+    rows += [
+        (f"Measured: {name.removesuffix(suffix)}", metric, partial(Record.measured_values, name=name)) for name in names
+    ]
+    rows.append(("Privacy cost: ε", _COST, partial(Record.measured_values, name=EPSILON)))
+    return [row for row in rows if any(v is not None for run in runs for v in row[2](run))]
 
 
 def _curve(
-    key: str, title: str, runs: Sequence[Record], values: Values, label: str, along: Callable[[RoundRow], float]
+    key: str,
+    title: str,
+    runs: Sequence[Record],
+    values: Values,
+    metric: Metric,
+    label: str,
+    along: Callable[[RoundRow], float],
 ) -> Chart | None:
     points = {
         run.title: [(along(r), v) for r, v in zip(run.rounds, values(run), strict=True) if v is not None]
@@ -166,7 +179,7 @@ def _curve(
     places, series = together(points)
     if not places:
         return None
-    return _chart(key, title, places, series, runs[0].measure, along=label, amounts=label != "round")
+    return _chart(key, title, places, series, metric, along=label, amounts=label != "round")
 
 
 def _chart(
@@ -174,21 +187,20 @@ def _chart(
     title: str,
     places: Sequence[float],
     series: dict[str, list[float | None]],
-    kind: str,
+    metric: Metric,
     *,
     along: str = "round",
     amounts: bool = False,
 ) -> Chart | None:
-    share = METRICS[kind].share
     return chart(
         key,
         title,
         places,
         series,
-        partial(shown, kind=kind),
-        unit=(0.01, "%") if share else (1.0, ""),
+        partial(shown, metric=metric),
+        unit=(0.01, "%") if metric.share else (1.0, ""),
         along=along,
-        top=100.0 if share else None,
+        top=100.0 if metric.share else None,
         bridged=True,
         amounts=amounts,
     )
@@ -196,17 +208,18 @@ def _chart(
 
 def _histogram(runs: Sequence[Record]) -> str:
     """How many devices have which local measure."""
-    kind, values = runs[0].measure, [v for run in runs for v in run.latest.values() if math.isfinite(v)]
+    kind, metric = runs[0].measure, runs[0].metric
+    values = [v for run in runs for v in run.latest.values() if math.isfinite(v)]
     if not values:
         return ""
-    low, high = (0.0, 1.0) if METRICS[kind].share else (min(values), max(values) + 1e-12)
+    low, high = (0.0, 1.0) if metric.share else (min(values), max(values) + 1e-12)
     bins = 10
     found = [Counter(min(bins - 1, int(bins * (v - low) / (high - low))) for v in run.latest.values()) for run in runs]
     most = max(max(c.values(), default=0) for c in found) or 1
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
     rows = [
         Bar(
-            f"{shown(edges[i], kind)} to {shown(edges[i + 1], kind)}" + (f", {run.title}" if len(runs) > 1 else ""),
+            f"{shown(edges[i], metric)} to {shown(edges[i + 1], metric)}" + (f", {run.title}" if len(runs) > 1 else ""),
             ((f"part {('one', 'two')[j]}", 0.0, found[j][i] / most),),
             quantity(found[j][i], "device"),
         )

@@ -27,7 +27,8 @@ from fedprune.model.recipe import judged_by
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted, unit
-from fedprune_server.monitoring.round_rows import RoundNotes, RoundRow, round_row
+from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.monitoring.round_rows import PRIVACY, RoundNotes, RoundRow, round_row
 from fedprune_server.simulation.datasets.federation import Partition
 
 FORMAT = "fedprune.record/1"
@@ -139,6 +140,15 @@ class Record:
     def measured_values(self, name: str) -> tuple[float | None, ...]:
         """A measurement of the global model per round; None where missing."""
         return tuple(r.measured.get(name) for r in self.rounds)
+
+    @property
+    def private(self) -> bool:
+        return bool(self.job.get("privacy"))
+
+    @property
+    def epsilon(self) -> float | None:
+        """The highest ε of any device after the last round; None where it wasn't counted."""
+        return self.last.measured.get(EPSILON)
 
     def macs(self) -> int:
         return sum(r.macs for r in self.rounds)
@@ -280,14 +290,14 @@ def measured_names(runs: Sequence[Record]) -> list[str]:
     """Names of the runs' measurements of the global model, of the kind that they are judged by."""
     wants_loss = runs[0].measure == "loss"
     names = dict.fromkeys(name for run in runs for row in run.rounds for name in row.measured)
-    return [name for name in names if name.endswith("_loss") == wants_loss]
+    return [name for name in names if name not in PRIVACY and name.endswith("_loss") == wants_loss]
 
 
-def shown(value: float | None, kind: str) -> str:
+def shown(value: float | None, metric: Metric) -> str:
     """A share as a percentage, any other metric as a number."""
     if value is None or not math.isfinite(value):
         return "–"
-    return METRICS[kind].shown(value)
+    return metric.shown(value)
 
 
 def _missed(state: State) -> dict[str, list[tuple[str, str]]]:

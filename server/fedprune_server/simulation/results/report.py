@@ -86,16 +86,16 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     finals = [r.final(TAIL) for r in runs]
     last = [r.final() for r in runs]
     tail = min(TAIL, max(len(r.rounds) for r in runs))
-    private = [("privacy", *map(_privacy, runs))] if any(r.job.get("privacy") for r in runs) else []
+    private = [("privacy", *map(_privacy, runs))] if any(r.private for r in runs) else []
     rows = [
         ("", *(r.title for r in runs)),
         (
             f"mean local {run.measure}{_over(tail)}",
-            *(shown(f[0], r.measure) + _part(r) for r, f in zip(runs, finals, strict=True)),
+            *(shown(f[0], r.metric) + _part(r) for r, f in zip(runs, finals, strict=True)),
         ),
-        (f"global {run.measure}{_over(tail)}", *(shown(f[1], r.measure) for r, f in zip(runs, finals, strict=True))),
+        (f"global {run.measure}{_over(tail)}", *(shown(f[1], r.metric) for r, f in zip(runs, finals, strict=True))),
         *(
-            (f"{kind} {run.measure}, last round", *(shown(f[i], r.measure) for r, f in zip(runs, last, strict=True)))
+            (f"{kind} {run.measure}, last round", *(shown(f[i], r.metric) for r, f in zip(runs, last, strict=True)))
             for i, kind in enumerate(("mean local", "global"))
             if tail > 1
         ),
@@ -125,7 +125,7 @@ def _privacy(run: Record) -> str:
     settings = run.job.get("privacy")
     if not settings:
         return "none"
-    cost = run.last.measured.get(EPSILON)
+    cost = run.epsilon
     return "no noise" if cost is None else f"ε {cost:.3g} at δ {settings['delta']:g}, {settings['noise']} noise"
 
 
@@ -150,7 +150,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                     " · ".join(map(str, d.widths)),
                     f"{d.parameters:,}",
                     "–" if d.train_j is None else amount(d.train_j, "J"),
-                    shown(latest.get(d.name), run.measure),
+                    shown(latest.get(d.name), run.metric),
                     _absence(run, d),
                 )
                 for d in run.devices
@@ -354,8 +354,8 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
 
 
 def final_figures(run: Record) -> dict[str, str | float | None]:
-    """A run's results: bytes, MACs and simulated seconds in all, and measures as means over the last rounds; None where
-    there is no measurement."""
+    """A run's results: bytes, MACs, simulated seconds and privacy cost in all, and measures as means over the last
+    rounds; None where there is no measurement."""
     kind = run.measure
     local, whole = run.final(TAIL)
     return {
@@ -369,6 +369,7 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         f"global_{kind}": _finite(whole),
         **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
         **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
+        **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),
     }
 
 
@@ -387,12 +388,14 @@ def _finite(value: float) -> float | None:
 
 
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Final results, means over the last rounds; the first row is the header."""
-    kind = runs[0].measure
+    """Final results: measures as means over the last rounds, amounts and privacy costs in all; the first row is the
+    header."""
+    kind, metric = runs[0].measure, runs[0].metric
+    private = (EPSILON, "delta") if any(run.private for run in runs) else ()
     own = [f"{kind}_{m}" for m in also_measured(runs)]
     names = measured_names(runs)
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
-    rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names)]
+    rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names, *private)]
     for run in runs:
         found: dict[str, Any] = final_figures(run)
         measures = (found.get(key) for key in (f"local_{kind}", f"global_{kind}", *own, *names))
@@ -403,7 +406,8 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
                 f"{found['seconds']:,.0f}",
                 *(f"{found[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
                 _tmacs(found["training_macs"]),
-                *(shown(value, kind) for value in measures),
+                *(shown(value, metric) for value in measures),
+                *("–" if (cost := found.get(key)) is None else f"{cost:.3g}" for key in private),
             )
         )
     return rows
@@ -451,7 +455,9 @@ def print_comparison(runs: Sequence[Record], targets: Sequence[float] = ()) -> N
 
 def _comparison_tables(runs: Sequence[Record], targets: Sequence[float]) -> dict[str, list[tuple[str, ...]]]:
     measure = runs[0].measure
-    reached = {f"Until the global model's {measure} was {shown(t, measure)}": target_rows(runs, t) for t in targets}
+    reached = {
+        f"Until the global model's {measure} was {shown(t, runs[0].metric)}": target_rows(runs, t) for t in targets
+    }
     return {"Results": final_rows(runs), **reached}
 
 
