@@ -109,6 +109,37 @@ def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> 
     assert whole.releases == {n: {"2.0": 3} for n in toy.NAMES}
 
 
+class Cohorts(Fleet):
+    """Five boards in two secure sums; or, without masks, in one plain sum."""
+
+    NAMES = ("a", "b", "c", "d", "e")
+    SUMS = (NAMES[:3], NAMES[3:])
+
+    def arrive(self) -> None:
+        self.session += 1
+        self.inbox += [on.DeviceBorn(name, self.session, {"name": "toy"}, 10) for name in self.NAMES]
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        if isinstance(command, do.SumMasked):
+            sums = [{"total": "0", "narrow": 0, "devices": list(cohort)} for cohort in self.SUMS]
+            return on.Unmasked(command.round, sums, {})
+        if isinstance(command, do.SendOffer) and self.job.secure_aggregation:
+            return on.Trained(command.device, command.round, command.attempt, "0", 10, 1)
+        return super().answer(command)
+
+
+def test_with_secure_aggregation_only_the_noise_of_its_own_cohort_counts_for_a_board() -> None:
+    job = replace(toy.JOB, devices=5, privacy=SHARED)
+    fleet = Cohorts(replace(job, secure_aggregation=True))
+    fleet.run()
+    # The server sees both sums: one has the noise of three boards, the other that of two; one of each may be curious.
+    three, two = {"2.0": 3}, {repr(2 * math.sqrt(1 / 2)): 3}
+    assert fleet.releases == {"a": three, "b": three, "c": three, "d": two, "e": two}
+    together = Cohorts(job)
+    together.run()
+    assert together.releases == {name: {repr(2 * math.sqrt(4 / 2)): 3} for name in Cohorts.NAMES}
+
+
 def test_all_boards_count_alike_under_privacy() -> None:
     for privacy, weights in ((Privacy(), {10, 20, 30}), (LOCAL, {1}), (Privacy(clip=1.0), {1})):
         fleet = Fleet(replace(toy.JOB, privacy=privacy))

@@ -9,12 +9,13 @@ With local noise a release counts as soon as it is offered: what a board sent ma
 it. With shared noise the sums are what is released, with the noise of those who delivered. A coordinate has the noise
 of the devices that hold it alone, and one of these may be curious and know its own. So a device counts at the
 multiplier that its worst coordinate can have had: that of the devices whose submodels hold all of its own, less one.
+With secure aggregation the server sees the sum of each cohort by itself, so only the devices of its cohort count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -63,8 +64,12 @@ class PrivacyBudget:
         """Whether no device at all may be offered one more part."""
         return bool(self._state.devices) and not any(self.may(name) for name in self._state.devices)
 
-    def release(self, tasks: Mapping[str, Task]) -> bool:
+    def release(self, tasks: Mapping[str, Task], cohorts: Sequence[Sequence[str]] = ()) -> bool:
         """Count a round's sums as released, unless that overdraws a budget of shared noise.
+
+        Args:
+            tasks: The parts that are in the sums.
+            cohorts: With secure aggregation, the devices of each sum that the server has seen; otherwise empty.
 
         Returns:
             Whether they may be released; if not, nothing is counted.
@@ -73,7 +78,8 @@ class PrivacyBudget:
             return True
         # The multiplier at which a round's sums tell of each device.
         whole, boards = self._privacy.noise_multiplier, self._privacy.boards
-        told = {n: whole * math.sqrt(max(1, holders - 1) / boards) for n, holders in holding(tasks).items()}
+        found = {name: len(cohort) for cohort in cohorts for name in cohort} or holding(tasks)
+        told = {name: whole * math.sqrt(max(1, holders - 1) / boards) for name, holders in found.items()}
         devices = self._state.devices
         if self._most is not None and any(spent(devices[n].releases) + z**-2 > self._most for n, z in told.items()):
             return False

@@ -433,6 +433,7 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
+        cohorts = [found["devices"] for found in (state.closing or {}).get("sums", ())]
         state.closing = None
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
@@ -441,7 +442,7 @@ class SynchronousCoordinator(Coordinator):
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._restart_after_unusable_updates(now)
-        if not self.privacy_budget.release(folded):  # too few delivered: nobody is shown their sum
+        if not self.privacy_budget.release(folded, cohorts):  # too few delivered: nobody is shown their sum
             state.spent_under = self.job.privacy.account
             return self._finish_budget_spent(state.round - 1)
         for name, task in folded.items():
