@@ -36,7 +36,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak first-boot manifests release release-check image-check notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak home-assistant first-boot manifests release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
