@@ -7,23 +7,18 @@
 # through kit.json it covers each of the kit's files. Further arguments go to the kit's installer. See docs/join.md.
 set -eu
 
+most=4194304 # bytes of kit.json, which is fetched before its digest is compared
+
 fail() {
     printf 'error: %s\n' "$1" >&2
     exit "${2:-60}"
 }
 
-fetch() { # fetch NAME: a file of the kit, into the folder
-    curl --fail --silent --show-error --location --proto "=$scheme" --create-dirs --output "$folder/$1" "$url/$1" ||
-        fail "can't fetch $url/$1. Is the address that of a kit's folder?" 20
-}
-
-claim_to() { # claim_to ROOT: where the board finds it at its first start
-    target=$1/var/lib/fedprune/claim
-    owner=$(stat -c %u:%g "$1/var/lib/fedprune")
-    (umask 077 && printf '%s\n' "$FEDPRUNE_CLAIM" >"$target.new")
-    chown "$owner" "$target.new"
-    chmod 400 "$target.new"
-    mv "$target.new" "$target"
+fetch() { # fetch NAME [OPTION...]: a file of the kit, into the folder
+    name=$1
+    shift
+    curl --fail --silent --show-error --location --proto "=$scheme" --create-dirs "$@" \
+        --output "$folder/kit/$name" "$url/$name" || fail "can't fetch $url/$name. Is the address that of a kit's folder?" 20
 }
 
 main() {
@@ -39,20 +34,19 @@ main() {
     for program in curl python3 sha256sum; do
         command -v "$program" >/dev/null || fail "$program is missing: apt-get install curl python3 coreutils" 3
     done
-    root='' before=''
-    for argument; do
-        [ "$before" != --root ] || root=$argument
-        before=$argument
-    done
+    claim=${FEDPRUNE_CLAIM:-}
+    unset FEDPRUNE_CLAIM
 
     umask 077
-    folder=$(mktemp -d "${TMPDIR:-/var/tmp}/fedprune-kit.XXXXXX")
+    folder=
     trap 'rm -rf "$folder"' EXIT
     trap 'exit 4' HUP INT TERM
-    fetch kit.json
-    printf '%s  %s\n' "$digest" "$folder/kit.json" | sha256sum --check --status ||
+    folder=$(mktemp -d "${TMPDIR:-/var/tmp}/fedprune-kit.XXXXXX")
+    fetch kit.json --max-filesize "$most"
+    printf '%s  %s\n' "$digest" "$folder/kit/kit.json" | sha256sum --check --status ||
         fail "kit.json at $url has another digest than $digest: copy the line again, or make the kit again"
-    python3 -c '
+    # -I, because Python would import modules from the working folder, which may be anybody's.
+    python3 -I -c '
 import json, re, sys
 body = json.load(open(sys.argv[1]))
 if body.get("claim"):
@@ -61,23 +55,19 @@ for row in body["files"]:
     if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*(/[A-Za-z0-9_+-][A-Za-z0-9._+-]*)*", row["path"]):
         sys.exit("error: the kit names a file that is not one of a kit")
     print(row["sha256"] + "  " + row["path"])
-' "$folder/kit.json" >"$folder.sums" || { rm -f "$folder.sums" && exit 60; }
-    trap 'rm -rf "$folder" "$folder.sums"' EXIT
-    while read -r _ name; do
-        fetch "$name"
-    done <"$folder.sums"
-    (cd "$folder" && sha256sum --check --quiet "$folder.sums") || fail "the kit at $url is damaged: make it again"
+' "$folder/kit/kit.json" >"$folder/sums" || exit 60
+    while read -r _ path; do
+        fetch "$path"
+    done <"$folder/sums"
+    (cd "$folder/kit" && sha256sum --check --quiet ../sums) || fail "the kit at $url is damaged: make it again"
 
-    if [ -z "${FEDPRUNE_CLAIM:-}" ]; then
-        python3 "$folder/install.pyz" "$@"
-        return
+    # The installer writes the claim: the folder that it belongs in is the service's, so root must not follow its links.
+    if [ -n "$claim" ]; then
+        set -- --claim - "$@"
     fi
-    python3 "$folder/install.pyz" --no-start "$@"
-    claim_to "$root"
-    if [ -z "$root" ]; then
-        systemctl daemon-reload
-        systemctl restart --no-block fedprune.service
-    fi
+    python3 -I "$folder/kit/install.pyz" "$@" <<END
+$claim
+END
 }
 
 # At the end, so that a script that was cut off on its way does nothing.

@@ -18,7 +18,15 @@ import zipfile
 from pathlib import Path
 
 from fedprune.core.errors import ExitCode, FedpruneError, UsageError, meant, reason
-from fedprune_flash.on_board.installation import STATE, USER, BoardSystem, Installation, removal, trusted_key
+from fedprune_flash.on_board.installation import (
+    STATE,
+    USER,
+    BoardSystem,
+    Installation,
+    read_claim,
+    removal,
+    trusted_key,
+)
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
@@ -69,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-start", action="store_true", help="don't start the service: the board reboots next")
     parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="see the service run within S seconds")
     parser.add_argument("--key", metavar="KEY", help="the server's key, or its file (default: as this board knows it)")
+    parser.add_argument("--claim", metavar="FILE", help="the board's one-time claim (default: the kit's; - for stdin)")
     parser.add_argument("--unsigned", action="store_true", help="install a kit that no server has signed")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="for trials: all paths begin here")
     arguments, unknown = parser.parse_known_args(argv)
@@ -89,10 +98,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             kit = KitFolder(Path(sys.argv[0]).resolve().parent)
             place.check_root()
+            claim = None if arguments.claim is None else read_claim(arguments.claim)
             key = trusted_key(kit, place, arguments.key, unsigned=arguments.unsigned)
             kit.check()
             print(f"signed with key {fingerprint(kit.key)}" if key else "not signed", flush=True)
-            work = Installation(kit, place, start=not arguments.no_start, key=key)
+            work = Installation(kit, place, start=not arguments.no_start, key=key, claim=claim)
             install(work, dry=arguments.dry_run, wait=arguments.wait)
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

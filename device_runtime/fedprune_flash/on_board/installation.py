@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedprune.core.errors import KitError, UsageError, shown
+from fedprune.core.errors import JoinError, KitError, UsageError, shown
 from fedprune_device.launcher.slot_store import KEY, sync_folder
 from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
@@ -28,6 +28,9 @@ FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
 """The unit that an image customised for cloud-init makes at every boot, until the kit is installed."""
 
 _HEX = re.compile(r"[0-9a-f]{64}")
+_CLAIM = re.compile(rb"FP1[A-Z0-9]{56}")
+_MOST_OF_CLAIM = 200  # bytes that are read of a claim
+_JOINED = f"{STATE}/identity/tls.key"  # the last file of an identity that a board writes as it joins
 _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -98,6 +101,23 @@ def read_key(given: str, flags: int = 0) -> bytes:
     return bytes.fromhex(digits)
 
 
+def read_claim(given: str) -> bytes:
+    """A claim from a file, or from standard input for -; else `JoinError`. The service verifies its check."""
+    try:
+        with open(0 if given == "-" else given, "rb", closefd=given != "-") as file:
+            claim = file.read(_MOST_OF_CLAIM).strip()
+    except OSError as error:
+        raise JoinError(f"can't read the claim {given}: {error.strerror}") from error
+    if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", claim).upper()):
+        raise JoinError(
+            f"the claim {given}",
+            expected="FP1- and 7 groups of 8 characters",
+            got=f"another text of {len(claim)} bytes",  # which may be a key
+            hint="`fedprune-server claim` makes one.",
+        )
+    return claim
+
+
 def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
 
@@ -119,10 +139,15 @@ def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsign
 
 
 class Installation:
-    """A kit and the board that it is installed on; `key` is the trusted one, None for a kit that is not signed."""
+    """A kit and the board that it is installed on.
 
-    def __init__(self, kit: KitFolder, place: BoardSystem, *, start: bool, key: bytes | None = None) -> None:
-        self.kit, self.place, self.key = kit, place, key
+    `key` is the trusted one, None for a kit that is not signed. `claim` is one that didn't come with the kit.
+    """
+
+    def __init__(
+        self, kit: KitFolder, place: BoardSystem, *, start: bool, key: bytes | None = None, claim: bytes | None = None
+    ) -> None:
+        self.kit, self.place, self.key, self.claim = kit, place, key, claim
         self.start = start and place.control.there
         self.changed = False
         self._stopped = False
@@ -134,6 +159,8 @@ class Installation:
         return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner, self.key)
 
     def check(self) -> None:
+        if self.kit.claimed and self.claim is not None:
+            raise UsageError("this kit has a claim of its own", hint="Leave --claim out.")
         wanted, found = self.kit.manifest.get("python"), self._python()
         if wanted != found:
             raise KitError(
@@ -191,12 +218,12 @@ class Installation:
                 lambda: self._configure(settings),
             ),
         ]
-        if self.kit.manifest.get("claim") is not None:
+        if self.kit.manifest.get("claim") is not None or self.claim is not None:
             steps.append(
                 InstallStep(
-                    f"hand the claim over to {STATE}/claim, and delete it here",
+                    f"hand the claim over to {STATE}/claim{', and delete it here' if self.claim is None else ''}",
                     "none: a claim is good for one board",
-                    lambda: not self.kit.claimed and not self.kit.spent,
+                    self._handed_over,
                     self._hand_over,
                 )
             )
@@ -250,9 +277,14 @@ class Installation:
         for name in names:
             write(self.place.at(SETTINGS) / name, self.kit.read(name), 0o644)
 
+    def _handed_over(self) -> bool:
+        joined = os.path.lexists(self.place.at(_JOINED))  # a board that has joined needs no claim
+        return not self.kit.claimed and not self.kit.spent and (self.claim is None or joined)
+
     def _hand_over(self) -> None:
-        if self.kit.claimed:
-            write(self._state / "claim", self.kit.read(CLAIM), 0o400, self.place.owner)
+        claim = self.kit.read(CLAIM) if self.kit.claimed else self.claim
+        if claim is not None:
+            write(self._state / "claim", claim, 0o400, self.place.owner)
         self.kit.blacken_claim()
 
     def _enable(self) -> None:

@@ -128,6 +128,38 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: 
     assert snapshot(root) == before
 
 
+def test_a_claim_comes_from_a_file_unless_the_board_has_joined(make_kit: MakeKit, root: Path, tmp_path: Path) -> None:
+    kit, file, claim = make_kit().folder, tmp_path / "attic.claim", root / "var/lib/fedprune/claim"
+    file.write_text(CLAIM.lower() + "\n")
+    assert run(kit, root, "--claim", str(file)).returncode == 0
+    assert (claim.read_text(), claim.stat().st_mode & 0o777) == (CLAIM.lower(), 0o400)
+    claim.unlink()
+    (root / "var/lib/fedprune/identity").mkdir()
+    (root / "var/lib/fedprune/identity/tls.key").touch()
+    again = run(kit, root, "--claim", str(file))
+    assert (again.returncode, "now:" in again.stdout, claim.exists()) == (0, False, False)
+
+
+@pytest.mark.parametrize("text", [None, "", CLAIM[:-1], f"{CLAIM}\n{CLAIM}\n", "-----BEGIN PRIVATE KEY-----\n"])
+def test_what_is_no_claim_is_refused_before_anything_is_written(
+    make_kit: MakeKit, root: Path, tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "attic.claim"
+    if text is not None:
+        file.write_text(text)
+    done = run(make_kit().folder, root, "--claim", str(file))
+    assert done.returncode == ExitCode.JOIN
+    assert "claim" in done.stderr
+    assert (done.stderr.count("\n"), list(root.iterdir())) == (1, [])
+
+
+def test_a_claim_for_a_kit_that_has_one_is_refused(kit: Path, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "attic.claim").write_text(CLAIM)
+    done = run(kit, root, "--claim", str(tmp_path / "attic.claim"))
+    assert (done.returncode, "a claim of its own" in done.stderr) == (ExitCode.USAGE, True)
+    assert (list(root.iterdir()), (kit / "claim.txt").exists()) == ([], True)
+
+
 def test_a_dry_run_says_every_step_with_its_reverse_and_does_none(kit: Path, root: Path) -> None:
     before = snapshot(kit)
     done = run(kit, root, "--dry-run")

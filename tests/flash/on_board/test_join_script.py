@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,7 @@ from fedprune.core.errors import ExitCode
 from fedprune_flash import Kit
 from support.fakes.runtime_releases import CLAIM
 from support.paths import ROOT
+from support.processes.ssh_boards import SYSTEMCTL
 
 SCRIPT = ROOT / "deploy" / "join.sh"
 
@@ -29,14 +33,35 @@ class Quiet(SimpleHTTPRequestHandler):
         """Log nothing."""
 
 
+class Endless(Quiet):
+    """Sends the beginning of one file, and no more until the board has hung up."""
+
+    def __init__(self, *given: Any, stuck: str, begun: threading.Event, **more: Any) -> None:
+        self.stuck, self.begun = stuck, begun
+        super().__init__(*given, **more)
+
+    def do_GET(self) -> None:
+        if not self.path.endswith(self.stuck):
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"{")
+        self.begun.set()
+        self.connection.recv(1)
+
+
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+def served(folder: Path, handler: Callable[..., Quiet] = Quiet) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -46,20 +71,40 @@ def site(tmp_path: Path, kit: Kit) -> Iterator[str]:
         yield f"{url}/{kit.folder.name}"
 
 
-def joined(root: Path, *words: str, claim: str = "", script: bytes | None = None) -> subprocess.CompletedProcess[str]:
-    """What came of the line, as a pipe from curl runs it."""
+def joined(
+    root: Path,
+    *words: str,
+    claim: str = "",
+    script: bytes | None = None,
+    stop: tuple[threading.Event, int] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """What came of the line, as a pipe from curl runs it; `stop` sends it a signal after an event, as a terminal does.
+
+    It runs in a folder that is anybody's.
+    """
     root.mkdir(exist_ok=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    temporary = root.with_name("temporary")
-    temporary.mkdir(exist_ok=True)
+    temporary, anybodys = root.with_name("temporary"), root.with_name("anybody's")
+    for folder in (temporary, anybodys):
+        folder.mkdir(exist_ok=True)
+    (anybodys / "json.py").write_text("raise SystemExit('error: a module of the working folder was run')\n")
     environment = os.environ | {"PATH": path, "FEDPRUNE_CLAIM": claim, "TMPDIR": str(temporary)}
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     text = SCRIPT.read_bytes() if script is None else script
     command = ["sh", "-s", "--", *words]
-    done = subprocess.run(command, input=text, capture_output=True, check=False, env=environment)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts tests in the background ignores it
+    try:
+        process = subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=anybodys, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if stop is not None:
+        threading.Thread(target=lambda: stop[0].wait(60) and os.killpg(process.pid, stop[1])).start()
+    out, said = process.communicate(text, timeout=120)
     assert list(temporary.iterdir()) == []
-    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+    return subprocess.CompletedProcess(command, process.returncode, out.decode(), said.decode())
 
 
 def test_one_line_installs_a_kit_and_leaves_the_claim_to_the_board(tmp_path: Path, kit: Kit, site: str) -> None:
@@ -68,7 +113,7 @@ def test_one_line_installs_a_kit_and_leaves_the_claim_to_the_board(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert "signed with key" in done.stdout
     claim = root / "var/lib/fedprune/claim"
-    assert claim.read_text().strip() == CLAIM
+    assert claim.read_text() == CLAIM
     assert claim.stat().st_mode & 0o777 == 0o400
     assert (root / "etc/fedprune/device.env").exists()
     again = joined(root, site, kit.digest, "--root", str(root))
@@ -76,14 +121,77 @@ def test_one_line_installs_a_kit_and_leaves_the_claim_to_the_board(tmp_path: Pat
     assert "now:" not in again.stdout
 
 
+def test_links_that_the_service_planted_are_not_followed(tmp_path: Path, kit: Kit, site: str) -> None:
+    """The state folder is the service's, and the script is root."""
+    root, victim = tmp_path / "root", tmp_path / "victim"
+    victim.write_text("root's own\n")
+    victim.chmod(0o640)
+    state = root / "var/lib/fedprune"
+    state.mkdir(parents=True)
+    for name in ("claim", "claim.new", ".claim.partial"):
+        (state / name).symlink_to(victim)
+    done = joined(root, site, kit.digest, "--root", str(root), claim=CLAIM)
+    assert done.returncode == 0, done.stderr
+    assert (victim.read_text(), victim.stat().st_mode & 0o777) == ("root's own\n", 0o640)
+    assert not (state / "claim").is_symlink()
+    assert (state / "claim").read_text() == CLAIM
+
+
+def test_an_option_is_the_installer_s_in_either_form(tmp_path: Path, kit: Kit, site: str) -> None:
+    """A trial in a folder starts the service of that folder, once it has its claim."""
+    root = tmp_path / "root"
+    systemctl = root / "usr/bin/systemctl"
+    systemctl.parent.mkdir(parents=True)
+    systemctl.write_text(SYSTEMCTL)
+    systemctl.chmod(0o755)
+    done = joined(root, site, kit.digest, f"--root={root}", claim=CLAIM)
+    assert done.returncode == 0, done.stderr
+    said = [line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("now: ")]
+    handed = "hand the claim over to /var/lib/fedprune/claim"
+    assert said.index(handed) < said.index("start fedprune.service")
+    assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
+    assert (root / "run/up").exists()
+
+
+def test_a_dry_run_with_a_claim_writes_nothing(tmp_path: Path, kit: Kit, site: str) -> None:
+    root = tmp_path / "root"
+    done = joined(root, site, kit.digest, "--root", str(root), "--dry-run", claim=CLAIM)
+    assert done.returncode == 0, done.stderr
+    assert "would: hand the claim over" in done.stdout
+    assert list(root.iterdir()) == []
+
+
+def test_a_removal_with_a_claim_leaves_none(tmp_path: Path, kit: Kit, site: str) -> None:
+    root = tmp_path / "root"
+    assert joined(root, site, kit.digest, "--root", str(root)).returncode == 0
+    done = joined(root, site, kit.digest, "--root", str(root), "--remove", claim=CLAIM)
+    assert done.returncode == 0, done.stderr
+    assert not (root / "opt/fedprune").exists()
+    assert list((root / "var/lib/fedprune").iterdir()) == []
+
+
+@pytest.mark.parametrize("stuck", ["kit.json", "install.pyz"])
+def test_a_script_that_is_interrupted_leaves_nothing(tmp_path: Path, kit: Kit, stuck: str) -> None:
+    root, begun = tmp_path / "root", threading.Event()
+    with served(tmp_path, partial(Endless, stuck=stuck, begun=begun)) as url:
+        words = (f"{url}/{kit.folder.name}", kit.digest, "--root", str(root))
+        done = joined(root, *words, claim=CLAIM, stop=(begun, signal.SIGINT))
+    assert (done.returncode, begun.is_set()) == (ExitCode.INTERRUPTED, True)
+    assert list(root.iterdir()) == []
+
+
 def break_kit(kit: Kit) -> None:
-    path = kit.folder / "install.pyz"
-    path.write_bytes(b"import os; os.mkdir('/tmp/never')" + path.read_bytes())
+    (kit.folder / "install.pyz").write_text(f"open({str(kit.folder.with_name('never'))!r}, 'x')\n")
 
 
 def break_manifest(kit: Kit) -> None:
     path = kit.folder / "kit.json"
     path.write_text(path.read_text() + " ")
+
+
+def swell_manifest(kit: Kit) -> None:
+    with (kit.folder / "kit.json").open("ab") as file:
+        file.truncate(2**23)
 
 
 def lose_file(kit: Kit) -> None:
@@ -95,6 +203,7 @@ def lose_file(kit: Kit) -> None:
     [
         (break_kit, ExitCode.KIT, "is damaged"),
         (break_manifest, ExitCode.KIT, "another digest"),
+        (swell_manifest, ExitCode.BROKER, "can't fetch"),
         (lose_file, ExitCode.BROKER, "can't fetch"),
     ],
 )
@@ -106,6 +215,7 @@ def test_nothing_that_the_digest_does_not_cover_is_run(
     done = joined(root, site, kit.digest, "--root", str(root), claim=CLAIM)
     assert done.returncode == code
     assert said in done.stderr
+    assert not (tmp_path / "never").exists()
     assert list(root.iterdir()) == []
 
 
