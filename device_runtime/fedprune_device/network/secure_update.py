@@ -22,7 +22,7 @@ _LOG = logging.getLogger("fedprune.device")
 class SecureUpdate:
     """The update of the current offer, in memory only: a board that restarts has dropped out of the sum.
 
-    What the board has said last is repeated until the server answers with the next step. A server that begins another
+    The board repeats its last message until the server answers with the next step. A server that begins another
     sum (it has restarted, or too many boards had dropped out) ends this board's part in the one before: its secrets are
     gone, and the next ones are new.
     """
@@ -33,8 +33,8 @@ class SecureUpdate:
         self._vector = b""
         self._numbers = 0, 0
         self._backoff = Backoff()
-        self._said: Trained | SecureStep | None = None
-        self._part: _Part | None = None
+        self._last_message: Trained | SecureStep | None = None
+        self._part: _Participation | None = None
         self._left: set[str] = set()
 
     @property
@@ -64,16 +64,16 @@ class SecureUpdate:
 
     def drop(self) -> None:
         """Forget the update and all secrets of its sum."""
-        self._update, self._vector, self._said, self._part = None, b"", None, None
+        self._update, self._vector, self._last_message, self._part = None, b"", None, None
         self._left.clear()
 
     def hurry(self, now: float) -> None:
-        """Repeat at the next turn what was said last: the server or the connection is new."""
+        """Repeat the last message at the next turn: the server or the connection is new."""
         self._backoff.hurry(now)
 
     def turn(self, now: float) -> None:
-        if self._said is not None and self._backoff.due(now):
-            self._uplink.send(self._said, self._said.job)
+        if self._last_message is not None and self._backoff.due(now):
+            self._uplink.send(self._last_message, self._last_message.job)
 
     def receive(self, message: SecureStep, now: float) -> Update | None:
         """Take the next step. Returns the masked update when it is to be announced.
@@ -96,12 +96,12 @@ class SecureUpdate:
             case "roster":
                 self._answer(message, "shares", part.share(message.content), now)
             case "delivery" if not part.masked:
-                self._said = None  # the update is announced from now on
+                self._last_message = None  # the update is announced from now on
                 masked = part.mask(message.content, self._vector)
                 return replace(update, weights=self._blobs.put(masked))
             case "survivors":
                 self._answer(message, "unmasking", part.participant.unmask(message.content), now)
-                self._said = None  # the server asks again as long as the update is announced
+                self._last_message = None  # the server asks again as long as the update is announced
         return None
 
     def _begin(self, now: float) -> None:
@@ -110,7 +110,7 @@ class SecureUpdate:
         if update is None:
             return
         self._part = None
-        self._said = Trained(
+        self._last_message = Trained(
             update.device, *_place(update), update.base, update.samples, update.steps, metrics=update.metrics
         )
         self._backoff.hurry(now)
@@ -124,19 +124,19 @@ class SecureUpdate:
                 raise ProtocolError("numbers of a secure sum", expected="{} and {}".format(*self._numbers), got=got)
             if self._part is not None:
                 self._left.add(self._part.sum)
-                _LOG.info("round %d of job %s: the secure sum begins anew", message.round, message.job)
+                _LOG.info("round %d of job %s: the secure sum begins again", message.round, message.job)
             directory: dict[str, VerifyingKey] = {}
             participant = Participant(session, self._connection.device, key, directory)
-            self._part = _Part(message.sum, session, directory, participant)
+            self._part = _Participation(message.sum, session, directory, participant)
         self._answer(message, "keys", key.verifying.raw + self._part.participant.advertise(), now)
 
     def _answer(self, message: SecureStep, step: str, content: bytes, now: float) -> None:
-        self._said = SecureStep.of(message.job, message.round, message.attempt, message.sum, step, content)
+        self._last_message = SecureStep.of(message.job, message.round, message.attempt, message.sum, step, content)
         self._backoff.hurry(now)
         self.turn(now)
 
 
-class _Part:
+class _Participation:
     """The board's part in one sum."""
 
     def __init__(

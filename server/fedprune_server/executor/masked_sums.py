@@ -22,8 +22,8 @@ from fedprune.secure_aggregation.grid import Grid, TensorGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune_server.executor.stored_updates import StoredUpdates
 
-_MOVES = "masked_moves"
-"""Memory of how far the model moved in the last round: the largest move of each tensor's elements."""
+_LARGEST_DELTAS = "masked_deltas"
+"""Memory of how far the model moved in the last round: by tensor, the largest change of an element."""
 
 _REACH = 4.0
 """How many times further than the model a single board's update can move an element in one round; the rest is kept for
@@ -61,8 +61,8 @@ class MaskedSums:
             return RoundResult(rejected=dict.fromkeys(parts, failure))
         if not self._coded or result.model is None:
             return result
-        moves = _largest_moves(round_.scene.model, result.model)
-        return replace(result, memories={**result.memories, _MOVES: moves})
+        deltas = _largest_deltas(round_.scene.model, result.model)
+        return replace(result, memories={**result.memories, _LARGEST_DELTAS: deltas})
 
     def _sums(self, round_: Round, found: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
         """The sum of a cohort, whose devices were all sent the same."""
@@ -82,28 +82,28 @@ class MaskedSums:
 
     def _grid(self, round_: Round, basis: do.Basis, part: do.Part, selection: Selection, boards: int = 1) -> Grid:
         fold, withheld = round_.fold, self._updates.withheld(basis, part)
-        moves = round_.scene.memory.get(_MOVES, {}) if self._coded else {}
+        deltas = round_.scene.memory.get(_LARGEST_DELTAS, {}) if self._coded else {}
         tensors, stay = dict[str, TensorGrid](), dict[str, Range]()
         for spec in fold.shared:
             span = fold.span(spec.name)
             if spec.name in withheld:
                 stay[spec.name] = span
             else:
-                step = _step(span, moves, spec.name) if spec.kind.trainable else None
+                step = _step(span, deltas, spec.name) if spec.kind.trainable else None
                 tensors[spec.name] = TensorGrid(span, step)
         return Grid(selection, tensors, boards, stay)
 
 
-def _step(span: Range, moves: Mapping[str, Any], name: str) -> int | None:
-    """The exponent of a tensor's step; None where its numbers travel as they are, as long as no move is known."""
-    if name not in moves or not float(moves[name][0]) > 0:
+def _step(span: Range, deltas: Mapping[str, Any], name: str) -> int | None:
+    """The exponent of a tensor's step; None where its numbers travel as they are, as long as no change is known."""
+    if name not in deltas or not float(deltas[name][0]) > 0:
         return None
     low, high = TensorGrid.steps(span)
-    return min(max(step_exponent(_REACH * float(moves[name][0])), low), high)
+    return min(max(step_exponent(_REACH * float(deltas[name][0])), low), high)
 
 
-def _largest_moves(before: Tensors, after: Tensors) -> Tensors:
-    """By trained tensor, the largest move of its elements."""
+def _largest_deltas(before: Tensors, after: Tensors) -> Tensors:
+    """By tensor, the largest change of an element."""
     return {
         name: np.array([np.max(np.abs(after[name].astype(np.float64) - before[name]), initial=0.0)], np.float32)
         for name in before

@@ -113,7 +113,7 @@ def test_coded_updates_travel_in_half_the_bytes_and_give_nearly_the_same_model(m
         assert np.linalg.norm(one[name] - other[name]) < 0.03 * moved
 
 
-def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_anew(model: Model, tmp_path: Path) -> None:
+def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_again(model: Model, tmp_path: Path) -> None:
     fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
     daemon = fleet.daemon()
     board = fleet.board("a")
