@@ -66,13 +66,6 @@ class ServerUnit:
                 continue
             if not _PLAIN_PATH.fullmatch(path) or ".." in path.split("/"):
                 raise ConfigError(option, expected="an absolute path of letters, digits and _./@+-", got=shown(path))
-        further = [("arguments of a service", a.rpartition("=")[2]) for a in self.arguments]
-        for option, path in (("--program", self.program), ("--config", self.config or ""), *further):
-            if path.startswith(_HIDDEN):
-                raise ConfigError(
-                    option, expected=f"a path that the service sees, not in {', '.join(_HIDDEN)}", got=shown(path),
-                    hint="Install fedprune in /opt, and put files into /etc/fedprune (docs/deploy.md#systemd).",
-                )  # fmt: skip
         if not _PLAIN_NAME.fullmatch(self.state.removeprefix(_STATE_ROOT)) or not self.state.startswith(_STATE_ROOT):
             raise ConfigError(
                 "--state", expected=f"a folder of {_STATE_ROOT}, such as {_STATE_ROOT}fedprune", got=self.state
@@ -88,6 +81,16 @@ class ServerUnit:
         if any("\n" in a or "\0" in a for a in self.arguments):
             raise ConfigError("arguments of a service", expected="one line each")
         _check_arguments(self.arguments)
+
+    def check_seen(self) -> None:
+        """Make sure that the service sees what it names. Raises `ConfigError`."""
+        further = [("arguments of a service", a.rpartition("=")[2]) for a in self.arguments]
+        for option, path in (("--program", self.program), ("--config", self.config or ""), *further):
+            if path.startswith(_HIDDEN):
+                raise ConfigError(
+                    option, expected=f"a path that the service sees, not in {', '.join(_HIDDEN)}", got=shown(path),
+                    hint="Install fedprune in /opt, and put files into /etc/fedprune (docs/deploy.md#systemd).",
+                )  # fmt: skip
 
     def text(self) -> str:
         config = () if self.config is None else ("--config", self.config)
@@ -237,7 +240,12 @@ def _service(arguments: argparse.Namespace) -> None:
     )
     if arguments.action == "print":
         print(unit.text(), end="")
+        try:
+            unit.check_seen()
+        except ConfigError as error:
+            print(f"warning: {error}", file=sys.stderr)
     else:
+        unit.check_seen()
         _install(unit, arguments.units)
 
 

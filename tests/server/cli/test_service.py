@@ -84,9 +84,22 @@ def test_what_would_break_out_of_its_line_is_refused(changes: dict[str, object])
     ],
     ids=str,
 )
-def test_what_the_sandbox_hides_is_refused(changes: dict[str, object], said: str) -> None:
+def test_what_the_sandbox_hides_is_named(changes: dict[str, object], said: str) -> None:
+    unit = ServerUnit(**{"program": "/usr/bin/fedprune-server", **changes})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"^{said}: expected a path that the service sees, not in /home/"):
-        ServerUnit(**{"program": "/usr/bin/fedprune-server", **changes})  # type: ignore[arg-type]
+        unit.check_seen()
+
+
+def test_a_unit_that_would_not_start_is_printed_with_a_warning_but_not_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--program", "/home/ann/venv/bin/fedprune-server"]
+    assert main(["service", "print", *named]) == ExitCode.OK
+    printed = capsys.readouterr()
+    assert "ExecStart=/home/ann/venv/bin/fedprune-server run" in printed.out
+    assert "warning: --program: expected a path that the service sees" in printed.err
+    assert main(["service", "install", *named, "--units", str(tmp_path)]) == ExitCode.CONFIG
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
