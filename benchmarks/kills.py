@@ -153,7 +153,7 @@ def _setting() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no commit"
 
 

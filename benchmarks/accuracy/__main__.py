@@ -108,13 +108,16 @@ def _minutes(protocol: Protocol, method: Method) -> float:
 
 def summarised(protocols: Sequence[Protocol], options: argparse.Namespace) -> str:
     """The page of several tables' verdicts, which is written, too."""
-    from benchmarks.accuracy.run import commit
+    from benchmarks.accuracy.run import commit, unpublished
 
     tables = {}
     for protocol in protocols:
         restore(protocol, options)
         tables[protocol.name] = (protocol, results(protocol, options))
-    text = summary(tables, f"{time.strftime('%Y-%m-%d')}, code: {commit()}")
+    code = commit()
+    runs = [run for protocol, runs in tables.values() for run in runs]
+    made = f"{time.strftime('%Y-%m-%d')}, code: {code}."
+    text = summary(tables, f"{made} {unpublished([code, *(run.get('code', '') for run in runs)])}".strip())
     folder = options.output or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.md").write_text(text)

@@ -106,12 +106,12 @@ def summary(tables: Mapping[str, tuple[Protocol, Sequence[Run]]], made: str) -> 
 
     Args:
         tables: Protocols and their finished runs, by name.
-        made: When, and the commit whose code made all runs that aren't stale.
+        made: When, and the commit whose code made all runs that aren't stale, in sentences.
     """
     found = {name: verdicts(protocol, runs) for name, (protocol, runs) in tables.items()}
     promises = [v.promise for v in next(iter(found.values()))]
     said = (
-        f"{made}. Made by `python -m benchmarks.accuracy summary` from the tables' runs. fedprune promises six things "
+        f"{made} Made by `python -m benchmarks.accuracy summary` from the tables' runs. fedprune promises six things "
         "in every table: what boards serve is as accurate as the best other method's (*published*, training alone and "
         f"FedAvg included) and as that of {SAME_LOSS} (*same loss*), up to the standard error of the paired "
         "difference; the global model is at least as accurate as the best other method's, and at most "

@@ -725,3 +725,15 @@ print(*sorted(m for m in loaded - own.keys() if not m.startswith(("fedprune.stra
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == []
+
+
+def test_commits_that_the_history_lacks_are_named(accuracy, tmp_path, monkeypatch):
+    from benchmarks.accuracy.run import commit, unpublished
+
+    monkeypatch.chdir(tmp_path)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *command], check=True)
+    assert unpublished([commit(), f"{commit()}-dirty", ""]) == ""
+    said = unpublished([commit(), "0123abcd-dirty"])
+    assert said.endswith("out: 0123abcd.")
