@@ -285,7 +285,7 @@ class _NextSteps(Observer):
         self._state, self._until_finished = state, until_finished
 
     def finished(self, seen: JobView) -> None:
-        if spoilt := divergence.of_history(seen.state.history, seen.job.recipe.to_dict()):
+        if spoilt := divergence.of_history(seen.state.history, seen.job.to_dict()):
             log.warning("%s", spoilt)
         state = shlex.quote(str(self._state))
         log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedprune import __version__
 from fedprune.core.cli import (
@@ -22,6 +23,9 @@ from fedprune.core.cli import (
 )
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
+
+if TYPE_CHECKING:
+    from fedprune_server.simulation.results.record import Record
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"
@@ -223,11 +227,12 @@ def _sweep(options: argparse.Namespace) -> int:
         final_figures,
         print_comparison,
         read_runs,
+        variant_figures,
         write_comparison,
     )
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import FAILED, carry_out
-    from fedprune_server.simulation.sweep import read_sweep, simulate_run
+    from fedprune_server.simulation.sweep import read_sweep, simulate_run, variant_of
 
     with progress("reading the sweep"):
         runs, out = read_sweep(options.file), _folder(options.out)
@@ -236,13 +241,19 @@ def _sweep(options: argparse.Namespace) -> int:
     failed = [e for e in ended if e.result is None]
     done = [out / e.name for e in ended if e.result is not None]
     records = read_runs(done) if done else ()
-    page = write_comparison(out, records) if records else None
+    variants: dict[str, list[Record]] = {}
+    by_name = {run.name: run for run in runs}
+    for place, record in zip(done, records, strict=True):
+        variants.setdefault(variant_of(by_name[place.name]), []).append(record)
+    several = variants if any(len(found) > 1 for found in variants.values()) else None
+    page = write_comparison(out, records, variants=several) if records else None
     if options.json:
         errors = [{"run": run.name, "error": run.error.splitlines()[-1]} for run in failed]
         rows = [final_figures(record) for record in records]
-        print_json({"runs": rows, "failed": errors, "report": None if page is None else str(page)})
+        means = variant_figures(variants)
+        print_json({"runs": rows, "variants": means, "failed": errors, "report": None if page is None else str(page)})
     elif page is not None:
-        print_comparison(records)
+        print_comparison(records, variants=several)
         print(f"\nReport: {page}")
     for record in records:
         for line in absences(record):

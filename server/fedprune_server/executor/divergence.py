@@ -18,25 +18,25 @@ _RISE = 1.1
 """The last loss over the first from which training counts as diverged; a smaller rise may be chance."""
 
 
-def of_history(history: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> str:
+def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any]) -> str:
     """What to say at the end of a coordinator's history; empty where nothing is wrong.
 
     Args:
         history: Its summaries of rounds.
-        recipe: The job's recipe, as JSON.
+        job: Its settings, as JSON.
     """
     measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
     kinds = [str(part.get("kind", "")) for row in history[-1:] for part in row["devices"].values()]
-    return advice([m.get("loss") for m in measured], kinds, recipe)
+    return advice([m.get("loss") for m in measured], kinds, job)
 
 
-def advice(losses: Sequence[float | None], kinds: Iterable[str], recipe: Mapping[str, Any]) -> str:
+def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any]) -> str:
     """What to say of these losses; empty where nothing is wrong.
 
     Args:
         losses: Of the global model after every round that measured it; None where it was not finite.
         kinds: Kinds of failure of boards that took no part in the last round; empty for each that did.
-        recipe: The job's recipe, as JSON.
+        job: The job's settings, as JSON.
     """
     parts = list(kinds)
     failed = parts.count(FailureKind.DIVERGED)
@@ -49,7 +49,7 @@ def advice(losses: Sequence[float | None], kinds: Iterable[str], recipe: Mapping
         what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
     else:
         return ""
-    return f"training diverged: {what}. {remedy(recipe)}"
+    return f"training diverged: {what}. {remedy(job)}"
 
 
 def warn(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) -> None:
@@ -63,7 +63,7 @@ def warn(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) 
     with log_context(job=job.name, round=event.round, device=event.device):
         log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
         if event.kind == FailureKind.DIVERGED and _most(list(kinds)):
-            log.warning("%s%s", prefix, remedy(job.recipe.to_dict()))
+            log.warning("%s%s", prefix, remedy(job.to_dict()))
 
 
 def _most(kinds: Sequence[str]) -> bool:
@@ -71,16 +71,33 @@ def _most(kinds: Sequence[str]) -> bool:
     return 2 * kinds.count(FailureKind.DIVERGED) >= len(kinds)
 
 
-def remedy(recipe: Mapping[str, Any]) -> str:
-    """What to change in a recipe with which training diverges."""
-    lr, momentum, clip = (_now(recipe, key) for key in ("lr", "momentum", "clip_norm"))
+def remedy(job: Mapping[str, Any]) -> str:
+    """What to change in a job whose training diverges."""
+    recipe, privacy = (_table(job.get(key)) for key in ("recipe", "privacy"))
+    again = "Start again in another folder: these weights are unusable."
+    if privacy.get("noise_multiplier"):
+        noise, clip = (_now(privacy, key) for key in ("noise_multiplier", "clip"))
+        return (
+            f"The most likely cause is the noise of [job.privacy], whose deviation is noise_multiplier ({noise}) times "
+            f"clip ({clip}): lower clip, which leaves ε as it is, have more boards in each round, or lower "
+            "noise_multiplier, which raises ε. Whether training diverges without noise, too, a simulation with "
+            f"noise_multiplier = 0 shows. {again}"
+        )
+    momentum = f" or momentum ({_now(recipe, 'momentum')})" if recipe.get("momentum") else ""
+    limit, now = recipe.get("clip_norm"), _now(recipe, "clip_norm")
+    clipped = isinstance(limit, (int, float)) and 0 < limit <= 1
+    clip = f"lower clip_norm ({now}; try a tenth)" if clipped else f"set clip_norm ({now}; try 1)"
     return (
-        f"The most likely cause is a learning rate that is too high: in [job.recipe] lower lr ({lr}; try a tenth) or "
-        f"momentum ({momentum}), or set clip_norm ({clip}; try 1). If that doesn't help, look at the samples: scaled "
-        "as the model expects, with the right labels. Start again in another folder: these weights are unusable."
+        f"The most likely cause is a learning rate that is too high: in [job.recipe] lower lr "
+        f"({_now(recipe, 'lr')}; try a tenth){momentum}, or {clip}. If that doesn't help, look at the samples: scaled "
+        f"as the model expects, with the right labels. {again}"
     )
 
 
-def _now(recipe: Mapping[str, Any], key: str) -> str:
-    value = recipe.get(key)
-    return f"now {value:g}" if isinstance(value, (int, float)) else "see the recipe"
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _now(settings: Mapping[str, Any], key: str) -> str:
+    value = settings.get(key)
+    return f"now {value:g}" if isinstance(value, (int, float)) else "see the job"

@@ -271,7 +271,7 @@ class Worker:
         memory = self._remembered(command.memory, result.memories)
         reasons = {device: failure.reason for device, failure in result.rejected.items()}
         kinds: dict[str, str] = {device: failure.kind for device, failure in result.rejected.items()}
-        return on.Closed(command.round, model, memory, reasons, dict(result.limited), kinds)
+        return on.Closed(command.round, model, memory, reasons, dict(result.limited), kinds, result.reduced)
 
     def _log(self, round_: int, result: RoundResult) -> None:
         for device, failure in result.rejected.items():

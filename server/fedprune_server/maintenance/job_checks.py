@@ -206,8 +206,7 @@ def _uncovered(case: Case) -> Iterator[Finding]:
 
 
 def _diverges(case: Case) -> Iterator[Finding]:
-    recipe = case.job.get("recipe", {})
-    trouble = of_history(case.state.history, recipe if isinstance(recipe, Mapping) else {})
+    trouble = of_history(case.state.history, case.job)
     if trouble:
         what, _, todo = trouble.partition(". ")
         yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)

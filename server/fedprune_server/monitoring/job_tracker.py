@@ -17,7 +17,7 @@ from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_ro
 from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Tracking, flat
 from fedprune_server.monitoring.view import JobView
 
-_SIMULATED = ("training_macs", "active_macs")
+_SIMULATED = ("training_macs", "active_macs", "limited")
 """Columns that only simulations can fill."""
 
 _BYTES = ("total_bytes_down", "total_bytes_up")

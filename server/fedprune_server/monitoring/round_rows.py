@@ -26,6 +26,7 @@ class RoundNotes:
             round.
         measured: Measurements of the global model.
         updates: Number of aggregated updates.
+        limited: Number of those that counted for less than they were, by the job's limits.
         coverage: Number of updates that held each channel, per group; empty if not recorded.
     """
 
@@ -34,6 +35,7 @@ class RoundNotes:
     devices: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     updates: int = 0
+    limited: int = 0
     coverage: list[list[int]] = field(default_factory=list)
 
 
@@ -56,6 +58,7 @@ class RoundRow:
         spent: Bytes down, bytes up, training MACs and, of these, the MACs of active weights of each device since the
             previous round; in simulations.
         updates: Number of aggregated updates; in simulations.
+        limited: Number of those that counted for less than they were, by the job's limits; in simulations.
         coverage: Number of updates that held each channel, per group; empty if not recorded.
     """
 
@@ -72,6 +75,7 @@ class RoundRow:
     measured: dict[str, float] = field(default_factory=dict)
     spent: dict[str, list[int]] = field(default_factory=dict)
     updates: int = 0
+    limited: int = 0
     coverage: list[list[int]] = field(default_factory=list)
 
     @property
@@ -121,13 +125,14 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: s
         measured={k: metrics[k] for k in PRIVACY if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
         updates=notes.updates,
+        limited=notes.limited,
         coverage=notes.coverage,
     )
 
 
 EACH_ROUND = (
     "round", "time_s", "total_bytes_down", "total_bytes_up", "training_macs", "active_macs", "asked", "updates",
-    "model",
+    "limited", "model",
 )  # fmt: skip
 """Columns that every round has."""
 
@@ -147,7 +152,7 @@ class WideRows:
         self._add(f"local_{self._kind}", r.local)
         for metric, values in r.own.items():
             self._add(f"mean_{metric}", values)
-        own = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.model)
+        own = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.limited, r.model)
         means = {name: sum(known.values()) / len(known) for name, known in self._latest.items() if known}
         return dict(zip(EACH_ROUND, own, strict=True)) | r.metrics | means | r.measured
 

@@ -98,7 +98,7 @@ class Run:
             return self.table(devices=devices).to_pandas()
         except ModuleNotFoundError as error:
             hint = "pip install pandas, or take table(), which needs nothing else."
-            raise MissingExtraError(f"a data frame needs {error.name}, which is not installed", hint=hint) from error
+            raise MissingExtraError(f"a data frame needs {error.name}, which is not installed", hint=hint) from None
 
     def plot(self) -> Page:
         """The run's curves over rounds, bytes and simulated time."""

@@ -95,7 +95,7 @@ class Experiment:
             "fedprune": __version__,
             "title": self.title,
             "fingerprint": self.fingerprint,
-            "job": self.job.to_dict(),
+            "job": asdict(self.job),
             "model": {"name": self.model.architecture.name, "architecture": self.model.architecture.digest},
             "dropouts": asdict(self.dropouts),
             **self._circumstances(),

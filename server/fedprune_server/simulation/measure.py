@@ -214,7 +214,7 @@ class RoundRecorder:
             FedpruneError: The measurement fails.
         """
         parts = [c for c in command.contributions if c.part.device not in event.rejected]
-        notes.updates = len(parts)
+        notes.updates, notes.limited = len(parts), event.reduced
         if parts and self._mapped(command.round):
             notes.coverage = self._coverage(parts)
         if self._measure is None or not (parts or basis.ranking):

@@ -24,6 +24,7 @@ from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageE
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind, of_exit_code
+from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates import CODECS
 from fedprune_server.executor.distributed import DistributedWorker, helped
@@ -97,12 +98,12 @@ class StallDetector:
             )
 
 
-def standstill(state: State, recipe: Recipe | None = None) -> str:
-    """Why no round begins, with advice where training with this recipe diverged."""
+def standstill(state: State, job: Job | None = None) -> str:
+    """Why no round begins, with advice where this job's training diverged."""
     excluded = [(name, d.excluded) for name, d in state.devices.items() if d.excluded]
     if not excluded:
         return "Fewer devices can take part than job.devices asks for."
-    advised = advice([], [d.excluded_by for d in state.devices.values()], recipe.to_dict()) if recipe else ""
+    advised = advice([], [d.excluded_by for d in state.devices.values()], job.to_dict()) if job else ""
     name, reason = min(excluded)
     others = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
     return f"Device {name}{others}: {reason}" + (f". {advised[:1].upper()}{advised[1:]}" if advised else "")
@@ -211,9 +212,7 @@ class Simulation:
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
-                    raise PlanError(
-                        "the simulation has come to a standstill", hint=standstill(self.state, self.job.recipe)
-                    )
+                    raise PlanError("the simulation has come to a standstill", hint=standstill(self.state, self.job))
                 item = self._run.pop()
                 event = self._event(item)
                 if event is None:

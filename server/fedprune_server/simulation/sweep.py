@@ -85,6 +85,11 @@ def _variant_runs(row: object, common: Sequence[int], inputs: _Inputs, where: st
     return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
 
 
+def variant_of(run: RunSpec) -> str:
+    """The name of a run's variant."""
+    return run.name.removesuffix(f"-{run.settings['seed']}")
+
+
 def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None:
     """Read the `fleet.toml` with a variant's changes; an error names the sweep's file if it is in the changes."""
     try:

@@ -14,46 +14,67 @@ from fedprune.core.errors import PlanError
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
+from fedprune.updates.privacy import Privacy
 from fedprune_server.executor.divergence import advice, of_history, warn
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.report import summary_text
 from fedprune_server.simulation.results.run_folder import simulate
 from support.fakes.digits_simulation import boards, digits_experiment
 
-RECIPE = Recipe(lr=0.5).to_dict()
+JOB = {"recipe": Recipe(lr=0.5).to_dict()}
 
 
 @given(st.lists(st.floats(0.0, 100.0), max_size=5), st.floats(0.0, 1.0))
 def test_a_loss_that_ends_no_higher_than_it_began_is_fine(losses: list[float], share: float) -> None:
     if losses:
         losses[-1] = losses[0] * share
-    assert advice(losses, [], RECIPE) == ""
+    assert advice(losses, [], JOB) == ""
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.2, 1e6))
 def test_a_loss_that_rose_is_told_with_the_settings_to_change(first: float, rise: float) -> None:
-    said = advice([first, first * rise], [], RECIPE)
+    said = advice([first, first * rise], [], JOB)
     assert said.startswith("training diverged: the global model's loss rose, from ")
     for setting in ("lr (now 0.5; try a tenth)", "momentum (now 0.9)", "clip_norm (now 0; try 1)", "samples"):
         assert setting in said
 
 
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [(1.0, "lower clip_norm (now 1; try a tenth)"), (5.0, "set clip_norm (now 5; try 1)"), (0.0, "(now 0; try 1)")],
+)
+def test_no_setting_is_proposed_that_is_made_already(clip: float, said: str) -> None:
+    told = advice([1.0, 9.0], [], {"recipe": Recipe(clip_norm=clip, momentum=0.0).to_dict()})
+    assert said in told
+    assert "momentum" not in told
+
+
+def test_a_private_job_is_told_of_its_noise() -> None:
+    job = Job(privacy=Privacy(clip=0.5, noise_multiplier=2.0))
+    told = advice([1.0, 9.0], [], job.to_dict())
+    assert "the noise of [job.privacy]" in told
+    assert "noise_multiplier (now 2) times clip (now 0.5)" in told
+    assert "learning rate" not in told
+    clipped = Job(privacy=Privacy(clip=0.5))
+    assert "learning rate" in advice([1.0, 9.0], [], clipped.to_dict())
+
+
 @pytest.mark.parametrize("last", [None, float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_told(last: float | None) -> None:
-    assert "no longer finite" in advice([1.0, last], [], RECIPE)
+    assert "no longer finite" in advice([1.0, last], [], JOB)
 
 
 def test_a_history_without_evaluation_is_judged_by_its_devices() -> None:
     part = {"progress": "refused", "reason": "x", "kind": "diverged"}
     rows = [{"metrics": {}, "devices": {"a": part, "b": {"progress": "folded", "reason": ""}}}]
-    assert "1 of the devices" in of_history(rows, RECIPE)
-    assert of_history([{"metrics": {}, "devices": {}}], RECIPE) == of_history([], RECIPE) == ""
+    assert "1 of the devices" in of_history(rows, JOB)
+    assert of_history([{"metrics": {}, "devices": {}}], JOB) == of_history([], JOB) == ""
 
 
 def test_one_board_of_ten_whose_numbers_are_not_finite_is_no_divergence(caplog: pytest.LogCaptureFixture) -> None:
     parts = {f"d{i}": {"progress": "folded", "reason": ""} for i in range(9)}
     rows = [{"metrics": {}, "devices": {**parts, "bad": {"progress": "refused", "reason": "x", "kind": "diverged"}}}]
-    assert of_history(rows, RECIPE) == ""
+    assert of_history(rows, JOB) == ""
     event = on.UpdateRejected("bad", 1, 1, "x", FailureKind.DIVERGED)
     warn(event, Job(), "", [*[""] * 9, "diverged"])
     assert "bad" in caplog.text

@@ -69,9 +69,11 @@ def test_a_long_update_is_shortened_to_the_same_bits_by_whoever_adds_it(
     expected = played(alone, folds, close)
     assert isinstance(expected, on.Closed)
     assert set(expected.limited) == {"d4"}
+    assert expected.reduced >= 1
     unlimited = worker(model, tmp_path, {**settings, "move_limit": 0.0}).execute(close)
     assert isinstance(unlimited, on.Closed)
     assert unlimited.model != expected.model
+    assert unlimited.reduced < expected.reduced
     assert worker(model, tmp_path, settings).execute(close) == expected, "a process that saw no update arrive"
 
     crew = DistributedWorker(worker(model, tmp_path, settings), Helpers(alone), block=500, batch=4)

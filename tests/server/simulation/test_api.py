@@ -126,8 +126,9 @@ def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(
     run = simulate(fleet, rounds=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
 
-    with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas"):
+    with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas") as caught:
         run.frame()
+    assert caught.value.__suppress_context__
 
 
 def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from fedprune_server.simulation.results.report import (
     print_comparison,
     summary,
     summary_text,
+    variant_figures,
+    variant_rows,
     write_report,
 )
 from fedprune_server.simulation.results.runs_progress import RunDisplay
@@ -106,6 +108,15 @@ def test_a_run_without_privacy_has_no_figure_or_curve_of_it():
     assert "epsilon" not in final_figures(run)
     assert "epsilon" not in final_rows([run])[0]
     assert "Privacy cost" not in charts.curves([run])
+
+
+def test_a_summary_counts_the_updates_that_limits_changed_and_names_the_limits():
+    run = record(rounds=2)
+    assert "updates limited" not in dict(summary(run))
+    limited = replace(run, rounds=tuple(replace(r, updates=2, limited=r.round - 1) for r in run.rounds))
+    assert dict(summary(limited))["updates limited"] == "1 of 4 (move_limit 1.5, weight_limit 4)"
+    ours = replace(limited, job={"move_limit": 0.0, "weight_limit": 2.0})
+    assert {row[0]: row[1:] for row in summary(ours, run)}["updates limited"][0] == "1 of 4 (weight_limit 2)"
 
 
 def test_record_without_a_round_makes_no_report(tmp_path):
@@ -394,6 +405,18 @@ def test_a_device_without_an_update_has_its_reason():
     assert summary_text(run).endswith("\n\nzero: no update in 3 of 4 rounds, lastly: a label")
     many = tuple(replace(zero, name=f"d{i}", missed=1, why="late") for i in range(13))
     assert absences(replace(run, devices=many))[-1] == "and 3 more devices"
+
+
+def test_variants_have_the_mean_and_the_deviation_of_their_runs():
+    variants = {"a": [record(accuracy=0.7), record(accuracy=0.8), record(accuracy=0.9)], "b": [record(accuracy=0.5)]}
+    first, second = variant_figures(variants)
+    assert (first["runs"], first["global_accuracy"]) == (3, pytest.approx(0.8))
+    assert first["global_accuracy_std"] == pytest.approx(0.1)
+    assert second["global_accuracy_std"] is None
+    rows = variant_rows(variants)
+    assert rows[0] == ("variant", "runs", "local accuracy", "global accuracy")
+    assert rows[1] == ("a", "3", "90.0% ± 0.0%", "80.0% ± 10.0%")
+    assert rows[2] == ("b", "1", "90.0%", "50.0%")
 
 
 def test_a_comparison_is_markdown_in_a_pipe_and_a_fitted_table_on_a_terminal(capsys, monkeypatch):

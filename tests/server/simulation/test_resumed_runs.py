@@ -363,6 +363,9 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
 
 def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Experiment, tmp_path: Path) -> None:
     simulate(experiment, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["job"]["move_limit"], config["job"]["privacy"]  # as in those of earlier versions
+    (tmp_path / "config.json").write_text(json.dumps(config))
     first, second = experiment.devices
     linked = replace(first, profile=find("raspberry-pi-4b"))
     job = replace(JOB, rounds=4, recipe=replace(JOB.recipe, lr=0.1))
@@ -375,6 +378,8 @@ def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Exper
         "devices.a.profile (stored 'raspberry-pi-5', given 'raspberry-pi-4b')",
     ):
         assert part in said
+    assert "move_limit" not in said
+    assert "privacy" not in said
     assert "momentum" not in said
     assert "devices.b" not in said
     with pytest.raises(StorageError, match="the server's samples or a strategy's own code"):

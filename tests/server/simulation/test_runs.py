@@ -154,6 +154,7 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(out), "--json"]) == ExitCode.TRAINING
     found = json.loads(capsys.readouterr().out)
     assert [row["run"] for row in found["runs"]] == ["quarter-3", "long-3"]
+    assert [(row["variant"], row["runs"]) for row in found["variants"]] == [("quarter", 1), ("long", 1)]
     assert [row["run"] for row in found["failed"]] == ["wrong-3"]
     assert found["report"] == str(out / "comparison.html")
     alone = fleet / "alone"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -272,6 +273,7 @@ def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
 def test_what_decides_a_run_is_in_its_folder(run):
     settings = json.loads((run("out") / "config.json").read_text())
     assert settings["job"]["density"] == 0.25
+    assert settings["job"].keys() == {f.name for f in fields(Job)}
     assert [d["samples"] for d in settings["devices"]] == [
         d.samples for d in Record.load(run("out") / "metrics.json").devices
     ]

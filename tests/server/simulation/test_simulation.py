@@ -12,6 +12,7 @@ from fedprune.model.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.network_model import DropOuts
+from fedprune_server.simulation.results.run_folder import rounds_table
 from support.fakes.digits_simulation import boards, digits_experiment, digits_simulation, run_killed
 
 
@@ -33,6 +34,18 @@ def test_the_seed_decides_bits_and_times(build, settings):
     assert first.run() == second.run()
     other.run()
     assert first.state.model != other.state.model
+
+
+def test_a_round_notes_how_many_updates_were_limited(build):
+    recipe = Recipe(max_steps=1)
+    limited = build("limited", rounds=1, recipe=recipe, move_limit=1.0, weight_limit=0.0)
+    free = build("free", rounds=1, recipe=recipe, move_limit=0.0, weight_limit=0.0)
+    limited.run(), free.run()
+    assert limited.state.model != free.state.model
+    found, none = limited.record(), free.record()
+    assert 0 < found.rounds[0].limited <= found.rounds[0].updates
+    assert none.rounds[0].limited == 0
+    assert rounds_table(found)["limited"].to_pylist() == [found.rounds[0].limited]
 
 
 @pytest.mark.slow

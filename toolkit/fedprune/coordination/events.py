@@ -172,6 +172,8 @@ class Closed:
             used, and why. Where nobody else is left, model and memory are what they were.
         limited: Devices of whose update much less counted than they sent, and why.
         kinds: The `FailureKind` of each rejection.
+        reduced: Number of updates of which less counted than was sent, by however little. It decides nothing, so that
+            events are compared without it: logs of earlier versions don't have it.
     """
 
     round: int
@@ -180,6 +182,7 @@ class Closed:
     rejected: dict[str, str] = field(default_factory=dict)
     limited: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    reduced: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

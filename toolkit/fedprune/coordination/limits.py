@@ -316,13 +316,14 @@ _REPORTED = 2
 
 @dataclass(frozen=True)
 class LimitedUpdates:
-    """A round's updates with the shares of their change that count, reasons of what doesn't, and what the job remembers
-    of it."""
+    """A round's updates with the shares of their change that count, reasons of what doesn't, what the job remembers
+    of it, and the devices whose update counts for less than it is, by however little."""
 
     updates: tuple[RoundUpdate, ...]
     rejected: Mapping[str, str]
     reasons: Mapping[str, str]
     memories: Memories
+    reduced: frozenset[str] = frozenset()
 
 
 class UpdateLimits:
@@ -359,9 +360,9 @@ class UpdateLimits:
 
     def apply(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""
-        reasons = self._heavy(updates)
+        heavy, reasons = self._heavy(updates)
         if not self._times or not updates:
-            return LimitedUpdates(tuple(updates), {}, reasons, {})
+            return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy)
         for update in updates:
             if update.key not in self._lengths:
                 try:
@@ -382,16 +383,19 @@ class UpdateLimits:
         )
         left = [u for u in updates if u.device not in found.rejected]
         limited = tuple(replace(u, shares=found.shares.get(u.device, {})) for u in left)
-        return LimitedUpdates(limited, found.rejected, {**reasons, **found.reasons}, {MEMORY: found.reference})
+        reduced = heavy.union(u.device for u in limited if u.shares) - found.rejected.keys()
+        reasons = {**reasons, **found.reasons}
+        return LimitedUpdates(limited, found.rejected, reasons, {MEMORY: found.reference}, reduced)
 
-    def _heavy(self, updates: Sequence[RoundUpdate]) -> dict[str, str]:
-        """Devices that count for much less than the samples that they report."""
+    def _heavy(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
+        """Devices that count for less than the samples that they report, and why those do that count for much less."""
         if self._uniform:
-            return {}
+            return frozenset(), {}
         samples = {u.device: u.samples for u in updates}
         limit = weight_limit(samples.values(), self._job.weight_limit, self._job.most_samples)
-        return {
+        reasons = {
             device: f"it reports {count} samples and counts for {limit}, the most that one device may"
             for device, count in samples.items()
             if count > math.ceil(_REPORTED * limit)
         }
+        return frozenset(device for device, count in samples.items() if count > limit), reasons

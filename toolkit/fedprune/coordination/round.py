@@ -36,6 +36,7 @@ class RoundResult:
         updates: The updates that the sums were made of, with the shares of them that count.
         rejected: By device, why its update doesn't count, and the kind of failure.
         limited: By device, why much less of its update counts than it sent.
+        reduced: Number of updates of which less counts than was sent, by however little.
     """
 
     model: Tensors | None = None
@@ -43,6 +44,7 @@ class RoundResult:
     updates: tuple[RoundUpdate, ...] = ()
     rejected: Mapping[str, Failure] = field(default_factory=dict)
     limited: Mapping[str, str] = field(default_factory=dict)
+    reduced: int = 0
 
 
 class Round:
@@ -148,7 +150,7 @@ class Round:
         self.reset()
         rejected = dict(sorted((at_fault | dict(result.rejected)).items()))
         reasons = {device: why for device, why in limited.reasons.items() if device not in rejected}
-        return replace(result, rejected=rejected, limited=reasons)
+        return replace(result, rejected=rejected, limited=reasons, reduced=len(limited.reduced - rejected.keys()))
 
     def close_sums(self, sums: Sequence[PartialSums], participants: tuple[str, ...]) -> RoundResult:
         """Close the round with sums of which no single update is known, as of masked ones. Raises `ProtocolError` or

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity, some
+from fedprune.jobs.job import Job
 from fedprune.output.document import Block, Document, Drawing, Table
 from fedprune.output.tables import Column
 from fedprune_server.devices import plan_vs_actual
@@ -87,6 +89,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     last = [r.final() for r in runs]
     tail = min(TAIL, max(len(r.rounds) for r in runs))
     private = [("privacy", *map(_privacy, runs))] if any(r.private for r in runs) else []
+    limited = [("updates limited", *map(_limited, runs))] if any(row.limited for r in runs for row in r.rounds) else []
     rows = [
         ("", *(r.title for r in runs)),
         (
@@ -104,6 +107,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         ("rounds", *(str(len(r.rounds)) for r in runs)),
         ("seconds", *(f"{r.last.at:,.0f}" for r in runs)),
         *private,
+        *limited,
     ]
     if reference is None:
         return rows
@@ -115,7 +119,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         _change(_ratio(run.last.up, reference.last.up)),
         "",
         "",
-        *("" for _ in private),
+        *("" for _ in (*private, *limited)),
     )
     return [(*row, note) for row, note in zip(rows, notes, strict=True)]
 
@@ -127,6 +131,15 @@ def _privacy(run: Record) -> str:
         return "none"
     cost = run.epsilon
     return "no noise" if cost is None else f"ε {cost:.3g} at δ {settings['delta']:g}, {settings['noise']} noise"
+
+
+def _limited(run: Record) -> str:
+    """Number of updates that counted for less than they were, by the settings that limit them."""
+    names = ("move_limit", "weight_limit", "most_samples")
+    values = {name: run.job.get(name, getattr(Job, name)) for name in names}
+    said = ", ".join(f"{name} {value:g}" for name, value in values.items() if value)
+    counts = f"{sum(row.limited for row in run.rounds):,} of {sum(row.updates for row in run.rounds):,}"
+    return f"{counts} ({said})" if said else counts
 
 
 _PLAN = ("device", "profile", "trains on", "samples", "density", "bound by", "widths", "parameters", "energy a round")
@@ -179,7 +192,7 @@ def absences(run: Record) -> list[str]:
 def diverged(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
     measured = [r.metrics.get("loss") for r in run.rounds if r.metrics]
-    return advice(measured, [d.kind for d in run.devices], run.job.get("recipe", {}))
+    return advice(measured, [d.kind for d in run.devices], run.job)
 
 
 def _absence(run: Record, device: DeviceRow) -> str:
@@ -265,7 +278,7 @@ def _write(document: Document, page: Path, markdown: Path) -> None:
     markdown.write_text(f"{document.to_markdown()}\nCharts are in [{page.name}]({page.name}).\n", encoding="utf-8")
 
 
-_WORDS = ("", "run", "device", "profile", "trains on", "bound by", "why not")
+_WORDS = ("", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
 """Columns of text; the others hold numbers."""
 
 _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
@@ -373,6 +386,35 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
     }
 
 
+def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """Means over each variant's runs of what they were judged by, and standard deviations where there are several
+    runs; of runs that have such a figure."""
+    found = []
+    for name, runs in variants.items():
+        row: dict[str, Any] = {"variant": name, "runs": len(runs)}
+        for side, place in (("local", 0), ("global", 1)):
+            values = [v for v in (run.final(TAIL)[place] for run in runs) if math.isfinite(v)]
+            key = f"{side}_{runs[0].measure}"
+            row[key] = statistics.fmean(values) if values else None
+            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(row)
+    return found
+
+
+def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ...]]:
+    """The same as a table: mean ± standard deviation; the first row is the header."""
+    first = next(iter(variants.values()))[0]
+    keys = [f"{side}_{first.measure}" for side in ("local", "global")]
+
+    def cell(row: Mapping[str, Any], key: str) -> str:
+        mean, spread = (shown(row[k], first.metric) for k in (key, f"{key}_std"))
+        return mean if row[f"{key}_std"] is None else f"{mean} ± {spread}"
+
+    rows: list[tuple[str, ...]] = [("variant", "runs", *(key.replace("_", " ") for key in keys))]
+    rows += [(r["variant"], str(r["runs"]), *(cell(r, key) for key in keys)) for r in variant_figures(variants)]
+    return rows
+
+
 def target_figures(run: Record, target: float) -> dict[str, float | None]:
     """Cost until a run's global model reached a target; without a round if it never did."""
     row = run.reached(target)
@@ -442,9 +484,11 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
     return rows
 
 
-def print_comparison(runs: Sequence[Record], targets: Sequence[float] = ()) -> None:
+def print_comparison(
+    runs: Sequence[Record], targets: Sequence[float] = (), variants: Mapping[str, Sequence[Record]] | None = None
+) -> None:
     """Print the tables: fitted to a terminal, as Markdown elsewhere."""
-    for number, (title, rows) in enumerate(_comparison_tables(runs, targets).items()):
+    for number, (title, rows) in enumerate(_comparison_tables(runs, targets, variants).items()):
         if number:
             print(f"\n{title}")
         if sys.stdout.isatty():
@@ -453,26 +497,35 @@ def print_comparison(runs: Sequence[Record], targets: Sequence[float] = ()) -> N
             print(table(rows).to_markdown())
 
 
-def _comparison_tables(runs: Sequence[Record], targets: Sequence[float]) -> dict[str, list[tuple[str, ...]]]:
+def _comparison_tables(
+    runs: Sequence[Record], targets: Sequence[float], variants: Mapping[str, Sequence[Record]] | None
+) -> dict[str, list[tuple[str, ...]]]:
     measure = runs[0].measure
     reached = {
         f"Until the global model's {measure} was {shown(t, runs[0].metric)}": target_rows(runs, t) for t in targets
     }
-    return {"Results": final_rows(runs), **reached}
+    several = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
+    return {"Results": final_rows(runs), **several, **reached}
 
 
-def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
+def write_comparison(
+    folder: Path,
+    runs: Sequence[Record],
+    targets: Sequence[float] = (),
+    variants: Mapping[str, Sequence[Record]] | None = None,
+) -> Path:
     """Write `comparison.html`, a self-contained page, and `comparison.md`; the first run is the baseline. Returns the
     page."""
     kind = runs[0].measure
     intro = (
         f"{quantity(len(runs), 'run')}. Figures of {runs[0].metric.title} in the table are means over "
         f"the last {quantity(min(TAIL, max(len(r.rounds) for r in runs)), 'round')}. Local {kind} is that of the model "
-        "that a device serves, on its own test data, as measured last, every device counting alike."
+        "that a device serves, on its own test data, as measured last, every device counting alike. Seconds are "
+        "simulated time."
     )
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
-        **{title: [table(rows)] for title, rows in _comparison_tables(runs, targets).items()},
+        **{title: [table(rows)] for title, rows in _comparison_tables(runs, targets, variants).items()},
         "Learning": [Drawing(charts.curves(runs))],
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
+from fedprune.core.errors import FedpruneError
+from fedprune.jobs.job import Job
 from fedprune_server.monitoring.round_rows import EACH_ROUND, RoundRow, WideRows
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
@@ -113,10 +116,19 @@ def _differences(path: Path, experiment: Experiment) -> str:
     stored = _settings(path)
     if not stored:
         return ""
-    found = differences(stored, json.loads(json.dumps(experiment.settings())), _UNDECIDED)
+    stored["job"] = _complete(stored.get("job"))
+    found = differences(json.loads(json.dumps(stored)), json.loads(json.dumps(experiment.settings())), _UNDECIDED)
     return (
         found or "the same settings: what differs is the model's graph, the server's samples or a strategy's own code"
     )
+
+
+def _complete(job: Any) -> Any:
+    """A stored job with all its settings: earlier versions left out what was as by default."""
+    try:
+        return asdict(Job.from_dict(job))
+    except (FedpruneError, TypeError, AttributeError):
+        return job
 
 
 METRICS = "metrics{}.parquet"

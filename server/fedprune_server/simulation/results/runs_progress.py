@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fedprune.coordination import Phase
 from fedprune.core.metrics import leading
+from fedprune.core.text import some
 from fedprune_server.monitoring.display import logged_above
 from fedprune_server.simulation.runs import RunStatus
 from fedprune_server.simulation.simulation import Simulation
@@ -132,7 +133,8 @@ class SweepDisplay:
         failed = sum(s.state == "failed" for s in statuses)
         note = f"{over} of {len(statuses)}" + (f", {failed} failed" if failed else "")
         self._bars.update(self._all, completed=done, note=note)
-        self._lines.show(f"{note} runs are over")
+        running = some([f"{s.name} {s.share:.0%}" for s in statuses if s.state == "running"])
+        self._lines.show(f"{note} runs are over" + (f"; at work: {running}" if running else ""))
         for status in statuses:
             task = self._own.get(status.name)
             if status.state == "running":
