@@ -35,24 +35,37 @@ class PrivacyPolicy:
         most_clip = 1.0       # the most that an update may be long; 0 for any
         most_epsilon = 8.0    # for all private jobs together that this state directory has seen; 0 for any
         delta = 1e-5          # δ of that ε
+        secure_aggregation = true  # this board's update is masked
 
-    Settings that are left out require nothing, except that there is noise at all.
+    Settings that are left out require nothing, except that there is noise at all; a policy with nothing but
+    `secure_aggregation` doesn't require noise.
     """
 
     least_noise: float = 0.0
     most_clip: float = 0.0
     most_epsilon: float = 0.0
     delta: float = 1e-5
+    secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
         validation.number("privacy: least_noise", self.least_noise, 0, 1e4)
         validation.number("privacy: most_clip", self.most_clip, 0, 1e6)
         validation.number("privacy: most_epsilon", self.most_epsilon, 0, 1e6)
         validation.number("privacy: delta", self.delta, 0, 1, above=True, below=True)
+        validation.truth("privacy: secure_aggregation", self.secure_aggregation)
 
     def check(self, recipe: Recipe, cost: float) -> None:
+        if self.secure_aggregation and not recipe.secure_aggregation:
+            raise PrivacyError(
+                "this board takes part in jobs with secure aggregation alone",
+                expected="secure_aggregation = true",
+                got="an offer that asks for the update as it is",
+                hint="The board's owner asks for it; set secure_aggregation = true in the job's [job].",
+            )
         multiplier = multiplier_of(recipe)
         if not multiplier:
+            if self.secure_aggregation and not (self.least_noise or self.most_clip or self.most_epsilon):
+                return
             raise PrivacyError(
                 "this board takes part in private jobs alone",
                 expected="updates with clip and noise",

@@ -85,6 +85,11 @@ def test_without_its_count_there_is_no_update(board: HiddenBoard, monkeypatch: p
         ),
         (PrivacyPolicy(), replace(PLAIN, update_clip=1.0), "got a clip without noise, or with next to none"),
         (PrivacyPolicy(least_noise=3.0), PRIVATE, "in units of the clip: expected at least 3, got 2"),
+        (
+            PrivacyPolicy(secure_aggregation=True),
+            PRIVATE,
+            "with secure aggregation alone: expected secure_aggregation = true, got an offer that asks for the update",
+        ),
         (PrivacyPolicy(most_clip=0.5), PRIVATE, "clip of this board's update: expected at most 0.5, got 1.0"),
         (
             PrivacyPolicy(most_epsilon=1.0),
@@ -105,6 +110,16 @@ def test_an_offer_below_the_floor_is_refused_before_anything_is_done(
     with pytest.raises(PrivacyError, match=says):
         train(board, offer, floor) if recipe is PRIVATE else floor.check(recipe, 0.0)
     assert count(board).draws == 0
+
+
+def test_an_owner_may_ask_for_masks_alone(board: HiddenBoard) -> None:
+    policy = PrivacyPolicy(secure_aggregation=True)
+    for recipe in (PLAIN, PRIVATE):
+        policy.check(replace(recipe, secure_aggregation=True), 0.0)
+        with pytest.raises(PrivacyError, match="secure aggregation alone"):
+            policy.check(recipe, 0.0)
+    with pytest.raises(PrivacyError, match="private jobs alone"):
+        replace(policy, most_clip=1.0).check(replace(PLAIN, secure_aggregation=True), 0.0)
 
 
 def test_at_the_floor_it_takes_part_until_its_budget_is_spent(board: HiddenBoard) -> None:
@@ -144,6 +159,7 @@ def test_the_owners_file(tmp_path: Path) -> None:
     for text, says in (
         ("[privacy]\nnoise = 1\n", "unknown key 'noise'"),
         ("[privacy]\ndelta = 0\n", "delta: expected a number above 0"),
+        ("[privacy]\nsecure_aggregation = 1\n", "secure_aggregation: expected true or false, got 1"),
         ("[private]\n", "private"),
         ("", r"\[privacy\]: expected a table"),
     ):
