@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,9 @@ LEAST = 3
 
 _ANSWERS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
 """What boards answer to each of the server's steps; to a delivery, with an `Update`."""
+
+_DROPPING = 0.2
+"""Share of a cohort's boards that may drop out after the step of keys."""
 
 _RETURN_S = 10.0
 _RANDOM = 16
@@ -344,13 +347,11 @@ class _Cohort:
 def _session(job: str, round_: int, selection: str, boards: int, form: Mapping[str, Any]) -> Session:
     """The settings of a sum of so many boards. Raises `ConfigError` if they are too few.
 
-    Five boards or more may lose a fifth of them after the step of keys; fewer have no board to spare.
+    A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
+    and less than the number of boards, t is k/2 + 1.
     """
     if boards < LEAST:
         raise ConfigError("boards of the same channels in a secure sum", expected=f"{LEAST} or more", got=boards)
     context = json.dumps([job, round_, selection, secrets.token_hex(_RANDOM)]).encode()
-    make: Callable[..., Session] = Session.choose
-    try:
-        return make(context, boards, form["narrow"], form["wide"])
-    except ConfigError:
-        return make(context, boards, form["narrow"], form["wide"], dropping=0.0)
+    dropping = min(_DROPPING, (boards - LEAST) // 2 / boards)
+    return Session.choose(context, boards, form["narrow"], form["wide"], dropping=dropping)

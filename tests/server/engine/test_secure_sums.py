@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,12 +24,13 @@ from fedprune.jobs.job import Job
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import Session
 from fedprune.strategies import compose
+from fedprune.strategies.presets import PRESETS
 from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server import app
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.secure_sums import SecureSums
+from fedprune_server.engine.secure_sums import SecureSums, _session
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.experiment import Experiment
@@ -350,6 +352,44 @@ def test_a_board_whose_messages_are_damaged_drops_out(model: Model, tmp_path: Pa
 def test_what_needs_single_updates_is_refused_by_name(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         compose(Job.from_dict({"secure_aggregation": True, **settings}))
+
+
+PAGE = (Path(__file__).parents[3] / "docs" / "secure-aggregation.md").read_text("utf-8")
+
+
+def row(title: str) -> list[str]:
+    """The cells of a row of the page's tables."""
+    found = next(line for line in PAGE.splitlines() if line.startswith(f"| {title} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")][1:]
+
+
+def test_small_cohorts_have_the_neighbours_and_thresholds_of_the_page() -> None:
+    form = {"narrow": 0, "wide": 1}
+    sessions = [_session("t", 1, "s", int(boards), form) for boards in row("boards of a cohort")]
+    assert [str(session.degree) for session in sessions] == row("k")
+    assert [str(session.threshold) for session in sessions] == row("t")
+    assert [session.degree - session.threshold for session in sessions] == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert all(_session("t", 1, "s", boards, form) for boards in range(3, 200))
+
+
+def test_strategies_go_with_masks_as_the_page_says() -> None:
+    said = {}
+    for line in PAGE[PAGE.index("## Strategies") : PAGE.index("## The protocol")].splitlines():
+        names, _, answer = line.strip("| ").partition(" | ")
+        said |= dict.fromkeys(re.findall(r"`([^`]+)`", names), answer)
+    assert said.keys() == PRESETS.keys()
+    for name, answer in said.items():
+        assert _composes({"strategy": name}) == (answer == "yes"), name
+        if answer.startswith("with"):
+            assert _composes({"strategy": name, "options": {"label_rows": False}}), name
+
+
+def _composes(settings: dict[str, Any]) -> bool:
+    try:
+        compose(Job.from_dict({"secure_aggregation": True, **settings}))
+    except ConfigError:
+        return False
+    return True
 
 
 def with_aggregators(job: Job, model: Model) -> None:
