@@ -126,6 +126,11 @@ def test_a_lock_has_the_versions_of_the_tests(lock: Lock) -> None:
         assert {name: locked[name] for name in shared} == {name: expected[name] for name in shared}, "make pins"
 
 
+def test_no_mlflow_is_installed_over_files_of_another_version() -> None:
+    tested = pins(rows(ROOT / "constraints.txt"), *TARGETS[-1])
+    assert tested["mlflow"] == tested["mlflow-skinny"]
+
+
 @pytest.mark.parametrize("lock", [lock for lock in FILES if lock.hashed], ids=lambda lock: lock.path.name)
 def test_every_package_of_a_lock_has_a_sha256(lock: Lock) -> None:
     for row in rows(lock.path):
