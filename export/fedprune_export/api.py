@@ -47,7 +47,7 @@ def export(
         precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`).
         memory_limit: Bytes that the training process may take: activations are computed again as far as it needs.
         opset: Opset of the inference graph; by default one that every supported onnxruntime loads.
-        class_names: Names of the classes.
+        class_names: Names of the classes; by default those of the model's folder, if it has them.
 
     Raises:
         ConfigError: An argument is of another type, or there is no such scorer.
@@ -92,7 +92,7 @@ def export(
     files |= report.files()
     if profile.software.tier == "tensorrt":
         files[tensorrt_config.NAME] = EnginePlan().to_json().encode()
-    write_bundle(folder, files, selection, recipe, profile.name, class_names)
+    write_bundle(folder, files, selection, recipe, profile.name, class_names or model.class_names)
     return report
 
 

@@ -63,7 +63,7 @@ class ModelCard:
     Attributes:
         data: The name of the data that it was trained on; empty if it has none.
         metrics: Measurements, such as accuracy, on samples of that data that no device had.
-        classes: Names of its classes.
+        classes: Names of its classes; by default the model's.
         license: The licence by its identifier on the hub, such as `apache-2.0`; empty for a placeholder.
         facts: Settings, for the first lines.
         sections: Paragraphs and tables by heading.
@@ -242,8 +242,8 @@ def _config(model: Model, card: ModelCard, text: bytes) -> dict[str, Any]:
         "output_shape": architecture.output_shape,
         _CARD_DIGEST: hashlib.sha256(text).hexdigest(),
     }
-    if card.classes:
-        config["id2label"] = dict(enumerate(card.classes))
+    if classes := card.classes or model.class_names:
+        config["id2label"] = dict(enumerate(classes))
     return config
 
 

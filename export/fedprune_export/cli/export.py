@@ -83,7 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the training process may take, such as 200MB: activations are computed again as far as it needs",
     )
     parser.add_argument("--opset", type=whole_number, metavar="N", help="opset of the inference graph (default: 17)")
-    parser.add_argument("--class-names", type=names, default=(), metavar="A,B,C", help="names of the classes")
+    parser.add_argument(
+        "--class-names",
+        type=names,
+        default=(),
+        metavar="A,B,C",
+        help="names of the classes (default: those of a folder's config.json)",
+    )
     parser.add_argument(
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )

@@ -68,6 +68,20 @@ def model_name(folder: Path, default: str = "") -> str:
     return name
 
 
+def class_names(folder: Path, classes: int) -> tuple[str, ...]:
+    """Names of the classes in `id2label` of `config.json`; empty without that. Raises `ModelError` if the file is
+    damaged, or doesn't name each class."""
+    labels = read_config(folder).get("id2label")
+    if not labels:
+        return ()
+    named = [labels.get(str(i)) for i in range(classes)] if isinstance(labels, dict) else []
+    if not named or len(labels) != classes or not all(isinstance(name, str) and name for name in named):
+        raise ModelError(
+            f"{folder / CONFIG}: id2label", expected=f"a name for each class from 0 to {classes - 1}", got=shown(labels)
+        )
+    return tuple(map(str, named))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`; empty without such a file. Raises `ModelError` if it is damaged."""
     path = folder / CONFIG

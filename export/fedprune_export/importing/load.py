@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from fedprune.model.lengths import LENGTH, Shape, at_most, free_axis
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
-from fedprune_export.importing.hub_folder import model_name, read_hub_folder
+from fedprune_export.importing.hub_folder import class_names, model_name, read_hub_folder
 from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.lengths import INPUT_KEY, bind, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
@@ -99,6 +100,8 @@ def load(
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
     check_input(text, model, input_shape)
+    if _is_folder(source):
+        return replace(model, class_names=class_names(Path(source), model.architecture.classes))
     return model
 
 

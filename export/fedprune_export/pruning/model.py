@@ -85,6 +85,7 @@ class Model:
         base: Which frozen weights are stored in low precision; these are constants of the graph and no tensors.
         loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
         metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC`); None where it brings none.
+        class_names: Names of the classes, where its folder has them.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
     """
 
@@ -96,6 +97,7 @@ class Model:
     base: FrozenBase | None = None
     loss: Model | None = field(default=None, repr=False)
     metric: Graph | None = field(default=None, repr=False)
+    class_names: tuple[str, ...] = ()
     training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:

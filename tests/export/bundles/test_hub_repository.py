@@ -19,7 +19,9 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, ModelError
 from fedprune.output.document import Table
 from fedprune.output.tables import Column
+from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
+from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.cli.main import main
 from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS
 
@@ -105,6 +107,25 @@ def test_the_card_is_what_the_hub_reads(folder: Path) -> None:
     assert "| raspberry-pi-5 |" in card.text
     assert "from 1 × 6 × 6 to 2 numbers" in card.text
     assert json.loads((folder / CONFIG).read_text())["id2label"] == {"0": "round", "1": "square"}
+
+
+def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path, tmp_path: Path) -> None:
+    model = fx.from_pretrained(folder)
+    assert model.class_names == ("round", "square")
+    fx.export(model, fx.plan(model, "raspberry-pi-5"), tmp_path / "bundle")
+    assert open_bundle(tmp_path / "bundle").class_names == ("round", "square")
+    again = fx.save_pretrained(with_weights(model, model.tensors, "x"), tmp_path / "again")
+    assert fx.from_pretrained(again).class_names == ("round", "square")
+    fx.export(model, fx.plan(model, "raspberry-pi-5"), tmp_path / "bundle", class_names=("o", "x"))
+    assert open_bundle(tmp_path / "bundle").class_names == ("o", "x")
+
+
+@pytest.mark.parametrize("labels", [{"0": "round"}, {"0": "round", "2": "square"}, {"0": 1, "1": 2}, ["a", "b"], 5])
+def test_class_names_that_are_not_one_per_class_are_refused(folder: Path, labels: object) -> None:
+    body = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**body, "id2label": labels}))
+    with pytest.raises(ModelError, match=r"config.json: id2label: expected a name for each class from 0 to 1"):
+        fx.load(folder)
 
 
 def test_without_a_training_the_card_has_placeholders(model: fx.Model, tmp_path: Path) -> None:
