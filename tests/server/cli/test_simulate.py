@@ -293,6 +293,20 @@ def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config,
     assert f"fleet.toml: [data]: device-000: {said}" in capsys.readouterr().err
 
 
+def test_the_keys_for_images_of_other_colours_and_sizes_are_named(config, tmp_path, capsys):
+    np.savez(tmp_path / "all.npz", x=np.zeros((60, 3, 9, 8), np.float32), y=np.arange(60) % 10)
+    dealt = CONFIG.partition("[[devices]]")[0] + (
+        '[data]\nsource = "all.npz"\ndevices = 3\npartition = "iid"\n[[devices]]\nprofile = "jetson-orin-nano"\n'
+    )
+    assert main(["--config", config(dealt), "--out", str(tmp_path / "out")]) == ExitCode.DATA
+    err = capsys.readouterr().err
+    assert "shape of one sample: expected (1, 8, 8), got (3, 9, 8)" in err
+    assert "set colour = false and size = [8, 8] in [data]" in err
+    np.savez(tmp_path / "all.npz", x=np.zeros((60, 1, 8, 9), np.float32), y=np.arange(60) % 10)
+    assert main(["--config", config(dealt), "--out", str(tmp_path / "out")]) == ExitCode.DATA
+    assert "column, set size = [8, 8] in [data]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["at tic", "all", "x" * 65])
 def test_a_name_that_no_device_may_have_is_named(config, tmp_path, capsys, name):
     text = CONFIG.replace('"dock"', f'"{name}"', 1)

@@ -229,10 +229,13 @@ def test_all_tests_together():
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "owners"])
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("server", [0.0, 0.1])
-def test_nothing_is_lost_or_dealt_twice(kind, pooled, server):
+@pytest.mark.parametrize("calibration", [0.0, 0.05])
+def test_nothing_is_lost_or_dealt_twice(kind, pooled, server, calibration):
     samples = pictures(owners=True)
-    federation = plan(partition=kind, pooled=pooled, server=server).deal(samples)
-    held = np.concatenate([*(h.rows for h in federation.holdings.values()), federation.server])
+    federation = plan(partition=kind, pooled=pooled, server=server, calibration=calibration).deal(samples)
+    held = np.concatenate([*(h.rows for h in federation.holdings.values()), federation.server, federation.calibration])
+    unlabelled = federation.unlabelled()
+    assert (0 if unlabelled is None else len(unlabelled)) == calibration * (400 if pooled else 300)
     assert np.array_equal(np.sort(held), np.arange(400))
     if not pooled:
         assert set(np.flatnonzero(samples.testing)) <= set(federation.server)

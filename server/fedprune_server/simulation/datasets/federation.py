@@ -63,6 +63,7 @@ class Federation:
         holdings: Every device's rows, by its name.
         server: The server's rows, for evaluation; may be empty.
         preparation: Conversion of inputs when they are loaded.
+        calibration: The server's rows for batch-norm statistics; may be empty.
 
     Raises:
         DataError: There are no devices, two of them hold the same row, or a device has no training rows.
@@ -72,6 +73,7 @@ class Federation:
     holdings: Mapping[str, Holding]
     server: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
     preparation: Preparation = field(default_factory=Preparation)
+    calibration: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         if not self.holdings:
@@ -82,6 +84,7 @@ class Federation:
                 raise DataError(f"training samples of {name}", expected="at least one", got=0)
             np.add.at(seen, holding.rows, 1)
         np.add.at(seen, self.server, 1)
+        np.add.at(seen, self.calibration, 1)
         if seen.max() > 1:
             raise DataError(f"row {int(seen.argmax())} is held {int(seen.max())} times", expected="once at most")
 
@@ -103,6 +106,10 @@ class Federation:
     def evaluation(self) -> tuple[Array, Array] | None:
         """The server's samples and labels, or None."""
         return self._pair(self.server) if len(self.server) else None
+
+    def unlabelled(self) -> Array | None:
+        """The server's samples for batch-norm statistics, or None."""
+        return self._pair(self.calibration)[0] if len(self.calibration) else None
 
     def tests(self) -> tuple[Array, Array]:
         """The test samples and labels of all devices together, for comparisons of global models."""
@@ -138,6 +145,7 @@ def federate(
     test: float = 0.25,
     validation: float = 0.0,
     server: Rows | None = None,
+    calibration: Rows | None = None,
     preparation: Preparation | None = None,
 ) -> Federation:
     """Split each device's rows into training, validation and test rows.
@@ -145,7 +153,8 @@ def federate(
     Args:
         test: Share of a device's rows for tests.
         validation: Share of the remaining rows for validation.
-        server: Rows of the server.
+        server: Rows of the server, for evaluation.
+        calibration: Rows of the server, for batch-norm statistics.
         preparation: Conversion of inputs when they are loaded.
 
     Raises:
@@ -158,11 +167,13 @@ def federate(
     for name, hand in zip(given, hands, strict=True):
         tested, validated, trained = partition.split(hand, (test, (1 - test) * validation), seed=seed, device=name)
         holdings[name] = Holding(trained, validated, tested)
+    none = np.zeros(0, np.int64)
     return Federation(
         samples,
         holdings,
-        np.zeros(0, np.int64) if server is None else np.asarray(server, np.int64),
+        none if server is None else np.asarray(server, np.int64),
         preparation or Preparation(),
+        none if calibration is None else np.asarray(calibration, np.int64),
     )
 
 
@@ -277,6 +288,9 @@ class DataPlan:
     test: float = setting(0.25, "Share of a device's samples for tests.", within=(0, 0.99))
     validation: float = setting(0.0, "Share of the remaining samples for validation.", within=(0, 0.99))
     server: float = setting(0.0, "Share of the samples for the server's evaluation.", within=(0, 0.99))
+    calibration: float = setting(
+        0.0, "Share of the samples for the server's calibration of batch-norm statistics.", within=(0, 0.99)
+    )
     pool: int = setting(1, "Factor by which images shrink.", within=(1, 64))
     standardise: bool = setting(False, "Whether channels get mean 0 and deviation 1, measured on the devices' samples.")
     size: tuple[int, ...] = setting((), "Height and width of images of a folder; empty to keep theirs.")
@@ -330,11 +344,9 @@ class DataPlan:
                 hint="Choose another partition.",
             )
         rows = partition.chosen(everything, self.most, seed=own)
-        kept = rows[:0]
-        if self.server:
-            order = keyed(own, "server").permutation(len(rows))
-            aside = max(1, round(self.server * len(rows)))
-            kept, rows = np.sort(rows[order[:aside]]), np.sort(rows[order[aside:]])
+        total = len(rows)
+        kept, rows = _set_aside(rows, self.server, total, own, "server")
+        unlabelled, rows = _set_aside(rows, self.calibration, total, own, "calibration")
         if not self.pooled:
             kept = np.sort(np.concatenate([kept, np.flatnonzero(samples.testing)]))
         preparation = Preparation(self.pool)
@@ -351,6 +363,7 @@ class DataPlan:
             test=self.test,
             validation=self.validation,
             server=kept,
+            calibration=unlabelled,
             preparation=preparation,
         )
 
@@ -374,3 +387,12 @@ class DataPlan:
             if len(present) == devices and all(n.isascii() and n.isidentifier() for n in present):
                 return present
         return default_names(devices)
+
+
+def _set_aside(rows: Rows, share: float, total: int, seed: int, purpose: str) -> tuple[Rows, Rows]:
+    """Rows of the server, a share of all samples, and the others."""
+    if not share:
+        return rows[:0], rows
+    order = keyed(seed, purpose).permutation(len(rows))
+    count = max(1, round(share * total))
+    return np.sort(rows[order[:count]]), np.sort(rows[order[count:]])

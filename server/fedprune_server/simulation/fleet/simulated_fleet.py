@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
@@ -180,7 +180,7 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
                 base=config.base,
             )
             model = import_onnx(raw, Path(config.model).stem)
-    fits = partial(check_data, model=model, recipe=job.recipe)
+    fits = partial(check_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
     devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
     job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
     evaluation, calibration = None, None
@@ -192,6 +192,8 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
     if config.calibration is not None:
         with named(f"{path}: [calibration] data"):
             calibration = load_calibration(config.calibration, model)
+    elif federation is not None:
+        calibration = federation.unlabelled()
     measure = None
     if settings.densities:
         if evaluation is None:
@@ -219,6 +221,23 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         reference=fedavg(job) if reference else None,
         track=track_targets(settings.track, "simulation: track"),
     )
+
+
+_COLOURS = {1: "false", 3: "true"}
+
+
+def _check_dealt(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
+    """`check_data` of samples from [data]: an error about images of other colours or sizes names the keys for them."""
+    wanted, got = model.architecture.input_shape, data.x_train.shape[1:]
+    try:
+        return check_data(data, model, recipe)
+    except DataError as error:
+        if not (len(wanted) == len(got) == 3 and wanted != got and {wanted[0], got[0]} <= _COLOURS.keys()):
+            raise
+        keys = [f"colour = {_COLOURS[wanted[0]]}"] * (wanted[0] != got[0])
+        keys += [f"size = {list(wanted[1:])}"] * (wanted[1:] != got[1:])
+        hint = f"{error.hint} For images in files or in a column, set {' and '.join(keys)} in [data]."
+        raise DataError(error.what, expected=error.expected, got=error.got, hint=hint.strip()) from error
 
 
 def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, data: str) -> Partition:
