@@ -199,7 +199,7 @@ def install(app: FastAPI, console: Console) -> None:
             request,
             "fleet",
             found=view.devices(page=_page(request), size=ROWS, sort=sort, q=q, only=only),
-            total=sum(counts["online"].values()),
+            total=sum(counts["status"].values()),
             options={k: _options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
             only={k: only.get(k, "") for k in _FILTERS},
             q=q,
