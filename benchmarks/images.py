@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from benchmarks.synthetic_nets import write
 from support.paths import ROOT
 from support.processes.arm_board import Board
 from support.processes.arm_userland import TRIXIE, userland
@@ -192,9 +193,7 @@ def main() -> None:
     }
     buildah("rmi", "--all", "--force")
     shutil.rmtree(work)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(page(result))
-    print(page(result))
+    write(arguments.output, result, page(result))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.synthetic_nets import write
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = (ROOT / "deploy/locks/server.txt", ROOT / "device_runtime/fedprune_flash/kit/board_wheels.txt")
 """What the demo needs: the packages of a server and of a board."""
@@ -184,9 +186,7 @@ def main() -> None:
         "userlands": [bare_debian(suite, work / "one" / "dist", work) for suite in SYSTEMS],
     }
     shutil.rmtree(work)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(page(result))
-    print(page(result))
+    write(arguments.output, result, page(result))
 
 
 if __name__ == "__main__":

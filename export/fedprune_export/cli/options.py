@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, meant, remedy
+from fedprune.core.json_file import read_json
 from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
@@ -176,7 +176,7 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
     if arguments.probe is None:
         return None
     try:
-        return ProbeReport.from_dict(_json(arguments.probe))
+        return ProbeReport.from_dict(read_json(arguments.probe, ConfigError))
     except ProfileError as error:
         raise ProfileError(f"{arguments.probe}: {error}") from error
 
@@ -234,19 +234,10 @@ def _checked(body: dict[str, Any], path: Path | None) -> Recipe:
 
 
 def _recipe_body(path: Path) -> dict[str, Any]:
-    body = _json(path)
+    body = read_json(path, ConfigError)
     if not isinstance(body, dict):
         raise ConfigError(f"{path}", expected="an object of recipe settings", got=type(body).__name__)
     return body
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_file(path))
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
 
 
 def _names_in(path: Path) -> list[str]:
@@ -258,7 +249,7 @@ def _names_in(path: Path) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"{path} is no text ({error})") from error
     if text.lstrip().startswith("["):
-        names = _json(path)
+        names = read_json(path, ConfigError)
         if not all(isinstance(n, str) for n in names):
             raise ConfigError(f"{path}", expected="a list of tensor names")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 import onnx
 
 from fedprune.core import tensorfile
-from fedprune.core.disk import is_there, read_file
-from fedprune.core.errors import BundleError, ModelError, reason, remedy, shape_text, shown
+from fedprune.core.disk import is_there
+from fedprune.core.errors import BundleError, ModelError, shape_text, shown
+from fedprune.core.json_file import read_json
 from fedprune_export.importing import metadata
 from fedprune_export.importing.model_file import parse, read_model_file
 
@@ -87,12 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not is_there(path, file=True):
         return {}
-    try:
-        body = json.loads(read_file(path, _MOST_CONFIG))
-    except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({reason(error)})") from error
+    body = read_json(path, ModelError, _MOST_CONFIG)
     if not isinstance(body, dict):
         raise ModelError(f"{path}", expected="an object", got=shown(body))
     return body

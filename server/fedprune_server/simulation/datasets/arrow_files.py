@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fedprune.core.disk import read_file
 from fedprune.core.errors import DataError, meant, reason, remedy, shape_text, shown
+from fedprune.core.json_file import read_json
 from fedprune.core.text import some
 from fedprune_server.simulation.datasets.image_files import MOST_BYTES, decoded, is_test
 from fedprune_server.simulation.datasets.samples import Samples, assembled
@@ -154,12 +154,7 @@ def _names(path: Path, names: object) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(read_file(path, _MOST_JSON))
-    except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({reason(error)})") from error
+    body = read_json(path, DataError, _MOST_JSON)
     if not isinstance(body, dict):
         raise DataError(f"{path}", expected="an object", got=type(body).__name__)
     return body
