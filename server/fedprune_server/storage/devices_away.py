@@ -10,7 +10,7 @@ from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import PUT_AWAY
 
 KEPT = 1000
-"""Devices that have left lastly and are kept as they are: most devices that come back do so soon."""
+"""Devices away that stay in memory, those that left last: most devices that come back do so soon."""
 
 
 class DevicesAway:
