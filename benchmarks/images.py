@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import ssl
@@ -21,13 +20,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from benchmarks.synthetic_nets import write
+from benchmarks.synthetic_nets import setting, write
 from support.paths import ROOT
 from support.processes.arm_board import Board
 from support.processes.arm_userland import TRIXIE, userland
@@ -131,12 +129,13 @@ def run_board(buildah: Buildah) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     server, board = result["server"], result["board"]
     lines = [
         "# Container images",
         "",
-        f"{result['date']}, {result['machine']}; {versions}. Written by `make image-check`.",
+        f"{result['date']}, {result['cpu']}, {result['cores']} cores (load {result['load']} from neighbours at the",
+        f"end), {result['system']}; Python {result['python']}, fedprune {result['fedprune']}, Buildah",
+        f"{result['buildah']}. Written by `make image-check`.",
         "",
         "Built from `deploy/Dockerfile` by Buildah. The base was not `python:3.12-slim` but Debian 13 with its own",
         "Python 3.13, made from Debian's packages: no registry was asked.",
@@ -185,9 +184,8 @@ def main() -> None:
     for target in PLATFORMS:
         buildah.build(target, work / "pip.conf")
     result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {"fedprune": version("fedprune"), "Buildah": buildah("--version").split()[2]},
+        **setting(),
+        "buildah": buildah("--version").split()[2],
         "server": run_server(buildah),
         "board": run_board(buildah),
     }

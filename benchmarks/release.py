@@ -18,13 +18,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic_nets import write
+from benchmarks.synthetic_nets import setting, write
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = (ROOT / "deploy/locks/server.txt", ROOT / "device_runtime/fedprune_flash/kit/board_wheels.txt")
@@ -117,25 +115,25 @@ def bare_debian(suite: str, dist: Path, work: Path) -> dict[str, Any]:
     shutil.rmtree(work / suite)
     numbers = {what: int(found) for what, found in re.findall(r"^(installed|demo) in (\d+) s$", said, re.MULTILINE)}
     (packages,) = re.findall(r"^packages (\d+)$", said, re.MULTILINE)
-    claims = re.findall(r"^(PASS|FAIL): (.*)$", said, re.MULTILINE)
+    (demo,) = re.findall(r"^ +fedprune +FedAvg +difference\n.*^PASS: .*?$", said, re.MULTILINE | re.DOTALL)
     return {
         "system": name,
         "python": re.findall(r"^Python (.*)$", said, re.MULTILINE)[0],
         "pip": re.findall(r"^pip (\S+)", said, re.MULTILINE)[0],
         "packages": int(packages),
         "seconds": numbers,
-        "claims": [f"{verdict}: {claim}" for verdict, claim in claims],
+        "demo": demo.splitlines(),
     }
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The result for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [
         "# A release, made twice and installed",
         "",
-        f"{result['date']}, commit {result['commit'][:12]}, {result['machine']}; {versions}.",
-        "Written by `make release-check`.",
+        f"{result['date']}, commit {result['commit'][:12]}, {result['cpu']}, {result['cores']} cores (load",
+        f"{result['load']} from neighbours at the end), {result['system']}; Python {result['python']}, fedprune",
+        f"{result['fedprune']}. Written by `make release-check`.",
         "",
         "Two clones of the commit, in different folders, time zones and umasks, made a release each. The files were",
         "the same bytes:",
@@ -157,7 +155,7 @@ def page(result: Mapping[str, Any]) -> str:
             f"| {seconds['demo']} s |"
         )
     for row in result["userlands"]:
-        lines += ["", f"The demo on {row['system']}:", "", *(f"- {claim}" for claim in row["claims"])]
+        lines += ["", f"The demo on {row['system']}:", "", "```text", *row["demo"], "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -177,14 +175,8 @@ def main() -> None:
     if one != other:
         raise SystemExit(f"the releases differ: {json.dumps(made, indent=1)}")
     print(f"the same bytes twice: {', '.join(one)}", flush=True)
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "commit": commit,
-        "versions": {"Python": platform.python_version(), "fedprune": version("fedprune")},
-        "files": one,
-        "userlands": [bare_debian(suite, work / "one" / "dist", work) for suite in SYSTEMS],
-    }
+    userlands = [bare_debian(suite, work / "one" / "dist", work) for suite in SYSTEMS]
+    result = {**setting(), "commit": commit, "files": one, "userlands": userlands}
     shutil.rmtree(work)
     write(arguments.output, result, page(result))
 

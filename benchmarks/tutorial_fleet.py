@@ -4,7 +4,7 @@
 
 FedAvg trains the same width everywhere: what the poorest link can carry, in float32 or in int8, or the whole model on
 the boards whose links carry that. All three also get as many bytes as `fedprune`. Every seed deals the digits out again
-and draws other batches. Writes `benchmarks/results/tutorial_fleet.md`.
+and draws other batches. Writes `benchmarks/results/tutorial_fleet.json` and its page.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.synthetic_nets import setting, write
 from fedprune_server.simulation.starter import STARTERS, write_starter
-
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "tutorial_fleet.md"
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,26 @@ def main() -> None:
             for way in WAYS:
                 found[way].append(run(Path(folder), way, seed))
                 print(seed, way.title, found[way][-1], file=sys.stderr, flush=True)
+    about = setting("onnxruntime")
     lines = [
         "# The tutorials' fleet on unequal links",
         "",
+        f"{about['date']}, {about['cpu']}, Python {about['python']}, onnxruntime {about['onnxruntime']}, fedprune",
+        f"{about['fedprune']}. Written by `python -m benchmarks.tutorial_fleet`.",
+        "",
         "Global accuracy on the server's samples, the mean of the last five rounds, by seed, and payload bytes of all",
-        "boards in both directions. Written by `python -m benchmarks.tutorial_fleet`.",
+        "boards in both directions.",
         "",
         f"| | MB | {' | '.join(f'seed {s}' for s in seeds)} | mean |",
         f"| --- | --- |{' --- |' * (len(seeds) + 1)}",
     ]
+    rows = []
     for way, results in found.items():
-        shares = [accuracy for accuracy, _ in results]
+        shares, sizes = [accuracy for accuracy, _ in results], [mb for _, mb in results]
+        rows.append({**asdict(way), "accuracies": shares, "megabytes": sizes})
         cells = " | ".join(f"{a:.1%}" for a in (*shares, float(np.mean(shares))))
-        lines.append(f"| {way.title} | {np.mean([mb for _, mb in results]):.1f} | {cells} |")
-    RESULT.write_text("\n".join(lines) + "\n")
+        lines.append(f"| {way.title} | {np.mean(sizes):.1f} | {cells} |")
+    write("tutorial_fleet", {**about, "ways": rows}, "\n".join(lines) + "\n")
 
 
 def run(folder: Path, way: Way, seed: int) -> tuple[float, float]:

@@ -5,7 +5,7 @@
 A server with an identity and three boards run a job; the console shows them at a Mosquitto of their own, whose every
 message `mosquitto_sub -v` records. Home Assistant's core with its MQTT integration is at the same broker: it makes
 entities, its switch pauses the job and lets it go on, and it forgets a board that is revoked. At the end the server is
-killed. Writes `benchmarks/results/home_assistant.md`.
+killed. Writes `benchmarks/results/home_assistant.json` and its page.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from fedprune import __version__
+from benchmarks.mosquitto import mosquitto, needed
+from benchmarks.synthetic_nets import setting, write
 from fedprune.core.closing import Closing
-from support.processes.machine import find_mosquitto, free_port, listens
+from support.processes.machine import free_port
 from support.processes.real_site import Site, write_material
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "home_assistant.md"
 PYTHON = ROOT / "build" / "home-assistant" / "bin" / "python"
 BOARDS = ("attic", "cellar", "yard.2")
 CONFIG = """
@@ -130,27 +128,26 @@ def main() -> None:
         sys.exit(f"no {python}: make home-assistant installs it")
     os.environ["FEDPRUNE_SERVER_HOME_ASSISTANT_PAUSE"] = "true"
     with tempfile.TemporaryDirectory() as folder:
-        RESULT.write_text(page(run(python, Path(folder))))
-    print(f"wrote {RESULT.relative_to(ROOT)}")
+        result, lines = run(python, Path(folder))
+    write("home_assistant", result, page(result, lines))
 
 
-def run(python: Path, folder: Path) -> dict[str, Any]:
-    """What came of the session."""
+def run(python: Path, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The session's result, and all messages that the broker passed on."""
     write_material(folder, dict.fromkeys(BOARDS, 400))
-    port, steps = free_port(), list[tuple[str, dict[str, str]]]()
-    with broker(port, folder), Home(folder, folder, CONFIG, BOARDS, PATIENCE_S, secure=True) as site:
-        site.console, site.home = free_port(), port
-        with Recording(port, folder / "session") as recording, HomeAssistant(python, port, folder / "home") as home:
+    (binary, version), steps = needed("home_assistant"), dict[str, dict[str, str]]()
+    with mosquitto(binary) as broker, Home(folder, folder, CONFIG, BOARDS, PATIENCE_S, secure=True) as site:
+        site.console, site.home = free_port(), broker.port
+        recorded, state = folder / "session", folder / "home"
+        with Recording(broker.port, recorded) as recording, HomeAssistant(python, broker.port, state) as home:
             site.start_all()
-            steps.append(("Three boards train", wait(home, trains)))
+            steps["Three boards train"] = wait(home, trains)
             home.ask(f"turn_on {SWITCH}")
-            steps.append(("The switch is turned on", wait(home, lambda s: s[SWITCH] == "on")))
+            steps["The switch is turned on"] = wait(home, lambda s: s[SWITCH] == "on")
             home.ask(f"turn_off {SWITCH}")
-            steps.append(("The switch is turned off", wait(home, lambda s: s[SWITCH] == "off")))
+            steps["The switch is turned off"] = wait(home, lambda s: s[SWITCH] == "off")
             site.processes["cellar"].kill()
-            steps.append(
-                ("A board loses its power", wait(home, lambda s: s["binary_sensor.cellar_connection"] == "off"))
-            )
+            steps["A board loses its power"] = wait(home, lambda s: s["binary_sensor.cellar_connection"] == "off")
             command = [
                 sys.executable,
                 "-m",
@@ -162,19 +159,20 @@ def run(python: Path, folder: Path) -> dict[str, Any]:
                 site.state,
             ]
             subprocess.run(command, check=True, capture_output=True)
-            steps.append(("A board is revoked", wait(home, lambda s: not any("yard_2" in name for name in s))))
+            steps["A board is revoked"] = wait(home, lambda s: not any("yard_2" in name for name in s))
             site.processes["server"].kill()
-            steps.append(("The server is killed", wait(home, lambda s: s[SWITCH] == "unavailable")))
+            steps["The server is killed"] = wait(home, lambda s: s[SWITCH] == "unavailable")
             lines = recording.lines()
             messages = [(t, p) for t, p in lines if t.startswith("homeassistant/") and p not in ("", "(null)")]
             wrong = home.ask(f"validate {json.dumps(messages)}")
             broken = [(messages[0][0], json.dumps(json.loads(messages[0][1]) | {"unit_of_measure": "%"}))]
             if not home.ask(f"validate {json.dumps(broken)}"):
                 raise RuntimeError("a message with an unknown key passes the schemas")
-            return {
-                "steps": steps, "lines": lines, "wrong": wrong, "messages": len(messages), "version": home.version,
-                "audit": audit(site.state), "warnings": home.warnings(),
+            result = {
+                **setting(), "mosquitto": version, "home_assistant": home.version, "messages": len(messages),
+                "refused": wrong, "warnings": home.warnings(), "states": steps, "audit": audit(site.state),
             }  # fmt: skip
+            return result, lines
 
 
 def trains(states: dict[str, str]) -> bool:
@@ -182,21 +180,6 @@ def trains(states: dict[str, str]) -> bool:
     online = [states.get(f"binary_sensor.{name}_connection") for name in ("attic", "cellar", "yard_2")]
     measured = [states.get(f"sensor.{name}_accuracy", "unknown") for name in ("attic", "job_leaves")]
     return set(online) == {"on"} and not {"unknown", "unavailable"} & set(measured)
-
-
-@contextmanager
-def broker(port: int, folder: Path) -> Iterator[None]:
-    (folder / "home-broker.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
-    with (folder / "home-broker.log").open("wb") as log:
-        process = subprocess.Popen([find_mosquitto(), "-c", str(folder / "home-broker.conf")], stdout=log, stderr=log)
-    try:
-        until = time.monotonic() + PATIENCE_S
-        while not listens(port) and time.monotonic() < until:
-            time.sleep(0.05)
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def wait(home: HomeAssistant, reached: Callable[[dict[str, str]], bool]) -> dict[str, str]:
@@ -215,38 +198,38 @@ def audit(state: Path) -> list[tuple[str, str, str]]:
         return [tuple(row) for row in database.execute(query)]
 
 
-def page(found: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    if found["wrong"]:
-        verdict = "**Refused:** " + "; ".join(found["wrong"])
+def page(result: dict[str, Any], heard: list[tuple[str, str]]) -> str:
+    """The result for people, and the session in short."""
+    if result["refused"]:
+        verdict = "**Refused:** " + "; ".join(result["refused"])
     else:
         verdict = (
             "All pass its schema for discovery, and its schema for configuration files, which refuses unknown keys."
         )
-    heard = subprocess.run([find_mosquitto(), "-h"], capture_output=True, text=True, check=False).stdout.splitlines()[0]
-    versions = f"fedprune {__version__}, {heard} and Home Assistant {found['version']} (core and MQTT integration)"
-    names = sorted({name for _, states in found["steps"] for name in states})
+    names = sorted({name for states in result["states"].values() for name in states})
+    versions = f"Mosquitto {result['mosquitto']} and Home Assistant {result['home_assistant']}"
     lines = [
         "# A fleet in Home Assistant",
         "",
-        f"Recorded on {datetime.now(timezone.utc):%Y-%m-%d} by `make home-assistant`, with {versions}.",
+        f"{result['date']}, {result['cpu']}, {result['cores']} cores, Python {result['python']}; fedprune",
+        f"{result['fedprune']}, {versions} (core and MQTT integration). Written by `make home-assistant`.",
         "",
-        f"{found['messages']} discovery messages were sent. {verdict} The same message with a key misspelt is refused.",
-        f"Home Assistant logged {len(found['warnings'])} warnings and errors.",
+        f"{result['messages']} discovery messages were sent. {verdict} A message with a key misspelt is refused.",
+        f"Home Assistant logged {len(result['warnings'])} warnings and errors.",
         "",
         "## Entities",
         "",
         "States of Home Assistant's entities after each step. A dash is an entity that doesn't exist.",
         "",
-        f"| | {' | '.join(title for title, _ in found['steps'])} |",
-        f"|---|{'---|' * len(found['steps'])}",
-        *(f"| `{n}` | {' | '.join(states.get(n, '-') for _, states in found['steps'])} |" for n in names),
+        f"| | {' | '.join(result['states'])} |",
+        f"|---|{'---|' * len(result['states'])}",
+        *(f"| `{n}` | {' | '.join(states.get(n, '-') for states in result['states'].values())} |" for n in names),
         "",
         "The audit log of the console:",
         "",
         "| operator | order | outcome |",
         "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in found["audit"]),
+        *(f"| {' | '.join(row)} |" for row in result["audit"]),
         "",
         "## Session",
         "",
@@ -255,7 +238,7 @@ def page(found: dict[str, Any]) -> str:
         "`(null)` is an empty message.",
         "",
         "```text",
-        *(f"{topic} {payload}" for topic, payload in shortened(found["lines"])),
+        *(f"{topic} {payload}" for topic, payload in shortened(heard)),
         "```",
     ]
     return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:1883", "\n".join(lines)) + "\n"
