@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+import fedprune
 import fedprune_export as fx
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, ModelError
@@ -24,6 +24,7 @@ from fedprune.runtime.session import Session
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.cli.main import main
 from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS
+from support.fakes.hub_server import fake_hub
 
 torch = pytest.importorskip("torch")
 hub = pytest.importorskip("huggingface_hub")
@@ -275,22 +276,22 @@ def test_without_a_network_the_hub_is_one_error(monkeypatch: pytest.MonkeyPatch,
         fx.from_pretrained("ann/shapes")
 
 
-def test_a_folder_is_uploaded_by_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub itself makes of it is untried: there is no account here."""
-    called: list[Any] = []
-    monkeypatch.setattr(hub, "create_repo", lambda *args, **options: called.append((args, options)))
-    address = SimpleNamespace(commit_url="https://hub/ann/shapes/commit/1")
-    monkeypatch.setattr(hub, "upload_folder", lambda **options: called.append(options) or address)
-
-    assert fx.push_to_hub(folder, "ann/shapes", private=True, message="first") == address.commit_url
-    created, uploaded = called
-    assert created == (("ann/shapes",), {"private": True, "exist_ok": True})
-    assert (uploaded["repo_id"], uploaded["folder_path"], uploaded["allow_patterns"]) == (
-        "ann/shapes",
-        folder,
-        [*FILES],
-    )
-    assert uploaded["commit_message"] == "first"
+def test_the_library_sends_the_four_files_and_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own code speaks to a hub that is played: there is no account for the real one here."""
+    (folder / "signing.key").write_text("secret")
+    (folder / "epoch-3").mkdir()
+    (folder / "epoch-3" / GRAPH).write_bytes(b"older")
+    with fake_hub() as there:
+        monkeypatch.setattr(hub.create_repo.__self__, "endpoint", there.url)
+        address = fx.push_to_hub(folder, "ann/shapes", private=True, message="first")
+        fx.push_to_hub(folder, "ann/shapes")
+    files = {name: (folder / name).read_bytes() for name in FILES}
+    assert [made["organization"] + "/" + made["name"] for made in there.made] == ["ann/shapes"] * 2
+    assert [made["visibility"] for made in there.made] == ["private", "public"]
+    assert there.commits[0] == ("ann/shapes", "first", files)
+    assert there.commits[1] == ("ann/shapes", f"Upload a model of fedprune {fedprune.__version__}", files)
+    assert there.cards == [files[CARD].decode()] * 2
+    assert address == f"{there.url}/ann/shapes/commit/{1:040x}"
 
 
 def test_an_upload_that_fails_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
