@@ -21,6 +21,10 @@ fetch() { # fetch NAME [OPTION...]: a file of the kit, into the folder
         --output "$folder/kit/$name" "$url/$name" || fail "can't fetch $url/$name. Is the address that of a kit's folder?" 20
 }
 
+matches() { # matches SHA256 NAME: whether a file of the kit has this digest
+    printf '%s  %s\n' "$1" "$folder/kit/$2" | sha256sum --check --status
+}
+
 main() {
     [ $# -ge 2 ] || fail "expected the address of a kit and its digest: join.sh https://HOST/KIT DIGEST [OPTION...]" 2
     url=${1%/} digest=$2
@@ -43,7 +47,7 @@ main() {
     trap 'exit 4' HUP INT TERM
     folder=$(mktemp -d "${TMPDIR:-/var/tmp}/fedprune-kit.XXXXXX")
     fetch kit.json --max-filesize "$most"
-    printf '%s  %s\n' "$digest" "$folder/kit/kit.json" | sha256sum --check --status ||
+    matches "$digest" kit.json ||
         fail "kit.json at $url has another digest than $digest: copy the line again, or make the kit again"
     # -I, because Python would import modules from the working folder, which may be anybody's.
     python3 -I -c '
@@ -54,12 +58,12 @@ if body.get("claim"):
 for row in body["files"]:
     if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*(/[A-Za-z0-9_+-][A-Za-z0-9._+-]*)*", row["path"]):
         sys.exit("error: the kit names a file that is not one of a kit")
-    print(row["sha256"] + "  " + row["path"])
-' "$folder/kit/kit.json" >"$folder/sums" || exit 60
-    while read -r _ path; do
-        fetch "$path"
-    done <"$folder/sums"
-    (cd "$folder/kit" && sha256sum --check --quiet ../sums) || fail "the kit at $url is damaged: make it again"
+    print(row["bytes"], row["sha256"], row["path"])
+' "$folder/kit/kit.json" >"$folder/files" || exit 60
+    while read -r bytes sum path; do
+        fetch "$path" --max-filesize "$bytes"
+        matches "$sum" "$path" || fail "the kit at $url is damaged ($path): make it again"
+    done <"$folder/files"
 
     # The installer writes the claim: the folder that it belongs in is the service's, so root must not follow its links.
     if [ -n "$claim" ]; then

@@ -194,6 +194,11 @@ def swell_manifest(kit: Kit) -> None:
         file.truncate(2**23)
 
 
+def swell_file(kit: Kit) -> None:
+    with (kit.folder / "install.pyz").open("ab") as file:
+        file.write(b"x")
+
+
 def lose_file(kit: Kit) -> None:
     (kit.folder / "install.pyz").unlink()
 
@@ -204,6 +209,7 @@ def lose_file(kit: Kit) -> None:
         (break_kit, ExitCode.KIT, "is damaged"),
         (break_manifest, ExitCode.KIT, "another digest"),
         (swell_manifest, ExitCode.BROKER, "can't fetch"),
+        (swell_file, ExitCode.BROKER, "can't fetch"),
         (lose_file, ExitCode.BROKER, "can't fetch"),
     ],
 )
