@@ -109,9 +109,9 @@ def test_one_version_is_named_everywhere() -> None:
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__  # type: ignore[index]
     assert f"latest minor version ({__version__.rpartition('.')[0]})" in (ROOT / "SECURITY.md").read_text()
     assert f"### {__version__.rpartition('.')[0]}." in (ROOT / "docs" / "compatibility.md").read_text()
-    examples = {"deploy.md": "fedprune-server:", "exit-codes.md": "fedprune-"}
-    for page, before in examples.items():
-        shown = re.findall(rf"{before}(\d+\.\d+\.\d+)", (ROOT / "docs" / page).read_text())
+    for page in ("deploy", "exit-codes", "install", "join", "release"):
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        shown = re.findall(r"(?:\bfedprune(?:-server|-board)?[:@-]v?|\bv)(\d+\.\d+\.\d+)", text)
         assert set(shown) == {__version__}, page
 
 
