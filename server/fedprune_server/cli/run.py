@@ -17,6 +17,7 @@ from fedprune.core.cli import setting_of
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
+from fedprune.runtime.session import run_by_child_process
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.environment import CONFIG, environment_layer
@@ -204,6 +205,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
+        stack.enter_context(run_by_child_process())  # a round's evaluation needs it for a second
         pulse, waited, stopping = Pulse(), None, threading.Event()
         if arguments.standby:
             with pulse.standing_by():

@@ -21,6 +21,7 @@ from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, ModelError
 from fedprune.jobs.job import Job
+from fedprune.runtime import session
 from fedprune.runtime.session import Session
 from fedprune_export import load
 from fedprune_server import app
@@ -281,6 +282,7 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
 ) -> None:
     def run(server: Server, **_: object) -> None:
         server.first.finished = finished
+        assert session._process is not None  # onnxruntime is not in the server's own process
         signal.raise_signal(number)
         assert server._stopping.is_set()
 

@@ -8,7 +8,8 @@ import os
 import tempfile
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
+from fedprune.runtime.session_process import RemoteSession, SessionProcess
 
 Array = npt.NDArray[Any]
 
@@ -104,7 +106,7 @@ class Session:
         cuda: bool = False,
         exact: bool = False,
     ) -> None:
-        self._open = partial(_opened, model, threads, training, exact=exact)
+        self._open = partial(_loaded, model, threads, training, exact=exact)
         self.reason = ""
         self._lock = threading.Lock()
         self._session: Any = self._opened_on_cuda() if cuda else None
@@ -147,7 +149,9 @@ class Session:
                     got="another output" if name not in names else "another kind of array",
                 )
         try:
-            if sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
+            if sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not (
+                _on_cuda(session) or isinstance(session, RemoteSession)
+            ):
                 return _run_into(session, names, feeds, into)
             values: list[Array] = session.run(names, dict(feeds))
         except Exception as error:
@@ -245,7 +249,7 @@ def kernel_times(
         ModelError: onnxruntime doesn't accept the graph, or can't run it.
     """
     with tempfile.TemporaryDirectory(prefix="fedprune-") as folder:
-        session = _opened(model, threads, training, _CPU, profile=f"{folder}/run")
+        session = load_graph(model, threads, training, _CPU, profile=f"{folder}/run")
         try:
             for _ in range(_WARM_UP + runs):
                 session.run(None, dict(feeds))
@@ -271,9 +275,28 @@ def kernel_times(
     )
 
 
-def _opened(
+@contextmanager
+def run_by_child_process() -> Iterator[None]:
+    """Have a child process load and run the graphs of sessions, instead of this one (`session_process`)."""
+    global _process
+    with SessionProcess() as _process:
+        try:
+            yield
+        finally:
+            _process = None
+
+
+_process: SessionProcess | None = None
+
+
+def _loaded(*graph: Any, exact: bool = False) -> Any:
+    return load_graph(*graph, exact=exact) if _process is None else _process.load(*graph, exact=exact)
+
+
+def load_graph(
     model: Path | bytes, threads: int, training: bool, *providers: Any, exact: bool = False, profile: str = ""
 ) -> Any:
+    """onnxruntime's own session, in this process. Raises as `Session`."""
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
