@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from fedprune.coordination import State
@@ -13,6 +14,7 @@ from fedprune.jobs.state import Device, Phase
 from fedprune_server.aggregators.channel import Message
 from fedprune_server.aggregators.connections import Region, RegionConnections
 from fedprune_server.aggregators.messages import device_body, first, head_of, places, steered_body, task_body
+from fedprune_server.enrollment.member_keys import MemberKeys
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.monitoring.snapshot import LostRegion
 
@@ -65,7 +67,7 @@ class RegionDispatcher:
         self.connections = connections
         self._jobs, self._identity = jobs, identity
         self._sent: dict[str, _Sent] = {}
-        self._members: Mapping[str, str] | None = None
+        self._members: MemberKeys | None = None
         self._version = ""
         self._boards: dict[str, int] = {}
         self._counted_at = 0.0
@@ -130,10 +132,12 @@ class RegionDispatcher:
         `StorageError` if the database can't be read."""
         if self._identity is None or self._version == (version := self._identity.store.version()):
             return
-        before, members = self._members or {}, self._identity.store.members()
+        before, members = self._members or MemberKeys(), self._identity.store.members()
         self._version, self._members = version, members
-        added = {name: key for name, key in members.items() if before.get(name) != key}
-        removed = sorted(before.keys() - members.keys())
+        if not self._sent:
+            return
+        added = {name: members[name] for name in members.lacking(before)}
+        removed = [name for name in before.lacking(members) if name not in members]
         for sent in self._sent.values():
             for message in (*_member_messages(added, removed, whole=False), *self._register_messages(sent)):
                 sent.region.channel.send(message)
@@ -219,10 +223,10 @@ class RegionDispatcher:
 
 
 def _member_messages(added: Mapping[str, str], removed: Sequence[str], *, whole: bool) -> Iterator[Message]:
-    names = sorted(added)
-    for at in range(0, max(1, len(names)), _MEMBERS):
-        some = {n: added[n] for n in names[at : at + _MEMBERS]}
-        more = at + _MEMBERS < len(names)
+    names = iter(added)
+    for at in range(0, max(1, len(added)), _MEMBERS):
+        some = {n: added[n] for n in islice(names, _MEMBERS)}
+        more = at + _MEMBERS < len(added)
         yield {"kind": "members", "added": some, "removed": removed, "whole": whole, "more": more}
 
 

@@ -17,7 +17,7 @@ import heapq
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ class Quarantine:
     ) -> None:
         self._clock, self._wall, self._path = clock, wall, path
         self._known = set[str]()
+        self.members: Container[str] = ()
+        """The fleet's members, who have an allowance each, as devices that announced themselves have."""
         self._ledgers: dict[str, _Ledger] = {}  # of those that were heard: most of a large fleet's members are away
         self._strangers = _Ledger(STRANGERS_BURST, clock())
         self._crowd: tuple[str, float] | None = None
@@ -200,7 +202,8 @@ class Quarantine:
 
     def born(self, device: str) -> None:
         """Charge an announcement."""
-        self.know([device])
+        if device not in self.members:
+            self.know([device])
         if (ledger := self._ledger(device)) is not None:
             self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
 
@@ -323,7 +326,7 @@ class Quarantine:
 
     def _ledger(self, device: str) -> _Ledger | None:
         ledger = self._ledgers.get(device)
-        if ledger is None and device in self._known:
+        if ledger is None and (device in self.members or device in self._known):
             ledger = self._ledgers[device] = _Ledger(at=self._clock())
         return ledger
 

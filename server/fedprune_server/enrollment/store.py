@@ -29,6 +29,7 @@ from fedprune.core.errors import (
 )
 from fedprune.security.joining import Claim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
+from fedprune_server.enrollment.member_keys import MemberKeys
 from fedprune_server.storage.database import Database, reading_uri, translated
 from fedprune_server.storage.tables import (
     ANSWERS,
@@ -59,8 +60,8 @@ it gets no second one, and is refused once that one has ended or was revoked."""
 KEPT_CLAIMS_S = 30 * 86_400
 """Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
-_MOST_ASKED = 1000
-"""Digests in one query."""
+_MOST_ASKED = _PAGE = 1000
+"""Digests in one query, and members that are read at a time."""
 
 _VERSION, _FOLLOWED, _EARLIER = "members", "members-followed", "earlier-keys"
 """Rows of `meta`: random texts that a change of the members, or of the server's keys that they know, replaces; and ids
@@ -101,7 +102,7 @@ class IdentityStore:
 
     def __init__(self, database: Database | None) -> None:
         self._database = database
-        self._known: tuple[str, Mapping[str, str]] = "", {}
+        self._known = "", MemberKeys()
 
     @property
     def shared(self) -> bool:
@@ -222,13 +223,11 @@ class IdentityStore:
         found = self._rows(sql.select(_M.key).where(_M.device == device, _M.status == APPROVED))
         return str(found[0].key) if found else None
 
-    def members(self) -> Mapping[str, str]:
-        """Keys of the approved devices by name; the same mapping for all callers until they change."""
+    def members(self) -> MemberKeys:
+        """Keys of the approved devices by name; the same object for all callers until they change."""
         version = self.version()  # read first: what changes in between is read again by the next call
         if not version or version != self._known[0]:
-            query = sql.select(_M.device, _M.key).where(_M.status == APPROVED).order_by(_M.device)
-            known = {} if self._database is None else self._read(lambda c: {r.device: r.key for r in c.execute(query)})
-            self._known = version, known
+            self._known = version, MemberKeys() if self._database is None else self._read(_member_keys)
         return self._known[1]
 
     def mirror(self, added: Mapping[str, str], removed: Collection[str], *, whole: bool, now: int) -> None:
@@ -441,6 +440,15 @@ _EARLIER_FILE: tuple[tuple[sql.Table, str], ...] = (
     (EPOCHS, "SELECT * FROM heard"),
 )
 """By table, the query of an earlier version's file."""
+
+
+def _member_keys(connection: sql.Connection) -> MemberKeys:
+    query = sql.select(_M.device, _M.key).where(_M.status == APPROVED).order_by(_M.device)
+    try:
+        with connection.execute(query.execution_options(yield_per=_PAGE)) as rows:
+            return MemberKeys((name, key) for name, key in rows)
+    except ValueError as error:
+        raise StorageError(f"a row of a member is damaged ({error})", hint="Restore the server's backup.") from error
 
 
 def _is_empty(connection: sql.Connection) -> bool:

@@ -80,7 +80,10 @@ class JobView:
 
     def revoked(self) -> Collection[str]:
         """Devices of the job that are no longer members."""
-        return () if self.members is None else self.state.devices.keys() - self.members()
+        if self.members is None:
+            return ()
+        members = self.members()
+        return {name for name in self.state.devices if name not in members}
 
     def snapshot(self) -> JobSnapshot:
         pulled = {n: p for n in self.state.tasks if (p := self.uploads.progress(n)) is not None}

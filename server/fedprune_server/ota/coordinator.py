@@ -151,7 +151,8 @@ class RolloutCoordinator:
                 self._orders = orders
                 self._look()
             if self._entry is not None and self._members is not None:
-                self.without(set(self._entry.rollout.boards) - set(self._members()))
+                members = self._members()
+                self.without([board for board in self._entry.rollout.boards if board not in members])
         entry = self._entry
         if entry is not None and self._now() >= self._wake_time:
             self._do(entry, lambda r, at: r.tick(at))

@@ -131,6 +131,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         before = self.get(name)
         same = before is not None and before == entry
         if before is not None:
+            name = before._name  # the key's own object: a second copy of each name would take as much as the row
             self._count(before, -1)
             object.__setattr__(entry, "saved", before.saved)
         super().__setitem__(name, entry)
