@@ -179,11 +179,13 @@ $(FLOWER)/installed:
 	$(FLOWER)/bin/pip install -q flwr==1.41.0
 	@touch $@
 
-# The newest that Python 3.11 runs, with what its parts `http`, `file_upload` and `camera` import.
+# The newest that Python 3.11 runs, with what its parts `http`, `file_upload` and `camera` import, all in the versions that its
+# wheel names: pip would otherwise try dozens of others.
 $(HOME_ASSISTANT)/installed:
 	$(PYTHON) -m venv $(HOME_ASSISTANT)
-	$(HOME_ASSISTANT)/bin/pip install -q homeassistant==2024.3.3 paho-mqtt==1.6.1 janus==2.0.0 numpy PyTurboJPEG==2.6.1 \
-		aiohttp-fast-url-dispatcher==0.3.0 aiohttp-zlib-ng==0.3.1 hassil==3.12.1 home-assistant-intents==2026.10.27
+	$(HOME_ASSISTANT)/bin/pip install -q --no-deps homeassistant==2024.3.3
+	$(HOME_ASSISTANT)/bin/pip install -q -c $$(echo $(HOME_ASSISTANT)/lib/python3*/site-packages/homeassistant/package_constraints.txt) \
+		homeassistant==2024.3.3 paho-mqtt janus numpy PyTurboJPEG hassil home-assistant-intents
 	@touch $@
 
 $(BOARD)/installed: pyproject.toml constraints.txt
