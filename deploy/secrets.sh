@@ -9,6 +9,8 @@ chmod 700 "$folder"
 if [ ! -e "$folder/database-password" ]; then
     head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$folder/database-password"
 fi
-printf 'postgresql+psycopg://fedprune:%s@database/fedprune' "$(cat "$folder/database-password")" >"$folder/database-url"
+if [ ! -e "$folder/database-url" ]; then
+    printf 'postgresql+psycopg://fedprune:%s@database/fedprune' "$(cat "$folder/database-password")" >"$folder/database-url"
+fi
 # Each container reads them as a user of its own; the folder's mode keeps other users out.
 chmod 444 "$folder/database-password" "$folder/database-url"

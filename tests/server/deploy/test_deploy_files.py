@@ -346,8 +346,11 @@ def test_the_secrets_are_made_once(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     password = (tmp_path / "secrets" / "database-password").read_text()
     assert re.fullmatch(r"[0-9a-f]{48}", password)
+    url = tmp_path / "secrets" / "database-url"
+    assert url.read_text() == f"postgresql+psycopg://fedprune:{password}@database/fedprune"
+    url.unlink()
+    url.write_text("postgresql+psycopg://elsewhere/fleet")  # a database that the operator has already
     subprocess.run(command, check=True)
     assert (tmp_path / "secrets" / "database-password").read_text() == password
-    url = (tmp_path / "secrets" / "database-url").read_text()
-    assert url == f"postgresql+psycopg://fedprune:{password}@database/fedprune"
+    assert url.read_text() == "postgresql+psycopg://elsewhere/fleet"
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
