@@ -108,6 +108,21 @@ def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: 
     assert [size for _, size in store.bucket.list(BLOBS)] == [1] * 7
 
 
+def test_an_object_is_read_in_one_request_and_boto3_is_asked_about_what_fails(url: str) -> None:
+    found, asked = Bucket(url), list[object]()
+    found.put("there", b"here" * LEAF, digest(b"here" * LEAF))
+    found._client.meta.events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request))
+    assert b"".join(found.stream("there")) == found.get("there", 2**20) == b"here" * LEAF
+    assert found.get("there", 5) is None
+    assert not asked
+    assert found.get("missing", 5) is None
+    assert not list(found.stream("missing"))
+    assert len(asked) == 2
+    found._base = f"{found._base}-of-another/"  # where this server may not read
+    assert found.get("there", 2**20) == b"here" * LEAF
+    assert len(asked) == 3
+
+
 def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url)
     ref = store.put(b"good" * LEAF)
@@ -279,7 +294,15 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/a!b(c)'*/x", "s3://buc.ket"])
-@pytest.mark.parametrize("more", [{}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, {"AWS_SESSION_TOKEN": "to/ken+"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
+        {"AWS_ENDPOINT_URL": "https://minio.example:443"},
+        {"AWS_SESSION_TOKEN": "to/ken+"},
+    ],
+)
 def test_uploads_are_signed_as_boto3_signs_them(
     monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, str]
 ) -> None:

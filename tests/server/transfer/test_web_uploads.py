@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF, SUFFIX, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.blobs.tensor_reader import read_tensors
@@ -311,6 +311,17 @@ def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) ->
             connection.request("GET", path_of(ref))
             with connection.getresponse() as answer:
                 assert (answer.status, answer.read()) == (200, body)
+
+
+def test_a_cache_keeps_no_leaf_table_of_a_streamed_blob_and_can_make_it(store: BlobStore) -> None:
+    for cached in (True, False):
+        with StreamedBlob(store, REF, cached=cached) as blob:
+            blob.write(UPDATE)
+            blob.finish()
+        files = [path.name for path in store.path(REF.sha256).parent.iterdir()]
+        assert sorted(files) == [REF.sha256, *([] if cached else [REF.sha256 + SUFFIX])]
+        assert store.ref(REF.sha256) == REF
+        store.delete(REF.sha256)
 
 
 def test_a_streamed_blob_takes_no_more_than_was_announced(store: BlobStore) -> None:

@@ -17,17 +17,18 @@ class StreamedBlob:
 
     Args:
         ref: Named by the sender, so that all of it is verified.
-        flush: Whether it must survive a power cut; not where the folder is a cache.
+        cached: Whether the folder is a cache: the file is not flushed then, and its leaf table not kept, but made again
+            for who asks for it.
 
     Raises:
         StorageError: The disk fails.
         StorageFullError: There is no room, or no blob may be that large.
     """
 
-    def __init__(self, store: BlobFolder, ref: BlobRef, *, flush: bool = True) -> None:
+    def __init__(self, store: BlobFolder, ref: BlobRef, *, cached: bool = False) -> None:
         store.check_room(ref.size)
         self.ref = ref
-        self._flush = flush
+        self._cached = cached
         self.size = 0
         """Bytes that have arrived."""
         self._store = store
@@ -77,12 +78,12 @@ class StreamedBlob:
             raise ProtocolError("what was sent is not the blob", expected=self.ref.sha256, got=found)
         target = self._store.path(self.ref.sha256)
         with storage_errors(f"can't write {target}"):
-            if self._store.durable and self._flush:
+            if self._store.durable and not self._cached:
                 os.fsync(self._descriptor)
             self._close()
-            if self.ref.leaf_count > 1:
+            if self.ref.leaf_count > 1 and not self._cached:
                 self._store.write_file(target.with_name(target.name + SUFFIX), table_file(table), flush=False)
-            self._store.move(self._path, target, flush=self._flush)
+            self._store.move(self._path, target, flush=not self._cached)
 
     def _close(self) -> None:
         if self._descriptor is not None:

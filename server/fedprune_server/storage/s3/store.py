@@ -140,6 +140,7 @@ class BucketStore(BlobStore):
                 about = self.path(name).stat()
                 lying.append((about.st_mtime, name, about.st_size))
         self._held.update((name, (size, 0.0)) for _, name, size in sorted(lying))
+        self._held_bytes = sum(size for _, _, size in lying)
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
@@ -159,7 +160,7 @@ class BucketStore(BlobStore):
         vars(self).update(state)
         self._keeping = self._shared = True
         self._trims = False  # the folder is its parent's
-        self._checked, self._held = {}, OrderedDict()
+        self._checked, self._held, self._held_bytes = {}, OrderedDict(), 0
         self._begin()
         self.patience.endless = True
 
@@ -279,7 +280,7 @@ class BucketStore(BlobStore):
 
     def _verify(self, key: str, ref: BlobRef) -> bool:
         try:
-            with StreamedBlob(self, ref, flush=False) as blob:
+            with StreamedBlob(self, ref, cached=True) as blob:
                 for piece in self.bucket.stream(key):
                     blob.write(piece)
                 if ref.size and not blob.size:
@@ -350,7 +351,7 @@ class BucketStore(BlobStore):
             if data is not None and hashlib.sha256(data).hexdigest() == sha256:
                 if self._keeping:
                     self.check_room(len(data))
-                    self.write_file(super().path(sha256), data)
+                    self.write_file(super().path(sha256), data, flush=False)
                     self._hold(sha256, len(data))
                 return data
             damaged = key if data is not None else damaged
@@ -397,8 +398,9 @@ class BucketStore(BlobStore):
 
     def _hold(self, sha256: str, size: int) -> None:
         with self._lock:
-            self._held.pop(sha256, None)
+            self._let_go(sha256)
             self._held[sha256] = size, time.monotonic()
+            self._held_bytes += size
         self._trim()
 
     def check_room(self, size: int) -> None:
@@ -414,8 +416,9 @@ class BucketStore(BlobStore):
         if not self._trims:
             return
         with self._lock:
-            over = max(sum(size for size, _ in self._held.values()) - self.cache, free)
-            now = time.monotonic()
+            over, now = max(self._held_bytes - self.cache, free), time.monotonic()
+            if over <= 0:
+                return
             for digest, (size, used) in list(self._held.items()):
                 if over <= 0 or (not free and now - used < FRESH_S):
                     return
@@ -423,10 +426,14 @@ class BucketStore(BlobStore):
                     self._unlink(digest)
                     over -= size
 
+    def _let_go(self, sha256: str) -> None:
+        size, _ = self._held.pop(sha256, (0, 0.0))
+        self._held_bytes -= size
+
     def _unlink(self, sha256: str) -> None:
         with self._lock, storage_errors(f"can't delete blob {sha256}"):
             path = super().path(sha256)
-            self._held.pop(sha256, None)
+            self._let_go(sha256)
             self._checked.pop(sha256, None)
             path.unlink(missing_ok=True)
             path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
@@ -437,7 +444,7 @@ class BucketStore(BlobStore):
         """Forget a blob, and delete its objects in the background."""
         with self._lock:
             super().delete(sha256)
-            self._held.pop(sha256, None)
+            self._let_go(sha256)
             keys = self._objects.pop(sha256, {})
         self._deletions.add(keys)
 
