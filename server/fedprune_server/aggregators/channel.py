@@ -1,7 +1,8 @@
 """One end of the connection between an aggregator and its parent: messages in order, and blobs on request.
 
-A message is JSON text. A blob follows the message that names it, in binary pieces; messages that wait are sent between
-two pieces. No state survives the connection: both sides start from the beginning on the next one.
+A message is JSON text; those that wait are sent together, as a list. A blob follows the message that names it, in
+binary pieces; messages that wait are sent between two pieces. No state survives the connection: both sides start from
+the beginning on the next one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ QUIET.setLevel(logging.CRITICAL)
 PIECE = 256 * 1024
 MAX_TEXT = 64 * 2**20
 """Bytes of a message: a region's rows after a reconnection are the longest."""
+
+_TOGETHER = 2**18
+"""Characters of messages that are sent together, at least if more wait."""
 
 PING_TIMEOUT_S = 120.0
 """A connection that has answered no ping for so long has ended: a slow one may have megabytes to send before it."""
@@ -155,18 +159,22 @@ class Channel(Closing):
 
     def _text(self, text: str) -> None:
         try:
-            message = json.loads(text)
-            kind = message["kind"]
-            if kind == "want":
-                self._asked(self, _request(message))
-            elif kind == "blob":
-                self._begin(_request(message), BlobRef.from_dict(message["ref"]))
-            elif kind in ("absent", "lost"):
-                self._arrived(_request(message), None, lost=kind == "lost")
-            else:
-                self._received(self, message)
+            found = json.loads(text)
+            for message in found if found and isinstance(found, list) else (found,):
+                self._message(message)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"message of an aggregator or parent ({type(error).__name__}: {error})") from error
+
+    def _message(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "want":
+            self._asked(self, _request(message))
+        elif kind == "blob":
+            self._begin(_request(message), BlobRef.from_dict(message["ref"]))
+        elif kind in ("absent", "lost"):
+            self._arrived(_request(message), None, lost=kind == "lost")
+        else:
+            self._received(self, message)
 
     def _begin(self, request: BlobWanted, ref: BlobRef) -> None:
         if self._arriving is not None:
@@ -224,8 +232,11 @@ class Channel(Closing):
                     return False
                 if not self._texts:
                     return True
-                text, self._busy = self._texts.popleft(), True
-            self._socket.send(text)
+                texts, self._busy = [self._texts.popleft()], True
+                size = len(texts[0])
+                while self._texts and (size := size + len(self._texts[0])) <= _TOGETHER:
+                    texts.append(self._texts.popleft())
+            self._socket.send(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()

@@ -82,7 +82,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
             url = broker.url
         quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
-            link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores)
+            link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores, qos=0)
             wire: Wire = RateLimitedLink(link, quarantine)
         else:
             link = Link(
@@ -90,6 +90,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 f"fedprune-{secrets.token_hex(12)}",
                 tls=lambda: identity.context(config.ca),
                 ignores=quarantine.ignores,
+                qos=0,
             )
             joins = Link(
                 url,

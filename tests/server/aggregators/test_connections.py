@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.connection import Connection
 
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
@@ -50,6 +52,60 @@ def birth(device: str, session: int = 1) -> Birth:
 
 def device(region: str) -> Device:
     return Device(1, True, {"name": "raspberry-pi-5"}, None, 10, region=region)
+
+
+class SlowSocket:
+    """A connection whose first message takes until it is let go; reading gives what was sent to another one."""
+
+    def __init__(self, incoming: tuple[str, ...] = ()) -> None:
+        self.sent: list[str] = []
+        self.began, self.go = threading.Event(), threading.Event()
+        self.socket = socket.socket()
+        self._incoming = incoming
+
+    def send(self, text: str) -> None:
+        self.began.set()
+        assert self.go.wait(30)
+        self.sent.append(text)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._incoming)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def _ignored(*_: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("most", [60, 2**18])
+def test_messages_that_wait_are_sent_together_and_read_one_by_one(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(channel, "_TOGETHER", most)
+    messages = [{"kind": "died", "device": f"d{n}", "session": n} for n in range(4)]
+    received: list[Any] = []
+    with (
+        closing(SlowSocket()) as slow,
+        channel.Channel(cast("Connection", slow), _ignored, _ignored, _ignored) as sender,
+    ):
+        sender.send(messages[0])
+        assert slow.began.wait(30)
+        for message in messages[1:]:
+            sender.send(message)
+        slow.go.set()
+        sender.flush(30)
+    sent = [json.loads(text) for text in slow.sent]
+    assert sent == (messages if most == 60 else [messages[0], messages[1:]])  # two have 82 characters
+
+    def take(_: Any, message: Any) -> None:
+        received.append(message)
+
+    with (
+        closing(SlowSocket(tuple(slow.sent))) as other,
+        channel.Channel(cast("Connection", other), _ignored, take, _ignored) as reader,
+    ):
+        reader.run()
+    assert received == messages
 
 
 class Tier:

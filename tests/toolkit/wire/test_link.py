@@ -500,3 +500,20 @@ def test_what_has_arrived_is_read_without_looking_at_the_socket_for_each_message
 
     assert heard == [("x/y", str(number).encode()) for number in range(500)] + [("x/y", b"last")]
     assert looks - before < 100
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_what_comes_at_qos_0_is_not_acknowledged(mosquitto: Any, monkeypatch: pytest.MonkeyPatch, qos: int) -> None:
+    acknowledged: list[int] = []
+    send = link_module.paho.Client._send_puback
+
+    def counted(client: Any, mid: int) -> Any:
+        acknowledged.append(mid)
+        return send(client, mid)
+
+    monkeypatch.setattr(link_module.paho.Client, "_send_puback", counted)
+    with connected(mosquitto.url, "a", ["x/#"], qos=qos) as a, connected(mosquitto.url, "b") as b:
+        for number in range(20):
+            assert b.publish("x/y", str(number).encode())
+        assert [a.get(30) for _ in range(20)] == [("x/y", str(number).encode()) for number in range(20)]
+    assert len(acknowledged) == 20 * qos

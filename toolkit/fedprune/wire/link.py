@@ -58,7 +58,8 @@ def failure(error: OSError | FedpruneError) -> str:
 class Subscriptions:
     """Required and optional topics of all connections, and the state of this connection's requests; not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, qos: int) -> None:
+        self._qos = qos
         self._topics: list[str] = []
         self._requested: set[str] = set()
         self._awaited: dict[int, str] = {}
@@ -86,7 +87,7 @@ class Subscriptions:
         for topic in self._topics:
             if topic in self._requested:
                 continue
-            code, mid = client.subscribe(topic, qos=1)
+            code, mid = client.subscribe(topic, qos=self._qos)
             if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
                 self._requested.add(topic)
                 self._awaited[mid] = topic
@@ -160,6 +161,8 @@ class Link(Closing):
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called in the network thread for each received message.
         ignores: Whether to drop a topic's messages at once; called in the network thread.
+        qos: Quality of service of what is received. Sessions are clean, so that at 1, too, all that is on its way is
+            lost with the connection; at 0 no message costs this side an acknowledgement.
     """
 
     def __init__(
@@ -174,6 +177,7 @@ class Link(Closing):
         pause_s: float = 0.0,
         wake: Callable[[], None] = lambda: None,
         ignores: Callable[[str], bool] = lambda topic: False,
+        qos: int = 1,
     ) -> None:
         self.url = BrokerUrl.parse(url)
         self.client_id = client_id
@@ -199,7 +203,7 @@ class Link(Closing):
         self._failure = ""
         self._reported = ""
         self._tell = False
-        self._subscriptions = Subscriptions()
+        self._subscriptions = Subscriptions(qos)
         self._unsent = Unsent()
         self._paused = False
         self._away_s: float | None = None  # seconds for which the connection is closed, or is about to be
