@@ -281,11 +281,12 @@ class _Job:
 class _NextSteps(Observer):
     """Logs what to do with a job that is finished, and what the server still waits for."""
 
-    def __init__(self, state: Path, *, until_finished: bool) -> None:
-        self._state, self._until_finished = state, until_finished
+    def __init__(self, state: Path, *, uncalibrated: bool, until_finished: bool) -> None:
+        self._state, self._uncalibrated, self._until_finished = state, uncalibrated, until_finished
 
     def finished(self, seen: JobView) -> None:
-        if spoilt := divergence.of_history(seen.state.history, seen.job.to_dict()):
+        history, job = seen.state.history, seen.job.to_dict()
+        if spoilt := divergence.of_history(history, job, uncalibrated=self._uncalibrated):
             log.warning("%s", spoilt)
         state = shlex.quote(str(self._state))
         log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)
@@ -330,8 +331,15 @@ def _below(jobs: Sequence[_Job], config: ServerConfig) -> dict[str, ParentJob]:
 def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:
     lines = beside_others or job.config.log_format == JSON
     display = Lines(of_several=beside_others) if lines else make_display()
-    steps = [] if job.parent is not None else [_NextSteps(job.config.state, until_finished=options.until_finished)]
-    return [display, *watch(job.opened.job.name), *steps]
+    watched = [display, *watch(job.opened.job.name)]
+    if job.parent is not None:
+        return watched
+    opened, config = job.opened, job.config
+    uncalibrated = divergence.uncalibrated(
+        opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
+    )
+    steps = _NextSteps(config.state, uncalibrated=uncalibrated, until_finished=options.until_finished)
+    return [*watched, steps]
 
 
 def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedprune.coordination import events as on
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
+from fedprune.model.trainable import frozen_tensors
 from fedprune.output.log_lines import log_context
 
 log = logging.getLogger("fedprune.server")
@@ -18,25 +21,39 @@ _RISE = 1.1
 """The last loss over the first from which training counts as diverged; a smaller rise may be chance."""
 
 
-def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any]) -> str:
+def uncalibrated(architecture: Architecture, recipe: Recipe, calibration: object, frozen: Collection[str] = ()) -> bool:
+    """Whether the global model's batch-norm statistics remain averages of the boards'.
+
+    Args:
+        calibration: The server's samples that replace them; None without any.
+        frozen: Tensors that the model itself froze.
+    """
+    kept = frozen_tensors(architecture, recipe.features, frozen)
+    return calibration is None and any(t.name not in kept for t in architecture.statistics)
+
+
+def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, uncalibrated: bool) -> str:
     """What to say at the end of a coordinator's history; empty where nothing is wrong.
 
     Args:
         history: Its summaries of rounds.
         job: Its settings, as JSON.
+        uncalibrated: As `uncalibrated` finds.
     """
+    narrow = any(part.get("density", 1.0) < 1 for row in history for part in row["devices"].values())
     measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
     kinds = [str(part.get("kind", "")) for row in history[-1:] for part in row["devices"].values()]
-    return advice([m.get("loss") for m in measured], kinds, job)
+    return advice([m.get("loss") for m in measured], kinds, job, mixed=uncalibrated and narrow)
 
 
-def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any]) -> str:
+def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any], *, mixed: bool = False) -> str:
     """What to say of these losses; empty where nothing is wrong.
 
     Args:
         losses: Of the global model after every round that measured it; None where it was not finite.
         kinds: Kinds of failure of boards that took no part in the last round; empty for each that did.
         job: The job's settings, as JSON.
+        mixed: Whether the global model's batch-norm statistics are averages over boards of different widths.
     """
     parts = list(kinds)
     failed = parts.count(FailureKind.DIVERGED)
@@ -47,6 +64,8 @@ def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[st
         what = f"{failed} of the devices ended with numbers that are not finite, or far too large"
     elif first is not None and last > _RISE * first:
         what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
+        if mixed:
+            return f"training diverged: {what}. {_CALIBRATE} {remedy(job)}"
     else:
         return ""
     return f"training diverged: {what}. {remedy(job)}"
@@ -64,6 +83,14 @@ def warn(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) 
         log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
         if event.kind == FailureKind.DIVERGED and _most(list(kinds)):
             log.warning("%s%s", prefix, remedy(job.to_dict()))
+
+
+_CALIBRATE = (
+    "The most likely cause are its batch-norm statistics: averages over boards of different widths suit none of these "
+    "widths, least of all the whole model. Set data in [calibration] to a file of some 100 unlabelled samples like the "
+    "boards' (docs/configure-a-job.md); a simulation can set them aside with calibration = 0.1 in [data]. If the loss "
+    "still rises:"
+)
 
 
 def _most(kinds: Sequence[str]) -> bool:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedprune.coordination import State
 from fedprune.core.disk import held, read_file
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import quantity, some
+from fedprune.model.recipe import Recipe
 from fedprune.security.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
@@ -30,6 +31,7 @@ from fedprune_server.devices.board_logs import read_logs
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.executor.divergence import uncalibrated
 from fedprune_server.maintenance.backup_manifest import last_backup
 from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
 from fedprune_server.maintenance.identity_check import check_identity, revoked
@@ -44,6 +46,9 @@ from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.state_folder import LOCK, MODEL, folders
 from fedprune_server.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from fedprune_export.pruning.model import Model
 
 _DAY_S = 24 * 3600.0
 _BACKUP_S = 7 * _DAY_S
@@ -163,19 +168,26 @@ def _case(folder: Path, gone: frozenset[str]) -> tuple[Case, float | None]:
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last = storage.outsiders(), storage.log.last_at()
-    sizes, names = _groups(folder)
-    return Case(folder, settings, state or State(model=""), outsiders, held(folder / LOCK), sizes, names, gone), last
+    case = Case(folder, settings, state or State(model=""), outsiders, held(folder / LOCK), revoked=gone)
+    if (model := _model(folder)) is None:
+        return case, last
+    architecture, recipe = model.architecture, Recipe.from_dict(case.job.get("recipe", {}))
+    return replace(
+        case,
+        groups=tuple(architecture.sizes),
+        names=tuple(g.name for g in architecture.groups),
+        uncalibrated=uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
+    ), last
 
 
-def _groups(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Sizes and names of the model's groups of channels; nothing where the model can't be read."""
+def _model(folder: Path) -> Model | None:
+    """The model with which a job began; None where it can't be read."""
     from fedprune_export.importing import import_onnx
 
     try:
-        architecture = import_onnx(read_file(folder / MODEL), MODEL).architecture
+        return import_onnx(read_file(folder / MODEL), MODEL)
     except (OSError, FedpruneError):
-        return (), ()
-    return tuple(architecture.sizes), tuple(g.name for g in architecture.groups)
+        return None
 
 
 def alerts(site: Site) -> Iterator[Finding]:

@@ -40,6 +40,7 @@ class Case:
         groups: Channels of each group of the model; empty if unknown.
         names: Names of the groups.
         revoked: Revoked devices without another key.
+        uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Case:
     groups: Sequence[int] = ()
     names: Sequence[str] = ()
     revoked: frozenset[str] = frozenset()
+    uncalibrated: bool = False
 
     @property
     def job(self) -> Mapping[str, Any]:
@@ -206,7 +208,7 @@ def _uncovered(case: Case) -> Iterator[Finding]:
 
 
 def _diverges(case: Case) -> Iterator[Finding]:
-    trouble = of_history(case.state.history, case.job)
+    trouble = of_history(case.state.history, case.job, uncalibrated=case.uncalibrated)
     if trouble:
         what, _, todo = trouble.partition(". ")
         yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)

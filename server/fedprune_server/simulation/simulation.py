@@ -28,7 +28,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates import CODECS
 from fedprune_server.executor.distributed import DistributedWorker, helped
-from fedprune_server.executor.divergence import advice
+from fedprune_server.executor.divergence import advice, uncalibrated
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
@@ -241,6 +241,9 @@ class Simulation:
             ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
             measured="weights and graphs on the virtual links",
             partition=self.experiment.partition,
+            uncalibrated=uncalibrated(
+                self.model.architecture, self.job.recipe, self.experiment.calibration, self.model.frozen
+            ),
         )
 
     def _take_up(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,11 +16,11 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
-from fedprune_server.executor.divergence import advice, of_history, warn
+from fedprune_server.executor.divergence import advice, of_history, uncalibrated, warn
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.report import summary_text
 from fedprune_server.simulation.results.run_folder import simulate
-from support.fakes.digits_simulation import boards, digits_experiment
+from support.fakes.digits_simulation import boards, digits_experiment, digits_net
 
 JOB = {"recipe": Recipe(lr=0.5).to_dict()}
 
@@ -59,6 +60,32 @@ def test_a_private_job_is_told_of_its_noise() -> None:
     assert "learning rate" in advice([1.0, 9.0], [], clipped.to_dict())
 
 
+def test_batch_norms_that_nothing_calibrates_come_before_the_learning_rate() -> None:
+    told = advice([1.0, 9.0], [], JOB, mixed=True)
+    assert told.startswith("training diverged: the global model's loss rose, from 1 after the first round to 9")
+    assert 0 < told.index("data in [calibration]") < told.index("lower lr (now 0.5")
+    assert "calibration" not in advice([1.0, float("nan")], [], JOB, mixed=True)
+
+
+def test_a_history_names_calibration_only_where_boards_of_several_widths_are_averaged() -> None:
+    def rows(density: float) -> list[dict[str, Any]]:
+        part = {"progress": "folded", "reason": "", "density": density}
+        return [{"metrics": {"samples": 9, "loss": loss}, "devices": {"a": part}} for loss in (1.0, 9.0)]
+
+    assert "[calibration]" in of_history(rows(0.5), JOB, uncalibrated=True)
+    assert "[calibration]" not in of_history(rows(0.5), JOB, uncalibrated=False)
+    assert "[calibration]" not in of_history(rows(1.0), JOB, uncalibrated=True)
+
+
+def test_norms_that_are_frozen_need_no_calibration() -> None:
+    model = digits_net()
+    assert uncalibrated(model.architecture, Recipe(), None)
+    assert not uncalibrated(model.architecture, Recipe(), "calibration.npz")
+    names = tuple(t.name for t in model.architecture.statistics)
+    assert not uncalibrated(model.architecture, Recipe(frozen=names), None)
+    assert not uncalibrated(model.architecture, Recipe(), None, names)
+
+
 @pytest.mark.parametrize("last", [None, float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_told(last: float | None) -> None:
     assert "no longer finite" in advice([1.0, last], [], JOB)
@@ -67,14 +94,15 @@ def test_a_loss_that_is_no_number_is_told(last: float | None) -> None:
 def test_a_history_without_evaluation_is_judged_by_its_devices() -> None:
     part = {"progress": "refused", "reason": "x", "kind": "diverged"}
     rows = [{"metrics": {}, "devices": {"a": part, "b": {"progress": "folded", "reason": ""}}}]
-    assert "1 of the devices" in of_history(rows, JOB)
-    assert of_history([{"metrics": {}, "devices": {}}], JOB) == of_history([], JOB) == ""
+    assert "1 of the devices" in of_history(rows, JOB, uncalibrated=True)
+    assert of_history([{"metrics": {}, "devices": {}}], JOB, uncalibrated=True) == ""
+    assert of_history([], JOB, uncalibrated=True) == ""
 
 
 def test_one_board_of_ten_whose_numbers_are_not_finite_is_no_divergence(caplog: pytest.LogCaptureFixture) -> None:
     parts = {f"d{i}": {"progress": "folded", "reason": ""} for i in range(9)}
     rows = [{"metrics": {}, "devices": {**parts, "bad": {"progress": "refused", "reason": "x", "kind": "diverged"}}}]
-    assert of_history(rows, JOB) == ""
+    assert of_history(rows, JOB, uncalibrated=True) == ""
     event = on.UpdateRejected("bad", 1, 1, "x", FailureKind.DIVERGED)
     warn(event, Job(), "", [*[""] * 9, "diverged"])
     assert "bad" in caplog.text
@@ -97,6 +125,9 @@ def test_a_summary_says_so_of_a_run_that_diverged_and_of_no_other(tmp_path: Path
     assert "training diverged" in summary_text(
         replace(record, rounds=(*before, replace(last, metrics={"accuracy": 0.1})))
     )
+    risen = replace(record, rounds=(*before, replace(last, metrics={"loss": 99.0})))
+    assert "[calibration]" in summary_text(risen)
+    assert "[calibration]" not in summary_text(replace(risen, uncalibrated=False))
 
 
 def test_a_simulation_of_which_nothing_counts_any_more_says_what_to_change(tmp_path: Path) -> None:

@@ -139,6 +139,14 @@ def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
     assert kinds(found_in(late)) == {"deadline-too-short"}
 
 
+def test_a_loss_that_rose_for_want_of_calibration_is_told_so() -> None:
+    part = {"progress": "folded", "reason": "", "metrics": {}, "density": 0.5}
+    history = [{**row(n, {}, loss=float(n), samples=9), "devices": {"a": part}} for n in (1, 2)]
+    for uncalibrated in (True, False):
+        (finding,) = findings(replace(with_state(history=history), uncalibrated=uncalibrated))
+        assert ("[calibration]" in finding.advice) == uncalibrated
+
+
 def test_a_finished_job_needs_no_server() -> None:
     done = replace(SICK["server-not-running"], state=replace(HEALTHY.state, phase=Phase.FINISHED))
     assert kinds(found_in(done)) == set()

@@ -82,6 +82,7 @@ class Record:
         measured: Where bytes were counted, such as "payload at the broker".
         partition: The fleet's data, if known.
         version: fedprune's version; empty in old records.
+        uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
     """
 
     title: str
@@ -93,6 +94,7 @@ class Record:
     measured: str = ""
     partition: Partition = field(default_factory=Partition)
     version: str = ""
+    uncalibrated: bool = False
 
     def facts(self) -> dict[str, str]:
         """A report's header: strategy, data, recipe, seed, version, date; empty where unknown."""
@@ -230,6 +232,7 @@ def record_of(
     measured: str = "",
     began: float = 0.0,
     partition: Partition | None = None,
+    uncalibrated: bool = False,
 ) -> Record:
     """The record of a job.
 
@@ -240,6 +243,7 @@ def record_of(
         measured: Where bytes were counted.
         began: The run's start, on the clock of the state's history.
         partition: The fleet's data, if known.
+        uncalibrated: As in the record.
     """
     known = notes or {}
     rounds = (round_row(e, known.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history)
@@ -276,6 +280,7 @@ def record_of(
         measured=measured,
         partition=partition or Partition(),
         version=__version__,
+        uncalibrated=uncalibrated,
     )
 
 

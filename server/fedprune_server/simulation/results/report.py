@@ -192,7 +192,8 @@ def absences(run: Record) -> list[str]:
 def diverged(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
     measured = [r.metrics.get("loss") for r in run.rounds if r.metrics]
-    return advice(measured, [d.kind for d in run.devices], run.job)
+    mixed = run.uncalibrated and any(share < 1 for r in run.rounds for share in r.density.values())
+    return advice(measured, [d.kind for d in run.devices], run.job, mixed=mixed)
 
 
 def _absence(run: Record, device: DeviceRow) -> str:
