@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedprune.core.cli import add_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
 from fedprune.core.text import amount, quantity
-from fedprune.jobs.state import Progress
+from fedprune.jobs.state import Progress, outcome
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
@@ -22,7 +23,7 @@ from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import CRITICAL, evaluate
-from fedprune_server.monitoring.display import metric_texts
+from fedprune_server.monitoring.display import metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
@@ -144,17 +145,19 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         metrics = ", ".join(metric_texts(row["metrics"]))
         asked = quantity(len(row["devices"]), "device")
         lines.append(f"  round {row['round']}: {counted} of {asked}, {metrics or 'not evaluated'}")
+        lines += [f"    {secure_sum_line(report)}" for report in row.get("secure_sums", ())]
         lines += [
-            f"    {name}: {_outcome(part['progress'])}: {part['reason']}"
+            f"    {name}: {_outcome(part)}: {part['reason']}"
             for name, part in sorted(row["devices"].items())
             if part["reason"]
         ]
     return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
 
 
-def _outcome(progress: str) -> str:
-    """What became of an update that has a reason; one that counted nevertheless counted in part."""
-    return "limited" if progress == Progress.FOLDED.value else progress
+def _outcome(part: Mapping[str, Any]) -> str:
+    """What became of a part that has a reason; an update that counted nevertheless counted in part."""
+    limited = part["progress"] == Progress.FOLDED.value
+    return "limited" if limited else outcome(part["progress"], part.get("kind", ""))
 
 
 def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
@@ -242,7 +245,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
     if device["quarantine"]:
         lines.append(f"    {_misbehaved(device['quarantine'])}")
     if device["reason"]:
-        lines.append(f"    round {device['round']}: {_outcome(device['progress'])}: {device['reason']}")
+        lines.append(f"    round {device['round']}: {_outcome(device)}: {device['reason']}")
     return lines
 
 
@@ -276,9 +279,11 @@ def _last_part(name: str, state: State | None) -> dict[str, Any]:
     if state is not None:
         task = state.tasks.get(name)
         if task is not None:
-            return {"round": state.round_of(task), "progress": task.progress.value, "reason": task.reason}
+            found = {"progress": task.progress.value, "reason": task.reason, "kind": task.kind}
+            return {"round": state.round_of(task), **found}
         for row in reversed(state.history):
             part = row["devices"].get(name)
             if part is not None:
-                return {"round": row["round"], "progress": part["progress"], "reason": part["reason"]}
-    return {"round": None, "progress": None, "reason": ""}
+                found = {key: part.get(key, "") for key in ("progress", "reason", "kind")}
+                return {"round": row["round"], **found}
+    return {"round": None, "progress": None, "reason": "", "kind": ""}

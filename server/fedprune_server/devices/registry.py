@@ -13,7 +13,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ProtocolError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import Device, outcome
 from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
@@ -298,7 +298,7 @@ class DeviceRegistry:
         elif task.progress is Part.PULLING and pulled is not None:
             doing = f"upload {pulled[0]}/{pulled[1]}"
         elif task.progress is Part.REFUSED:
-            doing = f"refused: {task.reason}"
+            doing = f"{outcome(task.progress, task.kind)}: {task.reason}"
         else:
             doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
         if device.region:

@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from fedprune.secure_aggregation.session import Session
 from fedprune.security.keys import KEY, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, Update
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
+from fedprune_server.monitoring.display import secure_sum_line
 
 log = logging.getLogger("fedprune.server")
 
@@ -30,6 +31,9 @@ LEAST = 3
 
 _ANSWERS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
 """What boards answer to each of the server's steps; to a delivery, with an `Update`."""
+
+_STEPS = {"session": "keys", "roster": "shares", "delivery": "masks", "survivors": "unmasking"}
+"""The protocol's steps (docs/secure-aggregation.md), by the server's message that begins each."""
 
 _DROPPING = 0.2
 """Share of a cohort's boards that may drop out after the step of keys."""
@@ -54,6 +58,7 @@ class SecureSums:
         self._cohorts: list[_Cohort] = []
         self._members: dict[str, _Cohort] = {}
         self._dropped: dict[str, str] = {}
+        self._reports: list[dict[str, Any]] = []
         self._accepted: dict[str, Accepted] = {}
         self._thread = ThreadPoolExecutor(1, "fedprune-masks")
 
@@ -68,7 +73,7 @@ class SecureSums:
 
     def begin(self, command: do.SumMasked) -> None:
         """Begin the sums of a round; earlier ones are dropped."""
-        self._round, self._dropped, self._accepted = command.round, {}, {}
+        self._round, self._dropped, self._reports, self._accepted = command.round, {}, [], {}
         self._cohorts, self._members = [], {}
         groups: dict[tuple[str, str], list[str]] = {}
         for device in command.devices:
@@ -81,6 +86,7 @@ class SecureSums:
             except FedpruneError as error:
                 self._dropped |= dict.fromkeys(devices, one_line(str(error)))
                 log.warning("round %d: no secure sum of %s: %s", command.round, ", ".join(devices), error)
+                self._reports.append({"boards": len(devices), "summed": 0, "lost": {}})
                 continue
             cohort = _Cohort(session, tuple(devices))
             self._cohorts.append(cohort)
@@ -174,7 +180,10 @@ class SecureSums:
                 sums.append({"total": cohort.total, "narrow": cohort.session.narrow, "devices": list(devices)})
                 self._accepted |= {name: cohort.arrived[name] for name in devices}
             self._dropped |= cohort.dropped()
-        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())))
+            report = cohort.report()
+            log.info("round %d: %s", self._round, secure_sum_line(report))
+            self._reports.append(report)
+        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports)
         self._cohorts, self._members, self._dropped = [], {}, {}
         for device in self._accepted:
             self.repeat(device, self._round)
@@ -194,6 +203,7 @@ class SecureSums:
         waits = returning or any(self._state.devices[name].online for name in cohort.awaited)
         if in_time and cohort.awaited and waits and not (cohort.step == "survivors" and cohort.collector.ready):
             return
+        cohort.lose(cohort.messages.keys() - cohort.answered)
         try:
             match cohort.step:
                 case "session":
@@ -259,6 +269,7 @@ class _Cohort:
         announced: By device, digest of the masked vector that it has announced.
         arrived: By device, how its masked vector will be accepted.
         gone: By device that has dropped out by itself, why.
+        lost: By device that has dropped out in any way, the first step that it didn't answer.
         work: What the thread does, in its order, with the device that it concerns; empty for all.
         total: Digest of the sum, once it is known.
         failure: Why there is none.
@@ -275,6 +286,7 @@ class _Cohort:
     announced: dict[str, str] = field(default_factory=dict)
     arrived: dict[str, Accepted] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
     work: deque[tuple[str, Future[Any]]] = field(default_factory=deque)
     began: float = 0.0
     total: str = ""
@@ -294,6 +306,11 @@ class _Cohort:
     def drop(self, device: str, reason: str) -> None:
         self.gone[device] = reason
         self.awaited.discard(device)
+        self.lose((device,))
+
+    def lose(self, devices: Iterable[str]) -> None:
+        for device in devices:
+            self.lost.setdefault(device, _STEPS[self.step])
 
     def add(self, device: str, step: str, content: bytes) -> None:
         """Add a device's answer. Raises `ProtocolError` or `SignatureError`."""
@@ -340,8 +357,18 @@ class _Cohort:
     def dropped(self) -> dict[str, str]:
         """By device that is not in the sum, why."""
         summed = self.collector.boards if self.total else ()
-        reason = self.failure or "it dropped out of the secure sum"
-        return {name: self.gone.get(name, reason) for name in self.devices if name not in summed}
+        left = {name: f"it dropped out of the secure sum at the step of {step}" for name, step in self.lost.items()}
+        reasons = {name: self.gone.get(name) or left.get(name) or self.failure for name in self.devices}
+        return {name: reason or "no neighbour is left" for name, reason in reasons.items() if name not in summed}
+
+    def report(self) -> dict[str, Any]:
+        """How the sum went, as `on.Unmasked` has it; a board that leaves after its vector has arrived is summed."""
+        summed = self.collector.boards if self.total else ()
+        lost: dict[str, list[str]] = {}
+        for name, step in sorted(self.lost.items()):
+            if name not in summed:
+                lost.setdefault(step, []).append(name)
+        return {"boards": len(self.devices), "summed": len(summed), "lost": lost}
 
 
 def _session(job: str, round_: int, selection: str, boards: int, form: Mapping[str, Any]) -> Session:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 from fedprune.core.metrics import ACCURACY, METRICS, leading
-from fedprune.core.text import quantity
+from fedprune.core.text import quantity, some
 from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
@@ -39,7 +39,7 @@ _COLUMNS = (
 )
 
 _STATES = {
-    "ready": GOOD, "aggregated": GOOD, "refused": BAD,
+    "ready": GOOD, "aggregated": GOOD, "refused": BAD, "late": ATTENTION, "lost": ATTENTION, "gone": ATTENTION,
     "offline": ATTENTION, "excluded": ATTENTION, "unknown": ATTENTION,
 }  # fmt: skip
 """Styles of states by their first word; all others are work that is being done."""
@@ -215,6 +215,12 @@ def round_line(summary: Mapping[str, Any], rounds: int, bytes_down: int, bytes_u
     parts += metric_texts(summary["metrics"])
     parts.append(f"{_mb(bytes_down)} MB down and {_mb(bytes_up)} MB up so far")
     return f"round {summary['round']} of {rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
+
+
+def secure_sum_line(report: Mapping[str, Any]) -> str:
+    """How the sum of a cohort went (`fedprune.coordination.events.Unmasked`), as one line."""
+    lost = "".join(f"; lost at the step of {step}: {some(names)}" for step, names in report["lost"].items())
+    return f"secure sum of {quantity(report['boards'], 'board')}: {report['summed']} summed{lost}"
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:

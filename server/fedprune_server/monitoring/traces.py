@@ -23,7 +23,7 @@ from opentelemetry.trace import Span, Status, StatusCode, Tracer
 from fedprune import __version__
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.jobs.state import Progress
+from fedprune.jobs.state import Progress, outcome
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_parts import OF_DEVICES, begun, ended
 from fedprune_server.monitoring.view import JobView
@@ -75,7 +75,9 @@ class JobTraces(Observer):
         for name, part in summary["devices"].items():
             counted += part["progress"] == Progress.FOLDED.value
             for what in (*OF_DEVICES, _DEVICE):
-                self._end(what, name, now, reason=part["reason"], outcome=part["progress"])
+                self._end(
+                    what, name, now, reason=part["reason"], outcome=outcome(part["progress"], part.get("kind", ""))
+                )
         if self._round is not None and summary["round"] == self._number:
             self._round.set_attribute("fedprune.counted", counted)
             self._round.set_attribute("fedprune.asked", len(summary["devices"]))

@@ -29,12 +29,14 @@ from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server import app
+from fedprune_server.cli.status import describe, status
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.secure_sums import SecureSums, _session
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import folded
 from support.fakes.masked_cohort import ServerView
 from support.fakes.secure_fleet import SecureFleet
@@ -66,6 +68,27 @@ def test_a_fifth_of_the_boards_may_drop_out_at_any_step(model: Model, tmp_path: 
     left = NAMES if step == "survivors" else ("a", "b", "d", "e")  # what has arrived then counts
     assert folded(state) == [list(left)]
     assert state.model == plain(tmp_path, model, left, rounds=1).model
+
+
+@pytest.mark.parametrize(
+    ("stops_at", "step"), [("session", "keys"), ("roster", "shares"), ("delivery", "masks"), ("vector", "masks")]
+)
+def test_a_sum_is_logged_and_in_status_with_the_boards_that_it_lost(
+    model: Model, tmp_path: Path, stops_at: str, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    fleet.board("c").stops_at = stops_at
+    state = fleet.run()
+    line = f"secure sum of 5 boards: 4 summed; lost at the step of {step}: c"
+    assert f"round 1: {line}" in caplog.messages
+    assert state.history[0]["secure_sums"] == [{"boards": 5, "summed": 4, "lost": {step: ["c"]}}]
+    with Storage.at(tmp_path / "secure") as storage:
+        storage.put_settings({"job": Job(rounds=1, devices=5, secure_aggregation=True, move_limit=0.0).to_dict()})
+    text = describe(status(tmp_path / "secure"))
+    assert line in text
+    assert f"c: lost: it dropped out of the secure sum at the step of {step}" in text
+    assert "refused" not in text
 
 
 def test_the_server_can_compute_nothing_but_the_sum(model: Model, tmp_path: Path) -> None:

@@ -104,11 +104,14 @@ class Unmasked:
     Attributes:
         sums: `fedprune.coordination.commands.CohortSum`s, as JSON.
         dropped: By device, why its update is in none of them.
+        cohorts: How the sum of each cohort went: its number of `boards`, how many were `summed` and, by step of the
+            protocol, those `lost` at it.
     """
 
     round: int
     sums: list[dict[str, Any]]
     dropped: dict[str, str] = field(default_factory=dict)
+    cohorts: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

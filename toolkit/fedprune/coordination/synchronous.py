@@ -308,11 +308,12 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is not None:
             return []
+        lost = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
         for name in event.dropped.keys() & state.tasks.keys():
-            state.tasks[name].refuse(event.dropped[name], FailureKind.LATE)
+            state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
         if not event.sums:
             return self._restart_after_unusable_updates(now)
-        state.closing = {"sums": event.sums}
+        state.closing = {"sums": event.sums, "cohorts": event.cohorts}
         return [self._close()]
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
@@ -433,8 +434,8 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        cohorts = [found["devices"] for found in (state.closing or {}).get("sums", ())]
-        state.closing = None
+        closing, state.closing = state.closing or {}, None
+        cohorts = [found["devices"] for found in closing.get("sums", ())]
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
@@ -449,11 +450,14 @@ class SynchronousCoordinator(Coordinator):
             self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
+        if closing.get("cohorts"):
+            state.closing = {"cohorts": closing["cohorts"]}  # for the round's summary
         return [self._evaluate()]
 
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
         state.history.append(self._summary(metrics, now))
+        state.closing = None
         self.allocator.review(self.fleet, metrics)
         if self._last():
             state.phase = Phase.FINISHED
@@ -469,6 +473,7 @@ class SynchronousCoordinator(Coordinator):
             "model": state.model,
             "metrics": metrics,
             "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
+            **({} if state.closing is None else {"secure_sums": state.closing["cohorts"]}),
         }
 
 

@@ -14,6 +14,8 @@ class FailureKind(str, Enum):
     DIVERGED = "diverged"
     """Training ended in numbers that are not finite, or far too large."""
     LATE = "late"
+    LOST = "lost"
+    """The device was in a secure sum, and left it before its update was."""
     OUTLIER = "outlier"
     """The update stands out among those of the round."""
     QUARANTINED = "quarantined"
@@ -27,6 +29,10 @@ class FailureKind(str, Enum):
     STALE = "stale"
     """The model or its ranking changed in the meantime."""
     OTHER = "other"
+
+
+ABSENT = (FailureKind.LATE, FailureKind.LOST, FailureKind.GONE)
+"""Kinds of failure of a device that delivered nothing; nothing of it was refused."""
 
 
 @dataclass(frozen=True)

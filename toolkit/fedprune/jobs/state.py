@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
-from fedprune.jobs.failure_kind import FailureKind
+from fedprune.jobs.failure_kind import ABSENT, FailureKind
 from fedprune.jobs.packed_json import PackedJson
 
 FORMAT = "fedprune.state/2"
@@ -59,6 +59,11 @@ class Progress(str, Enum):
     def over(self) -> bool:
         """Whether nothing more is awaited."""
         return self in (Progress.FOLDED, Progress.REFUSED)
+
+
+def outcome(progress: str, kind: str) -> str:
+    """How far a part is, in a word for people: `late`, `lost` or `gone` where a device delivered nothing."""
+    return kind if progress == Progress.REFUSED and kind in ABSENT else progress
 
 
 class _CommonValues(dict[str, Any]):
@@ -326,7 +331,8 @@ class State:
         target_updates: Updates with which the current round closes; 0 for all.
         opened_at: Asynchronous jobs: when the current round began to collect.
         closing: While a round is being closed. Asynchronous jobs: which updates are new, the weight of each, and how
-            far the sums move the model. With secure aggregation: the sums of masked updates, once they are known.
+            far the sums move the model. With secure aggregation: the sums of masked updates, once they are known, and
+            until the round's end how they went (`events.Unmasked`).
         wake_times: Times of `Wake` commands that the shell has not answered yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedprune.core.errors import BundleError, StorageError
 from fedprune.core.text import one_line
-from fedprune.jobs.state import Device, Task
+from fedprune.jobs.state import Device, Task, outcome
 from fedprune.model.selection import Selection
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared, predicted
 from fedprune_server.monitoring.view import JobView
@@ -56,7 +56,8 @@ def details(view: JobView, name: str, at: float) -> DeviceDetails:
         if part is not None and len(history) < _PARTS:
             history.append(
                 {
-                    "round": summary["round"], "at": summary["at"], "progress": part["progress"],
+                    "round": summary["round"], "at": summary["at"],
+                    "progress": outcome(part["progress"], part.get("kind", "")),
                     "density": min(1.0, max(0.0, float(part["density"]))), "samples": part["samples"],
                     "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
                 }

@@ -11,8 +11,8 @@ STATUSES = ("member", "waiting", "revoked")
 """A device's membership."""
 
 DEVICE_STATES = (
-    "ready", "queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused", "excluded",
-    "elsewhere", "offline", "waiting", "revoked", "unknown",
+    "ready", "queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused", "late",
+    "lost", "gone", "excluded", "elsewhere", "offline", "waiting", "revoked", "unknown",
 )  # fmt: skip
 """What a device is at: its part's progress and, where it has none, why."""
 

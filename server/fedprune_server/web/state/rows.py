@@ -10,7 +10,7 @@ from typing import Any
 from fedprune.core.metrics import leading
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_number
-from fedprune.jobs.state import Device, Progress, State, Task
+from fedprune.jobs.state import Device, Progress, State, Task, outcome
 from fedprune.wire.fleet_messages import COMMITTED
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state.records import FinishedRound
@@ -112,7 +112,7 @@ def _state(
         return "revoked" if status == "revoked" else ("elsewhere" if here else "offline")
     if task is None or not state.awaits(task):
         return "ready"
-    return "training" if task.progress is Progress.OFFERED and training else task.progress.value
+    return "training" if task.progress is Progress.OFFERED and training else outcome(task.progress.value, task.kind)
 
 
 def versions(software: str) -> dict[str, str]:

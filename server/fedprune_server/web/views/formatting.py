@@ -16,7 +16,8 @@ MARKS = {
     # devices
     "ready": "good", "folded": "good", "stored": "good", "training": "work", "pulling": "work", "offered": "work",
     "extracting": "work", "queued": "off", "elsewhere": "off", "offline": "off", "unknown": "off", "waiting": "warn",
-    "refused": "bad", "excluded": "warn", "revoked": "bad", "quarantine": "bad",
+    "refused": "bad", "late": "warn", "lost": "warn", "gone": "warn", "excluded": "warn", "revoked": "bad",
+    "quarantine": "bad",
     # jobs
     "finished": "good", "scoring": "work", "closing": "work", "evaluating": "work", "paused": "warn",
     # rollouts
