@@ -166,7 +166,6 @@ def _run(options: argparse.Namespace) -> None:
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
         from fedprune_server.simulation.results.report import claims, final_figures, summary_text
-        from fedprune_server.simulation.results.runs_progress import RunDisplay
 
         out = _run_folder(options.out)
         changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
@@ -174,9 +173,7 @@ def _run(options: argparse.Namespace) -> None:
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
         )
     with _goes_on(out):
-        run = simulate(
-            plan, folder=out, workers=options.workers, cuda=options.cuda, track=options.track, display=RunDisplay
-        )
+        run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, track=options.track, progress=True)
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few_rounds(plan.job.rounds) if options.demo else ""
     judged = options.demo and not unjudged

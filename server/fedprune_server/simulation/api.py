@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -29,7 +29,7 @@ from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, final_rows, table, write_report
 from fedprune_server.simulation.results.run_folder import devices_table, rounds_table, simulate_to_weights
-from fedprune_server.simulation.results.runs_progress import RunDisplay
+from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
 
@@ -166,7 +166,7 @@ def simulate(
     workers: int | None = None,
     cuda: bool = False,
     track: str | None = None,
-    display: Callable[[str], AbstractContextManager[RunDisplay]] | None = None,
+    progress: bool | None = None,
 ) -> Run:
     """Run a fleet on a virtual clock.
 
@@ -183,7 +183,7 @@ def simulate(
         workers: Number of processes; by default the fleet's.
         cuda: Whether to train on an NVIDIA GPU, if that works.
         track: Experiment trackers that get every round, such as `mlflow,tensorboard:events`; by default the fleet's.
-        display: Opens a display of progress for a run of a given title.
+        progress: Whether progress is shown on stderr; by default on a terminal and in a notebook.
 
     Raises:
         ConfigError: A setting is missing, unknown or wrong; the message names it.
@@ -225,36 +225,37 @@ def simulate(
     targets = plan.track if track is None else track_targets(track, "track")
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()
-    record, weights = _simulated(plan, place, display, plan.track)
+    shown = watched() if progress is None else progress
+    record, weights = _simulated(plan, place, plan.track, shown=shown)
     trained = with_weights(plan.model, tensorfile.decode(weights), plan.title)
     if compared is None:
         return Run(record, trained)
-    other, _ = _simulated(compared, place, display, plan.track, suffix="-reference", state="reference")
+    other, _ = _simulated(compared, place, plan.track, shown=shown, suffix="-reference", state="reference")
     return Run(record, trained, other)
 
 
 def _simulated(
     experiment: Experiment,
     folder: Path | None,
-    display: Callable[[str], AbstractContextManager[RunDisplay]] | None,
     targets: Sequence[TrackTarget],
     *,
+    shown: bool,
     suffix: str = "",
     state: str = "run",
 ) -> tuple[Record, bytes]:
     with (
         tracked(targets, experiment, folder, state) as track,
-        nullcontext() if display is None else display(experiment.title) as shown,
+        RunDisplay(experiment.title) if shown else nullcontext() as display,
     ):
 
         def begin(simulation: Simulation) -> None:
             track(simulation)
-            if shown is not None:
-                shown.begin(simulation)
+            if display is not None:
+                display.begin(simulation)
 
         def show(simulation: Simulation) -> None:
             track(simulation)
-            if shown is not None:
-                shown.show(simulation)
+            if display is not None:
+                display.show(simulation)
 
         return simulate_to_weights(experiment, folder, show, begun=begin, suffix=suffix, state=state)

@@ -23,6 +23,7 @@ from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.results import runs_progress
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.starter import STARTERS, write_starter
 from support.paths import ROOT
@@ -63,6 +64,23 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     np.savez("digits.npz", x=x[:400], y=y[:400])
     Path("model.onnx").write_bytes(digits_model())
     return FLEET
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_progress_is_shown_where_a_person_sees_it_unless_it_is_turned_off(
+    fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, notebook: bool
+) -> None:
+    simulate(fleet, rounds=1)
+    assert capsys.readouterr().err == ""
+    if notebook:
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+        monkeypatch.setattr(runs_progress, "LINE_S", 0.0)
+    else:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    simulate(fleet, rounds=1, title="seen")
+    assert "seen" in capsys.readouterr().err
+    simulate(fleet, rounds=1, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_tables_give_the_run_that_a_file_of_them_gives(fleet: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import struct
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from fedprune_server.monitoring import trackers
 from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.monitoring.trackers import TrackedRun, Tracker
 from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.results.runs_progress import RunDisplay
 from fedprune_server.simulation.runs import RunSpec
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.sweep import simulate_run
@@ -166,20 +166,17 @@ def test_a_tracker_that_fails_ends_no_run_and_catches_up(
     assert "report.html" in only(shown).files
 
 
-def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
-    class Interrupts:
-        def __init__(self, title: str) -> None:
-            """A display that is shown nothing."""
+def test_an_interrupted_run_writes_each_round_once(
+    fleet: dict[str, Any], shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(display: RunDisplay, simulation: Simulation) -> None:
+        if len(simulation.state.history) == 2:
+            raise KeyboardInterrupt
 
-        def begin(self, simulation: Simulation) -> None:
-            """Show nothing."""
-
-        def show(self, simulation: Simulation) -> None:
-            if len(simulation.state.history) == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        simulate(fleet, folder="out", track="mlflow", display=lambda title: nullcontext(Interrupts(title)))  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDisplay, "show", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            simulate(fleet, folder="out", track="mlflow", progress=True)
     assert [number for number, _ in only(shown).rounds] == [1, 2]
 
     simulate(fleet, folder="out", track="mlflow")

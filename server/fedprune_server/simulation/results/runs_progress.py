@@ -32,6 +32,12 @@ LINE_S = 10.0
 """Seconds between two lines."""
 
 
+def watched() -> bool:
+    """Whether a person sees stderr: on a terminal, or below a notebook's cell."""
+    console = Console(stderr=True)
+    return console.is_terminal or console.is_jupyter
+
+
 class _Lines:
     """Periodic progress lines for pipes, files and simple terminals."""
 
@@ -56,7 +62,8 @@ class RunDisplay:
     """A progress bar for one run, with a spinner while it is prepared; log lines scroll above."""
 
     def __init__(self, title: str) -> None:
-        console = Console(stderr=True)
+        # A bar in a notebook takes ipywidgets; lines don't.
+        console = Console(stderr=True, force_jupyter=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         self._console, self._lines = console, _Lines(console)
         self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
