@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.cli import options_of
+from fedprune.core.cli import option_names, options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, UsageError, meant, reason, shown
 from fedprune_device.releases.unit import quoted
@@ -184,8 +184,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise UsageError(str(error), hint=hint) from error
     if unknown:
-        known = [o for action in parser._actions for o in action.option_strings]
-        raise UsageError(f"`{verb}` has no option {shown(unknown[0])}{meant(unknown[0], known)}", hint=hint)
+        near = meant(unknown[0], option_names(parser))
+        raise UsageError(f"`{verb}` has no option {shown(unknown[0])}{near}", hint=hint)
     if found.config is not None or vars(found)["server.state"] is not None:
         raise UsageError("--config and --state of a service", expected="them before --")
 

@@ -82,7 +82,7 @@ def test_members_are_in_the_database_that_is_named(
     capsys.readouterr()
     assert main(["devices", "--state", state, *words]) == ExitCode.OK
     assert capsys.readouterr().out.startswith("attic")
-    assert main(["devices", "revoke", "attic", "--state", state, *words]) == ExitCode.OK
+    assert main(["devices", "revoke", "--state", state, *words, "attic"]) == ExitCode.OK
     with IdentityFolder(Path(state), database=url) as identity:
         assert [d.status for d in identity.store.devices()] == ["revoked"]
     assert not (Path(state) / "server.db").exists()
@@ -197,7 +197,7 @@ def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path,
     assert "crl.pem" in where
     assert asks(state, tmp_path / "1", "pi-1")[1] == "refused"
     assert asks(state, tmp_path / "2", "pi-1", Claim.parse(text))[1] == "approved"
-    assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.OK
+    assert main(["devices", "revoke", "pi-1", "--state", state]) == ExitCode.OK
     assert listed(state, capsys) == {"pi-1": ["revoked", "revoked"]}
     assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.JOIN
 

@@ -272,7 +272,8 @@ def _describe(parser: argparse.ArgumentParser) -> None:
 
 
 def _shorten(parser: argparse.ArgumentParser) -> None:
-    """Let a parser and those of its subcommands report errors in one line, without the usage."""
+    """Let a parser and those of its subcommands report errors in one line, without the usage, and take words that may
+    be missing also behind options, as in `devices revoke --state DIR NAME`."""
 
     def error(message: str) -> NoReturn:
         _say(f"{_reworded(message)}. See `{parser.prog} --help`.")
@@ -280,6 +281,17 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
 
     parser.error = error  # type: ignore[method-assign]
     parser.allow_abbrev = False  # --round is no --rounds
+    if any(not action.option_strings and action.nargs == "?" for action in parser._actions):
+        parse = parser.parse_known_args
+
+        def intermixed(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+            parser.parse_known_args = parse  # type: ignore[method-assign]
+            try:
+                return parser.parse_known_intermixed_args(args, namespace)
+            finally:
+                parser.parse_known_args = intermixed  # type: ignore[method-assign]
+
+        parser.parse_known_args = intermixed  # type: ignore[method-assign]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
@@ -308,7 +320,7 @@ def check_command(word: str, commands: Iterable[str], hint: str) -> None:
 def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Find a misspelt option before what it would have said is missed, and say what was meant. Raises `UsageError`
     if there is no such option."""
-    known = _options(parser)
+    known = option_names(parser)
     for word in argv:
         if word == "--":
             return
@@ -317,7 +329,7 @@ def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
                 if word not in action.choices:
                     return  # argparse reports it: without a command no option can be checked
                 parser = action.choices[word]
-                known = known | _options(parser)
+                known = known | option_names(parser)
                 break
         option = word.partition("=")[0]
         if option.startswith("--") and option not in known:
@@ -326,7 +338,8 @@ def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
             )
 
 
-def _options(parser: argparse.ArgumentParser) -> set[str]:
+def option_names(parser: argparse.ArgumentParser) -> set[str]:
+    """Names of a parser's options, without those of its subcommands."""
     return {name for action in parser._actions for name in action.option_strings}
 
 
