@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
+from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
@@ -50,9 +51,9 @@ class SecureUpdate:
         """Keep a trained update, which is not masked yet, until the server has the sum. Raises `StorageError` if it
         can't be read."""
         self.drop()
-        form = offer.secure or {}
+        form = MaskedForm.from_json(offer.secure)
         self._vector = self._blobs.read(update.weights.sha256)
-        self._numbers = form.get("narrow", 0), form.get("wide", 0)
+        self._numbers = form.narrow, form.wide
         self._update = update
         self._begin(now)
 

@@ -19,7 +19,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.secure_aggregation.grid import VectorForm
+from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.updates import Codec, encode, weights
 from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.updates.remap import relocated
@@ -127,8 +127,8 @@ class LocalUpdate:
         self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
-        self._form = None if offer.secure is None else VectorForm.from_json(offer.secure.get("tensors"))
-        coded = self._form is not None and any(grid.step is not None for grid in self._form.tensors.values())
+        self._form = None if offer.secure is None else MaskedForm.from_json(offer.secure)
+        coded = self._form is not None and self._form.coded
         feeds_back = coded or (self._codec is not None and self._codec.feedback)
         keeps = recipe.average or self._personal or feeds_back or recipe.keep_optimizer_state
         self.kept = RoundState(states, offer) if keeps else None
@@ -269,12 +269,11 @@ class LocalUpdate:
         return raw, left if self.mask is None else self.mask.unpack(left)
 
     def _vector(
-        self, form: VectorForm, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]
+        self, form: MaskedForm, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]
     ) -> tuple[bytes, Tensors]:
         """The update as the vector that is to be masked, and what its codes leave out."""
         received: Tensors = tensorfile.decode(read(self._offer.weights))
-        weight = (self._offer.secure or {}).get("weight", 0)
-        vector, left = form.encode(update, received, weight, self._missed(trained, read))
+        vector, left = form.vector.encode(update, received, form.weight, self._missed(trained, read))
         return vector.to_bytes(), left
 
     def _missed(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:

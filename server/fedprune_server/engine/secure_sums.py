@@ -17,6 +17,7 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
 from fedprune.secure_aggregation.collector import Collector
+from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.session import Session
 from fedprune.security.keys import KEY, VerifyingKey
@@ -80,7 +81,7 @@ class SecureSums:
             offer = self._state.tasks[device].offer or {}
             groups.setdefault((offer["selection"], offer["weights"]["sha256"]), []).append(device)
         for (selection, _), devices in sorted(groups.items()):
-            form = (self._state.tasks[devices[0]].offer or {})[do.SECURE]
+            form = MaskedForm.from_json((self._state.tasks[devices[0]].offer or {})[do.SECURE])
             try:
                 session = _session(self._job.name, command.round, selection, len(devices), form)
             except FedpruneError as error:
@@ -371,7 +372,7 @@ class _Cohort:
         return {"boards": len(self.devices), "summed": len(summed), "lost": lost}
 
 
-def _session(job: str, round_: int, selection: str, boards: int, form: Mapping[str, Any]) -> Session:
+def _session(job: str, round_: int, selection: str, boards: int, form: MaskedForm) -> Session:
     """The settings of a sum of so many boards. Raises `ConfigError` if they are too few.
 
     A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
@@ -381,4 +382,4 @@ def _session(job: str, round_: int, selection: str, boards: int, form: Mapping[s
         raise ConfigError("boards of the same channels in a secure sum", expected=f"{LEAST} or more", got=boards)
     context = json.dumps([job, round_, selection, secrets.token_hex(_RANDOM)]).encode()
     dropping = min(_DROPPING, (boards - LEAST) // 2 / boards)
-    return Session.choose(context, boards, form["narrow"], form["wide"], dropping=dropping)
+    return Session.choose(context, boards, form.narrow, form.wide, dropping=dropping)

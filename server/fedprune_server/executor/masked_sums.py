@@ -18,7 +18,7 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import Grid, TensorGrid, step_exponent
+from fedprune.secure_aggregation.grid import Grid, MaskedForm, TensorGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune_server.executor.stored_updates import StoredUpdates
 
@@ -43,10 +43,10 @@ class MaskedSums:
         self._coded = job.compression == "int8"
         self._updates, self._store, self._round_of = updates, store, round_of
 
-    def form(self, basis: do.Basis, part: do.Part, selection: Selection) -> dict[str, Any]:
+    def form(self, basis: do.Basis, part: do.Part, selection: Selection) -> MaskedForm:
         """What an offer says of the vector that the device is to mask."""
         grid = self._grid(self._round_of(basis), basis, part, selection)
-        return {"tensors": grid.form.to_json(), "narrow": grid.narrow, "wide": grid.wide}
+        return MaskedForm(grid.form, grid.narrow, grid.wide)
 
     def closed(self, command: do.Close) -> RoundResult:
         """The result of a round. If a sum can't be that of boards which follow the protocol, no update counts: sums of

@@ -199,7 +199,7 @@ class Worker:
         before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
         secure: dict[str, Any] = {}
         if self._masked_sums is not None:
-            secure[do.SECURE] = self._masked_sums.form(command.basis, command.part, submodel.selection)
+            secure[do.SECURE] = self._masked_sums.form(command.basis, command.part, submodel.selection).to_json()
         return {
             **secure,
             "seed": self.job.seed,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune.aggregation.fixed_point import Range
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
@@ -21,6 +22,7 @@ from fedprune.coordination.round import RoundResult
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ConfigError, ExitCode, StorageError
 from fedprune.jobs.job import Job
+from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import Session
 from fedprune.strategies import compose
@@ -288,7 +290,7 @@ class CountedDevices(dict[str, Any]):
 
 def test_a_turn_and_a_message_look_at_few_boards_of_a_large_cohort(tmp_path: Path) -> None:
     names = [CountedName(f"b{i}") for i in range(1000)]
-    form = {"tensors": [], "narrow": 0, "wide": 9, "weight": 1}
+    form = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=9, weight=1).to_json()
     offer = {"selection": "s", "weights": {"sha256": "w"}, "secure": form}
     devices = CountedDevices({name: SimpleNamespace(online=True) for name in names})
     state = SimpleNamespace(tasks={n: SimpleNamespace(attempt=1, offer=offer) for n in names}, devices=devices)
@@ -387,7 +389,7 @@ def row(title: str) -> list[str]:
 
 
 def test_small_cohorts_have_the_neighbours_and_thresholds_of_the_page() -> None:
-    form = {"narrow": 0, "wide": 1}
+    form = MaskedForm(VectorForm({}), narrow=0, wide=1)
     sessions = [_session("t", 1, "s", int(boards), form) for boards in row("boards of a cohort")]
     assert [str(session.degree) for session in sessions] == row("k")
     assert [str(session.threshold) for session in sessions] == row("t")

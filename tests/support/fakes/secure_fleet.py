@@ -14,7 +14,7 @@ from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
-from fedprune.secure_aggregation.grid import VectorForm
+from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Trained, Update, parse
 from fedprune_device.network.connection import Channel, Connection
@@ -102,8 +102,8 @@ class MaskingBoard(ToyDevice):
         if offer.secure is None:
             raw = tensorfile.encode(tensors)
         else:
-            form = VectorForm.from_json(offer.secure["tensors"])
-            vector, self.residual = form.encode(tensors, sent, offer.secure["weight"], self.residual)
+            form = MaskedForm.from_json(offer.secure)
+            vector, self.residual = form.vector.encode(tensors, sent, form.weight, self.residual)
             raw = self.vector = vector.to_bytes()
         at = self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256
         update = Update(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})

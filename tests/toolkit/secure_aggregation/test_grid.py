@@ -14,7 +14,7 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import CODES, Grid, TensorGrid, VectorForm, step_exponent
+from fedprune.secure_aggregation.grid import CODES, Grid, MaskedForm, TensorGrid, VectorForm, step_exponent
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import Session
 from support.fakes.masked_cohort import NAMES, MaskedCohort, summed
@@ -201,6 +201,11 @@ def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
     ):
         with pytest.raises(ProtocolError):
             VectorForm.from_json(wrong)
+    form = MaskedForm(grid.form, grid.narrow, grid.wide, weight=3)
+    assert MaskedForm.from_json(json.loads(json.dumps(form.to_json()))) == form
+    for body in (None, [], {}, {**form.to_json(), "wide": -1}, {**form.to_json(), "weight": "3"}):
+        with pytest.raises(ProtocolError):
+            MaskedForm.from_json(body)
 
 
 def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:

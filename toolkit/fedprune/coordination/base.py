@@ -22,6 +22,7 @@ from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Device, Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
+from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.updates.codecs import CODECS
@@ -222,7 +223,7 @@ class Coordinator(ABC):
         device, offer = self.state.devices[event.device], task.offer or {}
         device.failures = 0
         keeps = offer.get("recipe", {}).get("keep_optimizer_state")
-        keeps = keeps or any(step is not None for *_, step in offer.get(do.SECURE, {}).get("tensors", ()))
+        keeps = keeps or (do.SECURE in offer and MaskedForm.from_json(offer[do.SECURE]).coded)
         if keeps or {"codec", "weights_codec"} & set(offer):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}

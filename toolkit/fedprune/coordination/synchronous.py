@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
+from fedprune.secure_aggregation.grid import MaskedForm
 
 
 class SynchronousCoordinator(Coordinator):
@@ -240,7 +242,8 @@ class SynchronousCoordinator(Coordinator):
             return []
         task.offer = event.offer
         if do.SECURE in event.offer:
-            task.offer = event.offer | {do.SECURE: event.offer[do.SECURE] | {"weight": task.weight}}
+            form = replace(MaskedForm.from_json(event.offer[do.SECURE]), weight=task.weight)
+            task.offer = event.offer | {do.SECURE: form.to_json()}
         if task.offered_at is None:  # else it has moved, and what it was offered before is the same
             self.privacy_budget.offered(event.device)
         task.progress, task.offered_at = Progress.OFFERED, now

@@ -139,6 +139,43 @@ class VectorForm:
         return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), left
 
 
+@dataclass(frozen=True)
+class MaskedForm:
+    """An offer's field `secure`: how the update becomes the vector that the board masks.
+
+    Attributes:
+        vector: Its tensors.
+        narrow: How many of its numbers have 32 bits.
+        wide: How many have 64 bits.
+        weight: The update's weight, once the coordinator has set it.
+    """
+
+    vector: VectorForm
+    narrow: int
+    wide: int
+    weight: int = 0
+
+    @classmethod
+    def from_json(cls, body: object) -> MaskedForm:
+        """Read what `to_json` gives. Raises `ProtocolError`."""
+        if not isinstance(body, Mapping):
+            raise ProtocolError("secure of an offer", expected="an object", got=shown(body))
+        narrow, wide = (
+            whole(f"{key} of a vector", body.get(key), 0, 2**40, error=ProtocolError) for key in ("narrow", "wide")
+        )
+        weight = whole("weight of an update in a secure sum", body.get("weight", 0), 0, MAX_WEIGHT, error=ProtocolError)
+        return cls(VectorForm.from_json(body.get("tensors")), narrow, wide, weight)
+
+    def to_json(self) -> dict[str, Any]:
+        sizes = {"tensors": self.vector.to_json(), "narrow": self.narrow, "wide": self.wide}
+        return sizes | ({"weight": self.weight} if self.weight else {})
+
+    @property
+    def coded(self) -> bool:
+        """Whether some tensors travel as codes, which leave something out."""
+        return any(grid.step is not None for grid in self.vector.tensors.values())
+
+
 class Grid:
     """The numbers of a cohort's updates.
 
