@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +62,23 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
     del trainer  # it ends with the training, which the new model needs the memory of
-    if not arguments.json:
-        print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
+    show: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
+    show(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
     before = training.measured(Predictor(bundle.folder, threads=number), "before")
-    if not arguments.json:
-        print(f"before: {_shown(before)}", flush=True)
+    show(f"before: {_shown(before)}")
     with _interruptible() as asked, _progress() as progress:
         result = training.train(progress, asked.is_set)
-    if not arguments.json:
-        print(
-            f"trained: {quantity(result.steps, 'step')} in {result.seconds:.1f} s, "
-            f"loss {result.loss_first:.4g} -> {result.loss_last:.4g}"
-        )
+    trained = f"{quantity(result.steps, 'step')} in {result.seconds:.1f} s"
+    show(f"trained: {trained}, loss {result.loss_first:.4g} -> {result.loss_last:.4g}")
     files, after = training.finished(result)
-    if not arguments.json:
-        print(f"after: {_shown(after)}")
+    show(f"after: {_shown(after)}")
     write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names, bundle.base)
     size = sum(map(len, files.values()))
     if arguments.json:
         body = {"out": str(arguments.out), "bytes": size, "samples": data.samples, "test_samples": len(data.y_test)}
         done = {key: getattr(result, key) for key in ("steps", "seconds", "loss_first", "loss_last")}
         print_json({**body, **done, "before": before, "after": after})
-    else:
-        print(f"{arguments.out}: {quantity(len(files), 'file')}, {size:,} bytes")
+    show(f"{arguments.out}: {quantity(len(files), 'file')}, {size:,} bytes")
     if asked.is_set():
         raise KeyboardInterrupt(
             f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
