@@ -97,6 +97,7 @@ def build_compare_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="accuracy (or loss) whose cost is compared; repeatable",
     )
+    _add_csv(parser)
     add_json(parser)
     parser.set_defaults(run=with_extra("server", _compare))
     return parser
@@ -112,9 +113,16 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
+    _add_csv(parser)
     add_json(parser)
     parser.set_defaults(run=with_extra("server", _sweep))
     return parser
+
+
+def _add_csv(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write a row per run and round, for a spreadsheet; written over"
+    )
 
 
 def build_new_parser() -> argparse.ArgumentParser:
@@ -206,9 +214,12 @@ def _compare(options: argparse.Namespace) -> None:
             target_figures,
             write_comparison,
         )
+        from fedprune_server.simulation.results.run_folder import write_csv
 
         out, targets = _folder(options.out), tuple(options.target or ())
         runs = read_runs(options.runs)
+        if options.csv is not None:
+            write_csv(options.csv, runs)
         page = write_comparison(out, runs, targets)
     if options.json:
         rows = [{**final_figures(run), "targets": [target_figures(run, t) for t in targets]} for run in runs]
@@ -227,6 +238,7 @@ def _sweep(options: argparse.Namespace) -> int:
         variant_figures,
         write_comparison,
     )
+    from fedprune_server.simulation.results.run_folder import write_csv
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import FAILED, carry_out
     from fedprune_server.simulation.sweep import read_sweep, simulate_run, variant_of
@@ -244,6 +256,8 @@ def _sweep(options: argparse.Namespace) -> int:
         variants.setdefault(variant_of(by_name[place.name]), []).append(record)
     several = variants if any(len(found) > 1 for found in variants.values()) else None
     page = write_comparison(out, records, variants=several) if records else None
+    if records and options.csv is not None:
+        write_csv(options.csv, records)
     if options.json:
         errors = [{"run": run.name, "error": run.error.splitlines()[-1]} for run in failed]
         rows = [final_figures(record) for record in records]

@@ -1,5 +1,6 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
+import csv
 import json
 import re
 import shutil
@@ -123,8 +124,9 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert found["run"]["bytes_up"] == run.last.up < found["reference"]["bytes_up"] == reference.last.up
     assert found["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
 
-    compared = ["compare", str(out), str(out), "--out", str(tmp_path / "both"), "--target", "0", "--target", "1.5"]
-    assert main([*compared, "--json"]) == ExitCode.OK
+    reference = str(out / "metrics-reference.json")
+    compared = ["compare", str(out), reference, "--out", str(tmp_path / "both"), "--target", "0", "--target", "1.5"]
+    assert main([*compared, "--json", "--csv", str(tmp_path / "both.csv")]) == ExitCode.OK
     found = json.loads(capsys.readouterr().out)
     first = run.rounds[0]
     assert found["report"] == str(tmp_path / "both" / "comparison.html")
@@ -132,6 +134,11 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     reached, never = found["runs"][0]["targets"]
     assert (reached["round"], reached["seconds"], reached["bytes"]) == (1, first.at, first.down + first.up)
     assert (never["target"], never["round"]) == (1.5, None)
+    with (tmp_path / "both.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["seed"], row["round"]) for row in rows[:2]] == [("yard", "5", "1"), ("yard", "5", "2")]
+    assert [float(row["accuracy"]) for row in rows[:2]] == [r.accuracy for r in run.rounds]
+    assert len(rows) == 4
 
 
 def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):

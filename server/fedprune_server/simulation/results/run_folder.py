@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
@@ -215,6 +216,23 @@ def rounds_table(record: Record) -> pa.Table:
         *sorted(set().union(*(r.measured for r in record.rounds))),
     ]
     return pa.Table.from_pylist([{name: row.get(name) for name in dict.fromkeys(names)} for row in rows])
+
+
+def runs_table(records: Sequence[Record]) -> pa.Table:
+    """The wide tables of several runs below each other, with a run's title and its job's seed in each row."""
+    tables = []
+    for record in records:
+        table = rounds_table(record)
+        for name, value in (("seed", record.job.get("seed", 0)), ("run", record.title)):
+            table = table.add_column(0, name, pa.array([value] * len(table)))
+        tables.append(table)
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """Write the rounds of runs for a spreadsheet. Raises `StorageError` if the disk fails."""
+    with storage_errors(f"can't write {path}"):
+        csv.write_csv(runs_table(records), path)
 
 
 def devices_table(record: Record) -> pa.Table:
