@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -88,29 +88,28 @@ def measured(neighbours: str, bits: int, dropping: float) -> dict[str, Any]:
         boards[name], message = meter.run("advertise", partial(_advertised, session, name, identity, directory))
         up["advertise"].append(len(message))
         meter.run("server", partial(collector.add_advertisement, name, message))
-    rosters = meter.run("server", collector.rosters)
-    down["share"] = [len(raw) for raw in rosters.values()]
-    for name, raw in rosters.items():
-        message = meter.run("share", partial(boards[name].share, raw))
-        up["share"].append(len(message))
-        meter.run("server", partial(collector.add_shares, name, message))
-    deliveries = meter.run("server", collector.deliveries)
-    down["mask"] = [len(raw) for raw in deliveries.values()]
-    for name in set(deliveries) - gone:
-        vector = inputs[name].copy()
-        message = meter.run("mask", partial(boards[name].mask, deliveries[name], vector))
-        up["mask"].append(len(message))
-        meter.run("server", partial(collector.add_masked, name, message))
-    survivors = meter.run("server", collector.survivors)
-    down["unmask"] = [len(raw) for raw in survivors.values()]
-    for name, raw in survivors.items():
-        message = meter.run("unmask", partial(boards[name].unmask, raw))
-        up["unmask"].append(len(message))
-        meter.run("server", partial(collector.add_unmasking, name, message))
-    total = meter.run("unmasking", collector.total)
+
+    def exchange(
+        step: str,
+        begin: Callable[[], Mapping[str, bytes]],
+        answer: Callable[[str, bytes], bytes],
+        take: Callable[[str, bytes], None],
+    ) -> None:
+        messages = meter.run("server", begin)
+        down[step] = [len(raw) for raw in messages.values()]
+        for name in messages.keys() - (gone if step == "mask" else set()):
+            message = meter.run(step, partial(answer, name, messages[name]))
+            up[step].append(len(message))
+            meter.run("server", partial(take, name, message))
+
     expected = Vector.zeros(session)
     for name in set(inputs) - gone:
         expected.add(inputs[name])
+    exchange("share", collector.rosters, lambda name, raw: boards[name].share(raw), collector.add_shares)
+    # Masked in place: each vector is needed once.
+    exchange("mask", collector.deliveries, lambda name, raw: boards[name].mask(raw, inputs[name]), collector.add_masked)
+    exchange("unmask", collector.survivors, lambda name, raw: boards[name].unmask(raw), collector.add_unmasking)
+    total = meter.run("unmasking", collector.total)
     return {
         "neighbours": min(session.degree, BOARDS - 1),
         "threshold": session.threshold,
