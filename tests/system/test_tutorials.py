@@ -1,4 +1,4 @@
-"""The tutorials' commands do what the pages say, one after the other."""
+"""The commands of tutorials and examples do what the pages say, one after the other."""
 
 from __future__ import annotations
 
@@ -50,6 +50,13 @@ def test_try_a_strategy(tmp_path: Path) -> None:
         new.follow(TUTORIALS / "strategy.md")
         assert new.left_out == 0
         assert (new.folder / "sims" / "both" / "comparison.html").is_file()
+
+
+@pytest.mark.soak
+def test_the_example_of_secure_aggregation(tmp_path: Path) -> None:
+    with reader(tmp_path / "clone", 120) as new:
+        new.follow(ROOT / "docs" / "secure-aggregation.md")
+        assert new.left_out == 0
 
 
 @pytest.mark.soak
