@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from benchmarks.shown_fleet import ShownFleet, made_up_run  # noqa: E402
 from fedprune_export.cli.main import main as export  # noqa: E402
 from fedprune_server.simulation.digits import digits_model  # noqa: E402
+from fedprune_server.simulation.results.comparison import write_comparison  # noqa: E402
 from fedprune_server.simulation.results.record import Record  # noqa: E402
-from fedprune_server.simulation.results.report import write_comparison, write_report  # noqa: E402
+from fedprune_server.simulation.results.report import write_report  # noqa: E402
 from support.fakes.served_console import ServedConsole  # noqa: E402 - next to the tests
 
 MARGIN = 6

@@ -15,8 +15,9 @@ from fedprune_export.cli.main import main
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.results.comparison import write_comparison
 from fedprune_server.simulation.results.record import DeviceRow, Record
-from fedprune_server.simulation.results.report import write_comparison, write_report
+from fedprune_server.simulation.results.report import write_report
 from support.processes.machine import find_chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

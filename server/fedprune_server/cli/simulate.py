@@ -173,7 +173,8 @@ def _run(options: argparse.Namespace) -> None:
     with progress("reading the fleet"):
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
-        from fedprune_server.simulation.results.report import claims, final_figures, summary_text
+        from fedprune_server.simulation.results.comparison import final_figures
+        from fedprune_server.simulation.results.report import claims, summary_text
 
         out = _run_folder(options.out)
         changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
@@ -207,7 +208,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
-        from fedprune_server.simulation.results.report import (
+        from fedprune_server.simulation.results.comparison import (
             final_figures,
             print_comparison,
             read_runs,
@@ -230,14 +231,14 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.results.report import (
-        absences,
+    from fedprune_server.simulation.results.comparison import (
         final_figures,
         print_comparison,
         read_runs,
         variant_figures,
         write_comparison,
     )
+    from fedprune_server.simulation.results.report import absences
     from fedprune_server.simulation.results.run_folder import write_csv
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import FAILED, carry_out

@@ -25,9 +25,10 @@ from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
+from fedprune_server.simulation.results.comparison import final_rows
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import Report, final_rows, table, write_report
+from fedprune_server.simulation.results.report import Report, table, write_report
 from fedprune_server.simulation.results.run_folder import devices_table, rounds_table, simulate_to_weights
 from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
 from fedprune_server.simulation.results.tracked_rounds import tracked

@@ -19,19 +19,21 @@ from fedprune.model.recipe import Recipe
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.results import charts, runs_progress
+from fedprune_server.simulation.results.comparison import (
+    final_figures,
+    final_rows,
+    print_comparison,
+    variant_figures,
+    variant_rows,
+)
 from fedprune_server.simulation.results.record import DeviceRow, Record, also_measured
 from fedprune_server.simulation.results.report import (
     absences,
     claims,
-    final_figures,
-    final_rows,
     foresight_rows,
     plan_rows,
-    print_comparison,
     summary,
     summary_text,
-    variant_figures,
-    variant_rows,
     write_report,
 )
 from fedprune_server.simulation.results.runs_progress import RunDisplay

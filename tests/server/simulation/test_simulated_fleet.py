@@ -27,8 +27,8 @@ from fedprune_server.simulation.network_model import (
     read_weather,
 )
 from fedprune_server.simulation.results import run_folder
+from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import final_rows, read_runs, target_rows
 from fedprune_server.simulation.results.run_folder import SPENT
 from fedprune_server.simulation.sweep import read_sweep
 from support.paths import ROOT
