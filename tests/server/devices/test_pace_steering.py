@@ -75,7 +75,10 @@ def within(found: float, expected: float, sigmas: float = 5.0) -> bool:
     return abs(found - expected) <= sigmas * math.sqrt(expected) + 1
 
 
-@pytest.mark.parametrize(("boards", "target"), [(1_000, 100), (10_000, 500), (100_000, 2_000)])
+@pytest.mark.parametrize(
+    ("boards", "target"),
+    [(1_000, 100), (10_000, 500), pytest.param(100_000, 2_000, marks=pytest.mark.soak)],
+)
 def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replaces_them_once(
     boards: int, target: int
 ) -> None:
@@ -90,7 +93,10 @@ def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replace
     assert max(seconds.values()) <= 10 * target / STAY_S + 6 * math.sqrt(10 * target / STAY_S) + 1
 
 
-@pytest.mark.parametrize(("boards", "target", "needed"), [(1_000, 20, 100), (10_000, 50, 400), (100_000, 500, 2_000)])
+@pytest.mark.parametrize(
+    ("boards", "target", "needed"),
+    [(1_000, 20, 100), (10_000, 50, 400), pytest.param(100_000, 500, 2_000, marks=pytest.mark.soak)],
+)
 def test_where_a_round_needs_more_than_the_target_boards_meet(boards: int, target: int, needed: int) -> None:
     demand = Demand(needed, STAY_S)
     plan, fleet = Plan(target, demand), VirtualFleet(boards, target, demand)
