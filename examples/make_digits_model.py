@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 CHANNELS = (32, 64, 128)
 CLASSES = 10
 SCALE = 0.5
-"""Share of He's scale. Batch normalisation undoes it for channels that somebody trains; those that no device is wide
+"""Share of He's scale. Batch normalisation undoes it for channels that some device trains; those that no device is wide
 enough to hold stay quiet in the global model."""
 
 

@@ -125,7 +125,7 @@ def plain() -> bytes:
 
 
 def residual() -> bytes:
-    """Convolutions with batch normalisation beside shortcuts."""
+    """Convolutions with batch normalisation and shortcuts."""
     net = Net("residual", 3, 32, 32)
     net.conv(16).norm().op("Relu")
     for width, stride in ((24, 1), (48, 2), (64, 2)):

@@ -1,4 +1,4 @@
-"""Deal Fashion-MNIST out to the boards of fleet.toml, unevenly: data/BOARD.npz for each, data/server.npz beside them.
+"""Deal Fashion-MNIST out to the boards of fleet.toml, unevenly: data/BOARD.npz for each, and data/server.npz.
 
     python deal.py
 

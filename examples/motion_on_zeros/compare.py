@@ -14,7 +14,7 @@ from fedprune.output.page import Bar, bars, boxes, document
 
 
 def last_accuracies(run: Path) -> dict[str, float]:
-    """What each board was found to serve when it was last measured, on its own person's other recordings."""
+    """Accuracy of each board's served model at its last measurement, on its own person's other recordings."""
     found: dict[str, float] = {}
     for row in json.loads((run / "metrics.json").read_text())["rounds"]:
         found.update(row["local"])

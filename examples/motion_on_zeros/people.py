@@ -47,7 +47,7 @@ def recordings(windows: np.ndarray) -> list[list[int]]:
 
 
 def samples(device: str) -> dict[str, np.ndarray]:
-    """What a board holds; fleet.toml names this function, which is asked for each board by its name."""
+    """The samples of one board. fleet.toml names this function, which is called with each board's name."""
     return npz_arrays(Path("data") / f"{device}.npz")
 
 

@@ -62,7 +62,7 @@ class SmallViT(nn.Module):
 
 
 def pretrained() -> SmallViT:
-    """What pretrain.py made, with a new last layer for ten classes."""
+    """The pretrained network of pretrain.py, with a new last layer for ten classes."""
     torch.manual_seed(0)
     model = SmallViT(10)
     body = {k: v for k, v in torch.load(WEIGHTS, weights_only=True).items() if not k.startswith("head.")}

@@ -1,4 +1,4 @@
-"""What a user of Flower has already: a model, data, a loop that trains and one that tests."""
+"""Parts of an existing Flower app: a model, data, a training loop and an evaluation loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_data(partition: int, partitions: int) -> LocalData:
 
 
 def server_samples(partitions: int) -> tuple[np.ndarray, np.ndarray]:
-    """What no node has."""
+    """The server's own test data."""
     dealt = deal([f"node-{i}" for i in range(partitions)], alpha=ALPHA)
     return dealt.x, dealt.y
 

@@ -47,7 +47,7 @@ def test_boards_are_told_the_clip_and_their_part_of_the_noise() -> None:
     ("body", "message"),
     [
         ({"clip": -1}, "privacy: clip: expected a number from 0"),
-        ({"noise_multiplier": 1}, "privacy: clip: expected above 0 beside other settings"),
+        ({"noise_multiplier": 1}, "privacy: clip: expected above 0 with other settings"),
         ({"clip": 1, "noise_multiplier": 1e-160}, "noise_multiplier: expected 0, or a number from 0.01"),
         ({"clip": 1, "delta": 0}, "privacy: delta"),
         ({"clip": 1, "delta": 1}, "privacy: delta"),
@@ -120,7 +120,7 @@ _SUMS = ("fedavg", "fedprox", "fedper", "fedprune", "fedrolex", "heterofl", "pla
         ({"scorer": "curvature"}, "a ranking by how single updates moved"),
         ({"compression": "top-k"}, "compression top-k, which rounds single updates"),
         ({"compression_of": {"pi": "int8"}}, "compression int8"),
-        ({"strategy": "support.fakes.tiny_job:scheduled", "options": {}}, "a composition of somebody's own"),
+        ({"strategy": "support.fakes.tiny_job:scheduled", "options": {}}, "a composition of your own"),
     ],
 )
 def test_with_shared_noise_nothing_may_look_at_single_updates(settings: dict[str, Any], says: str) -> None:

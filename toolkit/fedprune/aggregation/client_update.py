@@ -96,7 +96,7 @@ def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]],
     for name, value in sorted(squares.items()):
         what = f"squared gradients of {shown(name)}"
         if name not in reported:
-            raise ProtocolError(f"update holds {what}, which nobody asked for")
+            raise ProtocolError(f"update holds {what}, which was not requested")
         if value.dtype != np.float32:
             raise ProtocolError(f"type of {what}", expected="float32", got=value.dtype)
         if value.shape != shapes[name]:
@@ -122,7 +122,7 @@ Moves = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class ClientUpdate:
-    """What `Fold.add` is given, checked.
+    """The checked input of `Fold.add`.
 
     Attributes:
         weight: n_k.
@@ -139,7 +139,7 @@ class ClientUpdate:
     sent: Mapping[str, npt.NDArray[np.float32]] | None = None
 
     def began(self, name: str, base: Tensors) -> npt.NDArray[np.float32]:
-        """What a tensor was before training, in the submodel's coordinates."""
+        """A tensor before training, in the submodel's coordinates."""
         if self.sent is not None:
             return self.sent[name]
         return np.asarray(base[name][mesh(self.selection.maps(name))])

@@ -47,7 +47,7 @@ _OWN = threading.local()
 
 @dataclass(frozen=True)
 class Range:
-    """What a sum accepts, and how finely it keeps it.
+    """The range and the resolution of a sum.
 
     Attributes:
         exponent: Values are at most 2^exponent in magnitude.
@@ -79,7 +79,7 @@ class Range:
 
 
 def weight_in(samples: int, total: int, devices: int) -> int:
-    """A device's weight in a round of so many devices and samples in all, whose sums hold at most `MAX_WEIGHT`."""
+    """A device's weight in a round with these totals of devices and samples, whose sums hold at most `MAX_WEIGHT`."""
     if total <= MAX_WEIGHT:
         return max(1, samples)
     return max(1, samples * (MAX_WEIGHT - devices) // total)

@@ -128,7 +128,7 @@ class Fold:
         return self._shared
 
     def partial(self) -> PartialSums:
-        """What has been summed, for `take`; the fold must not be added to any more. Raises `BundleError` if nothing
+        """The sums so far, for `take`; the fold must not be added to any more. Raises `BundleError` if nothing
         was added, or masks of single elements."""
         self._sums.settle()
         coverage = self._sums.coverage

@@ -201,7 +201,7 @@ def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> n
 
 
 def to_global(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
-    """What `to_layout` returned, in the model's order again."""
+    """The result of `to_layout`, back in the model's order."""
     for axis, order in enumerate(layout.maps(spec.name)):
         if not _identity(order):
             value = value.take(np.argsort(order), axis=axis)

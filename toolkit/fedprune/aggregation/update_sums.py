@@ -233,7 +233,7 @@ class UpdateSums:
             self.coverage.add(selection, part, {})
 
     def means(self, rule: str) -> RoundMeans:
-        """What a rule of `fedprune.aggregation.fold` makes of them; nothing may be added before it is done."""
+        """The result of a rule of `fedprune.aggregation.fold`; nothing may be added before it is done."""
         self.settle()
         return RoundMeans(self._base, rule, self.coverage, self._values)
 

@@ -22,7 +22,7 @@ DIGEST = 32
 """Bytes of a leaf's digest in the leaf table."""
 
 SUFFIX = ".leaves"
-"""What follows a blob's name in that of its leaf table's file."""
+"""The suffix of a leaf table's file after its blob's name."""
 
 MAX_BLOB = 2**40
 """Size that no reference may exceed; a store's own limit is usually far lower."""

@@ -106,7 +106,7 @@ class BlobFolder:
 
 
 _FLUSH_BYTES = 4 * 2**20
-"""After so many bytes the disk begins to write what has come, so that it is not all left to the flush at the end."""
+"""Bytes between flushes of a download, so that the last flush has little left to write."""
 
 
 class PartialBlob:

@@ -108,8 +108,8 @@ class AsynchronousCoordinator(Coordinator):
         state = self.state
         state.round += 1
         state.opened_at = state.deadline = None
-        anew = self.allocator.open(self.fleet) or (state.round - 1) % self.schedule.score_every == 0
-        if state.ranking is not None and not anew:
+        due = self.allocator.open(self.fleet) or (state.round - 1) % self.schedule.score_every == 0
+        if state.ranking is not None and not due:
             return self._collect(now)
         state.phase = Phase.SCORING
         state.ranking = state.order = None

@@ -37,7 +37,7 @@ MAX_FAILURES = 3
 
 
 class Coordinator(ABC):
-    """What a coordinator does, however its rounds go.
+    """The part of a coordinator that all schedules share.
 
     Raises `ConfigError` if the job's strategy or options are wrong, or it began with privacy and would continue
     without.
@@ -184,7 +184,7 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _go_on(self, now: float) -> Commands:
-        """What follows when a part has come to its end, one way or the other."""
+        """React to the end of a part, whatever its outcome."""
 
     @abstractmethod
     def _closed(self, event: on.Closed, now: float) -> Commands:
@@ -284,7 +284,7 @@ class Coordinator(ABC):
         return True
 
     def _repeat(self, event: on.Reconnected) -> Commands:
-        """What an aggregator may have missed: boards and its own messages repeat the rest."""
+        """Send an aggregator again what it may have missed; boards and its own messages repeat the rest."""
         commands: Commands = []
         for name, task in self._parts_in(event.region):
             if self.state.awaits(task) and _not_made(task):
@@ -342,7 +342,7 @@ class Coordinator(ABC):
         """Whether each part has a deadline of its own."""
 
     def _clocked(self, now: float) -> Commands:
-        """What follows once no part is made any more: a round's deadline, where there is one."""
+        """React once all parts are made: start the deadline of a round that has one."""
         return []
 
     def _make_here(self, name: str, before: str) -> Commands:
@@ -411,7 +411,7 @@ class Coordinator(ABC):
         return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
 
     def _keep_past(self, name: str, task: Task) -> None:
-        """Keep when a device handed in what counts and, for strategies that continue from there, what that was."""
+        """Record the round of a device's counted update and, if the strategy continues from it, the update."""
         self.state.devices[name].last_counted_round = self.state.round_of(task)
         if self.strategy.keeps_past:
             # As it was sent: an extractor may have chosen fewer channels than the part says, or others.

@@ -1,4 +1,4 @@
-"""What the coordinator wants done. A command may be carried out twice with the same effect as once."""
+"""The coordinator's commands. A command may be carried out twice with the same effect as once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Past:
     """A device's last counted update, by digest.
 
     Attributes:
-        round: When it was handed in.
+        round: The round of the update.
         weights: Digest of the trained submodel, as it came.
         ranking: Digest of the ranking that it was cut by.
         mask: Digest of its element mask, or None.
@@ -42,7 +42,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Basis:
-    """What submodels are cut from.
+    """The source of submodels.
 
     Attributes:
         model: Digest of the global model.
@@ -106,7 +106,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Held:
-    """What a device was sent for the last update of its that was added, and still has.
+    """The weights that a device received for its last counted update, and still has.
 
     Attributes:
         selection: Digest of the selection.
@@ -126,7 +126,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Coding:
-    """What of a device's part travels encoded (`fedprune.updates.Codec`, as text).
+    """The encoded transfers of a device's part (`fedprune.updates.Codec`, as text).
 
     Attributes:
         update: The codec of its update, or None.

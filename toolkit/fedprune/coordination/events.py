@@ -172,7 +172,7 @@ class Closed:
         model: Digest of the model.
         memory: All that the job remembers from now on, by name.
         rejected: Devices whose updates didn't count after all, since they stand out among the others or can't be
-            used, and why. Where nobody else is left, model and memory are what they were.
+            used, and why. If no update is left, model and memory stay as they were.
         limited: Devices of whose update much less counted than they sent, and why.
         kinds: The `FailureKind` of each rejection.
         reduced: Number of updates of which less counted than was sent, by however little. It decides nothing, so that

@@ -1,6 +1,6 @@
 """Which of several jobs a device works for: one at a time, and every job in its turn.
 
-A device is free when nothing of a round is awaited of it. A job that could begin a round stands in line, and so does an
+A device is free when nothing of a round is awaited of it. A job that could begin a round waits in a queue, as does an
 asynchronous one that has fewer devices at work than its share. First in line is the job that has had the least of the
 devices' time for its weight. It gets the free devices that have worked least for it: as many as its round needs at
 least, and at most its share of all that are there. It doesn't wait for a device at work for another job. Where too few

@@ -83,7 +83,7 @@ class Places:
         self._kinds, self._room = kinds, [np.array(r, np.int64) for r in room]
 
     def take(self, order: Integers, count: int) -> Integers:
-        """Give `count` places to the first boards of `order` that have room, or fewer if there is none for more."""
+        """Give `count` places to the first boards of `order` that have room, or to all of them if they are fewer."""
         taken = [order[:0]]
         while count > 0:
             for kinds, room in zip(self._kinds, self._room, strict=True):

@@ -99,7 +99,7 @@ class Round:
 
     def partial(self, updates: Sequence[RoundUpdate]) -> PartialSums | dict[str, Failure]:
         """The sums of exactly these updates, for another process to merge; or, by device, why an update can't be
-        added. The round begins anew. Raises `BundleError` if the strategy's sums can't be split."""
+        added. The round starts again. Raises `BundleError` if the strategy's sums can't be split."""
         failed = self._include_exactly(updates)
         try:
             return failed or self.fold.partial()

@@ -54,7 +54,7 @@ class UpdateWeights:
         return schedule.weights([first, *others], self._total, uniform=self._uniform)[0]
 
     def entering(self, fresh: dict[str, Task]) -> dict[str, Any]:
-        """What the sums are made of: these updates and, where the schedule keeps them, everybody else's last.
+        """The addends of the sums: these updates and, if the schedule keeps them, the other devices' last ones.
 
         Returns:
             JSON for `State.closing`: `rate`, `fresh` (names) and `weights` by name.
@@ -78,7 +78,7 @@ class UpdateWeights:
         return {"rate": rate, "fresh": sorted(fresh), "weights": dict(zip(names, weights, strict=True))}
 
     def buffer(self, task: Task, contribution: dict[str, Any]) -> dict[str, Any]:
-        """What a device's counted update leaves behind.
+        """The record of a device's counted update.
 
         Args:
             contribution: The update, as `plain` gives it; dropped where the schedule doesn't keep it.

@@ -446,7 +446,7 @@ class SynchronousCoordinator(Coordinator):
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._restart_after_unusable_updates(now)
-        if not self.privacy_budget.release(folded, cohorts):  # too few delivered: nobody is shown their sum
+        if not self.privacy_budget.release(folded, cohorts):  # too few delivered: their sum is not published
             state.spent_under = self.job.privacy.account
             return self._finish_budget_spent(state.round - 1)
         for name, task in folded.items():

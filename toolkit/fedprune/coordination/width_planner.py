@@ -110,7 +110,7 @@ class WidthPlanner:
         device.plan, device.widths, device.density = made.plan, made.widths, made.density
 
     def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
-        """What the device would train by with these widths."""
+        """The device's recipe at these widths."""
         return self.strategy.planned_recipe(
             self.job, name, widths, kept_share(self.architecture, widths), device.samples
         )

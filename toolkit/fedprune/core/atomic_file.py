@@ -94,7 +94,7 @@ def write_document(path: Path, body: dict[str, Any]) -> None:
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
-    """A document as `write_document` wrote it; None where there is none. Raises `StorageError` if it is damaged or
+    """A document as `write_document` wrote it; None if it does not exist. Raises `StorageError` if it is damaged or
     can't be read."""
     try:
         raw = path.read_bytes()

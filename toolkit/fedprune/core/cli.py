@@ -1,4 +1,4 @@
-"""What all commands share: errors become one line and an exit code, never a traceback.
+"""Error handling of all commands: errors become one line and an exit code, never a traceback.
 
 A command's parser gives every subcommand a default `run`, which is a `Command`.
 """

@@ -36,7 +36,7 @@ class Metric:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """What counts as a measurement."""
+        """Whether a value counts as a measurement."""
         return (0.0, 1.0) if self.share else (-MAX_LOSS, MAX_LOSS)
 
     def shown(self, value: float) -> str:
@@ -49,7 +49,7 @@ class Metric:
 
 
 SCORE = "score"
-"""What a metric of the model's own is reported as."""
+"""The name of a metric that the model itself defines."""
 
 ACCURACY = Metric("accuracy", "accuracy", higher=True, share=True)
 LOSS = Metric("loss", "loss", higher=False, share=False)

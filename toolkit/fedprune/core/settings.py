@@ -84,7 +84,7 @@ def check_fields(settings: Any, where: str, error: type[FedpruneError] = ConfigE
 
 
 class _Declared(NamedTuple):
-    """What a field may be, by its annotation and its metadata."""
+    """The values that a field accepts, by its annotation and metadata."""
 
     kind: Any
     whole: bool

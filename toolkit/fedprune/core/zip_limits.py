@@ -8,7 +8,7 @@ from typing import BinaryIO
 from fedprune.core.errors import FedpruneError
 
 MOST_INFLATED, MOST_RATIO = 2**30, 100
-"""What grows beyond so many bytes, and to so many times what it takes in the file, isn't unpacked."""
+"""Limits of an unpacked member: its bytes, and its ratio to the packed bytes once it is larger than that."""
 
 PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Of the others, bzip2 and LZMA, `zipfile` unpacks a whole piece at once, however large that becomes."""

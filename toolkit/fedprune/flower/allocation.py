@@ -30,7 +30,7 @@ ASK = "ask"
 
 @dataclass(frozen=True)
 class NodeShare:
-    """What of the model a node gets.
+    """A node's part of the model.
 
     Attributes:
         widths: Channels per group.
@@ -78,14 +78,14 @@ class Allocation:
         return [n for n in nodes if n not in self._said] if self.asks else []
 
     def heard(self, node: int, density: object, profile: object, samples: object) -> None:
-        """What a node said of itself.
+        """A node's description of itself.
 
         Raises:
             ProtocolError: It is neither a density nor a profile that comes with fedprune.
             PlanError: No width fits that profile.
         """
         if isinstance(profile, str) and density is None:
-            known = profile_store.shipped()  # names alone: nobody else's text may name a file here
+            known = profile_store.shipped()  # names only: text from a node never names a file here
             if profile not in known:
                 raise ProtocolError(f"a node's profile {shown(profile)}{meant(profile, known)} isn't known here")
             count = samples if isinstance(samples, int) and 1 <= samples <= 10**9 else 1
@@ -127,7 +127,7 @@ class Allocation:
         return NodeShare(widths_at(self._architecture, wish), float(wish))
 
     def _recipe(self, name: str, samples: int, widths: tuple[int, ...]) -> Recipe:
-        """What a node would train by with these widths."""
+        """A node's recipe at these widths."""
         return self._strategy.planned_recipe(self._job, name, widths, kept_share(self._architecture, widths), samples)
 
 

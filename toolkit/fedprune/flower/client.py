@@ -20,7 +20,7 @@ from fedprune.model.selection import Tensors
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a node was sent, to be trained or to be evaluated.
+    """The input of a node, for training or evaluation.
 
     Attributes:
         tensors: The submodel's weights and statistics, by their names in the whole model.

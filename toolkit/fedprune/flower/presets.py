@@ -23,7 +23,7 @@ def composed(job: Job) -> Strategy:
     recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))  # a device's of full width
     reasons = {
         "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": strategy.observes,
-        "it continues from what a device last handed in, which fedprune's own server keeps": strategy.keeps_past,
+        "it continues from a device's last update, which fedprune's own server keeps": strategy.keeps_past,
         "devices train under masks of elements": strategy.masks or recipe.mask != "none",
         "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
         "the optimiser's state stays on the device, which a node of Flower doesn't keep": recipe.keep_optimizer_state,

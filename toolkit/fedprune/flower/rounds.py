@@ -53,7 +53,7 @@ class WholeModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a node is sent."""
+    """The message to a node."""
 
     cut: Cut
     submodel: Submodel
@@ -62,7 +62,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What a node hands in, not yet checked."""
+    """A node's result, not yet checked."""
 
     tensors: Mapping[str, npt.NDArray[Any]]
     samples: int
@@ -71,7 +71,7 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What came of a round.
+    """The result of a round.
 
     Attributes:
         model: The next model; the round's own if no update counted.
@@ -137,7 +137,7 @@ class Rounds:
         return self._tasks
 
     def task(self, node: str) -> Task:
-        """What a node of the open round was sent. Raises `KeyError` if it is not in it."""
+        """The message sent to a node of the open round. Raises `KeyError` if it is not in it."""
         return self._tasks[node]
 
     def serving(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:

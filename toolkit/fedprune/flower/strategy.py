@@ -111,7 +111,7 @@ class FedpruneStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next model, of all answers that can be used; nothing where there is none."""
+        """The next model, of all usable answers; None without any."""
         contents: dict[str, RecordDict] = {}
 
         def updates() -> Iterable[tuple[str, Update]]:
@@ -150,7 +150,7 @@ class FedpruneStrategy(FedAvg):
         return self._messages(tasks, MessageType.EVALUATE, config, f"fedprune-{number}")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """What nodes found, averaged by their samples."""
+        """Nodes' metrics, averaged by their numbers of samples."""
         contents = []
         for reply in replies:
             if reply.has_error():

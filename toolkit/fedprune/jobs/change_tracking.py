@@ -42,7 +42,7 @@ class TrackedEntry:
 
     @property
     def counted_as(self) -> Hashable:
-        """What the roll counts it under."""
+        """The key of the entry."""
         return None
 
     def references(self) -> set[str]:
@@ -116,7 +116,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         self.fetch = self.fetch or before.fetch
 
     def settle(self) -> None:
-        """What has changed is taken care of."""
+        """Forget the recorded changes, which are saved now."""
         self.changed = set()
 
     def note(self, name: str) -> None:

@@ -21,10 +21,10 @@ RULES = get_args(Rule)
 SCORERS = ("ordered", "magnitude", "curvature")
 
 HARDWARE, REGION = "hardware", "region"
-"""What a quota may be of."""
+"""The attributes that a quota can refer to."""
 
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
-"""What only the plain strategy reads."""
+"""Settings that only the plain strategy reads."""
 
 _LATER = (
     "energy_budget",
@@ -193,7 +193,7 @@ class Job:
         for f in fields(self):
             if f.name in _PLAIN and getattr(self, f.name) != f.default:
                 raise ConfigError(
-                    f"job: {f.name} beside strategy {shown(self.strategy)}",
+                    f"job: {f.name} with strategy {shown(self.strategy)}",
                     expected="only the strategy's own [job.options]",
                     got=shown(getattr(self, f.name)),
                 )

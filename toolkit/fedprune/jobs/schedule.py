@@ -113,8 +113,8 @@ class Schedule:
         kind: `synchronous` or `asynchronous`.
         participation: Synchronous: share of the present devices that a round asks; 0 leaves it to the job.
         deadline_s: Seconds that a device has for its offer (synchronous: all of them together); 0 leaves it to the job.
-        arrivals: Asynchronous: a round closes with so many updates; 0 leaves that to the window.
-        window_s: A round closes so many seconds after it began; 0 for no window.
+        arrivals: Asynchronous: a round closes with this many updates; 0 leaves that to the window.
+        window_s: Seconds from the beginning of a round to its close; 0 for no window.
         least: With fewer updates a window stays open.
         extension_s: How long it stays open after the update that was missing; 0 for `window_s` once more.
         keep: Every device's last update enters every round (PR-FL's buffers), not only those that have just arrived.
@@ -123,8 +123,8 @@ class Schedule:
         mixing: As the module says.
         rate: η, the server's rate: FedAsync's α, FedBuff's and FedFix's η_g.
         concurrent: How many devices work at a time; 0 for all.
-        score_every: Channels and elements are ranked again every so many rounds, and whenever the allocator asks.
-        evaluate_every: The model is evaluated every so many rounds, and after the last.
+        score_every: Rounds between rankings of channels and elements, unless the allocator asks for one earlier.
+        evaluate_every: Rounds between evaluations of the model, which also follow the last round.
     """
 
     kind: Kind = "synchronous"
@@ -223,7 +223,7 @@ class Schedule:
         return not self.max_staleness or staleness <= self.max_staleness
 
     def weights(self, arrivals: Sequence[Arrival], total: int, *, uniform: bool = False) -> list[int]:
-        """What each update counts for in the sums: whole numbers from 1 up, `MAX_WEIGHT` at most in all.
+        """The weight of each update in the sums: whole numbers from 1 up, `MAX_WEIGHT` at most in all.
 
         Args:
             arrivals: The updates that enter the sums.

@@ -300,7 +300,7 @@ class Task(TrackedEntry):
         self.progress, self.reason, self.kind = Progress.REFUSED, reason, str(FailureKind(kind).value)
 
     def summary(self) -> dict[str, Any]:
-        """What a finished round keeps of it, as JSON."""
+        """The entry of the finished round's record, as JSON."""
         return {
             "progress": self.progress.value,
             "attempt": self.attempt,

@@ -1,4 +1,4 @@
-"""What a model is made of: tensors, channel groups, layers. All that a planner, a board or an aggregator needs.
+"""The parts of a model: tensors, channel groups, layers. All that a planner, a board or an aggregator needs.
 
 An axis of a tensor is a row of *segments*. A segment is a run of channels of one group, each taking `inner`
 neighbouring indices (a flattened 4×4 map has `inner` 16), or a run of fixed indices that no cut may touch.
@@ -42,7 +42,7 @@ _MAX_RANK = 8
 
 
 class TensorKind(str, Enum):
-    """What a tensor is for: it decides how the tensor is trained, pulled, masked and aggregated."""
+    """The role of a tensor, which decides how the tensor is trained, pulled, masked and aggregated."""
 
     WEIGHT = "weight"
     BIAS = "bias"
@@ -114,7 +114,7 @@ class Architecture:
         input_shape: One sample's shape, without the batch.
         output_shape: One sample's output, without the batch. A model that tells classes apart has them on its first
             axis, as torch's losses take them: [K], or [K, height, width] for one class per pixel.
-        base: Arrays of frozen weights in low precision, in the order of their file; empty where there is none.
+        base: Arrays of frozen weights in low precision, in the order of their file; empty without one.
     """
 
     name: str

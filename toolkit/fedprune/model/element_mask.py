@@ -53,7 +53,7 @@ class ElementMask:
         return ElementMask({n: m[mesh(selection.maps(n))] for n, m in self.active.items()})
 
     def intersection(self, other: ElementMask) -> ElementMask:
-        """What is active in both masks: tensors that one of them names."""
+        """The elements that are active in both masks: tensors that one of them names."""
         out = dict(self.active)
         for name, mask in other.active.items():
             out[name] = out[name] & mask if name in out else mask
@@ -64,7 +64,7 @@ class ElementMask:
         return {n: v[self.active[n]] if n in self.active else v for n, v in tensors.items()}
 
     def unpack(self, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """What `pack` was given, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
+        """The input of `pack`, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
         values than the mask has active elements, or another type."""
         out: Tensors = {}
         for name, value in packed.items():

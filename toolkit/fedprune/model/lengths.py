@@ -81,7 +81,7 @@ def written(shape: Shape) -> list[int | str | None]:
 
 
 def read(sizes: Sequence[object]) -> Shape:
-    """What `written` gave; raises `DataError` for text that begins as bounds and is none."""
+    """The inverse of `written`. Raises `DataError` for malformed bounds."""
     return tuple(
         Lengths.parse(size, DataError) if isinstance(size, str) and ":" in size
         else size if isinstance(size, (int, str)) else None
@@ -148,5 +148,5 @@ def lengths_of(x: Array, axis: int) -> npt.NDArray[np.int64]:
 
 
 def mark(dtype: npt.DTypeLike) -> float | int:
-    """What a padded place of this type holds."""
+    """The value of padding of this type."""
     return ID_PADDING if np.dtype(dtype).kind in "iu" else PADDING

@@ -168,7 +168,7 @@ _AS_MADE = {
     TensorKind.STAT_MEAN: (0.0,),
     TensorKind.STAT_VAR: (1.0,),
 }
-"""What every framework begins with; scales are 0 in a block that is to begin as if it weren't there."""
+"""The initial values of all frameworks; scales are 0 in a block that starts as the identity."""
 
 
 def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:

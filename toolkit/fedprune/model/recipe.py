@@ -1,4 +1,4 @@
-"""What a board is asked to do with its data in one round.
+"""A board's work on its data in one round.
 
 The *features* of a recipe decide which inputs a training graph has, so they name the graph; everything else is a number
 that is fed at run time and never needs a new graph.
@@ -24,7 +24,7 @@ from fedprune.model import augmentation
 
 @dataclass(frozen=True)
 class Features:
-    """What a training graph can do; `fedprune.model.step_contract` gives the resulting inputs and outputs.
+    """The features of a training graph; `fedprune.model.step_contract` gives the resulting inputs and outputs.
 
     Attributes:
         logit_offset: A vector [classes] added to the logits before the loss (logit adjustment by label prior).
@@ -253,7 +253,7 @@ class Recipe:
             (average precision, the mean over classes, by 200 bins of the sigmoid); of values `rmse` or `mae`;
             `custom`: the model's own, which is reported as its score. Empty for none.
         label_smoothing: Share of every label that is spread over all classes (cross-entropy).
-        ignore_label: Labels of this class count for nothing (cross-entropy), such as pixels that nobody has labelled;
+        ignore_label: Labels of this class count for nothing (cross-entropy), such as unlabelled pixels;
             with ctc they mark the steps after a sample's end.
         huber_delta: From this error on the Huber loss grows linearly.
         optimizer: `sgd`, `adam` or `adamw`, as in torch.optim, or `lion` (Chen et al. 2023, Alg. 2), which needs as
@@ -294,7 +294,7 @@ class Recipe:
         best_epoch: With `patience` the weights of the epoch with the lowest validation loss count; if not, those that
             training ended with.
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
-            samples in every so many rounds; in the others it trains and serves without, which costs it less.
+            samples in one of this many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
         distill_temperature: What outputs of model and teacher are divided by in the loss `distill`.
         keep_optimizer_state: The board keeps the optimiser's state (momentum, means, the number of steps) between
@@ -308,7 +308,7 @@ class Recipe:
             `shift:SHARE` (in time) or `specaugment:FREQUENCIES:STEPS` (Park et al. 2019). Classes of pixels and masks
             move along; other labels with places are refused.
         update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
-            it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
+            it is. Above 0, batch-norm statistics aren't uploaded, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
         secure_aggregation: The update leaves the board masked, and never otherwise.
     """

@@ -133,7 +133,7 @@ def second(name: str) -> str:
 
 
 def anchor(name: str) -> str:
-    """What the proximal term pulls a tensor towards (input)."""
+    """The proximal term's anchor of a tensor (input)."""
     return f"{name}::anchor"
 
 
@@ -183,7 +183,7 @@ def gradient(name: str) -> str:
 
 
 def states(optimizer: str) -> tuple[Callable[[str], str], ...]:
-    """What an optimiser keeps per trained tensor between steps: functions from its name to the arrays' names."""
+    """The optimiser state per trained tensor: functions from its name to the arrays' names."""
     return (buffer, second)[: OPTIMIZERS[optimizer]]
 
 
@@ -226,7 +226,7 @@ def loss_numbers(recipe: Recipe) -> dict[str, Array]:
 
 
 def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
-    """What the proximal term pulls towards, if the recipe has one: the trained tensors as they are now."""
+    """The anchors, if the recipe has a proximal term: the trained tensors as they are now."""
     if not recipe.features.proximal:
         return {}
     out: dict[str, Array] = {anchor(n): np.asarray(tensors[n], order="C") for n in trained}
@@ -234,8 +234,8 @@ def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[st
 
 
 def weight_of(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
-    """What the labels of a batch, or of a part of it, contribute to the divisor of its loss, where labels are right or
-    wrong; else every sample counts 1."""
+    """The contribution of labels of a batch, or of a part of it, to the divisor of its loss, where labels are right or
+    wrong; otherwise every sample counts 1."""
     if y.dtype.kind != "i":
         return float(len(y))
     counted = y if ignored is None else y[y != ignored]

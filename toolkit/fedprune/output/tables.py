@@ -1,4 +1,4 @@
-"""What commands print for people: tables, colours, progress; for programs tab-separated lines.
+"""Output of commands. For people: tables, colours, progress; for programs tab-separated lines.
 
 Everything here needs the package rich on a terminal only, so boards can import what prints through it but never do.
 Colours follow rich: none with `NO_COLOR`, with `TERM=dumb`, or where the output is not a terminal.

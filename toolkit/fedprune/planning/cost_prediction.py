@@ -1,4 +1,4 @@
-"""What a round of a submodel is expected to cost a board: memory, time, bytes, energy."""
+"""Predicted cost of a submodel's round on a board: memory, time, bytes, energy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TOO_LOW = 0.05
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a round of a submodel is expected to cost a board.
+    """Predicted cost of a submodel's round on a board.
 
     Attributes:
         forward_macs: MACs of one sample's forward pass; `training_macs` those of its training step.
@@ -195,7 +195,7 @@ def predict(
     frozen: Collection[str] = (),
     codecs: Codecs = NO_CODECS,
 ) -> Prediction:
-    """What a round at these widths is expected to cost a board.
+    """Predict the cost of a round at these widths on a board.
 
     Args:
         probe: What the board measured of itself; it takes precedence over the profile.

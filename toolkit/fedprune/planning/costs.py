@@ -1,4 +1,4 @@
-"""What a submodel costs: MACs, parameters, bytes on the wire, memory, time.
+"""Costs of a submodel: MACs, parameters, bytes on the wire, memory, time.
 
 `docs/planner.md` gives every formula, where its constants come from and how far they were off.
 """
@@ -31,10 +31,10 @@ PROCESS_BYTES = 85_000_000
 agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
 
 ROUND_BYTES = 10_900_000
-"""What a round adds to that whatever the model: threads, buffers, and what allocators round up."""
+"""Bytes that a round adds to that for any model: threads, buffers, and what allocators round up."""
 
 VALUE_BYTES = 131_000
-"""What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
+"""Bytes of a loaded graph per activation of the model, which is some thirty nodes of a training graph."""
 
 HELD_BYTES = 4 * 2**20
 """Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
@@ -89,7 +89,7 @@ WEIGHT_PASSES = 6
 """The same of its weights."""
 
 AGENT_BYTES = 17_200_000
-"""What a process that only predicts lacks of a board's: the MQTT client and the agent."""
+"""Bytes that a process which only predicts saves: the MQTT client and the agent."""
 
 INFERENCE_COPIES, INFERENCE_KERNEL_COPIES = 1.26, 3.37
 """Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
@@ -108,7 +108,7 @@ INFERENCE_FILES = 3
 
 TRAINING_GRAPH_BYTES = 4_000
 INFERENCE_GRAPH_BYTES = 500
-"""What graphs take on the disk per activation of the model, rounded up from those of the tests' nets."""
+"""Bytes of graphs on the disk per activation of the model, rounded up from those of the tests' nets."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class MemoryBreakdown:
 
     @property
     def of_width(self) -> int:
-        """What depends on the width and on the parts of a batch."""
+        """The bytes that depend on the width and on the parts of a batch."""
         return self.graph + self.weights + self.activations
 
 
@@ -226,7 +226,7 @@ class Costs:
 
     @property
     def storage_bytes(self) -> int:
-        """What a board's disk must hold for rounds of this submodel."""
+        """Bytes on a board's disk for rounds of this submodel."""
         return self.storage_with(0)
 
     def storage_with(self, own: int) -> int:

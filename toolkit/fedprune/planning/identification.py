@@ -81,10 +81,10 @@ _CLOCK_SLACK = 0.05
 
 @dataclass(frozen=True)
 class Facts:
-    """What a board's system reports.
+    """Identification of a board by its system.
 
     Attributes:
-        model: /proc/device-tree/model; empty where there is none.
+        model: /proc/device-tree/model; empty if it does not exist.
         compatible: The entries of /proc/device-tree/compatible, such as "nvidia,tegra234".
         l4t: The L4T release of a Jetson, such as "36.4.3"; empty elsewhere.
         machine: The architecture (`uname -m`).

@@ -1,4 +1,4 @@
-"""What a model's kernels have to do at any widths: the work of a step or a prediction, by kind of layer.
+"""Workload of a model's kernels at any widths: the work of a step or a prediction, by kind of layer.
 
 Rows of the cost table become a few numbers each (calls, MACs, elements moved, weights touched) under the
 name of a *kind* of kernel. What a board takes for one such unit is its `LatencyTable`'s to say
@@ -20,7 +20,7 @@ from fedprune.model.axis import Axis
 Numbers = npt.NDArray[np.float64]
 
 FEATURES = ("call", "part", "mac", "move", "weight")
-"""What a kernel is counted by: calls, parts into which a call falls (samples × taps), MACs, elements that go
+"""The units of a kernel's work: calls, parts into which a call falls (samples × taps), MACs, elements that go
 in and out, and weights."""
 
 KINDS = (

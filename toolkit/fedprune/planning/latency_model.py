@@ -1,4 +1,4 @@
-"""What a board's kernels take, measured: the time of a training step and of a prediction at any widths.
+"""Measured times of a board's kernels: the time of a training step and of a prediction at any widths.
 
 The time of a graph is the sum over its kernels of calls, parts, MACs, elements moved and weights, each
 times what the board takes for one of them in a kernel of that kind (`fedprune.planning.kernel_workload` counts them).
@@ -75,7 +75,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What a board takes for one unit of work, by kind of kernel.
+    """A board's time for one unit of work, by kind of kernel.
 
     Attributes:
         block: Channels that its blocked kernels compute at once; 1 if it has none.

@@ -36,7 +36,7 @@ DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 """Candidates, widest first: from the whole model down to a sixteenth of every group."""
 
 NOTHING = "nothing"
-"""What bounds a plan of full width."""
+"""The binding limit of a plan of full width."""
 
 MEMORY = "memory"
 TIME = "time"
@@ -79,7 +79,7 @@ class Limit:
 
     @property
     def headroom(self) -> float:
-        """What is left, as a share of the limit; negative where it doesn't fit."""
+        """The unused share of the limit; negative where the plan doesn't fit."""
         return (self.limit - self.value) / self.limit if self.limit > 0 else -math.inf
 
     @property
@@ -93,7 +93,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Uniform:
-    """What uniform widths of as many MACs as a plan's would take: the share, the step's time and the latency."""
+    """Uniform widths with as many MACs as a plan's: the share, the step's time and the latency."""
 
     density: float
     step_s: float

@@ -28,7 +28,7 @@ class ProbeReport:
         memory_available: MemAvailable when the probe began, in bytes.
         seconds: How long the probe took.
         onnxruntime: Its version; empty where it can't be loaded.
-        board: The device tree's model; empty where there is none.
+        board: The device tree's model; empty if it does not exist.
         clock_hz: Highest clock of the processor, None where the system doesn't say.
         train_rate: Float32 rate of a reference training step, in FLOP/s as `planning.costs` counts them; None if not
             measured.

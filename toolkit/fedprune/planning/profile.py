@@ -1,4 +1,4 @@
-"""What a kind of board is: processor, memory, speed, link, storage, software, every figure with its source.
+"""A kind of board: processor, memory, speed, link, storage, software, every figure with its source.
 
 Profiles are TOML files that people write and JSON that boards get. `docs/add-a-board.md` has the table of keys. A
 profile promises; what a board measures of itself (`probe_report`) beats it.
@@ -19,7 +19,7 @@ from fedprune.core.toml_file import read_toml
 from fedprune.core.validation import is_number, is_whole
 
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
-"""What a board computes with, as far as it works there: with the first all on its processor, with the second all on its
+"""The providers of a board, as far as they work there: with the first all on its processor, with the second all on its
 GPU, with the third predictions in TensorRT engines and the rest on the GPU; where it doesn't, on the processor."""
 
 
@@ -102,7 +102,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Software:
-    """What the board runs."""
+    """The board's software."""
 
     python: str = _text("Python of its system.")
     onnxruntime: str = _text("Newest onnxruntime that it loads.")
@@ -129,7 +129,7 @@ SCHEMES = ("https://", "http://", "derived: ", "estimate: ")
 
 ARCHES = ("aarch64", "x86_64")
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
-"""What a profile may be called."""
+"""The pattern of profile names."""
 _MIN_REASON = 8
 
 _TOP = ("name", "title", "family", "arch", "identify", "soc", "support", "advice")

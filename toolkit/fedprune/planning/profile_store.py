@@ -48,7 +48,7 @@ def read(path: Path) -> HardwareProfile:
 def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProfile:
     """The profile of that name, looked up in `folders` before the shipped ones, or in that TOML or JSON file.
 
-    Raises `ProfileError` if there is none, it doesn't make sense, its file has another name than the profile in it, or
+    Raises `ProfileError` if it does not exist or is inconsistent, its file has another name than the profile in it, or
     one of the folders isn't there.
     """
     _check(folders)

@@ -22,7 +22,7 @@ from fedprune.planning.kernel_workload import ArchitectureKey, workload
 from fedprune.planning.latency_model import LatencyTable
 
 MULTIPLES = (16, 8, 4)
-"""What channels may be made a multiple of, in the order in which that is tried; small groups take a smaller one."""
+"""The multiples to which channels are rounded, in the order of trial; small groups take a smaller one."""
 
 _PER_GROUP = 4
 """Multiples that a group must have room for."""

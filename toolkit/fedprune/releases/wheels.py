@@ -64,7 +64,7 @@ def environment(minor: int, machine: str) -> dict[str, str]:
 def unmet(
     wheels: Sequence[Path], markers: dict[str, str], extra: str, provided: Callable[[str], bool], refuse: Refuse
 ) -> Iterator[tuple[Path, Requirement, Version | None]]:
-    """What wheels require and don't have: by whom, what, and which version there is instead.
+    """The missing requirements of wheels: the requiring wheel, the requirement, and the version found instead.
 
     Args:
         markers: What `environment` gives.
@@ -88,7 +88,7 @@ def unmet(
 
 
 def required(wheel: Path, refuse: Refuse) -> list[str]:
-    """What a wheel requires by its metadata. Raises `refuse` if it is no wheel."""
+    """A wheel's requirements, by its metadata. Raises `refuse` if the file is not a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]

@@ -63,7 +63,7 @@ def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()
 
 
 def metadata_of(model: bytes) -> dict[str, str]:
-    """What a graph's maker wrote into it. Raises `ModelError` if it is not an ONNX file."""
+    """The metadata of a graph. Raises `ModelError` if it is not an ONNX file."""
     try:
         entries = [v for n, k, v in _fields(model) if (n, k) == (_METADATA, _BYTES)]
         return {_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}

@@ -31,7 +31,7 @@ from fedprune.runtime.session import Session
 Array = npt.NDArray[Any]
 
 RANGES = "~ranges"
-"""What calibration gives and preparation takes: least and largest number of every activation, float32 [n, 2]."""
+"""The output of calibration and input of preparation: least and largest number of every activation, float32 [n, 2]."""
 
 CALIBRATION_SAMPLES = 256
 """Samples that ranges are measured on."""

@@ -122,7 +122,7 @@ class Session:
 
     @property
     def provider(self) -> str:
-        """What computes: `cpu` or `cuda`."""
+        """The provider: `cpu` or `cuda`."""
         return "cuda" if _on_cuda(self._session) else "cpu"
 
     def run(
@@ -228,7 +228,7 @@ def _on_cuda(session: Any) -> bool:
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """What the operators of a graph took, in seconds per run of the whole graph and by the node's name, with its
+    """Times of a graph's operators, in seconds per run of the whole graph and by the node's name, with its
     operator.
 
     Names are onnxruntime's: the graph's node, often with something appended where nodes were merged. Operators of

@@ -18,7 +18,7 @@ from fedprune.core.tensorfile import digest
 
 FORMAT = "fedprune.engine/1"
 NAME = "engine.json"
-"""What a plan is called in a bundle."""
+"""The name of a plan's file in a bundle."""
 
 TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
 """How an engine may compute, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
@@ -60,7 +60,9 @@ class EnginePlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.graph, str) or not _GRAPH.fullmatch(self.graph):
-            raise ConfigError("graph", expected="the name of an .onnx file beside the weights", got=shown(self.graph))
+            raise ConfigError(
+                "graph", expected="the name of an .onnx file in the folder of the weights", got=shown(self.graph)
+            )
         if not isinstance(self.batch, tuple) or len(self.batch) != 3:
             raise ConfigError("batch", expected="the least, the usual and the most samples", got=shown(self.batch))
         check_fields(self, "{}")

@@ -227,7 +227,7 @@ class Grid:
     def sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
         """The sum of a cohort's updates for `Fold.take`.
 
-        Raises `ProtocolError` if it can't be the sum of so many updates, as when a board has broken the rules.
+        Raises `ProtocolError` if it can't be the sum of that number of updates, as when a board has broken the rules.
 
         Args:
             total: The unmasked sum of the boards' vectors.

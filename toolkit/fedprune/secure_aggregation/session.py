@@ -138,7 +138,7 @@ class Session:
 
 
 def _at_least(least: int, others: int, marked: int, drawn: int) -> float:
-    """The probability that of `drawn` boards out of `others` so many are marked (hypergeometric)."""
+    """The probability that of `drawn` boards out of `others` this many are marked (hypergeometric)."""
     ways = sum(
         math.comb(marked, i) * math.comb(others - marked, drawn - i) for i in range(least, min(marked, drawn) + 1)
     )

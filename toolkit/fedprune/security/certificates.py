@@ -179,8 +179,8 @@ def key_digest(key: object) -> bytes:
 
 
 def pin_of(authority: x509.Certificate) -> bytes:
-    """What a claim names an authority by: the first 12 bytes of its key's sha256. Raises `ProtocolError` if its key
-    is of another kind."""
+    """The fingerprint of an authority in claims: the first 12 bytes of its key's sha256. Raises `ProtocolError` if its
+    key is of another kind."""
     return key_digest(authority.public_key())[:PIN]
 
 

@@ -48,7 +48,7 @@ class VerifyingKey:
 
     @property
     def id(self) -> bytes:
-        """What names the key in a message's header: the first 8 bytes of its sha256."""
+        """The key's id in a message's header: the first 8 bytes of its sha256."""
         return hashlib.sha256(self.raw).digest()[:KEY_ID]
 
     @property

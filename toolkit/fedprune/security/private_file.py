@@ -68,7 +68,7 @@ def read_private(path: Path, what: str) -> bytes:
                 f"{what} {path} belongs to another user",
                 expected=f"user {os.geteuid()}, who reads it, or root",
                 got=f"user {state.st_uid}",
-                hint="Its owner may have changed it: give it back to its user if you know that nobody has.",
+                hint="Its owner may have changed it: give it back to its user if you know that nothing was changed.",
             )
         mode = stat.S_IMODE(state.st_mode)
         if mode & 0o077:

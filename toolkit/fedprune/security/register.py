@@ -30,7 +30,7 @@ from fedprune.security.private_file import write_public
 
 
 class Register:
-    """An append-only file of JSON lines, made with mode 0600 where there is none.
+    """An append-only file of JSON lines, made with mode 0600 if it does not exist.
 
     Raises `StorageError` if a line is damaged.
 

@@ -28,7 +28,7 @@ SUCCESSIONS = "successions"
 """File of a device's identity, next to the server's key: the fleet's name, then a line for each succession."""
 
 NEW = ".new"
-"""What follows the name of the signing key's file where a successor waits for its succession to be written."""
+"""The suffix of the signing key's file where a successor waits for its succession to be written."""
 
 _DOMAIN = "fedprune succession 1"
 

@@ -20,7 +20,7 @@ from fedprune.strategies.values import Closing, Report, Scene, Submodel
 WEIGHTINGS = ("samples", "uniform")
 
 VELOCITY = "velocity"
-"""What the server momentum remembers."""
+"""The collection of the server momentum."""
 
 _PARALLEL = 1e-5
 """A row whose change is this small a share of it across its own direction has only decayed."""
@@ -67,7 +67,7 @@ class Mean(Aggregator):
             was sent, or has only shrunk by weight decay, is of a class that the device has no sample of (HeteroFL's
             label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single elements of all
             trained tensors (FIARSE divides by the devices with a change). Empty: all counts.
-        excluded: Patterns of tensors that nobody shares (FedPer): they keep their value.
+        excluded: Patterns of tensors that stay on the boards (FedPer): they keep their value.
     """
 
     rule: Rule = "coverage"
@@ -155,7 +155,7 @@ def check(fold: Fold, report: Report, lifted: Submodel) -> None:
 
 
 def origin(report: Report, lifted: Submodel) -> Tensors:
-    """What an update began with, in the coordinates of its reconstruction.
+    """The weights that an update started from, in the coordinates of its reconstruction.
 
     That is what the device was sent; where reconstruction led it to other coordinates (optimal transport), the model
     that its submodel was cut from.

@@ -1,6 +1,6 @@
 """Who gets how much of the model: allocators, which the coordinator asks about every device.
 
-An allocator has no state of its own: what it remembers of a device lies in `Device.allocation`, what it remembers of
+An allocator has no state of its own: what it remembers of a device is in `Device.allocation`, what it remembers of
 the fleet in `State.allocation`, as plain JSON that is saved with every event. A density becomes widths, the same share
 of every channel group, or, where masks are made of elements, stays a density over a model of full width.
 
@@ -37,7 +37,7 @@ DealtBy = Literal["name", "chance"]
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
-    """What an allocator decides on, and by.
+    """The input of an allocator.
 
     Attributes:
         job: The job's settings.
@@ -157,7 +157,7 @@ class Tiers(Allocator):
         shares: Share of the fleet in each tier; empty for equal ones.
         by: `name`: devices in the order of their names (numbers in them count as numbers), tier by tier, among all that
             are known when a round begins. `chance`: drawn for each device by the job's seed.
-        every: With `chance`, tiers are drawn again every so many rounds; 0 for never.
+        every: With `chance`, rounds between draws of tiers; 0 for never.
         elements: Whether masks are made of elements.
     """
 
@@ -237,7 +237,7 @@ def dealt(
         densities: One per tier; empty to leave it to the job or, where it has none, to the default.
         shares: Share of the fleet in each tier; empty for equal ones.
         by: `name` or `chance`.
-        every: With `chance`, tiers are drawn again every so many rounds.
+        every: With `chance`, rounds between draws of tiers.
         default: Densities of the preset's own; empty to leave it to the planner.
     """
     if not densities and not job.density and len(default) == 1:

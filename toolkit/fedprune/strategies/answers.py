@@ -164,7 +164,7 @@ def _tensors(
 
 
 def _kind(value: object) -> str:
-    """What something is, in short."""
+    """A short description of a value."""
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} {shape_text(*value.shape)}"
     if isinstance(value, (list, tuple, Mapping)) or value is None or isinstance(value, (bool, int, float, str)):

@@ -84,7 +84,7 @@ class Ranked(Strategy):
         return curvature(architecture, model, evidence, self.form, per_count=self.per_count)
 
     def _evidence(self, scene: Scene) -> Evidence:
-        """What is known; nothing if it was estimated in another way, before the job's settings changed."""
+        """The estimates; empty if they were made in another way, before the job's settings changed."""
         known = scene.memory.get(EVIDENCE)
         found = None if known is None else Evidence.from_tensors(scene.architecture, known)
         if found is None or found.estimator != self.estimator:
@@ -94,7 +94,7 @@ class Ranked(Strategy):
 
 @dataclass(frozen=True)
 class Held(Ranked):
-    """Ranks of channels that are made again every so many rounds only, for schedules that rank every round.
+    """Ranks of channels that are computed every few rounds only, for schedules that rank every round.
 
     Attributes:
         interval: Rounds between two rankings; the score learns from every round.

@@ -34,7 +34,7 @@ class Masked(Strategy):
         return masked(cut, cut.selection, global_mask(cut))
 
     def reconstruct(self, report: Report) -> Submodel:
-        """What was trained, at the places that it came from."""
+        """The trained elements, at their places in the global model."""
         trained = report.trained
         return Submodel(trained.selection, trained.tensors) if self.zeros else trained
 

@@ -46,7 +46,7 @@ class Recovery:
         delta: Δρ.
         rungs: Densities of the ladder.
         reset: Whoever grows begins with a new best score (FedGMR), instead of having to beat the smaller model's.
-        stable: So many checks whoever has just grown is not looked at (FedGMR: 2·P).
+        stable: Checks for which a device that has just grown is skipped (FedGMR: 2·P).
         final_patience: P of the whole model when all have all of it; 0 for 8·P.
         validation: Where the whole model's score comes from: `devices`, the mean over their validation samples, each
             device by its samples, without the quarter with the lowest and the quarter with the highest scores (one of
@@ -119,7 +119,7 @@ class Recovery:
     ) -> float:
         """Look at the whole model's score, and return the floor.
 
-        It rises from where the sparsest device stands: growth that nobody's density follows would be none.
+        It rises from the sparsest device's density: otherwise no device's density would follow.
         """
         own = dict(state.allocation)
         floor = max(float(own.get(FLOOR, 0.0)), least)
@@ -146,8 +146,8 @@ def watch(seen: Mapping[str, Any], found: float | None, patience: int) -> tuple[
 
     Args:
         seen: What the last check returned; empty at first.
-        found: The score, more is better; None where there is none.
-        patience: After so many checks without a better score it fires, and starts to count again.
+        found: The score, more is better; None without one.
+        patience: After this many checks without a better score it fires, and starts to count again.
 
     Returns:
         What to remember, as JSON, and whether it fires.
@@ -185,7 +185,7 @@ def _mean_score(part: Mapping[str, Device]) -> float | None:
 
 
 Start = Fixed | Tiers
-"""What growing allocators begin with."""
+"""The initial state of growing allocators."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Ladder(Allocator):
     Attributes:
         start: What devices begin with.
         recovery: When and how they grow; None for never.
-        interval: I: everything is judged every so many rounds.
+        interval: I: rounds between checks.
     """
 
     start: Start = field(default_factory=Fixed)
@@ -210,7 +210,7 @@ class Ladder(Allocator):
         return self.start.elements
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
-        """What it had, at most grown meanwhile, or what devices begin with."""
+        """Grant the density that the device had, or its initial one, and no less than the current minimum."""
         device = fleet.state.devices[name]
         granted = device.allocation.get("granted")
         if granted is None:
@@ -246,7 +246,7 @@ class Ladder(Allocator):
         return self.recovery is not None and self.recovery.stop and bool(fleet.state.allocation.get("done"))
 
     def _lowest(self, fleet: Fleet) -> float:
-        """ρ_min: nobody has less, and from there all grow."""
+        """ρ_min: the least density, from which all devices grow."""
         return min((d.density for d in fleet.state.devices.values() if d.widths and not d.excluded), default=0.0)
 
     def _least(self, fleet: Fleet, name: str) -> float:

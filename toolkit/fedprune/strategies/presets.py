@@ -124,7 +124,7 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     if job.over_selection and share == 1:
         raise ConfigError(
             "job: over_selection",
-            expected="a participation below 1, which leaves somebody to ask beyond those that a round needs",
+            expected="a participation below 1, which leaves devices to ask beyond those that a round needs",
             got=f"{job.over_selection:g}, and everybody is asked",
         )
     return moved
@@ -231,11 +231,11 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
 
 
 def _looks(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
-    """What of a job looks at single updates, or is no function of their sum; empty where nothing does. `allowed` are
+    """The parts of a job that read single updates, or more than their sum; empty if none does. `allowed` are
     codecs that are none of that."""
     codecs = {job.compression, *job.compression_of.values()} - {AUTO, *allowed}
     found = {
-        "a composition of somebody's own, which may look at anything": ":" in job.strategy,
+        "a composition of your own, which may read anything": ":" in job.strategy,
         "a strategy that uses single updates": strategy.inputs != "sum",
         "a schedule on which updates are released one by one": strategy.schedule is not None
         and strategy.schedule.asynchronous,

@@ -20,7 +20,7 @@ from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, 
 from fedprune.updates import AUTO, DOWN, PLAIN, Codecs, agreed
 
 Inputs = Literal["sum", "updates", "measurements"]
-"""What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""
+"""The data that the server needs from boards: a round's sum of updates, single updates, or measurements as well."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Strategy:
         return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
 
     def reconstruct(self, report: Report) -> Submodel:
-        """What of a trained submodel enters the sums, in global coordinates."""
+        """The part of a trained submodel that enters the sums, in global coordinates."""
         return report.trained
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:

@@ -17,10 +17,10 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
-"""What a job remembers between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""
+"""A job's memory between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""
 
 Memories = dict[str, dict[str, npt.NDArray[Any]]]
-"""What is to be remembered from now on, by the same names; an empty collection is forgotten."""
+"""The new memory, by the same names; an empty collection is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Turn:
         device: The device's name; empty for a submodel that any device might get.
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
-        last: The round in whose offer it trained what it last handed in and counted; 0 where there is none.
+        last: The round whose offer its last counted update was trained for; 0 before the first.
     """
 
     seed: int
@@ -51,7 +51,7 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Submodel:
-    """What a device trains, or has trained.
+    """A device's training, planned or done.
 
     Attributes:
         selection: Where its channels live.
@@ -66,7 +66,7 @@ class Submodel:
 
 @dataclass(frozen=True, eq=False)
 class Past(Submodel):
-    """What a device last handed in."""
+    """A device's last update."""
 
     round: int = 0
 
@@ -115,12 +115,12 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What there is to make one device's submodel of.
+    """The input from which one device's submodel is made.
 
     Attributes:
         selection: The ranking's first channels, at the device's widths.
         order: The ranking's importance per element, in global coordinates; None where it has none.
-        past: What the device last handed in, or None.
+        past: The device's last update, or None.
     """
 
     scene: Scene
@@ -176,7 +176,7 @@ class Closing:
 
 @dataclass(frozen=True)
 class SelfDistillation:
-    """What the server is asked to do with each new global model, where it has unlabelled samples: to train it towards
+    """The server's training of each new global model, where it has unlabelled samples: to train it towards
     the mean of the outputs of all its widths.
 
     Attributes:

@@ -22,7 +22,7 @@ _STEPS = {"int8": 127, "int4": 7, "ternary": 1, "top-k": 127}
 """For codecs whose differences are whole codes times a scale: the largest code."""
 
 CODECS = ("zlib", "float16", *_STEPS)
-"""What this version can encode and decode, updates and weights; a device announces it in its birth."""
+"""The codecs of this version, for updates and weights; a device announces it in its birth."""
 
 DOWN = tuple(n for n in CODECS if n != "top-k")
 """Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once

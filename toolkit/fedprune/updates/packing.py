@@ -118,7 +118,7 @@ def from_digits(packed: Bytes, steps: int, size: int, what: str) -> npt.NDArray[
 
 
 def _ranks(steps: int) -> Bytes:
-    """What 1 counts as each digit of a byte."""
+    """The value of a 1 at each digit of a byte."""
     base = 2 * steps + 1
     return np.array([base**n for n in reversed(range(digits_per_byte(steps)))], np.uint8)
 

@@ -75,7 +75,7 @@ class Privacy:
         where = "job: privacy: "
         check_fields(self, where + "{}")
         if not self.clip and (self.noise_multiplier or self.epsilon_budget or self.boards):
-            raise ConfigError(f"{where}clip", expected="above 0 beside other settings of privacy", got=self.clip)
+            raise ConfigError(f"{where}clip", expected="above 0 with other settings of privacy", got=self.clip)
         if self.epsilon_budget and not self.noise_multiplier:
             raise ConfigError(
                 f"{where}epsilon_budget without noise_multiplier",

@@ -1,6 +1,6 @@
 """An update in fewer bytes: each trained tensor as its difference to the weights that were sent, in a codec.
 
-What wasn't trained (batch-norm statistics), and squared gradients, travel as they are; beside codes of less than 8
+What wasn't trained (batch-norm statistics), and squared gradients, travel as they are; with codes of less than 8
 bits, statistics have 12 significant bits. Inside the envelope (`fedprune.updates.packing`) is a tensor file with, for a
 trained tensor `n`:
 
@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 Form = dict[str, tuple[str, Shape | None]]
 
 ROW = 64
-"""Rows of so many elements have scales of their own; with shorter ones these would weigh too much."""
+"""Rows of at least this many elements have scales of their own; with shorter ones these would weigh too much."""
 
 SMALL = 256
 """Smaller tensors are sent whole by `top-k`: there is little to be had."""
@@ -47,7 +47,7 @@ SMALL = 256
 _BITS, _HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::bits", "::half", "::codes", "::scales", "::gaps", "::bitmap"
 _TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
 _FEW = 7
-"""Beside codes of so many steps or fewer, the last bits of other numbers would be a sizeable share of a file."""
+"""With codes of this many steps or fewer, the last bits of other numbers would be a sizeable share of a file."""
 
 PARTS = {"zlib": _BITS, "float16": _HALF}
 """Where a codec has a single part of the tensor's shape: how its name ends."""
@@ -218,7 +218,7 @@ def _quantised(rows: Float32, steps: int) -> tuple[Array, Float32]:
 
 def _levels(rows: Float32) -> Float32:
     """For each row the number that, with its negative and 0, is nearest to its elements by squared error: the mean of
-    the largest, of so many as take most of the error away."""
+    the largest, as many as remove most of the error."""
     sums = np.cumsum(-np.sort(-np.abs(rows), axis=1), axis=1, dtype=np.float64)
     means = sums / np.arange(1, rows.shape[1] + 1)
     best = np.argmax(sums * means, axis=1)

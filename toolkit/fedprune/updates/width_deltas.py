@@ -67,7 +67,7 @@ def places(
 
 
 def slab(below: Mapping[str, Array], tensors: Mapping[str, Array], where: Mapping[str, Places]) -> dict[str, Array]:
-    """What a wide submodel's file holds beyond a narrow one's (`below`, placed by `places`): `compose` makes `tensors`
+    """The part of a wide submodel's file beyond a narrow one's (`below`, placed by `places`): `compose` makes `tensors`
     of it and `below` again, to the bit."""
     shapes: list[int] = []
     out: dict[str, Array] = {_SHAPES: np.zeros(0, np.int64)}

@@ -128,7 +128,7 @@ def hexadecimal(low: int, high: int | None = None) -> FieldType:
 
 
 def base64_bytes(most: int) -> FieldType:
-    """Bytes as text in base64 (RFC 4648, with padding); at most so many."""
+    """Bytes as text in base64 (RFC 4648, with padding), up to a limit."""
     longest = 4 * -(-most // 3)
 
     def check(where: str, value: object) -> str:

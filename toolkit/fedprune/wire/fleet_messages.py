@@ -243,7 +243,7 @@ class Reconnect(CheckedMessage, kind="reconnect"):
     """How a board connects again. Only for boards with the ability `RECONNECT`."""
 
     spread_s: Annotated[float, number(0.0, 3600.0)]
-    """After a lost connection, each attempt comes after a random pause of up to so many seconds, or more."""
+    """After a lost connection, each attempt comes after a random pause of up to this many seconds, or more."""
     away_s: Annotated[float, number(1.0, LONGEST_AWAY_S)] | None = newer()
     """Seconds for which a board without a part disconnects now; None to stay connected."""
 

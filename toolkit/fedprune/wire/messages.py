@@ -129,9 +129,9 @@ class Offer(CheckedMessage, kind="offer"):
     """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`). None where
     there are none."""
     slabs: Annotated[tuple[Blob, ...], Items(_MOST_SLABS, "blobs", least=1)] | None = newer()
-    """What `weights` can be made of instead of being pulled (`fedprune.updates.width_deltas`): the narrowest submodel's
-    file, and what each wider one adds to it, up to this one. Other devices pull the same blobs. None where there are
-    none."""
+    """The parts from which `weights` can be composed instead of pulled (`fedprune.updates.width_deltas`): the narrowest
+    submodel's file, and the additions of each wider one, up to this one. Other devices pull the same blobs. None
+    without any."""
     codec: Annotated[str, text(256)] | None = newer()
     """How the update is to be encoded (`fedprune.updates.Codec`); None for a plain tensor file."""
     weights_codec: Annotated[str, text(256)] | None = newer()
@@ -160,12 +160,12 @@ class Offer(CheckedMessage, kind="offer"):
         return (self.training, self.inference, *(self.lowered or {}).values(), *frozen)
 
     def blobs(self) -> tuple[BlobRef, ...]:
-        """What must be there for it, graphs first."""
+        """The blobs that it needs, graphs first."""
         more = [blob for blob in (self.mask, self.moved) if blob is not None]
         return (*self.graphs, self.weights, *more)
 
     def shorter(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
-        """What must be pulled where weights that are lacking can be decoded instead; `has` tells whether a blob is
+        """The blobs to pull where missing weights can be decoded instead; `has` tells whether a blob is
         here, by its digest."""
         if self.coded is None or has(self.weights.sha256) or not (self.held is None or has(self.held)):
             return self.blobs()
@@ -340,8 +340,8 @@ class SecureStep(CheckedMessage, kind="secure"):
     step: Annotated[str, choice(*STEPS)]
     """The step."""
     payload: Annotated[str, base64_bytes(MOST_PAYLOAD)]
-    """What the step carries: `session`, the settings as JSON; `keys`, the identity key and the advertisement; `roster`,
-    the number of neighbours in two bytes, their identity keys and the roster; otherwise a message of
+    """The content of the step: `session`, the settings as JSON; `keys`, the identity key and the advertisement;
+    `roster`, the number of neighbours in two bytes, their identity keys and the roster; otherwise a message of
     `fedprune.secure_aggregation.messages`."""
 
     @classmethod

@@ -163,7 +163,7 @@ class BrokerUrl:
             raise ConfigError(
                 "broker URL",
                 expected="mqtt://[user:password@]host[:port]",
-                hint="A port is a number from 1 to 65535, and an IPv6 address stands in brackets.",
+                hint="A port is a number from 1 to 65535, and an IPv6 address is written in brackets.",
             ) from error
         if "://" not in url:
             shown = url.rpartition("@")[2][:200]  # without a password

@@ -20,7 +20,7 @@ from fedprune.model.selection import Tensors
 Floats = npt.NDArray[np.float32]
 
 _HAIR = 1e-6
-"""What a product of a density and a number of elements may lack to the whole number that is meant."""
+"""Tolerance in rounding the product of a density and a number of elements to a whole number."""
 
 
 def prunable(architecture: Architecture, more: Collection[TensorKind] = ()) -> tuple[str, ...]:

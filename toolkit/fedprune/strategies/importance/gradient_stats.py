@@ -1,4 +1,4 @@
-"""What the server knows of gradient and curvature, from nothing but the updates it receives anyway.
+"""The server's estimates of gradient and curvature, from the updates alone.
 
 CA-HFP (arXiv 2603.12591, Sec. III-A) scores with g and h "approximated from local model variations" and gives no
 formula. Ours, per coordinate i and over the devices k that trained it, with η_eff = lr / (1 − momentum) and the mean

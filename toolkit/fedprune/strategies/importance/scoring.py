@@ -121,8 +121,8 @@ def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool 
     """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
 
     Δw is read from the estimated gradient, a moving average of −Δ / (η_eff · steps). The factor is the same for all
-    coordinates, so the ranks are those of Δw. A coordinate that nobody trained lately keeps its last estimate. Raises
-    `BundleError` if evidence doesn't fit the architecture.
+    coordinates, so the ranks are those of Δw. A coordinate that no device trained lately keeps its last estimate.
+    Raises `BundleError` if evidence doesn't fit the architecture.
 
     Args:
         evidence: Estimates of the gradient.

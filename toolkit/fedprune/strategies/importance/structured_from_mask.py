@@ -64,7 +64,7 @@ def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1
 
 
 def surviving(selection: Selection, alive: Alive) -> Selection:
-    """What is left of a selection: its ranks with the survivors first, its widths without the others.
+    """The remaining selection: its ranks with the survivors first, its widths without the others.
 
     A group of which it holds no survivor keeps the best channel of the new ranks.
     """

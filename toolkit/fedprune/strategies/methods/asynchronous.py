@@ -1,4 +1,4 @@
-"""FedAsync (Xie et al. 2019), FedFix (Fraboni et al. 2022) and FedBuff (Nguyen et al. 2022): nobody waits for anybody.
+"""FedAsync (Xie et al. 2019), FedFix (Fraboni et al. 2022) and FedBuff (Nguyen et al. 2022): no device waits.
 
 All three train the whole model everywhere, unless `densities` or the job's `density` say otherwise. They differ in when
 the model moves and by what: `fedprune.jobs.schedule` has the arithmetic.
@@ -22,7 +22,7 @@ from fedprune.strategies.strategy import Strategy
 
 @dataclass(frozen=True)
 class Options:
-    """What the three have in common.
+    """The common part of the three.
 
     Attributes:
         densities: Widths by tier; empty for the whole model everywhere, or the job's `density`.
@@ -33,7 +33,7 @@ class Options:
         b: Where the hinge is.
         max_staleness: Staler updates don't count, and their devices are asked again; 0 for no limit.
         concurrent: How many devices work at a time; 0 for all.
-        evaluate_every: The model is evaluated every so many rounds.
+        evaluate_every: Rounds between evaluations of the model.
         mu: µ of the pull µ/2 · |w − w_sent|² on the board.
     """
 

@@ -98,7 +98,7 @@ class AutoFlip(Masked):
         )
 
     def reconstruct(self, report: Report) -> Submodel:
-        """What the masked submodel with all its channels would be: channels that were cut are as they were sent."""
+        """The masked submodel with all its channels: those that were cut are as they were sent."""
         cut, trained = report.cut, report.trained
         if not self.options.structured or not self.zeros or trained.mask is None:
             return super().reconstruct(report)
@@ -220,7 +220,7 @@ def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str,
 
 
 def _scaled(guidance: npt.NDArray[np.float64], scaling: str) -> npt.NDArray[np.float64]:
-    """A tensor's guidance on a scale of its own; +∞, which no mask takes away, where there is none to compare.
+    """A tensor's guidance on a scale of its own; +∞, which no mask removes, without another to compare.
 
     That is where no explorer held an element, and in tensors whose elements are all alike.
     """

@@ -56,7 +56,7 @@ class Options:
 
 
 class _Compared(NamedTuple):
-    """A tensor of a device's model beside the global one, in the coordinates of the submodel that it is to get.
+    """A tensor of a device's model and of the global one, in the coordinates of the submodel that it is to get.
 
     Attributes:
         local: The device's own θ_i.
@@ -170,7 +170,7 @@ def fedobp(job: Job) -> Strategy:
 def _own(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:
     """A device's own tensor in a submodel's coordinates, and which of its elements there are.
 
-    That is what it handed in last or, before that, the initial model.
+    That is its last update or, before its first, the initial model.
     """
     selection, now = submodel.selection, submodel.tensors[name]
     if cut.past is None:

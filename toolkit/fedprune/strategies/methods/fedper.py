@@ -112,7 +112,7 @@ def fedper(job: Job) -> Strategy:
 
 
 def local(job: Job) -> Strategy:
-    """The preset: every board trains alone, from the job's first model on, and nobody hears of it. Raises `ConfigError`
+    """The preset: every board trains alone, from the job's first model on, and shares nothing. Raises `ConfigError`
     if an option is unknown or out of range."""
     return _own_parts(job, ("*",), read_options(job, LocalOptions).densities, "samples", "updates")
 

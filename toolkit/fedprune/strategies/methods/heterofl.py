@@ -127,7 +127,7 @@ def _composed(job: Job, strategy: HeteroFL) -> Strategy:
     rows = options.label_rows and options.masked and job.recipe.loss == "cross_entropy"
     if rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
         raise ConfigError(
-            f"job: option label_rows of {job.strategy} tells rows that nobody trained by their direction, which Adam's "
+            f"job: option label_rows of {job.strategy} tells untrained rows by their direction, which Adam's "
             "weight decay changes",
             expected="optimizer adamw or sgd, weight_decay 0, or label_rows = false",
         )

@@ -102,7 +102,7 @@ _ASYNCHRONOUS = (
 
 @dataclass(frozen=True)
 class Importance:
-    """Ranks elements anew every so many rounds; in between masks change with densities alone.
+    """Ranks elements every few rounds; in between masks change with densities alone.
 
     Attributes:
         kind: `squares`: the squared gradients of devices' last steps, which the recipe's `report_squares` asks for,
@@ -155,7 +155,7 @@ class Importance:
         return with_floors(order, scene.model, self.floor)
 
     def _importance(self, scene: Scene) -> Tensors:
-        """What is known of elements; 0 where nothing is."""
+        """The importances of elements; 0 where unknown."""
         if self.kind == "squares":
             return dict(scene.memory.get(STORE, {}))
         before = scene.memory.get(BEFORE, {})
@@ -173,7 +173,7 @@ def _known(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
 
 
 def _filled(size: Floats, known: Floats | None, least: float) -> Floats:
-    """Importances of a tensor; where there is none, |w| times the least of the tensor or, without any, of the model."""
+    """Importances of a tensor; where it has none, |w| times the least of the tensor or, without any, of the model."""
     if known is None:
         return np.multiply(size, least, dtype=np.float32)
     positive = known[known > 0]

@@ -124,7 +124,7 @@ class Robust(Aggregator):
         return lambda addition: clipped(addition, fold.base, limit, fold.excluded)
 
     def _additions(self, fold: Fold, reports: Reports) -> Iterator[tuple[str, ClientUpdate]]:
-        """What the inner aggregator makes of every update, without adding it."""
+        """The inner aggregator's contribution of every update, without adding it."""
         for report, lifted in reports():
             with fold.collecting() as additions:
                 self.inner.add(fold, report, lifted)

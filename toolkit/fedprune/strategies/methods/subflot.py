@@ -1,4 +1,4 @@
-"""SubFLOT (arXiv 2604.06631): submodels by optimal transport, onto the model that a device handed in last.
+"""SubFLOT (arXiv 2604.06631): submodels by optimal transport, onto a device's last update.
 
 A device's submodel is no slice: the global model's channels are led onto the channels of the device's own last model
 (`fedprune.strategies.optimal_transport`) and mixed with it (OTP, Eqs. 3 to 6). The device trains it with a pull towards
@@ -99,7 +99,7 @@ class SubFlot(Strategy):
     def resized(self, past: Past, cut: Cut) -> Tensors:
         """A device's last model at the widths that it has now.
 
-        Where channels were added, they are the global model's, beside its own ones. Where there are only fewer, all of
+        Where channels were added, they are the global model's, next to its own. Where there are only fewer, all of
         its channels are led onto the first of them, so that none is thrown away.
         """
         old, new, own = past.selection, cut.selection, past.over(cut.scene.model)

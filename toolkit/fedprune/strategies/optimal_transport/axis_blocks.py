@@ -107,7 +107,7 @@ def carried(
         before: The axis's blocks in the array.
         after: Its blocks in the result.
         couplings: Per group on the axis, how (from the couplings' sources to their targets).
-        factors: Per group, times what; 1 where there is none.
+        factors: The factor of each group; 1 without one.
         adjoint: Go from the couplings' targets to their sources instead.
         room: A name of scratch memory for the result, which then is good until the name comes again.
     """

@@ -24,7 +24,7 @@ Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 _CHUNK = 1 << 17
-"""Numbers that are worked on at once: beside copies of them they fit in a core's cache."""
+"""Numbers per block: with copies of them they fit in a core's cache."""
 
 
 class _Gather(NamedTuple):

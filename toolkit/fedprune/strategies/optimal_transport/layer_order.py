@@ -100,7 +100,7 @@ def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, t
 def _between(
     architecture: Architecture, weights: set[str]
 ) -> tuple[dict[str, list[Layer]], dict[str, list[TensorSpec]]]:
-    """What comes after each layer's weight and before the next: rows, the layer's own first, and tensors."""
+    """The tensors between each layer's weight and the next: rows, the layer's own first, and tensors."""
     rows: dict[str, list[Layer]] = {}
     last = ""
     for layer in architecture.layers:

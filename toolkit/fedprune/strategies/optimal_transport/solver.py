@@ -34,11 +34,11 @@ _KEPT = 10
 """Cheapest pairs per channel that the simplex starts with, over both sides."""
 
 _SMOOTHING = 0.12
-"""Width of Sinkhorn's kernel, beside the spread of the costs."""
+"""Width of Sinkhorn's kernel, relative to the spread of the costs."""
 
 _STEPS = 8
 _RELAXED = 1.5
-"""How far each of its steps goes, beside a plain one: fewer of them get as near (Thibault et al., arXiv 1711.01851)."""
+"""Over-relaxation of its steps, 1 for plain ones: fewer steps get as near (Thibault et al., arXiv 1711.01851)."""
 
 _ONE = np.float32(127 << 23)
 _PER_E = np.float32((1 << 23) / np.log(2))
@@ -47,7 +47,7 @@ _PER_E = np.float32((1 << 23) / np.log(2))
 _ROUNDS = 8
 _PIVOTS = 10_000_000
 _EXACT = 1e-9
-"""How far below 0 a reduced cost may be by rounding alone, beside the largest cost."""
+"""How far below 0 a reduced cost may be by rounding alone, relative to the largest cost."""
 
 _USUAL = 20
 """Costs whose largest is within 2^±20 are taken as they are."""
