@@ -110,7 +110,7 @@ class App:
 
     @property
     def outdated(self) -> bool:
-        """Whether this aggregator has to begin anew, with other jobs."""
+        """Whether this aggregator has to start again, with other jobs."""
         return self.server.outdated
 
     def run(self) -> None:
@@ -235,7 +235,7 @@ class _Job:
     parent: ParentLink | None = None
 
     def told(self) -> tuple[Job, str, bytes]:
-        """What aggregators begin the job with."""
+        """The job's initial data for aggregators."""
         return self.opened.job, str(self.opened.settings["name"]), self.folder.model
 
     def runnable(self, *, beside_others: bool) -> RunnableJob:
@@ -343,7 +343,7 @@ def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_other
 
 
 def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:
-    """What gives a job's rounds to experiment trackers, if there are any."""
+    """The observer that writes a job's rounds to experiment trackers, if any are configured."""
     config, opened = job.config, job.opened
     if not config.tracked:
         return []
@@ -357,7 +357,7 @@ def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:
 def _watchers(
     stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook, regions: RegionConnections | None
 ) -> Watcher:
-    """What makes the configured observers of a job: metrics and spans."""
+    """The factory of a job's configured observers: metrics and spans."""
     makers: list[Callable[[str], Observer]] = []
     if config.metrics_place is not None:
         with _extra("metrics", "console"):

@@ -75,7 +75,7 @@ class LiveModel(Closing):
 
     @property
     def answers(self) -> str:
-        """What computes the answers, and why not an engine where none does."""
+        """The runtime of the answers and, if it is not an engine, the reason."""
         return "onnxruntime" if self._selector is None else self._selector.status
 
     @property
@@ -83,7 +83,7 @@ class LiveModel(Closing):
         return self._loaded
 
     def serving(self) -> LoadedModel:
-        """The active model; raises `RequestError` if there is none yet."""
+        """The active model; raises `RequestError` before the first."""
         if self._loaded is None:
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
         return self._loaded

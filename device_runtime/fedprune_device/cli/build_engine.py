@@ -44,7 +44,7 @@ def build_engine(arguments: argparse.Namespace) -> None:
         print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")
         print(found.describe())
     with ended_by_signals():
-        facts = made_engine(selector, wanted, anew=arguments.anew, tell=sys.stderr.isatty())
+        facts = made_engine(selector, wanted, rebuild=arguments.rebuild, tell=sys.stderr.isatty())
     if arguments.json:
         print(json.dumps({"board": asdict(place), "status": selector.status, **facts}, sort_keys=True))
         return
@@ -55,13 +55,13 @@ def build_engine(arguments: argparse.Namespace) -> None:
 
 
 def made_engine(
-    selector: EngineSelector, wanted: EngineRequest, *, anew: bool = False, tell: bool = False
+    selector: EngineSelector, wanted: EngineRequest, *, rebuild: bool = False, tell: bool = False
 ) -> dict[str, Any]:
     """Make the engine of a model, wait for it, and return its facts (`EngineSelector.facts`).
 
-    With `anew` one is made even if there is a good one; `tell` reports progress on stderr.
+    With `rebuild` one is made even if a good one exists; `tell` reports progress on stderr.
     """
-    selector.want(wanted, anew=anew)
+    selector.want(wanted, rebuild=rebuild)
     told = ""
     try:
         while (answering := selector.turn()) is None and not selector.done:

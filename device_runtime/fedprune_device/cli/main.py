@@ -292,7 +292,7 @@ def _add_engine(commands: Any) -> None:
     build.add_argument(
         "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
     )
-    build.add_argument("--anew", action="store_true", help="even if there is a good one, or others failed before")
+    build.add_argument("--rebuild", action="store_true", help="even if a good engine exists, or earlier builds failed")
     add_json(build, "the report as JSON, for programs")
     build.set_defaults(run=_command("build_engine", "build_engine"))
 

@@ -36,7 +36,7 @@ class Collector:
 
     @property
     def due(self) -> bool:
-        """Whether a sample would be handed in now."""
+        """Whether a sample would be stored now."""
         return self._clock() >= self._due
 
     def input(self) -> Shape | None:
@@ -47,7 +47,7 @@ class Collector:
                 found = self._board.status().get("input")
                 self._input = None if found is None else tuple(found)
             except BoardError as error:
-                self.problem("not handed in", error)
+                self.problem("not stored", error)
         return self._input
 
     def add(self, x: Any, label: int | str | None = None) -> str | None:
@@ -65,13 +65,13 @@ class Collector:
             if error.status == TAKES_NONE and label is None:
                 raise ConfigError(str(error)) from error
             self._input = None  # another model may have other inputs
-            self.problem("left out" if error.status in UNFIT else "not handed in", error)
+            self.problem("left out" if error.status in UNFIT else "not stored", error)
             return None
         self.counts["known" if added["duplicate"] else "kept" if added["kept"] else "not kept"] += 1
         return str(added["id"]) if added["kept"] else None
 
     def label(self, sample: str, label: int | str) -> None:
-        """Label a sample that was handed in."""
+        """Label a stored sample."""
         try:
             self._board.label(sample, label)
             self.counts["labelled"] += 1

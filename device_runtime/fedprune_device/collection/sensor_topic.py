@@ -79,7 +79,7 @@ class SensorTopic:
             self._dropped += lost
             self._windows.clear()
             if lost:
-                self._collector.problem("messages lost", "they arrive faster than they can be handed in", lost)
+                self._collector.problem("messages lost", "they arrive faster than they can be stored", lost)
         if isinstance(item, tuple):
             self.take(*item, time.time())
 

@@ -133,7 +133,7 @@ def _number(where: str, value: object) -> float:
 
 
 def _kind(value: object) -> str:
-    """What a value is, without the value: a message may be sent to the server."""
+    """The kind of a value, without the value itself: a message may be sent to the server."""
     if isinstance(value, (list, dict)):
         return f"{type(value).__name__} of length {len(value)}"
     return "nothing" if value is None else f"another {type(value).__name__}"

@@ -21,7 +21,7 @@ from fedprune_device.data.labels import Targets, class_counts
 NO_LABELS = np.zeros(0, np.float32)
 """The labels of a sample that has none."""
 
-IMAGES = "images"  # the folder of images that have their labels beside it
+IMAGES = "images"  # the folder of images whose labels are in a folder next to it
 
 IGNORED = 255
 """Places of a mask that count for nothing, where the recipe names such a class."""
@@ -35,7 +35,7 @@ class Layout(Protocol):
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
         """Files with these endings: a sorted list for each class, or one list."""
 
-    def beside(self, path: Path) -> Path | None:
+    def label_file(self, path: Path) -> Path | None:
         """The file with a sample's labels, if it has one of its own."""
 
     def check(self, targets: Targets | None) -> None:
@@ -44,7 +44,7 @@ class Layout(Protocol):
     def version(self, path: Path) -> str:
         """A text that changes when a sample's labels change for another reason than its label file."""
 
-    def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         """A sample's labels, for a model's input `shape` and the labels that its loss takes, where they are known.
 
         `NO_LABELS` where they are not. Raises `DataError` if they are damaged or don't fit.
@@ -64,7 +64,7 @@ class ClassFolders:
             by_class.setdefault(label, []).extend(listed(folder, endings))
         return list(by_class.values())
 
-    def beside(self, path: Path) -> Path | None:
+    def label_file(self, path: Path) -> Path | None:
         return None
 
     def check(self, targets: Targets | None) -> None: ...
@@ -72,7 +72,7 @@ class ClassFolders:
     def version(self, path: Path) -> str:
         return str(self._labels[path.parent])
 
-    def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         return np.array(self._labels[path.parent], np.int64)
 
     def _label(self, folder: Path) -> int:
@@ -96,7 +96,7 @@ class Unlabelled:
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
         return [listed(self._folder, endings)]
 
-    def beside(self, path: Path) -> Path | None:
+    def label_file(self, path: Path) -> Path | None:
         return None
 
     def check(self, targets: Targets | None) -> None: ...
@@ -104,7 +104,7 @@ class Unlabelled:
     def version(self, path: Path) -> str:
         return ""
 
-    def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         return NO_LABELS
 
 
@@ -121,7 +121,7 @@ class Masks(_Images):
 
     folder = "masks"
 
-    def beside(self, path: Path) -> Path | None:
+    def label_file(self, path: Path) -> Path | None:
         return self._root / self.folder / f"{path.stem}.png"
 
     def check(self, targets: Targets | None) -> None:
@@ -132,14 +132,14 @@ class Masks(_Images):
                 got=shape_text(*targets.shape),
             )
 
-    def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         if targets is None:
             return NO_LABELS
         height, width = (
             int(own if isinstance(own, int) else size if isinstance(size, int) else 1)
             for own, size in zip(targets.shape[-2:], shape[-2:], strict=True)
         )
-        found = mask(beside, height, width)
+        found = mask(label_bytes, height, width)
         if not targets.takes_whole:
             each = found > 0 if targets.classes == 1 else found == np.arange(targets.classes)[:, None, None]
             return each.reshape(targets.classes, height, width).astype(np.float32)
@@ -185,12 +185,12 @@ class YoloBoxes(_Boxes):
         super().__init__(root)
         self._classes = len(names) or MOST_CLASS + 1
 
-    def beside(self, path: Path) -> Path | None:
+    def label_file(self, path: Path) -> Path | None:
         found = self._root / self.folder / f"{path.stem}.txt"
         return found if os.path.lexists(found) else None
 
-    def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        return self.padded(yolo_boxes(beside, self._classes), targets)
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        return self.padded(yolo_boxes(label_bytes, self._classes), targets)
 
 
 class CocoBoxes(_Boxes):
@@ -207,7 +207,7 @@ class CocoBoxes(_Boxes):
     def version(self, path: Path) -> str:
         return hashlib.sha256(self._of(path).tobytes()).hexdigest()
 
-    def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         return self.padded(self._of(path), targets)
 
     def _of(self, path: Path) -> npt.NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 Algorithm R (Vitter, Random Sampling with a Reservoir, ACM TOMS 11(1), 1985): of n samples seen, each is among the k
 that are kept with probability k / n. Here every class has a reservoir of its own. While there is room, everything is
-kept. When there is none, a new sample of a class that has lost none so far, and has fewer than the largest class,
+kept. Without room, a new sample of a class that has lost none so far, and has fewer than the largest class,
 replaces a random sample of the largest class. Any other class runs algorithm R over the samples that it holds. From
 then on a class's quota only shrinks, and a uniform choice from a uniform choice is uniform. Samples without a label
 have a quota of their own. If they wait for a label, the newest are kept, since the label of a sample comes soon or

@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class _File:
     path: Path
-    beside: Path | None
+    label_file: Path | None
     name: str  # sha256 of the file, which decides the samples' part and whether it is among the chosen ones
     version: str  # what its labels depend on
 
@@ -128,7 +128,9 @@ class SampleFolder:
         self, layout: Layout, file: _File, shape: Shape, targets: Targets | None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """A file's samples and labels."""
-        label = layout.label(file.path, b"" if file.beside is None else self._content(file.beside), shape, targets)
+        label = layout.label(
+            file.path, b"" if file.label_file is None else self._content(file.label_file), shape, targets
+        )
         x = self._format(file.path).samples(self._content(file.path), shape)
         return x, np.broadcast_to(label, (len(x), *label.shape))
 
@@ -152,8 +154,8 @@ class SampleFolder:
             for path in islice(_in_turn(lists), _MOST_FILES):
                 names = []
                 try:
-                    beside = layout.beside(path)
-                    for one in (path,) if beside is None else (path, beside):
+                    label_file = layout.label_file(path)
+                    for one in (path,) if label_file is None else (path, label_file):
                         status, key = one.lstat(), str(one.relative_to(self._root))
                         name = index.known(key, status)
                         if name is None:
@@ -164,7 +166,7 @@ class SampleFolder:
                         names.append(name)
                     else:
                         version = " ".join([layout.version(path), *names[1:]])
-                        by_class[group[path]][names[0]] = _File(path, beside, names[0], version)
+                        by_class[group[path]][names[0]] = _File(path, label_file, names[0], version)
                 except FileNotFoundError:
                     continue  # it was deleted, or renamed, since it was listed
                 except (OSError, DataError) as error:

@@ -31,7 +31,7 @@ LENGTHS = "lengths"
 
 @dataclass(frozen=True)
 class Rows:
-    """What rows [n, numbers and length] hold: the padded shape of one sample, and the range of the lengths."""
+    """The content of rows [n, numbers and length]: the padded shape of one sample, and the range of the lengths."""
 
     shape: tuple[int, ...]
     shortest: int

@@ -95,7 +95,9 @@ def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> N
         first, *rest = tuple(tensor.shape)
         if any(d < 0 for d in rest):
             raise EngineError(
-                f"input {tensor.name} has free dimensions beside the batch", expected="fixed ones", got=[first, *rest]
+                f"input {tensor.name} has free dimensions other than the batch",
+                expected="fixed ones",
+                got=[first, *rest],
             )
         if first < 0:
             profile.set_shape(tensor.name, *((n, *rest) for n in plan.batch))

@@ -27,7 +27,7 @@ _MOST_SAID = 4096  # bytes at the end of a child's output that are read
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What a child process is to make.
+    """The order to a child process.
 
     `folder` holds graph, weights and `x.npy`, the inputs of the check, and gets the result. `base` is the engine that
     gets new weights, None to build one. The child ends with the process `parent`.
@@ -52,7 +52,7 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a child process made: in how many seconds, its median seconds per sample, and its outputs for the check."""
+    """The result of a child process: its seconds, its median seconds per sample, and its outputs for the check."""
 
     seconds: float
     latency_s: float

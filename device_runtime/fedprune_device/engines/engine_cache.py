@@ -45,7 +45,7 @@ class EnginePlatform:
     power: int | None = None
 
     def key(self, graph: str, plan: str) -> str:
-        """What an engine of a graph and a plan is for, in one digest. The power mode changes speed, not validity."""
+        """The digest that identifies an engine of a graph and a plan. The power mode changes speed, not validity."""
         return _digest({**asdict(replace(self, power=None)), "graph": graph, "plan": plan})
 
     @property
@@ -55,7 +55,7 @@ class EnginePlatform:
 
 @dataclass(frozen=True)
 class CachedEngine:
-    """What is known of making engines for one key; `failures` in a row. `refits` is False once a refit went wrong."""
+    """The record of engine builds for one key; `failures` in a row. `refits` is False once a refit went wrong."""
 
     key: str
     refit_s: float | None = None
@@ -103,7 +103,7 @@ class EngineCache:
         atomic_file.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
 
     def read(self, what: str, key: str) -> tuple[bytes, dict[str, Any]]:
-        """A file for a key and its facts; raises `EngineError` if there is none, it has another key, or is damaged."""
+        """A file for a key and its facts; raises `EngineError` if it is missing, has another key, or is damaged."""
         try:
             note = atomic_file.read_document(self._note(what))
         except StorageError as error:
@@ -122,7 +122,7 @@ class EngineCache:
         return raw, note
 
     def record(self, key: str) -> CachedEngine:
-        """What is known of making engines for a key; what can't be read is not known."""
+        """The record of engine builds for a key; a new one if it can't be read."""
         try:
             body = atomic_file.read_document(self.root / RECORD)
             found = CachedEngine(key) if body is None else restored(CachedEngine, body)

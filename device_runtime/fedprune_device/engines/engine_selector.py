@@ -81,7 +81,7 @@ class EngineSelector:
         self._find, self._where = find, where or here
         self._bindings: Bindings | None = None
         self._wanted: EngineRequest | None = None
-        self._anew = False
+        self._rebuild = False
         self._job: _Job | None = None
         self._lock = ExitStack()
         self._x = np.zeros(0)
@@ -98,13 +98,13 @@ class EngineSelector:
     def progress(self) -> str:
         return "" if self._job is None else self._job.making.progress
 
-    def want(self, wanted: EngineRequest, *, anew: bool = False) -> None:
+    def want(self, wanted: EngineRequest, *, rebuild: bool = False) -> None:
         """Request an engine for a model in place of the last request; `turn` does the rest.
 
-        With `anew` an engine is made even if one exists, and regardless of earlier failures.
+        With `rebuild` an engine is made even if one exists, and regardless of earlier failures.
         """
         self.close()
-        self._wanted, self._anew, self.error = wanted, anew, None
+        self._wanted, self._rebuild, self.error = wanted, rebuild, None
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> CheckedSession | None:
@@ -165,7 +165,7 @@ class EngineSelector:
         self._x = trial_inputs(wanted.predictor.session.inputs, self.plan.batch[2])
         self._expected = answers(wanted.predictor.session, self._x)
         record = self.cache.record(key)
-        if not self._anew:
+        if not self._rebuild:
             try:
                 return self._load(wanted, found, key)
             except EngineError as error:
@@ -173,7 +173,7 @@ class EngineSelector:
             if record.failures >= MOST_FAILURES:
                 raise EngineError(
                     f"{record.failures} engines failed: {record.reason}",
-                    hint="Try again: `fedprune-device build-engine --anew`.",
+                    hint="Try again: `fedprune-device build-engine --rebuild`.",
                 )
         way = self._way(found, record, key)
         self._lock.enter_context(self.cache.making())
@@ -346,7 +346,7 @@ class Accelerator:
         return self.name != CPU
 
     def selector(self, state: Path) -> EngineSelector | None:
-        """What keeps an engine for predictions, if there is to be one."""
+        """The selector that keeps an engine for predictions, if the board uses one."""
         if self.name != TENSORRT:
             return None
         return EngineSelector(state / ENGINES, self.plan)

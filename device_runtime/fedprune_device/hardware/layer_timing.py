@@ -111,7 +111,7 @@ def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -
         if body["about"] == depends:
             return LatencyTable.from_dict(body["latency"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
-        pass  # there is none, or it is damaged: it can be measured again
+        pass  # it is missing or damaged: it can be measured again
     found = make()
     with contextlib.suppress(StorageError):
         write_whole(path, json.dumps({"about": depends, "latency": found.to_dict()}).encode())

@@ -110,7 +110,7 @@ def table_summaries(report: ProbeReport) -> dict[str, str]:
 
 
 def reference_net() -> dict[str, Any]:
-    """What the reference net is: shapes of its tensors, classes, operations."""
+    """The reference net: shapes of its tensors, classes, operations."""
     found: dict[str, Any] = json.loads((_ASSETS / "probe.json").read_text())
     return found
 

@@ -38,7 +38,7 @@ def status(text: str) -> str:
 
 
 def more_time(seconds: float) -> str:
-    """An assignment that gives a start so many more seconds."""
+    """An assignment that extends the time for a start by these seconds."""
     return f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
 
 

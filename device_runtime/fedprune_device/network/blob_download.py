@@ -112,7 +112,7 @@ class BlobDownloads:
 
     @property
     def _instead(self) -> tuple[BlobRef, ...]:
-        """What makes the weights, if they aren't pulled whole."""
+        """The parts of the weights, unless they are pulled whole."""
         return self._coded or self._slabs
 
     @property

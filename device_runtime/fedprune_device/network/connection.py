@@ -74,7 +74,7 @@ class Channel:
 
 
 class Connection:
-    """What the board sends and receives; `answers` is how long the server's answers take."""
+    """Traffic of the board; `answers` are the delays of the server's answers."""
 
     def __init__(self, link: Link, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.device, self.topics = link, channel.device, channel.topics

@@ -84,7 +84,7 @@ class Membership:
         return context
 
     def renewal(self, link: Link) -> Renewal | None:
-        """What keeps the board's certificate fresh while `link` is connected, or closed for a time on purpose."""
+        """The task that renews the board's certificate while `link` is connected, or closed for a time on purpose."""
         if self.identity is None:
             return None
         return Renewal(self.identity, self.urls, lambda: link.connected or link.away, self.options.ca)

@@ -52,7 +52,7 @@ NO_IDENTITY = "this board takes part without identity, so that it knows no key t
 def board_installer(
     identity: DeviceIdentity | None, environment: Mapping[str, str] = os.environ
 ) -> ReleaseInstaller | str:
-    """The installer of releases on this board, or why there is none. The server of `identity` must sign them."""
+    """The installer of releases on this board, or the reason without one. The server of `identity` must sign them."""
     root = environment.get("FEDPRUNE_ROOT", "")
     if not root or not environment.get("FEDPRUNE_SLOT"):
         return NO_LAUNCHER
@@ -299,7 +299,7 @@ class ReleaseAgent:
 
 
 class ReleaseDownload:
-    """What is still missing of a release. Does no network I/O: it returns requests.
+    """The missing parts of a release. Does no network I/O: it returns requests.
 
     Files that have arrived survive restarts; those of other releases are deleted.
     """
@@ -382,7 +382,7 @@ class StagingThread:
 
 
 def installed_manifest(home: SlotStore, number: int) -> str | None:
-    """sha256 of the signed manifest of the release of this number that is in a slot; None if there is none."""
+    """sha256 of the signed manifest of the release of this number that is in a slot; None without one."""
     for slot in on_disk.SLOTS:
         with suppress(on_disk.DamagedError):
             record = home.record(slot)

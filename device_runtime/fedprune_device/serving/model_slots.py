@@ -59,7 +59,7 @@ class Serving:
 
     @property
     def own(self) -> LogitAdjustment:
-        """What turns its logits into those of own predictions."""
+        """The map from its logits to those of the board's own predictions."""
         return LogitAdjustment(self.offset, self.present)
 
     @classmethod
@@ -132,7 +132,7 @@ class ModelSlots:
         return record
 
     def current(self) -> Serving | None:
-        """What serves: the newest record whose files are intact; None without any."""
+        """The active record: the newest whose files are intact; None without any."""
         for row in self._rows():
             if _intact(self._root / row.slot, row):
                 return row

@@ -10,7 +10,7 @@ pending.json    an update that the server has not acknowledged
 blobs/          weights and graphs by digest, finished or partly pulled
 serving/        the model that serves predictions (`serving.model_slots`)
 engines/        TensorRT engines (`engines.engine_cache`)
-samples/        samples that applications handed in (`data.sample_store`)
+samples/        samples from applications (`data.sample_store`)
 images.index    digests of the files of a folder of samples (`data.sample_folder`)
 layer_times.json  the probe's measurements of layers
 privacy.json    how much noise was drawn for private updates (`privacy.budget`)

@@ -119,7 +119,7 @@ class CrashReports:
                 self._unmark()
 
     def _look_back(self) -> None:
-        """What the last run left: a fault, or the mark of one that was killed."""
+        """The trace of the last run: a fault, or the mark of a killed one."""
         mark, fault = self._read_mark(), self._read_fault()
         known = self._folder / FILE
         found = _FATAL.search(fault)

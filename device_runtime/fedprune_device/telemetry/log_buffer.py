@@ -77,7 +77,7 @@ class LogBuffer(logging.Handler):
             self.handleError(record)
 
     def take(self, lines: int, size: int) -> LogReport | None:
-        """What may be sent now, within `lines` per hour and `size` bytes of text; the same again until it is kept."""
+        """The lines to send now, within `lines` per hour and `size` bytes of text; the same again until it is kept."""
         with self._guard:
             self._withhold()
             self._turn_of_the_hour()

@@ -109,7 +109,7 @@ class Evaluation:
         return True
 
     def _measured(self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms) -> Measure:
-        """What the objective says of outputs, taken a few at a time."""
+        """The objective of outputs, computed in small batches."""
         some = [slice(s, s + self._at_once) for s in range(0, len(y), self._at_once)]
         return Measure.of([self._objective(outputs[s], y[s], terms) for s in some])
 

@@ -104,7 +104,7 @@ class UpdateFiles:
 
 
 class LocalUpdate:
-    """What a board trains for an offer.
+    """A board's training for an offer.
 
     `tensors` are what training begins with: what was received, with the board's personal tensors in it. `mask` tells
     which elements are active, None for all; `kept` is None where the recipe keeps nothing between rounds. Raises
@@ -229,7 +229,7 @@ class LocalUpdate:
         return self._trainer.loss(model, self._data, self._recipe, classes, PROBE_SAMPLES)
 
     def _left(self, result: TrainingResult) -> dict[str, Any]:
-        """What a local state has of the optimiser; nothing of one that has overflowed, which would never move again."""
+        """The optimiser's part of a local state; empty if it has overflowed and would never move again."""
         moments = result.moments if self._recipe.keep_optimizer_state else {}
         if not moments or not all(np.isfinite(v).all() for v in moments.values()):
             return {}
@@ -277,7 +277,7 @@ class LocalUpdate:
         return vector.to_bytes(), left
 
     def _missed(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
-        """What earlier updates left out."""
+        """The residual of earlier updates."""
         base = None if self.kept is None else self.kept.base
         return {} if base is None else carried(base.residual, base, self._offer, trained, read)
 

@@ -42,7 +42,7 @@ class Measure(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[Measure]) -> Measure:
-        """What the parts of a set give together; at least one."""
+        """The combined result of a set's parts, of which there is at least one."""
         weight = sum(m.weight for m in parts)
         loss = sum(m.loss * m.weight for m in parts) / weight if weight else math.nan
         hits = None if parts[0].hits is None else sum(m.hits or 0 for m in parts)
@@ -72,7 +72,7 @@ class _Metric:
 
 
 class Objective:
-    """What of a training graph follows the model's outputs, loaded on its own.
+    """The part of a training graph after the model's outputs, loaded on its own.
 
     Args:
         graph: The training graph.

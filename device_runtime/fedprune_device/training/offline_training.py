@@ -44,7 +44,7 @@ class OfflineTraining:
         self._heard = now
 
     def due(self, now: float, *, connected: bool) -> Offer | None:
-        """What to train now, if a training is due; called while nothing else is trained."""
+        """The training that is due now, if any; called while nothing else is trained."""
         self._heard = now if self._heard is None else self._heard
         if not self._every or not self._is_time(now, connected):
             return None

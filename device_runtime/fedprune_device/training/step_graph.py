@@ -196,7 +196,7 @@ class StepGraph:
         return Targets.of(recipe, classes, self._target_shape, whole=self._classifies)
 
     def augmentation(self, recipe: Recipe) -> Augmentation | None:
-        """What augments samples, if the recipe asks for it. Raises `TrainingError` if the graph lacks it."""
+        """The augmentation of samples, if the recipe asks for it. Raises `TrainingError` if the graph lacks it."""
         return Augmentation(self._session.metadata, self._threads) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:

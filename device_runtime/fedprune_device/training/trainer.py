@@ -65,7 +65,7 @@ class TrainingStoppedError(FedpruneError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What local training gave.
+    """The result of local training.
 
     Attributes:
         tensors: The new weights and statistics, in the order in which they were given.
@@ -96,7 +96,7 @@ class TrainingResult:
 
     @classmethod
     def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
-        """What a training that changed nothing would give."""
+        """The result of a training that changes nothing."""
         nothing = math.nan
         return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {})
 
@@ -174,7 +174,7 @@ class Trainer:
         return self._graph.targets(recipe, classes)
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
-        """What of the graph follows the model's outputs; it needs none of the graph's memory."""
+        """The part of the graph after the model's outputs; it needs none of the graph's memory."""
         return self._graph.objective(recipe, classes)
 
     def check(self, tensors: Mapping[str, Array]) -> None:

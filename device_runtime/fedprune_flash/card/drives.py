@@ -143,7 +143,7 @@ def _output(command: tuple[str, ...]) -> bytes:
 
 
 def chosen(path: str, known: list[Drive], needed: int) -> Drive:
-    """The drive to write to; raises `CardError` if there is none, or it must not be written to."""
+    """The drive to write to; raises `CardError` if it is missing or must not be written to."""
     real = str(Path(path).resolve())
     cards = [d for d in known if d.removable and not d.system and not d.read_only]
     drive = next((d for d in known if d.path in (path, real)), None)

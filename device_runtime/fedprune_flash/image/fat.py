@@ -310,7 +310,7 @@ class _Layout:
     """Where each part is, in bytes from the beginning of the partition.
 
     `tables` are the copies of the table; a fixed root folder begins at `root` (12 and 16 bits) or in `root_cluster` (32
-    bits), cluster 2 at `data`. The sector `info` has the number of free clusters; 0 where there is none.
+    bits), cluster 2 at `data`. The sector `info` has the number of free clusters; 0 without one.
     """
 
     bits: int

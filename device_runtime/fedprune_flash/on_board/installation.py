@@ -265,7 +265,7 @@ class Installation:
         self.runtime.fill()
 
     def _given(self) -> list[Path]:
-        """What belongs to the service's user. A state folder on another disk may be a link, which is root's."""
+        """The files of the service's user. A state folder on another disk may be a link, which is root's."""
         return [*self.runtime.folders, self._state.resolve()]
 
     def _give(self) -> None:

@@ -33,7 +33,7 @@ class KitFolder:
     """A kit on the board; raises `KitError` if its manifest is missing or invalid.
 
     `runtime` is the name of its release: fedprune's version, and a digest of the wheels. `signed` is the text that is
-    signed, `signature` as hex, empty if there is none. `successions` are how the key that signed it replaced earlier
+    signed, `signature` as hex, empty without one. `successions` are how the key that signed it replaced earlier
     ones, as hex, the oldest first; `site` is empty if it never did.
     """
 

@@ -34,7 +34,7 @@ _SPARE = 64 * 2**20  # bytes that must stay free after a kit has been copied; th
 
 @dataclass(frozen=True)
 class InstallationOrder:
-    """What is to be done with every board.
+    """The order for every board.
 
     Each board gets the kit of its kind. `remove` undoes an installation, `purge` deletes the board's state, too; `dry`
     changes nothing. Within `wait` seconds the service must run. `accept_new` accepts the key of an unknown host;
@@ -60,7 +60,7 @@ class InstallationOrder:
 
 @dataclass(frozen=True)
 class BoardOutcome:
-    """What became of a board: its state in a word or two, why, what to do, and whether it is as ordered."""
+    """The outcome at a board: its state in a word or two, the reason, what to do, and whether it is as ordered."""
 
     row: BoardRow
     state: str

@@ -34,9 +34,9 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """What is known of a board: `DONE`, `BEGUN` or `REMOVED`, and the digest of what was done there.
+    """The record of a board: `DONE`, `BEGUN` or `REMOVED`, and the digest of what was done there.
 
-    `claim` was recorded for it and not yet delivered, empty if there is none; `used` are digests of earlier ones.
+    `claim` was recorded for it and not yet delivered, empty without one; `used` are digests of earlier ones.
     """
 
     state: str = BEGUN

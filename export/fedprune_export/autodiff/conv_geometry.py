@@ -198,7 +198,7 @@ class Columns:
         return add_bias(g, y, bias, self.rank)
 
     def back(self, dy: str, bias: list[str]) -> str:
-        """What the transposed convolution makes of dy."""
+        """The transposed convolution of dy."""
         g, w = self.g, self.w
         if self.operator:
             attrs = {**operator_attrs(w, self.operator), "output_padding": leftovers(w)}
@@ -264,7 +264,7 @@ class Columns:
         return self._columns[x]
 
     def gathered(self, flat: str, channels: Dim, inside: Dim, read: Indices, area: int) -> str:
-        """What is read of [C, area, N]: [groups, channels of a group · taps, readers · N]."""
+        """The patches read from [C, area, N]: [groups, channels of a group · taps, readers · N]."""
         readers, taps = read.shape
         shape: Shape = (channels, taps, readers, self.batch)
         if taps == 1 and np.array_equal(read[:, 0], np.arange(area)):

@@ -109,7 +109,7 @@ class Dimensions:
         return self.dim(out)
 
     def difference(self, whole: Dim, part: Dim) -> Dim:
-        """What is left of a dimension without a part of it."""
+        """The rest of a dimension without a part of it."""
         return self.total([whole, self.product([-1, part])])
 
     def quotient(self, whole: Dim, part: Dim) -> Dim | None:

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Knowledge(Dimensions):
-    """What the channel analysis and a trace found about a model's values, in dimensions of the graph in the making."""
+    """Facts about a model's values from channel analysis and trace, in dimensions of the graph under construction."""
 
     def __init__(self, model: Model, graph: Graph) -> None:
         super().__init__(graph)

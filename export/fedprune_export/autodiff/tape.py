@@ -99,7 +99,7 @@ class Tape(Knowledge):
             self._wanted.add(name)
 
     def value(self, name: str) -> str:
-        """What a value of the model is called in the training graph; constants are copied on first use.
+        """The name of a model's value in the training graph; constants are copied on first use.
 
         A constant over channels is as long as there are channels left, which takes equal entries along that axis.
         Raises `ModelError` if the value is not known yet, or a constant has another number for each channel.
@@ -221,7 +221,7 @@ class Tape(Knowledge):
         return tuple(out)
 
     def fitted(self, node: Node, index: int, shape: Shape) -> str:
-        """What scales or shifts a value whose last axes have `shape`; a constant with equal entries fits any width."""
+        """A scale or shift of a value whose last axes have `shape`; a constant with equal entries fits any width."""
         name = node.inputs[index]
         constant = self._source.initializers.get(name)
         if constant is None or self.is_tensor(name) or not any(isinstance(d, str) for d in shape):
@@ -336,7 +336,7 @@ class Tape(Knowledge):
                 pull(*gradients)
 
     def _purposed(self, name: str) -> None:
-        """What a pull-back has written since its last gradient was for this one: of a weight, or of samples."""
+        """The nodes that a pull-back has written since its last gradient: of a weight, or of samples."""
         now = self.graph.purpose
         if now is None or now.part != INPUT_GRADIENT:
             return

@@ -58,7 +58,7 @@ _LICENCE = "To be chosen by the publisher of the model; until then `license` at 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the card says of a model in addition to its shape.
+    """The card's facts about a model in addition to its shape.
 
     Attributes:
         data: The name of the data that it was trained on; empty if it has none.

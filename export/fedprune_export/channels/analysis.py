@@ -229,7 +229,7 @@ _MOST_RUNS = 40  # passes over the rules; fewer than ten settle one or two choic
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the channel analysis found. `values`: axes of every value of the graph, initialisers included."""
+    """The result of the channel analysis. `values`: axes of every value of the graph, initialisers included."""
 
     architecture: Architecture
     values: ValueAxes

@@ -9,7 +9,7 @@ from fedprune_export.channels.rule import Channels, rule
 from fedprune_export.ir.graph import Node
 
 GROUPS, POSITIONS = "groups", "positions"
-"""What a grouped operator loses: whole groups, or the same positions of every group."""
+"""The channels that a grouped operator can lose: whole groups, or the same positions of every group."""
 
 
 @rule("Conv")

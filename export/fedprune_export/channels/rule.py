@@ -118,7 +118,7 @@ class Pick(NamedTuple):
 
 
 class Channels:
-    """What rules read and write: atoms of all values seen so far.
+    """The state that rules read and write: atoms of all values seen so far.
 
     Args:
         parameters: Names of weights and statistics; only these get atoms of their own.

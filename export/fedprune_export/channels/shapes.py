@@ -73,7 +73,7 @@ def pad(channels: Channels, node: Node) -> None:
 
 
 def sliced(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
-    """What a Slice takes along each of its axes; None where that isn't constant."""
+    """The indices that a Slice takes along each of its axes; None where that isn't constant."""
     constants = [graph.initializers.get(name) if name else None for name in node.inputs[1:]]
     count = len(node.inputs) - 1
     if count < 2 or constants[0] is None or constants[1] is None:

@@ -23,7 +23,7 @@ from fedprune_export.pruning.model import Model
 Array = npt.NDArray[Any]
 
 LABELS = ("classes", "multi", "values")
-"""What labels are: the number of one class, a 0 or 1 per class, or the values that the output should have."""
+"""The kinds of labels: the number of one class, a 0 or 1 per class, or the values that the output should have."""
 
 _BATCH = 64
 
@@ -48,7 +48,7 @@ class LabelledData:
 
     @property
     def measure(self) -> str:
-        """What `score` computes, in words."""
+        """The name of the score."""
         return {"classes": "accuracy", "multi": "accuracy over all labels", "values": "root of the mean squared error"}[
             self.labels
         ]

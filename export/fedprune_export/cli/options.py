@@ -58,7 +58,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora",
         metavar="RANK[:PATTERN,...]",
-        help="train adapters of this rank beside the weights, which are frozen: of all linear layers but the last, or "
+        help="train adapters of this rank and freeze the weights: of all linear layers but the last, or "
         "of those that the patterns name",
     )
     group.add_argument(
@@ -172,7 +172,7 @@ def add_probe_option(parser: argparse.ArgumentParser) -> None:
 
 
 def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
-    """What a board measured of itself, if the command line gives it."""
+    """A board's probe report, if the command line names one."""
     if arguments.probe is None:
         return None
     try:

@@ -1,6 +1,6 @@
-"""Low-rank adapters beside frozen weights (Hu et al. 2022, eq. 3): y = x Wᵀ + α/r · x Aᵀ Bᵀ.
+"""Low-rank adapters of frozen weights (Hu et al. 2022, eq. 3): y = x Wᵀ + α/r · x Aᵀ Bᵀ.
 
-Tensors are named as PEFT names them: `NAME.lora_A.weight` [r, inputs] and `NAME.lora_B.weight` [outputs, r] beside
+Tensors are named as PEFT names them: `NAME.lora_A.weight` [r, inputs] and `NAME.lora_B.weight` [outputs, r] next to
 `NAME.weight`. The r ranks are a channel group. Boards hold some of them, and since the product is a sum over ranks, the
 sum of what several boards hold is exact. Everything else is frozen and kept whole.
 """
@@ -68,7 +68,7 @@ def kept(parameters: Iterable[str], frozen: Sequence[str]) -> frozenset[str]:
 
 
 def with_adapters(model: Model, lora: Lora) -> bytes:
-    """A model's file with adapters beside its weights, and all else frozen.
+    """A model's file with adapters, in which everything else is frozen.
 
     Raises `ModelError` if a pattern matches no weight of a linear layer, or a weight has fewer rows or columns than
     there are ranks.
@@ -143,7 +143,7 @@ def _tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lo
     """A weight's adapter: A with the variance of 1 / inputs, and B of zeros."""
     inputs, outputs = shape if next(iter(uses.values())) else tuple(reversed(shape))
     if lora.rank > min(inputs, outputs):
-        raise ModelError(f"lora: the rank beside {name}", expected=f"at most {min(inputs, outputs)}", got=lora.rank)
+        raise ModelError(f"lora: the rank of {name}", expected=f"at most {min(inputs, outputs)}", got=lora.rank)
     rng = np.random.default_rng([lora.seed, *name.encode()])
     first = rng.standard_normal((lora.rank, inputs), np.float32) / np.float32(math.sqrt(inputs))
     return {_named(name, _A): first, _named(name, _B): np.zeros((outputs, lora.rank), np.float32)}

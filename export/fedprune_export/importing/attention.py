@@ -71,7 +71,7 @@ def _apart(graph: Graph, name: str, heads: int, seen: Trace) -> str:
 
 
 def _biases(graph: Graph, node: Node, mask: str, tokens: tuple[int | None, ...], seen: Trace) -> list[str]:
-    """What is added to the scores: minus infinity where a query must not look."""
+    """The additive mask of the scores: minus infinity where a query must not attend."""
     out = []
     if node.attrs.get("is_causal"):
         if None in tokens:

@@ -33,7 +33,7 @@ _ARITHMETIC = frozenset(
 """Operators that conditions and lengths are computed with."""
 
 _FAILS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What evaluating a node of an untrusted file may raise; its value is then unknown."""
+"""Errors in evaluating a node of an untrusted file, whose value is then unknown."""
 
 _SIZES = (3, 5)
 """Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them."""

@@ -20,7 +20,7 @@ FILES = (GRAPH, WEIGHTS, CONFIG, CARD)
 """Files of a repository on the hub: the graph, torch's state dict, facts for programs, and the model card."""
 
 COUNTER = "num_batches_tracked"
-"""What torch's batch norms count in addition to their statistics; a graph has no such tensor."""
+"""The counter of torch's batch norms, next to their statistics; a graph has no such tensor."""
 
 _MOST_CONFIG = 2**20
 _LONGEST_NAME = 100

@@ -82,7 +82,7 @@ def load(
         metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
             are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
             better.
-        lora: Adapters that are trained beside the weights, which are frozen: a `Lora`, or its text, such as
+        lora: Adapters to train; the weights are frozen: a `Lora`, or its text, such as
             "8:*.q.weight,*.v.weight".
         base: The precision in which frozen weights are stored, sent and loaded: "float16", or "int8" with a scale per
             output channel; by default they are tensors like all others.

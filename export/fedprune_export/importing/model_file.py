@@ -105,7 +105,7 @@ def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"its external data can't be read ({reason(error)})",
-                hint=f"Copy {location if len(location) < 200 else shown(location)} of the same export beside it.",
+                hint=f"Copy {location if len(location) < 200 else shown(location)} of the same export into its folder.",
             ) from error
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
@@ -125,7 +125,7 @@ def _bytes(tensor: onnx.TensorProto) -> int:
 def _range(folder: Path, location: str, offset: int, length: int) -> bytes:
     parts = Path(location).parts
     if not location or "\0" in location or Path(location).is_absolute() or ".." in parts:
-        raise ValueError(f"{shown(location)} is not a file beside the model")
+        raise ValueError(f"{shown(location)} is not a file in the folder of the model")
     inside = folder.resolve()
     path = inside.joinpath(*parts)
     if path.resolve() != path:

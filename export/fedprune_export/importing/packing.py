@@ -42,7 +42,7 @@ class Piece:
 
 
 def pieces(metadata: dict[str, str], key: str) -> tuple[Piece, ...]:
-    """What a graph's metadata says of its inputs or outputs; nothing where there is one."""
+    """The packing of a graph's inputs or outputs in its metadata; empty for a single one."""
     return tuple(Piece(str(name), tuple(map(int, shape))) for name, shape in json.loads(metadata.get(key, "[]")))
 
 
@@ -96,7 +96,7 @@ def pack_outputs(graph: Graph, notes: list[str]) -> None:
 
 
 def unpacked(parts: Sequence[Piece]) -> Callable[[Any], list[Any]]:
-    """What splits rows [n, k] of torch into their parts [n, ...]."""
+    """A function that splits rows [n, k] of torch into their parts [n, ...]."""
 
     def split(rows: Any) -> list[Any]:
         found = rows.split([part.size for part in parts], 1)

@@ -34,7 +34,7 @@ _ROLES = {
     "Div": {1: "norm_scale"},
 }
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
-"""What applies so may be a weight, and may as well be a table of positions or what normalises pictures."""
+"""Operators whose operand may be a weight, but also a table of positions or a normalisation of images."""
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _LISTED = "--parameters FILE lists what is to be trained."
@@ -63,7 +63,7 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
 
 
 def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
-    """What every weight is for, by its use; the rest are constants.
+    """The role of every weight, by its use; the rest are constants.
 
     Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants. What
     is added to the model's input or multiplied by it normalises data: it is a constant. Raises `ModelError` if a

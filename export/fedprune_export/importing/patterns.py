@@ -81,7 +81,7 @@ class Expressions:
         return Counter([value]), 1.0
 
     def plus(self, value: str, expected: float) -> str | None:
-        """What a constant is added to."""
+        """The value that a constant is added to."""
         node = self.made_by(value, "Add")
         for a, b in (node.inputs, node.inputs[::-1]) if node is not None else ():
             if self.is_number(b, expected):

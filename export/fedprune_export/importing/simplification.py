@@ -193,7 +193,7 @@ _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Redu
 _ENDLESS = 2**31 - 1  # where slices end that go to the end of any axis
 
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
-"""What an operator's second operand must be for it to do nothing; the first too where the order doesn't matter."""
+"""The neutral second operand of an operator; also the first, if the operator is commutative."""
 
 
 def _substitute(graph: Graph, old: str, new: str) -> None:

@@ -77,7 +77,7 @@ def emit_stft(graph: Graph, node: Node, seen: Trace) -> None:
 
 
 def _matrix(node: Node, samples: int, length: int, parts: int, *, inverse: bool, onesided: bool) -> Array:
-    """What each part of each sample adds to each part of each frequency [samples, parts, frequencies, 2].
+    """The factors from each part of each sample to each part of each frequency [samples, parts, frequencies, 2].
 
     Samples beyond `length` count for nothing.
     """
@@ -90,7 +90,7 @@ def _matrix(node: Node, samples: int, length: int, parts: int, *, inverse: bool,
 
 
 def _back_from_one_side(node: Node, frequencies: int, length: int, parts: int) -> Array:
-    """What each part of each frequency adds to real samples [frequencies, 2, length, parts].
+    """The factors from each part of each frequency to real samples [frequencies, 2, length, parts].
 
     Frequencies between the first and the middle stand for their mirror images, too. Raises `ModelError` if there are
     more or less than the length has.
@@ -114,7 +114,7 @@ def _back_from_one_side(node: Node, frequencies: int, length: int, parts: int) -
 def _waves(node: Node, rows: int, length: int, columns: int, parts: int) -> tuple[Array, Array]:
     """Cosines and sines of 2π/length times the product of row and column.
 
-    Raises `ModelError` if a matrix of so many parts of them would be too large.
+    Raises `ModelError` if the matrix would be too large.
     """
     if rows * columns * parts > _LARGEST:
         raise ModelError(

@@ -404,7 +404,7 @@ def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
 
 
 def factory_product(text: str) -> Any:
-    """What the factory `package.module:factory` makes; a class of modules makes one without arguments.
+    """The module that the factory `package.module:factory` makes; a class of modules makes one without arguments.
 
     Raises `ModelError` if there is no such factory, or it fails; `MissingExtraError` if torch is not installed.
     """
@@ -418,7 +418,7 @@ def factory_product(text: str) -> Any:
 
 
 def named(text: str) -> Any:
-    """What `package.module:name` names. Raises `ModelError` if the module can't be imported or lacks the name."""
+    """The object `package.module:name`. Raises `ModelError` if the module can't be imported or lacks the name."""
     module_name, _, name = text.rpartition(":")
     try:
         module = own_module(module_name)

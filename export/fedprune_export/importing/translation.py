@@ -279,4 +279,4 @@ BECOMES = {
     "STFT": "a convolution with a constant Fourier basis",
     "Swish": "a product with Sigmoid",
 }
-"""What operators are rewritten to, before any rule sees them."""
+"""The rewriting of operators, before any rule reads them."""

@@ -32,7 +32,7 @@ _TYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 @dataclass(frozen=True)
 class _Labels:
-    """What a loss or metric of torch is given as labels: its attributes `target_shape` and `target_dtype` say it."""
+    """The labels of a torch loss or metric, by its attributes `target_shape` and `target_dtype`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -113,7 +113,7 @@ def _splitter(parts: Sequence[Piece]) -> Callable[[Any], list[Any]]:
 
 
 def _callable(source: object) -> tuple[Any, str]:
-    """What a source names, and its name."""
+    """The object that a source names, and its name."""
     name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
     found: Any = named(source) if isinstance(source, str) else source
     if isinstance(found, type):

@@ -33,7 +33,7 @@ LOSS, UPDATE = "loss", "update"  # the parts of a training step
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a node of a training graph is there for; it stays in memory, files don't hold it.
+    """The purpose of a node of a training graph, kept in memory and not in files.
 
     Attributes:
         layer: The name of the model's node that it is a part of; empty where it belongs to none.

@@ -34,7 +34,7 @@ _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Re
 
 @dataclass
 class Inferred:
-    """What is known of a graph's values at one batch size.
+    """Known facts about a graph's values at one batch size.
 
     Attributes:
         shapes: Shapes by name; values of which onnx can't tell the shape are missing.

@@ -1,4 +1,4 @@
-"""What a graph's values look like: shapes, types and small integers at several batch sizes.
+"""A trace of a graph's values: shapes, types and small integers at several batch sizes.
 
 Shapes are inferred, operator by operator, with all the numbers that they are computed from; what can't be inferred is
 run. Axes whose size differs between batch sizes depend on the batch.
@@ -152,7 +152,7 @@ def trace(graph: Graph) -> Trace:
 
 
 def inferred(graph: Graph, batch: int) -> Inferred:
-    """What is known of a graph's values at one batch size: all shapes and types."""
+    """All known shapes and types of a graph's values at one batch size."""
     found = infer(graph, batch)
     measured: dict[str, Array] = {}
     while found.missing:

@@ -60,7 +60,7 @@ _SMALLEST = 1e-12  # a scale of what is always zero
 
 @dataclass
 class Plan:
-    """What is to be quantised.
+    """The parts to quantise.
 
     Attributes:
         values: Activations with a range of their own, in the graph's order: rows of the ranges.
@@ -73,13 +73,13 @@ class Plan:
 
 
 def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
-    """What of a folded graph is quantised. `keep`: outputs of layers that stay in float32."""
+    """The parts of a folded graph to quantise. `keep`: outputs of layers that stay in float32."""
     plan = Plan()
     graph, ends = pair.graph, pair.outputs()
     consumers = graph.consumers()
 
     def after(name: str) -> str:
-        """What is left of a value once a clamp has taken it."""
+        """The range of a value after a clamp."""
         readers = consumers.get(name, [])
         clamp = readers[0][0] if len(readers) == 1 and name not in ends else None
         return clamp.outputs[0] if clamp is not None and clamp.op in _CLAMPS and not clamp.domain else name

@@ -90,7 +90,7 @@ class Pair:
         return name
 
     def _hoist(self) -> None:
-        """What follows from weights alone is computed once, when they are prepared."""
+        """Compute nodes that depend on weights alone once, when they are prepared."""
         kept: list[Node] = []
         ends = self.outputs()
         for node in self.graph.nodes:

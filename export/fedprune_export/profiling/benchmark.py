@@ -26,7 +26,7 @@ from fedprune_export.ir.trace import sample_feeds
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one graph at one batch size and number of threads.
+    """Measurements of one graph at one batch size and number of threads.
 
     Attributes:
         what: `training step` or `prediction`.

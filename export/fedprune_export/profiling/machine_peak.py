@@ -36,7 +36,7 @@ class Speed:
 
 
 def promised(profile: HardwareProfile, threads: int = 0) -> Speed:
-    """What a profile promises.
+    """The peak figures of a profile.
 
     Args:
         threads: Threads that compute, which have their share of the cores' peak; 0 for all cores.
@@ -48,12 +48,12 @@ def promised(profile: HardwareProfile, threads: int = 0) -> Speed:
 
 
 def bounds(profile: HardwareProfile | None, threads: int) -> Speed:
-    """What a profile promises, or without one what this machine reaches."""
+    """The peak figures of a profile or, without one, of this machine."""
     return measured(threads) if profile is None else promised(profile, threads)
 
 
 def measured(threads: int = 1) -> Speed:
-    """What this machine reaches with a product of matrices and a sum of long vectors; the fastest of some runs counts.
+    """This machine's peak with a product of matrices and a sum of long vectors; the fastest of some runs counts.
 
     Raises `ModelError` if onnxruntime doesn't run the graphs.
     """

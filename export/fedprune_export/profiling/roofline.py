@@ -45,7 +45,7 @@ class Explained:
 
     @property
     def seconds(self) -> float:
-        """What it took; the least time if nothing was measured."""
+        """The measured time; without a measurement the least time."""
         return self.bound_s if self.measured_s is None else self.measured_s
 
     @property
@@ -97,7 +97,7 @@ class Explanation:
         return sum(p.bound_s for p in self.pieces)
 
     def shares(self) -> dict[str, float]:
-        """What share of the measured time was spent on what; empty if nothing was measured."""
+        """The share of each kind in the measured time; empty without a measurement."""
         spent = {kind: sum(p.spent.get(kind, 0.0) for p in self.pieces) for kind in KINDS}
         spent["other"] += self.unknown_s
         whole = sum(spent.values())

@@ -42,7 +42,7 @@ LAYOUT = frozenset(
 """Operators that compute nothing, but move numbers to where others read them."""
 
 KINDS = ("products", "norms", "layout", "update", "other")
-"""What a step's time is spent on: convolutions and matrix products, norms, changes of layout, moving the weights, and
+"""Kinds of work in a step's time: convolutions and matrix products, norms, changes of layout, moving the weights, and
 all else."""
 
 _VIEWS = VIEWS | {"Shape"}
@@ -67,7 +67,7 @@ class Piece:
     nodes: tuple[str, ...]
 
     def kind(self, operator: str) -> str:
-        """What the time of one of its operators is spent on, one of `KINDS`."""
+        """The kind of an operator's work, one of `KINDS`."""
         if operator in LAYOUT:
             return "layout"
         if self.part == UPDATE:
@@ -134,7 +134,7 @@ def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = Fals
 
 
 class _Layers:
-    """What is known of the model's nodes at these widths."""
+    """Known facts about the model's nodes at these widths."""
 
     def __init__(self, model: Model, widths: Sequence[int], batch: int) -> None:
         held = pinned(model, widths)
@@ -178,7 +178,7 @@ class _Layers:
         return self._macs[layer] * max(1, len(moved)) if part == INPUT_GRADIENT else 0
 
     def bytes(self, layer: str, part: str) -> int:
-        """What has to be read and written."""
+        """The bytes to read and write."""
         node = self.nodes[layer]
         inputs = [i for i in dict.fromkeys(node.inputs) if i]
         held = self._total(i for i in inputs if i in self._constants)

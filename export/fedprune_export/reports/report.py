@@ -109,7 +109,7 @@ class Side:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What an export wrote, and what it costs the board; prints as text.
+    """The files of an export and their cost on the board; prints as text.
 
     Attributes:
         plan: Why the submodel is as wide as it is, and how the board trains it.
@@ -137,12 +137,12 @@ class Report:
 
     @property
     def advice(self) -> str:
-        """What to do on a board with limited support; empty on others."""
+        """Advice for a board with limited support; empty for others."""
         return self.plan.profile.advice
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the import changed or could not analyse."""
+        """The import's changes, and the parts that it could not analyse."""
         return self.model.notes
 
     @cached_property

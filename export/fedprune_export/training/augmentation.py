@@ -81,7 +81,7 @@ def _is_whole(graph: Graph, name: str) -> bool:
 
 
 def _step(text: str, first: int, parts: Sequence[Piece], inputs: Sequence[Piece]) -> _Step:
-    """One augmentation, with the input that it changes. Raises `ConfigError` if there is none, or several."""
+    """One augmentation, with the input that it changes. Raises `ConfigError` unless exactly one is named."""
     asked = Augmentation.parse(text)
     fitting = [p for p in parts if _fits(asked, p.shape) and asked.input in ("", p.name)]
     if len(fitting) != 1:
@@ -273,7 +273,7 @@ def _noise(g: Graph, x: str, step: _Step) -> str:
 
 
 def _specaugment(g: Graph, x: str, step: _Step) -> str:
-    """One mask of frequencies and one of steps, each of up to so many, where the sample has its mean instead (Park et
+    """One mask of frequencies and one of steps, each of a limited width, filled with the sample's mean (Park et
     al., "SpecAugment", Interspeech 2019, Sec. 2: masks of width f ~ U[0, F] from f0 ~ U[0, ν − f) on)."""
     shape, masks = step.piece.shape, []
     for number, (axis, most) in enumerate(zip(step.axes, step.values, strict=True)):

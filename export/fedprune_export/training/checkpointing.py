@@ -30,7 +30,7 @@ from fedprune_export.ir.shape_inference import Inferred, follow, hold
 
 @dataclass(frozen=True)
 class ValueSizes:
-    """What the values of a training graph take.
+    """Sizes of the values of a training graph.
 
     Attributes:
         shapes: Shapes by name. A value of which onnx can't tell the shape is missing.

@@ -56,7 +56,7 @@ def dice(outputs: tuple[int, ...]) -> Model:
 
 def infonce(outputs: tuple[int, ...]) -> Model:
     """−log of the softmax by which a row of a batch picks the rows that belong to it among all others, by their cosines
-    over τ = 0.1: the mean over those with the same label, and 0 where there is none.
+    over τ = 0.1: the mean over those with the same label, and 0 without any.
 
     Outputs are one row per sample [D], or one per view of it [V, D], whose views belong together, too. It is the
     supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2); with two views and another label for every sample

@@ -191,7 +191,7 @@ def _cross_entropy(g: Graph, logits: str, outputs: tuple[int, ...], features: Fe
 
 
 def _mixed(g: Graph, expected: str, weight: str, outputs: tuple[int, ...]) -> str:
-    """What two labels and their shares make the model aim at [N, K, ...].
+    """The target distribution of two labels and their shares [N, K, ...].
 
     Args:
         expected: 1 where a class is the label, else 0.

@@ -19,7 +19,7 @@ PROCESS_BYTES = 65_000_000
 NODE_BYTES = 6_100  # what onnxruntime holds per node of a loaded graph
 
 GAPS, GAPS_AGAIN = 0.09, 0.3
-"""What the allocator can't use, as a share of the values that live at once; in graphs that compute values again, too,
+"""The allocator's fragmentation, as a share of the values that live at once; in graphs that compute values again, too,
 which come and go more often. Measured, as the two above, with five nets at three widths on x86
 (`benchmarks/memory.py`)."""
 
@@ -28,7 +28,7 @@ _TRIES = 6
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """What one step takes, in bytes.
+    """Memory of one step, in bytes.
 
     Attributes:
         process: Interpreter, libraries, the loaded graph.
@@ -71,7 +71,7 @@ class Fitted:
 
 
 def training_memory(graph: Graph, sizes: ValueSizes) -> TrainingMemory:
-    """What a step of a training graph takes."""
+    """Memory of a step of a training graph."""
     live = live_bytes(execution_order(graph), sizes.bytes, [p.name for p in graph.outputs])
     return taken(graph, sizes, max(live, default=0), GAPS)
 
@@ -107,7 +107,7 @@ def fitted(graph: Graph, architecture: Architecture, widths: Sequence[int], batc
 
 
 def taken(graph: Graph, sizes: ValueSizes, values: int, gaps: float) -> TrainingMemory:
-    """What a step takes whose values are known.
+    """Memory of a step whose values are known.
 
     `values`: most bytes of values that live at once; `gaps`: idle memory of the allocator, as a share of that.
     """

@@ -106,7 +106,7 @@ class Channel(Closing):
             self._changed.notify_all()
 
     def give(self, request: BlobWanted, data: bytes | None = None, *, lost: bool = False) -> None:
-        """Queue the answer to a request: a blob, which is `data` or in a store, or that there is none, or that this is
+        """Queue the answer to a request: a blob, which is `data` or in a store, or that it is missing, or that this is
         unknown since this side has `lost` its parent or can't read its store."""
         with self._changed:
             self._wanted.append((request, data, lost))

@@ -137,7 +137,7 @@ class DemoFolder:
 
     @property
     def calibration(self) -> Path:
-        """What the server measures batch-norm statistics on."""
+        """The server's samples for batch-norm statistics."""
         return self.root / "data" / "calibration.npz"
 
     @property

@@ -38,7 +38,7 @@ _NEXT = {
     "any more, stop the server and end it: fedprune-server identity retire-ca",
     _RETIRE_CA: f"{_FILES}. Unused claims from before are void: make new ones",
 }
-"""What to do after an action."""
+"""The next steps after an action."""
 
 _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
@@ -232,7 +232,7 @@ def _claim(arguments: argparse.Namespace) -> None:
 
 
 def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:
-    """What a file of claims is good for; on standard output claims stand alone."""
+    """The use of a file of claims; standard output has the claims alone."""
     if arguments.out is not None:
         end = datetime.now().astimezone() + timedelta(hours=arguments.hours)
         print(f"{arguments.out}: {quantity(count, 'claim')} for {names}, valid until {end:%Y-%m-%d %H:%M %Z}")

@@ -28,7 +28,7 @@ from fedprune_server.ota.store import RolloutEntry, RolloutStore
 from fedprune_server.storage.state_folder import LOCK, has_database, url_of
 
 _REQUESTED = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}
-"""What the server hasn't carried out yet, by the entry's state."""
+"""Orders that the server hasn't carried out yet, by the entry's state."""
 
 _SHOWN = 20
 """Boards that a list on one line names."""
@@ -166,7 +166,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _print_latest(arguments: argparse.Namespace) -> None:
-    """The latest rollout as JSON; null if there is none."""
+    """The latest rollout as JSON; null without one."""
     entry = next(reversed(_entries(arguments)), None)
     print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
 
@@ -213,7 +213,7 @@ def _back(arguments: argparse.Namespace) -> None:
 
 
 def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
-    """All rollouts, the oldest first; nothing is made if there is none."""
+    """All rollouts, the oldest first; creates no database."""
     state, database = arguments.state, database_in(arguments)
     IdentityFolder(state).close()  # without an identity there is nothing to roll out
     if database is None and not has_database(state):

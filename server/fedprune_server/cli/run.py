@@ -219,7 +219,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 app.run()
             if signals or not app.outdated:
                 break
-            log.info("the parent's jobs have changed: this aggregator begins with them anew")
+            log.info("the parent's jobs have changed: this aggregator starts again with them")
         interrupted = bool(signals) and not app.server.finished
         if interrupted:
             log.info("stopped: the same command continues with what %s holds", config.state)

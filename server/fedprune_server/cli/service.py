@@ -191,7 +191,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def program_of(executable: Path, prefix: Path) -> Path:
-    """The installed `fedprune-server`, which a unit starts; raises `ConfigError` if there is none."""
+    """The installed `fedprune-server`, which a unit starts; raises `ConfigError` if it is missing."""
     for path in (prefix / "bin" / "fedprune-server", executable):
         if path.name == "fedprune-server" and path.is_file():
             return path.absolute()

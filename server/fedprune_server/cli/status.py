@@ -250,7 +250,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
 
 
 def _misbehaved(row: dict[str, Any]) -> str:
-    """What a device sent that didn't count, and whether it is listened to."""
+    """A device's rejected messages, and whether it is in quarantine."""
     kinds = {
         "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
         "refused": "malformed updates",
@@ -269,7 +269,7 @@ def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_state(name: str, state: State | None) -> dict[str, Any]:
-    """What trains on a device, and the aggregators through which it is or was connected, as `north` or `north/yard`."""
+    """A device's training software, and the aggregators of its connection, as `north` or `north/yard`."""
     device = None if state is None else state.devices.get(name)
     return {"unit": "", "region": ""} if device is None else {"unit": unit(device), "region": device.region}
 

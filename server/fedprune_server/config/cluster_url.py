@@ -24,7 +24,7 @@ def check_url(url: str) -> str:
 
 
 def ray_address(url: str) -> str:
-    """What Ray calls it."""
+    """The address in Ray's form."""
     return url if url.startswith(_CLIENT) else url.removeprefix(_NODE)
 
 

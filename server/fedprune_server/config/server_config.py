@@ -65,7 +65,7 @@ class ServerConfig:
     )
     lora: str | None = setting(
         None,
-        "Adapters that are trained beside the weights, which are frozen: `RANK`, or `RANK:PATTERN,PATTERN` of names of "
+        "Adapters to train; the weights are frozen: `RANK`, or `RANK:PATTERN,PATTERN` of names of "
         "linear layers' weights.",
         "RANK[:PATTERN,...]",
     )

@@ -1,4 +1,4 @@
-"""What boards tell of their logs and crashes, on the server's disk: so much of each board, so much in all, no more.
+"""Logs and crash reports of boards on the server's disk, with limits per board and in all.
 
 Not in the job's database, because boards belong to the fleet and not to a job, and because losing it costs
 nothing but these lines. The daemon collects what comes and writes it a few times a second at most; a board lets go of
@@ -31,7 +31,7 @@ FILE = "board-logs.db"
 """In the state folder."""
 
 LINES, BYTES = 60, 16_384
-"""What a board may tell in an hour."""
+"""Limits of a board's reports per hour."""
 
 PER_BOARD, CRASHES, IN_ALL = 200, 10, 50_000
 """Lines and crashes of a board that are kept, and rows of all boards."""

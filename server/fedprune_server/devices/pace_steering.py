@@ -45,7 +45,7 @@ _LOOK_S, _COUNT_S = 5.0, 600.0
 
 @dataclass(frozen=True)
 class Demand:
-    """What the jobs of a server need: boards that their rounds need at once, and seconds of a visit.
+    """The demand of a server's jobs: boards that their rounds need at once, and seconds of a visit.
 
     Attributes:
         waiting: Whether a job has too few boards to begin a round.

@@ -183,7 +183,7 @@ class Quarantine:
             ledger.points = min(BURST, ledger.points + EARNED)
 
     def fetches(self, device: str, sha256: str, leaves: int) -> None:
-        """Charge a request for part of an offered blob of so many leaves, which is free a few times over."""
+        """Charge a request for part of an offered blob with this number of leaves, which is free a few times over."""
         if (ledger := self._ledger(device)) is None:
             return
         spent = ledger.fetching.pop(sha256, 0)

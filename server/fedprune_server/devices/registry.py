@@ -87,7 +87,7 @@ class DeviceRegistry:
         self.news: dict[str, tuple[int, int]] | None = None
         """At an aggregator, payload bytes to and from devices that its parent doesn't know of yet."""
         self.prefix = ""
-        """What begins a line about a device's place in the job, where that is one of several."""
+        """The prefix of a line about a device in one of several jobs."""
         self.clones = CloneDetector()
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""

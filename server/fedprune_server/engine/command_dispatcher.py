@@ -33,7 +33,7 @@ DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.T
 
 @dataclass(frozen=True)
 class DeviceTraffic:
-    """What passes between a job and its devices: messages out, updates in, and what is known of each device.
+    """The traffic between a job and its devices: messages out, updates in, and the contact of each device.
 
     Attributes:
         state: The coordinator's; read, never changed.

@@ -23,7 +23,7 @@ _OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "
 
 
 def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
-    """Configurations of the jobs beside the first: those of files, and those that the state folder has from before.
+    """Configurations of the jobs after the first: those of files, and those that the state folder has from before.
 
     Args:
         first: The first job's, which says what concerns the server.

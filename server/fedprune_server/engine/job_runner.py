@@ -72,7 +72,7 @@ _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 
 _TICK_S = 0.5
 _COPIED_EVERY_S = 5.0
-"""How often an aggregator saves its copy of the parent's state within a phase. The parent sends the state anew after a
+"""How often an aggregator saves its copy of the parent's state within a phase. The parent sends the state again after a
 crash, so the copy matters only to an aggregator that starts while its parent is away; and most parts have ended before
 a longer interval ends, so that their rows are written once."""
 
@@ -110,7 +110,7 @@ class RunnableJob:
 
 @dataclass(frozen=True)
 class DeviceServices:
-    """What a server offers its devices in addition to jobs; the runner of the first job provides it.
+    """A server's offers to its devices in addition to jobs; the runner of the first job provides it.
 
     Attributes:
         rollouts: Releases for boards, if this server distributes any.
@@ -233,7 +233,7 @@ class JobRunner:
             ELSEWHERE if job.beside_others else OFFLINE,
             services.members,
         )
-        """What observers may read of the job."""
+        """The observers' view of the job."""
 
     # The loop's turn.
 

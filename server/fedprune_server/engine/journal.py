@@ -1,4 +1,4 @@
-"""What happens to a job, saved turn by turn; and what its rounds leave behind, deleted once nothing needs it."""
+"""A job's events and state, saved turn by turn, and its blobs, deleted once they are no longer needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What devices report about their work for one job: checked, and turned into events of the job."""
+"""Devices' reports on one job: checked, and turned into events of the job."""
 
 from __future__ import annotations
 

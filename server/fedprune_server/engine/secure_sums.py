@@ -31,7 +31,7 @@ LEAST = 3
 """Fewest boards of a sum: of two boards, each knows the other's update."""
 
 _ANSWERS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
-"""What boards answer to each of the server's steps; to a delivery, with an `Update`."""
+"""Boards' answers to each of the server's steps; to a delivery, with an `Update`."""
 
 _STEPS = {"session": "keys", "roster": "shares", "delivery": "masks", "survivors": "unmasking"}
 """The protocol's steps (docs/secure-aggregation.md), by the server's message that begins each."""
@@ -273,7 +273,7 @@ class _Cohort:
         lost: By device that has dropped out in any way, the first step that it didn't answer.
         work: What the thread does, in its order, with the device that it concerns; empty for all.
         total: Digest of the sum, once it is known.
-        failure: Why there is none.
+        failure: The reason without a sum.
     """
 
     session: Session

@@ -158,7 +158,7 @@ class Server:
 
     @property
     def outdated(self) -> bool:
-        """Whether the parent of this aggregator runs other jobs now, so that it must begin anew."""
+        """Whether the parent of this aggregator runs other jobs now, so that it must start again."""
         return self._tier.parent is not None and self._tier.parent.outdated
 
     def count_connected(self) -> int:

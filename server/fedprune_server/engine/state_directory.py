@@ -115,7 +115,7 @@ class StateFolder(Closing):
         self._open.close()
 
     def read_job(self, config: ServerConfig) -> OpenJob:
-        """The job of this folder, begun if there is none yet. A start that fails is not remembered: `keep` does that.
+        """The job of this folder, begun if it is missing. A start that fails is not remembered: `keep` does that.
 
         Raises:
             ConfigError: The configuration doesn't fit what the folder holds.
@@ -156,7 +156,7 @@ class StateFolder(Closing):
             state = State(model=worker.initial(), architecture=model.architecture.digest)
         else:
             self._move_in(config, known or {}, state)
-            if config.parent == OFF:  # an aggregator's state is its parent's, who tells it anew
+            if config.parent == OFF:  # an aggregator's state is its parent's, which sends it again
                 self._check_blobs(state)
             self._fit(state, model)
             if config.parent == OFF:
@@ -271,7 +271,7 @@ class StateFolder(Closing):
         return raw, name
 
     def _keep_foreign(self, raw: bytes) -> None:
-        """A folder without a job may be somebody's own, with a model of theirs."""
+        """A folder without a job may be a user's own, with a model of theirs."""
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
             other = path.exists() and read_file(path) != raw
@@ -297,7 +297,7 @@ class StateFolder(Closing):
             known.add(Selection.owner(self.store.read(state.ranking)))
         if known != {digest}:
             log.warning("this version describes the model differently: channels are ranked again")
-            state.score_anew()
+            state.rank_again()
         if known != {digest} or not state.architecture:
             state.architecture = digest
             self.storage.save(state, (), time.time())
@@ -389,7 +389,7 @@ def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str
             before, after = old.get(key), new[key]
             if before == after:
                 continue
-            if key == "broker":  # the password in it is nobody's business
+            if key == "broker":  # it may contain a password
                 before, after = without_password(str(before)), without_password(str(after))
             lines.append(f"{key}: {before!r} is now {after!r}")
     return lines

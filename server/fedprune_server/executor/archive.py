@@ -1,4 +1,4 @@
-"""What the worker reads again and again: models, rankings, memories and updates, out of the blob store."""
+"""Cached reads of the blob store: models, rankings, memories and updates."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Archive:
         return Past(selection, tensors | withheld(selection), mask, past.round)
 
     def memory(self, digests: Mapping[str, str]) -> Mapping[str, Mapping[str, npt.NDArray[Any]]]:
-        """What a job remembers; each collection is read when it is asked for."""
+        """A job's memory, whose collections are read on demand."""
         return _Memory(self, digests)
 
 

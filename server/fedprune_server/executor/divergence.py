@@ -99,7 +99,7 @@ def _most(kinds: Sequence[str]) -> bool:
 
 
 def remedy(job: Mapping[str, Any]) -> str:
-    """What to change in a job whose training diverges."""
+    """Advice for a job whose training diverges."""
     recipe, privacy = (_table(job.get(key)) for key in ("recipe", "privacy"))
     again = "Start again in another folder: these weights are unusable."
     if privacy.get("noise_multiplier"):

@@ -161,5 +161,5 @@ def _has_test_split(path: Path) -> bool:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return "x_test" in file.files
-    except Exception:  # noqa: BLE001 - what is damaged raises anything; whoever reads the samples says what it is
+    except Exception:  # noqa: BLE001 - a damaged file raises anything; the reader of the samples reports it
         return False

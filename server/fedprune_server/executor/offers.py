@@ -1,4 +1,4 @@
-"""What an offer names: weights, masks and graphs, put into the blob store once and referred to by digest."""
+"""The blobs of an offer: weights, masks and graphs, put into the blob store once and referred to by digest."""
 
 from __future__ import annotations
 

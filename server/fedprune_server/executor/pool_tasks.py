@@ -81,7 +81,7 @@ def _near_folder() -> Path:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a helper process makes its worker from."""
+    """The parameters of a helper process's worker."""
 
     job: Job
     model: Model

@@ -34,7 +34,7 @@ _worker: tuple[str, Worker] | None = None
 
 
 def runtime_env() -> dict[str, Any]:
-    """What processes of a cluster can import: all that this one can, such as a strategy of the current folder."""
+    """The modules that processes of a cluster can import: all of this process, also those of the current folder."""
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
 
 
@@ -57,7 +57,7 @@ def run_driver(parent: int, address: str, settings: WorkerSpec, probe: str, conn
 
 
 def receive_result(connection: Connection) -> Any:
-    """What `_send_result` has sent."""
+    """The result that `_send_result` has sent."""
     result = connection.recv()
     if not isinstance(result, PartialSums):
         return result
@@ -144,7 +144,7 @@ class _Cluster:
             self._connection.send(("size", size))
 
     def _probe(self, settings: WorkerSpec, probe: str) -> None:
-        """Check that every machine of the cluster can help. Raises `FedpruneError` if one can't, or there is none."""
+        """Check that every machine of the cluster can help. Raises `FedpruneError` if one can't, or it has none."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0)]

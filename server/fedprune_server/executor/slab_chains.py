@@ -162,7 +162,7 @@ def basis_of(command: do.Extract) -> _Basis:
 
 
 def kind_of(command: do.Extract) -> _Kind:
-    """What a device's submodel depends on; its density counts where single elements are masked alone."""
+    """The key of a device's submodel; its density counts where single elements are masked alone."""
     part = command.part
     return part.widths, part.density if command.basis.order is not None else 1.0
 

@@ -68,11 +68,11 @@ class StoredUpdates:
         return recipe if personal == recipe.personal else replace(recipe, personal=personal)
 
     def withheld(self, basis: do.Basis, part: do.Part) -> frozenset[str]:
-        """What no update of a device carries."""
+        """The tensors that no update of a device has."""
         return self._withheld(self.recipe(self.turn(basis, part)))
 
     def cut(self, basis: do.Basis, part: do.Part) -> Cut:
-        """What a device's submodel is made of."""
+        """The parts of a device's submodel."""
         turn = self.turn(basis, part)
         scene = self.scene(basis.round, basis.model, basis.memory)
         withheld = self._withheld(self.recipe(turn))

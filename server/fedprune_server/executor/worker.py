@@ -77,7 +77,7 @@ class Worker:
     ) -> None:
         self.job = job
         self.prefix = ""
-        """What begins a line about a device's update, where the job is one of several."""
+        """The prefix of a line about a device's update in one of several jobs."""
         self.model = model
         self.architecture = model.architecture
         self.strategy = compose(job)
@@ -98,7 +98,7 @@ class Worker:
 
     @cached_property
     def accountant(self) -> Accountant | None:
-        """What works out the job's cost of privacy; None where nothing is promised. Helpers have no need of it. Raises
+        """The accountant of the job's privacy; None without a guarantee. Helpers have no need of it. Raises
         `ConfigError` if the job's budget of privacy is not enough for a round, and `MissingExtraError` if dp-accounting
         is not installed."""
         privacy = self.job.privacy

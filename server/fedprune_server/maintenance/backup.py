@@ -89,7 +89,7 @@ def _check_apart(state: Path, target: Path) -> None:
 
 
 class _Collected:
-    """What belongs to a backup, as of one moment."""
+    """The content of a backup, as of one moment."""
 
     def __init__(self, state: Path, scratch: Path) -> None:
         self._sources: dict[str, Path] = {}

@@ -144,7 +144,7 @@ def _checked(check: Callable[[Site], Iterable[Finding]], site: Site) -> Iterator
 
 
 def within(seconds: float, work: Callable[[], _T]) -> _T:
-    """What `work` returns or raises; after too long it is abandoned, with a `TooSlowError`."""
+    """The result or error of `work`; after too long it is abandoned, with a `TooSlowError`."""
     answers: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def run() -> None:

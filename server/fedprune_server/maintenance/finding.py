@@ -18,7 +18,7 @@ class Severity(str, Enum):
 
 
 class Repair(str, Enum):
-    """What `check --repair` does about a finding."""
+    """The repair of a finding by `check --repair`."""
 
     NONE = "none"
     DELETE = "delete"

@@ -28,7 +28,7 @@ _NEEDED = {
     "server.key": _NEXT_START,
     "server.pem": _NEXT_START,
 }
-"""What an identity consists of, and what to do where it is missing."""
+"""The files of an identity, and the remedy for each if it is missing."""
 
 
 def check_identity(identity: Path) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What a job needs of its state folder, and which files are in it, for checks, repairs and backups."""
+"""The needs of a job and the files of its state folder, for checks, repairs and backups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedprune_server.storage.storage import Storage
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a job needs.
+    """The needs of a job.
 
     Attributes:
         references: Digests without which it can't go on. In a tier of aggregators that is what no other server has.
@@ -44,7 +44,7 @@ class Inventory:
 
 
 def inventory(storage: Storage) -> Inventory:
-    """What the job of a database needs; raises `StorageError` if there is none, or it is damaged."""
+    """The needs of a database's job; raises `StorageError` if it has none or is damaged."""
     settings, state = storage.settings(), storage.load()
     if settings is None or state is None:
         raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")

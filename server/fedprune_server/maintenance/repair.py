@@ -1,4 +1,4 @@
-"""What a repair does about what a check found: only what loses nothing that the job needs."""
+"""Repairs of a check's findings, limited to those that lose nothing that the job needs."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def replay(folder: Path) -> Iterator[Step]:
 
 
 def _gone(archived: bool, what: str) -> FedpruneError:
-    """What to say where something is missing: a job that was never archived isn't damaged."""
+    """The message about a missing part: a job that was never archived isn't damaged."""
     if archived:
         return StorageError(what, hint="Did the server run with --archive from the beginning? Else restore a backup.")
     return ConfigError(
@@ -163,7 +163,7 @@ class _Replay:
 
 
 def _plain(event: on.Event) -> on.Event:
-    """What was worked out, without the way on which it travelled.
+    """The result of a command, without its transport.
 
     Slabs depend on the devices of a round, and packed bytes on the version of zlib.
     """

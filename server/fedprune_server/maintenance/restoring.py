@@ -120,7 +120,7 @@ class Backup:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Backup]:
-    """Open a backup, a folder or a tar file; raises `StorageError` if there is none, or it is damaged."""
+    """Open a backup, a folder or a tar file; raises `StorageError` if it is missing or damaged."""
     if path.is_dir():
         yield Backup(path, lambda place, limit: _read_file(path / place, limit))
         return

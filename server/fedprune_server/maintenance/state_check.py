@@ -121,7 +121,7 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
 
 
 def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
-    """What is not the job's: rollouts and their files, and identity."""
+    """The parts that are not the job's: rollouts and their files, and identity."""
     try:
         with RolloutStore(folder, read_only=True) as store:
             store.entries()
@@ -160,7 +160,7 @@ def _console(path: Path) -> Iterator[Finding]:
 
 
 def _strange_operators(path: Path) -> str:
-    """What is wrong with a console's accounts; empty if nothing is."""
+    """The errors in a console's accounts; empty if there are none."""
     try:
         with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:

@@ -54,7 +54,7 @@ _HELLO_S = 10.0
 """Shortest time between two hellos that tell one device of this server's restart."""
 
 _COMPLETED = (Hello.kind.encode(), ReleaseOffer.kind.encode())
-"""What the payloads of messages contain to which the connection adds something; other messages are not parsed here."""
+"""A text in the payloads of messages that the connection extends; other messages are not parsed here."""
 
 _ASKED = 3
 """Hellos to a device whose answers are awaited: some are lost."""

@@ -33,7 +33,7 @@ log = logging.getLogger("fedprune.server")
 ASKED_EVERY_S = 10.0
 SETTLED_S = 30.0
 """A server that has served for so long without another one in sight is the site's server: one that was cut off
-meanwhile yields to it. A younger one yields to whoever was there before."""
+meanwhile yields to it. A younger one yields to the older one."""
 
 _CONNECT_S = 10.0
 _ANSWER_S = 1.0

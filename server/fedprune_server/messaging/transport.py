@@ -36,14 +36,14 @@ class DroppedMessage:
 
 
 Noticed = DeviceRevoked | DuplicateIdentity | Quarantined | Released
-"""What the connection detects about a device without a message of it."""
+"""The events of a device that the connection detects without a message from it."""
 
 Item = tuple[str, bytes] | Event | Noticed
 """A topic and a payload, or an event of the connection or about a device."""
 
 
 class Wire(Protocol):
-    """What the server needs of its connection; `fedprune.wire.link.Link` has it."""
+    """The server's interface of its connection; `fedprune.wire.link.Link` has it."""
 
     @property
     def connected(self) -> bool:

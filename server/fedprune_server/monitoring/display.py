@@ -1,4 +1,4 @@
-"""What people see of a running job: a live table on a terminal, plain lines elsewhere."""
+"""Display of a running job for people: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("fedprune.server")
 REFRESH_S = 0.5
 
 _WIDE = 120
-"""On terminals with so many columns there is room for profiles' whole names."""
+"""Columns of a terminal that has room for profiles' whole names."""
 
 
 _COLUMNS = (
@@ -132,7 +132,7 @@ class _Pace:
         self._first: tuple[int, float] | None = None
 
     def rest(self, summary: Mapping[str, Any], rounds: int) -> str:
-        """What to add to a round's line; nothing at the first, whose beginning wasn't seen, and the last."""
+        """The addition to a round's line; nothing at the first, whose beginning wasn't seen, and the last."""
         number, now = int(summary["round"]), time.monotonic()
         if self._first is None or number <= self._first[0]:
             self._first = number, now
@@ -224,7 +224,7 @@ def secure_sum_line(report: Mapping[str, Any]) -> str:
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:
-    """What was measured of a global model, for people."""
+    """Measurements of a global model, for people."""
     known = [METRICS[k].said(v) for k, v in sorted(metrics.items()) if k in METRICS]
     return [*known, *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples")]
 

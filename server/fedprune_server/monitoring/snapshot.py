@@ -97,7 +97,7 @@ class RolloutStatus:
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What the state folder's disk, identity and rollouts show.
+    """The state of the folder's disk, identity and rollouts.
 
     Attributes:
         disk: Free bytes, and all, of the state folder's disk; None if unknown.
@@ -132,7 +132,7 @@ class TierStatus:
 
     Attributes:
         parent: Address of the parent, at an aggregator; empty for none.
-        parent_lost: Since when the parent isn't connected, in seconds since 1970; None if it is, or there is none.
+        parent_lost: Since when the parent isn't connected, in seconds since 1970; None if it is, or without a parent.
         regions: Aggregators of this server that are away.
     """
 

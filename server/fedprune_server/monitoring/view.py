@@ -1,4 +1,4 @@
-"""What observers see of a job: its state and devices, the table for people, and figures."""
+"""Observers' view of a job: its state and devices, the table for people, and figures."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _AGAIN_S = 60.0
 """A board that is silent for so long is offered the release again: a PUBACK is the broker's, not the board's."""
 
 _START_S = 60.0
-"""What an attempt of a trial may take beyond its own limit, for the restart of the service."""
+"""Seconds beyond a trial's own limit, for the restart of the service."""
 
 
 class RolloutCoordinator:

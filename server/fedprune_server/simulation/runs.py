@@ -45,7 +45,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has returned, or None and the reason of its failure; and how long it took."""
+    """The result of a run, or None and the reason of its failure; and its duration."""
 
     name: str
     result: dict[str, Any] | None
@@ -139,7 +139,7 @@ def _note_death(folder: Path, error: BaseException | None) -> None:
 
 
 class RayTasks(TaskPool[RunFunction]):
-    """Tasks of a Ray cluster, which is started on this machine if there is none."""
+    """Tasks of a Ray cluster, which is started on this machine if none runs."""
 
     def __init__(self, size: int, work: RunFunction) -> None:
         try:

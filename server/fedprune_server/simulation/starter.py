@@ -75,7 +75,7 @@ class StarterBoard:
     round_bytes: int = 0
 
     def own_profile(self) -> str:
-        """The shipped profile under the board's name, as TOML. Raises `ProfileError` if there is none."""
+        """The shipped profile under the board's name, as TOML. Raises `ProfileError` if it is missing."""
         text = (profile_store.shipped_folder() / f"{profile_store.find(self.profile).name}.toml").read_text("utf-8")
         text = re.sub(r"(?m)^name = .*", f'name = "{self.name}"', text, count=1)
         if self.round_bytes:

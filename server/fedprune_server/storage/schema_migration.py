@@ -28,7 +28,7 @@ _NUMBERED = sql.Table(
 """Alembic's own: one row with the database's revision."""
 
 _FILES = "revision_"
-"""What files of steps are called, before their revisions."""
+"""The prefix of the files of steps, before their revisions."""
 
 
 def latest() -> str:

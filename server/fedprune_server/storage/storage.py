@@ -199,7 +199,7 @@ class Storage(Closing):
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
-        """The database of a state folder that a server has used, for reading. Raises `StorageError` if there is none,
+        """The database of a state folder that a server has used, for reading. Raises `StorageError` if it is missing,
         this user may not read it, or as the constructor.
         """
         cls.check_existing(folder)

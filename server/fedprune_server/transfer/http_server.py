@@ -47,13 +47,13 @@ NEXT_S = 60.0
 
 PIECE_S = 60.0
 _PIECE = 4 * LEAF
-"""What is sent at a time, and how long a board may take to take it."""
+"""The bytes of a block, and the seconds that a board may take to receive it."""
 
 UPLOAD_PIECE_S = 30.0
 """How long a leaf of an upload may take to come."""
 
 POLL_S = 0.5
-"""How often it is looked whether somebody is too slow."""
+"""Seconds between checks for slow clients."""
 
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
@@ -153,7 +153,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A client has so long for what comes next.
 
         Args:
-            waits: Whether that is a request; else it is being answered, and makes room for nobody.
+            waits: Whether that is a request; else it is being answered, and keeps its place.
         """
         with self._lock:
             if client in self._clients:
@@ -285,7 +285,7 @@ class BlobHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Give a blob, its leaf table, or a part of one."""
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # nobody reads what follows
+            self.close_connection = True  # the rest of the request is not read
         self.server.expect(self.connection, PIECE_S, waits=False)
         found = _NAME.fullmatch(self.path)
         jobs = [] if found is None else [j for j in self.server.jobs if j.may_fetch(self._device, found[2])]
@@ -388,7 +388,7 @@ class BlobHandler(BaseHTTPRequestHandler):
         self._begin(HTTPStatus(code), 0)
 
     def version_string(self) -> str:
-        """What an answer says of the server."""
+        """The `Server` header of an answer."""
         return "fedprune"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name

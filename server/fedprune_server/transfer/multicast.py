@@ -1,7 +1,7 @@
 """Blobs that many devices pull, published once for all of them.
 
 Devices say in their wants that they listen to the blob's shared topic. A leaf is then published when everybody who
-pulls the blob has asked for it, or when somebody has waited for it long enough; who asks for it meanwhile isn't
+pulls the blob has asked for it, or when a board has waited for it long enough; a board that asks for it meanwhile isn't
 answered again. So a hundred devices cost one publication, slow ones hold up the others to a degree, and a broker holds
 little for each. Who missed a leaf asks again, as for every leaf, and gets it with the others who missed it, or alone.
 
@@ -36,8 +36,8 @@ HOLD_S = 60.0
 """Seconds that the first devices of a round wait for the offers of the last ones."""
 
 AGAIN_S = 0.5
-"""Leaf tables and blobs of a leaf are published at most so often, and at once for whoever hasn't listened yet: they are
-small, and by them a device hears that shared topics reach it."""
+"""Leaf tables and blobs of a leaf are published at most so often, and at once for boards that haven't listened yet:
+they are small, and by them a device hears that shared topics reach it."""
 
 _LOOK_S = 0.5
 
@@ -102,7 +102,7 @@ class Audience:
 
 
 def shareable(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of an offer's blobs that are nobody's own: with slabs its weights, too, are what others get."""
+    """Digests of an offer's blobs that other boards get, too: with slabs also its weights."""
     if "slabs" not in offer:
         return set()
     named = [offer[k] for k in ("training", "inference", "mask") if k in offer]
@@ -118,7 +118,7 @@ class _Share:
         total: Leaves or pieces.
         at_once: Whether it is small.
         began: When it was first asked for.
-        opened: When it was first seen that nobody's offer is missing.
+        opened: When it was first seen that no board's offer is missing.
         waiting: Who waits for a leaf, and since when.
         sent: When a leaf was last published.
         fronts: Up to which leaf a device has asked, and when it last did.
@@ -144,7 +144,7 @@ class _Share:
 
 
 class Multicast:
-    """What is published to all. Does no network I/O.
+    """The queue of blobs published to all. Does no network I/O.
 
     Args:
         audience: Who pulls what.
@@ -159,7 +159,7 @@ class Multicast:
         self._shares: OrderedDict[tuple[str, str], _Share] = OrderedDict()
 
     def __bool__(self) -> bool:
-        """Whether somebody waits for something."""
+        """Whether a board waits for a blob."""
         return any(share.waiting for share in self._shares.values())
 
     def add(self, device: str, want: BlobRequest, now: float) -> list[BlobRequest]:

@@ -168,6 +168,6 @@ class BucketSync:
             raise
         except StorageError as error:
             log.error("%s", error)
-            if not isinstance(error, StorageFullError):  # else it is tried again when somebody asks again
-                self._lost.add(order)  # whoever asks for it is told that it is gone
+            if not isinstance(error, StorageFullError):  # else it is tried again at the next request
+                self._lost.add(order)  # requests for it are answered with `BlobNotFound`
         self._fetched.discard(order)

@@ -156,7 +156,7 @@ class Uploads:
         return wants
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
-        """Take in a chunk from a device; one that nobody waits for is ignored. Raises `StorageError` if the store
+        """Take in a chunk from a device; one that no upload waits for is ignored. Raises `StorageError` if the store
         fails."""
         upload = self._uploads.get(device)
         if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
@@ -208,7 +208,7 @@ class Uploads:
     def interrupted(self, now: float) -> None:
         """After a reconnection: what was on the way is lost, and who is there shows as devices announce themselves.
 
-        Until then they are not asked, and take nobody's place: where the broker was away, they come back one by one.
+        Until then they are not asked, and take no place: where the broker was away, they come back one by one.
         """
         self._all_there, self._all_there_at = False, now + STALLED_S
         self._there.clear()
@@ -288,11 +288,11 @@ class Uploads:
         return list(self._uploads)
 
     def digests(self) -> set[str]:
-        """What is being fetched, or waits to be."""
+        """Uploads that run or wait."""
         return {u.ref.sha256 for u in self._uploads.values()}
 
     def outcomes(self) -> list[Outcome]:
-        """What has come to an end since the last call."""
+        """Uploads that have ended since the last call."""
         ended, self._outcomes = self._outcomes, []
         return ended
 

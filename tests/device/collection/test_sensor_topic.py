@@ -168,7 +168,7 @@ def test_a_board_that_restarts_or_has_no_model_yet_costs_samples_only(local: Loc
     topic = sensor(local.board, lambda: now[0])
     topic.take(TOPIC, b"[1, 2, 3, 4, 5, 6]", 0.0)
     counts = topic._collector.counts
-    assert counts == {"not handed in": 1, "messages before a model": 1}
+    assert counts == {"not stored": 1, "messages before a model": 1}
     with local.serving():
         now[0] += 10
         topic.take(TOPIC, b"[1, 2, 3, 4, 5, 6]", 0.0)
@@ -179,7 +179,7 @@ def test_a_board_that_restarts_or_has_no_model_yet_costs_samples_only(local: Loc
         topic.take(TOPIC, b"[1, 2, 3, 4, 5, 6]", 0.0)
         assert counts["kept"] == 1
     topic.take(TOPIC, b"[2, 2, 3, 4, 5, 6]", 0.0)
-    assert counts["not handed in"] == 2
+    assert counts["not stored"] == 2
 
 
 def test_a_board_that_takes_no_samples_ends_the_source(local: LocalBoard) -> None:

@@ -104,7 +104,7 @@ def test_the_timing_cache_of_another_device_is_not_bent(board: EngineBoard, monk
     assert board.answering(selector, board.model(1))
     # The key says that it fits; TensorRT looks at the device itself.
     monkeypatch.setenv("DOUBLE_SM", "11.0")
-    assert board.answering(board.selector(), board.model(1), anew=True), selector.status
+    assert board.answering(board.selector(), board.model(1), rebuild=True), selector.status
     assert all("known=0" in b for b in board.builds)
 
 
@@ -234,7 +234,7 @@ def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -
     assert len(board.builds) == MOST_FAILURES
     board.set()
     assert board.answering(selector, board.model(9)) is None
-    assert board.answering(selector, board.model(9), anew=True)
+    assert board.answering(selector, board.model(9), rebuild=True)
     assert board.answering(selector, board.model(10))
 
 
@@ -248,7 +248,7 @@ def test_engines_that_only_a_child_can_load_are_given_up_too(
             assert board.answering(selector, board.model(seed)) is None
             assert "no memory to run the engine in" in selector.status
         assert len(board.builds) + board.calls().count("refitted") == MOST_FAILURES
-    assert board.answering(selector, board.model(9), anew=True)
+    assert board.answering(selector, board.model(9), rebuild=True)
     assert selector.cache.record(str(selector.facts["key"])).failures == 0
 
 

@@ -230,7 +230,7 @@ def test_a_graph_that_points_elsewhere_is_refused(folder: Path, location: str) -
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
     (folder / GRAPH).write_bytes(proto.SerializeToString())
-    with pytest.raises(ModelError, match="is not a file beside the model"):
+    with pytest.raises(ModelError, match="is not a file in the folder of the model"):
         fx.from_pretrained(folder)
 
 

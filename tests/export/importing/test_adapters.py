@@ -190,8 +190,8 @@ def _saved(path: Path, raw: bytes) -> Path:
     [
         ("8:k.weight", r"no weight of a linear layer is called 'k\.weight'.*q\.weight, v\.weight, wide\.weight, out\."),
         ("8:words.weight", "no weight of a linear layer is called 'words.weight'"),
-        ("6:out.weight", r"rank beside out\.weight: expected at most 5, got 6"),
-        ("17", r"rank beside q\.weight: expected at most 16, got 17"),
+        ("6:out.weight", r"rank of out\.weight: expected at most 5, got 6"),
+        ("17", r"rank of q\.weight: expected at most 16, got 17"),
         ("eight", r"expected RANK or RANK:PATTERN,PATTERN.*got 'eight'"),
         ("0", "rank: expected a whole number from 1"),
     ],

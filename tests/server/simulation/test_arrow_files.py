@@ -176,16 +176,20 @@ def test_an_images_path_is_never_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "body", "said"),
     [
-        ("state.json", {"_data_files": [{"filename": "../../secret.arrow"}]}, "expected files or folders beside it"),
-        ("state.json", {"_data_files": [{"filename": "/etc/passwd"}]}, "expected files or folders beside it"),
-        ("state.json", {"_data_files": [{"filename": 3}]}, "expected files or folders beside it"),
-        ("state.json", {"_data_files": 7}, "expected files or folders beside it"),
+        (
+            "state.json",
+            {"_data_files": [{"filename": "../../secret.arrow"}]},
+            "expected files or folders in the same folder",
+        ),
+        ("state.json", {"_data_files": [{"filename": "/etc/passwd"}]}, "expected files or folders in the same folder"),
+        ("state.json", {"_data_files": [{"filename": 3}]}, "expected files or folders in the same folder"),
+        ("state.json", {"_data_files": 7}, "expected files or folders in the same folder"),
         ("state.json", [], "expected an object"),
         ("state.json", {"_data_files": [{"filename": "gone.arrow"}]}, "can't read .*gone.arrow"),
         ("state.json", {"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}, "flatten_indices"),
         ("state.json", {"_data_files": []}, "holds no rows"),
-        ("dataset_dict.json", {"splits": [".."]}, "expected files or folders beside it"),
-        ("dataset_dict.json", {"splits": "train"}, "expected files or folders beside it"),
+        ("dataset_dict.json", {"splits": [".."]}, "expected files or folders in the same folder"),
+        ("dataset_dict.json", {"splits": "train"}, "expected files or folders in the same folder"),
     ],
 )
 def test_a_folder_that_points_elsewhere_is_refused(

@@ -49,10 +49,10 @@ class EngineBoard:
         return EngineSelector(self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find, lambda _: where)
 
     def answering(
-        self, selector: EngineSelector, wanted: EngineRequest, *, anew: bool = False
+        self, selector: EngineSelector, wanted: EngineRequest, *, rebuild: bool = False
     ) -> CheckedSession | None:
         """What the selector comes to in the end."""
-        selector.want(wanted, anew=anew)
+        selector.want(wanted, rebuild=rebuild)
         until = time.monotonic() + 60
         while time.monotonic() < until:
             found = selector.turn()

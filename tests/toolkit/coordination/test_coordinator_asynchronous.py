@@ -461,7 +461,7 @@ def test_a_new_description_of_the_model_voids_what_is_under_way() -> None:
         else:
             shell.tick()
     old = shell.state.ranking
-    shell.state.score_anew()
+    shell.state.rank_again()
     shell.crash()
     shell.run()
     assert shell.state.phase is Phase.FINISHED

@@ -403,7 +403,7 @@ class State:
         """Whether a part may still bring something: in this phase of a round or, in an asynchronous job, in any."""
         return self.phase is Phase.TRAINING or (task.basis is not None and self.phase is not Phase.FINISHED)
 
-    def score_anew(self) -> None:
+    def rank_again(self) -> None:
         """Drop the ranking; a round that has begun with it starts again, under the next attempt number.
 
         Updates trained in it no longer count, because the old ranking chose their channels.

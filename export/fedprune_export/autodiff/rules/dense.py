@@ -56,7 +56,7 @@ class Dense:
         return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w))
 
     def back(self, dy: str, bias: list[str]) -> str:
-        """What the transposed convolution makes of dy."""
+        """The transposed convolution of dy."""
         out: str = getattr(self, f"back_by_{self.form.input_gradient}")(dy, bias)
         return out
 
@@ -151,7 +151,7 @@ def columns(g: Graph, x: str, w: Window) -> str:
 
 
 def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
-    """What each kernel element sees of a padded input whose spatial axes start at `first`."""
+    """The slice of a padded input under each kernel element, whose spatial axes start at `first`."""
     axes = range(first, first + len(w.sizes))
     out = []
     for position in itertools.product(*map(range, w.kernel)):

@@ -116,7 +116,7 @@ class Depthwise:
         return add_bias(self.g, _from_lines(self.g, y, self.cut.out), bias, len(self.w.sizes))
 
     def back(self, dy: str, bias: list[str]) -> str:
-        """What the transposed convolution makes of dy."""
+        """The transposed convolution of dy."""
         g, cut = self.g, self.cut
         spread = _gathered(g, self.lines(dy, cut.out), answers(cut.reads, cut.into.count), cut.out)
         x = g.emit("MatMul", spread, self.banded(cut.band.transpose(0, 1, 3, 2)))

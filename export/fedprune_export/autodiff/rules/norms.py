@@ -136,7 +136,7 @@ class Normal:
 
 
 class _Channels:
-    """What is done channel by channel to values whose second axis has the channels."""
+    """A per-channel operation on values whose second axis has the channels."""
 
     def __init__(self, graph: Graph, rank: int) -> None:
         self._graph = graph

@@ -67,7 +67,7 @@ def scan(
 
 @dataclass
 class Backward:
-    """What a direction's way back through time gives.
+    """The result of a direction's backpropagation through time.
 
     Attributes:
         inputs: Gradient of the gates' part that comes of the input: [T, N, gates · H].

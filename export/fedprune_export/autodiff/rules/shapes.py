@@ -121,7 +121,7 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
 
 
 def _rest(tape: Tape, block: Shape, target: Sequence[int]) -> Dim | None:
-    """What -1 stands for where the other sizes divide a block at every width; None where they don't."""
+    """The value of -1 if the other sizes divide a block at every width, else None."""
     others = [t for t in target if t != -1]
     if len(others) != len(target) - 1 or 0 in others:
         return None

@@ -51,7 +51,7 @@ MAX_JOINING = 100
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """What a broker needs to encrypt.
+    """A broker's files for TLS.
 
     Attributes:
         certificate: Its certificate, and those of its authorities (PEM).

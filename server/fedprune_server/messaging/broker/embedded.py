@@ -1,8 +1,8 @@
 """The embedded broker: Mosquitto or amqtt in a child process, for a quick start and for tests.
 
-It needs no configuration. It has no access control: whoever reaches it can read what passes, and crowd it. With a
-certificate it encrypts; without, it belongs on the loopback interface. A fleet in the field belongs on a broker of its
-own with the fleet's rules (`broker_files`).
+It needs no configuration and has no access control: any client that reaches it can read its messages and flood it.
+With a certificate it encrypts; without, it belongs on the loopback interface. A fleet in the field belongs on a broker
+of its own with the fleet's rules (`broker_files`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class EmbeddedBroker:
         self.host = host
         self.port = port
         self.program: Program | None = None
-        """What the broker is, once it has started."""
+        """The running broker's program, once it has started."""
         self._tls = tls
         self._candidates = candidates
         self._any_port = port == 0
@@ -81,7 +81,7 @@ class EmbeddedBroker:
 
     @property
     def url(self) -> str:
-        """What a link on this machine connects to."""
+        """The address for connections from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104  # nosec B104  # compared with, not listened on
         return f"{'mqtt' if self._tls is None else 'mqtts'}://{host}:{self.port}"
 

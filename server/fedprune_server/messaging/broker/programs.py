@@ -39,7 +39,7 @@ class Program(Protocol):
 
     @property
     def hint(self) -> str:
-        """What to do if it doesn't start."""
+        """The hint for a broker that doesn't start."""
 
     def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
         """The command that listens on an address and a port."""

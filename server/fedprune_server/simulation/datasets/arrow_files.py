@@ -67,7 +67,7 @@ class Columns:
 
 @dataclass
 class _Split:
-    """What is read of one split: parts of each column, and what its features are."""
+    """One split: parts of each column, and its features."""
 
     testing: bool
     features: dict[str, Any] = field(default_factory=dict)
@@ -145,11 +145,11 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _names(path: Path, names: object) -> list[str]:
-    """Names in a file of `datasets`. Raises `DataError` if one is not that of a file or folder beside it."""
+    """Names in a file of `datasets`. Raises `DataError` if one is not a file or folder in the same folder."""
     if not isinstance(names, list) or not all(
         isinstance(n, str) and re.fullmatch(r"\w[\w.-]{0,254}", n) for n in names
     ):
-        raise DataError(f"{path}: names", expected="files or folders beside it", got=shown(names))
+        raise DataError(f"{path}: names", expected="files or folders in the same folder", got=shown(names))
     return names
 
 
@@ -210,7 +210,7 @@ def _batches(path: Path, columns: Columns, split: _Split) -> Iterator[pa.RecordB
 
 
 def _features(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, Any]:
-    """What `datasets` says of the columns. Raises `DataError` if one of them is missing, or there twice."""
+    """The columns' features in `datasets`. Raises `DataError` if one of them is missing, or there twice."""
     for name in columns.names:
         if schema.names.count(name) != 1:
             raise DataError(
@@ -237,7 +237,7 @@ def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, c
     if kind not in ("", "Image", *_PLAIN):
         raise DataError(f"column {name!r}", expected="images or numbers", got=kind[:40], hint=_HINTS.get(kind, ""))
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-        column = column.field("bytes")  # beside a path, which is never opened
+        column = column.field("bytes")  # next to a path, which is never opened
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         _check_filled(
             column, name, "Save the data set with Dataset.save_to_disk, which puts the images into its files."

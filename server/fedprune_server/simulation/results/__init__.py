@@ -1,1 +1,1 @@
-"""What a run leaves: its record, tables, reports and comparisons."""
+"""Results of a run: its record, tables, reports and comparisons."""

@@ -83,12 +83,12 @@ class Accounts:
             raise _taken(name)
 
     def check_known(self, name: str) -> None:
-        """Check that an account exists. Raises `ConfigError` if there is none."""
+        """Check that an account exists. Raises `ConfigError` if it doesn't."""
         if self.get(name) is None:
             raise _unknown(name)
 
     def remove(self, name: str) -> None:
-        """Delete an account, and end its sessions. Raises `ConfigError` if there is none of this name."""
+        """Delete an account, and end its sessions. Raises `ConfigError` if it doesn't exist."""
         with self._database.transaction():
             gone = self._database.do("DELETE FROM operators WHERE name = ?", name)
             self._database.do("DELETE FROM sessions WHERE operator = ?", name)
@@ -96,7 +96,7 @@ class Accounts:
             raise _unknown(name)
 
     def set_password(self, name: str, password: str) -> None:
-        """Change an account's password, and end its sessions. Raises `ConfigError` if there is none of this name, or
+        """Change an account's password, and end its sessions. Raises `ConfigError` if it doesn't exist, or
         the password is none.
         """
         check_password(name, password)
@@ -129,7 +129,9 @@ def check_password(name: str, password: str) -> None:
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise ConfigError("password", expected=f"{MIN_PASSWORD} to {MAX_PASSWORD} characters", got=f"{len(password)}")
     if password.casefold() in (name.casefold(), name.casefold() * 2) or len(set(password)) < 4:
-        raise ConfigError("password", expected="one that nobody guesses", hint="Several random words make a good one.")
+        raise ConfigError(
+            "password", expected="one that is hard to guess", hint="Several random words make a good one."
+        )
 
 
 def _operator(row: dict[str, Any]) -> Operator:

@@ -1,4 +1,4 @@
-"""What every request passes: nothing is reached without a session but what is named here.
+"""Checks on every request: without a session, only the paths named here are reached.
 
 Of requests that change something, the browser must say that they come from these pages, and repeat the session's token.
 """
@@ -25,7 +25,7 @@ OPEN = frozenset({"/login", "/healthz", "/readyz"})
 """Paths that need no session."""
 
 STATIC = "/static/"
-"""What begins the paths of files that are everybody's: scripts and styles, no data."""
+"""The prefix of public files: scripts and styles, no data."""
 
 FORMS = frozenset({"/login", "/logout"})
 """Paths whose forms repeat the token in a field, and check it themselves; all others in a header."""

@@ -42,7 +42,7 @@ _ORDERS = {ON: "pause", OFF: "resume"}
 
 
 class Client(Protocol):
-    """What a bridge needs of `BrokerClient`."""
+    """A bridge's interface of `BrokerClient`."""
 
     connections: int
 
@@ -60,12 +60,12 @@ class Client(Protocol):
 
 
 def will(discovery: Discovery) -> tuple[str, str]:
-    """What the broker publishes when the server is gone."""
+    """The will, which the broker publishes when the server is gone."""
     return discovery.status, OFFLINE
 
 
 def topics(discovery: Discovery) -> list[str]:
-    """What a bridge listens to: the switches, and what earlier starts have published."""
+    """The subscriptions of a bridge: the switches, and the messages that earlier starts published."""
     switches = [discovery.commands] if discovery.pause else []
     return [*switches, *_published(discovery)]
 

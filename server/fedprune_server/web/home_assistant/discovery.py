@@ -130,7 +130,7 @@ class Discovery:
         return f"{self._root}/{kind}/{name}"
 
     def board(self, row: Mapping[str, Any]) -> list[Message]:
-        """What makes a board known and shows its state, given its row of the console."""
+        """The messages that announce a board and its state, given its row of the console."""
         found = leading(row["metrics"])
         versions = {"sw_version": row["versions"]["fedprune"]} if "fedprune" in row["versions"] else {}
         about = {"name": row["name"], "model": row["profile"], **versions}
@@ -146,7 +146,7 @@ class Discovery:
         return self._messages(BOARDS, row["name"], about, (*_BOARD, *_measured(found)), state)
 
     def job(self, row: Mapping[str, Any]) -> list[Message]:
-        """What makes a job known and shows its state, given its record of the console."""
+        """The messages that announce a job and its state, given its record of the console."""
         found = leading(row["metrics"])
         about = {"name": f"Job {row['name']}", "model": row["strategy"], "sw_version": __version__}
         state = {
@@ -163,7 +163,7 @@ class Discovery:
         return [*gone, *messages]
 
     def removal(self, kind: str, name: str) -> list[Message]:
-        """What makes Home Assistant forget a board or a job, by its identifier: empty messages in place of all that
+        """The messages that remove a board or a job by its identifier: empty messages in place of all that
         could have been published of it."""
         metric = Entity("sensor", _MEASURED, {})
         entities = (*_BOARD, metric) if kind == BOARDS else (*_JOB, metric, _PAUSE)

@@ -1,1 +1,1 @@
-"""What the console knows, the messages that bring it there, and orders on their way back."""
+"""The console's records, the messages that carry them, and orders on their way back."""

@@ -25,7 +25,7 @@ EXPIRED = f"expired: the server did not take it within {EXPIRES_S / 60:.0f} minu
 INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
 
 FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
-"""What orders are about; each kind has some of them."""
+"""The arguments of orders; each kind has some of them."""
 
 _NOTED = (
     "INSERT INTO audit (at, operator, address, action, what, outcome) "  # noqa: S608  # nosec B608  # texts of ours

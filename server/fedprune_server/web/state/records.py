@@ -1,4 +1,4 @@
-"""What a server publishes for its console: one dataclass for each kind of record in `status.db`."""
+"""Records that a server publishes for its console: one dataclass for each kind of record in `status.db`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICE_STATES = (
     "ready", "queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused", "late",
     "lost", "gone", "excluded", "elsewhere", "offline", "waiting", "revoked", "unknown",
 )  # fmt: skip
-"""What a device is at: its part's progress and, where it has none, why."""
+"""A device's activity: its part's progress or, without one, the reason."""
 
 Row = dict[str, Any]
 
@@ -37,7 +37,7 @@ class Record:
 
     @property
     def key(self) -> str | int:
-        """What tells the record from others of its kind and scope."""
+        """The key of the record among those of its kind and scope."""
         return getattr(self, self._key) if self._key else ""
 
 

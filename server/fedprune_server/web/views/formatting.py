@@ -31,7 +31,7 @@ MARKS = {
 """Shape and colour of each word's mark."""
 
 
-WORDS = {"folded": "aggregated", "extracting": "being cut", "stored": "handed in", "elsewhere": "at another job"}
+WORDS = {"folded": "aggregated", "extracting": "being cut", "stored": "uploaded", "elsewhere": "at another job"}
 """States that people call otherwise than programs do."""
 
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))

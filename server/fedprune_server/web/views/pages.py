@@ -40,7 +40,7 @@ FEW = 8
 """Alerts, boards and lines that the overview shows of each."""
 
 ASKED_AGAIN_S = 15.0
-"""What the server was asked for is asked for again by a page after so long."""
+"""Seconds after which a page asks the server again."""
 
 COVERAGE_AGAIN_S = 60.0
 _PATIENCE_S = 2.0

@@ -1,4 +1,4 @@
-"""What pages show of the model, in the order and the words in which they show it."""
+"""The model's facts on pages, in the order and the words of the pages."""
 
 from __future__ import annotations
 
