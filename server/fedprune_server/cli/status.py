@@ -155,7 +155,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
 
 
 def _outcome(part: Mapping[str, Any]) -> str:
-    """What became of a part that has a reason; an update that counted nevertheless counted in part."""
+    """The outcome of a part that has a reason; an update that counted nevertheless counted in part."""
     limited = part["progress"] == Progress.FOLDED.value
     return "limited" if limited else outcome(part["progress"], part.get("kind", ""))
 

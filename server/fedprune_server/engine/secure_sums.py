@@ -373,7 +373,7 @@ class _Cohort:
 
 
 def _session(job: str, round_: int, selection: str, boards: int, form: MaskedForm) -> Session:
-    """The settings of a sum of so many boards. Raises `ConfigError` if they are too few.
+    """The settings of a sum of this many boards. Raises `ConfigError` if they are too few.
 
     A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
     and less than the number of boards, t is k/2 + 1.

@@ -33,7 +33,7 @@ def uncalibrated(architecture: Architecture, recipe: Recipe, calibration: object
 
 
 def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, uncalibrated: bool) -> str:
-    """What to say at the end of a coordinator's history; empty where nothing is wrong.
+    """The diagnosis of a coordinator's history; empty where nothing is wrong.
 
     Args:
         history: Its summaries of rounds.
@@ -47,7 +47,7 @@ def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, 
 
 
 def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any], *, mixed: bool = False) -> str:
-    """What to say of these losses; empty where nothing is wrong.
+    """The diagnosis of these losses; empty where nothing is wrong.
 
     Args:
         losses: Of the global model after every round that measured it; None where it was not finite.

@@ -44,7 +44,7 @@ class MaskedSums:
         self._updates, self._store, self._round_of = updates, store, round_of
 
     def form(self, basis: do.Basis, part: do.Part, selection: Selection) -> MaskedForm:
-        """What an offer says of the vector that the device is to mask."""
+        """An offer's description of the vector to mask."""
         grid = self._grid(self._round_of(basis), basis, part, selection)
         return MaskedForm(grid.form, grid.narrow, grid.wide)
 
