@@ -15,7 +15,7 @@ import pytest
 
 from fedprune.core.errors import ModelError, RuntimeUnavailableError
 from fedprune.runtime import session as sessions
-from fedprune.runtime.session import Session, run_by_child_process
+from fedprune.runtime.session import PROGRAM, Session, run_by_child_process
 from fedprune.runtime.session_process import SessionProcess
 from support.paths import ROOT
 
@@ -68,7 +68,7 @@ def test_errors_are_those_of_a_session_here(process: SessionProcess) -> None:
 
 
 def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
-    with SessionProcess(idle_s=0.2) as process:
+    with SessionProcess(PROGRAM, idle_s=0.2) as process:
         session = process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
         first = pid(process)
         os.kill(first, signal.SIGKILL)
@@ -83,9 +83,8 @@ def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
         assert pid(process) not in (first, second.pid)
 
 
-def test_one_that_is_killed_again_and_again_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune.runtime.session_process._PROGRAM", "raise SystemExit(1)")
-    with SessionProcess() as process, pytest.raises(RuntimeUnavailableError, match="was killed"):
+def test_one_that_is_killed_again_and_again_is_an_error() -> None:
+    with SessionProcess("raise SystemExit(1)") as process, pytest.raises(RuntimeUnavailableError, match="was killed"):
         process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
 
 

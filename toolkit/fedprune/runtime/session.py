@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
-from fedprune.runtime.session_process import RemoteSession, SessionProcess
+from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve
 
 Array = npt.NDArray[Any]
 
@@ -279,7 +279,7 @@ def kernel_times(
 def run_by_child_process() -> Iterator[None]:
     """Have a child process load and run the graphs of sessions, instead of this one (`session_process`)."""
     global _process
-    with SessionProcess() as _process:
+    with SessionProcess(PROGRAM) as _process:
         try:
             yield
         finally:
@@ -287,6 +287,13 @@ def run_by_child_process() -> Iterator[None]:
 
 
 _process: SessionProcess | None = None
+
+PROGRAM = f"from {__name__} import main; main()"
+"""Code of the child process."""
+
+
+def main() -> None:
+    serve(load_graph)
 
 
 def _loaded(*graph: Any, exact: bool = False) -> Any:

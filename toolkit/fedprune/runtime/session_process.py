@@ -20,11 +20,9 @@ from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
 
 IDLE_S = 20.0
-"""Seconds without a request after which the process ends. The next request starts another one, in half a second."""
+"""Long enough for the requests of a round. The next one starts another process, in half a second."""
 
 _TRIES, _STOP_S = 2, 5.0
-
-_PROGRAM = f"from {__name__} import main; main()"
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,15 @@ class _Described:
 
 
 class SessionProcess(Closing):
-    """Starts the child process when it is needed. Several threads may use it; their requests wait for each other."""
+    """Starts the child process when it is needed. Several threads may use it; their requests wait for each other.
 
-    def __init__(self, idle_s: float = IDLE_S) -> None:
-        self._idle_s = idle_s
+    Args:
+        program: Python code for the child process, which calls `serve`.
+        idle_s: Seconds without a request after which the process ends.
+    """
+
+    def __init__(self, program: str, idle_s: float = IDLE_S) -> None:
+        self._program, self._idle_s = program, idle_s
         self._lock, self._numbers = threading.Lock(), count()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -114,7 +117,7 @@ class SessionProcess(Closing):
         if self._connection is None:
             ours, its = socket.socketpair()
             with its:
-                command = [sys.executable, "-c", _PROGRAM, str(its.fileno()), str(self._idle_s)]
+                command = [sys.executable, "-c", self._program, str(its.fileno()), str(self._idle_s)]
                 self._child = subprocess.Popen(  # noqa: S603  # nosec B603  # this module, in this Python
                     command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
                 )
@@ -158,15 +161,17 @@ def _asked(connection: Connection, *request: Any) -> Any:
     return found
 
 
-def serve(connection: Connection, idle_s: float, load: Callable[..., Any]) -> None:
-    """Answer requests until there are none for `idle_s` seconds, or the other side is gone.
+def serve(load: Callable[..., Any]) -> None:
+    """The child process: answers requests until there are none for a while, or the other side is gone.
 
     Args:
         load: Makes an `onnxruntime.InferenceSession` of the arguments of a request.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd's is for the server, whose end is the connection's
+    descriptor, idle_s = sys.argv[1:]
     sessions: dict[int, Any] = {}
-    with suppress(EOFError, OSError):
-        while connection.poll(idle_s):
+    with Connection(int(descriptor)) as connection, suppress(EOFError, OSError):
+        while connection.poll(float(idle_s)):
             kind, number, *values = connection.recv()
             if kind == "drop":
                 sessions.pop(number, None)
@@ -191,13 +196,3 @@ def _described(session: Any) -> _Described:
     )
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     return _Described(inputs, outputs, tuple(session.get_providers()), metadata)
-
-
-def main() -> None:
-    # Only here: `session` itself imports this module.
-    from fedprune.runtime.session import load_graph
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd's is for the server, whose end is the connection's
-    connection = Connection(int(sys.argv[1]))
-    serve(connection, float(sys.argv[2]), load_graph)
-    connection.close()
