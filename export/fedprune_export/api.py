@@ -30,7 +30,7 @@ def export(
     plan: BoardPlan,
     folder: str | Path,
     *,
-    scorer: str = "magnitude",
+    scorer: str | None = None,
     data: str | Path | LabelledData | None = None,
     precisions: Sequence[str] = (),
     memory_limit: int | None = None,
@@ -42,7 +42,8 @@ def export(
     Args:
         plan: How wide it is on the board; see `fedprune_export.plan`.
         folder: Where to write; it is made, or must be empty or hold a bundle for the same board, which is replaced.
-        scorer: How channels are ranked: "magnitude" or "ordered".
+        scorer: How channels are ranked: "magnitude" or "ordered"; by default as the fleet that trained the model cut
+            it, where the model has these ranks, else by magnitude.
         data: Samples to measure the model on, whole and as cut: a `.npz` file with x and y.
         precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`).
         memory_limit: Bytes that the training process may take: activations are computed again as far as it needs.
@@ -67,7 +68,12 @@ def export(
     folder, recipe, profile = Path(folder), plan.recipe, plan.profile
     if isinstance(data, (str, Path)):
         data = measured(Path(data), model, recipe)
-    selection = Selection.of(model.architecture, plan.widths, ranks(score(scorer, model.architecture, model.tensors)))
+    if scorer is None and model.ranks is not None:
+        ranking, ranked_by = model.ranks, "the fleet that trained the model"
+    else:
+        ranked_by = scorer or "magnitude"
+        ranking = ranks(score(ranked_by, model.architecture, model.tensors))
+    selection = Selection.of(model.architecture, plan.widths, ranking)
     memory = None if memory_limit is None else _fitted(model, plan, memory_limit)
     step = training_step(model, recipe.features) if memory is None else memory.graph
     files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
@@ -80,7 +86,7 @@ def export(
         model=model,
         plan=plan,
         selection=selection,
-        scorer=scorer,
+        scorer=ranked_by,
         sizes={n: len(raw) for n, raw in files.items()},
         parity=error,
         accuracy=None if data is None else _accuracy(model, selection, data),

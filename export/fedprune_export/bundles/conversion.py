@@ -23,6 +23,7 @@ from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.served_model import is_board_state, served_model
 from fedprune.runtime.session import Session
+from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
 from fedprune_export.importing import import_onnx, metadata
@@ -31,7 +32,7 @@ from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
-from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.model import RANKS_KEY, Model
 
 Array = npt.NDArray[Any]
 
@@ -70,13 +71,14 @@ def whole(model: Model, weights: Path | None = None) -> Source:
     return Source(model.graph, model.tensors, "the whole model")
 
 
-def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Model:
+def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: Ranks | None = None) -> Model:
     """A model with other weights, such as the server's global ones.
 
     Raises `BundleError` if the tensors are not the model's.
 
     Args:
         tensors: All its tensors by name; further ones, such as torch's counters, are left out.
+        ranks: Recorded in the model; by default those that it has stay.
     """
     for spec in model.architecture.tensors:
         value = tensors.get(spec.name)
@@ -89,7 +91,10 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Mode
             )
     graph = model.graph.copy()
     graph.initializers.update({t.name: tensors[t.name] for t in model.architecture.tensors})
-    return replace(model, graph=graph)
+    if ranks is None:
+        return replace(model, graph=graph)
+    graph.metadata[RANKS_KEY] = metadata.ranks_text(model.architecture, ranks)
+    return replace(model, graph=graph, ranks=ranks)
 
 
 def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None = None) -> bytes:

@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profiles_option(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder, or the bundles'")
     parser.add_argument("--density", type=density, default=None, help="kept share of all channels, or auto (default)")
-    parser.add_argument("--scorer", default="magnitude", choices=_SCORERS, help="how channels are ranked")
+    parser.add_argument(
+        "--scorer",
+        choices=_SCORERS,
+        help="how channels are ranked (default: as the fleet that trained the model cut it, if the model says so, else "
+        "magnitude)",
+    )
     parser.add_argument(
         "--samples",
         type=whole_number,

@@ -39,7 +39,7 @@ from fedprune_export.importing.user_graphs import (
 )
 from fedprune_export.pruning.frozen_base import check_precision
 from fedprune_export.pruning.frozen_base import chosen as chosen_base
-from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.model import RANKS_KEY, Model
 
 __all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
 
@@ -273,6 +273,11 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
+    ranks = metadata.ranks(texts, found.architecture)
+    if ranks is not None:
+        normal.graph.metadata[RANKS_KEY] = texts[RANKS_KEY]
+    elif RANKS_KEY in texts:
+        notes += ("The recorded ranks are of other groups of channels, and don't count.",)
     architecture, base = found.architecture, None
     if precision is not None:
         base, architecture = chosen_base(normal.graph, architecture, still, precision)
@@ -282,7 +287,7 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     outputs = found.architecture.output_shape
     loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
     metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
-    model = Model(normal.graph, architecture, notes, found.values, still, base, loss, metric)
+    model = Model(normal.graph, architecture, notes, found.values, still, base, loss, metric, ranks=ranks)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
 

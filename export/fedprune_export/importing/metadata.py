@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
+import numpy as np
 import onnx
 
 from fedprune.core.errors import ModelError, shown
 from fedprune.core.text import some
+from fedprune.model.architecture import Architecture
+from fedprune.model.nested_widths import axes_json
+from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.ir.graph import check_name
+from fedprune_export.pruning.model import RANKS_KEY
 
 PARAMETERS_KEY = "fedprune.parameters"  # lists the trainable tensors
 
@@ -100,6 +106,36 @@ def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
     """A note on tensors that had several names."""
     said = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
     return [f"Tensors that have several names are one tensor each: {some(said, most=3)}."] if said else []
+
+
+def ranks_text(architecture: Architecture, ranks: Ranks) -> str:
+    return json.dumps({"groups": _groups_digest(architecture), "ranks": [r.tolist() for r in ranks]})
+
+
+def ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
+    """The recorded ranks; None where none are, or they are of other groups of channels.
+
+    Raises `ModelError` if they are something else.
+    """
+    if RANKS_KEY not in texts:
+        return None
+    found = _parsed(texts[RANKS_KEY])
+    rows = found.get("ranks") if isinstance(found, dict) else None
+    if isinstance(found, dict) and found.get("groups") != _groups_digest(architecture):
+        return None
+    sizes = architecture.sizes
+    if (
+        not isinstance(rows, list)
+        or len(rows) != len(sizes)
+        or not all(isinstance(row, list) and all(type(c) is int for c in row) for row in rows)
+        or any(sorted(row) != list(range(size)) for row, size in zip(rows, sizes, strict=True))
+    ):
+        raise ModelError(f"metadata {RANKS_KEY}", expected="each group's channels", got=shown(texts[RANKS_KEY]))
+    return tuple(np.array(row, np.int64) for row in rows)
+
+
+def _groups_digest(architecture: Architecture) -> str:
+    return hashlib.sha256(axes_json(architecture).encode()).hexdigest()
 
 
 def _parsed(text: str) -> object:

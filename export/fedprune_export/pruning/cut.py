@@ -14,7 +14,7 @@ from fedprune.model.architecture import Axis
 from fedprune.model.selection import Selection
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.masked_reference import masked
-from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.model import RANKS_KEY, Model
 from fedprune_export.pruning.rewrites import REWRITES, Sizes
 
 
@@ -63,6 +63,7 @@ def at_widths(model: Model, widths: Sequence[int]) -> Graph:
     """
     sizes = Sizes(model, model.architecture.check_widths(widths))
     graph = model.graph.copy()
+    graph.metadata.pop(RANKS_KEY, None)  # of the whole model's channels
     for name in model.architecture.by_name:
         del graph.initializers[name]
     nodes, graph.nodes = graph.nodes, []

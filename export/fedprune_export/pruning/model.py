@@ -12,9 +12,14 @@ from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.scoring import Ranks
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import Trace, trace
 from fedprune_export.pruning.frozen_base import FrozenBase
+
+RANKS_KEY = "fedprune.ranks"
+"""Key of a graph's metadata: per group its channels, best first, as the fleet that trained the model cut it; with a
+digest of the groups."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +91,7 @@ class Model:
         loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
         metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC`); None where it brings none.
         class_names: Names of the classes, where its folder has them.
+        ranks: Per group its channels, best first, as the fleet that trained it cut it; None where no fleet did.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
     """
 
@@ -98,6 +104,7 @@ class Model:
     loss: Model | None = field(default=None, repr=False)
     metric: Graph | None = field(default=None, repr=False)
     class_names: tuple[str, ...] = ()
+    ranks: Ranks | None = field(default=None, repr=False, compare=False)
     training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:

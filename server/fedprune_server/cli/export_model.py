@@ -49,8 +49,8 @@ def _export_model(arguments: argparse.Namespace) -> None:
     if hub and arguments.opset is not None:
         raise UsageError("--opset is for .onnx files", hint=f"{out} is a folder.")
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
-    model, weights = global_model(arguments.state, digest)
-    model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state))
+    model, weights, ranks = global_model(arguments.state, digest)
+    model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state), ranks)
     error: float | None = None
     if hub:
         card = model_card(_record(arguments.state, model, arguments.round))

@@ -19,6 +19,7 @@ from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
+from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source, with_graphs_of
 from fedprune_export.pruning.model import Model
@@ -27,6 +28,7 @@ from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, Se
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
+from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
 from fedprune_server.storage.database import check_url, shown
@@ -328,8 +330,8 @@ def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | N
     return tables | {k: {"data": known[k]} for k in ("evaluation", "calibration") if known.get(k)}
 
 
-def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:
-    """The model of a state folder, and the bytes of its weights.
+def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes, Ranks | None]:
+    """The model of a state folder, the bytes of its weights, and the ranks by which its job cuts it.
 
     Args:
         folder: The folder; a server may be running on it.
@@ -348,8 +350,9 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
         )
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
-    weights = reader(folder, known).read(digest or state.model)
-    return import_onnx(raw, str(known["name"])), weights
+    store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))
+    ranks = settled_ranks(Job.from_dict(known["job"]), model, state, store, digest)
+    return model, store.read(digest), ranks
 
 
 def model_after(folder: Path, round_: int) -> str:

@@ -18,6 +18,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import spelt
 from fedprune.strategies import Strategy
+from fedprune.strategies.importance.scoring import Ranks
 from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 from fedprune_server.executor.archive import Archive, parts
 
@@ -36,7 +37,9 @@ class StoredUpdates:
         strategy: Strategy,
         store: BlobStore,
         withheld: Callable[[Recipe], frozenset[str]],
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self.archive = Archive(architecture, store)
         self._job = job
         self._architecture = architecture
@@ -55,6 +58,7 @@ class StoredUpdates:
             self.archive.memory(memory),
             self._job.training,
             participants,
+            self._ranks,
         )
 
     def turn(self, basis: do.Basis, part: do.Part) -> Turn:

@@ -88,7 +88,7 @@ class Worker:
         if self._calibration is not None and asked is not None and model.base is None:
             self._distiller = Distiller(model, self._calibration, asked, job.recipe, job.seed)
         self._offers = Offers(model, store, job.precision)
-        self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld)
+        self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld, model.ranks)
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None

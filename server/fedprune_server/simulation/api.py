@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
 from fedprune.output.document import Document, Drawing
 from fedprune.strategies.strategy import Strategy
-from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget, track_targets
@@ -29,7 +27,7 @@ from fedprune_server.simulation.results.comparison import final_rows
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, table, write_report
-from fedprune_server.simulation.results.run_folder import devices_table, rounds_table, simulate_to_weights
+from fedprune_server.simulation.results.run_folder import devices_table, rounds_table, simulate_to_model
 from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
@@ -227,8 +225,7 @@ def simulate(
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()
     shown = watched() if progress is None else progress
-    record, weights = _simulated(plan, place, plan.track, shown=shown)
-    trained = with_weights(plan.model, tensorfile.decode(weights), plan.title)
+    record, trained = _simulated(plan, place, plan.track, shown=shown)
     if compared is None:
         return Run(record, trained)
     other, _ = _simulated(compared, place, plan.track, shown=shown, suffix="-reference", state="reference")
@@ -243,7 +240,7 @@ def _simulated(
     shown: bool,
     suffix: str = "",
     state: str = "run",
-) -> tuple[Record, bytes]:
+) -> tuple[Record, Model]:
     with (
         tracked(targets, experiment, folder, state) as track,
         RunDisplay(experiment.title) if shown else nullcontext() as display,
@@ -259,4 +256,4 @@ def _simulated(
             if display is not None:
                 display.show(simulation)
 
-        return simulate_to_weights(experiment, folder, show, begun=begin, suffix=suffix, state=state)
+        return simulate_to_model(experiment, folder, show, begun=begin, suffix=suffix, state=state)

@@ -20,6 +20,7 @@ from fedprune.coordination import Phase, State, SynchronousCoordinator, coordina
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import PARTS
+from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line, quantity
@@ -27,9 +28,12 @@ from fedprune.jobs.failure_kind import FailureKind, of_exit_code
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates import CODECS
+from fedprune_export.bundles.conversion import with_weights
+from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker, helped
 from fedprune_server.executor.divergence import advice, uncalibrated
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
+from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
@@ -229,6 +233,12 @@ class Simulation:
             self._save()
             self._tidy()
         return self.state.history
+
+    def trained(self) -> Model:
+        """The global model, with the ranks by which the job cuts it."""
+        digest = self.state.model
+        ranks = settled_ranks(self.job, self.model, self.state, self.store, digest)
+        return with_weights(self.model, tensorfile.decode(self.store.read(digest)), self.experiment.title, ranks)
 
     def record(self) -> Record:
         ranking = self.state.ranking

@@ -24,6 +24,7 @@ from fedprune.runtime.session import Session
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.cli.main import main
 from fedprune_export.importing.hub_folder import CARD, CONFIG, FILES, GRAPH, WEIGHTS
+from fedprune_export.pruning.model import RANKS_KEY
 from support.fakes.hub_server import fake_hub
 
 torch = pytest.importorskip("torch")
@@ -127,6 +128,26 @@ def test_class_names_that_are_not_one_per_class_are_refused(folder: Path, labels
     (folder / CONFIG).write_text(json.dumps({**body, "id2label": labels}))
     with pytest.raises(ModelError, match=r"config.json: id2label: expected a name for each class from 0 to 1"):
         fx.load(folder)
+
+
+def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Model, tmp_path: Path) -> None:
+    ranked = with_weights(model, model.tensors, "x", (np.array([2, 0, 3, 1]),))
+    folder = fx.save_pretrained(ranked, tmp_path / "saved")
+    again = fx.load(folder)
+    assert [r.tolist() for r in again.ranks or ()] == [[2, 0, 3, 1]]
+
+    proto = onnx.load(folder / GRAPH)
+    (found,) = (p for p in proto.metadata_props if p.key == RANKS_KEY)
+    for rows in ([[2, 0, 3]], [[0, 0, 1, 2]], [["a", 0, 1, 2]], [], 3):
+        found.value = json.dumps({**json.loads(found.value), "ranks": rows})
+        onnx.save(proto, folder / GRAPH)
+        with pytest.raises(ModelError, match=r"metadata fedprune\.ranks: expected each group's channels"):
+            fx.load(folder)
+    found.value = json.dumps({"groups": "0" * 64, "ranks": [[0, 1]]})
+    onnx.save(proto, folder / GRAPH)
+    other = fx.load(folder)
+    assert other.ranks is None
+    assert "The recorded ranks are of other groups of channels, and don't count." in other.notes
 
 
 def test_without_a_training_the_card_has_placeholders(model: fx.Model, tmp_path: Path) -> None:

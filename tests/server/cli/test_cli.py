@@ -23,6 +23,8 @@ from fedprune.core.errors import ExitCode, ModelError
 from fedprune.jobs.job import Job
 from fedprune.runtime import session
 from fedprune.runtime.session import Session
+from fedprune.strategies.channel_ranking import places_of
+from fedprune.strategies.methods.fedprune import RANKS
 from fedprune_export import load
 from fedprune_server import app
 from fedprune_server.cli.main import main
@@ -498,6 +500,24 @@ def test_a_model_is_exported_in_the_layout_of_the_hub(
     assert "| global accuracy | 50.0% |" in card
     assert "| pi |" not in card
     assert main(["export-model", "--state", str(state), "--out", str(out), "--opset", "13"]) == ExitCode.USAGE
+
+
+def test_an_exported_model_has_the_ranks_that_its_job_settled(model: Path, tmp_path: Path) -> None:
+    with StateFolder(tmp_path / "state") as folder:
+        opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
+        architecture = opened.model.architecture
+        ranks = {
+            place: np.arange(n)[::-1] for place, n in zip(places_of(architecture), architecture.sizes, strict=True)
+        }
+        opened.state.memory = {RANKS: folder.store.put(tensorfile.encode(ranks)).sha256}
+        opened.state.round = 1
+        folder.storage.save(opened.state, [on.Ticked()], 1.0)
+
+    assert main(["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]) == ExitCode.OK
+
+    found = load(tmp_path / "m.onnx").ranks
+    assert found is not None
+    assert all(map(np.array_equal, found, backwards))
 
 
 def test_the_exported_model_is_written_at_an_opset(state: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import fedprune_server
 from fedprune import Strategy, compose
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune_export.bundles.conversion import with_weights
 from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
@@ -167,6 +168,46 @@ def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path)
     assert not any(device.name in card.text for device in run.record.devices)
     resumed = simulate(fleet, folder="kept", title="mine")
     assert tensorfile.encode(resumed.model.tensors) == stored
+
+
+@pytest.mark.parametrize(
+    ("strategy", "density", "kept"),
+    [
+        ("fedprune", 1.0, True),  # by ordered dropout
+        ("heterofl", 0.5, True),
+        ("heterofl", 1.0, False),
+        ("fedrolex", 0.5, False),  # its windows move on
+        ("fiarse", 0.5, False),  # elements instead of channels
+    ],
+)
+def test_a_trained_model_is_cut_as_its_fleet_cut_it(
+    fleet: dict[str, Any], strategy: str, density: float, kept: bool, tmp_path: Path
+) -> None:
+    job = {**fleet["job"], "strategy": strategy, "density": density}
+    saved = simulate({**fleet, "job": job}, rounds=1).save_pretrained(tmp_path / "saved")
+    model = fx.load(saved)
+    plan = fx.plan(model, "raspberry-pi-4b", density=0.5)
+
+    reports = {
+        scorer: fx.export(model, plan, tmp_path / str(scorer), scorer=scorer)
+        for scorer in (None, "ordered", "magnitude")
+    }
+    chosen = {scorer: report.selection.digest for scorer, report in reports.items()}
+
+    assert chosen["ordered"] != chosen["magnitude"]
+    assert chosen[None] == chosen["ordered" if kept else "magnitude"]
+    assert reports[None].scorer == ("the fleet that trained the model" if kept else "magnitude")
+
+
+def test_a_model_that_brings_ranks_is_trained_further_by_them(fleet: dict[str, Any]) -> None:
+    first = simulate(fleet, rounds=1, strategy="fedavg").model
+    assert first.ranks is None
+    backwards = tuple(np.arange(n)[::-1] for n in first.architecture.sizes)
+
+    further = simulate(fleet, rounds=1, strategy="fedprune", model=with_weights(first, first.tensors, "", backwards))
+
+    assert further.model.ranks is not None
+    assert all(map(np.array_equal, further.model.ranks, backwards))
 
 
 def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:

@@ -102,6 +102,8 @@ class Scene:
         memory: What the job remembers.
         recipe: The job's local training, which a strategy may change for each device.
         participants: The devices that take part, sorted; empty where a device's submodel is made.
+        ranks: Per group its channels, best first, as an earlier fleet that trained the job's first model cut it; None
+            where none did.
     """
 
     architecture: Architecture
@@ -111,6 +113,7 @@ class Scene:
     memory: Memory = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     participants: tuple[str, ...] = ()
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True, eq=False)

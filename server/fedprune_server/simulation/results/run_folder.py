@@ -22,6 +22,7 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError
 from fedprune.jobs.job import Job
+from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import EACH_ROUND, RoundRow, WideRows
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
@@ -64,10 +65,10 @@ def simulate(
         StorageError: The folder holds another run, or the disk fails.
         FedpruneError: As `Simulation.run`.
     """
-    return simulate_to_weights(experiment, folder, progress, begun=begun, suffix=suffix, state=state)[0]
+    return simulate_to_model(experiment, folder, progress, begun=begun, suffix=suffix, state=state)[0]
 
 
-def simulate_to_weights(
+def simulate_to_model(
     experiment: Experiment,
     folder: Path | None = None,
     progress: Callable[[Simulation], None] | None = None,
@@ -75,8 +76,8 @@ def simulate_to_weights(
     begun: Callable[[Simulation], None] | None = None,
     suffix: str = "",
     state: str = "run",
-) -> tuple[Record, bytes]:
-    """Run an experiment as `simulate` does. Returns the weights of the last global model, too."""
+) -> tuple[Record, Model]:
+    """Run an experiment as `simulate` does. Returns the last global model, too."""
     with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
         place = None if folder is None else folder / state
         if folder is not None and place is not None:
@@ -92,11 +93,11 @@ def simulate_to_weights(
             text = json.dumps(experiment.settings(), indent=1) + "\n"
             write_whole(folder / CONFIG.format(suffix), text.encode())
         simulation.run(progress, begun)
-        record, weights = simulation.record(), simulation.store.read(simulation.state.model)
+        record, model = simulation.record(), simulation.trained()
     if folder is not None:
         record.save(folder / RECORD.format(suffix))
         write_metrics(folder, record, suffix)
-    return record, weights
+    return record, model
 
 
 def is_run(folder: Path) -> bool:

@@ -78,7 +78,7 @@ class FedPrune(Strategy):
     Ranks are those of the model that the job starts from, and are kept for the whole job. A trained model is cut by
     what it has learnt. In a model that was just made all channels are alike, and any order is as good as another as
     long as it stays. Should another version of the compiler find other groups of channels in the model, ranks are
-    settled again, by what the model is then.
+    settled again, by what the model is then. A model that brings the ranks of an earlier fleet is cut by those.
 
     Attributes:
         options: The job's options.
@@ -100,6 +100,8 @@ class FedPrune(Strategy):
         if known is not None:
             return known
         name = {"nested": "ordered"}.get(self.options.ranking, self.options.ranking)
+        if name == "auto" and scene.ranks is not None:
+            return Ranking(scene.ranks)
         if name == "auto":
             name = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
         return Ranking(ranks(score(name, scene.architecture, scene.model)))

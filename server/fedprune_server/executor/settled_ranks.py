@@ -1,0 +1,53 @@
+"""The ranks by which a job's fleet trained narrower models, which a trained model takes along."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import State
+from fedprune.core.errors import StrategyError
+from fedprune.jobs.job import Job
+from fedprune.strategies import compose
+from fedprune.strategies.importance.scoring import Ranks
+from fedprune.strategies.values import Scene
+from fedprune_export.pruning.model import Model
+from fedprune_server.executor.archive import Archive
+
+
+def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
+    """The ranks by which the job would cut a model next, for a board that it doesn't know.
+
+    None where the fleet trained no prefixes of a ranking: if all boards trained the whole model and nothing else, if
+    submodels are other channels or elements, or if ranks change with the round alone (windows that roll, random ones).
+
+    Args:
+        model: The model that it began with.
+        digest: Of the weights that are cut.
+    """
+    architecture = model.architecture
+    strategy, sizes, archive = compose(job), architecture.sizes, Archive(architecture, store)
+    narrower = any(device.widths and tuple(device.widths) != sizes for device in state.devices.values())
+    if not narrower and not strategy.planned_recipe(job, "", sizes, 1.0, 1).ordered_dropout:
+        return None
+    if not strategy.device_independent:
+        return None
+    scene = Scene(
+        architecture,
+        job.seed,
+        state.round + 1,
+        archive.model(digest),
+        archive.memory(state.memory),
+        job.training,
+        tuple(sorted(state.devices)),
+        model.ranks,
+    )
+    try:
+        ranking, later = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
+    except StrategyError:  # a user's own, in a round that the job doesn't have
+        return None
+    if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later.ranks)):
+        return None
+    return ranking.ranks
