@@ -171,12 +171,15 @@ def _new(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     with progress("reading the fleet"):
+        from fedprune_server.config.track_targets import track_targets
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
         from fedprune_server.simulation.results.comparison import final_figures
         from fedprune_server.simulation.results.report import claims, summary_text
 
         out = _run_folder(options.out)
+        if options.track is not None:  # before the model is read, which may take long
+            track_targets(options.track, "--track")
         changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
         plan = (
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)

@@ -75,7 +75,7 @@ def located(layers: Sequence[Layer], where: str) -> Iterator[None]:
         place = _place(layers, subject) if subject != error.what else None
         if place is None:
             raise
-        raise type(error)(f"{place}: {subject}", expected=error.expected, got=error.got, hint=error.hint) from error
+        raise error.named(f"{place}: {subject}") from error
 
 
 def masked(text: str) -> str:

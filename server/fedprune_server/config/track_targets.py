@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, meant, shown
 from fedprune_server.config.alert_settings import OFF
 
 TENSORBOARD, MLFLOW, WANDB = TOOLS = ("tensorboard", "mlflow", "wandb")
@@ -40,7 +40,7 @@ def track_targets(text: str, where: str) -> tuple[TrackTarget, ...]:
             raise ConfigError(
                 where,
                 expected=f"{', '.join(TOOLS)}, each alone or with :DESTINATION, and commas between them, or {OFF!r}",
-                got=shown(part.strip()),
+                got=f"{shown(part.strip())}{meant(tool, TOOLS)}",
             )
         if "@" in destination.partition("://")[2].partition("/")[0]:
             raise ConfigError(

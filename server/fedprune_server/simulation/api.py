@@ -190,6 +190,7 @@ def simulate(
         FedpruneError: Model or data can't be read, or a training fails.
     """
     place = None if folder is None else Path(folder)
+    targets = None if track is None else track_targets(track, "track")
     if workers is not None:
         whole("workers", workers, 1, 10**6)
     if isinstance(fleet, Plan):
@@ -221,7 +222,7 @@ def simulate(
             tables=tables,
             model=model,
         )
-    targets = plan.track if track is None else track_targets(track, "track")
+    targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()
     shown = watched() if progress is None else progress

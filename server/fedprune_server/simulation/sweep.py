@@ -97,7 +97,7 @@ def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None
     except FedpruneError as error:
         read_tables(config)
         what = error.what.removeprefix(f"{config}: ")
-        raise type(error)(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+        raise error.named(f"{where}: {what}") from error
 
 
 class _Inputs:

@@ -506,9 +506,8 @@ def test_an_exported_model_has_the_ranks_that_its_job_settled(model: Path, tmp_p
     with StateFolder(tmp_path / "state") as folder:
         opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
         architecture = opened.model.architecture
-        ranks = {
-            place: np.arange(n)[::-1] for place, n in zip(places_of(architecture), architecture.sizes, strict=True)
-        }
+        backwards = [np.arange(size)[::-1] for size in architecture.sizes]
+        ranks = dict(zip(places_of(architecture), backwards, strict=True))
         opened.state.memory = {RANKS: folder.store.put(tensorfile.encode(ranks)).sha256}
         opened.state.round = 1
         folder.storage.save(opened.state, [on.Ticked()], 1.0)

@@ -393,6 +393,21 @@ def without_onnx(arguments):
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 
+def test_a_torch_model_without_torch_is_a_missing_extra(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = config(CONFIG.replace("model.onnx", "support.nets.small_nets:lenet"))
+    arguments = ["--config", str(path), "--out", str(tmp_path / "out")]
+
+    assert main(arguments) == ExitCode.MISSING_EXTRA
+    said = capsys.readouterr().err
+    assert "[model] path: " in said
+    assert install_command("torch") in said
+    assert main([*arguments, "--track", "tensorbord"]) == ExitCode.CONFIG, "settings come before the model"
+    said = capsys.readouterr().err
+    assert "--track: expected" in said
+    assert "got 'tensorbord' (did you mean 'tensorboard'?)" in said
+
+
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):
     out = tmp_path / "mine"
     out.mkdir()

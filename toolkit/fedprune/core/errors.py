@@ -87,6 +87,13 @@ class FedpruneError(Exception):
         message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
         super().__init__(f"{message}. {hint}" if hint else message)
 
+    def named(self, what: str) -> FedpruneError:
+        """The same error, of a thing that is named in another way."""
+        error = type(self).__new__(type(self))
+        vars(error).update(vars(self))
+        FedpruneError.__init__(error, what, expected=self.expected, got=self.got, hint=self.hint)
+        return error
+
 
 def _brief(value: object) -> str:
     try:

@@ -185,7 +185,7 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except FedpruneError as error:
-        raise type(error)(f"{where}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
+        raise error.named(f"{where}: {error.what}") from error
 
 
 def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterator[_Row]:
