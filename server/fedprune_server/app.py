@@ -402,6 +402,7 @@ def monitoring(
         config.state, config.server_settings(), views, here=here, others=others, tier=server.tier_status, book=alerts,
         # Boards that come back in turn are away for most of the time.
         away_s=0.0 if config.connected else 3600.0 * config.alerts.away_hours, present=server.present,
+        free=server.free,
     )  # fmt: skip
     for runner in runners:
         runner.observers.join(monitor.watches[runner.view.job.name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedprune.core.cli import add_json, options_of, print_json, whole_number
+from fedprune.core.cli import add_json, hours, options_of, print_json, whole_number
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, UsageError
 from fedprune.core.text import quantity
@@ -27,7 +28,7 @@ from fedprune_server.messaging.broker.broker_files import KEY, Broker, write_bro
 from fedprune_server.storage.state_folder import folder_lock, keep, url_of
 from fedprune_server.storage.storage import Storage
 
-_ROTATE, _ROTATE_CA, _RETIRE_CA = "rotate", "rotate-ca", "retire-ca"
+_ROTATE, _ROTATE_CA, _RETIRE_CA, _CERTIFICATE = "rotate", "rotate-ca", "retire-ca", "certificate"
 _FILES = (
     "back the identity up, give the broker the files that `fedprune-server broker-config` writes now and restart it "
     "(the embedded broker needs none), then start the server"
@@ -58,13 +59,19 @@ def add_identity(identity: argparse.ArgumentParser) -> None:
     add_state(identity)
     add_database(identity)
     identity.add_argument(
-        "action", nargs="?", default="show", choices=("show", _ROTATE, _ROTATE_CA, _RETIRE_CA), metavar="ACTION",
-        help="show (default); of a stopped server, rotate: replace the signing key; rotate-ca: begin to replace the "
-        "certificate authority; retire-ca: end that, when all boards have certificates of the new one",
+        "action", nargs="?", default="show", metavar="ACTION",
+        choices=("show", _CERTIFICATE, _ROTATE, _ROTATE_CA, _RETIRE_CA),
+        help="show (default); certificate: issue one for the console, by the names of --host; of a stopped server, "
+        "rotate: replace the signing key; rotate-ca: begin to replace the certificate authority; "
+        "retire-ca: end that, when all boards have certificates of the new one",
     )  # fmt: skip
     identity.add_argument(
         "--force", action="store_true", help="retire-ca also while boards have none: they must join again with a claim"
     )
+    identity.add_argument(
+        "--host", dest="hosts", action="append", default=[], metavar="HOST",
+        help="of certificate: a name or address by which browsers reach the console; may be repeated",
+    )  # fmt: skip
     add_json(identity)
     identity.set_defaults(function=_identity)
 
@@ -79,7 +86,7 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
         help="for this device alone (default: for any name that is free)",
     )
     claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
-    claim.add_argument("--hours", type=whole_number, default=72, metavar="H", help="how long they last (default: 72)")
+    claim.add_argument("--hours", type=hours, default=72, metavar="H", help="how long they last (default: 72)")
     claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
     claim.set_defaults(function=_claim)
 
@@ -94,7 +101,7 @@ def add_devices(devices: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
     devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
-    devices.add_argument("--hours", type=whole_number, default=72, metavar="H", help="of the claim to replace it with")
+    devices.add_argument("--hours", type=hours, default=72, metavar="H", help="of the claim to replace it with")
     devices.add_argument(
         "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
     )
@@ -164,6 +171,11 @@ def _identity(arguments: argparse.Namespace) -> None:
     action: str = arguments.action
     if arguments.force and action != _RETIRE_CA:
         raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
+    if bool(arguments.hosts) != (action == _CERTIFICATE):
+        raise UsageError("--host", expected=f"with {_CERTIFICATE}, and only with it", got=f"identity {action}")
+    if action == _CERTIFICATE:
+        _issue(arguments)
+        return
     if action != "show":
         IdentityFolder(arguments.state, read_only=True).close()  # there is one
         # A server that runs would continue with the old key.
@@ -192,6 +204,19 @@ def _identity(arguments: argparse.Namespace) -> None:
             print(f"earlier keys that boards can follow to it: {earlier}")
     if action in _NEXT:
         print(_NEXT[action], file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _issue(arguments: argparse.Namespace) -> None:
+    with _identity_of(arguments) as identity:
+        certificate, key, authority = identity.console(arguments.hosts)
+    if arguments.json:
+        print_json({"console_certificate": str(certificate), "console_key": str(key), "authority": str(authority)})
+        return
+    print(f"console_certificate = {json.dumps(str(certificate))}\nconsole_key = {json.dumps(str(key))}")
+    print(
+        f"Put these two lines into [server], start the server again, and let browsers trust {authority}.",
+        file=sys.stderr,
+    )
 
 
 def _identity_of(arguments: argparse.Namespace) -> IdentityFolder:
@@ -227,7 +252,7 @@ def _claim(arguments: argparse.Namespace) -> None:
         raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
     with _identity_of(arguments) as identity, _claims_file(arguments.out) as file:
         for _ in range(arguments.count):
-            print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+            print(identity.claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
     _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
 
 
@@ -283,7 +308,7 @@ def _replace(identity: Any, arguments: argparse.Namespace) -> None:
     with _claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)
         print(revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
-        print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+        print(identity.claim(arguments.device, math.ceil(3600 * arguments.hours)).text, file=file)
     _print_claims(arguments, arguments.device)
 
 
@@ -333,6 +358,6 @@ def _broker_config(arguments: argparse.Namespace) -> None:
     print(f"the broker's user must be able to read them, and {KEY} no other user")
 
 
-def _check_hours(hours: int) -> None:
-    if hours > _MAX_HOURS:
-        raise UsageError("--hours", expected=f"at most {_MAX_HOURS}", got=hours)
+def _check_hours(lasting: float) -> None:
+    if lasting > _MAX_HOURS:
+        raise UsageError("--hours", expected=f"at most {_MAX_HOURS}", got=lasting)

@@ -15,9 +15,12 @@ COMMANDS = {
     "aggregate": ("run", "be an aggregator: run the jobs of another server for a region's boards"),
     "status": ("status", "show devices and rounds of a state folder"),
     "export-model": ("export_model", "write the global model of a state folder"),
-    "replay": ("store", "work a job out again from its log, and compare"),
+    "replay": ("store", "recompute a job from its log, and compare"),
     "init": ("identity", "make this server's identity: its keys and certificate authority"),
-    "identity": ("identity", "show this server's identity, or replace its signing key or certificate authority"),
+    "identity": (
+        "identity",
+        "show this server's identity, certify its console, or replace its signing key or authority",
+    ),
     "claim": ("identity", "make one-time claims, each of which lets one device in"),
     "devices": ("identity", "list devices, let one in that waits, or shut one out"),
     "broker-config": ("identity", "write a broker's configuration, access rules and certificate"),
@@ -34,10 +37,12 @@ COMMANDS = {
     "logs": ("observe", "show warnings, errors and crashes that boards have sent"),
     "doctor": ("observe", "explain what is wrong with a fleet, and what to do"),
     "operators": ("operators", "manage the accounts of the console"),
+    "pause": ("operators", "pause a job of a running server that has a console"),
+    "resume": ("operators", "let a paused job go on"),
 }
 """Commands: the module with their options, and their help text."""
 
-_CONSOLE = ("operators",)
+_CONSOLE = ("operators", "pause", "resume")
 """Commands that need the extra `console` instead of `server`."""
 
 

@@ -1,4 +1,4 @@
-"""`fedprune-server operators`: the accounts of the console."""
+"""`fedprune-server operators`, `pause` and `resume`: the accounts of the console, and its orders about a job."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ import getpass
 import json
 import os
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 from fedprune.core.cli import add_json
-from fedprune.core.errors import StorageError, UsageError
+from fedprune.core.errors import ConfigError, StorageError, UsageError
+from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.web.auth.accounts import Accounts
+from fedprune_server.web.audit import Audit
+from fedprune_server.web.auth.accounts import Accounts, Operator
 from fedprune_server.web.auth.roles import ROLES
+from fedprune_server.web.auth.sessions import Session
+from fedprune_server.web.database import FILE, ConsoleDatabase
+from fedprune_server.web.state import status
+from fedprune_server.web.state.orders import OrderService, RefusedError
+
+_ANSWER_S, _LOOK_S = 30.0, 0.2
 
 
 def add_operators(operators: argparse.ArgumentParser) -> None:
@@ -33,6 +42,42 @@ def add_operators(operators: argparse.ArgumentParser) -> None:
     for action, run in ((add, _add), (password, _password), (remove, _remove), (shown, _list)):
         add_state(action)
         action.set_defaults(function=run)
+
+
+def add_pause(pause: argparse.ArgumentParser) -> None:
+    add_state(pause)
+    pause.add_argument("--job", metavar="NAME", help="which job (default: the server's first)")
+    pause.set_defaults(function=_give)
+
+
+add_resume = add_pause
+
+
+def _give(arguments: argparse.Namespace) -> None:
+    """Give a running server the order of the command's name, as its console does, and print the answer."""
+    path = arguments.state / status.FILE
+    if not path.exists() or not (view := status.FleetView(path)).ready:
+        raise ConfigError(
+            f"no server that takes orders runs on {arguments.state}",
+            hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
+        )
+    opened = _Opened(arguments.state)
+    with view, opened:
+        orders = OrderService(view, Audit(opened.database), opened.database)
+        session = Session(Operator(opened.user.replace(" ", "-"), "operator", 0.0, 0.0), "", "")
+        try:
+            job = arguments.job or view.job_names[0]
+            number = orders.give(session, "terminal", {"order": arguments.command, "job": job})
+        except RefusedError as error:
+            raise ConfigError(error.text) from error
+        until = time.monotonic() + _ANSWER_S
+        while (answer := orders.get(number)) is not None and answer["state"] != "done":
+            if time.monotonic() > until:
+                raise ConfigError(f"the server has not taken the order within {_ANSWER_S:.0f} s", hint="See its log.")
+            time.sleep(_LOOK_S)
+    if answer is None or not answer["ok"]:
+        raise ConfigError(f"{arguments.command}: {answer['text'] if answer else 'no answer'}")
+    print(answer["text"])
 
 
 def _add(arguments: argparse.Namespace) -> None:
@@ -79,29 +124,22 @@ class _Opened:
     """The accounts of a state folder, while this is entered."""
 
     def __init__(self, state: Path) -> None:
-        from fedprune_device.storage.directory_owner import check_unowned
-        from fedprune_server.web.database import FILE, ConsoleDatabase
-
         if not state.is_dir():
             raise StorageError(
                 f"{state} is no state folder", hint="Name the one of `run --state`, or make it first: init, or run."
             )
         check_unowned(state)
-        self._user = _user()
-        self._database = ConsoleDatabase(state / FILE)
+        self.user = _user()
+        self.database = ConsoleDatabase(state / FILE)
 
     def __enter__(self) -> Accounts:
-        from fedprune_server.web.auth.accounts import Accounts
-
-        return Accounts(self._database)
+        return Accounts(self.database)
 
     def note(self, action: str, **what: str) -> None:
-        from fedprune_server.web.audit import Audit
-
-        Audit(self._database).note(self._user, "terminal", action, what, "done")
+        Audit(self.database).note(self.user, "terminal", action, what, "done")
 
     def __exit__(self, *_: object) -> None:
-        self._database.close()
+        self.database.close()
 
 
 def _user() -> str:

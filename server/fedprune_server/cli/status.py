@@ -24,7 +24,7 @@ from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import CRITICAL, evaluate
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
-from fedprune_server.monitoring.monitor import read_open
+from fedprune_server.monitoring.monitor import read_free, read_open
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
@@ -57,21 +57,25 @@ def _status(arguments: argparse.Namespace) -> None:
 def status_of_all(state: Path) -> dict[str, Any]:
     """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
 
-    A device is at one job at a time: `job` names it while a server runs. `alerts` are those that the running server has
+    A device is at one job at a time: `job` names it while a server runs, and a device that is connected and free is
+    online, too. Without a connection to the broker `online` is None. `alerts` are those that the running server has
     open; of one that ended, that another server has taken the fleet over, which is what `replaced` says.
     """
     first = status(state)
     first["alerts"] = _alerts(state, running=first["running"])
     further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
     every = [first, *further]
+    at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
+    free, cut_off = read_free(state) if first["running"] else (), any(a["kind"] == "broker" for a in first["alerts"])
     for body in every:
         body["replaced"] = not first["running"] and bool(first["alerts"])
-    if not further:
-        return first
-    at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
-    for body in every:
-        body["devices"] = [{**d, "job": at.get(d["name"])} for d in body["devices"]]
-    return first | {"jobs": further}
+        for device in body["devices"]:
+            if further:
+                device["job"] = at.get(device["name"])
+                device["online"] = (device["job"] is not None or device["name"] in free) and not device["revoked"]
+            if cut_off:
+                device["online"] = None
+    return first | {"jobs": further} if further else first
 
 
 def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
@@ -84,8 +88,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
         what that has cost each (`fedprune_server.executor.accountant.costs`). Devices that can't even be planned for
         have rows, too. Every row has the outcome of the device's last part in a round. Without a server no device
-        is online; `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of anything), in
-        seconds since 1970, and None while one runs or where the log doesn't say.
+        is online. `seen_at` is when the log last heard from a device, and the job's `heard_at` of anything, in seconds
+        since 1970; None where the log doesn't say, the latter also while a server runs.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -95,7 +99,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     with Storage.existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
-        last, seen = (None, {}) if running else storage.log.heard()
+        last, seen = storage.log.heard()
     shut_out, misbehaved = revoked(identity or folder), read_rows(identity or folder)
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
@@ -105,6 +109,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         | _last_part(row["name"], state)
         | {
             "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
+            "corrected": compared(row["name"], state, row["plan"] and row["plan"]["prediction"]),
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
             "quarantine": misbehaved.get(row["name"]),
@@ -116,7 +121,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "folder": str(folder),
         "server": str(identity or folder),
         "running": running,
-        "heard_at": last,
+        "heard_at": None if running else last,
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
@@ -214,11 +219,13 @@ def _stopped(body: dict[str, Any]) -> str:
 def _connection(device: dict[str, Any]) -> str:
     if device["revoked"]:
         return "revoked"
+    if device["online"] is None:
+        return "connection not known"
     if device["online"]:
+        if "job" in device:
+            return f"at work for {device['job']}" if device["job"] else "free"
         return f"online at {device['region']}" if device["region"] else "online"
-    if "job" in device and device["seen_at"] is None:
-        return f"at work for {device['job']}" if device["job"] else "free, or not there"
-    return "offline" if device["seen_at"] is None else f"last heard of at {_clock(device['seen_at'])}"
+    return "offline" if device["seen_at"] is None else f"offline, last heard from at {_clock(device['seen_at'])}"
 
 
 def _clock(at: float) -> str:
@@ -229,7 +236,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
     plan = device["plan"]
     width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
     if device["unit"] == "GPU":
-        width += ", trains on its GPU"
+        width += ", trains on its GPU" if device["measured"] else ", planned for its GPU"
     if plan and plan["prediction"].get("train_j") is not None:
         width += f", {amount(plan['prediction']['train_j'], 'J')} per round"
     lines = [
@@ -239,7 +246,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
         + f", {amount(device['bytes_down'], 'bytes')} down, {amount(device['bytes_up'], 'bytes')} up"
         + ("" if epsilon is None else f", ε {epsilon:.3g}")
     ]
-    times = described(device["compared"])
+    times = described(device["compared"], device["corrected"])
     if times:
         lines.append(f"    {times}")
     if device["quarantine"]:
@@ -269,9 +276,12 @@ def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_state(name: str, state: State | None) -> dict[str, Any]:
-    """A device's training software, and the aggregators of its connection, as `north` or `north/yard`."""
+    """What trains on a device, whether it has measured that, and the aggregators of its connection, as `north` or
+    `north/yard`."""
     device = None if state is None else state.devices.get(name)
-    return {"unit": "", "region": ""} if device is None else {"unit": unit(device), "region": device.region}
+    if device is None:
+        return {"unit": "", "measured": False, "region": ""}
+    return {"unit": unit(device), "measured": device.probe is not None, "region": device.region}
 
 
 def _last_part(name: str, state: State | None) -> dict[str, Any]:

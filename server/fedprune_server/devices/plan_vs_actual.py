@@ -67,14 +67,17 @@ def unit(device: Device) -> str:
         return ""
 
 
-def described(rows: Compared) -> str:
+def described(rows: Compared, corrected: Compared) -> str:
+    """Measurements with their predictions before the first round and, where these differ, as `corrected` since."""
     parts = []
     for metric, (expected, seen) in rows.items():
         if seen is None:
             continue
         title, _, unit = QUANTITIES[metric]
-        text = f"{title} {amount(seen, unit)}"
-        parts.append(text if expected is None else f"{text} (predicted {amount(expected, unit)})")
+        told = [] if expected is None else [f"predicted {amount(expected, unit)}"]
+        if (since := corrected[metric][0]) is not None and since != expected:
+            told.append(f"{amount(since, unit)} since the rounds measured it")
+        parts.append(f"{title} {amount(seen, unit)}" + (f" ({', '.join(told)})" if told else ""))
     return ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from fedprune.coordination import State
@@ -166,6 +166,10 @@ class Server:
 
     def present(self, device: str) -> bool:
         return device in self._connected
+
+    def free(self) -> Collection[str]:
+        """Boards that are connected and at none of several jobs."""
+        return [d for d in self._connected if self.holder(d) is None] if self._several else ()
 
     def holder(self, device: str) -> str | None:
         """Name of the job that has a device; None for one that is free or offline."""

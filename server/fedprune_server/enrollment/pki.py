@@ -10,6 +10,7 @@
     broker.key, broker.pem    of the embedded broker, if there is one
     web.key, web.pem          of the web server of blobs, if there is one
     tier.key, tier.pem        of what aggregators connect to, if there is any
+    console.key, console.pem  for the console, once `identity certificate` has issued it
     site            the site's name; written last, so that a folder with it is whole
 
 Anyone with a copy of this folder can act as the server: back it up, and keep it secret. Claims, devices and answers
@@ -69,6 +70,7 @@ _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 _TIER_KEY, _TIER_CERTIFICATE = "tier.key", "tier.pem"
+_CONSOLE_KEY, _CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 
 class IdentityFolder(Closing):
@@ -330,6 +332,15 @@ class IdentityFolder(Closing):
     def tier(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """The same for what aggregators connect to."""
         return self._listening(_TIER_CERTIFICATE, _TIER_KEY, hosts)
+
+    def console(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """A new certificate for the console, whose key the server's user can read."""
+        key, path = make_tls_key(), self.path / _CONSOLE_KEY
+        issued = self.authority.issue_broker(sorted(set(hosts)), make_request(key, "console"))
+        save_tls_key(key, path)
+        give_to_owner_of(path, self.path / _SIGNING)
+        write_public(self.path / _CONSOLE_CERTIFICATE, issued.encode())
+        return self.path / _CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))

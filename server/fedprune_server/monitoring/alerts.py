@@ -302,8 +302,8 @@ def _predictions(job: JobStatus, now: float) -> Iterator[Alert]:
             "prediction-off", INFO, now,
             f"{quantity(len(job.off), 'board')} of job {job.name} needed far more than planned: {which}",
             "a board that needs more memory than planned may be killed, and one that needs more time may be late",
-            f"compare with {command('status', *at(job.folder))}, whose predictions are those before the first round; "
-            "see what else runs on the board, or give it less (docs/planner.md)",
+            f"compare with {command('status', *at(job.folder))}, which shows the predictions before the first round, "
+            "too; see what else runs on the board, or give it less (docs/planner.md)",
             job=job.name,
         )  # fmt: skip
 

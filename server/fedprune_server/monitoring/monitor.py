@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -145,6 +145,7 @@ class Monitor(Observer):
         book: Open alerts; None for what the last run left open.
         away_s: Seconds after which a board that isn't connected is an alert; 0 for never.
         present: Whether a board is connected, at whatever job; None to go by the jobs alone.
+        free: The boards that are connected and at no job.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
 
@@ -164,13 +165,16 @@ class Monitor(Observer):
         book: AlertBook | None = None,
         away_s: float = 0.0,
         present: Callable[[str], bool] | None = None,
+        free: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._server, self._view = folder, server, views[0][0]
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
-        self._others, self._tier = others, tier
+        self._others, self._tier, self._free = others, tier, free
+        self._free_seen: list[str] = []
+        self._free_at = 0.0
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(restored(folder)) if book is None else book
@@ -225,8 +229,10 @@ class Monitor(Observer):
         self._look_safely()
 
     def look(self) -> None:
-        at = self._clock()
-        changes = self.book.update(evaluate(self._snapshot(), at), self._monotonic(), at)
+        at, now = self._clock(), self._monotonic()
+        if now >= self._free_at:  # not at every look: it takes a while with many boards
+            self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
+        changes = self.book.update(evaluate(self._snapshot(), at), now, at)
         for change in changes:
             _log(change)
         if changes:
@@ -271,7 +277,7 @@ class Monitor(Observer):
 
     def _write(self) -> None:
         alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))
-        body = {"turned_at": self._turned_at, "alerts": alerts, "notified": notified}
+        body = {"turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen}
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode())
         except (FedpruneError, OSError) as error:
@@ -293,6 +299,14 @@ def read_notified(folder: Path) -> list[Alert]:
     """Alerts of the folder's last run whose opening was notified, but not their end."""
     found = _read(folder, "notified")
     return [] if found is None else found[1]
+
+
+def read_free(folder: Path) -> frozenset[str]:
+    """The boards that are connected to the folder's server and at none of its jobs, as of some seconds ago."""
+    try:
+        return frozenset(json.loads((folder / FILE).read_bytes())["free"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return frozenset()
 
 
 def _read(folder: Path, key: str) -> tuple[float, list[Alert]] | None:

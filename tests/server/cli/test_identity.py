@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import ssl
 import stat
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -140,6 +143,46 @@ def test_a_file_of_claims_is_whole_or_not_there(
     assert not out.exists()
     monkeypatch.undo()
     assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
+
+
+def test_a_claim_may_last_for_minutes(state: str, tmp_path: Path) -> None:
+    out = tmp_path / "claim"
+    assert main(["claim", "--state", state, "--hours", "0.001", "--out", str(out)]) == ExitCode.OK
+    with IdentityFolder(Path(state), clock=lambda: time.time() + 5) as identity:
+        board = DeviceIdentity(tmp_path / "board", "lab", "pi-1")
+        answer = EnrollmentService(identity).answer(board.request(Claim.parse(out.read_text().strip())))
+    assert answer.status == "refused"
+
+
+def test_the_console_gets_a_certificate_for_the_names_that_are_given(state: str, capsys: Captured) -> None:
+    assert main(["identity", "certificate", "--state", state]) == ExitCode.USAGE
+    assert main(["identity", "--host", "fleet.example", "--state", state]) == ExitCode.USAGE
+    capsys.readouterr()
+    words = ["identity", "certificate", "--host", "fleet.example", "--host", "10.0.0.9", "--state", state]
+    assert main(words) == ExitCode.OK
+    lines = (line.split(" = ") for line in capsys.readouterr().out.splitlines())
+    settings = {name: json.loads(value) for name, value in lines}
+    certificate, key = (Path(settings[f"console_{name}"]) for name in ("certificate", "key"))
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    server.load_cert_chain(certificate, key)
+    client.load_verify_locations(Path(state) / "identity" / "authority.pem")
+    for host in ("fleet.example", "10.0.0.9"):
+        shake_hands(client, server, host)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(client, server, "other.example")
+    capsys.readouterr()
+    assert main([*words, "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["console_key"] == str(key)
+
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, host: str) -> None:
+    """The client's side of a handshake, up to its check of the server's certificate."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    mine, its = client.wrap_bio(back, there, server_hostname=host), server.wrap_bio(there, back, server_side=True)
+    for side in (mine, its, mine):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
 
 
 def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path: Path, capsys: Captured) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.recipe import Recipe
 from fedprune.planning.plan import plan
+from fedprune.planning.probe_report import CUDA, ProbeReport
 from fedprune.planning.profile_store import find
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.updates.privacy import Privacy
@@ -26,6 +29,7 @@ from fedprune_server.cli.status import status
 from fedprune_server.devices.quarantine import FILE, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.storage.storage import Storage
 from support.fakes import tiny_job as toy
 
@@ -105,7 +109,12 @@ def test_status_shows_what_trains_and_the_energy_of_a_round(tmp_path: Path, caps
         storage.save(State(model="0" * 64, devices={"orin": device}), (), 1.0)
     assert main(["status", "--state", str(tmp_path)]) == ExitCode.OK
     joules = amount(made.prediction.train_j or 0, "J")
-    assert f"density 1, bound by nothing, trains on its GPU, {joules} per round, " in capsys.readouterr().out
+    assert f"density 1, bound by nothing, planned for its GPU, {joules} per round, " in capsys.readouterr().out
+    device.probe = ProbeReport(6, 8 * 10**9, 6 * 10**9, 2.0, train_rate=1e12, unit=CUDA).to_dict()
+    with Storage.at(tmp_path) as storage:
+        storage.save(State(model="0" * 64, devices={"orin": device}), (), 2.0)
+    main(["status", "--state", str(tmp_path)])
+    assert ", trains on its GPU, " in capsys.readouterr().out
 
 
 def test_status_shows_the_aggregator_of_each_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,9 +171,39 @@ def test_status_says_that_no_server_runs_and_when_devices_were_heard_of(
         f"no server is running; the last event was at 53 s; to go on: fedprune-server run --state {stopped_state}"
     )
     devices = {line.split()[1]: line.partition(": ")[2] for line in lines if line.startswith("device ")}
-    assert devices["good"].startswith("last heard of at 50 s, 300 samples")
-    assert devices["off"].startswith("last heard of at 52 s")
-    assert all(devices[name].startswith("offline") for name in ("full", "odd", "small"))
+    assert devices["good"].startswith("offline, last heard from at 50 s, 300 samples")
+    assert devices["off"].startswith("offline, last heard from at 52 s")
+    assert all(devices[name].startswith("offline, ") for name in ("full", "odd", "small"))
+
+
+def test_a_free_board_of_two_jobs_is_told_from_a_dead_one(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedprune_server.cli.status._clock", lambda at: f"{at:g} s")
+    boards = {n: Device(1, n == "a", {"name": "pi"}, None, 9, widths=(1,)) for n in "abc"}
+    (fleet_state / "jobs" / "other").mkdir(parents=True)
+    with Storage.at(fleet_state / "jobs" / "other") as storage:
+        storage.put_settings({"job": Job(name="other").to_dict(), "name": "n"})
+        storage.save(State(model="0" * 64, devices=boards), [DeviceBorn("c", 1, {}, 9)], 7.0)
+    (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [], "free": ["b"]}))
+    with locked(fleet_state / "jobs" / "other" / "lock", "busy", "wait"):
+        main(["status", "--state", str(fleet_state)])
+        main(["status", "--json", "--state", str(fleet_state)])
+    text, _, body = capsys.readouterr().out.partition("\n{\n")
+    lines = text.partition("job other")[2].splitlines()
+    seen = [line.partition(": ")[2].rpartition(", 9 samples")[0] for line in lines if line.startswith("  device")]
+    assert seen == ["at work for other", "free", "offline, last heard from at 7 s"]
+    other = json.loads("{" + body)["jobs"][0]["devices"]
+    assert [(d["online"], d["job"]) for d in other] == [(True, "other"), (True, None), (False, None)]
+
+
+def test_without_a_broker_no_board_is_said_to_be_online(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = Alert("broker", "critical", 1.0, "there is no connection to the broker", "why", "do")
+    (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [asdict(lost)]}))
+    main(["status", "--state", str(fleet_state)])
+    devices = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  device")]
+    assert len(devices) == 5
+    assert all(": connection not known, " in line for line in devices)
 
 
 def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:

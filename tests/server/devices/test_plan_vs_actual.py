@@ -45,7 +45,7 @@ def test_a_devices_predictions_stand_beside_its_measurements() -> None:
     assert rows["step_seconds"] == (MADE.prediction.step_s, METRICS["step_seconds"])
     assert rows["latency_seconds"] == (MADE.prediction.latency_s, 0.5)
     assert rows["peak_memory_bytes"] == (MADE.prediction.memory_bytes, 1e8)
-    assert "memory 100.00 MB (predicted" in described(rows)
+    assert "memory 100.00 MB (predicted" in described(rows, rows)
 
 
 def test_measurements_at_other_widths_are_left_out() -> None:
@@ -58,6 +58,9 @@ def test_a_prediction_is_the_one_before_any_round_whatever_rounds_taught() -> No
     learnt = NO_CORRECTION.after(MADE.prediction, NO_CORRECTION, METRICS)
     again = plan(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt)
     device = replace(state(METRICS).devices["pi"], plan=again.to_dict())
+    first, since = (compared("pi", state(METRICS), vars(p)) for p in (again.before_rounds, again.prediction))
+    known, taught = (amount(p.step_s, "s") for p in (again.before_rounds, again.prediction))
+    assert f"(predicted {known}, {taught} since the rounds measured it)" in described(first, since)
     assert again.prediction.step_s == METRICS["step_seconds"], "what a plan says now agrees by itself"
     foretold = predicted("pi", device, JOB, toy.ARCHITECTURE)
     assert foretold is not None

@@ -222,6 +222,11 @@ def seconds(text: str) -> float:
     return _above_zero(text, "seconds")
 
 
+def hours(text: str) -> float:
+    """A time of an option: finite and above 0."""
+    return _above_zero(text, "hours")
+
+
 def joules(text: str) -> float:
     """An energy of an option: finite and above 0."""
     return _above_zero(text, "joules")

@@ -170,6 +170,14 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server doctor --state state",
         "fedprune-server doctor --state state --json",
     ),
+    "fedprune-server pause": (
+        "fedprune-server pause --state state",
+        "fedprune-server pause --state state --job leaves",
+    ),
+    "fedprune-server resume": (
+        "fedprune-server resume --state state",
+        "fedprune-server resume --state state --job leaves",
+    ),
     "fedprune-server operators add": (
         "fedprune-server operators add ann --role admin --state state",
         "fedprune-server operators add bob --state state <password.txt",

@@ -145,6 +145,7 @@ _AT_ONCE = 64
 """Messages that are read at most before the network thread writes again."""
 
 _REFUSED = "it refuses the connection"
+_DROPPED = "it ends the TLS connection without an answer"
 _ANSWER_S = 5.0
 """Seconds that a broker may take for each answer, in addition to those for connecting."""
 
@@ -233,6 +234,8 @@ class Link(Closing):
             f"can't connect to the MQTT broker at {self.url}: {reason}",
             hint="Is it the right broker, and do user name and password fit?"
             if reason.startswith(_REFUSED)
+            else "`fedprune-server devices` lists revoked boards; if this one isn't, see the broker's log."
+            if reason.startswith(_DROPPED)
             else "Is a broker running there, is the port right, and does a firewall let it through?",
         )
 
@@ -401,7 +404,9 @@ class Link(Closing):
                 client.disconnect()
             if (sock := client.socket()) is not None:
                 sock.close()
-        return failure or paho.error_string(code).rstrip(".").lower()
+        if failure or not self.url.tls or self._heard_at > self._asked_at or self._closing.is_set():
+            return failure or paho.error_string(code).rstrip(".").lower()
+        return f"{_DROPPED}, as if this client's certificate were revoked"
 
     def _turn(self, client: paho.Client) -> MQTTErrorCode:
         """Wait for the network, and read all that has arrived: paho's `loop` polls the socket again for each packet."""
