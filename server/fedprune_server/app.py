@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
+from fedprune.coordination import Phase
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.text import amount
 from fedprune.jobs.job import HARDWARE, Job
@@ -274,7 +275,9 @@ class _Job:
             opened.job.rounds,
             self.config.state,
             len(opened.model.architecture.groups),
-            opened.state.phase.value,
+            "finished by its last start"
+            if opened.state.phase is Phase.FINISHED and opened.state.round < opened.job.rounds
+            else opened.state.phase.value,
         )
 
 

@@ -161,10 +161,10 @@ def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
         site.start("server")
         site.wait_for(lambda: rounds(site) > before + 1, "the job continues")
         site.wait_for(ann.ready, "the console is ready")
-        site.wait_for(lambda: "GB left" in shown(ann).get("disk", ""), "the console shows it")
+        site.wait_for(lambda: "B left" in shown(ann).get("disk", ""), "the console shows it")
         assert site.counted("disk") == 1
         status = subprocess.run([*SERVER, "status", "--state", str(site.state)], capture_output=True, check=True)
-        assert b"GB left" in status.stdout
+        assert b"B left" in status.stdout
         assert doctor(site.state)[1].keys() == {"disk"}
 
         filler.unlink()

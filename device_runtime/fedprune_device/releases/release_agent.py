@@ -361,7 +361,7 @@ class StagingThread:
     """Installs a downloaded release in a thread, so that the loop continues and feeds the watchdog."""
 
     def __init__(self, updater: ReleaseInstaller, pulled: ReleaseDownload) -> None:
-        self.error: FedpruneError | None = ReleaseError("unpacking it ended without a word")
+        self.error: FedpruneError | None = ReleaseError("unpacking it ended without an error message")
         self._updater = updater
         self._pulled = pulled
         self._thread = threading.Thread(target=self._run, name="fedprune-staging", daemon=True)

@@ -126,7 +126,7 @@ class CrashReports:
         if found is not None:
             self._write("signal", private(found[1], MAX_TEXT), _fault_frames(fault), None, mark)
         elif mark is not None and not known.exists() and mark.get("boot") and mark.get("boot") == self._boot():
-            text = "the process was killed, or ended without a word: by the system for lack of memory, or by a user"
+            text = "the process ended without an error: killed by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
         else:
             return

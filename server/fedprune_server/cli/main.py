@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from fedprune import __version__
 from fedprune.core.cli import Command, run_command, with_extra
+from fedprune.core.errors import ExitCode
 
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
@@ -48,7 +53,26 @@ _CONSOLE = ("operators", "pause", "resume")
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_command("fedprune-server", lambda: build_parser(words[:1]), words)
+    with _ended_by_sigterm() if words[:1] in (["run"], ["aggregate"]) else nullcontext():
+        return run_command("fedprune-server", lambda: build_parser(words[:1]), words)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a server that is still starting as it ends one that runs: with 0, after all cleanup."""
+
+    def end(_number: int, _frame: object) -> None:
+        os.write(2, b"stopped by SIGTERM\n")  # print may be interrupted by the signal itself
+        raise SystemExit(int(ExitCode.OK))
+
+    if threading.current_thread() is not threading.main_thread():  # only it may set signal handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:

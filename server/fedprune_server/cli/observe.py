@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings tell what would be logged
     findings = examined(arguments.state, arguments.timeout)
     wrong = sum(f.wrong for f in findings)
     if arguments.json:

@@ -224,7 +224,7 @@ def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
 
 def describe(entry: RolloutEntry) -> str:
     rollout, release = entry.rollout, entry.release
-    stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
+    stage = f", stage {rollout.stage + 1} of {rollout.stages}" if rollout.stage >= 0 else ", not begun"
     counts = Counter(b.fate for b in rollout.boards.values())
     words = {Fate.WELL: "updated", Fate.GIVEN: "updating", Fate.FAILED: "failed", Fate.WAITING: "pending"}
     gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)

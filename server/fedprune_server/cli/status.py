@@ -16,6 +16,7 @@ from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
 from fedprune.core.text import amount, quantity
 from fedprune.jobs.state import Progress, outcome
+from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
@@ -234,7 +235,10 @@ def _clock(at: float) -> str:
 
 def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[str]:
     plan = device["plan"]
-    width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
+    width = f"widths {device['widths']}"
+    if plan:
+        bound = "no limit binds" if plan["bound"] == NOTHING else f"bound by {plan['bound']}"
+        width = f"density {plan['density']:.3g}, {bound}"
     if device["unit"] == "GPU":
         width += ", trains on its GPU" if device["measured"] else ", planned for its GPU"
     if plan and plan["prediction"].get("train_j") is not None:

@@ -218,7 +218,7 @@ class DeviceRegistry:
             self.outsiders[device]["online"] = False
 
     def introduce(self, name: str) -> None:
-        """Log a joined device, once per plan of it, and the plan; of one that others had before, the first line."""
+        """Log a connected device, once per plan of it, and the plan; of one that others had before, the first line."""
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
         self.outsiders.pop(name, None)
@@ -231,7 +231,7 @@ class DeviceRegistry:
             log.warning("%sdevice %s (%s) is excluded: %s", self.prefix, name, title, device.excluded)
             return
         known = (name, title, device.samples, contact.software or "?")
-        log.info("%sdevice %s joined: %s, %d samples, %s", self.prefix, *known)
+        log.info("%sdevice %s is connected: %s, %d samples, %s", self.prefix, *known)
         shown = hash(device.plan if device.plan is not None else (device.widths, device.density))
         if shown not in self._described:
             if len(self._described) >= _WIDTHS:

@@ -146,7 +146,7 @@ class IdentityStore:
                 raise UsedClaimError("the claim was used by another request", hint="Have a new one made.")
             if found.used is None:
                 if now >= found.expires:
-                    raise ExpiredClaimError("the claim's time is over", hint="Have a new one made.")
+                    raise ExpiredClaimError("the claim has expired", hint="Have a new one made.")
                 if found.device is not None and found.device != request.device:
                     raise ForeignClaimError(f"the claim is for another device than {request.device}")
                 _approve(connection, request.device, request.key, now)

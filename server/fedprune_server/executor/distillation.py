@@ -94,7 +94,7 @@ class Distiller:
             log.warning("round %d: no self-distillation: %s", round_, error)
             return tensors
         log.info(
-            "round %d: self-distillation took %.1f s, %d steps and about %.2g MACs; its loss fell from %.3g to %.3g",
+            "round %d: self-distillation took %.1f s, %d steps and about %.2g MACs; its loss went from %.3g to %.3g",
             round_, result.seconds, result.steps, self._macs, result.loss_first, result.loss_last,
         )  # fmt: skip
         return whole.scatter(result.tensors, tensors)

@@ -208,7 +208,10 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
         yield Finding(weight, f"the log can't be followed: {error}")
         return
     if differing:
-        advice = "If the job's settings or this program's version never changed, restore a backup."
+        advice = (
+            "That is so once the job's settings, as the log of a start says, or this program's version have changed. "
+            "If neither ever did, restore a backup."
+        )
         yield Finding(weight, f"the log ends in another state: {', '.join(differing)}", advice)
 
 

@@ -151,8 +151,7 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
             delay = min([_BROKER_S, *(j.deadline_s / 2 for j in seen.jobs)])
             yield Alert(
                 "broker", CRITICAL, now, seen.broker, "server and boards meet there; without it nothing moves",
-                "see that the broker runs, that its address is right (--broker), and the firewall; "
-                f"{command('doctor', *at(seen.folder))} tries it",
+                "see that the broker runs, that its address is right (--broker), and the firewall (docs/runbook.md)",
                 delay_s=delay,
             )  # fmt: skip
         return
@@ -321,9 +320,10 @@ def _disk(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
 
     full = short(CRITICAL, _FULL, _LEAST_BYTES)
     if full or short(WARNING, _NEARLY_FULL):
+        scale, unit = (1e9, "GB") if total >= 10e9 else (1e6, "MB")
         yield Alert(
             "disk", CRITICAL if full else WARNING, now,
-            f"the disk of {seen.folder} has {free / 1e9:.2f} of {total / 1e9:.0f} GB left",
+            f"the disk of {seen.folder} has {free / scale:.2f} of {total / scale:.0f} {unit} left",
             "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
             f"make room; {command('check', *at(seen.folder), '--repair')} deletes what the job no longer needs, and a "
                     "smaller --keep keeps fewer models",

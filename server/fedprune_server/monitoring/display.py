@@ -56,7 +56,7 @@ class Lines(Observer):
         job = f"{seen.job.name}: " if self._of_several else ""
         down, up = seen.registry.total
         line = round_line(summary, seen.job.rounds, down, up)
-        log.info("%s%s%s", job, line, self._pace.rest(summary, seen.job.rounds))
+        log.info("%s%s%s", job, line, self._pace.rest(summary, seen))
         if log.isEnabledFor(logging.DEBUG):  # it takes a look at every device
             for row in seen.snapshot().rows:
                 log.debug("  %s", row_line(row))
@@ -87,7 +87,7 @@ class LiveTable(Observer):
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Print the round's line above the table and draw."""
         down, up = seen.registry.total
-        log.info("%s%s", round_line(summary, seen.job.rounds, down, up), self._pace.rest(summary, seen.job.rounds))
+        log.info("%s%s", round_line(summary, seen.job.rounds, down, up), self._pace.rest(summary, seen))
         self._draw(seen.snapshot())
 
     def ended(self) -> None:
@@ -131,15 +131,16 @@ class _Pace:
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
-    def rest(self, summary: Mapping[str, Any], rounds: int) -> str:
-        """The addition to a round's line; nothing at the first, whose beginning wasn't seen, and the last."""
+    def rest(self, summary: Mapping[str, Any], seen: JobView) -> str:
+        """Addition to a round's line; nothing at the first, whose beginning wasn't seen, the last, and in a pause."""
+        rounds = seen.job.rounds
         number, now = int(summary["round"]), time.monotonic()
         if self._first is None or number <= self._first[0]:
             self._first = number, now
             return ""
         before, at = self._first
         left = (rounds - number) * (now - at) / (number - before)
-        return f", about {span(left)} left" if number < rounds else ""
+        return f", about {span(left)} left" if number < rounds and not seen.state.paused else ""
 
 
 def span(seconds: float) -> str:

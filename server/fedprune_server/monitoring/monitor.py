@@ -287,7 +287,8 @@ class Monitor(Observer):
         now = self._monotonic()
         if self._complain_at is None or now >= self._complain_at:
             self._complain_at = now + _COMPLAIN_S
-            log.error("alerts can't be worked out or written: %s: %s", type(error).__name__, reason(error))
+            told = error if isinstance(error, FedpruneError) else f"{type(error).__name__}: {reason(error)}"
+            log.error("alerts can't be worked out or written: %s", told)
 
 
 def read_open(folder: Path) -> tuple[float, list[Alert]] | None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from fedprune.core.errors import ReleaseError
-from fedprune.core.text import one_line
+from fedprune.core.text import one_line, quantity
 from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, Wake, Withdraw
 from fedprune.wire.fleet_messages import (
     COMMITTED,
@@ -186,8 +186,8 @@ class RolloutCoordinator:
         self._zero = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._offered = self._store.releases()
-        boards = len(entry.rollout.boards)
-        log.info("rollout %d: release %d (%s) to %d boards", entry.number, release.number, release.version, boards)
+        boards = quantity(len(entry.rollout.boards), "board")
+        log.info("rollout %d: release %d (%s) to %s", entry.number, release.number, release.version, boards)
         return True
 
     def _follow(self, wanted: RolloutEntry, *, fresh: bool) -> None:
@@ -221,7 +221,7 @@ class RolloutCoordinator:
             self._store.save(entry.number, rollout, entry.reports)
         self._carry_out(entry, commands, late)
         if rollout.stage != stage and rollout.phase is RolloutPhase.RUNNING:
-            log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, len(rollout.plan.stages))
+            log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, rollout.stages)
         if rollout.phase is not phase:
             why = f": {rollout.why}" if rollout.why else ""
             log.info("rollout %d of release %d: %s%s", entry.number, entry.offer.number, rollout.phase.value, why)

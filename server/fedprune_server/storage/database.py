@@ -236,7 +236,8 @@ def translated(url: str) -> Iterator[None]:
         text = _first_line(error)
         if any(words in text.lower() for words in _FULL):
             raise StorageFullError(
-                f"no room left for {url}", hint="Make room on the disk and start the server again; nothing is lost."
+                f"no room left for {url.removeprefix('sqlite:///')}",
+                hint="Make room on the disk and start the server again; nothing is lost.",
             ) from error
         hint = "Run the command as the server's user; if the file is damaged, restore the server's backup."
         if not url.startswith("sqlite"):

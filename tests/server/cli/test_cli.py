@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -291,6 +292,19 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
     monkeypatch.setattr(Server, "run", run)
     assert main(["run", "--insecure", "--state", str(state), "--port", "0"]) == code
     assert (f"stopped: the same command continues with what {state} holds" in capsys.readouterr().out) is not finished
+
+
+def test_a_server_that_is_still_starting_ends_at_sigterm_as_one_that_runs(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        "fedprune_server.cli.main.importlib.import_module", lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--insecure", "--state", str(state)])
+    assert (ended.value.code, signal.getsignal(signal.SIGTERM)) == (ExitCode.OK, before)
+    assert "stopped by SIGTERM" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_status_shows_what_trains_and_the_energy_of_a_round(tmp_path: Path, caps
         storage.save(State(model="0" * 64, devices={"orin": device}), (), 1.0)
     assert main(["status", "--state", str(tmp_path)]) == ExitCode.OK
     joules = amount(made.prediction.train_j or 0, "J")
-    assert f"density 1, bound by nothing, planned for its GPU, {joules} per round, " in capsys.readouterr().out
+    assert f"density 1, no limit binds, planned for its GPU, {joules} per round, " in capsys.readouterr().out
     device.probe = ProbeReport(6, 8 * 10**9, 6 * 10**9, 2.0, train_rate=1e12, unit=CUDA).to_dict()
     with Storage.at(tmp_path) as storage:
         storage.save(State(model="0" * 64, devices={"orin": device}), (), 2.0)

@@ -39,9 +39,9 @@ def test_a_plan_that_devices_share_is_described_once(caplog: pytest.LogCaptureFi
             registry.introduce(name)
             registry.introduce(name)
     first, line, *others = [r.getMessage() for r in caplog.records]
-    assert first == "device a joined: pi, 10 samples, ?"
+    assert first == "device a is connected: pi, 10 samples, ?"
     assert line.startswith("  density 1, as the ")
-    assert others == ["device b joined: pi, 10 samples, ?", "device c joined: nano, 20 samples, ?"]
+    assert others == ["device b is connected: pi, 10 samples, ?", "device c is connected: nano, 20 samples, ?"]
 
 
 def test_a_device_that_is_connected_through_an_aggregator_is_shown_with_it() -> None:

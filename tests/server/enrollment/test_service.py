@@ -195,7 +195,7 @@ def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_
     guessed = Claim(for_two.id, bytes(15), for_two.pin)
     NOW[0] += 1
     for claim, reason in (
-        (old, "the claim's time is over"),
+        (old, "the claim has expired"),
         (for_two, "the claim is for another device than pi-1"),
         (foreign, "this server doesn't know the claim"),
         (guessed, "this server doesn't know the claim"),

@@ -41,8 +41,9 @@ class Seen:
     job = Job(name="leaves", rounds=10)
     registry = SimpleNamespace(total=(2_500_000, 1_250_000))
 
-    def __init__(self, snapshot: Callable[[], JobSnapshot] = lambda: SNAPSHOT) -> None:
+    def __init__(self, snapshot: Callable[[], JobSnapshot] = lambda: SNAPSHOT, *, paused: bool = False) -> None:
         self.snapshot = snapshot
+        self.state = SimpleNamespace(paused=paused)
 
 
 class Terminal(io.StringIO):
@@ -107,14 +108,14 @@ def test_states_have_colours_and_times_are_a_word_or_two() -> None:
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 130.0, 160.0, 220.0])
+    clock = iter([100.0, 130.0, 160.0, 190.0, 220.0])
     monkeypatch.setattr("fedprune_server.monitoring.display.time.monotonic", lambda: next(clock))
     lines = Lines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
-        for number in (2, 3, 4, 10):
-            lines.round_over({**SUMMARY, "round": number}, 0.0, Seen())
+        for number in (2, 3, 4, 5, 10):
+            lines.round_over({**SUMMARY, "round": number}, 0.0, Seen(paused=number == 5))
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
-    assert ends == ["", ", about 4 min left", ", about 3 min left", ""]
+    assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
 
 
 def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:

@@ -182,6 +182,20 @@ def test_a_lost_broker_is_tried_after_pauses_of_the_spread(monkeypatch: pytest.M
 
 
 @pytest.mark.board
+def test_each_reason_of_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    link = Link("mqtt://127.0.0.1:1", "x")
+    link._tell = True
+    for reason in ("the connection was lost", "connection refused", "no answer", "connection refused", "no answer"):
+        link._lost(reason)
+    assert [r.getMessage().rpartition(": ")[2] for r in caplog.records][1:] == ["connection refused", "no answer"]
+    with link._state:
+        link._report_up()
+    link._lost("the connection was lost")  # which the link's owner logs
+    link._lost("connection refused")
+    assert [r.getMessage().rpartition(": ")[2] for r in caplog.records][3:] == ["connection refused"]
+
+
+@pytest.mark.board
 def test_a_link_without_a_connection_can_not_leave() -> None:
     link = Link("mqtt://127.0.0.1:1", "x")
     link.leave(3600)

@@ -351,7 +351,7 @@ def option_names(parser: argparse.ArgumentParser) -> set[str]:
 def _internal(prog: str, error: Exception) -> int:
     kind = type(error).__name__
     _say(
-        f"{prog} failed on something that it doesn't know ({kind}: {error}). "
+        f"{prog} failed with an unexpected error ({kind}: {error}). "
         f"Please report it, with the output of the same command under {DEBUG}=1."
     )
     return int(ExitCode.INTERNAL)

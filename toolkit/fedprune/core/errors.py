@@ -360,7 +360,7 @@ class UsedClaimError(JoinError):
 
 
 class ExpiredClaimError(JoinError):
-    """A claim's time is over."""
+    """A claim has expired."""
 
 
 class ForeignClaimError(JoinError):

@@ -203,6 +203,11 @@ class Rollout:
         self._fail(board, one_line(reason, 300) or "without a reason")
         return self.tick(now)
 
+    @property
+    def stages(self) -> int:
+        """The number of stages up to the last that has boards, or has begun."""
+        return 1 + max(0, self.stage, *(board.stage for board in self.boards.values()))
+
     def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
         """A board reports progress: it fails unless it reports again within this many seconds."""
         board = self.boards.get(name)

@@ -202,7 +202,7 @@ class Link(Closing):
         self._up = False
         self._asked_at = self._heard_at = 0.0  # when this connection was asked for, and when the broker last answered
         self._failure = ""
-        self._reported = ""
+        self._reported = set[str]()  # reasons that were logged since the connection was last up
         self._tell = False
         self._subscriptions = Subscriptions(qos)
         self._unsent = Unsent()
@@ -491,8 +491,8 @@ class Link(Closing):
     def _lost(self, reason: str) -> None:
         with self._state:
             was_up, self._up = self._up, False
-            news = reason != self._reported
-            self._reported = "" if was_up else reason
+            news = not was_up and reason not in self._reported  # who uses a connection that was up logs its end
+            self._reported = set() if was_up else self._reported | {reason}
             self._client, self._failure = None, reason
             self._subscriptions.lost()
             self._unsent.clear()

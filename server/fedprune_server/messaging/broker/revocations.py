@@ -73,7 +73,9 @@ def deliver(command: str, folder: Path, crl: Path) -> None:
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise RevocationCommandError(f"on_revocation = {command!r}: {reason(error)}") from error
     if code:
-        raise RevocationCommandError(f"on_revocation = {command!r}: exit code {code}", got=printed or None)
+        raise RevocationCommandError(
+            f"on_revocation = {command!r}: exit code {code}{f': {printed}' if printed else ''}"
+        )
     write_whole(folder / NOTE, digest.encode())
 
 

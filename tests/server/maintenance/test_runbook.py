@@ -1,0 +1,46 @@
+"""docs/runbook.md: its commands are the programs', its alerts and messages what they say."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shlex
+
+import pytest
+
+from fedprune.core.text import quantity
+from fedprune_device.cli.main import build_parser as board_parser
+from fedprune_server.cli.main import build_parser as server_parser
+from fedprune_server.monitoring.alerts import KINDS
+from support.paths import ROOT
+
+TEXT = (ROOT / "docs" / "runbook.md").read_text()
+CASES = dict(case.split("\n", 1) for case in TEXT.split("\n## ")[1:])
+COMMANDS = re.findall(r"(?:^    |`)(fedprune-(?:server|device) [^`\n]*)", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_are_the_programs(line: str) -> None:
+    program, *words = shlex.split(line)
+    (server_parser() if program == "fedprune-server" else board_parser()).parse_args(words)
+
+
+def test_every_case_is_short_and_says_what_is_seen_and_lost() -> None:
+    assert len(CASES) == 8
+    for title, text in CASES.items():
+        assert "**You see**" in text, title
+        assert "**Lost**" in text, title
+        assert len(re.findall(r"^    \S", text, re.MULTILINE)) <= 3, quantity(len(text.splitlines()), "line")
+
+
+def test_what_is_seen_is_what_the_programs_say() -> None:
+    shown = " ".join(re.findall(r"\*\*You see\*\*.*?\n\n", TEXT, re.DOTALL))
+    for kind in re.findall(r"alert `([^`]*)`", shown):
+        assert kind in KINDS
+    modules = ("fedprune_server.cli.status", "fedprune.wire.link", "fedprune_server.storage.database")
+    code = " ".join(inspect.getsource(importlib.import_module(name)) for name in modules)
+    for text in ("no server is running", "connection not known", "offline, last heard from at", "no room left for",
+                 "no connection to the MQTT broker"):  # fmt: skip
+        assert text in shown
+        assert text in code
