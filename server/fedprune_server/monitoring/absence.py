@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fedprune.coordination import Phase
 from fedprune_server.monitoring.view import JobView
@@ -41,14 +41,15 @@ class Absences:
             self._long = {name: since for since, name in sorted(long)}
         return self._long
 
-    def _away(self) -> Iterator[str]:
-        """Names of the boards, without a second collection of a large fleet's; some may come twice."""
-        views = [v for v in self._views if not (v.state.paused or v.state.phase is Phase.FINISHED)]
-
-        def here(name: str) -> bool:
-            known = (view.state.devices.get(name) for view in views)
-            return (self._present is not None and self._present(name)) or any(d and d.online for d in known)
-
-        for view in views:
+    def _away(self) -> set[str]:
+        away, here = set[str](), set[str]()
+        for view in self._views:
+            if view.state.paused or view.state.phase is Phase.FINISHED:
+                continue
             revoked = view.revoked()
-            yield from (name for name in view.state.devices if name not in revoked and not here(name))
+            for name, device in view.state.devices.items():
+                if device.online or (self._present is not None and self._present(name)):
+                    here.add(name)
+                elif name not in revoked:
+                    away.add(name)
+        return away - here

@@ -100,18 +100,6 @@ FLOODS: dict[str, Callable[[Quarantine], object]] = {
 }
 
 
-def test_a_member_has_an_allowance_before_it_is_heard_and_a_stranger_never(clock: Clock) -> None:
-    quarantine = Quarantine(clock)
-    quarantine.members = {"member"}
-    for device in ("member", "stranger"):
-        heard(quarantine, device, 10_000)
-    assert quarantine.held("member") is not None
-    assert quarantine.held("stranger") is None
-    quarantine.born("member")
-    quarantine.members = ()
-    assert not quarantine.hears("member", WANT), "it is in quarantine, though it is no member any more"
-
-
 @pytest.mark.parametrize("flood", FLOODS)
 def test_a_flood_ends_in_quarantine_and_the_others_are_heard(quarantine: Quarantine, clock: Clock, flood: str) -> None:
     FLOODS[flood](quarantine)

@@ -95,12 +95,3 @@ def test_an_entry_that_has_left_its_roll_or_was_copied_changes_nothing_there() -
         thing.colour = "blue"
     assert not roll.changed
     assert roll.count("red", "blue") == 0
-
-
-def test_an_entry_has_the_key_s_own_name_however_often_it_is_replaced() -> None:
-    first, second = (f"board-{number}" for number in (1, 1))
-    roll = TrackedDict({first: Thing("red")})
-    roll.settle()
-    roll[second] = Thing("blue")
-    assert first is not second
-    assert [id(name) for name in (*roll, *roll.changed, roll[first]._name)] == [id(first)] * 3
