@@ -1,4 +1,4 @@
-"""Which devices of a job's state are in memory, and which in the database alone."""
+"""Which devices of a job's state have their plan and probe in memory, and which in the database alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fedprune.coordination import State
+from fedprune.jobs.packed_json import PackedJson
+from fedprune.jobs.state import PUT_AWAY
 
 KEPT = 1000
 """Devices away that stay in memory, those that left last: most devices that come back do so soon."""
@@ -48,10 +50,10 @@ class DevicesAway:
             if name in state.tasks or name in latest:
                 self._spared.append(name)
             elif device is not None and not device.online:
-                device.put_away()
+                device.put_away(PUT_AWAY)
 
-    def _fetch(self, name: str) -> Mapping[str, Any]:
-        """A device's saved attributes."""
+    def _fetch(self, name: str) -> dict[str, Any]:
+        """What was put away of a device."""
         row = self._read(name)
         self._whole[name] = None
-        return row
+        return {key: None if row[key] is None else PackedJson(row[key]) for key in PUT_AWAY}

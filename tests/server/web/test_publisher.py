@@ -15,6 +15,7 @@ import pytest
 
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
+from fedprune.jobs.state import PUT_AWAY
 from fedprune.output.log_lines import log_context
 from fedprune.wire.messages import Progress
 from fedprune_server.monitoring.monitor import Monitor
@@ -142,8 +143,8 @@ def test_rows_of_boards_that_are_away_read_nothing_from_the_database(tmp_path: P
     view = daemon.first.view
     for device in view.state.devices.values():
         device.plan, device.probe, device.online = {"density": 0.25}, {"temperature_c": 40.0}, False
-        device.put_away()
-    view.state.devices.fetch = fetch = Mock()
+        device.put_away(PUT_AWAY)
+    view.state.devices.fetch = fetch = Mock(return_value={"plan": None, "probe": None})
     shown = {row.device: row.density for row in view.snapshot().rows}
     assert shown == {name: device.density for name, device in view.state.devices.items()}
     for name in shown:

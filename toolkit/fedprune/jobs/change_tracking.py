@@ -20,7 +20,6 @@ class TrackedEntry:
 
     Attributes:
         saved: Hash of the text as which it was saved last; its successor under the same name takes it over.
-        away: Whether some of its attributes are saved, and not in memory.
     """
 
     __slots__ = ("_kind", "_name", "_roll", "saved")
@@ -29,7 +28,6 @@ class TrackedEntry:
     _name: str
     _roll: TrackedDict[Any] | None
     saved: int | None
-    away: ClassVar[bool] = False
 
     def __new__(cls: type[_Self], *_: Any, **__: Any) -> _Self:
         entry = object.__new__(cls)
@@ -51,22 +49,19 @@ class TrackedEntry:
 
     def __setattr__(self, name: str, value: object) -> None:
         if self._roll is None:
-            if self.away:
-                self.bring_back()
             object.__setattr__(self, name, value)
             return
         before = getattr(self, name)
-        changed = before is not value and (type(before) is not type(value) or before != value)
-        if self.away:
-            if not changed:
-                return
-            self.bring_back()
         object.__setattr__(self, name, value)
-        if changed:
+        if before is not value and (type(before) is not type(value) or before != value):
             self._roll.note(self._name)
 
-    def bring_back(self) -> None:
-        """Read the attributes that are not in memory."""
+    def put_away(self, names: Iterable[str]) -> None:
+        """Drop these attributes from memory, except those that are None; they are saved, and the dictionary's `fetch`
+        gives them back when one of them is read."""
+        for name in names:
+            if getattr(self, name) is not None:
+                object.__delattr__(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__match_args__}
@@ -87,7 +82,7 @@ class TrackedDict(dict[str, E], Generic[E]):
     Attributes:
         changed: Names of entries that were put, replaced, changed or taken away since `settle`.
         counts: How many entries are of each kind.
-        fetch: Gives the saved attributes of an entry that is away, by its name.
+        fetch: Gives the saved attributes of an entry, by its name, that were put away.
     """
 
     def __init__(self, entries: Mapping[str, E] | Iterable[tuple[str, E]] = ()) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
@@ -18,16 +17,8 @@ from fedprune.jobs.packed_json import PackedJson
 
 FORMAT = "fedprune.state/2"
 
-_COMMON = (
-    "online", "profile", "widths", "density", "excluded", "excluded_by", "failures", "missed_rounds", "codecs",
-    "releases", "region",
-)  # fmt: skip
-"""Attributes whose values many devices share."""
-
-_OWN = ("plan", "probe", "correction", "past", "allocation", "buffer", "held")
-"""Attributes that are a device's own, unless they are empty, and that only its next connection or part needs."""
-
-_PACKED = ("plan", "probe")
+PUT_AWAY = ("plan", "probe")
+"""Attributes of a device that only its next connection or part needs: most of its size."""
 
 _NOTHING: dict[str, Any] = {}
 """Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place."""
@@ -66,27 +57,9 @@ def outcome(progress: str, kind: str) -> str:
     return kind if progress == Progress.REFUSED and kind in ABSENT else progress
 
 
-class _CommonValues(dict[str, Any]):
-    """Attributes that devices that are away have in common."""
-
-    __slots__ = ("__weakref__",)
-
-
-_common: WeakValueDictionary[Hashable, _CommonValues] = WeakValueDictionary()
-
-
-class _Numbers(TrackedEntry):
-    """Attributes of a device that differ from device to device, and that are looked at while it is away."""
-
-    __slots__ = ("last_counted_round", "last_offered_round", "samples")
-
-
-@dataclass
-class Device(_Numbers):
+@dataclass(slots=True)
+class Device(TrackedEntry):
     """A device as the job knows it.
-
-    Most of a large fleet is away. Such a device takes 80 bytes: its attributes are in the database alone, except a few
-    numbers and what it has in common with others, which is in a dictionary that they share.
 
     Attributes:
         session: Number of its latest connection.
@@ -147,37 +120,22 @@ class Device(_Numbers):
         return cls(**{**body, "widths": tuple(body["widths"])})
 
     def __post_init__(self) -> None:
-        for name in _PACKED:
+        for name in PUT_AWAY:
             if (value := getattr(self, name)) is not None and not isinstance(value, PackedJson):
                 setattr(self, name, PackedJson(value))
 
-    def put_away(self) -> None:
-        """Drop from memory what is saved and can be read again, when one of these attributes is read or changed."""
-        if self.away or self._roll is None:
-            return
-        shared = {name: getattr(self, name) for name in _COMMON}
-        shared |= {name: value for name in _OWN if not (value := getattr(self, name))}
-        key = tuple((name, _hashable(value)) for name, value in shared.items())
-        known = _common.setdefault(key, _CommonValues(shared, away=True))
-        object.__setattr__(self, "__dict__", known)
-        object.__setattr__(self, "saved", None)
-
-    def bring_back(self) -> None:
+    def __getattr__(self, name: str) -> Any:
+        """Read what was put away; it stays in memory until that is done again."""
+        if name not in PUT_AWAY:
+            raise AttributeError(f"device: {name}")
         if self._roll is None or self._roll.fetch is None:
             raise StorageError(
-                "a device's attributes are in the database alone", expected="a device of a job's state",
-                got="one that was taken out of it", hint="Read them before it is taken out.",
+                f"device: its {name} is in the database alone", expected="a device of a job's state",
+                got="one that was taken out of it", hint=f"Read its {name} before it is taken out.",
             )  # fmt: skip
-        row = self._roll.fetch(self._name)
-        found = Device.from_dict({**row, **{name: getattr(self, name) for name in _COMMON}})
-        object.__setattr__(self, "__dict__", vars(found))
-
-    def __getattr__(self, name: str) -> Any:
-        """Read what is not in memory."""
-        if name not in _FIELDS or not self.away:
-            raise AttributeError(f"device: {name}")
-        self.bring_back()
-        return getattr(self, name)
+        for key, value in self._roll.fetch(self._name).items():
+            object.__setattr__(self, key, value)
+        return object.__getattribute__(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         packed = {k: dict(v) for k, v in (("plan", self.plan), ("probe", self.probe)) if v is not None}
@@ -200,18 +158,6 @@ class Device(_Numbers):
             | update_digests(self.past)
             | _contributed((self.buffer or {}).get("contribution"))
         )
-
-
-_FIELDS = frozenset(Device.__match_args__)
-for _default in _FIELDS & vars(Device).keys():
-    delattr(Device, _default)  # a default is for a new device, and not what one that is away reads
-
-
-def _hashable(value: Any) -> Hashable:
-    """A value that devices share, as part of a key; profiles are large, and devices of one kind share the object."""
-    if isinstance(value, dict):
-        return tuple(sorted(value.items())) if all(isinstance(v, int) for v in value.values()) else id(value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(slots=True)
