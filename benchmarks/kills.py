@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from synthetic_nets import RESULTS, setting, write
 
-from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, DoomedNeighbours, left_alone, strike
-from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
+from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, DoomedNeighbours, strike
+from support.faults.kill_points import BOARDS, Doomed, Kills, Mortal, check, run, undisturbed
 from support.faults.kill_tiers import REGIONS, DoomedTier
 from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
@@ -68,28 +68,31 @@ def main() -> int:
 
 def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
     """Kill server, boards and broker."""
-    done, ledgers = [], []
-    rounds = kills  # more than the job reaches: a round takes several lives
-    calm = _site(folder, "calm", rounds)
-    undisturbed(calm)
-    for job in range(JOBS):
-        site = _site(folder, f"job{job}", rounds)
-        try:
-            done.append(run(site, -(-kills // JOBS), seed=job))
-        finally:
-            site.stop_all()
-        ledgers.append(check(site, calm, 1))
-        print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
+    sites = [_site(folder, f"job{job}", kills) for job in range(JOBS)]
+    done = [_struck(site, kills, job) for job, site in enumerate(sites)]
     jobs = [{"broker": d.neighbours["broker"], "lives": [vars(x) for x in d.lives]} for d in done]
-    return {"setting": _setting(), "jobs": jobs, "ledgers": ledgers}
+    return {"setting": _setting(), "jobs": jobs, "ledgers": _ledgers(sites, done, _site(folder, "calm", kills))}
+
+
+def _struck(site: Mortal, kills: int, job: int) -> Kills:
+    try:
+        done = run(site, -(-kills // JOBS), seed=job)
+    finally:
+        site.stop_all()
+    print(json.dumps({"kills": done.total, "seconds": done.seconds, "rounds": done.rounds}), flush=True)
+    return done
+
+
+def _ledgers(sites: list[Mortal], done: list[Kills], calm: Mortal) -> list[dict[str, Any]]:
+    """Compare jobs with an undisturbed one, of as many rounds as the longest of them."""
+    undisturbed(calm, max(d.rounds for d in done) + 1)
+    return [check(site, calm, 1) for site in sites]
 
 
 def tier(folder: Path, kills: int) -> dict[str, Any]:
     """Kill a server, its aggregators, and their databases, brokers and buckets."""
-    rounds = kills
-    calm = _site(folder, "alone", rounds)
-    undisturbed(calm)
-    done, ledgers = [], []
+    sites: list[Mortal] = []
+    done = []
     database, bucket = Postgres(), Ceph()
     os.environ.update(bucket.environment)
     try:
@@ -98,20 +101,16 @@ def tier(folder: Path, kills: int) -> dict[str, Any]:
             (folder / f"tier{job}").mkdir()
             blobs = ("--blobs", f"s3://{bucket.bucket()}/{{region}}", "--uploads", "s3")
             site = DoomedTier(
-                folder, folder / f"tier{job}", rounds, database=database, settings=blobs, gateway=bucket.restart_gateway
+                folder, folder / f"tier{job}", kills, database=database, settings=blobs, gateway=bucket.restart_gateway
             )
-            try:
-                done.append(run(site, -(-kills // JOBS), seed=job))
-            finally:
-                site.stop_all()
-            ledgers.append(check(site, calm, 1))
-            print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
+            sites.append(site)
+            done.append(_struck(site, kills, job))
     finally:
         database.close()
         bucket.close()
     jobs = [{"neighbours": dict(d.neighbours), "lives": [vars(x) for x in d.lives]} for d in done]
     about = _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}
-    return {"setting": about, "jobs": jobs, "ledgers": ledgers}
+    return {"setting": about, "jobs": jobs, "ledgers": _ledgers(sites, done, _site(folder, "alone", kills))}
 
 
 def neighbours(folder: Path, kills: int) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def neighbours(folder: Path, kills: int) -> dict[str, Any]:
             finally:
                 site.stop_all()
             print(json.dumps({"killed": dict(done[-1].killed), "seconds": done[-1].seconds}), flush=True)
-        left_alone(calm, max(d.rounds for d in done) + 1)
+        undisturbed(calm, max(d.rounds for d in done) + 1)
         jobs = [
             {"killed": dict(d.killed), "seconds": d.seconds, "ledger": check(site, calm, 1)}
             for d, (site, _) in zip(done, sites, strict=True)
@@ -143,7 +142,8 @@ def neighbours(folder: Path, kills: int) -> dict[str, Any]:
     return {"setting": _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}, "jobs": jobs}
 
 
-def _site(folder: Path, name: str, rounds: int) -> Doomed:
+def _site(folder: Path, name: str, rounds: int) -> Mortal:
+    """A site whose job has more rounds than it reaches: a round takes several lives."""
     (folder / name).mkdir()
     return Doomed(folder, folder / name, rounds)
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.faults.kill_points import BOARDS, Doomed, LedgerError, Life, finished_rounds
+from support.faults.kill_points import BOARDS, Doomed, LedgerError, Life, finished_rounds, wait_for_rounds
 from support.processes.postgres import Postgres
 
 POSTMASTER, BACKEND, HELPER = "PostgreSQL's first process", "a process of PostgreSQL's for a connection", "helper"
@@ -72,10 +72,8 @@ def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres 
         LedgerError: The job doesn't get on, ends too early, or a process failed by itself.
     """
     chance, done, began = random.Random(seed), Struck(), time.monotonic()
-    site.start("broker")
-    for who in ("server", *BOARDS):
-        site.live(Life(who, 0, after=False))
-    _wait(site, 1)
+    site.live_all(lambda who: Life(who, 0, after=False))
+    wait_for_rounds(site, 1)
     while done.killed.total() < kills:
         time.sleep(chance.uniform(0.05, 0.8))
         found = _helpers(site) if database is None else []
@@ -91,29 +89,10 @@ def strike(site: DoomedNeighbours, kills: int, seed: int, *, database: Postgres 
         for who in ("server", *BOARDS):
             if (code := site.processes[who].poll()) is not None:
                 raise LedgerError(f"{who} ended with {code} after {done.killed.total()} kills: {site.logs()}")
-    _wait(site, len(finished_rounds(site)) + 2)
+    wait_for_rounds(site, len(finished_rounds(site)) + 2)
     site.stop_all()
     done.rounds, done.seconds = len(finished_rounds(site)), time.monotonic() - began
     return done
-
-
-def left_alone(site: DoomedNeighbours, rounds: int) -> None:
-    """Run a job without any kill for so many rounds."""
-    site.start("broker")
-    for who in ("server", *BOARDS):
-        site.live(Life(who, 0, after=False))
-    try:
-        _wait(site, rounds)
-    finally:
-        site.stop_all()
-
-
-def _wait(site: DoomedNeighbours, rounds: int) -> None:
-    until = time.monotonic() + site.patience_s
-    while len(finished_rounds(site)) < rounds:
-        if time.monotonic() > until:
-            raise LedgerError(f"no round has ended for {site.patience_s} s: {site.logs()}")
-        time.sleep(0.05)
 
 
 def strike_down(database: Postgres) -> None:
