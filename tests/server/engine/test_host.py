@@ -145,8 +145,10 @@ def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
 def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two")], "abcd")
     several.air.devices["b"].profile = "unknown-board"
-    states = several.run()
+    host = several.host()
+    states = several.run(host)
     assert all(folded(s) == [["a", "c", "d"]] * 3 for s in states.values())
+    assert "b" in host.free(), "it is connected"
     assert "there is no hardware profile called" in caplog.text
 
 
@@ -165,6 +167,7 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     states = several.run(host)
     assert all(s.phase is Phase.FINISHED for s in states.values())
     assert host.holder("c") is None
+    assert "c" not in host.free()
     assert several.clashes == []
 
 

@@ -56,6 +56,13 @@ def test_one_board_then_a_tenth_then_all() -> None:
     assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
 
 
+def test_a_stage_without_boards_does_not_count() -> None:
+    assert [Rollout.of(plan(), NAMES[:n]).stages for n in (1, 2, 40)] == [1, 2, 3]
+    rollout = Rollout.of(plan(), NAMES[:1])
+    rollout.join(NAMES[1], 0.0)
+    assert rollout.stages == 3
+
+
 def test_a_rollback_on_the_first_board_stops_all_and_says_why() -> None:
     rollout = Rollout.of(plan(), NAMES)
     first = given_by(rollout.tick(0))[0]
