@@ -149,7 +149,7 @@ def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
             while True:
                 file.write(bytes(MIB))
         assert site.processes.pop("server").wait(DEADLINE_S) == ExitCode.STORAGE_FULL, site.logs()
-        what = f"the disk of {site.state} has 0."
+        what = f"the disk of {site.state} has "
         assert f"alert: {what}" in site.log()
         assert Hook.posted("opened", "disk", "critical")[0].startswith(what)
         code, findings = doctor(site.state)
