@@ -206,7 +206,8 @@ def _run(options: argparse.Namespace) -> None:
     print_verdicts(summary_text(run.record, run.reference, judged=judged))
     if unjudged:
         print(f"\n{unjudged}")
-    print(f"\nReport: {report.html}")
+    print(f"\nGlobal model: {run.record.last.model}")
+    print(f"Report: {report.html}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -241,7 +242,7 @@ def _sweep(options: argparse.Namespace) -> int:
         variant_figures,
         write_comparison,
     )
-    from fedprune_server.simulation.results.report import absences
+    from fedprune_server.simulation.results.report import remarks
     from fedprune_server.simulation.results.run_folder import write_csv
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import FAILED, carry_out
@@ -271,7 +272,7 @@ def _sweep(options: argparse.Namespace) -> int:
         print_comparison(records, variants=several)
         print(f"\nReport: {page}")
     for record in records:
-        for line in absences(record):
+        for line in remarks(record):
             print(f"{record.title}: {line}", file=sys.stderr)
     for run in failed:
         details = out / run.name / FAILED

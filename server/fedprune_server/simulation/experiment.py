@@ -100,6 +100,7 @@ class Experiment:
             "dropouts": asdict(self.dropouts),
             **self._circumstances(),
             "checkpoints": self.checkpoints,
+            "data": self.partition.settings,
             "evaluation": 0 if self.evaluation is None else len(self.evaluation[1]),
             "calibration": 0 if self.calibration is None else len(self.calibration),
             "devices": [

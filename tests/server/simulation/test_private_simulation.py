@@ -70,3 +70,4 @@ def test_the_budget_ends_a_simulated_job(build: Build) -> None:
     history = simulation.run()
     assert len(history) < 9
     assert history[-1]["metrics"]["epsilon"] <= 7.0 < history[-1]["metrics"]["epsilon_next"]
+    assert simulation.record().ended_early.startswith(f"ended after round {len(history)} of 9: another round would")

@@ -17,7 +17,7 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.datasets.federation import Partition
+from fedprune_server.simulation.datasets.federation import DataPlan, Partition
 from fedprune_server.simulation.results import charts, runs_progress
 from fedprune_server.simulation.results.comparison import (
     final_figures,
@@ -119,6 +119,71 @@ def test_a_summary_counts_the_updates_that_limits_changed_and_names_the_limits()
     assert dict(summary(limited))["updates limited"] == "1 of 4 (move_limit 1.5, weight_limit 4)"
     ours = replace(limited, job={"move_limit": 0.0, "weight_limit": 2.0})
     assert {row[0]: row[1:] for row in summary(ours, run)}["updates limited"][0] == "1 of 4 (weight_limit 2)"
+
+
+def test_a_comparison_has_a_column_of_limited_updates_where_there_are_any():
+    run = record(rounds=2)
+    assert "updates limited" not in final_rows([run])[0]
+    limited = replace(run, rounds=tuple(replace(r, updates=3, limited=r.round) for r in run.rounds))
+    head, row, other = final_rows([limited, run])
+    assert dict(zip(head, row, strict=True))["updates limited"] == "3 of 6"
+    assert dict(zip(head, other, strict=True))["updates limited"] == "–"
+    figures = final_figures(limited)
+    assert (figures["updates_limited"], figures["updates"]) == (3, 6)
+
+
+def ended(budget, *epsilons, rounds=4):
+    run = private(*epsilons)
+    return replace(run, job={"rounds": rounds, "privacy": {**run.job["privacy"], "epsilon_budget": budget}})
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (ended(8.0, 5.1, 7.39), "another round would cost ε 8.39 > 8, the budget of a board's privacy"),
+        (ended(9.0, 5.1, 7.39), "the updates that came in the next round would have cost more than the budget of ε 9"),
+        (replace(record(rounds=2), job={"rounds": 4}), "the strategy ended the job"),
+    ],
+)
+def test_a_run_that_ended_early_says_so_and_why(run, said, tmp_path):
+    said = f"ended after round 2 of 4: {said}"
+    assert run.ended_early == said
+    assert final_figures(run)["ended_early"] == said
+    assert dict(summary(run))["rounds"] == "2 of 4"
+    assert dict(zip(*final_rows([run]), strict=True))["rounds"] == "2 of 4"
+    assert said in summary_text(run).splitlines()
+    report = write_report(tmp_path, run)
+    for page in (report.markdown, report.html):
+        assert f"The run {said}. " in html.unescape(page.read_text())
+
+
+def test_a_run_of_all_its_rounds_did_not_end_early(tmp_path):
+    run = ended(8.0, 5.1, 7.39, rounds=2)  # the budget is spent, but the job asked for no more
+    assert run.ended_early == ""
+    assert final_figures(run)["ended_early"] is None
+    assert dict(summary(run))["rounds"] == "2"
+    assert "ended after" not in summary_text(run) + write_report(tmp_path, run).markdown.read_text()
+
+
+def test_a_private_run_withholds_local_figures_and_says_so(tmp_path):
+    run = private(5.0, 7.0)
+    silent = replace(run, rounds=tuple(replace(r, local={}) for r in run.rounds))
+    assert dict(summary(silent))["mean local accuracy, last 2 rounds"] == "withheld"
+    page = write_report(tmp_path, silent).markdown.read_text()
+    assert "Local accuracy is withheld: devices of a private job report nothing" in page
+    assert "0 of 2 devices" not in page + summary_text(silent)
+
+
+def test_a_head_says_how_the_data_were_dealt(tmp_path):
+    plan = DataPlan("somewhere/clothes.npz", devices=20, alpha=0.1, most=6000, pool=2, size=(14, 14))
+    run = replace(record(), partition=Partition("clothes", settings=plan.settings()))
+    told = "clothes, devices 20, partition dirichlet, alpha 0.1, most 6000, pool 2, size [14, 14]"
+    assert run.facts()["Data"] == told
+    run.save(tmp_path / "metrics.json")
+    assert Record.load(tmp_path / "metrics.json").facts()["Data"] == told
+    iid = Partition("clothes", settings=DataPlan("clothes", devices=2, partition="iid").settings())
+    assert iid.described == "clothes, devices 2, partition iid"
+    assert Partition("digits").described == "digits"
 
 
 def test_record_without_a_round_makes_no_report(tmp_path):

@@ -116,6 +116,15 @@ def test_data_is_dealt_out_to_the_devices(write):
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
 
 
+def test_settings_tell_how_data_were_dealt(write):
+    plan = read_plan(write(DATA + "devices = 4\nmost = 400\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
+    told = plan.settings()["data"]
+    assert (told["source"], told["partition"], told["devices"], told["most"]) == ("all.npz", "iid", 4, 400)
+    assert told.keys() == {f.name for f in fields(DataPlan)}
+    assert plan.partition.described == "all, devices 4, partition iid, most 400"
+    assert read_plan(write(ROW)).settings()["data"] == {}
+
+
 def test_devices_without_test_samples_leave_nothing_to_measure_on(write):
     text = DATA + "devices = 4\nserver = 0.1\ntest = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"
     plan = read_plan(write(text + "[simulation]\ndensities = [0.5]\n"))

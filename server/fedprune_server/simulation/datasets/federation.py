@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -195,11 +195,22 @@ class Partition:
         data: The data set's name; empty if devices have their own samples.
         classes: Names of its classes; empty if they are numbers.
         counts: Samples per class of each device; empty if labels are not classes, or unknown.
+        settings: The table [data], as JSON types; empty if devices have their own samples, and in old records.
     """
 
     data: str = ""
     classes: tuple[str, ...] = ()
     counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def described(self) -> str:
+        """The data set, its partition with that partition's own setting, and settings other than the defaults."""
+        usual: dict[str, Any] = {f.name: f.default for f in fields(DataPlan)}
+        kind = self.settings.get("partition", "")
+        always = ("partition", _SETTING_OF.get(kind, ""))
+        told = {k: v for k, v in self.settings.items() if k in always or (v and v != usual.get(k) and k != "source")}
+        return ", ".join(filter(None, [self.data, *(f"{k} {v}" for k, v in told.items())]))
 
     @classmethod
     def of_federation(cls, federation: Federation, data: str = "") -> Partition:
@@ -260,6 +271,9 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
 
 
 Kind = Literal["iid", "dirichlet", "pathological", "owners"]
+
+_SETTING_OF: Mapping[str, str] = {"dirichlet": "alpha", "pathological": "classes"}
+"""The setting on which a partition's skew depends."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +338,11 @@ class DataPlan:
             if isinstance(source, str) and source and is_there(folder / source):
                 body = {**body, "source": str(folder / source)}
         return read_table(cls, body, where)
+
+    def settings(self) -> dict[str, Any]:
+        """The table as JSON types, with the source by its name: a run's folder may move to another machine."""
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return found | {"source": Path(self.source).name}
 
     def read(self, seed: int = 0) -> Federation:
         """Read the data set and split it. Raises `DataError` if it can't be read, or can't be split like this."""

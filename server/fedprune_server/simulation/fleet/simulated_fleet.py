@@ -217,7 +217,7 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         checkpoints=settings.checkpoints,
         workers=settings.workers,
         cuda=settings.cuda,
-        partition=_partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
+        partition=_partition(devices, federation, found.data),
         reference=fedavg(job) if reference else None,
         track=track_targets(settings.track, "simulation: track"),
     )
@@ -240,12 +240,13 @@ def _check_dealt(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
         raise DataError(error.what, expected=error.expected, got=error.got, hint=hint.strip()) from error
 
 
-def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, data: str) -> Partition:
+def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, plan: DataPlan | None) -> Partition:
     """The fleet's data as reports show it."""
-    if federation is None:
-        return Partition.of_devices({d.name: d.data for d in devices if isinstance(d.data, LocalData)}, data)
-    dealt = Partition.of_federation(federation, data)
-    return replace(dealt, counts={d.name: row for d, row in zip(devices, dealt.counts.values(), strict=True)})
+    if federation is None or plan is None:
+        return Partition.of_devices({d.name: d.data for d in devices if isinstance(d.data, LocalData)})
+    dealt = Partition.of_federation(federation, Path(plan.source).stem)
+    counts = {d.name: row for d, row in zip(devices, dealt.counts.values(), strict=True)}
+    return replace(dealt, counts=counts, settings=plan.settings())
 
 
 @dataclass(frozen=True)

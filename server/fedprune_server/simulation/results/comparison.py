@@ -16,7 +16,7 @@ from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
-from fedprune_server.simulation.results.report import TAIL, table, write_document
+from fedprune_server.simulation.results.report import TAIL, limited_part, rounds_done, table, write_document
 from fedprune_server.simulation.results.run_folder import RECORD
 
 PAGE = "comparison.html"
@@ -54,7 +54,9 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
     local, whole = run.final(TAIL)
     return {
         "run": run.title,
+        "model": run.last.model,
         "rounds": len(run.rounds),
+        "ended_early": run.ended_early or None,
         "seconds": run.last.at,
         "bytes_down": run.last.down,
         "bytes_up": run.last.up,
@@ -64,6 +66,7 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
         **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
         **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),
+        **dict(zip(("updates_limited", "updates"), run.count_limited, strict=True)),
     }
 
 
@@ -117,20 +120,22 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     private = (EPSILON, "delta") if any(run.private for run in runs) else ()
     own = [f"{kind}_{m}" for m in also_measured(runs)]
     names = measured_names(runs)
+    limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
-    rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names, *private)]
+    rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names, *private, *limits)]
     for run in runs:
         found: dict[str, Any] = final_figures(run)
         measures = (found.get(key) for key in (f"local_{kind}", f"global_{kind}", *own, *names))
         rows.append(
             (
                 run.title,
-                str(found["rounds"]),
+                rounds_done(run),
                 f"{found['seconds']:,.0f}",
                 *(f"{found[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
                 _tmacs(found["training_macs"]),
                 *(shown(value, metric) for value in measures),
                 *("–" if (cost := found.get(key)) is None else f"{cost:.3g}" for key in private),
+                *(limited_part(run) for _ in limits),
             )
         )
     return rows

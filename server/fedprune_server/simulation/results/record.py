@@ -15,6 +15,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.coordination import State
+from fedprune.coordination.base import EPSILON_NEXT
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
@@ -106,7 +107,7 @@ class Record:
         ]
         return {
             "Strategy": str(job.get("strategy", "")),
-            "Data": self.partition.data,
+            "Data": self.partition.described,
             "Recipe": ", ".join([*settings_of, length]) if recipe else "",
             "Devices": f"{len(self.devices):,}",
             "Rounds": f"{len(self.rounds):,}",
@@ -151,6 +152,28 @@ class Record:
     def epsilon(self) -> float | None:
         """The highest ε of any device after the last round; None where it wasn't counted."""
         return self.last.measured.get(EPSILON)
+
+    @property
+    def ended_early(self) -> str:
+        """Why a finished run has fewer rounds than its job; empty if it has all of them."""
+        done, wanted = len(self.rounds), int(self.job.get("rounds", 0))
+        if not self.rounds or done >= wanted:
+            return ""
+        said = f"ended after round {done} of {wanted}"
+        budget = self.job.get("privacy", {}).get("epsilon_budget", 0.0)
+        following = self.last.measured.get(EPSILON_NEXT, 0.0)
+        if budget and following > budget:
+            return f"{said}: another round would cost ε {following:.3g} > {budget:g}, the budget of a board's privacy"
+        if budget:  # shared noise, whose cost is known when a round closes
+            return (
+                f"{said}: the updates that came in the next round would have cost more than the budget of ε {budget:g}"
+            )
+        return f"{said}: the strategy ended the job"
+
+    @property
+    def count_limited(self) -> tuple[int, int]:
+        """Number of updates that counted for less than they were, by the job's limits, and of all."""
+        return sum(row.limited for row in self.rounds), sum(row.updates for row in self.rounds)
 
     def macs(self) -> int:
         return sum(r.macs for r in self.rounds)
@@ -201,7 +224,9 @@ class Record:
             body["rounds"] = tuple(RoundRow(**r) for r in body["rounds"])
             partition = body.pop("partition", {})
             counts = {str(n): tuple(map(int, c)) for n, c in partition.get("counts", {}).items()}
-            body["partition"] = Partition(str(partition.get("data", "")), tuple(partition.get("classes", ())), counts)
+            settings = {str(k): v for k, v in partition.get("settings", {}).items()}
+            classes = tuple(partition.get("classes", ()))
+            body["partition"] = Partition(str(partition.get("data", "")), classes, counts, settings)
             body["channels"] = {n: tuple(tuple(g) for g in groups) for n, groups in body["channels"].items()}
             return cls(**body)
         except StorageError:

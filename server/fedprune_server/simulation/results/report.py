@@ -88,7 +88,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         ("", *(r.title for r in runs)),
         (
             f"mean local {run.measure}{_over(tail)}",
-            *(shown(f[0], r.metric) + _part(r) for r, f in zip(runs, finals, strict=True)),
+            *(_local(r, f[0]) for r, f in zip(runs, finals, strict=True)),
         ),
         (f"global {run.measure}{_over(tail)}", *(shown(f[1], r.metric) for r, f in zip(runs, finals, strict=True))),
         *(
@@ -98,7 +98,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         ),
         ("MB down", *(f"{r.last.down / 1e6:,.2f}" for r in runs)),
         ("MB up", *(f"{r.last.up / 1e6:,.2f}" for r in runs)),
-        ("rounds", *(str(len(r.rounds)) for r in runs)),
+        ("rounds", *map(rounds_done, runs)),
         ("seconds", *(f"{r.last.at:,.0f}" for r in runs)),
         *private,
         *limited,
@@ -118,6 +118,17 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     return [(*row, note) for row, note in zip(rows, notes, strict=True)]
 
 
+def _local(run: Record, value: float) -> str:
+    """The mean local measure, of which private boards report nothing."""
+    return "withheld" if run.private and not run.latest else shown(value, run.metric) + _part(run)
+
+
+def rounds_done(run: Record) -> str:
+    """Number of a run's rounds, and those of its job where it ended early."""
+    done = str(len(run.rounds))
+    return f"{done} of {run.job['rounds']}" if run.ended_early else done
+
+
 def _privacy(run: Record) -> str:
     """The privacy cost: the highest ε of any board."""
     settings = run.job.get("privacy")
@@ -132,8 +143,14 @@ def _limited(run: Record) -> str:
     names = ("move_limit", "weight_limit", "most_samples")
     values = {name: run.job.get(name, getattr(Job, name)) for name in names}
     said = ", ".join(f"{name} {value:g}" for name, value in values.items() if value)
-    counts = f"{sum(row.limited for row in run.rounds):,} of {sum(row.updates for row in run.rounds):,}"
+    counts = limited_part(run)
     return f"{counts} ({said})" if said else counts
+
+
+def limited_part(run: Record) -> str:
+    """Number of updates that limits changed, of all; a dash where updates weren't counted."""
+    limited, updates = run.count_limited
+    return f"{limited:,} of {updates:,}" if updates else "–"
 
 
 _PLAN = ("device", "profile", "trains on", "samples", "density", "bound by", "widths", "parameters", "energy a round")
@@ -183,6 +200,11 @@ def absences(run: Record) -> list[str]:
     return said if len(lost) <= _NAMED else [*said, f"and {len(lost) - _NAMED:,} more devices"]
 
 
+def remarks(run: Record) -> list[str]:
+    """What a reader of a run's figures must know: an early end, devices without updates, a training that diverged."""
+    return [line for line in (run.ended_early, *absences(run), diverged(run)) if line]
+
+
 def diverged(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
     measured = [r.metrics.get("loss") for r in run.rounds if r.metrics]
@@ -217,10 +239,8 @@ def summary_text(run: Record, reference: Record | None = None, *, judged: bool =
         "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in rows
     ]
-    if lost := absences(run):
-        lines += ["", *lost]
-    if spoilt := diverged(run):
-        lines += ["", spoilt]
+    if said := remarks(run):
+        lines += ["", *said]
     if reference is not None and judged:
         lines += ["", *map(str, claims(run, reference))]
     return "\n".join(lines)
@@ -238,10 +258,10 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     runs = [run] + ([reference] if reference is not None else [])
     intro = (
         f"{quantity(len(run.devices), 'device')}, {quantity(run.last.round, 'round')}. "
-        f"Figures of {run.metric.title} in the summary are means over the last "
-        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. Local {run.measure} is that of the model that a device "
-        f"serves, on its own test data, as measured last; its mean is over the {len(run.latest)} of "
-        f"{len(run.devices)} devices that delivered." + (f" Bytes: {run.measured}." if run.measured else "")
+        + (f"The run {run.ended_early}. " if run.ended_early else "")
+        + f"Figures of {run.metric.title} in the summary are means over the last "
+        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. {_local_note(run)}"
+        + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
     sections: dict[str, Sequence[Block]] = {
@@ -257,6 +277,15 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         "Predicted and measured": [table(foresight_rows(run))],
     }
     return Document(run.title, run.facts(), sections)
+
+
+def _local_note(run: Record) -> str:
+    if run.private and not run.latest:
+        return f"Local {run.measure} is withheld: devices of a private job report nothing that is measured on samples."
+    return (
+        f"Local {run.measure} is that of the model that a device serves, on its own test data, as measured last; its "
+        f"mean is over the {len(run.latest)} of {len(run.devices)} devices that delivered."
+    )
 
 
 def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:

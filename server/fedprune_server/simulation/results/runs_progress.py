@@ -89,7 +89,9 @@ class RunDisplay:
         self._preparing.close()
         rounds, done = simulation.job.rounds, len(simulation.state.history)
         if simulation.state.phase is Phase.FINISHED:
-            self._say(f"all {done} rounds were done before; nothing is trained again")
+            which = f"all {done}" if done >= rounds else f"{done} of {rounds}"
+            early = "" if done >= rounds else ", and the job ended there"
+            self._say(f"{which} rounds were done before{early}; nothing is trained again")
             return
         if done:
             self._say(f"continues after round {done} of {rounds}")
