@@ -30,7 +30,10 @@ from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_inp
 
 _TINY = 2.0**-126  # the smallest normal number of float32
 
-_TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"
+_TORCH_HINT = (
+    "In a clone, first pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu (a small "
+    "CPU wheel of the tested version), then"
+)
 
 
 def export_torch(

@@ -90,10 +90,14 @@ class BoardReport:
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
+    @property
+    def stamp(self) -> str:
+        """Time on the board's clock."""
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST)))
+
     def __str__(self) -> str:
         times = f" ({self.count} times)" if self.count > 1 else ""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(self.at, _LATEST)))
-        return f"{stamp} {self.device} {self.level}: {self.text}{times}"
+        return f"{self.stamp} {self.device} {self.level}: {self.text}{times}"
 
 
 class BoardLogs(Closing):
@@ -182,7 +186,7 @@ class BoardLogs(Closing):
                 if told.kind == "crash":
                     log.warning("device %s crashed: %s%s", told.device, told.text, _place(told.body))
                 else:
-                    log.debug("device %s says: %s", told.device, told.text)
+                    log.debug("device %s, at %s by its clock: %s", told.device, told.stamp, told.text)
             self.told(told)
         return {device: self.wanted(device) for device in sorted(answers)}
 

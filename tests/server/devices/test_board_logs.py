@@ -47,6 +47,17 @@ def test_lines_and_crashes_are_kept_once_and_answered(tmp_path: Path) -> None:
     assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
 
 
+def test_a_line_that_was_handed_in_late_is_logged_with_its_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with BoardLogs(tmp_path) as logs, caplog.at_level("DEBUG", "fedprune.server"):
+        logs.lines(lines("a", "no connection"))
+        logs.save()
+    (row,) = read_logs(tmp_path)
+    assert caplog.messages == [f"device a, at {row.stamp} by its clock: no connection"]
+    assert row.stamp.startswith(("1969-12-31 ", "1970-01-01 "))
+
+
 def test_no_board_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_logs, "PER_BOARD", 20)
     monkeypatch.setattr(board_logs, "IN_ALL", 50)

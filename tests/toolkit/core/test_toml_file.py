@@ -34,6 +34,16 @@ def test_the_file_and_the_line_of_an_error_are_named(tmp_path: Path, raw: bytes)
         read_toml(path, ProfileError)
 
 
+def test_a_table_that_is_declared_twice_is_named_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        '[[runs]]\njob = { strategy = "fedavg", options = {} }\n[runs.job.options]\nweighting = "uniform"\n'
+    )
+    with pytest.raises(ConfigError, match=r"sweep\.toml:3:\d+: this is not TOML \(.* \[runs\.job\.options\]") as caught:
+        read_toml(path, ConfigError)
+    assert "'" not in str(caught.value)
+
+
 def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text("x = " + "[" * 100_000)

@@ -283,6 +283,7 @@ def test_what_a_method_of_ones_own_does_is_not_taken_for_the_shipped_one(mine: A
 
 def test_names_that_were_meant() -> None:
     assert meant("fedprun", ["fedavg", "fedprune"]) == " (did you mean 'fedprune'?)"
+    assert meant("FedAvg", ["fedavg", "fedprune"]) == " (did you mean 'fedavg'?)"
     assert meant("learning_rate", ["epochs", "lr"]) == " (did you mean 'lr'?)"
     assert meant(3, ["epochs", "lr"]) == ""
     assert meant("xyzzy", ["epochs", "lr"]) == ""

@@ -145,7 +145,8 @@ def meant(given: object, known: Iterable[str]) -> str:
     names = list(known)
     near = [_SYNONYMS[given]] if _SYNONYMS.get(given) in names else []
     if len(given) <= _LONGEST_NAME:
-        near = near or get_close_matches(given, names, 1, _ALIKE)
+        lower = {name.lower(): name for name in names}
+        near = near or [lower[found] for found in get_close_matches(given.lower(), lower, 1, _ALIKE)]
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

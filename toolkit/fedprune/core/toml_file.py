@@ -38,7 +38,15 @@ def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, An
     except ValueError as cause:  # the parser's own error is one, and names the line
         place = re.search(r"at line (\d+), column (\d+)", str(cause))
         where = "" if place is None else f":{place[1]}:{place[2]}"
-        raise error(f"{path}{where}: this is not TOML ({cause})") from cause
+        raise error(f"{path}{where}: this is not TOML ({_told(cause)})") from cause
+
+
+_TUPLE = re.compile(r"\((?:'[^']*'(?:, |,)?)+\)")
+
+
+def _told(cause: ValueError) -> str:
+    """A parser's message, with a table's name as it is written: the parser has it as a Python tuple."""
+    return _TUPLE.sub(lambda found: "[" + ".".join(re.findall("'([^']*)'", found[0])) + "]", str(cause))
 
 
 def parse_toml(text: str) -> dict[str, Any]:

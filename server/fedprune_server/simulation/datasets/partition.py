@@ -187,9 +187,15 @@ def counts(hands: Sequence[Rows], labels: Labels, classes: int) -> npt.NDArray[n
 
 
 def _check(rows: Rows, devices: int, least: int = 1) -> None:
-    if devices < 1 or least * devices > len(rows):
+    if devices < 1:
+        raise DataError("devices that share samples", expected="one or more", got=devices)
+    if least * devices > len(rows):
+        each, smaller = ("", "") if least == 1 else (f" ({least} each)", ", or a smaller `least`")
         raise DataError(
-            f"samples for {devices} devices", expected=f"at least {least} for each of one or more", got=len(rows)
+            f"samples for {devices} devices",
+            expected=f"at least {least * devices}{each}",
+            got=len(rows),
+            hint=f"Take fewer devices{smaller}.",
         )
 
 
