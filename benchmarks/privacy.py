@@ -172,7 +172,7 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], lots: list[dict[str,
 The demo's six boards, digits and model in simulation, one seed, {ROUNDS} rounds, clip {CLIP:g}. ε is that of the board
 that it costs most, for all of its samples, at δ = {DELTA:g}, without any discount for sampling. Global accuracy is
 measured on the server's 449 images, local accuracy is what each board serves, on its own test images: means of the last
-{LAST} rounds. Boards tell the server nothing of the latter; the simulation overhears it. "Shared" noise trusts the
+{LAST} rounds. Boards report nothing of the latter to the server; the simulation reads it. "Shared" noise trusts the
 server; it is shared out among five, and credited less one board's. With equal noise FedAvg's ε is smaller, because all
 its boards hold all of the model: in fedprune's only three hold the widest channels, which have their noise alone.
 
@@ -191,8 +191,8 @@ noise of a mean shrinks with the number of boards: privacy of whole boards is fo
 
 100 rounds at noise multiplier 1, shared, δ = {DELTA:g}. "As asked" is what fedprune counts for a board that is asked as
 often as the share says. "By secret lots" is the usual figure of papers: dp-accounting's RDP accountant for Poisson
-sampling, by a lot that nobody can foretell. Here boards are told the job's seed, and with it the lot: that is not
-claimed.
+sampling, in which the drawing of boards is secret. Here every offer contains the job's seed, from which the drawing
+follows, so this figure is not claimed.
 
 | share of boards that a round asks | ε as asked | ε by secret lots |
 |---:|---:|---:|

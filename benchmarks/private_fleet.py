@@ -162,8 +162,8 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 {COUNT} simulated boards of the demo's kinds with its digits (some 60 images each) and its model, {ROUNDS} rounds of
 {EPOCHS} epochs in which all take part, clip {CLIP:g}, `shared` noise among {COUNT - 1} and credited less one board's,
-δ = {DELTA:g}. The noise is such that the board that it costs most has cost the ε of the row at the end, for all of its
-samples, as the server's own ledger says it ("ε"). Global accuracy is measured on the server's 449 images after the last
+δ = {DELTA:g}. The noise is chosen so that the board with the highest ε reaches the ε of the row in the last round, for
+all of its samples, by the server's accounting. Global accuracy is measured on the server's 449 images after the last
 round, local accuracy is that of what each board serves then, on its own test images. Means over the seeds, which deal
 the data anew, and the least and the most.
 

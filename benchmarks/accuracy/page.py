@@ -210,12 +210,15 @@ def _table(protocol: Protocol, runs: Sequence[Run], columns: Columns, only: Iter
         rows = [r for r in runs if r["method"] == name]
         if rows:
             cells = [_cell(protocol, runs, rows, value, decimals) for _, value, decimals in shown]
-            lines.append(f"| {name}{_mark(rows)} | {' | '.join(cells)} |")
+            lines.append(f"| {name}{_mark(rows, runs)} | {' | '.join(cells)} |")
     return lines
 
 
-def _mark(rows: Sequence[Run]) -> str:
-    return " †" if any(r.get("stale") for r in rows) else ""
+def _mark(rows: Sequence[Run], runs: Sequence[Run]) -> str:
+    """What a row's name is followed by: its seeds, where the page has more, and † for other code."""
+    seeds, all_ = ({r["seed"] for r in found} for found in (rows, runs))
+    some = f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))})" if seeds < all_ else ""
+    return some + (" †" if any(r.get("stale") for r in rows) else "")
 
 
 def _cell(protocol: Protocol, runs: Sequence[Run], rows: Sequence[Run], value: Value, decimals: int) -> str:
@@ -243,7 +246,7 @@ def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
         found = [[figure(protocol, r, _tier(method, place)) for r in rows] for place in range(len(protocol.densities))]
         if rows and all(v is not None for values in found for v in values):
             cells = [f"{100 * statistics.fmean(v for v in values if v is not None):.1f}" for values in found]
-            lines.append(f"| {method.name}{_mark(rows)} | {' | '.join(cells)} |")
+            lines.append(f"| {method.name}{_mark(rows, runs)} | {' | '.join(cells)} |")
     return lines if len(lines) > 5 else []
 
 
@@ -257,7 +260,7 @@ def _densities(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
         found = [[r["rounds"][round(s * (len(r["rounds"]) - 1))]["density"] for s in shares] for r in rows]
         if any(len(set(values)) > 1 for values in found):
             cells = [f"{statistics.fmean(values):.2f}" for values in zip(*found, strict=True)]
-            lines.append(f"| {method.name}{_mark(rows)} | {' | '.join(cells)} |")
+            lines.append(f"| {method.name}{_mark(rows, runs)} | {' | '.join(cells)} |")
     return lines if len(lines) > 5 else []
 
 

@@ -405,6 +405,31 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     assert filled(once, tmp_path) == once
 
 
+def test_pages_are_what_the_code_makes_of_the_committed_numbers(accuracy):
+    from benchmarks.accuracy.docs import filled, pages
+
+    results = ROOT / "benchmarks/results/accuracy"
+    for name, text in pages(results).items():
+        # The first paragraph of the verdicts names commits that the history lacks, and a clone may have less of it.
+        made, there = ((t.partition("Made by")[2] or t) for t in (text, (results / name).read_text()))
+        assert made == there, f"{name}: run python -m benchmarks.accuracy.docs"
+    for path in sorted((ROOT / "docs/strategies").glob("*.md")):
+        assert filled(path.read_text(), results) == path.read_text(), "run python -m benchmarks.accuracy.docs"
+
+
+@pytest.mark.parametrize(
+    ("stale", "said"), [((0, 0), ""), ((1, 0), ", in part on older code"), ((1, 1), ", on older code")]
+)
+def test_a_verdict_on_runs_of_older_code_is_marked(accuracy, tmp_path, stale, said):
+    from benchmarks.accuracy.docs import filled
+
+    for name, old in zip(("fedobp-q", "har"), stale, strict=True):
+        run = {"method": "fedavg", "seed": 0} | ({"stale": True} if old else {})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": [run]}))
+    place = "**Mostly**<!-- age of fedobp-q har -->{}<!-- end --> (two seeds)."
+    assert filled(place.format(", whatever"), tmp_path) == place.format(said)
+
+
 def test_a_row_that_sends_more_is_measured_in_every_round(accuracy):
     for protocol in TABLES.values():
         if protocol.recipe.evaluate_every > 1:
@@ -512,7 +537,8 @@ def test_a_stale_run_is_shown_marked_until_its_row_was_run_again(accuracy):
     assert "| subflot † | 50.0 | +30.0 |" in page.page(protocol, elder, header)
     again = {**fresh, **by_hand("subflot", 10, [0.4]), "seed": 1}
     text = " ".join(page.page(protocol, [fresh, old, again], header).split())
-    assert "| subflot | 40.0 |" in text, "a row never mixes runs of two codes"
+    assert "| subflot (seed 1) | 40.0 |" in text, "a row never mixes runs of two codes"
+    assert "| heterofl (seed 0) | 20.0 |" in text, "a page of two seeds names those of a row that lacks one"
     assert "**To be run again (seeds): subflot (0).**" in text
     assert "To be run again" not in page.page(protocol, [fresh, again], header)
 
@@ -577,6 +603,12 @@ def test_verdicts_are_computed_from_paired_runs(accuracy):
     assert "| [a](a.md) | true: 52.0, heterofl 42.0: +10.0 ± 0.0 |" in text
     assert "| [b](b.md) | open: – |" in text
     assert "kept in 0 of 2 tables" in text
+    assert "| [a](a.md) | 52.0, heterofl's trained model 42.0: +10.0 ± 0.0 |" in text
+    unseen = text.partition("without seed 0:")[2]
+    assert "| [a](a.md) | true: 53.0, heterofl 43.0: +10.0 ± 0.0 |" in unseen
+    for seed, run in enumerate(r for r in runs if r["method"] == "heterofl"):
+        run["rounds"][0]["own"]["accuracy_before"] = {"mean": [0.51, 0.51, 0.57][seed]}
+    assert verdicts.at_best(protocol, runs).startswith("52.0, heterofl's received model 53.0: −1.0 ± ")
     assert verdicts.verdicts(TABLES["har"], []) != []
     assert verdicts.verdicts(TABLES["ca-hfp-scores"], []) == []
 
