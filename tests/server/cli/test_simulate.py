@@ -120,7 +120,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     run, reference = (Record.load(out / name) for name in ("metrics.json", "metrics-reference.json"))
     assert found["report"] == str(out / "report.html")
     assert found["claims"] == []
-    assert (found["run"]["run"], found["run"]["rounds"]) == ("yard", 2)
+    assert (found["run"]["run"], found["run"]["rounds"], found["run"]["model"]) == ("yard", 2, run.last.model)
     assert found["run"]["bytes_up"] == run.last.up < found["reference"]["bytes_up"] == reference.last.up
     assert found["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
 

@@ -342,6 +342,13 @@ def test_a_wrong_setting_is_named(change, said):
         DataPlan.from_dict({"source": "a", "devices": 4, **change}, "fleet.toml: [data]")
 
 
+def test_too_few_samples_come_with_how_many_are_needed():
+    with pytest.raises(DataError, match=r"samples for 8 devices: expected at least 64 \(8 each\), got 5.*`least`"):
+        plan(devices=8, most=5).deal(pictures())
+    with pytest.raises(DataError, match=r"samples for 8 devices: expected at least 8, got 5. Take fewer devices\.$"):
+        plan(devices=8, most=5, partition="iid").deal(pictures())
+
+
 def test_owners_need_owners():
     with pytest.raises(DataError, match="owners of the samples"):
         plan(partition="owners", devices=0).deal(pictures())

@@ -249,8 +249,15 @@ def test_the_docs_sweep_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "fleet.toml").write_text(CONFIG)
     (tmp_path / "sweep.toml").write_text(block)
     runs = read_sweep(tmp_path / "sweep.toml")
-    assert [r.name for r in runs] == ["heterofl-0", "heterofl-1", "heterofl-2", "ours-0"]
-    assert runs[-1].settings["changes"]["simulation"] == {"workers": 2}
+    assert [r.name for r in runs] == [
+        "heterofl-0",
+        "heterofl-1",
+        "heterofl-2",
+        "ours-0",
+        *(f"narrow-{s}" for s in range(3)),
+    ]
+    assert runs[3].settings["changes"]["simulation"] == {"workers": 2}
+    assert runs[-1].settings["changes"]["job"]["options"] == {"densities": [0.25, 0.5]}
 
 
 @pytest.mark.parametrize(
