@@ -105,12 +105,13 @@ def tier(folder: Path, kills: int) -> dict[str, Any]:
             )
             sites.append(site)
             done.append(_struck(site, kills, job))
+        ledgers = _ledgers(sites, done, _site(folder, "alone", kills))  # which reads the database
     finally:
         database.close()
         bucket.close()
     jobs = [{"neighbours": dict(d.neighbours), "lives": [vars(x) for x in d.lives]} for d in done]
     about = _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}
-    return {"setting": about, "jobs": jobs, "ledgers": _ledgers(sites, done, _site(folder, "alone", kills))}
+    return {"setting": about, "jobs": jobs, "ledgers": ledgers}
 
 
 def neighbours(folder: Path, kills: int) -> dict[str, Any]:
