@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import EngineError, reason
+from fedprune.core.imports import module_code
 from fedprune_device.engines.engine_cache import EngineCache
 
 _MOST_SAID = 4096  # bytes at the end of a child's output that are read
@@ -68,7 +69,7 @@ class BuildProcess:
         self._folder, self._clock = order.folder, clock
         self._timeout_s, self._until = timeout_s, clock() + timeout_s
         self._out, self._err = cache.work / "out.txt", cache.work / "err.txt"
-        command = [sys.executable, "-m", "fedprune_device.engines"]
+        command = [sys.executable, "-c", module_code("fedprune_device.engines")]
         given = cache.work / "order.json"
         with storage_errors(f"can't write {cache.work}"):
             given.write_text(order.to_json())

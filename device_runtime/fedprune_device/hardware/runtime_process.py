@@ -19,6 +19,7 @@ import numpy as np
 
 from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
+from fedprune.core.imports import program_code
 from fedprune.core.line_process import MARK, LineProcess, StrayLinesError
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version
@@ -85,7 +86,7 @@ class RuntimeProcess(Closing):
             process.close()
 
     def _start(self) -> LineProcess:
-        command = [self._python, "-c", "from fedprune_device.hardware.runtime_process import serve; serve()"]
+        command = [self._python, "-c", program_code(f"from {__name__} import serve; serve()")]
         try:
             process = self._process = LineProcess(command)
         except OSError as error:

@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from fedprune.core.disk import file_digest
 from fedprune.core.errors import KitError, StorageFullError
+from fedprune.core.imports import module_code
 from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.kit.target import Target
 
@@ -144,7 +145,7 @@ def _environment(target: Target) -> dict[str, str]:
 
 
 def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    command = [sys.executable, "-c", module_code("pip"), "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(  # noqa: S603  # nosec B603  # pip, with names that our own metadata says
         command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"}, timeout=3600
     )

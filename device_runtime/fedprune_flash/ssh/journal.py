@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import JoinError, StorageError, reason, remedy, shown
+from fedprune.core.imports import module_code
 from fedprune.core.validation import restored
 from fedprune.security.joining import Claim
 
@@ -134,7 +135,7 @@ class Claims:
         )
 
     def _made(self, device: str, server: Path) -> str:
-        command = [sys.executable, "-m", "fedprune_server.cli.main", "claim", "--state", str(server)]
+        command = [sys.executable, "-c", module_code("fedprune_server.cli.main"), "claim", "--state", str(server)]
         command += ["--device", device, "--hours", str(self._hours)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SERVER_S)  # noqa: S603  # nosec B603  # our own server's command, in this Python

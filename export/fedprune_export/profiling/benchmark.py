@@ -15,6 +15,7 @@ import numpy as np
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
+from fedprune.core.imports import module_code
 from fedprune.model import step_contract
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
 from fedprune.runtime.precision_files import FLOAT32, graph_file
@@ -108,7 +109,7 @@ class Stopwatch:
 
 
 def _in_child(plan: dict[str, Any]) -> dict[str, Any]:
-    command: Sequence[str] = (sys.executable, "-m", "fedprune_export.profiling.benchmark_child")
+    command: Sequence[str] = (sys.executable, "-c", module_code("fedprune_export.profiling.benchmark_child"))
     done = subprocess.run(command, input=json.dumps(plan), capture_output=True, text=True, check=False)  # noqa: S603  # nosec B603  # our own module, in this Python
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]

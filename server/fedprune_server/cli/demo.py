@@ -24,6 +24,7 @@ import numpy as np
 from fedprune.core.cli import ended_by_signals, setting_of
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.imports import module_code
 from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
@@ -282,7 +283,8 @@ def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: P
     board = next(b for b in DEMO_BOARDS if b.name == name)
     devices = place / "devices"
     devices.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--broker", url, "--site", _SITE]
+    command = [sys.executable, "-c", module_code("fedprune_device.cli.main"), "run", "--insecure"]
+    command += ["--broker", url, "--site", _SITE]
     command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
     # Plans shall come from the profiles: a probe would measure this machine.
     command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]

@@ -37,10 +37,10 @@ class MemberKeys(Mapping[str, str]):
         return (self._raw(number)[:-1].decode() for number in range(len(self)))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._slots[self._slot(name.encode() + _END)] > 0
+        return isinstance(name, str) and self._slots[self._slot(_sought(name))] > 0
 
     def __getitem__(self, name: str) -> str:
-        raw = name.encode() + _END
+        raw = _sought(name)
         number = self._slots[self._slot(raw)] - 1
         if number < 0:
             raise KeyError(name)
@@ -69,3 +69,8 @@ class MemberKeys(Mapping[str, str]):
 
     def _entry(self, number: int) -> bytes:
         return self._entries[self._starts[number] : self._starts[number + 1]]
+
+
+def _sought(name: str) -> bytes:
+    """How a name begins its entry. That of surrogates begins none: UTF-8 has none of them."""
+    return name.encode(errors="surrogatepass") + _END

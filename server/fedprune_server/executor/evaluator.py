@@ -94,10 +94,11 @@ class Evaluator:
             weights: The tensors of a model or submodel.
         """
         session, found = self._sessions.at(widths), list[Measure]()
+        kept = session.keep(weights)
         with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
             for at in range(0, len(self._x), _BATCH):
-                feeds = {step_contract.X: self._x[at : at + _BATCH], **weights}
-                logits = session.run(feeds, [step_contract.LOGITS])[step_contract.LOGITS]
+                feeds = {step_contract.X: self._x[at : at + _BATCH]}
+                logits = session.run(feeds, [step_contract.LOGITS], kept=kept)[step_contract.LOGITS]
                 found.append(self._objective(logits, self._y[at : at + _BATCH]))
         return {"samples": float(len(self._x)), **self._objective.metrics(Measure.of(found))}
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
+from fedprune.core.imports import module_code
 from fedprune_server.process.child_process import ChildProcess, RestartedProcess
 
 log = logging.getLogger("fedprune.server")
@@ -74,7 +75,7 @@ class ConsoleProcess:
 
     def __init__(self, settings: ConsoleSettings, command: list[str] | None = None) -> None:
         self._settings = settings
-        self._command = command or [sys.executable, "-m", "fedprune_server.web.child"]
+        self._command = command or [sys.executable, "-c", module_code("fedprune_server.web.child")]
         self._child = RestartedProcess(self._start, _NAME, stop_s=_STOP_S)
         self._heard_at = 0.0
         self.url = ""

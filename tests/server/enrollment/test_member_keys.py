@@ -28,6 +28,8 @@ def test_they_are_a_mapping(members: dict[str, str], others: dict[str, str], nam
 
 def test_what_is_no_name_or_key_is_an_error() -> None:
     assert None not in MemberKeys()
+    assert "\ud800" not in MemberKeys([("a", "00")])
+    assert MemberKeys([("a", "00")]).get("\ud800") is None
     with pytest.raises(ValueError, match="hexadecimal"):
         MemberKeys([("a", "no key")])
     with pytest.raises(ValueError, match="name"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.imports import own_module
+from fedprune.core.imports import module_code, own_module, program_code
 
 pytestmark = pytest.mark.board
 
@@ -51,9 +51,15 @@ def test_a_file_of_the_folder_takes_no_installed_modules_place(here: Path) -> No
     (here / "mine.py").write_text("")
     (here / "netrc.py").write_text("raise RuntimeError('not me')\n")  # of the standard library, not imported yet
     program = "from fedprune.core.imports import own_module; own_module('mine'); import netrc; print(netrc.__file__)"
-    alone = "-P" if sys.version_info >= (3, 11) else "-I"  # else the current folder comes first anyway
-    run = subprocess.run([sys.executable, alone, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", program_code(program)], capture_output=True, text=True, check=True)
     assert str(here) not in run.stdout
+
+
+def test_a_child_process_runs_a_module_and_takes_nothing_from_the_current_folder(here: Path) -> None:
+    for name in ("runpy", "pkgutil", "calendar"):
+        (here / f"{name}.py").write_text("raise RuntimeError('not me')\n")
+    command = [sys.executable, "-c", module_code("calendar"), "2026", "11"]
+    assert "November 2026" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_module_that_fails_is_tried_again(here: Path) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ModelError, RuntimeUnavailableError
+from fedprune.core.errors import FedpruneError, ModelError, RuntimeUnavailableError
 from fedprune.runtime import session as sessions
+from fedprune.runtime import session_process
 from fedprune.runtime.session import PROGRAM, Session, run_by_child_process
-from fedprune.runtime.session_process import SessionProcess
+from fedprune.runtime.session_process import SessionProcess, _Held
 from support.paths import ROOT
 
+HANGS = "import time; time.sleep(3600)"
 GRAPH = next((ROOT / "device_runtime" / "fedprune_device" / "assets").glob("*.onnx"))
 
 
@@ -72,30 +78,152 @@ def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
         session = process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
         first = pid(process)
         os.kill(first, signal.SIGKILL)
-        assert session.get_outputs() == process.ask(session._number, session._graph, "describe").outputs
+        assert session.get_outputs() == process.ask("describe", [session]).outputs
         second, until = process._child, time.monotonic() + 30.0
         assert second is not None
         assert second.pid != first
-        while second.poll() is None and time.monotonic() < until:
+        while Path(f"/proc/{second.pid}").exists() and time.monotonic() < until:
             time.sleep(0.05)
-        assert second.returncode == 0  # nothing was asked of it
-        process.ask(session._number, session._graph, "describe")
+        assert not Path(f"/proc/{second.pid}").exists()  # nor is it a zombie
+        assert second.wait(30.0) == 0  # nothing was asked of it
+        process.ask("describe", [session])
         assert pid(process) not in (first, second.pid)
 
 
-def test_one_that_is_killed_again_and_again_is_an_error() -> None:
-    with SessionProcess("raise SystemExit(1)") as process, pytest.raises(RuntimeUnavailableError, match="was killed"):
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit(3)", r"ended twice without an answer \(exit code 3\)$"),
+        ("import os; os.kill(os.getpid(), 9)", r"\(exit code -9\)\. See whether this machine has memory enough"),
+    ],
+)
+def test_one_that_ends_again_and_again_is_an_error(process: SessionProcess, program: str, message: str) -> None:
+    session = Session(GRAPH)
+    process._program = program
+    os.kill(pid(process), signal.SIGKILL)
+    with pytest.raises(RuntimeUnavailableError, match=message) as raised:
+        session.run(feeds(session))
+    assert isinstance(raised.value.__cause__, (OSError, EOFError))
+
+
+def test_one_that_can_t_be_started_is_an_error_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with run_by_child_process(), pytest.raises(RuntimeUnavailableError, match=r"can't be started.*Too many") as raised:
+        Session(GRAPH)
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_one_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_process, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(session_process, "_STOP_S", 0.1)
+    with SessionProcess(HANGS) as process, pytest.raises(RuntimeUnavailableError, match="exit code -9") as raised:
         process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
+    assert isinstance(raised.value.__cause__, TimeoutError)
+
+
+def asking_thread(process: SessionProcess) -> tuple[threading.Thread, list[Exception]]:
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
+        except FedpruneError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, failed
+
+
+def test_closing_ends_a_request_of_another_thread_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_process, "_STOP_S", 3600.0)
+    process = SessionProcess(HANGS)
+    asking, failed = asking_thread(process)
+    while process._connection is None:
+        time.sleep(0.01)
+    closing = threading.Thread(target=process.close, daemon=True)
+    closing.start()
+    for thread in (closing, asking):
+        thread.join(30.0)
+        assert not thread.is_alive()
+    assert [type(error) for error in failed] == [RuntimeUnavailableError]
+    assert "was stopped" in str(failed[0])
+
+
+def test_none_is_left_that_starts_while_another_thread_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, started = SessionProcess(PROGRAM), list[subprocess.Popen[bytes]]()
+    closing = threading.Thread(target=process.close, daemon=True)
+    popen = subprocess.Popen
+
+    def start(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*words, **options))
+        closing.start()
+        while not process._closed:
+            time.sleep(0.01)
+        time.sleep(0.1)  # it has seen no child
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    asking, failed = asking_thread(process)
+    for thread in (asking, closing):
+        thread.join(30.0)
+        assert not thread.is_alive()
+    assert "was stopped" in str(failed[0])
+    assert [child.returncode for child in started] == [-signal.SIGKILL]
+    asking, failed = asking_thread(process)
+    asking.join(30.0)
+    assert "was stopped" in str(failed[0])
+    assert len(started) == 1
+
+
+def test_feeds_that_are_kept_are_sent_once_to_each_process(
+    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, asked = list[str](), session_process._asked
+
+    def ask(connection: Connection, kind: str, *request: Any) -> Any:
+        sent.append(kind)
+        return asked(connection, kind, *request)
+
+    monkeypatch.setattr(session_process, "_asked", ask)
+    session = Session(GRAPH)
+    whole = feeds(session)
+    wanted = session.run(whole)
+    (first, value), *others = whole.items()
+    assert others
+    kept = session.keep(dict(others))
+    found = [session.run({first: value}, kept=kept) for _ in range(2)]
+    assert sent == ["load", "describe", "run", "keep", "run", "run"]
+    os.kill(pid(process), signal.SIGKILL)
+    found.append(session.run({first: value}, kept=kept))
+    assert sent[6:].count("keep") == 1
+    for outputs in found:
+        assert {n: v.tobytes() for n, v in outputs.items()} == {n: v.tobytes() for n, v in wanted.items()}
+    number = kept.number  # type: ignore[attr-defined]
+    del kept
+    session.run(whole)
+    assert number not in process._held
+
+
+def test_it_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    with run_by_child_process():
+        assert Session(GRAPH).inputs
 
 
 def test_a_session_that_nothing_uses_any_more_is_dropped(process: SessionProcess) -> None:
     first = Session(GRAPH)
-    request = first._session._number, first._session._graph
+    same = _Held(process)
+    same.number = first._session.number
     del first
     Session(GRAPH)
-    process._loaded.add(request[0])
-    with pytest.raises(Exception, match=str(request[0])):
-        process.ask(*request, "describe")
+    process._held.add(same.number)
+    with pytest.raises(FedpruneError, match=f"^{same.number}$"):  # a key that is missing there
+        process.ask("describe", [same])
 
 
 def test_it_ends_with_the_process_that_started_it_and_this_one_loads_no_onnxruntime() -> None:

@@ -1,4 +1,5 @@
-"""Modules that are imported by name: a user's own, and a package's public ones when they are first used."""
+"""Modules that are imported by name: a user's own, a package's public ones when they are first used, and programs of
+child processes."""
 
 from __future__ import annotations
 
@@ -33,6 +34,16 @@ def own_module(name: str) -> ModuleType:
                 del sys.modules[top]
                 raise
     return importlib.import_module(name)
+
+
+def program_code(code: str) -> str:
+    """The code for `python -c`, which would import from the current folder before all others: this doesn't."""
+    return f"import sys\nsys.path[:] = [p for p in sys.path if p]\n{code}"  # Python 3.10 has no -P
+
+
+def module_code(name: str) -> str:
+    """Code for `python -c` that does what `python -m` does, but imports nothing from the current folder."""
+    return program_code(f"from runpy import run_module\nrun_module({name!r}, run_name='__main__', alter_sys=True)")
 
 
 def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:

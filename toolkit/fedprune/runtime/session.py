@@ -118,15 +118,23 @@ class Session:
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
         if self.provider == "cpu":
-            del self._open  # with it go the graph's bytes
+            del self._open  # with it go the graph's bytes, unless a child process may have to load them again
 
     @property
     def provider(self) -> str:
         """The provider: `cpu` or `cuda`."""
         return "cuda" if _on_cuda(self._session) else "cpu"
 
+    def keep(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Feeds of several runs, for `run`'s `kept`: a child process is sent them once."""
+        return self._session.keep(feeds) if isinstance(self._session, RemoteSession) else feeds
+
     def run(
-        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None, into: Mapping[str, Array] | None = None
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        into: Mapping[str, Array] | None = None,
+        kept: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Run the graph once.
 
@@ -135,12 +143,14 @@ class Session:
             outputs: Names of the outputs to compute; all by default.
             into: Writeable arrays in C order, of the outputs' types and shapes, that these outputs are written into.
                 None may be a feed: an operator may still read it after the output was written.
+            kept: Further feeds, as `keep` has made them.
 
         Raises:
+            RuntimeUnavailableError: The child process that runs it doesn't start, or ended twice.
             ModelError: Feeds or arrays don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
-        session, into = self._session, into or {}  # another thread may replace the session
+        session, into, kept = self._session, into or {}, kept or {}  # another thread may replace the session
         for name, array in into.items():
             if name not in names or not array.flags.carray:  # its memory is written by address
                 raise ModelError(
@@ -148,16 +158,20 @@ class Session:
                     expected="an output that is computed, and a writeable array in C order",
                     got="another output" if name not in names else "another kind of array",
                 )
+        given = {**feeds, **kept}
         try:
-            if sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not (
-                _on_cuda(session) or isinstance(session, RemoteSession)
-            ):
-                return _run_into(session, names, feeds, into)
-            values: list[Array] = session.run(names, dict(feeds))
+            if isinstance(session, RemoteSession):
+                values: list[Array] = session.run(names, feeds, kept)
+            elif sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
+                return _run_into(session, names, given, into)
+            else:
+                values = session.run(names, given)
         except Exception as error:
             if not _on_cuda(session):
+                if isinstance(error, RuntimeUnavailableError):
+                    raise
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
-            values = self._again(session, names, feeds, error)
+            values = self._again(session, names, given, error)
         found = dict(zip(names, map(np.asarray, values), strict=True))
         for name, array in into.items():
             value = found[name]
@@ -189,6 +203,8 @@ class Session:
             session = self._open(_CPU) if self._session is failed else self._session
             try:
                 values: list[Array] = session.run(names, dict(feeds))
+            except RuntimeUnavailableError:
+                raise
             except Exception as other:
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
             if self._session is failed:

@@ -17,12 +17,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fedprune.core.closing import Closing
-from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
+from fedprune.core.errors import FedpruneError, RuntimeUnavailableError, reason
+from fedprune.core.imports import program_code
 
 IDLE_S = 20.0
 """Long enough for the requests of a round. The next one starts another process, in half a second."""
 
-_TRIES, _STOP_S = 2, 5.0
+_STOP_S = 5.0
+
+_ANSWER_S = 3600.0
+"""A process that takes longer for an answer hangs."""
 
 
 @dataclass(frozen=True)
@@ -55,82 +59,123 @@ class SessionProcess(Closing):
         self._lock, self._numbers = threading.Lock(), count()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._loaded: set[int] = set()
+        self._held: set[int] = set()
         self._dropped: list[int] = []
         self._closed = False
 
     def load(self, *graph: Any, exact: bool) -> RemoteSession:
         """A session; the arguments are those of `fedprune.runtime.session.load_graph`."""
-        return RemoteSession(self, next(self._numbers), (graph, exact))
+        return RemoteSession(self, graph, exact)
 
-    def ask(self, session: int, graph: tuple[Any, ...], *request: Any) -> Any:
-        """An answer of the process about a session, whose graph is loaded first if need be.
+    def number(self) -> int:
+        """A number for something that the process will hold."""
+        return next(self._numbers)
+
+    def ask(self, kind: str, held: Sequence[_Held], *values: Any) -> Any:
+        """An answer of the process, which is given first what it doesn't hold yet.
 
         Raises:
             FedpruneError: The graph can't be loaded or run.
-            RuntimeUnavailableError: The process can't be started, or was killed twice.
+            RuntimeUnavailableError: The process can't be started, ended twice without an answer, or was closed.
         """
         with self._lock:
-            tries = _TRIES
-            while not self._closed and tries:
-                tries -= 1
-                with suppress(OSError, EOFError):  # it was killed
-                    return self._answer(session, graph, request)
+            try:
+                return self._answer(kind, held, values)
+            except (OSError, EOFError):  # it was killed, or hangs
                 self._end()
-        raise RuntimeUnavailableError(
-            "the process in which onnxruntime runs was killed", hint="See whether this machine has memory enough."
-        )
+            try:
+                return self._answer(kind, held, values)
+            except (OSError, EOFError) as error:
+                code = self._end()
+                if self._closed:
+                    raise RuntimeUnavailableError("the process in which onnxruntime runs was stopped") from error
+                raise RuntimeUnavailableError(
+                    f"the process in which onnxruntime runs ended twice without an answer (exit code {code})",
+                    hint="See whether this machine has memory enough." if code == -signal.SIGKILL else "",
+                ) from error
 
-    def drop(self, session: int) -> None:
-        """Let go of a session with the next request."""
-        self._dropped.append(session)
+    def drop(self, number: int) -> None:
+        """Let go of what the process holds with the next request."""
+        self._dropped.append(number)
 
     def close(self) -> None:
         self._closed = True
-        self._end()
+        child = self._child
+        if child is not None:
+            child.kill()  # which also ends the request that another thread waits for
+        with self._lock:
+            self._end()
 
-    def _answer(self, session: int, graph: tuple[Any, ...], request: tuple[Any, ...]) -> Any:
+    def _answer(self, kind: str, held: Sequence[_Held], values: tuple[Any, ...]) -> Any:
         connection = self._started()
         while self._dropped:
-            connection.send(("drop", self._dropped.pop()))
-        if session not in self._loaded:
-            _asked(connection, "load", session, graph)
-            self._loaded.add(session)
-        return _asked(connection, request[0], session, *request[1:])
+            number = self._dropped.pop()
+            self._held.discard(number)
+            connection.send(("drop", [number]))
+        for one in held:
+            if one.number not in self._held:
+                how, *given = one.given
+                _asked(connection, how, [one.number], *given)
+                self._held.add(one.number)
+        return _asked(connection, kind, [one.number for one in held], *values)
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """End the process; returns its exit code."""
         child, connection = self._child, self._connection
         self._child = self._connection = None
-        self._loaded.clear()
+        self._held.clear()
         if connection is not None:
             connection.close()
-        if child is not None:
-            try:
-                child.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        if child is None:
+            return None
+        try:
+            return child.wait(0.0 if self._closed else _STOP_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return child.wait()
 
     def _started(self) -> Connection:
         if self._child is not None and self._child.poll() is not None:
             self._end()
-        if self._connection is None:
-            ours, its = socket.socketpair()
-            with its:
-                command = [sys.executable, "-c", self._program, str(its.fileno()), str(self._idle_s)]
-                self._child = subprocess.Popen(  # noqa: S603  # nosec B603  # this module, in this Python
-                    command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-                )
-            self._connection = Connection(ours.detach())
+        if self._connection is None and not self._closed:
+            try:
+                ours, its = socket.socketpair()
+                with ours, its:
+                    command = [sys.executable, "-c", program_code(self._program), str(its.fileno()), str(self._idle_s)]
+                    self._child = child = subprocess.Popen(  # noqa: S603  # nosec B603  # this module, in this Python
+                        command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                    )
+                    self._connection = Connection(ours.detach())
+            except OSError as error:
+                raise RuntimeUnavailableError(
+                    f"the process in which onnxruntime runs can't be started ({reason(error)})"
+                ) from error
+            threading.Thread(target=child.wait, name="fedprune-onnxruntime", daemon=True).start()  # or it is a zombie
+        if self._connection is None or self._closed:  # by a thread that may not have seen the process
+            raise EOFError
         return self._connection
 
 
-class RemoteSession:
+class _Held:
+    """What the child process holds from the first request that needs it: it is sent once, and again to a new process.
+
+    Attributes:
+        given: The request that gives it.
+    """
+
+    def __init__(self, process: SessionProcess, *given: Any) -> None:
+        self._process, self.number, self.given = process, process.number(), given
+
+    def __del__(self) -> None:
+        self._process.drop(self.number)
+
+
+class RemoteSession(_Held):
     """A graph in the child process, with the methods of `onnxruntime.InferenceSession` that `Session` uses."""
 
-    def __init__(self, process: SessionProcess, number: int, graph: tuple[Any, ...]) -> None:
-        self._process, self._number, self._graph = process, number, graph
-        self._described: _Described = process.ask(number, graph, "describe")
+    def __init__(self, process: SessionProcess, graph: tuple[Any, ...], exact: bool) -> None:
+        super().__init__(process, "load", graph, exact)
+        self._described: _Described = process.ask("describe", [self])
 
     def get_inputs(self) -> Sequence[_Port]:
         return self._described.inputs
@@ -144,17 +189,32 @@ class RemoteSession:
     def get_modelmeta(self) -> _Described:
         return self._described
 
-    def run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    def keep(self, feeds: Mapping[str, Any]) -> RemoteFeeds:
+        return RemoteFeeds(self._process, feeds)
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> list[Any]:
         """Arrays of these outputs. Raises `FedpruneError` if they can't be computed."""
-        found: list[Any] = self._process.ask(self._number, self._graph, "run", list(names), dict(feeds))
+        held: list[_Held] = [self]
+        if isinstance(kept, RemoteFeeds):
+            held.append(kept)
+        else:
+            feeds = {**feeds, **(kept or {})}
+        found: list[Any] = self._process.ask("run", held, list(names), dict(feeds))
         return found
 
-    def __del__(self) -> None:
-        self._process.drop(self._number)
+
+class RemoteFeeds(dict[str, Any], _Held):
+    """Feeds of several runs, which don't change meanwhile."""
+
+    def __init__(self, process: SessionProcess, feeds: Mapping[str, Any]) -> None:
+        dict.__init__(self, feeds)
+        _Held.__init__(self, process, "keep", dict(feeds))
 
 
 def _asked(connection: Connection, *request: Any) -> Any:
     connection.send(request)
+    if not connection.poll(_ANSWER_S):
+        raise TimeoutError(f"no answer within {_ANSWER_S:g} s")
     found = connection.recv()
     if isinstance(found, FedpruneError):
         raise found
@@ -169,24 +229,34 @@ def serve(load: Callable[..., Any]) -> None:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd's is for the server, whose end is the connection's
     descriptor, idle_s = sys.argv[1:]
-    sessions: dict[int, Any] = {}
+    held: dict[int, Any] = {}
     with Connection(int(descriptor)) as connection, suppress(EOFError, OSError):
         while connection.poll(float(idle_s)):
-            kind, number, *values = connection.recv()
+            kind, numbers, *values = connection.recv()
             if kind == "drop":
-                sessions.pop(number, None)
+                held.pop(numbers[0], None)
                 continue
             try:
+                found = None
                 if kind == "load":
-                    graph, exact = values[0]
-                    sessions[number], found = load(*graph, exact=exact), None
+                    graph, exact = values
+                    held[numbers[0]] = load(*graph, exact=exact)
+                elif kind == "keep":
+                    held[numbers[0]] = values[0]
                 else:
-                    found = _described(sessions[number]) if kind == "describe" else sessions[number].run(*values)
+                    session, *kept = (held[number] for number in numbers)
+                    found = _described(session) if kind == "describe" else _run(session, kept, *values)
             except FedpruneError as error:
                 found = error
             except Exception as error:  # noqa: BLE001 - onnxruntime's own kinds, which the other side doesn't know
                 found = FedpruneError(str(error) or type(error).__name__)
             connection.send(found)
+
+
+def _run(session: Any, kept: Sequence[Mapping[str, Any]], names: Sequence[str], feeds: dict[str, Any]) -> Any:
+    for more in kept:
+        feeds.update(more)
+    return session.run(names, feeds)
 
 
 def _described(session: Any) -> _Described:

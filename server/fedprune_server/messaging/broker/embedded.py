@@ -23,6 +23,7 @@ from itertools import count
 from typing import IO
 
 from fedprune.core.errors import BrokerError, reason
+from fedprune.core.imports import program_code
 from fedprune.security.tls import unpinned_context
 from fedprune_server.messaging.broker.broker_files import TlsFiles
 from fedprune_server.messaging.broker.programs import Program, programs
@@ -172,7 +173,7 @@ class EmbeddedBroker:
                     config.write(given)
                     config.seek(0)
                     process = subprocess.Popen(  # noqa: S603  # nosec B603  # a broker, with words that we have made
-                        [sys.executable, "-W", "ignore", "-c", _LAUNCHER, str(os.getpid()), *words],
+                        [sys.executable, "-W", "ignore", "-c", program_code(_LAUNCHER), str(os.getpid()), *words],
                         stdin=config, stdout=errors, stderr=errors, start_new_session=True,
                     )  # fmt: skip
             except OSError as error:

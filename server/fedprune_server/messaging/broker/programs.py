@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, Protocol
 
+from fedprune.core.imports import module_code
 from fedprune.output.extras import install_command
 from fedprune_server.messaging.broker.broker_files import TlsFiles, trial_mosquitto
 
@@ -75,8 +76,8 @@ class Amqtt:
             return "amqtt"
 
     def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
-        module = "fedprune_server.messaging.broker.amqtt_process"
-        words = [sys.executable, "-W", "ignore", "-m", module, f"{host}:{port}"]
+        code = module_code("fedprune_server.messaging.broker.amqtt_process")
+        words = [sys.executable, "-W", "ignore", "-c", code, f"{host}:{port}"]
         if tls is not None:
             words += ["--tls", str(tls.certificate), str(tls.key), str(tls.authority)]
         return Command(words)
