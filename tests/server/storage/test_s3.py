@@ -123,6 +123,44 @@ def test_an_object_is_read_in_one_request_and_boto3_is_asked_about_what_fails(ur
     assert len(asked) == 3
 
 
+def test_a_bucket_that_denies_presigned_reads_is_asked_for_them_no_more(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, presigned = Bucket(url), list[str]()
+    found.put("there", b"here", digest(b"here"))
+    session = found._client._endpoint.http_session
+    send, status = session.send, 503
+
+    def denying(request: Any) -> Any:
+        answer = send(request)
+        if "X-Amz-Signature=" in request.url:
+            presigned.append(request.url)
+            answer.status_code = status
+        return answer
+
+    session.send = denying
+    assert found.get("there", 5) == b"here"  # a server that is busy denies nothing
+    assert not caplog.messages
+    status = 403
+    assert found.get("missing", 5) is None
+    assert found.get("there", 5) == b"here"
+    assert len(presigned) == 3
+    assert found.get("there", 5) == b"".join(found.stream("there")) == b"here"
+    assert len(presigned) == 3
+    (said,) = caplog.messages
+    assert said.startswith(f"{url} denies presigned reads")
+
+
+def test_an_address_to_read_an_object_is_valid_for_as_long_as_clocks_may_differ(url: str) -> None:
+    found, presigned = Bucket(url), list[str]()
+    found.put("there", b"here", digest(b"here"))
+    session = found._client._endpoint.http_session
+    send = session.send
+    session.send = lambda request: presigned.append(request.url) or send(request)
+    assert found.get("there", 5) == b"here"
+    assert "X-Amz-Expires=900&" in presigned[-1]
+
+
 def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url)
     ref = store.put(b"good" * LEAF)
@@ -131,6 +169,24 @@ def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_pat
         assert bytes(look(ref.sha256)) == b"good" * LEAF
         store.path(ref.sha256).unlink()
         assert bytes(look(ref.sha256)) == b"good" * LEAF
+
+
+def test_what_a_power_cut_left_of_a_cached_file_is_fetched_again(url: str, tmp_path: Path) -> None:
+    refs = [BucketStore(tmp_path / "one", url).put(data * LEAF) for data in (b"good", b"fine", b"more")]
+    folder = tmp_path / "two"
+    store = BucketStore(folder, url)
+    for ref in refs[:2]:
+        store.read(ref.sha256)
+    store.path(refs[0].sha256).write_bytes(b"")
+    only = BlobStore(folder).put(b"an update that has just arrived")
+
+    BucketStore(folder, url, keeping=False)  # only looks
+    assert BlobStore(folder).size(refs[0].sha256) == 0
+
+    again = BucketStore(folder, url)
+    assert BlobStore(folder).names() == sorted([refs[1].sha256, only.sha256])
+    assert again.size(refs[0].sha256) == 4 * LEAF
+    assert again.read_leaves(refs[0].sha256, 0, 9) == b"good" * LEAF
 
 
 def test_a_damaged_object_is_an_error_and_never_in_the_folder(at_s3: S3, url: str, tmp_path: Path) -> None:
@@ -300,6 +356,8 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
         {},
         {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
         {"AWS_ENDPOINT_URL": "https://minio.example:443"},
+        {"AWS_ENDPOINT_URL": "http://MinIO:9000"},
+        {"AWS_ENDPOINT_URL": "http://user@minio:9000"},
         {"AWS_SESSION_TOKEN": "to/ken+"},
     ],
 )

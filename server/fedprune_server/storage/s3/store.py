@@ -130,6 +130,7 @@ class BucketStore(BlobStore):
         self._begin()
         self._objects: dict[str, dict[str, int]] = {}
         self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._held_bytes = 0
         for key, size in () if shared else self.bucket.list(BLOBS):
             digest = digest_of(key)
             if digest is not None:
@@ -137,10 +138,13 @@ class BucketStore(BlobStore):
         lying: list[tuple[float, str, int]] = []
         for name in super().names():
             with suppress(FileNotFoundError):  # let go of by a server, while this one only looks
-                about = self.path(name).stat()
-                lying.append((about.st_mtime, name, about.st_size))
+                about, sizes = self.path(name).stat(), self._objects.get(name)
+                if keeping and sizes and about.st_size not in sizes.values():
+                    self._unlink(name)  # cached files aren't flushed: a power cut leaves them short
+                else:
+                    lying.append((about.st_mtime, name, about.st_size))
         self._held.update((name, (size, 0.0)) for _, name, size in sorted(lying))
-        self._held_bytes = sum(size for _, _, size in lying)
+        self._held_bytes += sum(size for _, _, size in lying)
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
