@@ -338,7 +338,7 @@ def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_other
     if job.parent is not None:
         return watched
     opened, config = job.opened, job.config
-    uncalibrated = divergence.uncalibrated(
+    uncalibrated = divergence.is_uncalibrated(
         opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
     )
     steps = _NextSteps(config.state, uncalibrated=uncalibrated, until_finished=options.until_finished)

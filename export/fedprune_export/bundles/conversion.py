@@ -78,7 +78,7 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: 
 
     Args:
         tensors: All its tensors by name; further ones, such as torch's counters, are left out.
-        ranks: Recorded in the model; by default those that it has stay.
+        ranks: Recorded in the model, instead of those that it has: these are of its own weights.
     """
     for spec in model.architecture.tensors:
         value = tensors.get(spec.name)
@@ -91,9 +91,9 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: 
             )
     graph = model.graph.copy()
     graph.initializers.update({t.name: tensors[t.name] for t in model.architecture.tensors})
-    if ranks is None:
-        return replace(model, graph=graph)
-    graph.metadata[RANKS_KEY] = metadata.ranks_text(model.architecture, ranks)
+    graph.metadata.pop(RANKS_KEY, None)
+    if ranks is not None:
+        graph.metadata[RANKS_KEY] = metadata.ranks_text(model.architecture, ranks)
     return replace(model, graph=graph, ranks=ranks)
 
 

@@ -222,10 +222,11 @@ def _compare(options: argparse.Namespace) -> None:
         from fedprune_server.simulation.results.run_folder import write_csv
 
         out, targets = _folder(options.out), tuple(options.target or ())
+        _check_csv(options.csv, out)
         runs = read_runs(options.runs)
+        page = write_comparison(out, runs, targets)
         if options.csv is not None:
             write_csv(options.csv, runs)
-        page = write_comparison(out, runs, targets)
     if options.json:
         rows = [{**final_figures(run), "targets": [target_figures(run, t) for t in targets]} for run in runs]
         print_json({"runs": rows, "report": str(page)})
@@ -248,6 +249,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedprune_server.simulation.runs import FAILED, carry_out
     from fedprune_server.simulation.sweep import read_sweep, simulate_run, variant_of
 
+    _check_csv(options.csv, _folder(options.out))
     with progress("reading the sweep"):
         runs, out = read_sweep(options.file), _folder(options.out)
     with _goes_on(out), SweepDisplay() as display:
@@ -285,6 +287,16 @@ def _folder(out: Path) -> Path:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
     return out
+
+
+def _check_csv(path: Path | None, out: Path) -> None:
+    """Find out before hours of runs that their table has no place."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"--csv {path} is a folder", expected="a file")
+    if not path.parent.is_dir() and path.parent.absolute() != out.absolute():
+        raise UsageError(f"--csv {path}", expected=f"a folder {path.parent}", got="none")
 
 
 def _run_folder(out: Path) -> Path:

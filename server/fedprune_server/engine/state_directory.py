@@ -6,13 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
+from fedprune.coordination.events import Closed
 from fedprune.core import tensorfile
 from fedprune.core.closing import Closing
 from fedprune.core.disk import read_file, storage_errors
@@ -39,6 +40,9 @@ from fedprune_server.storage.state_folder import keep as keep_place
 from fedprune_server.storage.storage import Storage, database_of
 
 log = logging.getLogger("fedprune.server")
+
+_READS = 3
+"""How often the state is read where its blobs are gone."""
 
 
 @dataclass
@@ -335,13 +339,21 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes,
 
     Args:
         folder: The folder; a server may be running on it.
-        digest: Which weights; the current ones by default.
+        digest: Which weights; the current ones by default. Ranks of earlier ones are None if they are no longer kept.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
     """
+    for _ in range(_READS - 1):
+        with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
+            return _global_model(folder, digest)
+    return _global_model(folder, digest)
+
+
+def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks | None]:
     with Storage.existing(folder) as storage:
         known, state = storage.settings(), storage.load()
+        earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
     if known is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
     if (parent := parent_in(known)) != OFF:
@@ -351,8 +363,20 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes,
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
     store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))
-    ranks = settled_ranks(Job.from_dict(known["job"]), model, state, store, digest)
-    return model, store.read(digest), ranks
+    weights, job = store.read(digest), Job.from_dict(known["job"])
+    if digest == state.model:
+        return model, weights, settled_ranks(job, model, state, store, digest)
+    if earlier is not None:
+        state.round, state.memory = earlier["round"], earlier["memory"]
+        with suppress(StorageError):
+            return model, weights, settled_ranks(job, model, state, store, digest)
+    return model, weights, None
+
+
+def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
+    """The event that made a model, if it is still in the log."""
+    made = (body for _, _, kind, body in storage.log.events() if kind == Closed.__name__ and body["model"] == digest)
+    return next(made, None)
 
 
 def model_after(folder: Path, round_: int) -> str:

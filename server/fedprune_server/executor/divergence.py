@@ -21,7 +21,9 @@ _RISE = 1.1
 """The last loss over the first from which training counts as diverged; a smaller rise may be chance."""
 
 
-def uncalibrated(architecture: Architecture, recipe: Recipe, calibration: object, frozen: Collection[str] = ()) -> bool:
+def is_uncalibrated(
+    architecture: Architecture, recipe: Recipe, calibration: object, frozen: Collection[str] = ()
+) -> bool:
     """Whether the global model's batch-norm statistics remain averages of the boards'.
 
     Args:
@@ -38,7 +40,7 @@ def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, 
     Args:
         history: Its summaries of rounds.
         job: Its settings, as JSON.
-        uncalibrated: As `uncalibrated` finds.
+        uncalibrated: As `is_uncalibrated` finds.
     """
     narrow = any(part.get("density", 1.0) < 1 for row in history for part in row["devices"].values())
     measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
@@ -64,8 +66,11 @@ def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[st
         what = f"{failed} of the devices ended with numbers that are not finite, or far too large"
     elif first is not None and last > _RISE * first:
         what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
+        if mixed and _noise(job):
+            return f"training diverged: {what}. {remedy(job)} If the loss rises then, too, look at {_CALIBRATE}"
         if mixed:
-            return f"training diverged: {what}. {_CALIBRATE} {remedy(job)}"
+            what = f"{what}. The most likely cause is {_CALIBRATE} If the loss still rises:"
+            return f"training diverged: {what} {remedy(job)}"
     else:
         return ""
     return f"training diverged: {what}. {remedy(job)}"
@@ -86,10 +91,9 @@ def warn(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) 
 
 
 _CALIBRATE = (
-    "The most likely cause are its batch-norm statistics: averages over boards of different widths suit none of these "
-    "widths, least of all the whole model. Set data in [calibration] to a file of some 100 unlabelled samples like the "
-    "boards' (docs/configure-a-job.md); a simulation can set them aside with calibration = 0.1 in [data]. If the loss "
-    "still rises:"
+    "the model's batch-norm statistics: averages over boards of different widths suit none of these widths, least of "
+    "all the whole model. Set data in [calibration] to a file of some 100 unlabelled samples like the boards' "
+    "(docs/configure-a-job.md); a simulation can set them aside with calibration = 0.1 in [data]."
 )
 
 
@@ -102,7 +106,7 @@ def remedy(job: Mapping[str, Any]) -> str:
     """Advice for a job whose training diverges."""
     recipe, privacy = (_table(job.get(key)) for key in ("recipe", "privacy"))
     again = "Start again in another folder: these weights are unusable."
-    if privacy.get("noise_multiplier"):
+    if _noise(job):
         noise, clip = (_now(privacy, key) for key in ("noise_multiplier", "clip"))
         return (
             f"The most likely cause is the noise of [job.privacy], whose deviation is noise_multiplier ({noise}) times "
@@ -119,6 +123,10 @@ def remedy(job: Mapping[str, Any]) -> str:
         f"({_now(recipe, 'lr')}; try a tenth){momentum}, or {clip}. If that doesn't help, look at the samples: scaled "
         f"as the model expects, with the right labels. {again}"
     )
+
+
+def _noise(job: Mapping[str, Any]) -> bool:
+    return bool(_table(job.get("privacy")).get("noise_multiplier"))
 
 
 def _table(value: object) -> Mapping[str, Any]:

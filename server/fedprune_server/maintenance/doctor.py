@@ -31,7 +31,7 @@ from fedprune_server.devices.board_logs import read_logs
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.executor.divergence import uncalibrated
+from fedprune_server.executor.divergence import is_uncalibrated
 from fedprune_server.maintenance.backup_manifest import last_backup
 from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
 from fedprune_server.maintenance.identity_check import check_identity, revoked
@@ -176,7 +176,7 @@ def _case(folder: Path, gone: frozenset[str]) -> tuple[Case, float | None]:
         case,
         groups=tuple(architecture.sizes),
         names=tuple(g.name for g in architecture.groups),
-        uncalibrated=uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
+        uncalibrated=is_uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
     ), last
 
 

@@ -31,7 +31,7 @@ from fedprune.updates import CODECS
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker, helped
-from fedprune_server.executor.divergence import advice, uncalibrated
+from fedprune_server.executor.divergence import advice, is_uncalibrated
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
@@ -251,7 +251,7 @@ class Simulation:
             ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
             measured="weights and graphs on the virtual links",
             partition=self.experiment.partition,
-            uncalibrated=uncalibrated(
+            uncalibrated=is_uncalibrated(
                 self.model.architecture, self.job.recipe, self.experiment.calibration, self.model.frozen
             ),
         )

@@ -16,7 +16,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune.coordination import Phase, coordinate
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
@@ -36,6 +37,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.messaging.leadership import Leadership, OtherServerError
 from fedprune_server.simulation.digits import digits_model
+from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
 
 
@@ -531,6 +533,56 @@ def test_an_exported_model_has_the_ranks_that_its_job_settled(model: Path, tmp_p
     found = load(tmp_path / "m.onnx").ranks
     assert found is not None
     assert all(map(np.array_equal, found, backwards))
+
+
+def test_a_model_is_exported_while_its_server_begins_another_round(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StateFolder(tmp_path / "state") as folder:
+        opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
+        opened.state.round = 1
+        folder.storage.save(opened.state, [on.Ticked()], 1.0)
+    load_state, collected = Storage.load, ["7" * 64]
+
+    def late(storage: Storage) -> State | None:
+        """The state of a moment ago."""
+        state = load_state(storage)
+        if state is not None and collected:
+            state.memory = {RANKS: collected.pop()}
+        return state
+
+    monkeypatch.setattr(Storage, "load", late)
+    command = ["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]
+    assert main(command) == ExitCode.OK
+    assert not collected
+    collected.extend(["7" * 64] * 9)  # it is missing
+    assert main(command) == ExitCode.STORAGE
+    assert "7" * 64 in capsys.readouterr().err
+
+
+def test_the_model_after_an_earlier_round_has_that_rounds_ranks(model: Path, tmp_path: Path) -> None:
+    out, memories = tmp_path / "m.onnx", list[str]()
+    command = ["export-model", "--state", str(tmp_path / "state"), "--out", str(out)]
+    with StateFolder(tmp_path / "state") as folder:
+        opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
+        state, architecture = opened.state, opened.model.architecture
+        orders = [[np.roll(np.arange(size), n) for size in architecture.sizes] for n in (1, 2)]
+        for n, order in enumerate(orders, 1):
+            weights = {name: value + np.float32(n) for name, value in opened.model.tensors.items()}
+            ranks = dict(zip(places_of(architecture), order, strict=True))
+            state.model = folder.store.put(tensorfile.encode(weights)).sha256
+            state.memory = {RANKS: folder.store.put(tensorfile.encode(ranks)).sha256}
+            state.round, memories = n, [*memories, state.memory[RANKS]]
+            state.history.append({"round": n, "at": n, "model": state.model, "metrics": {}, "devices": {}})
+            folder.storage.save(state, [on.Closed(n, state.model, state.memory)], float(n))
+
+    for n, order in enumerate(orders, 1):
+        assert main([*command, "--round", str(n)]) == ExitCode.OK
+        assert all(map(np.array_equal, load(out).ranks or (), order))
+        assert load(out).ranks is not None
+    BlobStore(tmp_path / "state" / "blobs").delete(memories[0])
+    assert main([*command, "--round", "1"]) == ExitCode.OK
+    assert load(out).ranks is None
 
 
 def test_the_exported_model_is_written_at_an_opset(state: Path, tmp_path: Path) -> None:

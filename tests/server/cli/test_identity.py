@@ -272,6 +272,7 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, kind: str, fil
         (["devices", "approve", "nobody"], ExitCode.USAGE, "--key FINGERPRINT"),
         (["devices", "approve", "nobody", "--key", "0000-0000"], ExitCode.JOIN, "no such device waits"),
         (["devices", "revoke", "nobody"], ExitCode.JOIN, "no device nobody"),
+        (["devices", "revoke", "--", "-odd"], ExitCode.JOIN, "no device -odd"),
         (["broker-config", "mosquitto", "--host", "a b", "--out", "{out}"], ExitCode.IDENTITY, "host of a broker"),
         (["broker-config", "mosquitto", "--host", "b", "--out", "o", "--join-port", "8883"], ExitCode.IDENTITY, "port"),
         (["init"], ExitCode.IDENTITY, "has an identity already"),

@@ -1,6 +1,7 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
 import csv
+import errno
 import json
 import re
 import shutil
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ExitCode
+from fedprune.core.errors import ExitCode, StorageError
 from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import build_parser, main
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.fleet import simulated_fleet
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
+from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import TAIL
 from support.fakes.opened_job import read_config
@@ -139,6 +141,30 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert [(row["run"], row["seed"], row["round"]) for row in rows[:2]] == [("yard", "5", "1"), ("yard", "5", "2")]
     assert [float(row["accuracy"]) for row in rows[:2]] == [r.accuracy for r in run.rounds]
     assert len(rows) == 4
+    written = (tmp_path / "both.csv").read_bytes()
+    assert main([*compared[:-4], "--csv", str(tmp_path / "both" / "again.csv")]) == ExitCode.OK
+    assert (tmp_path / "both" / "again.csv").read_bytes() == written
+
+
+@pytest.mark.parametrize("place", ["missing/all.csv", "."])
+def test_a_table_without_a_place_is_found_before_the_runs(tmp_path, capsys, place):
+    command = ["sweep", str(tmp_path / "sweep.toml"), "--out", str(tmp_path / "out"), "--csv", str(tmp_path / place)]
+    assert main(command) == ExitCode.USAGE
+    assert "--csv" in capsys.readouterr().err
+
+
+def test_a_table_that_can_not_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    def torn(table, path):
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, "full")
+
+    (tmp_path / "all.csv").write_text("earlier")
+    monkeypatch.setattr(run_folder.csv, "write_csv", torn)
+    monkeypatch.setattr(run_folder, "runs_table", lambda records: records)
+    with pytest.raises(StorageError):
+        run_folder.write_csv(tmp_path / "all.csv", ())
+    assert (tmp_path / "all.csv").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["all.csv"]
 
 
 def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):

@@ -16,7 +16,7 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
-from fedprune_server.executor.divergence import advice, of_history, uncalibrated, warn
+from fedprune_server.executor.divergence import advice, is_uncalibrated, of_history, warn
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.report import summary_text
 from fedprune_server.simulation.results.run_folder import simulate
@@ -65,6 +65,14 @@ def test_batch_norms_that_nothing_calibrates_come_before_the_learning_rate() -> 
     assert told.startswith("training diverged: the global model's loss rose, from 1 after the first round to 9")
     assert 0 < told.index("data in [calibration]") < told.index("lower lr (now 0.5")
     assert "calibration" not in advice([1.0, float("nan")], [], JOB, mixed=True)
+    assert "The most likely cause is the model's batch-norm statistics:" in told
+
+
+def test_the_noise_of_a_private_job_comes_before_its_batch_norms() -> None:
+    private = Job(privacy=Privacy(clip=0.5, noise_multiplier=2.0)).to_dict()
+    told = advice([1.0, 9.0], [], private, mixed=True)
+    assert 0 < told.index("the noise of [job.privacy]") < told.index("data in [calibration]")
+    assert told.count("The most likely cause") == 1
 
 
 def test_a_history_names_calibration_only_where_boards_of_several_widths_are_averaged() -> None:
@@ -79,11 +87,11 @@ def test_a_history_names_calibration_only_where_boards_of_several_widths_are_ave
 
 def test_norms_that_are_frozen_need_no_calibration() -> None:
     model = digits_net()
-    assert uncalibrated(model.architecture, Recipe(), None)
-    assert not uncalibrated(model.architecture, Recipe(), "calibration.npz")
+    assert is_uncalibrated(model.architecture, Recipe(), None)
+    assert not is_uncalibrated(model.architecture, Recipe(), "calibration.npz")
     names = tuple(t.name for t in model.architecture.statistics)
-    assert not uncalibrated(model.architecture, Recipe(frozen=names), None)
-    assert not uncalibrated(model.architecture, Recipe(), None, names)
+    assert not is_uncalibrated(model.architecture, Recipe(frozen=names), None)
+    assert not is_uncalibrated(model.architecture, Recipe(), None, names)
 
 
 @pytest.mark.parametrize("last", [None, float("nan"), float("inf")])

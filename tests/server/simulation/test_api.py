@@ -210,6 +210,20 @@ def test_a_model_that_brings_ranks_is_trained_further_by_them(fleet: dict[str, A
     assert all(map(np.array_equal, further.model.ranks, backwards))
 
 
+@pytest.mark.parametrize("strategy", ["fedrolex", "fiarse"])
+def test_ranks_of_an_earlier_fleet_go_where_the_model_is_trained_otherwise(
+    fleet: dict[str, Any], strategy: str, tmp_path: Path
+) -> None:
+    first = simulate(fleet, rounds=1, strategy="fedavg").model
+    backwards = tuple(np.arange(n)[::-1] for n in first.architecture.sizes)
+    job = {**fleet["job"], "strategy": strategy, "density": 0.5}
+
+    further = simulate({**fleet, "job": job}, rounds=1, model=with_weights(first, first.tensors, "", backwards))
+
+    assert further.model.ranks is None
+    assert fx.load(further.save_pretrained(tmp_path)).ranks is None
+
+
 def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:
     run = simulate(fleet, title="mine")
     compared = run.compare(run, run)

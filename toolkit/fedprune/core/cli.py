@@ -290,6 +290,8 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
         parse = parser.parse_known_args
 
         def intermixed(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+            if args is not None and "--" in args:  # which the other way of parsing loses
+                return parse(args, namespace)
             parser.parse_known_args = parse  # type: ignore[method-assign]
             try:
                 return parser.parse_known_intermixed_args(args, namespace)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from fedprune.core.atomic_file import write_whole
+from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError
 from fedprune.jobs.job import Job
@@ -232,8 +232,8 @@ def runs_table(records: Sequence[Record]) -> pa.Table:
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
     """Write the rounds of runs for a spreadsheet. Raises `StorageError` if the disk fails."""
-    with storage_errors(f"can't write {path}"):
-        csv.write_csv(runs_table(records), path)
+    with appearing(path) as partial:
+        csv.write_csv(runs_table(records), partial)
 
 
 def devices_table(record: Record) -> pa.Table:
