@@ -104,7 +104,7 @@ def test_external_weights_that_are_not_there_name_the_file(
     (tmp_path / "m.data").unlink()
     if content is not None:
         (tmp_path / "m.data").write_bytes(content)
-    with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export beside it"):
+    with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export into its folder"):
         load(tmp_path / "m.onnx")
 
 

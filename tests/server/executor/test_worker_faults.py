@@ -123,7 +123,7 @@ def test_good_squares_make_importances_and_unasked_ones_are_refused(model: Model
     silent = worker(model, tmp_path, importance="size")
     answer = silent.execute(do.Fold(1, silent.initial(), {}, contribution(silent, "a", squares)))
     assert isinstance(answer, on.UpdateRejected)
-    assert "nobody asked" in answer.reason
+    assert "not requested" in answer.reason
 
 
 def largest(number: float) -> Callable[[Update], None]:
