@@ -167,7 +167,7 @@ def check_type(x: Inputs, token_ids: bool) -> None:
         raise DataError(
             "type of inputs",
             expected="whole numbers (token ids)" if token_ids else "float32",
-            got=x.dtype,
+            got="int64, as which all whole numbers are read" if x.dtype.kind == "i" else x.dtype,
             hint="Save token ids as int64." if token_ids else _SCALE,
         )
 
@@ -246,8 +246,13 @@ def _check_numbers(inputs: Array, kind: str, first: int) -> None:
 
 def _check_finite(some: Array, what: str, first: int) -> None:
     if not np.isfinite(some).all():
-        bad = first + int(np.flatnonzero(~np.isfinite(some.reshape(len(some), -1)).all(1))[0])
-        raise DataError(f"{what} hold numbers that are not finite", got=f"sample {bad}")
+        bad = int(np.flatnonzero(~np.isfinite(some.reshape(len(some), -1)).all(1))[0])
+        held = "a NaN" if np.isnan(some[bad]).any() else "an infinity"
+        raise DataError(
+            f"{what} hold numbers that are not finite",
+            got=f"sample {first + bad}, which has {held}",
+            hint="Leave such samples out, or fill the gaps, as numpy.nan_to_num does.",
+        )
 
 
 def _moved_out(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:

@@ -60,6 +60,8 @@ class Targets:
         column = y.ndim == 1 and len(self.shape) == 1 and self.shape[0] in (1, None)
         shape = (1,) if column else y.shape[1:]
         whole = self.takes_whole
+        if whole and y.ndim == len(self.shape) + 2 and y.shape[1] == self.classes:
+            raise self._unfit(y, "If they are one-hot, save the number of the class: y.argmax(1).")
         if whole and y.dtype.kind not in "iu":
             raise self._unfit(y, "Save them as whole numbers: y.astype('int64').")
         if len(shape) != len(self.shape) or any(

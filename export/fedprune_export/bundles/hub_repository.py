@@ -251,4 +251,4 @@ def _shape(model: Model) -> str:
     architecture = model.architecture
     sizes = (" × ".join(map(str, shape)) or "1" for shape in (architecture.input_shape, architecture.output_shape))
     count = sum(t.size for t in model.tensors.values())
-    return f"A network of {count:,} parameters and statistics, from {next(sizes)} to {next(sizes)} numbers per sample."
+    return f"A network of {count:,} parameters and statistics, {next(sizes)} inputs and {next(sizes)} outputs."

@@ -117,7 +117,12 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
     this shape; `MissingExtraError` if torch or timm is not installed. `name`: its name, such as resnet18 or
     resnet18.a1_in1k.
     """
-    torch, timm = torch_package(), _timm()
+    try:
+        torch, timm = torch_package(), _timm()
+    except MissingExtraError as error:
+        if "timm" in error.what or importlib.util.find_spec("timm") is not None:
+            raise
+        raise error.named(f"{error.what}, and neither is timm (pip install timm)") from error
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         raise ModelError(

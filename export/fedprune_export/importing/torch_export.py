@@ -18,6 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import onnx
@@ -446,8 +447,11 @@ def torch_package() -> Any:
         import onnxscript  # noqa: F401  torch.onnx needs it
         import torch
     except ImportError as error:
+        missing = [n for n in ("torch", "onnxscript") if find_spec(n) is None] or [error.name or "torch"]
         raise MissingExtraError(
-            f"a torch module needs {error.name or 'torch'}, which is not installed", hint=_TORCH_HINT, extra="torch"
+            f"a torch module needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            hint=_TORCH_HINT,
+            extra="torch",
         ) from error
     return torch
 

@@ -23,7 +23,7 @@ from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.comparison import final_rows
+from fedprune_server.simulation.results.comparison import final_rows, tail_note
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, table, write_report
@@ -143,11 +143,11 @@ class Comparison:
     def plot(self) -> Page:
         """The overlaid curves of all runs, and the table."""
         title = ", ".join(run.title for run in self.runs)
-        blocks = (table(self.table), Drawing(charts.curves(self.runs)))
+        blocks = (table(self.table), tail_note(self.runs), Drawing(charts.curves(self.runs)))
         return Page(Document(title, {}, {"": blocks}).to_html())
 
     def __str__(self) -> str:
-        return table(self.table).to_markdown()
+        return f"{table(self.table).to_markdown()}\n\n{tail_note(self.runs)}"
 
     __repr__ = __str__
 
@@ -176,7 +176,7 @@ def simulate(
         strategy: Replaces the job's: a name, or a module's function that composes one.
         seed: Replaces the job's.
         rounds: Replaces the job's.
-        title: The run's name; by default that of `strategy`, else of the job.
+        title: The run's name; by default that of its strategy.
         folder: Where the run is saved, so that it resumes after a kill; by default nothing is saved.
         reference: Whether FedAvg at full width is run on the same devices, too.
         workers: Number of processes; by default the fleet's.
@@ -218,10 +218,10 @@ def simulate(
             strategy=strategy,
             seed=seed,
             rounds=rounds,
-            title=title or strategy or "",
             tables=tables,
             model=model,
         )
+        plan = replace(plan, title=title or plan.job.strategy)
     targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()

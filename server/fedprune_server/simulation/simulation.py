@@ -21,7 +21,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import PARTS
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.core.errors import ConfigError, DivergedError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind, of_exit_code
@@ -193,6 +193,7 @@ class Simulation:
 
         Raises:
             StorageError: Another process uses the folder, or the disk fails.
+            DivergedError: Training diverged on all devices.
             PlanError: No device can take part, or none ever makes its deadline.
             FedpruneError: The worker can't carry out a command.
         """
@@ -216,7 +217,9 @@ class Simulation:
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
-                    raise PlanError("the simulation has come to a standstill", hint=standstill(self.state, self.job))
+                    kinds = {device.excluded_by for device in self.state.devices.values()}
+                    error = DivergedError if kinds == {FailureKind.DIVERGED} else PlanError
+                    raise error("the simulation has come to a standstill", hint=standstill(self.state, self.job))
                 item = self._run.pop()
                 event = self._event(item)
                 if event is None:

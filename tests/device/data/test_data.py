@@ -167,11 +167,18 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object
     assert source in str(caught.value)
 
 
+def test_one_hot_labels_are_told_how_to_become_classes() -> None:
+    with pytest.raises(DataError, match=r"got numbers \[n, 10\]\. .*y\.argmax\(1\)"):
+        Targets("cross_entropy", 10, ())(np.eye(10, dtype=np.float32))
+
+
 def test_a_sample_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
     x = X.astype(np.float32).copy()
     x[13] = np.inf
     for name in ("a", "b", "c"):  # whichever split it falls into
-        with pytest.raises(DataError, match=r"^\S+: inputs hold numbers that are not finite: got sample 13"):
+        with pytest.raises(
+            DataError, match=r"^\S+: inputs hold numbers .* finite: got sample 13, which has an infinity"
+        ):
             load_data(save(tmp_path / "d.npz", x=x, y=Y), device=name)
 
 

@@ -253,6 +253,12 @@ def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match="pip install timm"):
         load("timm:resnet18")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(
+        MissingExtraError, match=r"torch and onnxscript, which are .*, and neither is timm .*pip install"
+    ):
+        load("timm:resnet18")
 
 
 def test_a_buffer_that_is_called_as_an_operator_names_its_result() -> None:

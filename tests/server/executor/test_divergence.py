@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.core.errors import PlanError
+from fedprune.core.errors import DivergedError
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
@@ -140,5 +140,5 @@ def test_a_summary_says_so_of_a_run_that_diverged_and_of_no_other(tmp_path: Path
 
 def test_a_simulation_of_which_nothing_counts_any_more_says_what_to_change(tmp_path: Path) -> None:
     said = r"standstill\. Device a \(and 1 other\): .*Training diverged: 2 of the devices.*lower lr \(now 1000;"
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(DivergedError, match=said):
         simulate(experiment(1000.0), tmp_path)

@@ -231,6 +231,15 @@ def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:
     assert isinstance(compared, Comparison)
     assert [row[0] for row in compared.table] == ["run", "mine", "mine", "mine"]
     assert str(run) == str(run.compare())
+    assert str(run).endswith("|\n\nFigures of accuracy in the table are means over the last 2 rounds.")
+
+
+def test_runs_are_called_by_their_strategies(fleet: dict[str, Any]) -> None:
+    job = {**fleet["job"], "name": "yard", "strategy": "heterofl"}
+    titles = [
+        simulate({**fleet, "job": job}, rounds=1, **changes).record.title for changes in ({}, {"strategy": "fedavg"})
+    ]
+    assert titles == ["heterofl", "fedavg"]
 
 
 def test_a_wrong_setting_is_named(fleet: dict[str, Any]) -> None:

@@ -300,6 +300,16 @@ def test_what_was_trained_has_curves_of_its_own_where_averages_serve(kept, rows)
     assert columns == ["local accuracy", *(f"local {m}" for m in also_measured(runs))]
 
 
+def test_a_run_that_serves_what_it_trained_has_no_dash_where_others_keep_averages():
+    own = {f"accuracy_{name}": {"zero": 0.5} for name in ("before", "after")}
+    plain = replace(record("plain"), rounds=tuple(replace(r, own=own) for r in record().rounds))
+    averages = {**own, "accuracy_average": {"zero": 0.7}}
+    head, _, row = final_rows(
+        [replace(record(), rounds=tuple(replace(r, own=averages) for r in record().rounds)), plain]
+    )
+    assert row[head.index("local after")] == "50.0%"
+
+
 def test_bars_are_what_was_measured_last_and_a_dash_is_for_never():
     lengths, notes = local_bars(asked_in_turn(), record())
     assert lengths == pytest.approx([0.6, 0.88, 0.8, 0.92])

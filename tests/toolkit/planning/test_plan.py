@@ -359,7 +359,7 @@ def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -
     made = plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500)
     assert made.prediction.parameters < 0.25 * FULL.parameters
     assert f"only {made.prediction.parameters / FULL.parameters:.1%} of the weights are kept" in made.warning
-    assert "The whole model breaks memory: " in made.warning
+    assert "The whole model exceeds the limit of memory: " in made.warning
     share = float(made.warning.partition("memory.training_share = ")[2].partition(" ")[0])
     assert plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).widths == NET.sizes
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
@@ -368,7 +368,10 @@ def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -
 def test_a_plan_that_is_a_little_narrower_says_why_without_a_warning() -> None:
     made = plan(NET, BOARD, RECIPE, 500, byte_budget=FULL.round_bytes // 2)
     assert made.warning == ""
-    assert "The whole model breaks bytes: 4.21 MB of 2.10 MB (200%). It fits with more bytes" in made.describe()
+    assert (
+        "The whole model exceeds the limit of bytes: 4.21 MB of 2.10 MB (200%). It fits with more bytes"
+        in made.describe()
+    )
     assert plan(NET, BOARD, RECIPE, 500).notes == ()
 
 

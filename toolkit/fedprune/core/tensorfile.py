@@ -127,7 +127,8 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
         out[name] = (code, shape, base + start, base + end)
         at = end
     if base + at != len(view):
-        raise BundleError("tensor file is cut short or too long", expected=f"{base + at} bytes", got=len(view))
+        how = "cut short" if len(view) < base + at else "too long"
+        raise BundleError(f"tensor file is {how}", expected=f"{base + at} bytes", got=len(view))
     return out
 
 

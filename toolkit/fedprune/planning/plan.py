@@ -545,7 +545,7 @@ class _Search:
             for m in widest.limits
             if not m.fits
         ]
-        return f"The whole model breaks {'; '.join(broken)}. {self._remedies(widest)}"
+        return f"The whole model exceeds the limit of {'; and of '.join(broken)}. {self._remedies(widest)}"
 
     def _remedies(self, found: _Candidate) -> str:
         """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that

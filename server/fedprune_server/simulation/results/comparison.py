@@ -124,7 +124,7 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
     rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names, *private, *limits)]
     for run in runs:
-        found: dict[str, Any] = final_figures(run)
+        found: dict[str, Any] = final_figures(run) | {key: _tail(run.own_means(key)) for key in own}
         measures = (found.get(key) for key in (f"local_{kind}", f"global_{kind}", *own, *names))
         rows.append(
             (
@@ -139,6 +139,12 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def tail_note(runs: Sequence[Record]) -> str:
+    """Over which rounds the means in `final_rows` are."""
+    rounds = quantity(min(TAIL, max(len(run.rounds) for run in runs)), "round")
+    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}."
 
 
 def _tmacs(macs: float | None) -> str:
@@ -204,8 +210,7 @@ def write_comparison(
     page."""
     kind = runs[0].measure
     intro = (
-        f"{quantity(len(runs), 'run')}. Figures of {runs[0].metric.title} in the table are means over "
-        f"the last {quantity(min(TAIL, max(len(r.rounds) for r in runs)), 'round')}. Local {kind} is that of the model "
+        f"{quantity(len(runs), 'run')}. {tail_note(runs)} Local {kind} is that of the model "
         "that a device serves, on its own test data, as measured last, every device counting alike. Seconds are "
         "simulated time."
     )
