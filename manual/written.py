@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manual import asyncapi, command_pages, grammar, message_schemas, rooms, setting_pages
+from manual import asyncapi, command_pages, grammar, message_schemas, python_page, rooms, setting_pages
 
 SCHEMAS = "docs/schemas"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +16,7 @@ def files() -> dict[str, str]:
     schemas = {**message_schemas.files(), "asyncapi.json": message_schemas.written(asyncapi.document())}
     return {
         "docs/reference/cli.md": command_pages.page(),
+        "docs/reference/python.md": python_page.page(),
         _GRAMMAR: grammar.document(),
         "docs/reference/settings.md": setting_pages.page(),
         f"{SCHEMAS}/README.md": message_schemas.page(),

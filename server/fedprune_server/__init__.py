@@ -1,11 +1,13 @@
-"""The conductor: daemon, storage, broker link, simulation.
+"""The server, and the simulator, which has a Python API:
 
-from fedprune_server import simulate
+    from fedprune_server import simulate
 
-run = simulate("fleet.toml", strategy="heterofl")
-run.curves          # columns with an entry per round
-run.plot()          # a page, which a notebook shows
-run.compare(other)  # a table
+    run = simulate("fleet.toml", strategy="heterofl")
+    run.curves          # columns with an entry per round
+    run.plot()          # a page, which a notebook shows
+    run.compare(other)  # a table
+
+Importing the package costs nothing: each name is imported when it is first used.
 """
 
 from importlib import import_module

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+import fedprune
+import fedprune_device
+import fedprune_export
+import fedprune_server
 from manual.site import BESIDE
 from support.paths import ROOT
 
@@ -83,13 +87,13 @@ def test_programs_of_the_site_load_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_every_page_of_docs_is_in_the_menu_and_the_python_page_has_the_names(site: Path) -> None:
-    import fedprune
-
     home = (site / "index.html").read_text(encoding="utf-8")
     pages = [p for p in (ROOT / "docs").rglob("*.md") if p.name != "README.md"]
     assert [p for p in pages if p.relative_to(ROOT).with_suffix(".html").as_posix() not in home] == []
     python = (site / "docs" / "reference" / "python.html").read_text(encoding="utf-8")
-    assert [name for name in fedprune.__all__ if f'id="fedprune.{name}"' not in python] == []
+    for package in (fedprune, fedprune_device, fedprune_export, fedprune_server):
+        names = [f"{package.__name__}.{name}" for name in package.__all__]
+        assert [name for name in names if f'id="{name}"' not in python] == []
     assert (site / "docs" / "schemas" / "asyncapi.json").is_file()
 
 
@@ -97,7 +101,7 @@ def test_every_page_of_docs_is_in_the_menu_and_the_python_page_has_the_names(sit
 @pytest.mark.parametrize("target", ["nowhere.md", "#no-such-place", "protocol.md#no-such-place", "../server/none.py"])
 def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path, target: str) -> None:
     """In a copy: what is checked must be able to fail."""
-    for name in ("docs", "manual", "benchmarks", "examples", "toolkit", "device_runtime"):
+    for name in ("docs", "manual", "benchmarks", "examples", "toolkit", "device_runtime", "export", "server"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", *(name for name in BESIDE if "/" not in name)):
         shutil.copy(ROOT / name, tmp_path / name)

@@ -158,7 +158,7 @@ class StepGraph:
 
     @property
     def accumulates(self) -> bool:
-        """Whether a batch can be worked through in parts."""
+        """Whether a batch can be split into parts."""
         return bool(self._sums)
 
     def constants(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 import shlex
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import fedprune_export as fx
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune_export.cli.main import COMMANDS, build_parser, main
@@ -115,6 +118,14 @@ def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
         [re.sub(r"[0-9][0-9.,e-]*", "#", line) for line in text] for text in (sample_after(command), printed[command])
     )
     assert said == found
+
+
+@pytest.mark.parametrize("function", [fx.load, fx.plan, fx.export])
+def test_the_table_of_keywords_has_those_of_each_function(function: Callable[..., object]) -> None:
+    (cell,) = re.findall(rf"^\| `fx\.{function.__name__}` \| (.*) \|$", PAGE, re.MULTILINE)
+    named = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", cell))
+    parameters = inspect.signature(function).parameters.values()
+    assert named == [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def test_every_flag_that_the_page_names_is_one() -> None:

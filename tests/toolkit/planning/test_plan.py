@@ -252,7 +252,7 @@ def test_a_batch_is_divided_before_the_model_is() -> None:
     made = plan(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500)
     assert (made.widths, made.accumulate, made.bound) == (WIDE.sizes, 4, NOTHING)
     assert made.prediction.memory_bytes == need(WIDE, 4)
-    assert "batches of 16 are worked through in parts of 4 (accumulate = 4)" in made.describe()
+    assert "batches of 16 are split into parts of 4 (accumulate = 4)" in made.describe()
 
 
 def test_a_batch_that_fits_is_not_divided() -> None:
@@ -363,6 +363,14 @@ def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -
     share = float(made.warning.partition("memory.training_share = ")[2].partition(" ")[0])
     assert plan(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).widths == NET.sizes
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_plan_without_a_remedy_reads_as_a_success_and_an_error_without_one_does_not() -> None:
+    room = need(NET, 16) - NET_WEIGHTS
+    made = plan(NET, board_of(total_bytes=10**9 + room, training_share=1), RECIPE, 500)
+    assert made.warning.endswith("On this board only a narrower model fits.")
+    with pytest.raises(PlanError, match=r"No setting of the recipe or the board frees enough\. Use a smaller batch"):
+        plan(NET, board_of(total_bytes=10**9 + 60e6, training_share=1), RECIPE, 500)
 
 
 def test_a_plan_that_is_a_little_narrower_says_why_without_a_warning() -> None:

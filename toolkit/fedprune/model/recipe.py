@@ -41,7 +41,7 @@ class Features:
             None for none.
         optimizer: One of `OPTIMIZERS`.
         clip: Gradients are scaled down to a global norm.
-        accumulate: A batch can be worked through in parts, whose gradients are summed.
+        accumulate: A batch can be split into parts, whose gradients are summed.
         ordered_dropout: The graph's metadata has the channels on its tensors' axes.
         axes: So it does, too, where the steps are all as wide as the device, for averages and masks.
         threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above

@@ -255,7 +255,7 @@ def plan(
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
 
-    A batch that doesn't fit the board's memory at once is worked through in parts before the model gets narrower: at
+    A batch that doesn't fit the board's memory at once is split into parts before the model gets narrower: at
     every width the planner takes the fewest parts with which memory suffices. Where the planner is free to choose
     (`DENSITIES`), widths are those that are cheap on the board (`fedprune.planning.width_candidates`); densities that a
     user asks for are kept to in every group. Raises `PlanError` if not even the narrowest candidate fits; or there is
@@ -372,13 +372,14 @@ class _Search:
         others = [m.describe() for m in last.limits if not m.fits and m is not worst]
         also = f"It also breaks {'; '.join(others)}. " if others else ""
         memory = f"Memory is for: {_terms(last.prediction.memory)}. " if worst.name == MEMORY else ""
+        remedies = self._remedies(last) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
             if len(set(self.densities)) > 1
             else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-            hint=f"{also}{memory}{self._remedies(last)} {_HINTS[worst.name]}{self._processor_fits()}",
+            hint=f"{also}{memory}{remedies} {_HINTS[worst.name]}{self._processor_fits()}",
         )
 
     def _processor_fits(self) -> str:
@@ -526,7 +527,7 @@ class _Search:
         if recipe.accumulate == found.asked.accumulate:
             return ()
         why = (
-            f"batches of {min(recipe.batch_size, self.samples)} are worked through in parts of "
+            f"batches of {min(recipe.batch_size, self.samples)} are split into parts of "
             f"{recipe.part_sizes(self.samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
         )
         if not normalises(self.architecture, recipe, self.frozen):
@@ -545,11 +546,12 @@ class _Search:
             for m in widest.limits
             if not m.fits
         ]
-        return f"The whole model exceeds the limit of {'; and of '.join(broken)}. {self._remedies(widest)}"
+        remedies = self._remedies(widest) or "On this board only a narrower model fits."
+        return f"The whole model exceeds the limit of {'; and of '.join(broken)}. {remedies}"
 
     def _remedies(self, found: _Candidate) -> str:
         """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that
-        suffice."""
+        suffice. Empty if no setting frees enough memory."""
         needed = []
         for limit in found.limits:
             if limit.fits:
@@ -557,7 +559,7 @@ class _Search:
             if limit.name == MEMORY:
                 ways = self._memory_remedies(found, limit)
                 if not ways:
-                    return "No setting of the recipe or the board makes room for it."
+                    return ""
                 needed.append(", or ".join(ways))
             else:
                 needed.append(self._setting(limit.name, _enough(limit)))

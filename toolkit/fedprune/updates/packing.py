@@ -132,6 +132,7 @@ _LEVEL = 6
 
 
 def is_packed(raw: bytes | memoryview) -> bool:
+    """Whether an update is packed, rather than plain safetensors."""
     return bytes(raw[:4]) == _MAGIC
 
 
