@@ -107,7 +107,7 @@ def test_the_card_is_what_the_hub_reads(folder: Path) -> None:
     assert (accuracy.dataset_name, accuracy.dataset_type) == ("ten shapes × 8", "ten-shapes-8")
     assert (accuracy.metric_type, accuracy.metric_value, loss.metric_value) == ("accuracy", 0.875, 0.25)
     assert "| raspberry-pi-5 |" in card.text
-    assert "from 1 × 6 × 6 to 2 numbers" in card.text
+    assert "1 × 6 × 6 inputs and 2 outputs" in card.text
     assert json.loads((folder / CONFIG).read_text())["id2label"] == {"0": "round", "1": "square"}
 
 
