@@ -250,7 +250,8 @@ def test_a_factory_that_makes_something_else(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"pip install -c constraints\.txt torch .*download\.pytorch\.org/whl/cpu") as caught:
+    pip = r"pip install -c constraints\.txt torch .*download\.pytorch\.org/whl/cpu"
+    with pytest.raises(MissingExtraError, match=pip) as caught:
         load("support.nets.small_nets:lenet")
     assert caught.value.exit_code is ExitCode.MISSING_EXTRA
     assert f"then {install_command('torch')}" in str(caught.value)

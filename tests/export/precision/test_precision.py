@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from fedprune_export.precision import Lowered, lower
 from fedprune_export.pruning.model import Model
 from support.nets import device_nets, whole_models
 from support.nets import small_nets as nets
-from support.nets.wide_sum import WIDE_SUM, wide_sum
+from support.nets.wide_sum import WIDE_SUM, saturates
 from support.oracles.cutting import distance, inputs, random_selection
 from support.processes.arm_userland import tool
 
@@ -113,12 +112,6 @@ def bundle(folder: Path, model: Model, selection: Selection, precision: str, x: 
 def logits_of(path: Path, x: Array) -> Array:
     """Outputs of a graph, of int8's own kernels where they are exact."""
     return Session(path, exact=saturates()).run({"x": x})["logits"]
-
-
-@cache
-def saturates() -> bool:
-    """Whether onnxruntime adds products of int8 in 16 bits here, as on x86 processors without VNNI."""
-    return wide_sum(exact=False) != WIDE_SUM
 
 
 def unoptimised(path: Path, x: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from onnx import TensorProto, helper
 
@@ -35,3 +37,9 @@ def wide_sum(*, exact: bool) -> float:
     model = helper.make_model(helper.make_graph(nodes, "sum", [a], [c], constants), opset_imports=[opset], ir_version=8)
     feeds = {"a": np.full((1, 4), 255, np.float32)}
     return float(Session(model.SerializeToString(), exact=exact).run(feeds)["c"][0, 0])
+
+
+@cache
+def saturates() -> bool:
+    """Whether onnxruntime adds products of int8 in 16 bits here, as on x86 processors without VNNI."""
+    return wide_sum(exact=False) != WIDE_SUM
