@@ -21,6 +21,8 @@ WITHOUT = {
     "fedprune-server operators add": _CHANGES,
     "fedprune-server operators password": _CHANGES,
     "fedprune-server operators remove": _CHANGES,
+    "fedprune-server pause": _CHANGES,
+    "fedprune-server resume": _CHANGES,
     "fedprune-device join": _CHANGES,
     "fedprune-device run": _RUNS,
     "fedprune-device install": _CHANGES,
