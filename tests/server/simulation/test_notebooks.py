@@ -43,6 +43,11 @@ def text(outputs: list[Any], kind: str = "text/plain") -> str:
     return next(str(output.data[kind]) for output in outputs if "data" in output and kind in output.data)
 
 
+def rows(table: str) -> list[str]:
+    """The first column of a table in Markdown."""
+    return [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+
+
 def test_every_notebook_is_run_here() -> None:
     assert sorted(path.name for path in NOTEBOOKS.iterdir()) == [
         "own_board.ipynb",
@@ -60,7 +65,7 @@ def test_from_a_module_to_a_tracked_fleet(tmp_path: Path, monkeypatch: pytest.Mo
     rounds = ast.literal_eval(text(shown[3]))
     assert rounds["round"] == [1, 2, 3, 4, 5]
     assert rounds["accuracy"][-1] > 0.8
-    assert [line.split("|")[1].strip() for line in text(shown[4]).splitlines()[2:]] == ["fedprune", "heterofl"]
+    assert rows(text(shown[4])) == ["fedprune", "heterofl"]
     assert text(shown[5], "image/png")
     assert float(text(shown[6])) > 0.8
     saved = tmp_path / "digits-on-boards"
@@ -99,7 +104,7 @@ def in_mlflow(store: Path) -> dict[str, list[tuple[int, Any]]]:
 def test_a_strategy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = executed("own_strategy.ipynb", tmp_path, monkeypatch)
 
-    assert [line.split("|")[1].strip() for line in text(shown[2]).splitlines()[2:]] == ["loudest", "heterofl"]
+    assert rows(text(shown[2])) == ["loudest", "heterofl"]
 
 
 def test_a_board_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
