@@ -280,7 +280,7 @@ def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_state(name: str, state: State | None) -> dict[str, Any]:
-    """What trains on a device, whether it has measured that, and the aggregators of its connection, as `north` or
+    """The training unit of a device, whether it was measured, and the aggregators of its connection, as `north` or
     `north/yard`."""
     device = None if state is None else state.devices.get(name)
     if device is None:

@@ -157,7 +157,7 @@ class SessionProcess(Closing):
 
 
 class _Held:
-    """What the child process holds from the first request that needs it: it is sent once, and again to a new process.
+    """An object that the child process holds once a request needs it: sent once, and again to a new process.
 
     Attributes:
         given: The request that gives it.

@@ -201,7 +201,7 @@ def absences(run: Record) -> list[str]:
 
 
 def remarks(run: Record) -> list[str]:
-    """What a reader of a run's figures must know: an early end, devices without updates, a training that diverged."""
+    """Caveats about a run's figures: an early end, devices without updates, a training that diverged."""
     return [line for line in (run.ended_early, *absences(run), diverged(run)) if line]
 
 
