@@ -200,7 +200,7 @@ def test_runs_of_a_sweep_are_tracked(fleet: dict[str, Any], shown: dict[str, Sho
 def test_the_reference_is_a_run_of_its_own(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
     simulate(fleet, folder="out", rounds=1, reference=True, track="mlflow")
 
-    assert [run.title for run in shown.values()] == ["job", "FedAvg"]
+    assert [run.title for run in shown.values()] == ["plain", "FedAvg"]
 
 
 @pytest.mark.parametrize("tool", ["tensorboard", "mlflow", "wandb"])
@@ -361,7 +361,7 @@ def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypa
     experiment = client.get_experiment_by_name("fedprune")
     assert experiment is not None
     [run] = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("job", "FINISHED")
+    assert (run.info.run_name, run.info.status) == ("plain", "FINISHED")
     assert run.data.params["job.recipe.lr"] == "0.05"
     rows = pq.read_table("out/rounds.parquet").to_pylist()
     assert run.data.metrics.keys() == numbers(rows[-1]).keys()
@@ -391,7 +391,7 @@ def test_wandb_without_a_key_writes_a_run_to_upload_later(
     rounds = [json.loads(i.value_json) for r in records for i in r.history.item if "round" in (i.key, *i.nested_key)]
     assert rounds == [1, 2, 3]
     [run] = [record.run for record in records if record.HasField("run")]
-    assert (run.project, run.display_name) == ("fedprune", "job")
+    assert (run.project, run.display_name) == ("fedprune", "plain")
     assert {item.key for item in run.config.update} >= {"job.strategy", "job.recipe.lr"}
     assert any(record.request.HasField("log_artifact") or record.HasField("artifact") for record in records)
 
