@@ -92,8 +92,9 @@ class Board:
     """
 
     __slots__ = (
-        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_signer", "_update", "_works",
-        "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
+        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_signer", "_update",
+        "_uploading", "_works", "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile",
+        "samples", "train_s",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +119,7 @@ class Board:
         self._pulls: dict[str, Pull] = {}
         self._update: Update | None = None
         self._last: Update | None = None
+        self._uploading: str | None = None  # digest of the update that is on its way by PUT
         self._announced, self._announce_at = 0, 0.0
         self.on_accepted: Callable[[Accepted], None] | None = None
 
@@ -174,7 +176,7 @@ class Board:
         for pull in self._pulls.values():
             for want in pull.on_tick(now):
                 self._ask(want)
-        if self._update is not None and now >= self._announce_at:
+        if self._update is not None and self._uploading is None and now >= self._announce_at:
             self._announce()
 
     # What it hears.
@@ -269,11 +271,16 @@ class Board:
         uploader, update = self._works.uploader, self._update
         if uploader is None or update is None or update.weights.sha256 != request.sha256:
             return
+        if self._uploading == request.sha256:
+            return  # it is on its way there
 
         def over(reason: str | None) -> None:
+            if self._uploading == request.sha256:
+                self._uploading = None
+            self._announce_at = max(self._announce_at, time.monotonic() + ANNOUNCE_S)
             self._say(UploadResult(request.sha256, reason), update.job)
 
-        self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
+        self._uploading = request.sha256
         uploader.put(request.url, request.sha256, self._works.updates.read(request.sha256), over)
 
     def _accepted(self, message: Accepted) -> None:
