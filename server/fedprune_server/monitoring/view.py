@@ -60,7 +60,8 @@ class JobView:
         store: Blobs that are available without waiting.
         clock: Seconds since 1970.
         away: The state of a device that isn't connected.
-        members: Returns the names of the fleet's members; None where every device may take part.
+        members: Returns the names of the fleet's members, the same object until they change; None where every device
+            may take part.
     """
 
     job: Job
@@ -77,13 +78,16 @@ class JobView:
     clock: Callable[[], float]
     away: str = OFFLINE
     members: Callable[[], Collection[str]] | None = None
+    _revoked: dict[str, Collection[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def revoked(self) -> Collection[str]:
         """Devices of the job that are no longer members."""
         if self.members is None:
             return ()
-        members = self.members()
-        return {name for name in self.state.devices if name not in members}
+        members, known = self.members(), self._revoked
+        if known.get("members") is not members:  # a device that the job gets to know later is a member then
+            known |= {"members": members, "found": {name for name in self.state.devices if name not in members}}
+        return known["found"]
 
     def snapshot(self) -> JobSnapshot:
         pulled = {n: p for n in self.state.tasks if (p := self.uploads.progress(n)) is not None}

@@ -221,15 +221,17 @@ def test_quotas_that_leave_no_place_are_named_while_nobody_is_asked(tmp_path: Pa
 
 def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:
     daemon = Fleet(tmp_path).daemon()
-    members = {"a", "b"}
-    view = replace(daemon.first.view, members=lambda: members)
+    members = [{"a", "b"}]
+    view = replace(daemon.first.view, members=lambda: members[0])
     for name in "abc":
         view.state.devices[name] = Board(1, name == "a", {"name": "pi"}, None, 10)
     status = JobWatch(view, tmp_path).status()
     assert (list(status.away), list(status.revoked)) == (["b"], ["c"])
     assert {s: n for s, n in view.facts().devices.items() if n} == {"idle": 1, "offline": 1, "revoked": 1}
-    members.add("c")
+    members[0] = {"a", "b", "c"}
     assert view.facts().devices["offline"] == 2
+    members[0] = {"a", "c"}
+    assert list(JobWatch(view, tmp_path).status().revoked) == ["b"]
     waits = with_job(1, phase=Phase.WAITING, needed=2)
     for away, do in (((), "let more boards in"), (("b",), "start the boards that are away")):
         (found,) = evaluate(replace(waits, jobs=[replace(waits.jobs[0], away=away, revoked=["c"])]), NOW)
