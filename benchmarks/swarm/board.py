@@ -127,8 +127,6 @@ class Board:
         """A connection that isn't made yet."""
         topics = self._works.topics
         self._session = max(self._session + 1, time.time_ns() // 1_000_000)
-        if self._signer is not None:
-            self._signer.renew()
         will = topics.up(self.name), self._signed(topics.up(self.name), Death(self.name, self._session).to_bytes())
         self.link = Session(self.name, topics.device_subscriptions(self.name), self._hear, will)
         return self.link
@@ -141,6 +139,8 @@ class Board:
 
     def birth(self) -> None:
         """Announce itself, and say again what the server may not have heard."""
+        if self._signer is not None:
+            self._signer.renew()  # a will is of an epoch before, and counts after any number of messages
         update = self._update
         held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
         birth = Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held)
@@ -189,8 +189,6 @@ class Board:
         message = parse(payload if self._signer is None else payload[HEADER:])
         match message:
             case Hello():
-                if self._signer is not None:
-                    self._signer.renew()
                 self.birth()
                 for pull in self._pulls.values():
                     for want in pull.start(time.monotonic()):

@@ -37,7 +37,7 @@ class Signer:
         self._key, self._epoch, self._counter = key, time.time_ns() // 1_000_000, 0
 
     def renew(self) -> None:
-        """Begin an epoch: with each connection, and after a `hello`."""
+        """Begin an epoch, with each birth."""
         self._epoch, self._counter = self._epoch + 1, 0
 
     def seal(self, topic: str, body: bytes) -> bytes:
