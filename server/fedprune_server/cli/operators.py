@@ -6,6 +6,7 @@ import argparse
 import getpass
 import json
 import os
+import re
 import sys
 import time
 from datetime import datetime, timezone
@@ -64,7 +65,7 @@ def _give(arguments: argparse.Namespace) -> None:
     opened = _Opened(arguments.state)
     with view, opened:
         orders = OrderService(view, Audit(opened.database), opened.database)
-        session = Session(Operator(opened.user.replace(" ", "-"), "operator", 0.0, 0.0), "", "")
+        session = Session(Operator(re.sub(r"[^A-Za-z0-9_.-]", "-", opened.user)[:64], "operator", 0.0, 0.0), "", "")
         try:
             job = arguments.job or view.job_names[0]
             number = orders.give(session, "terminal", {"order": arguments.command, "job": job})
@@ -73,7 +74,10 @@ def _give(arguments: argparse.Namespace) -> None:
         until = time.monotonic() + _ANSWER_S
         while (answer := orders.get(number)) is not None and answer["state"] != "done":
             if time.monotonic() > until:
-                raise ConfigError(f"the server has not taken the order within {_ANSWER_S:.0f} s", hint="See its log.")
+                raise ConfigError(
+                    f"the server has not taken the order within {_ANSWER_S:.0f} s",
+                    hint="It may still do so in the next ten minutes: its log says so then, and what it waits for now.",
+                )
             time.sleep(_LOOK_S)
     if answer is None or not answer["ok"]:
         raise ConfigError(f"{arguments.command}: {answer['text'] if answer else 'no answer'}")

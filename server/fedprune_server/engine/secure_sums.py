@@ -273,7 +273,7 @@ class _Cohort:
         lost: By device that has dropped out in any way, the first step that it didn't answer.
         work: What the thread does, in its order, with the device that it concerns; empty for all.
         total: Digest of the sum, once it is known.
-        failure: The reason without a sum.
+        failure: Why there is no sum; empty if there is one.
     """
 
     session: Session

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.core.errors import StrategyError
+from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.jobs.job import Job
 from fedprune.strategies import compose
 from fedprune.strategies.importance.scoring import Ranks
@@ -16,17 +17,28 @@ from fedprune.strategies.values import Scene
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 
+log = logging.getLogger("fedprune.server")
+
 
 def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
     """The ranks by which the job would cut a model next, for a board that it doesn't know.
 
     None where the fleet trained no prefixes of a ranking: if all boards trained the whole model and nothing else, if
     submodels are other channels or elements, or if ranks change with the round alone (windows that roll, random ones).
+    None also where a strategy of the user's own can't tell: the model is worth more than its ranks.
 
     Args:
         model: The model that it began with.
         digest: Of the weights that are cut.
     """
+    try:
+        return _settled(job, model, state, store, digest)
+    except (ConfigError, MissingExtraError) as error:
+        log.warning("the model is without the ranks of its fleet: %s", error)
+        return None
+
+
+def _settled(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
     architecture = model.architecture
     strategy, sizes, archive = compose(job), architecture.sizes, Archive(architecture, store)
     narrower = any(device.widths and tuple(device.widths) != sizes for device in state.devices.values())
@@ -44,10 +56,7 @@ def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest
         tuple(sorted(state.devices)),
         model.ranks,
     )
-    try:
-        ranking, later = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
-    except StrategyError:  # a user's own, in a round that the job doesn't have
-        return None
+    ranking, later = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
     if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later.ranks)):
         return None
     return ranking.ranks

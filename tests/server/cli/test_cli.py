@@ -21,10 +21,11 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
-from fedprune.core.errors import ExitCode, ModelError
+from fedprune.core.errors import ConfigError, ExitCode, ModelError
 from fedprune.jobs.job import Job
 from fedprune.runtime import session
 from fedprune.runtime.session import Session
+from fedprune.strategies import Strategy
 from fedprune.strategies.channel_ranking import places_of
 from fedprune.strategies.methods.fedprune import RANKS
 from fedprune_export import load
@@ -34,6 +35,7 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.executor import settled_ranks
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.messaging.leadership import Leadership, OtherServerError
 from fedprune_server.simulation.digits import digits_model
@@ -533,6 +535,22 @@ def test_an_exported_model_has_the_ranks_that_its_job_settled(model: Path, tmp_p
     found = load(tmp_path / "m.onnx").ranks
     assert found is not None
     assert all(map(np.array_equal, found, backwards))
+
+
+def test_a_model_is_exported_without_ranks_where_its_strategy_cannot_tell_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StateFolder(tmp_path / "state") as folder:
+        opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
+        opened.state.round = 1
+        folder.storage.save(opened.state, [on.Ticked()], 1.0)
+
+    def lost(job: Job) -> Strategy:
+        raise ConfigError("job.strategy", got="'mine:compose', which isn't here")
+
+    monkeypatch.setattr(settled_ranks, "compose", lost)
+    assert main(["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]) == ExitCode.OK
+    assert load(tmp_path / "m.onnx").ranks is None
 
 
 def test_a_model_is_exported_while_its_server_begins_another_round(

@@ -94,7 +94,7 @@ def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
     ("program", "message"),
     [
         ("raise SystemExit(3)", r"ended twice without an answer \(exit code 3\)$"),
-        ("import os; os.kill(os.getpid(), 9)", r"\(exit code -9\)\. See whether this machine has memory enough"),
+        ("import os; os.kill(os.getpid(), 9)", r"\(exit code -9\)\. Check that this machine has enough memory"),
     ],
 )
 def test_one_that_ends_again_and_again_is_an_error(process: SessionProcess, program: str, message: str) -> None:

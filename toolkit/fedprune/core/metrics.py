@@ -36,7 +36,7 @@ class Metric:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Whether a value counts as a measurement."""
+        """Least and greatest value that count as measurements."""
         return (0.0, 1.0) if self.share else (-MAX_LOSS, MAX_LOSS)
 
     def shown(self, value: float) -> str:

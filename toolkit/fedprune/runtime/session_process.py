@@ -91,7 +91,7 @@ class SessionProcess(Closing):
                     raise RuntimeUnavailableError("the process in which onnxruntime runs was stopped") from error
                 raise RuntimeUnavailableError(
                     f"the process in which onnxruntime runs ended twice without an answer (exit code {code})",
-                    hint="See whether this machine has memory enough." if code == -signal.SIGKILL else "",
+                    hint="Check that this machine has enough memory." if code == -signal.SIGKILL else "",
                 ) from error
 
     def drop(self, number: int) -> None:

@@ -93,11 +93,11 @@ def simulate_to_model(
             text = json.dumps(experiment.settings(), indent=1) + "\n"
             write_whole(folder / CONFIG.format(suffix), text.encode())
         simulation.run(progress, begun)
-        record, model = simulation.record(), simulation.trained()
-    if folder is not None:
-        record.save(folder / RECORD.format(suffix))
-        write_metrics(folder, record, suffix)
-    return record, model
+        record = simulation.record()
+        if folder is not None:
+            record.save(folder / RECORD.format(suffix))
+            write_metrics(folder, record, suffix)
+        return record, simulation.trained()
 
 
 def is_run(folder: Path) -> bool:

@@ -83,7 +83,7 @@ class OrderHandler:
             job = self._publisher.view_of(order.job or "").job.name
             self._runners[job].pause(order.order == "pause")
             text = f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
-            log.info("%s, as %s ordered at the console", text, order.operator)
+            log.info("%s, as %s ordered", text, order.operator)
             return text
         name = order.device or ""
         if order.order == "look":
