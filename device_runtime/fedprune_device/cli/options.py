@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import socket
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from fedprune.core.cli import byte_count, whole_number
 from fedprune.core.errors import ProtocolError
 from fedprune.planning.profile import TIERS
-from fedprune.wire.topics import EVERYONE, check_device, check_name
+from fedprune.wire.topics import EVERYONE, as_name, check_device, check_name
 from fedprune_device.api.address import SOCKET
 from fedprune_device.data.splits import TEST_SHARE
 
@@ -170,7 +169,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _host_name() -> str:
     """This machine's name as a device's: what may not stand in one becomes a dash."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname().partition(".")[0])[:64]
+    name = as_name(socket.gethostname().partition(".")[0])
     return name if name not in ("", ".", "..", EVERYONE) else "board"
 
 

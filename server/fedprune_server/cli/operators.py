@@ -6,7 +6,6 @@ import argparse
 import getpass
 import json
 import os
-import re
 import sys
 import time
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from fedprune.core.cli import add_json
 from fedprune.core.errors import ConfigError, StorageError, UsageError
+from fedprune.wire.topics import as_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.web.audit import Audit
@@ -22,6 +22,7 @@ from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
+from fedprune_server.web.state.order_queue import EXPIRES_S
 from fedprune_server.web.state.orders import OrderService, RefusedError
 
 _ANSWER_S, _LOOK_S = 30.0, 0.2
@@ -65,7 +66,7 @@ def _give(arguments: argparse.Namespace) -> None:
     opened = _Opened(arguments.state)
     with view, opened:
         orders = OrderService(view, Audit(opened.database), opened.database)
-        session = Session(Operator(re.sub(r"[^A-Za-z0-9_.-]", "-", opened.user)[:64], "operator", 0.0, 0.0), "", "")
+        session = Session(Operator(as_name(opened.user), "operator", 0.0, 0.0), "", "")
         try:
             job = arguments.job or view.job_names[0]
             number = orders.give(session, "terminal", {"order": arguments.command, "job": job})
@@ -76,7 +77,7 @@ def _give(arguments: argparse.Namespace) -> None:
             if time.monotonic() > until:
                 raise ConfigError(
                     f"the server has not taken the order within {_ANSWER_S:.0f} s",
-                    hint="It may still do so in the next ten minutes: its log says so then, and what it waits for now.",
+                    hint=f"It may still do so within {EXPIRES_S / 60:.0f} minutes. See its log.",
                 )
             time.sleep(_LOOK_S)
     if answer is None or not answer["ok"]:

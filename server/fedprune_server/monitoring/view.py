@@ -78,16 +78,19 @@ class JobView:
     clock: Callable[[], float]
     away: str = OFFLINE
     members: Callable[[], Collection[str]] | None = None
-    _revoked: dict[str, Collection[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _looked_up: list[tuple[Collection[str] | None, Collection[str]]] = field(
+        default_factory=lambda: [(None, ())], init=False, repr=False, compare=False
+    )
 
     def revoked(self) -> Collection[str]:
         """Devices of the job that are no longer members."""
         if self.members is None:
             return ()
-        members, known = self.members(), self._revoked
-        if known.get("members") is not members:  # a device that the job gets to know later is a member then
-            known |= {"members": members, "found": {name for name in self.state.devices if name not in members}}
-        return known["found"]
+        members, (known, found) = self.members(), self._looked_up[0]
+        if known is not members:  # a device that the job gets to know later is a member then
+            found = {name for name in self.state.devices if name not in members}
+            self._looked_up[0] = members, found
+        return found
 
     def snapshot(self) -> JobSnapshot:
         pulled = {n: p for n in self.state.tasks if (p := self.uploads.progress(n)) is not None}

@@ -140,6 +140,11 @@ def check_name(value: object, what: str, *, error: Error = ProtocolError) -> str
     return value
 
 
+def as_name(text: str) -> str:
+    """A text cut to 64 characters, in which each that no name may have is a dash."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:64]
+
+
 def check_device(value: object, what: str = "device", *, error: Error = ProtocolError) -> str:
     """`value`, if it is a name that a device may have: any but `all`. Raises `error` if it is not."""
     if value == EVERYONE:
