@@ -93,8 +93,8 @@ class Board:
 
     __slots__ = (
         "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_signer", "_update",
-        "_uploading", "_works", "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile",
-        "samples", "train_s",
+        "_uploaded", "_uploading", "_works", "finished", "index", "link", "name", "on_accepted", "parts",
+        "probe", "profile", "samples", "train_s",
     )  # fmt: skip
 
     def __init__(
@@ -120,6 +120,7 @@ class Board:
         self._update: Update | None = None
         self._last: Update | None = None
         self._uploading: str | None = None  # digest of the update that is on its way by PUT
+        self._uploaded = ""  # address of the last update that was taken by PUT
         self._announced, self._announce_at = 0, 0.0
         self.on_accepted: Callable[[Accepted], None] | None = None
 
@@ -271,10 +272,15 @@ class Board:
             return
         if self._uploading == request.sha256:
             return  # it is on its way there
+        if self._uploaded == request.url:
+            self._say(UploadResult(request.sha256), update.job)  # the server asked before it read that
+            return
 
         def over(reason: str | None) -> None:
             if self._uploading == request.sha256:
                 self._uploading = None
+            if reason is None:
+                self._uploaded = request.url
             self._announce_at = max(self._announce_at, time.monotonic() + ANNOUNCE_S)
             self._say(UploadResult(request.sha256, reason), update.job)
 

@@ -125,6 +125,7 @@ class Uplink:
         self._max_packet, self._context = max_packet, context
         self._upload: HttpUpload | None = None
         self._last_upload: HttpUpload | None = None
+        self._uploaded: tuple[Update, UploadUrl] | None = None
         self.status = status or BoardStatus()
         self._is_duplicate = SeenRequests().is_duplicate
         self._wanted: deque[tuple[Update, BlobRequest]] = deque()
@@ -170,6 +171,9 @@ class Uplink:
         if self._is_duplicate(self._device, request):
             return
         url, known = UploadUrl.parse(request.url), self._upload
+        if self._uploaded == (pending, url):
+            self._report(pending, None)  # the server asked before it read that
+            return
         if known is not None:
             if known.ref == pending.weights and (known.url.host, known.url.port) == (url.host, url.port):
                 return  # it is on its way there
@@ -186,8 +190,14 @@ class Uplink:
             self._upload = None
         elif upload.over():
             self._upload = None
-            self.send(UploadResult(upload.ref.sha256, _printable(upload.failure)[:400] or None), pending.job)
+            failure = _printable(upload.failure)[:400] or None
+            if failure is None:
+                self._uploaded = pending, upload.url
+            self._report(pending, failure)
             self._announcements.at = max(self._announcements.at, now + ANNOUNCE_S)
+
+    def _report(self, update: Update, failure: str | None) -> None:
+        self.send(UploadResult(update.weights.sha256, failure), update.job)
 
     def end(self, timeout: float) -> None:
         """Stop the upload, and wait for the end of its thread, but no longer than `timeout` seconds."""

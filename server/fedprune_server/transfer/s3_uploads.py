@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ConfigError, ProtocolError
@@ -27,6 +28,16 @@ _LATE_S = 2 * EXPIRES_S
 _ANY = BlobRef.of(b"")
 
 
+@dataclass
+class _Awaited:
+    ref: BlobRef
+    keys: list[str] = field(default_factory=list)
+    """Of the objects that the device has an address for."""
+    request: UploadRequest | None = None
+    until: float = 0.0
+    """When the request's address is too old to be given again."""
+
+
 class S3Uploads(UploadPlace):
     """Updates that devices put into the bucket of a job, with an address that is signed for each.
 
@@ -41,7 +52,7 @@ class S3Uploads(UploadPlace):
         if shipping.bucket is None:
             raise ConfigError("server: uploads", expected="blobs = 's3://...' for every job", got="'s3'")
         self._shipping, self._store, self._clock = shipping, shipping.bucket, clock
-        self._awaited: dict[str, tuple[BlobRef, list[str]]] = {}
+        self._awaited: dict[str, _Awaited] = {}
         self._unused: deque[tuple[float, str]] = deque()
         example = self._store.bucket.upload_url(BLOBS, _ANY.sha256, _ANY.size, EXPIRES_S)
         try:
@@ -53,13 +64,16 @@ class S3Uploads(UploadPlace):
             ) from error  # fmt: skip
 
     def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
-        known, keys = self._awaited.get(device, (ref, []))
-        self._awaited[device] = ref, (keys if known == ref else [])
+        known = self._awaited.get(device)
+        if known is None or known.ref != ref:
+            known = self._awaited[device] = _Awaited(ref)
         if self._shipping.verifies(device, ref):
             return None
         if self._store.has(ref.sha256):  # put there for an earlier process of the server
             self._shipping.adopt(device, ref)
             return None
+        if known.request is not None and self._clock() < known.until:
+            return known.request  # who has used this address doesn't upload again
         key = f"{BLOBS}{ref.sha256}.{secrets.token_hex(8)}"
         try:
             url = self._store.bucket.upload_url(key, ref.sha256, ref.size, EXPIRES_S)
@@ -67,17 +81,20 @@ class S3Uploads(UploadPlace):
             log.warning("updates are pulled over MQTT: %s", error)
             self._ends.put(UploadEnd(device, ref, stored=False))
             return None
-        self._awaited[device][1].append(key)
-        return UploadRequest(ref.sha256, url)
+        known.keys.append(key)
+        known.request, known.until = UploadRequest(ref.sha256, url), self._clock() + EXPIRES_S / 2
+        return known.request
 
     def drop(self, device: str) -> None:
         """A device's update is awaited no longer; what it may still upload is deleted later."""
-        _, keys = self._awaited.pop(device, (None, []))
-        self._unused.extend((self._clock() + _LATE_S, key) for key in keys)
+        known = self._awaited.pop(device, None)
+        if known is not None:
+            self._unused.extend((self._clock() + _LATE_S, key) for key in known.keys)
 
     def reported(self, device: str) -> None:
-        if device in self._awaited:
-            self._shipping.adopt(device, *self._awaited[device])
+        known = self._awaited.get(device)
+        if known is not None:
+            self._shipping.adopt(device, known.ref, known.keys)
 
     def arrived(self, device: str) -> int:
         return 0  # only the bucket knows

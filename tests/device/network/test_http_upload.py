@@ -267,6 +267,32 @@ def test_the_same_request_twice_is_one_upload_and_another_while_it_runs_is_none(
     assert board.results == [None, None]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same address", "another address"])
+def test_a_board_uploads_once_to_an_address_however_often_it_is_asked(
+    board: Board, patient: None, elsewhere: bool
+) -> None:
+    """A server that is busy asks again, for it hasn't read yet that the update is uploaded."""
+    plain, announced, late = board.react, list[Update](), list[UploadResult]()
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update):
+            if message not in announced:
+                announced.append(message)
+                plain(message)
+        elif isinstance(message, UploadResult) and not late:
+            late.append(message)
+            url = f"{board.web.url}/{message.sha256}?secret{'-2' if elsewhere else ''}"
+            board.server.say(UploadRequest(message.sha256, url, 7000))
+        else:
+            plain(message)
+
+    board.server.react = react
+    board.run()
+    assert board.results == [None, None, None]  # the first twice
+    assert len(board.web.uploads) == (3 if elsewhere else 2)
+    assert sorted(board.server.updates) == [1, 2]
+
+
 def test_another_server_gets_it_in_the_place_of_one_that_hangs(board: Board, patient: None) -> None:
     def both(request: UploadRequest) -> None:
         board.server.say(UploadRequest(request.sha256, f"http://127.0.0.1:{hanging.getsockname()[1]}/x", 5000))

@@ -69,6 +69,11 @@ class Bench:
         assert request is not None
         return request
 
+    def asked_anew(self) -> UploadRequest:
+        """A request with another address: the last one is too old to be given again."""
+        self.now += EXPIRES_S / 2
+        return self.asked()
+
     def end(self) -> bool:
         """Whether the update was right, once it has been looked at."""
         self.uploads.reported("pi")
@@ -127,7 +132,7 @@ def test_a_board_puts_its_update_into_the_bucket(
 
 
 def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench: Bench) -> None:
-    first, second = bench.asked(), bench.asked()
+    first, second = bench.asked(), bench.asked_anew()
     query = parse_qs(UploadUrl.parse(first.url).query.removeprefix("?"))
     assert query["X-Amz-SignedHeaders"] == ["content-length;host;x-amz-checksum-sha256"]
     assert query["X-Amz-Expires"] == [str(EXPIRES_S)]
@@ -181,9 +186,22 @@ def test_nothing_at_all_is_not_counted(bench: Bench) -> None:
     assert bench.uploads.ended() == []
 
 
+def test_who_is_asked_again_gets_the_same_address_while_it_lasts(bench: Bench) -> None:
+    first = bench.asked()
+    bench.now = EXPIRES_S / 2 - 1
+    assert bench.asked() == first
+    bench.now = EXPIRES_S / 2
+    second = bench.asked()
+    assert second.url.partition("?")[0] != first.url.partition("?")[0]
+    bench.uploads.drop("pi")
+    assert bench.asked() != second, "what was put there is deleted soon"
+    other = BlobRef.of(b"of another round")
+    assert bench.asked(other).sha256 == other.sha256
+
+
 def test_the_right_one_of_several_is_found_and_the_others_are_deleted(at_s3: S3, url: str, bench: Bench) -> None:
     for body in (bytes(len(UPDATE)), UPDATE, UPDATE[:7], UPDATE):
-        put(bench.asked(), body)
+        put(bench.asked_anew(), body)
     assert bench.end()
     bench.deleted()
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
@@ -201,7 +219,7 @@ def test_the_bucket_is_searched_only_for_what_is_not_where_it_was_asked_for(
 
     monkeypatch.setattr(bench.store.bucket, "list", listing)
     first = bench.asked()
-    put(bench.asked())
+    put(bench.asked_anew())
     assert bench.end()
     assert searched == []
     bench.store.delete(REF.sha256)
@@ -227,7 +245,7 @@ def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> N
 
 def test_what_counts_is_not_deleted_with_it(at_s3: S3, url: str, bench: Bench) -> None:
     put(bench.asked())
-    bench.asked()  # asked twice
+    bench.asked_anew()
     assert bench.end()
     bench.uploads.drop("pi")
     bench.now = 2.0 * s3_uploads._LATE_S

@@ -192,6 +192,7 @@ admin socket =
 log file =
 osd data = {2}/osd
 osd objectstore = memstore
+memstore device bytes = 4294967296
 osd pool default size = 1
 osd pool default pg num = 1
 osd crush chooseleaf type = 0
