@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import random
 import socket
 import struct
 import time
 from dataclasses import dataclass
+from secrets import SystemRandom
 from typing import Any
 from urllib.parse import quote
 
@@ -145,7 +145,7 @@ class Board:
                 if status != 503 or last:
                     raise _error(status, answer)
             # Full jitter: those who were turned away together don't come back together.
-            time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.1 * 2.0**number)))  # noqa: S311  # nosec B311  # a pause needs no secret
+            time.sleep(SystemRandom().uniform(0, min(_LONGEST_WAIT, 0.1 * 2.0**number)))
         raise BoardError(0, "no try was made")
 
     def _once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, Any]:

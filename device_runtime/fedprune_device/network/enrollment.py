@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import SystemRandom
 
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
 from fedprune.core.text import one_line
@@ -213,7 +213,7 @@ class Renewal:
         while True:
             if asked.wait(_LOOK_S):
                 asked.clear()
-                self._stopped.wait(random.uniform(0, _SPREAD_S))  # noqa: S311  # nosec B311  # no secret
+                self._stopped.wait(SystemRandom().uniform(0, _SPREAD_S))
             if self._stopped.is_set():
                 return
             try:

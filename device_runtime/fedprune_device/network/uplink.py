@@ -6,10 +6,10 @@ Nothing here is lost for good when the connection is down: births, updates and r
 from __future__ import annotations
 
 import logging
-import random
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from secrets import SystemRandom
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
@@ -66,7 +66,7 @@ class Backoff:
             return False
         wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self.count, 10))
         self.count += 1
-        self.at = now + wait * random.uniform(0.75, 1.25)  # noqa: S311  # nosec B311  # spreads boards in time
+        self.at = now + wait * SystemRandom().uniform(0.75, 1.25)
         return True
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import random
 import secrets
 import ssl
 import threading
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from secrets import SystemRandom
 from typing import Any
 
 from websockets.exceptions import InvalidHandshake, InvalidMessage, InvalidURI
@@ -234,7 +234,7 @@ class ParentLink(Closing):
                 )
             except Exception as error:  # noqa: BLE001 - the connection is tried again, whatever has ended it
                 log.error("the connection to the parent at %s failed: %s: %s", self.url, type(error).__name__, error)
-            share = random.uniform(0.5, 1.0)  # noqa: S311  # nosec B311  # when to try again is no secret
+            share = SystemRandom().uniform(0.5, 1.0)
             self._stopping.wait(share * pause)
             pause = min(MOST_S, 2 * pause)
 

@@ -167,11 +167,11 @@ def test_pauses_grow_up_to_a_minute_and_are_spread_over_more_where_many_share_a_
 def test_a_lost_broker_is_tried_after_pauses_of_the_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
 
-    def uniform(least: float, most: float) -> float:
+    def uniform(_: object, least: float, most: float) -> float:
         limits.append(most)
         return 0.01
 
-    monkeypatch.setattr(link_module.random, "uniform", uniform)
+    monkeypatch.setattr(link_module.SystemRandom, "uniform", uniform)
     with closing(Link("mqtt://127.0.0.1:1", "x")) as link:
         link.spread_s = 40.0
         link.start(patient=True)

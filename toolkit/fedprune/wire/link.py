@@ -10,7 +10,6 @@ The protocol is MQTT 3.1.1: nothing here needs more, every broker has it, and so
 from __future__ import annotations
 
 import logging
-import random
 import socket
 import ssl
 import threading
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
+from secrets import SystemRandom
 from typing import Any
 
 from paho.mqtt import client as paho
@@ -366,7 +366,7 @@ class Link(Closing):
                 continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
             attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
-            self._closing.wait(random.uniform(0, longest_pause(attempt, self.spread_s)))  # noqa: S311  # nosec B311  # a pause needs no secret
+            self._closing.wait(SystemRandom().uniform(0, longest_pause(attempt, self.spread_s)))
 
     def _wait(self, seconds: float) -> None:
         """Wait by the monotonic clock, unless the link is closed."""

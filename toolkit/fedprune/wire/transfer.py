@@ -8,7 +8,7 @@ lost, arrive twice, late or in any order; each leaf is verified on arrival.
 
 from __future__ import annotations
 
-import random
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -33,7 +33,7 @@ _Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
 
 
 def with_request_id(request: _Request) -> _Request:
-    return replace(request, number=random.getrandbits(31))  # nosec B311  # no secret
+    return replace(request, number=secrets.randbits(31))
 
 
 class SeenRequests:
