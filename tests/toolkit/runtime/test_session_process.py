@@ -116,26 +116,36 @@ def test_one_that_can_t_be_started_is_an_error_with_its_cause(monkeypatch: pytes
     assert isinstance(raised.value.__cause__, OSError)
 
 
-def test_one_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_process, "_ANSWER_S", 0.5)
-    monkeypatch.setattr(session_process, "_STOP_S", 0.1)
-    with SessionProcess(HANGS) as process, pytest.raises(RuntimeUnavailableError, match="exit code -9") as raised:
-        process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
-    assert isinstance(raised.value.__cause__, TimeoutError)
-
-
-def asking_thread(process: SessionProcess) -> tuple[threading.Thread, list[Exception]]:
+def asking_thread(process: SessionProcess, graph: Path | bytes = GRAPH) -> tuple[threading.Thread, list[Exception]]:
     failed: list[Exception] = []
 
     def run() -> None:
         try:
-            process.load(GRAPH, 1, False, "CPUExecutionProvider", exact=False)
+            process.load(graph, 1, False, "CPUExecutionProvider", exact=False)
         except FedpruneError as error:
             failed.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, failed
+
+
+@pytest.mark.parametrize(
+    ("program", "graph"),
+    [(HANGS, GRAPH), (HANGS, bytes(2**23)), (f"import os, sys; os.write(int(sys.argv[1]), bytes(3)); {HANGS}", GRAPH)],
+    ids=["without an answer", "while it is sent megabytes", "within its answer"],
+)
+def test_one_that_hangs_is_killed(program: str, graph: Path | bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_process, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(session_process, "_STOP_S", 0.1)
+    with SessionProcess(program) as process:
+        asking, failed = asking_thread(process, graph)
+        asking.join(30.0)
+        assert not asking.is_alive()
+    (error,) = failed
+    assert isinstance(error, RuntimeUnavailableError)
+    assert "exit code -9" in str(error)
+    assert isinstance(error.__cause__, TimeoutError)
 
 
 def test_closing_ends_a_request_of_another_thread_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import socket
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -107,17 +108,18 @@ class SessionProcess(Closing):
             self._end()
 
     def _answer(self, kind: str, held: Sequence[_Held], values: tuple[Any, ...]) -> Any:
-        connection = self._started()
-        while self._dropped:
-            number = self._dropped.pop()
-            self._held.discard(number)
-            connection.send(("drop", [number]))
-        for one in held:
-            if one.number not in self._held:
-                how, *given = one.given
-                _asked(connection, how, [one.number], *given)
-                self._held.add(one.number)
-        return _asked(connection, kind, [one.number for one in held], *values)
+        child, connection = self._started()
+        with _killed_when_late(child):
+            while self._dropped:
+                number = self._dropped.pop()
+                self._held.discard(number)
+                connection.send(("drop", [number]))
+            for one in held:
+                if one.number not in self._held:
+                    how, *given = one.given
+                    _asked(connection, how, [one.number], *given)
+                    self._held.add(one.number)
+            return _asked(connection, kind, [one.number for one in held], *values)
 
     def _end(self) -> int | None:
         """End the process; returns its exit code."""
@@ -134,7 +136,7 @@ class SessionProcess(Closing):
             child.kill()
             return child.wait()
 
-    def _started(self) -> Connection:
+    def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
         if self._child is not None and self._child.poll() is not None:
             self._end()
         if self._connection is None and not self._closed:
@@ -151,9 +153,9 @@ class SessionProcess(Closing):
                     f"the process in which onnxruntime runs can't be started ({reason(error)})"
                 ) from error
             threading.Thread(target=child.wait, name="fedprune-onnxruntime", daemon=True).start()  # or it is a zombie
-        if self._connection is None or self._closed:  # by a thread that may not have seen the process
+        if self._child is None or self._connection is None or self._closed:  # by a thread that may not have seen it
             raise EOFError
-        return self._connection
+        return self._child, self._connection
 
 
 class _Held:
@@ -211,10 +213,25 @@ class RemoteFeeds(dict[str, Any], _Held):
         _Held.__init__(self, process, "keep", dict(feeds))
 
 
+@contextmanager
+def _killed_when_late(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill a process that hangs: to write to it and to read from it have no time limit of their own."""
+    until = time.monotonic() + _ANSWER_S
+    timer = threading.Timer(_ANSWER_S, child.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        if time.monotonic() < until:
+            raise
+        raise TimeoutError(f"no answer within {_ANSWER_S:g} s") from error
+    finally:
+        timer.cancel()
+
+
 def _asked(connection: Connection, *request: Any) -> Any:
     connection.send(request)
-    if not connection.poll(_ANSWER_S):
-        raise TimeoutError(f"no answer within {_ANSWER_S:g} s")
     found = connection.recv()
     if isinstance(found, FedpruneError):
         raise found
