@@ -275,7 +275,7 @@ class _Job:
             opened.job.rounds,
             self.config.state,
             len(opened.model.architecture.groups),
-            "finished by its last start"
+            "finished in its last run"
             if opened.state.phase is Phase.FINISHED and opened.state.round < opened.job.rounds
             else opened.state.phase.value,
         )

@@ -62,7 +62,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end a server that is still starting as it ends one that runs: with 0, after all cleanup."""
 
     def end(_number: int, _frame: object) -> None:
-        os.write(2, b"stopped by SIGTERM\n")  # print may be interrupted by the signal itself
+        os.write(2, b"stopped by SIGTERM\n")  # print fails where the signal has interrupted another print
         raise SystemExit(int(ExitCode.OK))
 
     if threading.current_thread() is not threading.main_thread():  # only it may set signal handlers

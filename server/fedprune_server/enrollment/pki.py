@@ -334,7 +334,8 @@ class IdentityFolder(Closing):
         return self._listening(_TIER_CERTIFICATE, _TIER_KEY, hosts)
 
     def console(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """A new certificate for the console, whose key the server's user can read."""
+        """Paths of a new certificate for the console, its key, which the server's user can read, and the authority's
+        certificate."""
         key, path = make_tls_key(), self.path / _CONSOLE_KEY
         issued = self.authority.issue_broker(sorted(set(hosts)), make_request(key, "console"))
         save_tls_key(key, path)

@@ -21,7 +21,7 @@ from fedprune.core.errors import FedpruneError, ModelError, RuntimeUnavailableEr
 from fedprune.runtime import session as sessions
 from fedprune.runtime import session_process
 from fedprune.runtime.session import PROGRAM, Session, run_by_child_process
-from fedprune.runtime.session_process import SessionProcess, _Held
+from fedprune.runtime.session_process import SessionProcess, _RemoteObject
 from support.paths import ROOT
 
 HANGS = "import time; time.sleep(3600)"
@@ -227,7 +227,7 @@ def test_it_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch:
 
 def test_a_session_that_nothing_uses_any_more_is_dropped(process: SessionProcess) -> None:
     first = Session(GRAPH)
-    same = _Held(process)
+    same = _RemoteObject(process)
     same.number = first._session.number
     del first
     Session(GRAPH)

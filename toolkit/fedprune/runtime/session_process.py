@@ -72,7 +72,7 @@ class SessionProcess(Closing):
         """A number for something that the process will hold."""
         return next(self._numbers)
 
-    def ask(self, kind: str, held: Sequence[_Held], *values: Any) -> Any:
+    def ask(self, kind: str, held: Sequence[_RemoteObject], *values: Any) -> Any:
         """An answer of the process, which is given first what it doesn't hold yet.
 
         Raises:
@@ -107,7 +107,7 @@ class SessionProcess(Closing):
         with self._lock:
             self._end()
 
-    def _answer(self, kind: str, held: Sequence[_Held], values: tuple[Any, ...]) -> Any:
+    def _answer(self, kind: str, held: Sequence[_RemoteObject], values: tuple[Any, ...]) -> Any:
         child, connection = self._started()
         with _killed_when_late(child):
             while self._dropped:
@@ -158,7 +158,7 @@ class SessionProcess(Closing):
         return self._child, self._connection
 
 
-class _Held:
+class _RemoteObject:
     """An object that the child process holds once a request needs it: sent once, and again to a new process.
 
     Attributes:
@@ -172,7 +172,7 @@ class _Held:
         self._process.drop(self.number)
 
 
-class RemoteSession(_Held):
+class RemoteSession(_RemoteObject):
     """A graph in the child process, with the methods of `onnxruntime.InferenceSession` that `Session` uses."""
 
     def __init__(self, process: SessionProcess, graph: tuple[Any, ...], exact: bool) -> None:
@@ -196,7 +196,7 @@ class RemoteSession(_Held):
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> list[Any]:
         """Arrays of these outputs. Raises `FedpruneError` if they can't be computed."""
-        held: list[_Held] = [self]
+        held: list[_RemoteObject] = [self]
         if isinstance(kept, RemoteFeeds):
             held.append(kept)
         else:
@@ -205,12 +205,12 @@ class RemoteSession(_Held):
         return found
 
 
-class RemoteFeeds(dict[str, Any], _Held):
+class RemoteFeeds(dict[str, Any], _RemoteObject):
     """Feeds of several runs, which don't change meanwhile."""
 
     def __init__(self, process: SessionProcess, feeds: Mapping[str, Any]) -> None:
         dict.__init__(self, feeds)
-        _Held.__init__(self, process, "keep", dict(feeds))
+        _RemoteObject.__init__(self, process, "keep", dict(feeds))
 
 
 @contextmanager
