@@ -8,8 +8,10 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from fedprune.core.cli import add_json
 from fedprune.core.errors import ConfigError, StorageError, UsageError
@@ -22,7 +24,7 @@ from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
-from fedprune_server.web.state.order_queue import EXPIRES_S
+from fedprune_server.web.state.order_queue import WITHDRAWN
 from fedprune_server.web.state.orders import OrderService, RefusedError
 
 _ANSWER_S, _LOOK_S = 30.0, 0.2
@@ -58,31 +60,43 @@ add_resume = add_pause
 def _give(arguments: argparse.Namespace) -> None:
     """Give a running server the order of the command's name, as its console does, and print the answer."""
     path = arguments.state / status.FILE
-    if not path.exists() or not (view := status.FleetView(path)).ready:
+    with status.FleetView(path) if path.exists() else nullcontext() as view:
+        if view is None or not view.ready:
+            raise ConfigError(
+                f"no server that takes orders runs on {arguments.state}",
+                hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
+            )
+        opened = _Opened(arguments.state)
+        with opened:
+            orders = OrderService(view, Audit(opened.database), opened.database)
+            session = Session(Operator(as_name(opened.user), "operator", 0.0, 0.0), "", "")
+            try:
+                job = arguments.job or view.job_names[0]
+                number = orders.give(session, "terminal", {"order": arguments.command, "job": job})
+            except RefusedError as error:
+                raise ConfigError(error.text) from error
+            answer = _answer(orders, number)
+    if answer is not None and answer["state"] != "done":
         raise ConfigError(
-            f"no server that takes orders runs on {arguments.state}",
-            hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
+            f"the server has taken the order, and has not answered it within {_ANSWER_S:.0f} s",
+            hint="It may still carry it out. See its log.",
         )
-    opened = _Opened(arguments.state)
-    with view, opened:
-        orders = OrderService(view, Audit(opened.database), opened.database)
-        session = Session(Operator(as_name(opened.user), "operator", 0.0, 0.0), "", "")
-        try:
-            job = arguments.job or view.job_names[0]
-            number = orders.give(session, "terminal", {"order": arguments.command, "job": job})
-        except RefusedError as error:
-            raise ConfigError(error.text) from error
-        until = time.monotonic() + _ANSWER_S
-        while (answer := orders.get(number)) is not None and answer["state"] != "done":
-            if time.monotonic() > until:
-                raise ConfigError(
-                    f"the server has not taken the order within {_ANSWER_S:.0f} s",
-                    hint=f"It may still do so within {EXPIRES_S / 60:.0f} minutes. See its log.",
-                )
-            time.sleep(_LOOK_S)
+    text = "no answer" if answer is None else answer["text"]
     if answer is None or not answer["ok"]:
-        raise ConfigError(f"{arguments.command}: {answer['text'] if answer else 'no answer'}")
-    print(answer["text"])
+        hint = f"The server had {_ANSWER_S:.0f} s to take it. See its log." if text == WITHDRAWN else ""
+        raise ConfigError(f"{arguments.command}: {text}", hint=hint)
+    print(text)
+
+
+def _answer(orders: OrderService, number: int) -> dict[str, Any] | None:
+    """The answer to an order, which is withdrawn if the server doesn't take it in time, or the user doesn't wait."""
+    until = time.monotonic() + _ANSWER_S
+    try:
+        while (found := orders.get(number)) is not None and found["state"] != "done" and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+    finally:
+        orders.withdraw(number)
+    return orders.get(number)
 
 
 def _add(arguments: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from fedprune_server.cli.main import main
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
-from fedprune_server.web.state.order_queue import Answer, OrderQueue
-from fedprune_server.web.state.status import StatusWriter
+from fedprune_server.web.state.order_queue import WITHDRAWN, Answer, OrderQueue
+from fedprune_server.web.state.status import FleetView, StatusWriter
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_fleet import ConsoleFleet
 
@@ -77,3 +77,61 @@ def test_a_job_is_paused_at_the_terminal_as_at_the_console(
         assert (entry["address"], entry["action"], entry["outcome"]) == ("terminal", kind, f"done: {said}")
         assert main([kind, "--job", "other", "--state", str(tmp_path)]) == ExitCode.CONFIG
     assert "no job other: there is trial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_order_that_the_server_does_not_take_in_time_is_withdrawn(
+    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("fedprune_server.cli.operators._ANSWER_S", 0.0)
+    if interrupted:
+
+        def interrupt(_seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("fedprune_server.cli.operators._ANSWER_S", 30.0)
+        monkeypatch.setattr("fedprune_server.cli.operators.time.sleep", interrupt)
+    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
+        ConsoleFleet(2, 1).publish(writer)
+        code = main(["pause", "--state", str(tmp_path)])
+        assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.CONFIG)
+        assert (WITHDRAWN in capsys.readouterr().err) is not interrupted
+        assert OrderQueue(database).take(1) == []
+        (entry,) = Audit(database).page().items
+        assert (entry["action"], entry["outcome"]) == ("pause", WITHDRAWN)
+
+
+def test_an_order_that_the_server_has_taken_is_not_withdrawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o700)
+    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
+        ConsoleFleet(2, 1).publish(writer)
+        queue = OrderQueue(database)
+
+        def take(_seconds: float) -> None:
+            assert len(queue.take(1)) == 1
+            monkeypatch.setattr("fedprune_server.cli.operators.time.monotonic", lambda: float("inf"))
+
+        monkeypatch.setattr("fedprune_server.cli.operators.time.sleep", take)
+        assert main(["pause", "--state", str(tmp_path)]) == ExitCode.CONFIG
+        assert "has taken the order, and has not answered it" in capsys.readouterr().err
+        monkeypatch.undo()
+        queue.answer(Answer(1, True, "job trial is paused"))
+        queue.flush()
+        (entry,) = Audit(database).page().items
+    assert entry["outcome"] == "done: job trial is paused"
+
+
+def test_the_status_that_is_no_server_s_any_more_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, close = list[FleetView](), FleetView.close
+
+    def note(view: FleetView) -> None:
+        closed.append(view)
+        close(view)
+
+    monkeypatch.setattr(FleetView, "close", note)
+    with StatusWriter(tmp_path / status.FILE):
+        assert main(["pause", "--state", str(tmp_path)]) == ExitCode.CONFIG
+    assert len(closed) == 1

@@ -22,6 +22,7 @@ EXPIRES_S = 600.0
 """How long an order waits for the server."""
 
 EXPIRED = f"expired: the server did not take it within {EXPIRES_S / 60:.0f} minutes, and does not carry it out"
+WITHDRAWN = "withdrawn: the server had not taken it, and does not carry it out"
 INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
 
 FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
@@ -89,7 +90,7 @@ class OrderQueue:
         change = "UPDATE orders SET state = 'taken' WHERE number = ? AND state = 'waiting'"
         if not rows or not self._database.try_to(*((change, (r["number"],)) for r in rows)):
             return []
-        # The console may have answered some as expired since they were read.
+        # Some may have been answered as expired or withdrawn since they were read.
         taken = {r["number"] for r in self._database.rows("SELECT number FROM orders WHERE state = 'taken'")}
         orders = (self._checked(row) for row in rows if row["number"] in taken)
         return [order for order in orders if order is not None]
@@ -115,7 +116,7 @@ class OrderQueue:
 def answering(answer: Answer, now: float) -> list[tuple[str, tuple[object, ...]]]:
     """Statements that answer an order, unless it is answered already, and note that in the audit log."""
     said = one_line(answer.text, 1500)
-    outcome = said if said == EXPIRED else f"{'done' if answer.ok else 'failed'}: {said}"
+    outcome = said if said in (EXPIRED, WITHDRAWN) else f"{'done' if answer.ok else 'failed'}: {said}"
     done = "UPDATE orders SET state = 'done', ok = ?, text = ? WHERE number = ? AND state != 'done'"
     return [(_NOTED, (now, one_line(outcome, 500), answer.order)), (done, (int(answer.ok), said, answer.order))]
 

@@ -14,7 +14,7 @@ from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, FIELDS, Answer, Order, answering
+from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, FIELDS, WITHDRAWN, Answer, Order, answering
 from fedprune_server.web.state.status import FleetView
 
 MAX_ORDER = 8192
@@ -132,6 +132,13 @@ class OrderService:
         if late:
             expired = (Answer(row["number"], False, EXPIRED) for row in late)
             self._database.try_to(*(s for answer in expired for s in answering(answer, now)))
+
+    def withdraw(self, number: int) -> None:
+        """Answer an order that the server has not taken, so that it never does; one that it has taken stays."""
+        with self._database.transaction():
+            if self._database.row("SELECT number FROM orders WHERE number = ? AND state = 'waiting'", number):
+                for query, values in answering(Answer(number, False, WITHDRAWN), self._clock()):
+                    self._database.do(query, *values)
 
     def _check(self, session: Session, address: str, kind: str) -> None:
         if self._view.orders == "none" or (self._view.orders == "look" and kind not in LOOKS):
