@@ -14,11 +14,15 @@ fail() {
     exit "${2:-60}"
 }
 
-fetch() { # fetch NAME [OPTION...]: a file of the kit, into the folder
-    name=$1
-    shift
-    curl --fail --silent --show-error --location --proto "=$scheme" --create-dirs "$@" \
-        --output "$folder/kit/$name" "$url/$name" || fail "can't fetch $url/$name. Is the address that of a kit's folder?" 20
+fetch() { # fetch NAME BYTES: a file of the kit that has at most this size, into the folder
+    file=$folder/kit/$1
+    mkdir -p "${file%/*}"
+    # head, because earlier versions of curl heed --max-filesize only where the server announces a size.
+    {
+        curl --fail --silent --show-error --location --proto "=$scheme" "$url/$1" || : >"$folder/failed"
+    } | head -c "$(($2 + 1))" >"$file"
+    [ "$(wc -c <"$file")" -le "$2" ] || fail "$url/$1 has more than $2 bytes: make the kit again"
+    [ ! -e "$folder/failed" ] || fail "can't fetch $url/$1. Is the address that of a kit's folder?" 20
 }
 
 matches() { # matches SHA256 NAME: whether a file of the kit has this digest
@@ -46,7 +50,7 @@ main() {
     trap 'rm -rf "$folder"' EXIT
     trap 'exit 4' HUP INT TERM
     folder=$(mktemp -d "${TMPDIR:-/var/tmp}/fedprune-kit.XXXXXX")
-    fetch kit.json --max-filesize "$most"
+    fetch kit.json "$most"
     matches "$digest" kit.json ||
         fail "kit.json at $url has another digest than $digest: copy the line again, or make the kit again"
     # -I, because Python would import modules from the working folder, which may be anybody's.
@@ -61,7 +65,7 @@ for row in body["files"]:
     print(row["bytes"], row["sha256"], row["path"])
 ' "$folder/kit/kit.json" >"$folder/files" || exit 60
     while read -r bytes sum path; do
-        fetch "$path" --max-filesize "$bytes"
+        fetch "$path" "$bytes"
         matches "$sum" "$path" || fail "the kit at $url is damaged ($path): make it again"
     done <"$folder/files"
 
