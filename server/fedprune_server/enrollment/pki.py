@@ -345,7 +345,9 @@ class IdentityFolder(Closing):
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
-        if not self._lasts(certificate, private, _BROKER_LASTS_S, client=False) or _hosts(certificate) != set(wanted):
+        if not self._lasts(certificate, private, _BROKER_LASTS_S, client=False) or set(wanted) != hosts_of(
+            load_certificate(certificate, "the broker's certificate")
+        ):
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
             save_tls_key(key, private)
@@ -393,10 +395,10 @@ def _issue_server(authority: Authority, folder: Path) -> None:
     write_public(folder / _CERTIFICATE, issued.encode())
 
 
-def _hosts(certificate: Path) -> set[str]:
-    found = load_certificate(certificate, "the broker's certificate")
+def hosts_of(certificate: x509.Certificate) -> set[str]:
+    """The names and addresses that a certificate is for."""
     try:
-        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return set()
     return {str(n.value) for n in names}

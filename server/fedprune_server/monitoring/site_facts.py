@@ -15,6 +15,7 @@ from fedprune.security.certificates import load_authorities, load_certificate, s
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.enrollment.pki import hosts_of
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import at, command
 from fedprune_server.monitoring.snapshot import CertificateDates, RolloutStatus, SiteFacts
@@ -34,7 +35,7 @@ def site_facts(folder: Path, server: Mapping[str, Any], *, members: bool = True)
     """
     found = shutil.disk_usage(folder)
     waiting = _waiting(folder) if members and (folder / IDENTITY).is_dir() else {}
-    certificates = (*_certificates(folder), *_console(server))
+    certificates = (*_certificates(folder), *_console(folder, server))
     return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder))
 
 
@@ -54,14 +55,19 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
             yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
 
 
-def _console(server: Mapping[str, Any]) -> Iterator[CertificateDates]:
+def _console(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDates]:
     """The console's own certificate; a server doesn't start with an expired one."""
     path = server.get("console_certificate")
     if not path or server.get("console", OFF) == OFF:
         return
     todo = "put a new one and its key there (console_certificate, console_key), and start the server again"
     try:  # a chain may follow the certificate
-        yield _dates(Path(path), x509.load_pem_x509_certificate(Path(path).read_bytes()), todo)
+        found = x509.load_pem_x509_certificate(Path(path).read_bytes())
+        if Path(path).resolve().parent == (folder / IDENTITY).resolve():
+            hosts = (word for host in sorted(hosts_of(found)) for word in ("--host", host))
+            issue = command("identity", "certificate", *hosts, *at(folder))
+            todo = f"start the server again once this has issued a new one: {issue}"
+        yield _dates(Path(path), found, todo)
     except (OSError, ValueError) as error:
         yield CertificateDates(str(path), 0, 0, todo, f"{path}: {reason(error)}")
 

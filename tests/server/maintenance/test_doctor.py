@@ -31,7 +31,7 @@ from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import CrashReport, ServerPresence
 from fedprune_server.cli.main import main
 from fedprune_server.devices.board_logs import BoardLogs
-from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.pki import IdentityFolder, hosts_of
 from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
 from fedprune_server.maintenance.doctor import Site
@@ -41,7 +41,7 @@ from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alerts import Alert, evaluate
 from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.monitoring.snapshot import SiteFacts, Snapshot
 from fedprune_server.storage.storage import Storage
 from support.paths import ROOT
 
@@ -194,6 +194,22 @@ def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path) -> None:
     (alert,) = evaluate(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
     assert (alert.kind, alert.severity, alert.subject) == ("certificate", "warning", str(path))
     assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
+    assert "put a new one and its key there" in alert.todo
+
+
+def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path, "lab") as identity:
+        path, _, _ = identity.console(["192.0.2.7", "fleet.example"])
+    server = {"console": "8470", "console_certificate": str(path)}
+    dates = site_facts(tmp_path, server).certificates[-1]
+    (alert,) = evaluate(Snapshot(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
+    assert alert.subject == str(path)
+    path.unlink()
+    advice, program, issue = alert.todo.partition("fedprune-server ")
+    assert (advice, program) == ("start the server again once this has issued a new one: ", "fedprune-server ")
+    assert main(shlex.split(issue)) == ExitCode.OK
+    issued = hosts_of(x509.load_pem_x509_certificate(path.read_bytes()))
+    assert issued == {"192.0.2.7", "fleet.example"}
 
 
 def short_certificate(days: float) -> bytes:
