@@ -147,7 +147,7 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     path = arguments.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
     if path is not None:
         below = file_layer(path)
-        below = replace(below, tables=anchored(below.tables, path.parent))
+        below = replace(below, tables=anchored(below.tables, path.parent, below.name))
     else:
         below = _last_start(merged(above.tables, command.tables).get("server", {}))
     layers = (below, above, command)

@@ -73,7 +73,7 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
             table = table.setdefault(part, {})
         table[path[-1]] = value if text else _value(value, path, where)
         places[path] = where
-    return Layer(layer.name, anchored(layer.tables, Path.cwd()), places)
+    return Layer(layer.name, anchored(layer.tables, Path.cwd(), layer.name), places)
 
 
 def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tuple[tuple[str, ...], bool, bool]:

@@ -395,7 +395,7 @@ class ServerConfig:
     def server_settings(self) -> dict[str, Any]:
         """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
-        values["track"] = anchored_track(self.track, Path().resolve())
+        values["track"] = anchored_track(self.track, Path().resolve(), "server: track")
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 

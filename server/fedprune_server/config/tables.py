@@ -51,7 +51,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for table in body.keys() - set(_SIMULATED):
         if not isinstance(body[table], Mapping):
             raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
-    tables = {table: {} for table in TABLES} | anchored(body, folder)
+    tables = {table: {} for table in TABLES} | anchored(body, folder, where)
     for table in ("model", "evaluation", "calibration"):
         validation.only([key for name, key in PLACES.values() if name == table], tables[table], f"{where}: [{table}]")
     validation.only(SERVER, tables["server"], f"{where}: [server]")
@@ -74,8 +74,8 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     return _located(build, where)
 
 
-def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Tables of a `fleet.toml` whose relative paths have been counted from a folder."""
+def anchored(tables: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """Tables of a `fleet.toml`, which `where` names in errors, with relative paths counted from a folder."""
     found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
     sources = [place for name, place in PLACES.items() if name != "input_shape"]
     files = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
@@ -86,7 +86,7 @@ def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             found[table][key] = _source(text, folder) if (table, key) in sources else str(folder / text)
     server = found.get("server")
     if isinstance(server, dict) and isinstance(server.get("track"), str):
-        server["track"] = anchored_track(server["track"], folder)
+        server["track"] = anchored_track(server["track"], folder, f"{where}: [server] track")
     return found
 
 

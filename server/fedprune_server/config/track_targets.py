@@ -54,8 +54,8 @@ def track_targets(text: str, where: str) -> tuple[TrackTarget, ...]:
     return tuple(found)
 
 
-def anchored_track(text: str, folder: Path) -> str:
-    """The setting with the folders of event files counted from `folder`.
+def anchored_track(text: str, folder: Path, where: str) -> str:
+    """The setting, which `where` names in errors, with the folders of event files counted from `folder`.
 
     Raises `ConfigError` if such a folder's path has a comma, which separates trackers.
     """
@@ -65,7 +65,7 @@ def anchored_track(text: str, folder: Path) -> str:
             place = str(folder / place)
             if "," in place:
                 raise ConfigError(
-                    "track: the folder of event files",
+                    f"{where}: the folder of event files",
                     expected="a path without commas",
                     got=place,
                     hint="Give an absolute path without commas, or rename the folder.",

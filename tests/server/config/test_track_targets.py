@@ -10,6 +10,7 @@ from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
 from fedprune_server.config.track_targets import TrackTarget, track_targets
+from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 
 
 def test_each_tracker_may_have_a_destination() -> None:
@@ -54,8 +55,14 @@ def test_a_folder_with_a_comma_is_refused_by_name(tmp_path: Path) -> None:
     tables = {"server": {"track": f"mlflow,tensorboard:{tmp_path}/events"}}
     assert len(parse_config(tables, "fleet.toml", folder).tracked) == 2
     tables["server"]["track"] = "mlflow,tensorboard:events"
-    with pytest.raises(ConfigError, match="track: the folder of event files: expected a path without commas, got"):
+    expected = "track: the folder of event files: expected a path without commas, got"
+    with pytest.raises(ConfigError, match=rf"^fleet\.toml: \[server\] {expected}"):
         parse_config(tables, "fleet.toml", folder)
+    folder.mkdir()
+    file = folder / "fleet.toml"
+    file.write_text('[simulation]\ntrack = "mlflow,tensorboard:events"\n')
+    with pytest.raises(ConfigError, match=rf"fleet\.toml:2:1: \[simulation\] {expected}"):
+        read_tables(file)
 
 
 def test_an_aggregator_has_no_rounds_to_track() -> None:

@@ -284,7 +284,8 @@ def read_tables(
         dropouts = read_table(DropOuts, body.get("dropouts", {}), f"{path}: [dropouts]")
         availability = read_table(Availability, body.get("availability", {}), f"{path}: [availability]")
         settings = read_table(Settings, body.get("simulation", {}), f"{path}: [simulation]")
-        settings = replace(settings, track=anchored_track(settings.track, path.parent))
+        track = anchored_track(settings.track, path.parent, f"{path}: [simulation] track")
+        settings = replace(settings, track=track)
         return Tables(body, layers, config, data, dropouts, availability, *read_weather(body, path), settings)
 
 
