@@ -112,7 +112,7 @@ def test_a_table_runs(accuracy, table, tmp_path):
     check(run, small(TABLES[table]), tmp_path / "runs")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_of_earlier_code_counts_if_its_first_rounds_are_repeated(accuracy, tmp_path):
     from benchmarks.accuracy import page
     from benchmarks.accuracy.replay import VERSIONS, fingerprints, replay
@@ -733,7 +733,7 @@ def test_a_changed_strategy_changes_its_own_rows(accuracy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["fedprune", "pr-fl"])
+@pytest.mark.parametrize("row", ["fedprune", pytest.param("pr-fl", marks=pytest.mark.soak)])
 def test_all_that_a_run_loads_is_in_the_digest_of_its_code(tmp_path, row):
     """Modules that were imported in a process of its own; those of other strategies are imported, but not used."""
     code = f"""

@@ -130,6 +130,7 @@ def test_killed_servers_lose_no_update(material: Path, tmp_path: Path, expected:
         assert models(finished(site)) == expected
 
 
+@pytest.mark.soak
 def test_a_board_moves_in_the_middle_of_its_training(material: Path, tmp_path: Path, expected: list[str]) -> None:
     with TieredSite(material, tmp_path, FIRST, REGIONS, PATIENCE_S, may_hold=True) as site:
         site.hold(2)
@@ -171,6 +172,7 @@ def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path
         site.wait_for(lambda: any(text in log.read_text() for text in refused), "ant comes back and is refused")
 
 
+@pytest.mark.soak
 def test_an_aggregator_that_is_away_is_named_with_its_boards_until_it_is_back(material: Path, tmp_path: Path) -> None:
     text = FIRST.replace("rounds = 3", "rounds = 100000") + "[server]\naggregator_patience_s = 1\n"
     with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S) as site:

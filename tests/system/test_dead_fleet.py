@@ -132,6 +132,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
     tmp_path: Path, small_disk: Path
 ) -> None:

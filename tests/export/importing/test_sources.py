@@ -187,7 +187,9 @@ def test_a_network_of_timm_by_name() -> None:
 
 @pytest.mark.slow
 @zoo.needs_timm
-@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+@pytest.mark.parametrize(
+    "broken", [pytest.param(False, id="missing", marks=pytest.mark.soak), pytest.param(True, id="broken")]
+)
 def test_networks_of_timm_load_without_torchvision(tmp_path: Path, broken: bool) -> None:
     body = "raise RuntimeError('operator torchvision::nms does not exist')" if broken else "raise ImportError"
     (tmp_path / "torchvision").mkdir()

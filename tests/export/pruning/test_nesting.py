@@ -42,7 +42,7 @@ def first_channels(model: Model, density: float) -> Selection:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("name", zoo.MARKED)
 def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -> None:
     given, model = imported(name), started(imported(name))
     x = inputs(model, 3)
@@ -55,7 +55,7 @@ def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("name", zoo.MARKED)
 def test_only_weights_of_pairs_that_wider_models_alone_have_are_silent(imported: Imported, name: str) -> None:
     model = imported(name)
     before, after = model.tensors, nested(model.architecture, model.tensors, WIDTHS)

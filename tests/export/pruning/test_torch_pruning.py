@@ -22,6 +22,8 @@ from support.oracles.physical_pruning import lines, our_groups, outputs_of, prun
 
 pytestmark = pytest.mark.torch
 
+LONG = pytest.mark.soak  # torch takes long to export it
+
 EQUAL = (
     "lenet",
     "vgg11_bn",
@@ -34,8 +36,7 @@ EQUAL = (
     "conv_mixer",
     "video",
     "perceptron",
-    "resnet18",
-    *(pytest.param(name, marks=pytest.mark.soak) for name in ("mobilenetv3_small_100", "convnext_atto")),
+    *(pytest.param(name, marks=LONG) for name in ("resnet18", "mobilenetv3_small_100", "convnext_atto")),
 )
 """Networks whose groups are the same, layer by layer."""
 
@@ -167,7 +168,7 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if n == "swin" else ()) for n in DIFFERENT])
 def test_differences_are_the_known_ones(name: str) -> None:
     module, known = MODELS[name].make(), DIFFERENT[name]
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
@@ -176,7 +177,7 @@ def test_differences_are_the_known_ones(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if n == "swin" else ()) for n in DIFFERENT])
 def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
     found = verdicts(MODELS[name].make, whole_models.samples(name, 6))
     assert {text: found[text] for text in DIFFERENT[name].theirs} == DIFFERENT[name].theirs
@@ -210,7 +211,9 @@ def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
     assert distance(found, outputs_of(module, x)) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "projection"), [("vision_transformer", "blocks.{}.attention"), ("swin", "{}")])
+@pytest.mark.parametrize(
+    ("name", "projection"), [("vision_transformer", "blocks.{}.attention"), pytest.param("swin", "{}", marks=LONG)]
+)
 def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> None:
     """With all else kept, cutting heads is cutting what the projection after them reads."""
     model, x = whole_models.imported(name), whole_models.samples(name, 6)
@@ -233,7 +236,7 @@ def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if n == "gru" else ()) for n in REFUSED])
 def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
     with pytest.raises((ZeroDivisionError, IndexError)):
         their_groups(MODELS[name].make())

@@ -1,6 +1,6 @@
 """Whole networks: imported right, cut right at every density, differentiated right, and cut where they can be.
 
-All of ours, and some of timm's, most of which soak; `benchmarks/whole_models.py` has all of these, and
+Those that take longest soak; `benchmarks/whole_models.py` has all of these, and
 `benchmarks/timm_models.py` many more of timm's, with their gradients.
 """
 
@@ -22,13 +22,24 @@ from support.oracles.torch_graph import run
 
 pytestmark = pytest.mark.torch
 
-LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
-HEAVY = ("encoder", "gru", "lstm", "swin", "vision_transformer")
-QUICK = (
-    *(name for name in OURS if name not in HEAVY),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in (*HEAVY, "convnext_atto", *TASKS)),
-    *(pytest.param(name, marks=pytest.mark.soak) for name in LARGE),
-)
+LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto")
+HEAVY = ("encoder", "lstm", "vision_transformer")
+LONG = (
+    "adapted_encoder", "attention_unet", "center_net", "codebook", "conformer", "crnn", "d_linear", "deep_lab",
+    "face_net", "fcos", "fusion", "group_norm_resnet", "gru", "mlp_mixer", "panoptic_fpn", "patch_transformer",
+    "seg_former", "seq2seq", "shufflenet_v2", "ssd", "swin", "tc_resnet", "twins", "two_towers", "vae", "vgg11_bn",
+    "voxel_unet", "wave_net", "yolo",
+)  # fmt: skip
+"""Torch takes 3 to 13 seconds to export one."""
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    if name in (*LARGE, *LONG):
+        return [pytest.mark.soak]
+    return [pytest.mark.slow] if name in (*HEAVY, *TASKS) else []
+
+
+NAMES = [pytest.param(name, marks=marks(name)) for name in (*OURS, *TASKS, *LARGE)]
 BOUND = 1e-5
 DENSITIES = (0.25, 0.5, 0.75, 0.001)
 BATCHES = (2, 6)
@@ -41,7 +52,7 @@ def _one_thread() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_import_computes_what_the_module_computes(name: str) -> None:
     """In float64: this also shows that the oracle of gradients runs graphs rightly."""
     model, x = whole_models.imported(name), torch.tensor(whole_models.samples(name, 6))
@@ -53,7 +64,7 @@ def test_the_import_computes_what_the_module_computes(name: str) -> None:
     assert distance(outputs(model.graph, x.numpy()), expected) < BOUND
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cut_equals_the_masked_original(name: str) -> None:
     model = whole_models.imported(name)
     for density in DENSITIES:
@@ -64,7 +75,7 @@ def test_a_cut_equals_the_masked_original(name: str) -> None:
             assert distance(outputs(small, x), outputs(whole, x)) < BOUND, (density, batch)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", NAMES)
 def test_so_much_can_be_cut(name: str) -> None:
     """A rule that is lost fixes channels, which is never wrong, but never right either."""
     model, least = whole_models.imported(name), MODELS[name]
@@ -74,7 +85,7 @@ def test_so_much_can_be_cut(name: str) -> None:
     assert kept <= least.kept
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_stays_is_named(name: str) -> None:
     """Where a layer's channels stay, other than classes and places, a note says why."""
     model = whole_models.imported(name)
@@ -90,7 +101,14 @@ def test_what_stays_is_named(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "prefer"),
-    [*((name, "coarse") for name in (*OURS, *TASKS)), ("vision_transformer", "fine"), ("swin", "fine")],
+    [
+        pytest.param(name, prefer, marks=marks(name))
+        for name, prefer in (
+            *((name, "coarse") for name in (*OURS, *TASKS)),
+            ("vision_transformer", "fine"),
+            ("swin", "fine"),
+        )
+    ],
 )
 def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "fine"]) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""

@@ -26,6 +26,9 @@ on the side on which the engine had it, our distance was 0.89 of torch's (median
 """
 
 
+LONG = ("forecasting", "forecasting-lstm", "speech")
+
+
 def trained_task(name: str) -> Trained:
     torch.set_num_threads(1)
     features = replace(TASKS[name].recipe.features, optimizer="sgd")  # on which gradients don't depend
@@ -33,7 +36,9 @@ def trained_task(name: str) -> Trained:
     return Trained(model, features, lambda outputs, labels: torch_loss(TASKS[name], outputs, labels))
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != FLIPPING])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.soak if n in LONG else ()) for n in TASKS if n != FLIPPING]
+)
 def test_gradients_are_as_exact_as_torchs(name: str) -> None:
     trained = trained_task(name)
     model = trained.model
@@ -46,6 +51,7 @@ def test_gradients_are_as_exact_as_torchs(name: str) -> None:
         assert far.excess(far.worst) <= TENSOR, (selection.whole, far.worst)
 
 
+@pytest.mark.soak
 def test_gradients_are_as_exact_as_torchs_on_the_same_sides_of_relus() -> None:
     trained = trained_task(FLIPPING)
     model = trained.model

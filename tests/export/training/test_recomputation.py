@@ -139,7 +139,7 @@ def most_work(models: dict[str, Model], whole: tuple[Graph, tuple[int, ...], Ten
     return work
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @settings(max_examples=12, deadline=None)
 @given(share=st.floats(0.3, 1.2), batch=st.sampled_from([1, 5, 16]))
 def test_no_more_is_computed_again_than_the_limit_needs(

@@ -1,4 +1,7 @@
-"""Every preset with every kind of task: it runs, or an error names what it needs before any board trains."""
+"""Every preset with every kind of task: it runs, or an error names what it needs before any board trains.
+
+At every push a quarter of the pairs is tried, each preset and each task in several of them. A soak tries all.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +93,27 @@ def drawn(task: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.nd
     return x, np.where(np.arange(y.shape[-1]) < 5, y, 0) if of.recipe.get("loss") == "ctc" else y
 
 
-@pytest.mark.parametrize("task", [t for t in TASKS if t != "normalised weights"])
-@pytest.mark.parametrize(("strategy", "options"), OPTIONS, ids=lambda v: v if isinstance(v, str) else ",".join(v))
+def refused(strategy: str, options: dict[str, Any], task: str) -> bool:
+    """Whether a strategy needs one layer that makes all outputs, where two make them."""
+    if task == "outputs of two layers" and strategy in ("heterofl", "fedrolex"):
+        return True  # the mean of label rows
+    return TASKS[task].net == "fusion" and (strategy == "fedper" or "scope" in options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "task"),
+    [
+        pytest.param(
+            strategy,
+            options,
+            task,
+            id="-".join([strategy, *options, task]),
+            marks=() if (row + column) % 4 == 0 or refused(strategy, options, task) else pytest.mark.soak,
+        )
+        for row, (strategy, options) in enumerate(OPTIONS)
+        for column, task in enumerate(t for t in TASKS if t != "normalised weights")
+    ],
+)
 def test_it_runs_or_names_what_it_needs(tmp_path: Path, strategy: str, options: dict[str, Any], task: str) -> None:
     if refused(strategy, options, task):
         with pytest.raises(ConfigError, match=rf"strategy {strategy}: .*no last layer"):
@@ -135,10 +157,3 @@ def simulation(tmp_path: Path, strategy: str, options: dict[str, Any], task: str
         tmp_path, model=model_of(task), fleet=fleet, evaluation=evaluation, calibration=evaluation[0], rounds=2,
         strategy=strategy, options=options, recipe=recipe_of(task),
     )  # fmt: skip
-
-
-def refused(strategy: str, options: dict[str, Any], task: str) -> bool:
-    """Whether a strategy needs one layer that makes all outputs, where two make them."""
-    if task == "outputs of two layers" and strategy in ("heterofl", "fedrolex"):
-        return True  # the mean of label rows
-    return TASKS[task].net == "fusion" and (strategy == "fedper" or "scope" in options)

@@ -98,7 +98,9 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deadline_s", [1e6, 0.15], ids=["all in time", "some late"])
+@pytest.mark.parametrize(
+    "deadline_s", [pytest.param(1e6, id="all in time", marks=pytest.mark.soak), pytest.param(0.15, id="some late")]
+)
 @pytest.mark.usefixtures("saves_often")
 def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build: Build, deadline_s: float) -> None:
     asked = {"deadline_s": deadline_s, "devices": 2}
@@ -116,7 +118,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param(s, id=n, marks=() if n.startswith("windows") else pytest.mark.soak) for n, s in SCHEDULES.items()],
+)
 @pytest.mark.usefixtures("saves_often")
 def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, schedule: dict[str, Any]) -> None:
     whole = assert_resumes(

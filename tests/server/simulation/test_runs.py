@@ -59,7 +59,7 @@ recipe = { lr = 0.01 }
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
     one = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
     seen: list[list[RunStatus]] = []

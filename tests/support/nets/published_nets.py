@@ -14,6 +14,8 @@ from fedprune_export.importing.timm_models import torchvision_or_placeholder
 from support.nets import small_nets as nets
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "resnet18")
+MARKED = [*NETS[:-1], pytest.param(NETS[-1], marks=pytest.mark.soak)]
+"""The largest in a soak alone."""
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 

@@ -142,8 +142,6 @@ OURS: dict[str, Whole] = {
     "token_norms": Whole(_ours(whole_sequences.TokenNorms), 2, 0.41),
     "perceptron": Whole(_ours(whole_sequences.Perceptron), 2, 0.4),
 }
-"""Small ones: all of them are tested each time."""
-
 TASKS: dict[str, Whole] = {
     "yolo": Whole(_ours(task_cnns.Yolo), 32, 0.29, values=True),
     "box_distributions": Whole(
