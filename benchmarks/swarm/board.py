@@ -273,14 +273,14 @@ class Board:
         if self._uploading == request.sha256:
             return  # it is on its way there
         if self._uploaded == request.url:
-            self._say(UploadResult(request.sha256), update.job)  # the server asked before it read that
+            self._say(UploadResult(request.sha256), update.job)  # the server has not read that yet
             return
 
         def over(reason: str | None) -> None:
+            if reason is None:
+                self._uploaded = request.url  # first: a request in between would upload it again
             if self._uploading == request.sha256:
                 self._uploading = None
-            if reason is None:
-                self._uploaded = request.url
             self._announce_at = max(self._announce_at, time.monotonic() + ANNOUNCE_S)
             self._say(UploadResult(request.sha256, reason), update.job)
 

@@ -172,7 +172,7 @@ class Uplink:
             return
         url, known = UploadUrl.parse(request.url), self._upload
         if self._uploaded == (pending, url):
-            self._report(pending, None)  # the server asked before it read that
+            self._report(pending, None)  # the report was lost, or the server has not read it yet
             return
         if known is not None:
             if known.ref == pending.weights and (known.url.host, known.url.port) == (url.host, url.port):

@@ -35,7 +35,7 @@ class _Awaited:
     """Of the objects that the device has an address for."""
     request: UploadRequest | None = None
     until: float = 0.0
-    """When the request's address is too old to be given again."""
+    """When the request's address is too old to be given again: half its life is left to use it."""
 
 
 class S3Uploads(UploadPlace):
@@ -73,7 +73,7 @@ class S3Uploads(UploadPlace):
             self._shipping.adopt(device, ref)
             return None
         if known.request is not None and self._clock() < known.until:
-            return known.request  # who has used this address doesn't upload again
+            return known.request  # a board that has uploaded to it reports that again
         key = f"{BLOBS}{ref.sha256}.{secrets.token_hex(8)}"
         try:
             url = self._store.bucket.upload_url(key, ref.sha256, ref.size, EXPIRES_S)
