@@ -28,6 +28,7 @@ from fedprune_server.web.state.order_queue import WITHDRAWN
 from fedprune_server.web.state.orders import OrderService, RefusedError
 
 _ANSWER_S, _LOOK_S = 30.0, 0.2
+_TAKEN = "It may still carry it out. See its log."
 
 
 def add_operators(operators: argparse.ArgumentParser) -> None:
@@ -72,14 +73,14 @@ def _give(arguments: argparse.Namespace) -> None:
             session = Session(Operator(as_name(opened.user), "operator", 0.0, 0.0), "", "")
             try:
                 job = arguments.job or view.job_names[0]
-                number = orders.give(session, "terminal", {"order": arguments.command, "job": job})
+                # A terminal that is killed withdraws nothing: its order expires.
+                number = orders.give(session, "terminal", {"order": arguments.command, "job": job}, _ANSWER_S)
             except RefusedError as error:
                 raise ConfigError(error.text) from error
             answer = _answer(orders, number)
     if answer is not None and answer["state"] != "done":
         raise ConfigError(
-            f"the server has taken the order, and has not answered it within {_ANSWER_S:.0f} s",
-            hint="It may still carry it out. See its log.",
+            f"the server has taken the order, and has not answered it within {_ANSWER_S:.0f} s", hint=_TAKEN
         )
     text = "no answer" if answer is None else answer["text"]
     if answer is None or not answer["ok"]:
@@ -89,14 +90,24 @@ def _give(arguments: argparse.Namespace) -> None:
 
 
 def _answer(orders: OrderService, number: int) -> dict[str, Any] | None:
-    """The answer to an order, which is withdrawn if the server doesn't take it in time, or the user doesn't wait."""
+    """The order once it is answered, or withdrawn because the server doesn't take it in time or the user interrupts."""
     until = time.monotonic() + _ANSWER_S
     try:
         while (found := orders.get(number)) is not None and found["state"] != "done" and time.monotonic() < until:
             time.sleep(_LOOK_S)
-    finally:
+    except KeyboardInterrupt as error:
+        found = _withdrawn(orders, number)
+        text = "" if found is None else found["text"] or f"the server has taken the order. {_TAKEN}"
+        raise KeyboardInterrupt(text) from error
+    return _withdrawn(orders, number)
+
+
+def _withdrawn(orders: OrderService, number: int) -> dict[str, Any] | None:
+    """The order, which is withdrawn unless the server has taken or answered it."""
+    if (found := orders.get(number)) is not None and found["state"] != "done":
         orders.withdraw(number)
-    return orders.get(number)
+        found = orders.get(number)
+    return found
 
 
 def _add(arguments: argparse.Namespace) -> None:

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 pytest.importorskip("argon2", reason="the extra console is not installed")
 
-from fedprune.core.errors import ExitCode
+from fedprune.core.errors import ExitCode, StorageError
+from fedprune_server.cli import operators
 from fedprune_server.cli.main import main
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
-from fedprune_server.web.state.order_queue import WITHDRAWN, Answer, OrderQueue
+from fedprune_server.web.state.order_queue import EXPIRED, WITHDRAWN, Answer, OrderQueue
+from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.state.status import FleetView, StatusWriter
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_fleet import ConsoleFleet
+
+
+class Clock:
+    """A clock that passes the limit during the first sleep, which calls a function."""
+
+    def __init__(self, sleeping: Callable[[], None]) -> None:
+        self._sleeping, self._now = sleeping, 0.0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, _seconds: float) -> None:
+        self._now = float("inf")
+        self._sleeping()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,13 +86,13 @@ def test_a_job_is_paused_at_the_terminal_as_at_the_console(
         ConsoleFleet(2, 1).publish(writer)
         queue = OrderQueue(database)
 
-        def serve(_seconds: float) -> None:
+        def serve() -> None:
             for order in queue.take(1):
                 assert (order.order, order.job) == (kind, "trial")
                 queue.answer(Answer(order.number, True, said))
             queue.flush()
 
-        monkeypatch.setattr("fedprune_server.cli.operators.time.sleep", serve)
+        monkeypatch.setattr(operators, "time", Clock(serve))
         assert main([kind, "--state", str(tmp_path)]) == ExitCode.OK
         assert capsys.readouterr().out == f"{said}\n"
         (entry,) = Audit(database).page().items
@@ -84,47 +106,90 @@ def test_an_order_that_the_server_does_not_take_in_time_is_withdrawn(
     tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tmp_path.chmod(0o700)
-    monkeypatch.setattr("fedprune_server.cli.operators._ANSWER_S", 0.0)
-    if interrupted:
-
-        def interrupt(_seconds: float) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr("fedprune_server.cli.operators._ANSWER_S", 30.0)
-        monkeypatch.setattr("fedprune_server.cli.operators.time.sleep", interrupt)
+    monkeypatch.setattr(operators, "time", Clock(interrupt if interrupted else lambda: None))
     with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
         ConsoleFleet(2, 1).publish(writer)
         code = main(["pause", "--state", str(tmp_path)])
         assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.CONFIG)
-        assert (WITHDRAWN in capsys.readouterr().err) is not interrupted
+        assert WITHDRAWN in capsys.readouterr().err
         assert OrderQueue(database).take(1) == []
         (entry,) = Audit(database).page().items
         assert (entry["action"], entry["outcome"]) == ("pause", WITHDRAWN)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_an_order_that_the_server_has_taken_is_not_withdrawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tmp_path.chmod(0o700)
     with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
         ConsoleFleet(2, 1).publish(writer)
         queue = OrderQueue(database)
 
-        def take(_seconds: float) -> None:
+        def take() -> None:
             assert len(queue.take(1)) == 1
-            monkeypatch.setattr("fedprune_server.cli.operators.time.monotonic", lambda: float("inf"))
+            if interrupted:
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr("fedprune_server.cli.operators.time.sleep", take)
-        assert main(["pause", "--state", str(tmp_path)]) == ExitCode.CONFIG
-        assert "has taken the order, and has not answered it" in capsys.readouterr().err
-        monkeypatch.undo()
+        monkeypatch.setattr(operators, "time", Clock(take))
+        code = main(["pause", "--state", str(tmp_path)])
+        assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.CONFIG)
+        said = capsys.readouterr().err
+        assert "the server has taken the order" in said
+        assert "It may still carry it out. See its log." in said
         queue.answer(Answer(1, True, "job trial is paused"))
         queue.flush()
         (entry,) = Audit(database).page().items
     assert entry["outcome"] == "done: job trial is paused"
 
 
-def test_the_status_that_is_no_server_s_any_more_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_answer_is_shown_where_nothing_can_be_written_any_more(
+    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o700)
+    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
+        ConsoleFleet(2, 1).publish(writer)
+        queue = OrderQueue(database)
+
+        def serve() -> None:
+            queue.take(1)
+            queue.answer(Answer(1, True, "job trial is paused"))
+            queue.flush()
+            monkeypatch.setattr(ConsoleDatabase, "transaction", refuse)
+            if interrupted:
+                raise KeyboardInterrupt
+
+        def refuse(_: ConsoleDatabase) -> NoReturn:
+            raise StorageError("the disk is full")
+
+        monkeypatch.setattr(operators, "time", Clock(serve))
+        code = main(["pause", "--state", str(tmp_path)])
+    assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.OK)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (
+        ("", "interrupted: job trial is paused\n") if interrupted else ("job trial is paused\n", "")
+    )
+
+
+def test_an_order_of_a_terminal_that_was_killed_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(operators, "_withdrawn", lambda *_: None)  # SIGKILL leaves no time for it
+    monkeypatch.setattr(operators, "time", Clock(lambda: None))
+    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
+        ConsoleFleet(2, 1).publish(writer)
+        main(["pause", "--state", str(tmp_path)])
+        (row,) = database.rows("SELECT at, until, state FROM orders")
+        assert (row["until"] - row["at"], row["state"]) == (pytest.approx(30.0), "waiting")
+        later = row["at"] + 31.0
+        assert OrderQueue(database, lambda: later).take(1) == []
+        with FleetView(tmp_path / status.FILE) as view:
+            OrderService(view, Audit(database), database, lambda: later + 60.0).expire()
+        (entry,) = Audit(database).page().items
+    assert (entry["action"], entry["outcome"]) == ("pause", EXPIRED)
+
+
+def test_the_status_of_a_server_that_has_ended_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed, close = list[FleetView](), FleetView.close
 
     def note(view: FleetView) -> None:

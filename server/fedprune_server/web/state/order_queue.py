@@ -19,9 +19,9 @@ from fedprune_server.web.auth.roles import LOOKS, NEEDED
 from fedprune_server.web.database import ConsoleDatabase
 
 EXPIRES_S = 600.0
-"""How long an order waits for the server."""
+"""How long an order of the console's pages waits for the server."""
 
-EXPIRED = f"expired: the server did not take it within {EXPIRES_S / 60:.0f} minutes, and does not carry it out"
+EXPIRED = "expired: the server did not take it in time, and does not carry it out"
 WITHDRAWN = "withdrawn: the server had not taken it, and does not carry it out"
 INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
 

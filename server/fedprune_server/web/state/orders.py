@@ -73,9 +73,10 @@ class OrderService:
         self._latest: dict[str, deque[float]] = {}
         self._open = {r["number"] for r in database.rows("SELECT number FROM orders WHERE state != 'done'")}
 
-    def give(self, session: Session, address: str, body: object) -> int:
-        """Add an order; returns its number. Raises `RefusedError` if the order is invalid, this operator may not give
-        it, or too many are waiting; and `StorageError` if the disk fails or is full."""
+    def give(self, session: Session, address: str, body: object, expires_s: float = EXPIRES_S) -> int:
+        """Add an order, which the server may take within `expires_s`; returns its number. Raises `RefusedError` if the
+        order is invalid, this operator may not give it, or too many are waiting; and `StorageError` if the disk fails
+        or is full."""
         if not isinstance(body, Mapping) or not set(body) <= {"order", *FIELDS}:
             raise RefusedError(422, f"expected an object with order, and of {', '.join(FIELDS)} what that needs")
         kind = body.get("order")
@@ -89,7 +90,7 @@ class OrderService:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         now = self._clock()
         try:
-            order = Order(number=1, operator=operator, order=kind, until=now + EXPIRES_S, **given)
+            order = Order(number=1, operator=operator, order=kind, until=now + expires_s, **given)
         except (ProtocolError, TypeError) as error:
             raise RefusedError(422, str(error)) from error
         what = json.dumps(given)
