@@ -16,11 +16,11 @@ fail() {
 
 fetch() { # fetch NAME BYTES: a file of the kit that has at most this size, into the folder
     file=$folder/kit/$1
-    mkdir -p "${file%/*}"
-    # head, because earlier versions of curl heed --max-filesize only where the server announces a size.
+    mkdir -p "${file%/*}" || fail "can't write $file" 31
+    # head, because curl before 8.4 heeds --max-filesize only where the server announces a size.
     {
         curl --fail --silent --show-error --location --proto "=$scheme" "$url/$1" || : >"$folder/failed"
-    } | head -c "$(($2 + 1))" >"$file"
+    } | head -c "$(($2 + 1))" >"$file" || fail "can't write $file" 31
     [ "$(wc -c <"$file")" -le "$2" ] || fail "$url/$1 has more than $2 bytes: make the kit again"
     [ ! -e "$folder/failed" ] || fail "can't fetch $url/$1. Is the address that of a kit's folder?" 20
 }
@@ -49,12 +49,13 @@ main() {
     folder=
     trap 'rm -rf "$folder"' EXIT
     trap 'exit 4' HUP INT TERM
-    folder=$(mktemp -d "${TMPDIR:-/var/tmp}/fedprune-kit.XXXXXX")
+    folder=$(mktemp -d "${TMPDIR:-/var/tmp}/fedprune-kit.XXXXXX") ||
+        fail "can't make a folder in ${TMPDIR:-/var/tmp}" 31
     fetch kit.json "$most"
     matches "$digest" kit.json ||
         fail "kit.json at $url has another digest than $digest: copy the line again, or make the kit again"
     # -I, because Python would import modules from the working folder, which may be anybody's.
-    python3 -I -c '
+    files=$(python3 -I -c '
 import json, re, sys
 body = json.load(open(sys.argv[1]))
 if body.get("claim"):
@@ -63,11 +64,13 @@ for row in body["files"]:
     if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*(/[A-Za-z0-9_+-][A-Za-z0-9._+-]*)*", row["path"]):
         sys.exit("error: the kit names a file that is not one of a kit")
     print(row["bytes"], row["sha256"], row["path"])
-' "$folder/kit/kit.json" >"$folder/files" || exit 60
+' "$folder/kit/kit.json") || exit 60
     while read -r bytes sum path; do
         fetch "$path" "$bytes"
         matches "$sum" "$path" || fail "the kit at $url is damaged ($path): make it again"
-    done <"$folder/files"
+    done <<END
+$files
+END
 
     # The installer writes the claim: the folder that it belongs in is the service's, so root must not follow its links.
     if [ -n "$claim" ]; then

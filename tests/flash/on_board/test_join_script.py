@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -102,18 +106,24 @@ def joined(
     claim: str = "",
     script: bytes | None = None,
     stop: tuple[threading.Event, int] | None = None,
+    room: int | None = None,
+    temporary: str = "temporary",
 ) -> subprocess.CompletedProcess[str]:
     """What came of the line, as a pipe from curl runs it; `stop` sends it a signal after an event, as a terminal does.
 
     It runs in a folder that is anybody's.
+
+    Args:
+        room: Bytes at which writing to a file fails, as on a full disk.
+        temporary: Name of the folder for temporary files.
     """
     root.mkdir(exist_ok=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    temporary, anybodys = root.with_name("temporary"), root.with_name("anybody's")
-    for folder in (temporary, anybodys):
+    made, anybodys = root.with_name("temporary"), root.with_name("anybody's")
+    for folder in (made, anybodys):
         folder.mkdir(exist_ok=True)
     (anybodys / "json.py").write_text("raise SystemExit('error: a module of the working folder was run')\n")
-    environment = os.environ | {"PATH": path, "FEDPRUNE_CLAIM": claim, "TMPDIR": str(temporary)}
+    environment = os.environ | {"PATH": path, "FEDPRUNE_CLAIM": claim, "TMPDIR": str(root.with_name(temporary))}
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     text = SCRIPT.read_bytes() if script is None else script
@@ -121,14 +131,23 @@ def joined(
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts tests in the background ignores it
     try:
         process = subprocess.Popen(
-            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=anybodys, start_new_session=True
+            command,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            env=environment,
+            cwd=anybodys,
+            start_new_session=True,
+            restore_signals=room is None,  # which ignores SIGXFSZ
         )
+        if room is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, room))  # before it has read the script
     finally:
         signal.signal(signal.SIGINT, before)
     if stop is not None:
         threading.Thread(target=lambda: stop[0].wait(60) and os.killpg(process.pid, stop[1])).start()
     out, said = process.communicate(text, timeout=120)
-    assert list(temporary.iterdir()) == []
+    assert list(made.iterdir()) == []
     return subprocess.CompletedProcess(command, process.returncode, out.decode(), said.decode())
 
 
@@ -215,6 +234,27 @@ def test_no_more_is_read_of_a_file_than_the_kit_has(tmp_path: Path, kit: Kit, na
     assert done.returncode == ExitCode.KIT
     assert f"{name} has more than " in done.stderr
     assert list(root.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, kit: Kit, site: str) -> None:
+    root = tmp_path / "root"
+    done = joined(root, site, kit.digest, "--root", str(root), claim=CLAIM, room=100)
+    assert done.returncode == ExitCode.STORAGE
+    assert re.search(r"^error: can't write /.*/kit/kit\.json$", done.stderr, re.MULTILINE)
+    assert list(root.iterdir()) == []
+
+
+def test_a_folder_that_can_t_be_made_is_an_error_that_names_it(tmp_path: Path, kit: Kit, site: str) -> None:
+    manifest = kit.folder / "kit.json"
+    body = json.loads(manifest.read_bytes())
+    body["files"].insert(0, body["files"][0] | {"path": "kit.json/file"})
+    manifest.write_text(json.dumps(body))
+    done = joined(tmp_path / "root", site, hashlib.sha256(manifest.read_bytes()).hexdigest())
+    assert done.returncode == ExitCode.STORAGE
+    assert re.search(r"^error: can't write /.*/kit/kit\.json/file$", done.stderr, re.MULTILINE)
+    done = joined(tmp_path / "root", site, kit.digest, temporary="missing")
+    assert done.returncode == ExitCode.STORAGE
+    assert f"error: can't make a folder in {tmp_path / 'missing'}\n" in done.stderr
 
 
 def break_kit(kit: Kit) -> None:
