@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import struct
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -26,8 +26,8 @@ IDLE_S = 20.0
 
 _STOP_S = 5.0
 
-_ANSWER_S = 3600.0
-"""A process that takes longer for an answer hangs."""
+_LONGEST = struct.pack("@ll", 3600, 0)
+"""A process that reads and writes nothing for so long during a request hangs: seconds and microseconds."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class SessionProcess(Closing):
             try:
                 return self._answer(kind, held, values)
             except (OSError, EOFError) as error:
-                code = self._end()
+                code, hung = self._end(), isinstance(error, BlockingIOError)
                 if self._closed:
                     raise RuntimeUnavailableError("the process in which onnxruntime runs was stopped") from error
                 raise RuntimeUnavailableError(
                     f"the process in which onnxruntime runs ended twice without an answer (exit code {code})",
-                    hint="Check that this machine has enough memory." if code == -signal.SIGKILL else "",
+                    hint="Check that this machine has enough memory." if code == -signal.SIGKILL and not hung else "",
                 ) from error
 
     def drop(self, number: int) -> None:
@@ -108,18 +108,17 @@ class SessionProcess(Closing):
             self._end()
 
     def _answer(self, kind: str, held: Sequence[_RemoteObject], values: tuple[Any, ...]) -> Any:
-        child, connection = self._started()
-        with _killed_when_late(child):
-            while self._dropped:
-                number = self._dropped.pop()
-                self._held.discard(number)
-                connection.send(("drop", [number]))
-            for one in held:
-                if one.number not in self._held:
-                    how, *given = one.given
-                    _asked(connection, how, [one.number], *given)
-                    self._held.add(one.number)
-            return _asked(connection, kind, [one.number for one in held], *values)
+        connection = self._started()
+        while self._dropped:
+            number = self._dropped.pop()
+            self._held.discard(number)
+            connection.send(("drop", [number]))
+        for one in held:
+            if one.number not in self._held:
+                how, *given = one.given
+                _asked(connection, how, [one.number], *given)
+                self._held.add(one.number)
+        return _asked(connection, kind, [one.number for one in held], *values)
 
     def _end(self) -> int | None:
         """End the process; returns its exit code."""
@@ -136,13 +135,15 @@ class SessionProcess(Closing):
             child.kill()
             return child.wait()
 
-    def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
+    def _started(self) -> Connection:
         if self._child is not None and self._child.poll() is not None:
             self._end()
         if self._connection is None and not self._closed:
             try:
                 ours, its = socket.socketpair()
                 with ours, its:
+                    for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                        ours.setsockopt(socket.SOL_SOCKET, limit, _LONGEST)
                     command = [sys.executable, "-c", program_code(self._program), str(its.fileno()), str(self._idle_s)]
                     self._child = child = subprocess.Popen(  # noqa: S603  # nosec B603  # this module, in this Python
                         command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
@@ -153,9 +154,9 @@ class SessionProcess(Closing):
                     f"the process in which onnxruntime runs can't be started ({reason(error)})"
                 ) from error
             threading.Thread(target=child.wait, name="fedprune-onnxruntime", daemon=True).start()  # or it is a zombie
-        if self._child is None or self._connection is None or self._closed:  # by a thread that may not have seen it
+        if self._connection is None or self._closed:  # by a thread that may not have seen it
             raise EOFError
-        return self._child, self._connection
+        return self._connection
 
 
 class _RemoteObject:
@@ -211,23 +212,6 @@ class RemoteFeeds(dict[str, Any], _RemoteObject):
     def __init__(self, process: SessionProcess, feeds: Mapping[str, Any]) -> None:
         dict.__init__(self, feeds)
         _RemoteObject.__init__(self, process, "keep", dict(feeds))
-
-
-@contextmanager
-def _killed_when_late(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill a process that hangs: to write to it and to read from it have no time limit of their own."""
-    until = time.monotonic() + _ANSWER_S
-    timer = threading.Timer(_ANSWER_S, child.kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        if time.monotonic() < until:
-            raise
-        raise TimeoutError(f"no answer within {_ANSWER_S:g} s") from error
-    finally:
-        timer.cancel()
 
 
 def _asked(connection: Connection, *request: Any) -> Any:
