@@ -70,7 +70,7 @@ _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 _TIER_KEY, _TIER_CERTIFICATE = "tier.key", "tier.pem"
-_CONSOLE_KEY, _CONSOLE_CERTIFICATE = "console.key", "console.pem"
+_CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 
 class IdentityFolder(Closing):
@@ -340,14 +340,13 @@ class IdentityFolder(Closing):
         issued = self.authority.issue_broker(sorted(set(hosts)), make_request(key, "console"))
         save_tls_key(key, path)
         give_to_owner_of(path, self.path / _SIGNING)
-        write_public(self.path / _CONSOLE_CERTIFICATE, issued.encode())
-        return self.path / _CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
+        write_public(self.path / CONSOLE_CERTIFICATE, issued.encode())
+        return self.path / CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
-        if not self._lasts(certificate, private, _BROKER_LASTS_S, client=False) or set(wanted) != hosts_of(
-            load_certificate(certificate, "the broker's certificate")
-        ):
+        found = self._lasting(certificate, private, _BROKER_LASTS_S, client=False)
+        if found is None or set(wanted) != hosts_of(found):
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
             save_tls_key(key, private)
@@ -367,25 +366,25 @@ class IdentityFolder(Closing):
         """Paths of what `context` is made of: the authority, the server's certificate and that one's key."""
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
         with self._issuing:  # several connections may want it at once
-            if not self._lasts(certificate, key, _SERVER_LASTS_S, client=True):
+            if self._lasting(certificate, key, _SERVER_LASTS_S, client=True) is None:
                 try:
                     _issue_server(self.authority, self.path)
                 except StorageError as error:  # the old one may do until there is room
                     log.warning("no new certificate for the server yet: %s", error)
         return authority or self.path / CERTIFICATE, certificate, key
 
-    def _lasts(self, certificate: Path, key: Path, seconds: int, *, client: bool) -> bool:
-        """Whether a certificate is the current authority's and for this key, and lasts long enough."""
+    def _lasting(self, certificate: Path, key: Path, seconds: int, *, client: bool) -> x509.Certificate | None:
+        """A certificate that is the current authority's and for this key, and lasts long enough."""
         try:
             found = load_certificate(certificate, "certificate")
             if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
-                return False
+                return None
             if not self.authority.is_current(found, client=client):
-                return False
+                return None
         except (IdentityError, ProtocolError):
-            return False
-        ends = self.authority.ends(client=client)
-        return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, ends)
+            return None
+        least = min(self.authority.now() + seconds, self.authority.ends(client=client))
+        return found if seconds_of(found.not_valid_after_utc) >= least else None
 
 
 def _issue_server(authority: Authority, folder: Path) -> None:

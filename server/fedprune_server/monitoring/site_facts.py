@@ -14,8 +14,8 @@ from fedprune.releases.rollout import Fate
 from fedprune.security.certificates import load_authorities, load_certificate, seconds_of
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
+from fedprune_server.enrollment.pki import CONSOLE_CERTIFICATE, hosts_of
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
-from fedprune_server.enrollment.pki import hosts_of
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import at, command
 from fedprune_server.monitoring.snapshot import CertificateDates, RolloutStatus, SiteFacts
@@ -63,7 +63,7 @@ def _console(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDat
     todo = "put a new one and its key there (console_certificate, console_key), and start the server again"
     try:  # a chain may follow the certificate
         found = x509.load_pem_x509_certificate(Path(path).read_bytes())
-        if Path(path).resolve().parent == (folder / IDENTITY).resolve():
+        if Path(path).resolve() == (folder / IDENTITY / CONSOLE_CERTIFICATE).resolve():
             hosts = (word for host in sorted(hosts_of(found)) for word in ("--host", host))
             issue = command("identity", "certificate", *hosts, *at(folder))
             todo = f"start the server again once this has issued a new one: {issue}"

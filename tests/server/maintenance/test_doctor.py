@@ -187,8 +187,10 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     assert "identity" in kinds(doctor.identity(tmp_path))
 
 
-def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path) -> None:
-    path = tmp_path / "web.pem"
+@pytest.mark.parametrize("place", [".", "identity"])
+def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path, place: str) -> None:
+    path = tmp_path / place / "own.pem"
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(short_certificate(days=20))
     server = {"console": "8470", "console_certificate": str(path)}
     (alert,) = evaluate(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
