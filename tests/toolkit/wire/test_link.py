@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import random
 import signal
 import socket
 import ssl
@@ -179,6 +180,28 @@ def test_a_lost_broker_is_tried_after_pauses_of_the_spread(monkeypatch: pytest.M
         while len(limits) < 4 and time.monotonic() < until:
             time.sleep(0.01)
     assert limits[:4] == [40.0] * 4
+
+
+@pytest.mark.board
+def test_pauses_do_not_depend_on_a_seed_of_the_user_s_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+
+    class Closing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is not None:
+                found.append(timeout)
+                random.seed(0)
+            return super().wait(0.01)
+
+    with closing(Link("mqtt://127.0.0.1:1", "x")) as link:
+        monkeypatch.setattr(link, "_closing", Closing())
+        link.spread_s = 40.0
+        random.seed(0)
+        link.start(patient=True)
+        until = time.monotonic() + 30
+        while len(found) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(set(found[:4])) == 4
 
 
 @pytest.mark.board

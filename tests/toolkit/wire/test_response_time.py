@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def test_patience_has_bounds_and_covers_the_last_answer(took: list[float]) -> No
             assert answers.patience(PATIENCE) >= min(2 * seconds, MAX_PATIENCE)
     assert PATIENCE <= answers.patience(PATIENCE) <= MAX_PATIENCE
     assert answers.patience(500.0) == 500.0
+
+
+def test_numbers_of_requests_do_not_depend_on_a_seed_of_the_user_s_program() -> None:
+    numbers = set()
+    for _ in range(2):
+        random.seed(0)
+        numbers.add(with_request_id(BlobRequest("ab" * 32, "data", 0, 4)).number)
+    assert len(numbers) == 2
 
 
 def test_a_want_that_came_before_is_the_same_one_only_from_the_same_device_by_its_number() -> None:

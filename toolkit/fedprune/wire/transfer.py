@@ -33,6 +33,7 @@ _Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
 
 
 def with_request_id(request: _Request) -> _Request:
+    # From the system, as all random pauses: a user's program may seed `random` alike on every board and at every start.
     return replace(request, number=secrets.randbits(31))
 
 
