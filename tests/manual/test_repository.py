@@ -12,6 +12,7 @@ import yaml
 
 from fedprune import __version__
 from fedprune.core.toml_file import parse_toml
+from support.marks import marked
 from support.paths import ROOT
 
 GITHUB = ROOT / ".github"
@@ -47,6 +48,16 @@ def called(path: Path) -> set[str]:
                 assert line == ".ci/run ${{ matrix.target }}"
                 found |= set(job["strategy"]["matrix"]["target"])
     return found
+
+
+def test_a_mark_for_a_parameter_that_a_test_does_not_have_is_an_error() -> None:
+    """A misspelt name would lose its mark, and run at every push."""
+    assert [p.marks for p in marked(["a", ("b", "x")], soak=["b"], slow=["b"])] == [
+        [], [pytest.mark.soak, pytest.mark.slow]
+    ]  # fmt: skip
+    for row in ("a", ("a", "b")):
+        with pytest.raises(ValueError, match=r"to mark: b$"):
+            marked([row], soak=["b"])
 
 
 def test_workflows_call_targets_that_make_has() -> None:

@@ -2,7 +2,7 @@
 
 Where groups differ, the table says how and why; what becomes of the network when Torch-Pruning prunes one channel of
 such a group decides who is right. (That our cuts of all of them equal the masked originals is tested with the whole
-networks.)
+networks.) Networks that torch takes long to export are left to soaks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from fedprune.model.selection import Selection
 from fedprune_export.pruning.cut import cut
+from support.marks import marked
 from support.nets import whole_models
 from support.nets.whole_models import MODELS
 from support.oracles.cutting import distance, outputs, random_selection
@@ -22,21 +23,24 @@ from support.oracles.physical_pruning import lines, our_groups, outputs_of, prun
 
 pytestmark = pytest.mark.torch
 
-LONG = pytest.mark.soak  # torch takes long to export it
-
-EQUAL = (
-    "lenet",
-    "vgg11_bn",
-    "resnet20_bn",
-    "concat_net",
-    "unet",
-    "sensor_net",
-    "squeeze_and_excite",
-    "inception",
-    "conv_mixer",
-    "video",
-    "perceptron",
-    *(pytest.param(name, marks=LONG) for name in ("resnet18", "mobilenetv3_small_100", "convnext_atto")),
+EQUAL = marked(
+    (
+        "lenet",
+        "vgg11_bn",
+        "resnet20_bn",
+        "concat_net",
+        "unet",
+        "sensor_net",
+        "squeeze_and_excite",
+        "inception",
+        "conv_mixer",
+        "video",
+        "perceptron",
+        "resnet18",
+        "mobilenetv3_small_100",
+        "convnext_atto",
+    ),
+    soak=["resnet18", "mobilenetv3_small_100", "convnext_atto"],
 )
 """Networks whose groups are the same, layer by layer."""
 
@@ -168,7 +172,7 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if n == "swin" else ()) for n in DIFFERENT])
+@pytest.mark.parametrize("name", marked(DIFFERENT, soak=["swin"]))
 def test_differences_are_the_known_ones(name: str) -> None:
     module, known = MODELS[name].make(), DIFFERENT[name]
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
@@ -177,7 +181,7 @@ def test_differences_are_the_known_ones(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if n == "swin" else ()) for n in DIFFERENT])
+@pytest.mark.parametrize("name", marked(DIFFERENT, soak=["swin"]))
 def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
     found = verdicts(MODELS[name].make, whole_models.samples(name, 6))
     assert {text: found[text] for text in DIFFERENT[name].theirs} == DIFFERENT[name].theirs
@@ -212,7 +216,7 @@ def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "projection"), [("vision_transformer", "blocks.{}.attention"), pytest.param("swin", "{}", marks=LONG)]
+    ("name", "projection"), marked([("vision_transformer", "blocks.{}.attention"), ("swin", "{}")], soak=["swin"])
 )
 def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> None:
     """With all else kept, cutting heads is cutting what the projection after them reads."""
@@ -236,7 +240,7 @@ def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG if n == "gru" else ()) for n in REFUSED])
+@pytest.mark.parametrize("name", marked(REFUSED, soak=["gru"]))
 def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
     with pytest.raises((ZeroDivisionError, IndexError)):
         their_groups(MODELS[name].make())

@@ -14,6 +14,7 @@ import torch
 from fedprune.model.recipe import CUSTOM, Features
 from fedprune.model.selection import Selection
 from fedprune_export.pruning.cut import cut, masked
+from support.marks import marked
 from support.nets import whole_models
 from support.nets.whole_models import MODELS, OURS, TASKS
 from support.oracles.cutting import distance, outputs, random_selection
@@ -33,13 +34,7 @@ LONG = (
 """Torch takes 3 to 13 seconds to export one."""
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    if name in (*LARGE, *LONG):
-        return [pytest.mark.soak]
-    return [pytest.mark.slow] if name in (*HEAVY, *TASKS) else []
-
-
-NAMES = [pytest.param(name, marks=marks(name)) for name in (*OURS, *TASKS, *LARGE)]
+NAMES = marked((*OURS, *TASKS, *LARGE), soak=(*LARGE, *LONG), slow=(*HEAVY, *TASKS))
 BOUND = 1e-5
 DENSITIES = (0.25, 0.5, 0.75, 0.001)
 BATCHES = (2, 6)
@@ -101,14 +96,9 @@ def test_what_stays_is_named(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "prefer"),
-    [
-        pytest.param(name, prefer, marks=marks(name))
-        for name, prefer in (
-            *((name, "coarse") for name in (*OURS, *TASKS)),
-            ("vision_transformer", "fine"),
-            ("swin", "fine"),
-        )
-    ],
+    marked(
+        [*((name, "coarse") for name in (*OURS, *TASKS)), ("vision_transformer", "fine"), ("swin", "fine")], soak=LONG
+    ),
 )
 def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "fine"]) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""

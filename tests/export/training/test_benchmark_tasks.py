@@ -10,6 +10,7 @@ import torch
 from benchmarks.tasks.__main__ import TASKS, torch_loss
 from fedprune.model.selection import Selection
 from fedprune_export.pruning.cut import cut
+from support.marks import marked
 from support.nets import benchmark_tasks
 from support.oracles.cutting import random_selection
 from support.oracles.gradient_distance import TENSOR, Trained, norm, torchs_gradients
@@ -36,9 +37,7 @@ def trained_task(name: str) -> Trained:
     return Trained(model, features, lambda outputs, labels: torch_loss(TASKS[name], outputs, labels))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.soak if n in LONG else ()) for n in TASKS if n != FLIPPING]
-)
+@pytest.mark.parametrize("name", marked((n for n in TASKS if n != FLIPPING), soak=LONG))
 def test_gradients_are_as_exact_as_torchs(name: str) -> None:
     trained = trained_task(name)
     model = trained.model

@@ -1,6 +1,7 @@
 """Every preset with every kind of task: it runs, or an error names what it needs before any board trains.
 
-At every push a quarter of the pairs is tried, each preset and each task in several of them. A soak tries all.
+Every push tries a quarter of the pairs, with each preset and each task several times, and all pairs that are refused.
+A soak tries all.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Bench:
         assert request is not None
         return request
 
-    def asked_anew(self) -> UploadRequest:
+    def asked_later(self) -> UploadRequest:
         """A request with another address: the last one is too old to be given again."""
         self.now += EXPIRES_S / 2
         return self.asked()
@@ -132,7 +132,7 @@ def test_a_board_puts_its_update_into_the_bucket(
 
 
 def test_an_address_is_for_one_object_of_one_length_and_digest_for_a_while(bench: Bench) -> None:
-    first, second = bench.asked(), bench.asked_anew()
+    first, second = bench.asked(), bench.asked_later()
     query = parse_qs(UploadUrl.parse(first.url).query.removeprefix("?"))
     assert query["X-Amz-SignedHeaders"] == ["content-length;host;x-amz-checksum-sha256"]
     assert query["X-Amz-Expires"] == [str(EXPIRES_S)]
@@ -201,7 +201,7 @@ def test_who_is_asked_again_gets_the_same_address_while_it_lasts(bench: Bench) -
 
 def test_the_right_one_of_several_is_found_and_the_others_are_deleted(at_s3: S3, url: str, bench: Bench) -> None:
     for body in (bytes(len(UPDATE)), UPDATE, UPDATE[:7], UPDATE):
-        put(bench.asked_anew(), body)
+        put(bench.asked_later(), body)
     assert bench.end()
     bench.deleted()
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
@@ -219,7 +219,7 @@ def test_the_bucket_is_searched_only_for_what_is_not_where_it_was_asked_for(
 
     monkeypatch.setattr(bench.store.bucket, "list", listing)
     first = bench.asked()
-    put(bench.asked_anew())
+    put(bench.asked_later())
     assert bench.end()
     assert searched == []
     bench.store.delete(REF.sha256)
@@ -245,7 +245,7 @@ def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> N
 
 def test_what_counts_is_not_deleted_with_it(at_s3: S3, url: str, bench: Bench) -> None:
     put(bench.asked())
-    bench.asked_anew()
+    bench.asked_later()
     assert bench.end()
     bench.uploads.drop("pi")
     bench.now = 2.0 * s3_uploads._LATE_S

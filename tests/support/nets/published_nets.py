@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from fedprune_export.importing.timm_models import torchvision_or_placeholder
+from support.marks import marked
 from support.nets import small_nets as nets
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "resnet18")
-MARKED = [*NETS[:-1], pytest.param(NETS[-1], marks=pytest.mark.soak)]
-"""The largest in a soak alone."""
+MARKED = marked(NETS, soak=NETS[-1:])
+"""`NETS` as parameters. Only `make soak` runs the largest."""
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 
