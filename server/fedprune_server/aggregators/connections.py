@@ -173,6 +173,7 @@ class RegionConnections(Closing):
         self._given_up: set[str] = set()
         self._expected: set[str] = set()
         self._connections = 0
+        self._channels = set[Channel]()
         self._closed = False
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
         try:
@@ -372,10 +373,12 @@ class RegionConnections(Closing):
         with self._changed:
             self._closed = True
             regions, self._regions = list(self._regions.values()), {}
+            channels = list(self._channels)
             self._changed.notify_all()
         for region in regions:
             region.channel.flush(_FLUSH_S)
-            region.channel.close()
+        for channel in channels:
+            channel.close()
         self._searches.shutdown(wait=False, cancel_futures=True)
         self._server.shutdown()
         self._thread.join(5.0)
@@ -416,7 +419,15 @@ class RegionConnections(Closing):
 
         try:
             with Channel(connection, self._store, received, self._wanted) as channel:
-                channel.run()
+                with self._changed:
+                    if self._closed:
+                        return
+                    self._channels.add(channel)
+                try:
+                    channel.run()
+                finally:
+                    with self._changed:
+                        self._channels.discard(channel)
         finally:
             if found:
                 self._put(found[0], RegionDown(found[0]))

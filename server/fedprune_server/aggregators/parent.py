@@ -120,6 +120,7 @@ class ParentLink(Closing):
         self._wake: Callable[[], None] = lambda: None
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._channel: Channel | None = None
+        self._connection: Channel | None = None  # its channel, before the parent's welcome too
         self._welcomed, self._stopping, self._changed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedprune-parent", daemon=True)
         self._refused, self._greeted = "", False
@@ -207,8 +208,8 @@ class ParentLink(Closing):
     def close(self) -> None:
         self._stopping.set()
         self._searches.shutdown(wait=False, cancel_futures=True)
-        if self._channel is not None:
-            self._channel.close()
+        if self._connection is not None:
+            self._connection.close()
 
     def _send(self, message: Message) -> None:
         channel = self._channel
@@ -253,6 +254,9 @@ class ParentLink(Closing):
             ) as socket,
             Channel(socket, self._store, self._received, self._wanted) as channel,
         ):
+            self._connection = channel
+            if self._stopping.is_set():
+                return False
             self._greeted = False
             self._parts, self._new_members = [], {}
             hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance()}

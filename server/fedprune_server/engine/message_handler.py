@@ -208,6 +208,13 @@ class MessageHandler:
             self._known_profiles[name] = now, known
         return known
 
+    def _reported(self, device: str, update: Update) -> bool:
+        """Whether a board's update has been received and reported to the parent, which has not gone on yet."""
+        task = self._state.tasks.get(device)
+        if task is None or task.progress is not Part.PULLING or task.weights != update.weights.sha256:
+            return False
+        return (update.round, update.attempt) == (self._state.round_of(task), task.attempt)
+
     def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
         """The event of a device's report on its part in a round."""
         if isinstance(message, Progress):
@@ -241,6 +248,8 @@ class MessageHandler:
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
             self._outbox.ask(self._uploads.heard(device, self._monotonic()))
             return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are
+        if self._reported(device, message):
+            return None  # a region's parent, which has not answered yet, would ask for it again
         return on.UpdateAnnounced(
             device,
             message.round,

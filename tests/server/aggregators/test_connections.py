@@ -393,6 +393,16 @@ def test_an_aggregator_that_comes_back_replaces_its_own_connection(tier: Tier) -
     assert again.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
 
 
+@pytest.mark.parametrize("side", ["parent", "aggregator"])
+def test_a_connection_ends_with_either_side_though_the_aggregator_is_not_let_in_yet(tier: Tier, side: str) -> None:
+    link = tier.begin("north")
+    with pytest.raises(BrokerError, match="no parent answers"):
+        link.start(patience_s=0.01)
+    ended = tier.wait(RegionUp).region.channel
+    (tier.connections if side == "parent" else link).close()
+    until(lambda: ended.closed)
+
+
 def test_another_version_is_refused(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parent, "__version__", "0.0.1")
     with pytest.raises(ConfigError, match=f"it runs fedprune 0.0.1, and its parent {__version__}"):

@@ -18,7 +18,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.staleness import plain
 from fedprune.jobs.state import Device, Phase, Progress, Task
-from fedprune.wire.messages import Birth
+from fedprune.wire.messages import Birth, Message, Update
 from fedprune.wire.topics import Topics
 from fedprune_server.aggregators.connections import RegionConnections
 from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
@@ -26,6 +26,7 @@ from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.parent import ParentLink, ParentUp
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.engine.server import Server, Tier
 from fedprune_server.messaging.transport import SiteLink
 from support.fakes.fleet import Air, ToyWorker, fill, quick
@@ -69,6 +70,12 @@ class Region:
         self.now += later
         self.runner.begin_turn()
         self.runner.follow(Steered(JOB.name, head, **rest))
+        self.runner.end_turn()
+
+    def hear(self, message: Message) -> None:
+        """A turn in which the board `ant` sends a message."""
+        self.runner.begin_turn()
+        self.runner.receive(Envelope("ant", JOB.name, message, len(message.to_bytes())))
         self.runner.end_turn()
 
     def answer(self) -> on.Event:
@@ -150,6 +157,23 @@ def test_an_update_that_is_reported_stays_while_the_parent_begins_a_round(region
     assert region.answer() == on.UpdateStored("ant", 1, 1, update.sha256)
     stored = replace(task, progress=Progress.STORED, weights=update.sha256)
     check_kept(region, {update.sha256}, task, stored)
+
+
+def test_a_board_that_repeats_its_announcement_waits_for_the_parent(region: Region) -> None:
+    """A parent that is busy would ask for an update again that was reported to it a while ago."""
+    update = region.store.put(fill("update"))
+    _, task = begun(region, Progress.PULLING, offer={"weights": {"size": update.size}}, update=update.to_dict())
+    device, head = Device(1, True, {"name": "raspberry-pi-5"}, None, 10), HEAD | {"round": 1}
+    pull = do.PullUpdate("ant", 1, 1, update.to_dict())
+    region.steer(head, devices={"ant": device}, tasks={"ant": replace(task)}, commands=(pull,), whole=True)
+    stored = region.answer()
+    announced = Update("ant", JOB.name, 1, 1, region.state.model, update, 10, 5)
+    region.hear(announced)
+    assert region.reported == []
+    region.steer({}, commands=(pull,))  # its connection was lost with the report
+    assert region.answer() == stored
+    region.hear(replace(announced, attempt=2))
+    assert isinstance(region.reported.pop(), on.UpdateAnnounced)
 
 
 def test_an_offer_that_is_reported_stays_while_the_parent_begins_a_round(region: Region) -> None:
