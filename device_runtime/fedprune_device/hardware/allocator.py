@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt (its malloc.h)."""
 
 _INITIAL_THRESHOLD = 128 * 1024
@@ -22,14 +23,27 @@ def return_freed_blocks() -> None:
     Smaller ones are cut from heaps that rarely shrink: weights that come and go with the rounds leave them full of
     holes. A size that was set stays.
     """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            if not mallopt(parameter, _INITIAL_THRESHOLD):
-                _LOG.debug("mallopt refused parameter %d: freed memory is kept as usual", parameter)
+    _set({_MMAP_THRESHOLD: _INITIAL_THRESHOLD, _TRIM_THRESHOLD: _INITIAL_THRESHOLD})
+
+
+def share_heaps() -> None:
+    """Let the threads of this process share two heaps, from here on.
+
+    By default glibc gives each thread one of its own, up to eight per core, and what a thread has freed there serves
+    that thread alone.
+    """
+    _set({_ARENA_MAX: 2})
 
 
 def trim_heap() -> None:
     """Return free pages in the middle of the heap to the system. Takes a few milliseconds."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set(values: Mapping[int, int]) -> None:
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in values.items():
+            if not mallopt(parameter, value):
+                _LOG.debug("mallopt refused parameter %d: freed memory is kept as usual", parameter)

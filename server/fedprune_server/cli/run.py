@@ -18,6 +18,7 @@ from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
 from fedprune.runtime.session import run_by_child_process
+from fedprune_device.hardware.allocator import share_heaps
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.environment import CONFIG, environment_layer
@@ -201,6 +202,7 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    share_heaps()
     config = configured(arguments).config
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory goes back to the system, and threads share it."""
 
 from __future__ import annotations
 
@@ -55,3 +55,38 @@ def test_freed_blocks_are_returned_although_others_lie_between(program: str) -> 
 
     assert abs(left(True)) < 5e6
     assert left(False) > 20e6
+
+
+HEAPS = """
+import ctypes, sys, threading
+from fedprune_device.hardware.allocator import share_heaps
+
+if sys.argv[1] == "True":
+    share_heaps()
+together = threading.Barrier(6)
+
+def work():
+    together.wait()
+    block = bytearray(2000)
+    together.wait()
+
+threads = [threading.Thread(target=work) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+
+
+def test_threads_share_two_heaps() -> None:
+    def heaps(shared: bool) -> int:
+        command = [sys.executable, "-c", HEAPS, str(shared)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.count("<heap nr=")
+
+    assert heaps(True) <= 2
+    assert heaps(False) > 2
