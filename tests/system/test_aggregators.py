@@ -15,6 +15,7 @@ from cryptography.x509 import load_pem_x509_crl
 from fedprune.coordination import State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
+from fedprune_server.cli.main import main
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.processes.real_site import Site, write_material
@@ -212,11 +213,14 @@ def test_an_aggregator_that_is_away_is_named_with_its_boards_until_it_is_back(ma
     ],
     ids=str,
 )
-def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], said: str) -> None:
-    found = server("aggregate", "--state", tmp_path / "state", "--insecure", *options)
-    assert found.returncode == ExitCode.CONFIG, found.stderr
-    assert said in found.stderr
-    assert "Traceback" not in found.stderr
+def test_wrong_options_are_one_line(
+    tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["aggregate", "--state", str(tmp_path / "state"), "--insecure", *options])
+    error = capsys.readouterr().err
+    assert code == ExitCode.CONFIG, error
+    assert said in error
+    assert "Traceback" not in error
 
 
 def test_servers_of_a_tier_can_be_checked_and_backed_up_in_the_middle_of_a_round(
@@ -253,6 +257,8 @@ def test_updates_go_into_a_bucket_of_each_aggregator(
         assert {key.partition("/")[0] for key in s3.keys(bucket)} == set(REGIONS)
 
 
+# At every push `tests/server/aggregators` collects parts of such jobs, and `test_kill_points.py` kills all of a tier.
+@pytest.mark.soak
 def test_an_asynchronous_job_ends_through_aggregators_over_kills(material: Path, tmp_path: Path) -> None:
     text = JOB.format(strategy="fedbuff").replace("rounds = 3", "rounds = 12")
     with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S) as site:

@@ -95,7 +95,6 @@ def again(site: Site) -> list[Step]:
     return list(replay(site.state))
 
 
-# At every push the next test replays a log, too; the others soak.
 @pytest.mark.parametrize(
     "site",
     ["semi-async", *(pytest.param(job, marks=pytest.mark.soak) for job in ("plain", "fedasync", "in-step", "pr-fl"))],
@@ -105,13 +104,37 @@ def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.Mon
     site.start_all()
     state = finish(site)
     scratch = site.folder / "scratch"
-    monkeypatch.setattr("fedprune_server.maintenance.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
-    found = again(site)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedprune_server.maintenance.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
+        found = again(site)
     assert [BlobStore(scratch).has(s.model) for s in (found[0], found[-1])] == [False, True]  # past rounds' are deleted
     assert [(s.round, s.model) for s in found] == models(state)
     assert {n for s in found for n in s.devices} == set(SAMPLES)
+    out = subprocess.run(
+        [sys.executable, "-m", "fedprune_server.cli.main", "replay", "--state", str(site.state)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout.endswith(f"{len(found)} rounds, every model the same to the bit\n")
+
+    # A log that says something else is found out, and so is a folder from which an update has gone.
+    forged = site.folder / "forged"
+    shutil.copytree(site.state, forged)
+    change_a_model(forged / FILE)
+    with pytest.raises(StorageError, match=r"Closed of round 2\): model"):
+        list(replay(forged))
+    BlobStore(site.state / BLOBS).delete(first_update(site))
+    with pytest.raises(StorageError, match=r"the update of \w+ in round 1 is gone"):
+        again(site)
+    # Where updates were never meant to stay, that is no damage.
+    unarchived(site.state)
+    with pytest.raises(ConfigError, match=r"this job ran without --archive.*the update of \w+ in round 1 is gone"):
+        again(site)
 
 
+# At every push `test_crashes.py` kills processes of a job in rounds, and `test_kill_points.py` at a flush.
+@pytest.mark.soak
 @pytest.mark.parametrize("site", ["fedbuff"], indirect=True)
 def test_kills_are_survived_and_the_log_still_gives_the_same_models(site: Site) -> None:
     site.hold(2, 3, 5)
@@ -123,27 +146,6 @@ def test_kills_are_survived_and_the_log_still_gives_the_same_models(site: Site) 
     state = finish(site)
     assert [r for r, _ in models(state)] == list(range(1, 9))
     assert [(s.round, s.model) for s in again(site)] == models(state)
-    out = subprocess.run(
-        [sys.executable, "-m", "fedprune_server.cli.main", "replay", "--state", str(site.state)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert out.stdout.endswith("8 rounds, every model the same to the bit\n")
-
-    # A log that says something else is found out, and so is a folder from which an update has gone.
-    forged = site.folder / "forged"
-    shutil.copytree(site.state, forged)
-    change_a_model(forged / FILE)
-    with pytest.raises(StorageError, match=r"Closed of round 4\): model"):
-        list(replay(forged))
-    BlobStore(site.state / BLOBS).delete(first_update(site))
-    with pytest.raises(StorageError, match=r"the update of \w+ in round 1 is gone"):
-        again(site)
-    # Where updates were never meant to stay, that is no damage.
-    unarchived(site.state)
-    with pytest.raises(ConfigError, match=r"this job ran without --archive.*the update of \w+ in round 1 is gone"):
-        again(site)
 
 
 def unarchived(state: Path) -> None:
@@ -158,7 +160,7 @@ def change_a_model(path: Path) -> None:
     with sqlite3.connect(path) as database:
         for number, body in database.execute("select number, body from events where type = 'Closed'").fetchall():
             event: dict[str, Any] = json.loads(body)
-            if event["round"] == 4:
+            if event["round"] == 2:
                 event["model"] = "0" * 64
                 database.execute("update events set body = ? where number = ?", (json.dumps(event), number))
 

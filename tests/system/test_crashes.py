@@ -85,7 +85,7 @@ def test_an_undisturbed_run_counts_every_device_in_every_round(undisturbed: Stat
     assert progress == [["folded"] * len(DEVICES)] * ROUNDS
 
 
-# `test_rollout.py` kills a Mosquitto at every push.
+# `test_dead_fleet.py` takes a Mosquitto away at every push.
 @pytest.mark.parametrize(
     "site",
     [
@@ -106,8 +106,15 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
     assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["server", "group"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.OK), (signal.SIGINT, ExitCode.INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("number", "code", "group"),
+    [
+        pytest.param(signal.SIGTERM, ExitCode.OK, True, id="SIGTERM to the group"),
+        pytest.param(signal.SIGTERM, ExitCode.OK, False, id="SIGTERM", marks=pytest.mark.soak),
+        pytest.param(signal.SIGINT, ExitCode.INTERRUPTED, True, id="SIGINT to the group", marks=pytest.mark.soak),
+        pytest.param(signal.SIGINT, ExitCode.INTERRUPTED, False, id="SIGINT"),
+    ],
+)
 def test_a_signal_ends_a_server_cleanly(
     material: Path, tmp_path: Path, number: signal.Signals, code: ExitCode, group: bool
 ) -> None:

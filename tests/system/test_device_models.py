@@ -18,6 +18,7 @@ from fedprune.wire.messages import Update
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.importing import load
 from support.fakes.agent_fleet import MemoryServer
+from support.marks import marked
 from support.paths import GRAPHS
 from support.processes.device_process import Field, loaded_packages, running
 
@@ -81,7 +82,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.soak), 0.5])
-@pytest.mark.parametrize("net", CASES)
+@pytest.mark.parametrize("net", marked(CASES, soak=["vision_transformer"]))
 def test_a_network_trains_on_a_device_process(tmp_path: Path, net: str, density: float) -> None:
     metrics = trained(tmp_path, net, pictures(4, (3, 16, 16), 250), CASES[net], density).metrics
     assert metrics["loss_last"] < 0.8 * metrics["loss_first"]

@@ -30,6 +30,8 @@ connected = 4
 """
 
 
+# At every push `tests/server/devices/test_pace_steering.py` and `tests/server/engine/test_pace.py` send boards away.
+@pytest.mark.soak
 @pytest.mark.mosquitto
 def test_boards_take_turns_and_a_killed_broker_costs_no_part(tmp_path: Path) -> None:
     write_material(tmp_path, dict.fromkeys(BOARDS, 300))

@@ -250,9 +250,11 @@ def test_rounds_go_on_under_a_new_signing_key_also_with_a_board_that_was_off(sit
         assert len(identity.authority.lines()) == certificates
 
 
+# At every push `tests/server/messaging/test_authentication.py` moves a fleet in memory.
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "site",
-    [pytest.param("embedded", marks=pytest.mark.soak), pytest.param("mosquitto", marks=pytest.mark.mosquitto)],
+    ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)],
     indirect=True,
 )
 def test_a_fleet_moves_to_a_new_authority_also_with_a_board_that_was_off_at_first(site: Site) -> None:

@@ -81,7 +81,7 @@ def test_memory_of_training_adapters_is_predicted() -> None:
 
 @pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize(("base", "batch"), [("int8", 2), ("float16", 16)])
+@pytest.mark.parametrize(("base", "batch"), [("int8", 2), pytest.param("float16", 16, marks=pytest.mark.soak)])
 def test_memory_of_training_adapters_is_predicted_here(
     base: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

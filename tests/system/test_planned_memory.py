@@ -35,7 +35,7 @@ sys.exit(code)
     [
         ("unet", {"loss": "bce"}, range(2, 33)),
         ("unet_bn", {"loss": "bce"}, range(2, 5)),  # parts of at least eight samples
-        ("gru_net", {"batch_size": 64}, range(2, 65)),
+        pytest.param("gru_net", {"batch_size": 64}, range(2, 65), marks=pytest.mark.soak),
     ],
 )
 def test_a_small_board_keeps_the_whole_net(net: str, settings: dict[str, Any], parts: range) -> None:

@@ -10,7 +10,8 @@ import pytest
 from support.paths import ROOT
 from support.processes.machine import find_mosquitto
 
-pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
+# At every push `test_aggregators.py` compares models of aggregators with those of one server, also with a bucket.
+pytestmark = [pytest.mark.system, pytest.mark.mosquitto, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")

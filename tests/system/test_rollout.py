@@ -201,6 +201,8 @@ def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_agai
     assert all(p.poll() is None for p in site.processes.values()), "nobody had to be started again"
 
 
+# At every push `tests/device/releases/test_release_updates.py` cuts downloads off, and `tests/server/ota` a server's.
+@pytest.mark.soak
 def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: UpdatedSite) -> None:
     noise = random.Random(0).randbytes(30_000_000)
     large = make_wheel(site.folder / "large-1-py3-none-any.whl", {"large/noise.bin": noise})

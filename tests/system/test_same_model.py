@@ -220,7 +220,7 @@ def resent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("base", ["float16", pytest.param("int8", marks=pytest.mark.soak), None])
+@pytest.mark.parametrize("base", ["float16", *(pytest.param(b, marks=pytest.mark.soak) for b in ("int8", None))])
 def test_the_simulator_counts_as_many_bytes_as_the_daemon_sends(
     tmp_path: Path, resent: list[int], base: str | None
 ) -> None:

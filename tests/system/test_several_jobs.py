@@ -96,6 +96,8 @@ def server(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+# At every push `tests/server/engine/test_host.py` kills a server of two jobs, and `test_backup.py` restores one.
+@pytest.mark.soak
 def test_two_jobs_share_a_fleet_over_a_kill_and_end_as_if_alone(site: SharedSite, alone: list[list[str]]) -> None:
     site.hold(1, seed=SEED)
     site.start_all()

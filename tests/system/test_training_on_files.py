@@ -188,10 +188,10 @@ def save(root: Path, **found: np.ndarray) -> None:
     ("net", "write", "source", "numbers", "words"),
     [
         ("autoencoder", pictures, "", 3 * 96 * 96, ("--labels", "values")),
-        ("listener", recordings, "", 16_000, ()),
+        pytest.param("listener", recordings, "", 16_000, (), marks=pytest.mark.soak),
         ("gathered", partial(recordings, least=400), "", 16_000, ()),
         ("seer", rows, "set.csv", 2 * 2001, ("--labels", "values")),
-        ("painter", arrays, "set.npz", 4 * 16 * 12, ()),
+        pytest.param("painter", arrays, "set.npz", 4 * 16 * 12, (), marks=pytest.mark.soak),
         ("pair", pairs, "set.npz", 8000 + 3 * 32 * 32, ()),
         ("tagger", texts, "packed.npz", 2 * 1000, ("--set", "ignore_label=-1")),
     ],

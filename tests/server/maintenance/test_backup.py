@@ -160,6 +160,17 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
     assert [r["model"] for r in end.history] == [r["model"] for r in finished.history]
 
 
+def test_further_jobs_are_restored_with_the_first(state: Path, tmp_path: Path) -> None:
+    play_job(tmp_path / "second", events=4)
+    shutil.copytree(tmp_path / "second", state / "jobs" / "second")
+    copy = tmp_path / "copy"
+    assert main(["backup", "--state", str(state), "--to", str(tmp_path / "backup")]) == ExitCode.OK
+    assert main(["restore", "--from", str(tmp_path / "backup"), "--state", str(copy)]) == ExitCode.OK
+    for job in (".", "jobs/second"):
+        assert rows(copy / job) == rows(state / job)
+    assert main(["check", "--state", str(copy)]) == ExitCode.OK
+
+
 def test_state_folders_are_checked_backed_up_and_restored_as_json(
     state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +311,7 @@ def dying(work: Callable[[], object], at: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+@pytest.mark.parametrize("name", ["backup", pytest.param("backup.tar", marks=pytest.mark.soak)])
 def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path: Path, name: str) -> None:
     backup = tmp_path / name
     back_up(state, backup, silent)
