@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -50,9 +52,14 @@ def test_gradients_of_chains_are_torchs(model: Model, density: float, seed: int)
     assert found.excess(found.worst) <= TENSOR, found.worst
 
 
+@cache
+def hard_net(name: str) -> Model:
+    return import_onnx(export_torch(hard_nets.make(name)), name)
+
+
 @pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["SegmentSums", "SpatialTransformer", "Spectra", "PairDistances", "Overlaps"])
 def test_gradients_of_computed_places_and_waves_are_torchs(name: str, density: float) -> None:
-    found = distances(import_onnx(export_torch(hard_nets.make(name)), name), density, 1)
+    found = distances(hard_net(name), density, 1)
     assert found.near, (found.ours, found.torch)
     assert found.excess(found.worst) <= TENSOR, found.worst

@@ -21,7 +21,7 @@ F32 = np.dtype(np.float32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("name", zoo.MARKED)
 def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -> None:
     model, module = imported(name), zoo.make(name)
     state = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}

@@ -39,7 +39,10 @@ class Sequences(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "gates", "both"), [(nn.GRU, 3, False), (nn.LSTM, 4, False), (nn.GRU, 3, True)])
+@pytest.mark.parametrize(
+    ("kind", "gates", "both"),
+    [pytest.param(nn.GRU, 3, False, marks=pytest.mark.soak), (nn.LSTM, 4, False), (nn.GRU, 3, True)],
+)
 def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: int, both: bool) -> None:
     architecture = import_onnx(export_torch(Sequences(kind, both)), "sequences").architecture
     directions = 2 if both else 1

@@ -58,7 +58,8 @@ def imported(module: nn.Module) -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [nets.lenet, nets.resnet20_bn, nets.concat_net, lambda: nets.seeded(Mixed())],
+@pytest.mark.parametrize("make", [nets.lenet, pytest.param(nets.resnet20_bn, marks=pytest.mark.soak), nets.concat_net,
+                                  lambda: nets.seeded(Mixed())],
                          ids=["lenet", "resnet20", "concat", "mixed"])  # fmt: skip
 def test_it_computes_what_the_cut_graph_computes(make) -> None:  # type: ignore[no-untyped-def]
     model = imported(make())

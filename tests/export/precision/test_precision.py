@@ -30,6 +30,7 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.precision import Lowered, lower
 from fedprune_export.pruning.model import Model
+from support.marks import marked
 from support.nets import device_nets, whole_models
 from support.nets import small_nets as nets
 from support.nets.wide_sum import WIDE_SUM, saturates
@@ -147,9 +148,15 @@ def test_int8_is_exact_if_asked_on_any_processor(exact: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "precision", "density"),
+    [
+        pytest.param(name, precision, density, marks=() if (i + j + k) % 3 == 0 else pytest.mark.soak)
+        for i, name in enumerate(NETS)
+        for j, precision in enumerate(PRECISIONS)
+        for k, density in enumerate(DENSITIES)
+    ],
+)
 def test_every_precision_says_what_float32_says(name: str, precision: str, density: float, tmp_path: Path) -> None:
     model = net(name)[1]
     x = inputs(model, 32)
@@ -176,7 +183,9 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["normalizer_free", "conv_mixer", "shufflenet_v2", "group_norm_resnet"])
+@pytest.mark.parametrize(
+    "name", marked(["normalizer_free", "conv_mixer", "shufflenet_v2", "group_norm_resnet"], soak=["shufflenet_v2"])
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_follows_from_weights_alone_is_prepared(name: str, precision: str, tmp_path: Path) -> None:
     model = whole_models.imported(name)

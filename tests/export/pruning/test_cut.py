@@ -30,7 +30,7 @@ def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:
     np.testing.assert_allclose(outputs(graph, x)[4:5], outputs(graph, x[4:5]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("name", zoo.MARKED)
 def test_reordering_channels_changes_nothing(imported: Imported, name: str) -> None:
     model = imported(name)
     x = inputs(model, 2)

@@ -11,6 +11,7 @@ import torch
 from fedprune.model.architecture import Segment
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
+from support.marks import marked
 from support.nets import hard_nets
 from support.oracles.cutting import cut_error, distance, inputs, outputs, random_selection
 
@@ -27,6 +28,9 @@ FINE = {
 }
 """Networks in which positions can be cut as well as heads or groups, and the sizes of the groups then."""
 
+NAMES = marked(hard_nets.NETS, soak=["FusedAttention", "TiedWeights", "Unfolded"])
+"""Those that soak have the wiring of others: of the vision transformer and the tied language model, and of Overlaps."""
+
 HEADS = {"MultiheadAttention": [12, 3], "TwoLSTMs": [12, 7, 7]}
 """Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
 
@@ -42,7 +46,7 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", hard_nets.NETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_import_computes_what_torch_computes(name: str) -> None:
     model = imported(name)
     x = inputs(model, 4)
@@ -51,7 +55,7 @@ def test_the_import_computes_what_torch_computes(name: str) -> None:
     assert distance(outputs(model.graph, x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", hard_nets.NETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_can_be_cut_is_found(name: str) -> None:
     model = imported(name)
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
@@ -63,7 +67,7 @@ def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
-@pytest.mark.parametrize("name", hard_nets.NETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
     model = imported(name)
     for batch in (2, 7):

@@ -146,7 +146,9 @@ def described(net: nn.Module) -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [nets.VGG11, nets.ResNet20, nets.ConcatNet])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.soak) for k in (nets.VGG11, nets.ResNet20)), nets.ConcatNet]
+)
 @pytest.mark.parametrize("steps", [0, 1])
 def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int) -> None:
     model = described(learnt(fresh(kind), steps))

@@ -40,7 +40,7 @@ EQUAL = marked(
         "mobilenetv3_small_100",
         "convnext_atto",
     ),
-    soak=["resnet18", "mobilenetv3_small_100", "convnext_atto"],
+    soak=["vgg11_bn", "unet", "resnet18", "mobilenetv3_small_100", "convnext_atto"],
 )
 """Networks whose groups are the same, layer by layer."""
 
@@ -187,7 +187,7 @@ def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
     assert {text: found[text] for text in DIFFERENT[name].theirs} == DIFFERENT[name].theirs
 
 
-@pytest.mark.parametrize("name", ["squeeze_and_excite", "concat_net", "unet"])
+@pytest.mark.parametrize("name", marked(["squeeze_and_excite", "concat_net", "unet"], soak=["unet"]))
 def test_where_groups_are_the_same_theirs_are_right(name: str) -> None:
     """The verdict itself can say "equal"."""
     assert set(verdicts(MODELS[name].make, whole_models.samples(name, 6)).values()) == {"equal"}
@@ -248,7 +248,7 @@ def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("name", marked(UNSEEN, soak=["encoder"]))
 def test_channels_that_torch_pruning_does_not_list(name: str) -> None:
     module = MODELS[name].make()
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)

@@ -11,6 +11,7 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.strategies.optimal_transport import Transport
 from fedprune_export.pruning.cut import at_widths
+from support.marks import marked
 from support.nets import whole_models
 from support.oracles.cutting import distance, outputs, random_selection
 
@@ -21,10 +22,11 @@ ALIKE = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "conv_mixer", "squeez
 """Networks that compute the same with permuted or duplicated channels. Depthwise, flattened, joined and gated ones."""
 
 OTHERS = ("vision_transformer", "tied_language_model")
+LONG = ("vgg11_bn", "resnet20_bn")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ALIKE, *OTHERS])
+@pytest.mark.parametrize("name", marked((*ALIKE, *OTHERS), soak=(*LONG, "vision_transformer")))
 def test_submodels_and_updates_have_the_shapes_that_are_asked_for(name: str) -> None:
     model = whole_models.imported(name)
     whole = model.tensors
@@ -36,7 +38,7 @@ def test_submodels_and_updates_have_the_shapes_that_are_asked_for(name: str) -> 
         assert all(v.dtype == np.float32 and np.isfinite(v).all() for v in got.values())
 
 
-@pytest.mark.parametrize("name", [*ALIKE, *OTHERS])
+@pytest.mark.parametrize("name", marked((*ALIKE, *OTHERS), soak=(*LONG, "vision_transformer")))
 def test_a_network_with_permuted_channels_is_led_back(name: str) -> None:
     model = whole_models.imported(name)
     whole, at = model.tensors, random_selection(model, 1.0, seed=2)
@@ -47,7 +49,7 @@ def test_a_network_with_permuted_channels_is_led_back(name: str) -> None:
     assert all(np.array_equal(back[n], whole[n]) and np.array_equal(there[n], own[n]) for n in whole)
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", marked(ALIKE, soak=LONG))
 def test_updates_at_full_width_compute_what_the_device_s_model_computes(name: str) -> None:
     """Preserving maps with one plan per group: whole ratios duplicate channels, and readers take their share."""
     model = whole_models.imported(name)

@@ -34,10 +34,19 @@ class Labelling(nn.Module):
         return self.out(self.body(x))
 
 
-@pytest.mark.parametrize("classes", [2, 12, 40])
 @pytest.mark.parametrize(
-    "loss",
-    [*(n for n, kind in LABELS_OF.items() if kind in ("classes", "multi", "values")), "bce + dice", "mse + distill"],
+    ("loss", "classes"),
+    [
+        pytest.param(loss, classes, marks=() if (row + column) % 3 == 0 else pytest.mark.soak)
+        for row, loss in enumerate(
+            (
+                *(n for n, kind in LABELS_OF.items() if kind in ("classes", "multi", "values")),
+                "bce + dice",
+                "mse + distill",
+            )
+        )
+        for column, classes in enumerate((2, 12, 40))
+    ],
 )
 def test_the_arrays_of_a_loss_are_counted(loss: str, classes: int) -> None:
     model, batch = fx.load(Labelling(classes)), 4
