@@ -26,9 +26,13 @@ from fedprune_device.engines.engine_selector import (
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.engine_board import EngineBoard, X
 from support.fakes.tensorrt import VERSIONS
+from support.marks import marked
 from support.waiting import until
 
 pytestmark = pytest.mark.board
+
+LONG = tuple(v for v in VERSIONS[1:-1] if v != "10.3.0" and not v.startswith("11.3."))
+"""Neither the oldest nor the newest, nor those that JetPack 6 has and that don't refit."""
 
 
 def agree(found: CheckedSession | None, wanted: EngineRequest) -> None:
@@ -38,7 +42,7 @@ def agree(found: CheckedSession | None, wanted: EngineRequest) -> None:
     np.testing.assert_allclose(predicted, wanted.predictor.predict(X), rtol=1e-6)
 
 
-@pytest.mark.parametrize("board", VERSIONS, indirect=True)
+@pytest.mark.parametrize("board", marked(VERSIONS, soak=LONG), indirect=True)
 def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: EngineBoard) -> None:
     wanted, selector = board.model(1), board.selector()
     found = board.answering(selector, wanted)
@@ -72,8 +76,8 @@ def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> Non
     ("place", "plan"),
     [
         ({"board": "Thor"}, None),
-        ({"l4t": "36.5"}, None),
-        ({"sm": "11.0"}, None),
+        pytest.param({"l4t": "36.5"}, None, marks=pytest.mark.soak),
+        pytest.param({"sm": "11.0"}, None, marks=pytest.mark.soak),
         ({"tensorrt": "10.3.0"}, None),
         ({}, EnginePlan(batch=(1, 2, 4))),
         ({}, EnginePlan(batch=(1, 1, 4), level=2)),
@@ -109,6 +113,7 @@ def test_the_timing_cache_of_another_device_is_not_bent(board: EngineBoard, monk
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize(("refit_s", "rebuild_s", "way"), [(1.0, 2.0, REFIT), (2.0, 1.0, REBUILD)])
 def test_each_way_is_measured_once_and_then_the_faster_one_taken(
     board: EngineBoard, refit_s: float, rebuild_s: float, way: str
@@ -130,7 +135,10 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["refitted_wrong", "refit_refused", "missing", "no_refitter"])
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "setting", marked(["refitted_wrong", "refit_refused", "missing", "no_refitter"], soak=["refit_refused", "missing"])
+)
 def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, setting: str) -> None:
     selector = board.selector()
     assert board.answering(selector, board.model(1))

@@ -409,7 +409,7 @@ def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, t
 def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
     board: Make, releases: dict[int, Path], kind: str, part: int
 ) -> None:
-    """Every third write by turns; of the others every second or third, half of them in each part."""
+    """Every sixth write by turns; of the others every second or third, half of them in each part."""
     calm = board(releases[2], releases[3], name="calm")
     with power() as supply:
         calm.live()

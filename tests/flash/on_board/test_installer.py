@@ -429,9 +429,10 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
     shutil.copytree(before, root, symlinks=True)
     with power() as supply:
         install()
-    rows = list(cuts(kind, supply.names))
-    assert len(rows) > 40
-    for at, how in rows[:4] + rows[-16:]:  # in between the wheels' files are written, of which no record tells
+    assert supply.count > 40
+    for at, how in cuts(kind, supply.names):
+        if 4 < at <= supply.count - 16:  # in between the wheels' files are written, of which no record tells
+            continue
         shutil.rmtree(root)
         shutil.copytree(before, root, symlinks=True)
         with power(at, how), pytest.raises(CutError):
@@ -683,7 +684,9 @@ def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGHUP, signal.SIGINT))]
+)
 def test_an_installer_that_is_told_to_end_leaves_a_board_running(
     make_kit: MakeKit, tmp_path: Path, wheels: Path, number: signal.Signals
 ) -> None:

@@ -40,6 +40,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
     return play_job(tmp_path_factory.mktemp("calm") / "state")
 
 
+@pytest.fixture(params=[pytest.param("moto", marks=pytest.mark.soak), "ceph"])
+def at_s3(at_s3: S3) -> S3:
+    """At every push Ceph alone; `test_s3.py` has both."""
+    return at_s3
+
+
 @pytest.fixture
 def url(at_s3: S3) -> str:
     return f"s3://{at_s3.bucket()}/fleet"

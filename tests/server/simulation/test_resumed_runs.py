@@ -82,13 +82,13 @@ def saves_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [2, 5])
+@pytest.mark.parametrize("calls", [pytest.param(2, marks=pytest.mark.soak), 5])
 def test_a_killed_run_goes_on_to_the_same_model(build: Build, calls: int) -> None:
     assert_resumes(build, calls, rounds=3, recipe=Recipe(max_steps=3), scorer="magnitude")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [1, 4, 5, 8])
+@pytest.mark.parametrize("calls", [4, 8, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 5))])
 def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(build: Build, calls: int) -> None:
     """Averages and personal tensors of trainings that a kill has undone must not be the start of the same trainings."""
     keeping = Recipe(max_steps=1, average=0.5, calibrate=True, personal=("fc.*", "*bias"))
@@ -163,17 +163,23 @@ def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
 
 
 SHORT = {"exploration_epochs": 2, "patience": 0}
-ELEMENTS: list[tuple[str, dict[str, Any]]] = [
-    ("fedobp", {"q": 0.9}),
-    ("fiarse", {"densities": [1.0, 0.2]}),
-    ("fiarse", {"densities": [0.2], "mask": "hard"}),
-    ("autoflip", SHORT),
-    ("autoflip", {**SHORT, "structured": True, "pruned_share": 0.8}),
+ELEMENTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("fedobp", "fedobp", {"q": 0.9}),
+    ("fiarse", "fiarse", {"densities": [1.0, 0.2]}),
+    ("hard masks", "fiarse", {"densities": [0.2], "mask": "hard"}),
+    ("autoflip", "autoflip", SHORT),
+    ("structured", "autoflip", {**SHORT, "structured": True, "pruned_share": 0.8}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "options"), ELEMENTS, ids=[f"{s}-{len(o)}" for s, o in ELEMENTS])
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        pytest.param(s, o, id=n, marks=pytest.mark.soak if n in ("hard masks", "autoflip") else ())
+        for n, s, o in ELEMENTS
+    ],
+)
 def test_every_update_of_an_element_strategy_counts_also_after_a_kill(
     build: Build, strategy: str, options: dict[str, Any]
 ) -> None:
@@ -227,14 +233,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(
-    build: Build, kill_at: Callable[[int], list[int]]
+    build: Build, kill_at: Callable[[int], list[int]], step: int
 ) -> None:
     touched = kill_at(10**6)
     whole = build("whole", rounds=3)
     whole.run()
     left = set(whole.store.names())
-    for number in range(times := touched[0]):
+    for number in range(0, times := touched[0], step):
         kill_at(number)
         with pytest.raises(KillError):
             build(f"killed-{number}", rounds=3).run()

@@ -22,18 +22,22 @@ EACH_KIND = (
     pytest.param(TURNS, marks=pytest.mark.once),
     *(pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS),
 )
-"""The same as parameters of a long test: at every push each operation is cut in one way, in a soak in all three.
+"""The same as parameters of a long test: at every push every second operation is cut in one way, in a soak each in all.
 
 It is no other Python that loses what a disk has not kept.
 """
 
 
 def cuts(kind: str, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Every operation's number, and how to cut there; by turns, those of one name in all ways, one after the other."""
+    """Operations, and how to cut there: all in one way, or by turns every second of a name, each in the next way."""
     seen: Counter[str] = Counter()
     for at, name in enumerate(names, 1):
-        yield at, KINDS[seen[name] % len(KINDS)] if kind == TURNS else kind
+        turn, skipped = divmod(seen[name], 2)
         seen[name] += 1
+        if kind != TURNS:
+            yield at, kind
+        elif not skipped:
+            yield at, KINDS[turn % len(KINDS)]
 
 
 class CutError(BaseException):
