@@ -66,6 +66,7 @@ for row in body["files"]:
     print(row["bytes"], row["sha256"], row["path"])
 ' "$folder/kit/kit.json") || exit 60
     while read -r bytes sum path; do
+        [ -n "$path" ] || continue
         fetch "$path" "$bytes"
         matches "$sum" "$path" || fail "the kit at $url is damaged ($path): make it again"
     done <<END

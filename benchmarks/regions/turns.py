@@ -24,7 +24,7 @@ from benchmarks.swarm.signer import Signer, signing_key
 from fedprune.wire.messages import Accepted
 from fedprune.wire.topics import Topics
 
-_POLL_S = 0.1
+_POLL_S, _PING_S = 0.1, 5.0
 _AT_ONCE, _LEAVING_PER_S = 50, 500.0
 """Boards that leave at once, and in a second: of more than a thousand wills at a time Mosquitto drops some, and those
 boards count as connected until their silence is noticed."""
@@ -111,7 +111,10 @@ class Region:
             await asyncio.sleep(EVERY_S)
 
     async def _see(self, name: str) -> None:
-        await seen(self._folder / name)
+        waiting = asyncio.create_task(seen(self._folder / name))
+        while not (await asyncio.wait({waiting}, timeout=_PING_S))[0]:
+            if self._caller is not None:
+                self._caller.link.ping()  # else the broker ends its connection between two turns
 
     def _keep(self, fleet: Fleet) -> None:
         fleet.keep_offered(Path(self._spec["offered"]))

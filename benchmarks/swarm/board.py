@@ -190,7 +190,6 @@ class Board:
         message = parse(payload if self._signer is None else payload[HEADER:])
         match message:
             case Hello():
-                self._uploaded = ""
                 self.birth()
                 for pull in self._pulls.values():
                     for want in pull.start(time.monotonic()):

@@ -86,7 +86,6 @@ class OfferHandler:
         """The server has (re)started, perhaps with a lost state: treat every offer as new, and repeat overdue
         requests."""
         self._seen.clear()
-        self._uplink.hello()
         self._secure.hurry(now)
         self._downloader.remind(now)
 

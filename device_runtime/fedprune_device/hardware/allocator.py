@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -30,9 +31,10 @@ def share_heaps() -> None:
     """Let the threads of this process share two heaps, from here on.
 
     By default glibc gives each thread one of its own, up to eight per core, and what a thread has freed there serves
-    that thread alone.
+    that thread alone. Where the environment sets `MALLOC_ARENA_MAX`, that stays.
     """
-    _set({_ARENA_MAX: 2})
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _set({_ARENA_MAX: 2})
 
 
 def trim_heap() -> None:
@@ -46,4 +48,4 @@ def _set(values: Mapping[int, int]) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in values.items():
             if not mallopt(parameter, value):
-                _LOG.debug("mallopt refused parameter %d: freed memory is kept as usual", parameter)
+                _LOG.debug("mallopt refused parameter %d", parameter)

@@ -199,10 +199,6 @@ class Uplink:
     def _report(self, update: Update, failure: str | None) -> None:
         self.send(UploadResult(update.weights.sha256, failure), update.job)
 
-    def hello(self) -> None:
-        """The server has (re)started, perhaps without what was uploaded to it: a request means an upload again."""
-        self._uploaded = None
-
     def end(self, timeout: float) -> None:
         """Stop the upload, and wait for the end of its thread, but no longer than `timeout` seconds."""
         if self._last_upload is not None:

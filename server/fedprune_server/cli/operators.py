@@ -96,8 +96,11 @@ def _answer(orders: OrderService, number: int) -> dict[str, Any] | None:
         while (found := orders.get(number)) is not None and found["state"] != "done" and time.monotonic() < until:
             time.sleep(_LOOK_S)
     except KeyboardInterrupt as error:
-        found = _withdrawn(orders, number)
-        text = "" if found is None else found["text"] or f"the server has taken the order. {_TAKEN}"
+        try:
+            found = _withdrawn(orders, number)
+            text = "" if found is None else found["text"] or f"the server has taken the order. {_TAKEN}"
+        except StorageError as storage:
+            text = f"the server may still take the order within {_ANSWER_S:.0f} s ({storage})"
         raise KeyboardInterrupt(text) from error
     return _withdrawn(orders, number)
 

@@ -170,7 +170,8 @@ def test_a_board_that_repeats_its_announcement_waits_for_the_parent(region: Regi
     announced = Update("ant", JOB.name, 1, 1, region.state.model, update, 10, 5)
     region.hear(announced)
     assert region.reported == []
-    region.steer({}, commands=(pull,))  # its connection was lost with the report
+    # The connection was lost with the report: the parent sends its rows, and orders the update again.
+    region.steer(head, devices={"ant": device}, tasks={"ant": replace(task)}, commands=(pull,), whole=True)
     assert region.answer() == stored
     region.hear(replace(announced, attempt=2))
     assert isinstance(region.reported.pop(), on.UpdateAnnounced)

@@ -172,6 +172,25 @@ def test_an_answer_is_shown_where_nothing_can_be_written_any_more(
     )
 
 
+def test_an_interruption_whose_order_cannot_be_withdrawn_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o700)
+
+    def refuse(_: ConsoleDatabase) -> NoReturn:
+        raise StorageError("the disk is full")
+
+    def interrupt() -> NoReturn:
+        monkeypatch.setattr(ConsoleDatabase, "transaction", refuse)
+        raise KeyboardInterrupt
+
+    with StatusWriter(tmp_path / status.FILE) as writer:
+        ConsoleFleet(2, 1).publish(writer)
+        monkeypatch.setattr(operators, "time", Clock(interrupt))
+        assert main(["pause", "--state", str(tmp_path)]) == ExitCode.INTERRUPTED
+    assert "interrupted: the server may still take the order within 30 s (the disk is full)" in capsys.readouterr().err
+
+
 def test_an_order_of_a_terminal_that_was_killed_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
     monkeypatch.setattr(operators, "_withdrawn", lambda *_: None)  # SIGKILL leaves no time for it

@@ -290,6 +290,8 @@ class Coordinator(ABC):
             if self.state.awaits(task) and _not_made(task):
                 task.progress = Progress.EXTRACTING
                 commands.append(self._extract(name, task))
+            elif self.state.awaits(task) and task.progress is Progress.PULLING and task.update is not None:
+                commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))
             elif task.progress is Progress.STORED and self.state.phase is Phase.TRAINING:
                 commands.append(self._fold_again(name, task))
         return commands

@@ -27,7 +27,8 @@ IDLE_S = 20.0
 _STOP_S = 5.0
 
 _LONGEST = struct.pack("@ll", 3600, 0)
-"""A process that reads and writes nothing for so long during a request hangs: seconds and microseconds."""
+"""A process that reads and writes nothing for so long during a request hangs: seconds and microseconds, as 64-bit
+systems have them."""
 
 
 @dataclass(frozen=True)
