@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sql
-from sqlalchemy.dialects import postgresql, sqlite
 
 from fedprune.core.errors import (
     ExpiredClaimError,
@@ -40,6 +39,7 @@ from fedprune_server.storage.tables import (
     REGISTER,
     decoded,
     encoded,
+    insert_new,
     meta,
     put_meta,
     upsert,
@@ -310,7 +310,7 @@ class IdentityStore:
 
         def keep(connection: sql.Connection) -> None:
             row = {"request": request, "device": device, "answer": answer}
-            connection.execute(_insert_new(connection, ANSWERS), [row])
+            insert_new(connection, ANSWERS, [row])
             numbers = sql.select(ANSWERS.c.number).where(ANSWERS.c.device == device)
             kept = numbers.order_by(ANSWERS.c.number.desc()).limit(KEPT_ANSWERS)
             connection.execute(ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(kept)))
@@ -464,12 +464,6 @@ def _merge(connection: sql.Connection, rows: Mapping[sql.Table, Iterable[Mapping
             connection.execute(used.values(used=row["used"], used_at=row["used_at"]))
     known = {(key, stream): epoch for key, stream, epoch in connection.execute(sql.select(EPOCHS))}
     upsert(connection, EPOCHS, [e for e in rows[EPOCHS] if e["epoch"] > known.get((e["key"], e["stream"]), -1)])
-
-
-def _insert_new(connection: sql.Connection, table: sql.Table) -> Any:
-    """An insert that leaves out rows that exist."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    return insert(table).on_conflict_do_nothing()
 
 
 def _approve(connection: sql.Connection, device: str, key: str, now: int) -> None:

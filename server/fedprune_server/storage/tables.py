@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sql
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
@@ -207,13 +207,28 @@ def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[
         connection.execute(_upsert(connection.dialect.name, table, tuple(rows[0])), list(rows))
 
 
+def insert_new(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, except those whose primary key exists."""
+    if rows:
+        connection.execute(_insert(connection.dialect.name, table).on_conflict_do_nothing(), list(rows))
+
+
+def _insert(dialect: str, table: sql.Table) -> Any:
+    """An insert that can have a clause about conflicts."""
+    if dialect == "sqlite":
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql  # takes 2 MB, which a server with SQLite does without
+
+    return postgresql.insert(table)
+
+
 @cache
 def _upsert(dialect: str, table: sql.Table, columns: tuple[str, ...]) -> sql.Insert:
     """The statement of `upsert`, made once: making it takes five times as long as executing it."""
-    query = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table)
+    query = _insert(dialect, table)
     keys = [c.name for c in table.primary_key]
     others = {name: query.excluded[name] for name in columns if name not in keys}
-    return query.on_conflict_do_update(index_elements=keys, set_=others)
+    return query.on_conflict_do_update(index_elements=keys, set_=others)  # type: ignore[no-any-return]
 
 
 _META = sql.select(META.c.value).where(META.c.key == sql.bindparam("name"))
