@@ -333,7 +333,10 @@ class ServerConfig:
         if not _PARENT.fullmatch(self.parent) or int(self.parent.rpartition(":")[2]) > 65_535:
             raise ConfigError("server: parent", expected=f"wss://host:port, or {OFF!r}", got=shown(self.parent))
         if self.region == OFF:
-            raise ConfigError("server: region", expected="a name, at a server with a parent", got=repr(OFF))
+            raise ConfigError(
+                "server: region", expected="a name, at a server with a parent", got=repr(OFF),
+                hint="--region NAME says which of the parent's aggregators this one is (docs/scale.md).",
+            )  # fmt: skip
         if self.workers_url != PROCESSES or self.workers > 1:
             raise ConfigError(
                 "server: workers", expected="1, and no cluster, at an aggregator", got=shown(self.workers_url),

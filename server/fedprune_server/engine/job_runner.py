@@ -306,7 +306,10 @@ class JobRunner:
         self.observers.ended()
 
     def pause(self, paused: bool) -> None:
-        """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread."""
+        """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Raises
+        `ProtocolError` at an aggregator."""
+        if self._remote is not None:
+            raise ProtocolError(f"job {self.job.name} is the parent's: pause it, and let it go on, there")
         self._begin()
         self._handle(on.Paused(paused))
 

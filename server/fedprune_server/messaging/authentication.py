@@ -216,7 +216,7 @@ class AuthenticatedLink(Relay):
                     if self._aggregator
                     else ""
                 )
-                joins = "--join mqtts://HOST:PORT " if self._aggregator else ""
+                joins = "--broker mqtts://HOST:PORT " if self._aggregator else ""
                 hint = (
                     f"{place}`fedprune-server devices` lists the members, and `fedprune-server claim --device "
                     f"{device}` makes a claim for it. After a revocation it joins again with a new key: "

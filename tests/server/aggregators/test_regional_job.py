@@ -17,6 +17,7 @@ from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.staleness import plain
+from fedprune.core.errors import ProtocolError
 from fedprune.jobs.state import Device, Phase, Progress, Task
 from fedprune.wire.messages import Birth, Message, Update
 from fedprune.wire.topics import Topics
@@ -175,6 +176,12 @@ def test_a_board_that_repeats_its_announcement_waits_for_the_parent(region: Regi
     assert region.answer() == stored
     region.hear(replace(announced, attempt=2))
     assert isinstance(region.reported.pop(), on.UpdateAnnounced)
+
+
+def test_only_the_parent_pauses_a_job(region: Region) -> None:
+    with pytest.raises(ProtocolError, match="the parent's"):
+        region.runner.pause(True)
+    assert not region.state.paused
 
 
 def test_an_offer_that_is_reported_stays_while_the_parent_begins_a_round(region: Region) -> None:

@@ -260,7 +260,7 @@ def test_an_aggregator_names_its_parent_for_who_is_no_member(
     lab.server.link = server_side.AuthenticatedLink(lab.server.end, lab.identity, lambda: lab.now, aggregator=True)
     assert lab.server.hears(stranger.say(birth("pi-9"))) == []
     assert "At the parent, `fedprune-server devices` lists the members" in caplog.text
-    assert "--join mqtts://HOST:PORT --claim FILE" in caplog.text
+    assert "--broker mqtts://HOST:PORT --claim FILE" in caplog.text
 
 
 def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
