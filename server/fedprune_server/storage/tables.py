@@ -228,7 +228,8 @@ def _upsert(dialect: str, table: sql.Table, columns: tuple[str, ...]) -> sql.Ins
     query = _insert(dialect, table)
     keys = [c.name for c in table.primary_key]
     others = {name: query.excluded[name] for name in columns if name not in keys}
-    return query.on_conflict_do_update(index_elements=keys, set_=others)  # type: ignore[no-any-return]
+    made: sql.Insert = query.on_conflict_do_update(index_elements=keys, set_=others)
+    return made
 
 
 _META = sql.select(META.c.value).where(META.c.key == sql.bindparam("name"))

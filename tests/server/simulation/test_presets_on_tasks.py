@@ -1,6 +1,6 @@
 """Every preset with every kind of task: it runs, or an error names what it needs before any board trains.
 
-Every push tries a quarter of the pairs, with each preset and each task several times, and all pairs that are refused.
+Every push tries a sixth of the pairs, with each preset and each task several times, and all pairs that are refused.
 A soak tries all.
 """
 
