@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,6 +67,9 @@ _BACK_S = 60.0
 _OFFERS = 16
 """Latest different offers that are compared with the next ones."""
 
+_ALIVE_S = 5.0
+"""Time for an aggregator that is connected to answer when another process connects under its name."""
+
 _SEARCHES = 16
 """Threads that look for a blob of one aggregator at the others."""
 
@@ -76,7 +79,7 @@ class Region:
     """A connection of an aggregator.
 
     Attributes:
-        instance: Distinguishes aggregators of the same name.
+        instance: Distinguishes processes that have the same name.
     """
 
     name: str
@@ -234,10 +237,12 @@ class RegionConnections(Closing):
 
     def up(self, region: Region, greeting: Iterable[Message]) -> bool:
         """An aggregator is connected: send it these messages before all others. An earlier connection of it is
-        closed. Returns False if another aggregator has its name, and is connected."""
+        closed. Returns False if another process has its name, and is connected."""
         earlier = self._regions.get(region.name)
         if earlier is not None and not earlier.channel.closed and earlier.instance != region.instance:
-            reason = f"another aggregator is connected as {region.name}"
+            reason = (
+                f"another process is connected as {region.name}; each aggregator needs a name and a state folder of its own"
+            )
             log.warning("an aggregator is refused: %s", reason)
             self._searches.submit(_dismiss, region.channel, reason)
             return False
@@ -413,6 +418,7 @@ class RegionConnections(Closing):
         def received(channel: Channel, message: Message) -> None:
             if not found:
                 found.append(self._greeted(channel, message))
+                self._probe(found[0])
                 self._put(found[0], RegionUp(found[0]))
             else:
                 self._received(found[0], message)
@@ -447,6 +453,17 @@ class RegionConnections(Closing):
             _dismiss(channel, reason)
             raise ProtocolError(f"the aggregator {name} is refused: {reason}")
         return Region(name, channel, str(message["instance"])[:64])
+
+    def _probe(self, region: Region) -> None:
+        """End an earlier connection under the same name, by another process, that doesn't answer: after a power cut it may
+        look open for minutes. One that answers is a second aggregator's."""
+        earlier = self._regions.get(region.name)
+        if earlier is None or earlier.instance == region.instance:
+            return
+        with suppress(RuntimeError):  # this server ends
+            answer = self._searches.submit(earlier.channel.answers, _ALIVE_S)
+            if not wait([answer], 2 * _ALIVE_S).done or not answer.result():
+                earlier.channel.close()
 
     def _received(self, region: Region, message: Message) -> None:
         match message["kind"]:

@@ -110,6 +110,7 @@ class ParentLink(Closing):
         self.jobs: dict[str, dict[str, Any]] = {}
         self.lost_since: float | None = time.time()
         self._context, self._landing = context, landing
+        self._instance = secrets.token_hex(16)
         self._stores: dict[str, BlobStore] = {}
         self._below: Callable[[str, str, str], bytes | None] | None = None
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
@@ -259,7 +260,7 @@ class ParentLink(Closing):
                 return False
             self._greeted = False
             self._parts, self._new_members = [], {}
-            hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance()}
+            hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance}
             channel.send(hello)
             channel.run()
             if self._channel is channel:
@@ -270,13 +271,6 @@ class ParentLink(Closing):
     def _store(self, job: str, sha256: str) -> BlobStore | None:
         store = self._stores.get(job)
         return store if store is not None and store.has(sha256) else None
-
-    def _instance(self) -> str:
-        """An id that distinguishes this aggregator from others of its name; stored in its folder."""
-        path = self._landing.root / "instance"
-        if not path.exists():
-            self._landing.write_file(path, secrets.token_hex(16).encode())
-        return path.read_text()
 
     def _wanted(self, channel: Channel, request: BlobWanted) -> None:
         below, (job, sha256, _) = self._below, request

@@ -359,10 +359,9 @@ def heard_commands(link: ParentLink) -> tuple[do.Command, ...]:
     raise AssertionError("no command came")
 
 
-def test_another_aggregator_of_a_name_is_refused(tier: Tier) -> None:
+def test_a_second_process_under_a_name_is_refused_even_with_a_copy_of_its_folder(tier: Tier) -> None:
     first = tier.join("north")
     second = tier.begin("north")
-    second._landing = BlobStore(tier.folder / "elsewhere", durable=False)
     errors: list[ConfigError] = []
 
     def start() -> None:
@@ -375,14 +374,14 @@ def test_another_aggregator_of_a_name_is_refused(tier: Tier) -> None:
     thread.start()
     assert not tier.dispatcher.up(tier.wait(RegionUp).region)
     thread.join(10)
-    assert "another aggregator is connected as north" in str(errors[0])
+    assert "another process is connected as north" in str(errors[0])
     assert first.connected
     assert first.fetch(JOB, tier.store.put(b"x").sha256) == b"x"
 
 
 def test_an_aggregator_that_comes_back_replaces_its_own_connection(tier: Tier) -> None:
-    tier.join("north")
-    again = tier.begin("north")
+    first, again = tier.join("north"), tier.begin("north")
+    again._instance = first._instance
     thread = threading.Thread(target=again.start)
     thread.start()
     assert tier.dispatcher.up(tier.wait(RegionUp).region)
@@ -740,6 +739,21 @@ def test_events_of_a_connection_that_was_replaced_or_refused_are_dropped(tier: T
             peer.send(born(name))
         assert handled(tier, 3) == [BornBelow("north", birth("bee"))]
         assert tier.connections.names == ["north"]
+
+
+def test_an_aggregator_that_does_not_answer_makes_room_for_another_process(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_ALIVE_S", 0.2)
+    with connect(tier.url, max_queue=1, ping_interval=None) as stopped, connect(tier.url) as restarted:
+        stopped.send(said("north", "before"))
+        region = tier.wait(RegionUp).region
+        assert tier.dispatcher.up(region)
+        for _ in range(5):  # which it doesn't read; its library stops reading then, and answers no ping
+            region.channel.send({"kind": "register", "lines": []})
+            region.channel.flush(10)
+        restarted.send(said("north", "after"))
+        assert tier.dispatcher.up(tier.wait(RegionUp).region)
 
 
 def test_a_server_that_was_away_does_not_wait_twice_for_aggregators_that_do_not_come_back(
