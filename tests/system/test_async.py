@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.core.errors import ConfigError, StorageError
+from fedprune.core.errors import StorageError
 from fedprune_server.engine.state_directory import BLOBS
 from fedprune_server.maintenance.replay import Step, replay
 from fedprune_server.storage.storage import FILE, Storage
@@ -127,10 +127,6 @@ def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.Mon
     BlobStore(site.state / BLOBS).delete(first_update(site))
     with pytest.raises(StorageError, match=r"the update of \w+ in round 1 is gone"):
         again(site)
-    # Where updates were never meant to stay, that is no damage.
-    unarchived(site.state)
-    with pytest.raises(ConfigError, match=r"this job ran without --archive.*the update of \w+ in round 1 is gone"):
-        again(site)
 
 
 # At every push `test_crashes.py` kills processes of a job in rounds, and `test_kill_points.py` at a flush.
@@ -146,14 +142,6 @@ def test_kills_are_survived_and_the_log_still_gives_the_same_models(site: Site) 
     state = finish(site)
     assert [r for r, _ in models(state)] == list(range(1, 9))
     assert [(s.round, s.model) for s in again(site)] == models(state)
-
-
-def unarchived(state: Path) -> None:
-    with closing(Storage(f"sqlite:///{state / FILE}")) as storage:
-        known = storage.settings()
-        assert known is not None
-        assert known["server"]["archive"] is True
-        storage.put_settings(known | {"server": known["server"] | {"archive": False}})
 
 
 def change_a_model(path: Path) -> None:

@@ -63,8 +63,8 @@ def replay(folder: Path) -> Iterator[Step]:
         folder: The folder of a server that ran with `archive`, and with the same settings from beginning to end.
 
     Raises:
-        ConfigError: The server ran without `archive`, so that updates or the log's beginning are gone.
-        StorageError: The folder holds no job, an archived update is gone, or something that was worked out differs from
+        ConfigError: The server ran without `archive`, or is an aggregator.
+        StorageError: The folder holds no job, a part of what was archived is gone, or something that was worked out differs from
             the log; the message says what.
         FedpruneError: As for a server that is started on the folder.
     """
@@ -73,9 +73,15 @@ def replay(folder: Path) -> Iterator[Step]:
         first = next(log, None)
         if known is None or first is None:
             raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
-        archived = bool(known.get("server", {}).get("archive"))
+        if known.get("server", {}).get("parent", OFF) != OFF:
+            raise ConfigError("an aggregator's rounds are its parent's, and can't be replayed here")
+        if not known.get("server", {}).get("archive"):
+            raise ConfigError(
+                "a job that runs without --archive can't be replayed: its updates are deleted after each round",
+                hint="A new job can, if it is started with `fedprune-server run --archive`.",
+            )
         if first[0] != 1:
-            raise _gone(archived, f"the log of {folder} begins with event {first[0]}")
+            raise _gone(f"the log of {folder} begins with event {first[0]}")
         with storage_errors(f"can't read {folder / MODEL}"):
             raw = read_file(folder / MODEL)
         model = import_onnx(raw, str(known["name"]))
@@ -84,25 +90,18 @@ def replay(folder: Path) -> Iterator[Step]:
         with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
             store = BlobStore(Path(scratch), durable=False)
             worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
-            yield from _Replay(worker, store, reader(folder, known), archived).run(chain([first], log))
+            yield from _Replay(worker, store, reader(folder, known)).run(chain([first], log))
 
 
-def _gone(archived: bool, what: str) -> FedpruneError:
-    """The message about a missing part: a job that was never archived isn't damaged."""
-    if archived:
-        return StorageError(what, hint="Did the server run with --archive from the beginning? Else restore a backup.")
-    return ConfigError(
-        f"this job ran without --archive, so that it can't be replayed: {what}",
-        hint="A new job can, if it is started with `fedprune-server run --archive`.",
-    )
+def _gone(what: str) -> StorageError:
+    return StorageError(what, hint="Did the server run with --archive from the beginning? Else restore a backup.")
 
 
 class _Replay:
-    def __init__(self, worker: Worker, store: BlobStore, updates: BlobStore, archived: bool) -> None:
+    def __init__(self, worker: Worker, store: BlobStore, updates: BlobStore) -> None:
         self._worker = worker
         self._store = store
         self._updates = updates
-        self._archived = archived
         self._made: dict[tuple[Any, ...], on.Event] = {}
 
     def run(self, log: Iterable[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
@@ -139,7 +138,7 @@ class _Replay:
                 needed = {found.total: "sum of masked updates" for found in command.sums}
             for digest, what in needed.items():
                 if not (self._store.has(digest) or self._updates.has(digest)):
-                    raise _gone(self._archived, f"the {what} in round {command.round} is gone")
+                    raise _gone(f"the {what} in round {command.round} is gone")
                 if not self._store.has(digest):
                     self._store.put(self._updates.read(digest))
         event = self._worker.execute(command)
