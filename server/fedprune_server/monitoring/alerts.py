@@ -200,7 +200,7 @@ def _tier(seen: Snapshot) -> Iterator[Alert]:
     delay_s = min([DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
     for region in seen.tier.regions[:MOST]:
         yield Alert(
-            "aggregator", CRITICAL if region.waited else WARNING, region.since,
+            "aggregator", CRITICAL if region.waited or not seen.here else WARNING, region.since,
             f"the aggregator {region.name}, which has {quantity(region.boards, 'board')}, has not been connected since "
             f"{day(region.since)}",
             "rounds close without its boards, and without updates that only it has"
@@ -236,7 +236,9 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
-    if not seen.running or job.paused or (seen.here and (job.phase is not Phase.WAITING or seen.here >= job.needed)):
+    # Boards that come back with an aggregator are missing for the reason that its own alert has.
+    here = seen.here + sum(region.boards for region in seen.tier.regions)
+    if not seen.running or job.paused or (here and (job.phase is not Phase.WAITING or here >= job.needed)):
         return
     away = f"; away: {some(job.away)}" if job.away else ""
     out = f"; revoked: {some(job.revoked)}" if job.revoked else ""

@@ -35,7 +35,7 @@ from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
 from fedprune_server.monitoring.alerts import CRITICAL, HANGS_S, INFO, KINDS, SHOWN, WARNING, Alert, evaluate
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import JobStatus, SiteFacts, Snapshot, TierStatus
+from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
 
 log = logging.getLogger("fedprune.server")
@@ -173,6 +173,7 @@ class Monitor(Observer):
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
         self._others, self._tier, self._free = others, tier, free
+        self._tier_seen = TierStatus()
         self._free_seen: list[str] = []
         self._free_at = 0.0
         self.notified: Callable[[], Sequence[Alert]] = tuple
@@ -254,13 +255,14 @@ class Monitor(Observer):
     def _snapshot(self) -> Snapshot:
         quarantine = self._view.quarantine
         held = ((name, quarantine.held(name)) for name in quarantine.all_held())
+        self._tier_seen = self._tier()
         return Snapshot(
             self._folder,
             [watch.status() for watch in self.watches.values()],
             self._here(),
             broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),
-            tier=self._tier(),
+            tier=self._tier_seen,
             quarantined={name: found[1] for name, found in held if found is not None},
             absent=self._absences.look(self._clock()),
             floods_joins=quarantine.floods_joins(),
@@ -277,7 +279,11 @@ class Monitor(Observer):
 
     def _write(self) -> None:
         alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))
-        body = {"turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen}
+        regions = [asdict(region) for region in self._tier_seen.regions]
+        body = {
+            "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
+            "regions": regions,
+        }  # fmt: skip
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode())
         except (FedpruneError, OSError) as error:
@@ -308,6 +314,14 @@ def read_free(folder: Path) -> frozenset[str]:
         return frozenset(json.loads((folder / FILE).read_bytes())["free"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return frozenset()
+
+
+def read_regions(folder: Path) -> list[LostRegion]:
+    """The aggregators of the folder's server that are away, as of some seconds ago."""
+    try:
+        return [LostRegion(**row) for row in json.loads((folder / FILE).read_bytes())["regions"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
 
 
 def _read(folder: Path, key: str) -> tuple[float, list[Alert]] | None:

@@ -376,6 +376,15 @@ def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
     assert json.loads(capsys.readouterr().out)["alerts"] == []
 
 
+@pytest.mark.usefixtures("roomy")
+def test_an_aggregator_that_has_just_gone_is_found_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = {"name": "coast", "since": time.time() - 2, "boards": 40, "waited": False}
+    (folder / FILE).write_text(json.dumps({"turned_at": time.time(), "alerts": [], "regions": [gone]}))
+    with running(folder):
+        assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["aggregator"]
+
+
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--state", str(tmp_path)]) == ExitCode.STORAGE
     assert main(["logs", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE

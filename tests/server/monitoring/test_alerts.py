@@ -27,7 +27,7 @@ from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, day, evaluate
-from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, off_by_far, read_open
+from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, off_by_far, read_open, read_regions
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.snapshot import (
     CertificateDates,
@@ -85,8 +85,8 @@ def another(silent_s: float, *, leads: bool = False) -> Snapshot:
     return replace(CALM, others=[Candidate("yard", "/var/lib/fedprune", NOW - 900, NOW - silent_s, leads)])
 
 
-def without_north(away_s: float, *, waited: bool = False) -> Snapshot:
-    return replace(CALM, tier=TierStatus(regions=[LostRegion("north", NOW - away_s, 40, waited)]))
+def without_north(away_s: float, *, waited: bool = False, seen: Snapshot = CALM) -> Snapshot:
+    return replace(seen, tier=TierStatus(regions=[LostRegion("north", NOW - away_s, 40, waited)]))
 
 
 PARENT = "wss://fleet.example:8885"
@@ -100,6 +100,10 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "a server that took over": (another(0, leads=True), "second-server", "critical"),
     "an aggregator that is away": (without_north(61), "aggregator", "warning"),
     "an aggregator for which no round waits": (without_north(3601, waited=True), "aggregator", "critical"),
+    "an aggregator with all boards": (without_north(61, seen=with_job(0)), "aggregator", "critical"),
+    "an aggregator with the boards that are missing": (
+        without_north(61, seen=with_job(1, phase=Phase.WAITING, away=["b"])), "aggregator", "warning",
+    ),
     "a parent that is away": (replace(CALM, tier=TierStatus(PARENT, NOW - 61)), "parent", "warning"),
     "an aggregator without boards yet": (
         replace(with_job(0, known=0), tier=TierStatus(PARENT)), "no-devices", "warning",
@@ -190,6 +194,11 @@ def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -
     assert given_up.key == away.key
     assert "rounds close without" in given_up.why
     assert away.delay_s > given_up.delay_s == 0
+
+
+def test_boards_of_an_aggregator_that_is_away_are_no_reason_for_others_that_are_missing() -> None:
+    seen = without_north(61, seen=with_job(1, phase=Phase.WAITING, away=["b"], needed=50))
+    assert {a.kind for a in evaluate(seen, NOW)} == {"aggregator", "too-few-devices"}
 
 
 def test_claims_are_made_at_the_parent() -> None:
@@ -548,6 +557,15 @@ def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path:
         monitor.look()
         told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
     assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
+
+
+def test_an_aggregator_that_has_just_gone_is_in_the_file_before_its_alert_opens(tmp_path: Path) -> None:
+    tier = without_north(1).tier
+    monitor = Monitor(tmp_path, {}, [(Fleet(tmp_path, JOB).daemon().first.view, tmp_path)], tier=lambda: tier)
+    monitor.look()
+    monitor._write()
+    assert read_regions(tmp_path) == tier.regions
+    assert not [a for a in monitor.book.open if a.kind == "aggregator"]
 
 
 def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:
