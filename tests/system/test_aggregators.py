@@ -210,12 +210,16 @@ def test_an_aggregator_that_is_away_is_named_with_its_boards_until_it_is_back(ma
             ["--parent", "ws://localhost:7", "--region", "north", "--aggregators", "7"],
             "parent: expected another server",
         ),
+        (["--config", "fleet.toml"], "fleet.toml: an aggregator's job"),
     ],
     ids=str,
 )
 def test_wrong_options_are_one_line(
-    tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables = '[server]\nparent = "ws://127.0.0.1:1"\nregion = "north"\n[job]\nrounds = 3\n'
+    Path("fleet.toml").write_text(tables)
     code = main(["aggregate", "--state", str(tmp_path / "state"), "--insecure", *options])
     error = capsys.readouterr().err
     assert code == ExitCode.CONFIG, error

@@ -240,9 +240,7 @@ class RegionConnections(Closing):
         closed. Returns False if another process has its name, and is connected."""
         earlier = self._regions.get(region.name)
         if earlier is not None and not earlier.channel.closed and earlier.instance != region.instance:
-            reason = (
-                f"another process is connected as {region.name}; each aggregator needs a name and a state folder of its own"
-            )
+            reason = f"another process is connected as {region.name}"
             log.warning("an aggregator is refused: %s", reason)
             self._searches.submit(_dismiss, region.channel, reason)
             return False
@@ -455,8 +453,8 @@ class RegionConnections(Closing):
         return Region(name, channel, str(message["instance"])[:64])
 
     def _probe(self, region: Region) -> None:
-        """End an earlier connection under the same name, by another process, that doesn't answer: after a power cut it may
-        look open for minutes. One that answers is a second aggregator's."""
+        """End an earlier connection under the same name, by another process, that doesn't answer: after a power cut it
+        may look open for minutes. One that answers is a second aggregator's."""
         earlier = self._regions.get(region.name)
         if earlier is None or earlier.instance == region.instance:
             return

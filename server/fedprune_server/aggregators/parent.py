@@ -124,7 +124,7 @@ class ParentLink(Closing):
         self._connection: Channel | None = None  # its channel, before the parent's welcome too
         self._welcomed, self._stopping, self._changed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedprune-parent", daemon=True)
-        self._refused, self._greeted = "", False
+        self._refused, self._failed, self._greeted = "", "", False
         self._distrusted: IdentityError | None = None
 
     @property
@@ -144,7 +144,10 @@ class ParentLink(Closing):
         self._thread.start()
         self._welcomed.wait(min(patience_s, _AGAIN_S) if known else patience_s)
         if self._refused:
-            raise ConfigError(f"the parent at {self.url} refuses this aggregator: {self._refused}")
+            raise ConfigError(
+                f"the parent at {self.url} refuses this aggregator: {self._refused}",
+                hint="Each aggregator has a name (--region) and a state folder of its own, and its parent's version.",
+            )
         if not self.jobs and known:
             why = f"no parent answers at {self.url}" if self._distrusted is None else str(self._distrusted)
             log.warning("%s: boards are served by its latest orders until it can be reached", why)
@@ -153,7 +156,8 @@ class ParentLink(Closing):
             raise self._distrusted
         if not self.jobs:
             raise BrokerError(
-                f"no parent answers at {self.url}", hint="Is its server running with --aggregators at this address?"
+                f"no parent answers at {self.url}{f' ({self._failed})' if self._failed else ''}",
+                hint="Is its server running with --aggregators at this address?",
             )
 
     def _stored(self) -> dict[str, dict[str, Any]]:
@@ -228,6 +232,7 @@ class ParentLink(Closing):
                 log.log(logging.WARNING if pause == FIRST_S else logging.DEBUG, "%s", self._distrusted)
                 self._welcomed.set()
             except (OSError, TimeoutError, InvalidHandshake, InvalidMessage, InvalidURI, FedpruneError) as error:
+                self._failed = str(error)
                 log.log(
                     logging.WARNING if pause == FIRST_S else logging.DEBUG,
                     "the parent at %s can't be reached: %s",
@@ -300,7 +305,8 @@ class ParentLink(Closing):
                 self._welcome(channel, dict(message["jobs"]), float(message["away_s"]))
             case "refused":
                 self._refused = str(message["reason"])
-                log.error("the parent at %s refuses this aggregator: %s", self.url, self._refused)
+                if self._welcomed.is_set():  # else `start` raises it
+                    log.error("the parent at %s refuses this aggregator: %s", self.url, self._refused)
                 self._welcomed.set()
             case "steered":
                 self._parts.append(read_steered(message))

@@ -52,7 +52,7 @@ def _logs(arguments: argparse.Namespace) -> None:
     _show(rows, as_json=arguments.json)
     after = rows[-1].id if rows else 0
     if not rows and not arguments.follow and not arguments.json:
-        print("no board has sent anything")
+        print(f"{arguments.device or 'no board'} has sent nothing")
     while arguments.follow:
         time.sleep(_LOOK_S)
         rows = read_logs(folder, arguments.device, after)

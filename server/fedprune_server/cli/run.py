@@ -192,8 +192,7 @@ def _last_start(server: Mapping[str, Any]) -> Layer:
 
 
 def _aggregate(arguments: argparse.Namespace) -> int:
-    config = configured(arguments).config
-    if config.parent == OFF:
+    if configured(arguments).config.parent == OFF:
         raise ConfigError(
             "an aggregator without a parent", expected="--parent wss://HOST:PORT and --region NAME",
             hint="A server lets aggregators in with --aggregators [ADDRESS:]PORT (docs/scale.md).",
@@ -203,7 +202,7 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     share_heaps()
-    config = configured(arguments).config
+    config = _checked(configured(arguments))
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
@@ -215,7 +214,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     StateFolder(config.state, config.database, standby=True, stopping=stopping)
                 )
             # The other server may have been started with other settings meanwhile.
-            config = configured(arguments).config
+            config = _checked(configured(arguments))
         while True:
             with build_app(config, options, stopping, waited, pulse) as app, _stopped_by_signals(stopping) as signals:
                 app.run()
@@ -227,6 +226,17 @@ def _run(arguments: argparse.Namespace) -> int:
             log.info("stopped: the same command continues with what %s holds", config.state)
     # SIGTERM is how a service is stopped; Ctrl-C means that the operator didn't wait for the end.
     return int(ExitCode.INTERRUPTED if interrupted and signal.SIGINT in signals else ExitCode.OK)
+
+
+def _checked(found: Configured) -> ServerConfig:
+    """The configuration; an aggregator's has no settings of a job but those that its parent gave it lastly."""
+    for layer in found.layers if found.config.parent != OFF else ():
+        if layer.name != _LAST_START and "job" in layer.tables:
+            raise ConfigError(
+                f"{layer.name}: an aggregator's job", expected="no settings of a job",
+                hint="They are the parent's: set them there, and leave them out here.",
+            )  # fmt: skip
+    return found.config
 
 
 @contextmanager

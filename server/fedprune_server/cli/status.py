@@ -19,6 +19,7 @@ from fedprune.jobs.state import Progress, outcome
 from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
+from fedprune_server.config.alert_settings import OFF
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
@@ -121,6 +122,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "server": str(identity or folder),
+        "parent": "" if (parent := (settings or {}).get("server", {}).get("parent", OFF)) == OFF else parent,
         "running": running,
         "heard_at": None if running else last,
         "job": (settings or {}).get("job", {}),
@@ -209,7 +211,7 @@ def _phase(body: dict[str, Any]) -> str:
 
 def _stopped(body: dict[str, Any]) -> str:
     since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
-    command = f"fedprune-server run --state {shlex.quote(body['server'])}"
+    command = f"fedprune-server {'aggregate' if body['parent'] else 'run'} --state {shlex.quote(body['server'])}"
     if not body["job"]:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
     over = body["phase"] == Phase.FINISHED.value or body.get("replaced")

@@ -307,9 +307,11 @@ class JobRunner:
 
     def pause(self, paused: bool) -> None:
         """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Raises
-        `ProtocolError` at an aggregator."""
+        `ProtocolError` at an aggregator, and if the job is so already."""
         if self._remote is not None:
             raise ProtocolError(f"job {self.job.name} is the parent's: pause it, and let it go on, there")
+        if self.state.paused is paused:
+            raise ProtocolError(f"job {self.job.name} is {'paused already' if paused else 'not paused'}")
         self._begin()
         self._handle(on.Paused(paused))
 

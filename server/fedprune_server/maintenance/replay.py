@@ -64,8 +64,8 @@ def replay(folder: Path) -> Iterator[Step]:
 
     Raises:
         ConfigError: The server ran without `archive`, or is an aggregator.
-        StorageError: The folder holds no job, a part of what was archived is gone, or something that was worked out differs from
-            the log; the message says what.
+        StorageError: The folder holds no job, a part of what was archived is gone, or something that was worked out
+            differs from the log; the message says what.
         FedpruneError: As for a server that is started on the folder.
     """
     with Storage.existing(folder) as storage:

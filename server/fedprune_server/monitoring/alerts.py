@@ -168,7 +168,7 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 "server-not-running", CRITICAL, now,
                 f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
                 "boards wait for it, and train nothing meanwhile",
-                command("run", *at(job.folder)), job=job.name,
+                command("aggregate" if seen.tier.parent else "run", *at(job.folder)), job=job.name,
             )  # fmt: skip
 
 
@@ -242,7 +242,10 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         return
     away = f"; away: {some(job.away)}" if job.away else ""
     out = f"; revoked: {some(job.revoked)}" if job.revoked else ""
-    again = f"; for {some(job.revoked)}: {command('devices', 'replace', 'NAME', *at(seen.folder))}" if out else ""
+    again = ""
+    if job.revoked:
+        name = job.revoked[0] if len(job.revoked) == 1 else "NAME"
+        again = f"; for {some(job.revoked)}: {command('devices', 'replace', name, *at(seen.folder))}"
     if not seen.here:
         yield Alert(
             "no-devices", CRITICAL, now,

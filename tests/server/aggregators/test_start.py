@@ -106,6 +106,7 @@ def test_an_aggregator_that_started_alone_begins_anew_if_its_parent_has_other_jo
     with parent_of(config, None) as link, Upper(tmp_path / "parent", ["other"], upper.port):
         assert list(link.jobs) == ["tier"]
         until(lambda: link.outdated)
+        link.close()
         assert [c.job.name for c in started(config)] == ["other"]
 
 

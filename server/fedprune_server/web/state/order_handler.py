@@ -80,9 +80,9 @@ class OrderHandler:
             self._publisher.add_coverage(order.job or "")
             return "coverage"
         if order.order in ("pause", "resume"):
-            job = self._publisher.view_of(order.job or "").job.name
-            self._runners[job].pause(order.order == "pause")
-            text = f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
+            job, pause = self._publisher.view_of(order.job or "").job.name, order.order == "pause"
+            self._runners[job].pause(pause)
+            text = f"job {order.job} {'is paused' if pause else 'goes on'}"
             log.info("%s, as %s ordered", text, order.operator)
             return text
         name = order.device or ""
