@@ -68,8 +68,8 @@ class RemoteCoordinator:
         begins, and the parent's row may name them only after that."""
         if not isinstance(event, on.Extracted | on.UpdateStored) or event.region:
             return
-        task = self._state.tasks.get(event.device)
-        if task is None or (self._state.round_of(task), task.attempt) != (event.round, event.attempt):
+        task = self._state.part(event.device, event.round, event.attempt)
+        if task is None:
             return
         if isinstance(event, on.Extracted) and task.progress is Progress.EXTRACTING:
             task.offer = event.offer
@@ -159,10 +159,8 @@ class FetchingWorker:
                 awaited = (Progress.STORED, Progress.FOLDED)
             case _:
                 return False
-        task = self._state.tasks.get(part.device)
-        if task is None or (self._state.round_of(task), task.attempt) != (number, part.attempt):
-            return True
-        return task.progress not in awaited
+        task = self._state.part(part.device, number, part.attempt)
+        return task is None or task.progress not in awaited
 
     def _equipped(self, command: Work) -> Work:
         match command:

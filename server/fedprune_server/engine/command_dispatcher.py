@@ -150,8 +150,8 @@ class CommandDispatcher:
         return events
 
     def _pull(self, command: do.PullUpdate) -> list[on.Event]:
-        task = self._state.tasks.get(command.device)
-        if task is None or (self._state.round_of(task), task.attempt) != (command.round, command.attempt):
+        task = self._state.part(command.device, command.round, command.attempt)
+        if task is None:
             return []  # the server has gone on meanwhile, which is no fault of the device
         ref = BlobRef.from_dict(command.weights)
         if reason := misfit(task.offer, ref):

@@ -210,16 +210,14 @@ class MessageHandler:
 
     def _reported(self, device: str, update: Update) -> bool:
         """Whether a board's update has been received and reported to the parent, which has not gone on yet."""
-        task = self._state.tasks.get(device)
-        if task is None or task.progress is not Part.PULLING or task.weights != update.weights.sha256:
-            return False
-        return (update.round, update.attempt) == (self._state.round_of(task), task.attempt)
+        task = self._state.part(device, update.round, update.attempt)
+        return task is not None and task.progress is Part.PULLING and task.weights == update.weights.sha256
 
     def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
         """The event of a device's report on its part in a round."""
         if isinstance(message, Progress):
-            task = self._state.tasks.get(device)
-            if task is not None and (message.round, message.attempt) == (self._state.round_of(task), task.attempt):
+            task = self._state.part(device, message.round, message.attempt)
+            if task is not None:
                 self._registry.heard(device, self._monotonic(), message)
                 share = share_of(message.phase, message.done, message.total) if self._job.pace else None
                 if share is not None and task.progress is Part.OFFERED and news(task, share):

@@ -248,10 +248,8 @@ class Coordinator(ABC):
         progress: Progress,
     ) -> Task | None:
         """The task that an event is about, if it is still awaited and at this point."""
-        task = self.state.tasks.get(event.device)
+        task = self.state.part(event.device, event.round, event.attempt)
         if task is None or not self.state.awaits(task):
-            return None
-        if (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
             return None
         if isinstance(event, on.Located) and event.region != self._place_of(event.device, task):
             return None  # the device has moved since, and its part goes on where it is now

@@ -345,6 +345,13 @@ class State:
         """The round that a part was offered in."""
         return self.round if task.basis is None else int(task.basis["round"])
 
+    def part(self, device: str, round_: int, attempt: int) -> Task | None:
+        """A device's part, if it is of this round and attempt; None if the job has gone on."""
+        task = self.tasks.get(device)
+        if task is None or (self.round_of(task), task.attempt) != (round_, attempt):
+            return None
+        return task
+
     def awaits(self, task: Task) -> bool:
         """Whether a part may still bring something: in this phase of a round or, in an asynchronous job, in any."""
         return self.phase is Phase.TRAINING or (task.basis is not None and self.phase is not Phase.FINISHED)
