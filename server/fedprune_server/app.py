@@ -49,7 +49,7 @@ from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.display import Lines, make_display
 from fedprune_server.monitoring.health import Pulse
-from fedprune_server.monitoring.monitor import Monitor, read_notified, restored
+from fedprune_server.monitoring.monitor import Monitor, read_recorded
 from fedprune_server.monitoring.notifications import Notifier, channels
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
@@ -158,7 +158,7 @@ def build_app(
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
-        alerts = AlertBook(restored(config.state))
+        alerts = AlertBook(read_recorded(config.state).alerts)
         regions = stack.enter_context(regions_of(config, identity))
         watch = _watchers(stack, config, folder, alerts, regions)
         parent = None if config.parent == OFF else stack.enter_context(parent_of(config, identity))
@@ -411,9 +411,8 @@ def monitoring(
         runner.observers.join(monitor.watches[runner.view.job.name])
     server.first.observers.join(monitor)
     with ExitStack() as stack:
-        notifier = Notifier(
-            config.alerts, config.site, monitor.open, lambda: not monitor.hangs, read_notified(config.state)
-        )
+        notified = read_recorded(config.state).notified
+        notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, notified)
         monitor.notified = notifier.notified
         stack.callback(monitor.close)  # after the notifier's last messages, which it writes down
         stack.callback(notifier.close)

@@ -210,7 +210,7 @@ def test_an_aggregator_that_is_away_is_named_with_its_boards_until_it_is_back(ma
             ["--parent", "ws://localhost:7", "--region", "north", "--aggregators", "7"],
             "parent: expected another server",
         ),
-        (["--config", "fleet.toml"], "fleet.toml: an aggregator's job"),
+        (["--config", "fleet.toml"], "fleet.toml: [job]: expected no job or model"),
     ],
     ids=str,
 )

@@ -130,13 +130,6 @@ class Channel(Closing):
         with self._changed:
             self._changed.wait_for(lambda: self.closed or not (self._texts or self._wanted or self._busy), patience_s)
 
-    def answers(self, patience_s: float) -> bool:
-        """Whether the other side answers a ping in time; waits as long, or longer while a message can't be sent."""
-        try:
-            return self._socket.ping().wait(patience_s)
-        except (ConnectionClosed, OSError):
-            return False
-
     def run(self) -> None:
         """Read until the connection ends."""
         try:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,9 +67,6 @@ _BACK_S = 60.0
 _OFFERS = 16
 """Latest different offers that are compared with the next ones."""
 
-_ALIVE_S = 5.0
-"""Time for an aggregator that is connected to answer when another process connects under its name."""
-
 _SEARCHES = 16
 """Threads that look for a blob of one aggregator at the others."""
 
@@ -79,12 +76,14 @@ class Region:
     """A connection of an aggregator.
 
     Attributes:
-        instance: Distinguishes processes that have the same name.
+        instance: Distinguishes aggregators of the same name.
+        process: Distinguishes processes that run the same aggregator, with its state folder or a copy.
     """
 
     name: str
     channel: Channel
     instance: str = ""
+    process: str = ""
 
 
 @dataclass(frozen=True)
@@ -237,14 +236,19 @@ class RegionConnections(Closing):
 
     def up(self, region: Region, greeting: Iterable[Message]) -> bool:
         """An aggregator is connected: send it these messages before all others. An earlier connection of it is
-        closed. Returns False if another process has its name, and is connected."""
+        closed, and another process of it told to end. Returns False if another aggregator has its name, and is
+        connected."""
         earlier = self._regions.get(region.name)
         if earlier is not None and not earlier.channel.closed and earlier.instance != region.instance:
-            reason = f"another process is connected as {region.name}"
+            reason = f"another aggregator is connected as {region.name}"
             log.warning("an aggregator is refused: %s", reason)
-            self._searches.submit(_dismiss, region.channel, reason)
+            self._dismiss(region, "refused", f"{reason}, and each has a name of its own (--region)")
             return False
-        if earlier is not None:
+        if earlier is not None and earlier.process != region.process and not earlier.channel.closed:
+            reason = f"another process with its state folder, or a copy of it, is connected as {region.name}"
+            log.warning("an aggregator is replaced: %s", reason)
+            self._dismiss(earlier, "replaced", reason)
+        elif earlier is not None:
             earlier.channel.close()
         for message in greeting:
             region.channel.send(message)
@@ -416,7 +420,6 @@ class RegionConnections(Closing):
         def received(channel: Channel, message: Message) -> None:
             if not found:
                 found.append(self._greeted(channel, message))
-                self._probe(found[0])
                 self._put(found[0], RegionUp(found[0]))
             else:
                 self._received(found[0], message)
@@ -448,20 +451,13 @@ class RegionConnections(Closing):
         name, version = check_name(str(message["region"]), "region"), str(message["version"])[:40]
         if version != __version__:
             reason = f"it runs fedprune {version}, and its parent {__version__}"
-            _dismiss(channel, reason)
+            _dismiss(channel, "refused", reason)
             raise ProtocolError(f"the aggregator {name} is refused: {reason}")
-        return Region(name, channel, str(message["instance"])[:64])
+        return Region(name, channel, str(message["instance"])[:64], str(message["process"])[:64])
 
-    def _probe(self, region: Region) -> None:
-        """End an earlier connection under the same name, by another process, that doesn't answer: after a power cut it
-        may look open for minutes. One that answers is a second aggregator's."""
-        earlier = self._regions.get(region.name)
-        if earlier is None or earlier.instance == region.instance:
-            return
-        with suppress(RuntimeError):  # this server ends
-            answer = self._searches.submit(earlier.channel.answers, _ALIVE_S)
-            if not wait([answer], 2 * _ALIVE_S).done or not answer.result():
-                earlier.channel.close()
+    def _dismiss(self, region: Region, kind: str, reason: str) -> None:
+        # A thread of its own: those of the pool may all wait for blobs.
+        threading.Thread(target=_dismiss, args=(region.channel, kind, reason), daemon=True).start()
 
     def _received(self, region: Region, message: Message) -> None:
         match message["kind"]:
@@ -555,7 +551,7 @@ class _Latest:
         return self._context().wrap_socket(*arguments, **named)
 
 
-def _dismiss(channel: Channel, reason: str) -> None:
-    channel.send({"kind": "refused", "reason": reason})
+def _dismiss(channel: Channel, kind: str, reason: str) -> None:
+    channel.send({"kind": kind, "reason": reason})
     channel.flush(_FLUSH_S)
     channel.close()

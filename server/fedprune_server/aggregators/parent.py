@@ -23,7 +23,7 @@ from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import events as on
 from fedprune.core.closing import Closing
-from fedprune.core.errors import BrokerError, ConfigError, FedpruneError, IdentityError, ProtocolError
+from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, ProtocolError
 from fedprune.wire.messages import Birth
 from fedprune_server.aggregators.channel import (
     MAX_TEXT,
@@ -36,6 +36,7 @@ from fedprune_server.aggregators.channel import (
     drained,
 )
 from fedprune_server.aggregators.messages import Steered, event_body, read_steered, whole_of
+from fedprune_server.messaging.leadership import OtherServerError
 
 log = logging.getLogger("fedprune.server")
 
@@ -85,6 +86,10 @@ class ParentUp:
 Item = Steered | Members | Register | ParentUp
 
 
+class RefusedByParentError(BrokerError):
+    """The parent doesn't accept this aggregator, at least for now."""
+
+
 class ParentLink(Closing):
     """Connects to the parent in a thread of its own.
 
@@ -110,7 +115,7 @@ class ParentLink(Closing):
         self.jobs: dict[str, dict[str, Any]] = {}
         self.lost_since: float | None = time.time()
         self._context, self._landing = context, landing
-        self._instance = secrets.token_hex(16)
+        self._process = secrets.token_hex(16)
         self._stores: dict[str, BlobStore] = {}
         self._below: Callable[[str, str, str], bytes | None] | None = None
         self._searches = ThreadPoolExecutor(_SEARCHES, "fedprune-blobs")
@@ -124,8 +129,9 @@ class ParentLink(Closing):
         self._connection: Channel | None = None  # its channel, before the parent's welcome too
         self._welcomed, self._stopping, self._changed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedprune-parent", daemon=True)
-        self._refused, self._failed, self._greeted = "", "", False
-        self._distrusted: IdentityError | None = None
+        self._greeted = False
+        self._error: FedpruneError | None = None
+        self._replaced: OtherServerError | None = None
 
     @property
     def connected(self) -> bool:
@@ -138,27 +144,22 @@ class ParentLink(Closing):
 
     def start(self, patience_s: float = 30.0) -> None:
         """Connect, and wait for the parent's jobs. If they are known from an earlier start, don't wait long. Raises
-        `BrokerError` if no parent answers in time, `ConfigError` if it refuses this aggregator, and `IdentityError` if
-        its certificate is not to be trusted."""
+        `BrokerError` if no parent answers in time or it refuses this aggregator, `IdentityError` if its certificate is
+        not to be trusted, and `OtherServerError` if it has another process of this aggregator."""
         known = self._stored()
         self._thread.start()
         self._welcomed.wait(min(patience_s, _AGAIN_S) if known else patience_s)
-        if self._refused:
-            raise ConfigError(
-                f"the parent at {self.url} refuses this aggregator: {self._refused}",
-                hint="Each aggregator has a name (--region) and a state folder of its own, and its parent's version.",
-            )
-        if not self.jobs and known:
-            why = f"no parent answers at {self.url}" if self._distrusted is None else str(self._distrusted)
-            log.warning("%s: boards are served by its latest orders until it can be reached", why)
-            self.jobs = known
-        if not self.jobs and self._distrusted is not None:
-            raise self._distrusted
-        if not self.jobs:
-            raise BrokerError(
-                f"no parent answers at {self.url}{f' ({self._failed})' if self._failed else ''}",
-                hint="Is its server running with --aggregators at this address?",
-            )
+        if self.jobs:
+            return
+        error = self._error or self._unanswered()
+        if not known or isinstance(error, RefusedByParentError | OtherServerError):
+            raise error
+        log.warning("boards are served by the parent's latest orders until it can be reached: %s", error)
+        self.jobs = known
+
+    def _unanswered(self, why: str = "") -> BrokerError:
+        hint = "Is its server running with --aggregators at this address?"
+        return BrokerError(f"no parent answers at {self.url}{why}", hint=hint)
 
     def _stored(self) -> dict[str, dict[str, Any]]:
         """The parent's latest jobs; none if the file can't be read."""
@@ -185,7 +186,10 @@ class ParentLink(Closing):
         self._wake, self._below = wake, below
 
     def collect(self) -> list[Item]:
-        """Items that have come since the last call."""
+        """Items that have come since the last call. Raises `OtherServerError` if the parent has another process of this
+        aggregator."""
+        if self._replaced is not None:
+            raise self._replaced
         return drained(self._items)
 
     def fetch(self, job: str, sha256: str) -> bytes | None:
@@ -228,11 +232,11 @@ class ParentLink(Closing):
                 if self._connect():
                     pause = FIRST_S
             except ssl.SSLCertVerificationError as error:
-                self._distrusted = _distrusted(self.url, error)
-                log.log(logging.WARNING if pause == FIRST_S else logging.DEBUG, "%s", self._distrusted)
+                self._error = _distrusted(self.url, error)
+                log.log(logging.WARNING if pause == FIRST_S else logging.DEBUG, "%s", self._error)
                 self._welcomed.set()
             except (OSError, TimeoutError, InvalidHandshake, InvalidMessage, InvalidURI, FedpruneError) as error:
-                self._failed = str(error)
+                self._error = self._unanswered(f" ({error})")
                 log.log(
                     logging.WARNING if pause == FIRST_S else logging.DEBUG,
                     "the parent at %s can't be reached: %s",
@@ -265,8 +269,8 @@ class ParentLink(Closing):
                 return False
             self._greeted = False
             self._parts, self._new_members = [], {}
-            hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance}
-            channel.send(hello)
+            hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance()}
+            channel.send(hello | {"process": self._process})
             channel.run()
             if self._channel is channel:
                 self._channel, self.lost_since = None, time.time()
@@ -276,6 +280,13 @@ class ParentLink(Closing):
     def _store(self, job: str, sha256: str) -> BlobStore | None:
         store = self._stores.get(job)
         return store if store is not None and store.has(sha256) else None
+
+    def _instance(self) -> str:
+        """An id that distinguishes this aggregator from others of its name; stored in its folder."""
+        path = self._landing.root / "instance"
+        if not path.exists():
+            self._landing.write_file(path, secrets.token_hex(16).encode())
+        return path.read_text()
 
     def _wanted(self, channel: Channel, request: BlobWanted) -> None:
         below, (job, sha256, _) = self._below, request
@@ -304,9 +315,18 @@ class ParentLink(Closing):
             case "welcome":
                 self._welcome(channel, dict(message["jobs"]), float(message["away_s"]))
             case "refused":
-                self._refused = str(message["reason"])
-                if self._welcomed.is_set():  # else `start` raises it
-                    log.error("the parent at %s refuses this aggregator: %s", self.url, self._refused)
+                self._error = RefusedByParentError(
+                    f"the parent at {self.url} refuses this aggregator: {message['reason']}"
+                )
+                if self.jobs:  # else `start` raises it
+                    log.error("%s", self._error)
+                self._welcomed.set()
+            case "replaced":
+                self._stopping.set()
+                self._error = self._replaced = OtherServerError(
+                    f"the parent at {self.url} has replaced this aggregator: {message['reason']}",
+                    hint="Let that one serve the region's boards; or stop it, and start this one again.",
+                )
                 self._welcomed.set()
             case "steered":
                 self._parts.append(read_steered(message))
@@ -330,7 +350,7 @@ class ParentLink(Closing):
             self._changed.set()
         self.jobs = self.jobs or jobs
         self._landing.write_file(self._landing.root / _JOBS, json.dumps(jobs).encode())
-        self._refused, self._greeted, self._channel, self.lost_since = "", True, channel, None
+        self._error, self._greeted, self._channel, self.lost_since = None, True, channel, None
         self._items.put(ParentUp(away_s))
         self._welcomed.set()
         log.info("connected to the parent at %s", self.url)

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -158,7 +158,22 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
         schedule = job.get("schedule") if isinstance(job, Mapping) else None
         if chosen and isinstance(schedule, Mapping) and schedule.get("kind") != chosen["kind"]:
             tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # whose other keys are of another kind
-        return Configured(parse_config(merged(tables, command.tables), below.name, Path()), layers)
+        config = parse_config(merged(tables, command.tables), below.name, Path())
+    if config.parent != OFF:
+        _check_aggregator(layers, arguments.job)
+    return Configured(config, layers)
+
+
+def _check_aggregator(layers: Iterable[Layer], further: Sequence[Path]) -> None:
+    """Raise `ConfigError` where an aggregator is given what it takes from its parent; the last start's has it all."""
+    tables = ("job", *dict.fromkeys(table for table, _ in PLACES.values()))
+    own = [layer for layer in layers if layer.name != _LAST_START]
+    given = [f"{layer.name}: [{table}]" for layer in own for table in tables if table in layer.tables]
+    if given or further:
+        raise ConfigError(
+            given[0] if given else "--job", expected="no job or model at an aggregator, which takes its parent's",
+            hint="Set it at the parent, and leave it out here.",
+        )  # fmt: skip
 
 
 def _add(parser: Any, place: tuple[str, ...], **details: Any) -> None:
@@ -202,7 +217,7 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     share_heaps()
-    config = _checked(configured(arguments))
+    config = configured(arguments).config
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
@@ -214,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     StateFolder(config.state, config.database, standby=True, stopping=stopping)
                 )
             # The other server may have been started with other settings meanwhile.
-            config = _checked(configured(arguments))
+            config = configured(arguments).config
         while True:
             with build_app(config, options, stopping, waited, pulse) as app, _stopped_by_signals(stopping) as signals:
                 app.run()
@@ -226,17 +241,6 @@ def _run(arguments: argparse.Namespace) -> int:
             log.info("stopped: the same command continues with what %s holds", config.state)
     # SIGTERM is how a service is stopped; Ctrl-C means that the operator didn't wait for the end.
     return int(ExitCode.INTERRUPTED if interrupted and signal.SIGINT in signals else ExitCode.OK)
-
-
-def _checked(found: Configured) -> ServerConfig:
-    """The configuration; an aggregator's has no settings of a job but those that its parent gave it lastly."""
-    for layer in found.layers if found.config.parent != OFF else ():
-        if layer.name != _LAST_START and "job" in layer.tables:
-            raise ConfigError(
-                f"{layer.name}: an aggregator's job", expected="no settings of a job",
-                hint="They are the parent's: set them there, and leave them out here.",
-            )  # fmt: skip
-    return found.config
 
 
 @contextmanager

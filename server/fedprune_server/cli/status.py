@@ -26,7 +26,7 @@ from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import CRITICAL, evaluate
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
-from fedprune_server.monitoring.monitor import read_free, read_open
+from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
@@ -64,11 +64,12 @@ def status_of_all(state: Path) -> dict[str, Any]:
     open; of one that ended, that another server has taken the fleet over, which is what `replaced` says.
     """
     first = status(state)
-    first["alerts"] = _alerts(state, running=first["running"])
+    recorded = read_recorded(state)
+    first["alerts"] = _alerts(state, recorded, running=first["running"])
     further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
     every = [first, *further]
     at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
-    free, cut_off = read_free(state) if first["running"] else (), any(a["kind"] == "broker" for a in first["alerts"])
+    free, cut_off = recorded.free if first["running"] else (), any(a["kind"] == "broker" for a in first["alerts"])
     for body in every:
         body["replaced"] = not first["running"] and bool(first["alerts"])
         for device in body["devices"]:
@@ -168,15 +169,13 @@ def _outcome(part: Mapping[str, Any]) -> str:
     return "limited" if limited else outcome(part["progress"], part.get("kind", ""))
 
 
-def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
+def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str, Any]]:
     """Open alerts of a running server, and that its loop hangs if it does; of one that ended, what replaced it."""
-    live = read_open(folder)
-    if live is None:
+    if recorded.turned_at is None:
         return []
-    now = time.time()
-    found = live[1]
+    now, found = time.time(), list(recorded.alerts)
     if running:
-        found = [*evaluate(Snapshot(folder, turned_s=max(0.0, now - live[0])), now), *found]
+        found = [*evaluate(Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at)), now), *found]
     else:
         found = [a for a in found if a.kind == "second-server" and a.severity == CRITICAL]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")

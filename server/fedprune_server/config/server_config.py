@@ -342,6 +342,11 @@ class ServerConfig:
                 "server: workers", expected="1, and no cluster, at an aggregator", got=shown(self.workers_url),
                 hint="An aggregator makes its boards' submodels itself: for more of them start more aggregators.",
             )  # fmt: skip
+        if self.archive:
+            raise ConfigError(
+                "server: archive", expected="no parent with it", got=f"parent = {shown(self.parent)}",
+                hint="The parent decides, so that the job could not be replayed here.",
+            )  # fmt: skip
 
     def _check_console(self) -> None:
         place = self.console_place

@@ -305,15 +305,16 @@ class JobRunner:
             self._sums.close()
         self.observers.ended()
 
-    def pause(self, paused: bool) -> None:
-        """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Raises
-        `ProtocolError` at an aggregator, and if the job is so already."""
+    def pause(self, paused: bool) -> bool:
+        """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Returns
+        False if the job is so already. Raises `ProtocolError` at an aggregator."""
         if self._remote is not None:
             raise ProtocolError(f"job {self.job.name} is the parent's: pause it, and let it go on, there")
         if self.state.paused is paused:
-            raise ProtocolError(f"job {self.job.name} is {'paused already' if paused else 'not paused'}")
+            return False
         self._begin()
         self._handle(on.Paused(paused))
+        return True
 
     def connection_changed(self, up: bool) -> None:
         """The connection to the broker is up, or is lost. Raises `StorageError` if the disk fails or is full."""

@@ -39,7 +39,7 @@ from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
 from fedprune_server.monitoring.alerts import SHOWN, at, command, day, evaluate
-from fedprune_server.monitoring.monitor import read_open, read_regions
+from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
@@ -192,7 +192,7 @@ def _model(folder: Path) -> Model | None:
 
 def alerts(site: Site) -> Iterator[Finding]:
     """Alerts that the state folder justifies, and others that a running server has open."""
-    live = read_open(site.folder) if site.running else None
+    live = read_recorded(site.folder) if site.running else Recorded()
     rows = {n: str(r["reason"]) for n, r in sorted(read_rows(site.folder).items()) if (r["until"] or 0.0) > site.now}
     parent = str(site.server.get("parent", OFF))
     seen = Snapshot(
@@ -200,13 +200,13 @@ def alerts(site: Site) -> Iterator[Finding]:
         [case.status for case in site.cases],
         sum(case.here for case in site.cases),
         site.running,
-        None if live is None else max(0.0, site.now - live[0]),
-        tier=TierStatus(parent if parent != OFF else "", regions=read_regions(site.folder) if site.running else ()),
+        None if live.turned_at is None else max(0.0, site.now - live.turned_at),
+        tier=TierStatus(parent if parent != OFF else "", regions=live.regions),
         quarantined=rows,
         site=site_facts(site.folder, site.server, members=site.members),
     )
     found = {a.key: a for a in evaluate(seen, site.now)}
-    for alert in () if live is None else live[1]:
+    for alert in live.alerts:
         found.setdefault(alert.key, alert)
     yield from map(of_alert, found.values())
 

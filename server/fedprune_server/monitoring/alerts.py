@@ -157,10 +157,11 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
         return
     for job in seen.jobs:
         if not job.begun:
+            verb, more = ("aggregate", ()) if seen.tier.parent else ("run", ("--model", "MODEL"))
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
                 "a server that couldn't start, or was never started, gives boards nothing to do",
-                f"{command('run', *at(job.folder), '--model', 'MODEL')}; its messages at the start tell what it lacks",
+                f"{command(verb, *at(job.folder), *more)}; its messages at the start tell what it lacks",
                 job=job.name,
             )  # fmt: skip
         elif not job.finished:
@@ -198,12 +199,17 @@ def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
 
 def _tier(seen: Snapshot) -> Iterator[Alert]:
     delay_s = min([DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
+    active = [j for j in seen.jobs if not j.finished and not j.paused]
+    deserted = bool(active) and not seen.here
+    idle = deserted or any(j.phase is Phase.WAITING and seen.here < j.needed for j in active)
     for region in seen.tier.regions[:MOST]:
         yield Alert(
-            "aggregator", CRITICAL if region.waited or not seen.here else WARNING, region.since,
+            "aggregator", CRITICAL if region.waited or deserted else WARNING, region.since,
             f"the aggregator {region.name}, which has {quantity(region.boards, 'board')}, has not been connected since "
             f"{day(region.since)}",
-            "rounds close without its boards, and without updates that only it has"
+            "no round can begin until its boards, or others, are back"
+            if idle
+            else "rounds close without its boards, and without updates that only it has"
             if region.waited
             else "its boards take no further part, and a round with updates that only it has doesn't close yet "
             "(aggregator_patience_s)",

@@ -10,8 +10,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -178,7 +178,7 @@ class Monitor(Observer):
         self._free_at = 0.0
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
-        self.book = AlertBook(restored(folder)) if book is None else book
+        self.book = AlertBook(read_recorded(folder).alerts) if book is None else book
         known = {a.device: a.since for a in self.book.open if a.kind == "device-away" and a.device is not None}
         self._absences = Absences([view for view, _ in views], away_s, present, known)
         self._site: SiteFacts | None = None
@@ -297,46 +297,43 @@ class Monitor(Observer):
             log.error("alerts can't be worked out or written: %s", told)
 
 
-def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
-    """The last turn of the folder's server, in seconds since 1970, and its open alerts; None if unknown."""
-    return _read(folder, "alerts")
+@dataclass(frozen=True)
+class Recorded:
+    """What the monitor of a folder's server wrote some seconds ago.
+
+    Attributes:
+        turned_at: The last turn of the server's loop, in seconds since 1970; None if nothing was written, or the file
+            is damaged.
+        alerts: Its open alerts.
+        notified: Alerts whose opening was notified, but not their end.
+        free: The boards that are connected and at none of its jobs.
+        regions: Its aggregators that are away.
+    """
+
+    turned_at: float | None = None
+    alerts: Sequence[Alert] = ()
+    notified: Sequence[Alert] = ()
+    free: frozenset[str] = frozenset()
+    regions: Sequence[LostRegion] = ()
 
 
-def read_notified(folder: Path) -> list[Alert]:
-    """Alerts of the folder's last run whose opening was notified, but not their end."""
-    found = _read(folder, "notified")
-    return [] if found is None else found[1]
-
-
-def read_free(folder: Path) -> frozenset[str]:
-    """The boards that are connected to the folder's server and at none of its jobs, as of some seconds ago."""
-    try:
-        return frozenset(json.loads((folder / FILE).read_bytes())["free"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return frozenset()
-
-
-def read_regions(folder: Path) -> list[LostRegion]:
-    """The aggregators of the folder's server that are away, as of some seconds ago."""
-    try:
-        return [LostRegion(**row) for row in json.loads((folder / FILE).read_bytes())["regions"]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return []
-
-
-def _read(folder: Path, key: str) -> tuple[float, list[Alert]] | None:
+def read_recorded(folder: Path) -> Recorded:
     try:
         body = json.loads((folder / FILE).read_bytes())
-        alerts = [Alert(**row) for row in body[key]]
-        return float(body["turned_at"]), [a for a in alerts if a.severity in KINDS[a.kind] and float(a.delay_s) >= 0]
+        return Recorded(
+            float(body["turned_at"]),
+            _alerts(body["alerts"]),
+            _alerts(body.get("notified", ())),
+            frozenset(body.get("free", ())),
+            [LostRegion(**row) for row in body.get("regions", ())],
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
+        return Recorded()
 
 
-def restored(folder: Path) -> list[Alert]:
-    """Alerts that the folder's last run left open."""
-    found = read_open(folder)
-    return [] if found is None else found[1]
+def _alerts(rows: Iterable[Mapping[str, Any]]) -> list[Alert]:
+    alerts = [Alert(**row) for row in rows]
+    return [a for a in alerts if a.severity in KINDS[a.kind] and float(a.delay_s) >= 0]
 
 
 def _log(change: AlertChange) -> None:

@@ -91,7 +91,7 @@ def test_an_aggregator_starts_without_its_parent_with_the_jobs_that_it_knows(
     assert [c.state for c in before] == [config.state, config.state / "jobs" / "second"]
     with caplog.at_level(logging.WARNING), parent_of(config, None) as link:
         assert configurations(config, link) == before
-        assert "boards are served by its latest orders" in caplog.text
+        assert "boards are served by the parent's latest orders" in caplog.text
         assert not link.connected
         with Upper(tmp_path / "parent", ["tier", "second"], upper.port):
             until(lambda: link.connected)

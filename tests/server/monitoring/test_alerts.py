@@ -27,7 +27,7 @@ from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, day, evaluate
-from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, off_by_far, read_open, read_regions
+from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, Recorded, off_by_far, read_recorded
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.snapshot import (
     CertificateDates,
@@ -190,6 +190,10 @@ def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -
     assert away.since == NOW - 61
     assert f"north, which has 40 boards, has not been connected since {day(NOW - 61)}" in away.what
     assert "fedprune-server aggregate --region north" in away.todo
+    (waiting,) = evaluate(without_north(61, seen=with_job(1, phase=Phase.WAITING)), NOW)
+    assert "no round can begin" in waiting.why
+    paused = evaluate(without_north(61, seen=with_job(0, paused=True)), NOW)
+    assert [(a.kind, a.severity) for a in paused] == [("aggregator", "warning")]
     (given_up,) = evaluate(without_north(3601, waited=True), NOW)
     assert given_up.key == away.key
     assert "rounds close without" in given_up.why
@@ -400,13 +404,13 @@ def test_changes_that_nobody_reads_do_not_pile_up() -> None:
 def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
     left = raised(delay_s=10.0)
     (tmp_path / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
-    assert read_open(tmp_path) == (NOW, [left])
+    assert read_recorded(tmp_path) == Recorded(NOW, [left], [], frozenset(), [])
     book = AlertBook([left])
     assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
     assert [a.since for a in book.open] == [NOW]
     for damaged in ("", "[]", '{"turned_at": 1, "alerts": [{}]}', '{"turned_at": 1, "alerts": [{"kind": "x"}]}'):
         (tmp_path / FILE).write_text(damaged)
-        assert read_open(tmp_path) is None
+        assert read_recorded(tmp_path) == Recorded()
 
 
 class Trouble(Observer):
@@ -564,7 +568,7 @@ def test_an_aggregator_that_has_just_gone_is_in_the_file_before_its_alert_opens(
     monitor = Monitor(tmp_path, {}, [(Fleet(tmp_path, JOB).daemon().first.view, tmp_path)], tier=lambda: tier)
     monitor.look()
     monitor._write()
-    assert read_regions(tmp_path) == tier.regions
+    assert read_recorded(tmp_path).regions == tier.regions
     assert not [a for a in monitor.book.open if a.kind == "aggregator"]
 
 

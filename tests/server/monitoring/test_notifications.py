@@ -29,7 +29,7 @@ from fedprune_server.config.setting import read_table
 from fedprune_server.monitoring import notifications
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.monitoring.monitor import restored
+from fedprune_server.monitoring.monitor import read_recorded
 from fedprune_server.monitoring.notifications import (
     KEPT,
     MOST,
@@ -369,7 +369,7 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_he
     def run(url: str, quiet_hours: str, opened: list[Alert]) -> None:
         settings = AlertSettings(webhook=url, quiet_hours=quiet_hours)
         config = ServerConfig(state=tmp_path, alerts=settings)
-        book = AlertBook(restored(tmp_path))
+        book = AlertBook(read_recorded(tmp_path).alerts)
         with monitoring(config, daemon, [tmp_path], book):
             book.update(opened, 0.0, NOON)
 

@@ -313,6 +313,11 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplo
     console.flush()
     said = [r.getMessage() for r in caplog.records if ", as ann ordered" in r.getMessage()]
     assert said == [f"job {JOB.name} {end}, as ann ordered" for end in ("is paused", "goes on")]
+    again = console.order("resume", job=JOB.name)
+    console.flush()
+    daemon.first._commit()
+    console.flush()
+    assert console.answer(again) == (True, f"job {JOB.name} is not paused")
 
 
 def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:

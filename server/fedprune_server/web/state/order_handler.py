@@ -81,7 +81,8 @@ class OrderHandler:
             return "coverage"
         if order.order in ("pause", "resume"):
             job, pause = self._publisher.view_of(order.job or "").job.name, order.order == "pause"
-            self._runners[job].pause(pause)
+            if not self._runners[job].pause(pause):
+                return f"job {order.job} is {'paused already' if pause else 'not paused'}"
             text = f"job {order.job} {'is paused' if pause else 'goes on'}"
             log.info("%s, as %s ordered", text, order.operator)
             return text
