@@ -740,8 +740,10 @@ def test_a_changed_strategy_changes_its_own_rows(accuracy):
         assert not code_digest._within(module, code_digest.UNDECIDING)
 
 
+# At every push the test above looks for modules of rounds, folds and trainers in a row's digest.
+@pytest.mark.soak
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["fedprune", pytest.param("pr-fl", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("row", ["fedprune", "pr-fl"])
 def test_all_that_a_run_loads_is_in_the_digest_of_its_code(tmp_path, row):
     """Modules that were imported in a process of its own; those of other strategies are imported, but not used."""
     code = f"""

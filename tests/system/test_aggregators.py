@@ -148,6 +148,8 @@ def server(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
+# At every push `tests/server/aggregators` revokes boards and their certificates at an aggregator.
+@pytest.mark.soak
 def test_a_board_that_the_server_revokes_is_out_at_its_aggregator(material: Path, tmp_path: Path) -> None:
     text = FIRST.replace("rounds = 3", "rounds = 100000").replace("devices = 4", "devices = 3")
     with TieredSite(material, tmp_path, text, REGIONS, PATIENCE_S, secure=True) as site:
@@ -261,7 +263,7 @@ def test_updates_go_into_a_bucket_of_each_aggregator(
         assert {key.partition("/")[0] for key in s3.keys(bucket)} == set(REGIONS)
 
 
-# At every push `tests/server/aggregators` collects parts of such jobs, and `test_kill_points.py` kills all of a tier.
+# At every push `tests/server/aggregators` collects parts of such jobs, and a test above kills all of a tier.
 @pytest.mark.soak
 def test_an_asynchronous_job_ends_through_aggregators_over_kills(material: Path, tmp_path: Path) -> None:
     text = JOB.format(strategy="fedbuff").replace("rounds = 3", "rounds = 12")

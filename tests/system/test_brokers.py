@@ -93,6 +93,8 @@ def traffic(site: Site) -> dict[str, tuple[int, int]]:
         return storage.traffic()
 
 
+# At every push `test_will_trial.py` has brokers that refuse wills, and `test_leaf_reuse.py` pulls only what changes.
+@pytest.mark.soak
 def test_boards_connect_without_a_will_where_it_is_refused_and_pull_what_changes_alone(
     make: Callable[..., Site],
 ) -> None:

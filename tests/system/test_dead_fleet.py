@@ -54,6 +54,8 @@ def hold_a_round(site: Watched) -> int:
     return held
 
 
+# At every push the next test tells everywhere, and `test_alerts.py` and `test_doctor.py` find a dead fleet.
+@pytest.mark.soak
 def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> None:
     site.start_all()
     site.wait_for(lambda: listens(site.metrics) and rounds(site) > 2, "rounds go by")

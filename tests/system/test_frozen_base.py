@@ -86,6 +86,8 @@ def damage(site: Site, base: Path) -> None:
     site.start("north")
 
 
+# At every push `test_tasks.py` counts a base's bytes, and `test_agent_restarts.py` damages what a board has pulled.
+@pytest.mark.soak
 def test_a_base_travels_once_and_is_fetched_again_only_if_damaged(material: Path, tmp_path: Path) -> None:
     ends = []
     for number, disturb in enumerate((restart, damage)):

@@ -216,6 +216,8 @@ def test_without_an_identity_nothing_leaves_this_machine(
     assert not (tmp_path / "s").exists()
 
 
+# At every push `tests/server/messaging/test_authentication.py` has boards in memory follow to new keys.
+@pytest.mark.soak
 @pytest.mark.mosquitto
 @pytest.mark.parametrize("site", ["mosquitto"], indirect=True)
 def test_rounds_go_on_under_a_new_signing_key_also_with_a_board_that_was_off(site: Site) -> None:

@@ -35,8 +35,10 @@ def test_whoever_is_killed_at_a_flush_loses_no_update_and_counts_none_twice(tmp_
         site.stop_all()
 
 
+# At every push `test_aggregators.py` kills all servers of a tier in the middle of a round.
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for what kills at a flush")
-@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [8, 60])
 def test_a_tier_of_which_everything_is_killed_makes_the_models_of_one_server(tmp_path: Path, kills: int) -> None:
     write_material(tmp_path, dict.fromkeys(BOARDS, 200))
     for name in ("calm", "tier"):

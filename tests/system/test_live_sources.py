@@ -108,7 +108,7 @@ def exported(tmp_path: Path, net: str, classes: int, *words: str) -> tuple[Memor
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("piped", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_board_learns_frames_of_a_recording_that_are_labelled_later(piped: bool, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     server, model = exported(tmp_path, "watcher", 2)

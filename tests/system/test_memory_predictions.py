@@ -79,9 +79,11 @@ def test_memory_of_training_adapters_is_predicted() -> None:
         within(use.total, row)
 
 
+# At every push the test above compares predictions with recorded measurements.
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize(("base", "batch"), [("int8", 2), pytest.param("float16", 16, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("base", "batch"), [("int8", 2), ("float16", 16)])
 def test_memory_of_training_adapters_is_predicted_here(
     base: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loud]:
         yield made
 
 
+# At every push `test_layers.py`, `test_postgresql.py`, `test_s3.py` and `test_service.py` look for secrets one by one.
+@pytest.mark.soak
 def test_a_talkative_fleet_tells_no_secrets(
     site: Loud, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,8 @@ def site(
         made.line.close()
 
 
+# At every push `test_update.py` updates a board's real runtime, and `tests/server/ota` rolls out to groups in memory.
+@pytest.mark.soak
 def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_again(site: UpdatedSite) -> None:
     good = site.rollout(site.release(2), "--groups", "1,100%")
     assert (good["phase"], good["committed"]) == ("done", sorted(BOARDS)), site.logs()

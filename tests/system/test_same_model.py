@@ -29,6 +29,7 @@ from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Multicast, Publication
+from support.marks import marked
 from support.nets import benchmark_tasks
 
 pytestmark = pytest.mark.system
@@ -92,6 +93,8 @@ def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_pat
     run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
 
 
+# At every push `test_resumed_runs.py` has what a simulation judges, and `test_served_average.py` what a board serves.
+@pytest.mark.soak
 def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
     job = demo_job(SEED, rounds=2)
     record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
@@ -99,6 +102,8 @@ def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
     assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
 
 
+# At every push `tests/device/training/test_served_average.py` chooses between average and blend.
+@pytest.mark.soak
 def test_a_validated_blend_gives_the_same_models(tmp_path):
     """Its choice is measured alike, and reported by both."""
     data = deal([b.name for b in DEMO_BOARDS], seed=SEED)
@@ -126,20 +131,14 @@ def numbers(data: Digits) -> Digits:
     return Digits(data.x, of(data.x), data.calibration, hands)
 
 
+# At every push `test_recipes_end_to_end.py` simulates such jobs, and `test_trainer_recipes.py` trains boards by them.
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("make", "recipe", "of", "still"),
     [
-        pytest.param(
-            digits_model, {"loss": "mse", "frozen": ["conv2.*"]}, numbers, {"conv2.weight"}, marks=pytest.mark.soak
-        ),
-        pytest.param(
-            digits_model,
-            {"loss": "huber", "frozen": ["conv1.*", "*.bias"]},
-            numbers,
-            {"conv1.weight", "fc.bias"},
-            marks=pytest.mark.soak,
-        ),
-        pytest.param(frozen_by_its_author, {}, lambda d: d, {"0.weight", "0.bias", "4.bias"}, marks=pytest.mark.soak),
+        (digits_model, {"loss": "mse", "frozen": ["conv2.*"]}, numbers, {"conv2.weight"}),
+        (digits_model, {"loss": "huber", "frozen": ["conv1.*", "*.bias"]}, numbers, {"conv1.weight", "fc.bias"}),
+        (frozen_by_its_author, {}, lambda d: d, {"0.weight", "0.bias", "4.bias"}),
         (
             digits_model,
             {
@@ -282,6 +281,8 @@ def halved(data: Digits) -> Digits:
     return Digits(x_of(data.x), y_of(data.x, data.y), x_of(data.calibration), hands)
 
 
+# At every push `test_presets_on_tasks.py` simulates several inputs, and `test_metrics.py` has a metric of one's own.
+@pytest.mark.soak
 def test_several_inputs_and_outputs_a_loss_and_a_metric_of_ones_own_give_the_same_models(tmp_path: Path) -> None:
     torch.manual_seed(SEED)
     raw = fx.load(Halves(), loss=of_both, metric=right).graph.to_bytes()
@@ -302,12 +303,8 @@ def tiny(name: str) -> Digits:
     return Digits(x, y, x, hands)
 
 
-QUICK = ("detection", "language", "adapters")
-
-
-@pytest.mark.parametrize(
-    "task", [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in TASKS]
-)
+# A name of no task is in the symmetric difference, too, and `marked` refuses it.
+@pytest.mark.parametrize("task", marked(TASKS, soak=TASKS.keys() ^ {"adapters"}))
 def test_tasks_of_every_kind_give_the_same_models(tmp_path: Path, task: str) -> None:
     job = plain_job()
     job = replace(job, byte_budget=0, density=0.5, recipe=replace(TASKS[task].recipe, batch_size=3, epochs=1))

@@ -129,7 +129,7 @@ def ends_as(pair: Pair, undisturbed: State, state: Path) -> None:
     assert subprocess.run(command, check=False).returncode == ExitCode.OK
 
 
-# At every push `test_lease.py` shows who gets a folder, and the next test that a standby's models are the same.
+# At every push `test_lease.py` shows who gets a folder, and `test_crashes.py` models after a kill.
 @pytest.mark.soak
 def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
     pair.settings = ("--serve-blobs", f"127.0.0.1:{free_port()}", "--uploads", "https")
@@ -139,6 +139,8 @@ def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, 
     assert "it goes over MQTT" not in pair.logs_in_full()
 
 
+# At every push the last test has a standby at PostgreSQL, and `test_lease.py` and `test_postgresql.py` kill the latter.
+@pytest.mark.soak
 @pytest.mark.postgresql
 def test_a_standby_at_postgresql_outlasts_server_and_database(
     database: Postgres, pair: Pair, undisturbed: State

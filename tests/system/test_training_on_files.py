@@ -187,13 +187,13 @@ def save(root: Path, **found: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("net", "write", "source", "numbers", "words"),
     [
-        ("autoencoder", pictures, "", 3 * 96 * 96, ("--labels", "values")),
+        pytest.param("autoencoder", pictures, "", 3 * 96 * 96, ("--labels", "values"), marks=pytest.mark.soak),
         pytest.param("listener", recordings, "", 16_000, (), marks=pytest.mark.soak),
-        ("gathered", partial(recordings, least=400), "", 16_000, ()),
+        pytest.param("gathered", partial(recordings, least=400), "", 16_000, (), marks=pytest.mark.soak),
         ("seer", rows, "set.csv", 2 * 2001, ("--labels", "values")),
         pytest.param("painter", arrays, "set.npz", 4 * 16 * 12, (), marks=pytest.mark.soak),
         ("pair", pairs, "set.npz", 8000 + 3 * 32 * 32, ()),
-        ("tagger", texts, "packed.npz", 2 * 1000, ("--set", "ignore_label=-1")),
+        pytest.param("tagger", texts, "packed.npz", 2 * 1000, ("--set", "ignore_label=-1"), marks=pytest.mark.soak),
     ],
 )
 def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
@@ -228,7 +228,7 @@ def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("local", [False, True], ids=["file", "set"])
+@pytest.mark.parametrize("local", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["file", "set"])
 def test_a_round_on_ten_times_a_boards_memory_is_carried_out_in_it(local: bool, tmp_path: Path) -> None:
     """A board that is offered a round, on a file and on samples that an application added."""
     limit = 12 * MB

@@ -78,6 +78,8 @@ def site(tmp_path: Path) -> Iterator[TwoServers]:
         yield made
 
 
+# At every push `tests/server/messaging/test_leadership.py` has two servers in memory, `test_alerts.py` their alerts.
+@pytest.mark.soak
 def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServers) -> None:
     site.start_all()
     site.wait_for(lambda: (saved := site.saved()) is not None and saved.round >= 2, "rounds end")

@@ -63,6 +63,8 @@ def failed(site: Site) -> list[str]:
     return [line for line in logs.splitlines() if "can't be uploaded" in line]
 
 
+# At every push the next test compares the same models over a kill.
+@pytest.mark.soak
 def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Path, over_mqtt: list[str]) -> None:
     settings = f'serve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
     with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True) as site:
@@ -98,6 +100,8 @@ def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
         relay.close()
 
 
+# At every push `tests/server/transfer/test_web_uploads.py` pulls from boards in memory that can't upload.
+@pytest.mark.soak
 def test_boards_that_can_t_reach_the_web_server_send_over_mqtt_by_themselves(
     material: Path, tmp_path: Path, over_mqtt: list[str]
 ) -> None:
