@@ -117,8 +117,10 @@ def signalled(made: Boards, number: signal.Signals, enough: int, words: list[str
     return subprocess.run([*start, *words], capture_output=True, text=True, timeout=180, check=False)
 
 
+# At every push the next test passes over what is done, and `test_inventory.py` gives each board a claim of its own.
+@pytest.mark.soak
 @pytest.mark.slow
-@pytest.mark.parametrize(("boards", "enough"), [(7, 3), pytest.param(40, 6, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("boards", "enough"), [(7, 3), (40, 6)])
 def test_boards_are_installed_by_one_command_that_may_be_killed(
     tmp_path: Path, kit: Path, boards: int, enough: int
 ) -> None:
@@ -425,6 +427,8 @@ def test_a_second_run_at_the_same_time_is_refused(boards: Boards, kit: Path, tmp
     assert "another run uses" in capsys.readouterr().err
 
 
+# At every push `tests/toolkit/core/test_cli.py` ends commands by signals.
+@pytest.mark.soak
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_nothing_of_it_stays(tmp_path: Path, kit: Path) -> None:
     made = Boards(tmp_path, [f"board-{number}" for number in range(6)])

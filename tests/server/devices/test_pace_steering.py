@@ -112,7 +112,7 @@ def test_where_a_round_needs_more_than_the_target_boards_meet(boards: int, targe
     assert sum(fleet.levels) / len(fleet.levels) == pytest.approx(target, rel=0.05)
 
 
-@pytest.mark.parametrize("fairness", [0.0, 1.0])
+@pytest.mark.parametrize("fairness", [pytest.param(0.0, marks=pytest.mark.soak), 1.0])
 def test_over_days_boards_that_take_turns_take_part_equally_often(fairness: float) -> None:
     """A round every visit asks 1 % of the boards, of the tenth that is connected."""
     boards, asked, rounds = 1_000, 10, 3 * 144

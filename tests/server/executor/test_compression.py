@@ -163,7 +163,7 @@ def downloaded(run: Simulation, since: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scorer", ["magnitude", "ordered"])
+@pytest.mark.parametrize("scorer", ["magnitude", pytest.param("ordered", marks=pytest.mark.soak)])
 def test_weights_come_as_differences_to_those_that_a_board_holds(
     simulate: Callable[..., Simulation], scorer: str
 ) -> None:

@@ -75,8 +75,10 @@ def same(one: Tensors, other: Tensors) -> bool:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize(
+    ("width", "normalised"),
+    [(4, False), (8, True), *(pytest.param(*row, marks=pytest.mark.soak) for row in ((4, True), (8, False)))],
+)
 def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
     """At half and at full width: the mean of three widths' outputs as labels, and Adam."""
     model, x = small(normalised=normalised), inputs()

@@ -389,6 +389,8 @@ class CrashError(Exception):
     """The daemon dies."""
 
 
+# At every push `test_back.py` lets a server die at some of the messages, and other tests here restart one.
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> None:
     count = 0

@@ -127,7 +127,9 @@ def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     ("strategy", "options", "rate", "beta"),
     [
         ("fedbuff", {"buffer": 2, "rate": 0.8, "server_momentum": 0.9}, 0.8, 0.9),
-        ("fedprune", {"arrivals": 2, "densities": [1.0], "ranking": "ordered"}, 1.0, 0.5),
+        pytest.param(
+            "fedprune", {"arrivals": 2, "densities": [1.0], "ranking": "ordered"}, 1.0, 0.5, marks=pytest.mark.soak
+        ),
     ],
 )
 def test_stale_moves_enter_the_server_s_velocity(
@@ -370,8 +372,14 @@ def recorded(offer: Callable[[do.SendOffer, float], None], sent: list[do.SendOff
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masks", ["elements", "channels"])
-@pytest.mark.parametrize("synchronous", [False, True])
+@pytest.mark.parametrize(
+    ("synchronous", "masks"),
+    [
+        (False, "channels"),
+        (True, "elements"),
+        *(pytest.param(*row, marks=pytest.mark.soak) for row in ((False, "elements"), (True, "channels"))),
+    ],
+)
 def test_pr_fl_s_devices_receive_slabs_and_train_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: str, synchronous: bool
 ) -> None:

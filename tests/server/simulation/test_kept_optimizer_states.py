@@ -118,6 +118,8 @@ def test_states_stay_with_their_channels(
     assert changed >= 3
 
 
+# At every push `test_resumed_runs.py` kills runs whose boards keep averages and personal tensors.
+@pytest.mark.soak
 def test_a_killed_run_continues_with_the_states(build: Callable[..., Simulation]) -> None:
     assert_resumes(build, 4, **FLEETS["other widths"], same_blobs=False)
 

@@ -97,10 +97,10 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
     assert all(row.local == row.own["accuracy_average"] for row in whole.record().rounds)  # what serves
 
 
+# At every push other tests here kill runs of one process, and `test_device_runner.py` trains in several.
+@pytest.mark.soak
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "deadline_s", [pytest.param(1e6, id="all in time", marks=pytest.mark.soak), pytest.param(0.15, id="some late")]
-)
+@pytest.mark.parametrize("deadline_s", [pytest.param(1e6, id="all in time"), pytest.param(0.15, id="some late")])
 @pytest.mark.usefixtures("saves_often")
 def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build: Build, deadline_s: float) -> None:
     asked = {"deadline_s": deadline_s, "devices": 2}
@@ -175,10 +175,7 @@ ELEMENTS: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [
-        pytest.param(s, o, id=n, marks=pytest.mark.soak if n in ("hard masks", "autoflip") else ())
-        for n, s, o in ELEMENTS
-    ],
+    [pytest.param(s, o, id=n, marks=() if n == "fedobp" else pytest.mark.soak) for n, s, o in ELEMENTS],
 )
 def test_every_update_of_an_element_strategy_counts_also_after_a_kill(
     build: Build, strategy: str, options: dict[str, Any]

@@ -23,6 +23,7 @@ from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
+from support.marks import marked
 
 NAMES = ("a", "b", "c", "d", "e")
 
@@ -219,7 +220,10 @@ def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Si
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
-@pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"])
+@pytest.mark.parametrize(
+    "strategy",
+    marked(["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"], soak=["fedavg", "heterofl", "fedrolex"]),
+)
 def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Simulate, strategy: str, kind: str) -> None:
     settings = {"strategy": strategy, "density": 0.0, "scorer": "magnitude", "deadline_s": 20.0, "rounds": 3}
     run = simulated(schedule={"kind": kind}, **settings)

@@ -28,7 +28,11 @@ def build(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"dropouts": DropOuts(0.4, away_s=20.0), "deadline_s": 30.0}], ids=len)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"dropouts": DropOuts(0.4, away_s=20.0), "deadline_s": 30.0}, marks=pytest.mark.soak)],
+    ids=len,
+)
 def test_the_seed_decides_bits_and_times(build, settings):
     first, second, other = build("first", **settings), build("second", **settings), build("other", seed=4, **settings)
     assert first.run() == second.run()
@@ -52,9 +56,9 @@ def test_a_round_notes_how_many_updates_were_limited(build):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scorer": "magnitude"},
+        pytest.param({"scorer": "magnitude"}, marks=pytest.mark.soak),
         {"dropouts": DropOuts(0.4, away_s=10.0), "participation": 0.7, "deadline_s": 20.0},
-        {"strategy": "fedavg", "recipe": Recipe(max_steps=3, momentum=0.9)},
+        pytest.param({"strategy": "fedavg", "recipe": Recipe(max_steps=3, momentum=0.9)}, marks=pytest.mark.soak),
         {"strategy": "fedprune"},
         {"compression": "top-k:0.05"},
     ],

@@ -436,8 +436,15 @@ def test_messages_that_come_twice_count_once(fleet: Direct, expected: list[str])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 4, 9])
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize(
+    ("moved", "at"),
+    [
+        (False, 1),
+        (True, 4),
+        (False, 9),
+        *(pytest.param(*row, marks=pytest.mark.soak) for row in ((True, 1), (False, 4), (True, 9))),
+    ],
+)
 def test_a_server_that_dies_as_an_update_is_in_the_bucket_counts_it_once(
     fleet: Direct, expected: list[str], at: int, moved: bool, tmp_path: Path
 ) -> None:
