@@ -16,6 +16,7 @@ from fedprune.planning.kernel_workload import workload
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
+from support.marks import marked
 
 pytestmark = pytest.mark.torch
 
@@ -41,7 +42,10 @@ class Sequences(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gates", "both"),
-    [pytest.param(nn.GRU, 3, False, marks=pytest.mark.soak), (nn.LSTM, 4, False), (nn.GRU, 3, True)],
+    [
+        *(pytest.param(*row, marks=pytest.mark.soak) for row in ((nn.GRU, 3, False), (nn.LSTM, 4, False))),
+        (nn.GRU, 3, True),
+    ],
 )
 def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: int, both: bool) -> None:
     architecture = import_onnx(export_torch(Sequences(kind, both)), "sequences").architecture
@@ -50,7 +54,7 @@ def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: 
     assert costs_at(architecture, architecture.sizes).forward_macs == expected
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet20_bn", "concat_net"])
+@pytest.mark.parametrize("name", marked(["lenet", "resnet20_bn", "concat_net"], soak=["resnet20_bn"]))
 def test_costs_at_a_width_are_those_of_the_cut_graph(name: str, imported: Imported) -> None:
     model = imported(name)
     widths = widths_at(model.architecture, DENSITY)
@@ -77,7 +81,9 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "gates", "kept"), [(nn.GRU, 3, 4), (nn.LSTM, 4, 6)])
+@pytest.mark.parametrize(
+    ("kind", "gates", "kept"), [pytest.param(nn.GRU, 3, 4, marks=pytest.mark.soak), (nn.LSTM, 4, 6)]
+)
 def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(kind: type[nn.RNNBase], gates: int, kept: int) -> None:
     found = import_onnx(export_torch(Sequences(kind, both=False)), "sequences").architecture
     steps = [v for v in found.activations if "~" in v.name and v.kept and v.positions == 5]

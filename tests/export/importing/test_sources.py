@@ -185,11 +185,11 @@ def test_a_network_of_timm_by_name() -> None:
     assert timm_name("no_such_network") == timm_name("models/resnet18.onnx") == timm_name("nets:lenet") == ""
 
 
+# At every push the test above loads a network of timm.
+@pytest.mark.soak
 @pytest.mark.slow
 @zoo.needs_timm
-@pytest.mark.parametrize(
-    "broken", [pytest.param(False, id="missing", marks=pytest.mark.soak), pytest.param(True, id="broken")]
-)
+@pytest.mark.parametrize("broken", [pytest.param(False, id="missing"), pytest.param(True, id="broken")])
 def test_networks_of_timm_load_without_torchvision(tmp_path: Path, broken: bool) -> None:
     body = "raise RuntimeError('operator torchvision::nms does not exist')" if broken else "raise ImportError"
     (tmp_path / "torchvision").mkdir()

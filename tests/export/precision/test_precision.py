@@ -81,6 +81,9 @@ NETS: Mapping[str, Callable[[], nn.Module]] = {
     "layers": lambda: nets.seeded(Layers()),
     "lstm": lambda: Sequences().eval(),
 }
+ALONE = ("motion", "transformer")
+"""Networks that one test alone would export at a push."""
+
 BOUNDS = {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}
 DENSITIES = (1.0, 0.5, 0.25)
 
@@ -133,7 +136,7 @@ def operators(path: Path, optimised: Path) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_int8_is_exact_if_asked_on_any_processor(exact: bool) -> None:
     """On an emulated x86 processor without VNNI, where the kernels saturate."""
     emulator = tool("qemu-x86_64-static", "qemu-user-static")
@@ -151,7 +154,9 @@ def test_int8_is_exact_if_asked_on_any_processor(exact: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "precision", "density"),
     [
-        pytest.param(name, precision, density, marks=() if (i + j + k) % 3 == 0 else pytest.mark.soak)
+        pytest.param(
+            name, precision, density, marks=() if (i + j + k) % 3 == 0 and name not in ALONE else pytest.mark.soak
+        )
         for i, name in enumerate(NETS)
         for j, precision in enumerate(PRECISIONS)
         for k, density in enumerate(DENSITIES)
@@ -184,7 +189,11 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", marked(["normalizer_free", "conv_mixer", "shufflenet_v2", "group_norm_resnet"], soak=["shufflenet_v2"])
+    "name",
+    marked(
+        ["normalizer_free", "conv_mixer", "shufflenet_v2", "group_norm_resnet"],
+        soak=["shufflenet_v2", "group_norm_resnet"],
+    ),
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_follows_from_weights_alone_is_prepared(name: str, precision: str, tmp_path: Path) -> None:

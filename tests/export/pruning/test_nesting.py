@@ -164,7 +164,7 @@ def test_a_model_without_normalisations_does_not_count_as_just_made(steps: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scale", "made"), [(0.0, True), (0.5, False)])
+@pytest.mark.parametrize(("scale", "made"), [(0.0, True), pytest.param(0.5, False, marks=pytest.mark.soak)])
 def test_blocks_may_begin_as_if_they_were_not_there(scale: float, made: bool) -> None:
     net = fresh(nets.ResNet20)
     last = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)][-1]

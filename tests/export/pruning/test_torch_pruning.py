@@ -40,7 +40,17 @@ EQUAL = marked(
         "mobilenetv3_small_100",
         "convnext_atto",
     ),
-    soak=["vgg11_bn", "unet", "resnet18", "mobilenetv3_small_100", "convnext_atto"],
+    soak=[
+        "vgg11_bn",
+        "resnet20_bn",
+        "concat_net",
+        "unet",
+        "squeeze_and_excite",
+        "inception",
+        "resnet18",
+        "mobilenetv3_small_100",
+        "convnext_atto",
+    ],
 )
 """Networks whose groups are the same, layer by layer."""
 
@@ -172,7 +182,9 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", marked(DIFFERENT, soak=["swin"]))
+@pytest.mark.parametrize(
+    "name", marked(DIFFERENT, soak=["swin", "feature_pyramid", "padded_shortcuts", "mlp_mixer", "grouped"])
+)
 def test_differences_are_the_known_ones(name: str) -> None:
     module, known = MODELS[name].make(), DIFFERENT[name]
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)

@@ -26,11 +26,11 @@ pytestmark = pytest.mark.torch
 LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto")
 HEAVY = ("encoder", "lstm", "vision_transformer")
 LONG = (
-    "adapted_encoder", "alibi", "attention_unet", "center_net", "codebook", "conformer", "crnn", "d_linear", "deep_lab",
-    "encoder", "face_net", "fcos", "feature_pyramid", "fusion", "ghost", "group_norm_resnet", "gru", "inception",
-    "mlp_mixer", "panoptic_fpn", "patch_transformer", "resnet20_bn", "seg_former", "sensor_net",
-    "seq2seq", "shufflenet_v2", "ssd", "swin", "tc_resnet", "twins", "two_towers", "unet", "vae", "vgg11_bn",
-    "voxel_unet", "wave_net", "yolo",
+    "adapted_encoder", "alibi", "attention_unet", "auto_encoder", "box_distributions", "center_net", "codebook",
+    "conformer", "crnn", "d_linear", "deep_lab", "encoder", "face_net", "fcos", "feature_pyramid", "fusion", "ghost",
+    "group_norm_resnet", "grouped", "gru", "inception", "llama", "lstm", "mlp_mixer", "n_beats", "panoptic_fpn",
+    "patch_transformer", "pooled_video", "resnet20_bn", "seg_former", "sensor_net", "seq2seq", "shufflenet_v2", "ssd",
+    "swin", "tc_resnet", "tcn", "twins", "two_towers", "unet", "vae", "vgg11_bn", "voxel_unet", "wave_net", "yolo",
 )  # fmt: skip
 """Torch takes 3 to 13 seconds to export one, or another network or test has the same wiring."""
 

@@ -27,7 +27,7 @@ on the side on which the engine had it, our distance was 0.89 of torch's (median
 """
 
 
-LONG = ("adapters", "detection", "forecasting", "forecasting-lstm", "speech")
+LONG = ("adapters", "detection", "forecasting", "forecasting-lstm", "fusion", "language", "speech")
 
 
 def trained_task(name: str) -> Trained:
