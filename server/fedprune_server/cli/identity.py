@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from fedprune.core.cli import add_json, hours, options_of, print_json, whole_number
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, ProtocolError, UsageError
+from fedprune.core.errors import ConfigError, JoinError, ProtocolError, UsageError, meant
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune_device.storage.directory_owner import check_unowned
@@ -325,6 +325,9 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
         for d in identity.store.devices()
         if arguments.device in (None, d.device)
     ]
+    if arguments.device is not None and not rows:
+        near = meant(arguments.device, {d.device for d in identity.store.devices()})
+        raise JoinError(f"no device {arguments.device}{near}", hint="See `fedprune-server devices`.")
     if arguments.json:
         print(json.dumps(rows, indent=2, sort_keys=True))
         return

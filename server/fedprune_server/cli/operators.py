@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import add_json
+from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError, StorageError, UsageError
 from fedprune.wire.topics import as_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_state
+from fedprune_server.config.alert_settings import OFF
+from fedprune_server.storage.state_folder import LOCK
+from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Accounts, Operator
 from fedprune_server.web.auth.roles import ROLES
@@ -60,7 +64,14 @@ add_resume = add_pause
 
 def _give(arguments: argparse.Namespace) -> None:
     """Give a running server the order of the command's name, as its console does, and print the answer."""
-    path = arguments.state / status.FILE
+    path, settings = arguments.state / status.FILE, Storage.settings_in(arguments.state) or {}
+    if settings.get("server", {}).get("parent", OFF) != OFF:
+        raise ConfigError(f"{arguments.state} is an aggregator's: its jobs are paused and resumed at its parent")
+    if not held(arguments.state / LOCK):
+        Storage.check_existing(arguments.state)
+        raise ConfigError(
+            f"no server runs on {arguments.state}", hint="A job that is not running asks no board for anything."
+        )
     with status.FleetView(path) if path.exists() else nullcontext() as view:
         if view is None or not view.ready:
             raise ConfigError(

@@ -6,7 +6,7 @@ from fedprune.core.errors import JoinError, meant, shown
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.store import WAITING
+from fedprune_server.enrollment.store import REVOKED, WAITING
 
 
 def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
@@ -49,6 +49,8 @@ def revoke(identity: IdentityFolder, device: str) -> str:
     """Revoke a device; returns a message. Raises `JoinError` if none of this name is approved or waits."""
     keys, certificates = identity.revoke(device)
     if not keys and not certificates:
+        if any(d.device == device and d.status == REVOKED for d in identity.store.devices()):
+            raise JoinError(f"{device} is revoked already", hint="See `fedprune-server devices`.")
         near = meant(device, {d.device for d in identity.store.devices()})
         raise JoinError(f"no device {device} is approved or waits{near}", hint="See `fedprune-server devices`.")
     return revoked(identity, device, keys, certificates)

@@ -107,11 +107,13 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
     broken = list(identity(folder))
     gone = revoked(folder) if not broken else frozenset[str]()
+    live = read_recorded(folder) if held(folder / LOCK) else Recorded()
+    away = frozenset(region.name for region in live.regions)
     cases: list[Case] = []
     events: list[float] = []
     for part in (folder, *folders(folder)):
         try:
-            case, event_at = within(timeout, lambda part=part: _case(part, gone))  # type: ignore[misc]
+            case, event_at = within(timeout, lambda part=part: _case(part, gone, away))  # type: ignore[misc]
         except FedpruneError as error:
             yield wrong(
                 "database",
@@ -163,12 +165,12 @@ def within(seconds: float, work: Callable[[], _T]) -> _T:
     return found  # type: ignore[no-any-return]
 
 
-def _case(folder: Path, gone: frozenset[str]) -> tuple[Case, float | None]:
+def _case(folder: Path, gone: frozenset[str], away: frozenset[str]) -> tuple[Case, float | None]:
     """A job as it is stored, and the time of its last event."""
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last = storage.outsiders(), storage.log.last_at()
-    case = Case(folder, settings, state or State(model=""), outsiders, held(folder / LOCK), revoked=gone)
+    case = Case(folder, settings, state or State(model=""), outsiders, held(folder / LOCK), revoked=gone, away=away)
     if (model := _model(folder)) is None:
         return case, last
     architecture, recipe = model.architecture, Recipe.from_dict(case.job.get("recipe", {}))
@@ -201,7 +203,7 @@ def alerts(site: Site) -> Iterator[Finding]:
         sum(case.here for case in site.cases),
         site.running,
         None if live.turned_at is None else max(0.0, site.now - live.turned_at),
-        tier=TierStatus(parent if parent != OFF else "", regions=live.regions),
+        tier=TierStatus(parent if parent != OFF else "", live.parent_lost, live.regions),
         quarantined=rows,
         site=site_facts(site.folder, site.server, members=site.members),
     )

@@ -15,7 +15,7 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
-from fedprune_server.monitoring.alerts import SHOWN, at, command
+from fedprune_server.monitoring.alerts import SHOWN, at, command, restart
 from fedprune_server.monitoring.monitor import off_by_far
 from fedprune_server.monitoring.snapshot import JobStatus
 
@@ -41,6 +41,7 @@ class Case:
         names: Names of the groups.
         revoked: Revoked devices without another key.
         uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
+        away: Aggregators that are away.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Case:
     names: Sequence[str] = ()
     revoked: frozenset[str] = frozenset()
     uncalibrated: bool = False
+    away: frozenset[str] = frozenset()
 
     @property
     def job(self) -> Mapping[str, Any]:
@@ -98,7 +100,7 @@ def _paused(case: Case) -> Iterator[Finding]:
             "paused",
             f"job {case.name} is paused",
             "no board is asked for anything until it continues",
-            "resume it in the console (docs/console.md)",
+            f"{command('resume', *at(case.folder))}, or in the console (docs/console.md)",
         )
 
 
@@ -128,19 +130,25 @@ def _deadline(case: Case) -> Iterator[Finding]:
             f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
             f"their plans: {some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
             "their updates come too late, and after a few such rounds they are excluded",
-            command("run", *at(case.folder), "--deadline", math.ceil(1.5 * slow[worst])),
+            _longer(case, 1.5 * slow[worst]),
         )
         return
     for row in case.state.history[-1:]:
-        late = sorted(n for n, p in row["devices"].items() if _is_late(p))
+        reachable = [n for n in row["devices"] if not _is_cut_off(case, n)]
+        late = sorted(n for n in reachable if _is_late(row["devices"][n]))
         if len(row["devices"]) > 1 and len(late) >= _LATE * len(row["devices"]):
             yield wrong(
                 "deadline-too-short",
                 f"in round {row['round']} of job {case.name} {len(late)} of {len(row['devices'])} devices were late "
                 f"for the deadline of {limit:g} s: {some(late)}",
                 "what they trained didn't count",
-                command("run", *at(case.folder), "--deadline", math.ceil(2 * limit)),
+                _longer(case, 2 * limit),
             )
+
+
+def _longer(case: Case, seconds: float) -> str:
+    words = (*at(case.folder), "--deadline", math.ceil(seconds))
+    return restart(*words) if case.running else command("run", *words)
 
 
 def _refused(case: Case) -> Iterator[Finding]:
@@ -219,6 +227,12 @@ def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
     figures = (plan or {}).get("prediction", {})
     found = [figures.get(k) for k in ("train_s", "transfer_s")]
     return sum(map(float, found)) if all(isinstance(v, (int, float)) for v in found) else None
+
+
+def _is_cut_off(case: Case, name: str) -> bool:
+    """Whether a board's aggregator is away, which is a finding of its own."""
+    device = case.state.devices.get(name)
+    return device is not None and device.region.partition("/")[0] in case.away
 
 
 def _is_late(part: Mapping[str, Any]) -> bool:

@@ -130,6 +130,11 @@ def command(*words: object) -> str:
     return f"fedprune-server {shlex.join(str(w) for w in words)}"
 
 
+def restart(*words: object) -> str:
+    """What to do for another setting of `fedprune-server run` while a server runs."""
+    return f"stop the server, then {command('run', *words)}"
+
+
 def at(folder: Path) -> tuple[str, str]:
     return "--state", str(folder)
 
@@ -272,7 +277,7 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         "too-few-devices", WARNING, now,
         f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{out}",
         f"a round begins with {quantity(job.needed, 'device')}",
-        f"{more}, or begin with fewer: {command('run', *at(job.folder), '--devices', seen.here)}{again}",
+        f"{more}, or begin with fewer: {restart(*at(job.folder), '--devices', seen.here)}{again}",
         job=job.name, delay_s=job.delay_s,
     )  # fmt: skip
 
@@ -300,7 +305,7 @@ def _progress(job: JobStatus, now: float) -> Iterator[Alert]:
         f"job {job.name} makes no progress in round {job.round} of {job.rounds or '?'}: {missed}",
         "the model doesn't move",
         f"see each board's reason: {command('status', *at(job.folder))}, and {command('logs', *at(job.folder))}; if "
-        f"boards need longer: {command('run', *at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}",
+        f"boards need longer: {restart(*at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}",
         job=job.name,
     )  # fmt: skip
 

@@ -282,7 +282,7 @@ class Monitor(Observer):
         regions = [asdict(region) for region in self._tier_seen.regions]
         body = {
             "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
-            "regions": regions,
+            "regions": regions, "parent_lost": self._tier_seen.parent_lost,
         }  # fmt: skip
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode())
@@ -308,6 +308,7 @@ class Recorded:
         notified: Alerts whose opening was notified, but not their end.
         free: The boards that are connected and at none of its jobs.
         regions: Its aggregators that are away.
+        parent_lost: Since when its parent isn't connected, in seconds since 1970; None if it is, or without a parent.
     """
 
     turned_at: float | None = None
@@ -315,6 +316,7 @@ class Recorded:
     notified: Sequence[Alert] = ()
     free: frozenset[str] = frozenset()
     regions: Sequence[LostRegion] = ()
+    parent_lost: float | None = None
 
 
 def read_recorded(folder: Path) -> Recorded:
@@ -326,6 +328,7 @@ def read_recorded(folder: Path) -> Recorded:
             _alerts(body.get("notified", ())),
             frozenset(body.get("free", ())),
             [LostRegion(**row) for row in body.get("regions", ())],
+            None if (lost := body.get("parent_lost")) is None else float(lost),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Recorded()

@@ -492,6 +492,7 @@ def test_the_exported_model_computes_with_the_current_weights(
     body = json.loads(capsys.readouterr().out)
     assert (body["file"], body["bytes"]) == (str(out), out.stat().st_size)
     assert 0 <= body["difference"] < 1e-5
+    assert body["round"] == 1
 
 
 def test_exported_weights_are_the_stored_bytes(state: Path, tmp_path: Path) -> None:

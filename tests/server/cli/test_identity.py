@@ -243,6 +243,9 @@ def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path,
     assert main(["devices", "revoke", "pi-1", "--state", state]) == ExitCode.OK
     assert listed(state, capsys) == {"pi-1": ["revoked", "revoked"]}
     assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.JOIN
+    assert "pi-1 is revoked already" in capsys.readouterr().err
+    assert main(["devices", "--state", state, "list", "pi-2"]) == ExitCode.JOIN
+    assert "no device pi-2 (did you mean 'pi-1'?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

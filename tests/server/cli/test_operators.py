@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("argon2", reason="the extra console is not installed")
 
+from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode, StorageError
 from fedprune_server.cli import operators
 from fedprune_server.cli.main import main
+from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
@@ -23,6 +25,7 @@ from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.state.status import FleetView, StatusWriter
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_fleet import ConsoleFleet
+from support.fakes.recorded_job import play_job
 
 
 class Clock:
@@ -73,6 +76,29 @@ def test_a_user_without_a_name_is_in_the_audit_log_by_number(tmp_path: Path, mon
     database.close()
 
     assert [e["operator"] for e in entries] == ["uid 54321"]
+
+
+@pytest.fixture(autouse=True)
+def running(tmp_path: Path) -> Iterator[None]:
+    """A server runs on the folder."""
+    with locked(tmp_path / "lock", "busy", "wait"):
+        yield
+
+
+def test_a_job_that_no_server_runs_or_its_parent_decides_is_not_paused_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    assert main(["pause", "--state", str(state)]) == ExitCode.STORAGE
+    play_job(state)
+    assert main(["pause", "--state", str(state)]) == ExitCode.CONFIG
+    assert f"no server runs on {state}" in capsys.readouterr().err
+    with Storage(f"sqlite:///{state / 'server.db'}") as storage:
+        known = storage.settings()
+        assert known is not None
+        storage.put_settings(known | {"server": known["server"] | {"parent": "wss://above:1"}})
+    assert main(["resume", "--state", str(state)]) == ExitCode.CONFIG
+    assert "paused and resumed at its parent" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "said"), [("pause", "job trial is paused"), ("resume", "job trial goes on")])

@@ -620,7 +620,7 @@ def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_ans
         approval.deny(identity, "pi-1")
     identity.store.approve("pi-1", "c" * 64, now)
     assert approval.revoke(identity, "pi-1").startswith("pi-1: 1 key and 0 certificates revoked")
-    with pytest.raises(JoinError, match="no device pi-1 is approved or waits"):
+    with pytest.raises(JoinError, match="pi-1 is revoked already"):
         approval.revoke(identity, "pi-1")
 
 

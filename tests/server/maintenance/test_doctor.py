@@ -136,7 +136,11 @@ def test_a_board_that_was_shut_out_is_not_called_away() -> None:
 
 def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
     late = with_state(history=[row(1, {"a": ("folded", "", ""), "b": ("refused", "x", "late")})])
-    assert kinds(found_in(late)) == {"deadline-too-short"}
+    (found,) = found_in(late)
+    assert found.kind == "deadline-too-short"
+    assert found.advice.startswith("stop the server, then fedprune-server run ")
+    late.state.devices["b"].region = "north/valley"
+    assert found_in(replace(late, away=frozenset({"north"}))) == []  # its board couldn't be in time
 
 
 def test_a_loss_that_rose_for_want_of_calibration_is_told_so() -> None:
