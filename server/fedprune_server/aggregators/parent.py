@@ -269,8 +269,12 @@ class ParentLink(Closing):
                 return False
             self._greeted = False
             self._parts, self._new_members = [], {}
-            hello = {"kind": "hello", "version": __version__, "region": self.region, "instance": self._instance()}
-            channel.send(hello | {"process": self._process})
+            channel.send(
+                {
+                    "kind": "hello", "version": __version__, "region": self.region,
+                    "instance": self._instance(), "process": self._process,
+                }
+            )  # fmt: skip
             channel.run()
             if self._channel is channel:
                 self._channel, self.lost_since = None, time.time()

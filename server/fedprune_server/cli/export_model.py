@@ -49,8 +49,8 @@ def _export_model(arguments: argparse.Namespace) -> None:
     if hub and arguments.opset is not None:
         raise UsageError("--opset is for .onnx files", hint=f"{out} is a folder.")
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
-    last = _last_round(arguments.state) if arguments.round is None else arguments.round
-    model, weights, ranks = global_model(arguments.state, digest)
+    model, weights, ranks, last = global_model(arguments.state, digest)
+    round_ = last if arguments.round is None else arguments.round
     model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state), ranks)
     error: float | None = None
     if hub:
@@ -69,18 +69,11 @@ def _export_model(arguments: argparse.Namespace) -> None:
         error = conversion.state_parity(state, model.graph, model.graph)
         size = conversion.write_state_dict(out, state)
     if arguments.json:
-        print_json({"file": str(out), "bytes": size, "difference": error, "round": last})
+        print_json({"file": str(out), "bytes": size, "difference": error, "round": round_})
         return
     compared = "" if error is None else f"; {conversion.agreement(error)}"
-    which = f"the global model after round {last}" if last else "the initial model: no round has ended yet"
+    which = f"the global model after round {round_}" if round_ else "the initial model: no round has ended yet"
     print(f"{out}: {amount(size, 'bytes')}, {which}{compared}")
-
-
-def _last_round(folder: Path) -> int:
-    """The last round that has ended; 0 if none has."""
-    with Storage.existing(folder) as storage:
-        state = storage.load()
-    return 0 if state is None or not state.history else int(state.history[-1]["round"])
 
 
 def _record(folder: Path, model: Model, round_: int | None) -> Record:

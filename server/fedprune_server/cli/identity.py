@@ -21,7 +21,7 @@ from fedprune.security.keys import VerifyingKey, grouped
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_database, add_state, database_in
 from fedprune_server.config.alert_settings import OFF
-from fedprune_server.engine.state_directory import parent_in
+from fedprune_server.config.server_config import parent_in
 from fedprune_server.enrollment.approval import approve, revoke, revoked
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import KEY, Broker, write_broker

@@ -20,6 +20,7 @@ from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.config.alert_settings import OFF
+from fedprune_server.config.server_config import parent_in
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
@@ -123,7 +124,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "server": str(identity or folder),
-        "parent": "" if (parent := (settings or {}).get("server", {}).get("parent", OFF)) == OFF else parent,
+        "parent": "" if (parent := parent_in(settings)) == OFF else parent,
         "running": running,
         "heard_at": None if running else last,
         "job": (settings or {}).get("job", {}),

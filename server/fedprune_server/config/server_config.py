@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -451,3 +452,8 @@ def _place(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] |
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
         raise ConfigError(f"server: {name}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
     return address.strip("[]") or host, int(port)
+
+
+def parent_in(settings: Mapping[str, Any] | None) -> str:
+    """The parent of the aggregator that a state folder is, by its stored settings; `off` for a server."""
+    return str((settings or {}).get("server", {}).get("parent", OFF))

@@ -25,7 +25,7 @@ from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source, with_graphs_of
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
+from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, parent_in, without_password
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
@@ -309,11 +309,6 @@ class StateFolder(Closing):
             self.storage.save(state, (), time.time())
 
 
-def parent_in(settings: Mapping[str, Any] | None) -> str:
-    """The parent of the aggregator that a state folder is, by its stored settings; `off` for a server."""
-    return str((settings or {}).get("server", {}).get("parent", OFF))
-
-
 def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
     """The tables of what a state folder's last start ran with; None if there was none.
 
@@ -334,8 +329,9 @@ def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | N
     return tables | {k: {"data": known[k]} for k in ("evaluation", "calibration") if known.get(k)}
 
 
-def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes, Ranks | None]:
-    """The model of a state folder, the bytes of its weights, and the ranks by which its job cuts it.
+def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes, Ranks | None, int]:
+    """The model of a state folder, the bytes of its weights, the ranks by which its job cuts it, and the last round
+    that has ended; 0 if none has.
 
     Args:
         folder: The folder; a server may be running on it.
@@ -350,7 +346,7 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes,
     return _global_model(folder, digest)
 
 
-def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks | None]:
+def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks | None, int]:
     with Storage.existing(folder) as storage:
         known, state = storage.settings(), storage.load()
         earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
@@ -364,13 +360,14 @@ def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks
         raw = read_file(folder / MODEL)
     store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))
     weights, job = store.read(digest), Job.from_dict(known["job"])
+    last = int(state.history[-1]["round"]) if state.history else 0
     if digest == state.model:
-        return model, weights, settled_ranks(job, model, state, store, digest)
+        return model, weights, settled_ranks(job, model, state, store, digest), last
     if earlier is not None:
         state.round, state.memory = earlier["round"], earlier["memory"]
         with suppress(StorageError):
-            return model, weights, settled_ranks(job, model, state, store, digest)
-    return model, weights, None
+            return model, weights, settled_ranks(job, model, state, store, digest), last
+    return model, weights, None, last
 
 
 def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:

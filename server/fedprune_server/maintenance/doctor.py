@@ -72,6 +72,7 @@ class Site:
         running: Whether a server runs on the folder, and with it the embedded broker.
         members: Whether there is an identity, and it is whole.
         last_event: When a job last handled an event, in seconds since 1970; None if unknown.
+        live: What a running server's monitor has written.
         timeout: Seconds for broker, database and bucket, each.
         now: Seconds since 1970.
     """
@@ -82,6 +83,7 @@ class Site:
     members: bool = False
     cases: Sequence[Case] = ()
     last_event: float | None = None
+    live: Recorded = field(default_factory=Recorded)
     timeout: float = 5.0
     now: float = field(default_factory=time.time)
 
@@ -128,7 +130,7 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
     yield from broken
     server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
     members = not broken and (folder / IDENTITY).is_dir()
-    site = Site(folder, server, held(folder / LOCK), members, cases, max(events, default=None), timeout)
+    site = Site(folder, server, held(folder / LOCK), members, cases, max(events, default=None), live, timeout)
     found: set[str] = set()
     for check in CHECKS:
         for finding in _checked(check, site):
@@ -194,7 +196,7 @@ def _model(folder: Path) -> Model | None:
 
 def alerts(site: Site) -> Iterator[Finding]:
     """Alerts that the state folder justifies, and others that a running server has open."""
-    live = read_recorded(site.folder) if site.running else Recorded()
+    live = site.live
     rows = {n: str(r["reason"]) for n, r in sorted(read_rows(site.folder).items()) if (r["until"] or 0.0) > site.now}
     parent = str(site.server.get("parent", OFF))
     seen = Snapshot(

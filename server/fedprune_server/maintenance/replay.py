@@ -26,6 +26,7 @@ from fedprune.core.text import all_strings
 from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
 from fedprune_server.config.alert_settings import OFF
+from fedprune_server.config.server_config import parent_in
 from fedprune_server.executor.evaluator import load_calibration
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
@@ -73,7 +74,7 @@ def replay(folder: Path) -> Iterator[Step]:
         first = next(log, None)
         if known is None or first is None:
             raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
-        if known.get("server", {}).get("parent", OFF) != OFF:
+        if parent_in(known) != OFF:
             raise ConfigError("an aggregator's rounds are its parent's, and can't be replayed here")
         if not known.get("server", {}).get("archive"):
             raise ConfigError(
@@ -192,7 +193,7 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
     Args:
         folder: The state folder; no server runs on it.
     """
-    if needs.settings.get("server", {}).get("parent", OFF) != OFF:
+    if parent_in(needs.settings) != OFF:
         return  # an aggregator's events lead to nothing here: its parent decides
     log = storage.log.events()
     first = next(log, None)

@@ -160,9 +160,10 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 delay_s=delay,
             )  # fmt: skip
         return
+    verb = "aggregate" if seen.tier.parent else "run"
     for job in seen.jobs:
         if not job.begun:
-            verb, more = ("aggregate", ()) if seen.tier.parent else ("run", ("--model", "MODEL"))
+            more = () if seen.tier.parent else ("--model", "MODEL")
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
                 "a server that couldn't start, or was never started, gives boards nothing to do",
@@ -174,7 +175,7 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 "server-not-running", CRITICAL, now,
                 f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
                 "boards wait for it, and train nothing meanwhile",
-                command("aggregate" if seen.tier.parent else "run", *at(job.folder)), job=job.name,
+                command(verb, *at(job.folder)), job=job.name,
             )  # fmt: skip
 
 
