@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | audit | docs | soak | home-assistant | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
+# make demo | test | test-all | check | soak | acceptance | flaky | audit | docs | home-assistant | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -36,7 +36,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check audit docs soak home-assistant first-boot manifests release release-check image-check notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky audit docs soak acceptance home-assistant first-boot manifests release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
@@ -47,11 +47,17 @@ test: $(DEV)/installed
 	FEDPRUNE_EXAMPLES=$(QUICK_EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest -n $$((2 * $$(nproc))) --dist loadfile --no-loadscope-reorder \
 		-m "not slow and not soak and not arm64" -q $(ARGS)
 
-# Everything but soak: the whole suite, boards' code under Python 3.10, and boards in an emulator.
-test-all: test-dev test-board test-arm64
+# The push ring: what must pass before a change lands. Boards' code runs under Python 3.10, too.
+test-all: test-dev test-board
 
 test-dev: $(DEV)/installed $(FLOWER)/installed
 	FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest $(AT_ONCE) $(ARGS)
+
+# The push ring RUNS times in random orders, beside LOAD busy processes in every second run; lists what failed how often.
+RUNS ?= 6
+LOAD ?= 6
+flaky: $(DEV)/installed $(FLOWER)/installed
+	FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(DEV)/bin/python tests/flaky.py --runs $(RUNS) --load $(LOAD) -- $(AT_ONCE) $(ARGS)
 
 # What a board imports, on the Python and onnxruntime of JetPack 6.
 test-board: $(if $(PYTHON310),$(BOARD)/installed)
@@ -138,9 +144,12 @@ docs: $(DEV)/installed
 	$(DEV)/bin/python -m manual
 	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build
 
-# Long runs that are not for every push, and all examples of every property.
-soak: $(DEV)/installed
+# The soak ring: long runs, products of kill points, further nets and services; and all examples of every property.
+soak: $(DEV)/installed $(FLOWER)/installed
 	$(DEV)/bin/pytest -m "soak or hypothesis" --timeout 3600 $(ARGS)
+
+# The acceptance ring: what is made for users, tried where they would: bare Debians, images, boards in an emulator.
+acceptance: test-arm64 release-check image-check first-boot
 
 # A fleet in a real Home Assistant, 400 MB that are installed in an environment of their own; needs mosquitto and its clients.
 home-assistant: $(DEV)/installed $(HOME_ASSISTANT)/installed

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from support.push_ring import RingRecorder
+
 _SYSTEM = Path(__file__).parent / "system"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if path := os.environ.get("FEDPRUNE_RECORD"):
+        config.pluginmanager.register(RingRecorder(Path(path), writes=not hasattr(config, "workerinput")))
     # Tests kill processes, never the machine: nothing has to reach the disk.
     os.fsync = os.fdatasync = lambda descriptor: None
     if find_spec("hypothesis"):

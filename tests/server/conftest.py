@@ -24,6 +24,16 @@ def postgres() -> Iterator[Postgres]:
         made.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A Ceph cluster takes a minute to start: a push runs what moto, a mock, is enough for."""
+    for item in items:
+        parameters = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if "ceph" in getattr(item, "fixturenames", ()) or "ceph" in parameters:
+            item.add_marker(pytest.mark.soak)
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[S3]:
     """A mock of S3, in a process of its own."""

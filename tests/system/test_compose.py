@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from support.processes.compose_file import DEPLOY, mounts, read_compose, remappe
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
+from support.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto, pytest.mark.postgresql, pytest.mark.soak]
 
@@ -80,13 +80,13 @@ class Composed:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=log, stderr=log)
 
-    def wait_for(self, condition: Callable[[], Any], what: str, patience_s: float = 120) -> None:
-        until = time.monotonic() + patience_s
-        while not condition():
+    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
+        def came() -> bool:
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} has ended: {self.logs()}"
-            assert time.monotonic() < until, f"{what}: {self.logs()}"
-            time.sleep(0.1)
+            return bool(condition())
+
+        until(came, what, explain=self.logs)
 
     def logs(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))

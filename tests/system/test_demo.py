@@ -14,6 +14,7 @@ from fedprune_server.cli.demo import DemoFolder
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.storage.storage import Storage
+from support.waiting import until
 
 pytestmark = pytest.mark.system
 
@@ -37,16 +38,6 @@ def children(pid: int) -> set[int]:
         if int(fields[1]) == pid and fields[0] != "Z":
             found.add(int(path.parent.name))
     return found
-
-
-def wait_until(what, seconds=60.0):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        found = what()
-        if found:
-            return found
-        time.sleep(0.1)
-    pytest.fail("it didn't come to that in time")
 
 
 def maps(pid: int) -> str:
@@ -116,13 +107,13 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL]
 )
 def test_nothing_is_left_when_the_demo_is_ended(demo, number):
-    wait_until(lambda: len(devices(demo)) == len(DEMO_BOARDS))
+    until(lambda: len(devices(demo)) == len(DEMO_BOARDS))
     family = children(demo.pid)
     assert len(family) == len(DEMO_BOARDS) + 1  # the broker, too
     demo.send_signal(number)
     demo.wait(30)
     assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 4)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() and maps(pid) for pid in family), 20)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() and maps(pid) for pid in family))
 
 
 def test_demo_folder_of_an_earlier_run_is_cleared(tmp_path):

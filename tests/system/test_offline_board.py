@@ -18,6 +18,7 @@ from fedprune_device.client import Board
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
 from support.processes.device_process import PATIENCE_S, running
+from support.waiting import until
 
 pytestmark = pytest.mark.system
 
@@ -41,11 +42,8 @@ def start(root: Path, url: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def until(condition: Callable[[], object], root: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, (root / "log").read_text()[-3000:]
-        time.sleep(0.02)
+def wait_for(condition: Callable[[], object], root: Path) -> None:
+    until(condition, explain=lambda: (root / "log").read_text()[-3000:])
 
 
 def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_path: Path) -> None:
@@ -66,16 +64,16 @@ def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_p
         with running(tmp_path, server) as field:
             process = start(tmp_path, field.url)
             server.plan = [server.offer(1)]
-            until(lambda: 1 in server.updates, tmp_path)
+            wait_for(lambda: 1 in server.updates, tmp_path)
             server.accepts = False
             server.plan.append(server.offer(2))
-            until(lambda: any(u.round == 2 for u in server.of(Update)), tmp_path)
+            wait_for(lambda: any(u.round == 2 for u in server.of(Update)), tmp_path)
             assert 30 < server.updates[1].samples < 60
             process.send_signal(signal.SIGKILL)
             process.wait()
 
         process = start(tmp_path, NOBODY)
-        until(board.healthy, tmp_path)
+        wait_for(board.healthy, tmp_path)
         assert board.predict(x[:5]).round == 2
         assert sum(board.samples()["parts"].values()) == 60
         assert not board.status()["connected"]
@@ -87,7 +85,7 @@ def test_a_board_goes_on_without_its_network_and_hands_in_its_update_later(tmp_p
         server.accepts = True
         with running(tmp_path, server) as field:
             process = start(tmp_path, field.url)
-            until(lambda: 2 in server.updates, tmp_path)
+            wait_for(lambda: 2 in server.updates, tmp_path)
         assert server.updates[2] == made
         assert not [p for p in server.of(Progress) if p.phase == "train"]
     finally:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 from support.paths import ROOT
 from support.processes.machine import free_port
+from support.waiting import attempts
 
 pytestmark = pytest.mark.system
 
@@ -107,11 +107,11 @@ class Board:
         return lines
 
     def until(self, seen: Callable[[LauncherState], bool]) -> LauncherState:
-        deadline = time.monotonic() + 120
-        while (state := self.updater.home.load()) is None or not seen(state):
-            assert time.monotonic() < deadline, (state, self.log())
-            time.sleep(0.05)
-        return state
+        for _ in attempts("such a state", explain=self.log):
+            state = self.updater.home.load()
+            if state is not None and seen(state):
+                return state
+        raise AssertionError
 
     def log(self) -> str:
         return (self.folder / "log").read_text()[-3000:]

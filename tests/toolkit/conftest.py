@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.processes.machine import find_mosquitto, free_port, listens
+from support.waiting import attempts
 
 
 @dataclass
@@ -45,11 +45,10 @@ def start_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
         config.write_text(settings.replace("{port}", str(port)) + "user root\n")
         process = subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started.append(process)
-        deadline = time.monotonic() + 30
-        while not listens(port):
-            if time.monotonic() > deadline or process.poll() is not None:
-                pytest.fail(f"mosquitto doesn't come up on port {port}")
-            time.sleep(0.02)
+        for _ in attempts("mosquitto's start"):
+            if listens(port):
+                break
+            assert process.poll() is None, f"mosquitto doesn't come up on port {port}"
         return Mosquitto(process, port)
 
     yield start

@@ -25,6 +25,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
 from support.fakes.agent_harness import agent_on
 from support.fakes.local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -117,10 +118,7 @@ def test_before_the_first_model_the_board_says_so_and_then_finds_it(local: Local
         assert (status, answer["error"]["what"]) == (503, "no model serves yet")
         assert not local.board.healthy()
         local.install(1)
-        deadline = time.monotonic() + 20
-        while not local.board.healthy():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(local.board.healthy)
         assert local.board.predict(X).round == 1
 
 
@@ -148,10 +146,9 @@ def test_every_answer_is_of_one_whole_model_while_models_are_swapped(local: Loca
         for n in rounds[1:]:
             local.install(n)
             local.model.look()
-            before, deadline = sum(map(len, seen)), time.monotonic() + 60
-            while sum(map(len, seen)) == before and not errors:  # else all may be over before anybody has asked
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
+            before = sum(map(len, seen))
+            # Else all may be over before anybody has asked.
+            until(lambda before=before: sum(map(len, seen)) > before or errors)  # type: ignore[misc]
         done.set()
         for thread in threads:
             thread.join()

@@ -19,6 +19,7 @@ from fedprune_device.api import http_server
 from fedprune_device.cli import main
 from fedprune_device.client import Board
 from support.fakes.local_board import NAMES, LocalBoard
+from support.waiting import attempts
 
 pytestmark = pytest.mark.board
 
@@ -39,11 +40,10 @@ def start(root: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def await_board(board: Board, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not board.healthy():
+    for _ in attempts("a healthy board", pause_s=0.05):
+        if board.healthy():
+            return
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

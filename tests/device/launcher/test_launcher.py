@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from fedprune_device.launcher.slot_store import KEY, PURPOSE, SlotStore, digest,
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
 from support.fakes.runtime_releases import PUBLIC, make_release, source
+from support.waiting import attempts
 
 pytestmark = [pytest.mark.board, pytest.mark.system]
 
@@ -209,11 +209,11 @@ def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(
         status = Path(f"/proc/{process.pid}/status").read_text()
         return next(row for row in status.splitlines() if row.startswith("voluntary_ctxt_switches"))
 
-    deadline, before = time.monotonic() + 30, ""
-    while (now := wakes()) != before:
-        assert time.monotonic() < deadline, "it wakes up every second"
+    before = ""
+    for _ in attempts("a second of sleep", pause_s=1.0):
+        if (now := wakes()) == before:
+            break
         before = now
-        time.sleep(1)
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 0

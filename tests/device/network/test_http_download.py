@@ -24,6 +24,7 @@ from fedprune.wire.urls import BlobUrl
 from fedprune_device.network import http_download, http_transfer
 from fedprune_device.network.http_download import HttpFetch
 from support.fakes.web_server import Handler, WebPlace
+from support.waiting import attempts, until
 
 pytestmark = pytest.mark.board
 
@@ -52,12 +53,11 @@ def filled(root: Path) -> BlobStore:
 
 def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SSLContext] = tls_context) -> HttpFetch:
     fetch = HttpFetch(store, BlobUrl.parse(url), refs or (REF,), tls)
-    ends = time.monotonic() + 60
-    while fetch.alive:
+    for _ in attempts("the end of a fetch", pause_s=0.002):
+        if not fetch.alive:
+            break
         if fetch.stalled:
             fetch.stop("it stalls")
-        assert time.monotonic() < ends
-        time.sleep(0.002)
     fetch.join(60)
     return fetch
 
@@ -214,9 +214,7 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
 
     web.behave = drip
     fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context, lambda: now)
-    ends = time.monotonic() + 60
-    while (fetch.bytes < 8 * LEAF or dripped < 5) and time.monotonic() < ends:
-        time.sleep(0.002)
+    until(lambda: fetch.bytes >= 8 * LEAF and dripped >= 5)
     assert not fetch.stalled
     now += http_transfer.STALL_S + 1
     assert fetch.stalled
@@ -262,7 +260,7 @@ def test_who_never_ends_the_head_of_an_answer_is_left(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_transfer, "STALL_S", 0.2)
-    web.behave = lambda h, data: not h.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", 20)
+    web.behave = lambda h, data: not h.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", 600)
     assert fetched(store, web.url).failure == "it stalls"
 
 

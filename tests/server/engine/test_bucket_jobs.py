@@ -30,6 +30,7 @@ from support.fakes.fleet import NAMES, Fleet, models
 from support.fakes.recorded_job import play_job
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
+from support.waiting import until
 
 MIDDLE = 11  # events, in the second round
 
@@ -40,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
     return play_job(tmp_path_factory.mktemp("calm") / "state")
 
 
-@pytest.fixture(params=[pytest.param("moto", marks=pytest.mark.soak), "ceph"])
+@pytest.fixture(params=["moto", "ceph"])
 def at_s3(at_s3: S3) -> S3:
     """At every push Ceph alone; `test_s3.py` has both."""
     return at_s3
@@ -342,9 +343,7 @@ def test_a_full_disk_loses_nothing(url: str, tmp_path: Path, monkeypatch: pytest
 
     def asked() -> None:
         assert shipping.coming(ref.sha256)
-        until = time.monotonic() + 10
-        while shipping._fetched and time.monotonic() < until:
-            time.sleep(0.001)
+        until(lambda: not shipping._fetched)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "check_room", full)

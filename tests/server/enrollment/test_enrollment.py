@@ -9,7 +9,6 @@ import socket
 import ssl
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -35,6 +34,7 @@ from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
 from fedprune_server.messaging.connection import identity_of
 from support.processes.machine import free_port
+from support.waiting import until
 
 Captured = pytest.CaptureFixture[str]
 
@@ -128,10 +128,7 @@ def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
     thread = threading.Thread(target=lambda: codes.append(join(server, tmp_path / "board", "--pin", pin)))
     thread.start()
     # The output is read when the thread has ended: capsys loses what is written while it reads.
-    deadline = time.monotonic() + 60
-    while not server.identity.store.devices() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    (waiting,) = server.identity.store.devices()
+    (waiting,) = until(server.identity.store.devices)
     assert waiting.status == "waiting"
     server.identity.store.approve("attic", waiting.key, 0)
     thread.join(60)

@@ -33,6 +33,7 @@ from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.s3.store import BucketStore
 from support.fakes.digits_simulation import boards, digits_simulation
 from support.processes.s3 import S3
+from support.waiting import until
 
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
 JOB = Job(rounds=2, devices=3, density=0.5, recipe=Recipe(max_steps=4))
@@ -213,10 +214,7 @@ def test_helpers_leave_ctrl_c_to_their_parent_and_end_with_it() -> None:
         assert int(parent.stdout.readline()) == helper
         parent.kill()
         parent.wait()
-        until = time.monotonic() + 20
-        while _alive(helper) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert not _alive(helper)
+        until(lambda: not _alive(helper))
 
 
 def _alive(pid: int) -> bool:

@@ -43,6 +43,7 @@ from fedprune_server.storage.s3 import store as bucket_store
 from fedprune_server.storage.s3.store import BucketStore, near
 from support.processes.machine import free_port
 from support.processes.s3 import S3
+from support.waiting import attempts, until
 
 JOB = Job(rounds=2, devices=3, density=0.5)
 DENSITIES = (1.0, 0.5, 0.25)
@@ -187,7 +188,7 @@ def test_no_cluster_on_this_machine_and_what_is_none_are_errors(
             assert w.store.names() == []
 
 
-@pytest.fixture(scope="module", params=["folder", "bucket"])
+@pytest.fixture(scope="module", params=["folder", pytest.param("bucket", marks=pytest.mark.soak)])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Two nodes of a cluster, of one processor each, and a head without any; with the place of the blobs that they
     see."""
@@ -313,10 +314,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         # A node dies under a task: it starts again on the other one.
         where = tmp_path / "began"
         future = pool.submit(slow, str(where))
-        until = time.monotonic() + 60
-        while not where.exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        pid = int(where.read_text().split()[0])
+        pid = int(until(lambda: where.exists() and where.read_text().split())[0])
         raylet = _node_of(pid, cluster)
         cluster.remove_node(raylet, allow_graceful=False)
         assert future.result(120) == "done"
@@ -329,10 +327,10 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         os.kill(pool._driver._process.pid or 0, signal.SIGKILL)
         assert played(crew, folds, close) == expected
         assert len([r.message for r in caplog.records if "is lost" in r.message]) == 1
-        until = time.monotonic() + 60
-        while "is back:" not in caplog.text and time.monotonic() < until:
+        for _ in attempts("a helper's return", pause_s=0.3):
+            if "is back:" in caplog.text:
+                break
             pool.submit(pool_tasks.extract, ())
-            time.sleep(0.3)
         assert pool.submit(pool_tasks.extract, ()).result(60) == pool_tasks.ExtractedBatch((), {})
         assert [r.message for r in caplog.records if "is back:" in r.message]
 

@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +44,7 @@ from fedprune_server.messaging.broker.broker_files import (
 )
 from fedprune_server.messaging.broker.revocations import delivering
 from support.processes.machine import find_mosquitto, free_port, listens
+from support.waiting import attempts, until
 
 LAB = Topics("lab")
 QUIET_S = 0.4
@@ -68,11 +68,10 @@ class Site:
         self.process = subprocess.Popen(
             [self.binary, "-v", "-c", self.broker.folder / CONFIG], stdout=self.log, stderr=subprocess.STDOUT
         )
-        deadline = time.monotonic() + 30
-        while not (listens(self.broker.port) and listens(self.broker.join_port)):
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                pytest.fail(f"mosquitto doesn't come up: {(self.folder / 'log').read_text()}")
-            time.sleep(0.02)
+        for _ in attempts("mosquitto's start"):
+            if listens(self.broker.port) and listens(self.broker.join_port):
+                break
+            assert self.process.poll() is None, (self.folder / "log").read_text()
 
     def stop(self) -> None:
         self.process.kill()
@@ -113,11 +112,9 @@ class Site:
         def reloads() -> int:
             return (self.folder / "log").read_text().count("Reloading config")
 
-        before, deadline = reloads(), time.monotonic() + 30
+        before = reloads()
         self.process.send_signal(signal.SIGHUP)
-        while reloads() == before:  # it says so, and listens to nobody until it is done
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: reloads() != before)  # it says so, and listens to nobody until it is done
 
 
 class Client:
@@ -139,10 +136,9 @@ class Client:
     def connect(self, port: int) -> None:
         self.paho.connect("127.0.0.1", port)
         self.paho.loop_start()
-        deadline = time.monotonic() + 30
-        while not self.ready.wait(0.02):
-            if self.gone.is_set() or time.monotonic() > deadline:
-                raise ConnectionError("the broker has hung up")
+        until(lambda: self.ready.is_set() or self.gone.is_set())
+        if self.gone.is_set():
+            raise ConnectionError("the broker has hung up")
 
     def _connected(
         self, _client: paho.Client, _user: object, _flags: object, code: paho.ReasonCode, _p: object
@@ -353,9 +349,7 @@ def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) 
     folder, crl = site.folder / "state", site.identity.authority.crl_path
     with delivering(shlex.join(["sh", "-c", reload]), folder, crl):
         site.identity.revoke("stolen")
-        deadline = time.monotonic() + 60
-        while not site.refuses(lost.context()):
-            assert time.monotonic() < deadline
+        until(lambda: site.refuses(lost.context()))
     assert not site.refuses(kept.context())
 
 

@@ -30,6 +30,7 @@ from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.messaging.broker.programs import Amqtt, Command, Mosquitto, Program, find_mosquitto, programs
 from support.processes import machine
 from support.processes.machine import free_port, listens
+from support.waiting import attempts, until
 
 pytestmark = pytest.mark.system
 
@@ -71,8 +72,10 @@ def pull_through(server: Link, device: Link, source: BlobStore, target: BlobStor
     """One blob from server to device, both ends in this thread."""
     ref = source.ref(sha256)
     serve, pull = BlobSender(source), Pull(ref, target.partial(ref))
-    wants, deadline = pull.start(time.monotonic()), time.monotonic() + 30
-    while not pull.done and time.monotonic() < deadline:
+    wants = pull.start(time.monotonic())
+    for _ in attempts("the pull", pause_s=0.0):
+        if pull.done:
+            break
         for want in wants:
             assert device.publish(TOPICS.up("pi"), want.to_bytes())
         wants = []
@@ -86,7 +89,6 @@ def pull_through(server: Link, device: Link, source: BlobStore, target: BlobStor
         got = device.get(0.01)
         if isinstance(got, tuple):
             wants = pull.on_chunk(Chunk.parse(got[1]), time.monotonic())
-    assert pull.done
 
 
 def test_a_blob_travels_through_it(broker: EmbeddedBroker, tmp_path: Path) -> None:
@@ -132,10 +134,7 @@ def test_it_restarts_on_the_same_port_and_links_come_back_with_their_subscriptio
         assert broker.pid is not None
         os.kill(broker.pid, signal.SIGKILL)
         assert isinstance(link.get(30), ConnectionDown)
-        until = time.monotonic() + 30
-        while broker.alive and time.monotonic() < until:  # its sockets close a moment before it is gone
-            time.sleep(0.01)
-        assert not broker.alive
+        until(lambda: not broker.alive)  # its sockets close a moment before it is gone
 
         broker.restart()
 
@@ -253,10 +252,7 @@ def test_it_dies_with_a_parent_that_is_killed_and_of_no_other_signal(program: Pr
     process.communicate()
 
     assert gone(pid)
-    deadline = time.monotonic() + 30
-    while listens(port):  # a process's threads may outlive its first one by a moment
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not listens(port))  # a process's threads may outlive its first one by a moment
 
 
 def test_nothing_is_printed_from_start_to_end() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_server.messaging import leadership
 from fedprune_server.messaging.leadership import SETTLED_S, Leadership, OtherServerError, ServerInstance
+from support.waiting import until
 
 TOPIC = Topics("lab").servers()
 KEY = SigningKey.make()
@@ -125,13 +125,6 @@ def superseded(server: Leadership) -> bool:
     return False
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def serving(lab: Lab, name: str, **more: Any) -> tuple[Leadership, End, EpochFile]:
     server, end, epochs = lab.server(name, **more)
     server.enter(epochs, take_over=False)
@@ -183,7 +176,7 @@ def test_a_server_knows_who_else_was_started_and_who_replaced_it(lab: Lab) -> No
     assert after.since == before.since < after.heard_at
     third, _, last = lab.server("third")
     third.enter(last, take_over=True)
-    wait_for(lambda: places(first) == [("second", False), ("third", True)])
+    until(lambda: places(first) == [("second", False), ("third", True)])
     lab.hub.settle()
     assert places(third) == []  # the one that it replaced is no news
 
@@ -221,7 +214,7 @@ def test_one_that_was_cut_off_yields_to_a_server_that_has_served_for_long(lab: L
     second, _, _ = serving(lab, "second")
     lab.now += 2 * SETTLED_S
     end.connect()
-    wait_for(lambda: superseded(first))
+    until(lambda: superseded(first))
     assert not superseded(second)
 
 
@@ -232,7 +225,7 @@ def test_one_that_has_just_started_yields_to_a_server_that_was_only_slow(lab: La
     end.connected = False
     second, _, _ = serving(lab, "second")
     end.connect()
-    wait_for(lambda: superseded(second))
+    until(lambda: superseded(second))
     assert not superseded(first)
 
 
@@ -240,7 +233,7 @@ def test_two_that_start_at_once_become_one(lab: Lab) -> None:
     servers = [lab.server(name) for name in ("first", "second")]
     for server, _, epochs in servers:
         server.enter(epochs, take_over=False, alone=True)
-    wait_for(lambda: any(superseded(s) for s, _, _ in servers))
+    until(lambda: any(superseded(s) for s, _, _ in servers))
     lab.hub.settle()
     assert sum(superseded(s) for s, _, _ in servers) == 1
 
@@ -277,7 +270,7 @@ def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
     first, end, _ = serving(lab, "first")
     for _ in range(1000):
         lab.hub.publish(b"nonsense")
-    wait_for(lambda: not end._items)
+    until(lambda: not end._items)
     assert 0 < checked.count(b"nonsense") <= 20
     lab.now += 1
     other, _, epochs = lab.server("other")

@@ -6,7 +6,6 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,11 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.maintenance import doctor
 from fedprune_server.messaging.broker import revocations
 from fedprune_server.messaging.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering
+from support.waiting import until
 
 
 def command(text: str) -> str:
     return shlex.join(["sh", "-c", text])
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -44,13 +37,13 @@ def test_each_list_is_given_once_also_after_a_restart(
     told = tmp_path / "told"
     append = command(f'cat "$FEDPRUNE_CRL" >> {told}; echo >> {told}')
     with delivering(append, tmp_path, crl):
-        wait_for(lambda: delivered(tmp_path, crl))
+        until(lambda: delivered(tmp_path, crl))
         crl.write_text("second")
-        wait_for(lambda: delivered(tmp_path, crl))
+        until(lambda: delivered(tmp_path, crl))
     crl.write_text("third")  # by a command while no server runs
     for _ in range(2):
         with delivering(append, tmp_path, crl):
-            wait_for(lambda: delivered(tmp_path, crl))
+            until(lambda: delivered(tmp_path, crl))
             time.sleep(0.2)
     assert told.read_text().split() == ["first", "second", "third"]
 
@@ -63,10 +56,10 @@ def test_a_command_that_fails_is_told_and_tried_again(
     monkeypatch.setattr(revocations, "RETRY_S", 0.05)
     ready = tmp_path / "ready"
     with delivering(command(f"echo no way there; test -e {ready}"), tmp_path, crl):
-        wait_for(lambda: "exit code 1: no way there" in caplog.text)
+        until(lambda: "exit code 1: no way there" in caplog.text)
         assert not delivered(tmp_path, crl)
         ready.touch()
-        wait_for(lambda: delivered(tmp_path, crl))
+        until(lambda: delivered(tmp_path, crl))
     assert "was given the list" in caplog.text
 
 

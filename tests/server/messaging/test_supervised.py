@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from fedprune.core.errors import BrokerError
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor
 from support.fakes.fleet import Fleet
+from support.waiting import until
 
 
 class Slow:
@@ -36,11 +36,7 @@ def test_a_restart_is_not_waited_for_and_one_that_fails_is_tried_again(caplog: p
         supervisor.tick()  # at once, though the restart hangs
     assert broker.restarts == 1
     broker.go.set()
-    end = time.monotonic() + 30
-    while not broker.alive:
-        supervisor.tick()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: (supervisor.tick(), broker.alive)[1])  # type: ignore[func-returns-value]
     supervisor.close()
     assert broker.restarts == 2
     assert "the port is taken" in caplog.text

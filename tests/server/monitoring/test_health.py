@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fedprune_server.monitoring.health import RUNNING, STANDING_BY, Pulse, check
 from support.fakes.fleet import Fleet
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import JOB
+from support.waiting import until
 
 
 class Ear:
@@ -74,9 +74,7 @@ def test_who_stands_by_is_well_but_doesnt_run(tmp_path: Path) -> None:
     path = tmp_path / "pulse"
     pulse = Pulse({"FEDPRUNE_PULSE": str(path)}, lambda text: None)
     with pulse.standing_by():
-        until = time.monotonic() + 10
-        while not path.exists() or not path.read_text():
-            assert time.monotonic() < until
+        until(lambda: path.exists() and path.read_text())
         assert check_pulse(path, 60) == STANDING_BY
         with pytest.raises(StorageError, match="stands by"):
             check_pulse(path, 60, running=True)

@@ -8,8 +8,7 @@ import json
 import smtplib
 import socketserver
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from email import message_from_bytes, policy
@@ -46,6 +45,7 @@ from fedprune_server.monitoring.notifications import (
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 from support.paths import ROOT
+from support.waiting import until
 
 NOON = datetime(2026, 3, 4, 12, 0).timestamp()
 HOUR = 3600.0
@@ -126,13 +126,6 @@ def mailed(port: int, **more: Any) -> AlertSettings:
         mail_to="ann@example.org, bob@example.org", mail_from="fleet@example.org",
         mail_server=f"smtp://127.0.0.1:{port}", mail_starttls=False, **more,
     )  # fmt: skip
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.01)
 
 
 # What is due.

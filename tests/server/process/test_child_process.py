@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from fedprune_server.process.child_process import BACKOFF_S, MAX_SHORT_RUNS, ChildProcess, RestartedProcess
+from support.waiting import until
 
 
 def restarted(program: str) -> RestartedProcess[bytes]:
@@ -24,11 +24,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
     child = restarted("raise SystemExit(3)")
     for turn in range(MAX_SHORT_RUNS):
         assert child.start(lambda: b"\n", float(turn))
-        until = time.monotonic() + 20
-        while child.alive and time.monotonic() < until:
-            list(child.received(float(turn)))
-            time.sleep(0.01)
-        assert not child.alive
+        until(lambda turn=turn: (list(child.received(float(turn))), not child.alive)[1])  # type: ignore[misc]
     assert child.pid is None
     assert not child.start(lambda: b"\n", 10.0)
     assert child.start(lambda: b"\n", 10.0 + BACKOFF_S)
@@ -39,10 +35,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
 def test_a_line_goes_to_it_and_comes_back_and_it_ends_when_asked() -> None:
     child = restarted("import sys\nfor line in sys.stdin: print(line, end='', flush=True)")
     assert child.start(lambda: b"first\n", 0.0)
-    said, until = list(child.received(0.0)), time.monotonic() + 20
-    while not said and time.monotonic() < until:
-        said = list(child.received(0.0))
-        time.sleep(0.01)
+    said = until(lambda: list(child.received(0.0)))
     pid = child.pid
     child.stop()
     assert said == [b"first\n"]

@@ -6,7 +6,6 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,7 @@ from fedprune_server.storage.lease import LeaseLostError
 from fedprune_server.storage.storage import Storage
 from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+from support.waiting import until
 
 
 def save(folder: StateFolder, number: int) -> None:
@@ -71,10 +64,10 @@ def test_who_asks_whether_a_server_can_write_locks_nothing_and_asks_the_database
         body = json.dumps({"holder": "elsewhere:/two:1", "token": 7, "expires": None})
         writer.execute("UPDATE meta SET value = ? WHERE key = 'lease'", (body,))
         writer.execute("COMMIT")
-        wait_for(lambda: "another server" in folder.lease.trouble())
+        until(lambda: "another server" in folder.lease.trouble())
         writer.execute("DROP TABLE meta")
         writer.close()
-        wait_for(lambda: "no such table" in folder.lease.trouble())
+        until(lambda: "no such table" in folder.lease.trouble())
 
 
 @pytest.mark.postgresql
@@ -108,7 +101,7 @@ def test_a_lease_is_renewed_for_as_long_as_its_server_lives(tmp_path: Path, url:
     with StateFolder(tmp_path / "one", url) as first:
         save(first, 1)
         ends = {row(first.storage)["expires"]}
-        wait_for(lambda: ends.add(row(first.storage)["expires"]) or len(ends) > 12)  # type: ignore[func-returns-value]
+        until(lambda: ends.add(row(first.storage)["expires"]) or len(ends) > 12)  # type: ignore[func-returns-value]
         with pytest.raises(BusyError):
             StateFolder(tmp_path / "two", url)
         assert row(first.storage)["token"] == 1
@@ -196,7 +189,7 @@ def test_a_lease_outlasts_a_database_that_is_started_again(tmp_path: Path, quick
             server.start()
             save(first, 2)
             before = row(first.storage)["expires"]
-            wait_for(lambda: row(first.storage)["expires"] != before)
+            until(lambda: row(first.storage)["expires"] != before)
             first.lease.confirm()
     finally:
         server.close()

@@ -8,9 +8,8 @@ import logging
 import pickle
 import socket
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fedprune_server.storage.s3 import store as bucket_store
 from fedprune_server.storage.s3.bucket import BLOBS, Bucket, BucketError, StoppedError, digest_of, parse
 from fedprune_server.storage.s3.store import BucketStore, LocalCopy
 from support.processes.s3 import S3, SECRETS, Ceph
+from support.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,6 @@ def url(at_s3: S3) -> str:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def objects(s3: S3, url: str) -> list[str]:
@@ -323,7 +316,7 @@ def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, u
     old.delete(ref.sha256)
     assert old.put(b"same bytes") == ref
     new = BucketStore(tmp_path / "new", url)  # and so for another server, which has the job by now
-    wait_for(lambda: late)
+    until(lambda: late)
     (key,) = late
     Bucket(url).delete([key])
     assert len(objects(at_s3, url)) == 1
@@ -343,10 +336,10 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
 
     store.bucket.delete = failing  # type: ignore[method-assign]
     store.delete(first)
-    wait_for(lambda: not failures)
+    until(lambda: not failures)
     store.delete(second)
-    wait_for(lambda: [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [first])
-    wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
+    until(lambda: [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [first])
+    until(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/a!b(c)'*/x", "s3://buc.ket"])
@@ -375,7 +368,7 @@ def test_uploads_are_signed_as_boto3_signs_them(
         theirs = made._client.generate_presigned_url("put_object", Params=meant, ExpiresIn=900)
         return {theirs, made.upload_url(key, sha256, 12, 900)}
 
-    wait_for(lambda: len(both()) == 1)  # within the same second
+    until(lambda: len(both()) == 1)  # within the same second
 
 
 def test_objects_are_deleted_together(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer, ServedJob
 from support.processes.s3 import S3
+from support.waiting import attempts
 
 BLOB = np.random.default_rng(0).bytes(9 * LEAF + 100)
 REF = BlobRef.of(BLOB)
@@ -173,13 +173,10 @@ def test_who_says_nothing_loses_its_place(store: BlobStore, monkeypatch: pytest.
     with (
         BlobServer("127.0.0.1", 0, None) as server,
         socket.create_connection(("127.0.0.1", server.port), 10) as client,
+        suppress(BrokenPipeError, ConnectionResetError),
     ):
-        ends = time.monotonic() + 5
-        with suppress(BrokenPipeError, ConnectionResetError):
-            while time.monotonic() < ends:
-                client.sendall(b"G")  # now and then a byte, so that no socket's time-out ends
-                time.sleep(0.05)
-        assert time.monotonic() < ends
+        for _ in attempts("the server's end of the connection", pause_s=0.05):
+            client.sendall(b"G")  # now and then a byte, so that no socket's time-out ends
 
 
 def _ended(client: socket.socket) -> bool:

@@ -38,12 +38,13 @@ from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
+from support.waiting import until
 
 UPDATE = np.random.default_rng(3).bytes(20 * LEAF + 5)
 REF = BlobRef.of(UPDATE)
 
 
-@pytest.fixture(params=[pytest.param("moto", marks=pytest.mark.soak), "ceph"])
+@pytest.fixture(params=["moto", "ceph"])
 def at_s3(at_s3: S3) -> S3:
     """At every push Ceph alone; `test_s3.py` has both."""
     return at_s3
@@ -83,11 +84,7 @@ class Bench:
     def end(self) -> bool:
         """Whether the update was right, once it has been looked at."""
         self.uploads.reported("pi")
-        until = time.monotonic() + 20
-        while not (found := self.uploads.ended()):
-            assert time.monotonic() < until
-            time.sleep(0.005)
-        (end,) = found
+        (end,) = until(self.uploads.ended)
         assert (end.device, end.ref) == ("pi", REF)
         return end.stored
 
@@ -287,10 +284,7 @@ def test_a_bucket_that_is_away_is_waited_for(bench: Bench, monkeypatch: pytest.M
 
     monkeypatch.setattr(bench.store.bucket, "stream", streaming)
     bench.uploads.reported("pi")
-    until = time.monotonic() + 10
-    while not bench.shipping.stuck:
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    until(lambda: bench.shipping.stuck)
     assert bench.shipping.waiting
     assert bench.shipping.digests == {REF.sha256}
     assert bench.uploads.ask("pi", REF) is None  # it is there, as far as is known

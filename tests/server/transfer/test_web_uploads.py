@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,7 @@ from support.fakes.secure_fleet import SecureFleet
 from support.fakes.several_jobs import SeveralJobs
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
+from support.waiting import until
 
 UPDATE = np.random.default_rng(1).bytes(5 * LEAF + 77)
 REF = BlobRef.of(UPDATE)
@@ -199,13 +200,6 @@ def begun(server: BlobServer, sent: int = 2 * LEAF, ref: BlobRef = REF) -> socke
     client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     client.sendall(f"PUT {path_of(ref)} HTTP/1.1\r\nContent-Length: {len(UPDATE)}\r\n\r\n".encode() + UPDATE[:sent])
     return client
-
-
-def until(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.005)
 
 
 def ended(client: socket.socket) -> bool:

@@ -27,6 +27,7 @@ from fedprune_server.web.state.admin_executor import MOST, AdminExecutor
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 from fedprune_server.web.state.surroundings import Member, Members, ReleaseWatch, SurroundingsPoller
 from support.fakes.runtime_releases import make_release
+from support.waiting import until
 
 
 @pytest.fixture
@@ -46,12 +47,7 @@ def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
 def ordered(executor: AdminExecutor, kind: str, **fields: str) -> Answer:
     """The answer to an order."""
     executor.submit(Order(1, "ann", kind, **fields))  # type: ignore[arg-type]
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        for answer in executor.answers():
-            return answer
-        time.sleep(0.005)
-    raise TimeoutError
+    return until(lambda: next(iter(executor.answers()), None))
 
 
 def asks(state: Path, device: str) -> VerifyingKey:

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,19 +27,11 @@ from fedprune_server.web.process import SILENT_S, ConsoleProcess, ConsoleSetting
 from fedprune_server.web.state.status import FILE, StatusWriter
 from support.fakes.console_browser import PASSWORD, QUICK, trial
 from support.fakes.console_fleet import ConsoleFleet
+from support.waiting import until
 
 
 def settings(folder: Path) -> ConsoleSettings:
     return ConsoleSettings("127.0.0.1", 0, str(folder), None, None, False, "all", (), False, os.getpid())
-
-
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 def fetched(url: str) -> tuple[int, Any]:
@@ -199,7 +190,7 @@ def test_nobody_waits_for_another_process_that_writes(tmp_path: Path) -> None:
     answers: list[int] = []
     asking = threading.Thread(target=lambda: answers.append(browser.get("/").status), daemon=True)
     asking.start()
-    until(lambda: answers, 5.0)  # the lock is held all the while
+    until(lambda: answers)  # the lock is held all the while
     other.execute("ROLLBACK")
     other.close()
     assert answers == [200]

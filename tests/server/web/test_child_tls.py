@@ -12,10 +12,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
@@ -32,19 +30,12 @@ from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.web.observer import check_tls
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state.status import FILE, StatusWriter
+from support.waiting import until
 
 
 def settings(folder: Path, certificate: Path, key: Path) -> ConsoleSettings:
     tls = (str(certificate), str(key))
     return ConsoleSettings("127.0.0.1", 0, str(folder), *tls, False, "all", (), False, os.getpid())
-
-
-def until(true: Callable[[], Any]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.02)
 
 
 @pytest.mark.system

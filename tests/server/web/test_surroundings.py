@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from fedprune.core.errors import StorageError
 from fedprune_server.web.state import surroundings
 from fedprune_server.web.state.surroundings import ReleaseWatch, Seen, SurroundingsPoller
+from support.waiting import until
 
 
 class Busy:
@@ -157,11 +157,7 @@ def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_fail
     poller = SurroundingsPoller(slow, failing)
 
     def heard() -> Seen | None:
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            if (seen := poller.seen()) is not None:
-                return seen
-        return None
+        return until(poller.seen)
 
     poller.start()
     try:

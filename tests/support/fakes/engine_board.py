@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fedprune_device.engines.engine_selector import CheckedSession, EngineReques
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.local_board import weights_of
 from support.fakes.tensorrt import calls
+from support.waiting import attempts
 
 X = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
 
@@ -53,13 +53,11 @@ class EngineBoard:
     ) -> CheckedSession | None:
         """What the selector comes to in the end."""
         selector.want(wanted, rebuild=rebuild)
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            found = selector.turn()
-            if found is not None or selector.done:
-                return found
-            time.sleep(0.02)
-        raise AssertionError(f"the selector comes to no end: {selector.status}, {selector.progress}")
+        for _ in attempts("a session", explain=lambda: f"{selector.status}, {selector.progress}"):
+            session = selector.turn()
+            if session is not None or selector.done:
+                return session
+        raise AssertionError
 
     def calls(self) -> list[str]:
         """What was called of TensorRT."""

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedprune_device.client import Board
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.agent_fleet import TOPICS, MemoryServer
 from support.processes.real_site import HELD
+from support.waiting import until
 
 PATIENCE_S = 120.0
 """How long something may take that is waited for, on a machine that has other work."""
@@ -87,11 +87,8 @@ class Field:
         self.processes.append(process)
         return process
 
-    def wait(self, seen: Callable[[], object], what: str, limit: float = PATIENCE_S) -> None:
-        deadline = time.monotonic() + limit
-        while not seen():
-            assert time.monotonic() < deadline, f"no {what}: {(self.root / 'log').read_text()[-3000:]}"
-            time.sleep(0.02)
+    def wait(self, seen: Callable[[], object], what: str) -> None:
+        until(seen, what, explain=lambda: (self.root / "log").read_text()[-3000:])
 
     def wait_for(self, kind: type, **fields: Any) -> None:
         def seen() -> bool:

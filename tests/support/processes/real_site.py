@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +21,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import Broker, write_broker
 from fedprune_server.storage.storage import Storage
 from support.processes.machine import embedded_broker, find_mosquitto, free_port, listens
+from support.waiting import until
 
 FILES = """
 [model]
@@ -259,11 +259,7 @@ class Site:
             return None  # not yet
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        until = time.monotonic() + self.patience_s
-        while not condition():
-            if time.monotonic() > until:
-                raise AssertionError(f"{what}: it never came to that. {self.logs()}")
-            time.sleep(0.05)
+        until(condition, what, explain=self.logs)
 
     def finish(self, patience_s: float | None = None) -> State:
         """Wait for the end of all processes but Mosquitto.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from fedprune.core.cli import run_command
 from fedprune.output import spinner as module
 from fedprune.output.spinner import spinner
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -29,10 +29,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def appeared(stream: io.StringIO) -> bool:
-    until = time.monotonic() + 20
-    while "⠋ fedprune-x" not in stream.getvalue() and time.monotonic() < until:
-        time.sleep(0.01)
-    return "⠋ fedprune-x" in stream.getvalue()
+    return until(lambda: "⠋ fedprune-x" in stream.getvalue())
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])

@@ -24,6 +24,7 @@ from fedprune.runtime import session_process
 from fedprune.runtime.session import PROGRAM, Session, run_by_child_process
 from fedprune.runtime.session_process import SessionProcess, _RemoteObject
 from support.paths import ROOT
+from support.waiting import until
 
 HANGS = "import time; time.sleep(3600)"
 GRAPH = next((ROOT / "device_runtime" / "fedprune_device" / "assets").glob("*.onnx"))
@@ -80,12 +81,10 @@ def test_one_that_was_killed_or_has_ended_by_itself_is_replaced() -> None:
         first = pid(process)
         os.kill(first, signal.SIGKILL)
         assert session.get_outputs() == process.ask("describe", [session]).outputs
-        second, until = process._child, time.monotonic() + 30.0
+        second = process._child
         assert second is not None
         assert second.pid != first
-        while Path(f"/proc/{second.pid}").exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        assert not Path(f"/proc/{second.pid}").exists()  # nor is it a zombie
+        until(lambda: not Path(f"/proc/{second.pid}").exists())  # nor is it a zombie
         assert second.wait(30.0) == 0  # nothing was asked of it
         process.ask("describe", [session])
         assert pid(process) not in (first, second.pid)
@@ -261,10 +260,7 @@ with session.run_by_child_process():
         assert _alive(child)
         parent.kill()
         parent.wait()
-    until = time.monotonic() + 30.0
-    while _alive(child) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not _alive(child)
+    until(lambda: not _alive(child))
 
 
 def _alive(number: int) -> bool:

@@ -22,6 +22,7 @@ from fedprune.wire.link import Link, longest_pause, tls_context
 from fedprune.wire.queues import ConnectionDown, ConnectionUp, Inbox
 from fedprune.wire.urls import BrokerUrl
 from support.processes.machine import free_port
+from support.waiting import attempts, until
 
 Start = Callable[..., Any]
 
@@ -103,12 +104,11 @@ def test_a_host_that_is_unknown_is_named() -> None:
 
 @pytest.mark.board
 def test_a_server_that_is_no_broker_is_given_up() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
-        with pytest.raises(BrokerError, match=r"no answer within 0\.5 s"):
-            Link(f"mqtt://127.0.0.1:{silent.getsockname()[1]}", "x").start(timeout=0.5)
-
-    assert time.monotonic() - began < 5
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(BrokerError, match=r"no answer within 0\.5 s"),
+    ):
+        Link(f"mqtt://127.0.0.1:{silent.getsockname()[1]}", "x").start(timeout=0.5)
 
 
 @pytest.mark.slow
@@ -176,9 +176,7 @@ def test_a_lost_broker_is_tried_after_pauses_of_the_spread(monkeypatch: pytest.M
     with closing(Link("mqtt://127.0.0.1:1", "x")) as link:
         link.spread_s = 40.0
         link.start(patient=True)
-        until = time.monotonic() + 30
-        while len(limits) < 4 and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: len(limits) >= 4)
     assert limits[:4] == [40.0] * 4
 
 
@@ -198,9 +196,7 @@ def test_pauses_do_not_depend_on_a_seed_of_the_user_s_program(monkeypatch: pytes
         link.spread_s = 40.0
         random.seed(0)
         link.start(patient=True)
-        until = time.monotonic() + 30
-        while len(found) < 4 and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: len(found) >= 4)
     assert len(set(found[:4])) == 4
 
 
@@ -309,9 +305,7 @@ class TestWithMosquitto:
             assert [watcher.get(30), watcher.get(30)] == [("x", b"last"), ("x", b"again")]
             guest.leave(3600)
             assert isinstance(guest.get(30), ConnectionDown)
-            began = time.monotonic()
             guest.close()
-            assert time.monotonic() - began < 5
             assert watcher.get(0.3) is None
 
     def test_nothing_is_sent_again_after_a_reconnection(self, mosquitto: Any, start_mosquitto: Start) -> None:
@@ -355,10 +349,7 @@ class TestWithMosquitto:
             for _ in range(30):
                 sender.publish("x", bytes(1000))
             sender.flush(30)
-            deadline = time.monotonic() + 30
-            while receiver.dropped < 20 and time.monotonic() < deadline:
-                time.sleep(0.02)
-
+            until(lambda: receiver.dropped >= 20)
             assert receiver.dropped == 20
             assert [receiver.get() for _ in range(10)] == [("x", bytes(1000))] * 10
 
@@ -485,22 +476,23 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
             stranger.publish("a/b/c/flood/-/join", b"x", 0)
         stranger.publish("elsewhere", b"", 1)
         assert stranger.flush(30)  # the broker has passed the whole flood on
-        until = time.monotonic() + 30
-        while not listener.dropped and time.monotonic() < until:  # nothing is read until the inbox is full
-            time.sleep(0.01)
+        until(lambda: listener.dropped)  # nothing is read until the inbox is full
         heard = []
-        while not any(isinstance(item, ConnectionUp) for item in heard) and time.monotonic() < until:
+        for _ in attempts("another connection", pause_s=0.0):
             heard.append(listener.get(1))
+            if isinstance(heard[-1], ConnectionUp):
+                break
         assert any(isinstance(item, ConnectionDown) for item in heard)
         assert sum(isinstance(item, tuple) for item in heard) <= 100
         assert listener.overflowed == "a/b/c/flood"
         assert listener.dropped
         assert woken
         hello, item = ("a/b/c/board/-/join", b"hello"), None
-        while item != hello and time.monotonic() < until:  # the flood's end may close the connection once more
+        for _ in attempts("a greeting", pause_s=0.0):  # the flood's end may close the connection once more
             stranger.publish(*hello)
             item = listener.get(1)
-        assert item == hello
+            if item == hello:
+                break
 
 
 @pytest.mark.mosquitto
@@ -517,8 +509,9 @@ def test_a_flood_that_goes_on_closes_the_connection_no_longer_each_time(mosquitt
     listener.subscribe(["x/#"])
     listener.start()
     with closing(listener), connected(mosquitto.url, "stranger") as stranger:
-        until = time.monotonic() + 60
-        while len(pauses) < 5 and time.monotonic() < until:
+        for _ in attempts("five pauses", pause_s=0.0):
+            if len(pauses) >= 5:
+                break
             for _ in range(200):
                 stranger.publish("x/flood", b"x", 0)
             if isinstance(listener.get(0.0), ConnectionDown):

@@ -31,6 +31,7 @@ from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.uploads import Arrived, Uploads
+from support.waiting import attempts
 
 TOPICS = Topics("lab")
 USUAL = leaves_per_chunk(MAX_PACKET)
@@ -166,8 +167,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
         uploads = Uploads(here)
         pulls = BlobDownloads(there, offer, time.monotonic(), ChunkLimit())
         arrived: list[Any] = []
-        deadline = time.monotonic() + 60
-        while not (pulls.done and arrived) and time.monotonic() < deadline:
+        for _ in attempts("the pull", pause_s=0.0):
+            if pulls.done and arrived:
+                break
             now = time.monotonic()
             item = server.get(0.01)
             if isinstance(item, ConnectionUp):
