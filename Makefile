@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | soak | acceptance | flaky | audit | docs | home-assistant | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
+# make demo | test | test-all | check | soak | acceptance | flaky | coverage | audit | docs | home-assistant | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -29,6 +29,7 @@ AT_ONCE := -n $(shell expr $$(nproc) \* 3 / 2) --dist loadfile --no-loadscope-re
 UNSYNCED := $(shell command -v eatmydata)
 
 # Examples of each property: with `make test-all`, with `make test`, and under Python 3.10; `make soak` tries all.
+QUICK := not slow and not soak and not arm64
 EXAMPLES := 10
 QUICK_EXAMPLES := 3
 BOARD_EXAMPLES := 5
@@ -36,16 +37,16 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky audit docs soak acceptance home-assistant first-boot manifests release release-check image-check notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky coverage audit docs soak acceptance home-assistant first-boot manifests release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: about a minute"
 	@$(VENV)/bin/fedprune-server demo --out demo-run
 
-# A few minutes: every test of less than about a second. Many wait for threads, so four run at once on two cores.
+# Some four minutes: the quick tests of the push ring, by tests/push_ring.json. Many wait for threads, so four run at once on two cores.
 test: $(DEV)/installed
 	FEDPRUNE_EXAMPLES=$(QUICK_EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest -n $$((2 * $$(nproc))) --dist loadfile --no-loadscope-reorder \
-		-m "not slow and not soak and not arm64" -q $(ARGS)
+		-m "$(QUICK)" -q $(ARGS)
 
 # The push ring: what must pass before a change lands. Boards' code runs under Python 3.10, too.
 test-all: test-dev test-board
@@ -58,6 +59,17 @@ RUNS ?= 6
 LOAD ?= 6
 flaky: $(DEV)/installed $(FLOWER)/installed
 	FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(DEV)/bin/python tests/flaky.py --runs $(RUNS) --load $(LOAD) -- $(AT_ONCE) $(ARGS)
+
+# Which share of the branches that any test takes the quick ones take: all of them under coverage, some hours.
+COVERED = $(DEV)/bin/coverage
+coverage: $(DEV)/installed $(FLOWER)/installed
+	rm -rf build/coverage && mkdir -p build/coverage
+	COVERAGE_FILE=build/coverage/quick FEDPRUNE_EXAMPLES=$(QUICK_EXAMPLES) $(UNSYNCED) $(COVERED) run -m pytest $(AT_ONCE) -q -m "$(QUICK)" $(ARGS)
+	-COVERAGE_FILE=build/coverage/push FEDPRUNE_EXAMPLES=$(EXAMPLES) $(UNSYNCED) $(COVERED) run -m pytest $(AT_ONCE) -q $(ARGS)
+	-COVERAGE_FILE=build/coverage/soak $(UNSYNCED) $(COVERED) run -m pytest $(AT_ONCE) -q -m "soak or hypothesis" --timeout 3600 $(ARGS)
+	for ring in quick push soak; do export COVERAGE_FILE=build/coverage/$$ring; \
+		$(COVERED) combine -q && $(COVERED) json -q --ignore-errors -o $$COVERAGE_FILE.json; done
+	$(DEV)/bin/python tests/coverage_of_rings.py build/coverage/quick.json build/coverage/push.json build/coverage/soak.json
 
 # What a board imports, on the Python and onnxruntime of JetPack 6.
 test-board: $(if $(PYTHON310),$(BOARD)/installed)
@@ -82,6 +94,7 @@ check: $(DEV)/installed
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports --no-cache
+	$(DEV)/bin/python tests/support/push_ring.py check
 
 # What is shipped, looked at by bandit, and the versions of constraints.txt, asked of the advisories' service: needs a network.
 # A finding that is none has a comment of its own in its line, which says why.

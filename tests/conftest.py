@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.push_ring import RingRecorder
+from support.push_ring import RingRecorder, slow_tests
 
 _SYSTEM = Path(__file__).parent / "system"
 
@@ -30,8 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if most := os.environ.get("FEDPRUNE_EXAMPLES"):
         _limit_examples(items, int(most))
+    slow = slow_tests()
     for item in items:
-        if _SYSTEM in item.path.parents:
+        if item.nodeid in slow or _SYSTEM in item.path.parents:
             item.add_marker(pytest.mark.slow)
     if os.environ.get("FEDPRUNE_DATA"):
         return

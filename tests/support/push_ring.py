@@ -1,11 +1,11 @@
-"""What the push ring weighs: how many tests a folder has, and why a test takes long.
+"""What the push ring weighs: how many tests a folder has, which are slow, and why some take long.
 
     python tests/support/push_ring.py check            compares tests/push_ring.json with the tests that there are
-    FEDPRUNE_RECORD=build/ring.json make test-dev      notes what each test takes
+    FEDPRUNE_RECORD=build/ring.json make test-dev      notes what each test takes, on a machine with nothing else to do
     python tests/support/push_ring.py record build/ring.json    writes tests/push_ring.json anew from it
 
-Times are those of processors, children that have ended included, so that other processes change little. They are
-recorded and never compared: what is compared are counts, and that each long test has its reason.
+Tests that the record calls slow are marked so: `make test` leaves them out. Times are recorded and never compared; what
+is compared are counts, and that each long test has its reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "push_ring.json"
 
-# A test that takes longer says why in the record: it is paid for at every push.
+# A test that keeps a processor busy for longer than the first, or takes longer than the second, is slow.
+SLOW_CPU_S, SLOW_WALL_S = 0.4, 2.0
+
+# A test that takes more of a processor says why in the record: it is paid for at every push.
 LONG_S = 5.0
 
 # How far a folder may grow before its record has to be made anew, by somebody who looks at the sum.
@@ -34,37 +37,41 @@ GROWTH, SMALL_FOLDER = 1.05, 15
 
 
 class RingRecorder:
-    """A plugin of pytest that notes what each test takes, on each of pytest's processes, and writes it on the first."""
+    """A plugin of pytest that notes what each test takes, on each of pytest's processes, and writes it on the first.
+
+    Seconds of processors are those of children that have ended, too.
+    """
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self._path = path
         self._writes = writes
-        self._cpu_s: dict[str, float] = {}
-        self._taken_s = 0.0
+        self._seconds: dict[str, tuple[float, float]] = {}
+        self._before = (0.0, 0.0)
         self._started = time.monotonic()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
-        self._taken_s = -cpu_s()
+        self._before = cpu_s(), time.monotonic()
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> Iterator[None]:
         report: Any = yield
         if call.when == "teardown":
-            report.user_properties.append(("cpu_s", self._taken_s + cpu_s()))
+            cpu, wall = self._before
+            report.user_properties.append(("seconds", (round(cpu_s() - cpu, 3), round(time.monotonic() - wall, 3))))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties:
-            if name == "cpu_s":
-                self._cpu_s[report.nodeid] = float(str(value))
+            if name == "seconds":
+                self._seconds[report.nodeid] = value  # type: ignore[assignment]
 
     def pytest_sessionfinish(self) -> None:
         if self._writes:
             wall_s = round(time.monotonic() - self._started)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps({"wall_s": wall_s, "cpu_s": self._cpu_s}))
+            self._path.write_text(json.dumps({"wall_s": wall_s, "seconds": self._seconds}))
 
 
 def cpu_s() -> float:
@@ -98,11 +105,18 @@ def differences(record: dict[str, Any], tests: list[str]) -> list[str]:
     return lines
 
 
+def slow_tests() -> frozenset[str]:
+    """Names of the tests that the record calls slow."""
+    return frozenset(json.loads(RECORD.read_text())["slow"]) if RECORD.exists() else frozenset()
+
+
 def new_record(measured: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    tests, cpu = Counter(map(folder_of, measured["cpu_s"])), Counter[str]()
-    for name, seconds in measured["cpu_s"].items():
-        cpu[folder_of(name)] += seconds
-    long = {n: s for n, s in measured["cpu_s"].items() if s > LONG_S}
+    seconds: dict[str, tuple[float, float]] = measured["seconds"]
+    tests, cpu = Counter(map(folder_of, seconds)), Counter[str]()
+    for name, (cpu_s, _) in seconds.items():
+        cpu[folder_of(name)] += cpu_s  # type: ignore[assignment]
+    long = {name: cpu_s for name, (cpu_s, _) in seconds.items() if cpu_s > LONG_S}
+    slow = [name for name, (cpu_s, wall_s) in seconds.items() if cpu_s > SLOW_CPU_S or wall_s > SLOW_WALL_S]
     reasons = {name: row["why"] for name, row in before.get("long", {}).items()}
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -112,6 +126,7 @@ def new_record(measured: dict[str, Any], before: dict[str, Any]) -> dict[str, An
         "tests": sum(tests.values()),
         "folders": {f: {"tests": tests[f], "cpu_s": round(cpu[f], 1)} for f in sorted(tests)},
         "long": {n: {"cpu_s": round(s, 1), "why": reasons.get(n, "")} for n, s in sorted(long.items())},
+        "slow": sorted(slow),
     }
 
 
