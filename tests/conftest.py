@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("no deadline")
 
 
+@pytest.hookimpl(tryfirst=True)  # before anything changes their order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _leave_to_soaks(items)
     if most := os.environ.get("FEDPRUNE_EXAMPLES"):
         _limit_examples(items, int(most))
     slow = slow_tests()
@@ -39,6 +42,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("data"):
             item.add_marker(pytest.mark.skip(reason="FEDPRUNE_DATA is not set: no real data here"))
+
+
+def _leave_to_soaks(items: list[pytest.Item]) -> None:
+    """Mark the cases of a test beyond those that a push runs."""
+    counts = Counter[str]()
+    for item in items:
+        if (mark := item.get_closest_marker("at_push")) is not None:
+            test = item.nodeid.partition("[")[0]
+            counts[test] += 1
+            if counts[test] > mark.args[0]:
+                item.add_marker(pytest.mark.soak)
 
 
 def _limit_examples(items: list[pytest.Item], most: int) -> None:

@@ -27,10 +27,9 @@ def postgres() -> Iterator[Postgres]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A Ceph cluster takes a minute to start: a push runs what moto, a mock, is enough for."""
     for item in items:
-        parameters = (
-            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-        )
-        if "ceph" in getattr(item, "fixturenames", ()) or "ceph" in parameters:
+        callspec = getattr(item, "callspec", None)  # only a test with parameters has one
+        parameters = [value for value in callspec.params.values() if isinstance(value, str)] if callspec else []
+        if "ceph" in [*getattr(item, "fixturenames", ()), *parameters]:
             item.add_marker(pytest.mark.soak)
 
 

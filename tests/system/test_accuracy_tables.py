@@ -62,6 +62,7 @@ TABLES = tables()
 
 
 @pytest.mark.parametrize("table", TABLES)
+@pytest.mark.soak
 def test_every_row_is_a_strategy(accuracy, table):
     _, run = accuracy
     protocol = TABLES[table]
@@ -107,11 +108,13 @@ QUICK = ("ca-hfp-scores", "pr-fl-time")
 
 
 @pytest.mark.parametrize("table", QUICK)
+@pytest.mark.soak
 def test_a_table_runs(accuracy, table, tmp_path):
     _, run = accuracy
     check(run, small(TABLES[table]), tmp_path / "runs")
 
 
+@pytest.mark.soak
 @pytest.mark.soak
 def test_a_run_of_earlier_code_counts_if_its_first_rounds_are_repeated(accuracy, tmp_path):
     from benchmarks.accuracy import page
@@ -144,12 +147,14 @@ def test_a_run_of_earlier_code_counts_if_its_first_rounds_are_repeated(accuracy,
 
 @pytest.mark.soak
 @pytest.mark.parametrize("table", sorted(TABLES.keys() - set(QUICK)))
+@pytest.mark.soak
 def test_every_other_table_runs(accuracy, table, tmp_path):
     _, run = accuracy
     check(run, small(TABLES[table]), tmp_path / "runs")
 
 
 # At every push `test_presets_simulated.py` runs each preset twice.
+@pytest.mark.soak
 @pytest.mark.soak
 def test_the_same_run_gives_the_same_numbers(accuracy, tmp_path):
     _, run = accuracy
@@ -189,6 +194,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.soak
+@pytest.mark.soak
 def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_anew(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
     protocol = small(TABLES["fedprune-ablation"])
@@ -218,6 +224,7 @@ def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_
     assert first["rounds"] == second["rounds"] == result["rounds"]
 
 
+@pytest.mark.soak
 def test_a_run_s_key_holds_its_constants_and_its_network(accuracy, monkeypatch):
     from benchmarks.accuracy import nets, protocol
 
@@ -246,6 +253,7 @@ def test_a_run_s_key_holds_its_constants_and_its_network(accuracy, monkeypatch):
         ("# The last pool", "# This pool", set()),
     ],
 )
+@pytest.mark.soak
 def test_a_network_s_definition_is_its_code(accuracy, tmp_path, monkeypatch, old, new, changed):
     from benchmarks.accuracy import nets
 
@@ -257,6 +265,7 @@ def test_a_network_s_definition_is_its_code(accuracy, tmp_path, monkeypatch, old
     assert {n for n in nets.NETS if nets.definition.__wrapped__(n) != before[n]} == changed
 
 
+@pytest.mark.soak
 def test_shares_of_elements_weigh_what_submodels_weigh(accuracy):
     _, run = accuracy
     from benchmarks.accuracy import nets
@@ -278,6 +287,7 @@ def test_shares_of_elements_weigh_what_submodels_weigh(accuracy):
         shares(architecture, (0.05,))
 
 
+@pytest.mark.soak
 def test_runs_that_end_by_time_are_read_by_time(accuracy):
     from benchmarks.accuracy import page
 
@@ -318,6 +328,7 @@ def by_hand(method, sent, found, step=1.0):
     return {"method": method, "seed": 0, "devices": {"a": [1.0, 1, 1]}, "rounds": rows}
 
 
+@pytest.mark.soak
 def test_figures_of_runs_made_by_hand(accuracy):
     """Rounds 2 and 4 of four are read; who sends twice as much stops at half of the rounds."""
     from benchmarks.accuracy import page
@@ -344,6 +355,7 @@ def test_figures_of_runs_made_by_hand(accuracy):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_ends_at_its_target(accuracy, tmp_path):
     _, run = accuracy
     protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=0, target=1e-9)
@@ -353,6 +365,7 @@ def test_a_run_ends_at_its_target(accuracy, tmp_path):
     assert protocol.key(protocol.methods[0], 0) != replace(protocol, ends_at_target=False).key(protocol.methods[0], 0)
 
 
+@pytest.mark.soak
 def test_densities_that_change_are_on_the_page(accuracy):
     from benchmarks.accuracy import page
 
@@ -366,6 +379,7 @@ def test_densities_that_change_are_on_the_page(accuracy):
     assert page._densities(TABLES["pr-fl-time"], runs[1:]) == []
 
 
+@pytest.mark.soak
 @pytest.mark.soak
 def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
@@ -393,6 +407,7 @@ def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(a
     assert len(set(times[:-1])) == len(times) - 1
 
 
+@pytest.mark.soak
 def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.accuracy.docs import filled
@@ -413,6 +428,7 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     assert filled(once, tmp_path) == once
 
 
+@pytest.mark.soak
 def test_pages_are_what_the_code_makes_of_the_committed_numbers(accuracy):
     from benchmarks.accuracy.docs import filled, pages
 
@@ -428,6 +444,7 @@ def test_pages_are_what_the_code_makes_of_the_committed_numbers(accuracy):
 @pytest.mark.parametrize(
     ("stale", "said"), [((0, 0), ""), ((1, 0), ", in part on older code"), ((1, 1), ", on older code")]
 )
+@pytest.mark.soak
 def test_a_verdict_on_runs_of_older_code_is_marked(accuracy, tmp_path, stale, said):
     from benchmarks.accuracy.docs import filled
 
@@ -438,6 +455,7 @@ def test_a_verdict_on_runs_of_older_code_is_marked(accuracy, tmp_path, stale, sa
     assert filled(place.format(", whatever"), tmp_path) == place.format(said)
 
 
+@pytest.mark.soak
 def test_a_row_that_sends_more_is_measured_in_every_round(accuracy):
     for protocol in TABLES.values():
         if protocol.recipe.evaluate_every > 1:
@@ -447,6 +465,7 @@ def test_a_row_that_sends_more_is_measured_in_every_round(accuracy):
                 assert round(share * protocol.rounds) % protocol.recipe.evaluate_every == 0, protocol.name
 
 
+@pytest.mark.soak
 def test_a_share_without_a_measurement_gives_no_figure(accuracy, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.accuracy.page import figure
@@ -474,6 +493,7 @@ def command(*arguments, **environment):
         (("har", "--rounds", "1"), 13, "error: data 'har': expected a .npz file or a folder that exists"),
     ],
 )
+@pytest.mark.at_push(1)
 def test_a_mistake_is_one_line(arguments, code, said):
     ended = command(*arguments, FEDPRUNE_DATA="/nowhere")
     assert ended.returncode == code
@@ -481,6 +501,7 @@ def test_a_mistake_is_one_line(arguments, code, said):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.soak
 def test_a_changed_protocol_is_called_a_look_and_is_no_result(accuracy):
     from benchmarks.accuracy import __main__ as command
     from benchmarks.accuracy.page import page
@@ -497,6 +518,7 @@ def test_a_changed_protocol_is_called_a_look_and_is_no_result(accuracy):
     assert not whole.changes
 
 
+@pytest.mark.soak
 def test_finished_runs_are_taken_from_committed_results(accuracy, tmp_path, monkeypatch):
     from benchmarks.accuracy import __main__ as command
 
@@ -526,6 +548,7 @@ def test_finished_runs_are_taken_from_committed_results(accuracy, tmp_path, monk
     assert command.results(protocol, options) == theirs, "a committed run that counts takes the place of a stale one"
 
 
+@pytest.mark.soak
 def test_a_stale_run_is_shown_marked_until_its_row_was_run_again(accuracy):
     from benchmarks.accuracy import page
 
@@ -551,6 +574,7 @@ def test_a_stale_run_is_shown_marked_until_its_row_was_run_again(accuracy):
     assert "To be run again" not in page.page(protocol, [fresh, again], header)
 
 
+@pytest.mark.soak
 def test_an_interval_is_student_s(accuracy):
     from scipy.stats import ttest_1samp
 
@@ -576,6 +600,7 @@ def rows_by_hand(protocol, found, served=None):
     return runs
 
 
+@pytest.mark.soak
 def test_verdicts_are_computed_from_paired_runs(accuracy):
     from benchmarks.accuracy import verdicts
     from benchmarks.accuracy.protocol import FULL, SAME_LOSS
@@ -621,6 +646,7 @@ def test_verdicts_are_computed_from_paired_runs(accuracy):
     assert verdicts.verdicts(TABLES["ca-hfp-scores"], []) == []
 
 
+@pytest.mark.soak
 def test_the_list_says_what_tables_cost_and_the_summary_is_written(accuracy, tmp_path, monkeypatch, capsys):
     protocols, _ = accuracy
     from benchmarks.accuracy import __main__ as command
@@ -642,6 +668,7 @@ def test_the_list_says_what_tables_cost_and_the_summary_is_written(accuracy, tmp
     assert capsys.readouterr().out.strip() == (tmp_path / "results/summary.md").read_text().strip()
 
 
+@pytest.mark.soak
 def test_tables_of_the_summary_have_what_verdicts_need(accuracy):
     protocols, run = accuracy
     from benchmarks.accuracy.protocol import CALIBRATION, FULL, SAME_LOSS
@@ -708,6 +735,7 @@ def halved(value: float) -> float:
         ("import logging\n", "import logging\nimport math\n", True),
     ],
 )
+@pytest.mark.soak
 def test_a_digest_of_code_is_of_what_it_computes(accuracy, tmp_path, old, new, changed):
     from benchmarks.accuracy import code_digest
 
@@ -719,6 +747,7 @@ def test_a_digest_of_code_is_of_what_it_computes(accuracy, tmp_path, old, new, c
     assert (before != after) is changed
 
 
+@pytest.mark.soak
 def test_a_changed_strategy_changes_its_own_rows(accuracy):
     from benchmarks.accuracy import code_digest
     from fedprune.strategies import PRESETS
@@ -744,6 +773,7 @@ def test_a_changed_strategy_changes_its_own_rows(accuracy):
 @pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["fedprune", "pr-fl"])
+@pytest.mark.soak
 def test_all_that_a_run_loads_is_in_the_digest_of_its_code(tmp_path, row):
     """Modules that were imported in a process of its own; those of other strategies are imported, but not used."""
     code = f"""
@@ -769,6 +799,7 @@ print(*sorted(m for m in loaded - own.keys() if not m.startswith(("fedprune.stra
     assert ended.stdout.split() == []
 
 
+@pytest.mark.soak
 def test_commits_that_the_history_lacks_are_named(accuracy, tmp_path, monkeypatch):
     from benchmarks.accuracy.run import commit, unpublished
 

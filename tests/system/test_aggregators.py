@@ -22,7 +22,7 @@ from support.processes.real_site import Site, write_material
 from support.processes.s3 import Moto
 from support.processes.tiered_site import TieredSite
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.soak, pytest.mark.system]
 
 DEVICES = ("ant", "bee", "cat", "dog")
 REGIONS = {"north": DEVICES[:2], "south": DEVICES[2:]}

@@ -100,6 +100,7 @@ def again(site: Site) -> list[Step]:
     ["semi-async", *(pytest.param(job, marks=pytest.mark.soak) for job in ("plain", "fedasync", "in-step", "pr-fl"))],
     indirect=True,
 )
+@pytest.mark.soak
 def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.start_all()
     state = finish(site)

@@ -115,6 +115,7 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
         pytest.param(signal.SIGINT, ExitCode.INTERRUPTED, False, id="SIGINT"),
     ],
 )
+@pytest.mark.at_push(1)
 def test_a_signal_ends_a_server_cleanly(
     material: Path, tmp_path: Path, number: signal.Signals, code: ExitCode, group: bool
 ) -> None:

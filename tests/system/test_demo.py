@@ -106,6 +106,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL]
 )
+@pytest.mark.at_push(1)
 def test_nothing_is_left_when_the_demo_is_ended(demo, number):
     until(lambda: len(devices(demo)) == len(DEMO_BOARDS))
     family = children(demo.pid)

@@ -11,7 +11,7 @@ from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
 from support.faults.kill_tiers import DoomedTier
 from support.processes.real_site import write_material
 
-pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
+pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto]
 
 ROUNDS = 12
 

@@ -11,7 +11,7 @@ from support.paths import ROOT
 from support.processes.machine import find_mosquitto
 
 # At every push `test_aggregators.py` compares models of aggregators with those of one server, also with a bucket.
-pytestmark = [pytest.mark.system, pytest.mark.mosquitto, pytest.mark.soak]
+pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")

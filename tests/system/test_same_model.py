@@ -220,6 +220,7 @@ def resent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("base", ["float16", *(pytest.param(b, marks=pytest.mark.soak) for b in ("int8", None))])
+@pytest.mark.soak
 def test_the_simulator_counts_as_many_bytes_as_the_daemon_sends(
     tmp_path: Path, resent: list[int], base: str | None
 ) -> None:
@@ -305,6 +306,7 @@ def tiny(name: str) -> Digits:
 
 # A name of no task is in the symmetric difference, too, and `marked` refuses it.
 @pytest.mark.parametrize("task", marked(TASKS, soak=TASKS.keys() ^ {"adapters"}))
+@pytest.mark.soak
 def test_tasks_of_every_kind_give_the_same_models(tmp_path: Path, task: str) -> None:
     job = plain_job()
     job = replace(job, byte_budget=0, density=0.5, recipe=replace(TASKS[task].recipe, batch_size=3, epochs=1))

@@ -34,7 +34,7 @@ from support.fakes.agent_harness import agent_on
 from support.fakes.fleet import quick
 from support.processes.machine import find_mosquitto, free_port, listens
 
-pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
+pytestmark = [pytest.mark.soak, pytest.mark.mosquitto, pytest.mark.system]
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 TOPICS = Topics("default")

@@ -11,7 +11,7 @@ import pytest
 from support.paths import ROOT
 from support.processes.machine import find_mosquitto
 
-pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
+pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto]
 
 DEVICES, ROUNDS = 60, 2
 

@@ -196,6 +196,7 @@ def save(root: Path, **found: np.ndarray) -> None:
         pytest.param("tagger", texts, "packed.npz", 2 * 1000, ("--set", "ignore_label=-1"), marks=pytest.mark.soak),
     ],
 )
+@pytest.mark.at_push(1)
 def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
     net: str, write: Callable[[Path, int], None], source: str, numbers: int, words: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from support.paths import ROOT
 from support.processes.machine import find_mosquitto, free_port
 from support.processes.page_runner import Reader
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.soak, pytest.mark.system]
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 

@@ -74,6 +74,7 @@ def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Pa
         assert failed(site) == []
 
 
+@pytest.mark.soak
 def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
     material: Path, tmp_path: Path, over_mqtt: list[str]
 ) -> None:

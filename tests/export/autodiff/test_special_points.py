@@ -151,6 +151,7 @@ def gradients() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.at_push(30)
 def test_gradients_at_special_points_are_torchs(name: str) -> None:
     ours, exact = gradients()
     for tensor in (f"points.{name}.bias", f"points.{name}.weight", f"heads.{name}.weight"):

@@ -196,6 +196,7 @@ def _saved(path: Path, raw: bytes) -> Path:
         ("0", "rank: expected a whole number from 1"),
     ],
 )
+@pytest.mark.at_push(2)
 def test_wrong_adapters_are_refused(lora: str, error: str) -> None:
     with pytest.raises(ModelError, match=error):
         fx.load(net(), lora=lora)

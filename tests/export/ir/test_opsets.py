@@ -119,6 +119,7 @@ class Everything(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, pytest.param(21, marks=pytest.mark.soak), 23])
+@pytest.mark.at_push(1)
 def test_what_torch_exports_at_any_opset_is_the_same_graph(opset: int) -> None:
     torch.manual_seed(0)
     module = Everything().eval()

@@ -162,6 +162,7 @@ def test_int8_is_exact_if_asked_on_any_processor(exact: bool) -> None:
         for k, density in enumerate(DENSITIES)
     ],
 )
+@pytest.mark.at_push(5)
 def test_every_precision_says_what_float32_says(name: str, precision: str, density: float, tmp_path: Path) -> None:
     model = net(name)[1]
     x = inputs(model, 32)

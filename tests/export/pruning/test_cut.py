@@ -31,6 +31,7 @@ def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:
 
 
 @pytest.mark.parametrize("name", zoo.MARKED)
+@pytest.mark.at_push(2)
 def test_reordering_channels_changes_nothing(imported: Imported, name: str) -> None:
     model = imported(name)
     x = inputs(model, 2)

@@ -53,6 +53,7 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.at_push(9)
 def test_the_import_computes_what_torch_computes(name: str) -> None:
     model = imported(name)
     x = inputs(model, 4)

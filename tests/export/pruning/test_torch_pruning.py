@@ -167,6 +167,7 @@ def _one_thread() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.at_push(3)
 def test_groups_are_the_same(name: str) -> None:
     module = MODELS[name].make()
     assert our_groups(whole_models.imported(name).architecture, module) == their_groups(module)
@@ -185,6 +186,7 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 @pytest.mark.parametrize(
     "name", marked(DIFFERENT, soak=["swin", "feature_pyramid", "padded_shortcuts", "mlp_mixer", "grouped"])
 )
+@pytest.mark.at_push(3)
 def test_differences_are_the_known_ones(name: str) -> None:
     module, known = MODELS[name].make(), DIFFERENT[name]
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
@@ -194,6 +196,7 @@ def test_differences_are_the_known_ones(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", marked(DIFFERENT, soak=["swin"]))
+@pytest.mark.at_push(4)
 def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
     found = verdicts(MODELS[name].make, whole_models.samples(name, 6))
     assert {text: found[text] for text in DIFFERENT[name].theirs} == DIFFERENT[name].theirs

@@ -49,6 +49,7 @@ def _one_thread() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.at_push(6)
 def test_the_import_computes_what_the_module_computes(name: str) -> None:
     """In float64: this also shows that the oracle of gradients runs graphs rightly."""
     model, x = whole_models.imported(name), torch.tensor(whole_models.samples(name, 6))
@@ -61,6 +62,7 @@ def test_the_import_computes_what_the_module_computes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.at_push(6)
 def test_a_cut_equals_the_masked_original(name: str) -> None:
     model = whole_models.imported(name)
     for density in DENSITIES:
@@ -101,6 +103,7 @@ def test_what_stays_is_named(name: str) -> None:
         [*((name, "coarse") for name in (*OURS, *TASKS)), ("vision_transformer", "fine"), ("swin", "fine")], soak=LONG
     ),
 )
+@pytest.mark.at_push(6)
 def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "fine"]) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""
     model = whole_models.imported(name, prefer)

@@ -48,6 +48,7 @@ class Labelling(nn.Module):
         for column, classes in enumerate((2, 12, 40))
     ],
 )
+@pytest.mark.at_push(2)
 def test_the_arrays_of_a_loss_are_counted(loss: str, classes: int) -> None:
     model, batch = fx.load(Labelling(classes)), 4
     recipe = Recipe(loss=loss, batch_size=batch, balance_classes=loss in ("cross_entropy", "bce"))

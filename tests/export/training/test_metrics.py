@@ -196,6 +196,7 @@ class Leaking(nn.Module):
         (7, "expected a function or module of outputs and labels"),
     ],
 )
+@pytest.mark.at_push(2)
 def test_wrong_metrics_are_one_clear_error(metric: object, error: str) -> None:
     with pytest.raises(ModelError, match=error):
         fx.load(Places(), metric=metric)

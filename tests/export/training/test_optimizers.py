@@ -309,6 +309,7 @@ class Scaled(Linear):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("bound_from", [0, 1 << 20])
+@pytest.mark.at_push(4)
 def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
     optimizer: str, bound_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def test_no_more_is_computed_again_than_the_limit_needs(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
     model = models["batch"]
     graph, widths, _ = written(model, 1.0)

@@ -151,6 +151,7 @@ LONG = ("focal", "dice", "likelihood")
         for parts in (1, 3)
     ],
 )
+@pytest.mark.at_push(3)
 def test_a_loss_that_is_a_graph_and_its_gradients_are_torchs(net: Pixels, name: str, parts: int) -> None:
     built = BUILT_IN.get(name.removeprefix("built-in ")) if name not in LOSSES else None
     loss, word = (LOSSES[name], "custom") if built is None else (built, name.removeprefix("built-in "))
@@ -248,6 +249,7 @@ def counted(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         ("missing.onnx", r"can't read missing\.onnx"),
     ],
 )
+@pytest.mark.at_push(4)
 def test_a_wrong_loss_is_one_clear_error(net: Pixels, loss: Any, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         training_graph(fx.load(net, loss=loss), CUSTOM.features)
@@ -269,6 +271,7 @@ def test_a_recipe_asks_for_what_the_model_has(net: Pixels) -> None:
         ("of_means", np.zeros((8, 3), np.float32), r"numbers \[n, 2\], got numbers \[n, 3\]"),
     ],
 )
+@pytest.mark.at_push(1)
 def test_labels_that_a_loss_does_not_take_are_refused(net: Pixels, name: str, y: Any, text: str) -> None:
     loss = LOSSES[name]
     model = fx.load(net, loss=loss)

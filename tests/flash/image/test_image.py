@@ -447,6 +447,7 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", sorted(WRONG))
+@pytest.mark.at_push(8)
 def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
     wrong: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path, capsys: Capture
 ) -> None:

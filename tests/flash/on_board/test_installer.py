@@ -334,6 +334,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+@pytest.mark.at_push(8)
 def test_a_kit_that_somebody_changed_installs_nothing(
     kit: Path, root: Path, spoil: Callable[[Path], object], words: str
 ) -> None:
@@ -411,6 +412,7 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
+@pytest.mark.soak
 def test_the_power_may_fail_while_a_board_changes_its_server(
     kit: Path, tmp_path: Path, wheels: Path, kind: str, make_kit: MakeKit
 ) -> None:

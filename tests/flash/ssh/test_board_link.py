@@ -20,7 +20,7 @@ from fedprune_flash.on_board import remote_agent
 from fedprune_flash.ssh.connection import BoardLink
 from fedprune_flash.ssh.inventory import BoardRow
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.soak, pytest.mark.system]
 
 ROW = BoardRow("attic", "attic.local", "raspberry-pi-5")
 Fake = Callable[[str], None]

@@ -23,6 +23,8 @@ from fedprune_flash.ssh.inventory import BoardRow, read_inventory
 from fedprune_flash.ssh.journal import Claims, Journal, read_claims
 from support.paths import ROOT
 
+pytestmark = pytest.mark.soak
+
 DOCS = ROOT / "docs"
 GOOD = {"device": "attic", "host": "attic.local", "board": "raspberry-pi-5"}
 

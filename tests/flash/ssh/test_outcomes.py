@@ -7,6 +7,8 @@ import pytest
 from fedprune_flash.ssh.installation import BoardOutcome, print_outcomes
 from fedprune_flash.ssh.inventory import BoardRow
 
+pytestmark = pytest.mark.soak
+
 REASON = "the board has Python 3.9: expected 3.10 to 3.13, got 3.9"
 REMEDY = "Install a newer Raspberry Pi OS and run it again."
 

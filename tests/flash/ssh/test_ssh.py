@@ -26,7 +26,7 @@ from fedprune_flash.ssh.journal import Journal
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.processes.ssh_boards import PROFILE, Board, Boards
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.soak, pytest.mark.system]
 
 MakeKit = Callable[..., Kit]
 Capture = pytest.CaptureFixture[str]

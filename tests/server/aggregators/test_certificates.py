@@ -26,6 +26,8 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import APPROVED, REVOKED
 from fedprune_server.transfer.http import contexts
 
+pytestmark = pytest.mark.soak
+
 
 @pytest.fixture
 def identity(tmp_path: Path) -> Iterator[IdentityFolder]:

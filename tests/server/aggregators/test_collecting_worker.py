@@ -29,6 +29,8 @@ from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
 from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
 
+pytestmark = pytest.mark.soak
+
 WHOLE = {
     "masks": {"strategy": "fiarse"},
     "masks that differ": {"strategy": "pr-fl"},

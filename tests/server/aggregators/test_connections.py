@@ -43,6 +43,8 @@ from fedprune_server.aggregators.parent import ParentLink, ParentUp
 from fedprune_server.messaging.leadership import OtherServerError
 from support.waiting import until
 
+pytestmark = pytest.mark.soak
+
 JOB = "job"
 MODEL = "a" * 64
 

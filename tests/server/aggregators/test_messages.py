@@ -22,6 +22,8 @@ from fedprune_server.aggregators.messages import (
     task_body,
 )
 
+pytestmark = pytest.mark.soak
+
 PAST = do.Past(1, "a" * 64, "b" * 64, (3,), None, "int8", "c" * 64)
 PART = do.Part("ant", 2, (3, 4), 0.5, 10, PAST, 1)
 BASIS = do.Basis(3, "d" * 64, "e" * 64, None, {"velocity": "f" * 64})

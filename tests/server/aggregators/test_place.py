@@ -15,6 +15,8 @@ from fedprune_server.aggregators.parent import ParentLink
 from fedprune_server.aggregators.place import configurations, parent_of, regions_of
 from fedprune_server.config.server_config import ServerConfig
 
+pytestmark = pytest.mark.soak
+
 
 @pytest.mark.parametrize(
     ("aggregators", "parent", "own"),

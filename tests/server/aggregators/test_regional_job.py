@@ -33,6 +33,8 @@ from fedprune_server.messaging.transport import SiteLink
 from support.fakes.fleet import Air, ToyWorker, fill, quick
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
+pytestmark = pytest.mark.soak
+
 
 class HeldWorker(ToyWorker):
     """A worker whose next command waits."""

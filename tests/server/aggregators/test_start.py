@@ -25,6 +25,8 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model
 from support.fakes.opened_job import open_job
 
+pytestmark = pytest.mark.soak
+
 
 class Upper(Closing):
     """A parent of these jobs, which lets aggregators in."""

@@ -172,6 +172,7 @@ def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
 @pytest.mark.parametrize("count", [1, 4, 8, 13, 19])
+@pytest.mark.at_push(5)
 def test_a_server_killed_anywhere_goes_on_to_the_same_model(
     fleet: Fleet, expected: str, point: str, count: int
 ) -> None:

@@ -42,6 +42,7 @@ def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
 @pytest.mark.parametrize("count", [2, 9, 23])
+@pytest.mark.at_push(3)
 def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point: str, count: int) -> None:
     jobs = [named(JOB, "one", rounds=2), named(JOB, "two", seed=5, rounds=2)]
     expected = {j.name: Fleet(tmp_path / j.name, j).run().model for j in jobs}

@@ -112,6 +112,7 @@ def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_an_update_that_a_strategy_goes_on_from_is_read_in_its_codec(simulate: Callable[..., Simulation]) -> None:
     for setting in ("int8", "int4", "top-k:0.05"):
         run = simulate(setting, strategy="fedobp", compression=setting, density=0.0, rounds=3)

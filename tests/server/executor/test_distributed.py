@@ -75,6 +75,7 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -> None:
     sliced = Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False), slabs=True)
     assert sliced._slabs is not None
@@ -114,6 +115,7 @@ def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_help
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S3, tmp_path: Path) -> None:
     store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
     worker = Worker(JOB, model, store)

@@ -106,6 +106,7 @@ def _answers(parent: int, address: str, settings: WorkerSpec, probe: str, connec
 
 @pytest.mark.slow
 @pytest.mark.parametrize("address", ["gone", "garbled"])
+@pytest.mark.soak
 def test_whoever_waits_for_a_cluster_that_goes_is_told(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
@@ -132,6 +133,7 @@ def _is_silent(parent: int, address: str, settings: WorkerSpec, probe: str, conn
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +243,7 @@ def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_helper_of_another_machine_works_on_the_bucket_with_a_folder_of_its_own(
     model: Model, at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from fedprune_server.messaging import leadership
 from fedprune_server.messaging.leadership import SETTLED_S, Leadership, OtherServerError, ServerInstance
 from support.waiting import until
 
+pytestmark = pytest.mark.soak
+
 TOPIC = Topics("lab").servers()
 KEY = SigningKey.make()
 

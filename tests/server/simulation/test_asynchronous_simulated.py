@@ -237,6 +237,7 @@ def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Buil
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
     in_step = run("pr-fl", rounds=3, options=IN_STEP)
     assert all(len(c.contributions) == 3 for c in in_step.closes)

@@ -110,6 +110,7 @@ def test_curvature_carries_at_least_half_of_the_variance_of_scores() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_secant_is_far_above_the_hessian_on_a_trained_network() -> None:
     """Which is why it is not the default."""
     _, evidence, hessian = trained("secant")

@@ -137,6 +137,7 @@ def test_balance_makes_sizes_more_alike():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_thousand_devices_each_have_their_least():
     labels = shuffled([6000] * 10)
     hands = partition.dirichlet(np.arange(60_000), labels, 1000, alpha=0.1, seed=0, least=20)

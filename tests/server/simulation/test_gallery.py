@@ -123,6 +123,7 @@ def carry_out(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "example", [n if n == "motion_on_zeros" else pytest.param(n, marks=pytest.mark.soak) for n in gallery.EXAMPLES]
 )
+@pytest.mark.soak
 def test_an_examples_commands_run(example: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gallery.copied(example, work)
     shortened(folder)

@@ -18,6 +18,7 @@ MOST_LINES = 80
 """Lines of code of a notebook."""
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.slow,
     # What a library warns of within itself is its own business.
     pytest.mark.filterwarnings("ignore::Warning"),

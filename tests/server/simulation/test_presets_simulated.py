@@ -60,6 +60,7 @@ BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0
         ("ca-hfp", {"densities": [1.0], "score": "l1"}, "magnitude"),
     ],
 )
+@pytest.mark.at_push(2)
 def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(
     build: Build, strategy: str, options: dict[str, Any], scorer: str
 ) -> None:
@@ -73,6 +74,7 @@ def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(
     ("strategy", "options", "within"),
     [("ca-hfp", {"score": score}, 1e-6) for score in ("curvature", "l1", "random")] + [("fedrolex", BARE, 1e-4)],
 )
+@pytest.mark.at_push(1)
 def test_at_density_one_it_is_fedavg_in_another_order(
     build: Build, strategy: str, options: dict[str, Any], within: float
 ) -> None:
@@ -99,6 +101,7 @@ def test_at_density_one_it_is_fedavg_in_another_order(
         ("ca-hfp", {"densities": TIERS, "robust": {"clip": "median", "centre": "trimmed", "trim": 0.34}}),
     ],
 )
+@pytest.mark.at_push(2)
 def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy: str, options: dict[str, Any]) -> None:
     one, two = build(strategy, options=options), build(strategy, options=options)
     assert one.state.model == two.state.model
@@ -120,6 +123,7 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
         ("autoflip", {"exploration_epochs": 1}),
     ],
 )
+@pytest.mark.at_push(2)
 def test_boards_are_planned_by_what_they_are_offered(build: Build, strategy: str, options: dict[str, Any]) -> None:
     run = build(strategy, options=options, byte_budget=100_000)
     for device in run.experiment.devices:

@@ -144,6 +144,7 @@ def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, sched
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_run_of_pr_fl_goes_on_to_the_same_model(build: Build) -> None:
     """Its densities follow from devices' times."""
     options = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2, "delta": 0.3}
@@ -231,6 +232,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.soak
 def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(
     build: Build, kill_at: Callable[[int], list[int]], step: int
 ) -> None:

@@ -132,6 +132,7 @@ def fleet(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A variant that fails is said; each of the others is what it would be alone."""
     text = (

@@ -64,6 +64,7 @@ def test_a_round_notes_how_many_updates_were_limited(build):
     ],
     ids=lambda settings: "-".join(settings),
 )
+@pytest.mark.at_push(1)
 def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start(build, settings):
     whole = build("whole", rounds=4, **settings)
     whole.run()

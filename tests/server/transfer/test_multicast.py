@@ -28,6 +28,8 @@ from fedprune_server.transfer.multicast import (
     shareable,
 )
 
+pytestmark = pytest.mark.soak
+
 LEAVES = 100
 DATA = random.Random(0).randbytes(LEAVES * LEAF - 5)
 

@@ -559,6 +559,7 @@ def test_names_of_groups_are_not_broken_on_a_phone(opened: Open, place: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_dialogs_can_be_used_by_everybody(opened: Open) -> None:
     axe = _axe()
     page = opened("/devices/board-0009")

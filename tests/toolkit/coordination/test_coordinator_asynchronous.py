@@ -189,6 +189,7 @@ def test_a_job_ends_whatever_the_weather_was(job: Job, data: st.DataObject) -> N
 @pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32))
+@pytest.mark.at_push(2)
 def test_the_same_events_give_the_same_commands_and_states(job: Job, seed: int) -> None:
     chance = random.Random(seed)
     shell = Shell(replace(job, devices=2))

@@ -134,6 +134,7 @@ def test_a_fifth_of_a_hundred_boards_may_drop_out_at_every_step() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
+@pytest.mark.at_push(2)
 def test_a_fifth_may_drop_out_on_a_chosen_circle(step: str) -> None:
     session = Session.choose(b"circle", 100, 2, 2)
     assert session.degree < 60

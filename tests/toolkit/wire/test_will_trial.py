@@ -18,6 +18,8 @@ from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.will_trial import AGAIN_S, WillTrial
 from support.faults.will_broker import NOT_AUTHORIZED, WillBroker
 
+pytestmark = pytest.mark.soak
+
 UNAVAILABLE, BAD_PASSWORD, NOT_ALLOWED, SILENCE = 136, 134, 135, 0
 
 
