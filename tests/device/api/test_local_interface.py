@@ -14,7 +14,6 @@ import safetensors.numpy
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ModelError
-from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Birth
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import Board, BoardError
@@ -25,7 +24,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
 from support.fakes.agent_harness import agent_on
 from support.fakes.local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
-from support.waiting import until
+from support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.board
 
@@ -355,6 +354,23 @@ def test_status_and_health_say_what_serves(served: LocalBoard) -> None:
     assert served.board.healthy()
 
 
+class HeldSamples:
+    """A board's samples, for which the second round has to wait until it may go on."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+        self._rounds = 0
+        self.go_on = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._samples, name)
+
+    def snapshot(self, *shape: Any) -> Any:
+        self._rounds += 1
+        assert self._rounds < 2 or self.go_on.wait(PATIENCE_S)
+        return self._samples.snapshot(*shape)
+
+
 @pytest.mark.slow
 def test_predictions_and_samples_go_on_while_a_round_is_trained(
     local: LocalBoard, graphs: Path, weights: dict[str, Any]
@@ -365,8 +381,9 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
         for n in range(60):
             local.samples.add(rng.standard_normal(6).astype(np.float32), n % 3)
         trained_on = local.samples.samples
-        agent = agent_on(store, MemoryLink(fleet), local.samples)
-        fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=100, batch_size=1, lr=1e-4))]
+        held = HeldSamples(local.samples)
+        agent = agent_on(store, MemoryLink(fleet), held)
+        fleet.plan = [fleet.offer(1), fleet.offer(2)]
         thread = threading.Thread(target=agent.run, args=(True,))
         thread.start()
         during, added = 0, 0
@@ -375,11 +392,12 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
                 during += 1
                 assert local.board.predict(X).round in (1, 2)
                 added += local.board.add(rng.standard_normal(6), int(rng.integers(3)))["kept"]
+                if during > 3 and added > 3:
+                    held.go_on.set()
             else:
                 time.sleep(0.005)
         thread.join()
-        assert during > 3
-        assert added > 3
+        assert held.go_on.is_set()
         births = [m for m in fleet.seen if isinstance(m, Birth)]
         assert births[0].samples == trained_on
         assert fleet.updates[1].samples == trained_on
