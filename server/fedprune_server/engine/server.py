@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
+from fedprune.core.errors import BusyError, ConfigError, ProtocolError, UnknownMessageError
+from fedprune.core.lock_wait import wait_hook
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
@@ -68,6 +69,10 @@ _ASKED_AGAIN_S = 10.0
 """Seconds between two requests to a device that counts as offline, and sends messages, to announce itself."""
 
 _SHOWN = 10
+
+_STOP_PATIENCE_S = 5.0
+"""For how long a server that is to end still waits for its database or a lock: enough for another process's ordinary
+transaction, and half of the 10 s after which Docker kills it (systemd and Kubernetes wait longer)."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ class Server:
         self._asked: dict[str, float] = {}
         self._needs_assignment = True
         self._shutdown: GracefulShutdown | None = None
+        self._stop_waiting_at: float | None = None
         site.quarantine.know(self.first.registry.traffic)
 
     @property
@@ -183,22 +189,38 @@ class Server:
         """Run until `stop` is called or, with `until_finished`, until all jobs are done and devices know it. Raises
         `FedpruneError` if a command of a job failed for another reason than a device's update, or the disk fails. Every
         job's state on the disk is that of its last complete transaction."""
-        try:
-            for runner in self.runners.values():
-                runner.open()
-            self._ticked = self._site.monotonic()
-            if self._tier.below is not None:
+        with wait_hook(self._on_wait):
+            try:
                 for runner in self.runners.values():
-                    self._tier.below.connections.expect(_regions_in(runner.state))
-            while not self._stopping.is_set() and not self.outdated:
-                self._turn()
-                if until_finished and self.finished and not self._computing():
-                    self._linger()
-                    break
-        finally:
-            self._supervisor.close()
-            for runner in self.runners.values():
-                runner.close()
+                    runner.open()
+                self._ticked = self._site.monotonic()
+                if self._tier.below is not None:
+                    for runner in self.runners.values():
+                        self._tier.below.connections.expect(_regions_in(runner.state))
+                while not self._stopping.is_set() and not self.outdated:
+                    self._turn()
+                    if until_finished and self.finished and not self._computing():
+                        self._linger()
+                        break
+            finally:
+                self._supervisor.close()
+                for runner in self.runners.values():
+                    runner.close()
+
+    def _on_wait(self) -> None:
+        """Show that the loop lives while it waits for its database or a lock; raise `BusyError` if it is to end."""
+        for runner in self.runners.values():
+            runner.observers.waiting()
+        if not self._stopping.is_set():
+            return
+        now = self._site.monotonic()
+        if self._stop_waiting_at is None:
+            self._stop_waiting_at = now + _STOP_PATIENCE_S
+        if now >= self._stop_waiting_at:
+            raise BusyError(
+                "stopped while the database was locked or away",
+                hint="What the last complete transaction holds is kept; devices repeat the rest after the next start.",
+            )
 
     def _computing(self) -> bool:
         runners = self.runners.values()

@@ -399,13 +399,7 @@ class IdentityStore:
         return self._read(lambda connection: list(connection.execute(query)))
 
     def _read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
-        database = self._opened()
-
-        def read() -> _Result:
-            with database.transaction() as connection:
-                return work(connection)
-
-        return database.patiently(read)
+        return self._opened().read(work)
 
     def _change(self, work: Callable[[sql.Connection], _Result]) -> _Result:
         """Run a transaction that changes the members, one after the other."""
@@ -420,12 +414,13 @@ class IdentityStore:
         """Run a transaction, which may be repeated if the connection is lost: its effect is the same then."""
         database = self._opened()
 
-        def write(connection: sql.Connection) -> _Result:
-            if database.fence is not None:
-                database.fence(connection)
-            return work(connection)
+        def write() -> _Result:
+            with database.transaction() as connection:
+                if database.fence is not None:
+                    database.fence(connection)
+                return work(connection)
 
-        return self._read(write)
+        return database.patiently(write)
 
     def _opened(self) -> Database:
         if self._database is None:

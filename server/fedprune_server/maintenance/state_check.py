@@ -83,7 +83,7 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
 
 def _whole(storage: Storage) -> None:
     """The database's own check, more thorough than at every start."""
-    with storage.database.transaction() as connection:
+    with storage.database.reading() as connection:
         if storage.database.postgresql:
             return  # whose pages are read below, and checked by its own sums
         found = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]

@@ -170,6 +170,9 @@ class JobMetrics(Observer):
         self._show(seen.facts())
         self._facts_at = now + max(_FACTS_S, (self._clock() - now) / _SHARE)
 
+    def waiting(self) -> None:
+        self._all.turned_at = self._clock()
+
     def _show(self, facts: Facts) -> None:
         job, all_ = self._job, self._all
         all_.connected = facts.connected

@@ -224,6 +224,9 @@ class Monitor(Observer):
         self._turned_at, self._seen_at = self._clock(), now
         self._look_safely()
 
+    def waiting(self) -> None:
+        self._turned_at, self._seen_at = self._clock(), self._monotonic()
+
     def ended(self) -> None:
         """Evaluate once more, because what ends the server (a full disk, a successor) is an alert, too."""
         self.read_site()

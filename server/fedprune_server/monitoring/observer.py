@@ -59,11 +59,14 @@ class Observer:
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """A turn of the loop is over; `seconds` tells how long it took, without waiting."""
 
+    def waiting(self) -> None:
+        """The loop waits for its database, or for a lock that another process holds: it lives, and turns later."""
+
     def ended(self) -> None:
         """The server ends."""
 
 
-_CALLS = ("event", "command", "noticed", "saved", "round_over", "finished", "turned", "ended")
+_CALLS = ("event", "command", "noticed", "saved", "round_over", "finished", "turned", "waiting", "ended")
 
 
 class Observers:
@@ -80,6 +83,7 @@ class Observers:
         self.round_over: Calls[[dict[str, Any], float, JobView]] = Calls()
         self.finished: Calls[[JobView]] = Calls()
         self.turned: Calls[[Callable[[], float], JobView]] = Calls()
+        self.waiting: Calls[[]] = Calls()
         self.ended: Calls[[]] = Calls()
         for observer in observers:
             self.join(observer)
@@ -95,4 +99,6 @@ class Observers:
                 getattr(self, name).add(getattr(observer, name))
 
     def each_turn(self, action: Callable[[], object]) -> None:
+        """Call `action` after each turn of the loop, and again and again while it waits within one."""
         self.turned.add(lambda seconds, seen: action())
+        self.waiting.add(action)

@@ -7,7 +7,7 @@ other's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +122,17 @@ class RolloutStore(Closing):
         Raises `ConfigError` if a rollout is under way, and `ReleaseError` if boards would refuse the release, because
         they know a higher number or another release under this number.
         """
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             _check_free(connection, release, manifest)
 
     def begin(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, joins: bool, prior: int | None = None) -> int:
         """Start a rollout, whose files are in `blobs`; returns its number. Raises as `check_free`."""
-        with self._database.transaction() as connection:
+
+        def write(connection: sql.Connection) -> int:
             _check_free(connection, offer.number, offer.manifest)
             return _insert(connection, offer, rollout, now, joins=joins, prior=prior)
+
+        return self._write(write)
 
     def begin_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
         """Start a rollout of an earlier release under a new number to the boards that have the last one, rollout
@@ -138,7 +141,8 @@ class RolloutStore(Closing):
         Raises `ConfigError` if another one was started meanwhile, and `ReleaseError` if a number as high as the
         release's was rolled out.
         """
-        with self._database.transaction() as connection:
+
+        def write(connection: sql.Connection) -> int:
             last, highest = connection.execute(sql.select(sql.func.max(_C.number), sql.func.max(_C.release))).one()
             if last != leaves:
                 raise ConfigError("another rollout was begun meanwhile", hint="See `fedprune-server rollout status`.")
@@ -147,6 +151,8 @@ class RolloutStore(Closing):
             subject = connection.execute(sql.select(_C.release).where(_C.number == leaves)).scalar()
             _change(connection, _UNDER_WAY, wish=why)
             return _insert(connection, offer, rollout, now, joins=False, leaves=subject)
+
+        return self._write(write)
 
     def save(self, number: int, rollout: Rollout, reports: Mapping[str, Any]) -> None:
         """Save a rollout's state and its boards' reports durably."""
@@ -161,30 +167,39 @@ class RolloutStore(Closing):
         """Ask for the end of the rollout that is under way, which the server carries out; returns its number. Raises
         `ConfigError` if none is under way.
         """
-        with self._database.transaction() as connection:
+
+        def write(connection: sql.Connection) -> int:
             number, _ = _running(connection)
             _change(connection, _C.number == number, wish=reason)
             return number
+
+        return self._write(write)
 
     def pause(self, reason: str) -> int:
         """Ask the server to give the release to no further board until `resume`; returns the rollout's number.
 
         A paused rollout keeps its first reason. Raises `ConfigError` if none is under way, or it is to stop.
         """
-        with self._database.transaction() as connection:
+
+        def write(connection: sql.Connection) -> int:
             number, hold = _running(connection)
             _change(connection, _C.number == number, hold=hold or reason or "-")
             return number
 
+        return self._write(write)
+
     def resume(self) -> int:
         """Ask that a paused rollout continues; returns its number. Raises `ConfigError` if none is running,
         or it isn't paused."""
-        with self._database.transaction() as connection:
+
+        def write(connection: sql.Connection) -> int:
             number, hold = _running(connection)
             if hold is None:
                 raise ConfigError(f"rollout {number} isn't paused", hint="See `fedprune-server rollout status`.")
             _change(connection, _C.number == number, hold=None)
             return number
+
+        return self._write(write)
 
     def entries(self) -> list[RolloutEntry]:
         """All rollouts, the oldest first."""
@@ -216,12 +231,17 @@ class RolloutStore(Closing):
         """A number that grows with each change."""
         return int(self._rows(sql.select(sql.func.coalesce(sql.func.sum(_C.changes), 0)))[0][0])
 
-    def _rows(self, query: sql.Select[Any]) -> list[Any]:
-        def read() -> list[Any]:
-            with self._database.transaction() as connection:
-                return list(connection.execute(query))
+    def _write(self, work: Callable[[sql.Connection], int]) -> int:
+        """Run a command's transaction; not again if the connection is lost, because it may have been committed."""
 
-        return self._database.patiently(read)
+        def run() -> int:
+            with self._database.transaction() as connection:
+                return work(connection)
+
+        return self._database.when_free(run)
+
+    def _rows(self, query: sql.Select[Any]) -> list[Any]:
+        return self._database.read(lambda connection: list(connection.execute(query)))
 
     def _entry(self, row: Any) -> RolloutEntry:
         try:

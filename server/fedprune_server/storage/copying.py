@@ -47,7 +47,7 @@ def fill(url: str, source: Path, digest: str) -> None:
     holds a job.
     """
     with Storage(url) as storage, Storage(f"sqlite:///{source}") as copy:
-        with storage.database.transaction() as connection:
+        with storage.database.reading() as connection:
             filled = meta(connection, RESTORED)
         if filled == digest:
             return

@@ -2,6 +2,10 @@
 
 A PostgreSQL server may be started again under a running server of ours: a transaction that was cut off is repeated once
 the database is back, and one whose commit was not answered is repeated only if it is not there.
+
+Locks that other processes hold are waited for without end (`fedprune.core.lock_wait`). SQLite's are taken at the
+beginning of a transaction: the write lock by one that may write, none but a snapshot's by one that reads (WAL), so that
+readers wait for nobody. In PostgreSQL a session that stops within a transaction loses it, and with it its locks.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ import sqlalchemy as sql
 
 from fedprune.core.atomic_file import appearing
 from fedprune.core.closing import Closing
-from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune.core.errors import BusyError, ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune.core.lock_wait import LockWait, call_wait_hook
+from fedprune_server.storage.sqlite_file import execute_when_free, is_sqlite_locked
 from fedprune_server.storage.tables import META, put_meta
 
 log = logging.getLogger("fedprune.server")
@@ -33,7 +39,9 @@ MARK = "commit"
 """Row of `meta` in PostgreSQL: a random text that each transaction writes, to know it again."""
 
 _PAUSE_S = 0.5
-_BUSY_S = 10
+BUSY_S = 1.0
+"""Seconds for which SQLite itself waits for a lock; between two of its waits the waiting thread shows that it lives."""
+
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
 _POSTGRESQL = {
     # A machine that vanished is noticed: in half a minute, not in the two hours of TCP's own default.
@@ -45,11 +53,45 @@ _POSTGRESQL = {
     "application_name": "fedprune-server",
 }
 
+TRANSACTION_IDLE_S = 15
+"""Seconds after which PostgreSQL ends a session that does nothing within a transaction, because its process is stopped
+or its machine gone. As long as a server's lease: a leader that froze within a transaction keeps it no longer than one
+that froze outside. The pauses between our own statements are milliseconds."""
+
+LOCK_TIMEOUT_S = 2.0
+"""Seconds after which a lock of PostgreSQL that isn't free is asked for again: so the waiting process shows that it
+lives, and can be stopped."""
+
+_POSTGRESQL_SESSION = {
+    # The database's side notices, too, that this machine is gone, while it sends what was asked for.
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30s",
+}
+_SESSIONS = """
+SELECT concat('session ', pid, ' of ', application_name, ' from ', coalesce(host(client_addr), 'this machine'))
+FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+    AND xact_start < clock_timestamp() - make_interval(secs => :seconds)
+ORDER BY xact_start
+"""
+
+_READS = "fedprune_reads"
+"""Option of connections whose transactions only read."""
+
+_LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's code of a statement that waited for longer than `lock_timeout`."""
+
 _Result = TypeVar("_Result")
 
 
 class LostConnectionError(StorageError):
     """The database can't be reached."""
+
+
+class DatabaseLockedError(BusyError):
+    """Another process holds a lock in the database."""
 
 
 class Database(Closing):
@@ -83,6 +125,7 @@ class Database(Closing):
                 self.engine = sql.create_engine(parsed)
                 sql.event.listen(self.engine, "connect", _tune_sqlite)
                 sql.event.listen(self.engine, "begin", _begin_sqlite)
+        self._reading_engine = self.engine.execution_options(**{_READS: True, "postgresql_readonly": True})
 
     @property
     def file(self) -> Path | None:
@@ -94,7 +137,14 @@ class Database(Closing):
 
     @contextmanager
     def transaction(self) -> Iterator[sql.Connection]:
-        with translated(self.url), self._connection() as connection, connection.begin():
+        """A transaction that may write."""
+        with translated(self.url), self._connection(self.engine) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sql.Connection]:
+        """A transaction that only reads, and waits for no writer."""
+        with translated(self.url), self._connection(self._reading_engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -104,7 +154,7 @@ class Database(Closing):
         If the previous one broke off as it was committed, this one must be the same again: it is rolled back if that
         one is found to be committed.
         """
-        with translated(self.url), self._connection() as connection, connection.begin() as transaction:
+        with translated(self.url), self._connection(self.engine) as connection, connection.begin() as transaction:
             if self.fence is not None:
                 self.fence(connection)
             there = self._doubtful is not None and mark(connection) == self._doubtful
@@ -135,37 +185,70 @@ class Database(Closing):
         if self._deferred:
             self.patiently(write)
 
+    def read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
+        """The result of one transaction that only reads, which is repeated like `patiently`."""
+
+        def run() -> _Result:
+            with self.reading() as connection:
+                return work(connection)
+
+        return self.patiently(run)
+
     def patiently(self, work: Callable[[], _Result]) -> _Result:
-        """Repeat one transaction until the database can be reached, for `patience_s` at most; its effects on memory
-        come after that.
+        """Repeat one transaction until the database can be reached, for `patience_s` at most, and no other process
+        holds a lock that it needs; its effects on memory come after that.
         """
         until = None
+        try:
+            while True:
+                try:
+                    result = self.when_free(work)
+                    break
+                except LostConnectionError as error:
+                    now = time.monotonic()
+                    if until is None:
+                        until = now + self.patience_s
+                        log.warning("waiting up to %.0f s for the database: %s", self.patience_s, error.what)
+                    if now >= until:
+                        raise LostConnectionError(
+                            f"{error.what}; it was away for {self.patience_s:.0f} s", hint=error.hint
+                        ) from error
+                    call_wait_hook()
+                    time.sleep(_PAUSE_S)
+        except BaseException:
+            self._doubtful = None
+            raise
+        if until is not None:
+            log.info("the database is back")
+        return result
+
+    def when_free(self, work: Callable[[], _Result]) -> _Result:
+        """Repeat one transaction until no other session of PostgreSQL holds a lock that it needs, for as long as that
+        takes. Of SQLite's locks a transaction itself waits for the only one that it needs, at its beginning.
+        """
+        wait = LockWait(self.url, self._lock_holders)
         while True:
             try:
                 result = work()
-            except LostConnectionError as error:  # noqa: PERF203 - each turn waits anyway
-                now = time.monotonic()
-                if until is None:
-                    until = now + self.patience_s
-                    log.warning("waiting up to %.0f s for the database: %s", self.patience_s, error.what)
-                if now >= until:
-                    self._doubtful = None
-                    raise LostConnectionError(
-                        f"{error.what}; it was away for {self.patience_s:.0f} s", hint=error.hint
-                    ) from error
-                time.sleep(_PAUSE_S)
-            except BaseException:
-                self._doubtful = None
-                raise
+            except DatabaseLockedError:  # noqa: PERF203 - each turn waits anyway
+                wait.note()
             else:
-                if until is not None:
-                    log.info("the database is back")
+                wait.done()
                 return result
 
+    def _lock_holders(self) -> list[str]:
+        """Sessions of PostgreSQL that have been in a transaction for longer than ours wait for a lock."""
+        if not self.postgresql:
+            return []
+        with suppress(StorageError), self.reading() as connection:
+            sessions = connection.execute(sql.text(_SESSIONS), {"seconds": LOCK_TIMEOUT_S})
+            return [str(text) for text in sessions.scalars()]
+        return []
+
     @contextmanager
-    def _connection(self) -> Iterator[sql.Connection]:
+    def _connection(self, engine: sql.Engine) -> Iterator[sql.Connection]:
         try:
-            connection = self.engine.connect()
+            connection = engine.connect()
         except sql.exc.OperationalError as error:
             if self.postgresql:
                 raise _lost(self.url, error) from error
@@ -211,7 +294,7 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 def _copy_pages(source: Path, target: Path) -> None:
     with (
-        closing(sqlite3.connect(reading_uri(source), uri=True, timeout=_BUSY_S)) as reader,
+        closing(sqlite3.connect(reading_uri(source), uri=True, timeout=BUSY_S)) as reader,
         closing(sqlite3.connect(target)) as writer,
     ):
         reader.backup(writer)
@@ -234,6 +317,11 @@ def translated(url: str) -> Iterator[None]:
         if getattr(error, "connection_invalidated", False):
             raise _lost(url, error) from error
         text = _first_line(error)
+        if is_locked(error):
+            raise DatabaseLockedError(
+                f"{url} is locked by another process",
+                hint="Wait until that process is done, continue it if it is stopped, or end it; nothing is lost.",
+            ) from error
         if any(words in text.lower() for words in _FULL):
             raise StorageFullError(
                 f"no room left for {url.removeprefix('sqlite:///')}",
@@ -243,6 +331,12 @@ def translated(url: str) -> Iterator[None]:
         if not url.startswith("sqlite"):
             hint = "Look into the database's own log."
         raise StorageError(f"{url}: {text}", hint=hint) from error
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether a statement failed because another process holds a lock."""
+    cause = getattr(error, "orig", None) or error
+    return is_sqlite_locked(cause) or getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE
 
 
 def _lost(url: str, error: Exception) -> LostConnectionError:
@@ -271,14 +365,25 @@ def _tune_postgresql(connection: Any, record: object) -> None:
         # As SQLite's FULL; stricter settings (remote_apply) stay.
         cursor.execute("SELECT set_config('synchronous_commit', 'on', false) "
                        "WHERE current_setting('synchronous_commit') IN ('off', 'local')")  # fmt: skip
+        limits = {
+            "idle_in_transaction_session_timeout": f"{TRANSACTION_IDLE_S}s",
+            "lock_timeout": f"{1000 * LOCK_TIMEOUT_S:.0f}ms",
+        }
+        for name, value in (_POSTGRESQL_SESSION | limits).items():
+            cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
     connection.commit()
 
 
 def _read_only(url: sql.URL) -> sql.Engine:
     path = Path(url.database or "")
-    return sql.create_engine(
-        url, creator=lambda: sqlite3.connect(reading_uri(path), uri=True, timeout=_BUSY_S, check_same_thread=False)
-    )
+
+    def connect() -> sqlite3.Connection:
+        uri = reading_uri(path)
+        return sqlite3.connect(uri, uri=True, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+
+    engine = sql.create_engine(url, creator=connect).execution_options(**{_READS: True})
+    sql.event.listen(engine, "begin", _begin_sqlite)
+    return engine
 
 
 def reading_uri(path: Path) -> str:
@@ -301,20 +406,25 @@ def reading_uri(path: Path) -> str:
 def _roll_back(path: Path) -> None:
     """Undo a transaction that a crash cut off before the file had its log, which a reader can't."""
     if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
-        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=BUSY_S)) as connection:
             connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
-def _tune_sqlite(connection: Any, record: object) -> None:
+def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
     # Python's own beginning of transactions leaves out changes of the schema: SQLAlchemy begins them, below.
     connection.isolation_level = None
-    cursor = connection.cursor()
+    connection.execute(f"PRAGMA busy_timeout={int(BUSY_S * 1000)}")
     # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
-    for line in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_BUSY_S * 1000}"):
-        cursor.execute(f"PRAGMA {line}")
-    cursor.close()
+    for line in ("journal_mode=WAL", "synchronous=FULL"):
+        execute_when_free(connection, f"PRAGMA {line}")
 
 
 def _begin_sqlite(connection: sql.Connection) -> None:
-    # With the write lock at once: a transaction that asks for it later is refused if another one has written meanwhile.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    opened: Any = connection.connection.dbapi_connection
+    if connection.get_execution_options().get(_READS):
+        # The first statement that reads takes the snapshot; what follows in the transaction needs no lock any more.
+        execute_when_free(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
+    else:
+        # With the write lock at once: a transaction that asks for it later is refused if another one has written
+        # meanwhile.
+        execute_when_free(opened, "BEGIN IMMEDIATE")

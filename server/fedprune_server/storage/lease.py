@@ -23,7 +23,7 @@ from pathlib import Path
 import sqlalchemy as sql
 
 from fedprune.core.errors import BusyError, StorageError
-from fedprune_server.storage.database import Database, LostConnectionError
+from fedprune_server.storage.database import Database, DatabaseLockedError, LostConnectionError
 from fedprune_server.storage.tables import META, meta, put_meta
 
 log = logging.getLogger("fedprune.server")
@@ -96,7 +96,7 @@ class Lease:
 
     def take(self) -> None:
         """Take the lease of an existing database, unless `wait` has. Raises `BusyError` if another server holds it."""
-        if self._token is None and not self._try():
+        if self._token is None and not self._database.patiently(self._try):
             raise self._busy()
         if self._database.postgresql:
             self.shared = self._database_id()
@@ -127,7 +127,7 @@ class Lease:
         try:
             if self._reader is None:
                 self._reader = Database(self._url, read_only=True)
-            with self._reader.transaction() as connection:
+            with self._reader.reading() as connection:
                 gone = self._gone or _read(connection, hold=False).token != self._token
         except StorageError as error:
             return str(error)
@@ -138,7 +138,8 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
         with suppress(StorageError):  # it ends by itself
-            if self._token is not None and not self._gone:
+            # SQLite's needn't be given back, and another process may hold the lock that this would wait for.
+            if self._token is not None and not self._gone and self._database.postgresql:
                 with self._database.transaction() as connection:
                     row = _read(connection)
                     if row.token == self._token:
@@ -149,6 +150,9 @@ class Lease:
                 self._reader.close()
 
     def _database_id(self) -> str:
+        return self._database.patiently(self._make_database_id)
+
+    def _make_database_id(self) -> str:
         with self._database.transaction() as connection:
             self.check(connection)
             known = meta(connection, DATABASE_ID)
@@ -158,7 +162,7 @@ class Lease:
         return known
 
     def _exists(self) -> bool:
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return sql.inspect(connection).has_table("meta")
 
     def _try(self) -> bool:
@@ -183,7 +187,7 @@ class Lease:
         while not self._closed.wait(RENEWED_S):
             try:
                 self._renew_once()
-            except LostConnectionError:  # noqa: PERF203 - its users decide how long that may be
+            except (LostConnectionError, DatabaseLockedError):  # noqa: PERF203 - its users decide how long that may be
                 continue
             except StorageError as error:
                 log.error("%s", error)

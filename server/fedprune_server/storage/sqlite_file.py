@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import StorageError, StorageFullError
+from fedprune.core.errors import BusyError, StorageError, StorageFullError
+from fedprune.core.lock_wait import LockWait, file_lock_holders
+
+_Result = TypeVar("_Result")
 
 BUSY_S = 10.0
 """How long a statement that writes waits for another process."""
@@ -36,14 +41,14 @@ class SqliteFile(Closing):
             self.connection = self._connect("rw")
             try:
                 if wal:
-                    self.connection.execute("PRAGMA journal_mode=WAL")
-                self.connection.execute("PRAGMA synchronous=FULL")
-                found = self.connection.execute("PRAGMA user_version").fetchone()[0]
+                    execute_when_free(self.connection, "PRAGMA journal_mode=WAL")
+                execute_when_free(self.connection, "PRAGMA synchronous=FULL")
+                found = execute_when_free(self.connection, "PRAGMA user_version")[0]
                 if found > version:
                     raise StorageError(f"{path} was written by a later version", expected=version, got=found)
                 if found != version:
                     script = f"BEGIN IMMEDIATE; {tables}; PRAGMA user_version={version}; COMMIT"
-                    self.connection.executescript(script)
+                    _when_free(self.connection, lambda: self.connection.executescript(script))
             except BaseException:
                 self.connection.close()
                 raise
@@ -79,4 +84,48 @@ def sqlite_errors(path: Path, hint: str) -> Iterator[None]:
     except sqlite3.Error as error:
         if "full" in str(error):
             raise StorageFullError(f"no room left for {path}", hint="Make room on the disk.") from error
+        if is_sqlite_locked(error):
+            holders = " and ".join(_holders(path)) or "another process"
+            raise BusyError(f"{path} is locked by {holders}", hint="Wait until it is done, or end it.") from error
         raise StorageError(f"{path}: {error}", hint=hint) from error
+
+
+def is_sqlite_locked(error: BaseException) -> bool:
+    """Whether a statement of SQLite failed because another process holds a lock."""
+    return isinstance(error, sqlite3.Error) and "is locked" in str(error)  # "database", "database table" or "schema"
+
+
+def execute_when_free(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
+    """Execute statements that need a lock, again and again until no other process holds it; returns the first row of
+    the last one."""
+
+    def execute() -> tuple[Any, ...]:
+        rows = [connection.execute(statement).fetchone() for statement in statements]
+        return rows[-1] or ()
+
+    return _when_free(connection, execute)
+
+
+def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _Result:
+    wait: LockWait | None = None
+    while True:
+        try:
+            result = work()
+        except sqlite3.Error as error:  # noqa: PERF203 - each turn waits anyway
+            if connection.in_transaction:
+                connection.rollback()
+            if not is_sqlite_locked(error):
+                raise
+            if wait is None:
+                path = Path(connection.execute("PRAGMA database_list").fetchone()[2])
+                wait = LockWait(str(path), partial(_holders, path))
+            wait.note()
+        else:
+            if wait is not None:
+                wait.done()
+            return result
+
+
+def _holders(path: Path) -> list[str]:
+    """The processes that hold a database's locks, which are on its own bytes or, with a log (WAL), on its index's."""
+    return file_lock_holders(path, path.with_name(f"{path.name}-shm"))

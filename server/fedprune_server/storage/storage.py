@@ -101,13 +101,13 @@ class EventLog:
         query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE)
         rows: Sequence[Any] = [(0,)]
         while rows:  # page by page: a long job's log is more than memory should hold
-            with self._database.transaction() as connection:
+            with self._database.reading() as connection:
                 rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
             yield from ((number, at, kind, decoded(body, self._database.url)) for number, at, kind, body in rows)
 
     def last_at(self) -> float | None:
         """Time of the last event, in seconds since 1970; None without events."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             found = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
         return None if found is None else float(found)
 
@@ -176,15 +176,13 @@ class Storage(Closing):
         self.url = str(self.database.file or self.database.url)
         self.log = EventLog(self.database, logged)
         try:
-            with self.database.transaction() as connection:
+            with self.database.reading() as connection:
                 self._check(connection)
                 found = revision(connection, self.url)
-                if create and found != latest():
-                    self._migrate(connection, found)
-                elif not create:
-                    _check_revision(found, self.url)
-                if create and self.database.postgresql and mark(connection) is None:
-                    put_meta(connection, MARK, "")
+            if not create:
+                _check_revision(found, self.url)
+            elif found != latest() or self.database.postgresql:
+                self.database.when_free(self._prepare)
         except BaseException:
             self.close()
             raise
@@ -218,7 +216,7 @@ class Storage(Closing):
         url = url_of(folder, database)
         if url == _sqlite(folder) and not (folder / FILE).is_file():
             return None
-        with Database(url, read_only=True) as opened, opened.transaction() as connection:
+        with Database(url, read_only=True) as opened, opened.reading() as connection:
             if revision(connection, opened.url) is None:
                 return None
             text = meta(connection, "settings")
@@ -256,7 +254,7 @@ class Storage(Closing):
 
     def settings(self) -> dict[str, Any] | None:
         """What `put_settings` stored, or None."""
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             text = meta(connection, "settings")
         return None if text is None else dict(decoded(text, self.url))
 
@@ -268,7 +266,7 @@ class Storage(Closing):
 
     def outsiders(self) -> dict[str, dict[str, Any]]:
         """What `put_outsiders` stored, by device."""
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             text = meta(connection, "outsiders")
         found = decoded(text or "{}", self.url)
         self._saved_outsiders = found
@@ -329,7 +327,7 @@ class Storage(Closing):
         return self._devices.changed(state.devices), self._tasks.changed(state.tasks)
 
     def _differing(self, state: State) -> tuple[Rows, Rows]:
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             devices, tasks = self._devices.hashes(connection), self._tasks.hashes(connection)
         return self._devices.differing(state.devices, devices), self._tasks.differing(state.tasks, tasks)
 
@@ -343,7 +341,7 @@ class Storage(Closing):
         Of finished rounds it has the results; of their devices only the latest rounds', as many as hold `PARTS_KEPT`
         parts.
         """
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             text = meta(connection, "state")
             if text is None:
                 return None
@@ -359,20 +357,20 @@ class Storage(Closing):
 
     def rounds(self) -> list[dict[str, Any]]:
         """Summaries of the finished rounds, in order, as the coordinator wrote them."""
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             return self._history(connection)
 
     def incomplete_rounds(self) -> list[int]:
         """Rounds whose participants are not as many as there were."""
         counts = sql.select(PARTICIPANTS.c.round, sql.func.count().label("n")).group_by(PARTICIPANTS.c.round).subquery()
         query = sql.select(ROUNDS.c.round).outerjoin(counts, counts.c.round == ROUNDS.c.round)
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(query.where(ROUNDS.c.participants != sql.func.coalesce(counts.c.n, 0)))
             return [int(row.round) for row in rows]
 
     def devices(self) -> list[dict[str, Any]]:
         """The devices' rows by name, with `widths` and `plan` decoded."""
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             columns = [c for c in DEVICES.c if c.name != "body"]
             rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
         for row in rows:
@@ -382,7 +380,7 @@ class Storage(Closing):
     @_patient
     def _device(self, name: str) -> dict[str, Any]:
         """A device's saved row."""
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             text = connection.execute(_DEVICE, {"name": name}).scalar()
         if text is None:
             raise StorageError(f"{self.url}: the row of device {name} is gone", hint="Restore the server's backup.")
@@ -396,6 +394,14 @@ class Storage(Closing):
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
             if found != "ok":
                 raise StorageError(f"{self.url} is damaged ({found})", hint="Restore the server's backup.")
+
+    def _prepare(self) -> None:
+        with self.database.transaction() as connection:
+            found = revision(connection, self.url)  # another process may have been first
+            if found != latest():
+                self._migrate(connection, found)
+            if self.database.postgresql and mark(connection) is None:
+                put_meta(connection, MARK, "")
 
     def _migrate(self, connection: sql.Connection, found: str | None) -> None:
         file = self.database.file
@@ -465,15 +471,22 @@ def database_of(folder: Path, database: str | None = None, *, read_only: bool = 
     url = url_of(folder, database) if read_only else _private(folder, database)
     opened = Database(url, read_only=read_only)
     try:
-        with opened.transaction() as connection:
+        with opened.reading() as connection:
             found = revision(connection, opened.url)
-            if found is None and not read_only:
-                migrate(connection, None)
-                if opened.postgresql:
-                    put_meta(connection, MARK, "")
-            else:
-                _check_revision(found, opened.url)
+        if found is None and not read_only:
+            found = opened.when_free(lambda: _begin_tables(opened))
+        _check_revision(found, opened.url)
     except BaseException:
         opened.close()
         raise
     return opened
+
+
+def _begin_tables(opened: Database) -> str | None:
+    """Make the tables of an empty database; returns its revision."""
+    with opened.transaction() as connection:
+        if revision(connection, opened.url) is None:  # another process may have been first
+            migrate(connection, None)
+            if opened.postgresql:
+                put_meta(connection, MARK, "")
+        return revision(connection, opened.url)

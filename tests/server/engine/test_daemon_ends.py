@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.core.errors import ModelError, StorageError, StorageFullError
+from fedprune.core.errors import BusyError, ModelError, StorageError, StorageFullError
 from fedprune.wire.messages import Finished, Offer
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.retention import sweep
-from fedprune_server.storage.storage import Storage
+from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.storage import database
+from fedprune_server.storage.storage import FILE, Storage
 from support.fakes.fleet import Fleet, fill, folded, larger
 from support.fakes.tiny_job import JOB
 
@@ -207,3 +211,54 @@ def test_the_database_says_what_happened(fleet: Fleet) -> None:
     kinds = [kind for _, _, kind, _ in Storage.at(fleet.folder).log.events()]
     assert kinds.count("UpdateStored") == 9
     assert kinds.count("Evaluated") == 3
+
+
+class LockedDatabase(Observer):
+    """Another program that locks a server's database at its first turn, and does something each time that the server
+    has waited for a while."""
+
+    def __init__(self, fleet: Fleet, act: Callable[[int], None]) -> None:
+        self.connection = sqlite3.connect(fleet.folder / FILE, isolation_level=None)
+        self.waits = 0
+        self._act, self._locks = act, True
+
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        if self._locks:
+            self.connection.execute("BEGIN IMMEDIATE")
+        self._locks = False
+
+    def waiting(self) -> None:
+        self.waits += 1
+        self._act(self.waits)
+
+
+@pytest.fixture
+def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick_locks")
+def test_a_server_whose_database_is_locked_lives_and_goes_on_once_it_is_free(fleet: Fleet, expected: str) -> None:
+    def act(waits: int) -> None:
+        if waits == 3:
+            other.connection.close()
+
+    other = LockedDatabase(fleet, act)
+    assert fleet.run(observers=[other]).model == expected
+    assert other.waits == 3
+
+
+@pytest.mark.usefixtures("quick_locks")
+def test_a_server_that_waits_for_a_lock_can_be_stopped(fleet: Fleet, expected: str) -> None:
+    def act(waits: int) -> None:
+        daemon.stop()
+        fleet.air.now += 1.0  # whoever has the lock gets some time to give it back
+
+    other = LockedDatabase(fleet, act)
+    daemon = fleet.daemon(observers=[other])
+    with pytest.raises(BusyError):
+        fleet.run_daemon(daemon)
+    assert other.waits > 3
+    other.connection.close()
+    fleet.restart()
+    assert fleet.run().model == expected

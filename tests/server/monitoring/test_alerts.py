@@ -639,3 +639,6 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
     assert [a.kind for a in monitor.open()] == ["server-hangs"]
     monitor.turned(lambda: 0.0, daemon.first.view)
     assert monitor.open() == []
+    now[0] = 130.0
+    monitor.waiting()  # for its database, or a lock
+    assert monitor.open() == []

@@ -279,8 +279,8 @@ def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.Monk
         storage.save(state, [on.Scored(number, "r" * 64)], float(number))
     whole = list(storage.log.events())
     asked: list[int] = []
-    transaction = storage.database.transaction
-    monkeypatch.setattr(storage.database, "transaction", lambda: asked.append(1) or transaction())
+    reading = storage.database.reading
+    monkeypatch.setattr(storage.database, "reading", lambda: asked.append(1) or reading())
     for page in (1, 3, 7):
         monkeypatch.setattr("fedprune_server.storage.storage._PAGE", page)
         asked.clear()

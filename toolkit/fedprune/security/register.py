@@ -1,7 +1,7 @@
 """The authority's append-only register of certificates, and the list of revoked ones that is made of it for brokers.
 
 A line is on the disk before its certificate is handed out. Several processes may use the register: a writer holds the
-file's lock and first reads the lines that others have appended.
+file's lock, for which it waits without end, and first reads the lines that others have appended.
 
 The list (PEM; RFC 5280, section 5) never expires: a broker with an expired list refuses every client, which would lock
 a fleet out. While one authority replaces another the file has a list of each, with the same serial numbers: brokers
@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from fedprune.core.disk import storage_errors, sync_folder, write_all
 from fedprune.core.errors import StorageError
+from fedprune.core.lock_wait import LockWait, file_lock_holders
 from fedprune.security.certificates import EPOCH, Signer, moment_of, seconds_of
 from fedprune.security.private_file import write_public
+
+_PAUSE_S = 0.02
+"""Between two attempts to take the register's lock: most are held for the two or three milliseconds of an fsync."""
 
 
 class Register:
@@ -57,7 +62,7 @@ class Register:
             descriptor = os.open(self._path, how | os.O_CLOEXEC, 0o600)
         try:
             with storage_errors(f"can't use {self._path}"):
-                fcntl.flock(descriptor, fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX)
+                self._lock(descriptor)
                 if new:
                     sync_folder(self._path.parent)
                 self._catch_up(descriptor)
@@ -66,6 +71,19 @@ class Register:
         finally:
             self._holding = -1
             os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        how = fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX
+        wait = LockWait(str(self._path), lambda: file_lock_holders(self._path))
+        while True:
+            try:
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+            except BlockingIOError:  # noqa: PERF203 - each turn waits anyway
+                wait.note()
+                time.sleep(_PAUSE_S)
+            else:
+                wait.done()
+                return
 
     def append(self, *entries: dict[str, Any]) -> None:
         """Add lines; all are on the disk when this returns, and none if it raises. Only while it is `held`."""

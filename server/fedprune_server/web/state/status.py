@@ -48,6 +48,7 @@ _KEPT_ROUNDS = 2000
 """Of each job."""
 
 _BUSY_S = 10.0
+_LOOP_BUSY_S = 0.2  # the server's loop waits no longer for a program that locks this file, and writes it later
 _CHANGES = 1000
 """Records that one look for changes reports."""
 
@@ -91,7 +92,9 @@ class StatusWriter(Closing):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self._change = 0
         with self._errors():
-            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(
+                path, timeout=_LOOP_BUSY_S, isolation_level=None, check_same_thread=False
+            )
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=OFF")
             for statement in _TABLES:

@@ -1,0 +1,211 @@
+"""Locks that other processes hold: readers wait for none of SQLite's; who has to wait says for whom, and goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedprune.coordination import State
+from fedprune.coordination import events as on
+from fedprune.core import lock_wait
+from fedprune.core.errors import BusyError
+from fedprune.core.lock_wait import wait_hook
+from fedprune.security.register import Register
+from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage import database
+from fedprune_server.storage.database import Database, translated
+from fedprune_server.storage.storage import FILE, Storage, database_of
+from support.processes.postgres import Postgres
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+connection.execute("ROLLBACK")
+"""
+
+
+class EndedError(Exception):
+    """What a hook raises to end a wait."""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.02)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(lock_wait, "SAID_AFTER_S", 0.0)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a database's write lock, as a program of somebody else's does."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.close()
+
+
+def after(turns: int, act: Callable[[], None]) -> Callable[[], None]:
+    """A hook that acts when it is called for the given time."""
+    left = [turns]
+
+    def hook() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+
+    return hook
+
+
+def fail() -> None:
+    raise EndedError
+
+
+def test_readers_wait_for_no_writer(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": {"name": "one"}})
+        storage.save(State(model="m" * 64), [on.Scored(1, "r" * 64)], 1.0)
+        members, rollouts = IdentityStore(storage.database), RolloutStore(tmp_path, storage.database)
+        with locked(tmp_path / FILE), wait_hook(fail):
+            assert storage.settings() == {"job": {"name": "one"}}
+            assert storage.load() == State(model="m" * 64)
+            assert [storage.rounds(), storage.devices(), storage.outsiders(), storage.incomplete_rounds()] == [
+                [],
+                [],
+                {},
+                [],
+            ]
+            assert storage.log.last_at() == 1.0
+            assert [at for _, at, _, _ in storage.log.events()] == [1.0]
+            assert (members.version(), members.empty, members.devices(), members.heard()) == ("", True, [], {})
+            assert (rollouts.entries(), rollouts.version()) == ([], 0)
+            with Storage.existing(tmp_path) as reader, database_of(tmp_path) as further:
+                assert reader.settings() is not None
+                assert IdentityStore(further).empty
+            with Storage.at(tmp_path) as again:  # a start of a server has nothing to write before it begins
+                assert again.load() is not None
+
+
+def test_a_reader_sees_one_state_from_its_beginning_on(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage, Storage.at(tmp_path) as other:
+        storage.put_settings({"n": 1})
+        query = "SELECT value FROM meta WHERE key = 'settings'"
+        with storage.database.reading() as connection:
+            other.put_settings({"n": 2})
+            before = connection.exec_driver_sql(query).scalar()
+        with storage.database.reading() as connection:
+            assert connection.exec_driver_sql(query).scalar() != before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_writer_waits_for_a_lock_as_long_as_it_takes_and_names_who_holds_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Storage.at(tmp_path) as storage:
+        command = [sys.executable, "-c", HOLDER, tmp_path / FILE]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            assert holder.stdin is not None
+            holder.stdout.readline()
+            with caplog.at_level(logging.INFO, logger="fedprune"), wait_hook(after(5, holder.stdin.close)):
+                storage.save(State(model="m" * 64), [on.Scored(1, "r" * 64)], 1.0)
+        assert storage.load() == State(model="m" * 64)
+    lines = [r.getMessage() for r in caplog.records]
+    assert f"process {holder.pid} " in lines[0]
+    assert FILE in lines[0]
+    assert len(lines) == 2, "one as it waits, one as it goes on"
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_waits_for_a_lock_can_be_stopped_and_has_written_nothing(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage:
+        with locked(tmp_path / FILE), wait_hook(after(3, fail)), pytest.raises(EndedError):
+            storage.put_settings({"n": 1})
+        assert storage.settings() is None
+        storage.put_settings({"n": 2})
+        assert storage.settings() == {"n": 2}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_database_that_another_program_has_for_itself_is_waited_for(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"n": 1})
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")  # not even readers may use it
+    with wait_hook(after(4, other.close)), Storage.at(tmp_path) as storage:
+        assert storage.settings() == {"n": 1}
+
+
+def test_a_lock_that_ends_a_statement_is_no_damage(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / FILE, timeout=0)
+    with Storage.at(tmp_path), locked(tmp_path / FILE), pytest.raises(BusyError) as raised, translated("sqlite:///x"):
+        other.execute("DELETE FROM meta")
+    assert raised.value.hint
+    assert "backup" not in raised.value.hint
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_register_of_certificates_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "register"
+    register = Register(path, lambda line: None)
+    other = os.open(path, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with (
+        caplog.at_level(logging.WARNING, logger="fedprune"),
+        wait_hook(after(3, lambda: os.close(other))),
+        register.held(),
+    ):
+        register.append({"n": 1})
+    assert str(path) in caplog.records[0].getMessage()
+
+
+@pytest.mark.postgresql
+@pytest.mark.usefixtures("quick")
+def test_a_lock_in_postgresql_is_waited_for_and_its_session_named(
+    postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = postgres.database()
+    with Storage(url) as storage, Database(url) as other:
+        storage.put_settings({"n": 1})
+        with other.engine.connect() as holder:
+            session = holder.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+            holder.exec_driver_sql("SELECT * FROM meta FOR UPDATE")
+            with caplog.at_level(logging.WARNING, logger="fedprune"), wait_hook(after(2, holder.rollback)):
+                storage.put_settings({"n": 2})
+        assert storage.settings() == {"n": 2}
+        assert f"session {session} " in caplog.records[0].getMessage()
+        with storage.database.reading() as reader, other.reading() as again:
+            assert reader.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+            assert again.exec_driver_sql("SHOW lock_timeout").scalar() != "0"
+
+
+@pytest.mark.postgresql
+@pytest.mark.usefixtures("quick")
+def test_a_session_that_stops_within_a_transaction_loses_its_locks(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "TRANSACTION_IDLE_S", 1)
+    url = postgres.database()
+    with Storage(url) as storage, Database(url) as frozen:
+        storage.put_settings({"n": 1})
+        holder = frozen.engine.connect()
+        holder.exec_driver_sql("SELECT * FROM meta FOR UPDATE")  # and then its process does nothing more
+        storage.put_settings({"n": 2})
+        assert storage.settings() == {"n": 2}
+        holder.invalidate()
+        holder.close()

@@ -1,0 +1,111 @@
+"""Patience with locks that other processes hold: it logs who is waited for, and lets the waiting thread show life.
+
+A lock is waited for without end, because its holder may be stopped (Ctrl-Z), slow, or wait for a slow disk, and ending
+here would cost more than waiting. Whoever must not wait without end sets a hook that raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from fedprune.core.text import one_line
+
+_LOG = logging.getLogger("fedprune")
+
+_HOOK: ContextVar[Callable[[], object] | None] = ContextVar("fedprune_wait_hook", default=None)
+
+SAID_AFTER_S = 1.0
+"""A lock that is free again sooner is no news."""
+
+_SAID_AGAIN_S = 60.0
+_MAX_COMMAND = 100
+
+
+@contextmanager
+def wait_hook(hook: Callable[[], object]) -> Iterator[None]:
+    """Call `hook` again and again while this thread waits for a lock or its database; it ends the wait by raising."""
+    token = _HOOK.set(hook)
+    try:
+        yield
+    finally:
+        _HOOK.reset(token)
+
+
+def call_wait_hook() -> None:
+    """Call this thread's hook, if it has one; at least once in two seconds of a wait."""
+    if (hook := _HOOK.get()) is not None:
+        hook()
+
+
+class LockWait:
+    """One wait for a lock. Its owner calls `note` after each attempt that failed, and `done` after the one that
+    succeeded.
+
+    Args:
+        what: What is locked.
+        holders: Names who has the lock now.
+    """
+
+    def __init__(self, what: str, holders: Callable[[], Sequence[str]]) -> None:
+        self._what, self._holders = what, holders
+        self._since: float | None = None
+        self._said_at: float | None = None
+
+    def note(self) -> None:
+        """Log whom this waits for, first after a second and then once a minute; raises what the hook raises."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        elif now - self._since >= SAID_AFTER_S and (self._said_at is None or now - self._said_at >= _SAID_AGAIN_S):
+            self._said_at = now
+            _LOG.warning(
+                "waiting for %s, which is locked by %s; waited %.0f s so far, nothing is lost",
+                self._what, " and ".join(self._holders()) or "another process", now - self._since,
+            )  # fmt: skip
+        call_wait_hook()
+
+    def done(self) -> None:
+        if self._said_at is not None and self._since is not None:
+            _LOG.info("%s is free again after %.0f s", self._what, time.monotonic() - self._since)
+
+
+def file_lock_holders(*paths: Path) -> list[str]:
+    """The other processes that hold exclusive locks on files, each with its id, its command, and whether it is stopped;
+    empty where the kernel doesn't tell.
+
+    The files are not opened: closing a file gives up all POSIX locks on it that this process has.
+    """
+    inodes = set()
+    for path in paths:
+        try:
+            inodes.add(str(path.stat().st_ino))
+        except OSError:  # noqa: PERF203 - a file that is gone has no lock
+            continue
+    try:
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return []
+    holders = set()
+    for line in lines:
+        # "3: POSIX  ADVISORY  WRITE 4711 fe:00:123456 120 120"; one that only waits has "->" after its number.
+        words = line.split()
+        if len(words) >= 6 and "->" not in words and words[3] == "WRITE" and words[5].rpartition(":")[2] in inodes:
+            holders.add(int(words[4]))
+    return [_process(pid) for pid in sorted(holders - {os.getpid()}) if pid > 0]
+
+
+def _process(pid: int) -> str:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return f"process {pid}"
+    command = one_line(" ".join(arguments).strip(), _MAX_COMMAND)
+    stopped = f", which is stopped: continue it with `kill -CONT {pid}`, or end it" if state in ("T", "t") else ""
+    return f"process {pid} ({command}){stopped}" if command else f"process {pid}{stopped}"
