@@ -25,6 +25,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.closing import Closing
 from fedprune.core.errors import BrokerError, ProtocolError, StorageError
+from fedprune.core.json_file import decode_json
 from fedprune_server.transfer.http_server import shut
 
 log = logging.getLogger("fedprune.server")
@@ -159,7 +160,7 @@ class Channel(Closing):
 
     def _text(self, text: str) -> None:
         try:
-            found = json.loads(text)
+            found = decode_json(text)
             for message in found if found and isinstance(found, list) else (found,):
                 self._message(message)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
@@ -12,12 +11,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedprune.core.errors import ProtocolError, shown
+from fedprune.core.json_file import decode_json
+from fedprune.core.validation import whole_text
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import NEEDED, may
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.records import DEVICE_STATES, LEVELS, STATUSES
-from fedprune_server.web.state.status import Page
+from fedprune_server.web.state.status import MAX_SIZE, Page
 
 PREFIX = "/api/v1"
 _MAX_Q = 100
@@ -101,8 +102,11 @@ def router(console: Console) -> APIRouter:
         return JSONResponse({"items": console.orders.latest()})
 
     @routes.get("/orders/{number}")
-    async def order(number: int) -> Response:
-        found = console.orders.get(number)
+    async def order(number: str) -> Response:
+        try:
+            found = console.orders.get(whole_text("number", number, error=ProtocolError))
+        except ProtocolError as error:
+            return JSONResponse({"error": str(error)}, 422)
         if found is None:
             raise HTTPException(404)
         return JSONResponse(found)
@@ -112,7 +116,7 @@ def router(console: Console) -> APIRouter:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return JSONResponse({"error": "expected application/json"}, 415)
         try:
-            body = json.loads(await request.body())
+            body = decode_json(await request.body())
         except (ValueError, RecursionError):
             return JSONResponse({"error": "the body is no JSON"}, 422)
         try:
@@ -139,9 +143,12 @@ def router(console: Console) -> APIRouter:
 def _paging(request: Request, size: int = 50) -> dict[str, int]:
     query = request.query_params
     try:
-        return {"page": int(query.get("page", "1")[:9]), "size": int(query.get("size", str(size))[:9])}
-    except ValueError as error:
-        raise ValueError("expected whole numbers for page and size") from error
+        return {
+            "page": whole_text("page", query.get("page", "1"), 1, error=ProtocolError),
+            "size": whole_text("size", query.get("size", str(size)), 1, MAX_SIZE, error=ProtocolError),
+        }
+    except ProtocolError as error:
+        raise ValueError(str(error)) from error
 
 
 def _filters(request: Request, *names: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ from urllib.parse import parse_qs
 
 import anyio
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -45,12 +44,6 @@ def make_routes(console: Console) -> FastAPI:
     @app.exception_handler(FedpruneError)
     async def failed(_: Request, error: FedpruneError) -> Response:
         return JSONResponse({"error": error.what}, 503)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # Named by its last part only: what was sent is not repeated.
-        said = "; ".join(f"{e['loc'][-1]}: {e['msg'][:1].lower()}{e['msg'][1:]}" for e in error.errors()[:5])
-        return JSONResponse({"error": said}, 422)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

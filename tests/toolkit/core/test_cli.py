@@ -17,6 +17,7 @@ from fedprune.core.cli import (
     DEBUG,
     check_command,
     ended_by_signals,
+    hours,
     print_json,
     run_command,
     seconds,
@@ -126,6 +127,17 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
             ["look", "--number", "1", "--share", "x"],
             "argument --share: expected a number, got 'x'. See `tool look --help`.\n",
         ),
+        (
+            ["look", "--number", f"{2**70}"],
+            f"argument --number: expected a whole number of at most 64 bits, got '{2**70}'. See `tool look --help`.\n",
+        ),
+        *(
+            (
+                ["look", "--number", "1", "--share", text],
+                f"argument --share: expected a finite number, got '{text}'. See `tool look --help`.\n",
+            )
+            for text in ("nan", "inf", "1e999")
+        ),
         (["look"], "the following arguments are required: --number. See `tool look --help`.\n"),
         (["look", "--number", "1", "more"], "unrecognized arguments: more. See `tool --help`.\n"),
         ([], "the following arguments are required: COMMAND. See `tool --help`.\n"),
@@ -226,10 +238,11 @@ def test_a_module_of_our_own_is_no_missing_extra(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(whole_number, t) for t in ("0", "-4", "1.5", "many")] + [(seconds, t) for t in ("0", "-1", "inf", "nan", "soon")],
+    [(whole_number, t) for t in ("0", "-4", "1.5", "many", str(2**63), "9" * 5000)]
+    + [(kind, t) for kind in (seconds, hours) for t in ("0", "-1", "inf", "nan", "soon", "1e300")],
 )
 def test_a_number_out_of_range_is_refused_in_words(kind: Callable[[str], object], text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=f"above 0, got '{text}'"):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"above 0.*, got '{text}'"):
         kind(text)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
+from fedprune.core.validation import MAX_INT
 from fedprune.output.examples import add_examples
 from fedprune.output.spinner import spinner
 
@@ -41,6 +42,12 @@ _NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
 """argparse's message for what is no number."""
 
 _KINDS = {"int": "whole number", "float": "number"}
+
+_MAX_SECONDS = 1e6
+"""Eleven days: poll(2) takes milliseconds in 32 bits."""
+
+_MAX_HOURS = 100 * 365 * 24.0
+"""A century: a longer time from now is no date that every library can show."""
 
 _RECIPE_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
 """Settings of a recipe that are lists."""
@@ -171,8 +178,22 @@ def whole_number(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    if not 1 <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, of at most 64 bits, got {text!r}")
+    return value
+
+
+def _bounded_int(text: str) -> int:
+    value = int(text)
+    if not -MAX_INT <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, got {text!r}")
+    return value
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
     return value
 
 
@@ -218,13 +239,13 @@ def _json_or_text(text: str) -> Any:
 
 
 def seconds(text: str) -> float:
-    """A time of an option: finite and above 0."""
-    return _above_zero(text, "seconds")
+    """A time of an option: above 0, and no longer than any call of the system waits."""
+    return _above_zero(text, "seconds", _MAX_SECONDS)
 
 
 def hours(text: str) -> float:
-    """A time of an option: finite and above 0."""
-    return _above_zero(text, "hours")
+    """A time of an option: above 0, and no longer than dates reach."""
+    return _above_zero(text, "hours", _MAX_HOURS)
 
 
 def joules(text: str) -> float:
@@ -237,13 +258,15 @@ def rate(text: str) -> float:
     return _above_zero(text, "")
 
 
-def _above_zero(text: str, unit: str) -> float:
+def _above_zero(text: str, unit: str, most: float = sys.float_info.max) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number {f'of {unit} ' if unit else ''}above 0, got {text!r}")
+    if not 0 < value <= most:
+        limit = "" if most == sys.float_info.max else f" and at most {most:g}"
+        kind = f"a number of {unit}" if unit else "a number"
+        raise argparse.ArgumentTypeError(f"expected {kind} above 0{limit}, got {text!r}")
     return value
 
 
@@ -277,14 +300,16 @@ def _describe(parser: argparse.ArgumentParser) -> None:
 
 
 def _shorten(parser: argparse.ArgumentParser) -> None:
-    """Let a parser and those of its subcommands report errors in one line, without the usage, and take words that may
-    be missing also behind options, as in `devices revoke --state DIR NAME`."""
+    """Let a parser and those of its subcommands report errors in one line, without the usage, refuse numbers beyond 64
+    bits, and take words that may be missing also behind options, as in `devices revoke --state DIR NAME`."""
 
     def error(message: str) -> NoReturn:
         _say(f"{_reworded(message)}. See `{parser.prog} --help`.")
         raise SystemExit(int(ExitCode.USAGE))
 
     parser.error = error  # type: ignore[method-assign]
+    parser.register("type", int, _bounded_int)
+    parser.register("type", float, _finite_float)
     parser.allow_abbrev = False  # --round is no --rounds
     if any(not action.option_strings and action.nargs == "?" for action in parser._actions):
         parse = parser.parse_known_args

@@ -1,13 +1,43 @@
-"""JSON files: what people and other programs write."""
+"""JSON that people, other programs and other machines write."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import MOST_BYTES, read_file
 from fedprune.core.errors import FedpruneError, reason, remedy
+from fedprune.core.validation import MAX_INT
+
+_MAX_DIGITS = 20
+"""Characters of `MAX_INT` and its sign; longer whole numbers are not parsed, which takes quadratic time."""
+
+_MOST_DIGITS = 1000
+"""Characters of what is still a number, though no float64 has more than 309 digits before its point."""
+
+
+def decode_json(text: str | bytes) -> Any:
+    """The value of JSON from a network. Raises `ValueError`, also for NaN and infinities, which aren't JSON, and
+    `RecursionError` for one that is nested too deeply.
+
+    A whole number of more than 64 bits, which no database, array or clock could take, is read as infinity, as 1e999 is:
+    no check of a number accepts it, and the error of the check names the field.
+    """
+    return json.loads(text, parse_int=_whole, parse_constant=_refuse)
+
+
+def _whole(text: str) -> int | float:
+    if len(text) <= _MAX_DIGITS and -MAX_INT <= (value := int(text)) <= MAX_INT:
+        return value
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return -math.inf if text.startswith("-") else math.inf
+
+
+def _refuse(word: str) -> float:
+    raise ValueError(f"a number that is not finite: {word}")
 
 
 def read_json(path: Path, error: type[FedpruneError], most: int = MOST_BYTES) -> Any:

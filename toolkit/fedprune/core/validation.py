@@ -22,6 +22,7 @@ _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
 """No control characters other than line ends and tabs, no halves of surrogate pairs."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_DECIMAL = re.compile(r"-?[0-9]{1,19}")
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 
 Error = type[FedpruneError]
@@ -73,6 +74,14 @@ def number(
 def whole(what: str, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
     if is_whole(value, low, high):
         return value
+    raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
+
+
+def whole_text(what: str, value: str, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
+    """A whole number in a text, such as a part of a web address."""
+    # The length first: parsing millions of digits takes seconds.
+    if _DECIMAL.fullmatch(value) and is_whole(number := int(value), low, high):
+        return number
     raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
 
 

@@ -18,6 +18,7 @@ from fedprune.core import validation as check
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, shown
+from fedprune.core.json_file import decode_json
 from fedprune.core.text import one_line
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
@@ -100,7 +101,7 @@ class Release:
             if len(data) > MAX_MANIFEST:
                 raise ProtocolError("size", expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
             try:
-                body = json.loads(data)
+                body = decode_json(data)
             except (ValueError, RecursionError) as error:
                 raise ProtocolError("content", expected="JSON") from error
             return cls._checked(body)

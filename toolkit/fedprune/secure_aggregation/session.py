@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 
 from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.core.json_file import decode_json
 from fedprune.core.validation import whole
 from fedprune.security.keys import transcript
 
@@ -107,7 +108,7 @@ class Session:
     def from_bytes(cls, raw: bytes) -> Session:
         """Read what `to_bytes` gives. Raises `ProtocolError`."""
         try:
-            body = json.loads(raw)
+            body = decode_json(raw)
             return cls(**{**body, "context": bytes.fromhex(body["context"])})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ProtocolError("settings of a secure sum", expected="JSON of its settings", got=shown(raw)) from error

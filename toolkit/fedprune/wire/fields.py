@@ -18,7 +18,8 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 
 from fedprune.blobs.blob_ref import MAX_BLOB, BlobRef
 from fedprune.core import validation
-from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
+from fedprune.core.errors import ProtocolError, UnknownMessageError, reason, shown
+from fedprune.core.json_file import decode_json
 from fedprune.core.validation import MAX_INT
 from fedprune.wire.topics import check_device, check_job, check_name
 from fedprune.wire.urls import MAX_UPLOAD_URL, MAX_URL, UPLOAD_PATTERN, URL_PATTERN, BlobUrl, UploadUrl
@@ -364,11 +365,11 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
     """
     try:
         # UTF-8 alone: `json` would recognise other encodings, in which no one finds a type without parsing.
-        body = json.loads(str(raw, "utf-8"), parse_constant=_refuse_constant)
+        body = decode_json(str(raw, "utf-8"))
     except RecursionError as error:
         raise ProtocolError(f"{what} is nested too deeply") from error
     except ValueError as error:
-        raise ProtocolError(f"{what} is not JSON", got=shown(bytes(raw))) from error
+        raise ProtocolError(f"{what} is not JSON of ours ({reason(error)})", got=shown(bytes(raw))) from error
     if not isinstance(body, dict):
         raise ProtocolError(what, expected="a JSON object", got=shown(body))
     version = body.get("v")
@@ -387,7 +388,3 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
         if name not in body:
             raise ProtocolError(f"{kind}: field {name}", expected="a value", got="nothing")
     return cls(**{name: body[name] for name in field_types(cls) if name in body})
-
-
-def _refuse_constant(word: str) -> float:
-    raise ValueError(word)

@@ -22,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.validation import whole_text
 from fedprune.output import chart
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
@@ -284,8 +285,10 @@ def install(app: FastAPI, console: Console) -> None:
 
 def _page(request: Request) -> int:
     """The requested page number; 1 if it is invalid."""
-    text = request.query_params.get("page", "1")
-    return max(1, int(text)) if text.isascii() and text.isdecimal() and len(text) < 10 else 1
+    try:
+        return whole_text("page", request.query_params.get("page", "1"), 1, error=ProtocolError)
+    except ProtocolError:
+        return 1
 
 
 def _link(path: str, now: Mapping[str, str]) -> Callable[..., str]:
