@@ -42,6 +42,7 @@ from fedprune_server.monitoring.alerts import SHOWN, at, command, day, evaluate
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
+from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.state_folder import LOCK, MODEL, folders
@@ -108,7 +109,11 @@ def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
 def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
     broken = list(identity(folder))
-    gone = revoked(folder) if not broken else frozenset[str]()
+    gone, members = frozenset[str](), not broken and (folder / IDENTITY).is_dir()
+    try:
+        gone = within(timeout, lambda: revoked(folder)) if members else gone
+    except FedpruneError:  # whose database it is, the folder's own, is told below
+        members = False
     live = read_recorded(folder) if held(folder / LOCK) else Recorded()
     away = frozenset(region.name for region in live.regions)
     cases: list[Case] = []
@@ -117,19 +122,14 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
         try:
             case, event_at = within(timeout, lambda part=part: _case(part, gone, away))  # type: ignore[misc]
         except FedpruneError as error:
-            yield wrong(
-                "database",
-                f"the database of {part} can't be read: {error}",
-                "it holds all that the job is",
-                f"see that it runs and can be reached; then {command('check', *at(part))}, or restore a backup",
-            )
+            yield _unreadable(part, error)
+            members = members and part != folder
             continue
         events += [] if event_at is None else [event_at]
         cases.append(case)
         yield from findings(case)
     yield from broken
     server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
-    members = not broken and (folder / IDENTITY).is_dir()
     site = Site(folder, server, held(folder / LOCK), members, cases, max(events, default=None), live, timeout)
     found: set[str] = set()
     for check in CHECKS:
@@ -137,6 +137,14 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
             if finding.kind != "broker" or "broker" not in found:
                 yield finding
             found.add(finding.kind)
+
+
+def _unreadable(folder: Path, error: FedpruneError) -> Finding:
+    if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
+        advice = "see that it runs, that this machine reaches it, and who has locked it; the server goes on by itself"
+    else:
+        advice = f"{command('check', *at(folder))}, or restore a backup"
+    return wrong("database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice)
 
 
 def _checked(check: Callable[[Site], Iterable[Finding]], site: Site) -> Iterator[Finding]:

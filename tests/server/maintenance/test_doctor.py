@@ -402,6 +402,20 @@ def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFix
     assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["database"]
 
 
+@pytest.mark.usefixtures("roomy")
+def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    IdentityFolder.make(folder, "default").close()
+    assert main(["doctor", "--state", str(folder), "--json"]) in (ExitCode.OK, ExitCode.FOUND)
+    before = [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+    (folder / "database").write_text("postgresql+psycopg://fedprune@127.0.0.1:1/none\n")  # where nobody listens
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [f["kind"] for f in found].count("database") == 1
+    assert {f["kind"] for f in found} - {"database"} <= set(before)
+
+
 @pytest.mark.parametrize("progress", ["folded", "refused"])
 def test_a_boards_reason_is_told_to_its_end(progress: str) -> None:
     reason = "its update stands out: tensor bn3.weight: it moved 6.85 times as far as is usual; 0.48 of that counted"

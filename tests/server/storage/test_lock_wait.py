@@ -209,3 +209,10 @@ def test_a_session_that_stops_within_a_transaction_loses_its_locks(
         assert storage.settings() == {"n": 2}
         holder.invalidate()
         holder.close()
+
+
+def test_who_waits_for_a_database_that_is_away_shows_that_it_lives_and_can_be_stopped() -> None:
+    pytest.importorskip("psycopg")
+    nowhere = "postgresql+psycopg://fedprune@127.0.0.1:1/none"
+    with Database(nowhere) as away, wait_hook(fail), pytest.raises(EndedError):
+        away.read(lambda connection: connection.exec_driver_sql("SELECT 1"))
