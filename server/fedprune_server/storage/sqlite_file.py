@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,33 @@ def sqlite_errors(path: Path, hint: str) -> Iterator[None]:
             holders = " and ".join(_holders(path)) or "another process"
             raise BusyError(f"{path} is locked by {holders}", hint="Wait until it is done, or end it.") from error
         raise StorageError(f"{path}: {error}", hint=hint) from error
+
+
+class ReaderPool(Closing):
+    """Connections of one database that only read, so that no thread waits for another one's query.
+
+    There are as many as queries run at a time; `connect` makes one.
+    """
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        self._connect = connect
+        self._free: list[sqlite3.Connection] = []
+
+    def close(self) -> None:
+        """Close the connections; none may be in use."""
+        while self._free:
+            self._free.pop().close()
+
+    def rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        """All rows of a query. Raises `sqlite3.Error`."""
+        try:
+            connection = self._free.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            return connection.execute(query, values).fetchall()
+        finally:
+            self._free.append(connection)
 
 
 def is_sqlite_locked(error: BaseException) -> bool:

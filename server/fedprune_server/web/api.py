@@ -1,14 +1,18 @@
-"""The console's API for its own pages, and for programs that log in like them: JSON below `/api/v1`."""
+"""The console's API for its own pages, and for programs that log in like them: JSON below `/api/v1`.
+
+What reads or writes a database is a plain function, which runs in a thread: a query of a large fleet takes long enough
+to delay everybody else on the event loop.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from fedprune.core.errors import ProtocolError, shown
 from fedprune.core.json_file import decode_json
@@ -16,6 +20,7 @@ from fedprune.core.validation import whole_text
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import NEEDED, may
 from fedprune_server.web.context import Console, session_of
+from fedprune_server.web.events import LiveStream
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.records import DEVICE_STATES, LEVELS, STATUSES
 from fedprune_server.web.state.status import MAX_SIZE, Page
@@ -30,28 +35,28 @@ def router(console: Console) -> APIRouter:
     routes, view = APIRouter(prefix=PREFIX), console.view
 
     @routes.get("/me")
-    async def me(request: Request) -> Response:
+    def me(request: Request) -> Response:
         session = session_of(request)
         orders = sorted(k for k, role in NEEDED.items() if may(session.operator.role, role))
         body = {"name": session.operator.name, "role": session.operator.role, "csrf": session.csrf}
         return JSONResponse({**body, "orders": orders, "server_takes": view.orders})
 
     @routes.get("/site")
-    async def site() -> Response:
+    def site() -> Response:
         body = {"site": view.site, "ready": view.ready, "silent_s": view.silent_s, "counts": view.counts}
         return JSONResponse({**body, "jobs": view.jobs})
 
     @routes.get("/jobs")
-    async def jobs() -> Response:
+    def jobs() -> Response:
         return JSONResponse({"items": view.jobs})
 
     @routes.get("/rounds")
-    async def rounds(request: Request) -> Response:
+    def rounds(request: Request) -> Response:
         job = request.query_params.get("job") or next((j["name"] for j in view.jobs), "")
         return _page(lambda: view.rounds(job, **_paging(request)), job=job)
 
     @routes.get("/devices")
-    async def devices(request: Request) -> Response:
+    def devices(request: Request) -> Response:
         query = request.query_params
         sort, q = query.get("sort", "name"), query.get("q", "")[:_MAX_Q]
 
@@ -62,7 +67,7 @@ def router(console: Console) -> APIRouter:
         return _page(find, counts=view.counts)
 
     @routes.get("/devices/{name}")
-    async def device(name: str) -> Response:
+    def device(name: str) -> Response:
         try:
             row = view.device(check_device(name))
         except ProtocolError as error:
@@ -72,37 +77,37 @@ def router(console: Console) -> APIRouter:
         return JSONResponse({"device": row, "details": view.details(name), "log": view.board_log(name)})
 
     @routes.get("/coverage")
-    async def coverage(request: Request) -> Response:
+    def coverage(request: Request) -> Response:
         job = request.query_params.get("job") or next((j["name"] for j in view.jobs), "")
         return JSONResponse({"coverage": view.coverage(job)})
 
     @routes.get("/rollouts")
-    async def rollouts() -> Response:
+    def rollouts() -> Response:
         return JSONResponse({"items": view.rollouts, "releases": view.releases})
 
     @routes.get("/alerts")
-    async def alerts(request: Request) -> Response:
+    def alerts(request: Request) -> Response:
         return _page(lambda: view.alerts(**_paging(request), gone=_filters(request, "gone").get("gone") != "no"))
 
     @routes.get("/logs")
-    async def logs(request: Request) -> Response:
+    def logs(request: Request) -> Response:
         q = request.query_params.get("q", "")[:_MAX_Q]
         names = ("level", "device", "job")
         return _page(lambda: view.lines(**_paging(request, 100), q=q, only=_filters(request, *names)))
 
     @routes.get("/audit")
-    async def audit(request: Request) -> Response:
+    def audit(request: Request) -> Response:
         if not may(session_of(request).operator.role, "admin"):
             return JSONResponse({"error": "the audit log needs the role admin"}, 403)
         operator = request.query_params.get("operator")
         return _page(lambda: console.audit.page(**_paging(request), operator=operator))
 
     @routes.get("/orders")
-    async def orders() -> Response:
+    def orders() -> Response:
         return JSONResponse({"items": console.orders.latest()})
 
     @routes.get("/orders/{number}")
-    async def order(number: str) -> Response:
+    def order(number: str) -> Response:
         try:
             found = console.orders.get(whole_text("number", number, error=ProtocolError))
         except ProtocolError as error:
@@ -120,22 +125,19 @@ def router(console: Console) -> APIRouter:
         except (ValueError, RecursionError):
             return JSONResponse({"error": "the body is no JSON"}, 422)
         try:
-            number = console.orders.give(session_of(request), request.state.address, body)
+            number = await run_in_threadpool(console.orders.give, session_of(request), request.state.address, body)
         except RefusedError as error:
             return JSONResponse({"error": error.text}, error.status)
         return JSONResponse({"order": number}, 202)
 
     @routes.get("/events")
-    async def events(request: Request) -> Response:
+    def events(request: Request) -> Response:
         session, token = session_of(request), request.state.token
-        if console.streams.full(session.operator.name):
-            return JSONResponse({"error": "too many streams are open"}, 429)
 
         def allowed() -> bool:
             return console.sessions.find(token, used=False) is not None
 
-        stream: AsyncIterator[str] = console.streams.stream(session.operator.name, view.ready, allowed)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        return LiveStream(console.streams, session.operator.name, ready=view.ready, allowed=allowed)
 
     return routes
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from collections.abc import Mapping
 from urllib.parse import parse_qs
 
 import anyio
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -54,7 +56,7 @@ def make_routes(console: Console) -> FastAPI:
         return JSONResponse({"ok": True})
 
     @app.get("/readyz")
-    async def readyz() -> Response:
+    def readyz() -> Response:
         ready = console.view.ready
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
@@ -68,7 +70,7 @@ def make_routes(console: Console) -> FastAPI:
         return answer
 
     @app.get("/login")
-    async def login_form(request: Request) -> Response:
+    def login_form(request: Request) -> Response:
         target = safe_path(request.query_params.get("next"))
         if request.state.session is not None:
             return RedirectResponse(target, 303)
@@ -78,32 +80,45 @@ def make_routes(console: Console) -> FastAPI:
     async def login(request: Request) -> Response:
         fields = await _fields(request)
         name, password, target = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
-        expected = console.sessions.login_token(request.cookies.get(console.around.login_cookie, ""))
-        if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
-            return form(request, 403, "The form was open for too long. Try again.", target)
-        address = request.state.address
-        wait = console.throttle.wait_s(name[:64], address)
-        if wait > 0:
-            answer = form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", target)
-            answer.headers["retry-after"] = str(int(wait) + 1)
-            return answer
         if waiting[0] >= _QUEUE:
-            return form(request, 503, "Too many are logging in. Try again in a moment.", target)
-        # Counted before it is known, so that many at once are no way round it.
-        console.throttle.failed(name[:64], address)
-        hashed, waiting[0] = console.accounts.hash_of(name), waiting[0] + 1
+            return await run_in_threadpool(
+                form, request, 503, "Too many are logging in. Try again in a moment.", target
+            )
+        waiting[0] += 1
         try:
+            refusal = await run_in_threadpool(refuse, request, fields, target)
+            if refusal is not None:
+                return refusal
+            hashed = await run_in_threadpool(console.accounts.hash_of, name)
             right = await anyio.to_thread.run_sync(console.accounts.fits, hashed, password, limiter=hashing)
         finally:
             waiting[0] -= 1
-        operator = console.accounts.get(name) if right else None
-        if operator is None or len(password) > MAX_PASSWORD or console.accounts.hash_of(name) != hashed:
-            await anyio.to_thread.run_sync(console.audit.failed, one_line(name, 64), address)
+        return await run_in_threadpool(log_in, request, fields, target, hashed if right else None)
+
+    def refuse(request: Request, fields: Mapping[str, str], target: str) -> Response | None:
+        """Refuse a login whose password isn't to be looked at; others count as failed from now on."""
+        expected = console.sessions.login_token(request.cookies.get(console.around.login_cookie, ""))
+        if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
+            return form(request, 403, "The form was open for too long. Try again.", target)
+        wait = console.throttle.enter(fields.get("name", "")[:64], request.state.address)
+        if wait == 0:
+            return None
+        answer = form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", target)
+        answer.headers["retry-after"] = str(int(wait) + 1)
+        return answer
+
+    def log_in(request: Request, fields: Mapping[str, str], target: str, hashed: str | None) -> Response:
+        """Begin a session of the operator whose password was right: the one that `hashed` was made of."""
+        name, address = fields.get("name", ""), request.state.address
+        operator = console.accounts.get(name) if hashed is not None else None
+        too_long = len(fields.get("password", "")) > MAX_PASSWORD
+        if operator is None or too_long or console.accounts.hash_of(name) != hashed:
+            console.audit.failed(one_line(name, 64), address)
             return form(request, 401, "Name or password is wrong.", target)
         console.throttle.succeeded(name, address)
         console.sessions.end(request.state.token)
-        token = await anyio.to_thread.run_sync(console.sessions.begin, operator, address)
-        await anyio.to_thread.run_sync(lambda: console.audit.note(name, address, "login", outcome="done"))
+        token = console.sessions.begin(operator, address)
+        console.audit.note(name, address, "login", outcome="done")
         answer = RedirectResponse(target, 303)
         _set(request, answer, console.around.cookie, token, int(LONGEST_S))
         _delete(request, answer, console.around.login_cookie)
@@ -115,8 +130,8 @@ def make_routes(console: Console) -> FastAPI:
         given = request.headers.get("x-csrf-token", fields.get("csrf", ""))
         if not hmac.compare_digest(given.encode(), session.csrf.encode()):
             return JSONResponse({"error": "the token is missing or wrong"}, 403)
-        console.sessions.end(request.state.token)
-        console.audit.note(session.operator.name, request.state.address, "logout")
+        await run_in_threadpool(console.sessions.end, request.state.token)
+        await run_in_threadpool(console.audit.note, session.operator.name, request.state.address, "logout")
         answer = RedirectResponse("/login", 303)
         _delete(request, answer, console.around.cookie)
         return answer

@@ -4,6 +4,7 @@ before the latest `AUDIT_KEPT` are deleted."""
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ fill the disk."""
 
 
 class Audit:
-    """The audit log. Every method raises `StorageError` if the disk fails or is full."""
+    """The audit log. Threads may share it. Every method raises `StorageError` if the disk fails or is full."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Audit:
         self._database = database
         self._clock, self._monotonic = clock, monotonic
         self._room, self._failed_at, self._unlisted = float(MOST_FAILED), monotonic(), 0
+        self._failing = threading.Lock()
 
     def note(
         self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
@@ -52,6 +54,10 @@ class Audit:
 
     def failed(self, name: str, address: str) -> None:
         """Note a failed login; of many in a short time only some get a line, and the next line counts the others."""
+        with self._failing:
+            self._note_failed(name, address)
+
+    def _note_failed(self, name: str, address: str) -> None:
         now = self._monotonic()
         self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
         self._failed_at = now

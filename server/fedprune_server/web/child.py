@@ -12,9 +12,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -35,6 +37,9 @@ from fedprune_server.web.state.status import FleetView
 
 CONNECTIONS = 400
 """Open connections; a further one takes the place of the one that has waited longest for its request."""
+
+THREADS = 8
+"""Requests that query databases at a time; others wait for their turn, not the event loop."""
 
 _SPARE = 100
 """Requests under way and connections about to close, beyond which the console answers that it is busy."""
@@ -129,12 +134,17 @@ async def _serve(
         loop.call_later(SWEEP_S, sweep)
         alive()
         connections.sweep()
-        console.orders.expire()
+        loop.run_in_executor(None, expire)
+
+    def expire() -> None:
+        with suppress(FedpruneError):  # the next sweep tries again
+            console.orders.expire()
 
     def show(home: HomeAssistantBridge) -> None:
         loop.call_later(EVERY_S, show, home)
         home.turn()
 
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
     watching = loop.create_task(watch(console.streams, console.view, console.orders))
     loop.call_soon(sweep)
     if home_assistant is not None:

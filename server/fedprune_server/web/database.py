@@ -16,7 +16,7 @@ from typing import Any
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.sqlite_file import BUSY_S, SqliteFile
+from fedprune_server.storage.sqlite_file import BUSY_S, ReaderPool, SqliteFile
 
 FILE = "console.db"
 """In the state folder."""
@@ -78,20 +78,26 @@ class ConsoleDatabase(Closing):
         hint = "If it is damaged, delete it and add the operators again."
         self._file = SqliteFile(path, _TABLES, VERSION, hint, wal=True)
         self._connection = self._file.connection
-        # What reads has a connection of its own: on one that waits to write it would wait, too.
-        self._reader = self._file.reader()
-        self._connection.row_factory = self._reader.row_factory = sqlite3.Row
+        # What reads has connections of its own: on one that waits to write it would wait, too.
+        self._readers = ReaderPool(self._make_reader)
+        self._connection.row_factory = sqlite3.Row
         self._writing = threading.RLock()
         self._writer = 0
 
     def close(self) -> None:
-        self._reader.close()
+        self._readers.close()
         self._connection.close()
+
+    def _make_reader(self) -> sqlite3.Connection:
+        reader = self._file.reader()
+        reader.row_factory = sqlite3.Row
+        return reader
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
         with self._file.errors():
-            inside = self._writer == threading.get_ident()  # of a transaction, whose changes it must see
-            return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
+            if self._writer == threading.get_ident():  # within a transaction, whose changes it must see
+                return [dict(r) for r in self._connection.execute(query, values)]
+            return [dict(r) for r in self._readers.rows(query, values)]
 
     def row(self, query: str, *values: object) -> dict[str, Any] | None:
         """The first row of a query."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fedprune.core.errors import FedpruneError
 from fedprune_server.web.state.orders import OrderService
@@ -82,31 +87,57 @@ class Streams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def full(self, operator: str) -> bool:
-        """Whether an operator may open no further stream."""
-        return len(self._open) >= MOST or sum(o == operator for o in self._open.values()) >= MOST_OF_ONE
+    @contextmanager
+    def entered(self, operator: str) -> Iterator[Pending | None]:
+        """A stream's changes from now on; None if an operator may open no further one. Only for the event loop, where
+        nothing comes between the check and the entry."""
+        if len(self._open) >= MOST or sum(o == operator for o in self._open.values()) >= MOST_OF_ONE:
+            yield None
+            return
+        pending = Pending()
+        self._open[pending] = operator
+        try:
+            yield pending
+        finally:
+            self._open.pop(pending)
 
     def send(self, kind: str, what: Any) -> None:
         for pending in self._open:
             pending.add(kind, what)
 
-    async def stream(self, operator: str, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Changes from now on, as server-sent events, while `allowed()` says that the operator is logged in."""
-        pending = Pending()
-        self._open[pending] = operator
-        try:
-            yield event("hello", {"ready": ready})
-            while allowed():
-                try:
-                    await asyncio.wait_for(pending.news.wait(), self._beat_s)
-                except asyncio.TimeoutError:
-                    yield ": still here\n\n"
-                    continue
-                if allowed():
-                    yield pending.take()
-            yield event("ended", {})
-        finally:
-            self._open.pop(pending, None)
+    async def events(self, pending: Pending, *, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
+        """Server-sent events of a stream, while `allowed()`, called in another thread, says that the operator is logged
+        in."""
+        yield event("hello", {"ready": ready})
+        while await run_in_threadpool(allowed):
+            try:
+                await asyncio.wait_for(pending.news.wait(), self._beat_s)
+            except asyncio.TimeoutError:
+                yield ": still here\n\n"
+                continue
+            if await run_in_threadpool(allowed):
+                yield pending.take()
+        yield event("ended", {})
+
+
+class LiveStream(Response):
+    """The answer to a request for a stream: its events, or a refusal of one too many, which is decided as it begins."""
+
+    def __init__(self, streams: Streams, operator: str, *, ready: bool, allowed: Callable[[], bool]) -> None:
+        super().__init__()
+        self._streams, self._operator = streams, operator
+        self._ready, self._allowed = ready, allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._streams.entered(self._operator) as pending:
+            answer: Response
+            if pending is None:
+                answer = JSONResponse({"error": "too many streams are open"}, 429)
+            else:
+                events = self._streams.events(pending, ready=self._ready, allowed=self._allowed)
+                headers = {"x-accel-buffering": "no"}
+                answer = StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            await answer(scope, receive, send)
 
 
 async def watch(streams: Streams, view: FleetView, orders: OrderService, every_s: float = LOOK_S) -> None:
@@ -115,9 +146,9 @@ async def watch(streams: Streams, view: FleetView, orders: OrderService, every_s
     while True:
         await asyncio.sleep(every_s)
         try:
-            changes = view.changes() + orders.answers()
+            changes = await run_in_threadpool(lambda: view.changes() + orders.answers())
             if len(streams) and any(kind == "devices" for kind, _ in changes):
-                streams.send("counts", view.counts)
+                streams.send("counts", await run_in_threadpool(lambda: view.counts))
             failing = False
         except FedpruneError as error:
             if not failing:

@@ -73,6 +73,17 @@ class Browser:
         pieces: list[bytes] | None = None,
     ) -> Reply:
         """Ask for something, in one piece or several."""
+        return asyncio.run(self.answer(method, path, body, headers, pieces))
+
+    async def answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        pieces: list[bytes] | None = None,
+    ) -> Reply:
+        """The same among other requests of one event loop."""
         given = {"host": self.host, **(headers or {})}
         if self.cookies:
             given["cookie"] = "; ".join(f"{k}={v}" for k, v in self.cookies.items())
@@ -95,7 +106,7 @@ class Browser:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        asyncio.run(self.app(scope, receive, send))
+        await self.app(scope, receive, send)
         start = next(m for m in sent if m["type"] == "http.response.start")
         found = [(k.decode().lower(), v.decode("latin-1")) for k, v in start.get("headers", [])]
         reply = Reply(start["status"], found, b"".join(m.get("body", b"") for m in sent))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -99,7 +100,7 @@ class SecurityMiddleware:
         state["address"], state["secure"] = self._client(scope, headers)
         answered = _answers(scope, send, state["secure"])
         try:
-            refusal = self._refusal(scope, headers, state)
+            refusal = await run_in_threadpool(self._refusal, scope, headers, state)  # it looks the session up
         except FedpruneError:
             refusal = 503, "the console's database can't be used"
         if refusal is not None:

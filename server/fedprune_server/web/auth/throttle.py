@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -43,13 +44,14 @@ PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
 
 
 class Throttle:
-    """Counts failed logins, over restarts of the console."""
+    """Counts failed logins, over restarts of the console. Threads may share it."""
 
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
         self._failures: OrderedDict[tuple[str, ...], _Failures] = OrderedDict()
         self._known: OrderedDict[tuple[str, ...], float] = OrderedDict()
+        self._lock = threading.RLock()
         for row in database.rows("SELECT * FROM throttle ORDER BY at"):
             self._failures[tuple(json.loads(row["key"]))] = _Failures(row["count"], row["at"], row["before"])
 
@@ -61,8 +63,21 @@ class Throttle:
             others = others[:1]
         return max(self._wait(key, limit, now) for key, limit in (both, *others))
 
+    def enter(self, account: str, address: str) -> float:
+        """Let a login be tried, which counts as failed until `succeeded` takes that back, so that many at once are no
+        way round the limits; returns the seconds until that is allowed, 0 if it may be tried now."""
+        with self._lock:
+            wait = self.wait_s(account, address)
+            if wait == 0:
+                self.failed(account, address)
+            return wait
+
     def failed(self, account: str, address: str) -> None:
-        """Count a login as failed, or as about to be tried: `succeeded` takes that back."""
+        """Count a login as failed."""
+        with self._lock:
+            self._count_failed(account, address)
+
+    def _count_failed(self, account: str, address: str) -> None:
         now = self._clock()
         for key, _ in self._keys(account, address):
             known = self._failures.pop(key, None)
@@ -79,6 +94,10 @@ class Throttle:
 
         What failed for the address in other names still counts: an attacker may have an account, too.
         """
+        with self._lock:
+            self._forgive(account, address)
+
+    def _forgive(self, account: str, address: str) -> None:
         both, *others = (key for key, _ in self._keys(account, address))
         self._failures.pop(both, None)
         for key in others:

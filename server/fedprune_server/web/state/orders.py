@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -61,7 +62,8 @@ class RefusedError(Exception):
 
 
 class OrderService:
-    """The console's side of the orders: checks them, adds them to the database and shows their answers."""
+    """The console's side of the orders: checks them, adds them to the database and shows their answers. Threads may
+    share it."""
 
     def __init__(
         self, view: FleetView, audit: Audit, database: ConsoleDatabase, clock: Callable[[], float] = time.time
@@ -71,6 +73,7 @@ class OrderService:
         self._database = database
         self._clock = clock
         self._latest: dict[str, deque[float]] = {}
+        self._giving = threading.Lock()  # one order after the other, so that limits hold for all at once
         self._open = {r["number"] for r in database.rows("SELECT number FROM orders WHERE state != 'done'")}
 
     def give(self, session: Session, address: str, body: object, expires_s: float = EXPIRES_S) -> int:
@@ -83,6 +86,10 @@ class OrderService:
         if not isinstance(kind, str) or kind not in NEEDED:
             raise RefusedError(422, f"expected an order: one of {', '.join(sorted(NEEDED))}")
         given = {k: body[k] for k in FIELDS if body.get(k) not in (None, "")}
+        with self._giving:
+            return self._give(session, address, kind, given, expires_s)
+
+    def _give(self, session: Session, address: str, kind: str, given: dict[str, Any], expires_s: float) -> int:
         operator = session.operator.name
         self._limit(operator)
         self._check(session, address, kind)
@@ -119,11 +126,12 @@ class OrderService:
 
     def answers(self) -> list[tuple[str, Any]]:
         """Orders that were answered since the last call, for live pages."""
-        if not self._open:
+        awaited = sorted(self._open)
+        if not awaited:
             return []
-        found = self._database.rows("SELECT number, state, ok, text FROM orders WHERE number >= ?", min(self._open))
+        found = self._database.rows("SELECT number, state, ok, text FROM orders WHERE number >= ?", awaited[0])
         done = [r for r in found if r["state"] == "done" and r["number"] in self._open]
-        self._open -= {r["number"] for r in done}
+        self._open.difference_update([r["number"] for r in done])
         return [("answer", {"order": r["number"], "ok": bool(r["ok"]), "text": r["text"]}) for r in done]
 
     def expire(self) -> None:

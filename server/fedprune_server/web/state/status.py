@@ -20,7 +20,7 @@ from typing import Any
 
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
-from fedprune_server.storage.sqlite_file import sqlite_errors
+from fedprune_server.storage.sqlite_file import ReaderPool, sqlite_errors
 from fedprune_server.web.state.records import Record, Row
 
 MAX_SIZE = 500
@@ -174,21 +174,23 @@ def encoded(body: Record | Row) -> str:
 
 
 class FleetView(Closing):
-    """The console's side: pages of what the server has written."""
+    """The console's side: pages of what the server has written. Threads may share it, but for `changes`, which is for
+    one at a time."""
 
     def __init__(self, path: Path, orders: str = "all", clock: Callable[[], float] = time.time) -> None:
         self.orders = orders
         self._path, self._clock = path, clock
-        with self._errors():
-            self._connection = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S, isolation_level=None,
-                check_same_thread=False,
-            )  # fmt: skip
-            self._connection.create_function("casefold", 1, str.casefold, deterministic=True)
+        self._readers = ReaderPool(self._connect)
         self._seen_devices, self._seen_records = self._latest("device_status"), self._latest("records")
 
     def close(self) -> None:
-        self._connection.close()
+        self._readers.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"{self._path.resolve().as_uri()}?mode=ro"
+        made = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        made.create_function("casefold", 1, str.casefold, deterministic=True)
+        return made
 
     @property
     def silent_s(self) -> float:
@@ -370,7 +372,7 @@ class FleetView(Closing):
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with self._errors():
-            return self._connection.execute(query, values).fetchall()
+            return self._readers.rows(query, values)
 
     def _errors(self) -> AbstractContextManager[None]:
         return sqlite_errors(self._path, "Start the server again: it makes the file again.")

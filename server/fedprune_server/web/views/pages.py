@@ -1,11 +1,13 @@
 """The console's pages: HTML from templates, whole without a script; scripts keep them live.
 
 Everything that a template shows is escaped; forms and orders carry the session's token. Pages order
-what the server publishes only on request: a device's plan, and a job's coverage.
+what the server publishes only on request: a device's plan, and a job's coverage. They are plain functions, which run in
+threads, because they query databases.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,6 +71,7 @@ class Pages:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._asked: dict[tuple[str, str], float] = {}
+        self._asking = threading.Lock()
         self._templates = Environment(
             loader=PackageLoader("fedprune_server.web", "templates"),
             autoescape=True,
@@ -123,9 +126,10 @@ class Pages:
         if kind not in self.allowed(session.operator.role):
             return False
         fresh = known is not None and now - known["at"] < again_s
-        if fresh or now - self._asked.get((kind, about), 0.0) < _PATIENCE_S:
-            return True
-        self._asked = {k: at for k, at in self._asked.items() if 0 <= now - at < _PATIENCE_S} | {(kind, about): now}
+        with self._asking:
+            if fresh or now - self._asked.get((kind, about), 0.0) < _PATIENCE_S:
+                return True
+            self._asked = {k: at for k, at in self._asked.items() if 0 <= now - at < _PATIENCE_S} | {(kind, about): now}
         try:
             body = {"order": kind, "device" if kind == "look" else "job": about}
             self._console.orders.give(session, request.state.address, body)
@@ -170,13 +174,13 @@ def install(app: FastAPI, console: Console) -> None:
     app.mount("/static", assets, name="static")
 
     @app.exception_handler(404)
-    async def missing(request: Request, error: HTTPException) -> Response:
+    def missing(request: Request, error: HTTPException) -> Response:
         if request.url.path.startswith("/api/") or request.state.session is None:
             return JSONResponse({"error": "not found"}, 404)
         return pages.draw(request, "missing", 404, what="There is no such page.")
 
     @app.get("/")
-    async def overview(request: Request) -> Response:
+    def overview(request: Request) -> Response:
         counts = view.counts
         return pages.draw(
             request,
@@ -191,7 +195,7 @@ def install(app: FastAPI, console: Console) -> None:
         )
 
     @app.get("/fleet")
-    async def fleet(request: Request) -> Response:
+    def fleet(request: Request) -> Response:
         query, counts = request.query_params, view.counts
         only = {k: v[:_MOST_Q] for k in _FILTERS if (v := query.get(k))}
         q, sort = query.get("q", "").strip()[:_MOST_Q], query.get("sort", "name")
@@ -209,7 +213,7 @@ def install(app: FastAPI, console: Console) -> None:
         )
 
     @app.get("/devices/{name}")
-    async def device(request: Request, name: str) -> Response:
+    def device(request: Request, name: str) -> Response:
         try:
             row = view.device(check_device(name))
         except ProtocolError:
@@ -234,7 +238,7 @@ def install(app: FastAPI, console: Console) -> None:
         )
 
     @app.get("/rounds")
-    async def rounds(request: Request) -> Response:
+    def rounds(request: Request) -> Response:
         jobs = view.jobs
         job = view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
         name = job["name"] if job else ""
@@ -255,11 +259,11 @@ def install(app: FastAPI, console: Console) -> None:
         )
 
     @app.get("/rollouts")
-    async def rollouts(request: Request) -> Response:
+    def rollouts(request: Request) -> Response:
         return pages.draw(request, "rollouts", rollouts=view.rollouts, releases=view.releases)
 
     @app.get("/alerts")
-    async def alerts(request: Request) -> Response:
+    def alerts(request: Request) -> Response:
         query, every = request.query_params, view.alerts(size=ROWS).items
         level, q = query.get("level", ""), query.get("q", "").strip()[:_MOST_Q]
         level = level if level in LEVELS else ""
@@ -276,7 +280,7 @@ def install(app: FastAPI, console: Console) -> None:
         )
 
     @app.get("/audit")
-    async def audit(request: Request) -> Response:
+    def audit(request: Request) -> Response:
         if not may(session_of(request).operator.role, "admin"):
             return pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
         entries = console.audit.page(_page(request), ROWS)
