@@ -75,6 +75,7 @@ class RolloutCoordinator:
         self._zero = 0.0
         self._connected = False
         self._heard_at: dict[str, float] = {}
+        self._reported: set[str] = set()  # boards whose last reports are not saved yet
         self._failures: dict[str, ReleaseReport] = {}
 
     def connected(self, up: bool) -> None:
@@ -127,6 +128,7 @@ class RolloutCoordinator:
         report_row = {"state": report.state, "reason": reason, "done": report.done, "total": report.total}
         moved = any(before.get(k) != report_row[k] for k in ("state", "done"))
         entry.reports[device] = {**report_row, "at": self._clock()}
+        self._reported.add(device)
         self._heard_at[device] = self._monotonic()
         if report.state == COMMITTED:
             self._do(entry, lambda r, now: r.well(device, now))
@@ -157,8 +159,8 @@ class RolloutCoordinator:
         if entry is not None and self._now() >= self._wake_time:
             self._do(entry, lambda r, at: r.tick(at))
         if entry is not None:
-            for device, board in entry.rollout.boards.items():
-                if board.fate is Fate.GIVEN and now >= self._heard_at.get(device, 0.0) + _AGAIN_S:
+            for device in entry.rollout.given:
+                if now >= self._heard_at.get(device, 0.0) + _AGAIN_S:
                     self._offer(entry, device)
 
     def _look(self) -> None:
@@ -183,6 +185,7 @@ class RolloutCoordinator:
             )
             return False
         self._entry, self._heard_at, self._wake_time = entry, {}, math.inf
+        self._reported.clear()
         self._zero = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._offered = self._store.releases()
@@ -212,13 +215,15 @@ class RolloutCoordinator:
     ) -> None:
         """Let the rollout take a step, and save it before any message of it is sent."""
         rollout = entry.rollout
-        stage, phase, failed = rollout.stage, rollout.phase, set(rollout.failures())
+        stage, phase = rollout.stage, rollout.phase
         commands = step(rollout, self._now())
         wakes = [c.at for c in commands if isinstance(c, Wake)]
         self._wake_time = min(wakes, default=self._wake_time)
-        late = set(rollout.failures()) - failed
+        # Failures are saved at once, so that what has changed and isn't saved has none of an earlier step.
+        late = {name for name in rollout.changed if rollout.boards[name].fate is Fate.FAILED}
         if keep or late or any(not isinstance(c, Wake) for c in commands):
-            self._store.save(entry.number, rollout, entry.reports)
+            self._store.save(entry.number, rollout, entry.reports, self._reported)
+            self._reported.clear()
         self._carry_out(entry, commands, late)
         if rollout.stage != stage and rollout.phase is RolloutPhase.RUNNING:
             log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, rollout.stages)

@@ -7,7 +7,7 @@ other's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import parse
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.storage import database_of
-from fedprune_server.storage.tables import ROLLOUTS, encoded
+from fedprune_server.storage.tables import ROLLOUT_BOARDS, ROLLOUTS, encoded, upsert
 
 FOLDER = "releases"
 _LOCK = "start.lock"
@@ -33,6 +33,7 @@ _LOCK = "start.lock"
 _C = ROLLOUTS.c
 _UNDER_WAY = _C.phase.in_((RolloutPhase.RUNNING.value, RolloutPhase.PAUSED.value))
 _IN_ORDER = sql.select(ROLLOUTS).order_by(_C.number)
+_BOARDS = sql.select(ROLLOUT_BOARDS).where(ROLLOUT_BOARDS.c.rollout == sql.bindparam("number"))
 
 Reports = dict[str, dict[str, Any]]
 """By board, its last report: state, reason, done, total, and when."""
@@ -154,14 +155,17 @@ class RolloutStore(Closing):
 
         return self._write(write)
 
-    def save(self, number: int, rollout: Rollout, reports: Mapping[str, Any]) -> None:
-        """Save a rollout's state and its boards' reports durably."""
+    def save(self, number: int, rollout: Rollout, reports: Mapping[str, Any], reported: Collection[str] = ()) -> None:
+        """Save a rollout's state durably, with the boards that have changed and those that have `reported`."""
+        rows = _board_rows(number, rollout, reports, rollout.changed.union(reported))
 
         def write() -> None:
             with self._database.writing() as connection:
-                _change(connection, _C.number == number, reports=encoded(reports), **_state(rollout))
+                _change(connection, _C.number == number, **_state(rollout))
+                upsert(connection, ROLLOUT_BOARDS, rows)
 
         self._database.patiently(write)
+        rollout.settle()
 
     def stop(self, reason: str) -> int:
         """Ask for the end of the rollout that is under way, which the server carries out; returns its number. Raises
@@ -203,11 +207,11 @@ class RolloutStore(Closing):
 
     def entries(self) -> list[RolloutEntry]:
         """All rollouts, the oldest first."""
-        return [self._entry(row) for row in self._rows(_IN_ORDER)]
+        return self._entries(_IN_ORDER)
 
     def under_way(self) -> list[RolloutEntry]:
         """Rollouts that have not ended: the last one, and those that it replaces and that are to stop."""
-        return [self._entry(row) for row in self._rows(_IN_ORDER.where(_UNDER_WAY))]
+        return self._entries(_IN_ORDER.where(_UNDER_WAY))
 
     def orders(self) -> list[tuple[Any, ...]]:
         """Number, `wish` and `hold` of the rollouts that have not ended."""
@@ -216,13 +220,13 @@ class RolloutStore(Closing):
 
     def offer(self, number: int) -> ReleaseOffer | None:
         """The message to a rollout's boards; None if there is no such rollout."""
-        found = self._rows(_IN_ORDER.where(_C.number == number))
-        return self._entry(found[0]).offer if found else None
+        found = self._rows(sql.select(_C.number, _C.offer).where(_C.number == number))
+        return self._offer(found[0]) if found else None
 
     def latest(self) -> RolloutEntry | None:
         """The rollout that was started last."""
-        found = self._rows(sql.select(ROLLOUTS).order_by(_C.number.desc()).limit(1))
-        return self._entry(found[0]) if found else None
+        found = self._entries(sql.select(ROLLOUTS).order_by(_C.number.desc()).limit(1))
+        return found[0] if found else None
 
     def releases(self) -> set[int]:
         return {int(row.release) for row in self._rows(sql.select(_C.release))}
@@ -243,17 +247,35 @@ class RolloutStore(Closing):
     def _rows(self, query: sql.Select[Any]) -> list[Any]:
         return self._database.read(lambda connection: list(connection.execute(query)))
 
-    def _entry(self, row: Any) -> RolloutEntry:
+    def _entries(self, query: sql.Select[Any]) -> list[RolloutEntry]:
+        def read(connection: sql.Connection) -> list[tuple[Any, list[Any]]]:
+            rows = list(connection.execute(query))
+            return [(row, list(connection.execute(_BOARDS, {"number": row.number}))) for row in rows]
+
+        return [self._entry(row, boards) for row, boards in self._database.read(read)]
+
+    def _entry(self, row: Any, boards: Sequence[Any]) -> RolloutEntry:
         try:
-            message, reports = parse(bytes(row.offer)), json.loads(row.reports)
-            if not isinstance(message, ReleaseOffer) or not isinstance(reports, dict):
-                raise ValueError("not an offer with reports")
-            rollout = Rollout.from_dict(json.loads(row.rollout))
-        except (ProtocolError, ValueError, TypeError, RecursionError) as error:
-            raise StorageError(f"{self._database.url}: rollout {row.number} is damaged ({error})") from error
+            head = json.loads(row.rollout)
+            rollout = Rollout.from_dict({**head, "boards": {board.device: json.loads(board.body) for board in boards}})
+            reports = {board.device: json.loads(board.report) for board in boards if board.report is not None}
+        except (StorageError, ValueError, TypeError, RecursionError) as error:
+            raise self._damage(row.number, error) from error
         return RolloutEntry(
-            row.number, row.at, message, row.joins, rollout, reports, row.wish, row.hold, row.prior, row.leaves
+            row.number, row.at, self._offer(row), row.joins, rollout, reports, row.wish, row.hold, row.prior, row.leaves
         )
+
+    def _offer(self, row: Any) -> ReleaseOffer:
+        try:
+            message = parse(bytes(row.offer))
+        except ProtocolError as error:
+            raise self._damage(row.number, error) from error
+        if not isinstance(message, ReleaseOffer):
+            raise self._damage(row.number, ValueError("no offer"))
+        return message
+
+    def _damage(self, number: int, error: Exception) -> StorageError:
+        return StorageError(f"{self._database.url}: rollout {number} is damaged ({error})")
 
 
 def _check_free(connection: sql.Connection, release: int, manifest: str) -> None:
@@ -292,7 +314,9 @@ def _running(connection: sql.Connection) -> tuple[int, str | None]:
 def _insert(connection: sql.Connection, offer: ReleaseOffer, rollout: Rollout, now: float, **values: int | None) -> int:
     row = {"at": now, "release": offer.number, "offer": offer.to_bytes(), **_state(rollout), **values}
     made = connection.execute(ROLLOUTS.insert().values(row)).inserted_primary_key
-    return int(made[0] if made else 0)
+    number = int(made[0] if made else 0)
+    upsert(connection, ROLLOUT_BOARDS, _board_rows(number, rollout, {}, rollout.boards))
+    return number
 
 
 def _change(connection: sql.Connection, where: sql.ColumnElement[bool], **values: str | None) -> None:
@@ -300,4 +324,18 @@ def _change(connection: sql.Connection, where: sql.ColumnElement[bool], **values
 
 
 def _state(rollout: Rollout) -> dict[str, str]:
-    return {"phase": rollout.phase.value, "rollout": encoded(rollout.to_dict())}
+    return {"phase": rollout.phase.value, "rollout": encoded(rollout.head())}
+
+
+def _board_rows(
+    number: int, rollout: Rollout, reports: Mapping[str, Any], names: Iterable[str]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "rollout": number,
+            "device": name,
+            "body": encoded(rollout.boards[name].to_dict()),
+            "report": encoded(reports[name]) if name in reports else None,
+        }
+        for name in sorted(names)
+    ]

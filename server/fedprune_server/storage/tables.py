@@ -85,7 +85,6 @@ ROLLOUTS = sql.Table(
     sql.Column("joins", sql.Boolean, nullable=False),
     sql.Column("phase", sql.String(16), nullable=False),
     sql.Column("rollout", sql.Text, nullable=False),
-    sql.Column("reports", sql.Text, nullable=False, default="{}"),
     sql.Column("wish", sql.Text),
     sql.Column("hold", sql.Text),
     sql.Column("prior", sql.Integer),
@@ -93,6 +92,16 @@ ROLLOUTS = sql.Table(
     sql.Column("changes", sql.Integer, nullable=False, default=1),
 )
 """Rollouts of the whole site (`fedprune_server.ota.store`), in the database of a server's first job."""
+
+ROLLOUT_BOARDS = sql.Table(
+    "rollout_boards",
+    TABLES,
+    sql.Column("rollout", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("device", sql.String(64), primary_key=True),
+    sql.Column("body", sql.Text, nullable=False),
+    sql.Column("report", sql.Text),
+)
+"""Each board's part in a rollout, and its last report: a report changes its own row alone."""
 
 MEMBERS = sql.Table(
     "members",

@@ -147,8 +147,8 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "rollouts damaged": (
         lambda s: edit(
             s,
-            "INSERT INTO rollouts (number, at, release, offer, joins, phase, rollout, reports, changes) "
-            "VALUES (1, 1, 1, x'00', 1, 'done', '{}', '{}', 1)",
+            "INSERT INTO rollouts (number, at, release, offer, joins, phase, rollout, changes) "
+            "VALUES (1, 1, 1, x'00', 1, 'done', '{}', 1)",
         ),
         "rollout 1 is damaged",
     ),

@@ -31,6 +31,7 @@ from fedprune.wire.messages import parse
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import FILE
+from fedprune_server.storage.storage import database_of
 from support.fakes.runtime_releases import KEY, make_release
 
 NAMES = [f"board-{i}" for i in range(10)]
@@ -124,6 +125,12 @@ class Site:
         entry = self.store.latest()
         assert entry is not None
         return entry.rollout
+
+    @property
+    def reports(self) -> dict[str, Any]:
+        entry = self.store.latest()
+        assert entry is not None
+        return entry.reports
 
     def stage(self, number: int) -> list[str]:
         return sorted(n for n, b in self.rollout.boards.items() if b.stage == number)
@@ -497,3 +504,20 @@ def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
     site.store.stop("elsewhere")
     site.live(0.1)
     assert site.rollout.phase is RolloutPhase.STOPPED
+
+
+def test_a_report_writes_its_own_board_alone(site: Site) -> None:
+    site.begin(Stage(1.0, success=0.5, errors=0.5))
+    site.start()
+    first, second = NAMES[:2]
+    site.report(first, STAGED)
+    site.report(second, STAGED)
+    assert {name: row["state"] for name, row in site.reports.items()} == {first: STAGED, second: STAGED}
+    with database_of(site.folder) as database:
+        with database.transaction() as connection:
+            connection.exec_driver_sql("DELETE FROM rollout_boards")  # so that what is written is seen
+        site.report(first, TRIAL)
+        with database.reading() as connection:
+            rows = connection.exec_driver_sql("SELECT device FROM rollout_boards").scalars().all()
+    assert rows == [first]
+    assert {name: row["state"] for name, row in site.reports.items()} == {first: TRIAL}

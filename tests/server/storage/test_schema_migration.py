@@ -34,6 +34,8 @@ from fedprune_server.storage.tables import (
     META,
     PARTICIPANTS,
     REGISTER,
+    ROLLOUT_BOARDS,
+    ROLLOUTS,
     ROUNDS,
     TABLES,
     TASKS,
@@ -221,8 +223,9 @@ def test_a_later_versions_database_is_refused_and_left_alone(url: str) -> None:
 def set_back(connection: sql.Connection, number: str, shared: Sequence[tuple[str, str, str]] = ()) -> None:
     """Give a database the tables of a revision before 0003, with these rows of the table `identity`."""
     connection.exec_driver_sql("ALTER TABLE rounds DROP COLUMN participants")
-    for table in (PARTICIPANTS, MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
+    for table in (PARTICIPANTS, ROLLOUT_BOARDS, MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
         table.drop(connection)
+    connection.exec_driver_sql("ALTER TABLE rollouts ADD COLUMN reports TEXT NOT NULL DEFAULT '{}'")
     connection.exec_driver_sql("CREATE TABLE identity (kind VARCHAR(16), key VARCHAR(256), body TEXT)")
     for row in shared:
         connection.execute(
@@ -295,7 +298,15 @@ def test_a_state_of_the_first_revision_is_read(url: str) -> None:
             for summary in state.history:
                 connection.execute(ROUNDS.update().values(summary=encoded(summary)))
             set_back(connection, "0001")
+            old = {"number": 1, "at": 1.0, "release": 7, "offer": b"x", "joins": True, "phase": "running", "changes": 1}
+            head, boards = {"stage": 0}, {"pi": {"stage": 0}, "quiet": {"stage": 0}}
+            connection.execute(ROLLOUTS.insert().values(**old, rollout=encoded(head | {"boards": boards})))
+            connection.execute(sql.text("UPDATE rollouts SET reports = :text"), {"text": '{"pi":{"state":"trial"}}'})
     with Storage(url) as storage:
+        with storage.database.reading() as connection:
+            assert connection.execute(sql.select(ROLLOUTS.c.rollout)).scalar() == encoded(head)
+            rows = {row.device: (row.body, row.report) for row in connection.execute(sql.select(ROLLOUT_BOARDS))}
+        assert rows == {"pi": ('{"stage":0}', '{"state":"trial"}'), "quiet": ('{"stage":0}', None)}
         assert storage.load() == state
         assert storage.incomplete_rounds() == []
         assert IdentityStore(storage.database).empty

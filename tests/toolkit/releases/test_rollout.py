@@ -386,3 +386,49 @@ def test_whatever_happens_nothing_is_given_while_it_is_paused(events: list[tuple
         rollout.go_on(100)
         waiting = [n for n, b in rollout.boards.items() if b.fate is Fate.WAITING and b.stage <= rollout.stage]
         assert waiting == []
+
+
+def step(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
+    match kind:
+        case "well":
+            return rollout.well(name, now)
+        case "failed":
+            return rollout.failed(name, "bad", now)
+        case "join":
+            return rollout.join(name, now)
+        case "without":
+            return rollout.without([name], now)
+    return rollout.tick(now)
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(1, 40), EVENTS)
+def test_what_is_counted_along_is_what_counting_anew_gives(
+    plan: RolloutPlan, count: int, events: list[tuple[str, int, float]]
+) -> None:
+    rollout, now = Rollout.of(plan, NAMES[:count]), 0.0
+    rollout.settle()
+    saved = {name: board.to_dict() for name, board in rollout.boards.items()}
+    for kind, number, seconds in events:
+        name, now = f"board-{number:02}", now + seconds
+        anew = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
+        assert step(rollout, kind, name, now) == step(anew, kind, name, now)
+        assert rollout == anew
+        assert (rollout.stages, rollout.given.keys()) == (anew.stages, anew.given.keys())
+        # The rows of those that have changed are enough to save.
+        saved |= {name: rollout.boards[name].to_dict() for name in rollout.changed}
+        rollout.settle()
+        assert Rollout.from_dict({**rollout.head(), "boards": saved}) == rollout
+
+
+def test_deadlines_that_move_with_each_report_are_the_last_ones() -> None:
+    rollout = Rollout.of(plan(Stage(1.0, success=0.1, errors=0.9), board_seconds=1000.0), NAMES)
+    rollout.tick(0.0)
+    busy = NAMES[:5]
+    for second in range(1, 900):
+        for name in busy:
+            commands = rollout.heard(name, float(second), 1000.0)
+    assert wake(commands) == 1000.0, "the deadline of those that have reported nothing"
+    commands = rollout.tick(1000.0)
+    assert set(rollout.failures()) == set(NAMES) - set(busy)
+    assert wake(commands) == 1899.0

@@ -3,12 +3,17 @@
 It serves releases of the runtime, models and bundles. Like the coordinator it does no I/O: events come with the time,
 commands are returned, and the state is plain data. A board that reports a rollback, or nothing until its deadline, has
 failed; a stage with too many failures stops the rollout, which names the boards and reasons.
+
+A report costs the same in a fleet of 20,000 boards as in one of ten: boards are counted by stage and fate, and those
+that were given the new thing are in a heap by their deadlines.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field
 from enum import Enum
@@ -23,6 +28,9 @@ FORMAT = "fedprune.rollout/1"
 MAX_STAGES = 32
 MAX_SECONDS = 366 * 86_400.0
 KINDS = ("release", "model", "bundle")
+
+_FORMER_DEADLINES = 64
+"""Deadlines that have moved and may be left in the heap of a small rollout; of a large one as many as it has boards."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,9 @@ class BoardFate:
     deadline: float | None = None
     reason: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"stage": self.stage, "fate": self.fate.value, "deadline": self.deadline, "reason": self.reason}
+
 
 @dataclass(frozen=True)
 class Give:
@@ -151,10 +162,13 @@ class Rollout:
     """A rollout's state; its methods take the time of a monotonic clock, in seconds.
 
     Attributes:
+        boards: Each board's part, which only methods of this class change.
         stage: The current or last stage.
         stage_ends: For each stage that has begun, the time after which its boards have failed.
         why: The reason why it stopped or is paused.
         now: The last time that it was given: after a restart the clock continues from there.
+        given: Boards that have the new thing and haven't ended, in the order in which they were given it.
+        changed: Boards whose parts have changed since `settle`.
     """
 
     plan: RolloutPlan
@@ -164,6 +178,17 @@ class Rollout:
     phase: RolloutPhase = RolloutPhase.RUNNING
     why: str = ""
     now: float = 0.0
+    given: dict[str, None] = field(init=False, repr=False, compare=False, default_factory=dict)
+    changed: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._counts = [Counter[Fate]() for _ in self.plan.stages]
+        self._deadlines: list[tuple[float, str]] = []
+        for name, board in self.boards.items():
+            self._counts[board.stage][board.fate] += 1
+            if board.fate is Fate.GIVEN:
+                self.given[name] = None
+        self._sort_deadlines()
 
     @classmethod
     def of(cls, plan: RolloutPlan, boards: Iterable[str]) -> Rollout:
@@ -178,12 +203,11 @@ class Rollout:
         if not self.phase.under_way:
             return []
         self.now = now
-        for name in sorted(self.boards):
-            board = self.boards[name]
-            if board.fate is Fate.GIVEN:
-                late, over = board.deadline is not None and now >= board.deadline, now >= self.stage_ends[board.stage]
-                if late or over:
-                    self._fail(board, "said nothing until its deadline" if late else "its stage's time is over")
+        while (first := self._next_deadline()) is not None and first[0] <= now:
+            self._fail(first[1], "said nothing until its deadline")
+        ended = {n for n, end in enumerate(self.stage_ends) if now >= end and self._counts[n][Fate.GIVEN]}
+        for name in [n for n in self.given if self.boards[n].stage in ended] if ended else ():
+            self._fail(name, "its stage's time is over")
         return self._onward(now)
 
     def well(self, name: str, now: float) -> list[RolloutCommand]:
@@ -192,7 +216,7 @@ class Rollout:
         if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
         if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
-            board.fate, board.deadline = Fate.WELL, None
+            self._change(name, Fate.WELL)
         return self.tick(now)
 
     def failed(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
@@ -200,13 +224,13 @@ class Rollout:
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
             return []
-        self._fail(board, one_line(reason, 300) or "without a reason")
+        self._fail(name, one_line(reason, 300) or "without a reason")
         return self.tick(now)
 
     @property
     def stages(self) -> int:
         """The number of stages up to the last that has boards, or has begun."""
-        return 1 + max(0, self.stage, *(board.stage for board in self.boards.values()))
+        return 1 + max([0, self.stage, *(n for n, counts in enumerate(self._counts) if counts.total())])
 
     def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
         """A board reports progress: it fails unless it reports again within this many seconds."""
@@ -214,7 +238,7 @@ class Rollout:
         if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
         if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
-            board.deadline = now + seconds
+            self._change(name, Fate.GIVEN, now + seconds)
         return self.tick(now)
 
     def resumed(self, now: float) -> list[RolloutCommand]:
@@ -223,9 +247,9 @@ class Rollout:
         if not self.phase.under_way:
             return []
         until = now + self.plan.board_seconds
-        for board in self.boards.values():
-            if board.fate is Fate.GIVEN and board.deadline is not None:
-                board.deadline = max(board.deadline, until)
+        for name in self.given:
+            if (deadline := self.boards[name].deadline) is not None and deadline < until:
+                self._change(name, Fate.GIVEN, until)
         self.stage_ends = [max(end, until) for end in self.stage_ends]
         return self.tick(now)
 
@@ -234,7 +258,11 @@ class Rollout:
         known = self.boards.get(name)
         if not self.phase.under_way or (known is not None and known.fate is not Fate.GONE):
             return []
+        if known is not None:
+            self._counts[known.stage][known.fate] -= 1
         self.boards[name] = BoardFate(len(self.plan.stages) - 1)
+        self._counts[-1][Fate.WAITING] += 1
+        self.changed.add(name)
         begun = self.phase is RolloutPhase.RUNNING and self.stage == len(self.plan.stages) - 1
         given = [self._give(name, now)] if begun else []
         return [*given, *self.tick(now)]
@@ -249,13 +277,16 @@ class Rollout:
         for name in names:
             board = self.boards.get(name)
             if board is not None and board.fate in (Fate.WAITING, Fate.GIVEN):
-                board.fate, board.deadline = Fate.GONE, None
+                self._change(name, Fate.GONE)
         given = []
         for number in range(max(self.stage, 0), len(self.plan.stages) - 1):
             later = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage > number]
-            if later and not self._of(number):
+            if later and not self._size(number):
                 heir = min(later, key=lambda n: self.boards[n].stage)
+                self._counts[self.boards[heir].stage][Fate.WAITING] -= 1
+                self._counts[number][Fate.WAITING] += 1
                 self.boards[heir].stage = number
+                self.changed.add(heir)
                 begun = self.phase is RolloutPhase.RUNNING and number == self.stage
                 given += [self._give(heir, now)] if begun else []
         return [*given, *self.tick(now)]
@@ -294,27 +325,31 @@ class Rollout:
             self.stage += 1
             self.stage_ends.append(now + self.plan.stages[self.stage].seconds)
             commands += [self._give(name, now) for name in self._of(self.stage)]
-        open_boards = [b for b in self.boards.values() if b.fate is Fate.GIVEN]
-        if not open_boards and self.stage == len(self.plan.stages) - 1 and not any(map(self._waits, self.boards)):
+        waiting = any(counts[Fate.WAITING] for counts in self._counts)
+        if not self.given and self.stage == len(self.plan.stages) - 1 and not waiting:
             self.phase, self.why = RolloutPhase.DONE, ""
             return commands
-        ends = (min(b.deadline or math.inf, self.stage_ends[b.stage]) for b in open_boards)
+        ends = [end for n, end in enumerate(self.stage_ends) if self._counts[n][Fate.GIVEN]]
+        if (first := self._next_deadline()) is not None:
+            ends.append(first[0])
         return [*commands, Wake(min(ends, default=math.inf))]  # a paused one may have nothing to wait for
 
     def _trouble(self, number: int) -> str:
         """Why a stage stops the rollout; empty if it doesn't."""
-        stage, names = self.plan.stages[number], self._of(number)
-        bad = [n for n in names if self.boards[n].fate is Fate.FAILED]
-        if len(bad) > stage.errors * len(names) + 1e-9:
-            told = "; ".join(f"{n}: {self.boards[n].reason}" for n in bad[:20])
-            more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
-            return f"stage {number + 1}: {len(bad)} of {quantity(len(names), 'board')} failed ({told}{more})"
-        return ""
+        size = self._size(number)
+        if self._counts[number][Fate.FAILED] <= self.plan.stages[number].errors * size + 1e-9:
+            return ""
+        bad = [n for n in self._of(number) if self.boards[n].fate is Fate.FAILED]
+        told = "; ".join(f"{n}: {self.boards[n].reason}" for n in bad[:20])
+        more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
+        return f"stage {number + 1}: {len(bad)} of {quantity(size, 'board')} failed ({told}{more})"
 
     def _passed(self, number: int) -> bool:
-        names = self._of(number)
-        well = sum(self.boards[n].fate is Fate.WELL for n in names)
-        return well >= self.plan.stages[number].success * len(names) - 1e-9
+        return self._counts[number][Fate.WELL] >= self.plan.stages[number].success * self._size(number) - 1e-9
+
+    def _size(self, number: int) -> int:
+        """How many boards of a stage count."""
+        return self._counts[number].total() - self._counts[number][Fate.GONE]
 
     def _of(self, number: int) -> list[str]:
         return sorted(n for n, b in self.boards.items() if b.stage == number and b.fate is not Fate.GONE)
@@ -323,25 +358,61 @@ class Rollout:
         return self.boards[name].fate is Fate.WAITING
 
     def _give(self, name: str, now: float) -> RolloutCommand:
-        board = self.boards[name]
-        board.fate, board.deadline = Fate.GIVEN, now + self.plan.board_seconds
+        self._change(name, Fate.GIVEN, now + self.plan.board_seconds)
         return Give(name)
 
-    def _fail(self, board: BoardFate, reason: str) -> None:
-        board.fate, board.deadline, board.reason = Fate.FAILED, None, reason
+    def _fail(self, name: str, reason: str) -> None:
+        self.boards[name].reason = reason
+        self._change(name, Fate.FAILED)
 
     def _halt(self, why: str) -> list[RolloutCommand]:
         self.phase, self.why = RolloutPhase.STOPPED, why
-        given = sorted(n for n, b in self.boards.items() if b.fate is Fate.GIVEN)
+        given = sorted(self.given)
         for name in given:
-            self.boards[name].fate, self.boards[name].deadline = Fate.WAITING, None
+            self._change(name, Fate.WAITING)
         return [Withdraw(name) for name in given]
 
-    def to_dict(self) -> dict[str, Any]:
-        boards = {n: {**asdict(b), "fate": b.fate.value} for n, b in sorted(self.boards.items())}
+    def _change(self, name: str, fate: Fate, deadline: float | None = None) -> None:
+        board = self.boards[name]
+        counts = self._counts[board.stage]
+        counts[board.fate] -= 1
+        counts[fate] += 1
+        board.fate, board.deadline = fate, deadline
+        self.changed.add(name)
+        if fate is not Fate.GIVEN:
+            self.given.pop(name, None)
+            return
+        self.given[name] = None
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, name))
+        if len(self._deadlines) > 2 * len(self.given) + _FORMER_DEADLINES:
+            self._sort_deadlines()
+
+    def _sort_deadlines(self) -> None:
+        """Begin the heap anew, without deadlines that have moved since."""
+        deadlines = ((self.boards[name].deadline, name) for name in self.given)
+        self._deadlines = [(deadline, name) for deadline, name in deadlines if deadline is not None]
+        heapq.heapify(self._deadlines)
+
+    def _next_deadline(self) -> tuple[float, str] | None:
+        while self._deadlines:
+            deadline, name = self._deadlines[0]
+            if name in self.given and self.boards[name].deadline == deadline:
+                return deadline, name
+            heapq.heappop(self._deadlines)
+        return None
+
+    def settle(self) -> None:
+        """The changed boards are saved."""
+        self.changed.clear()
+
+    def head(self) -> dict[str, Any]:
+        """All but the boards, as `from_dict` reads it."""
         body = {"stage": self.stage, "stage_ends": list(self.stage_ends), "phase": self.phase.value, "why": self.why}
-        body["now"] = self.now
-        return {"format": FORMAT, "plan": asdict(self.plan), "boards": boards, **body}
+        return {"format": FORMAT, "plan": asdict(self.plan), **body, "now": self.now}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.head(), "boards": {name: board.to_dict() for name, board in sorted(self.boards.items())}}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Rollout:
