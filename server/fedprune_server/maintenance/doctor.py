@@ -42,10 +42,11 @@ from fedprune_server.monitoring.alerts import SHOWN, at, command, day, evaluate
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
-from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError
+from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
-from fedprune_server.storage.state_folder import LOCK, MODEL, folders
+from fedprune_server.storage.sqlite_file import write_lock_holders
+from fedprune_server.storage.state_folder import FILE, LOCK, MODEL, folders
 from fedprune_server.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 _DAY_S = 24 * 3600.0
 _BACKUP_S = 7 * _DAY_S
 _AHEAD_S = 120.0
+LOCK_S = 2.0
+"""How long a lock is waited for that somebody may keep: no transaction of ours lasts so long."""
+
 _EARLIEST = 1_750_000_000
 """No clock that is right shows an earlier time, in seconds since 1970."""
 
@@ -266,6 +270,22 @@ def rotation(site: Site) -> Iterator[Finding]:
         )
 
 
+def lock(site: Site) -> Iterator[Finding]:
+    """Whether somebody keeps the lock that the running server needs for each change."""
+    path = site.folder / FILE
+    if not site.running or not path.is_file():
+        return
+    with translated(str(path)):
+        holders = write_lock_holders(path, min(site.timeout, LOCK_S))
+    if holders:
+        yield wrong(
+            "database-locked",
+            f"{path} is locked by {' and '.join(holders)}",
+            "the server waits with its next change, and answers no board meanwhile",
+            "let that process go on, or end it; the server goes on by itself",
+        )
+
+
 def clock(site: Site) -> Iterator[Finding]:
     now, last_event = site.now, site.last_event
     ahead = last_event is not None and last_event > now + _AHEAD_S
@@ -427,6 +447,7 @@ def bucket(site: Site) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Site], Iterable[Finding]], ...] = (
     alerts,
+    lock,
     clock,
     broker,
     other_servers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,6 +115,22 @@ class ReaderPool(Closing):
             return connection.execute(query, values).fetchall()
         finally:
             self._free.append(connection)
+
+
+def write_lock_holders(path: Path, patience_s: float) -> list[str]:
+    """Who has kept a database's write lock for this long, as far as the kernel tells; empty if it is free. Only for a
+    database that a server has open, next to which nothing is made then. Raises `sqlite3.Error` if it can't be opened.
+    """
+    uri = f"{path.resolve().as_uri()}?mode=rw"
+    with closing(sqlite3.connect(uri, uri=True, timeout=patience_s, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not is_sqlite_locked(error):
+                raise
+            return _holders(path) or ["another process"]
+        connection.execute("ROLLBACK")
+    return []
 
 
 def is_sqlite_locked(error: BaseException) -> bool:

@@ -6,10 +6,11 @@ import json
 import re
 import shlex
 import socket
+import sqlite3
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -414,6 +415,23 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
     found = json.loads(capsys.readouterr().out)["findings"]
     assert [f["kind"] for f in found].count("database") == 1
     assert {f["kind"] for f in found} - {"database"} <= set(before)
+
+
+@pytest.mark.usefixtures("roomy")
+def test_who_keeps_the_databases_lock_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "LOCK_S", 0.05)
+
+    def kinds_found() -> list[str]:
+        main(["doctor", "--state", str(folder), "--json"])
+        return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
+
+    with closing(sqlite3.connect(folder / "server.db", isolation_level=None)) as other, running(folder):
+        other.execute("BEGIN IMMEDIATE")
+        assert kinds_found() == ["database-locked"]
+        other.execute("ROLLBACK")
+        assert kinds_found() == []
 
 
 @pytest.mark.parametrize("progress", ["folded", "refused"])
