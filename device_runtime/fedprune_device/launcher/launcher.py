@@ -39,6 +39,19 @@ sys.argv[0] = module
 sys.exit(getattr(import_module(module), function)())
 """
 
+_END_WITH_LAUNCHER = """
+import os, signal
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, of Linux
+except (ImportError, OSError, AttributeError, TypeError):
+    pass
+if os.getppid() != {launcher}:
+    os._exit(1)
+"""
+"""Begins the process of a release on trial: it ends with its launcher, whatever ends that. Left alone it would hold the
+state directory's lock, so that no launcher that is started again could run a release."""
+
 
 @dataclass(frozen=True)
 class SlotExit:
@@ -131,6 +144,7 @@ class SlotRunner:
         }
         if state is None:
             os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # no shell is involved
+        command[2] = _END_WITH_LAUNCHER.format(launcher=os.getpid()) + _START
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
+import select
 import subprocess
 import sys
 import zipfile
@@ -70,6 +70,10 @@ def boot(board: ReleaseInstaller) -> tuple[str, int]:
     process = start(board)
     out, err = process.communicate(timeout=60)
     return out.strip() or err.strip().splitlines()[-1], process.returncode
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def update(
@@ -168,16 +172,23 @@ def test_without_a_key_a_slot_is_checked_for_damage_alone_and_the_launcher_says_
     assert "no server.pub" in err
 
 
-def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: ReleaseInstaller, tmp_path: Path) -> None:
+def test_a_launcher_that_is_killed_takes_its_trial_along_and_has_counted_the_attempt(
+    board: ReleaseInstaller, tmp_path: Path
+) -> None:
     update(board, tmp_path, WAITS, seconds=600)
     for left in (1, 0):
         process = start(board)
         assert process.stdout.readline() == "version 2\n"
         state = board.home.load()
         assert (state.phase, state.left) == (TRIAL, left)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for number in (process.pid, *map(int, children)):
-            os.kill(number, signal.SIGKILL)
+        (release,) = children(process)
+        ended = os.pidfd_open(release)
+        process.kill()
+        process.wait()
+        try:
+            assert select.select([ended], [], [], 60)[0], "the release goes on without its launcher"
+        finally:
+            os.close(ended)
         process.communicate()
     assert boot(board)[0] == "version 1 ['run', '--patient']"
     state = board.home.load()
