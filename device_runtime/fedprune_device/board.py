@@ -38,6 +38,7 @@ from fedprune_device.network.connection import Connection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.membership import MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.network.secure_update import SecureUpdate
+from fedprune_device.network.start_failure import report_start_failure
 from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.privacy.budget import read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
@@ -158,11 +159,19 @@ class BoardConfig:
 
 def run_board(config: BoardConfig) -> None:
     """Take part in a fleet until the agent ends (`fedprune-device run`)."""
+    connecting = threading.Event()
     with RuntimeProcess() as runtime:
-        _run_board(config, runtime)
+        try:
+            _run_board(config, runtime, connecting)
+        except Exception as error:
+            # Of a release on trial the launcher reports what went wrong, once the earlier one runs again.
+            if not connecting.is_set() and ReleaseTrial.current() is None:
+                report_start_failure(config.membership, error, config.profile or "", config.privacy)
+            raise
 
 
-def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
+def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threading.Event) -> None:
+    """Set `connecting` before the board connects; until then the server can't know what goes wrong."""
     member_options, sample_options = config.membership, config.samples
     state, device = member_options.state, member_options.device
     checked_urls(member_options)
@@ -235,6 +244,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
         agent = build_agent(connection, store, data, settings)
         if stopping.is_set():
             return
+        connecting.set()
         connection.link.start(patient=config.patient)
         stack.callback(connection.link.close)
         owner.claim(state)  # not before: a start that fails must not give the directory to a mistyped name

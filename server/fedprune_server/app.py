@@ -404,11 +404,12 @@ def monitoring(
     monitor = Monitor(
         config.state, config.server_settings(), views, here=here, others=others, tier=server.tier_status, book=alerts,
         # Boards that come back in turn are away for most of the time.
-        away_s=0.0 if config.connected else 3600.0 * config.alerts.away_hours, present=server.present,
+        away_rounds=0 if config.connected else config.alerts.away_rounds, present=server.present,
         free=server.free,
     )  # fmt: skip
     for runner in runners:
         runner.observers.join(monitor.watches[runner.view.job.name])
+        runner.observers.join(monitor.participation[runner.view.job.name])
     server.first.observers.join(monitor)
     with ExitStack() as stack:
         notified = read_recorded(config.state).notified

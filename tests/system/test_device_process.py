@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
+from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Birth, Death, Progress, Update
@@ -87,3 +88,21 @@ def test_a_training_device_imports_neither_torch_nor_onnx_nor_scipy(field: Field
     loaded = loaded_packages(field)
     assert {"onnxruntime", "numpy", "fedprune_device"} <= loaded
     assert not loaded & {"torch", "onnx", "onnxscript", "scipy", "rich", "sqlalchemy", "amqtt", "fedprune_export"}
+
+
+def test_a_board_that_has_taken_part_says_why_it_cannot_start(field: Field) -> None:
+    (field.root / "data.npz").rename(field.root / "samples.npz")
+    (field.root / "data.npz").write_bytes(b"no archive")
+    assert field.start().wait(PATIENCE_S) == ExitCode.DATA, "whoever starts a board for the first time sees the error"
+    assert not field.server.of(Birth)
+    (field.root / "samples.npz").replace(field.root / "data.npz")
+    process = field.start()
+    field.wait_for(Birth, trouble=None)
+    process.terminate()
+    process.wait(PATIENCE_S)
+    (field.root / "data.npz").write_bytes(b"no archive")
+    assert field.start().wait(PATIENCE_S) == ExitCode.DATA
+    field.wait(lambda: field.server.of(Birth)[-1].trouble, "reason")
+    first, last = field.server.of(Birth)[0], field.server.of(Birth)[-1]
+    assert last.session > first.session
+    assert "/" not in (last.trouble or ""), "no paths"

@@ -44,6 +44,10 @@ class DirectoryOwner:
             hint="Use its --device and --site, or another --state; delete the directory to start over.",
         )
 
+    def owns(self, root: Path) -> bool:
+        """Whether this device has taken part in its fleet with this directory."""
+        return _read(root) == asdict(self)
+
     def claim(self, root: Path) -> None:
         self.check(root)
         if _read(root) != asdict(self):

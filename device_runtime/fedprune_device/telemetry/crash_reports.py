@@ -125,7 +125,7 @@ class CrashReports:
         found = _FATAL.search(fault)
         if found is not None:
             self._write("signal", private(found[1], MAX_TEXT), _fault_frames(fault), None, mark)
-        elif mark is not None and not known.exists() and mark.get("boot") and mark.get("boot") == self._boot():
+        elif mark is not None and not known.exists() and self._was_here(mark):
             text = "the process ended without an error: killed by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
         else:
@@ -169,10 +169,22 @@ class CrashReports:
         }
 
     def _mark(self) -> None:
-        body = {**self._state(), "boot": self._boot(), "begun": int(self._begun)}
+        body = {**self._state(), "boot": self._boot(), "folder": self._place(), "begun": int(self._begun)}
         body.pop("memory_available")  # of the end nothing is known
         with contextlib.suppress(FedpruneError):
             atomic_file.write_document(self._folder / MARK, body)
+
+    def _was_here(self, mark: dict[str, Any]) -> bool:
+        """Whether a run that has left its mark ended on this board, without a power cut: a copy of a running board's
+        card or folder has the mark of a run that never ended."""
+        return bool(mark.get("boot")) and mark.get("boot") == self._boot() and mark.get("folder") == self._place()
+
+    def _place(self) -> int:
+        """The number of the folder on its disk: that of a copy is another one."""
+        try:
+            return self._folder.stat().st_ino
+        except OSError:
+            return 0
 
     def _unmark(self) -> None:
         with contextlib.suppress(FedpruneError):

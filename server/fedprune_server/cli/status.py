@@ -106,6 +106,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         last, seen = storage.log.heard()
     shut_out, misbehaved = revoked(identity or folder), read_rows(identity or folder)
     known = {row["name"] for row in rows}
+    rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
+            for row in rows]  # fmt: skip
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
         row

@@ -57,9 +57,10 @@ class AlertSettings:
     repeat_minutes: int = setting(
         240, "How often an open alert is notified again, in minutes; 0 for once.", within=(0, 100_000)
     )
-    away_hours: float = setting(
-        24.0, "After how many hours a board that isn't connected is an alert; 0 for never.", within=(0.0, 10_000.0)
-    )
+    away_rounds: int = setting(
+        2, "After how many rounds that ended without it a board that isn't connected is an alert; 0 for never.",
+        within=(0, 10_000),
+    )  # fmt: skip
     resolved: bool = setting(True, "Whether the end of an alert is notified, too.")
 
     def __post_init__(self) -> None:

@@ -24,6 +24,8 @@ SIGNS, APART_S, SIGNS_WITHIN_S = 3, 10.0, 600.0
 """How many overlapping signatures show that two boards share a key, the least seconds between two that count, and the
 seconds within which they count. A broker that reorders messages, or a second server for a moment, causes one or two."""
 
+SHARED_KEY = "two boards sign with its key"
+
 _SUPERSEDED = 8
 """Superseded sessions that are remembered per device."""
 
@@ -45,7 +47,7 @@ class CloneDetector:
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
-        self._suspected: dict[str, float] = {}
+        self._suspected: dict[str, tuple[float, str]] = {}  # when there was a sign last, and the first one
         self._reported: dict[str, float] = {}
         self._signs: dict[str, deque[float]] = {}
 
@@ -71,18 +73,19 @@ class CloneDetector:
             seen.previous, seen.current = seen.current, what
         seen.superseded.append(seen.session)
         seen.session = session
-        return reason if reason and self._suspect(device, now) else ""
+        return reason if reason and self._suspect(device, reason, now) else ""
 
     def note_shared_key(self, device: str, now: float) -> bool:
         """Note overlapping signatures of one key; returns whether to report them, at most once an hour."""
         signs = self._signs.setdefault(device, deque(maxlen=SIGNS))
         if not signs or now - signs[-1] >= APART_S:
             signs.append(now)
-        return len(signs) == SIGNS and now - signs[0] <= SIGNS_WITHIN_S and self._suspect(device, now)
+        return len(signs) == SIGNS and now - signs[0] <= SIGNS_WITHIN_S and self._suspect(device, SHARED_KEY, now)
 
-    def _suspect(self, device: str, now: float) -> bool:
+    def _suspect(self, device: str, reason: str, now: float) -> bool:
         """Suspect a device; returns whether to report it, at most once an hour."""
-        self._suspected[device] = now
+        _, first = self._suspected.get(device, (now, reason))
+        self._suspected[device] = now, first
         if now - self._reported.get(device, -AGAIN_S) < AGAIN_S:
             return False
         self._reported[device] = now
@@ -96,9 +99,13 @@ class CloneDetector:
     def suspects(self, device: str) -> bool:
         return device in self._suspected
 
+    def suspicions(self) -> dict[str, str]:
+        """Why two boards seem to use a name, by name."""
+        return {name: reason for name, (_, reason) in self._suspected.items()}
+
     def expire(self, now: float) -> None:
         """End suspicions that had no new sign for `QUIET_S`."""
-        self._suspected = {n: at for n, at in self._suspected.items() if now - at < QUIET_S}
+        self._suspected = {n: sign for n, sign in self._suspected.items() if now - sign[0] < QUIET_S}
 
 
 def _words(what: Description) -> str:

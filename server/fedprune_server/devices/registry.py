@@ -206,12 +206,13 @@ class DeviceRegistry:
                 device,
             )
 
-    def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:
-        """Note that an admitted device can't be planned for; logged once."""
+    def exclude(self, device: str, problem: str, profile: str, samples: int, *, cannot_start: bool = False) -> None:
+        """Note that an admitted device can't be planned for, or says that it can't even start; logged once."""
         if self[device].problem != problem:
             log.warning("%sdevice %s is excluded: %s", self.prefix, device, problem)
         self[device].problem = problem
-        self.outsiders[device] = {"online": True, "profile": profile, "samples": samples, "excluded": problem}
+        body = {"online": not cannot_start, "profile": profile, "samples": samples, "excluded": problem}
+        self.outsiders[device] = body | ({"cannot_start": True} if cannot_start else {})
 
     def gone(self, device: str) -> None:
         if device in self.outsiders:
@@ -261,7 +262,7 @@ class DeviceRegistry:
     def bars(self, device: str) -> bool:
         """Whether a device is known to be unable to take part."""
         known = self._state.devices.get(device)
-        return device in self.outsiders if known is None else bool(known.excluded)
+        return device in self.outsiders or (known is not None and bool(known.excluded))
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> JobSnapshot:
         """The job as a table; `pulled` has arrived leaves and all leaves of the updates under way, by device."""
@@ -286,8 +287,8 @@ class DeviceRegistry:
             profile = self.outsiders.get(name, {}).get("profile", "?")
             doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
             return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, {}, doing)
-        if device.excluded:
-            doing = f"excluded: {device.excluded}"
+        if problem := contact.problem or device.excluded:
+            doing = f"excluded: {problem}"
         elif not device.online:
             doing = "offline"
         elif task is None or not self._state.awaits(task):

@@ -344,6 +344,14 @@ class JobRunner:
             self._rollouts.born(birth.device)
         self._messages.request_log(birth)
 
+    def exclude_device(self, birth: Birth, size: int) -> None:
+        """Note that a device says why it can't start. Raises `ProtocolError` as `device_born`."""
+        self.registry.admit(birth.device, one_line(birth.software), size)
+        problem = f"it can't start: {one_line(birth.trouble or '')}"
+        self.registry.exclude(
+            birth.device, problem, one_line(birth.profile, 64), birth.samples, cannot_start=True
+        )  # fmt: skip
+
     def assign(self, births: Iterable[Birth]) -> set[str]:
         """Assign devices to the job, all at once; the coordinator decides which of them get work. Returns names of the
         devices that can take part."""

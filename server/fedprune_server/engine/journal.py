@@ -88,9 +88,10 @@ class Journal:
         return took
 
     def flush(self, now: float) -> None:
-        """Save what had to wait. Raises `StorageError` if the disk fails or is full."""
+        """Save what had to wait, and why boards take no part. Raises `StorageError` if the disk fails or is full."""
         if self._unsaved:
             self.save((), now)
+        self._storage.put_outsiders(self._registry.outsiders)
 
     def ended(self) -> Iterator[dict[str, Any]]:
         """Summaries of the rounds that have ended since the last call; then they are all that memory holds of them."""

@@ -325,7 +325,7 @@ class Server:
                 self._reject(topic, device, error)
 
     def _reject(self, topic: str, device: str, error: ProtocolError) -> None:
-        self._complaints.about(topic, error)
+        self._complaints.about(topic, error, device if self.first.registry.admitted(device) else "")
         if not isinstance(error, UnknownMessageError):
             self._site.quarantine.bad(device)
 
@@ -371,6 +371,11 @@ class Server:
         device, known = birth.device, self._connected.get(birth.device)
         for runner in self.runners.values():
             runner.readmit(device)
+        if birth.trouble is not None:
+            self._site.quarantine.born(device)
+            self._gone(device)  # of an earlier connection, if its will hasn't come yet
+            self.first.exclude_device(birth, size)
+            return
         self.first.device_born(birth, size, connected=known is not None)
         self._site.quarantine.born(device)
         if known is not None and birth.session < known.session + (device in self._paths):

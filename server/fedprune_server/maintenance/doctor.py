@@ -38,8 +38,9 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
-from fedprune_server.monitoring.alerts import SHOWN, at, command, day, evaluate
+from fedprune_server.monitoring.alerts import SHOWN, at, command, evaluate
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
+from fedprune_server.monitoring.participation import day, quarantined
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
@@ -130,8 +131,8 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
             members = members and part != folder
             continue
         events += [] if event_at is None else [event_at]
-        cases.append(case)
-        yield from findings(case)
+        cases.append(replace(case, alerted=frozenset(a.device for a in live.alerts if a.device is not None)))
+        yield from findings(cases[-1])
     yield from broken
     server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
     site = Site(folder, server, held(folder / LOCK), members, cases, max(events, default=None), live, timeout)
@@ -209,7 +210,8 @@ def _model(folder: Path) -> Model | None:
 def alerts(site: Site) -> Iterator[Finding]:
     """Alerts that the state folder justifies, and others that a running server has open."""
     live = site.live
-    rows = {n: str(r["reason"]) for n, r in sorted(read_rows(site.folder).items()) if (r["until"] or 0.0) > site.now}
+    rows = sorted(read_rows(site.folder).items()) if site.running else []
+    missing = {n: quarantined(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
     parent = str(site.server.get("parent", OFF))
     seen = Snapshot(
         site.folder,
@@ -218,7 +220,7 @@ def alerts(site: Site) -> Iterator[Finding]:
         site.running,
         None if live.turned_at is None else max(0.0, site.now - live.turned_at),
         tier=TierStatus(parent if parent != OFF else "", live.parent_lost, live.regions),
-        quarantined=rows,
+        missing=missing,
         site=site_facts(site.folder, site.server, members=site.members),
     )
     found = {a.key: a for a in evaluate(seen, site.now)}

@@ -42,6 +42,7 @@ class Case:
         revoked: Revoked devices without another key.
         uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
         away: Aggregators that are away.
+        alerted: Boards that an open alert of the running server names.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Case:
     revoked: frozenset[str] = frozenset()
     uncalibrated: bool = False
     away: frozenset[str] = frozenset()
+    alerted: frozenset[str] = frozenset()
 
     @property
     def job(self) -> Mapping[str, Any]:
@@ -106,7 +108,8 @@ def _paused(case: Case) -> Iterator[Finding]:
 
 def _excluded(case: Case) -> Iterator[Finding]:
     reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
-    reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items() if n not in case.state.devices}
+    reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items()}
+    reasons = {n: reason for n, reason in reasons.items() if n not in case.alerted}
     for reason, names in _grouped(reasons).items():
         yield note(
             "excluded-devices",

@@ -205,6 +205,7 @@ class AuthenticatedLink(Relay):
             self._opened.append(("", item))
             return
         topic, payload = item
+        device = ""
         try:
             if topic.endswith(f"/{NO_JOB}/{JOIN}"):
                 self._join(topic, payload)
@@ -225,7 +226,7 @@ class AuthenticatedLink(Relay):
                 raise SignatureError(f"{device} is not a member", hint=hint)
             self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))
         except ProtocolError as error:
-            self._complaints.about(topic, error)
+            self._complaints.about(topic, error, device if device in self._members else "")
 
     def _answer_join(self, joins: Link) -> bool:
         """Answer the next request to join, if the rate allows one; report a client that sends too many.
@@ -325,7 +326,7 @@ class AuthenticatedLink(Relay):
             hint="Was this identity restored from a backup, or copied, before the key was replaced? Then restore "
             "signing.key and successions.json from a later one.",
         )
-        self._complaints.about(self._topics.up(device), error)
+        self._complaints.about(self._topics.up(device), error, device)
 
     def _look(self) -> MemberKeys:
         """The members' keys by name; a member that is gone or has another key now is reported as revoked."""

@@ -7,7 +7,7 @@ returns.
 from __future__ import annotations
 
 import shlex
-import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,7 @@ from fedprune.coordination import Phase
 from fedprune.core.text import quantity, some
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.devices.quarantine import CROWDED_S
+from fedprune_server.monitoring.participation import AWAY, CLONED, EXCLUDED, FAILING, QUARANTINE, Missing, day
 from fedprune_server.monitoring.snapshot import DELAY_S, JobStatus, RolloutStatus, SiteFacts, Snapshot
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
@@ -36,8 +37,11 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "no-progress": (CRITICAL,),
     "disk": (CRITICAL, WARNING),
     "certificate": (CRITICAL, WARNING),
-    "quarantine": (WARNING,),
-    "device-away": (WARNING,),
+    QUARANTINE: (WARNING,),
+    CLONED: (WARNING,),
+    EXCLUDED: (WARNING,),
+    FAILING: (WARNING,),
+    AWAY: (WARNING,),
     "joins-flooded": (WARNING,),
     "devices-wait": (WARNING,),
     "rollout": (WARNING, INFO),
@@ -118,8 +122,7 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
         found += _certificates(seen.site, now)
         found += _waiting(seen, seen.site, now)
         found += _rollout(seen, seen.site.rollout, now)
-    found += _quarantine(seen, now)
-    found += _absent(seen)
+    found += _missing(seen)
     if seen.floods_joins is not None:
         found.append(_joins_flooded(seen.floods_joins, now))
     return found
@@ -137,10 +140,6 @@ def restart(*words: object) -> str:
 
 def at(folder: Path) -> tuple[str, str]:
     return "--state", str(folder)
-
-
-def day(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
 def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
@@ -406,27 +405,42 @@ def _rollout(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Itera
         )  # fmt: skip
 
 
-def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
-    if not seen.running:
-        return
-    for name, why in islice(seen.quarantined.items(), MOST):
-        yield Alert(
-            "quarantine", WARNING, now, f"{name} is in quarantine: {why}", "what it sends is dropped unread",
-            f"see {command('logs', '--device', name, *at(seen.folder))} and the board's own log; it ends by itself, "
-            f"and a board that isn't yours is revoked by {command('devices', 'revoke', name, *at(seen.folder))}",
-            device=name,
-        )  # fmt: skip
+def _missing(seen: Snapshot) -> Iterator[Alert]:
+    """An alert for each board that no longer takes part, with the reason."""
+    count = Counter[str]()
+    for name, missing in seen.missing.items():
+        count[missing.kind] += 1
+        if count[missing.kind] <= MOST:
+            why, todo = _remedy(seen, name, missing)
+            yield Alert(missing.kind, WARNING, missing.since, f"{name} {missing.reason}", why, todo, device=name)
 
 
-def _absent(seen: Snapshot) -> Iterator[Alert]:
-    for name, since in islice(seen.absent.items(), MOST):
-        yield Alert(
-            "device-away", WARNING, since, f"{name} has not been connected since {day(since)}",
-            "rounds go on without it, and without what its samples would teach the model",
-            f"see that it has power and network, and {command('logs', '--device', name, *at(seen.folder))}; a board "
-            f"that is gone for good is revoked by {command('devices', 'revoke', name, *at(seen.folder))}",
-            device=name,
-        )  # fmt: skip
+def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
+    """What it leads to that a board doesn't take part, and what to do."""
+    logs = command("logs", "--device", name, *at(seen.folder))
+    revoke = command("devices", "revoke", name, *at(seen.folder))
+    without = "rounds go on without what its samples would teach the model"
+    match missing.kind:
+        case "quarantine":
+            return "what it sends is dropped unread", (
+                f"see {logs} and the board's own log; it ends by itself, and a board that isn't yours is revoked by "
+                f"{revoke}"
+            )
+        case "device-cloned":
+            return "the two disturb each other, and the server hears now one and now the other", (
+                "look for a second board with a copy of its card or state folder, and take it away; or give both new "
+                f"keys: {command('devices', 'replace', name, *at(seen.folder))}, and let each join with a name and "
+                "claim of its own (docs/runbook.md#two-boards-with-one-identity)"
+            )
+        case "device-away":
+            return without, (
+                f"see that it has power and network, and {logs}; a board that is gone for good is revoked by {revoke}"
+            )
+        case _:
+            return without, (
+                f"mend what the reason names on the board and start it again; {logs} shows what it sent last "
+                "(docs/runbook.md#a-board-cant-start)"
+            )
 
 
 def _joins_flooded(client: str, now: float) -> Alert:

@@ -30,10 +30,10 @@ from fedprune.jobs.state import Progress
 from fedprune.strategies import compose
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
 from fedprune_server.messaging.leadership import Candidate
-from fedprune_server.monitoring.absence import Absences
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
 from fedprune_server.monitoring.alerts import CRITICAL, HANGS_S, INFO, KINDS, SHOWN, WARNING, Alert, evaluate
 from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.participation import AWAY, Participation, missing_boards
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
@@ -143,7 +143,7 @@ class Monitor(Observer):
         others: Other servers of this identity that were heard.
         tier: Returns the state of the servers above and below.
         book: Open alerts; None for what the last run left open.
-        away_s: Seconds after which a board that isn't connected is an alert; 0 for never.
+        away_rounds: Rounds that end without a board that isn't connected until it is an alert; 0 for never.
         present: Whether a board is connected, at whatever job; None to go by the jobs alone.
         free: The boards that are connected and at no job.
         clock: Seconds since 1970.
@@ -163,7 +163,7 @@ class Monitor(Observer):
         others: Callable[[], Sequence[Candidate]] = tuple,
         tier: Callable[[], TierStatus] = TierStatus,
         book: AlertBook | None = None,
-        away_s: float = 0.0,
+        away_rounds: int = 0,
         present: Callable[[str], bool] | None = None,
         free: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
@@ -179,8 +179,10 @@ class Monitor(Observer):
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(read_recorded(folder).alerts) if book is None else book
-        known = {a.device: a.since for a in self.book.open if a.kind == "device-away" and a.device is not None}
-        self._absences = Absences([view for view, _ in views], away_s, present, known)
+        away = {a.device: a.since for a in self.book.open if a.kind == AWAY and a.device is not None}
+        self.participation = {
+            view.job.name: Participation(view, away_rounds, present, away, clock) for view, _ in views
+        }
         self._site: SiteFacts | None = None
         self._next_at = 0.0
         self._complain_at: float | None = None
@@ -256,8 +258,6 @@ class Monitor(Observer):
             self._complain(error)
 
     def _snapshot(self) -> Snapshot:
-        quarantine = self._view.quarantine
-        held = ((name, quarantine.held(name)) for name in quarantine.all_held())
         self._tier_seen = self._tier()
         return Snapshot(
             self._folder,
@@ -266,9 +266,8 @@ class Monitor(Observer):
             broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),
             tier=self._tier_seen,
-            quarantined={name: found[1] for name, found in held if found is not None},
-            absent=self._absences.look(self._clock()),
-            floods_joins=quarantine.floods_joins(),
+            missing=missing_boards(list(self.participation.values()), self._view, self._clock()),
+            floods_joins=self._view.quarantine.floods_joins(),
             site=self._site,
             open=self.book.severities,
         )

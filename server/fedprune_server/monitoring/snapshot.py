@@ -12,6 +12,7 @@ from pathlib import Path
 from fedprune.coordination import Phase
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring.participation import Missing
 
 DELAY_S = 60.0
 """The longest that boards may take before an alert opens."""
@@ -151,8 +152,7 @@ class Snapshot:
         turned_s: Seconds since the server's loop turned; None if unknown.
         broker: Why the broker can't be used; empty if it can.
         others: Other servers of this identity that were heard.
-        quarantined: Boards in quarantine, and why.
-        absent: Boards that have been away for long, and since when, in seconds since 1970.
+        missing: Boards that no longer take part, and why.
         floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
         site: What the state folder shows; None if unknown.
         open: Kinds and severities of open alerts.
@@ -166,8 +166,7 @@ class Snapshot:
     broker: str = ""
     others: Sequence[Candidate] = ()
     tier: TierStatus = TierStatus()
-    quarantined: Mapping[str, str] = field(default_factory=dict)
-    absent: Mapping[str, float] = field(default_factory=dict)
+    missing: Mapping[str, Missing] = field(default_factory=dict)
     floods_joins: str | None = None
     site: SiteFacts | None = None
     open: frozenset[tuple[str, str]] = frozenset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -253,6 +254,16 @@ def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> N
     with CrashReports(tmp_path, boot=lambda: "after the power came back").watched():
         pass
     assert CrashReports(tmp_path).report is None
+
+
+def test_a_copy_of_a_running_boards_folder_reports_no_killed_run(tmp_path: Path) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    with CrashReports(original, boot=lambda: "b").watched():
+        shutil.copytree(original, copy)
+    assert CrashReports(original).report is None
+    with CrashReports(copy, boot=lambda: "b").watched():
+        assert CrashReports(copy).report is None
 
 
 def test_nothing_is_told_to_a_server_that_does_not_ask(tmp_path: Path) -> None:

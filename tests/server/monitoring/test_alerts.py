@@ -26,9 +26,10 @@ from fedprune_server.enrollment.store import Device, IdentityStore
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, day, evaluate
+from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, evaluate
 from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, Recorded, off_by_far, read_recorded
 from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.participation import Missing, day
 from fedprune_server.monitoring.snapshot import (
     CertificateDates,
     JobStatus,
@@ -89,6 +90,10 @@ def without_north(away_s: float, *, waited: bool = False, seen: Snapshot = CALM)
     return replace(seen, tier=TierStatus(regions=[LostRegion("north", NOW - away_s, 40, waited)]))
 
 
+def without_a(kind: str) -> Snapshot:
+    return replace(CALM, missing={"a": Missing(kind, "doesn't take part", NOW - DAY)})
+
+
 PARENT = "wss://fleet.example:8885"
 
 CASES: dict[str, tuple[Snapshot, str, str]] = {
@@ -125,8 +130,11 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "a certificate that is damaged": (
         with_site(certificates=[replace(ending(99), error="no PEM")]), "certificate", "critical",
     ),
-    "a board in quarantine": (replace(CALM, quarantined={"a": "too many messages"}), "quarantine", "warning"),
-    "a board that is gone": (replace(CALM, absent={"a": NOW - DAY}), "device-away", "warning"),
+    "a board in quarantine": (without_a("quarantine"), "quarantine", "warning"),
+    "a board of which there are two": (without_a("device-cloned"), "device-cloned", "warning"),
+    "a board that is excluded": (without_a("device-excluded"), "device-excluded", "warning"),
+    "a board whose updates don't count": (without_a("device-failing"), "device-failing", "warning"),
+    "a board that is gone": (without_a("device-away"), "device-away", "warning"),
     "requests to join that flood the server": (
         replace(CALM, floods_joins="ab" * 16), "joins-flooded", "warning",
     ),
@@ -252,17 +260,19 @@ def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:
         assert found.todo.startswith(do)
 
 
-def test_a_board_that_is_gone_is_told_after_a_day_until_it_is_back(tmp_path: Path) -> None:
+def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(tmp_path: Path) -> None:
     now = [NOW]
 
     def start(open_: list[Alert]) -> Monitor:
         return Monitor(
-            tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook(open_), away_s=DAY,
+            tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook(open_), away_rounds=2,
             present=lambda name: name == "c", clock=lambda: now[0], monotonic=lambda: now[0],
         )  # fmt: skip
 
-    def told(hours: float) -> dict[str | None, float]:
-        now[0] += 3600 * hours
+    def away(rounds: int) -> dict[str | None, float]:
+        for _ in range(rounds):
+            monitor.participation[JOB.name].round_over({"round": 1, "devices": {}}, now[0], view)
+        now[0] += 60
         monitor.look()
         return {a.device: a.since for a in monitor.book.open if a.kind == "device-away"}
 
@@ -270,17 +280,17 @@ def test_a_board_that_is_gone_is_told_after_a_day_until_it_is_back(tmp_path: Pat
     for name in "abcd":  # c is at another job, d was revoked
         view.state.devices[name] = Board(1, name == "a", {"name": "pi"}, None, 10)
     monitor = start([])
-    assert told(0) == told(23.9) == {}
-    assert told(0.2) == {"b": NOW}
+    assert away(0) == away(1) == {}
+    assert away(1) == {"b": NOW}
     monitor = start(monitor.book.open)
-    assert told(1) == {"b": NOW}, "a restart doesn't close it"
+    assert away(0) == {"b": NOW}, "a restart doesn't close it"
     view.state.paused = True
-    assert told(1) == {}
+    assert away(1) == {}
     view.state.paused = False
-    assert told(1) == told(23.9) == {}
-    assert told(0.2).keys() == {"b"}
+    assert away(0) == {"b": NOW}
     view.state.devices["b"].online = True
-    assert told(0.1) == {}
+    monitor.participation[JOB.name].noticed(["b"])
+    assert away(3) == {}
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict, get_args
@@ -59,34 +60,44 @@ from fedprune.wire.fleet_messages import (
 from fedprune.wire.urls import UploadUrl
 
 MOST = 20
-"""Messages that are logged per period; the rest is counted."""
+"""Rejected messages of one sender that are logged per period; the rest is counted."""
 
 AGAIN_S = 3600.0
 
 
 class RejectedMessageLog:
-    """Logs the first `MOST` rejected messages of every hour, and how many followed them."""
+    """Logs the first `MOST` rejected messages of each sender in every hour, and how many followed them.
+
+    One board that sends nothing but nonsense, such as the copy of another one's card, must not hide what is wrong with
+    the others. Senders that the caller doesn't know share one limit: anybody can invent names.
+    """
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
         self._clock = clock
-        self._logged = 0
-        self._suppressed = 0
+        self._counts: Counter[str] = Counter()
         self._since = clock()
 
-    def about(self, topic: str, error: FedpruneError) -> None:
+    def about(self, topic: str, error: FedpruneError, sender: str = "") -> None:
+        """Note a rejected message.
+
+        Args:
+            sender: Name of the device that sent it, if that is one of the fleet; empty for anybody else.
+        """
         now = self._clock()
         if now - self._since >= AGAIN_S:
-            if self._suppressed:
-                self._log.warning("ignored %d more bad messages", self._suppressed)
-            self._logged, self._suppressed, self._since = 0, 0, now
-        if self._logged >= MOST:
-            self._suppressed += 1
+            for name, count in sorted(self._counts.items()):
+                if count > MOST:
+                    self._log.warning("ignored %d more bad messages%s", count - MOST, f" of {name}" if name else "")
+            self._counts.clear()
+            self._since = now
+        self._counts[sender] += 1
+        if self._counts[sender] > MOST:
             return
-        self._logged += 1
         self._log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
-        if self._logged == MOST:
-            self._log.warning("further bad messages are counted for an hour, and not shown")
+        if self._counts[sender] == MOST:
+            whose = f" of {sender}" if sender else ""
+            self._log.warning("further bad messages%s are counted for an hour, and not shown", whose)
 
 
 _MOST_PRECISIONS = 8
@@ -201,6 +212,9 @@ class Assignment(TypedDict):
     attempt: Count
 
 
+MAX_TROUBLE = 500
+
+
 @dataclass(frozen=True)
 class Birth(CheckedMessage, kind="birth"):
     """A device is online."""
@@ -229,6 +243,8 @@ class Birth(CheckedMessage, kind="birth"):
     authorities: Pins | None = newer(compare=False)
     """Pins of the certificate authorities that it trusts, up to the one that issued its certificate, the oldest first;
     None without an identity."""
+    trouble: Annotated[str, text(MAX_TROUBLE)] | None = newer()
+    """Why its program can't start, and ends after this message; None where it works."""
 
 
 @dataclass(frozen=True)

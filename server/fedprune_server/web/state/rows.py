@@ -51,7 +51,7 @@ def device_row(
     held = view.quarantine.held(name)
     last_counted = 0 if device is None else device.last_counted_round
     ended = int(state.history[-1]["round"]) if state.history else 0  # no board is late in the current round yet
-    excluded = contact.problem if device is None else device.excluded
+    excluded = contact.problem or (device.excluded if device is not None else "")
     slot, release = running(contact.software)
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
@@ -106,7 +106,7 @@ def _state(
         if problem:
             return "excluded"
         return "ready" if here else {"waiting": "waiting", "revoked": "revoked"}.get(status, "unknown")
-    if device.excluded:
+    if device.excluded or problem:
         return "excluded"
     if not device.online:
         return "revoked" if status == "revoked" else ("elsewhere" if here else "offline")

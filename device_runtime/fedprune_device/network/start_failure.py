@@ -1,0 +1,61 @@
+"""Tells the server why a board that has taken part can't start any more, before its program ends with that error.
+
+Without this such a board is only offline, and nobody knows that its samples can't be read, say. It connects, announces
+itself with the reason, and disconnects; the service manager starts the program again later, and so it is repeated until
+somebody has mended the board.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fedprune import __version__
+from fedprune.core.errors import BrokerError, FedpruneError, IdentityError, JoinError
+from fedprune.wire.messages import MAX_TROUBLE, Birth
+from fedprune_device.network.membership import MembershipOptions, membership
+from fedprune_device.privacy.budget import read_policy
+from fedprune_device.privacy.redaction import private, refused
+from fedprune_device.storage.directory_owner import DirectoryOwner
+from fedprune_device.storage.state_directory import DeviceStore
+
+_LOG = logging.getLogger("fedprune.device")
+
+_CONNECT_S, _SEND_S = 10.0, 5.0
+_ELSEWHERE = (BrokerError, IdentityError, JoinError)
+"""Errors of the way to the server itself."""
+
+
+def report_start_failure(options: MembershipOptions, error: Exception, profile: str, policy: Path | None) -> None:
+    """Send the reason to the server, if this board has taken part before and nothing else uses its state directory.
+
+    Args:
+        policy: The file of the owner's privacy policy, which says whether the error's own words may leave the board.
+    """
+    owner = DirectoryOwner(options.device, options.site)
+    if isinstance(error, _ELSEWHERE) or not owner.owns(options.state):
+        return
+    try:
+        with DeviceStore(options.state, owner=owner) as store:
+            member = membership(options)
+            if member.identity is not None and not member.identity.joined:
+                return
+            text = private(refused(error, private=_is_private(store, policy)), MAX_TROUBLE)
+            connection = member.connection(store.next_session)
+            connection.link.start(_CONNECT_S)
+            try:
+                birth = Birth(options.device, store.session, profile, 0, f"fedprune {__version__}", trouble=text)
+                connection.send(birth)
+                connection.link.flush(_SEND_S)
+            finally:
+                connection.link.close()
+    except (FedpruneError, OSError) as failure:
+        _LOG.warning("the server couldn't be told why this board doesn't start: %s", failure)
+
+
+def _is_private(store: DeviceStore, policy: Path | None) -> bool:
+    try:
+        store.hold_to(read_policy(policy))
+    except FedpruneError:  # a policy that can't be read may ask for anything
+        return True
+    return store.privacy.private

@@ -1,0 +1,163 @@
+"""Which boards no longer take part, and why: worked out here alone, shown by log, status, doctor, console and alerts.
+
+A board may fail in silence: its card was copied, its disk is full, its samples can't be read, it has no power. Rounds
+go on without it, so the time that counts is rounds and not hours: whatever keeps a board away is named before a third
+round ends without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.coordination import Phase
+from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import FailureKind
+from fedprune.jobs.state import Progress
+from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.view import JobView
+
+QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
+FAILING, AWAY = "device-failing", "device-away"
+
+FAILED_ROUNDS = 2
+"""Rounds in a row without an update that counts after which a board is named: one alone may be bad luck."""
+
+_LASTING = frozenset({FailureKind.NO_ROOM, FailureKind.DATA})
+"""Failures that the next round won't mend, so that the first one is enough."""
+
+_NO_FAULT = frozenset({FailureKind.OUTLIER, FailureKind.STALE, FailureKind.QUARANTINED, FailureKind.REVOKED})
+"""Failures that are no board's fault, or have an alert of their own."""
+
+_REASON = 400
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a board doesn't take part.
+
+    Attributes:
+        kind: The alert's.
+        reason: A sentence whose subject is the board.
+        since: When that began, in seconds since 1970.
+    """
+
+    kind: str
+    reason: str
+    since: float
+
+
+def day(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+
+
+def excluded(reason: str, since: float) -> Missing:
+    return Missing(EXCLUDED, f"takes no part: {one_line(reason, _REASON)}", since)
+
+
+def quarantined(reason: str, since: float) -> Missing:
+    return Missing(QUARANTINE, f"is in quarantine: {one_line(reason, _REASON)}", since)
+
+
+class Participation(Observer):
+    """Watches the boards of one job. Times are in seconds since 1970.
+
+    Args:
+        away_rounds: Rounds that end without a board after which it counts as away; 0 to watch for none.
+        present: Whether a board is connected, at whatever job; None to go by the job alone.
+        away: Since when boards were away as the server's last run ended.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        view: JobView,
+        away_rounds: int,
+        present: Callable[[str], bool] | None,
+        away: Mapping[str, float],
+        clock: Callable[[], float],
+    ) -> None:
+        self._view, self._away_rounds, self._clock = view, away_rounds, clock
+        self._present = present or (lambda name: False)
+        self._excluded: dict[str, Missing] = {}
+        self._since: dict[str, float] = dict(away)
+        self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
+        self._failures: dict[str, tuple[int, str, float]] = {}  # rounds in a row, the last one's reason, since when
+        self.noticed(view.state.devices.keys())
+
+    def noticed(self, devices: Collection[str]) -> None:
+        for name in devices:
+            device = self._view.state.devices.get(name)
+            if device is None or device.online:
+                self._rounds_away.pop(name, None)
+                self._since.pop(name, None)
+            else:
+                self._rounds_away.setdefault(name, 0)
+                self._since.setdefault(name, self._clock())
+            # Boards that could never take part are listed by doctor; what is new is one that did.
+            if device is not None and device.excluded and (device.last_counted_round or device.excluded_by):
+                if name not in self._excluded:
+                    self._excluded[name] = excluded(device.excluded, self._clock())
+            else:
+                self._excluded.pop(name, None)
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        for name in self._rounds_away:
+            self._rounds_away[name] = 0 if self._present(name) else self._rounds_away[name] + 1
+        for name, part in summary["devices"].items():
+            self._count_failure(name, part)
+
+    def _count_failure(self, name: str, part: Mapping[str, Any]) -> None:
+        kind = part.get("kind", "")
+        if part["progress"] == Progress.FOLDED.value:
+            self._failures.pop(name, None)
+        elif kind not in _NO_FAULT:
+            count, _, since = self._failures.get(name, (0, "", self._clock()))
+            late = not part["reason"] or kind == FailureKind.LATE
+            reason = "it was late" if late else one_line(part["reason"], _REASON)
+            self._failures[name] = (max(count + 1, FAILED_ROUNDS if kind in _LASTING else 0), reason, since)
+
+    def missing(self) -> dict[str, Missing]:
+        """Boards that no longer take part in the job; none where it is paused or finished."""
+        state, registry = self._view.state, self._view.registry
+        boards = {name: Missing(CLONED, f"seems to be two boards: {reason}", self._clock())
+                  for name, reason in registry.clones.suspicions().items()}  # fmt: skip
+        if state.paused or state.phase is Phase.FINISHED:
+            return boards
+        revoked = self._view.revoked()
+        for name, body in registry.outsiders.items():
+            device = state.devices.get(name)
+            if body.get("cannot_start") or (device is not None and device.last_counted_round):
+                boards.setdefault(name, excluded(str(body["excluded"]), self._clock()))
+        for name, reason in self._excluded.items():
+            boards.setdefault(name, reason)
+        for name, count in self._rounds_away.items():
+            if self._away_rounds and count >= self._away_rounds and not self._present(name):
+                since = self._since[name]
+                what = f"has not been connected since {day(since)}, and rounds end without it"
+                boards.setdefault(name, Missing(AWAY, what, since))
+        for name, (count, reason, since) in self._failures.items():
+            if count >= FAILED_ROUNDS and name in state.devices:
+                what = f"is connected, but sends no update that counts: {reason}"
+                boards.setdefault(name, Missing(FAILING, what, since))
+        return {name: reason for name, reason in boards.items() if name not in revoked}
+
+
+def missing_boards(watches: Sequence[Participation], view: JobView, now: float) -> dict[str, Missing]:
+    """Boards that don't take part, at any job of a server; a board has the first reason that explains the others.
+
+    Args:
+        view: The first job's, whose quarantine is the server's.
+    """
+    boards: dict[str, Missing] = {}
+    for watch in watches:
+        for name, reason in watch.missing().items():
+            boards.setdefault(name, reason)
+    for name in view.quarantine.all_held():
+        sentence = view.quarantine.held(name)
+        # Of two boards with one key the server understands little, so that it may put them in quarantine.
+        if sentence is not None and (name not in boards or boards[name].kind != CLONED):
+            boards[name] = quarantined(sentence[1], now)
+    return boards

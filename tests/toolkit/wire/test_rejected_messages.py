@@ -1,0 +1,33 @@
+"""How much of what can't be read is logged: no sender's noise hides another's."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fedprune.core.errors import ProtocolError
+from fedprune.wire.messages import AGAIN_S, MOST, RejectedMessageLog
+
+pytestmark = pytest.mark.board
+
+
+def test_each_sender_has_a_limit_of_its_own_and_strangers_share_one(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    complaints = RejectedMessageLog(logging.getLogger("test.rejected"), lambda: now[0])
+
+    def logged(sender: str, times: int = 1) -> list[str]:
+        caplog.clear()
+        for n in range(times):
+            complaints.about(f"topic/{sender}/{n}", ProtocolError("nonsense"), sender)
+        return [r.getMessage() for r in caplog.records]
+
+    assert len(logged("noisy", 9 * MOST)) == MOST + 1
+    assert len(logged("calm")) == 1
+    assert len(logged("", 9 * MOST)) == MOST + 1
+    assert logged("") == []
+    assert len(logged("calm")) == 1
+    now[0] = AGAIN_S
+    (noisy, *_) = [line for line in logged("calm") if "noisy" in line]
+    assert str(8 * MOST) in noisy
+    assert len(logged("noisy")) == 1
