@@ -16,12 +16,16 @@ from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
-from fedprune.wire.messages import Death, Message, RejectedMessageLog, parse
+from fedprune.wire.lost_pieces import drops
+from fedprune.wire.messages import Birth, Death, Message, RejectedMessageLog, parse
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import EVERYONE, NO_JOB, Topics
 from fedprune.wire.transfer import ResponseTime
 
 _LOG = logging.getLogger("fedprune.device")
+
+ANSWER_S = 25.0
+"""Seconds for which a server may be busy before it answers an announcement; it asks each board for its log at once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Channel:
         return SigningKey.make()
 
     @property
+    def refusal(self) -> str:
+        """Why a server that is there may not listen to this board, in words that end with a comma."""
+        return ""
+
+    @property
     def birth_due(self) -> bool:
         """Whether the board must send another birth before the server accepts its messages."""
         return False
@@ -61,12 +70,6 @@ class Channel:
 
     def open(self, topic: str, payload: bytes) -> Message:
         return parse(payload)
-
-    def turn(self) -> None:
-        """Check for what is due; called each time a message is asked for."""
-
-    def lost(self) -> None:
-        """Note that the connection is lost."""
 
     def will(self, session: int) -> tuple[str, bytes]:
         topic = self.topics.up(self.device)
@@ -79,8 +82,11 @@ class Connection:
     def __init__(self, link: Link, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.device, self.topics = link, channel.device, channel.topics
         self.answers = ResponseTime()
+        self.clock = clock
         self._channel = channel
         self._complaints = RejectedMessageLog(_LOG, clock)
+        self._announced_at: float | None = None  # until the server answers, or it was said that it doesn't
+        self._answered = self._heard_server = False
 
     @property
     def signing_key(self) -> SigningKey:
@@ -99,6 +105,8 @@ class Connection:
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
         topic = self.topics.up(self.device, job)
+        if isinstance(message, Birth) and self._announced_at is None and not self._answered:
+            self._announced_at = self.clock()
         return self.link.publish(topic, self._channel.seal(topic, message), qos)
 
     def send_chunk(self, chunk: bytes, job: str) -> bool:
@@ -120,11 +128,11 @@ class Connection:
     def receive(self, timeout: float | None = 0.0) -> Received | ReceivedChunk | ConnectionUp | ConnectionDown | None:
         """The next message, chunk or event; None if nothing came in time, or what came is invalid."""
         item = self.link.get(timeout)
-        self._channel.turn()
+        self._miss_answer()
         if isinstance(item, ConnectionUp):
             self.answers.connected(item.took)
         elif isinstance(item, ConnectionDown):
-            self._channel.lost()
+            self._announced_at, self._answered, self._heard_server = None, False, False
         if not isinstance(item, tuple):
             return item
         topic, payload = item
@@ -134,7 +142,26 @@ class Connection:
                 return ReceivedChunk(Chunk.parse(payload), shared=address.device == EVERYONE)
             if address.channel == "down":
                 message = self._channel.open(topic, payload)
+                if address.device == self.device:
+                    self._announced_at, self._answered = None, True
+                self._heard_server = True
                 return Received(message, (address.device, address.job) == (self.device, NO_JOB))
         except (ProtocolError, StorageError) as error:
             self._complaints.about(topic, error)
         return None
+
+    def _miss_answer(self) -> None:
+        """Log once per connection that the server doesn't answer this board's announcement.
+
+        A broker acknowledges what its rules don't let through, and a revoked board isn't told.
+        """
+        if self._announced_at is None or self.clock() - self._announced_at < ANSWER_S:
+            return
+        self._announced_at, self._answered = None, True
+        if self._heard_server:
+            _LOG.warning("the server is there, and doesn't answer this board: %s", drops("what it sends or is sent"))
+        else:
+            _LOG.warning(
+                "the server doesn't answer this board: it is off, %sor %s",
+                self._channel.refusal, drops("what it sends or is sent"),
+            )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +17,6 @@ from fedprune.wire.messages import Birth, Hello, Message, parse
 from fedprune_device.network.connection import Channel
 
 _LOG = logging.getLogger("fedprune.device")
-
-PATIENCE_S = 300.0
-"""Silence of the server after which a board logs it; a board that has nothing to do may hear nothing for a day."""
 
 _AGAIN_S, _LONGEST_AGAIN_S = 10.0, 3600.0
 """The pause after a repeated birth, which doubles with each further one, and the longest pause.
@@ -39,7 +35,6 @@ class SignedChannel(Channel):
         self._clock = clock
         self._born = self._disbelieved = False
         self._again_at, self._pause_s = 0.0, _AGAIN_S
-        self._silent_since: float | None = None
 
     @cached_property
     def signing_key(self) -> SigningKey:
@@ -59,8 +54,6 @@ class SignedChannel(Channel):
             self._born = True
             self._identity.renewed.clear()
             message = replace(message, server_key=self._opener.key.id.hex(), authorities=self._identity.authorities())
-            if self._silent_since is None:
-                self._silent_since = self._clock()
         return self._sealer.seal(topic, message.to_bytes())
 
     def open(self, topic: str, payload: bytes) -> Message:
@@ -71,24 +64,17 @@ class SignedChannel(Channel):
         except StaleEpochError:
             self._doubt()
             raise
-        self._silent_since = math.inf  # the server accepts this board as a member
         message = parse(body)
         if isinstance(message, Hello):
             self._learn(topic, message)
         return message
 
-    def turn(self) -> None:
-        """Log once per connection that the server doesn't answer: a revoked board isn't told."""
-        if self._silent_since is not None and self._clock() - self._silent_since >= PATIENCE_S:
-            self._silent_since = math.inf
-            _LOG.info(
-                "nothing heard of the server since this board connected: it may be off, or wait for others. Where "
-                "`fedprune-server devices` says that this board is revoked, let it join again: fedprune-device join "
-                "--new-key --claim FILE, with the same --broker and --state"
-            )
-
-    def lost(self) -> None:
-        self._silent_since = None
+    @property
+    def refusal(self) -> str:
+        return (
+            "this board was revoked (`fedprune-server devices` says so; then let it join again: fedprune-device join "
+            "--new-key --claim FILE, with the same --broker and --state), "
+        )
 
     def _follow(self, topic: str, payload: bytes) -> None:
         """Learn a hello's key if the known key leads to it; ask for such a hello where another key signed a message."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -18,7 +19,8 @@ from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
-from fedprune.wire.messages import Progress
+from fedprune.wire.lost_pieces import LostPieces, drops
+from fedprune.wire.messages import BlobRequest, Progress
 from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
 from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 
@@ -27,6 +29,9 @@ log = logging.getLogger("fedprune.server")
 
 _WIDTHS = 4096
 """Submodels, and plans, of which numbers and text are remembered: devices of equal widths share one."""
+
+_DOWNLOAD = "download"
+"""The phase of a board's part before it has all that it was offered."""
 
 _NO_METRICS: Mapping[str, float] = {}
 """Shared by the devices of a fleet: metrics are replaced, never changed in place."""
@@ -89,6 +94,9 @@ class DeviceRegistry:
         self.prefix = ""
         """The prefix of a line about a device in one of several jobs."""
         self.clones = CloneDetector()
+        self._to_devices = defaultdict[str, LostPieces](LostPieces)
+        self._from_devices = defaultdict[str, LostPieces](LostPieces)
+        self._unheard = set[str]()  # devices of which nothing has come since their offer
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
@@ -129,6 +137,7 @@ class DeviceRegistry:
 
     def received(self, device: str, size: int) -> None:
         """Count bytes from an admitted device; unknown names are unlimited."""
+        self._unheard.discard(device)
         self.count(device, 0, size)
 
     def sent(self, device: str, size: int) -> None:
@@ -154,6 +163,8 @@ class DeviceRegistry:
         """A device has shown that it works on its offer."""
         contact = self[device]
         contact.heard_at, contact.progress = now, progress or contact.progress
+        if progress is not None and progress.phase != _DOWNLOAD:
+            self._to_devices.pop(device, None)
         if progress is not None and progress.temperature_c is not None:
             contact.temperature_c = progress.temperature_c
 
@@ -171,9 +182,36 @@ class DeviceRegistry:
             if state.awaits(task) and device is not None and device.online and not device.region:
                 self[name].heard_at = now
                 names.append(name)
+                self._unheard.add(name)
         return sorted(names)
 
+    def asked_by(self, device: str, want: BlobRequest, now: float) -> None:
+        """A device asks for pieces of a blob, which it is sent."""
+        if device in self._contacts:
+            self._to_devices[device].note(want, now)
+
+    def asked(self, device: str, want: BlobRequest, now: float) -> None:
+        """A device is asked for pieces of its update."""
+        if device in self._contacts:
+            self._from_devices[device].note(want, now)
+
+    def undelivered(self) -> dict[str, str]:
+        """What is published to or by connected devices and seems to reach nobody, in words, by device."""
+        reasons = {name: "gets no piece of its model: " + drops("what is sent to it")
+                   for name, pieces in self._to_devices.items() if pieces.stuck}  # fmt: skip
+        for name, pieces in self._from_devices.items():
+            if pieces.stuck:
+                reasons[name] = "announces its update, and no piece of it comes: " + drops("what it sends")
+        return reasons
+
+    def unheard(self) -> dict[str, str]:
+        """Connected devices of which nothing has come since their offer, in words."""
+        said = "was offered a round, and nothing has come of it since: its program hangs, or "
+        return dict.fromkeys(self._unheard, said + drops("what it sends or is sent"))
+
     def delivered(self, device: str, now: float) -> None:
+        self._from_devices.pop(device, None)
+        self._to_devices.pop(device, None)
         contact = self[device]
         if contact.offered_at is not None:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
@@ -215,6 +253,7 @@ class DeviceRegistry:
         self.outsiders[device] = body | ({"cannot_start": True} if cannot_start else {})
 
     def gone(self, device: str) -> None:
+        self._unheard.discard(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False
 

@@ -25,7 +25,7 @@ from fedprune_server.transfer.uploads import Arrived, Uploads
 
 log = logging.getLogger("fedprune.server")
 
-_UNHEARD_OFFER_S = 30.0
+_UNHEARD_OFFER_S = 25.0
 """Seconds after which an offer is repeated: the broker's acknowledgement is not the device's."""
 
 DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished

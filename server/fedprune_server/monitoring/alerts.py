@@ -16,8 +16,18 @@ from pathlib import Path
 from fedprune.coordination import Phase
 from fedprune.core.text import quantity, some
 from fedprune.releases.rollout import RolloutPhase
+from fedprune.wire.lost_pieces import drops
 from fedprune_server.devices.quarantine import CROWDED_S
-from fedprune_server.monitoring.participation import AWAY, CLONED, EXCLUDED, FAILING, QUARANTINE, Missing, day
+from fedprune_server.monitoring.participation import (
+    AWAY,
+    CLONED,
+    EXCLUDED,
+    FAILING,
+    QUARANTINE,
+    UNDELIVERED,
+    Missing,
+    day,
+)
 from fedprune_server.monitoring.snapshot import DELAY_S, JobStatus, RolloutStatus, SiteFacts, Snapshot
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
@@ -40,10 +50,12 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     QUARANTINE: (WARNING,),
     CLONED: (WARNING,),
     EXCLUDED: (WARNING,),
+    UNDELIVERED: (WARNING,),
     FAILING: (WARNING,),
     AWAY: (WARNING,),
     "joins-flooded": (WARNING,),
     "devices-wait": (WARNING,),
+    "device-unheard": (WARNING, INFO),
     "rollout": (WARNING, INFO),
     "rollout-paused": (INFO,),
     "prediction-off": (INFO,),
@@ -58,6 +70,9 @@ MOST = 500
 
 SHOWN = 5
 """Names that a text lists."""
+
+_UNHEARD_S, _MEASURED_S = 25.0, 120.0
+"""Seconds after which a board that has joined should be heard: one that doesn't measure itself first, and any."""
 
 _DAY_S = 24 * 3600.0
 _EXPIRES_S = 30 * _DAY_S
@@ -115,12 +130,13 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
             found += _boards(seen, job, now)
             if not seen.tier.parent:
                 found += _quotas(job, now)
-            found += _progress(job, now)
+            found += _progress(seen, job, now)
             found += _predictions(job, now)
     if seen.site is not None:
         found += _disk(seen, seen.site, now)
         found += _certificates(seen.site, now)
         found += _waiting(seen, seen.site, now)
+        found += _unannounced(seen, seen.site, now)
         found += _rollout(seen, seen.site.rollout, now)
     found += _missing(seen)
     if seen.floods_joins is not None:
@@ -243,7 +259,8 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
             "a round can't begin without boards",
             f"{claim}"
             "fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its log "
-            "has the reason if it doesn't connect",
+            f"has the reason if it doesn't connect. If it says that it is connected, {drops('what the board sends')} "
+            "(docs/runbook.md#the-broker-drops-messages)",
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
@@ -294,19 +311,22 @@ def _quotas(job: JobStatus, now: float) -> Iterator[Alert]:
         )  # fmt: skip
 
 
-def _progress(job: JobStatus, now: float) -> Iterator[Alert]:
+def _progress(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     if job.paused or not (job.missed or job.empty):
         return
     missed = f"{quantity(job.missed, 'deadline')} of {job.deadline_s:g} s passed without an update"
     if not job.missed:
         missed = f"{quantity(job.empty, 'round')} closed without a usable update"
+    todo = (
+        f"see each board's reason: {command('status', *at(job.folder))}, and {command('logs', *at(job.folder))}; if "
+        f"boards need longer: {restart(*at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}"
+    )
+    if named := [name for name, missing in seen.missing.items() if missing.kind == UNDELIVERED]:
+        todo = f"a longer deadline won't help: see the alert about {some(named)}, of which the broker drops messages"
     yield Alert(
         "no-progress", CRITICAL, now,
         f"job {job.name} makes no progress in round {job.round} of {job.rounds or '?'}: {missed}",
-        "the model doesn't move",
-        f"see each board's reason: {command('status', *at(job.folder))}, and {command('logs', *at(job.folder))}; if "
-        f"boards need longer: {restart(*at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}",
-        job=job.name,
+        "the model doesn't move", todo, job=job.name,
     )  # fmt: skip
 
 
@@ -376,6 +396,23 @@ def _waiting(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
         )  # fmt: skip
 
 
+def _unannounced(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
+    """Boards that could join, and of which the server hears nothing else; an aggregator's are heard by their own."""
+    if not seen.running or seen.tier.parent or seen.tier.regions:
+        return
+    for name, joined in islice(site.unannounced.items(), MOST):
+        if now - joined >= _UNHEARD_S:
+            yield Alert(
+                "device-unheard", WARNING if now - joined >= _MEASURED_S else INFO, joined,
+                f"{name} joined at {day(joined)}, and its announcement has not come: it is off, still measures itself, "
+                f"or {drops('what it sends')}",
+                "it takes no part until the server hears it",
+                "see the board's own log; where that says that it is connected, look at the broker's rules for its "
+                "name (docs/runbook.md#the-broker-drops-messages)",
+                device=name,
+            )  # fmt: skip
+
+
 def _rollout(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Iterator[Alert]:
     if rollout is None:
         return
@@ -431,6 +468,11 @@ def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
                 "look for a second board with a copy of its card or state folder, and take it away; or give both new "
                 f"keys: {command('devices', 'replace', name, *at(seen.folder))}, and let each join with a name and "
                 "claim of its own (docs/runbook.md#two-boards-with-one-identity)"
+            )
+        case "broker-drops":
+            return "its part in the round can't come to an end, however long the deadline is", (
+                "let the broker pass packets of at least 33,280 bytes (message_size_limit, max_packet_size), and what "
+                "its rules must let through (docs/runbook.md#the-broker-drops-messages)"
             )
         case "device-away":
             return without, (

@@ -20,7 +20,7 @@ from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
-FAILING, AWAY = "device-failing", "device-away"
+UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
 
 FAILED_ROUNDS = 2
 """Rounds in a row without an update that counts after which a board is named: one alone may be bad luck."""
@@ -127,17 +127,21 @@ class Participation(Observer):
         if state.paused or state.phase is Phase.FINISHED:
             return boards
         revoked = self._view.revoked()
+        for name, reason in registry.undelivered().items():
+            boards.setdefault(name, Missing(UNDELIVERED, reason, self._clock()))
         for name, body in registry.outsiders.items():
             device = state.devices.get(name)
             if body.get("cannot_start") or (device is not None and device.last_counted_round):
                 boards.setdefault(name, excluded(str(body["excluded"]), self._clock()))
-        for name, reason in self._excluded.items():
-            boards.setdefault(name, reason)
+        for name, exclusion in self._excluded.items():
+            boards.setdefault(name, exclusion)
         for name, count in self._rounds_away.items():
             if self._away_rounds and count >= self._away_rounds and not self._present(name):
                 since = self._since[name]
                 what = f"has not been connected since {day(since)}, and rounds end without it"
                 boards.setdefault(name, Missing(AWAY, what, since))
+        for name, reason in registry.unheard().items():
+            boards.setdefault(name, Missing(FAILING, reason, self._clock()))
         for name, (count, reason, since) in self._failures.items():
             if count >= FAILED_ROUNDS and name in state.devices:
                 what = f"is connected, but sends no update that counts: {reason}"

@@ -34,9 +34,9 @@ def site_facts(folder: Path, server: Mapping[str, Any], *, members: bool = True)
         members: Whether the identity can be read.
     """
     found = shutil.disk_usage(folder)
-    waiting = _waiting(folder) if members and (folder / IDENTITY).is_dir() else {}
+    waiting, unannounced = _members(folder) if members and (folder / IDENTITY).is_dir() else ({}, {})
     certificates = (*_certificates(folder), *_console(folder, server))
-    return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder))
+    return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder), unannounced)
 
 
 def _certificates(folder: Path) -> Iterator[CertificateDates]:
@@ -78,15 +78,17 @@ def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
     )
 
 
-def _waiting(folder: Path) -> dict[str, str]:
+def _members(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """The keys that wait for approval, and the members that have never announced themselves."""
     if not has_database(folder):
-        return {}
+        return {}, {}
     try:
         with database_of(folder, read_only=True) as database:
-            waiting = IdentityStore(database).waiting()
+            store = IdentityStore(database)
+            waiting, unannounced = store.waiting(), store.unannounced()
     except StorageError:  # as below
-        return {}
-    return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}
+        return {}, {}
+    return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}, unannounced
 
 
 def _rollout(folder: Path) -> RolloutStatus | None:

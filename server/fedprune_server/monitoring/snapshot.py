@@ -103,12 +103,14 @@ class SiteFacts:
     Attributes:
         disk: Free bytes, and all, of the state folder's disk; None if unknown.
         waiting: Fingerprints of keys that wait for approval, by board.
+        unannounced: Boards that have joined and never announced themselves, and when, in seconds since 1970.
     """
 
     disk: tuple[int, int] | None = None
     certificates: Sequence[CertificateDates] = ()
     waiting: Mapping[str, str] = field(default_factory=dict)
     rollout: RolloutStatus | None = None
+    unannounced: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

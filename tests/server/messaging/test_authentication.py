@@ -32,7 +32,7 @@ from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, pars
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_device.network import signed_channel as device_side
-from fedprune_device.network.connection import Connection, Received, ReceivedChunk
+from fedprune_device.network.connection import ANSWER_S, Connection, Received, ReceivedChunk
 from fedprune_server.devices.quarantine import BURST, Quarantine
 from fedprune_server.enrollment import pki as folder_module
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -539,13 +539,27 @@ def test_a_board_that_nobody_answers_says_what_to_do_once(lab: Lab, caplog: pyte
     assert lab.server.hears(answered.say(birth("pi-2"))) != []
     silent.say(birth("pi-1"))
     assert answered.hears(lab.server.say("pi-2", Hello())) != []
-    for lab.now in (1.0, device_side.PATIENCE_S - 1):
+    for lab.now in (1.0, ANSWER_S - 1):
         assert silent.connection.receive() is answered.connection.receive() is None
-    assert "nothing heard of the server" not in caplog.text
-    for lab.now in (device_side.PATIENCE_S, 2 * device_side.PATIENCE_S):
+    assert "doesn't answer" not in caplog.text
+    for lab.now in (ANSWER_S, 2 * ANSWER_S):
         assert silent.connection.receive() is answered.connection.receive() is None
-    assert caplog.text.count("nothing heard of the server") == 1
+    assert caplog.text.count("doesn't answer") == 1
     assert "--new-key" in caplog.text
+    assert "the broker drops" in caplog.text
+
+
+def test_a_board_that_hears_a_server_which_does_not_answer_it_blames_the_broker(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = lab.boards["pi-1"]
+    board.say(birth("pi-1"))
+    assert lab.server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
+    assert board.hears(lab.server.end.sent[-1]) != []
+    lab.now = ANSWER_S
+    assert board.connection.receive() is None
+    (line,) = [r.getMessage() for r in caplog.records if "the broker drops" in r.getMessage()]
+    assert "it is off" not in line
 
 
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:

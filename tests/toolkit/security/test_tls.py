@@ -107,11 +107,14 @@ def test_all_else_is_checked(authority: Authority, serve: Callable[[str], int], 
     ca = authority.crl_path.parent / "authority.pem"
     port = serve("broker")
     context = pinned_context(ca, None, None, lambda: BUILT)
-    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)hostname mismatch"):
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)hostname mismatch") as caught:
         greeted(context, port, "other.example")
+    assert "--ca" not in failure(caught.value), "another authority can't help"
+    assert "another address" in failure(caught.value)
     other = Authority.make(tmp_path / "other", "lab").crl_path.parent / "authority.pem"
-    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)verify failed"):
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)verify failed") as caught:
         greeted(pinned_context(other, None, None, lambda: BUILT), port)
+    assert "--ca" in failure(caught.value)
     assert greeted(unpinned_context(), port) == b"hello"  # for joining alone: the answer proves itself
 
 

@@ -29,6 +29,11 @@ from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, Con
 from fedprune.wire.urls import BrokerUrl
 from fedprune.wire.will_trial import WillTrial
 
+_NO_TLS = "TLS failed"
+
+_MISMATCHES = frozenset({62, 64})  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
+_DATES = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
     """A client's TLS context with these authorities, by default the system's. Raises `ConfigError` if the file can't be
@@ -46,13 +51,25 @@ def failure(error: OSError | FedpruneError) -> str:
     if isinstance(error, socket.gaierror):
         return f"the host name is unknown ({error.strerror})"
     if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
-        why = error.verify_message or "unknown authority"
-        return f"TLS failed (its certificate is not trusted: {why}; --ca names the authorities to trust)"
+        return f"{_NO_TLS} ({_distrust(error)})"
     if isinstance(error, ssl.SSLError):
-        return f"TLS failed ({error.reason or error})"
+        return f"{_NO_TLS} ({error.reason or error})"
     if isinstance(error, TimeoutError):
         return "no answer"
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def _distrust(error: ssl.SSLCertVerificationError) -> str:
+    """Why a certificate isn't trusted, and the way out that fits the reason."""
+    why = (error.verify_message or "unknown authority").rstrip(".")
+    if error.verify_code in _MISMATCHES:
+        return (
+            f"its certificate is for another address: {why}. Connect to an address that it names, or give the broker a "
+            "certificate for this one: docs/runbook.md#the-server-has-another-address"
+        )
+    if error.verify_code in _DATES:
+        return f"{why}: see the clock of this machine, and the certificate's dates (docs/runbook.md)"
+    return f"its certificate is not trusted: {why}; --ca names the authorities to trust"
 
 
 class Subscriptions:
@@ -236,6 +253,8 @@ class Link(Closing):
             if reason.startswith(_REFUSED)
             else "`fedprune-server devices` lists revoked boards; if this one isn't, see the broker's log."
             if reason.startswith(_DROPPED)
+            else ""
+            if reason.startswith(_NO_TLS)
             else "Is a broker running there, is the port right, and does a firewall let it through?",
         )
 

@@ -1,0 +1,123 @@
+"""What a broker drops between server and boards is named on the server within half a minute, with the board."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune_server.monitoring.monitor import Monitor
+from support.fakes.fleet import Air, Fleet, ToyDevice
+from support.fakes.tiny_job import JOB
+
+LONGEST = 5_000
+
+
+class Dropping(Air):
+    """A broker that drops some messages, as if it had delivered them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops_up: Callable[[str, bytes], bool] = lambda topic, payload: False
+        self.drops_down: Callable[[str, bytes], bool] = lambda topic, payload: False
+
+    def to_server(self, topic: str, payload: bytes) -> None:
+        if not self.drops_up(topic, payload):
+            super().to_server(topic, payload)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        return self.drops_down(topic, payload) or super().publish(topic, payload, qos)
+
+
+class Asking(ToyDevice):
+    """A device that asks again for pieces that don't come."""
+
+    def turn(self) -> None:
+        for pull in self.pulls.values():
+            for want in pull.on_tick(self.air.now):
+                self.say(want)
+
+
+def is_long(topic: str, payload: bytes) -> bool:
+    return len(payload) > LONGEST
+
+
+def is_of_a(topic: str, payload: bytes) -> bool:
+    return "/a/" in topic
+
+
+def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> dict[str, tuple[set[str | None], float]]:
+    """The boards that the alerts named, by kind, and after how many seconds they opened."""
+    fleet = Fleet(folder, replace(JOB, deadline_s=1000.0), ())
+    fleet.air = air = Dropping()
+    for name in ("a", "b", "c"):
+        air.devices[name] = Asking(name, folder / "devices", air)
+    daemon = fleet.daemon()
+
+    def clock() -> float:
+        return air.now
+
+    monitor = Monitor(folder, {}, [(daemon.first.view, folder)], clock=clock, monotonic=clock)
+    daemon.first.observers.join(monitor)
+    found: dict[str, tuple[set[str | None], float]] = {}
+
+    def idle() -> None:
+        if daemon.busy:
+            time.sleep(0.0005)  # the worker's thread is real
+            return
+        for change in monitor.book.changes():
+            found.setdefault(change.alert.kind, (set(), air.now))[0].add(change.alert.device)
+        air.now += 0.5
+        for device in air.devices.values():
+            device.turn()
+        if air.now > seconds:
+            daemon.stop()
+
+    spoil(air)
+    air.on_idle = idle
+    daemon.run()
+    return found
+
+
+def limit_down(air: Dropping) -> None:
+    air.drops_down = is_long
+
+
+def limit_up(air: Dropping) -> None:
+    air.drops_up = is_long
+
+
+def silence_a_after_its_birth(air: Dropping) -> None:
+    heard: list[str] = []
+
+    def drops(topic: str, payload: bytes) -> bool:
+        if not is_of_a(topic, payload):
+            return False
+        heard.append(topic)
+        return len(heard) > 1
+
+    air.drops_up = drops
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "names"),
+    [
+        (limit_down, "broker-drops", {"a", "b", "c"}),
+        (limit_up, "broker-drops", {"a", "b", "c"}),
+        (silence_a_after_its_birth, "device-failing", {"a"}),
+    ],
+)
+def test_a_board_whose_messages_are_dropped_is_named_within_half_a_minute(
+    tmp_path: Path, spoil: Callable[[Dropping], None], kind: str, names: set[str]
+) -> None:
+    alerts = opened(tmp_path, spoil, 40.0)
+    assert alerts.keys() == {kind}
+    assert alerts[kind][0] == names
+    assert alerts[kind][1] <= 30
+
+
+def test_a_broker_that_drops_nothing_is_not_accused(tmp_path: Path) -> None:
+    assert opened(tmp_path, lambda air: None, 40.0) == {}

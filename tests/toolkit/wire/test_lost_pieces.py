@@ -1,0 +1,64 @@
+"""What a broker drops is noticed by requests that come again and again, and what is only slow or in pieces is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.lost_pieces import LostPieces
+from fedprune.wire.messages import BlobRequest
+from fedprune.wire.transfer import BlobSender, Pull
+
+pytestmark = pytest.mark.board
+
+LONGEST = 5_000
+"""Bytes of a message that a broker with a low limit lets through."""
+
+
+def transfer(folder: Path, size: int, *, passes: int, from_s: float = 0.0) -> tuple[list[float], bool]:
+    """When pieces counted as lost in 60 s of a transfer, and whether it ended.
+
+    Args:
+        passes: The broker drops longer messages.
+        from_s: It does so from this time on.
+    """
+    source, target = BlobStore(folder / "source"), BlobStore(folder / "target")
+    ref = source.put(bytes(range(256)) * (size // 256))
+    pull, sender, pieces = Pull(ref, target.partial(ref)), BlobSender(source), LostPieces()
+    noticed: list[float] = []
+    wants = pull.start(0.0)
+    for now in (n / 2 for n in range(120)):
+        more: list[BlobRequest] = []
+        for want in wants:
+            noticed += [now] if pieces.note(want, now) else []
+            answer = sender.answer(want)
+            for raw in answer if not isinstance(answer, BlobRequest) else ():
+                if len(raw) <= passes or now < from_s:
+                    more += pull.on_chunk(Chunk.parse(raw), now)
+        wants = [*more, *pull.on_tick(now)]
+    return noticed, pull.done
+
+
+def test_pieces_that_are_longer_than_the_broker_allows_are_noticed_within_twenty_seconds(tmp_path: Path) -> None:
+    noticed, done = transfer(tmp_path, 3_000_000, passes=LONGEST)
+    assert not done
+    assert len(noticed) == 1
+    assert noticed[0] <= 20
+
+
+def test_a_broker_that_begins_to_drop_in_the_middle_is_noticed_as_soon(tmp_path: Path) -> None:
+    noticed, done = transfer(tmp_path, 30_000_000, passes=LONGEST, from_s=1.0)
+    assert not done
+    assert noticed
+    assert noticed[0] <= 21
+
+
+def test_a_transfer_that_works_is_not_noticed(tmp_path: Path) -> None:
+    assert transfer(tmp_path, 3_000_000, passes=2**20) == ([], True)
+
+
+def test_chunks_that_shrink_until_they_get_through_are_not_noticed(tmp_path: Path) -> None:
+    assert transfer(tmp_path, 3_000_000, passes=40_000) == ([], True)
