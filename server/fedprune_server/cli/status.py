@@ -25,7 +25,7 @@ from fedprune_server.devices.plan_vs_actual import compared, described, planned,
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
-from fedprune_server.monitoring.alerts import CRITICAL, evaluate
+from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.snapshot import Snapshot
@@ -144,7 +144,8 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
     if not body["running"]:
         lines.append(_stopped(body))
-    lines += [f"  {a['severity']}: {a['what']}. To do: {a['todo']}" for a in body.get("alerts", ())]
+    alerts = [(a["severity"], f"  {a['severity']}: {a['what']}. To do: {a['todo']}") for a in body.get("alerts", ())]
+    lines += [line for severity, line in alerts if severity != INFO]
     if "privacy" in body:
         lines.append(_private(body["privacy"]))
     for device in body["devices"]:
@@ -163,6 +164,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
             for name, part in sorted(row["devices"].items())
             if part["reason"]
         ]
+    lines += [line for severity, line in alerts if severity == INFO]
     return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
 
 

@@ -262,7 +262,7 @@ class DeviceRegistry:
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
         self.outsiders.pop(name, None)
-        what = hash((device.widths, device.excluded, device.samples, device.profile.get("name")))
+        what = hash((device.widths, device.excluded, device.profile.get("name")))
         if what == contact.introduced:
             return
         contact.introduced = what
@@ -292,8 +292,10 @@ class DeviceRegistry:
         else:
             plan = Plan.from_dict(device.plan)
             lines, warning, gains = plan.describe(self.whole).splitlines(), plan.warning, plan.gains()
-        for line in lines:
-            log.info("  %s", line)
+            lines[0] = f"{lines[0]}, {plan.unbound() or f'bound by {plan.bound}'}"
+        log.info("  %s", lines[0])
+        for line in lines[1:]:  # `status` and the console's page of the board have them
+            log.debug("  %s", line)
         if gains:
             log.debug("  %s", gains)
         return lines[0], warning

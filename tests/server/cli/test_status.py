@@ -206,6 +206,15 @@ def test_without_a_broker_no_board_is_said_to_be_online(fleet_state: Path, capsy
     assert all(": connection not known, " in line for line in devices)
 
 
+def test_notes_come_after_all_else(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note, trouble = (Alert("rollout", severity, 1.0, f"a {severity}", "why", "do") for severity in ("info", "warning"))
+    body = {"turned_at": time.time(), "alerts": [asdict(note), asdict(trouble)]}
+    (fleet_state / "alerts.json").write_text(json.dumps(body))
+    main(["status", "--state", str(fleet_state)])
+    text = capsys.readouterr().out
+    assert text.index("a warning") < text.index("  device") < text.index("a info")
+
+
 def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Storage.at(stopped_state) as storage:
         state = storage.load()

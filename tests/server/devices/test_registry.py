@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 
 from fedprune.coordination import State
+from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device
+from fedprune.planning import profile_store
+from fedprune.planning.plan import plan
 from fedprune_server.devices.registry import DeviceRegistry, parameters
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -42,6 +45,19 @@ def test_a_plan_that_devices_share_is_described_once(caplog: pytest.LogCaptureFi
     assert first == "device a is connected: pi, 10 samples, ?"
     assert line.startswith("  density 1, as the ")
     assert others == ["device b is connected: pi, 10 samples, ?", "device c is connected: nano, 20 samples, ?"]
+
+
+def test_a_plan_is_one_line_and_only_other_widths_are_another(caplog: pytest.LogCaptureFixture) -> None:
+    board = profile_store.find("raspberry-pi-5")
+    device = Device(1, True, board.to_dict(), None, 100)
+    state = State(model="m" * 64, devices={"a": device})  # type: ignore[arg-type]
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
+    with caplog.at_level("INFO", "fedprune.server"):
+        for samples in (100, 200, 300):  # as its applications add some
+            made = plan(ARCHITECTURE, board, JOB.recipe, samples)
+            device.samples, device.plan, device.widths = samples, PackedJson(made.to_dict()), made.widths
+            registry.introduce("a")
+    assert len(caplog.records) == 2
 
 
 def test_a_device_that_is_connected_through_an_aggregator_is_shown_with_it() -> None:

@@ -116,6 +116,15 @@ def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path, monke
     assert ([x["round"] for x in view.rounds("one").items], view.rounds("two").total) == ([9, 8, 7, 6], 1)
 
 
+def test_notes_are_alerts_that_can_be_left_out(tmp_path: Path) -> None:
+    writer = StatusWriter(tmp_path / FILE)
+    for severity in ("info", "warning", "critical"):
+        write(writer, AlertStatus(severity, 1.0, "a kind", severity, None, None, "a text"))
+    with FleetView(tmp_path / FILE) as view:
+        assert view.alerts(gone=False).total == 3
+        assert {a["severity"] for a in view.alerts(gone=False, notes=False).items} == {"warning", "critical"}
+
+
 def test_changes_beyond_those_of_one_look_are_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_CHANGES", 7)
     writer = StatusWriter(tmp_path / FILE)

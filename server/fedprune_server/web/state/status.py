@@ -316,9 +316,11 @@ class FleetView(Closing):
         """A job's rounds, newest first."""
         return self._page("records", ["kind = 'round'", "scope = ?"], [job], "key DESC", page, size)
 
-    def alerts(self, *, page: int = 1, size: int = 50, gone: bool = True) -> Page:
-        """Alerts, newest first; without `gone` only the open ones."""
-        where = ["kind = 'alert'"] if gone else ["kind = 'alert'", "json_extract(body, '$.gone_at') IS NULL"]
+    def alerts(self, *, page: int = 1, size: int = 50, gone: bool = True, notes: bool = True) -> Page:
+        """Alerts, newest first; without `gone` only the open ones, without `notes` none of severity info."""
+        where = ["kind = 'alert'"]
+        where += [] if gone else ["json_extract(body, '$.gone_at') IS NULL"]
+        where += [] if notes else ["json_extract(body, '$.severity') != 'info'"]
         return self._page("records", where, [], "json_extract(body, '$.at') DESC, key", page, size)
 
     def lines(self, *, page: int = 1, size: int = 100, q: str = "", only: Mapping[str, str] | None = None) -> Page:

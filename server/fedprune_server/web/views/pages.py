@@ -101,7 +101,7 @@ class Pages:
             orders=view.orders,
             places=[p for p in _PLACES if p[0] != "/audit" or may(role, "admin")],
             here=f"/{request.url.path.split('/')[1]}".replace("/devices", "/fleet"),
-            open_alerts=view.alerts(size=1, gone=False).total,
+            open_alerts=view.alerts(size=1, gone=False, notes=False).total,
             silent=self._silent(),
             **shown,
         )
@@ -189,7 +189,7 @@ def install(app: FastAPI, console: Console) -> None:
             total=sum(counts["online"].values()),
             at_work=sum(counts["state"].get(s, 0) for s in presentation.AT_WORK),
             jobs=presentation.job_rows(view.jobs),
-            alerts=view.alerts(size=FEW, gone=False).items,
+            alerts=view.alerts(size=FEW, gone=False, notes=False).items,
             waiting=view.devices(size=FEW, only={"status": "waiting"}).items,
             log=view.lines(size=FEW).items,
         )
