@@ -1,4 +1,4 @@
-"""A board that took part and no longer does is named with the reason by everything that shows a fleet.
+"""What is wrong in silence is named with the reason by everything that shows a fleet: boards, and a locked database.
 
 The server, its monitor, its console's file and its notifications are real; the broker and the boards are in memory.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,21 @@ from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_server.cli.status import describe, status_of_all
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.maintenance.doctor import examined
-from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.monitoring.monitor import WAITS_S, Monitor, read_recorded
 from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
+from fedprune_server.storage import database
 from fedprune_server.storage.state_folder import LOCK
+from fedprune_server.storage.storage import FILE as DATABASE
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status import FILE as STATUS
 from fedprune_server.web.state.status import FleetView, StatusWriter
+from support import waiting
 from support.fakes.fleet import Fleet, ToyDevice
 from support.fakes.tiny_job import JOB
+
+pytestmark = pytest.mark.system
 
 SITE = {
     "version": "1", "site": "default", "started_at": 0.0, "broker": "mqtt://h", "database": "sqlite", "blobs": "folder",
@@ -48,17 +56,6 @@ FAULTS = {
     "full": ("device-failing", "no room"),
 }
 """The kind of the alert and a word of its reason, by board."""
-
-
-@dataclass
-class Named:
-    """Texts that each sink showed about the boards."""
-
-    log: list[str] = field(default_factory=list)
-    status: list[str] = field(default_factory=list)
-    doctor: list[str] = field(default_factory=list)
-    console: list[str] = field(default_factory=list)
-    webhook: list[str] = field(default_factory=list)
 
 
 class FullBoard(ToyDevice):
@@ -119,51 +116,133 @@ def break_boards(fleet: Fleet) -> None:
     air.to_server(original.topics.up("ash"), b"{")
 
 
-@pytest.mark.system
-def test_each_board_that_falls_silent_is_named_with_its_reason_within_two_rounds(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "fedprune.server")
-    fleet = Fleet(tmp_path, replace(JOB, rounds=7, devices=2, deadline_s=30.0), (*WELL, *FAULTS))
-    fleet.storage.put_settings({"job": fleet.job.to_dict()})
-    daemon = fleet.daemon()
-    clock: Callable[[], float] = lambda: fleet.air.now  # noqa: E731
-    view = daemon.first.view
-    monitor = Monitor(
-        tmp_path, {}, [(view, tmp_path)], away_rounds=2, present=daemon.present, clock=clock, monotonic=clock
-    )
-    publisher = StatusPublisher(
-        daemon, SITE, StatusWriter(tmp_path / STATUS), alerts=monitor.book, clock=clock, monotonic=clock
-    )
-    named = Named()
-    with webhook() as (url, posts), locked(tmp_path / LOCK, "a server runs", ""):
-        notifier = Notifier(AlertSettings(webhook=url), "default", monitor.open, lambda: True)
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
+
+@contextmanager
+def suspended_claim(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that was suspended (Ctrl-Z) while it wrote into the server's database."""
+    command = [sys.executable, "-c", HOLDER, str(folder / DATABASE), "claim", "--count", "1000"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+class Site:
+    """A server with everything that shows its fleet, on a broker and with boards in memory."""
+
+    def __init__(self, folder: Path, url: str, posts: list[dict[str, Any]], log: Callable[[], list[str]]) -> None:
+        self.folder, self._posts, self._log = folder, posts, log
+        self.fleet = Fleet(folder, replace(JOB, rounds=9, devices=2, deadline_s=30.0), (*WELL, *FAULTS))
+        self.fleet.storage.put_settings({"job": self.fleet.job.to_dict()})
+        self.daemon = self.fleet.daemon()
+        view = self.daemon.first.view
+        self.monitor = Monitor(
+            folder, {}, [(view, folder)], away_rounds=2, present=self.daemon.present, clock=self.now,
+            monotonic=self.now,
+        )  # fmt: skip
+        self._publisher = StatusPublisher(
+            self.daemon, SITE, StatusWriter(folder / STATUS), alerts=self.monitor.book, clock=self.now,
+            monotonic=self.now,
+        )  # fmt: skip
+        self.notifier = Notifier(AlertSettings(webhook=url), "default", self.monitor.open, lambda: True)
+        self.monitor.start()
+
+    def now(self) -> float:
+        return self.fleet.air.now
+
+    def run(self, *observers: Observer) -> None:
         def idle() -> None:
-            if daemon.busy:
+            if self.daemon.busy:
                 time.sleep(0.0005)  # the worker's thread is real
             else:
-                fleet.air.now += 0.5
+                self.fleet.air.now += 0.5
 
-        fleet.air.on_idle = idle
-        daemon.first.observers.join(AfterRounds({3: lambda: break_boards(fleet), 5: daemon.stop}))
-        for observer in (*monitor.participation.values(), *monitor.watches.values(), monitor):
-            daemon.first.observers.join(observer)
-        monitor.start()
-        daemon.run()
-        monitor.close()
-        publisher.publish()
-        notifier.close()
-        body = status_of_all(tmp_path)
-        named.status = [describe(body)]
-        named.doctor = [finding.what for finding in examined(tmp_path)]
-    named.log = [record.getMessage() for record in caplog.records if record.getMessage().startswith("alert:")]
-    with FleetView(tmp_path / STATUS, clock=clock) as shown:
-        named.console = [row["text"] for row in shown.alerts(gone=False).items]
-    named.webhook = [alert["what"] for post in posts for alert in post["alerts"]]
-    assert {a.device: a.kind for a in monitor.book.open} == {name: kind for name, (kind, _) in FAULTS.items()}
-    for sink, texts in vars(named).items():
+        self.fleet.air.on_idle = idle
+        for observer in (*self.monitor.participation.values(), *self.monitor.watches.values(), self.monitor):
+            self.daemon.first.observers.join(observer)
+        for observer in observers:
+            self.daemon.first.observers.join(observer)
+        self.daemon.run()
+
+    def lines(self, *kinds: str) -> dict[str, list[str]]:
+        """What each sink shows, once all have heard of these kinds of alerts."""
+        waiting.until(lambda: {a.kind for a in read_recorded(self.folder).alerts} >= set(kinds))
+        waiting.until(lambda: {a["kind"] for post in self._posts for a in post["alerts"]} >= set(kinds))
+        self._publisher.publish()
+        with FleetView(self.folder / STATUS, clock=self.now) as shown:
+            console = [row["text"] for row in shown.alerts(gone=False).items]
+        return {
+            "log": [line for line in self._log() if line.startswith("alert:")],
+            "status": describe(status_of_all(self.folder)).splitlines(),
+            "doctor": [finding.what for finding in examined(self.folder)],
+            "console": console,
+            "webhook": [alert["what"] for post in self._posts for alert in post["alerts"]],
+        }
+
+
+@pytest.fixture
+def site(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Site]:
+    caplog.set_level(logging.INFO, "fedprune.server")
+    with webhook() as (url, posts), locked(tmp_path / LOCK, "a server runs", ""):
+        made = Site(tmp_path, url, posts, lambda: list(caplog.messages))
+        try:
+            yield made
+        finally:
+            made.monitor.close()
+            made.notifier.close()
+
+
+def test_each_board_that_falls_silent_is_named_with_its_reason_within_two_rounds(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.run(AfterRounds({3: lambda: break_boards(site.fleet), 5: site.daemon.stop}))
+    sinks = site.lines(*{kind for kind, _ in FAULTS.values()})
+    assert {a.device: a.kind for a in site.monitor.book.open} == {name: kind for name, (kind, _) in FAULTS.items()}
+    for sink, lines in sinks.items():
         for name, (_, reason) in FAULTS.items():
-            assert any(name in line and reason in line for text in texts for line in text.splitlines()), (sink, name)
-    noise = [r.getMessage() for r in caplog.records if "ignored a message" in r.getMessage()]
+            assert any(name in line and reason in line for line in lines), (sink, name)
+    noise = [line for line in caplog.messages if "ignored a message" in line]
     assert any("/ash/" in line for line in noise), "one board's noise doesn't hide another's"
+
+
+class Waited(Observer):
+    """Lets time pass while the server waits for its database, looks at what is shown, and ends the wait."""
+
+    def __init__(self, site: Site, end: Callable[[], None]) -> None:
+        self._site, self._end = site, end
+        self.sinks: dict[str, list[str]] = {}
+
+    def waiting(self) -> None:
+        if any(alert.kind == "database-waits" for alert in self._site.monitor.book.open):
+            self.sinks = self._site.lines("database-waits")
+            self._site.daemon.stop()
+            self._end()
+        self._site.fleet.air.now += WAITS_S
+
+
+def test_a_command_that_is_suspended_within_a_transaction_is_named_while_the_server_waits(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.02)
+    site.fleet.storage.database.engine.dispose()
+    with ExitStack() as stack:
+        held: list[subprocess.Popen[str]] = []
+        look = Waited(site, lambda: held[0].kill())
+        suspend = {2: lambda: held.append(stack.enter_context(suspended_claim(site.folder)))}
+        site.run(AfterRounds(suspend), look)
+    for sink, lines in look.sinks.items():
+        assert any(str(held[0].pid) in line and "stopped" in line for line in lines), sink
+    assert look.sinks
+    assert not site.monitor.book.open, "it is over once the command is"

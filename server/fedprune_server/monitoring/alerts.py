@@ -37,6 +37,7 @@ SEVERITIES = (INFO, WARNING, CRITICAL)
 KINDS: Mapping[str, tuple[str, ...]] = {
     "server-not-running": (CRITICAL,),
     "server-hangs": (CRITICAL,),
+    "database-waits": (CRITICAL,),
     "broker": (CRITICAL,),
     "second-server": (CRITICAL, WARNING),
     "aggregator": (CRITICAL, WARNING),
@@ -166,6 +167,13 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 f"the server's loop has not turned for {seen.turned_s:.0f} s",
                 "no message of a board is read meanwhile",
                 "see the server's log and the load of its disk; stop it and start it again: it continues where it was",
+            )  # fmt: skip
+        elif seen.waits_for:
+            yield Alert(
+                "database-waits", CRITICAL, now, f"the server waits for its database: {seen.waits_for}",
+                "no message of a board is read meanwhile; nothing is lost, and the server goes on by itself",
+                "continue the process that is named, or end it (docs/runbook.md#the-database-is-gone-or-locked); a "
+                "database on another machine: see that it runs and can be reached",
             )  # fmt: skip
         elif seen.broker:
             delay = min([_BROKER_S, *(j.deadline_s / 2 for j in seen.jobs)])

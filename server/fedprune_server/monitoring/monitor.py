@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.stragglers import beyond, places
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.lock_wait import wait_reason
 from fedprune.core.text import amount
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
@@ -45,6 +46,9 @@ FILE = "alerts.json"
 
 _LOOK_S = 1.0
 _FACTS_S = 5.0
+WAITS_S = 10.0
+"""Seconds for which the loop may wait for its database before that is an alert: longer than an ordinary transaction."""
+
 _COMPLAIN_S = 60.0
 _ROUNDING_S = 1e-3
 _LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
@@ -185,6 +189,7 @@ class Monitor(Observer):
         }
         self._site: SiteFacts | None = None
         self._next_at = 0.0
+        self._waits_since: float | None = None  # for the database, within a turn of the loop
         self._complain_at: float | None = None
         self._turned_at, self._seen_at = clock(), monotonic()
         self._over, self._wake = threading.Event(), threading.Event()
@@ -224,29 +229,35 @@ class Monitor(Observer):
             return
         self._next_at = now + _LOOK_S
         self._turned_at, self._seen_at = self._clock(), now
+        self._waits_since = None
         self._look_safely()
 
     def waiting(self) -> None:
-        self._turned_at, self._seen_at = self._clock(), self._monotonic()
+        now = self._monotonic()
+        self._turned_at, self._seen_at = self._clock(), now
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        if now >= self._next_at and now - self._waits_since >= WAITS_S:
+            self._next_at = now + _LOOK_S
+            self._look_safely(waits_for=wait_reason())
 
     def ended(self) -> None:
         """Evaluate once more, because what ends the server (a full disk, a successor) is an alert, too."""
         self.read_site()
         self._look_safely()
 
-    def look(self) -> None:
+    def look(self, waits_for: str = "") -> None:
         at, now = self._clock(), self._monotonic()
         if now >= self._free_at:  # not at every look: it takes a while with many boards
             self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
-        changes = self.book.update(evaluate(self._snapshot(), at), now, at)
+        changes = self.book.update(evaluate(replace(self._snapshot(), waits_for=waits_for), at), now, at)
         for change in changes:
             _log(change)
         if changes:
             self._wake.set()
 
-    def _look_safely(self) -> None:
+    def _look_safely(self, waits_for: str = "") -> None:
         try:
-            self.look()
+            self.look(waits_for)
         except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
             self._complain(error)
 

@@ -152,6 +152,8 @@ class Snapshot:
         here: Boards that are connected and can take part.
         running: Whether a server runs on the folder.
         turned_s: Seconds since the server's loop turned; None if unknown.
+        waits_for: What the server's loop waits for within a turn, such as a process that has locked the database; empty
+            if it turns.
         broker: Why the broker can't be used; empty if it can.
         others: Other servers of this identity that were heard.
         missing: Boards that no longer take part, and why.
@@ -165,6 +167,7 @@ class Snapshot:
     here: int = 0
     running: bool = True
     turned_s: float | None = None
+    waits_for: str = ""
     broker: str = ""
     others: Sequence[Candidate] = ()
     tier: TierStatus = TierStatus()

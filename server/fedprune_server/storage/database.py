@@ -213,7 +213,7 @@ class Database(Closing):
                         raise LostConnectionError(
                             f"{error.what}; it was away for {self.patience_s:.0f} s", hint=error.hint
                         ) from error
-                    call_wait_hook()
+                    call_wait_hook(error.what)
                     time.sleep(_PAUSE_S)
         except BaseException:
             self._doubtful = None

@@ -66,6 +66,13 @@ class ConsoleObserver(Observer):
         if faults:
             self._complain(faults[0])
 
+    def waiting(self) -> None:
+        """Show why nothing goes on; orders wait for the loop's next turn."""
+        now = self._monotonic()
+        if now >= self._next_at:
+            self._next_at = now + EVERY_S
+            self._safely(self._publisher.publish)
+
     def close(self) -> None:
         if self._process is not None:
             self._process.stop()

@@ -100,6 +100,9 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
     "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
     "a loop that hangs": (replace(CALM, turned_s=61.0), "server-hangs", "critical"),
+    "a database that is locked": (
+        replace(CALM, waits_for="server.db is locked by process 7"), "database-waits", "critical",
+    ),
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
     "a second server": (another(599), "second-server", "warning"),
     "a server that took over": (another(0, leads=True), "second-server", "critical"),

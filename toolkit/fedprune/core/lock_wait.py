@@ -23,6 +23,8 @@ _HOOK: ContextVar[Callable[[], object] | None] = ContextVar("fedprune_wait_hook"
 SAID_AFTER_S = 1.0
 """A lock that is free again sooner is no news."""
 
+_REASON: ContextVar[str] = ContextVar("fedprune_wait_reason", default="")
+
 _SAID_AGAIN_S = 60.0
 _MAX_COMMAND = 100
 
@@ -37,10 +39,21 @@ def wait_hook(hook: Callable[[], object]) -> Iterator[None]:
         _HOOK.reset(token)
 
 
-def call_wait_hook() -> None:
-    """Call this thread's hook, if it has one; at least once in two seconds of a wait."""
+def call_wait_hook(reason: str) -> None:
+    """Call this thread's hook, if it has one; at least once in two seconds of a wait, whose reason `wait_reason` says
+    meanwhile.
+    """
     if (hook := _HOOK.get()) is not None:
-        hook()
+        token = _REASON.set(reason)
+        try:
+            hook()
+        finally:
+            _REASON.reset(token)
+
+
+def wait_reason() -> str:
+    """What this thread waits for, for a hook; empty outside of one."""
+    return _REASON.get()
 
 
 class LockWait:
@@ -60,15 +73,16 @@ class LockWait:
     def note(self) -> None:
         """Log whom this waits for, first after a second and then once a minute; raises what the hook raises."""
         now = time.monotonic()
+        holders = " and ".join(self._holders()) or "another process"
         if self._since is None:
             self._since = now
         elif now - self._since >= SAID_AFTER_S and (self._said_at is None or now - self._said_at >= _SAID_AGAIN_S):
             self._said_at = now
             _LOG.warning(
                 "waiting for %s, which is locked by %s; waited %.0f s so far, nothing is lost",
-                self._what, " and ".join(self._holders()) or "another process", now - self._since,
+                self._what, holders, now - self._since,
             )  # fmt: skip
-        call_wait_hook()
+        call_wait_hook(f"{self._what} is locked by {holders}")
 
     def done(self) -> None:
         if self._said_at is not None and self._since is not None:
