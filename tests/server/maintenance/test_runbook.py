@@ -27,7 +27,7 @@ def test_the_commands_are_the_programs(line: str) -> None:
 
 
 def test_every_case_is_short_and_says_what_is_seen_and_lost() -> None:
-    assert len(CASES) == 8
+    assert len(CASES) == 14
     for title, text in CASES.items():
         assert "**You see**" in text, title
         assert "**Lost**" in text, title
