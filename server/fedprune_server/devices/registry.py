@@ -252,6 +252,12 @@ class DeviceRegistry:
         body = {"online": not cannot_start, "profile": profile, "samples": samples, "excluded": problem}
         self.outsiders[device] = body | ({"cannot_start": True} if cannot_start else {})
 
+    def started(self, device: str) -> None:
+        """Note that a device that couldn't start does so again; whether it can be planned for is another question."""
+        if self.outsiders.get(device, {}).get("cannot_start"):
+            del self.outsiders[device]
+            self[device].problem = ""
+
     def gone(self, device: str) -> None:
         self._unheard.discard(device)
         if device in self.outsiders:

@@ -15,7 +15,9 @@ from typing import Any
 from fedprune.coordination import Phase
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
+from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
+from fedprune.strategies import compose
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 
@@ -81,6 +83,9 @@ class Participation(Observer):
     ) -> None:
         self._view, self._away_rounds, self._clock = view, away_rounds, clock
         self._present = present or (lambda name: False)
+        schedule = compose(view.job).schedule or SYNCHRONOUS
+        # Rounds that close before all boards are done, on purpose: who is late then has done nothing wrong.
+        self._cuts = schedule.asynchronous or view.job.over_selection > 0
         self._excluded: dict[str, Missing] = {}
         self._since: dict[str, float] = dict(away)
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
@@ -113,9 +118,10 @@ class Participation(Observer):
         kind = part.get("kind", "")
         if part["progress"] == Progress.FOLDED.value:
             self._failures.pop(name, None)
-        elif kind not in _NO_FAULT:
+            return
+        late = not part["reason"] or kind == FailureKind.LATE
+        if kind not in _NO_FAULT and not (late and self._cuts):
             count, _, since = self._failures.get(name, (0, "", self._clock()))
-            late = not part["reason"] or kind == FailureKind.LATE
             reason = "it was late" if late else one_line(part["reason"], _REASON)
             self._failures[name] = (max(count + 1, FAILED_ROUNDS if kind in _LASTING else 0), reason, since)
 

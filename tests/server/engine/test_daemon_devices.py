@@ -71,6 +71,25 @@ def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(f
     assert Storage.at(fleet.folder).outsiders() == {}
 
 
+def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts(fleet: Fleet) -> None:
+    board = fleet.air.devices.pop("a")
+    daemon = fleet.daemon()
+    board.say(Birth("a", 1, board.profile, 0, "test", trouble="the samples can't be read"))
+    board.die()
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    row = next(r for r in daemon.first.view.snapshot().rows if r.device == "a")
+    assert row.state.startswith("excluded")
+    assert "the samples can't be read" in row.state
+    assert fleet.storage.outsiders()["a"]["cannot_start"]
+    fleet.restart()
+    board.session = 2
+    fleet.air.devices["a"] = board
+    state = fleet.run()
+    assert "a" in folded(state)[-1]
+    assert fleet.storage.outsiders() == {}
+
+
 def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> None:
     averages = fleet.air.devices["b"]
     averages.lie = lambda update: replace(update, metrics={**update.metrics, "accuracy_average": 0.5})
