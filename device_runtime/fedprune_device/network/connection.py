@@ -16,7 +16,7 @@ from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
-from fedprune.wire.lost_pieces import drops
+from fedprune.wire.lost_pieces import broker_drops
 from fedprune.wire.messages import Birth, Death, Message, RejectedMessageLog, parse
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import EVERYONE, NO_JOB, Topics
@@ -159,9 +159,11 @@ class Connection:
             return
         self._announced_at, self._answered = None, True
         if self._heard_server:
-            _LOG.warning("the server is there, and doesn't answer this board: %s", drops("what it sends or is sent"))
+            _LOG.warning(
+                "the server is there, and doesn't answer this board: %s", broker_drops("what it sends or is sent")
+            )
         else:
             _LOG.warning(
                 "the server doesn't answer this board: it is off, %sor %s",
-                self._channel.refusal, drops("what it sends or is sent"),
+                self._channel.refusal, broker_drops("what it sends or is sent"),
             )  # fmt: skip

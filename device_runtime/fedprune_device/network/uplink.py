@@ -17,7 +17,7 @@ from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.metrics import BLEND, all_served
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.link import tls_context
-from fedprune.wire.lost_pieces import LostPieces, drops
+from fedprune.wire.lost_pieces import LostPieces, broker_drops
 from fedprune.wire.messages import (
     Alive,
     BlobNotFound,
@@ -148,7 +148,7 @@ class Uplink:
     def ask(self, job: str, wants: Iterable[BlobRequest]) -> None:
         for want in wants:
             if self._asked.note(want, self._connection.clock()):
-                _LOG.warning("no piece of blob %s comes: %s", want.sha256[:12], drops("what the server sends"))
+                _LOG.warning("no piece of blob %s comes: %s", want.sha256[:12], broker_drops("what the server sends"))
             self.send(with_request_id(want), job)
 
     def answer(self, want: BlobRequest, pending: Update | None, now: float) -> None:
@@ -159,7 +159,7 @@ class Uplink:
         if self._is_duplicate(self._device, want):
             return
         if self._answered.note(want, now):
-            what = drops("what this board sends")
+            what = broker_drops("what this board sends")
             _LOG.warning("the server asks for the same piece of the update again and again: %s", what)
         if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
             self._wanted.append((pending, want))

@@ -19,7 +19,7 @@ from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
-from fedprune.wire.lost_pieces import LostPieces, drops
+from fedprune.wire.lost_pieces import LostPieces, broker_drops
 from fedprune.wire.messages import BlobRequest, Progress
 from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
 from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
@@ -96,6 +96,8 @@ class DeviceRegistry:
         self.clones = CloneDetector()
         self._to_devices = defaultdict[str, LostPieces](LostPieces)
         self._from_devices = defaultdict[str, LostPieces](LostPieces)
+        self.crashes: dict[str, str] = {}
+        """How devices' programs ended last, until an update of theirs arrives."""
         self._unheard = set[str]()  # devices of which nothing has come since their offer
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
@@ -185,33 +187,34 @@ class DeviceRegistry:
                 self._unheard.add(name)
         return sorted(names)
 
-    def asked_by(self, device: str, want: BlobRequest, now: float) -> None:
+    def note_request_of(self, device: str, want: BlobRequest, now: float) -> None:
         """A device asks for pieces of a blob, which it is sent."""
         if device in self._contacts:
             self._to_devices[device].note(want, now)
 
-    def asked(self, device: str, want: BlobRequest, now: float) -> None:
+    def note_request_to(self, device: str, want: BlobRequest, now: float) -> None:
         """A device is asked for pieces of its update."""
         if device in self._contacts:
             self._from_devices[device].note(want, now)
 
-    def undelivered(self) -> dict[str, str]:
+    def drop_reasons(self) -> dict[str, str]:
         """What is published to or by connected devices and seems to reach nobody, in words, by device."""
-        reasons = {name: "gets no piece of its model: " + drops("what is sent to it")
+        reasons = {name: "gets no piece of its model: " + broker_drops("what is sent to it")
                    for name, pieces in self._to_devices.items() if pieces.stuck}  # fmt: skip
         for name, pieces in self._from_devices.items():
             if pieces.stuck:
-                reasons[name] = "announces its update, and no piece of it comes: " + drops("what it sends")
+                reasons[name] = "announces its update, and no piece of it comes: " + broker_drops("what it sends")
         return reasons
 
-    def unheard(self) -> dict[str, str]:
+    def silence_reasons(self) -> dict[str, str]:
         """Connected devices of which nothing has come since their offer, in words."""
         said = "was offered a round, and nothing has come of it since: its program hangs, or "
-        return dict.fromkeys(self._unheard, said + drops("what it sends or is sent"))
+        return dict.fromkeys(self._unheard, said + broker_drops("what it sends or is sent"))
 
     def delivered(self, device: str, now: float) -> None:
         self._from_devices.pop(device, None)
         self._to_devices.pop(device, None)
+        self.crashes.pop(device, None)
         contact = self[device]
         if contact.offered_at is not None:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
@@ -252,7 +255,7 @@ class DeviceRegistry:
         body = {"online": not cannot_start, "profile": profile, "samples": samples, "excluded": problem}
         self.outsiders[device] = body | ({"cannot_start": True} if cannot_start else {})
 
-    def started(self, device: str) -> None:
+    def note_start(self, device: str) -> None:
         """Note that a device that couldn't start does so again; whether it can be planned for is another question."""
         if self.outsiders.get(device, {}).get("cannot_start"):
             del self.outsiders[device]

@@ -338,7 +338,7 @@ class JobRunner:
             ProtocolError: The fleet has as many devices as it may have.
         """
         self.registry.admit(birth.device, one_line(birth.software), size)
-        self.registry.started(birth.device)
+        self.registry.note_start(birth.device)
         profile = one_line(birth.profile, 64)
         self.registry.born(birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected)
         if self._rollouts is not None:

@@ -123,6 +123,7 @@ class MessageHandler:
             case CrashReport() as crash:
                 if self._keeps_log(device) and self._logs is not None:
                     self._logs.crashed(crash)
+                    self._registry.crashes[device] = one_line(crash.text, 200)
             case BlobNotFound() as gone:
                 self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
             case UploadResult() as result:

@@ -219,7 +219,7 @@ class IdentityStore:
         query = sql.select(_M.device, _M.key).where(_M.status == WAITING)
         return [(row.device, row.key) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
 
-    def unannounced(self) -> dict[str, int]:
+    def unannounced_members(self) -> dict[str, int]:
         """Members whose announcement has never come, and when they asked to join, in seconds since 1970."""
         query = sql.select(_M.device, _M.asked).where(_M.status == APPROVED, _M.server_key.is_(None))
         return {row.device: int(row.asked) for row in self._rows(query.order_by(_M.asked, _M.device))}

@@ -40,7 +40,7 @@ from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
 from fedprune_server.monitoring.alerts import SHOWN, at, command, evaluate
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
-from fedprune_server.monitoring.participation import day, quarantined
+from fedprune_server.monitoring.participation import day, quarantine
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
@@ -211,7 +211,7 @@ def alerts(site: Site) -> Iterator[Finding]:
     """Alerts that the state folder justifies, and others that a running server has open."""
     live = site.live
     rows = sorted(read_rows(site.folder).items()) if site.running else []
-    missing = {n: quarantined(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
+    missing = {n: quarantine(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
     parent = str(site.server.get("parent", OFF))
     seen = Snapshot(
         site.folder,

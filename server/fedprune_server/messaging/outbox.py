@@ -110,7 +110,7 @@ class Outbox:
         for device, want in wants:
             if isinstance(want, BlobRequest):
                 self._quarantine.asked(device, want.count)
-                self._registry.asked(device, want, self._clock())
+                self._registry.note_request_to(device, want, self._clock())
             self._quarantine.sends(device)
             topic, payload = self._topics.down(device), with_request_id(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
@@ -123,7 +123,7 @@ class Outbox:
         if self._is_duplicate(device, want):
             return
         if want.sha256 in allowed:
-            self._registry.asked_by(device, want, self._clock())
+            self._registry.note_request_of(device, want, self._clock())
             self._quarantine.fetches(device, want.sha256, self._downloads.leaves(want.sha256))
             for alone in self._sharing.add(device, want, self._clock()):
                 self._downloads.add(device, alone)

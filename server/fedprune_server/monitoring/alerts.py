@@ -16,7 +16,7 @@ from pathlib import Path
 from fedprune.coordination import Phase
 from fedprune.core.text import quantity, some
 from fedprune.releases.rollout import RolloutPhase
-from fedprune.wire.lost_pieces import drops
+from fedprune.wire.lost_pieces import broker_drops
 from fedprune_server.devices.quarantine import CROWDED_S
 from fedprune_server.monitoring.participation import (
     AWAY,
@@ -267,8 +267,8 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
             "a round can't begin without boards",
             f"{claim}"
             "fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its log "
-            f"has the reason if it doesn't connect. If it says that it is connected, {drops('what the board sends')} "
-            "(docs/runbook.md#the-broker-drops-messages)",
+            "has the reason if it doesn't connect. If it says that it is connected, "
+            f"{broker_drops('what it sends')} (docs/runbook.md#the-broker-drops-messages)",
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
@@ -329,8 +329,8 @@ def _progress(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         f"see each board's reason: {command('status', *at(job.folder))}, and {command('logs', *at(job.folder))}; if "
         f"boards need longer: {restart(*at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}"
     )
-    if named := [name for name, missing in seen.missing.items() if missing.kind == UNDELIVERED]:
-        todo = f"a longer deadline won't help: see the alert about {some(named)}, of which the broker drops messages"
+    if affected := [name for name, missing in seen.missing.items() if missing.kind == UNDELIVERED]:
+        todo = f"a longer deadline won't help: see the alert about {some(affected)}, of which the broker drops messages"
     yield Alert(
         "no-progress", CRITICAL, now,
         f"job {job.name} makes no progress in round {job.round} of {job.rounds or '?'}: {missed}",
@@ -413,7 +413,7 @@ def _unannounced(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]
             yield Alert(
                 "device-unheard", WARNING if now - joined >= _MEASURED_S else INFO, joined,
                 f"{name} joined at {day(joined)}, and its announcement has not come: it is off, still measures itself, "
-                f"or {drops('what it sends')}",
+                f"or {broker_drops('what it sends')}",
                 "it takes no part until the server hears it",
                 "see the board's own log; where that says that it is connected, look at the broker's rules for its "
                 "name (docs/runbook.md#the-broker-drops-messages)",

@@ -55,11 +55,11 @@ def day(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
-def excluded(reason: str, since: float) -> Missing:
+def exclusion(reason: str, since: float) -> Missing:
     return Missing(EXCLUDED, f"takes no part: {one_line(reason, _REASON)}", since)
 
 
-def quarantined(reason: str, since: float) -> Missing:
+def quarantine(reason: str, since: float) -> Missing:
     return Missing(QUARANTINE, f"is in quarantine: {one_line(reason, _REASON)}", since)
 
 
@@ -89,6 +89,7 @@ class Participation(Observer):
         self._excluded: dict[str, Missing] = {}
         self._since: dict[str, float] = dict(away)
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
+        self._away = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, float]] = {}  # rounds in a row, the last one's reason, since when
         self.noticed(view.state.devices.keys())
 
@@ -98,19 +99,22 @@ class Participation(Observer):
             if device is None or device.online:
                 self._rounds_away.pop(name, None)
                 self._since.pop(name, None)
+                self._away.discard(name)
             else:
                 self._rounds_away.setdefault(name, 0)
                 self._since.setdefault(name, self._clock())
             # Boards that could never take part are listed by doctor; what is new is one that did.
             if device is not None and device.excluded and (device.last_counted_round or device.excluded_by):
                 if name not in self._excluded:
-                    self._excluded[name] = excluded(device.excluded, self._clock())
+                    self._excluded[name] = exclusion(device.excluded, self._clock())
             else:
                 self._excluded.pop(name, None)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         for name in self._rounds_away:
             self._rounds_away[name] = 0 if self._present(name) else self._rounds_away[name] + 1
+        if self._away_rounds:
+            self._away = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
         for name, part in summary["devices"].items():
             self._count_failure(name, part)
 
@@ -122,10 +126,14 @@ class Participation(Observer):
         late = not part["reason"] or kind == FailureKind.LATE
         if kind not in _NO_FAULT and not (late and self._cuts):
             count, _, since = self._failures.get(name, (0, "", self._clock()))
-            reason = "it was late" if late else one_line(part["reason"], _REASON)
+            reason = self._lateness(name) if late else one_line(part["reason"], _REASON)
             self._failures[name] = (max(count + 1, FAILED_ROUNDS if kind in _LASTING else 0), reason, since)
 
-    def missing(self) -> dict[str, Missing]:
+    def _lateness(self, name: str) -> str:
+        crash = self._view.registry.crashes.get(name)
+        return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
+
+    def reasons(self) -> dict[str, Missing]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
         state, registry = self._view.state, self._view.registry
         boards = {name: Missing(CLONED, f"seems to be two boards: {reason}", self._clock())
@@ -133,24 +141,23 @@ class Participation(Observer):
         if state.paused or state.phase is Phase.FINISHED:
             return boards
         revoked = self._view.revoked()
-        for name, reason in registry.undelivered().items():
+        for name, reason in registry.drop_reasons().items():
             boards.setdefault(name, Missing(UNDELIVERED, reason, self._clock()))
         for name, body in registry.outsiders.items():
             device = state.devices.get(name)
             if body.get("cannot_start") or (device is not None and device.last_counted_round):
-                boards.setdefault(name, excluded(str(body["excluded"]), self._clock()))
-        for name, exclusion in self._excluded.items():
-            boards.setdefault(name, exclusion)
-        for name, count in self._rounds_away.items():
-            if self._away_rounds and count >= self._away_rounds and not self._present(name):
+                boards.setdefault(name, exclusion(str(body["excluded"]), self._clock()))
+        boards = self._excluded | boards
+        for name in self._away:
+            if not self._present(name):
                 since = self._since[name]
                 what = f"has not been connected since {day(since)}, and rounds end without it"
                 boards.setdefault(name, Missing(AWAY, what, since))
-        for name, reason in registry.unheard().items():
+        for name, reason in registry.silence_reasons().items():
             boards.setdefault(name, Missing(FAILING, reason, self._clock()))
         for name, (count, reason, since) in self._failures.items():
             if count >= FAILED_ROUNDS and name in state.devices:
-                what = f"is connected, but sends no update that counts: {reason}"
+                what = f"sends no update that counts: {reason}"
                 boards.setdefault(name, Missing(FAILING, what, since))
         return {name: reason for name, reason in boards.items() if name not in revoked}
 
@@ -163,11 +170,11 @@ def missing_boards(watches: Sequence[Participation], view: JobView, now: float) 
     """
     boards: dict[str, Missing] = {}
     for watch in watches:
-        for name, reason in watch.missing().items():
+        for name, reason in watch.reasons().items():
             boards.setdefault(name, reason)
     for name in view.quarantine.all_held():
         sentence = view.quarantine.held(name)
         # Of two boards with one key the server understands little, so that it may put them in quarantine.
         if sentence is not None and (name not in boards or boards[name].kind != CLONED):
-            boards[name] = quarantined(sentence[1], now)
+            boards[name] = quarantine(sentence[1], now)
     return boards

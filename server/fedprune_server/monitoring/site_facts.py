@@ -85,7 +85,7 @@ def _members(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
     try:
         with database_of(folder, read_only=True) as database:
             store = IdentityStore(database)
-            waiting, unannounced = store.waiting(), store.unannounced()
+            waiting, unannounced = store.waiting(), store.unannounced_members()
     except StorageError:  # as below
         return {}, {}
     return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}, unannounced

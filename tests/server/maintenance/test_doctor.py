@@ -185,9 +185,12 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
         assert main(shlex.split(advice)[1:]) == 0  # what it says can be done as it stands
         assert set(identity.store.members()) == {"pi-1"}
     later = time.time() + 300 * 365 * 86_400
-    assert {a.kind for a in look(later)} == {"certificate"}
+    assert {a.kind for a in look(later)} == {"certificate", "device-unheard"}
     (tmp_path / "identity" / "server.pem").write_text("no certificate")
-    assert [a.severity for a in look(time.time())] == ["critical"]
+    assert {(a.kind, a.severity) for a in look(time.time())} == {
+        ("certificate", "critical"),
+        ("device-unheard", "warning"),
+    }
     (tmp_path / "identity" / "signing.key").unlink()
     assert "identity" in kinds(doctor.identity(tmp_path))
 

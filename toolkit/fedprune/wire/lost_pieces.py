@@ -74,6 +74,6 @@ def _is_stuck(blob: _Frontier) -> bool:
     return blob.count >= STUCK_REQUESTS and blob.latest - blob.since >= STUCK_S
 
 
-def drops(what: str) -> str:
+def broker_drops(what: str) -> str:
     """What to say of a broker that acknowledges something, and delivers it to nobody."""
     return f"the broker drops {what}: its rules (ACL), its limit of a message's size, or a full queue"
