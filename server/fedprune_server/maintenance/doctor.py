@@ -275,8 +275,8 @@ def rotation(site: Site) -> Iterator[Finding]:
 def lock(site: Site) -> Iterator[Finding]:
     """Whether somebody keeps the lock that the running server needs for each change."""
     path = site.folder / FILE
-    if not site.running or not path.is_file():
-        return
+    if not site.running or not path.is_file() or any(a.kind == "database-waits" for a in site.live.alerts):
+        return  # the running server says it itself
     with translated(str(path)):
         holders = write_lock_holders(path, min(site.timeout, LOCK_S))
     if holders:
