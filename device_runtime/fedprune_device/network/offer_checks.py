@@ -9,6 +9,7 @@ from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import storage_bytes
 from fedprune.planning.profile import HardwareProfile
+from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.updates import Codec
 from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Update
 from fedprune_device.storage.state_directory import DeviceStore
@@ -24,6 +25,8 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
             expected="present" if recipe.secure_aggregation else "absent, as the recipe has no secure_aggregation",
             got="none" if offer.secure is None else "present",
         )
+    if offer.secure is not None:
+        MaskedForm.from_json(offer.secure)
     store.privacy.check(recipe)
     full = _full_size(offer)
     lowered = offer.lowered or {}

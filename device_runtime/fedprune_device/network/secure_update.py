@@ -11,7 +11,7 @@ from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
 from fedprune.wire.messages import Offer, SecureStep, Trained, Update
 from fedprune_device.network.connection import Connection
@@ -32,7 +32,7 @@ class SecureUpdate:
         self._connection, self._uplink, self._blobs = connection, uplink, blobs
         self._update: Update | None = None
         self._vector = b""
-        self._numbers = 0, 0
+        self._numbers, self._task = (0, 0), ""
         self._backoff = Backoff()
         self._last_message: Trained | SecureStep | None = None
         self._part: _Participation | None = None
@@ -54,6 +54,7 @@ class SecureUpdate:
         form = MaskedForm.from_json(offer.secure)
         self._vector = self._blobs.read(update.weights.sha256)
         self._numbers = form.narrow, form.wide
+        self._task = task_digest(offer.selection, offer.weights.sha256, offer.recipe, offer.secure or {})
         self._update = update
         self._begin(now)
 
@@ -123,6 +124,13 @@ class SecureUpdate:
             if (session.narrow, session.wide) != self._numbers:
                 got = f"{session.narrow} and {session.wide}"
                 raise ProtocolError("numbers of a secure sum", expected="{} and {}".format(*self._numbers), got=got)
+            if session.task != self._task:
+                raise ProtocolError(
+                    "what the boards of a secure sum are asked for",
+                    expected="the same of all",
+                    got="something else of this board",
+                    hint="If others sent less, the sum would be this board's update. Update the server and its boards.",
+                )
             if self._part is not None:
                 self._left.add(self._part.sum)
                 _LOG.info("round %d of job %s: the secure sum begins again", message.round, message.job)

@@ -273,7 +273,7 @@ class LocalUpdate:
     ) -> tuple[bytes, Tensors]:
         """The update as the vector that is to be masked, and what its codes leave out."""
         received: Tensors = tensorfile.decode(read(self._offer.weights))
-        vector, left = form.vector.encode(update, received, form.weight, self._missed(trained, read))
+        vector, left = form.vector.encode(update, received, self._missed(trained, read))
         return vector.to_bytes(), left
 
     def _missed(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:

@@ -19,7 +19,7 @@ from fedprune.core.text import one_line
 from fedprune.secure_aggregation.collector import Collector
 from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, Update
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
@@ -76,14 +76,15 @@ class SecureSums:
         """Begin the sums of a round; earlier ones are dropped."""
         self._round, self._dropped, self._reports, self._accepted = command.round, {}, [], {}
         self._cohorts, self._members = [], {}
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[str, list[str]] = {}
         for device in command.devices:
             offer = self._state.tasks[device].offer or {}
-            groups.setdefault((offer["selection"], offer["weights"]["sha256"]), []).append(device)
-        for (selection, _), devices in sorted(groups.items()):
+            task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            groups.setdefault(task, []).append(device)
+        for task, devices in sorted(groups.items()):
             form = MaskedForm.from_json((self._state.tasks[devices[0]].offer or {})[do.SECURE])
             try:
-                session = _session(self._job.name, command.round, selection, len(devices), form)
+                session = _session(self._job.name, command.round, task, len(devices), form)
             except FedpruneError as error:
                 self._dropped |= dict.fromkeys(devices, one_line(str(error)))
                 log.warning("round %d: no secure sum of %s: %s", command.round, ", ".join(devices), error)
@@ -372,7 +373,7 @@ class _Cohort:
         return {"boards": len(self.devices), "summed": len(summed), "lost": lost}
 
 
-def _session(job: str, round_: int, selection: str, boards: int, form: MaskedForm) -> Session:
+def _session(job: str, round_: int, task: str, boards: int, form: MaskedForm) -> Session:
     """The settings of a sum of this many boards. Raises `ConfigError` if they are too few.
 
     A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
@@ -380,6 +381,6 @@ def _session(job: str, round_: int, selection: str, boards: int, form: MaskedFor
     """
     if boards < LEAST:
         raise ConfigError("boards of the same channels in a secure sum", expected=f"{LEAST} or more", got=boards)
-    context = json.dumps([job, round_, selection, secrets.token_hex(_RANDOM)]).encode()
+    context = json.dumps([job, round_, secrets.token_hex(_RANDOM)]).encode()
     dropping = min(_DROPPING, (boards - LEAST) // 2 / boards)
-    return Session.choose(context, boards, form.narrow, form.wide, dropping=dropping)
+    return Session.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropping)

@@ -89,7 +89,7 @@ def test_noise_is_another_one_each_time_and_not_in_what_serves(board: HiddenBoar
 
 def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -> None:
     form = VectorForm({name: TensorGrid(Range(3, 1)) for name in SENT if name not in STATISTICS})
-    secure = {"tensors": form.to_json(), "narrow": 0, "wide": 1 + sum(SENT[n].size for n in form.tensors), "weight": 4}
+    secure = {"tensors": form.to_json(), "narrow": 0, "wide": 1 + sum(SENT[n].size for n in form.tensors)}
     recipe = replace(PLAIN, update_clip=0.1, update_noise=0.05)
     found = []
     for offered, own in ((recipe, None), (replace(recipe, secure_aggregation=True), secure)):
@@ -100,7 +100,7 @@ def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -
             )
             found.append(store.blobs.read(runner.commit(runner.make(offer)).weights.sha256))
     noised, vector = found
-    assert vector == form.encode(tensorfile.decode(noised), SENT, secure["weight"])[0].to_bytes()
+    assert vector == form.encode(tensorfile.decode(noised), SENT)[0].to_bytes()
 
 
 @pytest.mark.parametrize("text", ["zlib", "float16", "int8", "int4", "ternary", "top-k:0.25"])

@@ -19,7 +19,7 @@ from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.participant import Participant
-from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.session import Session, task_digest
 from fedprune.security.keys import KEY, SigningKey, VerifyingKey
 from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, Trained, Update
 from fedprune_device.data.dataset import LocalData
@@ -29,7 +29,6 @@ from support.fakes.agent_harness import Bench, expected
 pytestmark = pytest.mark.board
 
 RECIPE = Recipe(epochs=2, batch_size=16, secure_aggregation=True)
-WEIGHT = 4
 
 
 def form_of(weights: Tensors) -> VectorForm:
@@ -38,8 +37,12 @@ def form_of(weights: Tensors) -> VectorForm:
 
 def masked_offer(bench: Bench, weights: Tensors, **other: Any) -> Offer:
     wide = 1 + sum(value.size for value in weights.values())
-    secure = {"tensors": form_of(weights).to_json(), "narrow": 0, "wide": wide, "weight": WEIGHT}
+    secure = {"tensors": form_of(weights).to_json(), "narrow": 0, "wide": wide}
     return bench.server.offer(1, **{"recipe": RECIPE, "secure": secure, **other})
+
+
+def task_of(offer: Offer) -> str:
+    return task_digest(offer.selection, offer.weights.sha256, offer.recipe, offer.secure)
 
 
 class Sums:
@@ -49,8 +52,9 @@ class Sums:
         announced: Called with the agent's masked update; returns whether the sum goes on.
     """
 
-    def __init__(self, bench: Bench, wide: int, announced: Callable[[Update], bool]) -> None:
-        self._bench, self._wide, self._announced = bench, wide, announced
+    def __init__(self, bench: Bench, offer: Offer, announced: Callable[[Update], bool]) -> None:
+        self._bench, self._announced = bench, announced
+        self._wide, self.task = offer.secure["wide"], task_of(offer)
         self.vectors: list[bytes] = []
         self.total: Vector | None = None
         self._attempt, self._awaits_vector = -1, False
@@ -75,7 +79,7 @@ class Sums:
         self._attempt, self._awaits_vector = attempt, False
         keys = {name: SigningKey.make() for name in ("e", "f")}
         self._directory: dict[str, VerifyingKey] = {name: key.verifying for name, key in keys.items()}
-        session = self._session = Session.choose(b"a test", 3, 0, self._wide, dropping=0.0)
+        session = self._session = Session.choose(b"a test", 3, 0, self._wide, task=self.task, dropping=0.0)
         self._collector = Collector(session, self._directory)
         self._others = {name: Participant(session, name, key, self._directory) for name, key in keys.items()}
         for name, other in self._others.items():
@@ -128,10 +132,10 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
         server.say(server.plan[0])
         return False
 
-    sums = Sums(bench, offer.secure["wide"], announced)
+    sums = Sums(bench, offer, announced)
     server.react = sums.react
     bench.run(until_finished=False)
-    vector, _ = form_of(weights).encode(expected(graphs, weights, data, 1, RECIPE), weights, WEIGHT)
+    vector, _ = form_of(weights).encode(expected(graphs, weights, data, 1, RECIPE), weights)
     assert sums.total is not None
     assert sums.total.to_bytes() == vector.to_bytes()
     assert len({vector.to_bytes(), *sums.vectors}) == 1 + attempts
@@ -163,6 +167,58 @@ def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
     assert f"offer: secure: expected {expects}" in refusal.reason
     assert not bench.server.of(Trained)
     assert not bench.server.of(Update)
+
+
+@pytest.mark.parametrize("weight", [0, 2, 16, 2**20, -1, "1"])
+def test_a_board_refuses_a_weight_of_the_server_s_choice(bench: Bench, weights: Tensors, weight: object) -> None:
+    offer = masked_offer(bench, weights)
+    bench.server.plan = [replace(offer, secure={**offer.secure, "weight": weight})]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert refusal.exit_code == ExitCode.PROTOCOL
+    assert "weight" in refusal.reason
+    assert not bench.server.of(Trained)
+
+
+def coarser(offer: Offer) -> Offer:
+    tensors = [[name, exponent + 1, limbs, step] for name, exponent, limbs, step in offer.secure["tensors"]]
+    return replace(offer, secure={**offer.secure, "tensors": tensors})
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        coarser,
+        lambda offer: replace(offer, recipe={**offer.recipe, "lr": 1e-12}),
+        lambda offer: replace(offer, weights=replace(offer.weights, sha256="0" * 64)),
+        lambda offer: replace(offer, selection="0" * 64),
+    ],
+)
+def test_a_board_leaves_a_sum_whose_other_boards_are_asked_for_something_else(
+    bench: Bench, weights: Tensors, others: Callable[[Offer], Offer]
+) -> None:
+    """What the others send could be 0, and the sum this board's update."""
+    offer = masked_offer(bench, weights)
+    bench.server.plan, bench.server.accepts = [offer], False
+    sums = Sums(bench, offer, lambda update: True)
+    sums.task = task_of(others(offer))
+
+    def react(message: Any) -> None:
+        sums.react(message)
+        if isinstance(message, Refusal):
+            bench.agent.stop()
+
+    bench.server.react = react
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == ExitCode.PROTOCOL
+    assert not bench.server.of(SecureStep)
+    assert not bench.server.of(Update)
+
+
+def test_a_board_that_has_to_work_in_more_parts_is_asked_for_the_same(bench: Bench, weights: Tensors) -> None:
+    offer = masked_offer(bench, weights)
+    assert task_of(offer) == task_of(replace(offer, recipe={**offer.recipe, "accumulate": 4}))
 
 
 def test_a_board_that_knows_no_masks_refuses_an_offer_and_sends_nothing(

@@ -110,7 +110,7 @@ def test_the_server_can_compute_nothing_but_the_sum(model: Model, tmp_path: Path
     total = Vector.zeros(session)
     for name in view.arrived:
         total.add(view.unmasked(name))
-    assert int(total.wide[0]) == 40  # the weights of four boards
+    assert int(total.wide[0]) == 4  # boards
 
 
 def test_nothing_that_boards_send_holds_an_update(model: Model, tmp_path: Path) -> None:
@@ -159,6 +159,18 @@ def test_a_server_that_restarts_in_the_middle_of_a_sum_begins_it_again(model: Mo
     assert folded(state) == [list(NAMES)]
     assert state.model == plain(tmp_path, model, rounds=1).model
     assert len({m.sum for m in fleet.of(SecureStep)}) == 2
+
+
+def test_boards_of_unlike_samples_count_alike(model: Model, tmp_path: Path) -> None:
+    """Weights would tell of single updates: a sum of whole numbers with weights 1000, 1000 and 1 holds the third."""
+    fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
+    fleet.board("c").samples = 1000
+    fleet.run()
+    total = Vector.zeros(session := Session.from_bytes(fleet.transcript().requests["advertise"]["a"]))
+    view = ServerView(session, fleet.transcript())
+    for name in view.arrived:
+        total.add(view.unmasked(name))
+    assert int(total.wide[0]) == len(NAMES)
 
 
 def test_messages_that_come_twice_count_once(model: Model, tmp_path: Path) -> None:
@@ -290,8 +302,8 @@ class CountedDevices(dict[str, Any]):
 
 def test_a_turn_and_a_message_look_at_few_boards_of_a_large_cohort(tmp_path: Path) -> None:
     names = [CountedName(f"b{i}") for i in range(1000)]
-    form = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=9, weight=1).to_json()
-    offer = {"selection": "s", "weights": {"sha256": "w"}, "secure": form}
+    form = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=9).to_json()
+    offer = {"selection": "s", "weights": {"sha256": "w"}, "recipe": {}, "secure": form}
     devices = CountedDevices({name: SimpleNamespace(online=True) for name in names})
     state = SimpleNamespace(tasks={n: SimpleNamespace(attempt=1, offer=offer) for n in names}, devices=devices)
     outbox = SimpleNamespace(send=lambda *sent: None)

@@ -130,6 +130,7 @@ class ToyDevice:
         self.silent = False
         self.abilities: tuple[str, ...] | None = None
         self.profile = "raspberry-pi-5"
+        self.samples = 10
         self.upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"
         """Uploads bytes; the reason why it can't."""
         self.lie: Callable[[Update], Update] = lambda update: update
@@ -138,7 +139,7 @@ class ToyDevice:
         self.air.to_server(self.topics.up(self.name), message.to_bytes())  # type: ignore[attr-defined]
 
     def birth(self) -> None:
-        self.say(Birth(self.name, self.session, self.profile, 10, "test", abilities=self.abilities))
+        self.say(Birth(self.name, self.session, self.profile, self.samples, "test", abilities=self.abilities))
 
     def hear(self, topic: str, payload: bytes) -> None:
         if self.topics.parse(topic).channel == "down/blob":

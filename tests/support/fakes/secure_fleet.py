@@ -103,7 +103,7 @@ class MaskingBoard(ToyDevice):
             raw = tensorfile.encode(tensors)
         else:
             form = MaskedForm.from_json(offer.secure)
-            vector, self.residual = form.vector.encode(tensors, sent, form.weight, self.residual)
+            vector, self.residual = form.vector.encode(tensors, sent, self.residual)
             raw = self.vector = vector.to_bytes()
         at = self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256
         update = Update(*at, self.store.put(raw), 10, 5, {"accuracy_after": 0.25})

@@ -41,30 +41,29 @@ def alike(one: Fold, other: Fold) -> None:
 
 
 @st.composite
-def cohorts(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[tuple[Selection, list[tuple[Tensors, int]]]]]:
+def cohorts(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[tuple[Selection, list[Tensors]]]]:
     """A round of up to three cohorts, each of one selection."""
     architecture = draw(architectures())
     base, out = model(architecture, draw(seeds)), []
     for _ in range(draw(st.integers(1, 3))):
         selection = draw(selections(architecture))
-        weights = draw(st.lists(st.integers(1, 10_000), min_size=1, max_size=4))
-        out.append((selection, [(trained(selection, base, draw(seeds)), weight) for weight in weights]))
+        out.append((selection, [trained(selection, base, draw(seeds)) for _ in range(draw(st.integers(1, 4)))]))
     return architecture, base, out
 
 
 @given(cohorts())
 @settings(deadline=None, max_examples=40)
 def test_cohorts_give_the_bits_of_a_plain_fold(
-    case: tuple[Architecture, Tensors, list[tuple[Selection, list[tuple[Tensors, int]]]]],
+    case: tuple[Architecture, Tensors, list[tuple[Selection, list[Tensors]]]],
 ) -> None:
     architecture, base, several = case
     plain, masked = Fold(architecture, base), Fold(architecture, base)
     for selection, updates in several:
         grid, sent = exact(masked, selection, 4), selection.gather(base)
-        vectors = [grid.form.encode(tensors, sent, weight)[0] for tensors, weight in updates]
+        vectors = [grid.form.encode(tensors, sent)[0] for tensors in updates]
         masked.take([grid.sums(total(grid, vectors), len(updates), sent)])
-        for tensors, weight in updates:
-            plain.add(selection, tensors, weight)
+        for tensors in updates:
+            plain.add(selection, tensors, 1)
     alike(plain, masked)
 
 
@@ -75,12 +74,12 @@ def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
     grid, sent = exact(masked, selection, 8), selection.gather(base)
     session = Session(b"grid", 8, 5, grid.narrow, grid.wide)
     cohort, names = MaskedCohort(session, NAMES[:8]), NAMES[:8]
-    updates = {name: (trained(selection, base, i), i + 1) for i, name in enumerate(names)}
-    vectors = {name: grid.form.encode(tensors, sent, weight)[0] for name, (tensors, weight) in updates.items()}
+    updates = {name: trained(selection, base, i) for i, name in enumerate(names)}
+    vectors = {name: grid.form.encode(tensors, sent)[0] for name, tensors in updates.items()}
     found = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
     masked.take([grid.sums(found, len(cohort.collector.boards), sent)])
     for name in cohort.collector.boards:
-        plain.add(selection, *updates[name])
+        plain.add(selection, updates[name], 1)
     assert plain.updates == 7
     alike(plain, masked)
 
@@ -91,28 +90,28 @@ def coded(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, Grid
     return fold, Grid(Selection.full(ARCHITECTURE), tensors, boards)
 
 
-@given(seeds, st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(-20, -5))
+@given(seeds, st.integers(1, 5), st.integers(-20, -5))
 @settings(deadline=None, max_examples=40)
-def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, weights: list[int], step: int) -> None:
+def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boards: int, step: int) -> None:
     base = model(ARCHITECTURE, seed)
-    masked, grid = coded(base, dict.fromkeys(TRAINED, step), len(weights))
+    masked, grid = coded(base, dict.fromkeys(TRAINED, step), boards)
     assert grid.narrow == sum(base[n].size for n in TRAINED)
     plain = {n: FixedSum(base[n].shape, masked.span(n)) for n in TRAINED}
     vectors = []
-    for i, weight in enumerate(weights):
+    for i in range(boards):
         new = trained(Selection.full(ARCHITECTURE), base, seed + i, scale=2.0**step * 40)
-        vector, left = grid.form.encode(new, base, weight)
+        vector, left = grid.form.encode(new, base)
         vectors.append(vector)
         for name in TRAINED:
             moved = new[name].astype(np.float64) - base[name]
             codes = np.clip(np.rint(moved / 2.0**step), -CODES, CODES)
             assert np.allclose(left[name], moved - codes * 2.0**step, atol=1e-7 * 2.0**step)
-            plain[name].add(base[name].astype(np.float64) + codes * 2.0**step, weight)
-    sums = grid.sums(total(grid, vectors), len(weights), base)
+            plain[name].add(base[name].astype(np.float64) + codes * 2.0**step, 1)
+    sums = grid.sums(total(grid, vectors), boards, base)
     for name in TRAINED:
         assert sums.arrays["value", name, 0].tobytes() == plain[name].limbs[0].tobytes()
     masked.take([sums])
-    assert masked.weight == sum(weights)
+    assert masked.weight == boards
 
 
 def test_codes_whose_weights_are_float32_numbers_give_the_bits_of_the_fold_itself() -> None:
@@ -121,9 +120,9 @@ def test_codes_whose_weights_are_float32_numbers_give_the_bits_of_the_fold_itsel
     plain, vectors = Fold(ARCHITECTURE, base), []
     for i in range(3):
         new = trained(Selection.full(ARCHITECTURE), base, i, scale=0.02)
-        vector, left = grid.form.encode(new, base, i + 1)
+        vector, left = grid.form.encode(new, base)
         vectors.append(vector)
-        plain.add(Selection.full(ARCHITECTURE), {n: v - left[n] if n in left else v for n, v in new.items()}, i + 1)
+        plain.add(Selection.full(ARCHITECTURE), {n: v - left[n] if n in left else v for n, v in new.items()}, 1)
     masked.take([grid.sums(total(grid, vectors), 3, base)])
     alike(plain, masked)
 
@@ -134,7 +133,7 @@ def test_what_codes_leave_out_is_made_up_for_later() -> None:
     new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.004)  # half a step is 0.008
     reached, left = {n: np.zeros(base[n].shape) for n in TRAINED}, None
     for _ in range(50):
-        vector, left = grid.form.encode(new, base, 1, left)
+        vector, left = grid.form.encode(new, base, left)
         start = 0
         for name in (t.name for t in ARCHITECTURE.tensors if t.name in TRAINED):
             codes = vector.narrow.view(np.int32)[start : start + base[name].size].reshape(base[name].shape)
@@ -144,30 +143,21 @@ def test_what_codes_leave_out_is_made_up_for_later() -> None:
         assert np.allclose(reached[name] / 50, new[name] - base[name], atol=2.0**-6 / 50)
 
 
-def test_the_largest_codes_of_the_largest_weights_fit() -> None:
+def test_the_largest_codes_of_the_most_boards_fit() -> None:
     """127·2^24 fits into 32 bits; so do 2^24 times the largest values into 64."""
     base = {n: np.zeros(v.shape, np.float32) for n, v in model(ARCHITECTURE, 1).items()}
     far = {n: np.full(v.shape, 8.0 if n in TRAINED else 2.0**24, np.float32) for n, v in base.items()}
     for sign, steps in ((1, {}), (-1, {}), (1, dict.fromkeys(TRAINED, -5)), (-1, dict.fromkeys(TRAINED, -5))):
-        fold, grid = coded(base, steps, 4)
+        fold, grid = coded(base, steps, MAX_WEIGHT)
         new = {n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}
-        vector, _ = grid.form.encode(new, base, grid.most_weight)
-        sums = grid.sums(total(grid, [vector] * 4), 4, base)
+        vector, _ = grid.form.encode(new, base)
+        boards = Vector(vector.narrow * np.uint32(MAX_WEIGHT), vector.wide * np.uint64(MAX_WEIGHT))
+        sums = grid.sums(boards, MAX_WEIGHT, base)
         assert sums.weight == MAX_WEIGHT
         for name in TRAINED:
             per_board = CODES * 2.0**-5 if steps else 8.0
             units = round(per_board / fold.span(name).unit)
             assert np.array_equal(sums.arrays["value", name, 0], np.full(base[name].shape, sign * MAX_WEIGHT * units))
-
-
-def test_a_board_s_weight_is_at_most_what_a_sum_holds() -> None:
-    base = model(ARCHITECTURE, 1)
-    _, grid = coded(base, {}, 100)
-    assert 100 * grid.most_weight <= MAX_WEIGHT
-    grid.form.encode(base, base, grid.most_weight)
-    for weight in (0, MAX_WEIGHT + 1, True):
-        with pytest.raises(ProtocolError, match="weight of an update in a secure sum"):
-            grid.form.encode(base, base, weight)
 
 
 def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
@@ -181,7 +171,7 @@ def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
         ({n: v for n, v in base.items() if n != "a"}, "lacks tensor a"),
     ):
         with pytest.raises(ProtocolError, match=problem):
-            grid.form.encode(wrong, base, 1)
+            grid.form.encode(wrong, base)
 
 
 def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
@@ -189,7 +179,7 @@ def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
     _, grid = coded(base, {"a": -8}, 2)
     new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.1)
     known = VectorForm.from_json(json.loads(json.dumps(grid.form.to_json())))
-    assert known.encode(new, base, 3)[0].to_bytes() == grid.form.encode(new, base, 3)[0].to_bytes()
+    assert known.encode(new, base)[0].to_bytes() == grid.form.encode(new, base)[0].to_bytes()
     for wrong in (
         [],
         [["a", 3, 1]],
@@ -201,9 +191,15 @@ def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
     ):
         with pytest.raises(ProtocolError):
             VectorForm.from_json(wrong)
-    form = MaskedForm(grid.form, grid.narrow, grid.wide, weight=3)
+    form = MaskedForm(grid.form, grid.narrow, grid.wide)
     assert MaskedForm.from_json(json.loads(json.dumps(form.to_json()))) == form
-    for body in (None, [], {}, {**form.to_json(), "wide": -1}, {**form.to_json(), "weight": "3"}):
+    for body in (
+        None,
+        [],
+        {},
+        {**form.to_json(), "wide": -1},
+        *({**form.to_json(), "weight": weight} for weight in (0, 2, 2**20, "3")),
+    ):
         with pytest.raises(ProtocolError):
             MaskedForm.from_json(body)
 
@@ -216,25 +212,25 @@ def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:
     grid = Grid(selection, travels, 2, {name: masked.span(name) for name in stays})
     sent = selection.gather(base)
     updates = [{**trained(selection, base, i), **{n: sent[n] for n in stays}} for i in range(2)]
-    vectors = [grid.form.encode(update, sent, i + 1)[0] for i, update in enumerate(updates)]
+    vectors = [grid.form.encode(update, sent)[0] for update in updates]
     assert not stays & set(grid.form.tensors)
     masked.take([grid.sums(total(grid, vectors), 2, sent)])
-    for i, update in enumerate(updates):
-        plain.add(selection, update, i + 1)
+    for update in updates:
+        plain.add(selection, update, 1)
     alike(plain, masked)
 
 
 def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
     base = model(ARCHITECTURE, 1)
     _, grid = coded(base, {"a": -8}, 2)
-    good = total(grid, [grid.form.encode(base, base, 3)[0], grid.form.encode(base, base, 4)[0]])
-    assert grid.sums(good, 2, base).weight == 7
+    good = total(grid, [grid.form.encode(base, base)[0]] * 2)
+    assert grid.sums(good, 2, base).weight == 2
     heavy, coarse, wide = good.copy(), good.copy(), good.copy()
-    heavy.wide[0] = 2 * grid.most_weight + 1
-    coarse.narrow[0] = 7 * CODES + 1
+    heavy.wide[0] = 3
+    coarse.narrow[0] = 2 * CODES + 1
     wide.wide[1] = np.uint64(2**63)
     for wrong, boards, problem in (
-        (heavy, 2, "weight of a cohort"),
+        (heavy, 2, "updates in the sum of a cohort"),
         (coarse, 2, "sums of a: .*No single update can be blamed"),
         (wide, 2, "sums of a.mean"),
         (good, 3, "sum of a cohort"),

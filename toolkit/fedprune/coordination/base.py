@@ -137,8 +137,10 @@ class Coordinator(ABC):
 
     @property
     def uniform(self) -> bool:
-        """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another."""
-        return self.job.privacy.on or self.strategy.aggregator.weighting == "uniform"
+        """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another, and
+        with masks weights would tell of single updates (`secure_aggregation.grid`)."""
+        alike = self.job.privacy.on or self.job.secure_aggregation
+        return alike or self.strategy.aggregator.weighting == "uniform"
 
     # What a coordinator's rounds are.
 

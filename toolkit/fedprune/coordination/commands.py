@@ -8,8 +8,7 @@ from typing import Any
 
 SECURE = "secure"
 """Entry of an offer that says how the update becomes a vector to be masked: its `tensors`
-(`fedprune.secure_aggregation.grid.VectorForm`), its numbers of 32 (`narrow`) and 64 bits (`wide`), and the device's
-`weight` in the sum."""
+(`fedprune.secure_aggregation.grid.VectorForm`), and its numbers of 32 (`narrow`) and 64 bits (`wide`)."""
 
 
 @dataclass(frozen=True)

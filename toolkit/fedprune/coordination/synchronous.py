@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, weight_in
+from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
@@ -28,7 +27,6 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
-from fedprune.secure_aggregation.grid import MaskedForm
 
 
 class SynchronousCoordinator(Coordinator):
@@ -167,8 +165,6 @@ class SynchronousCoordinator(Coordinator):
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         counts = capped(counts, self.job.weight_limit, self.job.most_samples)
-        if self.job.secure_aggregation:  # a board can't see the others' weights, and no sum may overflow
-            counts = {name: min(count, MAX_WEIGHT // len(chosen)) for name, count in counts.items()}
         total = sum(counts.values())
         tasks = TrackedDict[Task]()
         for name, device in chosen.items():
@@ -241,9 +237,6 @@ class SynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.offer = event.offer
-        if do.SECURE in event.offer:
-            form = replace(MaskedForm.from_json(event.offer[do.SECURE]), weight=task.weight)
-            task.offer = event.offer | {do.SECURE: form.to_json()}
         if task.offered_at is None:  # else it has moved, and what it was offered before is the same
             self.privacy_budget.offered(event.device)
         task.progress, task.offered_at = Progress.OFFERED, now

@@ -90,8 +90,8 @@ class Job:
             `float16`, `int8`, `int4` or `ternary`.
         privacy: Whether and how what boards hand in is clipped and noised.
         secure_aggregation: Boards mask what they hand in, so that the server learns only the sum of boards with the
-            same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, and boards that fewer than
-            two others share their channels with don't count.
+            same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, boards count alike, and
+            those that fewer than two others share their channels with don't count.
         weight_limit: The most samples that a device counts for, and the most steps for which it may move further
             than others, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.

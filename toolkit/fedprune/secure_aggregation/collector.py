@@ -75,7 +75,7 @@ class Collector:
         return tuple(sorted(self._seen[_MASK]))
 
     def add_advertisement(self, board: str, message: bytes) -> None:
-        """Raises `SignatureError` if the board's identity key has not signed it."""
+        """Raises `SignatureError` if the board's identity key has not signed it. A key of small order is refused."""
         if not self._new(_ADVERTISE, board, message, self._directory):
             return
         keys = Advertisement.from_bytes(message)

@@ -1,18 +1,19 @@
 """Updates as vectors of whole numbers on a grid that all boards of a cohort share, and their sum as a fold takes it.
 
-A tensor with a `Range` alone travels as the fold itself would add it (`fedprune.aggregation.fixed_point`): n·q with
-q = round(w·2^s) in 64 bits, in as many limbs. The sum of these numbers is the plain fold's, bit for bit. It fits: all
-weights together are at most 2^24 and |q| ≤ 2^38, so a sum is at most 2^62 in magnitude, below 2^63; numbers of further
-limbs are at most 2^37, of 2^24 boards or fewer.
+A tensor with a `Range` alone travels as the fold itself would add it (`fedprune.aggregation.fixed_point`):
+q = round(w·2^s) in 64 bits, in as many limbs. The sum of these numbers is the plain fold's, bit for bit. It fits: there
+are at most 2^24 boards and |q| ≤ 2^38, so a sum is at most 2^62 in magnitude, below 2^63; numbers of further limbs are
+at most 2^37.
 
-A tensor with a step 2^m, too, travels in 32 bits: n·c with the code c = round(Δ/2^m) of the difference to the weights
-that were sent, from −127 to 127 as in the codec `int8`, but with one step for all boards. It fits: the sum is at most
+A tensor with a step 2^m, too, travels in 32 bits: as the code c = round(Δ/2^m) of the difference to the weights that
+were sent, from −127 to 127 as in the codec `int8`, but with one step for all boards. It fits: the sum is at most
 127·2^24 = 2,130,706,432 in magnitude, below 2^31 = 2,147,483,648. What is left over is given back for the next update
 (error feedback). The sum is that of a plain fold of w_sent + c·2^m, bit for bit: 2^m is an even number of the fold's
 units, so that c·2^m neither is rounded nor turns a tie.
 
-A board can't see the others' weights. So each may have at most an equal share of 2^24, and the sum of the weights
-travels masked, too.
+All boards count alike. Weights of their own would tell of single boards: a sum of whole numbers with the weights 1000,
+1000 and 1 is, modulo 1000, the third board's number. So neither the server nor a board chooses any, and the number of
+updates travels masked, too.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class VectorForm:
         self,
         trained: Mapping[str, Float32s],
         sent: Mapping[str, Float32s],
-        weight: int,
         residual: Mapping[str, Float32s] | None = None,
     ) -> tuple[Vector, Tensors]:
         """A board's update as a vector, and what the codes leave out of coded tensors.
@@ -109,12 +109,10 @@ class VectorForm:
         Args:
             trained: The tensors after training.
             sent: The tensors as they were sent.
-            weight: n, which the server chooses.
             residual: By name what earlier updates left out.
         """
-        whole("weight of an update in a secure sum", weight, 1, MAX_WEIGHT, error=ProtocolError)
         narrow: list[npt.NDArray[np.int32]] = []
-        wide: list[npt.NDArray[np.int64]] = [np.array([weight], np.int64)]
+        wide: list[npt.NDArray[np.int64]] = [np.array([1], np.int64)]
         left: Tensors = {}
         for name, grid in self.tensors.items():
             if name not in trained or name not in sent:
@@ -127,7 +125,7 @@ class VectorForm:
             check_range(name, value, grid.span.bound)
             if grid.step is None:
                 added = FixedSum(value.shape, grid.span)
-                added.add(value, weight)
+                added.add(value, 1)
                 wide += [limb.reshape(-1) for limb in added.limbs]
                 continue
             difference = value.astype(np.float64) - before
@@ -135,7 +133,7 @@ class VectorForm:
                 difference += residual[name]
             codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -CODES, CODES)
             left[name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
-            narrow.append((codes.astype(np.int32) * np.int32(weight)).reshape(-1))
+            narrow.append(codes.astype(np.int32).reshape(-1))
         return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), left
 
 
@@ -147,28 +145,31 @@ class MaskedForm:
         vector: Its tensors.
         narrow: How many of its numbers have 32 bits.
         wide: How many have 64 bits.
-        weight: The update's weight, once the coordinator has set it.
     """
 
     vector: VectorForm
     narrow: int
     wide: int
-    weight: int = 0
 
     @classmethod
     def from_json(cls, body: object) -> MaskedForm:
-        """Read what `to_json` gives. Raises `ProtocolError`."""
+        """Read what `to_json` gives. Raises `ProtocolError`, also for a weight: see the module."""
         if not isinstance(body, Mapping):
             raise ProtocolError("secure of an offer", expected="an object", got=shown(body))
+        if body.get("weight", 1) != 1:
+            raise ProtocolError(
+                "weight of an update in a secure sum",
+                expected="none: all boards count alike",
+                got=shown(body["weight"]),
+                hint="With weights of its choice a server could read single updates out of the sum.",
+            )
         narrow, wide = (
             whole(f"{key} of a vector", body.get(key), 0, 2**40, error=ProtocolError) for key in ("narrow", "wide")
         )
-        weight = whole("weight of an update in a secure sum", body.get("weight", 0), 0, MAX_WEIGHT, error=ProtocolError)
-        return cls(VectorForm.from_json(body.get("tensors")), narrow, wide, weight)
+        return cls(VectorForm.from_json(body.get("tensors")), narrow, wide)
 
     def to_json(self) -> dict[str, Any]:
-        sizes = {"tensors": self.vector.to_json(), "narrow": self.narrow, "wide": self.wide}
-        return sizes | ({"weight": self.weight} if self.weight else {})
+        return {"tensors": self.vector.to_json(), "narrow": self.narrow, "wide": self.wide}
 
     @property
     def coded(self) -> bool:
@@ -182,7 +183,7 @@ class Grid:
     Args:
         selection: What all boards of the cohort hold.
         tensors: By name, how the shared tensors travel.
-        boards: The most boards that the cohort may have; a board's weight is at most 2^24 divided by it.
+        boards: The most boards that the cohort may have.
         withheld: By name, the ranges of tensors that don't travel, since boards don't train or share them: they enter
             the sums as they were sent.
     """
@@ -203,7 +204,6 @@ class Grid:
                 raise ProtocolError(f"step of {name}", expected="none for statistics", got=grid.step)
         whole("boards of a cohort", boards, 1, MAX_WEIGHT, error=ProtocolError)
         self.selection = selection
-        self.most_weight = MAX_WEIGHT // boards
         self._boards = boards
         self._withheld = dict(withheld or {})
         self._specs = [t for t in selection.architecture.tensors if t.name in tensors or t.name in self._withheld]
@@ -221,7 +221,7 @@ class Grid:
 
     @property
     def wide(self) -> int:
-        """Numbers of 64 bits, the weight among them."""
+        """Numbers of 64 bits, the number of updates among them."""
         return 1 + sum(self._sizes[n] * grid.span.limbs for n, grid in self._tensors.items() if grid.step is None)
 
     def sums(self, total: Vector, boards: int, sent: Mapping[str, Float32s]) -> PartialSums:
@@ -241,7 +241,8 @@ class Grid:
                 got=f"{total.narrow.size} and {total.wide.size} of {boards}",
             )
         narrow, wide = total.narrow.view(np.int32), total.wide.view(np.int64)
-        weight = whole("weight of a cohort", int(wide[0]), boards, boards * self.most_weight, error=ProtocolError)
+        if int(wide[0]) != boards:
+            raise ProtocolError("updates in the sum of a cohort", expected=boards, got=int(wide[0]))
         layout = self.selection.narrowed(self.selection.architecture.sizes)
         arrays: dict[Key, npt.NDArray[np.int64]] = {}
         at_narrow, at_wide = 0, 1
@@ -250,26 +251,26 @@ class Grid:
             grid = self._tensors.get(spec.name)
             if grid is None or grid.step is not None:
                 start = FixedSum(shape, self._withheld[spec.name] if grid is None else grid.span)
-                start.add(np.asarray(sent[spec.name]), weight)
+                start.add(np.asarray(sent[spec.name]), boards)
                 limbs = list(start.limbs)
             if grid is not None and grid.step is not None:
                 codes = narrow[at_narrow : at_narrow + size].reshape(shape).astype(np.int64)
                 at_narrow += size
-                _check_sums(spec.name, codes, CODES * weight)
+                _check_sums(spec.name, codes, CODES * boards)
                 limbs[0] = limbs[0] + codes * grid.units
             elif grid is not None:
                 limbs = []
                 for i in range(grid.span.limbs):
                     limbs.append(wide[at_wide : at_wide + size].reshape(shape))
                     at_wide += size
-                    _check_sums(spec.name, limbs[i], weight << VALUE_BITS if not i else boards << (VALUE_BITS - 1))
+                    _check_sums(spec.name, limbs[i], boards << (VALUE_BITS if not i else VALUE_BITS - 1))
             for i, limb in enumerate(limbs):
                 whole_tensor = np.zeros(spec.shape, np.int64)
                 for into, part in places(layout, spec, self.selection):
                     whole_tensor[into] = limb[part]
                 arrays["value", spec.name, i] = whole_tensor
         names = frozenset(spec.name for spec in self._specs)
-        return PartialSums(names, layout, ((self.selection, weight),), boards, arrays)
+        return PartialSums(names, layout, ((self.selection, boards),), boards, arrays)
 
 
 def step_exponent(largest: float) -> int:

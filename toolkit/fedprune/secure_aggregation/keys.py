@@ -63,8 +63,12 @@ class Advertisement:
         return self.channel + self.mask + self.commitment + self.signature
 
     def verify(self, session: Session, board: str, key: VerifyingKey) -> None:
-        """Make sure that a board's identity key has signed it for this sum. Raises `SignatureError`."""
+        """Make sure that a board's identity key has signed it for this sum, and that others can agree on keys with it.
+        Raises `SignatureError`, or `ProtocolError` for a public key of small order: the server must find it before the
+        board's neighbours do, who would have to give up, as if it were their fault."""
         key.verify(self.signature, _signed(session, board, self.channel, self.mask, self.commitment))
+        for public in (self.channel, self.mask):
+            _agreed(X25519PrivateKey.generate(), public)
 
 
 class BoardKeys:

@@ -19,9 +19,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
+from typing import Any
 
 from fedprune.core.errors import ConfigError, ProtocolError, shown
 from fedprune.core.json_file import decode_json
@@ -35,6 +36,7 @@ MAX_CONTEXT = 1024
 MAX_WORDS = 2**31
 """Words of a vector."""
 
+_MAX_TASK = 64
 _DOMAIN = "fedprune secure sum 1"
 _PRIVATE = 2.0**-40
 """Probability that colluding and absent boards are placed so that the server learns more than the sum."""
@@ -53,6 +55,8 @@ class Session:
             be divided into two parts that each restore one.
         narrow: Numbers of 32 bits in a vector.
         wide: Numbers of 64 bits in a vector.
+        task: Digest of what all boards of the sum are asked for (`task_digest`). Boards sign it with their keys, so
+            that a server can't ask one board for more than the others.
     """
 
     context: bytes
@@ -60,6 +64,7 @@ class Session:
     threshold: int
     narrow: int
     wide: int
+    task: str = ""
 
     def __post_init__(self) -> None:
         where = "secure sum: {}".format
@@ -70,10 +75,20 @@ class Session:
         whole(where("threshold"), self.threshold, self.degree // 2 + 1, self.degree, error=ProtocolError)
         for name in ("narrow", "wide"):
             whole(where(f"{name} numbers"), getattr(self, name), 0, MAX_WORDS, error=ProtocolError)
+        if not isinstance(self.task, str) or len(self.task) > _MAX_TASK:
+            raise ProtocolError(where("task"), expected="a digest", got=shown(self.task))
 
     @classmethod
     def choose(
-        cls, context: bytes, boards: int, narrow: int, wide: int, *, dropping: float = 0.2, colluding: float = 0.1
+        cls,
+        context: bytes,
+        boards: int,
+        narrow: int,
+        wide: int,
+        *,
+        task: str = "",
+        dropping: float = 0.2,
+        colluding: float = 0.1,
     ) -> Session:
         """The session of least degree for a number of boards, with a threshold of just over half of it.
 
@@ -92,7 +107,7 @@ class Session:
             lost = boards * _at_least(held - threshold + 1, boards - 1, absent, held)
             known = boards * _at_least(threshold, boards - 1, curious, held)
             if lost <= _RELIABLE and known + _divided(boards, absent + curious, held) <= _PRIVATE:
-                return cls(context, degree, threshold, narrow, wide)
+                return cls(context, degree, threshold, narrow, wide, task)
         raise ConfigError(
             "boards of a secure sum",
             expected=f"enough that {absent} may drop out and {curious} collude",
@@ -116,7 +131,7 @@ class Session:
     @property
     def digest(self) -> bytes:
         """The value that keys and signatures of this sum are bound to."""
-        text = transcript(_DOMAIN, self.context, self.degree, self.threshold, self.narrow, self.wide)
+        text = transcript(_DOMAIN, self.context, self.degree, self.threshold, self.narrow, self.wide, self.task)
         return hashlib.sha256(text).digest()
 
     @property
@@ -136,6 +151,18 @@ class Session:
         count, reach = len(circle), self.degree // 2
         steps = [*range(-reach, 0), *range(1, reach + 1)]
         return {name: tuple(sorted(circle[(i + s) % count] for s in steps)) for i, name in enumerate(circle)}
+
+
+def task_digest(selection: str, weights: str, recipe: Mapping[str, Any], secure: Mapping[str, Any]) -> str:
+    """Digest of the entries of an offer that decide how much of a sum is whose: the channels, the weights that were
+    sent, how the update becomes numbers, and the recipe. If the others' learning rate or step were another one, their
+    numbers could be 0, and the sum that of a single board.
+
+    The parts of a batch (`accumulate`) don't matter: boards with little memory work through more of them.
+    """
+    shared = {name: value for name, value in recipe.items() if name != "accumulate"}
+    text = json.dumps([selection, weights, shared, dict(secure)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _at_least(least: int, others: int, marked: int, drawn: int) -> float:

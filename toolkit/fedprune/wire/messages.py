@@ -158,7 +158,7 @@ class Offer(CheckedMessage, kind="offer"):
     """Digest of the selection that those were sent in."""
     secure: FreeObject | None = newer()
     """How the update becomes the vector that the board masks: `tensors`
-    (`fedprune.secure_aggregation.grid.VectorForm`) and `weight`. None where updates aren't masked; the recipe says so,
+    (`fedprune.secure_aggregation.grid.VectorForm`) and its size. None where updates aren't masked; the recipe says so,
     too, so that a board that doesn't know of masks refuses."""
     base: Blob | None = newer()
     """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
