@@ -16,19 +16,16 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
 from fedprune.core.text import one_line
-from fedprune.secure_aggregation.collector import Collector
+from fedprune.secure_aggregation.collector import Collector, FalseSharesError
 from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
-from fedprune.secure_aggregation.session import Session, task_digest
+from fedprune.secure_aggregation.session import MIN_BOARDS, Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, Update
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
 from fedprune_server.monitoring.display import secure_sum_line
 
 log = logging.getLogger("fedprune.server")
-
-LEAST = 3
-"""Fewest boards of a sum: of two boards, each knows the other's update."""
 
 _ANSWERS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
 """Boards' answers to each of the server's steps; to a delivery, with an `Update`."""
@@ -61,6 +58,7 @@ class SecureSums:
         self._dropped: dict[str, str] = {}
         self._reports: list[dict[str, Any]] = []
         self._accepted: dict[str, Accepted] = {}
+        self._digests: dict[str, str] = {}
         self._thread = ThreadPoolExecutor(1, "fedprune-masks")
 
     @property
@@ -76,13 +74,11 @@ class SecureSums:
         """Begin the sums of a round; earlier ones are dropped."""
         self._round, self._dropped, self._reports, self._accepted = command.round, {}, [], {}
         self._cohorts, self._members = [], {}
-        groups: dict[str, list[str]] = {}
-        for device in command.devices:
-            offer = self._state.tasks[device].offer or {}
+        self._digests = {}
+        for devices in command.cohorts:
+            offer = self._state.tasks[devices[0]].offer or {}
+            form = MaskedForm.from_json(offer[do.SECURE])
             task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
-            groups.setdefault(task, []).append(device)
-        for task, devices in sorted(groups.items()):
-            form = MaskedForm.from_json((self._state.tasks[devices[0]].offer or {})[do.SECURE])
             try:
                 session = _session(self._job.name, command.round, task, len(devices), form)
             except FedpruneError as error:
@@ -90,7 +86,7 @@ class SecureSums:
                 log.warning("round %d: no secure sum of %s: %s", command.round, ", ".join(devices), error)
                 self._reports.append({"boards": len(devices), "summed": 0, "lost": {}})
                 continue
-            cohort = _Cohort(session, tuple(devices))
+            cohort = _Cohort(session, devices)
             self._cohorts.append(cohort)
             self._members |= dict.fromkeys(devices, cohort)
             self._begin_step(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
@@ -133,6 +129,13 @@ class SecureSums:
             return False
         if device not in cohort.answered:
             ref, now = update.weights, self._traffic.monotonic()
+            # Masked vectors are random: one that is here already is a copy, and would be deleted with the original.
+            owner = self._digests.setdefault(ref.sha256, device)
+            repeated = cohort.announced.get(device) == ref.sha256
+            if owner != device or (self._store.has(ref.sha256) and not repeated):
+                what = "a file that the server has" if owner == device else f"the masked update of {owner}"
+                self._drop(cohort, device, f"it announces {what} as its own")
+                return False
             cohort.announced[device] = ref.sha256
             fetch = self._traffic.uploads.add(device, update.round, update.attempt, ref, now)
             self._traffic.outbox.ask(fetch)
@@ -185,7 +188,8 @@ class SecureSums:
             report = cohort.report()
             log.info("round %d: %s", self._round, secure_sum_line(report))
             self._reports.append(report)
-        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports)
+        false = [list(cohort.collector.boards) for cohort in self._cohorts if cohort.is_false]
+        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports, false)
         self._cohorts, self._members, self._dropped = [], {}, {}
         for device in self._accepted:
             self.repeat(device, self._round)
@@ -275,6 +279,7 @@ class _Cohort:
         work: What the thread does, in its order, with the device that it concerns; empty for all.
         total: Digest of the sum, once it is known.
         failure: Why there is no sum; empty if there is one.
+        is_false: Whether that is the fault of one of its boards.
     """
 
     session: Session
@@ -293,6 +298,7 @@ class _Cohort:
     began: float = 0.0
     total: str = ""
     failure: str = ""
+    is_false: bool = False
 
     def __post_init__(self) -> None:
         self.collector = Collector(self.session, self.directory)
@@ -354,6 +360,7 @@ class _Cohort:
 
     def fail(self, error: Exception) -> None:
         self.failure = one_line(f"the secure sum failed: {error}")
+        self.is_false = isinstance(error, FalseSharesError)
         log.warning("%s", self.failure)
 
     def dropped(self) -> dict[str, str]:
@@ -379,8 +386,8 @@ def _session(job: str, round_: int, task: str, boards: int, form: MaskedForm) ->
     A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
     and less than the number of boards, t is k/2 + 1.
     """
-    if boards < LEAST:
-        raise ConfigError("boards of the same channels in a secure sum", expected=f"{LEAST} or more", got=boards)
+    if boards < MIN_BOARDS:
+        raise ConfigError("boards of the same channels in a secure sum", expected=f"{MIN_BOARDS} or more", got=boards)
     context = json.dumps([job, round_, secrets.token_hex(_RANDOM)]).encode()
-    dropping = min(_DROPPING, (boards - LEAST) // 2 / boards)
+    dropping = min(_DROPPING, (boards - MIN_BOARDS) // 2 / boards)
     return Session.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropping)

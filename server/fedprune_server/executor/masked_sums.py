@@ -49,16 +49,24 @@ class MaskedSums:
         return MaskedForm(grid.form, grid.narrow, grid.wide)
 
     def closed(self, command: do.Close) -> RoundResult:
-        """The result of a round. If a sum can't be that of boards which follow the protocol, no update counts: sums of
-        masked updates don't show which board is at fault."""
+        """The result of a round. If a cohort's sum can't be that of boards which follow the protocol, none of its
+        updates counts: sums of masked updates don't show which board is at fault."""
         parts = {found.part.device: found for found in command.contributions}
         round_ = self._round_of(command)
+        sums, rejected = list[PartialSums](), dict[str, Failure]()
+        for found in command.sums:
+            try:
+                sums.append(self._sums(round_, found, [parts[device] for device in found.devices]))
+            except (ProtocolError, BundleError) as error:  # noqa: PERF203 - a false sum must not cost the others
+                failure = Failure(FailureKind.FALSE_SUM, one_line(f"the sum of masked updates is false: {error}"))
+                rejected |= dict.fromkeys(found.devices, failure)
+        if rejected and not sums:
+            return RoundResult(rejected=rejected)
         try:
-            sums = [self._sums(round_, found, [parts[device] for device in found.devices]) for found in command.sums]
-            result = round_.close_sums(sums, command.participants)
+            result = replace(round_.close_sums(sums, command.participants), rejected=rejected)
         except (ProtocolError, BundleError) as error:
-            failure = Failure(FailureKind.OTHER, one_line(f"the sum of masked updates is false: {error}"))
-            return RoundResult(rejected=dict.fromkeys(parts, failure))
+            failure = Failure(FailureKind.OTHER, one_line(f"the sums of masked updates don't fit the round: {error}"))
+            return RoundResult(rejected=dict.fromkeys(parts, failure) | rejected)
         if not self._coded or result.model is None:
             return result
         deltas = _largest_deltas(round_.scene.model, result.model)

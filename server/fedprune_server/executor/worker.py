@@ -287,7 +287,8 @@ class Worker:
         if result.model is None:
             return command.model
         before, kept = self.updates.archive.model(command.model), set[str]()
-        counted = {u.device for u in result.updates} | {device for found in command.sums for device in found.devices}
+        summed = {device for found in command.sums for device in found.devices} - result.rejected.keys()
+        counted = {u.device for u in result.updates} | summed
         for found in command.contributions:
             if found.part.device in counted:
                 kept |= self.updates.withheld(found.basis, found.part)

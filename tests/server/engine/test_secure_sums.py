@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from fedprune.jobs.job import Job
 from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import Session
+from fedprune.secure_aggregation.shamir import SHARE
 from fedprune.strategies import compose
 from fedprune.strategies.presets import PRESETS
 from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
@@ -272,7 +274,9 @@ def test_a_vector_that_a_failing_disk_has_lost_is_fetched_again(
             failures.append(error)
             return None
 
-    monkeypatch.setattr(sums, "_store", SimpleNamespace(read=failing, put=sums._store.put, delete=sums._store.delete))
+    monkeypatch.setattr(
+        sums, "_store", SimpleNamespace(**{n: getattr(sums._store, n) for n in ("put", "has", "delete")}, read=failing)
+    )
     monkeypatch.setattr(sums, "turn", turned)
     state = fleet.run_daemon(daemon)
     assert failures
@@ -310,7 +314,7 @@ def test_a_turn_and_a_message_look_at_few_boards_of_a_large_cohort(tmp_path: Pat
     job = Job.from_dict({"name": "t", "devices": 3, "deadline_s": 50.0, "secure_aggregation": True})
     traffic: Any = SimpleNamespace(job=job, state=state, outbox=outbox, uploads=None, monotonic=lambda: 0.0)
     sums = SecureSums(traffic, BlobStore(tmp_path, durable=False))
-    sums.begin(do.SumMasked(1, tuple(names)))
+    sums.begin(do.SumMasked(1, (tuple(names),)))
     sums.turn(1.0)
     sums.turn(12.0)  # boards that have just connected again are awaited no longer
     assert devices.read < 10
@@ -318,6 +322,103 @@ def test_a_turn_and_a_message_look_at_few_boards_of_a_large_cohort(tmp_path: Pat
     assert all(sums.awaits(str(name)) for name in names)
     assert CountedName.compared < 10 * len(names)
     sums.close()
+
+
+EIGHT = ("a", "b", "c", "d", "e", "f", "g", "h")
+
+
+def random_vector(vector: bytes) -> bytes:
+    return os.urandom(len(vector))
+
+
+def test_a_board_that_spoils_sums_is_found_named_and_left_out(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, EIGHT, secure_aggregation=True, rounds=5)
+    fleet.board("c").spoil_vector = random_vector
+    state = fleet.run()
+    assert state.at_fault == ["c"]
+    assert state.devices["c"].excluded
+    assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
+    assert not any("c" in names for names in folded(state))
+    own = [parse(payload) for topic, payload in fleet.said if "/c/" in topic and b'"unmasking"' in payload]
+    assert len({message.sum for message in own if isinstance(message, SecureStep)}) == 4  # 8 suspects, then 4, 2, 1
+    assert fleet.air.now < fleet.job.deadline_s  # no attempt waits for the deadline
+
+
+def test_a_board_that_sends_false_shares_is_found(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, EIGHT, secure_aggregation=True, rounds=5)
+    to_server = fleet.air.to_server
+
+    def false(topic: str, payload: bytes) -> None:
+        if "/c/" in topic and b'"unmasking"' in payload:
+            said = parse(payload)
+            assert isinstance(said, SecureStep)
+            content = bytes(SHARE)[:-1] + b"\x01"
+            shares = content * (len(said.content) // SHARE)
+            payload = SecureStep.of(said.job, said.round, said.attempt, said.sum, said.step, shares).to_bytes()
+        to_server(topic, payload)
+
+    fleet.air.to_server = false  # type: ignore[method-assign]
+    state = fleet.run()
+    assert state.at_fault == ["c"]
+    assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
+
+
+def test_a_board_that_was_found_stays_left_out_when_it_or_the_server_starts_again(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path, model, EIGHT, secure_aggregation=True, rounds=5)
+    fleet.board("c").spoil_vector = random_vector
+    fleet.run()
+    fleet.job = replace(fleet.job, rounds=6)
+    fleet.restart()
+    fleet.board("c").session += 1
+    state = fleet.run()
+    assert state.at_fault == ["c"]
+    assert folded(state)[-1] == [name for name in EIGHT if name != "c"]
+
+
+@pytest.mark.parametrize("names", [EIGHT[:4], EIGHT[:5]])
+def test_a_board_that_spoils_sums_is_found_where_boards_are_few(
+    model: Model, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    fleet = SecureFleet(tmp_path, model, names, secure_aggregation=True, rounds=12)
+    fleet.board("c").spoil_vector = random_vector
+    state = fleet.run()
+    assert state.at_fault == ["c"]
+    assert folded(state)[-1] == [name for name in names if name != "c"]
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_boards_that_announce_the_same_vector_end_neither_server_nor_job(
+    model: Model, tmp_path: Path, order: tuple[str, str]
+) -> None:
+    fleet = SecureFleet(tmp_path, model, NAMES, secure_aggregation=True, rounds=1)
+    vectors: list[bytes] = []
+
+    def shared(vector: bytes) -> bytes:
+        vectors.append(vector)
+        return vectors[0]
+
+    for name in order:
+        fleet.board(name).spoil_vector = shared
+    fleet.air.devices = dict(sorted(fleet.air.devices.items()))
+    state = fleet.run()
+    left = [n for n, part in state.history[0]["devices"].items() if part["progress"] != "folded"]
+    assert len(left) == 1
+    assert left[0] in order
+    assert "as its own" in state.history[0]["devices"][left[0]]["reason"]
+
+
+def test_a_board_can_t_have_a_file_deleted_by_announcing_it_as_its_vector(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    digests: list[str] = []
+
+    def file(vector: bytes) -> bytes:
+        digests.append(fleet.store.put(b"x" * len(vector)).sha256)
+        return fleet.store.read(digests[-1])
+
+    fleet.board("c").spoil_vector = file
+    state = fleet.run()
+    assert fleet.store.has(digests[0])
+    assert folded(state) == [["a", "b", "d", "e"]]
 
 
 def test_sums_that_do_not_fit_the_round_are_rejected(tmp_path: Path) -> None:

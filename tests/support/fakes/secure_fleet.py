@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class MaskingBoard(ToyDevice):
         """Its last update, not masked."""
         self.stops_at = ""
         """The step of a sum, or `vector`, at which the board stops answering, or `trained`."""
+        self.spoil_vector: Callable[[bytes], bytes] | None = None
+        """Changes the masked vector that it hands in."""
         self.spoil: Callable[[SecureStep], SecureStep] = lambda message: message
         """Changes what the board hears."""
 
@@ -72,7 +75,9 @@ class MaskingBoard(ToyDevice):
             self.heard.append(message)
             return
         super().hear(topic, payload)
-        if isinstance(message, (Accepted, Cancelled)):
+        offer = self.offer
+        current = None if offer is None else (offer.round, offer.attempt)
+        if isinstance(message, (Accepted, Cancelled)) and (message.round, message.attempt) == current:
             self.secure.drop()
 
     def step(self, message: SecureStep) -> None:
@@ -83,6 +88,9 @@ class MaskingBoard(ToyDevice):
         if masked is not None and self.stops_at == "vector":
             self.silent = True
         elif masked is not None:
+            if self.spoil_vector is not None:
+                spoilt = self.spoil_vector(self.store.read(masked.weights.sha256))
+                masked = replace(masked, weights=self.store.put(spoilt))
             self.pending = masked
             self.repeat()
 

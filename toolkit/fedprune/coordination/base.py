@@ -281,7 +281,16 @@ class Coordinator(ABC):
                 device.failures = known.failures  # it worked for another job, and has not connected again
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)
+        if event.device in state.at_fault:
+            self._exclude_at_fault(event.device)
         return True
+
+    def _exclude_at_fault(self, name: str) -> None:
+        device = self.state.devices[name]
+        device.excluded_by = FailureKind.FALSE_SUM.value
+        device.excluded = (
+            "it has spoilt sums of masked updates: each sum with it was false, and those of others were not"
+        )
 
     def _repeat(self, event: on.Reconnected) -> Commands:
         """Send an aggregator again what it may have missed; boards and its own messages repeat the rest."""

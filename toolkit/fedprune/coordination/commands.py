@@ -274,10 +274,10 @@ class CohortSum:
 
 @dataclass(frozen=True)
 class SumMasked:
-    """Have devices that have trained mask their updates, and sum them; answered by `Unmasked`."""
+    """Have devices that have trained mask their updates, and sum those of each cohort; answered by `Unmasked`."""
 
     round: int
-    devices: tuple[str, ...]
+    cohorts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -106,12 +106,14 @@ class Unmasked:
         dropped: By device, why its update is in none of them.
         cohorts: How the sum of each cohort went: its number of `boards`, how many were `summed` and, by step of the
             protocol, those `lost` at it.
+        false: The devices of each sum that came to nothing by the fault of one of them.
     """
 
     round: int
     sums: list[dict[str, Any]]
     dropped: dict[str, str] = field(default_factory=dict)
     cohorts: list[dict[str, Any]] = field(default_factory=list)
+    false: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

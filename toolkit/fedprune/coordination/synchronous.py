@@ -8,7 +8,7 @@ in the field, and after a crash it is enough to load the state and call `resume`
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedprune.coordination.base import Commands, Coordinator, based, steps_of
 from fedprune.coordination.limits import capped
 from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Stragglers, beyond, drawn, note, places
+from fedprune.coordination.suspects import after_sums, divide
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
@@ -27,6 +28,9 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
+from fedprune.secure_aggregation.session import task_digest
+
+_LEFT_OUT = "it was left out of this round's sums, to find out which board has spoilt one"
 
 
 class SynchronousCoordinator(Coordinator):
@@ -124,9 +128,7 @@ class SynchronousCoordinator(Coordinator):
 
     def _begin(self, now: float) -> Commands:
         state = self.state
-        if state.paused or state.phase is not Phase.WAITING or len(state.devices) < self.job.devices:
-            return []
-        if state.devices.count(True) < self.job.devices:
+        if state.paused or state.phase is not Phase.WAITING or state.devices.count(True) < self._least:
             return []
         if self.privacy_budget.barred():
             return self._finish_budget_spent(state.round)
@@ -143,6 +145,11 @@ class SynchronousCoordinator(Coordinator):
         state.ranking = state.order = None
         state.deadline = None
         return self._score()
+
+    @property
+    def _least(self) -> int:
+        """Devices with which a round begins. One that spoils sums is out for good: that must not stop the job."""
+        return max(1, self.job.devices - len(self.state.at_fault))
 
     def _draw(self, ready: Integers, number: int, attempt: int) -> list[str]:
         """Names of the devices that round `number` asks: a keyed share of those that are ready; sorted."""
@@ -308,9 +315,38 @@ class SynchronousCoordinator(Coordinator):
         for name in event.dropped.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
         if not event.sums:
-            return self._restart_after_unusable_updates(now)
-        state.closing = {"sums": event.sums, "cohorts": event.cohorts}
+            narrowed = self._suspect((), event.false)
+            return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
+        state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
         return [self._close()]
+
+    def _suspect(self, true: Collection[Sequence[str]], false: Collection[Sequence[str]]) -> bool:
+        """Learn from a round's sums which devices may have spoilt one. Returns whether less are suspected than before,
+        so that the next attempt needs no pause."""
+        state, before = self.state, self.state.suspects
+        state.suspects, at_fault = after_sums(before, true, false)
+        for name in sorted(at_fault):
+            state.at_fault = sorted({*state.at_fault, name})
+            self._exclude_at_fault(name)
+        return bool(false) and state.suspects != before
+
+    def _cohorts(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """Cohorts of devices that were asked for the same; devices in none of them have no part in the round."""
+        state = self.state
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            offer = state.tasks[name].offer or {}
+            same = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            groups.setdefault(same, []).append(name)
+        cohorts: list[tuple[str, ...]] = []
+        for same, members in sorted(groups.items()):
+            attempt = max(state.tasks[name].attempt for name in members)
+            dice = keyed(self.job.seed, state.round, "cohorts", attempt, same)
+            divided, left = divide(members, state.suspects, dice)
+            cohorts += divided
+            for name in left:
+                state.tasks[name].refuse(_LEFT_OUT, FailureKind.OTHER)
+        return tuple(cohorts)
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
@@ -403,7 +439,7 @@ class SynchronousCoordinator(Coordinator):
         state.deadline = None
         ready = self._ready.places()
         before, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
-        able = len(ready) >= self.job.devices and not state.paused
+        able = len(ready) >= self._least and not state.paused
         asked = self._draw(ready, state.round, attempt) if able else []
         if not asked:
             state.tasks = TrackedDict()
@@ -421,7 +457,7 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
         if self.job.secure_aggregation and state.closing is None:
-            return do.SumMasked(state.round, tuple(done))
+            return do.SumMasked(state.round, self._cohorts(done))
         sums = tuple(do.CohortSum.from_dict(body) for body in (state.closing or {}).get("sums", ()))
         parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts, sums=sums)
@@ -431,14 +467,19 @@ class SynchronousCoordinator(Coordinator):
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
         closing, state.closing = state.closing or {}, None
-        cohorts = [found["devices"] for found in closing.get("sums", ())]
+        false = [[*found] for found in closing.get("false", ())]
+        cohorts = []
+        for found in closing.get("sums", ()):
+            spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in found["devices"])
+            (false if spoilt else cohorts).append(found["devices"])
+        narrowed = self._suspect(cohorts, false)
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
-            return self._restart_after_unusable_updates(now)
+            return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
         if not self.privacy_budget.release(folded, cohorts):  # too few delivered: their sum is not published
             state.spent_under = self.job.privacy.account
             return self._finish_budget_spent(state.round - 1)

@@ -16,6 +16,8 @@ class FailureKind(str, Enum):
     LATE = "late"
     LOST = "lost"
     """The device was in a secure sum, and left it before its update was."""
+    FALSE_SUM = "false sum"
+    """The sum of masked updates that it is in is false, by the fault of one of its boards."""
     OUTLIER = "outlier"
     """The update stands out among those of the round."""
     QUARANTINED = "quarantined"

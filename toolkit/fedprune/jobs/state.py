@@ -259,6 +259,9 @@ class Task(TrackedEntry):
         }
 
 
+_LATER_FIELDS = ("paused", "spent_under", "suspects", "at_fault")
+
+
 @dataclass
 class State:
     """A job's state between two events.
@@ -286,6 +289,8 @@ class State:
         private: Whether boards add noise to what they hand in, and have done so from the first round.
         paused: Whether the operator has paused the job: nothing new begins.
         spent_under: Privacy settings under which one more release would exceed the budget; None until that happens.
+        suspects: With secure aggregation, groups of devices of which one has spoilt a sum (`coordination.suspects`).
+        at_fault: Devices that spoil sums; they are not asked again.
     """
 
     model: str
@@ -307,6 +312,8 @@ class State:
     private: bool = False
     paused: bool = False
     spent_under: dict[str, Any] | None = None
+    suspects: list[list[str]] = field(default_factory=list)
+    at_fault: list[str] = field(default_factory=list)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
@@ -407,7 +414,7 @@ class State:
     def to_json(self) -> str:
         """As JSON text."""
         # Newer fields are left out while they have their default, so that older versions can read the rest.
-        body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
+        body = {k: v for k, v in vars(self).items() if v or k not in _LATER_FIELDS}
         return json.dumps(
             {"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=lambda entry: entry.to_dict()
         )

@@ -42,6 +42,11 @@ from fedprune.secure_aggregation.session import Session
 from fedprune.secure_aggregation.shamir import join
 from fedprune.security.keys import VerifyingKey
 
+
+class FalseSharesError(ProtocolError):
+    """Shares of a board's secret don't fit: it has sent wrong ones, or those who hold them have."""
+
+
 _ADVERTISE, _SHARE, _MASK, _UNMASK, _END = "advertisement", "shares", "masked vector", "unmasking", ""
 _STEPS = (_ADVERTISE, _SHARE, _MASK, _UNMASK, _END)
 
@@ -162,7 +167,7 @@ class Collector:
                 return [(own_mask_key(self._session, board, secret), True)]
             key = restored_mask_key(secret, keys.mask)
         except ProtocolError as error:
-            raise ProtocolError(
+            raise FalseSharesError(
                 f"shares of a secret of {board} are false ({error})",
                 hint="The board or one of its neighbours has sent wrong ones. Repeat the round.",
             ) from error

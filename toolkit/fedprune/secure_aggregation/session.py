@@ -29,6 +29,9 @@ from fedprune.core.json_file import decode_json
 from fedprune.core.validation import whole
 from fedprune.security.keys import transcript
 
+MIN_BOARDS = 3
+"""Fewest boards of a sum: of two boards, each knows the other's update."""
+
 MAX_BOARDS = 100_000
 MAX_CONTEXT = 1024
 """Bytes of a context."""
@@ -98,7 +101,7 @@ class Session:
             dropping: Share of boards that may drop out after the keys are known.
             colluding: Share of boards that may tell the server all that they know.
         """
-        whole("boards of a secure sum", boards, 3, MAX_BOARDS)
+        whole("boards of a secure sum", boards, MIN_BOARDS, MAX_BOARDS)
         absent, curious = math.ceil(dropping * boards), math.ceil(colluding * boards)
         for degree in range(2, boards + 1, 2):
             threshold, held = degree // 2 + 1, min(degree, boards - 1)

@@ -1,0 +1,77 @@
+"""A board that spoils secure sums is found in a number of attempts that grows with the logarithm of the fleet."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination.suspects import after_sums, divide
+from fedprune.secure_aggregation.session import MIN_BOARDS
+
+pytestmark = pytest.mark.board
+
+
+def names(count: int) -> list[str]:
+    return [f"b{i:02}" for i in range(count)]
+
+
+def attempts(boards: list[str], hostile: set[str], seed: int, most: int) -> tuple[int, int, set[str]]:
+    """Divide and sum until a board is named: attempts, false sums of the first hostile board, and those named."""
+    suspects: list[list[str]] = []
+    false_sums, culprit = 0, min(hostile)
+    for attempt in range(1, most + 1):
+        cohorts, _ = divide(boards, suspects, np.random.default_rng([seed, attempt]))
+        false = [cohort for cohort in cohorts if hostile & set(cohort)]
+        false_sums += any(culprit in cohort for cohort in false)
+        suspects, at_fault = after_sums(suspects, [c for c in cohorts if c not in false], false)
+        if at_fault:
+            return attempt, false_sums, at_fault
+    return most, false_sums, set()
+
+
+@given(st.integers(6, 60), st.data())
+@settings(deadline=None, max_examples=60)
+def test_one_board_is_named_after_a_logarithm_of_false_sums(count: int, data: st.DataObject) -> None:
+    boards = names(count)
+    hostile = data.draw(st.sampled_from(boards))
+    _, false_sums, at_fault = attempts(boards, {hostile}, data.draw(st.integers(0, 99)), 100)
+    assert at_fault == {hostile}
+    assert false_sums <= 1 + math.ceil(math.log2(count))
+
+
+@given(st.integers(8, 40), st.data())
+@settings(deadline=None, max_examples=60)
+def test_of_several_boards_only_hostile_ones_are_named(count: int, data: st.DataObject) -> None:
+    boards = names(count)
+    hostile = data.draw(st.sets(st.sampled_from(boards), min_size=2, max_size=count // 4))
+    _, _, at_fault = attempts(boards, hostile, data.draw(st.integers(0, 99)), 200)
+    assert at_fault
+    assert at_fault <= hostile
+
+
+@given(st.integers(3, 30), st.data())
+@settings(deadline=None, max_examples=60)
+def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, data: st.DataObject) -> None:
+    boards = names(count)
+    pool, suspects = list(boards), []
+    for size in data.draw(st.lists(st.integers(1, 12), max_size=3)):
+        suspects.append(pool[:size])
+        del pool[:size]
+    cohorts, left = divide(boards, [group for group in suspects if group], np.random.default_rng(count))
+    assert sorted([*left, *(name for cohort in cohorts for name in cohort)]) == boards
+    assert cohorts
+    assert all(len(cohort) >= MIN_BOARDS for cohort in cohorts)
+
+
+def test_boards_without_suspects_are_one_cohort() -> None:
+    assert divide(names(5), [], np.random.default_rng(0)) == ([tuple(names(5))], [])
+
+
+def test_a_true_sum_clears_its_boards() -> None:
+    groups, at_fault = after_sums([names(6)], [names(3)], [names(6)[3:]])
+    assert groups == [names(6)[3:]]
+    assert not at_fault
