@@ -90,7 +90,7 @@ class StoredUpdates:
         content = (found.weights, found.sent, found.mask, found.codec, found.ranking, found.widths)
         key = (basis.round, basis.model, basis.ranking, part.device, part.attempt, content)
         read = partial(self.report, found)
-        return RoundUpdate(part.device, key, found.weight, found.steps, part.samples, read, found.shares)
+        return RoundUpdate(part.device, key, found.weight, part.samples, read, found.shares)
 
     def report(self, found: do.Contribution) -> Report:
         """A stored update, whole. What doesn't travel is the server's own, whatever a device sent. Raises

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.board
 
 
 def test_weights_never_sum_to_more_than_sums_hold() -> None:
-    shell = Shell()
+    shell = Shell(replace(JOB, weight_limit=0.0))
     shell.inbox = [on.DeviceBorn(n, 1, {"name": "toy"}, s) for n, s in zip(NAMES, (2**24, 2**23, 1), strict=True)]
     shell.run()
     weights = [p.weight for p in shell.closes[1][0].contributions]

@@ -150,7 +150,7 @@ def test_with_secure_aggregation_only_the_noise_of_its_own_cohort_counts_for_a_b
 
 
 def test_all_boards_count_alike_under_privacy() -> None:
-    for privacy, weights in ((Privacy(), {10, 20, 30}), (LOCAL, {1}), (Privacy(clip=1.0), {1})):
+    for privacy, weights in ((Privacy(), {10, 20}), (LOCAL, {1}), (Privacy(clip=1.0), {1})):
         fleet = Fleet(replace(toy.JOB, privacy=privacy))
         fleet.run()
         assert {t.weight for t in fleet.state.tasks.values()} == weights

@@ -57,7 +57,7 @@ def test_of_several_boards_only_hostile_ones_are_named(count: int, data: st.Data
 @settings(deadline=None, max_examples=60)
 def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, data: st.DataObject) -> None:
     boards = names(count)
-    pool, suspects = list(boards), []
+    pool, suspects = list(boards), list[list[str]]()
     for size in data.draw(st.lists(st.integers(1, 12), max_size=3)):
         suspects.append(pool[:size])
         del pool[:size]

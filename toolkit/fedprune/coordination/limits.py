@@ -4,13 +4,14 @@ The mean of a round's updates has no protection of its own: one board that repor
 of the accepted range, decides the result. Two limits hold by default. Both are relative to the round's own updates, so
 that they need no tuning:
 
-- Weight: n_k ← min(n_k, c · median_j n_j).
+- Weight: n_k ← min(n_k, c · median_j n_j). By default c = 1, so that half of a round's boards count for as much as any
+  one: boards report their samples themselves.
 - Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
   and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length tells how
   far the update alone would move the model, whatever the board's width. Elements that a mask leaves out don't count.
 
-The length of an honest update grows with its optimiser steps. A board with more steps than the round's median may move
-as many times further, up to the multiple of the median that holds for weights.
+Nothing that a board says of itself lets it count for more than these limits. The length of an honest update grows with
+its optimiser steps, but steps are the board's own word: one that claims a thousand times as many moves no further.
 
 An update that is far longer than the round's median is rejected. Only the round's own updates decide this, so that
 fewer than half of them are rejected, whatever earlier rounds were like. The other updates are shortened to a multiple
@@ -52,9 +53,6 @@ MEMORY = "move_reference"
 TENSOR_FACTOR = 2.0
 """Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do."""
 
-MOST_REACH = 4.0
-"""How many times further than others a board with more steps may move if weights have no limit of their own."""
-
 REJECT_FACTOR = 8.0
 """An update longer than this many limits is rejected. None of the honest updates that we measured was."""
 
@@ -70,8 +68,9 @@ _BLOCK = 2**15
 """Numbers of a tensor that are squared at once."""
 _DIGITS = 6
 """Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not."""
-_NOTED = 0.5
-"""An update is reported if less than this share of it counts."""
+_NOTED = 0.25
+"""An update is reported if less than this share of it counts. An honest board with many samples takes more steps, and
+moves a few times as far as others."""
 
 _NOTED_STATISTICS = 0.1
 """The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights."""
@@ -117,15 +116,6 @@ def _squared(
     return square
 
 
-def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
-    """How many times further than a board of the round's median steps each device may move; `most` is the limit of
-    weights (0: `MOST_REACH`)."""
-    if len(steps) < _MAJORITY:
-        return dict.fromkeys(steps, 1.0)
-    middle = max(1, statistics.median_low(steps.values()))
-    return {device: max(1.0, min(count / middle, most or MOST_REACH)) for device, count in steps.items()}
-
-
 @dataclass(frozen=True)
 class Bounds:
     """The limits of a round, applied to its updates.
@@ -145,7 +135,6 @@ class Bounds:
 
 def bounds(
     updates: Mapping[str, Lengths],
-    reach: Mapping[str, float],
     remembered: Mapping[str, npt.NDArray[np.float64]],
     architecture: Architecture,
     model: Tensors,
@@ -155,14 +144,12 @@ def bounds(
 
     Args:
         updates: Lengths by device.
-        reach: How many times further than others each may move its trained tensors (`reaches`).
         remembered: References of the round before, empty in the first.
         model: The global model; in the first round the initial one, from which the scales are taken.
         times: Limit of a whole update, as a multiple of the median.
     """
     trained = {t.name for t in architecture.trainable}
     scaled = trained | {WHOLE}
-    updates = {d: {n: v / reach[d] if n in scaled else v for n, v in u.items()} for d, u in updates.items()}
     rejected = _rejected(updates, times, float(remembered[WHOLE][0]) if WHOLE in remembered else 0.0)
     kept = {device: found for device, found in updates.items() if device not in rejected}
     typical, reference = {}, {}
@@ -260,7 +247,7 @@ def _renewed(before: float, moved: Sequence[float], least: float, most: float, f
 
 def _far(length: float, usual: float) -> str:
     over = length / usual if usual > 0 else math.inf
-    return f"it moved {over:.3g} times as far as is usual for its number of steps"
+    return f"it moved {over:.3g} times as far as is usual"
 
 
 def _scale(name: str, trained: Collection[str], model: Tensors) -> float:
@@ -286,7 +273,6 @@ class RoundUpdate:
         device: The client's name.
         key: Identifies the content: updates of equal keys are equal bit for bit.
         weight: What it counts for.
-        steps: Optimiser steps behind it.
         samples: Training samples that the client reports.
         read: Reads and decodes it; all is checked that doesn't depend on the round's sums.
         shares: By tensor the share of its change that counts, where that is less than all of it.
@@ -296,7 +282,6 @@ class RoundUpdate:
     device: str
     key: Hashable
     weight: int
-    steps: int
     samples: int
     read: Callable[[], Report] = field(compare=False)
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -310,14 +295,16 @@ class RoundUpdate:
 
 _LOG = logging.getLogger(__name__)
 
-_REPORTED = 2
-"""A device is named that reports more samples than this multiple of its limit."""
+_REPORTED = 8
+"""A device is named that reports more samples than this multiple of its limit: honest boards have a few times the
+median."""
 
 
 @dataclass(frozen=True)
 class LimitedUpdates:
     """A round's updates with the shares of their change that count, reasons of what doesn't, what the job remembers
-    of it, and the devices whose update counts for less than it is, by however little."""
+    of it, and the devices whose update counts for less than it is, by however little, or whose samples count for much
+    less."""
 
     updates: tuple[RoundUpdate, ...]
     rejected: Mapping[str, str]
@@ -375,7 +362,6 @@ class UpdateLimits:
         known = [u for u in updates if u.key in self._lengths]
         found = bounds(
             {u.device: self._lengths[u.key] for u in known},
-            reaches({u.device: u.steps for u in known}, self._job.weight_limit),
             scene.memory.get(MEMORY, {}),
             scene.architecture,
             scene.model,
@@ -388,7 +374,7 @@ class UpdateLimits:
         return LimitedUpdates(limited, found.rejected, reasons, {MEMORY: found.reference}, reduced)
 
     def _heavy(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
-        """Devices that count for less than the samples that they report, and why those do that count for much less."""
+        """Devices that count for much less than the samples that they report, and why."""
         if self._uniform:
             return frozenset(), {}
         samples = {u.device: u.samples for u in updates}
@@ -398,4 +384,4 @@ class UpdateLimits:
             for device, count in samples.items()
             if count > math.ceil(_REPORTED * limit)
         }
-        return frozenset(device for device, count in samples.items() if count > limit), reasons
+        return frozenset(reasons), reasons

@@ -73,7 +73,7 @@ def after_sums(
     groups = [rest for group in suspects if (rest := sorted(set(group) - cleared))]
     at_fault: set[str] = set()
     for cohort in false:
-        others, parts = [], []
+        others, parts = list[list[str]](), list[list[str]]()
         for group in groups:
             common = [name for name in group if name in cohort]
             parts += [common] if common else []

@@ -467,8 +467,8 @@ class SynchronousCoordinator(Coordinator):
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
         closing, state.closing = state.closing or {}, None
-        false = [[*found] for found in closing.get("false", ())]
-        cohorts = []
+        false: list[list[str]] = [[*found] for found in closing.get("false", ())]
+        cohorts: list[list[str]] = []
         for found in closing.get("sums", ()):
             spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in found["devices"])
             (false if spoilt else cohorts).append(found["devices"])

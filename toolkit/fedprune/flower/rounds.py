@@ -285,7 +285,7 @@ class Rounds:
         cut = replace(task.cut, turn=replace(task.cut.turn, samples=update.samples))
         trained = Submodel(task.submodel.selection, tensors)
         report = Report(cut, trained, 1, update.steps, lambda: task.submodel)
-        return RoundUpdate(node, node, 1, update.steps, update.samples, lambda: report)
+        return RoundUpdate(node, node, 1, update.samples, lambda: report)
 
     def _frozen_by(self, recipe: Recipe) -> frozenset[str]:
         return frozen_tensors(self.architecture, recipe.features, self._frozen)

@@ -92,11 +92,10 @@ class Job:
         secure_aggregation: Boards mask what they hand in, so that the server learns only the sum of boards with the
             same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, boards count alike, and
             those that fewer than two others share their channels with don't count.
-        weight_limit: The most samples that a device counts for, and the most steps for which it may move further
-            than others, in multiples of the round's median; 0 for no limit.
+        weight_limit: The most samples that a device counts for, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
-        move_limit: The longest update, in multiples of the median of the round's updates of as many steps: a longer
-            one is shortened to it (`fedprune.coordination.limits`); 0 for no limit.
+        move_limit: The longest update, in multiples of the median of the round's updates: a longer one is shortened to
+            it (`fedprune.coordination.limits`); 0 for no limit.
     """
 
     name: str = "job"
@@ -127,7 +126,7 @@ class Job:
     compression_down: str = one_of(AUTO, (AUTO, PLAIN, *DOWN))
     privacy: Privacy = field(default_factory=Privacy)
     secure_aggregation: bool = False
-    weight_limit: float = bounded(4.0, 1, 1e6, or_zero=True)
+    weight_limit: float = bounded(1.0, 1, 1e6, or_zero=True)
     most_samples: int = bounded(0, 0, 2**62)
     move_limit: float = bounded(1.5, 1, 1e6, or_zero=True)
 

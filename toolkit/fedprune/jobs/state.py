@@ -259,9 +259,6 @@ class Task(TrackedEntry):
         }
 
 
-_LATER_FIELDS = ("paused", "spent_under", "suspects", "at_fault")
-
-
 @dataclass
 class State:
     """A job's state between two events.
@@ -414,7 +411,7 @@ class State:
     def to_json(self) -> str:
         """As JSON text."""
         # Newer fields are left out while they have their default, so that older versions can read the rest.
-        body = {k: v for k, v in vars(self).items() if v or k not in _LATER_FIELDS}
+        body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
         return json.dumps(
             {"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=lambda entry: entry.to_dict()
         )
