@@ -83,7 +83,7 @@ class Experiment:
         digest.update(self.model.architecture.digest.encode())
         digest.update(hashlib.sha256(self.model.graph.to_bytes()).digest())
         for device in sorted(self.devices, key=lambda d: d.name):
-            data = [device.samples, device.fingerprint]
+            data = [device.samples, device.fingerprint, *(["tampers"] if device.tamper else [])]
             digest.update(json.dumps([device.name, device.profile.to_dict(), *data], sort_keys=True).encode())
         _add(digest, self.evaluation or ())
         _add(digest, () if self.calibration is None else (self.calibration,))

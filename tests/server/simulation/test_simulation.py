@@ -11,6 +11,7 @@ from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageE
 from fedprune.model.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import DropOuts
 from fedprune_server.simulation.results.run_folder import rounds_table
 from support.fakes.digits_simulation import boards, digits_experiment, digits_simulation, run_killed
@@ -50,6 +51,25 @@ def test_a_round_notes_how_many_updates_were_limited(build):
     assert 0 < found.rounds[0].limited <= found.rounds[0].updates
     assert none.rounds[0].limited == 0
     assert rounds_table(found)["limited"].to_pylist() == [found.rounds[0].limited]
+
+
+def test_a_hostile_board_counts_for_no_more_by_what_it_says_of_itself(build):
+    honest, (hostile, *others) = boards(), boards()
+    claimed, known = 10**6, StoredData.of(hostile.load)
+
+    def tamper(outcome, offer, store):
+        sent, own = (tensorfile.decode(store.read(d)) for d in (offer["weights"]["sha256"], outcome.weights.sha256))
+        reversed_ = {name: 2 * sent[name] - own[name] for name in own if not name.endswith(("mean", "var"))}
+        return replace(outcome, weights=store.put(tensorfile.encode(own | reversed_)), steps=claimed * outcome.steps)
+
+    hostile = replace(hostile, data=replace(known, samples=claimed * known.samples), tamper=tamper)
+    settings = {"rounds": 1, "recipe": Recipe(max_steps=1)}
+    attacked, quiet = build("a", fleet=[hostile, *others], **settings), build("b", fleet=honest, **settings)
+    attacked.run(), quiet.run()
+    assert attacked.state.model != quiet.state.model
+    weights = {name: task.weight for name, task in attacked.state.tasks.items()}
+    assert weights[hostile.name] <= max(weights[other.name] for other in others)
+    assert attacked.state.tasks[hostile.name].steps == 1
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, TrainingError
@@ -26,21 +24,11 @@ from fedprune_device.storage.local_state import MemoryStateStore
 from fedprune_device.training.round_runner import MEASURED, RoundRunner, TrainerCache
 from fedprune_server.executor.offers import sent
 from fedprune_server.process.pools import ProcessPool
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 
 _SPARE = 2
 """Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
 folds an update."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A device's announcement after its training."""
-
-    weights: BlobRef
-    samples: int
-    steps: int
-    metrics: dict[str, float]
 
 
 Work = tuple[VirtualDevice, dict[str, Any], int]
@@ -75,6 +63,7 @@ class DeviceRunner:
 
     def __init__(self, store: BlobStore, folder: Path, *, workers: int = 1, cuda: bool = False) -> None:
         self.boards: dict[str, str] = {}
+        self._store = store
         self._workers = workers
         self._waiting: dict[str, Work] = {}
         self._begun: dict[str, tuple[int, Future[Done]]] = {}
@@ -125,7 +114,7 @@ class DeviceRunner:
             outcome, board = self._awaited(device, offer, number)
         if board is not None:
             self.boards[device.name] = board
-        return outcome
+        return outcome if device.tamper is None else device.tamper(outcome, offer, self._store)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import validation as setting_checks
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.model.architecture import Architecture
@@ -68,12 +70,27 @@ class StoredData:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """A device's announcement after its training."""
+
+    weights: BlobRef
+    samples: int
+    steps: int
+    metrics: dict[str, float]
+
+
+Tamper = Callable[[Outcome, Mapping[str, Any], BlobStore], Outcome]
+"""What a hostile board announces instead of its outcome, by the offer; weights are in the store, and are put there."""
+
+
+@dataclass(frozen=True)
 class VirtualDevice:
-    """A board that exists as a profile and data."""
+    """A board that exists as a profile and data; in studies of attacks it may `tamper` with what it hands in."""
 
     name: str
     profile: HardwareProfile
     data: LocalData | StoredData
+    tamper: Tamper | None = None
 
     @property
     def samples(self) -> int:
