@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class SlotRecord:
         site: The fleet's name; empty if the server's key was never replaced.
         successions: How the key that signed the manifest replaced earlier ones (`fedprune.security.succession`), as
             hex.
+        wheels: Paths of the files that each wheel brought, by the wheel's sha256. Nothing is started by them: the next
+            release copies the files of wheels that it shares, and is checked as a whole.
     """
 
     version: int
@@ -62,6 +64,7 @@ class SlotRecord:
     signature: str = ""
     site: str = ""
     successions: tuple[str, ...] = ()
+    wheels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class SlotStore:
@@ -123,8 +126,9 @@ class SlotStore:
             system = None if own is None else tuple(map(str, own))
             proof = str(body.get("manifest", "")), str(body.get("signature", ""))
             lineage = str(body.get("site", "")), tuple(map(str, body.get("successions", ())))
+            wheels = {str(sha256): tuple(map(str, paths)) for sha256, paths in body.get("wheels", {}).items()}
             made = SlotRecord(
-                int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage
+                int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage, wheels
             )
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error

@@ -1,7 +1,8 @@
 """The installer of releases: unpacks one into the slot that doesn't run, and marks it for its trial.
 
 The running slot is never touched. The other slot counts as empty until its record is written last. Wheels are unpacked
-from where they are: a folder, or the store of downloaded files, which survive until the release is staged.
+from where they are: a folder, or the store of downloaded files, which survive until the release is staged. The files of
+a wheel that the running slot has, too, are copied from there, so that only what has changed is downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,14 @@ from fedprune_device import launcher
 from fedprune_device.launcher.launcher import VERSION
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, successors, write_file
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
-from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
+from fedprune_device.releases.wheel import (
+    InstalledWheel,
+    Wheel,
+    WheelFiles,
+    check_distinct,
+    install_wheels,
+    modules_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class ReleaseInstaller:
         self._incoming = root / "incoming"
         self._known_key, self._identity = key, identity
         self._keep = frozenset(keep)
+        self._damaged = set[str]()
 
     @property
     def _key(self) -> VerifyingKey:
@@ -129,8 +138,27 @@ class ReleaseInstaller:
         with storage_errors(f"can't read {self.home.root}"):
             names = {f.sha256 for f in release.files}
             here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in names and p.is_file())
+        here += sum(f.size for f in self.installed_files(release))
         self._check_room(release, state.other, max(release.size - here, 0))
         return release
+
+    def installed_files(self, release: Release) -> list[ReleaseFile]:
+        """Wheels of a release that are in the running slot, from where `stage` copies their files."""
+        wheels = self._installed_wheels(self._state().stable)
+        return [f for f in release.files if f.sha256 in wheels]
+
+    def distrust(self, sha256: str) -> None:
+        """From now on fetch a wheel of which the running slot has a damaged file."""
+        self._damaged.add(sha256)
+
+    def _installed_wheels(self, slot: str) -> dict[str, dict[str, tuple[str, int]]]:
+        """sha256 and size by path of the files of each wheel in a slot, by the wheel's sha256."""
+        try:
+            record = self.home.record(slot)
+            wheels = {sha256: {path: record.files[path] for path in paths} for sha256, paths in record.wheels.items()}
+        except (DamagedError, KeyError):
+            return {}
+        return {sha256: files for sha256, files in wheels.items() if sha256 not in self._damaged}
 
     def drop(self, number: int, reason: str) -> None:
         """Give up a staged release of this number; one on trial is left alone."""
@@ -216,8 +244,15 @@ class ReleaseInstaller:
             "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
         )
         self._check_room(release, slot)
-        wheels = [self._wheel(source, file) for file in release.files]
+        installed = self._installed_wheels(state.stable)
+        wheels = [
+            InstalledWheel(self.home.root / state.stable, file.name, installed[file.sha256], file.sha256)
+            if file.sha256 in installed and not source.path(file.sha256).exists()
+            else self._wheel(source, file)
+            for file in release.files
+        ]
         self._check_wheels(release, wheels)
+        paths = {file.sha256: tuple(sorted(w.paths)) for file, w in zip(release.files, wheels, strict=True)}
 
         def recorded(files: dict[str, tuple[str, int]]) -> SlotRecord:
             if files_digest(files) != release.contents:
@@ -225,7 +260,7 @@ class ReleaseInstaller:
                     "the unpacked files are not those of the release's manifest", hint="Have the release made again."
                 )
             proof = source.manifest.decode(), source.signature.hex(), *self._successions()
-            return SlotRecord(release.number, release.version, release.entry, files, release.system, *proof)
+            return SlotRecord(release.number, release.version, release.entry, files, release.system, *proof, paths)
 
         install_wheels(self.home, slot, wheels, recorded)
         return release
@@ -250,14 +285,14 @@ class ReleaseInstaller:
             raise ReleaseError(f"{file.name} is not what the release says it is", hint="Copy or download it again.")
         return Wheel(path, file.name)
 
-    def _check_wheels(self, release: Release, wheels: list[Wheel]) -> None:
+    def _check_wheels(self, release: Release, wheels: Sequence[WheelFiles]) -> None:
         size = sum(w.size for w in wheels)
         if size > release.unpacked:
             raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
         own = {*release.system} | own_packages(self._keep)
         check_distinct(wheels)
         for wheel in wheels:
-            hidden = sorted(wheel.modules & own)
+            hidden = sorted(modules_of(wheel) & own)
             if hidden:
                 raise ReleaseError(
                     f"{wheel.name} would hide the board's own {', '.join(hidden)}",

@@ -39,6 +39,7 @@ from fedprune_device.launcher import state as on_disk
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.network.connection import Connection
 from fedprune_device.releases.installer import KEPT, ReleaseInstaller, ReleaseSource
+from fedprune_device.releases.wheel import DamagedCopyError
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -145,7 +146,10 @@ class ReleaseAgent:
         self._offer = offer
         self._pulling = ReleaseDownload(updater, offer)
         release = self._pulling.release
-        _LOG.info("release %d (%s) is offered: %d bytes", release.number, release.version, release.size)
+        _LOG.info(
+            "release %d (%s) is offered: %d bytes, of which %d are installed",
+            release.number, release.version, release.size, release.size - self._pulling.size,
+        )  # fmt: skip
         self._ask(self._pulling.start(self._clock()))
         self._progress()
 
@@ -186,6 +190,10 @@ class ReleaseAgent:
             delete_downloads(self._updater)
             if self._withdrawn is not None:
                 self._on_withdrawn(self._withdrawn)
+            elif isinstance(error, DamagedCopyError) and self._offer is not None and not self._trouble:
+                _LOG.warning("%s: it is fetched", error)
+                self._updater.distrust(error.sha256)
+                self._begin(self._updater, self._offer)
             elif error is not None:
                 raise error
             elif self._trouble and self._offer is not None:
@@ -301,7 +309,8 @@ class ReleaseAgent:
 class ReleaseDownload:
     """The missing parts of a release. Does no network I/O: it returns requests.
 
-    Files that have arrived survive restarts; those of other releases are deleted.
+    Wheels that the running slot has are not fetched. Files that have arrived survive restarts; those of other releases
+    are deleted.
     """
 
     def __init__(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
@@ -315,13 +324,19 @@ class ReleaseDownload:
                 got=f"{len(offer.leaves)} files",
             )
         pairs = zip(release.files, offer.leaves, strict=True)
-        self._refs = [BlobRef(file.sha256, file.size, leaves) for file, leaves in pairs]
+        installed = updater.installed_files(release)
+        self._refs = [BlobRef(file.sha256, file.size, leaves) for file, leaves in pairs if file not in installed]
         self._pull: Pull | None = None
         delete_downloads(updater, keep=release)
 
     @property
     def done(self) -> bool:
         return self._pull is None and all(self._store.has(r.sha256) for r in self._refs)
+
+    @property
+    def size(self) -> int:
+        """Bytes that come from the server, arrived or not."""
+        return sum(r.size for r in self._refs)
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -14,9 +14,10 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from fedprune.core.errors import ReleaseError, StorageError, shown
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, files_digest
@@ -28,11 +29,69 @@ _DATA = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
 _PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 
-class Wheel:
+class WheelFiles(Protocol):
+    """The files of a wheel, wherever they come from; `size` are their bytes and `paths` their paths in a slot."""
+
+    name: str
+    size: int
+    paths: frozenset[str]
+
+    def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
+        """Write the files, unsynced, to an empty folder, or only read them; yields path, sha256 and size of each.
+
+        Raises `ReleaseError` if a file is damaged.
+        """
+
+
+class DamagedCopyError(ReleaseError):
+    """A file of an installed wheel is not what its slot's record says; the wheel must be fetched.
+
+    Attributes:
+        sha256: The wheel's.
+    """
+
+    sha256 = ""
+
+
+class InstalledWheel(WheelFiles):
+    """A wheel that a slot has unpacked: its files are copied from there.
+
+    Args:
+        slot: The folder of that slot.
+        files: sha256 and size of the wheel's files by path, of that slot's record.
+        sha256: The wheel's.
+    """
+
+    def __init__(self, slot: Path, name: str, files: Mapping[str, tuple[str, int]], sha256: str) -> None:
+        self.name = name
+        self._slot, self._files, self._sha256 = slot, files, sha256
+        self.size = sum(size for _, size in files.values())
+        self.paths = frozenset(files)
+
+    def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
+        for path, (sha256, size) in self._files.items():
+            copied, count = hashlib.sha256(), 0
+            try:
+                # Links are not followed: a slot has none, and they could lead anywhere.
+                source = os.open(self._slot / path, os.O_RDONLY | os.O_NOFOLLOW)
+                with open(source, "rb") as file, _created(folder, path) as write:  # noqa: PTH123  # a descriptor
+                    while piece := file.read(_PIECE):
+                        copied.update(piece)
+                        count += len(piece)
+                        write(piece)
+            except FileNotFoundError:
+                count = -1
+            if (copied.hexdigest(), count) != (sha256, size):
+                error = DamagedCopyError(f"{self.name}: {shown(path)} of the installed release is damaged")
+                error.sha256 = self._sha256
+                raise error
+            yield path, sha256, size
+
+
+class Wheel(WheelFiles):
     """A wheel whose names and sizes have been checked, and which is unpacked as it was checked.
 
-    `size` are the bytes and `paths` the paths of its files unpacked. Raises `ReleaseError` if it isn't a wheel, or a
-    path leads out of the slot.
+    Raises `ReleaseError` if it isn't a wheel, or a path leads out of the slot.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -59,16 +118,7 @@ class Wheel:
             self.size += entry.file_size
         self.paths = frozenset(taken)
 
-    @property
-    def modules(self) -> frozenset[str]:
-        tops = {path.split("/")[0] for path in self.paths}
-        return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
-
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
-        """Write its files, unsynced, to an empty folder, or only read them; yields path, sha256 and size of each.
-
-        Raises `ReleaseError` if a file is damaged.
-        """
         with zipfile.ZipFile(self._path) as archive:
             for inner, target in self._targets.items():
                 entry = archive.getinfo(inner)
@@ -117,7 +167,13 @@ class Wheel:
         return name
 
 
-def check_distinct(wheels: Iterable[Wheel]) -> None:
+def modules_of(wheel: WheelFiles) -> frozenset[str]:
+    """Names of the top modules and packages that a wheel brings."""
+    tops = {path.split("/")[0] for path in wheel.paths}
+    return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
+
+
+def check_distinct(wheels: Iterable[WheelFiles]) -> None:
     """Raise `ReleaseError` if two wheels have a file of the same path."""
     paths = set[str]()
     for wheel in wheels:
@@ -130,7 +186,7 @@ def check_distinct(wheels: Iterable[Wheel]) -> None:
 def install_wheels(
     store: SlotStore,
     slot: str,
-    wheels: Iterable[Wheel],
+    wheels: Iterable[WheelFiles],
     recorded: Callable[[dict[str, tuple[str, int]]], SlotRecord],
     key: bytes | None = None,
 ) -> None:
@@ -172,7 +228,7 @@ def empty(folder: Path) -> None:
             path.unlink()
 
 
-def contents_digest(wheels: Iterable[Wheel]) -> str:
+def contents_digest(wheels: Iterable[WheelFiles]) -> str:
     return files_digest({path: (sha256, size) for wheel in wheels for path, sha256, size in wheel.unpack(None)})
 
 

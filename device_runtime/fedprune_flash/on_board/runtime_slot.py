@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageFullError
-from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, write_file
+from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, write_file
 from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, LauncherState
 from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
 from fedprune_flash.on_board.board_files import Owner, give
@@ -126,7 +126,10 @@ class RuntimeSlot:
         give([self.home.root / slot], self._owner)
         for module, oldest in kit.manifest["imports"].items():
             self._probe(self.home.root / slot, module, oldest)
-        return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, kit.signed, kit.signature, kit.site, kit.successions)
+        # With the same wheels in it, the first release over the air is only what has changed.
+        wheels = {digest(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
+        proof = kit.signed, kit.signature, kit.site, kit.successions
+        return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, *proof, wheels)
 
     def _state(self) -> LauncherState | None:
         """The launcher's state; if both copies are lost, the state that the launcher would recover from the slots."""

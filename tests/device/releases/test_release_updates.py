@@ -42,8 +42,8 @@ from fedprune_device.releases.release_agent import (
     ReleaseDownload,
     board_installer,
 )
-from support.fakes.release_site import Board, ReleaseServer
-from support.fakes.runtime_releases import make_release
+from support.fakes.release_site import SHARED, Board, ReleaseServer
+from support.fakes.runtime_releases import PUBLIC, make_release, make_wheel, source
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
 
 pytestmark = pytest.mark.board
@@ -432,3 +432,42 @@ def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
         assert [p for p in (it.home.root / "incoming").iterdir() if p.is_file()] == []
         shutil.rmtree(it.home.root)
         shutil.rmtree(it.server.store.root)
+
+
+def shared_wheel(folder: Path) -> Path:
+    return make_wheel(folder / "runtime-1-py3-none-any.whl", {"runtime/core.txt": f"{SHARED}\n" + "x" * 100_000})
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_wheel_that_the_running_slot_has_is_copied_and_fetched_only_if_it_is_damaged(
+    tmp_path: Path, damaged: bool
+) -> None:
+    shared = shared_wheel(tmp_path)
+    first, second = (make_release(tmp_path / f"release-{n}", n, shared=shared) for n in (1, 2))
+    ReleaseInstaller(tmp_path / "board", PUBLIC).install(source(first))
+    it = Board(tmp_path / "board", ReleaseServer(tmp_path / "server", second))
+    if damaged:  # after the launcher has compared the slot with its record
+        (it.home.root / "a" / "runtime" / "core.txt").write_text(f"{SHARED}\n")
+        it.serve()
+    it.live()
+    assert it.home.whole(it.home.load().stable).version == 2
+    own = {digest_of(path) for path in (second / "wheels").iterdir()}
+    assert it.server.fetched == own | ({digest_of(shared)} if damaged else set())
+    assert it.server.ended(2).state == COMMITTED
+
+
+def test_copied_files_are_checked_against_the_release(tmp_path: Path) -> None:
+    """A slot's record names the files of a wheel, and nobody has signed that."""
+    shared = shared_wheel(tmp_path)
+    first, second = (make_release(tmp_path / f"release-{n}", n, shared=shared) for n in (1, 2))
+    installer = ReleaseInstaller(tmp_path / "board", PUBLIC)
+    installer.install(source(first))
+    record = installer.home.record("a")
+    installer.home.write_record("a", replace(record, wheels={digest_of(shared): ("app/part.py",)}))
+    it = Board(tmp_path / "board", ReleaseServer(tmp_path / "server", second))
+    assert refused(it)
+    assert it.ran == [1]

@@ -37,7 +37,7 @@ from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
 from fedprune_device.releases.installer import ReleaseInstaller, own_packages
-from fedprune_device.releases.wheel import Wheel, contents_digest
+from fedprune_device.releases.wheel import Wheel, contents_digest, modules_of
 from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel, source, versions_in
 
 pytestmark = pytest.mark.board
@@ -430,4 +430,4 @@ def test_bytes_that_only_a_scheme_of_no_use_brings_are_left_out(tmp_path: Path) 
     wheel = Wheel(
         make_wheel(tmp_path / "w.whl", {"a-1.data/scripts/run": "x", "a.py": "y", "a.libs/b.so": "z"}), "w.whl"
     )
-    assert (wheel.paths, wheel.size, wheel.modules) == ({"a.py", "a.libs/b.so"}, 2, {"a"})
+    assert (wheel.paths, wheel.size, modules_of(wheel)) == ({"a.py", "a.libs/b.so"}, 2, {"a"})

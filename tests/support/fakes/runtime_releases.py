@@ -42,10 +42,11 @@ def make_release(
     app: str = APP,
     entry: str = "app:main",
     more: dict[str, bytes | str] | None = None,
+    shared: Path | None = None,
     key: SigningKey = KEY,
     **changes: object,
 ) -> Path:
-    """A release of two wheels; its first lines say `VERSION = number`."""
+    """A release of two wheels; its first lines say `VERSION = number`. `shared` is a further wheel."""
     said = f"VERSION = {number}\n"
     wheels = [
         make_wheel(
@@ -60,6 +61,7 @@ def make_release(
                 **(more or {}),
             },
         ),
+        *([] if shared is None else [shared]),
     ]
     values: dict[str, object] = {"python": PYTHON, "machine": platform.machine(), "unpacked": 10**6}
     values |= {"version": f"0.{number}.0", "entry": entry, "created": "2026-01-01T00:00:00Z", **changes}
