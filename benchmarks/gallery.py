@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.screens import shoot
 from benchmarks.synthetic_nets import setting, write
+from manual.pictures import stamp
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ("clothes_on_pis", "motion_on_zeros", "vit_on_orins")
@@ -131,11 +132,14 @@ def measured(example: str, work: Path) -> dict[str, Any]:
                 told[command] = run(command, folder).splitlines()
                 done.write_text(json.dumps(told))
                 print(command, *told[command], sep="\n", flush=True)
+    records = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/metrics.json"))}
+    runs = {name: outcome(record) for name, record in records.items()}
     for source, name in PICTURES[example].items():
         part = "#curves" if source == "runs/comparison.html" else "main"
-        shoot(folder / source, ROOT / "docs" / "images" / f"gallery-{name}.png", part)
-    records = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/metrics.json"))}
-    return {"said": told, "runs": {name: outcome(record) for name, record in records.items()}}
+        picture = ROOT / "docs" / "images" / f"gallery-{name}.png"
+        shoot(folder / source, picture, part)
+        stamp(picture, runs)
+    return {"said": told, "runs": runs}
 
 
 def page(body: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from manual.pictures import stamp
+
 FLEET = "#0072B2"
 REFERENCE = "#D55E00"
 """Colours of Okabe and Ito's palette, told apart by everyone; line styles and hatches tell them apart in grey, too."""
@@ -47,16 +49,18 @@ def styled(*, grid: bool = True) -> AbstractContextManager[None]:
     return plt.rc_context({**_STYLE, "axes.grid": grid})
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path, data: object) -> Path:
     """Write a picture, and let go of it.
 
     Args:
         figure: The picture.
-        path: A file ending in `.png` or `.svg`.
+        path: A file ending in `.png`.
+        data: The numbers that it shows, whose digest it carries (`manual.pictures`).
 
     Returns:
         The file.
     """
     figure.savefig(path)
     plt.close(figure)
+    stamp(path, data)
     return path

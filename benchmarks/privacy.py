@@ -151,7 +151,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel(f"ε at δ = {DELTA:g}")
         axis.set_ylim(0, 1)
         axis.legend(frameon=False, fontsize=8, loc="lower right")
-        save(figure, path)
+        save(figure, path, rows)
 
 
 def page(about: dict[str, Any], rows: list[dict[str, Any]], lots: list[dict[str, float]]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from manual import pictures
 from manual.written import stale, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,10 @@ def main() -> int:
         found = stale(ROOT)
         for name in found:
             print(f"{name} is not what the code says. Run `python -m manual`.", file=sys.stderr)
-        return int(bool(found))
+        old = pictures.stale(ROOT)
+        for name, source in old.items():
+            print(f"{name} doesn't show benchmarks/results/{source.results}. Run `{source.command}`.", file=sys.stderr)
+        return int(bool(found or old))
     for name in write(ROOT):
         print(name)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manual import asyncapi, command_pages, grammar, message_schemas, python_page, rooms, setting_pages
+from manual import asyncapi, command_pages, demo, grammar, message_schemas, python_page, rooms, setting_pages
 
 SCHEMAS = "docs/schemas"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +22,7 @@ def files() -> dict[str, str]:
         f"{SCHEMAS}/README.md": message_schemas.page(),
         **{f"{SCHEMAS}/{name}": text for name, text in schemas.items()},
         **rooms.files(_ROOT),
+        **demo.files(_ROOT),
     }
 
 

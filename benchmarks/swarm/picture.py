@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 from benchmarks.swarm.page import Row
+from manual.pictures import rows_of_swarm
 
 _QUESTIONS = {"call off": ("o", "-"), "say again": ("s", "--")}
 
@@ -47,7 +48,7 @@ def draw(rows: list[Row], path: Path, memory_bar: float = 500, latency_bar: floa
             axis.minorticks_off()
         for axis in (rounds, latency):
             axis.legend(frameon=False, fontsize=8, loc="upper left" if axis is rounds else "center left")
-        return save(figure, path)
+        return save(figure, path, rows_of_swarm(rows))
 
 
 def _bar(axis: Axes, value: float, label: str) -> None:

@@ -15,6 +15,7 @@ from fedprune.core.metrics import METRICS
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
 from fedprune_export.pruning.model import Model
+from manual.pictures import curves_of_task
 
 Array = np.ndarray[Any, Any]
 FOLDER = Path("docs/images")
@@ -134,4 +135,4 @@ def draw(name: str, model: Model, weights: Tensors, found: data.Dealt, runs: dic
         if drawing:
             x = data.unusual()[0] if name == "anomalies" else found.x[:most]
             drawing(outputs(model, weights, x), found, list(np.ravel(parts[1].subplots(rows, columns))))
-        return save(figure, FOLDER / f"task-{name}.png")
+        return save(figure, FOLDER / f"task-{name}.png", curves_of_task(runs))

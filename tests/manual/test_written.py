@@ -35,6 +35,7 @@ def test_a_changed_a_missing_and_a_left_over_file_are_stale(
     monkeypatch.setattr(written, "files", lambda: files)
     for folder in ("docs", "toolkit/fedprune_start"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
     changed, missing, left = (tmp_path / written.SCHEMAS / name for name in ("want.json", "gone.json", "old.json"))
     changed.write_text(changed.read_text().replace("1024", "1025"))
     missing.unlink()
