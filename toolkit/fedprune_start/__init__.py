@@ -49,11 +49,11 @@ _COMMANDS = {
     "simulate": _Command(
         "fedprune_server.cli.simulate",
         "server",
-        ("onnx", "ot", "scipy", "sqlalchemy"),
+        ("onnx", "onnxruntime", "sqlalchemy"),
         "run a fleet on a virtual clock, compare strategies",
     ),
     "server": _Command(
-        "fedprune_server.cli.main", "server", ("onnx", "ot", "scipy", "sqlalchemy", "amqtt"), "train a model on a fleet"
+        "fedprune_server.cli.main", "server", ("onnx", "onnxruntime", "sqlalchemy", "amqtt"), "train a model on a fleet"
     ),
     "device": _Command(
         "fedprune_device.cli.main",

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
@@ -27,13 +25,14 @@ from fedprune_server.simulation.results.comparison import final_rows, tail_note
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, table, write_report
-from fedprune_server.simulation.results.run_folder import devices_table, rounds_table, simulate_to_model
+from fedprune_server.simulation.results.run_folder import simulate_to_model
 from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 _HEIGHT = 620
 """Pixels of a page in a notebook."""
@@ -88,7 +87,14 @@ class Run:
 
         Args:
             devices: A row per round and device that took part in it instead.
+
+        Raises:
+            MissingExtraError: pyarrow is not installed.
         """
+        try:
+            from fedprune_server.simulation.results.parquet_tables import devices_table, rounds_table
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(f"a table needs {error.name}", extra="parquet") from error
         return devices_table(self.record) if devices else rounds_table(self.record)
 
     def frame(self, *, devices: bool = False) -> pd.DataFrame:

@@ -1,5 +1,8 @@
 """The demo's two jobs, and how it ends."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fedprune.core.disk import locked
@@ -73,3 +76,10 @@ def test_a_second_demo_in_a_folder_leaves_the_first_one_alone(tmp_path):
     with locked(tmp_path / ".demo-run.lock", "busy", "wait"), pytest.raises(StorageError, match="another demo runs"):
         run_demo(out)
     assert (out / "demo.json").exists()
+
+
+def test_the_demo_imports_none_of_what_its_extras_leave_out():
+    """`make demo` installs `server` and `board` alone; what else there is takes longer to fetch than all of these."""
+    code = "import sys, fedprune_server.cli.demo; print(*{'ot', 'pyarrow', 'scipy', 'torch'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -154,17 +154,29 @@ def test_a_table_without_a_place_is_found_before_the_runs(tmp_path, capsys, plac
 
 
 def test_a_table_that_can_not_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    def torn(table, path):
-        Path(path).write_text("half")
+    def torn(writer, rows):
         raise OSError(errno.ENOSPC, "full")
 
     (tmp_path / "all.csv").write_text("earlier")
-    monkeypatch.setattr(run_folder.csv, "write_csv", torn)
-    monkeypatch.setattr(run_folder, "runs_table", lambda records: records)
+    monkeypatch.setattr(csv.DictWriter, "writerows", torn)
     with pytest.raises(StorageError):
         run_folder.write_csv(tmp_path / "all.csv", ())
     assert (tmp_path / "all.csv").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["all.csv"]
+
+
+def test_a_simulation_without_pyarrow_has_its_numbers_and_names_the_extra_of_its_tables(
+    config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    arguments = ["--config", config(), "--out", str(tmp_path / "out"), "--rounds", "1"]
+    assert main(arguments) == ExitCode.OK
+    assert len(Record.load(tmp_path / "out" / "metrics.json").rounds) == 1
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert "parquet" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments) == ExitCode.OK, "the finished run gets them later"
+    assert list((tmp_path / "out").glob("*.parquet"))
 
 
 def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):

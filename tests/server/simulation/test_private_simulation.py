@@ -11,8 +11,8 @@ import pytest
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_device.training.round_runner import MEASURED
+from fedprune_server.simulation.results.parquet_tables import rounds_table
 from fedprune_server.simulation.results.report import summary
-from fedprune_server.simulation.results.run_folder import rounds_table
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, digits, digits_simulation, final_weights
 

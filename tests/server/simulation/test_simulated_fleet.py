@@ -26,10 +26,10 @@ from fedprune_server.simulation.network_model import (
     Weather,
     read_weather,
 )
-from fedprune_server.simulation.results import run_folder
+from fedprune_server.simulation.results import parquet_tables
 from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
+from fedprune_server.simulation.results.parquet_tables import SPENT
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.run_folder import SPENT
 from fedprune_server.simulation.sweep import read_sweep
 from support.paths import ROOT
 
@@ -267,9 +267,9 @@ def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
     record = Record("long", {"name": "yard"}, (), (), tuple(rows))
     tables = []
     for name, piece in (("whole", 50_000), ("parts", 4)):
-        monkeypatch.setattr(run_folder, "_PIECE", piece)
+        monkeypatch.setattr(parquet_tables, "_PIECE", piece)
         (tmp_path / name).mkdir()
-        run_folder.write_metrics(tmp_path / name, record)
+        parquet_tables.write_metrics(tmp_path / name, record)
         tables.append(pq.ParquetFile(tmp_path / name / "metrics.parquet"))
     assert [t.num_row_groups for t in tables] == [1, 5]
     found = [t.read() for t in tables]

@@ -13,7 +13,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import DropOuts
-from fedprune_server.simulation.results.run_folder import rounds_table
+from fedprune_server.simulation.results.parquet_tables import rounds_table
 from support.fakes.digits_simulation import boards, digits_experiment, digits_simulation, run_killed
 
 

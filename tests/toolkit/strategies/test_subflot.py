@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -204,3 +206,19 @@ def test_a_submodel_s_own_coordinates_are_kept() -> None:
     assert isinstance(sent, Submodel)
     assert sent.selection is at
     assert identical(sent.tensors, Transport().prune(whole, at.gather(whole), at))
+
+
+def test_a_server_without_its_extra_says_so_before_a_board_is_asked() -> None:
+    code = """
+import sys
+sys.modules["ot"] = None
+from fedprune.core.errors import MissingExtraError
+from fedprune.jobs.job import Job
+from fedprune.strategies.presets import compose
+try:
+    compose(Job(strategy="subflot")).begin(None, {})
+except MissingExtraError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "subflot" in done.stdout

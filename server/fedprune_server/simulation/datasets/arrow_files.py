@@ -19,15 +19,11 @@ import pyarrow.parquet as pq
 from fedprune.core.errors import DataError, meant, reason, remedy, shape_text, shown
 from fedprune.core.json_file import read_json
 from fedprune.core.text import some
+from fedprune_server.simulation.datasets.columns import SPLITS, STATE, Columns, files_of
 from fedprune_server.simulation.datasets.image_files import MOST_BYTES, decoded, is_test
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 Array = npt.NDArray[Any]
-
-ENDINGS = (".arrow", ".parquet")
-
-_SPLITS, _STATE = "dataset_dict.json", "state.json"
-"""Written by `DatasetDict.save_to_disk` and `Dataset.save_to_disk` (datasets/arrow_dataset.py)."""
 
 _MOST_JSON = 2**24
 _ROWS = 1024
@@ -46,25 +42,6 @@ _HINTS = {
 }
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table are read.
-
-    Attributes:
-        x: The inputs: one column of images or of lists of numbers, or several of numbers.
-        y: The labels.
-        owner: Whose sample it is; empty without owners.
-    """
-
-    x: tuple[str, ...] = ("image",)
-    y: str = "label"
-    owner: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys([*self.x, self.y, *([self.owner] if self.owner else [])]))
-
-
 @dataclass
 class _Split:
     """One split: parts of each column, and its features."""
@@ -75,11 +52,6 @@ class _Split:
 
     def column(self, name: str) -> pa.Array:
         return pa.concat_arrays(self.parts[name])
-
-
-def has_arrow(folder: Path) -> bool:
-    """Whether a folder was saved by `datasets`, or holds Arrow or Parquet files."""
-    return any((folder / name).is_file() for name in (_SPLITS, _STATE)) or bool(_found(folder))
 
 
 def read_arrow(path: Path, columns: Columns, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
@@ -110,30 +82,22 @@ def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
     """The files of each split, and whether it is for tests."""
     if path.is_file():
         yield [path], False
-    elif (path / _SPLITS).is_file():
-        for name in _names(path / _SPLITS, _json(path / _SPLITS).get("splits")):
+    elif (path / SPLITS).is_file():
+        for name in _names(path / SPLITS, _json(path / SPLITS).get("splits")):
             yield _saved(path / name), is_test(name)
-    elif (path / _STATE).is_file():
+    elif (path / STATE).is_file():
         yield _saved(path), False
     else:
-        found = _found(path)
+        found = files_of(path)
         for testing in (False, True):
             files = [f for f in found if testing == any(map(is_test, re.split(r"[-_.]", f.stem)))]
             if files:
                 yield files, testing
 
 
-def _found(folder: Path) -> list[Path]:
-    """Arrow and Parquet files of a folder, or else of its folder `data`, sorted by name."""
-    for place in (folder, folder / "data"):
-        if files := sorted(f for f in place.glob("*") if f.suffix in ENDINGS and f.is_file()):
-            return files
-    return []
-
-
 def _saved(folder: Path) -> list[Path]:
     """Files of one saved split. Raises `DataError` if they are elsewhere, or rows are chosen by a further file."""
-    path = folder / _STATE
+    path = folder / STATE
     state = _json(path)
     if state.get("_indices_data_files"):
         raise DataError(

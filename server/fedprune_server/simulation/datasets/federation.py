@@ -27,7 +27,7 @@ from fedprune.output.page import Bar, bars, document, paragraph
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
-from fedprune_server.simulation.datasets.arrow_files import Columns
+from fedprune_server.simulation.datasets.columns import Columns
 from fedprune_server.simulation.datasets.samples import Preparation, Samples
 from fedprune_server.simulation.datasets.source import VARIABLE, read_samples
 

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError, remedy, shape_text
+from fedprune.core.errors import DataError, MissingExtraError, remedy, shape_text
 from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO, check_sizes, why_unreadable
-from fedprune_server.simulation.datasets.arrow_files import ENDINGS, Columns, has_arrow, read_arrow
+from fedprune_server.simulation.datasets.columns import ENDINGS, Columns, has_arrow
 from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
@@ -334,6 +334,10 @@ def read_samples(
 
 def _read(path: Path, columns: Columns | None, size: tuple[int, int] | None, colour: bool) -> Samples:
     if path.suffix in ENDINGS if path.is_file() else has_arrow(path):
+        try:
+            from fedprune_server.simulation.datasets.arrow_files import read_arrow
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(f"Arrow and Parquet files need {error.name}", extra="parquet") from error
         return read_arrow(path, columns or Columns(), size=size, colour=colour)
     if columns is not None:
         raise DataError(

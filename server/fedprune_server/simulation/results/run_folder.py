@@ -1,35 +1,37 @@
 """The folder of a simulated run: its settings, its numbers, and the state from which it resumes after a kill.
 
-The numbers are also written as two Parquet tables, for pandas, polars, DuckDB and R.
+The numbers are also written as two Parquet tables, for pandas, polars, DuckDB and R, if the extra `parquet` is there.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import zip_longest
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import csv
 
 from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError
 from fedprune.jobs.job import Job
+from fedprune.output.extras import install_command
 from fedprune_export.pruning.model import Model
-from fedprune_server.monitoring.round_rows import EACH_ROUND, RoundRow, WideRows
+from fedprune_server.monitoring.round_rows import EACH_ROUND, WideRows
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import OtherRunError
+
+log = logging.getLogger("fedprune.server")
 
 CONFIG = "config{}.json"
 RECORD = "metrics{}.json"
@@ -96,7 +98,7 @@ def simulate_to_model(
         record = simulation.record()
         if folder is not None:
             record.save(folder / RECORD.format(suffix))
-            write_metrics(folder, record, suffix)
+            _write_tables(folder, record, suffix)
         return record, simulation.trained()
 
 
@@ -133,80 +135,23 @@ def _complete(job: Any) -> Any:
         return job
 
 
-METRICS = "metrics{}.parquet"
-"""Long format: a row per round, device and metric."""
+def _write_tables(folder: Path, record: Record, suffix: str) -> None:
+    """Write the Parquet tables; without pyarrow, say once how to get them."""
+    if find_spec("pyarrow") is None:
+        _note_missing_tables()
+        return
+    from fedprune_server.simulation.results.parquet_tables import write_metrics
 
-ROUNDS = "rounds{}.parquet"
-"""Wide format: a row per round."""
-
-SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
-"""Costs of a device since the previous round."""
-
-_PIECE = 50_000
-
-_LONG = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("time_s", pa.float64()),
-        ("total_bytes_down", pa.int64()),
-        ("total_bytes_up", pa.int64()),
-        ("device", pa.dictionary(pa.int32(), pa.string())),
-        ("metric", pa.dictionary(pa.int32(), pa.string())),
-        ("value", pa.float64()),
-    ]
-)
+    write_metrics(folder, record, suffix)
 
 
-def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
-    """Write both tables of a run.
-
-    `metrics.parquet` has round, simulated time, bytes down and up since the start, device (null for the global model),
-    metric and value. `rounds.parquet` has a row per round with the global model's numbers, the devices' mean latest
-    measurements (`mean_...`), bytes and MACs. Both have title and job as metadata. Raises `StorageError` if the disk
-    fails."""
-    about = {"fedprune.title": record.title, "fedprune.job": json.dumps(record.job)}
-    path = folder / METRICS.format(suffix)
-    schema = _LONG.with_metadata(about)
-    # A piece at a time: of many devices and rounds the whole takes more memory than the run did.
-    with storage_errors(f"can't write {path}"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for piece in _pieces(record.rounds):
-            writer.write_table(pa.table([pa.array(v, f.type) for v, f in zip(piece, schema, strict=True)], schema))
-    wide = rounds_table(record).replace_schema_metadata(about)
-    path = folder / ROUNDS.format(suffix)
-    with storage_errors(f"can't write {path}"):
-        pq.write_table(wide, path, compression="zstd")
+@cache
+def _note_missing_tables() -> None:
+    log.warning("metrics.json alone has the numbers: Parquet tables need pyarrow. %s", install_command("parquet"))
 
 
-def _pieces(rounds: Sequence[RoundRow]) -> Iterator[tuple[list[Any], ...]]:
-    """The long table's columns, about `_PIECE` rows at a time."""
-    piece: tuple[list[Any], ...] = tuple([] for _ in _LONG.names)
-    for row in rounds:
-        for device, metric, value in _metrics(row):
-            values = (row.round, row.at, row.down, row.up, device, metric, value)
-            for column, found in zip(piece, values, strict=True):
-                column.append(found)
-        if len(piece[0]) >= _PIECE:
-            yield piece
-            piece = tuple([] for _ in _LONG.names)
-    yield piece
-
-
-def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
-    """Device, metric and value of all numbers of a round."""
-    for name, value in (*row.metrics.items(), *row.measured.items()):
-        yield None, name, value
-    for metric, values in row.own.items():
-        for device, value in values.items():
-            yield device, metric, value
-    for device, density in row.density.items():
-        yield device, "density", density
-    for device, spent in row.spent.items():
-        for metric, count in zip(SPENT, spent, strict=False):
-            yield device, metric, float(count)
-
-
-def rounds_table(record: Record) -> pa.Table:
-    """The wide table: a row per round. Columns that no round has are left out."""
+def round_rows(record: Record) -> list[dict[str, Any]]:
+    """A row per round, all with the same columns; those that no round has are left out."""
     rows = list(map(WideRows(record.measure).row, record.rounds))
     own = sorted(set().union(*(r.own for r in record.rounds)))
     names = [
@@ -216,40 +161,19 @@ def rounds_table(record: Record) -> pa.Table:
         *(f"mean_{metric}" for metric in own),
         *sorted(set().union(*(r.measured for r in record.rounds))),
     ]
-    return pa.Table.from_pylist([{name: row.get(name) for name in dict.fromkeys(names)} for row in rows])
-
-
-def runs_table(records: Sequence[Record]) -> pa.Table:
-    """The wide tables of several runs below each other, with a run's title and its job's seed in each row."""
-    tables = []
-    for record in records:
-        table = rounds_table(record)
-        for name, value in (("seed", record.job.get("seed", 0)), ("run", record.title)):
-            table = table.add_column(0, name, pa.array([value] * len(table)))
-        tables.append(table)
-    return pa.concat_tables(tables, promote_options="permissive")
+    return [{name: row.get(name) for name in dict.fromkeys(names)} for row in rows]
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
-    """Write the rounds of runs for a spreadsheet. Raises `StorageError` if the disk fails."""
-    with appearing(path) as partial:
-        csv.write_csv(runs_table(records), partial)
-
-
-def devices_table(record: Record) -> pa.Table:
-    """A row per round and device that has received, trained or delivered something in it."""
-    metrics = sorted(set().union(*(r.own for r in record.rounds)))
-    return pa.Table.from_pylist(
-        [
-            {
-                "round": r.round,
-                "time_s": r.at,
-                "device": device,
-                "density": r.density.get(device),
-                **dict(zip_longest(SPENT, r.spent.get(device, ())[: len(SPENT)])),
-                **{m: r.own.get(m, {}).get(device) for m in metrics},
-            }
-            for r in record.rounds
-            for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.own.values()))
-        ]
-    )
+    """Write the rounds of runs below each other for a spreadsheet, with a run's title and its job's seed in each row.
+    Raises `StorageError` if the disk fails."""
+    rows = [
+        {"run": record.title, "seed": record.job.get("seed", 0), **row}
+        for record in records
+        for row in round_rows(record)
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with appearing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)

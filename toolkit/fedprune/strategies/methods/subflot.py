@@ -15,11 +15,12 @@ from typing import Any, Literal
 from fedprune.core.errors import ConfigError
 from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import DealtBy, dealt
-from fedprune.strategies.optimal_transport import Maps, Plans, Transport
+from fedprune.strategies.optimal_transport import Maps, Plans, Transport, check_installed
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
@@ -68,6 +69,11 @@ class SubFlot(Strategy):
     fuse: float = 1.0
     sar: float = 1.0
     sar_scale: SarScale = "step"
+
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        """The model as it is. Raises `MissingExtraError` before a board is asked, not when there is a first history."""
+        check_installed()
+        return model
 
     def extract(self, cut: Cut) -> Submodel:
         """OTP; a slice of the global model until the device has a history."""

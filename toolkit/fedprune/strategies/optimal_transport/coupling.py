@@ -172,7 +172,7 @@ def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], si
     try:
         from scipy.sparse import csr_array
     except ImportError as error:
-        raise MissingExtraError("transport plans need scipy", extra="server") from error
+        raise MissingExtraError("transport plans need scipy", extra="subflot") from error
 
     ends = np.concatenate([[0], np.cumsum(counts)])
     return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))

@@ -230,6 +230,12 @@ def _lowest(values: npt.NDArray[np.float32], count: int) -> np.float32:
     return bound
 
 
+def check_installed() -> None:
+    """Load what solves. Raises `MissingExtraError` if the extra `subflot` is not installed."""
+    _pot()
+    _scipy()
+
+
 @cache
 def _pot() -> Any:
     """POT, imported without the tensor libraries that POT would load besides numpy."""
@@ -239,7 +245,7 @@ def _pot() -> Any:
     try:
         import ot
     except ImportError as error:
-        raise MissingExtraError("transport plans need POT", extra="server") from error
+        raise MissingExtraError("transport plans need POT", extra="subflot") from error
     finally:
         for name in added:
             del os.environ[name]
@@ -251,5 +257,5 @@ def _scipy() -> Callable[..., Any]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise MissingExtraError("transport plans need scipy", extra="server") from error
+        raise MissingExtraError("transport plans need scipy", extra="subflot") from error
     return linear_sum_assignment  # type: ignore[no-any-return]
