@@ -75,6 +75,12 @@ def test_with_all_outputs_it_is_the_same_file() -> None:
     assert part_for(raw, session.outputs) == raw
 
 
+def test_a_part_that_the_next_round_needs_again_is_not_cut_again() -> None:
+    raw, _, _ = feeds_for("plain")
+    read_again = bytes(bytearray(raw))
+    assert part_for(raw, ["loss"]) is part_for(read_again, ["loss"])
+
+
 def test_an_output_that_is_not_there_is_named() -> None:
     raw, _, _ = feeds_for("plain")
     with pytest.raises(ModelError, match="lacks outputs: got accuracy"):

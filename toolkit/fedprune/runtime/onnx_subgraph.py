@@ -9,6 +9,7 @@ understood for this is read here, because boards have no onnx package.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 
 from fedprune.core.errors import ModelError
 
@@ -42,6 +43,10 @@ _DEEPEST = 32
 """Loops within loops."""
 
 
+_KEPT_PARTS = 8
+"""A board cuts the same three or four parts of the same graph in every round, and has to read all of it for each."""
+
+
 def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()) -> bytes:
     """The graph (without external data) with these outputs alone, and with the inputs, constants and operators that
     they need.
@@ -51,9 +56,13 @@ def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()
     Args:
         given: Values, float32, that are inputs of the part instead of being computed in it.
     """
+    return _part_for(model, frozenset(outputs), frozenset(given))
 
+
+@lru_cache(_KEPT_PARTS)
+def _part_for(model: bytes, outputs: frozenset[str], given: frozenset[str]) -> bytes:
     def cut(graph: bytes) -> bytes:
-        return _cut(graph, set(outputs), frozenset(given))
+        return _cut(graph, set(outputs), given)
 
     try:
         rows = list(_fields(model))
