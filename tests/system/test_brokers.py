@@ -182,7 +182,7 @@ def test_a_slow_processor_behind_a_slow_line_gets_through_tls(make: Callable[...
 
 
 def bridge(port: int) -> str:
-    """What the boards' broker is told of the server's, at a port; as docs/scale.md has it."""
+    """What the boards' broker is told of the server's, at a port; as docs/broker-cluster.md has it."""
     return f"""
 connection to-the-server
 address 127.0.0.1:{port}

@@ -210,7 +210,7 @@ def _aggregate(arguments: argparse.Namespace) -> int:
     if configured(arguments).config.parent == OFF:
         raise ConfigError(
             "an aggregator without a parent", expected="--parent wss://HOST:PORT and --region NAME",
-            hint="A server lets aggregators in with --aggregators [ADDRESS:]PORT (docs/scale.md).",
+            hint="A server lets aggregators in with --aggregators [ADDRESS:]PORT (docs/aggregators.md).",
         )  # fmt: skip
     return _run(arguments)
 

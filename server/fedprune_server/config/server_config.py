@@ -327,7 +327,7 @@ class ServerConfig:
         if self.parent == OFF and self.region != OFF:
             raise ConfigError(
                 "server: region", expected=f"{OFF!r}, at a server without a parent", got=shown(self.region),
-                hint="An aggregator has both: --parent wss://HOST:PORT names the server above it (docs/scale.md).",
+                hint="An aggregator has both: --parent wss://HOST:PORT names the server above it (docs/aggregators.md).",
             )  # fmt: skip
         if self.parent == OFF:
             return
@@ -336,7 +336,7 @@ class ServerConfig:
         if self.region == OFF:
             raise ConfigError(
                 "server: region", expected="a name, at a server with a parent", got=repr(OFF),
-                hint="--region NAME says which of the parent's aggregators this one is (docs/scale.md).",
+                hint="--region NAME says which of the parent's aggregators this one is (docs/aggregators.md).",
             )  # fmt: skip
         if self.workers_url != PROCESSES or self.workers > 1:
             raise ConfigError(
