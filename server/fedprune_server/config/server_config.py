@@ -327,7 +327,7 @@ class ServerConfig:
         if self.parent == OFF and self.region != OFF:
             raise ConfigError(
                 "server: region", expected=f"{OFF!r}, at a server without a parent", got=shown(self.region),
-                hint="An aggregator has both: --parent wss://HOST:PORT names the server above it (docs/aggregators.md).",
+                hint="An aggregator has both: --parent wss://HOST:PORT names its server (docs/aggregators.md).",
             )  # fmt: skip
         if self.parent == OFF:
             return
