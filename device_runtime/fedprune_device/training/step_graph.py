@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
+from fedprune.model.dropout import DropoutMasks
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
@@ -58,8 +59,9 @@ class StepGraph:
     on an NVIDIA GPU.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
-    the optimiser's arrays, `moving` all that have a next value. `scores`: whether it counts right samples. `token_ids`:
-    whether samples are whole numbers. `base` is the file of frozen weights that the graph reads in low precision.
+    the optimiser's arrays, `moving` all that have a next value. `dropout`: the masks that it takes. `scores`: whether
+    it counts right samples. `token_ids`: whether samples are whole numbers. `base` is the file of frozen weights that
+    the graph reads in low precision.
 
     Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
     """
@@ -115,7 +117,8 @@ class StepGraph:
         self._base_names = {n for n in inputs if n.endswith((step_contract.base(""), step_contract.base_scale("")))}
         if self._base_names and base is None:
             raise TrainingError("the training graph reads a frozen base", expected="a file of it", got="none")
-        known |= self._base_names
+        self.dropout = DropoutMasks.of(inputs, self._session.metadata)
+        known |= {*self._base_names, *self.dropout.ratios}
         if set(inputs) - known:
             raise TrainingError(
                 "the training graph has inputs that this device can't feed",
@@ -172,7 +175,7 @@ class StepGraph:
         feeds |= self.masking(tensors, recipe, mask)
         of_steps = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         wanted = set(self._session.inputs) - of_steps - {*self.names, *self.states, *self._sums}
-        wanted -= self._base_names
+        wanted -= {*self._base_names, *self.dropout.ratios}
         classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
         scores = recipe.features.scores
         whole = not self._sums and recipe.features.accumulate
@@ -232,9 +235,11 @@ class StepGraph:
         number: int,
         gradients: Sequence[str] = (),
         into: Mapping[str, Array] | None = None,
+        dropout_key: tuple[Any, ...] | None = None,
     ) -> Moved:
         """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs. `into`: arrays that
-        the next values of all of `moving` are written into; none of them may be a feed."""
+        the next values of all of `moving` are written into; none of them may be a feed. `dropout_key`: the seed and the
+        key of the masks of dropout, if numbers are dropped."""
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
@@ -249,6 +254,10 @@ class StepGraph:
             names = self.moving if last else [*self.statistics, *self._sums]
             extra = list(gradients) if last else []
             labels = {step_contract.Y: part.y}
+            if dropout_key is None:
+                labels |= self.dropout.ones(feeds, len(part.y))
+            else:
+                labels |= self.dropout.draw(feeds, len(part.y), *dropout_key, count)
             if step_contract.Y_PARTNER in self._session.inputs:
                 labels[step_contract.Y_PARTNER] = part.y if part.partner is None else part.partner
             out = self._run(
@@ -268,7 +277,7 @@ class StepGraph:
         return Moved(loss, hits, moved, asked)
 
     def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
-        """Run what of the graph some outputs need; feeds that aren't needed are left out."""
+        """Run what of the graph some outputs need, without dropout; feeds that aren't needed are left out."""
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:
@@ -276,7 +285,7 @@ class StepGraph:
                     part_for(self._bytes(), outputs), threads=self._threads, training=True, cuda=self._cuda
                 )
                 self._forward[tuple(outputs)] = session
-            fed = {**feeds, **self._frozen()}
+            fed = {**feeds, **self._frozen(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
             return session.run({n: v for n, v in fed.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error

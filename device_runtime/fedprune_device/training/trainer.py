@@ -239,7 +239,8 @@ class Trainer:
             ends = number == batches.steps or number % batches.per_epoch == 0
             asked = self._graph.gradients if recipe.report_squares and ends else []
             into = spare if narrower is None else None
-            loss, right, moved, gradients = self._graph.advance(fed, parts, task.taken + number, asked, into)
+            noise = (seed, round_, device, "dropout", number)
+            loss, right, moved, gradients = self._graph.advance(fed, parts, task.taken + number, asked, into, noise)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if narrower is None:

@@ -6,6 +6,7 @@ Not here: losses and optimisers (`training`). Importing the package registers al
 from fedprune_export.autodiff.rules import (  # noqa: F401 (they register)
     arithmetic,
     convolutions,
+    dropout,
     elementwise,
     indexing,
     layer_norms,

@@ -29,6 +29,16 @@ class Knowledge(Dimensions):
         self._analysed = model.values
         self._arithmetic: dict[str, Node] = {}
 
+    @property
+    def source(self) -> Graph:
+        """The model's graph."""
+        return self._source
+
+    def is_width(self, dim: Dim) -> bool:
+        """Whether a size follows from the batch and the widths of channel groups."""
+        widths = {BATCH, *(g.name for g in self._architecture.groups)}
+        return all(symbol in widths for monomial in self.form(dim) for symbol in monomial)
+
     def known(self, name: str) -> tuple[Dim | None, ...] | None:
         """A value's dimensions as the channel analysis found them, None for an axis that follows the batch.
 

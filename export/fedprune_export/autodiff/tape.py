@@ -20,6 +20,7 @@ from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
 from fedprune_export.autodiff.static_info import Knowledge, describe
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
+from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.trace import sample_sizes
@@ -303,7 +304,7 @@ class Tape(Knowledge):
         )
         # What is as long as there are channels is data, even if it is computed from nothing else: states of zeros.
         long = any(isinstance(d, str) for o in node.outputs if o for d in self.known(o) or ())
-        if node.op in ("Shape", "Size") or (derived and not long):
+        if node.op in ("Shape", "Size") or (derived and not long and not is_dropout(node)):
             self._arithmetic.update(dict.fromkeys(node.outputs, node))
             return True
         return False

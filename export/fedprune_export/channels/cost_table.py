@@ -11,6 +11,7 @@ import numpy as np
 
 from fedprune.model.architecture import Activation, Axis, Layer, Volume
 from fedprune.model.step_contract import LOGITS, X
+from fedprune_export.ir.dropout import is_dropout, mask_axes
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import ELEMENTWISE, REARRANGEMENTS, VIEWS
 from fedprune_export.ir.trace import Trace
@@ -172,6 +173,7 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
         return name
 
     sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
+    dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
     kept: set[str] = set()
     for node in graph.nodes:
         unknown = bool(node.domain)
@@ -192,6 +194,8 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
         others = [n for i, n in enumerate(sizes) if i != place]
         value = Activation(name, channels or Axis.fixed(1), int(np.prod(others, dtype=np.int64)), name in kept)
         yield value
+        if name in dropouts:
+            yield replace(value, name=f"{name}~mask", kept=True)
         if op := sequences.get(name):
             yield replace(value, name=f"{name}~gates", positions=_GATES[op] * value.positions, kept=False)
             for i in range(_STEP_VALUES[op]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model import step_contract as feeds_of
+from fedprune.model.dropout import dropout_ones
 from fedprune.model.recipe import CUSTOM, MULTI, Recipe, labels_of
 
 Array = npt.NDArray[Any]
@@ -37,19 +38,27 @@ def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str,
 
 
 def step_feeds(
-    inputs: Collection[str], recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, classes: int
+    inputs: Mapping[str, tuple[str, Shape]],
+    recipe: Recipe,
+    tensors: Mapping[str, Array],
+    x: Array,
+    y: Array,
+    classes: int,
 ) -> dict[str, Array]:
     """All inputs of a first training step on one whole batch; where labels can be mixed, each is with another's.
+    Dropouts drop nothing.
 
     Raises `ModelError` if the graph has an input that is not in the contract, or lacks x, y or a tensor.
 
     Args:
+        inputs: Type and shape of the graph's inputs, as a session gives them.
         tensors: Weights and statistics; the anchors are the same.
     """
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
     feeds |= feeds_of.first_step(recipe, tensors, inputs, y, classes)
     if step_contract.Y_PARTNER in inputs:
         feeds |= {step_contract.Y_PARTNER: np.roll(y, 1), step_contract.Y_SHARE: np.array(_SHARE, np.float32)}
+    feeds |= dropout_ones(inputs, feeds, len(x))
     missing = [n for n in (step_contract.X, step_contract.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))

@@ -37,6 +37,7 @@ from fedprune_export.importing.user_graphs import (
     read_loss,
     read_metric,
 )
+from fedprune_export.ir.dropout import AXES_KEY
 from fedprune_export.pruning.frozen_base import check_precision
 from fedprune_export.pruning.frozen_base import chosen as chosen_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
@@ -261,9 +262,10 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen, kept=uncut)
     tied = metadata.tied(texts)
     unused = metadata.unused(texts)
-    said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused)]
+    lost = metadata.lost(texts)
+    said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *lost]
     notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
-    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH)}
+    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)}
     normal.graph.metadata = packing | {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
     if still:
         normal.graph.metadata[metadata.FROZEN_KEY] = json.dumps(still)
@@ -271,6 +273,8 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
         normal.graph.metadata[metadata.TIED_KEY] = json.dumps({normal.names.get(k, k): v for k, v in tied.items()})
     if unused:
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
+    if lost:
+        normal.graph.metadata[metadata.LOST_KEY] = json.dumps(lost)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
     ranks = metadata.ranks(texts, found.architecture)

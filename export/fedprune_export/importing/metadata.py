@@ -27,6 +27,8 @@ BASE_KEY = "fedprune.base"  # the precision in which frozen weights are stored
 UNUSED_KEY = "fedprune.unused"
 """Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks."""
 
+LOST_KEY = "fedprune.lost"  # notes on what of a torch module's training mode has no part in training
+
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 
 PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
@@ -66,6 +68,19 @@ def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
     for name in found:
         check_name(name)
     return tuple(found)
+
+
+def lost(texts: Mapping[str, str]) -> tuple[str, ...]:
+    """Notes on what of a torch module's training mode has no part in training.
+
+    Raises `ModelError` if it is no list of texts, or one can't be printed.
+    """
+    notes = _parsed(texts[LOST_KEY]) if LOST_KEY in texts else []
+    if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
+        raise ModelError(f"metadata {LOST_KEY}", expected="a list of notes", got=shown(texts[LOST_KEY]))
+    for note in notes:
+        check_name(note)
+    return tuple(notes)
 
 
 def note_of_unused(names: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from fedprune.core.text import some
 from fedprune.model.step_contract import LOGITS, RESERVED, X
 from fedprune.runtime.session import Session
 from fedprune_export.importing.checks import check_indices, check_nodes, compare
+from fedprune_export.importing.dropout import read_dropouts
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
@@ -34,6 +35,7 @@ from fedprune_export.importing.simplification import (
     simplify,
 )
 from fedprune_export.importing.translation import translate, upgraded
+from fedprune_export.ir.dropout import is_dropout, without_dropout
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.shape_arithmetic import follow
 from fedprune_export.ir.trace import Trace, check_batch, sample_input, trace
@@ -95,6 +97,7 @@ def normalise(
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     _name_nodes(graph)
     graph.prune()
+    random = read_dropouts(graph, notes)
     reference, output = graph.copy(), graph.outputs[0].name
     loaded = [n for n in model.graph.node if n.op_type != "Constant" or n.domain]
     usable = len(loaded) == len(graph.nodes) and len({n.name for n in model.graph.node}) == len(model.graph.node)
@@ -110,7 +113,7 @@ def normalise(
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
     softmax = "" if own_loss else _drop_output_softmax(graph, len(seen.shapes[LOGITS]), notes)
-    before = Session(raw if raw is not None and usable else reference.to_bytes())
+    before = Session(raw if raw is not None and usable and not random else reference.to_bytes())
     composites = _simplified(graph, seen, constants, notes, LOGITS)
     if composites:
         notes.append(
@@ -140,6 +143,7 @@ def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: s
     float32, or with operators that opset 17 has no form of."""
     check_nodes(graph)
     _name_nodes(graph)
+    without_dropout(graph)
     drop_idle(graph)
     graph.prune()
     seen = trace(graph)
@@ -269,6 +273,7 @@ def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:
         reads = [i for i in node.inputs if i]
         if (
             node.op not in _RANDOM
+            and not is_dropout(node)
             and all(i in known or i in static for i in reads)
             and not all(o in known for o in node.outputs if o)
         ):

@@ -205,11 +205,8 @@ def _substitute(graph: Graph, old: str, new: str) -> None:
 def drop_idle(graph: Graph) -> None:
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
-        if node.domain or node.op not in ("Identity", "Dropout"):
-            continue
-        if node.op == "Dropout" and len(node.outputs) > 1 and node.outputs[1] in graph.consumers():
-            continue
-        bypass(graph, node, outputs)
+        if node.op == "Identity" and not node.domain:
+            bypass(graph, node, outputs)
 
 
 def bypass(graph: Graph, node: Node, outputs: set[str]) -> None:

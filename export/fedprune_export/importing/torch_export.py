@@ -28,6 +28,8 @@ from fedprune.core.imports import own_module
 from fedprune.model.lengths import Shape, at_most
 from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_input, read_shape
+from fedprune_export.importing.torch_dropout import exported_dropouts, look, read_axes, translations
+from fedprune_export.ir.dropout import AXES_KEY
 
 _TINY = 2.0**-126  # the smallest normal number of float32
 
@@ -60,9 +62,11 @@ def export_torch(
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
     modes = [(part, part.training) for part in module.modules()]
     samples, free = _samples(module, example, input_shape, token_ids, name)
+    mode = look(torch, module, samples)
     module.eval()
     try:
-        proto = exported(module, samples)
+        with exported_dropouts(torch, module, mode):
+            proto = exported(module, samples)
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
         raise ModelError(
@@ -76,8 +80,11 @@ def export_torch(
     finally:
         for part, training in modes:
             part.training = training
-    if free is not None:
-        metadata.write(proto, {INPUT_KEY: json.dumps(free)})
+    texts = {} if free is None else {INPUT_KEY: json.dumps(free)}
+    axes = read_axes(proto.graph.node)
+    texts |= {AXES_KEY: json.dumps(axes)} if axes else {}
+    texts |= {metadata.LOST_KEY: json.dumps(mode.notes)} if mode.notes else {}
+    metadata.write(proto, texts)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
@@ -381,6 +388,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {
+        **translations(torch, ops),
         aten.as_strided.default: as_strided,
         aten.conv3d.default: conv3d,
         aten.clamp.default: clamp,

@@ -164,7 +164,7 @@ def _timed(
     model: Model, graph: Graph, selection: Selection, recipe: Recipe, batch: int, runs: int, threads: int
 ) -> KernelTimes:
     """A step of random samples, timed. Raises `ModelError` if onnxruntime doesn't run it."""
-    inputs, classes = [p.name for p in graph.inputs], model.architecture.classes
+    inputs, classes = {p.name: ("", p.shape) for p in graph.inputs}, model.architecture.classes
     x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
     tensors = selection.gather(model.tensors)
     if model.base is not None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedprune.model.architecture import Axis
 from fedprune.model.selection import Selection
+from fedprune_export.ir.dropout import without_dropout
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.masked_reference import masked
 from fedprune_export.pruning.model import RANKS_KEY, Model
@@ -33,7 +34,7 @@ def pinned(model: Model, widths: Sequence[int]) -> Model:
 
     tensors = tuple(replace(t, axes=tuple(map(fixed, t.axes))) for t in whole.tensors)
     values = {name: tuple(None if a is None else fixed(a) for a in axes) for name, axes in model.values.items()}
-    graph = at_widths(model, widths)
+    graph = at_widths(model, widths, training=True)
     nothing = {
         t.name: np.broadcast_to(np.zeros((), model.graph.initializers[t.name].dtype), tuple(a.length for a in t.axes))
         for t in tensors
@@ -56,14 +57,17 @@ def cut(model: Model, selection: Selection) -> Graph:
     return graph
 
 
-def at_widths(model: Model, widths: Sequence[int]) -> Graph:
+def at_widths(model: Model, widths: Sequence[int], *, training: bool = False) -> Graph:
     """The graph of a submodel without its weights: nodes and constants depend on widths alone.
 
-    Raises `BundleError` if the widths don't fit the architecture.
+    `training`: whether it is to be trained, and keeps its dropouts. Raises `BundleError` if the widths don't fit the
+    architecture.
     """
     sizes = Sizes(model, model.architecture.check_widths(widths))
     graph = model.graph.copy()
     graph.metadata.pop(RANKS_KEY, None)  # of the whole model's channels
+    if not training:
+        without_dropout(graph)
     for name in model.architecture.by_name:
         del graph.initializers[name]
     nodes, graph.nodes = graph.nodes, []

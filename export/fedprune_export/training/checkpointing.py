@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedprune.model.architecture import Architecture
-from fedprune.model.step_contract import X
+from fedprune.model.dropout import BATCH, sized
+from fedprune.model.step_contract import X, is_dropout_mask
 from fedprune_export.ir.drafts import Node
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.liveness import execution_order, gate, last_reads, live_bytes, reads
@@ -47,12 +48,15 @@ def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...
     once.
     """
     shapes = architecture.shapes(widths)
+    names = {BATCH: batch, **{g.name: width for g, width in zip(architecture.groups, widths, strict=True)}}
     out = Inferred()
     for port in graph.inputs:
         owner = port.name.rpartition("::")[0] if port.name not in shapes and port.shape else port.name
-        # Only weights and what goes with them have channels; the other names are the batch's.
+        # Besides weights and what goes with them only masks of dropout have channels.
         out.shapes[port.name] = (
-            shapes[owner]
+            sized(port.shape, names)
+            if is_dropout_mask(port.name)
+            else shapes[owner]
             if owner in shapes and len(port.shape) == len(shapes[owner])
             else tuple(d if isinstance(d, int) else batch for d in port.shape)
         )

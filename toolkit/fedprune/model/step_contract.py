@@ -27,6 +27,8 @@ Inputs:
     Every tensor of the architecture under its own name, and per *trained* tensor (trainable and not frozen) the
         optimiser's state: one array with SGD and Lion (momentum), two with Adam and AdamW (mean and mean square of
         gradients).
+    Per dropout of the model a mask (`keep`): 0 where a number is dropped, 1 / (1 − ratio) elsewhere; its size is 1
+        along axes on which numbers are dropped together (`fedprune.model.dropout`).
     On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold` θ (shape [], 0 for none), the
         gradients so far of this batch (`sum`).
 
@@ -118,6 +120,9 @@ output is `AUGMENTED`, of the shape of `x` or `y`. Labels of whole samples have 
 
 NUMBERS, AUGMENTED = "numbers", "augmented"
 
+DROPOUT = "fedprune.dropout"
+"""Key of a training graph's metadata that holds the ratio of each dropout, by the name of its mask, as JSON."""
+
 AXES = "fedprune.axes"
 """Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes."""
 
@@ -170,6 +175,16 @@ def base(name: str) -> str:
 def base_scale(name: str) -> str:
     """Scales of a frozen tensor that is stored as int8, one per output channel (input)."""
     return f"{name}::scale"
+
+
+def keep(name: str) -> str:
+    """The mask of a dropout (input)."""
+    return f"{name}::keep"
+
+
+def is_dropout_mask(name: str) -> bool:
+    """Whether an input is the mask of a dropout."""
+    return name.endswith(keep(""))
 
 
 def following(name: str) -> str:

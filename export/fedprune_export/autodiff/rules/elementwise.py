@@ -188,9 +188,9 @@ def _hard_swish(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     return g.emit("Mul", dy, slope)
 
 
-@rule("Identity", "Dropout")
+@rule("Identity")
 def identity(tape: Tape, node: Node) -> Pull:
-    """y = x; an exported Dropout is one, too."""
+    """y = x."""
     name = node.inputs[0]
     tape.enter(node.outputs[0], tape.value(name), tape.shape(name))
     return lambda dy, *_: tape.add(name, dy)

@@ -1,0 +1,32 @@
+"""The gradient rule of Dropout."""
+
+from __future__ import annotations
+
+import json
+
+from fedprune.core.errors import ModelError
+from fedprune.model.step_contract import DROPOUT, keep
+from fedprune_export.autodiff.tape import Pull, Tape, describe, port, rule
+from fedprune_export.ir.dropout import mask_axes, ratio_of
+from fedprune_export.ir.graph import Node
+
+
+@rule("Dropout")
+def dropout(tape: Tape, node: Node) -> Pull:
+    """y = x · mask, an input of the graph that holds 0 or 1 / (1 − ratio); dx = dy · mask."""
+    name, graph = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    ratio = ratio_of(tape.source, node)
+    if ratio is None:
+        raise ModelError(f"{describe(node)}: its ratio is computed", expected="a constant")
+    axes = mask_axes(tape.source, node)
+    dims = tuple(d if axes is None or i in axes else 1 for i, d in enumerate(shape))
+    strange = [d for d in dims if not tape.is_width(d)]
+    if strange:
+        raise ModelError(f"{describe(node)}: its size depends on the samples", got=strange[0])
+    mask = keep(node.name or node.outputs[0])
+    graph.inputs.append(port(mask, dims))
+    graph.metadata[DROPOUT] = json.dumps({**json.loads(graph.metadata.get(DROPOUT, "{}")), mask: ratio})
+    tape.written[mask] = dims
+    tape.enter(node.outputs[0], graph.emit("Mul", x, mask), shape)
+    return lambda dy, *_: tape.add(name, graph.emit("Mul", dy, mask))

@@ -1,0 +1,47 @@
+"""Dropouts of an imported model, in the one form that the compiler has of them (`ir.dropout`)."""
+
+from __future__ import annotations
+
+from fedprune.core.text import quantity
+from fedprune_export.importing.simplification import bypass
+from fedprune_export.ir.dropout import is_dropout, ratio_of
+from fedprune_export.ir.graph import Graph, Node
+
+
+def read_dropouts(graph: Graph, notes: list[str]) -> bool:
+    """Bring dropouts into their form, without those that drop nothing; their masks, where they are read, are all true.
+
+    Returns whether one of them was in ONNX's training mode, so that the model's outputs were random.
+    """
+    random = False
+    ratios: list[float] = []
+    outputs = {p.name for p in graph.outputs}
+    readers = graph.consumers()
+    nodes: list[Node] = []
+    idle: list[Node] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        if not is_dropout(node):
+            continue
+        random = random or (len(node.inputs) > 2 and bool(node.inputs[2]))
+        ratio = ratio_of(graph, node)
+        mask = node.outputs[1] if len(node.outputs) > 1 else ""
+        if mask and (mask in readers or mask in outputs):
+            nodes.append(Node("Equal", [node.inputs[0], node.inputs[0]], [mask], {}, mask))
+            notes.append(f"The mask of Dropout {node.name} is read by other operators: it is all true.")
+        if ratio is None:
+            notes.append(f"The ratio of Dropout {node.name} is computed: it drops nothing in training, either.")
+        if ratio:
+            ratios.append(ratio)
+            node.inputs = [node.inputs[0], graph.scalar(ratio)]
+        else:
+            node.inputs = node.inputs[:1]
+            idle.append(node)
+        node.outputs, node.attrs = node.outputs[:1], {}
+    graph.nodes = nodes
+    for node in idle:
+        bypass(graph, node, outputs)
+    if ratios:
+        shares = ", ".join(f"{ratio:g}" for ratio in sorted(set(ratios)))
+        notes.append(f"Boards train with {quantity(len(ratios), 'dropout')} of the model (ratio {shares}).")
+    return random

@@ -1,0 +1,334 @@
+"""Dropout of torch modules, and what else of training mode their export loses.
+
+A module is exported in evaluation mode, in which a dropout is nothing. Meanwhile every call of a dropout is answered by
+an operator of our own, with the ratio that the same call has in training mode: `nn.Dropout` and its kinds for channels,
+`F.dropout`, dropout of the weights of attention, and modules for stochastic depth as timm and torchvision write them.
+
+What training mode does besides is found by running it once: operators that draw random numbers, and buffers that change
+(those of batch norms aside, which training measures). Nothing of it is exported, and notes say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fedprune.core.errors import reason
+from fedprune.core.text import some
+
+_AXES: dict[str, tuple[int, ...]] = {"dropout": (), **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (0, 1))}
+"""Axes on which the mask of a function of `torch.nn.functional` has its own numbers; empty for all."""
+
+_UNBATCHED = {"dropout1d": 2, "dropout3d": 4}  # axes of a value without a batch, whose first axis is channels
+
+TOGETHER = 31
+"""Stands for an axis that no value has: the whole batch is dropped together, as torchvision's mode "batch" does."""
+
+
+class TrainingMode:
+    """What a module does in training mode.
+
+    Attributes:
+        calls: The name and ratio of every call of a dropout; None where it is unknown.
+        notes: What training mode does that training here doesn't.
+    """
+
+    def __init__(self, calls: Sequence[tuple[str, float]] | None, notes: Sequence[str]) -> None:
+        self.calls, self.notes = calls, tuple(notes)
+
+
+def look(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
+    """Run a module in both modes; it, its buffers and torch's generator stay as they were."""
+    modes = [(part, part.training) for part in module.modules()]
+    buffers = [(part, n, b, b.clone()) for part in module.modules() for n, b in part._buffers.items() if b is not None]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            module.eval()
+            evaluation = _recorded(torch, module, samples)
+            module.train()
+            training = _recorded(torch, module, samples)
+            moved = _changed_buffers(torch, module, buffers)
+    except Exception as error:  # noqa: BLE001  the user's code, which may take labels, too, in training mode
+        unknown = (
+            f"The module can't be run in torch's training mode ({reason(error)}): boards train with its dropouts, "
+        )
+        return TrainingMode(None, [unknown + "but without whatever else it does in that mode alone."])
+    finally:
+        with torch.no_grad():
+            for part, name, tensor, value in buffers:
+                part._buffers[name] = tensor
+                tensor.copy_(value)
+        for part, mode in modes:
+            part.training = mode
+    alike = [name for name, _ in evaluation.calls] == [name for name, _ in training.calls]
+    notes = [
+        f"Random numbers of torch's training mode ({names}) in {places}: boards train without them, as in evaluation."
+        for names, places in _grouped(training.random)
+    ]
+    notes += [
+        f"Buffers that torch's training mode changes ({names}) in {places}: here they stay, and are used, as in "
+        "evaluation."
+        for names, places in _grouped(moved)
+    ]
+    if evaluation.active:
+        notes.append(
+            f"Dropout of {some(list(dict.fromkeys(evaluation.active)), most=3)} is always on in torch, also in "
+            "evaluation; here it drops numbers while boards train, and none in predictions."
+        )
+    return TrainingMode(training.calls if alike else None, notes)
+
+
+def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -> dict[str, list[str]]:
+    """Names of buffers that a run has changed, by the module that has them; without those of batch norms."""
+    places = {id(part): _place(name, part) for name, part in module.named_modules()}
+    changed: dict[str, list[str]] = {}
+    for part, name, _, before in buffers:
+        now = part._buffers.get(name)
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) or now is None:
+            continue
+        if now.shape != before.shape or not torch.equal(now, before):
+            changed.setdefault(places[id(part)], []).append(name)
+    return changed
+
+
+def _grouped(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Names, and the places that have the same ones."""
+    places: dict[str, list[str]] = {}
+    for place, held in names.items():
+        places.setdefault(", ".join(held), []).append(place)
+    return [(held, some(where, most=3)) for held, where in places.items()]
+
+
+def _place(name: str, part: Any) -> str:
+    return f"{name or 'the module'} ({type(part).__name__})"
+
+
+@contextmanager
+def exported_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[None]:
+    """Let dropouts be an operator of our own (`translations`) while a module is exported."""
+    dropouts = _Exported(torch, mode.calls)
+    hook = module.register_forward_pre_hook(lambda *_: dropouts.restart())
+    try:
+        with dropouts.answering(module):
+            yield
+    finally:
+        hook.remove()
+
+
+class _Dropouts:
+    """Answers calls of dropouts with an operator of our own, by their own arguments."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        functional = torch.nn.functional
+        self._functions = {getattr(functional, name): name for name in _AXES}
+        self._answers = {
+            **dict.fromkeys(self._functions, self._dropout),
+            functional.scaled_dot_product_attention: self._attention,
+            functional.multi_head_attention_forward: self._heads,
+        }
+
+    def ratio(self, name: str, ratio: float, *, on: bool) -> float:
+        """The ratio of a call whose arguments say that it drops numbers by `ratio`, and whether it does so now."""
+        return ratio if on else 0.0
+
+    @contextmanager
+    def answering(self, module: Any) -> Iterator[None]:
+        """Answer all calls, also those of modules for stochastic depth, which do nothing in evaluation."""
+        parts = [part for part in module.modules() if _depth_ratio(part)]
+        for part in parts:
+            part.forward = functools.partial(self._depth, part)
+        try:
+            with self.mode():
+                yield
+        finally:
+            for part in parts:
+                del part.forward
+
+    def mode(self) -> Any:
+        """The mode of torch in which functions are answered."""
+        answers = self._answers
+
+        class Mode(self.torch.overrides.TorchFunctionMode):  # type: ignore[misc, name-defined]
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                answer = answers.get(func)
+                return func(*args, **(kwargs or {})) if answer is None else answer(func, *args, **(kwargs or {}))
+
+        return Mode()
+
+    def _dropped(self, x: Any, ratio: float, axes: Sequence[int]) -> Any:
+        return _operator(self.torch)(x, float(ratio), list(axes)) if ratio else x
+
+    def _dropout(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        given = _arguments(func, args, kwargs)
+        x, name = given["input"], self._functions[func]
+        axes = (0,) if x.ndim == _UNBATCHED.get(name) else _AXES[name]
+        return self._dropped(x, self.ratio(name, given["p"], on=given["training"]), axes)
+
+    def _depth(self, part: Any, x: Any) -> Any:
+        axes = (TOGETHER,) if getattr(part, "mode", "row") == "batch" else (0,)
+        return self._dropped(x, self.ratio("depth", _depth_ratio(part), on=part.training), axes)
+
+    def _heads(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """`nn.MultiheadAttention` drops weights in a function of its own, by the functions that are answered, too."""
+        given = _arguments(func, args, kwargs)
+        ratio = self.ratio("heads", given["dropout_p"], on=given["training"])
+        within = _Dropouts(self.torch)
+        del within._answers[func]
+        with within.mode():
+            return func(**{**given, "dropout_p": ratio, "training": ratio > 0})
+
+    def _attention(
+        self,
+        func: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        ratio = self.ratio("attention", dropout_p, on=True)
+        if not ratio:
+            return func(query, key, value, attn_mask=attn_mask, dropout_p=0.0, is_causal=is_causal, **kwargs)
+        torch, scale = self.torch, kwargs.get("scale")
+        if kwargs.get("enable_gqa"):
+            copies = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(copies, -3), value.repeat_interleave(copies, -3)
+        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return self._dropped(scores.softmax(-1), ratio, ()) @ value
+
+
+class _Recorded(_Dropouts):
+    """Calls of one run, in which nothing is dropped.
+
+    Attributes:
+        calls: The name of each and the ratio by which it drops numbers in this mode.
+        active: The modules in which a call drops any.
+        random: Other operators that drew random numbers, by module.
+    """
+
+    def __init__(self, torch: Any) -> None:
+        super().__init__(torch)
+        self.calls: list[tuple[str, float]] = []
+        self.active: list[str] = []
+        self.random: dict[str, list[str]] = {}
+        self.stack: list[str] = []
+
+    def ratio(self, name: str, ratio: float, *, on: bool) -> float:
+        self.calls.append((name, ratio if on else 0.0))
+        self.active += self.stack[-1:] if ratio and on else []
+        return 0.0
+
+
+class _Exported(_Dropouts):
+    """Calls with the ratios that they have in training mode; where these are unknown, as their arguments say."""
+
+    def __init__(self, torch: Any, calls: Sequence[tuple[str, float]] | None) -> None:
+        super().__init__(torch)
+        self._calls, self._next = calls, 0
+
+    def restart(self) -> None:
+        """The module is run again: torch may trace it several times."""
+        self._next = 0
+
+    def ratio(self, name: str, ratio: float, *, on: bool) -> float:
+        if self._calls is None:
+            return ratio
+        self._next += 1
+        return self._calls[self._next - 1][1]
+
+
+def _recorded(torch: Any, module: Any, samples: Sequence[Any]) -> _Recorded:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    record = _Recorded(torch)
+
+    class Random(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                name = func.overloadpacket.__name__.strip("_")
+                if "attention" not in name:  # its weights are answered: nothing of them is dropped
+                    names = record.random.setdefault(record.stack[-1], [])
+                    names += [] if name in names else [name]
+            return func(*args, **(kwargs or {}))
+
+    def enter(place: str, *_: Any) -> None:
+        record.stack.append(place)
+
+    def leave(*_: Any) -> None:
+        record.stack.pop()
+
+    hooks = []
+    for name, part in module.named_modules():
+        hooks.append(part.register_forward_pre_hook(functools.partial(enter, _place(name, part))))
+        hooks.append(part.register_forward_hook(leave))
+    try:
+        with record.answering(module), Random():
+            module(*samples)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return record
+
+
+def _arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    return dict(given.arguments)
+
+
+def _depth_ratio(part: Any) -> float:
+    """The ratio of a module for stochastic depth, by the names that timm, transformers and torchvision give it; 0 of
+    others, and where the rest isn't scaled up."""
+    kind = type(part).__name__
+    ratio = part.drop_prob if kind.endswith("DropPath") and hasattr(part, "drop_prob") else 0.0
+    ratio = part.p if kind == "StochasticDepth" and hasattr(part, "p") else ratio
+    return float(ratio or 0.0) if getattr(part, "scale_by_keep", True) else 0.0
+
+
+@functools.cache
+def _operator(torch: Any) -> Any:
+    """The operator that stands for a dropout in an export: its input, with the ratio and the axes of the mask."""
+
+    def dropout(x: torch.Tensor, ratio: float, axes: Sequence[int]) -> torch.Tensor:  # type: ignore[name-defined]
+        return x.clone(memory_format=torch.contiguous_format)
+
+    dropout.__annotations__ = {"x": torch.Tensor, "ratio": float, "axes": Sequence[int], "return": torch.Tensor}
+    made = torch.library.custom_op("fedprune::dropout", dropout, mutates_args=())
+    made.register_fake(lambda x, ratio, axes: x.new_empty(x.shape))
+    return made
+
+
+def translations(torch: Any, operators: Any) -> dict[Any, Any]:
+    """How the operator is written in ONNX: a Dropout with its axes as bits of the seed, for `read_axes`."""
+    _operator(torch)
+
+    def dropout(x: Any, ratio: float, axes: Sequence[int]) -> Any:
+        return operators.Dropout(x, operators.Constant(value_float=ratio), seed=sum(1 << axis for axis in axes))[0]
+
+    return {torch.ops.fedprune.dropout.default: dropout}
+
+
+def read_axes(nodes: Sequence[Any]) -> dict[str, list[int]]:
+    """The axes of the masks of dropouts by the name of the node, where these aren't all; taken out of the nodes."""
+    axes: dict[str, list[int]] = {}
+    for node in nodes:
+        seed = next((a for a in node.attribute if a.name == "seed"), None)
+        if node.op_type != "Dropout" or seed is None:
+            continue
+        node.attribute.remove(seed)
+        if seed.i:
+            axes[node.name] = [axis for axis in range(TOGETHER) if seed.i >> axis & 1]
+    return axes

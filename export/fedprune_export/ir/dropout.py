@@ -1,0 +1,70 @@
+"""Dropout in imported graphs: nodes that return their input, and that training steps write as a product with a mask.
+
+A node has two inputs, the value and the ratio, as ONNX has it; it is never in ONNX's training mode. ONNX has no field
+for numbers that are dropped together, such as whole channels: the graph's metadata says on which axes a mask differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedprune.core.errors import ModelError, shown
+from fedprune_export.ir.graph import Graph, Node
+
+AXES_KEY = "fedprune.dropout_axes"
+"""Key of a graph's metadata: by the node's name, the axes on which the mask of a dropout has its own numbers, where
+these are not all."""
+
+
+def is_dropout(node: Node) -> bool:
+    return node.op == "Dropout" and not node.domain
+
+
+def ratio_of(graph: Graph, node: Node) -> float | None:
+    """The share of numbers that a dropout drops; None where it is computed or no share."""
+    if "ratio" in node.attrs or len(node.inputs) < 2 or not node.inputs[1]:
+        ratio = np.asarray(node.attrs.get("ratio", 0.5))
+    elif node.inputs[1] in graph.initializers:
+        ratio = graph.initializers[node.inputs[1]]
+    else:
+        return None
+    value = float(ratio.reshape(-1)[0]) if ratio.size == 1 else -1.0
+    # A ratio of float32 is meant as the decimal number that it is nearest to.
+    return float(f"{value:.6g}") if 0 <= value <= 1 else None
+
+
+def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
+    """The axes on which a dropout's mask differs; None for all."""
+    return read_axes(graph.metadata).get(node.name)
+
+
+def read_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
+    try:
+        found = json.loads(texts.get(AXES_KEY, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(
+        isinstance(axes, list) and all(type(a) is int for a in axes) for axes in found.values()
+    ):
+        raise ModelError(f"metadata {AXES_KEY}", expected="lists of axes by name", got=shown(texts[AXES_KEY]))
+    return {name: tuple(axes) for name, axes in found.items()}
+
+
+def without_dropout(graph: Graph) -> None:
+    """Take out all dropouts, as inference does."""
+    outputs = {p.name for p in graph.outputs}
+    sources: dict[str, str] = {}
+    for node in [n for n in graph.nodes if is_dropout(n)]:
+        source = sources.get(node.inputs[0], node.inputs[0])
+        if node.outputs[0] in outputs:
+            node.op, node.inputs = "Identity", [source]  # an output keeps its name
+        else:
+            sources[node.outputs[0]] = source
+    graph.nodes = [n for n in graph.nodes if not is_dropout(n)]
+    for node in graph.nodes:
+        node.inputs = [sources.get(i, i) for i in node.inputs]
+    graph.metadata.pop(AXES_KEY, None)
