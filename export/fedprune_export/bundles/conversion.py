@@ -28,7 +28,7 @@ from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.hub_folder import COUNTER
-from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
+from fedprune_export.importing.metadata import PARAMETERS_KEY, original_names, tied
 from fedprune_export.ir.drafts import NORMAL_OPSET
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
@@ -137,9 +137,9 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     Raises `ModelError` if it is damaged. `graph`: a graph of the model, which says what other names tensors have.
     """
     out: dict[str, Array] = {}
-    others = tied(graph.metadata)
+    others, names = tied(graph.metadata), original_names(graph.metadata)
     for name, value in tensors.items():
-        out |= dict.fromkeys((name, *others.get(name, ())), value)
+        out |= dict.fromkeys((names.get(name, name), *others.get(name, ())), value)
         norm = name.removesuffix("running_var")
         if norm != name and f"{norm}running_mean" in tensors:
             out[norm + COUNTER] = np.zeros((), np.int64)
@@ -173,7 +173,8 @@ def state_parity(
     x = sample_feeds(reference, SAMPLES)[X]
     expected = outputs(reference.to_bytes(), x)
     filled = graph.copy()
-    filled.initializers.update({n: state[n] for n in graph.initializers if n in state})
+    names = original_names(graph.metadata)
+    filled.initializers.update({n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state})
     error = _checked(outputs(filled.to_bytes(), x), expected, "the model with this state dict", hint)
     if module is None:
         return error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedprune.model.lengths import Shape, fits, padded, with_lengths
 from fedprune.model.recipe import Recipe, labels_of
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
+from fedprune_export.importing.packing import INPUTS_KEY, Piece, pieces
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 
@@ -94,7 +95,8 @@ def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
         )
     dtype = model.graph.inputs[0].dtype
     shape = with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
-    data = read(path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label, shape)
+    inputs = pieces(model.graph.metadata, INPUTS_KEY)
+    data = read(path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label, shape, inputs)
     return replace(data, whole=data.score_of(model.graph))
 
 
@@ -105,8 +107,10 @@ def read(
     labels: str = "classes",
     ignored: int | None = None,
     shape: Shape | None = None,
+    inputs: Sequence[Piece] = (),
 ) -> LabelledData:
-    """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
+    """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`; in place of `x` with an array for each of a
+    model's several inputs.
 
     Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model.
 
@@ -114,11 +118,17 @@ def read(
         labels: What the labels are, one of `LABELS`.
         ignored: The class of labels that count for nothing.
         shape: One sample's, with the bounds of its length; by default the architecture's.
+        inputs: The model's inputs, where it has several.
     """
     arrays = _arrays(path)
+    for ending in ("_test", ""):
+        if inputs and f"x{ending}" not in arrays and any(f"{piece.name}{ending}" in arrays for piece in inputs):
+            arrays[f"x{ending}"] = _row(path, arrays, inputs, ending, np.dtype(dtype))
     pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
     if pair is None:
-        raise DataError(f"{path}", expected="arrays x_test and y_test, or x and y", got=", ".join(arrays) or "none")
+        named = " and ".join(piece.name for piece in inputs) or "x"
+        expected = f"arrays x_test and y_test, or {named} and y"
+        raise DataError(f"{path}", expected=expected, got=", ".join(arrays) or "none")
     x, y = (arrays[n] for n in pair)
     lengths = arrays.get(pair[0].replace("x", "lengths"))
     if not len(x) or not fits(x.shape[1:], shape or architecture.input_shape):
@@ -133,6 +143,25 @@ def read(
     outputs = (len(x), *architecture.output_shape)
     x = padded(x.astype(wanted), shape or (), lengths)
     return LabelledData(x, _labels(path, pair[1], y, outputs, labels, ignored), labels, ignored)
+
+
+def _row(path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], ending: str, dtype: np.dtype[Any]) -> Array:
+    """The arrays of several inputs as one row per sample."""
+    parts = []
+    for piece in inputs:
+        name = piece.name + ending
+        x = arrays.get(name)
+        count = len(next(arrays[p.name + ending] for p in inputs if p.name + ending in arrays))
+        if x is None or x.shape != (count, *piece.shape) or x.dtype.kind not in "iufb":
+            raise DataError(
+                f"{path}: array {name} of the model's inputs",
+                expected=f"numbers {shape_text(count, *piece.shape)}",
+                got="none" if x is None else _kind(x),
+            )
+        if dtype.kind == "i" and x.dtype.kind not in "iu":
+            raise DataError(f"{path}: type of {name}", expected="whole numbers", got=x.dtype)
+        parts.append(x.reshape(count, piece.size).astype(dtype))
+    return np.concatenate(parts, axis=1)
 
 
 def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: str, ignored: int | None) -> Array:

@@ -30,6 +30,7 @@ from fedprune_export.importing.torch_export import export_torch, factory_product
 from fedprune_export.importing.user_graphs import (
     LOSS_KEY,
     METRIC_KEY,
+    check_labels,
     embed,
     embedded,
     import_loss,
@@ -273,6 +274,11 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
         normal.graph.metadata[metadata.TIED_KEY] = json.dumps({normal.names.get(k, k): v for k, v in tied.items()})
     if unused:
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
+    before = metadata.original_names(texts)
+    names = {new: before.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
+    names |= {name: own for name, own in before.items() if name in normal.parameters and name not in names}
+    if names:
+        normal.graph.metadata[metadata.NAMES_KEY] = json.dumps(names)
     if lost:
         normal.graph.metadata[metadata.LOST_KEY] = json.dumps(lost)
     if chosen != "coarse":
@@ -291,6 +297,7 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     outputs = found.architecture.output_shape
     loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
     metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
+    check_labels(loss, metric)
     model = Model(normal.graph, architecture, notes, found.values, still, base, loss, metric, ranks=ranks)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model

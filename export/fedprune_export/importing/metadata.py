@@ -27,6 +27,9 @@ BASE_KEY = "fedprune.base"  # the precision in which frozen weights are stored
 UNUSED_KEY = "fedprune.unused"
 """Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks."""
 
+NAMES_KEY = "fedprune.names"
+"""The author's names of tensors that have others here, because theirs are reserved (`lr`), by the names here."""
+
 LOST_KEY = "fedprune.lost"  # notes on what of a torch module's training mode has no part in training
 
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
@@ -68,6 +71,19 @@ def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
     for name in found:
         check_name(name)
     return tuple(found)
+
+
+def original_names(texts: Mapping[str, str]) -> dict[str, str]:
+    """The author's names of tensors that have others here, by the names here.
+
+    Raises `ModelError` if it is something else, or a name can't be printed.
+    """
+    names = _parsed(texts[NAMES_KEY]) if NAMES_KEY in texts else {}
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise ModelError(f"metadata {NAMES_KEY}", expected="names by name", got=shown(texts[NAMES_KEY]))
+    for name in (*names, *names.values()):
+        check_name(name)
+    return names
 
 
 def lost(texts: Mapping[str, str]) -> tuple[str, ...]:

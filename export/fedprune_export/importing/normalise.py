@@ -184,7 +184,8 @@ def _check_ports(graph: Graph) -> None:
             "the model's inputs and outputs",
             expected="one input and one output",
             got=f"{len(graph.inputs)} and {len(graph.outputs)} ({shown_names(names)})",
-            hint="Say which output gives the logits (output=, or --output)."
+            hint="Give a loss of your own, which takes all of them (loss=, or --loss), or say which output gives the "
+            "logits (output=, or --output)."
             if len(graph.inputs) == 1 and graph.outputs
             else "Export a model that maps one tensor to logits.",
         )

@@ -55,9 +55,12 @@ def emit_dft(graph: Graph, node: Node, seen: Trace) -> None:
 def emit_stft(graph: Graph, node: Node, seen: Trace) -> None:
     """Write an STFT of signals [batch, n, 1 or 2] as a convolution with the windowed waves of its frequencies.
 
+    Real signals may also be [batch, n], as onnxruntime takes them and torch's older exporter writes them.
+
     Raises `ModelError` if the window, the step or the length of a frame is computed.
     """
-    x, (_, samples, parts) = node.inputs[0], seen.shapes[node.inputs[0]]
+    x, (_, samples, *rest) = node.inputs[0], seen.shapes[node.inputs[0]]
+    parts = rest[0] if rest else 1
     step = _number(graph, node, 1, "step")
     given = node.inputs[2] if len(node.inputs) > 2 else ""
     window = graph.initializers.get(given) if given else None
@@ -70,7 +73,10 @@ def emit_stft(graph: Graph, node: Node, seen: Trace) -> None:
         waves = waves * window.reshape(-1, 1, 1, 1)
     # [time, part, frequency, its part] as kernels [frequency and its part, part, time].
     kernel = waves.transpose(2, 3, 1, 0).reshape(-1, parts, length)
-    signal = graph.emit("Transpose", x, attrs={"perm": [0, 2, 1]})
+    if rest:
+        signal = graph.emit("Transpose", x, attrs={"perm": [0, 2, 1]})
+    else:
+        signal = graph.emit("Unsqueeze", x, graph.ints(1))
     made = graph.emit("Conv", signal, graph.constant(kernel, np.float32), attrs={"strides": [step]})
     rows = graph.emit("Transpose", made, attrs={"perm": [0, 2, 1]})
     graph.emit("Reshape", rows, graph.ints(0, 0, *waves.shape[2:]), out=node.outputs[0])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
+from fedprune.model.step_contract import RESERVED
 from fedprune_export.importing.torch_export import torch_package
 
 Module = TypeVar("Module")
@@ -39,6 +41,7 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     if not isinstance(module, torch.nn.Module):
         raise ModelError("what is to be narrowed", expected="a torch module", got=type(module).__name__)
     names = _names(module)
+    tensors = {_author_name(n, set(names.values())): v for n, v in tensors.items()}
     unknown = sorted(set(tensors) - set(names.values()))
     if unknown:
         raise ModelError(f"the module has no tensor {unknown[0]!r}", got=f"{len(unknown)} such names")
@@ -63,6 +66,12 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
             if key is not None and key in tensors:
                 part._buffers[name] = torch.tensor(tensors[key], dtype=value.dtype, device=value.device)
     return module
+
+
+def _author_name(name: str, known: AbstractSet[str]) -> str:
+    """The module's name of a tensor, which the import has changed where it is reserved: `lr_` is `lr`."""
+    own = name.rstrip("_")
+    return own if name not in known and own in known & RESERVED else name
 
 
 def _names(module: Any) -> dict[tuple[str, int], str]:
@@ -108,12 +117,29 @@ def _fit(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str
             setattr(part, name, size)
 
 
+def _check_forward(where: str, part: Any) -> None:
+    """Make sure that a layer computes what torch's of its kind does: only then do attributes tell its sizes.
+
+    Raises `ModelError` if it, or a class of it that isn't torch's, computes in a way of its own.
+    """
+    for name in ("forward", "_conv_forward"):
+        function = getattr(part, name, None)
+        own = name in vars(part) or not getattr(function, "__module__", "").startswith("torch.nn.")
+        if function is not None and own:
+            raise ModelError(
+                f"{where}: a {type(part).__name__} with a {name} of its own can't be narrowed by its weights alone",
+                expected="a layer of torch.nn",
+                hint=_HINT,
+            )
+
+
 def _sizes(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
     """A layer's attributes for weights of these sizes.
 
     Raises `ModelError` if its kind is unknown, or its weights don't determine them.
     """
     nn = torch.nn
+    _check_forward(where, part)
     one = next(iter(new.values()))
     shape = new.get("weight", one)
     if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

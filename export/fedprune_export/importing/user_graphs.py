@@ -185,6 +185,21 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
     return graph
 
 
+def check_labels(loss: Model | None, metric: Graph | None) -> None:
+    """Make sure that a model's own loss and metric compare with the same labels. Raises `ModelError` if they don't."""
+    if loss is None or metric is None:
+        return
+    wanted, given = ((p.dtype, tuple(p.shape[1:])) for p in (loss.graph.inputs[1], metric.inputs[1]))
+    if wanted != given:
+        raise ModelError(
+            "the labels of the model's own metric",
+            expected=f"those of its loss, {wanted[0]} {shape_text('n', *wanted[1])}",
+            got=f"{given[0]} {shape_text('n', *given[1])}",
+            hint=f"Set the metric's attributes target_shape = {wanted[1]} and target_dtype = "
+            f'"{wanted[0]}", as the loss has them.',
+        )
+
+
 def _reads_samples(graph: Graph) -> bool:
     """Whether the value needs outputs or labels by another way than the sums."""
     makers = {o: n for n in graph.nodes for o in n.outputs}

@@ -32,6 +32,14 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
                 "recipe: metric 'custom', and the model brings no metric",
                 hint="Give it with the model: --metric package.module:function, [model] metric, or load(..., metric=).",
             )
+        own = model.metric.inputs[1]
+        if (own.dtype, tuple(own.shape[1:])) != (labels.dtype, tuple(labels.shape[1:])):
+            raise ConfigError(
+                "recipe: the model's own metric with this loss",
+                expected=f"a metric of the loss's labels, {labels.dtype} {shape_text('n', *labels.shape[1:])}",
+                got=f"one of {own.dtype} {shape_text('n', *own.shape[1:])}",
+                hint="Set the metric's attributes target_shape and target_dtype, as the loss has them.",
+            )
         return model.metric
     outputs = model.architecture.output_shape
     g = Graph(name="metric")

@@ -110,3 +110,31 @@ def test_parameters_keep_what_they_were() -> None:
     tied[1].weight = tied[0].weight
     narrowed(tied, {n: np.ones(s, np.float32) for n, s in (("0.weight", (4, 4)), ("0.bias", (4,)), ("1.bias", (4,)))})
     assert tied[1].weight is tied[0].weight
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes with other weights than its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize("way", ["class", "instance"])
+def test_a_layer_that_computes_in_a_way_of_its_own_is_refused(way: str) -> None:
+    conv = Standardised(3, 8, 3) if way == "class" else nn.Conv2d(3, 8, 3)
+    if way == "instance":
+        conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 2  # type: ignore[method-assign]
+    module = nn.Sequential(conv, nn.Conv2d(8, 4, 1))
+    tensors = {n: v.numpy() for n, v in nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)).state_dict().items()}
+    with pytest.raises(ModelError, match="0"):
+        narrowed(module, tensors)
+    assert module[0].weight.shape == (8, 3, 3, 3)
+
+
+class Plain(nn.Conv2d):
+    """A convolution by another name."""
+
+
+def test_a_layer_by_another_name_is_narrowed() -> None:
+    tensors = {n: v.numpy() for n, v in nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)).state_dict().items()}
+    assert narrowed(nn.Sequential(Plain(3, 8, 3), nn.Conv2d(8, 4, 1)), tensors)[0].out_channels == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.bundles.conversion import onnx_file, state_dict, state_parity
+from fedprune_export.checks.labelled_data import measured
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph
@@ -128,7 +130,7 @@ def test_a_cut_model_takes_the_same_rows(made: tuple[fx.Model, Fusion]) -> None:
 
 
 def test_several_outputs_need_a_loss_of_them_all() -> None:
-    with pytest.raises(ModelError, match=r"one input and one output, got 1 and 2.*Say which output"):
+    with pytest.raises(ModelError, match=r"one input and one output, got 1 and 2.*--loss.*--output"):
         fx.load(Fusion())
 
 
@@ -151,3 +153,62 @@ def test_a_type_that_is_not_read() -> None:
     module.input_dtype = {"place": "float64"}
     with pytest.raises(ModelError, match="type of the input: expected float32 or int64 or"):
         fx.load(module, loss=loss)
+
+
+class Two(nn.Module):
+    """Two inputs and one output, which a root parameter scales whose name training graphs have, too."""
+
+    input_shape: ClassVar = {"b": (3,), "a": (2, 2)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.lr, self.loss = nn.Linear(7, 5), nn.Parameter(torch.rand(5) + 0.5), nn.Linear(5, 3)
+
+    def forward(self, b: Tensor, a: Tensor) -> Tensor:
+        return self.loss(torch.relu(self.hidden(torch.cat([a.flatten(1), b], 1))) * self.lr)
+
+
+def two_inputs(count: int = 40) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(count, 2, 2)).astype(np.float32), rng.normal(size=(count, 3))
+    return {"a": a, "b": b, "y": rng.integers(0, 3, count)}
+
+
+@pytest.mark.parametrize("ending", ["", "_test"])
+def test_an_export_is_measured_on_named_arrays(tmp_path: Path, ending: str) -> None:
+    module, arrays = Two(), two_inputs()
+    np.savez(tmp_path / "two.npz", **{f"{n}{ending}": v for n, v in arrays.items()})
+    found = measured(tmp_path / "two.npz", fx.load(module), Recipe())
+    logits = module(torch.tensor(arrays["b"], dtype=torch.float32), torch.tensor(arrays["a"]))
+    assert found.whole == float(np.mean(logits.argmax(1).numpy() == arrays["y"]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("a", None), ("a", np.zeros((40, 3))), ("b", np.zeros((39, 3)))])
+def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: Any) -> None:
+    arrays = {n: v for n, v in {**two_inputs(), name: value}.items() if v is not None}
+    np.savez(tmp_path / "two.npz", **arrays)
+    with pytest.raises(DataError, match=r"array [ab] of the model's inputs"):
+        measured(tmp_path / "two.npz", fx.load(Two()), Recipe())
+
+
+def test_a_state_dict_has_the_authors_names() -> None:
+    module = Two()
+    model = fx.load(module)
+    again = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
+    for found in (model, again):
+        state = state_dict(found.tensors, found.graph)
+        assert set(state) == {n for n, _ in module.named_parameters()}
+        assert state_parity(state, found.graph, found.graph) == 0
+    module.load_state_dict({n: torch.tensor(v) for n, v in state.items()})
+    half = {n: np.ones_like(v) for n, v in model.tensors.items()}
+    assert torch.equal(fx.narrowed(module, half).lr, torch.ones(5))
+
+
+def test_a_metric_of_other_labels_than_the_losss_is_refused() -> None:
+    def other(kind: Tensor, path: Tensor, labels: Tensor) -> Tensor:
+        return (kind.argmax(1) == labels[:, 0].long()).float()
+
+    other.target_shape = (2,)  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="metric") as caught:
+        fx.load(Fusion(), loss=loss, metric=other)
+    assert "target_shape" in str(caught.value)

@@ -403,7 +403,7 @@ def test_blocks_are_folded_by_a_convolution(
     assert found.count("ConvTranspose") == 1
 
 
-@pytest.mark.parametrize(("parts", "onesided"), [(1, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize(("parts", "onesided"), [(1, 0), (1, 1), (2, 0), (0, 1)])
 @pytest.mark.parametrize("window", [True, False])
 def test_a_transform_of_frames_is_a_convolution(parts: int, onesided: int, window: bool) -> None:
     def build(g: Graph) -> str:
@@ -412,7 +412,7 @@ def test_a_transform_of_frames_is_a_convolution(parts: int, onesided: int, windo
         return g.emit("STFT", "image", g.constant(6, np.int64), hann, length, attrs={"onesided": onesided})
 
     size = (1 + (100 - 16) // 6) * 2 * (9 if onesided else 16)
-    found = ops(build, (100, parts), size, 17)
+    found = ops(build, (100, parts) if parts else (100,), size, 17)  # onnxruntime and torch leave out one part
     assert found.count("Conv") == 1
     assert set(found) <= {"Conv", "Reshape", "Transpose", "Unsqueeze"}
 
