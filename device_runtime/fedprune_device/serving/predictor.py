@@ -33,7 +33,8 @@ class Predictor:
     missing, or onnxruntime refuses the graph with these weights.
     """
 
-    def __init__(self, model: Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:
+    def __init__(self, model: str | Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:
+        model = Path(model)
         path = model / GRAPH if model.is_dir() else model
         if not path.is_file():
             raise ModelError(f"there is no model at {path.absolute()}")

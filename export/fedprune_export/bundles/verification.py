@@ -19,7 +19,7 @@ from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune_export.bundles.inference import check_origin, inference_graph
-from fedprune_export.checks.parity import LIMIT, distance, parity
+from fedprune_export.checks.parity import LIMIT, STEP_SAMPLES, TRIAL_RATE, distance, moved_tensors, parity
 from fedprune_export.checks.step_feeds import COMPUTED, Array, loss, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
@@ -29,9 +29,8 @@ LOSS_LIMIT = 1e-3
 """How far the two graphs' losses may differ, relative to 1 + loss: the limit that boards apply before a model serves.
 """
 
-_BATCH = 6
-_BATCHES = (1, 3, 6)
-_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # learning rates that are tried in turn: some losses are steep
+_BATCHES = (1, 3, STEP_SAMPLES)
+_RATES = (TRIAL_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # learning rates that are tried in turn: some losses are steep
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ class _Trial:
 
     @cached_property
     def x(self) -> Array:
-        return sample_feeds(self.graph, _BATCH)[step.X]
+        return sample_feeds(self.graph, STEP_SAMPLES)[step.X]
 
     @cached_property
     def y(self) -> Array:
-        return random_labels(self.bundle.recipe, _BATCH, self.outputs[0], self.training.inputs[step.Y])
+        return random_labels(self.bundle.recipe, STEP_SAMPLES, self.outputs[0], self.training.inputs[step.Y])
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
         out = step_feeds(
@@ -135,19 +134,8 @@ class _Trial:
     def check_step(self) -> str:
         """A step gives a finite loss, moves weights, and keeps all shapes."""
         # With the recipe's own rate of 0 nothing would move: try the step with another.
-        out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0]))
-        if not np.isfinite(out[step.LOSS]):
-            raise TrainingError(f"{TRAINING}: the loss of random samples", expected="a finite number", got=self.loss)
-        moved = 0
-        for name, value in self.tensors.items():
-            after = out.get(step.following(name), value)
-            if after.shape != value.shape:
-                raise TrainingError(f"{TRAINING}: next value of {name}", expected=value.shape, got=after.shape)
-            if not np.isfinite(after).all():
-                raise TrainingError(f"{TRAINING}: next value of {name} is not finite")
-            moved += self.bundle.architecture.by_name[name].kind.trainable and not np.array_equal(after, value)
-        if not moved:
-            raise TrainingError(f"{TRAINING}: a step moves no weight")
+        out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_RATE))
+        moved = moved_tensors(out, self.bundle.architecture, self.tensors)
         still = [n for n in self.tensors if step.following(n) not in out]
         return f"loss {float(out[step.LOSS]):.4g}; a step moves {quantity(moved, 'tensor')}" + (
             f" and leaves {len(still)} frozen" if still else ""

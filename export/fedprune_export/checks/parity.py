@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import ModelError
+from fedprune.core.errors import ModelError, TrainingError
+from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection
-from fedprune.model.step_contract import LOGITS, X, Y, following
+from fedprune.model.selection import Selection, Tensors
+from fedprune.model.step_contract import LOGITS, LOSS, LR, X, Y, following
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import Session
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
@@ -24,7 +25,9 @@ from fedprune_export.pruning.model import Model
 
 SAMPLES = 7  # random inputs of the check
 
-_STEP_SAMPLES = 2  # more than one, so that batch norms have something to normalise by
+STEP_SAMPLES = 6  # more than one, so that batch norms have something to normalise by, and losses pairs to compare
+
+TRIAL_RATE = 0.1  # where the recipe's own learning rate is 0, so that nothing would move
 
 LIMIT = 1e-4  # float32 sums in another order differ by less than 1e-5; more means that the cut is wrong
 
@@ -54,24 +57,54 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
     """Take a training step of a bundle with random samples: whether it runs is seen at the bundle's own widths.
 
-    Raises `ModelError` if onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.
+    Raises `ModelError` if onnxruntime doesn't load or run the step, and `TrainingError` as `moved_tensors`.
     """
     session = Session(files[name], training=True)
     tensors, classes = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
     batch = session.inputs[X][1][0]
-    samples = batch if isinstance(batch, int) else _STEP_SAMPLES
+    samples = batch if isinstance(batch, int) else STEP_SAMPLES
     x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, classes, session.inputs[Y])
     frozen = tensorfile.decode(files[BASE]) if BASE in files else {}
-    out = session.run(step_feeds(session.inputs, recipe, {**tensors, **frozen}, x, y, classes))
-    for tensor, value in tensors.items():
-        after = out.get(following(tensor), value)
+    feeds = step_feeds(session.inputs, recipe, {**tensors, **frozen}, x, y, classes)
+    moved_tensors(
+        session.run(feeds if recipe.lr else {**feeds, LR: np.array(TRIAL_RATE, np.float32)}),
+        model.architecture,
+        tensors,
+    )
+
+
+def moved_tensors(
+    step: Mapping[str, npt.NDArray[Any]], architecture: Architecture, tensors: Tensors, where: str = TRAINING
+) -> int:
+    """How many trainable tensors a training step has moved.
+
+    Raises `TrainingError` if its loss or a next value isn't finite, a tensor has another shape, or none has moved.
+
+    Args:
+        step: The step's outputs.
+        tensors: The weights that it was given.
+    """
+    if not np.isfinite(step[LOSS]):
+        raise TrainingError(
+            f"{TRAINING}: the loss of random samples", expected="a finite number", got=float(step[LOSS])
+        )
+    moved = 0
+    for name, value in tensors.items():
+        after = step.get(following(name), value)
         if after.shape != value.shape:
-            raise ModelError(
-                f"the training step changes the shape of {tensor}",
-                expected=value.shape,
-                got=after.shape,
-                hint="Please report this with the model.",
-            )
+            raise TrainingError(f"{TRAINING}: next value of {name}", expected=value.shape, got=after.shape)
+        if not np.isfinite(after).all():
+            raise TrainingError(f"{TRAINING}: next value of {name} is not finite")
+        moved += architecture.by_name[name].kind.trainable and not np.array_equal(after, value)
+    if not moved:
+        one = architecture.output_shape[:1] == (1,)
+        raise TrainingError(
+            f"{TRAINING}: a step moves no weight",
+            hint="A softmax of one output is always 1: choose the loss bce, mse or another one for a single output."
+            if one
+            else "The loss of random samples has no gradient: choose another loss, or train other tensors.",
+        )
+    return moved
 
 
 def distance(some: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:

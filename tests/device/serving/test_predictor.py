@@ -22,6 +22,11 @@ def test_predictions_are_those_of_the_weights_beside_the_graph(model: Path, weig
     np.testing.assert_allclose(Predictor(model).predict(data.x_train, batch=9), wanted, atol=1e-5)
 
 
+def test_a_folder_may_be_given_as_text(model: Path, data: LocalData) -> None:
+    found = Predictor(str(model)).predict(data.x_train)
+    np.testing.assert_array_equal(found, Predictor(model).predict(data.x_train))
+
+
 def test_no_inputs_give_no_rows_of_logits(model: Path, data: LocalData) -> None:
     assert Predictor(model).predict(data.x_train[:0]).shape == (0, 3)
 

@@ -627,6 +627,7 @@ REFUSED: list[tuple[str, list[Node], Dims, Arrays, Shapes]] = [
     ),
     ("the_Gather.*single channels", [node("Gather", "x", "i", axis=1)], ("N", "c"), {"i": ints(4, 0)}, {}),
     ("the_Pad.*reflects", [node("Pad", "x", "p", mode="reflect")], ("N", 3), {"p": ints(0, 3, 0, 0)}, {}),
+    ("the_Pad.*got 4", [node("Pad", "x", "p", mode="reflect")], ("N", 3), {"p": ints(0, 0, 0, 4)}, {}),
     (
         "the_Resize",
         [node("Resize", "x", "", "scales", mode="nearest")],

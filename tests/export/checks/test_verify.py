@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+import fedprune_export as fx
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
 from fedprune.model import step_contract
@@ -325,3 +326,34 @@ def test_damage_that_the_manifest_agrees_with_never_surprises(
     said = capsys.readouterr()
     assert {line.partition(":")[0] for line in said.out.splitlines()} <= set(CHECKS)
     assert {line.partition(":")[0] for line in said.err.splitlines()} == {"error"}
+
+
+def linear(outputs: int) -> Model:
+    """A layer of 4 channels, and one of outputs."""
+    rng, node, value = np.random.default_rng(0), onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    tensors = {"v": rng.standard_normal((5, 4), np.float32), "w": rng.standard_normal((4, outputs), np.float32)}
+    graph = onnx.helper.make_graph(
+        [node("MatMul", ["i", "v"], ["h"]), node("Tanh", ["h"], ["t"]), node("MatMul", ["t", "w"], ["o"])],
+        "g",
+        [value("i", 1, ["N", 5])],
+        [value("o", 1, ["N", outputs])],
+        [numpy_helper.from_array(v, k) for k, v in tensors.items()],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    return import_onnx(proto.SerializeToString(), "linear")
+
+
+def test_a_step_that_learns_nothing_is_no_fine_export(tmp_path: Path) -> None:
+    """The softmax of one output is always 1."""
+    model = linear(1)
+    with pytest.raises(TrainingError, match="moves no weight") as caught:
+        fx.export(model, fx.plan(model, "raspberry-pi-5", recipe=Recipe()), tmp_path / "b")
+    assert "bce" in caught.value.hint
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("loss", "outputs"), [("infonce", 300), ("triplet", 300), ("bce", 1), ("cross_entropy", 300)])
+def test_what_is_exported_is_verified(loss: str, outputs: int, tmp_path: Path) -> None:
+    model = linear(outputs)
+    fx.export(model, fx.plan(model, "raspberry-pi-5", recipe=Recipe(loss=loss)), tmp_path / "b")
+    assert passed(tmp_path / "b", model) == ([*CHECKS, "model"], None)

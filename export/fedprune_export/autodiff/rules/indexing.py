@@ -466,6 +466,7 @@ def _indices(node: Node, own: Array, before: int, after: int, mode: Literal["ref
     kept = own[max(0, -before) : len(own) - max(0, -after)]
     before, after = max(0, before), max(0, after)
     if mode == "reflect" and max(before, after) >= len(kept):
-        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(kept)}", got=before)
+        wrong = max(before, after)
+        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(kept)}", got=wrong)
     picked: Array = np.pad(kept, (before, after), mode=mode)
     return picked
