@@ -139,15 +139,17 @@ class _Dropouts:
     @contextmanager
     def answering(self, module: Any) -> Iterator[None]:
         """Answer all calls, also those of modules for stochastic depth, which do nothing in evaluation."""
-        parts = [part for part in module.modules() if _depth_ratio(part)]
-        for part in parts:
+        parts = [(part, vars(part).get("forward")) for part in module.modules() if _depth_ratio(part)]
+        for part, _ in parts:
             part.forward = functools.partial(self._depth, part)
         try:
             with self.mode():
                 yield
         finally:
-            for part in parts:
+            for part, own in parts:
                 del part.forward
+                if own is not None:
+                    part.forward = own
 
     def mode(self) -> Any:
         """The mode of torch in which functions are answered."""
@@ -251,11 +253,9 @@ class _Exported(_Dropouts):
 
 
 def _recorded(torch: Any, module: Any, samples: Sequence[Any]) -> _Recorded:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     record = _Recorded(torch)
 
-    class Random(TorchDispatchMode):  # type: ignore[misc]
+    class Random(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc, name-defined]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 name = func.overloadpacket.__name__.strip("_")
@@ -302,7 +302,7 @@ def _depth_ratio(part: Any) -> float:
 def _operator(torch: Any) -> Any:
     """The operator that stands for a dropout in an export: its input, with the ratio and the axes of the mask."""
 
-    def dropout(x: torch.Tensor, ratio: float, axes: Sequence[int]) -> torch.Tensor:  # type: ignore[name-defined]
+    def dropout(x: torch.Tensor, ratio: float, axes: Sequence[int]) -> torch.Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
     dropout.__annotations__ = {"x": torch.Tensor, "ratio": float, "axes": Sequence[int], "return": torch.Tensor}
