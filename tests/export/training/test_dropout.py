@@ -269,6 +269,32 @@ def test_a_dropout_that_is_off_in_training_mode_stays_off() -> None:
     assert not model.notes
 
 
+def test_a_dropout_that_is_on_in_evaluation_is_noted() -> None:
+    assert any("Rows" in note and "evaluation" in note for note in model_of("rows").notes)
+
+
+class Labelled(nn.Module):
+    """A module that can't be run without labels in training mode."""
+
+    input_shape = (5,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.drop, self.fc2 = nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        out = self.fc2(self.drop(self.fc1(x)))
+        return nn.functional.cross_entropy(out, labels) if self.training else out  # type: ignore[arg-type]
+
+
+def test_a_module_that_takes_more_in_training_mode_keeps_its_dropouts() -> None:
+    module = Labelled()
+    model = import_onnx(export_torch(module), "labelled")
+    assert list(masks_of(step_of(model)).ratios.values()) == [0.5]
+    assert any("training mode" in note for note in model.notes)
+    assert module.training
+
+
 def test_attention_layers_of_torch_drop_weights_and_values() -> None:
     class Encoder(nn.Module):
         input_shape = (3, 4)
