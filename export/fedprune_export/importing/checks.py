@@ -16,6 +16,7 @@ import onnx
 from fedprune.core.errors import ModelError, shown
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
+from fedprune_export.importing.original import Original
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.trace import Trace, inferred, sample_feeds
 
@@ -85,13 +86,13 @@ _LARGE = 2**22
 _SHAPE = "shape~of~"
 
 
-def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
+def compare(original: Original, graph: Graph, softmax: str) -> None:
     """Compare outputs before and after on random numbers, and shapes with what was inferred.
 
     Raises `ModelError` if they differ, or the output is not finite.
 
     Args:
-        before: The model as it came; it is fed by the order of its inputs.
+        original: The model as it came.
         softmax: The operator that was removed from the end, if any.
     """
     known = inferred(graph, _BATCHES[0])
@@ -104,7 +105,7 @@ def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
     large = sum(math.prod(known.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
     for batch in _BATCHES[:2] if large else _BATCHES:
         x = sample_feeds(graph, batch, seed=batch)[X]
-        old = before.run({next(iter(before.inputs)): x}, [name])[name]
+        old = original.run(x)
         wanted = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
         found = after.run({X: x}, wanted)
         _check_close(old, found[LOGITS], softmax, batch)

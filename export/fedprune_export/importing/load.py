@@ -20,7 +20,7 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
 from fedprune_export.importing.hub_folder import class_names, model_name, read_hub_folder
 from fedprune_export.importing.inlining import prepared
-from fedprune_export.importing.lengths import INPUT_KEY, bind, read_shape
+from fedprune_export.importing.lengths import bind, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
@@ -252,9 +252,8 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    same = proto is given and len(proto.graph.output) == len(proto.graph.input) == 1 and INPUT_KEY not in texts
     given_names = None if listed is None else frozenset(listed)
-    normal = normalise(proto, given_names, raw if same else None, own_loss=own_loss or LOSS_KEY in texts)
+    normal = normalise(proto, given_names, raw, own_loss=own_loss or LOSS_KEY in texts)
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     uncut = kept(normal.parameters, still) if precision is None else frozenset(still)

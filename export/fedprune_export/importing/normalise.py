@@ -21,6 +21,7 @@ from fedprune.runtime.session import Session
 from fedprune_export.importing.checks import check_indices, check_nodes, compare
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
+from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
 from fedprune_export.importing.patterns import find_activations, find_norms
@@ -63,8 +64,8 @@ class Normalised:
 
 def normalise(
     model: onnx.ModelProto,
-    parameters: frozenset[str] | None = None,
-    raw: bytes | None = None,
+    parameters: frozenset[str] | None,
+    raw: bytes,
     *,
     own_loss: bool = False,
 ) -> Normalised:
@@ -77,7 +78,7 @@ def normalise(
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
-        raw: The model's bytes, where they are at hand.
+        raw: The file that the model was read from: what onnxruntime makes of it is what the graph has to compute.
         own_loss: Whether the model has a loss of its own, which takes outputs as they are: several become parts of one,
             instead of being refused, and a softmax at the end stays.
     """
@@ -87,6 +88,7 @@ def normalise(
     graph = Graph.from_proto(upgraded(model))
     notes: list[str] = []
     check_nodes(graph)
+    given_inputs, given_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
     if own_loss:
@@ -94,10 +96,8 @@ def normalise(
     _check_ports(graph)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     _name_nodes(graph)
+    row = graph.copy()
     graph.prune()
-    reference, output = graph.copy(), graph.outputs[0].name
-    loaded = [n for n in model.graph.node if n.op_type != "Constant" or n.domain]
-    usable = len(loaded) == len(graph.nodes) and len({n.name for n in model.graph.node}) == len(model.graph.node)
     drop_idle(graph)
     plain = _plain_numbers(graph)
     scalars = {n for n in plain - constants if parameters is None and graph.initializers[n].dtype == np.float32}
@@ -110,7 +110,7 @@ def normalise(
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
     softmax = "" if own_loss else _drop_output_softmax(graph, len(seen.shapes[LOGITS]), notes)
-    before = Session(raw if raw is not None and usable else reference.to_bytes())
+    original = Original(raw, given_inputs, given_outputs, row)
     composites = _simplified(graph, seen, constants, notes, LOGITS)
     if composites:
         notes.append(
@@ -131,7 +131,7 @@ def normalise(
     _name_nodes(graph)
     seen = trace(graph)
     _check_types(graph, seen)
-    compare(before, output, graph, softmax)
+    compare(original, graph, softmax)
     return Normalised(graph, kinds, seen, notes, names)
 
 

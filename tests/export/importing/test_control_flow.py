@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,7 @@ from onnx import numpy_helper
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import import_onnx, inlining
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import cut_error, distance, outputs, random_selection
@@ -134,3 +136,21 @@ BY_DATA = "largest = ReduceMax<keepdims=0>(x) trips = Cast<to=7>(largest)"
 def test_loops_that_depend_on_the_data_or_are_too_long_are_named(body: str, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         import_onnx(parsed(body), "net")
+
+
+def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = f"""{START} yes = Constant<value_int=1>() is = Cast<to=9>(yes) m = MatMul(start, w)
+        h = If(is)<then_branch = a () => (float[N,6] p) {{ p = Relu(m) }},
+                   else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>"""
+    raw = parsed(body)
+    same(raw)
+
+    def mistaken(model: onnx.ModelProto) -> onnx.ModelProto:
+        out = inlining.prepared(model)
+        for node in out.graph.node:
+            node.op_type = "Tanh" if node.op_type == "Relu" else node.op_type
+        return out
+
+    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.load"), "prepared", mistaken)
+    with pytest.raises(ModelError, match="outputs differ"):
+        import_onnx(raw, "net")
