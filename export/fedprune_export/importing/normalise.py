@@ -23,7 +23,14 @@ from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
-from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
+from fedprune_export.importing.parameter_roles import (
+    CONSTANT_PREFIX,
+    find_kinds,
+    is_sole_bias,
+    name_constants,
+    note_scalars,
+    untie,
+)
 from fedprune_export.importing.patterns import find_activations, find_norms
 from fedprune_export.importing.simplification import (
     bypass,
@@ -163,13 +170,20 @@ def _simplified(graph: Graph, seen: Trace, constants: set[str], notes: list[str]
 
 
 def _plain_numbers(graph: Graph) -> set[str]:
-    """Initialisers that no author means to train: integers, and single numbers that scale, shift or bound."""
-    readers = graph.consumers()
+    """Initialisers that no author means to train: integers, and single numbers that scale, shift or bound, other than
+    the bias of a product with one output."""
+    readers, producers = graph.consumers(), graph.producers()
+
+    def is_plain(name: str) -> bool:
+        uses = [n for n, _ in readers.get(name, [])]
+        return all(n.op in _ARITHMETIC and not n.domain for n in uses) and not any(
+            is_sole_bias(graph, producers, n, name) for n in uses
+        )
+
     return {
         name
         for name, value in graph.initializers.items()
-        if value.dtype != np.float32
-        or (value.size == 1 and all(n.op in _ARITHMETIC and not n.domain for n, _ in readers.get(name, [])))
+        if value.dtype != np.float32 or (value.size == 1 and is_plain(name))
     }
 
 

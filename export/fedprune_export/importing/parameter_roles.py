@@ -53,7 +53,9 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
             if value is None or name in constants or value.dtype != np.float32:
                 continue
             uses[name] = uses.get(name, 0) + 1
-            if uses[name] > 1 and value.size > 1 and np.all(value == value.reshape(-1)[0]):
+            # A slope of all channels is one number for a user, too, who applies it again and again.
+            slope = node.op == "PRelu" and value.size == 1
+            if uses[name] > 1 and not slope and np.all(value == value.reshape(-1)[0]):
                 clone = f"{name}_{uses[name]}"
                 while clone in graph.initializers:
                     clone += "_"
@@ -100,8 +102,12 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         if listed is not None or name in norms:
             uses = _uses(consumers, made, name)
             kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
-        elif value.size > 1:
+        else:
             uses = _uses(consumers, made, name)
+            if value.size == 1:
+                uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
+                if not uses:
+                    continue
             others = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
             if not uses:
                 notes.append(
@@ -122,6 +128,22 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             f"Trained because they are added or multiplied, as constants may be too: {some(guessed, most=3)}. {_LISTED}"
         )
     return kinds
+
+
+def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:
+    """Whether a node adds a single number of one axis or more to a product with one output, as its bias."""
+    if node.op != "Add" or node.domain or name not in node.inputs or not graph.initializers[name].ndim:
+        return False
+    product = producers.get(node.inputs[1 - node.inputs.index(name)])
+    if product is None or product.domain or len(product.inputs) < 2:
+        return False
+    weight = graph.initializers.get(product.inputs[1])
+    if weight is None or weight.ndim < 2:
+        return False
+    if product.op == "ConvTranspose":
+        return weight.shape[1] * int(product.attrs.get("group", 1)) == 1
+    axis = {"MatMul": -1, "Conv": 0, "Gemm": 0 if product.attrs.get("transB") else 1}.get(product.op)
+    return axis is not None and weight.shape[axis] == 1
 
 
 def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
