@@ -43,7 +43,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
     group.add_argument("--name", help="the model's name (default: that of the file or factory)")
-    group.add_argument("--output", metavar="NAME", help="which output counts, where an ONNX file has several")
+    group.add_argument(
+        "--output",
+        metavar="NAME",
+        help="which output of an ONNX file counts, or at which value within it the model ends",
+    )
     group.add_argument(
         "--parameters",
         type=Path,

@@ -119,8 +119,8 @@ def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], sof
     if old.dtype.kind != "f" or not np.isfinite(old).all():
         raise ModelError("the model's output is not finite for random inputs", expected="finite numbers")
     if softmax and new.shape == old.shape:
-        new = new - new.max(-1, keepdims=True)
-        new = new - np.log(np.exp(new).sum(-1, keepdims=True))
+        new = new - new.max(1, keepdims=True)
+        new = new - np.log(np.exp(new).sum(1, keepdims=True))
         new = np.exp(new) if softmax == "Softmax" else new
     scale = max(float(np.abs(old).max(initial=0)), 1e-6)
     worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else float("inf")

@@ -25,6 +25,7 @@ from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, pieces
+from fedprune_export.importing.sequences import inferred
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 from fedprune_export.importing.user_graphs import (
@@ -73,7 +74,7 @@ def load(
             be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
             free axis.
         token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
-        output: Which output gives the logits, where the model has several.
+        output: Which output gives the logits, where the model has several, or by which value within the model it ends.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
         prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
         loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
@@ -304,11 +305,7 @@ def _choose(
 ) -> None:
     """Write choices into a model."""
     if output is not None:
-        names = [o.name for o in proto.graph.output]
-        if output not in names:
-            raise ModelError("the model has no such output", expected=metadata.shown_names(names), got=shown(output))
-        for other in [o for o in proto.graph.output if o.name != output]:
-            proto.graph.output.remove(other)
+        _choose_output(proto, output)
     if parameters is not None:
         held = {t.name for t in proto.graph.initializer}
         listed = texts("parameters", parameters, error=ModelError)
@@ -316,6 +313,25 @@ def _choose(
         metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})
     if prefer is not None:
         metadata.write(proto, {metadata.PREFER_KEY: prefer})
+
+
+def _choose_output(proto: onnx.ModelProto, output: str) -> None:
+    """Make one value the only output: one of several, or a value that only nodes read so far."""
+    listed = {o.name: o for o in proto.graph.output}
+    inner = {name for node in proto.graph.node for name in node.output if name}
+    if output not in listed and output not in inner:
+        raise ModelError("the model has no such output", expected=metadata.shown_names(list(listed)), got=shown(output))
+    value = listed.get(output)
+    if value is None:
+        dims = inferred(proto).get(output)
+        if dims is None:
+            raise ModelError(f"value {shown(output)} can't be the output", expected="a value whose shape is known")
+        sizes = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
+        value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
+    kept = onnx.ValueInfoProto()
+    kept.CopyFrom(value)
+    del proto.graph.output[:]
+    proto.graph.output.append(kept)
 
 
 def _is_factory(text: str) -> bool:

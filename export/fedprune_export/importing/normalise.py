@@ -6,6 +6,7 @@ that do nothing at inference, forms of an operator that differ between opsets. W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,13 +43,15 @@ from fedprune_export.importing.simplification import (
     simplify,
 )
 from fedprune_export.importing.translation import translate, upgraded
-from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.shape_arithmetic import follow
 from fedprune_export.ir.trace import Trace, check_batch, sample_input, trace
 
 Array = npt.NDArray[Any]
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
+_NEAR = 1e-4  # bounds of probabilities this near to 0 and 1 guard a logarithm
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
@@ -116,7 +119,7 @@ def normalise(
     graph.prune()
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
-    softmax = "" if own_loss else _drop_output_softmax(graph, len(seen.shapes[LOGITS]), notes)
+    softmax = "" if own_loss else _drop_output_softmax(graph, seen, notes)
     original = Original(raw, given_inputs, given_outputs, row)
     composites = _simplified(graph, seen, constants, notes, LOGITS)
     if composites:
@@ -252,21 +255,54 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
     return names
 
 
-def _drop_output_softmax(graph: Graph, rank: int, notes: list[str]) -> str:
-    """A softmax over classes at the end belongs to the loss; it doesn't change which class wins.
+def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
+    """A softmax over classes at the end belongs to the loss; it doesn't change which class wins. Operators that only
+    pass its numbers on may follow it.
 
     Returns the operator that was removed, empty if none.
     """
-    last = graph.producers().get(LOGITS)
-    if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax"):
+    makers, readers = graph.producers(), graph.consumers()
+    followers: list[Node] = []
+    last, name = makers.get(LOGITS), LOGITS
+    while last is not None and not last.domain and last.op in REARRANGEMENTS | {"Cast", "Clip"}:
+        followers.append(last)
+        name = last.inputs[0]
+        last = makers.get(name) if len(readers[name]) == 1 else None
+    if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax") or LOGITS in readers:
         return ""
-    if last.inputs[0] not in graph.producers() or LOGITS in graph.consumers():
+    if last.inputs[0] not in makers or not seen.shapes[name]:
         return ""
-    if rank != 2 or last.attrs.get("axis", -1) not in (-1, 1):
+    axis: int | None = int(last.attrs.get("axis", -1)) % len(seen.shapes[name])
+    clips = [node for node in followers if node.op == "Clip"]
+    if any(not _keeps_probabilities(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
+        return ""
+    for node in reversed(followers):
+        axis = _followed(node, axis, seen) if axis is not None else None
+    if axis != 1:
         return ""
     notes.append(f"The {last.op} at the end was removed: the output is logits.")
-    bypass(graph, last, {LOGITS})
+    for node in (last, *clips):
+        bypass(graph, node, {LOGITS})
     return last.op
+
+
+def _keeps_probabilities(graph: Graph, clip: Node) -> bool:
+    """Whether bounds cut off next to nothing of the numbers from 0 to 1."""
+    low, high = ([*clip.inputs, "", ""][i] for i in (1, 2))
+    known = all(name in graph.initializers for name in (low, high) if name)
+    bottom, top = graph.initializers.get(low, np.zeros(1)), graph.initializers.get(high, np.ones(1))
+    return known and bool((bottom <= _NEAR).all() and (top >= 1 - _NEAR).all())
+
+
+def _followed(node: Node, axis: int, seen: Trace) -> int | None:
+    """Where an axis is after a node that passes values on; None if the node merges or splits it."""
+    if node.op == "Transpose":
+        rank = len(seen.shapes[node.inputs[0]])
+        return list(node.attrs.get("perm", range(rank)[::-1])).index(axis)
+    before, after = seen.shapes[node.inputs[0]], seen.shapes[node.outputs[0]]
+    ahead = math.prod(before[:axis])
+    places = [i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead]
+    return places[-1] if places else None
 
 
 def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:

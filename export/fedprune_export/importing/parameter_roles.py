@@ -118,7 +118,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             else:
                 kinds[name] = uses[0][0]
                 after = [producers[o].op if o in producers else "" for o in others]
-                vector = max(value.shape) == value.size
+                vector = max(value.shape, default=1) == value.size
                 if all(others) and not (vector and uses[0][1].op == "Add" and after[0] in _PRODUCTS):
                     guessed.append(name)
     if straight:
