@@ -236,8 +236,12 @@ def import_onnx(
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
+    return _imported(_with_choices(raw, output, parameters, prefer), name)
+
+
+def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     try:
-        return _imported(_with_choices(raw, output, parameters, prefer), name)
+        return _built(raw, name, own_loss)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"the model can't be understood ({type(error).__name__}: {reason(error)})",
@@ -245,7 +249,7 @@ def import_onnx(
         ) from error
 
 
-def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
+def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
     check(raw if proto is given else proto)

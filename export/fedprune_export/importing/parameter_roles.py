@@ -47,6 +47,7 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
     Uniform vectors (fresh norms) are merged by value; a matrix that several nodes read is truly tied.
     """
     uses: dict[str, int] = {}
+    taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), *(p.name for p in graph.inputs)}
     for node in graph.nodes:
         for i, name in enumerate(node.inputs):
             value = graph.initializers.get(name)
@@ -57,8 +58,9 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
             slope = node.op == "PRelu" and value.size == 1
             if uses[name] > 1 and not slope and np.all(value == value.reshape(-1)[0]):
                 clone = f"{name}_{uses[name]}"
-                while clone in graph.initializers:
+                while clone in taken:
                     clone += "_"
+                taken.add(clone)
                 graph.initializers[clone] = value
                 node.inputs[i] = clone
                 notes.append(f"Tensor {name} was shared; {node.op} {node.name} has its own copy {clone}.")
