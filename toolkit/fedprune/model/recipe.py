@@ -586,6 +586,10 @@ def judged_by(recipe: Mapping[str, Any]) -> str:
     return (ACCURACY if labels_of(recipe.get("loss", Recipe.loss)) in JUDGED else LOSS).name
 
 
+LIST_SETTINGS = tuple(field.name for field in fields(Recipe) if str(field.type).startswith("tuple["))
+"""Settings of a recipe that are lists."""
+
+
 def _patterns(name: str, value: object) -> tuple[str, ...]:
     if (
         not isinstance(value, Sequence)
