@@ -17,6 +17,7 @@ from fedprune.core.errors import ModelError, shown
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
 from fedprune_export.importing.original import Original
+from fedprune_export.importing.refusals import quantised, quantising
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.trace import Trace, inferred, sample_feeds
 
@@ -108,7 +109,11 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
         old = original.run(x)
         wanted = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
         found = after.run({X: x}, wanted)
-        _check_close(old, found[LOGITS], softmax, batch)
+        try:
+            _check_close(old, found[LOGITS], softmax, batch)
+        except ModelError as error:
+            rounding = quantising(graph)
+            raise error if rounding is None else quantised(rounding) from error
         for value in values if len(wanted) > 1 else ():
             shape = tuple(found[_SHAPE + value].tolist())
             if shape != known.shapes[value]:

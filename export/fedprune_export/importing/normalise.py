@@ -26,6 +26,7 @@ from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.parameter_roles import (
     CONSTANT_PREFIX,
+    constants_of,
     find_kinds,
     is_sole_bias,
     name_constants,
@@ -33,6 +34,7 @@ from fedprune_export.importing.parameter_roles import (
     untie,
 )
 from fedprune_export.importing.patterns import find_activations, find_norms
+from fedprune_export.importing.refusals import RANDOM, check_output, check_random, check_stored, check_trainable
 from fedprune_export.importing.simplification import (
     bypass,
     drop_idle,
@@ -41,20 +43,18 @@ from fedprune_export.importing.simplification import (
     narrow_constants,
     part_fills,
     simplify,
+    widen,
 )
 from fedprune_export.importing.translation import translate, upgraded
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.shape_arithmetic import follow
-from fedprune_export.ir.trace import Trace, check_batch, sample_input, trace
+from fedprune_export.ir.trace import Trace, check_batch, refuse_fixed_batch, sample_input, trace
 
 Array = npt.NDArray[Any]
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
 _NEAR = 1e-4  # bounds of probabilities this near to 0 and 1 guard a logarithm
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
 
 
 @dataclass
@@ -94,10 +94,13 @@ def normalise(
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
-    constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
-    graph = Graph.from_proto(upgraded(model))
+    model = upgraded(model)
+    graph = Graph.from_proto(model)
     notes: list[str] = []
     check_nodes(graph)
+    check_stored(graph)
+    widen(graph)
+    constants = constants_of(model, graph)
     given_inputs, given_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
@@ -119,6 +122,9 @@ def normalise(
     graph.prune()
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
+    if seen.dims(LOGITS)[:1] != (None,):
+        refuse_fixed_batch(graph)
+    check_output(graph, seen, {new: old for old, new in names.items()})
     softmax = "" if own_loss else _drop_output_softmax(graph, seen, notes)
     original = Original(raw, given_inputs, given_outputs, row)
     composites = _simplified(graph, seen, constants, notes, LOGITS)
@@ -128,6 +134,7 @@ def normalise(
             if composites == 1
             else f"{composites} norms and activations that were written out in primitives are one operator each."
         )
+    check_random(graph)
     guard_lengths(graph, constants)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
@@ -136,6 +143,7 @@ def normalise(
     narrow_constants(graph, seen, constants)
     kinds = find_kinds(graph, constants, listed, notes)
     note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
+    check_trainable(graph, kinds)
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
     _name_nodes(graph)
@@ -318,7 +326,7 @@ def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:
     for node in graph.nodes:
         reads = [i for i in node.inputs if i]
         if (
-            node.op not in _RANDOM
+            node.op not in RANDOM
             and all(i in known or i in static for i in reads)
             and not all(o in known for o in node.outputs if o)
         ):

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.core.text import some
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 
 CONSTANT_PREFIX = "const~"  # initialisers whose names begin so are constants: `Graph.constant` names them
@@ -36,9 +37,27 @@ _ROLES = {
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 """Operators whose operand may be a weight, but also a table of positions or a normalisation of images."""
 
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _LISTED = "--parameters FILE lists what is to be trained."
+_MASKED = -1e4  # what a mask adds to scores that don't count is this or less
 _STATISTICS = ("stat_mean", "stat_var")
+
+
+def constants_of(model: onnx.ModelProto, graph: Graph) -> set[str]:
+    """What a file says to be constant: the values of its Constant nodes, unless all its weights are some.
+
+    Several exporters write weights as such nodes; others write only what the author has written as a number.
+    """
+    constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
+    weights = {
+        name
+        for node in graph.nodes
+        if node.op in _LAYERS and not node.domain
+        for i, name in enumerate(node.inputs)
+        if _ROLES[node.op].get(i) == "weight" and name in graph.initializers
+    }
+    return constants if weights - constants or not weights else set()
 
 
 def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
@@ -111,7 +130,9 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
                 if not uses:
                     continue
             others = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
-            if not uses:
+            if _is_mask(value) and all(u[1].op in _ARITHMETIC for u in uses):
+                notes.append(f"Tensor {name} is a mask, of 0 and {value.min():g}: a constant, and not trained.")
+            elif not uses:
                 notes.append(
                     f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
                 )
@@ -132,6 +153,12 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
     return kinds
 
 
+def _is_mask(value: Array) -> bool:
+    """Whether numbers are 0 for what counts, and one very low number for what doesn't."""
+    low = value.min(initial=0)
+    return bool(low <= _MASKED and ((value == 0) | (value == low)).all())
+
+
 def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:
     """Whether a node adds a single number of one axis or more to a product with one output, as its bias."""
     if node.op != "Add" or node.domain or name not in node.inputs or not graph.initializers[name].ndim:
@@ -143,9 +170,9 @@ def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: 
     if weight is None or weight.ndim < 2:
         return False
     if product.op == "ConvTranspose":
-        return weight.shape[1] * int(product.attrs.get("group", 1)) == 1
+        return int(weight.shape[1]) * int(product.attrs.get("group", 1)) == 1
     axis = {"MatMul": -1, "Conv": 0, "Gemm": 0 if product.attrs.get("transB") else 1}.get(product.op)
-    return axis is not None and weight.shape[axis] == 1
+    return axis is not None and int(weight.shape[axis]) == 1
 
 
 def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
