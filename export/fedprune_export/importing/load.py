@@ -252,8 +252,10 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
 def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
-    check(raw if proto is given else proto)
-    texts, held = metadata.read(proto), {t.name for t in proto.graph.initializer}
+    check(raw)
+    if proto is not given:
+        _check_prepared(proto)
+    texts, held = metadata.read(proto), _tensors(proto)
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
@@ -296,6 +298,22 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     return model
 
 
+def _check_prepared(proto: onnx.ModelProto) -> None:
+    try:
+        check(proto)
+    except ModelError as error:
+        raise ModelError(
+            f"writing out the model's functions, branches and loops has made no valid model ({error})",
+            hint="Please report this with the model, or export it without them.",
+        ) from error
+
+
+def _tensors(proto: onnx.ModelProto) -> set[str]:
+    """Names of a model's tensors, also of those that are written as Constant nodes."""
+    constants = (o for n in proto.graph.node if n.op_type == "Constant" for o in n.output)
+    return {*(t.name for t in proto.graph.initializer), *constants}
+
+
 def _preferred(text: str) -> Prefer:
     if text == "coarse":
         return "coarse"
@@ -311,7 +329,7 @@ def _choose(
     if output is not None:
         _choose_output(proto, output)
     if parameters is not None:
-        held = {t.name for t in proto.graph.initializer}
+        held = _tensors(proto)
         listed = texts("parameters", parameters, error=ModelError)
         checked = metadata.checked(listed, held, "the list of parameters")
         metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})

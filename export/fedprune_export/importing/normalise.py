@@ -100,7 +100,7 @@ def normalise(
     check_nodes(graph)
     check_stored(graph)
     widen(graph)
-    constants = constants_of(model, graph)
+    constants = constants_of(model, graph, notes if parameters is None else [])
     given_inputs, given_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)

@@ -29,7 +29,7 @@ class Original:
 
     def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph) -> None:
         self._inputs, self._outputs, self._row = inputs, outputs, row.inputs[0].name
-        self._session = Session(_runnable(raw, outputs))
+        self._session = raw_session(raw, outputs)
         feeder = row.copy()
         feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row]
         self._feeder: Session | None = None
@@ -49,17 +49,16 @@ class Original:
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
 
 
-def _runnable(raw: bytes, outputs: list[str]) -> bytes:
-    """The file without what no output depends on, whose sizes nobody has bounded, and without names of nodes and
-    written shapes, which may be double or wrong and compute nothing."""
+def raw_session(raw: bytes, outputs: list[str]) -> Session:
+    """A session of a file without what no output depends on, whose sizes nobody has bounded, and without names of nodes
+    and written shapes, which may be double or wrong and compute nothing. Raises `ModelError` if onnxruntime refuses."""
     model = onnx.load_model_from_string(raw)
     unused = [o for o in model.graph.output if o.name not in outputs]
     for value in unused:
         model.graph.output.remove(value)
     for part in (model.graph, *model.functions):
         _drop_dead(part)
-    runnable: bytes = model.SerializeToString()
-    return runnable
+    return Session(model.SerializeToString())
 
 
 def _drop_dead(part: Any) -> set[str]:

@@ -44,10 +44,13 @@ _MASKED = -1e4  # what a mask adds to scores that don't count is this or less
 _STATISTICS = ("stat_mean", "stat_var")
 
 
-def constants_of(model: onnx.ModelProto, graph: Graph) -> set[str]:
+def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[str]:
     """What a file says to be constant: the values of its Constant nodes, unless all its weights are some.
 
     Several exporters write weights as such nodes; others write only what the author has written as a number.
+
+    Args:
+        notes: Gets a sentence on what could be weights and is taken for constant.
     """
     constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
     weights = {
@@ -57,7 +60,12 @@ def constants_of(model: onnx.ModelProto, graph: Graph) -> set[str]:
         for i, name in enumerate(node.inputs)
         if _ROLES[node.op].get(i) == "weight" and name in graph.initializers
     }
-    return constants if weights - constants or not weights else set()
+    if weights and not weights - constants:
+        return set()
+    doubtful = [n for n in sorted(weights & constants) if graph.initializers[n].dtype == np.float32]
+    if doubtful:
+        notes.append(f"Taken for constants, as Constant nodes hold them: {some(doubtful, most=3)}. {_LISTED}")
+    return constants
 
 
 def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
