@@ -178,3 +178,19 @@ def test_it_is_said_why_nothing_can_be_cut() -> None:
     model = import_onnx(raw(build, {"w": random(6, 5), "token": random(1, 1, 5), "last": random(5, 4)}), "net")
     assert not model.architecture.groups
     assert any("Concat" in note for note in model.notes)
+
+
+def test_some_weights_in_constant_nodes_are_named_and_can_be_listed() -> None:
+    proto = onnx.load_model_from_string(
+        raw(
+            lambda g: g.emit("Gemm", g.emit("Relu", g.emit("Gemm", "image", "w")), "v"),
+            {"w": random(6, 5), "v": random(5, 4)},
+        )
+    )
+    (held,) = [t for t in proto.graph.initializer if t.name == "w"]
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=held))
+    proto.graph.initializer.remove(held)
+    model = import_onnx(proto.SerializeToString(), "net")
+    assert set(model.tensors) == {"v"}
+    assert any(": w." in note for note in model.notes)
+    assert set(import_onnx(proto.SerializeToString(), "net", parameters=["w", "v"]).tensors) == {"w", "v"}
