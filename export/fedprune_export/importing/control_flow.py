@@ -82,8 +82,9 @@ class _Writer:
 
     def _if(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         condition = self._known(node.input[0]) if len(node.input) == 1 else None
-        if condition is None or condition.size != 1 or condition.dtype != np.bool_:
+        if condition is None:
             return None
+        _check_one("condition", node, condition)
         branch = attrs.get("then_branch" if condition.reshape(-1)[0] else "else_branch")
         if branch is None or len(branch.output) != len(node.output):
             raise ModelError(f"If {shown(node.name)} lacks a branch")
@@ -94,12 +95,16 @@ class _Writer:
         count, going, *states = [*node.input, "", ""][: max(2, len(node.input))]
         body, trips = _body(node, attrs), self._known(count) if count else None
         on = self._known(going) if going else np.array(True)
-        for what, value in (("number of turns", trips), ("condition", on)):
-            if value is not None and value.size != 1:
-                raise ModelError(f"the {what} of Loop {shown(node.name)}", expected="one", got=f"{value.size} values")
-        if trips is None or on is None or len(body.output) != 1 + len(node.output):
-            return None
-        if len(body.input) != 2 + len(states) or not self._goes_on(body):
+        _check_one("number of turns", node, trips)
+        _check_one("condition", node, on)
+        wanted = 2 + len(states), 1 + len(node.output)
+        if (len(body.input), len(body.output)) != wanted:
+            raise ModelError(
+                f"the body of Loop {shown(node.name)}",
+                expected=f"{wanted[0]} inputs and {wanted[1]} outputs",
+                got=f"{len(body.input)} and {len(body.output)}",
+            )
+        if trips is None or on is None or not self._goes_on(body):
             return None
         times = max(0, int(trips.reshape(-1)[0])) if on.reshape(-1)[0] else 0
 
@@ -353,6 +358,13 @@ class _Writer:
                 todo.append((value, True))
                 todo += [(i, False) for i in node.input if i] if node.op_type != "Shape" else []
         return list(order.values())
+
+
+def _check_one(what: str, node: onnx.NodeProto, value: Array | None) -> None:
+    """Raises `ModelError` if what decides on branches and turns isn't one number."""
+    if value is not None and (value.size != 1 or value.dtype.kind not in "biu"):
+        got = f"{value.size} of type {value.dtype}"
+        raise ModelError(f"the {what} of {node.op_type} {shown(node.name)}", expected="one truth or number", got=got)
 
 
 def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:

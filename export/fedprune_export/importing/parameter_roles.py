@@ -6,6 +6,7 @@ A file's metadata may list the weights; otherwise they are recognised by their u
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import onnx
@@ -138,8 +139,8 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
                 if not uses:
                     continue
             others = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
-            if _is_mask(value) and all(u[1].op in _ARITHMETIC for u in uses):
-                notes.append(f"Tensor {name} is a mask, of 0 and {value.min():g}: a constant, and not trained.")
+            if _is_mask(value, {n.op for n, _ in consumers[name]}):
+                notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
             elif not uses:
                 notes.append(
                     f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
@@ -161,10 +162,13 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
     return kinds
 
 
-def _is_mask(value: Array) -> bool:
-    """Whether numbers are 0 for what counts, and one very low number for what doesn't."""
-    low = value.min(initial=0)
-    return bool(low <= _MASKED and ((value == 0) | (value == low)).all())
+def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
+    """Whether numbers say what counts: 0 and one very low number, which are added, or 1 and 0 of a table of factors."""
+    low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
+    if not ((value == low) | (value == high)).all():
+        return False
+    added = bool(low <= _MASKED and high == 0) and readers <= {"Add", "Sub"}
+    return added or (value.ndim > 1 and bool(low == 0 and high == 1) and readers == {"Mul"})
 
 
 def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:

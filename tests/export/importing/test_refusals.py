@@ -65,6 +65,16 @@ def test_a_mask_is_a_constant(low: float) -> None:
     training_graph(model, Features())
 
 
+def test_a_mask_of_weights_is_a_constant() -> None:
+    def build(g: Graph) -> str:
+        return g.emit("MatMul", g.emit("Tanh", g.emit("MatMul", "image", g.emit("Mul", "w", "mask"))), "last")
+
+    tensors = {"w": random(6, 5), "mask": np.tri(6, 5, dtype=np.float32), "last": random(5, 4)}
+    model = import_onnx(raw(build, tensors), "net")
+    assert set(model.tensors) == {"w", "last"}
+    assert any("mask" in note for note in model.notes)
+
+
 def test_an_infinite_weight_is_refused() -> None:
     tensors = {"w": np.full((6, 4), np.inf, np.float32)}
     refused(raw(lambda g: g.emit("MatMul", "image", "w"), tensors), "w", "infinite")
