@@ -17,7 +17,7 @@ from fedprune.core.errors import ModelError, shown
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
 from fedprune_export.importing.original import Original
-from fedprune_export.importing.refusals import quantised, quantising
+from fedprune_export.importing.refusals import quantisation_error, quantising_node
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.trace import Trace, inferred, sample_feeds
 
@@ -112,8 +112,8 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
         try:
             _check_close(old, found[LOGITS], softmax, batch)
         except ModelError as error:
-            rounding = quantising(graph)
-            raise error if rounding is None else quantised(rounding) from error
+            rounding = quantising_node(graph)
+            raise error if rounding is None else quantisation_error(rounding) from error
         for value in values if len(wanted) > 1 else ():
             shape = tuple(found[_SHAPE + value].tolist())
             if shape != known.shapes[value]:

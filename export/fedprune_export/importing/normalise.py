@@ -273,6 +273,8 @@ def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
     followers: list[Node] = []
     last, name = makers.get(LOGITS), LOGITS
     while last is not None and not last.domain and last.op in REARRANGEMENTS | {"Cast", "Clip"}:
+        if seen.dtypes[last.outputs[0]].kind != "f":
+            return ""
         followers.append(last)
         name = last.inputs[0]
         last = makers.get(name) if len(readers[name]) == 1 else None
@@ -282,10 +284,10 @@ def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
         return ""
     axis: int | None = int(last.attrs.get("axis", -1)) % len(seen.shapes[name])
     clips = [node for node in followers if node.op == "Clip"]
-    if any(not _keeps_probabilities(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
+    if any(not _is_wide(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
         return ""
     for node in reversed(followers):
-        axis = _followed(node, axis, seen) if axis is not None else None
+        axis = _axis_after(node, axis, seen) if axis is not None else None
     if axis != 1:
         return ""
     notes.append(f"The {last.op} at the end was removed: the output is logits.")
@@ -294,7 +296,7 @@ def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
     return last.op
 
 
-def _keeps_probabilities(graph: Graph, clip: Node) -> bool:
+def _is_wide(graph: Graph, clip: Node) -> bool:
     """Whether bounds cut off next to nothing of the numbers from 0 to 1."""
     low, high = ([*clip.inputs, "", ""][i] for i in (1, 2))
     known = all(name in graph.initializers for name in (low, high) if name)
@@ -302,7 +304,7 @@ def _keeps_probabilities(graph: Graph, clip: Node) -> bool:
     return known and bool((bottom <= _NEAR).all() and (top >= 1 - _NEAR).all())
 
 
-def _followed(node: Node, axis: int, seen: Trace) -> int | None:
+def _axis_after(node: Node, axis: int, seen: Trace) -> int | None:
     """Where an axis is after a node that passes values on; None if the node merges or splits it."""
     if node.op == "Transpose":
         rank = len(seen.shapes[node.inputs[0]])

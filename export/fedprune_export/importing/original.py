@@ -70,6 +70,8 @@ def _drop_dead(part: Any) -> set[str]:
         if not needed.intersection(node.output):
             continue
         node.ClearField("name")
+        if node.op_type == "Dropout" and node.domain in ("", "ai.onnx"):
+            del node.input[2:]  # whether it trains: what a model computes is what it predicts
         needed.difference_update(node.output)
         needed.update(i for i in node.input if i)
         for attribute in node.attribute:

@@ -81,12 +81,12 @@ def check_stored(graph: Graph) -> None:
             raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_UNQUANTISED)
 
 
-def quantising(graph: Graph) -> Node | None:
+def quantising_node(graph: Graph) -> Node | None:
     """The first node that rounds to few bits, or reads what was."""
     return next((n for n in graph.nodes if n.op in _QUANTISING and not n.domain), None)
 
 
-def quantised(node: Node) -> ModelError:
+def quantisation_error(node: Node) -> ModelError:
     """The error of a quantised model, whose outputs are not quite its own after any rewriting."""
     return ModelError(
         f"the model is quantised: {_label(node)} rounds, so that its outputs jump",

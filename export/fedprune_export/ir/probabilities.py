@@ -41,7 +41,7 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
             first = first or node
         elif node.op in _PASSING:
             read = node.inputs[:1]
-        elif node.op in _JOINING and not _enlarges(node, constants):
+        elif node.op in _JOINING and not _can_enlarge(node, constants):
             read = [i for i in node.inputs if i not in constants]
         elif node.op == "Sub" and np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
             read = node.inputs[1:]
@@ -52,7 +52,7 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
     return first
 
 
-def _enlarges(node: Node, constants: Mapping[str, Array]) -> bool:
+def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:
     """Whether constants of a node make more than probabilities of probabilities."""
     values = [constants[i] for i in node.inputs if i in constants]
     if node.op == "Div":
