@@ -252,8 +252,9 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
 def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
-    check(raw)
-    if proto is not given:
+    if proto is given:
+        check(raw)
+    else:
         _check_prepared(proto)
     texts, held = metadata.read(proto), _tensors(proto)
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)

@@ -50,7 +50,6 @@ def training_graph(model: Model, features: Features) -> Graph:
             expected="outputs [n, ...] with an axis",
             hint="Keep the axis in forward: x.unsqueeze(1), or Linear(..., 1) without squeeze.",
         )
-    _check_logits(model, features)
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
@@ -63,6 +62,7 @@ def training_graph(model: Model, features: Features) -> Graph:
         tape.written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.inputs.append(port(step_contract.X, input_shape, model.graph.inputs[0].dtype))
+    _check_logits(model, features)
     losses = _loss_graphs(model, features)
     graph.inputs.append(_labels(model, features, losses))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
