@@ -37,7 +37,7 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
         if node is None or node.domain:
             return None
         read: list[str] = []
-        if node.op in MAKERS:
+        if node.op in MAKERS or _is_written_out(node, makers, constants):
             first = first or node
         elif node.op in _PASSING:
             read = node.inputs[:1]
@@ -50,6 +50,25 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
         waiting += [i for i in read if i not in seen]
         seen.update(read)
     return first
+
+
+def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
+    """Whether a node ends a softmax or sigmoid in primitives: e / sum(e), exp(LogSoftmax) or 1 / (1 + exp(-x))."""
+
+    def ops(name: str) -> list[str]:
+        return [makers[i].op for i in makers[name].inputs if i in makers] if name in makers else []
+
+    if node.op == "Exp":
+        return node.inputs[0] in makers and makers[node.inputs[0]].op == "LogSoftmax"
+    total = makers.get(node.inputs[1]) if node.op == "Div" else None
+    if total is not None and total.op == "ReduceSum":
+        return total.inputs[0] == node.inputs[0]
+    if node.op == "Div" and not np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
+        return False
+    below = node.inputs[-1] if node.op in ("Div", "Reciprocal") else ""
+    if below not in makers or makers[below].op != "Add":
+        return False
+    return ops(below) == ["Exp"] and any(np.all(constants.get(i, np.zeros(1)) == 1) for i in makers[below].inputs)
 
 
 def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:

@@ -66,6 +66,11 @@ def test_a_softmax_before_what_passes_it_on_is_removed_and_said(name: str) -> No
     assert distance(outputs(model.graph, x).reshape(plain.shape), plain) < 1e-6
 
 
+def shares(g: Graph, logits: str) -> str:
+    powers = g.emit("Exp", logits)
+    return g.emit("Div", powers, g.emit("ReduceSum", powers, g.ints(1), attrs={"keepdims": 1}))
+
+
 REFUSED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
     "sigmoid": (lambda g, x: g.emit("Sigmoid", x), (4,), 0),
     "reshaped sigmoid": (lambda g, x: g.emit("Reshape", g.emit("Sigmoid", x), g.ints(-1, 4)), (4,), 0),
@@ -74,6 +79,13 @@ REFUSED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
     "one class": (lambda g, x: g.emit("Slice", softmax(g, x), g.ints(1), g.ints(2), g.ints(1)), (1,), 0),
     "a mean": (lambda g, x: g.emit("ReduceMean", softmax(g, x), attrs={"axes": [2], "keepdims": 0}), (4,), 6),
     "an ensemble": (lambda g, x: g.emit("Mul", g.emit("Add", softmax(g, x), softmax(g, x)), g.scalar(0.5)), (4,), 0),
+    "shares": (shares, (4,), 0),
+    "an exponent": (lambda g, x: g.emit("Exp", g.emit("LogSoftmax", x, attrs={"axis": 1})), (4,), 0),
+    "a fraction": (
+        lambda g, x: g.emit("Div", g.scalar(1), g.emit("Add", g.scalar(1), g.emit("Exp", g.emit("Neg", x)))),
+        (4,),
+        0,
+    ),
     "both": (
         lambda g, x: g.emit(
             "Concat", g.emit("Sigmoid", x), g.emit("Sub", g.scalar(1), g.emit("Sigmoid", x)), attrs={"axis": 1}
