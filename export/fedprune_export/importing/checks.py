@@ -122,7 +122,11 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
 
 def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], softmax: str, batch: int) -> None:
     if old.dtype.kind != "f" or not np.isfinite(old).all():
-        raise ModelError("the model's output is not finite for random inputs", expected="finite numbers")
+        raise ModelError(
+            "the model's output is not finite for random inputs",
+            expected="finite numbers",
+            hint="Look for a division by 0, a logarithm or root of what isn't above 0, and scores that are all masked.",
+        )
     if softmax and new.shape == old.shape:
         new = new - new.max(1, keepdims=True)
         new = new - np.log(np.exp(new).sum(1, keepdims=True))

@@ -75,5 +75,5 @@ def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:
     """Whether constants of a node make more than probabilities of probabilities."""
     values = [constants[i] for i in node.inputs if i in constants]
     if node.op == "Div":
-        return node.inputs[1] not in constants or not bool((values[0] >= 1).all())
+        return node.inputs[1] not in constants or not bool((constants[node.inputs[1]] >= 1).all())
     return (node.op in ("Add", "Sum") and bool(values)) or not all(((v >= 0) & (v <= 1)).all() for v in values)
