@@ -349,7 +349,7 @@ def _choose_output(proto: onnx.ModelProto, output: str) -> None:
         dims = inferred(proto).get(output)
         if dims is None:
             raise ModelError(f"value {shown(output)} can't be the output", expected="a value whose shape is known")
-        sizes = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
+        sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
         value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
     kept = onnx.ValueInfoProto()
     kept.CopyFrom(value)

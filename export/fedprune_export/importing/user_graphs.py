@@ -198,8 +198,10 @@ def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> Non
     labels = graph.inputs[1]
     shape = (count, *(d for d in labels.shape[1:] if isinstance(d, int)))
     classes = max(1, outputs[0]) if outputs else 1
-    y = rng.integers(0, classes, shape) if labels.dtype == np.int64 else rng.uniform(0, 1, shape).astype(np.float32)
-    values = [rng.standard_normal((count, *outputs), np.float32), y]
+    y: Any = (
+        rng.integers(0, classes, shape) if labels.dtype == np.int64 else rng.uniform(0, 1, shape).astype(np.float32)
+    )
+    values: list[Any] = [rng.standard_normal((count, *outputs), np.float32), y]
     before = raw_session(raw, names).run(dict(zip(inputs, values, strict=True)))
     after = Session(graph.to_bytes()).run({LOGITS: values[0], Y: y})
     for name, port in zip(names, graph.outputs, strict=True):

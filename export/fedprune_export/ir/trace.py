@@ -185,7 +185,8 @@ def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]
     """Whether a node gives a value with a batch another shape, in which the batch's size is a number."""
     if node.domain or node.op not in ("Reshape", "Expand") or node.inputs[1] not in graph.initializers:
         return False
-    before, target = shapes[node.inputs[0]], graph.initializers[node.inputs[1]].reshape(-1).tolist()
+    before = shapes[node.inputs[0]]
+    target: list[int] = graph.initializers[node.inputs[1]].reshape(-1).tolist()
     fixed = bool(target) and target[0] > 0 and (target[0] % batch == 0 or -1 not in target)
     return fixed and bool(before) and before[0] == batch and node.inputs[0] not in graph.initializers
 
