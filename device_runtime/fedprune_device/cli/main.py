@@ -14,6 +14,7 @@ from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, seconds, whole_number
 from fedprune.core.errors import ProtocolError
+from fedprune.model.recipe import LIST_SETTINGS
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.fleet_messages import LONGEST_AWAY_S
@@ -191,7 +192,7 @@ def _add_train(commands: Any) -> None:
         "--set",
         action="append",
         default=[],
-        type=recipe_setting,
+        type=recipe_setting(LIST_SETTINGS),
         metavar="KEY=VALUE",
         help="any other number of the recipe, such as batch_size=16; repeatable",
     )

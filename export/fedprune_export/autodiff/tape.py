@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
@@ -21,7 +22,7 @@ from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
 from fedprune_export.autodiff.static_info import Knowledge, describe
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
 from fedprune_export.ir.dropout import is_dropout
-from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
 from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.trace import sample_sizes
 from fedprune_export.pruning.model import Model
@@ -268,7 +269,7 @@ class Tape(Knowledge):
             if pull is not None and node.outputs[0] in self._scaled:
                 pull = self._scale(node.outputs[0], pull)
             if pull is not None and any(self.wants(i) for i in node.inputs if i):
-                self._wanted.update(o for o in node.outputs if o)
+                self._wanted.update(o for i, o in enumerate(node.outputs) if o and _can_be_float(node, i))
                 self._pulls.append((node, pull))
 
     def _scale(self, name: str, pull: Pull) -> Pull:
@@ -357,6 +358,15 @@ class Tape(Knowledge):
         if lead:
             gradient = self.graph.emit("Squeeze", gradient, self.graph.ints(*range(lead)))
         return gradient
+
+
+def _can_be_float(node: Node, index: int) -> bool:
+    """Whether an output can have a gradient: indices, counts and truths have none, whatever they are computed from."""
+    try:
+        outputs = onnx.defs.get_schema(node.op, NORMAL_OPSET, node.domain).outputs
+    except onnx.defs.SchemaError:
+        return True
+    return "tensor(float)" in outputs[min(index, len(outputs) - 1)].types
 
 
 def port(name: str, shape: Shape, dtype: npt.DTypeLike = np.float32) -> Port:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune.core.text import some
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
@@ -259,6 +260,9 @@ def analyse(
     picks = [Pick(unit[p.source], p.taken, unit[p.made]) for p in channels.picks]
     groups = grouped(rows, parameters, picks)
     notes += groups.notes
+    if not groups.sizes and not notes and not kept and channels.atoms.anchors:
+        causes = some(list(channels.atoms.anchors), most=3)
+        notes.append(f"No channels can be cut: {causes} keep those that they read.")
     values: dict[str, tuple[Axis | None, ...]] = {
         n: tuple(None if b else groups.axis(r) for r, b in zip(value, seen.batched(n), strict=True))
         for n, value in rows.items()

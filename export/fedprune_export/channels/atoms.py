@@ -15,13 +15,20 @@ ANCHORED = 0  # the atom of everything that must stay
 
 
 class Atoms:
-    """Allocates atoms and collects ties between them."""
+    """Allocates atoms and collects ties between them.
+
+    Attributes:
+        cause: What ties atoms for now; empty if it is to blame for nothing.
+        anchors: The causes by which something stays, in order.
+    """
 
     def __init__(self) -> None:
         self._count = 1
         self._left: list[AtomRow] = []
         self._right: list[AtomRow] = []
         self._label: AtomRow = np.zeros(1, np.int64)
+        self.cause = ""
+        self.anchors: dict[str, None] = {}
 
     def fresh(self, size: int) -> AtomRow:
         """Atoms of a new axis; an axis of size 1 has nothing to cut."""
@@ -36,6 +43,8 @@ class Atoms:
         left, right = np.broadcast_arrays(a, b)
         differ = left != right
         if differ.any():
+            if self.cause and not (left[differ].all() and right[differ].all()):
+                self.anchors[self.cause] = None
             self._left.append(left[differ])
             self._right.append(right[differ])
 

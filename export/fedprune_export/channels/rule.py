@@ -238,7 +238,15 @@ def walk(channels: Channels) -> list[str]:
 
     Returns one note per node that had to fix channels for want of a rule or because of a constant.
     """
+    samples = {p.name for p in channels.graph.inputs}  # values in which the model has no part yet
+    constants = channels.graph.initializers.keys() - channels.parameters.keys()
     for node in channels.graph.nodes:
+        reads = {i for i in node.inputs if i}
+        of_samples = not samples.isdisjoint(reads) and node.op not in ("Shape", "Size")
+        if of_samples and reads <= samples | constants:
+            samples.update(node.outputs)
+        # The axes of samples stay for everybody: who reads them is not to blame.
+        channels.atoms.cause = "" if of_samples else f"{node.op} {node.name}"
         if channels.follows_data(node):
             channels.data.update(o for o in node.outputs if o)
         known = None if node.domain else RULES.get(node.op)
@@ -251,4 +259,5 @@ def walk(channels: Channels) -> list[str]:
         if any(r.any() for r in rows):
             called = f"{node.domain}::{node.op}" if node.domain else node.op
             channels.notes.append(f"Operator {called} ({node.name}) has no channel rule: its channels stay.")
+    channels.atoms.cause = ""
     return channels.notes

@@ -12,7 +12,7 @@ from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, meant, remedy
 from fedprune.core.json_file import read_json
-from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe, labels_of
+from fedprune.model.recipe import CUSTOM, LABELS_OF, LIST_SETTINGS, LOSSES, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec
@@ -43,7 +43,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
     group.add_argument("--name", help="the model's name (default: that of the file or factory)")
-    group.add_argument("--output", metavar="NAME", help="which output counts, where an ONNX file has several")
+    group.add_argument(
+        "--output",
+        metavar="NAME",
+        help="which output of an ONNX file counts, or at which value within it the model ends",
+    )
     group.add_argument(
         "--parameters",
         type=Path,
@@ -98,7 +102,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--set",
         action="append",
         default=[],
-        type=recipe_setting,
+        type=recipe_setting(LIST_SETTINGS),
         metavar="KEY=VALUE",
         help="any other setting of the recipe, such as lr=0.01 or ordered_dropout=0.25,0.5; repeatable",
     )

@@ -16,6 +16,8 @@ import onnx
 from fedprune.core.errors import ModelError, shown
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
+from fedprune_export.importing.original import Original
+from fedprune_export.importing.refusals import quantisation_error, quantising_node
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.trace import Trace, inferred, sample_feeds
 
@@ -85,13 +87,13 @@ _LARGE = 2**22
 _SHAPE = "shape~of~"
 
 
-def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
+def compare(original: Original, graph: Graph, softmax: str) -> None:
     """Compare outputs before and after on random numbers, and shapes with what was inferred.
 
     Raises `ModelError` if they differ, or the output is not finite.
 
     Args:
-        before: The model as it came; it is fed by the order of its inputs.
+        original: The model as it came.
         softmax: The operator that was removed from the end, if any.
     """
     known = inferred(graph, _BATCHES[0])
@@ -104,10 +106,14 @@ def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
     large = sum(math.prod(known.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
     for batch in _BATCHES[:2] if large else _BATCHES:
         x = sample_feeds(graph, batch, seed=batch)[X]
-        old = before.run({next(iter(before.inputs)): x}, [name])[name]
+        old = original.run(x)
         wanted = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
         found = after.run({X: x}, wanted)
-        _check_close(old, found[LOGITS], softmax, batch)
+        try:
+            _check_close(old, found[LOGITS], softmax, batch)
+        except ModelError as error:
+            rounding = quantising_node(graph)
+            raise error if rounding is None else quantisation_error(rounding) from error
         for value in values if len(wanted) > 1 else ():
             shape = tuple(found[_SHAPE + value].tolist())
             if shape != known.shapes[value]:
@@ -116,10 +122,14 @@ def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
 
 def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], softmax: str, batch: int) -> None:
     if old.dtype.kind != "f" or not np.isfinite(old).all():
-        raise ModelError("the model's output is not finite for random inputs", expected="finite numbers")
+        raise ModelError(
+            "the model's output is not finite for random inputs",
+            expected="finite numbers",
+            hint="Look for a division by 0, a logarithm or root of what isn't above 0, and scores that are all masked.",
+        )
     if softmax and new.shape == old.shape:
-        new = new - new.max(-1, keepdims=True)
-        new = new - np.log(np.exp(new).sum(-1, keepdims=True))
+        new = new - new.max(1, keepdims=True)
+        new = new - np.log(np.exp(new).sum(1, keepdims=True))
         new = np.exp(new) if softmax == "Softmax" else new
     scale = max(float(np.abs(old).max(initial=0)), 1e-6)
     worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else float("inf")

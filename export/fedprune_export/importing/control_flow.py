@@ -12,6 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, shown
+from fedprune_export.importing.names import Names
 from fedprune_export.importing.sequences import inferred
 from fedprune_export.ir.graph import read_tensor
 
@@ -64,6 +65,7 @@ class _Writer:
         self._made = {o: n for n in model.graph.node for o in n.output if o}
         self._tensors = {t.name: t for t in model.graph.initializer}
         self._shapes: dict[str, list[int | None]] | None = None
+        self._names = Names(model.graph)
         self._left = most - len(model.graph.node)
         self.taken = 0
 
@@ -80,8 +82,9 @@ class _Writer:
 
     def _if(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         condition = self._known(node.input[0]) if len(node.input) == 1 else None
-        if condition is None or condition.size != 1 or condition.dtype != np.bool_:
+        if condition is None:
             return None
+        _check_one("condition", node, condition)
         branch = attrs.get("then_branch" if condition.reshape(-1)[0] else "else_branch")
         if branch is None or len(branch.output) != len(node.output):
             raise ModelError(f"If {shown(node.name)} lacks a branch")
@@ -90,11 +93,18 @@ class _Writer:
 
     def _loop(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         count, going, *states = [*node.input, "", ""][: max(2, len(node.input))]
-        body, trips = attrs["body"], self._known(count) if count else None
+        body, trips = _body(node, attrs), self._known(count) if count else None
         on = self._known(going) if going else np.array(True)
-        if trips is None or trips.size != 1 or on is None or len(body.output) != 1 + len(node.output):
-            return None
-        if len(body.input) != 2 + len(states) or not self._goes_on(body):
+        _check_one("number of turns", node, trips)
+        _check_one("condition", node, on)
+        wanted = 2 + len(states), 1 + len(node.output)
+        if (len(body.input), len(body.output)) != wanted:
+            raise ModelError(
+                f"the body of Loop {shown(node.name)}",
+                expected=f"{wanted[0]} inputs and {wanted[1]} outputs",
+                got=f"{len(body.input)} and {len(body.output)}",
+            )
+        if trips is None or on is None or not self._goes_on(body):
             return None
         times = max(0, int(trips.reshape(-1)[0])) if on.reshape(-1)[0] else 0
 
@@ -106,18 +116,41 @@ class _Writer:
         return self._turns(node, body, times, states, fed, skipped=1, axes=[0] * len(body.output))
 
     def _scan(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        body, count = attrs["body"], int(attrs["num_scan_inputs"])
-        kept = len(node.input) - count
-        if kept < 0 or len(body.input) != len(node.input) or len(body.output) != len(node.output) or self._opset < 9:
+        body, count = _body(node, attrs), int(attrs.get("num_scan_inputs", 0))
+        if self._opset < 9:
             return None
+        kept = len(node.input) - count
+        made = len(node.output) - kept
+        lists = {
+            name: list(attrs.get(name, [0] * size))
+            for size, *names in (
+                (count, "scan_input_axes", "scan_input_directions"),
+                (made, "scan_output_axes", "scan_output_directions"),
+            )
+            for name in names
+        }
+        if (
+            not 0 < count <= len(node.input)
+            or made < 0
+            or (len(body.input), len(body.output)) != (len(node.input), len(node.output))
+            or any(len(values) != (count if "input" in name else made) for name, values in lists.items())
+        ):
+            raise ModelError(
+                f"Scan {shown(node.name)}",
+                expected="a value or more to go through, and as many inputs, outputs, axes and directions as its body",
+                got=f"{count} of {len(node.input)} inputs to go through, {len(node.output)} outputs, "
+                f"and a body with {len(body.input)} and {len(body.output)}",
+            )
         states, scanned = list(node.input)[:kept], list(node.input)[kept:]
-        axes = list(attrs.get("scan_input_axes", [0] * count))
+        axes = lists["scan_input_axes"]
         lengths = {self._size(name, axis) for name, axis in zip(scanned, axes, strict=True)}
         times = lengths.pop()
         if lengths or times is None:
             return None
-        backward = list(attrs.get("scan_input_directions", [0] * count))
-        parts = [[f"{node.output[0]}.{k}.part{t}" for t in range(times)] for k in range(count)]
+        self._check_turns(node, body, times)
+        backward = lists["scan_input_directions"]
+        stem = node.output[0]
+        parts = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(times)] for k in range(count)]
         before: list[onnx.NodeProto] = []
         for name, axis, names in zip(scanned, axes, parts, strict=True):
             before += self._apart(name, axis, names)
@@ -125,9 +158,8 @@ class _Writer:
         def fed(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
             return [], [p[-1 - turn if b else turn] for p, b in zip(parts, backward, strict=True)]
 
-        made = len(node.output) - kept
-        out_axes = [0] * kept + list(attrs.get("scan_output_axes", [0] * made))
-        out_backward = [0] * kept + list(attrs.get("scan_output_directions", [0] * made))
+        out_axes = [0] * kept + lists["scan_output_axes"]
+        out_backward = [0] * kept + lists["scan_output_directions"]
         turns = self._turns(node, body, times, states, fed, skipped=0, axes=out_axes, backward=out_backward)
         return None if turns is None else before + turns
 
@@ -150,9 +182,8 @@ class _Writer:
             skipped: How many outputs of the body come before the states.
             axes: Along which axis each output is put together.
         """
-        self._left -= times * len(body.node)
-        if self._left < 0:
-            raise ModelError(f"{node.op_type} {shown(node.name)}, unrolled", expected=f"at most {self._most} operators")
+        self._check_turns(node, body, times)
+        self._left -= times * max(1, len(body.node))
         kept, further = len(states), len(body.output) - skipped - len(states)
         if not times and further:
             return None
@@ -165,7 +196,7 @@ class _Writer:
             # A loop's turn comes before its states, a scan's parts behind them.
             read = [*given, *now] if skipped else [*now, *given]
             inputs = {port.name: name for port, name in zip(body.input, read, strict=True)}
-            results = [f"{prefix}out{i}" for i in range(len(body.output))]
+            results = [self._names.fresh(f"{prefix}out{i}") for i in range(len(body.output))]
             out += nodes + self._written(body, own, inputs, prefix, results)
             now = results[skipped : skipped + kept]
             for row, name in zip(rows, results[skipped + kept :], strict=True):
@@ -176,11 +207,15 @@ class _Writer:
                 out += self._together(row[::-1] if backward and backward[i] else row, axes[i], target)
         return out
 
+    def _check_turns(self, node: onnx.NodeProto, body: onnx.GraphProto, times: int) -> None:
+        if times * max(1, len(body.node)) > self._left:
+            raise ModelError(f"{node.op_type} {shown(node.name)}, unrolled", expected=f"at most {self._most} operators")
+
     # -- graphs within graphs -----------------------------------------------------------------------------------------
 
     def _adopted(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
         """The new names of a body's tensors, which join the graph's once."""
-        names = {t.name: prefix + t.name for t in body.initializer}
+        names = {t.name: self._names.fresh(prefix + t.name) for t in body.initializer}
         for tensor in body.initializer:
             self._graph.initializer.add().CopyFrom(tensor)
             self._graph.initializer[-1].name = names[tensor.name]
@@ -201,10 +236,9 @@ class _Writer:
             inputs: What its inputs are.
             targets: What its outputs are called.
         """
-        made = {o for n in body.node for o in n.output if o}
-        names = {**own, **inputs, **{o: prefix + o for o in made}}
+        made = dict.fromkeys(o for n in body.node for o in n.output if o)
         moved = {b.name: o for b, o in zip(body.output, targets, strict=True) if b.name in made and o}
-        names |= moved
+        names = {**own, **inputs, **moved, **{o: self._names.fresh(prefix + o) for o in made if o not in moved}}
         out = [onnx.NodeProto() for _ in body.node]
         for copy, inner in zip(out, body.node, strict=True):
             copy.CopyFrom(inner)
@@ -230,11 +264,12 @@ class _Writer:
     # -- pieces of tensors --------------------------------------------------------------------------------------------
 
     def _constant(self, value: Array, name: str) -> onnx.NodeProto:
+        name = self._names.fresh(name)
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
 
     def _apart(self, name: str, axis: int, parts: Sequence[str]) -> list[onnx.NodeProto]:
         """A value's slices along an axis, with the axis removed."""
-        rows = [f"{p}.row" for p in parts]
+        rows = [self._names.fresh(f"{p}.row") for p in parts]
         out = self._listing("Split", name, "split", [1] * len(parts), rows, axis=axis)
         for row, part in zip(rows, parts, strict=True):
             out += self._listing("Squeeze", row, "axes", [axis], [part])
@@ -242,7 +277,7 @@ class _Writer:
 
     def _together(self, parts: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
         """Stack values along a new axis."""
-        rows = [f"{p}.row" for p in parts]
+        rows = [self._names.fresh(f"{p}.row") for p in parts]
         out = [
             n for p, row in zip(parts, rows, strict=True) for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
         ]
@@ -323,6 +358,21 @@ class _Writer:
                 todo.append((value, True))
                 todo += [(i, False) for i in node.input if i] if node.op_type != "Shape" else []
         return list(order.values())
+
+
+def _check_one(what: str, node: onnx.NodeProto, value: Array | None) -> None:
+    """Raises `ModelError` if what decides on branches and turns isn't one number."""
+    if value is not None and (value.size != 1 or value.dtype.kind not in "biu"):
+        got = f"{value.size} of type {value.dtype}"
+        raise ModelError(f"the {what} of {node.op_type} {shown(node.name)}", expected="one truth or number", got=got)
+
+
+def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:
+    """The graph that a node repeats. Raises `ModelError` if it has none, or no outputs of its own."""
+    body = attrs.get("body")
+    if not isinstance(body, onnx.GraphProto) or not any(node.output):
+        raise ModelError(f"{node.op_type} {shown(node.name)} lacks a body or outputs")
+    return body
 
 
 def _constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:

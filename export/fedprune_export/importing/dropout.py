@@ -8,12 +8,8 @@ from fedprune_export.ir.dropout import is_dropout, ratio_of
 from fedprune_export.ir.graph import Graph, Node
 
 
-def read_dropouts(graph: Graph, notes: list[str]) -> bool:
-    """Bring dropouts into their form, without those that drop nothing; their masks, where they are read, are all true.
-
-    Returns whether one of them was in ONNX's training mode, so that the model's outputs were random.
-    """
-    random = False
+def read_dropouts(graph: Graph, notes: list[str]) -> None:
+    """Bring dropouts into their form, without those that drop nothing; their masks, where they are read, are all true."""
     ratios: list[float] = []
     outputs = {p.name for p in graph.outputs}
     readers = graph.consumers()
@@ -23,7 +19,6 @@ def read_dropouts(graph: Graph, notes: list[str]) -> bool:
         nodes.append(node)
         if not is_dropout(node):
             continue
-        random = random or (len(node.inputs) > 2 and bool(node.inputs[2]))
         ratio = ratio_of(graph, node)
         mask = node.outputs[1] if len(node.outputs) > 1 else ""
         if mask and (mask in readers or mask in outputs):
@@ -44,4 +39,3 @@ def read_dropouts(graph: Graph, notes: list[str]) -> bool:
     if ratios:
         shares = ", ".join(f"{ratio:g}" for ratio in sorted(set(ratios)))
         notes.append(f"Boards train with {quantity(len(ratios), 'dropout')} of the model (ratio {shares}).")
-    return random

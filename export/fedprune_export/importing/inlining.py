@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from fedprune.core.errors import ModelError, reason, shown
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
 from fedprune_export.importing.model_file import check
+from fedprune_export.importing.names import Names
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
 MOST_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
@@ -90,26 +91,28 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _per_group(graph: onnx.GraphProto) -> None:
     """GroupNormalization of opsets 18 to 20, which scales by group, as an instance norm: it was withdrawn since."""
-    nodes: list[onnx.NodeProto] = []
+    nodes, names = list[onnx.NodeProto](), Names(graph)
     for node in graph.node:
         attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type != "GroupNormalization" or node.domain not in ("", "ai.onnx") or len(node.input) != 3:
             nodes.append(node)
             continue
         x, scale, bias = node.input
-        stem = f"{node.output[0]}.group"
+        target_name, apart, normal, shape = (
+            names.fresh(f"{node.output[0]}.group_{part}") for part in ("target", "apart", "normal", "shape")
+        )
         target = np.array([0, int(attrs.get("num_groups", 0)), -1], np.int64)
-        graph.initializer.append(numpy_helper.from_array(target, f"{stem}_target"))
+        graph.initializer.append(numpy_helper.from_array(target, target_name))
         nodes += [
-            helper.make_node("Reshape", [x, f"{stem}_target"], [f"{stem}_apart"]),
+            helper.make_node("Reshape", [x, target_name], [apart]),
             helper.make_node(
                 "InstanceNormalization",
-                [f"{stem}_apart", scale, bias],
-                [f"{stem}_normal"],
+                [apart, scale, bias],
+                [normal],
                 epsilon=attrs.get("epsilon", 1e-5),
             ),
-            helper.make_node("Shape", [x], [f"{stem}_shape"]),
-            helper.make_node("Reshape", [f"{stem}_normal", f"{stem}_shape"], [node.output[0]]),
+            helper.make_node("Shape", [x], [shape]),
+            helper.make_node("Reshape", [normal, shape], [node.output[0]]),
         ]
     del graph.node[:]
     graph.node.extend(nodes)

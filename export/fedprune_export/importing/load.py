@@ -20,11 +20,12 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
 from fedprune_export.importing.hub_folder import class_names, model_name, read_hub_folder
 from fedprune_export.importing.inlining import prepared
-from fedprune_export.importing.lengths import INPUT_KEY, bind, read_shape
+from fedprune_export.importing.lengths import bind, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, pieces
+from fedprune_export.importing.sequences import inferred
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 from fedprune_export.importing.user_graphs import (
@@ -75,7 +76,7 @@ def load(
             be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
             free axis.
         token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
-        output: Which output gives the logits, where the model has several.
+        output: Which output gives the logits, where the model has several, or by which value within the model it ends.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
         prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
         loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
@@ -237,8 +238,12 @@ def import_onnx(
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
+    return _imported(_with_choices(raw, output, parameters, prefer), name)
+
+
+def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     try:
-        return _imported(_with_choices(raw, output, parameters, prefer), name)
+        return _built(raw, name, own_loss)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"the model can't be understood ({type(error).__name__}: {reason(error)})",
@@ -246,17 +251,19 @@ def import_onnx(
         ) from error
 
 
-def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
+def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
-    check(raw if proto is given else proto)
-    texts, held = metadata.read(proto), {t.name for t in proto.graph.initializer}
+    if proto is given:
+        check(raw)
+    else:
+        _check_prepared(proto)
+    texts, held = metadata.read(proto), _tensors(proto)
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    same = proto is given and len(proto.graph.output) == len(proto.graph.input) == 1 and INPUT_KEY not in texts
     given_names = None if listed is None else frozenset(listed)
-    normal = normalise(proto, given_names, raw if same else None, own_loss=own_loss or LOSS_KEY in texts)
+    normal = normalise(proto, given_names, raw, own_loss=own_loss or LOSS_KEY in texts)
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     uncut = kept(normal.parameters, still) if precision is None else frozenset(still)
@@ -303,6 +310,22 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     return model
 
 
+def _check_prepared(proto: onnx.ModelProto) -> None:
+    try:
+        check(proto)
+    except ModelError as error:
+        raise ModelError(
+            f"writing out the model's functions, branches and loops has made no valid model ({error})",
+            hint="Please report this with the model, or export it without them.",
+        ) from error
+
+
+def _tensors(proto: onnx.ModelProto) -> set[str]:
+    """Names of a model's tensors, also of those that are written as Constant nodes."""
+    constants = (o for n in proto.graph.node if n.op_type == "Constant" for o in n.output)
+    return {*(t.name for t in proto.graph.initializer), *constants}
+
+
 def _preferred(text: str) -> Prefer:
     if text == "coarse":
         return "coarse"
@@ -316,18 +339,33 @@ def _choose(
 ) -> None:
     """Write choices into a model."""
     if output is not None:
-        names = [o.name for o in proto.graph.output]
-        if output not in names:
-            raise ModelError("the model has no such output", expected=metadata.shown_names(names), got=shown(output))
-        for other in [o for o in proto.graph.output if o.name != output]:
-            proto.graph.output.remove(other)
+        _choose_output(proto, output)
     if parameters is not None:
-        held = {t.name for t in proto.graph.initializer}
+        held = _tensors(proto)
         listed = texts("parameters", parameters, error=ModelError)
         checked = metadata.checked(listed, held, "the list of parameters")
         metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})
     if prefer is not None:
         metadata.write(proto, {metadata.PREFER_KEY: prefer})
+
+
+def _choose_output(proto: onnx.ModelProto, output: str) -> None:
+    """Make one value the only output: one of several, or a value that only nodes read so far."""
+    listed = {o.name: o for o in proto.graph.output}
+    inner = {name for node in proto.graph.node for name in node.output if name}
+    if output not in listed and output not in inner:
+        raise ModelError("the model has no such output", expected=metadata.shown_names(list(listed)), got=shown(output))
+    value = listed.get(output)
+    if value is None:
+        dims = inferred(proto).get(output)
+        if dims is None:
+            raise ModelError(f"value {shown(output)} can't be the output", expected="a value whose shape is known")
+        sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
+        value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
+    kept = onnx.ValueInfoProto()
+    kept.CopyFrom(value)
+    del proto.graph.output[:]
+    proto.graph.output.append(kept)
 
 
 def _is_factory(text: str) -> bool:

@@ -6,6 +6,7 @@ that do nothing at inference, forms of an operator that differ between opsets. W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,19 @@ from fedprune_export.importing.checks import check_indices, check_nodes, compare
 from fedprune_export.importing.dropout import read_dropouts
 from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
+from fedprune_export.importing.original import Original
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
-from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
+from fedprune_export.importing.parameter_roles import (
+    CONSTANT_PREFIX,
+    constants_of,
+    find_kinds,
+    is_sole_bias,
+    name_constants,
+    note_scalars,
+    untie,
+)
 from fedprune_export.importing.patterns import find_activations, find_norms
+from fedprune_export.importing.refusals import RANDOM, check_output, check_random, check_stored, check_trainable
 from fedprune_export.importing.simplification import (
     bypass,
     drop_idle,
@@ -33,19 +44,19 @@ from fedprune_export.importing.simplification import (
     narrow_constants,
     part_fills,
     simplify,
+    widen,
 )
 from fedprune_export.importing.translation import translate, upgraded
 from fedprune_export.ir.dropout import is_dropout, without_dropout
-from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.operators import REARRANGEMENTS
 from fedprune_export.ir.shape_arithmetic import follow
-from fedprune_export.ir.trace import Trace, check_batch, sample_input, trace
+from fedprune_export.ir.trace import Trace, check_batch, refuse_fixed_batch, sample_input, trace
 
 Array = npt.NDArray[Any]
 
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
+_NEAR = 1e-4  # bounds of probabilities this near to 0 and 1 guard a logarithm
 
 
 @dataclass
@@ -65,8 +76,8 @@ class Normalised:
 
 def normalise(
     model: onnx.ModelProto,
-    parameters: frozenset[str] | None = None,
-    raw: bytes | None = None,
+    parameters: frozenset[str] | None,
+    raw: bytes,
     *,
     own_loss: bool = False,
 ) -> Normalised:
@@ -79,16 +90,20 @@ def normalise(
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
-        raw: The model's bytes, where they are at hand.
+        raw: The file that the model was read from: what onnxruntime makes of it is what the graph has to compute.
         own_loss: Whether the model has a loss of its own, which takes outputs as they are: several become parts of one,
             instead of being refused, and a softmax at the end stays.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
-    constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
-    graph = Graph.from_proto(upgraded(model))
+    model = upgraded(model)
+    graph = Graph.from_proto(model)
     notes: list[str] = []
     check_nodes(graph)
+    check_stored(graph)
+    widen(graph)
+    constants = constants_of(model, graph, notes if parameters is None else [])
+    given_inputs, given_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
     if own_loss:
@@ -96,11 +111,9 @@ def normalise(
     _check_ports(graph)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     _name_nodes(graph)
+    row = graph.copy()
     graph.prune()
-    random = read_dropouts(graph, notes)
-    reference, output = graph.copy(), graph.outputs[0].name
-    loaded = [n for n in model.graph.node if n.op_type != "Constant" or n.domain]
-    usable = len(loaded) == len(graph.nodes) and len({n.name for n in model.graph.node}) == len(model.graph.node)
+    read_dropouts(graph, notes)
     drop_idle(graph)
     plain = _plain_numbers(graph)
     scalars = {n for n in plain - constants if parameters is None and graph.initializers[n].dtype == np.float32}
@@ -112,8 +125,11 @@ def normalise(
     graph.prune()
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
-    softmax = "" if own_loss else _drop_output_softmax(graph, len(seen.shapes[LOGITS]), notes)
-    before = Session(raw if raw is not None and usable and not random else reference.to_bytes())
+    if seen.dims(LOGITS)[:1] != (None,):
+        refuse_fixed_batch(graph)
+    check_output(graph, seen, {new: old for old, new in names.items()})
+    softmax = "" if own_loss else _drop_output_softmax(graph, seen, notes)
+    original = Original(raw, given_inputs, given_outputs, row)
     composites = _simplified(graph, seen, constants, notes, LOGITS)
     if composites:
         notes.append(
@@ -121,6 +137,7 @@ def normalise(
             if composites == 1
             else f"{composites} norms and activations that were written out in primitives are one operator each."
         )
+    check_random(graph)
     guard_lengths(graph, constants)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
@@ -129,12 +146,13 @@ def normalise(
     narrow_constants(graph, seen, constants)
     kinds = find_kinds(graph, constants, listed, notes)
     note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
+    check_trainable(graph, kinds)
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
     _name_nodes(graph)
     seen = trace(graph)
     _check_types(graph, seen)
-    compare(before, output, graph, softmax)
+    compare(original, graph, softmax)
     return Normalised(graph, kinds, seen, notes, names)
 
 
@@ -167,13 +185,20 @@ def _simplified(graph: Graph, seen: Trace, constants: set[str], notes: list[str]
 
 
 def _plain_numbers(graph: Graph) -> set[str]:
-    """Initialisers that no author means to train: integers, and single numbers that scale, shift or bound."""
-    readers = graph.consumers()
+    """Initialisers that no author means to train: integers, and single numbers that scale, shift or bound, other than
+    the bias of a product with one output."""
+    readers, producers = graph.consumers(), graph.producers()
+
+    def is_plain(name: str) -> bool:
+        uses = [n for n, _ in readers.get(name, [])]
+        return all(n.op in _ARITHMETIC and not n.domain for n in uses) and not any(
+            is_sole_bias(graph, producers, n, name) for n in uses
+        )
+
     return {
         name
         for name, value in graph.initializers.items()
-        if value.dtype != np.float32
-        or (value.size == 1 and all(n.op in _ARITHMETIC and not n.domain for n, _ in readers.get(name, [])))
+        if value.dtype != np.float32 or (value.size == 1 and is_plain(name))
     }
 
 
@@ -243,21 +268,56 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
     return names
 
 
-def _drop_output_softmax(graph: Graph, rank: int, notes: list[str]) -> str:
-    """A softmax over classes at the end belongs to the loss; it doesn't change which class wins.
+def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
+    """A softmax over classes at the end belongs to the loss; it doesn't change which class wins. Operators that only
+    pass its numbers on may follow it.
 
     Returns the operator that was removed, empty if none.
     """
-    last = graph.producers().get(LOGITS)
-    if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax"):
+    makers, readers = graph.producers(), graph.consumers()
+    followers: list[Node] = []
+    last, name = makers.get(LOGITS), LOGITS
+    while last is not None and not last.domain and last.op in REARRANGEMENTS | {"Cast", "Clip"}:
+        if seen.dtypes[last.outputs[0]].kind != "f":
+            return ""
+        followers.append(last)
+        name = last.inputs[0]
+        last = makers.get(name) if len(readers[name]) == 1 else None
+    if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax") or LOGITS in readers:
         return ""
-    if last.inputs[0] not in graph.producers() or LOGITS in graph.consumers():
+    if last.inputs[0] not in makers or not seen.shapes[name]:
         return ""
-    if rank != 2 or last.attrs.get("axis", -1) not in (-1, 1):
+    axis: int | None = int(last.attrs.get("axis", -1)) % len(seen.shapes[name])
+    clips = [node for node in followers if node.op == "Clip"]
+    if any(not _is_wide(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
+        return ""
+    for node in reversed(followers):
+        axis = _axis_after(node, axis, seen) if axis is not None else None
+    if axis != 1:
         return ""
     notes.append(f"The {last.op} at the end was removed: the output is logits.")
-    bypass(graph, last, {LOGITS})
+    for node in (last, *clips):
+        bypass(graph, node, {LOGITS})
     return last.op
+
+
+def _is_wide(graph: Graph, clip: Node) -> bool:
+    """Whether bounds cut off next to nothing of the numbers from 0 to 1."""
+    low, high = ([*clip.inputs, "", ""][i] for i in (1, 2))
+    known = all(name in graph.initializers for name in (low, high) if name)
+    bottom, top = graph.initializers.get(low, np.zeros(1)), graph.initializers.get(high, np.ones(1))
+    return known and bool((bottom <= _NEAR).all() and (top >= 1 - _NEAR).all())
+
+
+def _axis_after(node: Node, axis: int, seen: Trace) -> int | None:
+    """Where an axis is after a node that passes values on; None if the node merges or splits it."""
+    if node.op == "Transpose":
+        rank = len(seen.shapes[node.inputs[0]])
+        return list(node.attrs.get("perm", range(rank)[::-1])).index(axis)
+    before, after = seen.shapes[node.inputs[0]], seen.shapes[node.outputs[0]]
+    ahead = math.prod(before[:axis])
+    places = [i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead]
+    return places[-1] if places else None
 
 
 def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:
@@ -273,7 +333,7 @@ def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:
     for node in graph.nodes:
         reads = [i for i in node.inputs if i]
         if (
-            node.op not in _RANDOM
+            node.op not in RANDOM
             and not is_dropout(node)
             and all(i in known or i in static for i in reads)
             and not all(o in known for o in node.outputs if o)

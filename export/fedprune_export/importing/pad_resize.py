@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.ir.axis_matrix import axis_matrix
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
+
+RESIZE_MODES = 11  # the first opset in which a Resize says how it computes places
+
+_EARLY_NEAREST = "simple"  # onnxruntime's name for the rounding of earlier opsets, which no file can ask for
 
 _NEAR = 1e-4  # how near to a whole or half place a place counts as being there
 
@@ -56,6 +62,18 @@ def _wrap(graph: Graph, node: Node, x: str, pads: str, seen: Trace) -> None:
     graph.emit("Identity", x, out=node.outputs[0])
 
 
+def mark_early_resizes(graph: onnx.GraphProto) -> None:
+    """Say of resizes from before opset 11 how they compute places, as onnx's converter leaves to later defaults."""
+    for node in graph.node:
+        if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
+            continue
+        kept = [a for a in node.attribute if a.name not in ("coordinate_transformation_mode", "nearest_mode")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("coordinate_transformation_mode", "asymmetric")])
+        if next((a.s for a in kept if a.name == "mode"), b"nearest") == b"nearest":
+            node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_NEAREST))
+
+
 def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
     """One scale per axis where these give the same sizes, else what the node has.
 
@@ -80,6 +98,8 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
         scales = full
     elif scales is None and not crop:
         scales = _scales(before, after, moving=attrs.get("mode", "nearest") == "nearest")
+    if attrs.get("nearest_mode") == _EARLY_NEAREST:
+        scales = _shrink_early(graph, node, before, after, scales)
     if scales is not None and not crop:
         node.inputs = [node.inputs[0], "", graph.constant(scales, np.float32)]
     elif axes is not None:
@@ -89,6 +109,30 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
         leading = graph.emit("Shape", node.inputs[0], attrs={"start": 0, "end": first})
         node.inputs[3] = graph.emit("Concat", leading, node.inputs[3], attrs={"axis": 0})
     graph.nodes.append(node)
+
+
+def _shrink_early(
+    graph: Graph,
+    node: Node,
+    before: tuple[int | None, ...],
+    after: tuple[int | None, ...],
+    scales: np.ndarray[Any, Any] | None,
+) -> np.ndarray[Any, Any]:
+    """Write the rounding of opsets before 11: up along axes that shrink, and down along those that grow.
+
+    Returns the scales that are left for the node. Raises `ModelError` if scales are computed.
+    """
+    if scales is None:
+        raise _no_form(node, "computed scales", "constant scales")
+    shrinks = np.array([b is not None and a is not None and a < b for b, a in zip(before, after, strict=True)])
+    node.attrs["nearest_mode"] = "ceil" if shrinks.any() else "floor"
+    grows = (scales != 1) & ~shrinks
+    if not (shrinks.any() and grows.any()):
+        return scales
+    shrunk = graph.constant(np.where(shrinks, scales, 1), np.float32)
+    node.inputs[0] = graph.emit("Resize", node.inputs[0], "", shrunk, attrs=dict(node.attrs))
+    node.attrs["nearest_mode"] = "floor"
+    return np.where(shrinks, np.float32(1), scales)
 
 
 def _emit_products(graph: Graph, node: Node, seen: Trace) -> None:

@@ -6,12 +6,14 @@ A file's metadata may list the weights; otherwise they are recognised by their u
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 import numpy as np
+import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune.core.text import some
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Array, Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 
 CONSTANT_PREFIX = "const~"  # initialisers whose names begin so are constants: `Graph.constant` names them
@@ -36,9 +38,35 @@ _ROLES = {
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
 """Operators whose operand may be a weight, but also a table of positions or a normalisation of images."""
 
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _LISTED = "--parameters FILE lists what is to be trained."
+_MASKED = -1e4  # what a mask adds to scores that don't count is this or less
 _STATISTICS = ("stat_mean", "stat_var")
+
+
+def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[str]:
+    """What a file says to be constant: the values of its Constant nodes, unless all its weights are some.
+
+    Several exporters write weights as such nodes; others write only what the author has written as a number.
+
+    Args:
+        notes: Gets a sentence on what could be weights and is taken for constant.
+    """
+    constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
+    weights = {
+        name
+        for node in graph.nodes
+        if node.op in _LAYERS and not node.domain
+        for i, name in enumerate(node.inputs)
+        if _ROLES[node.op].get(i) == "weight" and name in graph.initializers
+    }
+    if weights and not weights - constants:
+        return set()
+    doubtful = [n for n in sorted(weights & constants) if graph.initializers[n].dtype == np.float32]
+    if doubtful:
+        notes.append(f"Taken for constants, as Constant nodes hold them: {some(doubtful, most=3)}. {_LISTED}")
+    return constants
 
 
 def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
@@ -47,16 +75,20 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
     Uniform vectors (fresh norms) are merged by value; a matrix that several nodes read is truly tied.
     """
     uses: dict[str, int] = {}
+    taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), *(p.name for p in graph.inputs)}
     for node in graph.nodes:
         for i, name in enumerate(node.inputs):
             value = graph.initializers.get(name)
             if value is None or name in constants or value.dtype != np.float32:
                 continue
             uses[name] = uses.get(name, 0) + 1
-            if uses[name] > 1 and value.size > 1 and np.all(value == value.reshape(-1)[0]):
+            # A slope of all channels is one number for a user, too, who applies it again and again.
+            slope = node.op == "PRelu" and value.size == 1
+            if uses[name] > 1 and not slope and np.all(value == value.reshape(-1)[0]):
                 clone = f"{name}_{uses[name]}"
-                while clone in graph.initializers:
+                while clone in taken:
                     clone += "_"
+                taken.add(clone)
                 graph.initializers[clone] = value
                 node.inputs[i] = clone
                 notes.append(f"Tensor {name} was shared; {node.op} {node.name} has its own copy {clone}.")
@@ -100,10 +132,16 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         if listed is not None or name in norms:
             uses = _uses(consumers, made, name)
             kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
-        elif value.size > 1:
+        else:
             uses = _uses(consumers, made, name)
+            if value.size == 1:
+                uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
+                if not uses:
+                    continue
             others = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
-            if not uses:
+            if _is_mask(value, {n.op for n, _ in consumers[name]}):
+                notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
+            elif not uses:
                 notes.append(
                     f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
                 )
@@ -112,7 +150,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             else:
                 kinds[name] = uses[0][0]
                 after = [producers[o].op if o in producers else "" for o in others]
-                vector = max(value.shape) == value.size
+                vector = max(value.shape, default=1) == value.size
                 if all(others) and not (vector and uses[0][1].op == "Add" and after[0] in _PRODUCTS):
                     guessed.append(name)
     if straight:
@@ -122,6 +160,31 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             f"Trained because they are added or multiplied, as constants may be too: {some(guessed, most=3)}. {_LISTED}"
         )
     return kinds
+
+
+def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
+    """Whether numbers say what counts: 0 and one very low number, which are added, or 1 and 0 of a table of factors."""
+    low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
+    if not ((value == low) | (value == high)).all():
+        return False
+    added = bool(low <= _MASKED and high == 0) and readers <= {"Add", "Sub"}
+    return added or (value.ndim > 1 and bool(low == 0 and high == 1) and readers == {"Mul"})
+
+
+def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:
+    """Whether a node adds a single number of one axis or more to a product with one output, as its bias."""
+    if node.op != "Add" or node.domain or name not in node.inputs or not graph.initializers[name].ndim:
+        return False
+    product = producers.get(node.inputs[1 - node.inputs.index(name)])
+    if product is None or product.domain or len(product.inputs) < 2:
+        return False
+    weight = graph.initializers.get(product.inputs[1])
+    if weight is None or weight.ndim < 2:
+        return False
+    if product.op == "ConvTranspose":
+        return int(weight.shape[1]) * int(product.attrs.get("group", 1)) == 1
+    axis = {"MatMul": -1, "Conv": 0, "Gemm": 0 if product.attrs.get("transB") else 1}.get(product.op)
+    return axis is not None and int(weight.shape[axis]) == 1
 
 
 def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:

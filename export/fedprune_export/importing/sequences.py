@@ -11,6 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError, shown
+from fedprune_export.importing.names import Names
 from fedprune_export.ir.graph import read_tensor
 
 Array = npt.NDArray[Any]
@@ -51,7 +52,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         graph = self.model.graph
-        self._taken = {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
+        self._names = Names(graph)
         self._tensors = {t.name: t for t in graph.initializer}
         for node in graph.node:
             for attribute in node.attribute:
@@ -209,12 +210,7 @@ class _Writer:
         return name
 
     def _name(self, stem: str) -> str:
-        name, i = f"{stem}_0", 0
-        while name in self._taken:
-            i += 1
-            name = f"{stem}_{i}"
-        self._taken.add(name)
-        return name
+        return self._names.fresh(f"{stem}_0")
 
 
 def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Collection, Container, Mapping, Sequence
 
 import numpy as np
+import onnx
 
 from fedprune.core.errors import ModelError
 from fedprune_export.channels.reshapes import common_factors, extents
@@ -30,6 +31,19 @@ from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
 from fedprune_export.ir.shape_arithmetic import SOURCES
 from fedprune_export.ir.trace import BATCH_EXTENT, Trace
+
+
+def widen(graph: Graph) -> None:
+    """Store as float32 what the file stores in another precision and casts to float32 before anything reads it."""
+    readers = graph.consumers()
+    for name, value in list(graph.initializers.items()):
+        casts = [node for node, _ in readers.get(name, [])]
+        if value.dtype == np.float32 or value.dtype.kind not in "fV" or not casts:
+            continue
+        if all(n.op == "Cast" and not n.domain and n.attrs.get("to") == onnx.TensorProto.FLOAT for n in casts):
+            graph.initializers[name] = value.astype(np.float32)
+            for node in casts:
+                node.op, node.attrs = "Identity", {}
 
 
 def merge_transpositions(graph: Graph, seen: Trace) -> None:

@@ -15,7 +15,7 @@ import onnx
 
 from fedprune.core.errors import ModelError, reason
 from fedprune_export.importing.attention import emit_attention, emit_rotary
-from fedprune_export.importing.pad_resize import emit_pad, emit_resize
+from fedprune_export.importing.pad_resize import RESIZE_MODES, emit_pad, emit_resize, mark_early_resizes
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
@@ -65,6 +65,8 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
             f"the model's opset {versions[0]} can't be raised to {NORMAL_OPSET} ({reason(error)})",
             hint=f"Export it again with opset_version={NORMAL_OPSET} or later.",
         ) from error
+    if versions[0] < RESIZE_MODES:
+        mark_early_resizes(upgraded.graph)
     return upgraded
 
 

@@ -14,9 +14,11 @@ import numpy as np
 from fedprune.core.errors import ModelError, reason, shape_text
 from fedprune.model.architecture import Architecture
 from fedprune.model.step_contract import LOGITS, LOSS, METRIC, SUMS, VALUE, Y
+from fedprune.runtime.session import Session
 from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import simplified
+from fedprune_export.importing.original import raw_session
 from fedprune_export.importing.packing import Piece, unpacked
 from fedprune_export.importing.torch_export import exported, innermost, named, torch_package
 from fedprune_export.importing.translation import upgraded
@@ -27,6 +29,7 @@ from fedprune_export.pruning.model import Model
 LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC
 """Keys of a model's metadata that hold its loss and its metric: ONNX files in base64."""
 
+_TOLERANCE = 1e-4
 _TYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 
@@ -162,6 +165,7 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
             hint="Sum or average over all axes but the first: reduction='none', then .flatten(1).mean(1).",
         )
     simplified(graph, set(graph.initializers), [], output=LOSS)
+    _compare(raw, graph, outputs, "loss")
     return Model(graph, Architecture("loss", (), (), (), (), tuple(outputs), ()))
 
 
@@ -182,6 +186,7 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
             hint="Sums of many batches add up; the value is computed from the total.",
         )
     simplified(graph, set(graph.initializers), [], output=VALUE)
+    _compare(raw, graph, outputs, "metric")
     return graph
 
 
@@ -198,6 +203,27 @@ def check_labels(loss: Model | None, metric: Graph | None) -> None:
             hint=f"Set the metric's attributes target_shape = {wanted[1]} and target_dtype = "
             f'"{wanted[0]}", as the loss has them.',
         )
+
+
+def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> None:
+    """Raises `ModelError` if a loss or metric computes something else than its file, on random outputs and labels."""
+    proto, rng, count = parse(raw, whole=False).graph, np.random.default_rng(0), 4
+    held = {t.name for t in proto.initializer}
+    inputs, names = [i.name for i in proto.input if i.name not in held], [o.name for o in proto.output]
+    labels = graph.inputs[1]
+    shape = (count, *(d for d in labels.shape[1:] if isinstance(d, int)))
+    classes = max(1, outputs[0]) if outputs else 1
+    y: Any = (
+        rng.integers(0, classes, shape) if labels.dtype == np.int64 else rng.uniform(0, 1, shape).astype(np.float32)
+    )
+    values: list[Any] = [rng.standard_normal((count, *outputs), np.float32), y]
+    before = raw_session(raw, names).run(dict(zip(inputs, values, strict=True)))
+    after = Session(graph.to_bytes()).run({LOGITS: values[0], Y: y})
+    for name, port in zip(names, graph.outputs, strict=True):
+        if not np.allclose(before[name], after[port.name], rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+            raise ModelError(
+                f"the {kind} computes something else once it is imported", hint="Please report this with it."
+            )
 
 
 def _reads_samples(graph: Graph) -> bool:
@@ -265,7 +291,13 @@ def _rename(graph: Graph, outputs: tuple[str, ...]) -> None:
     """Give inputs and outputs the contract's names, and nothing else one of these."""
     ports = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
     inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(ports)
-    names = ports | {name: f"{name}." for name in inner if name in ports.values()}
+    taken = inner | set(ports.values())
+    names = dict(ports)
+    for name in sorted(inner.intersection(ports.values())):
+        names[name] = f"{name}."
+        while names[name] in taken:
+            names[name] += "."
+        taken.add(names[name])
     for port in (*graph.inputs, *graph.outputs):
         port.name = names[port.name]
     graph.initializers = {names.get(k, k): v for k, v in graph.initializers.items()}

@@ -48,6 +48,10 @@ class Inferred:
     missing: list[str] = field(default_factory=list)
 
 
+class ShapeError(ModelError):
+    """Shapes that don't fit an operator."""
+
+
 def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None) -> Inferred:
     """The shapes of all values.
 
@@ -133,7 +137,7 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
             schema, node.to_proto(), types, data, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
         )
     except Exception as error:
-        raise ModelError(f"operator {node.op} {shown(node.name)} makes no sense ({reason(error)})") from error
+        raise ShapeError(f"operator {node.op} {shown(node.name)} makes no sense ({reason(error)})") from error
     found: _Kinds = {}
     for name, kind in inferred.items():
         if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):

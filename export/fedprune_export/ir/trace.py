@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import Session
-from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.ir.shape_inference import Inferred, infer
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.shape_inference import Inferred, ShapeError, infer
 
 Array = npt.NDArray[Any]
 
@@ -133,7 +133,11 @@ def trace(graph: Graph) -> Trace:
     """
     for port in graph.inputs:
         check_batch(port)
-    runs = [inferred(graph, batch) for batch in (*BATCHES, *_FURTHER)]
+    try:
+        runs = [inferred(graph, batch) for batch in (*BATCHES, *_FURTHER)]
+    except ShapeError as error:
+        refuse_fixed_batch(graph, str(error))
+        raise
     first, second, *further = runs
     for name, shape in first.shapes.items():
         if any(len(run.shapes[name]) != len(shape) for run in runs):
@@ -149,6 +153,42 @@ def trace(graph: Graph) -> Trace:
         _integers(first),
         _integers(second),
     )
+
+
+_FIXED = (1, 2, 4, 16, 32, 64, 128)  # sizes that batches of exported models are fixed at
+
+
+def refuse_fixed_batch(graph: Graph, consequence: str = "") -> None:
+    """Raises `ModelError` if a graph makes sense for batches of one size only.
+
+    Args:
+        consequence: What goes wrong for others; empty if only a node that is to blame counts.
+    """
+    for batch in _FIXED:
+        try:
+            shapes = inferred(graph, batch).shapes
+        except ModelError:
+            continue
+        node = next((n for n in graph.nodes if _fixes_batch(graph, n, shapes, batch)), None)
+        if node is None and not consequence:
+            continue
+        what = f"the model ({consequence})" if node is None else f"{node.op} {node.name}"
+        raise ModelError(
+            f"{what} is made for batches of {batch}",
+            expected="batches of any size",
+            hint="In forward, take the batch's size from the input, as x.flatten(1) and x.reshape(len(x), -1) do, and "
+            "export with a dynamic batch (torch: dynamic_shapes, or dynamic_axes of older exporters).",
+        )
+
+
+def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]], batch: int) -> bool:
+    """Whether a node gives a value with a batch another shape, in which the batch's size is a number."""
+    if node.domain or node.op not in ("Reshape", "Expand") or node.inputs[1] not in graph.initializers:
+        return False
+    before = shapes[node.inputs[0]]
+    target: list[int] = graph.initializers[node.inputs[1]].reshape(-1).tolist()
+    fixed = bool(target) and target[0] > 0 and (target[0] % batch == 0 or -1 not in target)
+    return fixed and bool(before) and before[0] == batch and node.inputs[0] not in graph.initializers
 
 
 def inferred(graph: Graph, batch: int) -> Inferred:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,12 @@ class Trials:
         self._model, self._widths, self._files, self._data = model, widths, files, data
         self._tensors = tensorfile.decode(files[WEIGHTS])
         self._x: Array = sample_feeds(model.graph, _RANDOM)[X] if data is None else data.x
+
+    @cached_property
+    def _reference(self) -> Array:
+        """Outputs in float32, which are wanted after it is clear that the model can be lowered at all."""
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
-            self._reference = self._outputs(Path(name), INFERENCE)
+            return self._outputs(Path(name), INFERENCE)
 
     def all(self, precisions: Sequence[str]) -> tuple[Trial, ...]:
         """A trial of each precision; errors are those of `of`."""

@@ -8,11 +8,12 @@ from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.lengths import LENGTH
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM, LOSSES, Features, terms
+from fedprune.model.recipe import CUSTOM, LOSSES, LOSSES_OF_LOGITS, Features, terms
 from fedprune.model.trainable import frozen_tensors
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.probabilities import maker_of_probabilities
 from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
@@ -61,6 +62,7 @@ def training_graph(model: Model, features: Features) -> Graph:
         tape.written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.inputs.append(port(step_contract.X, input_shape, model.graph.inputs[0].dtype))
+    _check_logits(model, features)
     losses = _loss_graphs(model, features)
     graph.inputs.append(_labels(model, features, losses))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
@@ -110,6 +112,23 @@ def training_graph(model: Model, features: Features) -> Graph:
         graph.inputs += [port(b.name, b.shape, b.dtype) for b in architecture.base]
         graph.prune()
     return graph
+
+
+def _check_logits(model: Model, features: Features) -> None:
+    """Make sure that a loss of logits gets some. Raises `ModelError` if the model ends in probabilities."""
+    losses = [name for name, _ in terms(features.loss) if name in LOSSES_OF_LOGITS]
+    if not losses:
+        return
+    maker = maker_of_probabilities(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
+    if maker is None:
+        return
+    before = maker.inputs[0]
+    name = "" if "~" in before else f' or name what it reads as the output: --output {before} (output="{before}")'
+    raise ModelError(
+        f"loss {losses[0]} and the model's output, which consists of the probabilities of {maker.op} {maker.name}",
+        expected="logits: the loss applies its own sigmoid or softmax",
+        hint=f"Leave {maker.op} out where the model is made{name}, or take a loss of values, such as mse.",
+    )
 
 
 def _loss_graphs(model: Model, features: Features) -> dict[str, Model]:

@@ -407,6 +407,20 @@ for _largest in (0, 1):
         narrow={"c": 2},
     )
 
+row(
+    "numbers made of TopK's indices",
+    [
+        pieces("TopK", ["v", "places"], "x", "k", axis=1),
+        node("Cast", "places", out="p", to=1),
+        node("Mul", "v", "p"),
+    ],
+    lambda x: x.topk(3, 1).values * x.topk(3, 1).indices,
+    {"x": normal(3, 7, 4)},
+    {"x": ("N", 7, "c")},
+    {"k": ints(3)},
+    narrow={"c": 2},
+)
+
 
 def other_order(a: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     f, two, g = x.split([len(a), 2, x.shape[1] - 2 - len(a)], 1)

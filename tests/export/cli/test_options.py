@@ -56,6 +56,8 @@ def test_without_flags_the_recipe_is_the_default() -> None:
         (("--set", "lr=0.5", "--set", "optimizer=adam"), Recipe(lr=0.5, optimizer="adam")),
         (("--set", "ordered_dropout=0.25,0.5"), Recipe(ordered_dropout=(0.25, 0.5))),
         (("--set", "ordered_dropout=0.5"), Recipe(ordered_dropout=(0.5,))),
+        (("--set", "augment=flip"), Recipe(augment=("flip",))),
+        (("--set", "augment=flip,crop:4"), Recipe(augment=("flip", "crop:4"))),
         (("--set", "frozen=conv1.weight", "--loss", "mse"), Recipe(frozen=("conv1.weight",), loss="mse")),
         (("--set", "frozen=conv[12].*, bn1.bias"), Recipe(frozen=("conv[12].*", "bn1.bias"))),
         (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +13,7 @@ from onnx import numpy_helper
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import import_onnx, inlining
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import cut_error, distance, outputs, random_selection
@@ -133,4 +136,84 @@ BY_DATA = "largest = ReduceMax<keepdims=0>(x) trips = Cast<to=7>(largest)"
 )
 def test_loops_that_depend_on_the_data_or_are_too_long_are_named(body: str, text: str) -> None:
     with pytest.raises(ModelError, match=text):
+        import_onnx(parsed(body), "net")
+
+
+def test_a_branch_that_is_taken_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = f"""{START} yes = Constant<value_int=1>() is = Cast<to=9>(yes) m = MatMul(start, w)
+        h = If(is)<then_branch = a () => (float[N,6] p) {{ p = Relu(m) }},
+                   else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>"""
+    raw = parsed(body)
+    same(raw)
+
+    def mistaken(model: onnx.ModelProto) -> onnx.ModelProto:
+        out = inlining.prepared(model)
+        for node in out.graph.node:
+            node.op_type = "Tanh" if node.op_type == "Relu" else node.op_type
+        return out
+
+    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.load"), "prepared", mistaken)
+    with pytest.raises(ModelError, match="outputs differ"):
+        import_onnx(raw, "net")
+
+
+def test_names_that_are_constructed_clash_with_none_of_the_file() -> None:
+    """Values and tensors of a branch and of a loop's body, where the file has what they would be called."""
+    steps = "one = Constant<value_int=1>() is = Cast<to=9>(one) trips = Constant<value_int=2>()"
+    choice = """c = If(is)<then_branch = a () => (float[N,6] p) { ka = Relu(m) p = Tanh(ka) },
+                           else_branch = b () => (float[N,6] q) { kb = Relu(m) q = Tanh(kb) }>"""
+    turn = """<body = turn (int64 i, bool on, float[N,6] s) => (bool go, float[N,6] out1) {
+        go = Identity(on) out0 = Sin(s) out1 = Cos(out0) }>"""
+    names = ["c.ka", "c.ka_", "l.0.out0", "l.0.out1", "l.1.out0", "l.0.turn", "l.0.on"]
+    others = " ".join(f'"{name}" = Add(m, m)' for name in names)
+    sums = "h = Sum(c, l, " + ", ".join(f'"{name}"' for name in names) + ")"
+    plain = {name: f"v{i}" for i, name in enumerate(names)}
+    for old, new in plain.items():
+        others, sums = others.replace(f'"{old}"', new), sums.replace(f'"{old}"', new)
+    body = f'{START} {steps} m = MatMul(start, w) {others} {choice} l = Loop(trips, "", m){turn} {sums}'
+    proto = onnx.load_model_from_string(parsed(body))
+    for node in proto.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [next((old for old, new in plain.items() if new == value), value) for value in values]
+    same(proto.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda node: node.attribute.remove(next(a for a in node.attribute if a.name == "num_scan_inputs")),
+        lambda node: node.attribute.append(onnx.helper.make_attribute("scan_input_axes", [0, 1])),
+        lambda node: node.attribute.append(onnx.helper.make_attribute("scan_output_directions", [0, 1, 0])),
+        lambda node: node.attribute.remove(next(a for a in node.attribute if a.name == "body")),
+        lambda node: node.input.append(node.input[0]),
+    ],
+)
+def test_a_malformed_scan_is_named(change: Callable[[onnx.NodeProto], None]) -> None:
+    body = f"""{START} h, rows = Scan<num_scan_inputs=1, scan_input_axes=[1], body = turn
+        (float[N,6] s, float[N,6] r) => (float[N,6] t, float[N,6] o)
+        {{ m = MatMul(s, w) t = Add(m, r) o = Tanh(t) }}>(start, x)"""
+    proto = onnx.load_model_from_string(parsed(body))
+    node = next(n for n in proto.graph.node if n.op_type == "Scan")
+    same(proto.SerializeToString())
+    change(node)
+    with pytest.raises(ModelError) as caught:
+        import_onnx(proto.SerializeToString(), "net")
+    assert "can't be understood" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["trips", "on"])
+def test_a_loop_with_an_empty_condition_or_count_is_named(which: str) -> None:
+    trips = "int64[0] {}" if which == "trips" else "int64 {2}"
+    on = "bool[0] {}" if which == "on" else "bool {1}"
+    body = f"""{START} trips = Constant<value = {trips}>() on = Constant<value = {on}>()
+        h, rows = Loop(trips, on, start){TURN}"""
+    with pytest.raises(ModelError, match="Loop") as caught:
+        import_onnx(parsed(body), "net")
+    assert "can't be understood" not in str(caught.value)
+
+
+def test_a_loop_without_operators_is_not_turned_for_ever() -> None:
+    body = f"""{START} trips = Constant<value_int=1000000000000>() last = Loop(trips, "", start)<body = turn
+        (int64 i, bool on, float[N,6] s) => (bool on, float[N,6] s) {{ }}> h = MatMul(last, w)"""
+    with pytest.raises(ModelError, match="unrolled"):
         import_onnx(parsed(body), "net")

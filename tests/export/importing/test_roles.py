@@ -195,3 +195,45 @@ def test_a_listed_tensor_of_another_type_is_refused() -> None:
     proto.metadata_props.add(key=PARAMETERS_KEY, value='["odd", "w"]')
     with pytest.raises(ModelError, match="parameter odd: expected float32, got int64"):
         import_onnx(proto.SerializeToString(), "net")
+
+
+def _conv(g: Graph) -> str:
+    return g.emit("Conv", "image", "last", "one")
+
+
+def _conv_transpose(g: Graph) -> str:
+    return g.emit("ConvTranspose", "image", "last", "one")
+
+
+def _gemm(g: Graph) -> str:
+    return g.emit("Gemm", g.emit("Flatten", "image"), "last", "one")
+
+
+def _product_and_sum(g: Graph) -> str:
+    return g.emit("Add", g.emit("MatMul", g.emit("Flatten", "image"), "last"), "one")
+
+
+def _slope(g: Graph) -> str:
+    return g.emit("PRelu", g.emit("MatMul", g.emit("Flatten", "image"), "last"), "one")
+
+
+@pytest.mark.parametrize(
+    ("build", "weight", "kind"),
+    [
+        (_conv, (1, 3, 2, 2), "bias"),
+        (_conv_transpose, (3, 1, 2, 2), "bias"),
+        (_gemm, (12, 1), "bias"),
+        (_product_and_sum, (12, 1), "bias"),
+        (_slope, (12, 5), "weight"),
+    ],
+)
+def test_a_parameter_of_one_number_is_trained(
+    build: Callable[[Graph], str], weight: tuple[int, ...], kind: str
+) -> None:
+    tensors = {"last": np.random.default_rng(0).standard_normal(weight).astype(np.float32), "one": np.full(1, 0.3, F32)}
+    graph = Graph(inputs=[Port("image", F32, ("batch", 3, 2, 2))], initializers=tensors)
+    graph.outputs = [Port(build(graph), F32, ("batch", *([None] * (len(weight) - 1))))]
+    model = import_onnx(graph.to_bytes(), "net")
+    assert model.architecture.by_name["one"].kind == kind
+    assert not model.notes
+    assert "one::next" in {p.name for p in training_graph(model, Features(loss="mse")).outputs}

@@ -12,10 +12,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
+from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import distance, outputs
 
 F32 = np.dtype(np.float32)
@@ -177,6 +179,26 @@ def test_resizing_in_new_ways_is_two_products(attrs: dict[str, Any], mode: str, 
         return g.emit("Resize", "image", *further, attrs=chosen)
 
     assert ops(build, (3, 5, 6), size, 19) == ["MatMul", "MatMul"]
+
+
+EARLY = [(10, "nearest"), (10, "linear"), (9, "nearest"), (9, "linear"), (8, "nearest"), (7, "linear")]
+
+
+@pytest.mark.parametrize(("opset", "mode"), EARLY)
+@pytest.mark.parametrize("scales", [(2.0, 1.5), (0.5, 0.7), (0.6, 2.3)])
+def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scales: tuple[float, float]) -> None:
+    if opset < 10 and min(scales) < 1:
+        scales = (1 / scales[0], max(1.0, scales[1]))  # an Upsample only grows
+    sizes = [int(8 * s) for s in scales]
+
+    def build(g: Graph) -> str:
+        amounts = g.constant([1, 1, *scales], np.float32)
+        if opset > 8:
+            return g.emit("Resize" if opset == 10 else "Upsample", "image", amounts, attrs={"mode": mode})
+        return g.emit("Upsample", "image", attrs={"mode": mode, "scales": [1.0, 1.0, *scales]})
+
+    model = imported(build, (3, 8, 8), 3 * math.prod(sizes), opset)
+    training_graph(model, Features())
 
 
 def test_resizing_channels_in_new_ways_is_named() -> None:

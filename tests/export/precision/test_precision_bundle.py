@@ -236,3 +236,16 @@ def test_layers_stay_as_far_as_the_outputs_ask_for_it(lenient: int, monkeypatch:
     ends, stay = {layers[0], layers[-1]}, set(layers) - set(found.lowered.layers)
     assert stay > ends if lenient == 2 else stay == (ends if lenient else set())
     assert found.agreement.refusal == ""
+
+
+def test_frozen_weights_in_low_precision_are_named_before_anything_is_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--lora", "2:*", "--base-precision", "int8")
+    out = tmp_path / "bundle"
+    command = [str(folder / "digits.onnx"), "--target", "raspberry-pi-5", *more, "--precision", "float16"]
+    assert main([*command, "--out", str(out)]) == ModelError.exit_code
+    message = capsys.readouterr().err
+    assert "--base-precision" in message
+    assert "fedprune-" not in message.replace("fedprune-export", "")
+    assert not out.exists()

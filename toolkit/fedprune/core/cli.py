@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -48,9 +48,6 @@ _MAX_SECONDS = 1e6
 
 _MAX_HOURS = 100 * 365 * 24.0
 """A century: a longer time from now is no date that every library can show."""
-
-_RECIPE_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
-"""Settings of a recipe that are lists."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -220,15 +217,24 @@ def setting_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return value
 
 
-def recipe_setting(text: str) -> tuple[str, Any]:
-    """`KEY=VALUE` of an option, such as lr=0.01: the value is JSON, or else text; a list may be given with commas."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
-    found = _json_or_text(value)
-    if key not in _RECIPE_LISTS or isinstance(found, list):
-        return key, found
-    return key, [_json_or_text(part.strip()) for part in found.split(",")] if isinstance(found, str) else [found]
+def recipe_setting(lists: Collection[str]) -> Callable[[str], tuple[str, Any]]:
+    """The type of an option `KEY=VALUE`, such as lr=0.01: the value is JSON, or else text; a list may be given with
+    commas.
+
+    Args:
+        lists: Keys whose values are lists.
+    """
+
+    def read(text: str) -> tuple[str, Any]:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
+        setting = _json_or_text(value)
+        if key not in lists or isinstance(setting, list):
+            return key, setting
+        return key, [_json_or_text(p.strip()) for p in setting.split(",")] if isinstance(setting, str) else [setting]
+
+    return read
 
 
 def _json_or_text(text: str) -> Any:

@@ -130,6 +130,9 @@ sample shows, the numbers of a sequence of classes, or its own."""
 
 LOSSES = tuple(LABELS_OF)
 
+LOSSES_OF_LOGITS = frozenset({"cross_entropy", "bce", "focal", "dice", DISTILL, "ctc"})
+"""Losses that apply a sigmoid or softmax themselves."""
+
 _SUM = "or a sum of these for labels of one kind, such as '0.5*bce + 0.5*dice'"
 _TERM = re.compile(r"(?:([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)\*)?([a-z_0-9]+)", re.ASCII)
 _MOST_LETTERS = 200
@@ -581,6 +584,10 @@ def judged_by(recipe: Mapping[str, Any]) -> str:
     if metric:
         return SCORE if metric == CUSTOM else str(metric)
     return (ACCURACY if labels_of(recipe.get("loss", Recipe.loss)) in JUDGED else LOSS).name
+
+
+LIST_SETTINGS = tuple(field.name for field in fields(Recipe) if str(field.type).startswith("tuple["))
+"""Settings of a recipe that are lists."""
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

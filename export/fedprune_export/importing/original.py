@@ -1,0 +1,85 @@
+"""The user's file as onnxruntime runs it: the numbers that an import has to compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from fedprune.runtime.session import Session
+from fedprune_export.ir.graph import Graph, Port
+
+Array = npt.NDArray[Any]
+
+
+class Original:
+    """A file's own session. It reads nothing of what the import has made of the file: not the functions that were
+    inlined, not the loops that were unrolled, not another opset.
+
+    Raises `ModelError` if onnxruntime doesn't load the file.
+
+    Args:
+        raw: The file.
+        inputs: The names of its inputs.
+        outputs: The names of its outputs that count.
+        row: A graph whose only input is the import's, and which computes the file's inputs as parts of that.
+    """
+
+    def __init__(self, raw: bytes, inputs: list[str], outputs: list[str], row: Graph) -> None:
+        self._inputs, self._outputs, self._row = inputs, outputs, row.inputs[0].name
+        self._session = raw_session(raw, outputs)
+        feeder = row.copy()
+        feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row]
+        self._feeder: Session | None = None
+        if feeder.outputs:
+            feeder.prune()
+            proto = feeder.to_proto()
+            for value in proto.graph.output:
+                value.ClearField("type")  # of any type and shape
+            self._feeder = Session(proto.SerializeToString())
+
+    def run(self, x: Array) -> Array:
+        """The outputs for samples of the import's input; several lie side by side, as `pack_outputs` puts them."""
+        parts = self._feeder.run({self._row: x}) if self._feeder is not None else {}
+        values = self._session.run({name: parts.get(name, x) for name in self._inputs}, self._outputs)
+        if len(self._outputs) == 1:
+            return values[self._outputs[0]]
+        return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
+
+
+def raw_session(raw: bytes, outputs: list[str]) -> Session:
+    """A session of a file without what no output depends on, whose sizes nobody has bounded, and without names of nodes
+    and written shapes, which may be double or wrong and compute nothing. Raises `ModelError` if onnxruntime refuses."""
+    model = onnx.load_model_from_string(raw)
+    unused = [o for o in model.graph.output if o.name not in outputs]
+    for value in unused:
+        model.graph.output.remove(value)
+    for part in (model.graph, *model.functions):
+        _drop_dead(part)
+    return Session(model.SerializeToString())
+
+
+def _drop_dead(part: Any) -> set[str]:
+    """Keep the nodes of a graph or function, and of graphs within, that its outputs depend on. Returns what is read
+    from around it."""
+    needed = {o if isinstance(o, str) else o.name for o in part.output}
+    kept = []
+    for node in reversed(part.node):
+        if not needed.intersection(node.output):
+            continue
+        node.ClearField("name")
+        if node.op_type == "Dropout" and node.domain in ("", "ai.onnx"):
+            del node.input[2:]  # whether it trains: what a model computes is what it predicts
+        needed.difference_update(node.output)
+        needed.update(i for i in node.input if i)
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                needed |= _drop_dead(inner)
+        kept.append(node)
+    del part.node[: len(part.node)]
+    part.node.extend(kept[::-1])
+    del part.value_info[:]
+    own = {v if isinstance(v, str) else v.name for v in part.input}
+    return needed - own - {t.name for t in getattr(part, "initializer", ())}

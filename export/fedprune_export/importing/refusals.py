@@ -1,0 +1,98 @@
+"""What of a user's model can't be trained, with the reason as the user would say it and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedprune.core.errors import ModelError, shown
+from fedprune.core.text import some
+from fedprune.model.architecture import TensorKind
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import Trace
+
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+
+_QUANTISING = frozenset(
+    {
+        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"),
+        *("ConvInteger", "MatMulInteger"),
+    }
+)
+
+_UNQUANTISED = (
+    "Give the float32 model that it was made from: training needs its weights. --precision int8 makes a board predict "
+    "with 8 bits."
+)
+
+_NOT_FLOATS = {"b": "truths", "i": "whole numbers", "u": "whole numbers"}
+
+
+def check_random(graph: Graph) -> None:
+    """Raises `ModelError` if an output depends on random numbers."""
+    node = next((n for n in graph.nodes if n.op in RANDOM and not n.domain), None)
+    if node is not None:
+        raise ModelError(
+            f"{_label(node)} draws random numbers, so that the model's output differs from run to run",
+            hint="Export the model in evaluation mode (module.eval()), without what is random in it.",
+        )
+
+
+def check_output(graph: Graph, seen: Trace, names: Mapping[str, str]) -> None:
+    """Make sure that the output consists of numbers that a loss can follow. Raises `ModelError` otherwise.
+
+    Args:
+        names: What values are called in the file, where it is something else.
+    """
+    name, makers = graph.outputs[0].name, graph.producers()
+    kind = _NOT_FLOATS.get(seen.dtypes[name].kind)
+    if kind is None:
+        return
+    maker = makers[name]
+    while seen.dtypes[maker.inputs[0]].kind in _NOT_FLOATS and maker.inputs[0] in makers:
+        maker = makers[maker.inputs[0]]
+    before = names.get(maker.inputs[0], maker.inputs[0])
+    raise ModelError(
+        f"the model's output consists of {kind}, which {_label(maker)} makes",
+        expected="numbers that a loss can follow, such as logits",
+        hint=f"Let the model end before it: --output {before} (output={before!r}).",
+    )
+
+
+def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
+    """Raises `ModelError` if no tensor trains."""
+    if any(TensorKind(kind).trainable for kind in kinds.values()):
+        return
+    stored = [f"{n} ({v.dtype})" for n, v in graph.initializers.items() if v.size > 1]
+    raise ModelError(
+        "the model has no trainable tensor that its output depends on",
+        expected="weights in float32",
+        got=some(stored, most=3) if stored else "none",
+        hint="Export the model with its weights, or list what is to be trained (--parameters FILE).",
+    )
+
+
+def check_stored(graph: Graph) -> None:
+    """Raises `ModelError` if weights are stored in few bits, of which nothing could be trained."""
+    for node in graph.nodes:
+        stored = [graph.initializers[i] for i in node.inputs if i in graph.initializers]
+        if node.op in _QUANTISING and not node.domain and any(v.size > 1 and v.dtype.itemsize == 1 for v in stored):
+            raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_UNQUANTISED)
+
+
+def quantising_node(graph: Graph) -> Node | None:
+    """The first node that rounds to few bits, or reads what was."""
+    return next((n for n in graph.nodes if n.op in _QUANTISING and not n.domain), None)
+
+
+def quantisation_error(node: Node) -> ModelError:
+    """The error of a quantised model, whose outputs are not quite its own after any rewriting."""
+    return ModelError(
+        f"the model is quantised: {_label(node)} rounds, so that its outputs jump",
+        hint=_UNQUANTISED,
+    )
+
+
+def _label(node: Node) -> str:
+    return f"{node.op} {shown(node.name or node.outputs[0])}"

@@ -1,0 +1,79 @@
+"""Whether a graph ends in probabilities, and what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import numpy as np
+
+from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.operators import REARRANGEMENTS
+
+MAKERS = frozenset({"Softmax", "Sigmoid", "HardSigmoid"})
+
+_PASSING = REARRANGEMENTS | {
+    *("Cast", "Clip", "Dropout", "Expand", "Gather", "GatherND", "GatherElements", "Pad", "Resize", "Slice", "Split"),
+    *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin"),
+    *("Tile", "TopK"),
+}
+"""Operators of whose first input the outputs are probabilities where that holds some."""
+
+_JOINING = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", "Mul", "Sum"})
+"""Operators that make probabilities, or shares of them, of probabilities and constants."""
+
+
+def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -> Node | None:
+    """The node that makes the probabilities that an output consists of; None where any of it is something else.
+
+    Args:
+        weights: Initialisers that aren't constants: what is scaled by them is no probability.
+    """
+    makers = graph.producers()
+    constants = {name: value for name, value in graph.initializers.items() if name not in weights}
+    first: Node | None = None
+    waiting, seen = [output], {output}
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is None or node.domain:
+            return None
+        read: list[str] = []
+        if node.op in MAKERS or _is_written_out(node, makers, constants):
+            first = first or node
+        elif node.op in _PASSING:
+            read = node.inputs[:1]
+        elif node.op in _JOINING and not _can_enlarge(node, constants):
+            read = [i for i in node.inputs if i not in constants]
+        elif node.op == "Sub" and np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
+            read = node.inputs[1:]
+        else:
+            return None
+        waiting += [i for i in read if i not in seen]
+        seen.update(read)
+    return first
+
+
+def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
+    """Whether a node ends a softmax or sigmoid in primitives: e / sum(e), exp(LogSoftmax) or 1 / (1 + exp(-x))."""
+
+    def ops(name: str) -> list[str]:
+        return [makers[i].op for i in makers[name].inputs if i in makers] if name in makers else []
+
+    if node.op == "Exp":
+        return node.inputs[0] in makers and makers[node.inputs[0]].op == "LogSoftmax"
+    total = makers.get(node.inputs[1]) if node.op == "Div" else None
+    if total is not None and total.op == "ReduceSum":
+        return total.inputs[0] == node.inputs[0]
+    if node.op == "Div" and not np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
+        return False
+    below = node.inputs[-1] if node.op in ("Div", "Reciprocal") else ""
+    if below not in makers or makers[below].op != "Add":
+        return False
+    return ops(below) == ["Exp"] and any(np.all(constants.get(i, np.zeros(1)) == 1) for i in makers[below].inputs)
+
+
+def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:
+    """Whether constants of a node make more than probabilities of probabilities."""
+    values = [constants[i] for i in node.inputs if i in constants]
+    if node.op == "Div":
+        return node.inputs[1] not in constants or not bool((constants[node.inputs[1]] >= 1).all())
+    return (node.op in ("Add", "Sum") and bool(values)) or not all(((v >= 0) & (v <= 1)).all() for v in values)

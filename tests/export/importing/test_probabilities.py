@@ -1,0 +1,120 @@
+"""A model that ends in probabilities isn't trained as if they were logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fedprune.core.errors import ModelError
+from fedprune.model.recipe import Features
+from fedprune.runtime.session import Session
+from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.training.step_graph import training_graph
+from support.oracles.cutting import distance, outputs
+
+F32 = np.dtype(np.float32)
+Build = Callable[[Graph, str], str]
+
+
+def raw(build: Build, shape: tuple[int | None, ...] = (4,), places: int = 0) -> bytes:
+    """A model whose logits `l`, of 4 classes, go through what is built."""
+    rng = np.random.default_rng(0)
+    inputs = (10, places) if places else (10,)
+    weight = rng.standard_normal((4, 10, 1) if places else (10, 4)).astype(np.float32)
+    graph = Graph(inputs=[Port("image", F32, ("batch", *inputs))], initializers={"w": weight})
+    logits = graph.emit("Conv" if places else "MatMul", "image", "w", out="l")
+    graph.outputs = [Port(build(graph, logits), F32, ("batch", *shape))]
+    return graph.to_bytes()
+
+
+def softmax(g: Graph, logits: str, axis: int = 1) -> str:
+    return g.emit("Softmax", logits, attrs={"axis": axis})
+
+
+def clipped(g: Graph, logits: str) -> str:
+    return g.emit("Clip", softmax(g, logits), g.scalar(1e-7), g.scalar(1 - 1e-7))
+
+
+def turned(g: Graph, logits: str) -> str:
+    last = softmax(g, g.emit("Transpose", logits, attrs={"perm": [0, 2, 1]}), -1)
+    return g.emit("Transpose", last, attrs={"perm": [0, 2, 1]})
+
+
+REMOVED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
+    "reshape": (lambda g, x: g.emit("Reshape", softmax(g, x), g.ints(-1, 4)), (4,), 0),
+    "flatten": (lambda g, x: g.emit("Flatten", softmax(g, x, -1)), (4,), 0),
+    "identity": (lambda g, x: g.emit("Identity", softmax(g, x)), (4,), 0),
+    "cast": (lambda g, x: g.emit("Cast", softmax(g, x), attrs={"to": 1}), (4,), 0),
+    "unsqueeze": (lambda g, x: g.emit("Unsqueeze", softmax(g, x), g.ints(2)), (4, 1), 0),
+    "clip": (clipped, (4,), 0),
+    "places": (softmax, (4, 6), 6),
+    "turned": (turned, (4, 6), 6),
+    "log": (lambda g, x: g.emit("Identity", g.emit("LogSoftmax", x, attrs={"axis": 1})), (4,), 0),
+}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_softmax_before_what_passes_it_on_is_removed_and_said(name: str) -> None:
+    build, shape, places = REMOVED[name]
+    model = import_onnx(raw(build, shape, places), "net")
+    assert len(model.notes) == 1
+    x = np.random.default_rng(1).standard_normal((3, 10, places) if places else (3, 10)).astype(np.float32)
+    plain = Session(raw(lambda g, logits: logits, (4,), places)).run({"image": x})["l"]
+    assert distance(outputs(model.graph, x).reshape(plain.shape), plain) < 1e-6
+
+
+def shares(g: Graph, logits: str) -> str:
+    powers = g.emit("Exp", logits)
+    return g.emit("Div", powers, g.emit("ReduceSum", powers, g.ints(1), attrs={"keepdims": 1}))
+
+
+REFUSED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
+    "sigmoid": (lambda g, x: g.emit("Sigmoid", x), (4,), 0),
+    "reshaped sigmoid": (lambda g, x: g.emit("Reshape", g.emit("Sigmoid", x), g.ints(-1, 4)), (4,), 0),
+    "hard sigmoid": (lambda g, x: g.emit("HardSigmoid", x), (4,), 0),
+    "another axis": (lambda g, x: softmax(g, x, 2), (4, 6), 6),
+    "one class": (lambda g, x: g.emit("Slice", softmax(g, x), g.ints(1), g.ints(2), g.ints(1)), (1,), 0),
+    "a mean": (lambda g, x: g.emit("ReduceMean", softmax(g, x), attrs={"axes": [2], "keepdims": 0}), (4,), 6),
+    "an ensemble": (lambda g, x: g.emit("Mul", g.emit("Add", softmax(g, x), softmax(g, x)), g.scalar(0.5)), (4,), 0),
+    "shares": (shares, (4,), 0),
+    "an exponent": (lambda g, x: g.emit("Exp", g.emit("LogSoftmax", x, attrs={"axis": 1})), (4,), 0),
+    "a fraction": (
+        lambda g, x: g.emit("Div", g.scalar(1), g.emit("Add", g.scalar(1), g.emit("Exp", g.emit("Neg", x)))),
+        (4,),
+        0,
+    ),
+    "both": (
+        lambda g, x: g.emit(
+            "Concat", g.emit("Sigmoid", x), g.emit("Sub", g.scalar(1), g.emit("Sigmoid", x)), attrs={"axis": 1}
+        ),
+        (8,),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_other_probabilities_are_no_logits(name: str, loss: str) -> None:
+    model = import_onnx(raw(*REFUSED[name]), "net")
+    with pytest.raises(ModelError, match="probabilities") as caught:
+        training_graph(model, Features(loss=loss))
+    assert caught.value.hint
+    training_graph(model, Features(loss="mse"))
+
+
+def test_what_only_resembles_probabilities_is_trained() -> None:
+    for build in (
+        lambda g, x: g.emit("Mul", x, g.emit("Sigmoid", x)),
+        lambda g, x: g.emit("Mul", g.emit("Sigmoid", x), g.scalar(10)),
+    ):
+        training_graph(import_onnx(raw(build), "net"), Features(loss="bce"))
+
+
+def test_the_value_before_a_sigmoid_can_be_the_output() -> None:
+    model = import_onnx(raw(REFUSED["sigmoid"][0]), "net", output="l")
+    assert [n.op for n in model.graph.nodes] == ["MatMul"]
+    training_graph(model, Features(loss="bce"))

@@ -1,0 +1,206 @@
+"""What can't be trained is refused with its reason and a way out; what only looks so is taken."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from fedprune.core.errors import ModelError
+from fedprune.model.recipe import Features
+from fedprune.runtime.session import Session
+from fedprune_export.importing import import_onnx
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.training.step_graph import training_graph
+from support.oracles.cutting import distance, outputs
+
+F32 = np.dtype(np.float32)
+
+
+def random(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def raw(
+    build: Callable[[Graph], str],
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    shape: tuple[int, ...] = (6,),
+    out: tuple[int | str | None, ...] = ("N", 4),
+    kind: Any = np.float32,
+) -> bytes:
+    """A model of samples `image` with tensors, as bytes of a file."""
+    graph = Graph(inputs=[Port("image", F32, ("N", *shape))], initializers=dict(tensors))
+    graph.outputs = [Port(build(graph), np.dtype(kind), out)]
+    return graph.to_bytes()
+
+
+def refused(file: bytes, *texts: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        import_onnx(file, "net")
+    for text in texts:
+        assert text in str(caught.value)
+    assert caught.value.hint
+    assert "report" not in caught.value.hint
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min, -1e9])
+def test_a_mask_is_a_constant(low: float) -> None:
+    def build(g: Graph) -> str:
+        q, k = g.emit("MatMul", "image", "q"), g.emit("MatMul", "image", "k")
+        scores = g.emit("MatMul", q, g.emit("Transpose", k, attrs={"perm": [0, 2, 1]}))
+        weights = g.emit("Softmax", g.emit("Add", scores, "mask"), attrs={"axis": -1})
+        return g.emit("MatMul", g.emit("Flatten", g.emit("MatMul", weights, "image")), "last")
+
+    mask = np.triu(np.full((5, 5), low, np.float32), 1)
+    mask[np.tril_indices(5)] = 0
+    tensors = {"q": random(6, 3), "k": random(6, 3), "mask": mask, "last": random(30, 4)}
+    model = import_onnx(raw(build, tensors, (5, 6)), "net")
+    assert set(model.tensors) == {"q", "k", "last"}
+    assert any("mask" in note for note in model.notes)
+    training_graph(model, Features())
+
+
+def test_a_mask_of_weights_is_a_constant() -> None:
+    def build(g: Graph) -> str:
+        return g.emit("MatMul", g.emit("Tanh", g.emit("MatMul", "image", g.emit("Mul", "w", "mask"))), "last")
+
+    tensors = {"w": random(6, 5), "mask": np.tri(6, 5, dtype=np.float32), "last": random(5, 4)}
+    model = import_onnx(raw(build, tensors), "net")
+    assert set(model.tensors) == {"w", "last"}
+    assert any("mask" in note for note in model.notes)
+
+
+def test_an_infinite_weight_is_refused() -> None:
+    tensors = {"w": np.full((6, 4), np.inf, np.float32)}
+    refused(raw(lambda g: g.emit("MatMul", "image", "w"), tensors), "w", "infinite")
+
+
+@pytest.mark.parametrize("op", ["ArgMax", "Greater", "Cast"])
+def test_an_output_of_whole_numbers_or_truths_is_named(op: str) -> None:
+    def build(g: Graph) -> str:
+        logits = g.emit("MatMul", "image", "w", out="l")
+        if op == "ArgMax":
+            return g.emit("Identity", g.emit("ArgMax", logits, attrs={"axis": 1}))
+        if op == "Greater":
+            return g.emit("Greater", logits, g.scalar(0))
+        return g.emit("Cast", logits, attrs={"to": 7})
+
+    kind = np.bool_ if op == "Greater" else np.int64
+    file = raw(build, {"w": random(6, 4)}, out=("N", 1 if op == "ArgMax" else 4), kind=kind)
+    refused(file, op, "--output l ")
+    training_graph(import_onnx(file, "net", output="l"), Features())
+
+
+FIXED: dict[str, tuple[Callable[[Graph], str], tuple[int, ...]]] = {
+    "a row": (lambda g: g.emit("Gemm", g.emit("Reshape", "h", g.ints(1, -1)), "last"), (6,)),
+    "all sizes": (lambda g: g.emit("MatMul", g.emit("Reshape", "h", g.ints(2, 3, 2)), "pair"), (6,)),
+    "the end": (lambda g: g.emit("Reshape", g.emit("MatMul", "h", "last"), g.ints(1, -1)), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_reshape_that_fixes_the_batch_is_named(name: str) -> None:
+    def build(g: Graph) -> str:
+        g.emit("MatMul", "image", "w", out="h")
+        return FIXED[name][0](g)
+
+    tensors = {"w": random(6, 6), "last": random(6, 4), "pair": random(2, 4)}
+    refused(raw(build, tensors, out=(None,) * (3 if name == "all sizes" else 2)), "Reshape", "batch")
+
+
+@pytest.mark.parametrize("op", ["RandomNormalLike", "RandomUniformLike", "Bernoulli"])
+def test_random_numbers_are_named(op: str) -> None:
+    def build(g: Graph) -> str:
+        h = g.emit("MatMul", "image", "w")
+        return g.emit("Add", h, g.emit(op, g.emit("Sigmoid", h) if op == "Bernoulli" else h))
+
+    refused(raw(build, {"w": random(6, 4)}), op)
+
+
+def test_weights_of_8_bits_are_named() -> None:
+    def build(g: Graph) -> str:
+        return g.emit("MatMul", "image", g.emit("DequantizeLinear", "low", g.scalar(0.05), g.constant(0, np.int8)))
+
+    refused(raw(build, {"low": np.ones((6, 4), np.int8)}), "quantised", "DequantizeLinear")
+
+
+def test_rounding_is_named_where_it_makes_outputs_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(g: Graph) -> str:
+        step, zero = g.scalar(0.05), g.constant(0, np.int8)
+        low = g.emit("QuantizeLinear", g.emit("Relu", g.emit("MatMul", "image", "w")), step, zero)
+        return g.emit("MatMul", g.emit("DequantizeLinear", low, step, zero), "v")
+
+    def shifted(model: onnx.ModelProto) -> onnx.ModelProto:
+        """As a number that rounding takes to the other side would shift the output."""
+        for tensor in model.graph.initializer:
+            if tensor.name == "v":
+                tensor.CopyFrom(numpy_helper.from_array(random(5, 4) * 1.01, "v"))
+        return model
+
+    monkeypatch.setattr(importlib.import_module("fedprune_export.importing.load"), "prepared", shifted)
+    refused(raw(build, {"w": random(6, 5), "v": random(5, 4)}), "quantised", "QuantizeLinear")
+
+
+def test_weights_in_constant_nodes_are_trained() -> None:
+    proto = onnx.load_model_from_string(
+        raw(
+            lambda g: g.emit("Gemm", g.emit("Relu", g.emit("Gemm", "image", "w", "b")), "v"),
+            {"w": random(6, 5), "b": random(5), "v": random(5, 4)},
+        )
+    )
+    held = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    for tensor in held:
+        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    model = import_onnx(proto.SerializeToString(), "net")
+    assert set(model.tensors) == {"w", "b", "v"}
+    assert len(model.architecture.groups) == 1
+
+
+def test_weights_that_are_stored_in_half_are_trained_in_float32() -> None:
+    def build(g: Graph) -> str:
+        return g.emit("MatMul", "image", g.emit("Cast", "w", attrs={"to": 1}))
+
+    file = raw(build, {"w": random(6, 4).astype(np.float16)})
+    model = import_onnx(file, "net")
+    assert {n: v.dtype for n, v in model.tensors.items()} == {"w": F32}
+    x = random(3, 6)
+    assert distance(outputs(model.graph, x), Session(file).run({"image": x}).popitem()[1]) < 1e-6
+
+
+def test_a_model_without_weights_says_what_it_holds() -> None:
+    refused(raw(lambda g: g.emit("Softplus", "image"), {}, out=("N", 6)), "trainable")
+
+
+def test_it_is_said_why_nothing_can_be_cut() -> None:
+    def build(g: Graph) -> str:
+        h = g.emit("MatMul", "image", "w")
+        batch = g.emit("Shape", "image", attrs={"end": 1})
+        token = g.emit("Expand", "token", g.emit("Concat", batch, g.ints(1, 5), attrs={"axis": 0}))
+        rows = g.emit("Concat", token, g.emit("Unsqueeze", h, g.ints(1)), attrs={"axis": 1})
+        return g.emit("MatMul", g.emit("ReduceMean", rows, attrs={"axes": [1], "keepdims": 0}), "last")
+
+    model = import_onnx(raw(build, {"w": random(6, 5), "token": random(1, 1, 5), "last": random(5, 4)}), "net")
+    assert not model.architecture.groups
+    assert any("Concat" in note for note in model.notes)
+
+
+def test_some_weights_in_constant_nodes_are_named_and_can_be_listed() -> None:
+    proto = onnx.load_model_from_string(
+        raw(
+            lambda g: g.emit("Gemm", g.emit("Relu", g.emit("Gemm", "image", "w")), "v"),
+            {"w": random(6, 5), "v": random(5, 4)},
+        )
+    )
+    (held,) = [t for t in proto.graph.initializer if t.name == "w"]
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=held))
+    proto.graph.initializer.remove(held)
+    model = import_onnx(proto.SerializeToString(), "net")
+    assert set(model.tensors) == {"v"}
+    assert any(": w." in note for note in model.notes)
+    assert set(import_onnx(proto.SerializeToString(), "net", parameters=["w", "v"]).tensors) == {"w", "v"}
