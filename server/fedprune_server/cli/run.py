@@ -25,6 +25,7 @@ from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.setting import SWITCH
+from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import anchored, parse_config
 from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.monitoring.health import Pulse
@@ -158,10 +159,22 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
         schedule = job.get("schedule") if isinstance(job, Mapping) else None
         if chosen and isinstance(schedule, Mapping) and schedule.get("kind") != chosen["kind"]:
             tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # whose other keys are of another kind
-        config = parse_config(merged(tables, command.tables), below.name, Path())
+        tables = merged(tables, command.tables)
+        if below.name == _LAST_START:
+            _check_stored_code(below, (above, command), tables)
+        config = parse_config(tables, below.name, Path())
     if config.parent != OFF:
         _check_aggregator(layers, arguments.job)
     return Configured(config, layers)
+
+
+def _check_stored_code(below: Layer, above: Sequence[Layer], tables: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if code would be called that the database of the last start names, and nothing else."""
+    stored = dict(code_names(below.tables))
+    for path, name in code_names(tables):
+        if stored.get(path) == name and not any(layer.has(path) for layer in above):
+            hint = f"If this code is yours, add --{_option(path)} {name}, or give the configuration as --config."
+            raise stored_code_error(path, name, below.name, hint)
 
 
 def _check_aggregator(layers: Iterable[Layer], further: Sequence[Path]) -> None:

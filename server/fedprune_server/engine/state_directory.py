@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from fedprune_export.importing import check_input, import_onnx, read_source, wit
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, parent_in, without_password
+from fedprune_server.config.stored_code import stored_job
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
@@ -329,24 +330,27 @@ def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | N
     return tables | {k: {"data": known[k]} for k in ("evaluation", "calibration") if known.get(k)}
 
 
-def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes, Ranks | None, int]:
+def global_model(
+    folder: Path, digest: str | None = None, allowed: Collection[str] = ()
+) -> tuple[Model, bytes, Ranks | None, int]:
     """The model of a state folder, the bytes of its weights, the ranks by which its job cuts it, and the last round
     that has ended; 0 if none has.
 
     Args:
         folder: The folder; a server may be running on it.
         digest: Which weights; the current ones by default. Ranks of earlier ones are None if they are no longer kept.
+        allowed: Names of functions that may be called; without that of a job's own strategy there are no ranks.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
     """
     for _ in range(_READS - 1):
         with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
-            return _global_model(folder, digest)
-    return _global_model(folder, digest)
+            return _global_model(folder, digest, allowed)
+    return _global_model(folder, digest, allowed)
 
 
-def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks | None, int]:
+def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) -> tuple[Model, bytes, Ranks | None, int]:
     with Storage.existing(folder) as storage:
         known, state = storage.settings(), storage.load()
         earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
@@ -359,8 +363,13 @@ def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
     store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))
-    weights, job = store.read(digest), Job.from_dict(known["job"])
+    weights = store.read(digest)
     last = int(state.history[-1]["round"]) if state.history else 0
+    try:
+        job = stored_job(known, allowed, str(folder))
+    except ConfigError as error:
+        log.warning("the model is without the ranks of its fleet: %s", error)
+        return model, weights, None, last
     if digest == state.model:
         return model, weights, settled_ranks(job, model, state, store, digest), last
     if earlier is not None:
