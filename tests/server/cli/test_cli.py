@@ -263,7 +263,7 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
         assert input_shape is None
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 
-    monkeypatch.setattr("fedprune_server.engine.state_directory.read_source", read)
+    monkeypatch.setattr("fedprune_server.engine.job_inputs.read_source", read)
     assert main(["run", "--insecure", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
     line = one_line(capsys)
     assert "--input-shape" not in line
