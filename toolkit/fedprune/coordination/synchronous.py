@@ -31,7 +31,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.secure_aggregation.grid import MaskedForm
 
 PAUSES = 10
-"""A round that has lost all its devices pauses for this part of the deadline: with the usual 600 s, 1 minute."""
+"""A round that all devices refuse first pauses for this part of the deadline: with the usual 600 s, 1 minute."""
 
 
 class SynchronousCoordinator(Coordinator):
@@ -395,19 +395,24 @@ class SynchronousCoordinator(Coordinator):
         return self._again_soon(now)
 
     def _restart_after_unusable_updates(self, now: float) -> Commands:
-        """None of the updates in the sums could be used."""
-        self.state.phase = Phase.TRAINING
-        return self._again_soon(now)
+        """None of the updates in the sums could be used: the round starts again after its deadline."""
+        state = self.state
+        state.phase = Phase.TRAINING
+        if state.deadline is None or now < state.deadline:
+            return self._start_clock(now) or [do.Wake(state.deadline or now)]
+        return self._again(now)
 
     def _again_soon(self, now: float) -> Commands:
         """No device is left in the round and none delivered: start it again after a pause, by its deadline.
 
-        The pause gives devices that refused time to recover, and keeps a fault that all have from making rounds spin.
+        The pause gives devices that refused time to recover, and keeps a fault that all have from making rounds spin:
+        it doubles with each attempt.
         """
         state = self.state
         if state.deadline is not None and now >= state.deadline:
             return self._again(now)
-        retry = now + self.deadline_s / PAUSES
+        attempt = max((task.attempt for task in state.tasks.values()), default=1)
+        retry = now + self.deadline_s * min(1.0, 2 ** (attempt - 1) / PAUSES)
         state.deadline = retry if state.deadline is None else min(state.deadline, retry)
         return [do.Wake(state.deadline)]
 
