@@ -102,6 +102,8 @@ class StateFolder(Closing):
             self.database_url = url_of(path, database)
             if database is not None:
                 self._check_moved()
+            if standby and Storage.settings_in(path, database) is not None:
+                keep_place(path, self.database_url)  # so that `status` and `doctor` find the job while this one waits
             self.lease = Lease(self.database_url, path, stopping)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
