@@ -16,7 +16,7 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.events import Closed
 from fedprune.core import tensorfile
 from fedprune.core.closing import Closing
-from fedprune.core.disk import read_file, storage_errors
+from fedprune.core.disk import make_private_folder, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
@@ -96,7 +96,7 @@ class StateFolder(Closing):
         self.path = path
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(path)
         with ExitStack() as stack:
             stack.enter_context(folder_lock(path, standby=standby))
             self.database_url = url_of(path, database)

@@ -288,7 +288,7 @@ class Monitor(Observer):
             "regions": regions, "parent_lost": self._tier_seen.parent_lost,
         }  # fmt: skip
         try:
-            write_whole(self._folder / FILE, json.dumps(body).encode())
+            write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
         except (FedpruneError, OSError) as error:
             self._complain(error)
 
