@@ -80,7 +80,6 @@ def began(own: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.torch
-@pytest.mark.slow
 def test_a_factory_that_draws_other_weights_gives_the_same_model(began: Path) -> None:
     before = (began / "model.onnx").read_bytes()
     with StateFolder(began) as folder:
@@ -89,7 +88,6 @@ def test_a_factory_that_draws_other_weights_gives_the_same_model(began: Path) ->
 
 
 @pytest.mark.torch
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
@@ -110,7 +108,6 @@ def test_other_code_of_a_torch_model_loss_or_metric_is_refused(
 
 
 @pytest.mark.torch
-@pytest.mark.slow
 def test_a_loss_without_its_model_is_compared(began: Path, own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with StateFolder(began) as folder:
         assert open_job(folder, torch_config(model=None)).changed == []
