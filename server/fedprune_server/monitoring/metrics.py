@@ -38,7 +38,8 @@ _SHARE = 0.02
 """Of the loop's time that figures of all devices may take."""
 
 
-disable_created_metrics()  # a series per counter with the time when this process began it: twice the series, unused
+# A series per counter with the time when this process began it: twice the series, and nothing uses them.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:

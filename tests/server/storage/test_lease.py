@@ -253,13 +253,13 @@ def test_a_folder_that_stands_by_knows_the_job_and_the_server_that_has_it(
         open_job(folder, config)
         assert leader_elsewhere(tmp_path / "first") == ""
         thread.start()
-        wait_for(lambda: (waits / "database").exists() and leader_elsewhere(waits) != "")
+        until(lambda: (waits / "database").exists() and leader_elsewhere(waits) != "")
         body = status(waits)
         assert (body["job"]["name"], body["running"], "first" in body["leader"]) == ("leaves", True, True)
         kinds = {finding.kind for finding in examined(waits)}
         assert "standby" in kinds
         assert not {"server-not-running", "database"} & kinds
-    wait_for(lambda: leader_elsewhere(waits) == "")
+    until(lambda: leader_elsewhere(waits) == "")
     assert status(waits)["leader"] == ""
     stopped.set()
     thread.join()
