@@ -33,9 +33,18 @@ main() {
     [ $# -ge 2 ] || fail "expected the address of a kit and its digest: join.sh https://HOST/KIT DIGEST [OPTION...]" 2
     url=${1%/} digest=$2
     shift 2
+    # Nothing but a host and a port before the path: http://localhost:x@evil is evil's.
+    host=${url#*://} host=${host%%/*}
+    printf '%s\n' "$host" | grep -Eqx '([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?' ||
+        fail "the address $url has no plain host and port" 2
     case $url in
     https://*) scheme=https ;;
-    http://127.0.0.1[:/]* | http://localhost[:/]*) scheme=http ;;
+    http://"$host" | http://"$host"/*)
+        case $host in
+        127.0.0.1 | 127.0.0.1:* | localhost | localhost:*) scheme=http ;;
+        *) fail "the address $url is not https://" 2 ;;
+        esac
+        ;;
     *) fail "the address $url is not https://" 2 ;;
     esac
     printf '%s\n' "$digest" | grep -Eqx '[0-9a-f]{64}' || fail "the digest is not 64 hex digits: $digest" 2

@@ -368,7 +368,7 @@ def _watchers(
             from fedprune_server.monitoring.metrics import Metrics
         metrics = Metrics(config.state, alerts.counts, regions=None if regions is None else regions.connected)
         ready = {"database": folder.lease.trouble, "broker": lambda: "" if metrics.connected else "not connected"}
-        stack.enter_context(served(config.metrics_place, metrics, ready))
+        stack.enter_context(served(config.metrics_place, metrics, ready, config.own_hosts))
         makers.append(metrics.watch)
     if config.traces != OFF or any(os.environ.get(name) for name in _TRACES):
         with _extra("traces", "tracing"):
@@ -474,7 +474,7 @@ def _console(
         key=None if config.console_key is None else str(config.console_key.resolve()),
         insecure=config.console_insecure,
         orders=config.console_orders,
-        hosts=tuple(h.strip().lower() for h in config.console_hosts.split(",") if h.strip()),
+        hosts=config.own_hosts,
         proxied=config.console_proxy,
         parent=os.getpid(),
         home_assistant=None if config.home_assistant == OFF else config.home_assistant,

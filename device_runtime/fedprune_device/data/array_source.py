@@ -115,12 +115,17 @@ def _members(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inpu
     }
 
 
+def is_function(source: str) -> bool:
+    """Whether a data source names a function: what is there as a file is read as one."""
+    return ":" in source and not source.endswith(".npz") and not is_there(Path(source), file=True)
+
+
 def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
     path = Path(source)
+    if is_function(source):
+        return _call(source, seed, device)
     if source.endswith(".npz") or is_there(path, file=True):
         return read_arrays(path, spool)
-    if ":" in source:
-        return _call(source, seed, device)
     raise DataError(
         f"data source {source!r}",
         expected="a file or folder that exists, or package.module:function",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, reason
+from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO
 
 CSV, PARQUET = ".csv", ".parquet"
 
@@ -116,6 +117,18 @@ def _lines(file: Any) -> Iterator[str]:
         yield line
 
 
+def _check_unpacked(metadata: Any, packed: int, columns: int) -> None:
+    """Refuse a Parquet file that says it unfolds to far more than it has: a few bytes can hold a billion equal rows."""
+    groups = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    unpacked = max(groups, 4 * columns * metadata.num_rows)
+    if unpacked > max(MOST_INFLATED, MOST_RATIO * packed):
+        raise DataError(
+            "size when it is unpacked",
+            expected=f"at most {MOST_INFLATED} bytes, or {MOST_RATIO} times what it takes in the file",
+            got=unpacked,
+        )
+
+
 @contextmanager
 def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns, Iterator[npt.NDArray[np.float32]]]]:
     try:
@@ -135,6 +148,7 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
         with ParquetFile(path, buffer_size=_BUFFERED, pre_buffer=False) as file:
             names = file.schema_arrow.names
             columns = Columns.of(names)
+            _check_unpacked(file.metadata, path.stat().st_size, len(columns.all))
             yield columns, parts()
     except (FedpruneError, OSError):
         raise

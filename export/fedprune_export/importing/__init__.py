@@ -3,18 +3,29 @@
 Not here: writing models back out (`bundles.conversion`).
 """
 
-from fedprune_export.importing.load import check_input, import_onnx, load, read_source, torch_module
+from fedprune_export.importing.comparison import compare_models, drawn_tensors
+from fedprune_export.importing.load import (
+    check_input,
+    import_onnx,
+    is_called,
+    load,
+    read_source,
+    torch_module,
+    with_choices,
+)
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.torch_export import export_torch
-from fedprune_export.importing.user_graphs import with_graphs_of
 
 __all__ = [
     "PARAMETERS_KEY",
     "check_input",
+    "compare_models",
+    "drawn_tensors",
     "export_torch",
     "import_onnx",
+    "is_called",
     "load",
     "read_source",
     "torch_module",
-    "with_graphs_of",
+    "with_choices",
 ]

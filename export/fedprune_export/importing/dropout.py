@@ -9,7 +9,10 @@ from fedprune_export.ir.graph import Graph, Node
 
 
 def read_dropouts(graph: Graph, notes: list[str]) -> None:
-    """Bring dropouts into their form, without those that drop nothing; their masks, where they are read, are all true."""
+    """Bring dropouts into their form, without those that drop nothing.
+
+    A mask that other operators read is all true.
+    """
     ratios: list[float] = []
     outputs = {p.name for p in graph.outputs}
     readers = graph.consumers()

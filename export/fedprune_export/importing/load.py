@@ -94,12 +94,12 @@ def load(
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
         raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
-        return import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name)
+        return import_onnx(with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name)
     text = str(source)
     default = _name_of(text)
     raw = _read(source, input_shape, token_ids)
     try:
-        model = import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name or default)
+        model = import_onnx(with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name or default)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
     check_input(text, model, input_shape)
@@ -143,7 +143,7 @@ def read_source(
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return _with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora, base)
+    return with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora, base)
 
 
 def _read(source: str | Path, input_shape: Sequence[int | str] | None, token_ids: bool) -> bytes:
@@ -177,17 +177,17 @@ def _is_folder(source: str | Path) -> bool:
     return is_there(Path(source)) and Path(source).is_dir()
 
 
-def _with_choices(
+def with_choices(
     raw: bytes,
-    output: str | None,
-    parameters: Sequence[str] | None,
-    prefer: Prefer | None,
+    output: str | None = None,
+    parameters: Sequence[str] | None = None,
+    prefer: Prefer | None = None,
     loss: object = None,
     metric: object = None,
     lora: Lora | str | None = None,
     base: str | None = None,
 ) -> bytes:
-    """A model's file with a user's choices in it."""
+    """A model's file with a user's choices in it, as for `load`. Raises `ModelError` if they don't fit the model."""
     if not (output is parameters is prefer is None):
         proto = parse(raw)
         _choose(proto, output, parameters, prefer)
@@ -208,6 +208,11 @@ def _with_choices(
         metadata.write(proto, {metadata.BASE_KEY: base})
         raw = proto.SerializeToString(deterministic=True)
     return raw
+
+
+def is_called(source: str) -> bool:
+    """Whether a model's source is a factory, which makes another instance at every call, and not a file."""
+    return _is_factory(source) or source.startswith(PREFIX) or bool(timm_name(source))
 
 
 def torch_module(source: str) -> Any:
@@ -238,7 +243,7 @@ def import_onnx(
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
-    return _imported(_with_choices(raw, output, parameters, prefer), name)
+    return _imported(with_choices(raw, output, parameters, prefer), name)
 
 
 def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:

@@ -251,14 +251,6 @@ def embed(raw: bytes, key: str, own: bytes) -> bytes:
     return out
 
 
-def with_graphs_of(other: bytes, raw: bytes) -> bytes:
-    """A model's file with another one's loss and metric in it, if that has any."""
-    for prop in parse(other).metadata_props:
-        if prop.key in (LOSS_KEY, METRIC_KEY):
-            raw = embed(raw, prop.key, embedded(prop.key, prop.value))
-    return raw
-
-
 def embedded(key: str, text: str) -> bytes:
     """The loss or metric in a model's file. Raises `ModelError` if it is damaged."""
     try:

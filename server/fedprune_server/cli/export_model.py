@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import add_json, print_json, whole_number
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount
-from fedprune.jobs.job import Job
 from fedprune_export.bundles import conversion
 from fedprune_export.bundles.hub_repository import save_pretrained
 from fedprune_export.importing.hub_folder import FILES
 from fedprune_export.pruning.model import Model
-from fedprune_server.cli.state_option import add_state
+from fedprune_server.cli.state_option import add_allow, add_state
+from fedprune_server.config.stored_code import stored_job
 from fedprune_server.engine.state_directory import global_model, model_after
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.results.model_card import model_card
@@ -36,6 +37,7 @@ def add_export_model(export: argparse.ArgumentParser) -> None:
     )
     export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
+    add_allow(export)
     add_json(export)
     export.set_defaults(function=_export_model)
 
@@ -49,12 +51,12 @@ def _export_model(arguments: argparse.Namespace) -> None:
     if hub and arguments.opset is not None:
         raise UsageError("--opset is for .onnx files", hint=f"{out} is a folder.")
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
-    model, weights, ranks, last = global_model(arguments.state, digest)
+    model, weights, ranks, last = global_model(arguments.state, digest, arguments.allow)
     round_ = last if arguments.round is None else arguments.round
     model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state), ranks)
     error: float | None = None
     if hub:
-        card = model_card(_record(arguments.state, model, arguments.round))
+        card = model_card(_record(arguments.state, model, arguments.round, arguments.allow))
         size = sum((save_pretrained(model, out, card=card) / name).stat().st_size for name in FILES)
     elif out.suffix == ".safetensors":
         write_whole(out, weights)
@@ -76,13 +78,14 @@ def _export_model(arguments: argparse.Namespace) -> None:
     print(f"{out}: {amount(size, 'bytes')}, {which}{compared}")
 
 
-def _record(folder: Path, model: Model, round_: int | None) -> Record:
-    """The record of a server's job, up to a round if one is given. Raises `StorageError` if it has no finished one."""
+def _record(folder: Path, model: Model, round_: int | None, allowed: Sequence[str]) -> Record:
+    """The record of a server's job, up to a round if one is given. Raises `StorageError` if it has no finished one,
+    `ConfigError` if the job's strategy is code that isn't allowed."""
     with Storage.existing(folder) as storage:
         settings, state, traffic = storage.settings(), storage.load(), storage.traffic()
     if settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
-    job = Job.from_dict(settings["job"])
+    job = stored_job(settings, allowed, str(folder))
     # A server counts the bytes of a device since the job's start.
     down, up = (sum(counted[way] for counted in traffic.values()) for way in (0, 1))
     notes = {entry["round"]: RoundNotes(down, up) for entry in state.history[-1:]}

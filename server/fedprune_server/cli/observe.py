@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedprune.core.cli import add_json, seconds, whole_number
-from fedprune.core.errors import ExitCode, StorageError, looked_for
+from fedprune.core.errors import ExitCode, JoinError, StorageError, looked_for, meant
 from fedprune.core.text import amount
 from fedprune.output.tables import print_verdicts
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.board_logs import BoardReport, frames_of, read_logs
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import examined
+from fedprune_server.storage.state_folder import has_database
+from fedprune_server.storage.storage import Storage, database_of
 
 _LOOK_S = 1.0
 
@@ -48,6 +51,8 @@ def _logs(arguments: argparse.Namespace) -> None:
             f"{folder} is no server's state folder", hint=f"Give the folder of `run --state`.{looked_for(folder)}"
         )
     check_unowned(folder)
+    if arguments.device is not None and not arguments.follow:
+        _check_known(folder, arguments.device)
     rows = read_logs(folder, arguments.device, most=arguments.last)
     _show(rows, as_json=arguments.json)
     after = rows[-1].id if rows else 0
@@ -58,6 +63,22 @@ def _logs(arguments: argparse.Namespace) -> None:
         rows = read_logs(folder, arguments.device, after)
         _show(rows, as_json=arguments.json)
         after = rows[-1].id if rows else after
+
+
+def _check_known(folder: Path, name: str) -> None:
+    """Raise `JoinError` if a server has never heard of a board; with --follow it may still come."""
+    names = {row.device for row in read_logs(folder, name, most=1)}
+    if not names and has_database(folder):
+        with database_of(folder, read_only=True) as database:
+            names = {device.device for device in IdentityStore(database).devices()}
+        if Storage.settings_in(folder) is not None:
+            with Storage.existing(folder) as storage:
+                names |= {str(row["name"]) for row in storage.devices()} | storage.outsiders().keys()
+    if name not in names:
+        raise JoinError(
+            f"no board is called {name}{meant(name, names)}",
+            hint="`fedprune-server status` and `fedprune-server devices` list boards; --follow waits for one.",
+        )
 
 
 def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:

@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.setting import SWITCH
+from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import anchored, parse_config
 from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.monitoring.health import Pulse
@@ -45,6 +47,23 @@ _JOB = {
     "strategy": ("NAME", "such as fedprune or subflot (docs/strategies), or package.module:function"),
     "density": ("D", "kept share of channels on all devices; 0: the planner decides"),
 }
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "the job": ("name", "rounds", "strategy", "density", "schedule", "seed", "weight"),
+    "boards in a round": (
+        "devices", "participation", "over_selection", "fairness", "in_flight", "deadline", "pace", "connected",
+    ),
+    "the model": ("model", "loss", "metric", "lora", "base"),
+    "the server's samples": ("evaluation", "calibration"),
+    "what is kept, and where": ("state", "database", "blobs", "keep", "archive"),
+    "the broker, and the fleet at it": ("broker", "ca", "host", "port", "site", "profiles"),
+    "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),
+    "processes and aggregators": ("workers", "workers_url", "aggregators", "parent", "region"),
+    "to see what happens": (
+        "console", "home_assistant", "alert_webhook", "metrics", "traces", "track", "log_format",
+    ),
+}  # fmt: skip
+"""Options by the group under which help lists them, in its order."""
+
 _OPTIONS: dict[tuple[str, ...], str] = {
     ("job", "deadline_s"): "deadline",
     ("job", "schedule", "kind"): "schedule",
@@ -67,11 +86,13 @@ class Configured:
 
 def add_run(run: argparse.ArgumentParser) -> None:
     add_run_options(run)
+    run.usage = f"{run.prog} [--config FILE] [--state DIR] [OPTION ...]"
     run.set_defaults(function=_run)
 
 
 def add_aggregate(aggregate: argparse.ArgumentParser) -> None:
     add_run_options(aggregate, jobs=False)
+    aggregate.usage = f"{aggregate.prog} [--config FILE] [--state DIR] [OPTION ...]"
     aggregate.set_defaults(function=_aggregate, job=[])
 
 
@@ -108,25 +129,37 @@ def run_options() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, *, jobs: bool) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
+    settings: dict[str, Callable[[Any], None]] = {}
+
+    def offer(place: tuple[str, ...], add: Callable[[Any], None]) -> None:
+        settings[_option(place).replace("-", "_")] = add
+
     if jobs:
-        group = parser.add_argument_group("settings of the job")
         for f in fields(Job):
             if f.name in _JOB:
                 metavar, text = _JOB[f.name]
-                _add(group, ("job", f.name), type=setting_of(type(f.default)), metavar=metavar, help=text)
+                kind = setting_of(type(f.default))
+                offer(("job", f.name), partial(_add, place=("job", f.name), type=kind, metavar=metavar, help=text))
         text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
-        _add(group, ("job", "schedule", "kind"), metavar="KIND", help=text)
-    group = parser.add_argument_group("settings of the server")
+        place = ("job", "schedule", "kind")
+        offer(place, partial(_add, place=place, metavar="KIND", help=text))
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
-            if jobs or setting.name not in _OF_JOBS:
-                _add_setting(group, setting, PLACES.get(setting.name, (table, setting.name)))
+            if setting.metadata.get("metavar") and (jobs or setting.name not in _OF_JOBS):
+                place = PLACES.get(setting.name, (table, setting.name))
+                offer(place, partial(_add_setting, setting=setting, place=place))
+    for title, names in _GROUPS.items():
+        if any(name in settings for name in names):
+            group = parser.add_argument_group(title)
+            for name in names:
+                if name in settings:
+                    settings.pop(name)(group)
+    for add in settings.values():
+        add(parser)
 
 
 def _add_setting(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:
-    metavar, default = setting.metadata.get("metavar"), setting.default
-    if not metavar:
-        return
+    metavar, default = setting.metadata["metavar"], setting.default
     text = setting.metadata["text"].replace("%", "%%").removesuffix(".")
     text = text[0].lower() + text[1:]
     if metavar == SWITCH:
@@ -158,10 +191,22 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
         schedule = job.get("schedule") if isinstance(job, Mapping) else None
         if chosen and isinstance(schedule, Mapping) and schedule.get("kind") != chosen["kind"]:
             tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # whose other keys are of another kind
-        config = parse_config(merged(tables, command.tables), below.name, Path())
+        tables = merged(tables, command.tables)
+        if below.name == _LAST_START:
+            _check_stored_code(below, (above, command), tables)
+        config = parse_config(tables, below.name, Path())
     if config.parent != OFF:
         _check_aggregator(layers, arguments.job)
     return Configured(config, layers)
+
+
+def _check_stored_code(below: Layer, above: Sequence[Layer], tables: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if code would be called that the database of the last start names, and nothing else."""
+    stored = dict(code_names(below.tables))
+    for path, name in code_names(tables):
+        if stored.get(path) == name and not any(layer.has(path) for layer in above):
+            hint = f"If this code is yours, add --{_option(path)} {name}, or give the configuration as --config."
+            raise stored_code_error(path, name, below.name, hint)
 
 
 def _check_aggregator(layers: Iterable[Layer], further: Sequence[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pwd
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import option_names, options_of
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import ConfigError, StorageError, UsageError, meant, reason, shown
 from fedprune_device.releases.unit import quoted
 from fedprune_server.cli.run import add_run_options
@@ -26,12 +27,18 @@ _SYSTEMD = Path("/run/systemd/system")
 """There where systemd is the machine's first process (sd_booted(3))."""
 
 
+_HOME = re.compile(r"^home *= *(.+?) *$", re.MULTILINE)
+"""The folder of the Python that a virtual environment was made with, in its `pyvenv.cfg`."""
+
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+-]{0,200}")
 _STATE_ROOT = "/var/lib/"
 _CONFIG = "/etc/fedprune/fleet.toml"
 _HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108  # nosec B108  # nothing is made there
 """Folders that the sandbox empties (ProtectHome=, PrivateTmp=)."""
+
+_LINE = 1024
+"""Bytes of a script's line that are read: a kernel takes interpreters of at most 255."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,13 @@ class ServerUnit:
     def check_seen(self) -> None:
         """Make sure that the service sees what it names. Raises `ConfigError`."""
         further = [("arguments of a service", a.rpartition("=")[2]) for a in self.arguments]
-        for option, path in (("--program", self.program), ("--config", self.config or ""), *further):
-            if path.startswith(_HIDDEN):
+        program = [("--program", path) for path in (self.program, *interpreters(Path(self.program)))]
+        for option, path in (*program, ("--config", self.config or ""), *further):
+            place = os.path.realpath(path) if path.startswith("/") else path
+            if path.startswith(_HIDDEN) or place.startswith(_HIDDEN):
                 raise ConfigError(
-                    option, expected=f"a path that the service sees, not in {', '.join(_HIDDEN)}", got=shown(path),
+                    option, expected=f"a path that the service sees, not in {', '.join(_HIDDEN)}",
+                    got=shown(path if path == place or path.startswith(_HIDDEN) else f"{path}, which is {place}"),
                     hint="Install fedprune in /opt, and put files into /etc/fedprune (docs/deploy.md#systemd).",
                 )  # fmt: skip
 
@@ -166,6 +176,27 @@ _SANDBOX = (
     "SystemCallFilter=setpriority sched_setaffinity sched_setscheduler",
     "UMask=0077",
 )
+
+
+def interpreters(program: Path) -> list[str]:
+    """Files and folders of the Python that runs an installed program, as its first lines and its virtual environment
+    name them; of a program that isn't such a script, or can't be read, none."""
+    try:
+        with program.open("rb") as file:
+            first, second = (file.readline(_LINE).decode(errors="replace") for _ in range(2))
+    except OSError:
+        return []
+    if not first.startswith("#!"):
+        return []
+    words = first[2:].split()[:1]
+    if second.startswith("'''exec'"):  # a shell starts an interpreter whose path is too long for the first line
+        words += [word.strip("\"'") for word in second.split()[1:2]]
+    places = []
+    for word in words:
+        environment = Path(word).parent.parent / "pyvenv.cfg"
+        text = environment.read_text(errors="replace") if is_there(environment, file=True) else ""
+        places += [word, *_HOME.findall(text)]
+    return places
 
 
 def _verb(arguments: Sequence[str]) -> str:

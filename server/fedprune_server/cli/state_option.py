@@ -1,4 +1,4 @@
-"""The options `--state` and `--database` of commands for a state folder."""
+"""The options `--state`, `--database` and `--allow` of commands for a state folder."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def add_state(parser: argparse.ArgumentParser, text: str = _TEXT) -> None:
 def add_database(parser: argparse.ArgumentParser) -> None:
     text = f"the server's database (default: {DATABASE}, or the one that the state folder names)"
     parser.add_argument("--database", metavar="URL", help=text)
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    text = (
+        "a function of your own that the job's settings name: without this it isn't called; may be given several times"
+    )
+    parser.add_argument("--allow", action="append", default=[], metavar="package.module:function", help=text)
 
 
 def database_in(arguments: argparse.Namespace) -> str | None:

@@ -29,6 +29,7 @@ from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
 
@@ -99,7 +100,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         StorageError: The folder holds no job, or is damaged.
         IdentityError: Its identity is damaged, or others may read it.
     """
-    running = held(folder / LOCK)
+    leader = leader_elsewhere(folder)
+    running = held(folder / LOCK) or bool(leader)
     with Storage.existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
@@ -128,6 +130,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "server": str(identity or folder),
         "parent": "" if (parent := parent_in(settings)) == OFF else parent,
         "running": running,
+        "leader": leader,
         "heard_at": None if running else last,
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
@@ -144,6 +147,8 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
     if not body["running"]:
         lines.append(_stopped(body))
+    elif body["leader"]:
+        lines.append(f"  a server elsewhere has the job: {body['leader']}; one that stands by here waits for its end")
     alerts = [(a["severity"], f"  {a['severity']}: {a['what']}. To do: {a['todo']}") for a in body.get("alerts", ())]
     lines += [line for severity, line in alerts if severity != INFO]
     if "privacy" in body:

@@ -14,7 +14,7 @@ from fedprune.core.disk import held
 from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import byte_progress, print_verdicts
-from fedprune_server.cli.state_option import add_state
+from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import Manifest, record_backup
 from fedprune_server.maintenance.finding import Finding
@@ -33,6 +33,7 @@ def add_check(check: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
     )
+    add_allow(check)
     add_json(check)
     check.set_defaults(function=_check)
 
@@ -61,6 +62,7 @@ def add_restore(restore: argparse.ArgumentParser) -> None:
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
     add_state(parser)
+    add_allow(parser)
     add_json(parser)
     parser.set_defaults(function=_replay)
 
@@ -74,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
     def found(part: Path, *, running: bool) -> list[Finding]:
         with byte_progress(f"reading {part}", size_of(part)) as advance:
-            return list(check(part, advance, running=running))
+            return list(check(part, advance, running=running, allowed=arguments.allow))
 
     def tell(text: object) -> None:
         if not arguments.json:
@@ -195,10 +197,10 @@ def _advise(arguments: argparse.Namespace, text: str) -> None:
 
 def _replay(arguments: argparse.Namespace) -> None:
     if arguments.json:
-        print_json([asdict(step) for step in replay(arguments.state)])
+        print_json([asdict(step) for step in replay(arguments.state, arguments.allow)])
         return
     rounds = 0
-    for step in replay(arguments.state):
+    for step in replay(arguments.state, arguments.allow):
         rounds += 1
         print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
     print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")

@@ -121,7 +121,9 @@ class ServerConfig:
     console_insecure: bool = setting(False, "The console may listen without TLS on an address that others can reach.")
     console_proxy: bool = setting(False, "A reverse proxy on this machine terminates TLS and forwards to the console.")
     console_hosts: str = setting(
-        "localhost", "Host names, separated by commas, under which browsers may reach the console without TLS."
+        "localhost",
+        "Host names, separated by commas, under which browsers may reach the console without TLS, and Prometheus the "
+        "metrics.",
     )
     console_orders: str = setting(
         "all",
@@ -287,6 +289,11 @@ class ServerConfig:
     def kept(self) -> int | None:
         """How many of the latest global models are kept, None for everything."""
         return None if self.archive else self.keep
+
+    @property
+    def own_hosts(self) -> tuple[str, ...]:
+        """The names in `console_hosts`, in small letters."""
+        return tuple(host.strip().lower() for host in self.console_hosts.split(",") if host.strip())
 
     @property
     def embedded(self) -> bool:

@@ -14,6 +14,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.core.validation import only
 from fedprune_server.config.layers import file_layer, located
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.state_directory import stored_tables
 from fedprune_server.storage.state_folder import FOLDER, folders
@@ -30,7 +31,7 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
         files: One for each job that is new, or whose settings have changed.
 
     Raises:
-        ConfigError: A file can't be used, or two jobs have one name.
+        ConfigError: A file can't be used, two jobs have one name, or a folder's database names code.
         StorageError: A folder can't be read.
     """
     found = [_read(first, path) for path in files]
@@ -38,6 +39,10 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(twice) + " twice")
     stored = {path: stored_tables(path, {}) for path in folders(first.state) if path.name not in names}
+    for path, tables in stored.items():
+        for setting, name in code_names(tables or {}):
+            hint = f"If this code is yours, give the job's file: --job FILE, with the name {path.name}."
+            raise stored_code_error(setting, name, str(path), hint)
     kept = {path: parse_config(tables, f"settings of {path}", Path()) for path, tables in stored.items() if tables}
     return [*found, *(_placed(first, config, path.name) for path, config in kept.items())]
 

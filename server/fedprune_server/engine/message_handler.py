@@ -205,6 +205,12 @@ class MessageHandler:
         read_at, known = self._known_profiles.get(name, (-math.inf, None))
         if known is None or now - read_at > _PROFILE_S:
             found = find(name, self._profiles).to_dict()
+            if known is not None and known != found:
+                log.warning(
+                    "%shardware profile %s has changed: boards that connect from now on get it",
+                    self._registry.prefix,
+                    name,
+                )
             known = known if known == found else found
             self._known_profiles[name] = now, known
         return known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,18 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.events import Closed
 from fedprune.core import tensorfile
 from fedprune.core.closing import Closing
-from fedprune.core.disk import read_file, storage_errors
-from fedprune.core.errors import ConfigError, ModelError, StorageError
+from fedprune.core.disk import make_private_folder, read_file, storage_errors
+from fedprune.core.errors import ConfigError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_export.importing import check_input, import_onnx, read_source, with_graphs_of
+from fedprune_export.importing import check_input, import_onnx, is_called
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, parent_in, without_password
+from fedprune_server.config.stored_code import stored_job
+from fedprune_server.engine.job_inputs import changed_inputs, check_model, input_digests, read_model
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
@@ -94,12 +96,14 @@ class StateFolder(Closing):
         self.path = path
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(path)
         with ExitStack() as stack:
             stack.enter_context(folder_lock(path, standby=standby))
             self.database_url = url_of(path, database)
             if database is not None:
                 self._check_moved()
+            if standby and Storage.settings_in(path, database) is not None:
+                keep_place(path, self.database_url)  # so that `status` and `doctor` find the job while this one waits
             self.lease = Lease(self.database_url, path, stopping)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
@@ -149,6 +153,7 @@ class StateFolder(Closing):
             "model": tensorfile.digest(raw),
             "evaluation": _anywhere(config.evaluation),
             "calibration": _anywhere(config.calibration),
+            "inputs": input_digests(config, evaluation, calibration),
             "server": config.server_settings(),
             "alerts": config.alerts.to_dict(),
         }
@@ -250,30 +255,26 @@ class StateFolder(Closing):
                     expected="a model to begin with",
                     hint="Give --model model.onnx, or [model] path in the configuration.",
                 )
-            return _source_bytes(config), _name_of(config.model)
+            return read_model(config), _name_of(config.model)
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
             # A second server of a job, on a machine of its own, is given the model, too.
             given = not path.exists() and config.model is not None and Path(config.model).is_file()
             kept = None if path.exists() or given or not isinstance(self.store, BucketStore) else self.store.model()
-            raw = _read_model(config) if given else read_file(path) if kept is None else kept
+            raw = read_model(config) if given else read_file(path) if kept is None else kept
             given = given or kept is not None
         if given and tensorfile.digest(raw) == known["model"]:
             self.store.write_file(path, raw)
         elif tensorfile.digest(raw) != known["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
         name = str(known["name"])
-        # A torch factory may draw other weights each time; its job continues with those that it drew first.
-        if config.model is not None and (
-            with_graphs_of(raw, read_source(config.model, lora=config.lora, base=config.base)) != raw
-            if Path(config.model).is_file()
-            else _name_of(config.model) != name
-        ):
+        job = f"the job in {self.path} began, which holds {_described(known, state)}"
+        if config.model is not None and is_called(config.model) and _name_of(config.model) != name:
             raise ConfigError(
-                f"{config.model} is not the model with which the job in {self.path} began, which holds "
-                f"{_described(known, state)}",
+                f"{config.model} is not the model with which {job}",
                 hint="For another model take another --state folder; to continue with this one leave the model out.",
             )
+        check_model(config, raw, job)
         return raw, name
 
     def _keep_foreign(self, raw: bytes) -> None:
@@ -329,24 +330,27 @@ def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | N
     return tables | {k: {"data": known[k]} for k in ("evaluation", "calibration") if known.get(k)}
 
 
-def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes, Ranks | None, int]:
+def global_model(
+    folder: Path, digest: str | None = None, allowed: Collection[str] = ()
+) -> tuple[Model, bytes, Ranks | None, int]:
     """The model of a state folder, the bytes of its weights, the ranks by which its job cuts it, and the last round
     that has ended; 0 if none has.
 
     Args:
         folder: The folder; a server may be running on it.
         digest: Which weights; the current ones by default. Ranks of earlier ones are None if they are no longer kept.
+        allowed: Names of functions that may be called; without that of a job's own strategy there are no ranks.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
     """
     for _ in range(_READS - 1):
         with suppress(StorageError):  # the server may have begun a round, and deleted what the state referred to
-            return _global_model(folder, digest)
-    return _global_model(folder, digest)
+            return _global_model(folder, digest, allowed)
+    return _global_model(folder, digest, allowed)
 
 
-def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks | None, int]:
+def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) -> tuple[Model, bytes, Ranks | None, int]:
     with Storage.existing(folder) as storage:
         known, state = storage.settings(), storage.load()
         earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
@@ -359,8 +363,13 @@ def _global_model(folder: Path, digest: str | None) -> tuple[Model, bytes, Ranks
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
     store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))
-    weights, job = store.read(digest), Job.from_dict(known["job"])
+    weights = store.read(digest)
     last = int(state.history[-1]["round"]) if state.history else 0
+    try:
+        job = stored_job(known, allowed, str(folder))
+    except ConfigError as error:
+        log.warning("the model is without the ranks of its fleet: %s", error)
+        return model, weights, None, last
     if digest == state.model:
         return model, weights, settled_ranks(job, model, state, store, digest), last
     if earlier is not None:
@@ -416,35 +425,9 @@ def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str
             if key == "broker":  # it may contain a password
                 before, after = without_password(str(before)), without_password(str(after))
             lines.append(f"{key}: {before!r} is now {after!r}")
-    return lines
+    return [*lines, *changed_inputs(known, settings)]
 
 
 def _anywhere(source: str | None) -> str | None:
     """A source that the next start finds from any folder: the file's whole path, or a function's name."""
     return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source
-
-
-def _read_model(config: ServerConfig) -> bytes:
-    """The configured model with its loss, metric and adapters."""
-    return read_source(
-        str(config.model),
-        input_shape=config.input_shape,
-        loss=config.loss,
-        metric=config.metric,
-        lora=config.lora,
-        base=config.base,
-    )
-
-
-def _source_bytes(config: ServerConfig) -> bytes:
-    """A model's bytes, without advice that only `fedprune-export` can follow."""
-    try:
-        return _read_model(config)
-    except ModelError as error:
-        if "--input-shape" not in error.hint:
-            raise
-        hint = (
-            "Give the module an attribute input_shape, such as (3, 32, 32), or the configuration "
-            "[model] input_shape, such as [3, 32, 32]."
-        )
-        raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import appearing, write_whole
-from fedprune.core.disk import file_digest, locked, storage_errors
+from fedprune.core.disk import file_digest, locked, make_private_folder, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
@@ -185,7 +185,7 @@ def _end_sessions(copy: Path) -> None:
 def _write_folder(target: Path, collected: _Collected, advance: Advance) -> None:
     _check_target(target, collected.manifest)
     with storage_errors(f"can't make {target}"):
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(target)
         for name in ("blobs", "files"):
             (target / name).mkdir(mode=0o700, exist_ok=True)
     with locked(target / _LOCK, f"another backup is being written to {target}", "Wait until it is done."):

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,12 +38,13 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
-from fedprune_server.monitoring.alerts import SHOWN, at, command, evaluate
+from fedprune_server.monitoring.alerts import MISSING_BOARDS, SHOWN, at, command, evaluate
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
 from fedprune_server.monitoring.participation import day, quarantine
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
+from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.sqlite_file import write_lock_holders
@@ -75,7 +76,8 @@ class Site:
 
     Attributes:
         server: Settings of the table [server].
-        running: Whether a server runs on the folder, and with it the embedded broker.
+        running: Whether a server runs on the folder, and with it the embedded broker; one that stands by doesn't.
+        leader: Host and folder of the server that has the job, if that is one with another folder.
         members: Whether there is an identity, and it is whole.
         last_event: When a job last handled an event, in seconds since 1970; None if unknown.
         live: What a running server's monitor has written.
@@ -86,6 +88,7 @@ class Site:
     folder: Path
     server: Mapping[str, Any] = field(default_factory=dict)
     running: bool = False
+    leader: str = ""
     members: bool = False
     cases: Sequence[Case] = ()
     last_event: float | None = None
@@ -108,6 +111,8 @@ def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
     found = list(_examine(folder, timeout))
     if any(a.kind == "second-server" for a in found):
         found = [a for a in found if a.kind != "server-not-running"]  # a start here would take the fleet back
+    if any(a.kind == "broker" for a in found):
+        found = [a for a in found if a.kind not in MISSING_BOARDS]  # without a broker no board can be there
     return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
 
 
@@ -121,11 +126,14 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
         members = False
     live = read_recorded(folder) if held(folder / LOCK) else Recorded()
     away = frozenset(region.name for region in live.regions)
+    leader = ""
+    with suppress(FedpruneError):  # a database that can't be read is a finding below
+        leader = within(timeout, lambda: leader_elsewhere(folder))
     cases: list[Case] = []
     events: list[float] = []
     for part in (folder, *folders(folder)):
         try:
-            case, event_at = within(timeout, lambda part=part: _case(part, gone, away))  # type: ignore[misc]
+            case, event_at = within(timeout, lambda part=part: _case(part, gone, away, leader))  # type: ignore[misc]
         except FedpruneError as error:
             yield _unreadable(part, error)
             members = members and part != folder
@@ -135,7 +143,8 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
         yield from findings(cases[-1])
     yield from broken
     server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
-    site = Site(folder, server, held(folder / LOCK), members, cases, max(events, default=None), live, timeout)
+    running = held(folder / LOCK) and not leader
+    site = Site(folder, server, running, leader, members, cases, max(events, default=None), live, timeout)
     found: set[str] = set()
     for check in CHECKS:
         for finding in _checked(check, site):
@@ -180,12 +189,13 @@ def within(seconds: float, work: Callable[[], _T]) -> _T:
     return found  # type: ignore[no-any-return]
 
 
-def _case(folder: Path, gone: frozenset[str], away: frozenset[str]) -> tuple[Case, float | None]:
+def _case(folder: Path, gone: frozenset[str], away: frozenset[str], leader: str) -> tuple[Case, float | None]:
     """A job as it is stored, and the time of its last event."""
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last = storage.outsiders(), storage.log.last_at()
-    case = Case(folder, settings, state or State(model=""), outsiders, held(folder / LOCK), revoked=gone, away=away)
+    running = held(folder / LOCK) or bool(leader)
+    case = Case(folder, settings, state or State(model=""), outsiders, running, revoked=gone, away=away)
     if (model := _model(folder)) is None:
         return case, last
     architecture, recipe = model.architecture, Recipe.from_dict(case.job.get("recipe", {}))
@@ -217,7 +227,7 @@ def alerts(site: Site) -> Iterator[Finding]:
         site.folder,
         [case.status for case in site.cases],
         sum(case.here for case in site.cases),
-        site.running,
+        site.running or bool(site.leader),
         None if live.turned_at is None else max(0.0, site.now - live.turned_at),
         tier=TierStatus(parent if parent != OFF else "", live.parent_lost, live.regions),
         missing=missing,
@@ -360,6 +370,18 @@ def broker(site: Site) -> Iterator[Finding]:
             )
 
 
+def standing_by(site: Site) -> Iterator[Finding]:
+    """Whether the job is another server's for now."""
+    if site.leader:
+        waits = "one that stands by here continues it" if held(site.folder / LOCK) else "none waits here to continue it"
+        yield note(
+            "standby",
+            f"a server elsewhere has the job: {site.leader}",
+            f"when that one ends, {waits}",
+            "look after the fleet there: its log, and its `fedprune-server doctor`",
+        )
+
+
 def other_servers(site: Site) -> Iterator[Finding]:
     """Other servers of this identity that serve the fleet."""
     folder, running = site.folder, site.running
@@ -452,6 +474,7 @@ CHECKS: tuple[Callable[[Site], Iterable[Finding]], ...] = (
     lock,
     clock,
     broker,
+    standing_by,
     other_servers,
     revocations,
     rotation,

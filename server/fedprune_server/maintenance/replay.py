@@ -9,7 +9,7 @@ asynchronous job, whose course no other run repeats.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import parent_in
+from fedprune_server.config.stored_code import check_allowed, stored_job
 from fedprune_server.executor.evaluator import load_calibration
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
@@ -57,14 +58,15 @@ class Step:
     devices: tuple[str, ...]
 
 
-def replay(folder: Path) -> Iterator[Step]:
+def replay(folder: Path, allowed: Collection[str] = ()) -> Iterator[Step]:
     """Work out the job of a state folder again, round by round.
 
     Args:
         folder: The folder of a server that ran with `archive`, and with the same settings from beginning to end.
+        allowed: Names of functions that may be called, where the job has a strategy or calibration of one's own.
 
     Raises:
-        ConfigError: The server ran without `archive`, or is an aggregator.
+        ConfigError: The server ran without `archive`, is an aggregator, or its job names code that isn't allowed.
         StorageError: The folder holds no job, a part of what was archived is gone, or something that was worked out
             differs from the log; the message says what.
         FedpruneError: As for a server that is started on the folder.
@@ -83,14 +85,16 @@ def replay(folder: Path) -> Iterator[Step]:
             )
         if first[0] != 1:
             raise _gone(f"the log of {folder} begins with event {first[0]}")
+        source = known.get("calibration")
+        check_allowed({"calibration": {"data": source}}, allowed, str(folder))
+        job = stored_job(known, allowed, str(folder))
         with storage_errors(f"can't read {folder / MODEL}"):
             raw = read_file(folder / MODEL)
         model = import_onnx(raw, str(known["name"]))
-        source = known.get("calibration")
         calibration = None if source is None else load_calibration(str(source), model)
         with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
             store = BlobStore(Path(scratch), durable=False)
-            worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
+            worker = Worker(job, model, store, None, calibration)
             yield from _Replay(worker, store, reader(folder, known)).run(chain([first], log))
 
 
@@ -184,7 +188,9 @@ def event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
         raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error
 
 
-def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterator[Finding]:
+def replayed_events(
+    folder: Path, storage: Storage, needs: Inventory, allowed: Collection[str] = ()
+) -> Iterator[Finding]:
     """Feed a job's log to a new coordinator, and find where it ends elsewhere than the job's state.
 
     Workers' results are taken from the log, so that this is quick and needs no updates; it proves only that log and
@@ -192,6 +198,7 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
 
     Args:
         folder: The state folder; no server runs on it.
+        allowed: Names of functions that may be called: the job's strategy, if it is the user's own.
     """
     if parent_in(needs.settings) != OFF:
         return  # an aggregator's events lead to nothing here: its parent decides
@@ -201,9 +208,14 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
         at = "is empty" if first is None else f"begins with event {first[0]}"
         yield Finding(Severity.NOTE, f"the log {at}, so that it can't be compared with the state")
         return
+    try:
+        job = stored_job(needs.settings, allowed, str(folder))
+    except ConfigError as error:
+        yield Finding(Severity.NOTE, f"the log isn't compared with the state: {error}")
+        return
     weight = Severity.WRONG if needs.archive else Severity.NOTE
     try:
-        differing = _differing(folder, needs, chain([first], log))
+        differing = _differing(folder, needs, job, chain([first], log))
     except FedpruneError as error:
         yield Finding(weight, f"the log can't be followed: {error}")
         return
@@ -216,12 +228,12 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
 
 
 def _differing(
-    folder: Path, needs: Inventory, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
+    folder: Path, needs: Inventory, job: Job, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
 ) -> list[str]:
     path = folder / MODEL
     with storage_errors(f"can't read {path}"):
         raw = read_file(path)
-    model, job = import_onnx(raw, str(needs.settings["name"])), Job.from_dict(needs.settings["job"])
+    model = import_onnx(raw, str(needs.settings["name"]))
     with TemporaryDirectory(prefix="fedprune-check-") as scratch:
         digest = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).initial()
     state = State(model=digest, architecture=model.architecture.digest)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
-from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, storage_errors, sync_folder
+from fedprune.core.atomic_file import appearing
+from fedprune.core.disk import locked, make_private_folder, storage_errors, sync_folder
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import Advance
 from fedprune.security.signed_channel import EpochFile
@@ -26,21 +28,24 @@ from fedprune_server.storage.storage import Storage
 _MAX_MANIFEST = 64 * 2**20
 _HINT = "Take another backup."
 
-Read = Callable[[str, int], bytes]
-"""Reads a file of a backup, which must not be larger than a limit."""
+Open = Callable[[str, int], AbstractContextManager[IO[bytes]]]
+"""Opens a file of a backup, which must not be larger than a limit."""
+
+_PIECE = 2**20
 
 
 class Backup:
     """A backup that is read from. Raises `StorageError` if it is no backup, or damaged."""
 
-    def __init__(self, path: Path, read: Read) -> None:
-        self._path, self._read_file = path, read
-        self.manifest = Manifest.parse(read(NAME, _MAX_MANIFEST), f"{path}: {NAME}")
+    def __init__(self, path: Path, open_file: Open) -> None:
+        self._path, self._open = path, open_file
+        with open_file(NAME, _MAX_MANIFEST) as file:
+            self.manifest = Manifest.parse(file.read(_MAX_MANIFEST), f"{path}: {NAME}")
 
     def verify(self, advance: Advance) -> None:
         """Make sure that the backup is whole, and that the job finds in it all that it refers to."""
         for entry in self.manifest.entries:
-            self._read(entry)
+            self._copy(entry)
             advance(entry.size)
         with (
             self._database() as copy,
@@ -67,7 +72,7 @@ class Backup:
         check_target(target)
         partial = target.with_name(f".{target.name}.restoring")
         with storage_errors(f"can't make {partial}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(target.parent)
         lock = target.with_name(f".{target.name}.restoring.lock")
         with locked(lock, f"another restore to {target} is under way", "Wait until it is done."):
             try:
@@ -90,8 +95,8 @@ class Backup:
                 continue
             path = folder / entry.path
             with storage_errors(f"can't make {path.parent}"):
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_whole(path, self._read(entry), private=entry.private)
+                make_private_folder(path.parent)
+            self._place(entry, path)
             advance(entry.size)
         if self.manifest.has_identity:
             EpochFile(folder / IDENTITY / "epoch").pass_over()
@@ -108,27 +113,37 @@ class Backup:
         """A copy of the backup's database."""
         with TemporaryDirectory(prefix="fedprune-restore-") as scratch:
             path = Path(scratch) / DATABASE
-            write_whole(path, self._read(self.manifest.database), private=True)
+            self._place(self.manifest.database, path)
             yield path
 
-    def _read(self, entry: Entry) -> bytes:
-        data = self._read_file(entry.place, entry.size)
-        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+    def _place(self, entry: Entry, path: Path) -> None:
+        with appearing(path, private=entry.private) as partial, partial.open("wb") as file:
+            self._copy(entry, file.write)
+
+    def _copy(self, entry: Entry, write: Callable[[bytes], object] = len) -> None:
+        """Read a file, however long, a piece at a time."""
+        digest, size = hashlib.sha256(), 0
+        with self._open(entry.place, entry.size) as file:
+            while size <= entry.size and (piece := file.read(_PIECE)):
+                digest.update(piece)
+                size += len(piece)
+                write(piece)
+        if size != entry.size or digest.hexdigest() != entry.sha256:
             raise StorageError(f"the backup {self._path} is damaged: {entry.place}", hint=_HINT)
-        return data
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Backup]:
     """Open a backup, a folder or a tar file; raises `StorageError` if it is missing or damaged."""
     if path.is_dir():
-        yield Backup(path, lambda place, limit: _read_file(path / place, limit))
+        yield Backup(path, lambda place, limit: _open_file(path / place, limit))
         return
     with storage_errors(f"can't read {path}"):
         try:
             with tarfile.open(path, "r:") as tar:
-                members = {m.name: m for m in tar.getmembers() if m.isreg()}
-                yield Backup(path, lambda place, limit: _read_member(tar, members.get(place), place, limit))
+                # A sparse member of a few bytes may claim any length; a backup has none.
+                members = {m.name: m for m in tar.getmembers() if m.isreg() and not m.issparse()}
+                yield Backup(path, lambda place, limit: _open_member(tar, members.get(place), place, limit))
         except (tarfile.TarError, EOFError) as error:
             raise StorageError(f"{path} is no backup, or damaged ({error})", hint=_HINT) from error
 
@@ -142,19 +157,19 @@ def check_target(target: Path) -> None:
             )
 
 
-def _read_file(path: Path, limit: int) -> bytes:
-    with storage_errors(f"can't read {path}"):
-        if path.stat().st_size > limit:
+@contextmanager
+def _open_file(path: Path, limit: int) -> Iterator[IO[bytes]]:
+    with storage_errors(f"can't read {path}"), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
             raise StorageError(f"{path} is damaged: it is too long", hint=_HINT)
-        return path.read_bytes()
+        yield file
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo | None, place: str, limit: int) -> bytes:
+def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo | None, place: str, limit: int) -> IO[bytes]:
     file = None if member is None or member.size > limit else tar.extractfile(member)
     if file is None:
         raise StorageError(f"{tar.name!s}: {place} is missing or too long", hint=_HINT)
-    with file:
-        return file.read()
+    return file
 
 
 def _remove(folder: Path) -> None:

@@ -6,7 +6,7 @@ Nothing is written. While a server runs on the folder, a finding counts only if 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -48,12 +48,13 @@ def size_of(folder: Path) -> int:
     return sum(size_of_file(p) for root in (folder / BLOBS, folder / RELEASES) for p in find_files(root).blobs.values())
 
 
-def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]:
+def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[str] = ()) -> Iterator[Finding]:
     """Check a state folder; yields findings as they are found.
 
     Args:
         advance: Told how many bytes of blobs were read.
         running: Whether a server runs on it.
+        allowed: Names of functions that may be called: the log of a job with a strategy of one's own needs it.
 
     Raises:
         StorageError: There is no database, it is damaged, or it can't be read, so that nothing else can be checked.
@@ -77,7 +78,7 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
         yield from wrong
         yield from left_over_files(there, needs, running=running, cache=store is not None)
         if not running:
-            yield from replayed_events(folder, storage, needs)
+            yield from replayed_events(folder, storage, needs, allowed)
     yield from _other_files(folder, advance)
 
 

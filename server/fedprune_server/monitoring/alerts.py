@@ -92,6 +92,10 @@ _QUIET_S = 600.0
 """The alert about a second server closes once that one has been silent for this long."""
 
 
+MISSING_BOARDS = ("no-devices", "too-few-devices")
+"""Kinds of alerts about boards that are missing."""
+
+
 @dataclass(frozen=True)
 class Alert:
     """A problem that an operator has to know of.
@@ -258,6 +262,8 @@ def _tier(seen: Snapshot) -> Iterator[Alert]:
 
 
 def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
+    if seen.broker:
+        return  # they are missing for the reason that its own alert has
     if not job.known and not seen.here:
         claim = f"let a board in: {command('claim', '--device', 'NAME', *at(seen.folder))}; then on the board: "
         if seen.tier.parent:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
+import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -30,8 +33,8 @@ Checks = Mapping[str, Callable[[], str]]
 
 
 class _Server(ThreadingHTTPServer):
-    def __init__(self, place: tuple[str, int], metrics: Metrics, checks: Checks) -> None:
-        self.metrics, self.checks = metrics, checks
+    def __init__(self, place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Collection[str]) -> None:
+        self.metrics, self.checks, self.hosts = metrics, checks, hosts
         self._places = threading.BoundedSemaphore(MOST)
         self.address_family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
         super().__init__(place, _Handler)
@@ -68,7 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         metrics, path = self.server.metrics, self.path.partition("?")[0]
-        if path == "/metrics":
+        if not is_own_name(self.headers.get("Host"), self.server.hosts):
+            self._answer(421, b"called by a name that is not this server's ([server] console_hosts)\n")
+        elif path == "/metrics":
             self._answer(200, metrics.text(), CONTENT_TYPE_LATEST)
         elif path == "/healthz":
             self._verdict(_hangs(metrics))
@@ -96,12 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(place: tuple[str, int], metrics: Metrics, checks: Checks) -> Iterator[int]:
-    """Serve metrics and health, on a free port if the port is 0; yields the port. Raises `ConfigError` if the address
-    can't be listened on."""
+def served(place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Collection[str] = ()) -> Iterator[int]:
+    """Serve metrics and health, on a free port if the port is 0; yields the port.
+
+    Args:
+        hosts: Names of this server, in small letters, besides those that no other site can have.
+
+    Raises:
+        ConfigError: The address can't be listened on.
+    """
     host, port = place
     try:
-        server = _Server(place, metrics, checks)
+        server = _Server(place, metrics, checks, hosts)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             "server: metrics", expected="an address of this machine and a free port", got=f"{host}:{port} ({error})"
@@ -116,6 +127,24 @@ def served(place: tuple[str, int], metrics: Metrics, checks: Checks) -> Iterator
         server.shutdown()
         server.server_close()
         thread.join(_TIMEOUT_S)
+
+
+def is_own_name(host: str | None, hosts: Collection[str]) -> bool:
+    """Whether a request's Host is an address, a name without a dot, this machine's, or one of `hosts`.
+
+    Another site can let any other name point here, so that a browser on this network reads metrics for it. Programs
+    that name no host are no browsers.
+    """
+    if not host:
+        return True
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        ipaddress.ip_address(name)
+    except ValueError:  # of a wrong host, too
+        return re.fullmatch(r"[\w.-]+(:\d+)?", host) is not None and (
+            "." not in name or name in hosts or name == socket.gethostname().lower()
+        )
+    return True
 
 
 def _hangs(metrics: Metrics) -> list[str]:

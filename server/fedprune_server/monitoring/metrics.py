@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -29,6 +36,10 @@ _STALE = (0, 1, 2, 3, 5, 8, 13, 21, 50)
 _FACTS_S, _BLOBS_S = 1.0, 60.0
 _SHARE = 0.02
 """Of the loop's time that figures of all devices may take."""
+
+
+# A series per counter with the time when this process began it: twice the series, and nothing uses them.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:

@@ -81,6 +81,9 @@ class JobWatch(Observer):
             self._asked_at = now if self._schedule.asynchronous else None  # others are being asked meanwhile
         elif isinstance(event, on.Closed) and self._closing and len(event.rejected) >= self._closing:
             self._empty += 1
+        elif isinstance(event, (on.OfferRefused, on.UpdateRejected)) and self._view.state.phase is Phase.TRAINING:
+            tasks = self._view.state.tasks
+            self._empty += not self._schedule.asynchronous and tasks.count(Progress.REFUSED) == len(tasks) > 0
         elif isinstance(event, on.Ticked) and self._asked_at is not None:
             self._missed = max(self._missed, int((now - self._asked_at + _ROUNDING_S) // self._deadline_s))
 
@@ -298,7 +301,7 @@ class Monitor(Observer):
             "regions": regions, "parent_lost": self._tier_seen.parent_lost,
         }  # fmt: skip
         try:
-            write_whole(self._folder / FILE, json.dumps(body).encode())
+            write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
         except (FedpruneError, OSError) as error:
             self._complain(error)
 

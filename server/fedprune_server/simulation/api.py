@@ -110,8 +110,9 @@ class Run:
         return self.compare().plot()
 
     def compare(self, *others: Run) -> Comparison:
-        """A comparison whose speed-ups are relative to this run."""
-        return Comparison((self.record, *(other.record for other in others)))
+        """A comparison whose speed-ups are relative to this run; runs of one title are told apart by their strategies,
+        if these differ."""
+        return Comparison(_named_by_strategy((self.record, *(other.record for other in others))))
 
     def report(self, folder: Path, *, judged: bool = True) -> Report:
         """Write the report into a folder; `judged`: whether a comparison with the reference tests the claims."""
@@ -158,6 +159,16 @@ class Comparison:
     __repr__ = __str__
 
 
+def _named_by_strategy(runs: Sequence[Record]) -> tuple[Record, ...]:
+    strategies: dict[str, set[str]] = {}
+    for run in runs:
+        strategies.setdefault(run.title, set()).add(str(run.job.get("strategy")))
+    return tuple(
+        replace(run, title=f"{run.title} ({run.job.get('strategy')})") if len(strategies[run.title]) > 1 else run
+        for run in runs
+    )
+
+
 def simulate(
     fleet: str | Path | Mapping[str, Any] | Plan,
     *,
@@ -182,7 +193,7 @@ def simulate(
         strategy: Replaces the job's: a name, or a module's function that composes one.
         seed: Replaces the job's.
         rounds: Replaces the job's.
-        title: The run's name; by default that of its strategy.
+        title: The run's name; by default the job's, or the strategy's where the job has none.
         folder: Where the run is saved, so that it resumes after a kill; by default nothing is saved.
         reference: Whether FedAvg at full width is run on the same devices, too.
         workers: Number of processes; by default the fleet's.
@@ -227,7 +238,7 @@ def simulate(
             tables=tables,
             model=model,
         )
-        plan = replace(plan, title=title or plan.job.strategy)
+        plan = replace(plan, title=title or (plan.job.strategy if plan.job.name == Job.name else plan.job.name))
     targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     compared = plan.reference_experiment()

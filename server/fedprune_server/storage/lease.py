@@ -24,6 +24,7 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import BusyError, StorageError
 from fedprune_server.storage.database import Database, DatabaseLockedError, LostConnectionError
+from fedprune_server.storage.state_folder import kept, url_of
 from fedprune_server.storage.tables import META, meta, put_meta
 
 log = logging.getLogger("fedprune.server")
@@ -65,8 +66,7 @@ class Lease:
         self._reader: Database | None = None
         self._looked: tuple[float, str] | None = None
         self._looking = threading.Lock()
-        number = folder.stat().st_ino
-        self._holder = f"{socket.gethostname()}:{folder.resolve()}:{number}"
+        self._holder = _holder_at(folder)
         self._token: int | None = None
         self._gone = False
         self._seen: _Row | None = None
@@ -215,6 +215,28 @@ class Lease:
             f"another server has taken the job of {self._database.url} over",
             hint="This one was away for too long. Nothing is lost; start it again with --standby.",
         )
+
+
+def leader_elsewhere(folder: Path) -> str:
+    """Host and folder of the server that has a folder's job, where that is a server with another folder; else empty.
+
+    Only servers that share PostgreSQL's database have folders of their own. Raises `StorageError` if the database can't
+    be read.
+    """
+    url = url_of(folder)
+    if kept(folder) is None:
+        return ""
+    with Database(url, read_only=True) as database:
+        if not database.postgresql:
+            return ""
+        with database.transaction() as connection:
+            row, now = _read(connection, hold=False), _clock(connection)
+    alive = row.expires is not None and row.expires > now
+    return row.holder.rpartition(":")[0] if alive and row.holder != _holder_at(folder) else ""
+
+
+def _holder_at(folder: Path) -> str:
+    return f"{socket.gethostname()}:{folder.resolve()}:{folder.stat().st_ino}"
 
 
 _LOOK = sql.select(META.c.value).where(META.c.key == ROW)

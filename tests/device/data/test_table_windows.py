@@ -150,6 +150,19 @@ def test_a_table_ten_times_as_large_as_its_memory_is_read_in_it(tmp_path: Path) 
 
 
 @pytest.mark.once
+def test_a_few_bytes_that_unfold_to_billions_of_numbers_are_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet_module, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2**20, np.int8)), pa.array([1.5], pa.float32()))
+    parquet_module.write_table(pa.table({"a": column}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 2**12
+    monkeypatch.setattr("fedprune_device.data.tables.MOST_INFLATED", 2**20)
+    with pytest.raises(DataError, match="unpacked"), tables.rows_of(tmp_path / "a.parquet", ()):
+        pass
+
+
+@pytest.mark.once
 def test_a_group_of_rows_in_parquet_may_be_larger_than_the_memory(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     column = np.random.default_rng(0).standard_normal(4_000_000).astype(np.float32)

@@ -310,7 +310,19 @@ def test_a_kit_with_a_claim_is_not_for_a_web_server(tmp_path: Path, make_kit: Ca
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("https://fleet.example/kit",), ("http://fleet.example/kit", "0" * 64), ("https://a.b/c", "0" * 63)]
+    "words",
+    [
+        (),
+        ("https://fleet.example/kit",),
+        ("http://fleet.example/kit", "0" * 64),
+        ("https://a.b/c", "0" * 63),
+        ("http://localhost:x@fleet.example/kit", "0" * 64),
+        ("http://localhost:1@fleet.example/kit", "0" * 64),
+        ("http://127.0.0.1.fleet.example/kit", "0" * 64),
+        ("http://localhost\\@fleet.example/kit", "0" * 64),
+        ("http://localhost?@fleet.example/kit", "0" * 64),
+        ("https://a.b@fleet.example/kit", "0" * 64),
+    ],
 )
 def test_a_wrong_line_is_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert joined(tmp_path / "root", *words).returncode == ExitCode.USAGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -263,7 +264,7 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
         assert input_shape is None
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 
-    monkeypatch.setattr("fedprune_server.engine.state_directory.read_source", read)
+    monkeypatch.setattr("fedprune_server.engine.job_inputs.read_source", read)
     assert main(["run", "--insecure", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
     line = one_line(capsys)
     assert "--input-shape" not in line
@@ -647,3 +648,13 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
     assert main(["status", "--state", str(state)]) == ExitCode.MISSING_EXTRA
     assert "sqlalchemy, which is not installed" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["run", "aggregate"])
+def test_help_lists_a_few_options_under_each_heading(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    _, *sections = re.split(r"^(?=\S.*:$)", capsys.readouterr().out, flags=re.MULTILINE)
+    counts = [len(re.findall(r"^  -", section, re.MULTILINE)) for section in sections]
+    assert sum(counts) > 20
+    assert max(counts) <= 10

@@ -102,6 +102,40 @@ def test_a_unit_that_would_not_start_is_printed_with_a_warning_but_not_installed
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("way", ["script", "long", "link", "copy", "config"])
+def test_a_program_whose_interpreter_is_hidden_is_named(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, hidden = tmp_path / "opt" / "venv", tmp_path / "root"
+    (seen / "bin").mkdir(parents=True)
+    hidden.mkdir()
+    monkeypatch.setattr(service, "_HIDDEN", (f"{hidden}/",))
+    program, python, config = seen / "bin" / "fedprune-server", seen / "bin" / "python", seen / "fleet.toml"
+    (hidden / "python").touch()
+    (hidden / "fleet.toml").touch()
+    program.write_text(f"#!{python}\n")
+    if way == "script":
+        program.write_text(f"#!{hidden}/python\n")
+    elif way == "long":
+        program.write_text(f"#!/bin/sh\n'''exec' {hidden}/python \"$0\" \"$@\"\n")
+    elif way == "link":
+        python.symlink_to(hidden / "python")
+    elif way == "copy":
+        (seen / "pyvenv.cfg").write_text(f"home = {hidden}/bin\nversion = 3.11\n")
+    else:
+        config.symlink_to(hidden / "fleet.toml")
+    option = "--config" if way == "config" else "--program"
+    with pytest.raises(ConfigError, match=f"^{option}: .*{hidden}"):
+        ServerUnit(str(program), config=str(config)).check_seen()
+
+
+def test_a_program_that_the_service_sees_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_HIDDEN", (f"{tmp_path}/root/",))
+    (tmp_path / "python").touch()
+    (tmp_path / "fedprune-server").write_text(f"#!{tmp_path}/python\n")
+    ServerUnit(str(tmp_path / "fedprune-server")).check_seen()
+
+
 @pytest.fixture
 def unhidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a unit name a test's files, which are in /tmp."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +79,15 @@ def test_a_boards_folder_is_called_one(
     assert main(command.split()) == ExitCode.STORAGE
     assert f"{tmp_path} is the state directory of a device" in " ".join(capsys.readouterr().err.split())
     assert {p.name for p in tmp_path.iterdir()} == {"identity", "device.json"}
+
+
+def test_a_folder_is_its_owner_s_alone_and_knows_its_boards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "state"
+    before = os.umask(0o022)
+    try:
+        assert main(["init", "--state", str(state)]) == ExitCode.OK
+    finally:
+        os.umask(before)
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert main(["logs", "--state", str(state), "--device", "nope"]) == ExitCode.JOIN
+    assert "no board is called nope" in " ".join(capsys.readouterr().err.split())

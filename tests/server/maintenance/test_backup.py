@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import tarfile
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +388,50 @@ def test_a_damaged_backup_is_refused_before_anything_is_written(
 
 
 # What is refused.
+
+
+def test_a_file_of_any_length_is_read_a_piece_at_a_time(state: Path, tmp_path: Path) -> None:
+    back_up(state, tmp_path / "backup", silent)
+    manifest = Manifest.parse((tmp_path / "backup" / "manifest.json").read_bytes(), "it")
+    long = replace(manifest.entries[0], size=2**26)
+    (tmp_path / "backup" / "manifest.json").write_bytes(
+        replace(manifest, entries=(long, *manifest.entries[1:])).to_bytes()
+    )
+    os.truncate(tmp_path / "backup" / long.place, 2**26)  # which takes no room on the disk
+    with opened(tmp_path / "backup") as backup:
+        tracemalloc.start()
+        try:
+            with pytest.raises(StorageError, match="damaged"):
+                backup.verify(silent)
+            assert tracemalloc.get_traced_memory()[1] < 2**24
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_member_that_claims_more_than_the_archive_holds_is_refused_unread(state: Path, tmp_path: Path) -> None:
+    back_up(state, tmp_path / "backup.tar", silent)
+    with opened(tmp_path / "backup.tar") as backup:
+        manifest = backup.manifest
+    long = replace(manifest.entries[-1], size=30 * 10**9)
+    body = replace(manifest, entries=(*manifest.entries[:-1], long)).to_bytes()
+    with tarfile.open(tmp_path / "sparse.tar", "w") as tar:
+        named = tarfile.TarInfo("manifest.json")
+        named.size = len(body)
+        tar.addfile(named, io.BytesIO(body))
+        for entry in manifest.entries[:-1]:
+            with tarfile.open(tmp_path / "backup.tar") as source:
+                tar.addfile(source.getmember(entry.place), source.extractfile(entry.place))
+        # GNU's form: one hole, whose length is the real size, and no data.
+        header = bytearray(tarfile.TarInfo(long.place).tobuf(tarfile.GNU_FORMAT))
+        header[156:157] = b"S"
+        header[483:495] = tarfile.itn(long.size, 12, tarfile.GNU_FORMAT)
+        header[148:156] = b"        "
+        header[148:156] = b"%06o\0 " % sum(header)
+        assert tar.fileobj is not None
+        tar.fileobj.write(header)
+        tar.offset += 512
+    with opened(tmp_path / "sparse.tar") as backup, pytest.raises(StorageError, match="missing or too long"):
+        backup.verify(silent)
 
 
 def test_nothing_is_overwritten(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,13 @@ def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: 
     assert [a.kind for a in doctor.revocations(doctor.Site(tmp_path))] == ["revocations"]
 
 
+def test_the_doctor_says_that_the_command_never_worked_until_there_is_none(crl: Path, tmp_path: Path) -> None:
+    with delivering("/no/such/program", tmp_path, crl):
+        assert [a.kind for a in doctor.revocations(doctor.Site(tmp_path))] == ["revocations"]
+    with delivering("off", tmp_path, crl):
+        assert list(doctor.revocations(doctor.Site(tmp_path))) == []
+
+
 @pytest.mark.parametrize("wrong", ["", "  ", "a 'b"])
 def test_what_is_no_command_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="on_revocation"):

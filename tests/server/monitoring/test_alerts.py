@@ -20,6 +20,7 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.state import Device as Board
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
+from fedprune.wire.messages import Refusal
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import Device, IdentityStore
@@ -92,6 +93,11 @@ def without_north(away_s: float, *, waited: bool = False, seen: Snapshot = CALM)
 
 def without_a(kind: str) -> Snapshot:
     return replace(CALM, missing={"a": Missing(kind, "doesn't take part", NOW - DAY)})
+
+
+@pytest.mark.parametrize("seen", [with_job(0), with_job(0, known=0), with_job(1, phase=Phase.WAITING, away=["b"])])
+def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Snapshot) -> None:
+    assert [a.kind for a in evaluate(replace(seen, broker="there is no connection to the broker"), NOW)] == ["broker"]
 
 
 PARENT = "wss://fleet.example:8885"
@@ -538,6 +544,18 @@ def test_boards_that_bring_nothing_are_told_after_a_deadline(tmp_path: Path, kin
     assert [(what, is_open) for _, what, is_open in changes] == [("no-progress", True), ("no-progress", False)]
     assert 30 <= changes[0][0] <= 32
     assert 100 <= changes[1][0] <= 132
+
+
+def test_a_round_that_all_boards_refuse_is_told_at_once(tmp_path: Path) -> None:
+    def refuse(fleet: Fleet) -> None:
+        for name, device in fleet.air.devices.items():
+            device.take = lambda offer, name=name, device=device: device.say(  # type: ignore[method-assign, misc]
+                Refusal(name, offer.job, offer.round, offer.attempt, "no room", 30)
+            )
+
+    changes = alarmed(tmp_path, refuse)
+    assert changes[0][1:] == ("no-progress", True)
+    assert changes[0][0] < 15
 
 
 def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,27 @@ def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
     assert status(f"{url}/healthz")[0] == 503
     assert "fedprune_round{" in status(f"{url}/metrics")[1]
     assert status(f"{url}/../etc/passwd")[0] == 404
+
+
+def test_a_name_that_another_site_may_have_is_not_answered() -> None:
+    with served(("127.0.0.1", 0), Metrics(), {}, ("fleet.example",)) as port:
+        for host, code in {
+            f"127.0.0.1:{port}": 200, "localhost": 200, "[::1]:9": 200, "server:9100": 200, "Fleet.Example:9": 200,
+            "evil.example": 421, f"evil.example:{port}": 421, "a@127.0.0.1.evil.example": 421,
+            "127.0.0.1.evil.example": 421, "": 200,
+        }.items():  # fmt: skip
+            client = HTTPConnection("127.0.0.1", port, timeout=10)
+            client.putrequest("GET", "/metrics", skip_host=True)
+            client.putheader("Host", host)
+            client.endheaders()
+            assert client.getresponse().status == code, host
+            client.close()
+
+
+def test_no_series_tells_when_another_series_began() -> None:
+    metrics = Metrics()
+    metrics.watch("toy").turned(lambda: 0.1, StillJob())
+    assert not [line for line in metrics.text().decode().splitlines() if "_created" in line]
 
 
 def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[float], list[str]]) -> None:

@@ -234,12 +234,12 @@ def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:
     assert str(run).endswith("|\n\nFigures of accuracy in the table are means over the last 2 rounds.")
 
 
-def test_runs_are_called_by_their_strategies(fleet: dict[str, Any]) -> None:
-    job = {**fleet["job"], "name": "yard", "strategy": "heterofl"}
-    titles = [
-        simulate({**fleet, "job": job}, rounds=1, **changes).record.title for changes in ({}, {"strategy": "fedavg"})
-    ]
-    assert titles == ["heterofl", "fedavg"]
+def test_runs_are_called_by_their_job_and_told_apart_by_strategy(fleet: dict[str, Any]) -> None:
+    named = {**fleet, "job": {**fleet["job"], "name": "yard", "strategy": "heterofl"}}
+    ours, plain = (simulate(named, rounds=1, **changes) for changes in ({}, {"strategy": "fedavg"}))
+    assert [run.record.title for run in (ours, plain)] == ["yard", "yard"]
+    assert [run.title for run in ours.compare(plain).runs] == ["yard (heterofl)", "yard (fedavg)"]
+    assert simulate(fleet, rounds=1, strategy="fedavg").record.title == "fedavg"
 
 
 def test_a_wrong_setting_is_named(fleet: dict[str, Any]) -> None:

@@ -13,10 +13,16 @@ import pytest
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import BusyError, StorageError
+from fedprune.jobs.job import Job
+from fedprune_server.cli.status import status
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.maintenance.doctor import examined
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage import lease
-from fedprune_server.storage.lease import LeaseLostError
+from fedprune_server.storage.lease import LeaseLostError, leader_elsewhere
 from fedprune_server.storage.storage import Storage
+from support.fakes.opened_job import open_job
 from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
 from support.waiting import until
@@ -228,3 +234,32 @@ def test_an_older_token_writes_nothing_in_sqlite_either(tmp_path: Path) -> None:
 def row_of(connection: object) -> dict[str, object]:
     text = connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'lease'").scalar()  # type: ignore[attr-defined]
     return dict(json.loads(text))
+
+
+@pytest.mark.postgresql
+def test_a_folder_that_stands_by_knows_the_job_and_the_server_that_has_it(
+    url: str, tmp_path: Path, quick: None
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    config = ServerConfig(job=Job(name="leaves"), model=str(tmp_path / "model.onnx"), database=url)
+    waits, stopped = tmp_path / "second", threading.Event()
+
+    def stand_by() -> None:
+        with StateFolder(waits, url, standby=True):
+            stopped.wait()
+
+    thread = threading.Thread(target=stand_by, daemon=True)
+    with StateFolder(tmp_path / "first", url) as folder:
+        open_job(folder, config)
+        assert leader_elsewhere(tmp_path / "first") == ""
+        thread.start()
+        until(lambda: (waits / "database").exists() and leader_elsewhere(waits) != "")
+        body = status(waits)
+        assert (body["job"]["name"], body["running"], "first" in body["leader"]) == ("leaves", True, True)
+        kinds = {finding.kind for finding in examined(waits)}
+        assert "standby" in kinds
+        assert not {"server-not-running", "database"} & kinds
+    until(lambda: leader_elsewhere(waits) == "")
+    assert status(waits)["leader"] == ""
+    stopped.set()
+    thread.join()

@@ -42,6 +42,14 @@ def test_each_role_gives_its_orders_and_no_others(tmp_path: Path, role: str) -> 
     assert browser.get("/api/v1/audit").status == (200 if role == "admin" else 403)
 
 
+def test_the_audit_log_has_the_target_of_an_order_that_was_refused(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    assert here.browser("viewer").order(order="revoke", device="board-0001", reason="x" * 400).status == 403
+    entry = here.browser("admin").get("/api/v1/audit").json["items"][1]
+    assert (entry["action"], entry["what"]["device"]) == ("revoke", "board-0001")
+    assert len(entry["what"]["reason"]) < 200
+
+
 @pytest.mark.parametrize(("allowed", "status"), [("none", (403, 403)), ("look", (202, 403)), ("all", (202, 202))])
 def test_a_server_that_takes_no_orders_gets_none(tmp_path: Path, allowed: str, status: tuple[int, int]) -> None:
     browser = trial(tmp_path, allowed=allowed).browser("admin")

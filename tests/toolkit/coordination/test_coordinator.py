@@ -175,6 +175,23 @@ def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
     assert ("b", 1, "the deadline has passed") in shell.cancelled
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_a_round_that_all_refuse_starts_again_long_before_its_deadline(made: bool) -> None:
+    shell = Shell()
+    shell.arrive()
+    while shell.state.phase is not Phase.TRAINING or (made and shell.state.deadline is None):
+        shell.feed(shell.inbox.pop(0))
+    shell.inbox.clear()
+    for name in NAMES:
+        assert {t.attempt for t in shell.state.tasks.values()} == {1}
+        shell.feed(on.OfferRefused(name, 1, 1, "no metric"))
+    retry = shell.wakes[-1]
+    assert shell.now < retry < shell.now + JOB.deadline_s / 2  # boards may recover, and refusals don't make rounds spin
+    shell.now = retry
+    shell.feed(on.Ticked())
+    assert (shell.state.round, {t.attempt for t in shell.state.tasks.values()}) == (1, {2})
+
+
 def test_an_early_tick_closes_nothing() -> None:
     shell = Shell()
     shell.arrive()

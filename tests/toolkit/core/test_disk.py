@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, read_file, storage_errors
+from fedprune.core.disk import locked, make_private_folder, read_file, storage_errors
 from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
 
 pytestmark = pytest.mark.board
@@ -126,3 +126,16 @@ def test_a_missing_file_is_reported_with_the_place_where_it_was_looked_for(tmp_p
     with pytest.raises(IsADirectoryError) as caught:
         read_file(".")
     assert "looked for" not in remedy(caught.value, hint)
+
+
+def test_a_private_folder_and_those_that_it_needs_are_for_this_user_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        make_private_folder(tmp_path / "a" / "b")
+        make_private_folder(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (tmp_path / "a", tmp_path / "a" / "b")] == [0o700] * 2
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_private_folder(tmp_path / "file")

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
-from fedprune.core.disk import storage_errors, sync_folder, write_all
+from fedprune.core.disk import make_private_folder, storage_errors, sync_folder, write_all
 from fedprune.core.errors import ProtocolError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
 
@@ -45,7 +45,7 @@ class BlobFolder:
         self.durable = durable
         with storage_errors(f"can't make blob store {root}"):
             for folder in (root, root / "tmp", root / "partial"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private_folder(folder)
 
     def has(self, sha256: str) -> bool:
         return self.path(sha256).is_file()

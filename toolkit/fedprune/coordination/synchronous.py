@@ -32,14 +32,18 @@ from fedprune.secure_aggregation.session import task_digest
 
 _LEFT_OUT = "it was left out of this round's sums, to find out which board has spoilt one"
 
+PAUSES = 10
+"""A round that all devices refuse first pauses for this part of the deadline: with the usual 600 s, 1 minute."""
+
 
 class SynchronousCoordinator(Coordinator):
     """Synchronous rounds with a deadline over a changing fleet.
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
     updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
-    round closes at its deadline with the updates that are on the server's disk; without any it starts again under the
-    next attempt number, with a new choice of the devices that are present. The deadline counts from the last offer.
+    round closes at its deadline with the updates that are on the server's disk; without any, or soon after its last
+    device has refused, it starts again under the next attempt number, with a new choice of the devices that are
+    present. The deadline counts from the last offer.
 
     `coordination.stragglers` chooses the devices of a round, drops slow ones before the deadline, and decides whether a
     round closes without the slowest. Where `in_flight` limits the devices that work at a time, every device has the
@@ -417,10 +421,7 @@ class SynchronousCoordinator(Coordinator):
         if tally[Progress.FOLDED]:
             state.phase = Phase.CLOSING
             return [*cancels, self._close()]
-        # No device delivered: the next attempt waits for the deadline, so that those who refused can recover.
-        if state.deadline is None or now < state.deadline:
-            return []
-        return self._again(now)
+        return self._again_soon(now)
 
     def _restart_after_unusable_updates(self, now: float) -> Commands:
         """None of the updates in the sums could be used: the round starts again after its deadline."""
@@ -429,6 +430,20 @@ class SynchronousCoordinator(Coordinator):
         if state.deadline is None or now < state.deadline:
             return self._start_clock(now) or [do.Wake(state.deadline or now)]
         return self._again(now)
+
+    def _again_soon(self, now: float) -> Commands:
+        """No device is left in the round and none delivered: start it again after a pause, by its deadline.
+
+        The pause gives devices that refused time to recover, and keeps a fault that all have from making rounds spin:
+        it doubles with each attempt.
+        """
+        state = self.state
+        if state.deadline is not None and now >= state.deadline:
+            return self._again(now)
+        attempt = max((task.attempt for task in state.tasks.values()), default=1)
+        retry = now + self.deadline_s * min(1.0, 2 ** (attempt - 1) / PAUSES)
+        state.deadline = retry if state.deadline is None else min(state.deadline, retry)
+        return [do.Wake(state.deadline)]
 
     def _again(self, now: float) -> Commands:
         """Start the round again with the devices that are present; wait for more if they are too few.

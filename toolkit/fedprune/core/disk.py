@@ -137,3 +137,13 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Make renames and deletions in a folder survive a power cut."""
     sync_file(folder)
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder, if it is missing, and missing folders above it, all for this user alone.
+
+    `Path.mkdir` gives its mode to the last one only. Raises `OSError`.
+    """
+    for folder in (p for p in reversed(path.parents) if not p.exists()):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)

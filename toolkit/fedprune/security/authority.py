@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedprune.core.atomic_file import move, write_whole
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, StorageError, shown
 from fedprune.security.certificates import (
     EPOCH,
@@ -127,7 +127,7 @@ class Authority:
         if (folder / CERTIFICATE).exists():
             raise IdentityError(f"{folder} has an authority already")
         with storage_errors(f"can't write {folder}"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_folder(folder)
         key = make_tls_key()
         certificate = _self_signed(key, _subject(site), clock)
         save_tls_key(key, folder / KEY)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import storage_errors, sync_folder
+from fedprune.core.disk import make_private_folder, storage_errors, sync_folder
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.security.certificates import (
     issued_by,
@@ -72,7 +72,7 @@ class DeviceIdentity:
         self.folder = folder
         self.site, self.device = site, device
         with storage_errors(f"can't use {folder}"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_folder(folder)
         path = folder / _SIGNING
         if not path.exists():
             SigningKey.make().save(path)

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from fedprune.core.atomic_file import appearing, write_whole
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, StorageError, remedy
 
 MAX_SECRET = 16 * 1024
@@ -17,7 +17,7 @@ MAX_SECRET = 16 * 1024
 def write_private(path: Path, data: bytes) -> None:
     """Write a secret atomically with mode 0600; a missing folder is made with mode 0700."""
     with storage_errors(f"can't write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(path.parent)
     write_whole(path, data, private=True)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from traceback import walk_tb
+from types import ModuleType
 from typing import Any, TypeVar
 
 from fedprune.core.errors import (
@@ -36,6 +37,8 @@ from fedprune.strategies.strategy import Strategy
 
 T = TypeVar("T")
 
+_INSTALLED = {"site-packages", "dist-packages"}
+
 _OURS = "fedprune"
 
 _ABOUT_AN_UPDATE = ("reconstruct", "add")
@@ -52,18 +55,42 @@ def own_strategy(job: Job) -> Strategy:
 
 
 def own_code(job: Job) -> str:
-    """Digest of the files that define a user's own strategy; empty for presets. Raises `ConfigError` as
-    `own_strategy`."""
+    """Digest of the files that define a user's own strategy, with the modules next to them that they use; empty for
+    presets. Raises `ConfigError` as `own_strategy`."""
     if ":" not in job.strategy:
         return ""
     strategy, _ = _composed(job)
     parts = (strategy, strategy.aggregator, strategy.allocator)
-    modules = {type(p).__module__ for p in parts if p is not None} | {job.strategy.partition(":")[0]}
-    files = [sys.modules[m].__file__ for m in sorted(modules) if not _shipped(m) and m in sys.modules]
+    names = {type(p).__module__ for p in parts if p is not None} | {job.strategy.partition(":")[0]}
     digest = hashlib.sha256()
-    for file in filter(None, files):
-        digest.update(Path(file).read_bytes())
+    for file in sorted(_own_files(names)):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _own_files(names: Collection[str]) -> set[Path]:
+    """Files of a user's modules, and of those in the same package or folder that they import, and so on."""
+    waiting = [n for n in names if not _shipped(n) and n in sys.modules]
+    packages = {n.partition(".")[0] for n in waiting}
+    folders = {Path(file).resolve().parent for n in waiting if (file := sys.modules[n].__file__) is not None}
+    seen, files = set(waiting), set[Path]()
+    while waiting:
+        module = sys.modules.get(waiting.pop())
+        file = getattr(module, "__file__", None)
+        if module is None or file is None:
+            continue
+        path = Path(file).resolve()
+        # A virtual environment may be in the user's folder; what is installed has versions.
+        beside = not folders.isdisjoint(path.parents) and _INSTALLED.isdisjoint(path.parts)
+        if not beside and module.__name__.partition(".")[0] not in packages:
+            continue
+        files.add(path)
+        for value in list(vars(module).values()):
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(name, str) and name not in seen and not _shipped(name):
+                seen.add(name)
+                waiting.append(name)
+    return files
 
 
 def _shipped(module: str) -> bool:

@@ -29,7 +29,7 @@ VARIABLE = "FEDPRUNE_CRL"
 """Names the list for the command."""
 
 NOTE = "revocations-given"
-"""File of the state folder: sha256 of the list for which the command succeeded last."""
+"""File of the state folder, where there is a command: sha256 of the list for which it succeeded last, if ever."""
 
 POLL_S = 1.0
 RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
@@ -86,6 +86,12 @@ def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
     Args:
         command: As for `deliver`; `off` for none.
     """
+    note = folder / NOTE
+    with storage_errors(f"can't write {note}"):
+        if command == OFF:
+            note.unlink(missing_ok=True)
+        elif not note.exists():
+            write_whole(note, b"")  # no list yet: a command that never succeeds is one that hasn't for the latest list
     if command == OFF:
         yield
         return

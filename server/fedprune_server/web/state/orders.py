@@ -11,6 +11,7 @@ from heapq import nsmallest
 from typing import Any
 
 from fedprune.core.errors import ProtocolError, meant
+from fedprune.core.text import one_line
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.auth.sessions import Session
@@ -31,6 +32,9 @@ _NEWCOMERS = frozenset({"approve", "deny"})
 
 _GRACE_S = 30.0
 """After this long it is certain that the server takes an expired order no more."""
+
+_NOTED_LENGTH = 128
+"""Characters of each argument of a refused order in the audit log: nobody has checked them."""
 
 _NAMED = 8
 """Names that a refusal lists."""
@@ -92,7 +96,7 @@ class OrderService:
     def _give(self, session: Session, address: str, kind: str, given: dict[str, Any], expires_s: float) -> int:
         operator = session.operator.name
         self._limit(operator)
-        self._check(session, address, kind)
+        self._check(session, address, kind, given)
         if missing := [n for n in _NEEDS.get(kind, ()) if n not in given]:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         now = self._clock()
@@ -149,11 +153,12 @@ class OrderService:
                 for query, values in answering(Answer(number, False, WITHDRAWN), self._clock()):
                     self._database.do(query, *values)
 
-    def _check(self, session: Session, address: str, kind: str) -> None:
+    def _check(self, session: Session, address: str, kind: str, given: Mapping[str, Any]) -> None:
         if self._view.orders == "none" or (self._view.orders == "look" and kind not in LOOKS):
             raise RefusedError(403, "this server takes no such orders from the console ([server] console_orders)")
         if not may(session.operator.role, NEEDED[kind]):
-            self._audit.note(session.operator.name, address, kind, {}, f"refused: needs the role {NEEDED[kind]}")
+            what = {key: one_line(str(value), _NOTED_LENGTH) for key, value in given.items()}
+            self._audit.note(session.operator.name, address, kind, what, f"refused: needs the role {NEEDED[kind]}")
             raise RefusedError(403, f"{kind} needs the role {NEEDED[kind]}, yours is {session.operator.role}")
         if not self._view.ready:
             raise RefusedError(503, "the server does not respond at the moment")

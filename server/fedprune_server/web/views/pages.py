@@ -29,6 +29,7 @@ from fedprune.output import chart
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.context import Console, session_of
+from fedprune_server.web.database import AUDIT_KEPT
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.records import LEVELS
 from fedprune_server.web.state.status import COLUMNS
@@ -284,7 +285,7 @@ def install(app: FastAPI, console: Console) -> None:
         if not may(session_of(request).operator.role, "admin"):
             return pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
         entries = console.audit.page(_page(request), ROWS)
-        return pages.draw(request, "audit", entries=entries, link=_link("/audit", {}))
+        return pages.draw(request, "audit", entries=entries, kept=f"{AUDIT_KEPT:,}", link=_link("/audit", {}))
 
 
 def _page(request: Request) -> int:

@@ -1,0 +1,80 @@
+"""Whether a model's source still gives the model that a job began with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from fedprune_export.importing.load import torch_module
+from fedprune_export.importing.model_file import parse
+from fedprune_export.importing.user_graphs import LOSS_KEY, METRIC_KEY
+
+_OWN = (LOSS_KEY, METRIC_KEY)
+
+
+@dataclass(frozen=True)
+class ModelChanges:
+    """What differs between two reads of a model.
+
+    Attributes:
+        graph: Operators, shapes, names or choices.
+        tensors: Names of tensors with other values.
+        loss: The loss of the user's own; one that is left out in the later read is no difference.
+        metric: As `loss`.
+    """
+
+    graph: bool
+    tensors: frozenset[str]
+    loss: bool
+    metric: bool
+
+
+def compare_models(before: bytes, after: bytes) -> ModelChanges:
+    """The differences of a model's file from an earlier one, as `read_source` gives them."""
+    (old, old_tensors, old_own), (new, new_tensors, new_own) = _split(before), _split(after)
+    tensors = {
+        n for n in old_tensors.keys() & new_tensors.keys() if old_tensors[n].tobytes() != new_tensors[n].tobytes()
+    }
+    own = [key in new_own and new_own[key] != old_own.get(key) for key in _OWN]
+    return ModelChanges(old != new, frozenset(tensors), *own)
+
+
+def drawn_tensors(source: str, raw: bytes, names: frozenset[str], read: Callable[[], bytes]) -> frozenset[str]:
+    """Which tensors a factory draws anew at every call, as untrained weights are: their values say nothing.
+
+    Args:
+        source: The factory.
+        raw: The model's file after one call of it.
+        names: The tensors in question.
+        read: Makes that file again, which takes longer than a call alone.
+    """
+    state, tensors = torch_module(source).state_dict(), _split(raw)[1]
+    drawn = frozenset(n for n in names & state.keys() if not np.array_equal(_numbers(state[n]), tensors[n]))
+    # Tensors that are no parameters or buffers have no name outside the file.
+    return drawn if drawn == names else drawn | (names & compare_models(raw, read()).tensors)
+
+
+def _numbers(tensor: Any) -> npt.NDArray[Any]:
+    values: npt.NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
+    return values
+
+
+def _split(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """A model's file in parts: everything but values, the values of its tensors, and loss and metric."""
+    proto = parse(raw)
+    own = {p.key: p.value for p in proto.metadata_props if p.key in _OWN}
+    others = [p for p in proto.metadata_props if p.key not in _OWN]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(others)
+    tensors = {}
+    for tensor in proto.graph.initializer:
+        tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
+        shape, kind, name = list(tensor.dims), tensor.data_type, tensor.name
+        tensor.CopyFrom(onnx.TensorProto(name=name, dims=shape, data_type=kind))
+    graph: bytes = proto.SerializeToString(deterministic=True)
+    return graph, tensors, own

@@ -1,0 +1,74 @@
+"""Names of code among the settings that a database keeps: none is called unless the user repeats it.
+
+Whoever can write a state folder, or hands a backup over, could otherwise choose what a server's process runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from fedprune.core.errors import ConfigError, shown
+from fedprune.jobs.job import Job
+from fedprune_device.data.array_source import is_function
+from fedprune_server.config.cluster_url import PROCESSES
+
+_DATA = ("evaluation", "calibration")
+
+
+def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """Settings that name code, with what they name: functions, and a cluster whose answers are unpickled.
+
+    Args:
+        tables: As those of a `fleet.toml`.
+    """
+    strategy = _text(tables, "job", "strategy")
+    if ":" in strategy:
+        yield ("job", "strategy"), strategy
+    for table in _DATA:
+        if is_function(source := _text(tables, table, "data")):
+            yield (table, "data"), source
+    if (workers := _text(tables, "server", "workers_url")) not in ("", PROCESSES):
+        yield ("server", "workers_url"), workers
+
+
+def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -> ConfigError:
+    """The error about a name that only a database says.
+
+    Args:
+        path: Table and key.
+        where: The database or folder, for the message.
+    """
+    return ConfigError(
+        f"{where}: [{path[0]}] {path[1]} names code",
+        expected="the name at the command line or in a configuration file, too",
+        got=shown(name),
+        hint=hint,
+    )
+
+
+def stored_job(settings: Mapping[str, Any], allowed: Collection[str], where: str) -> Job:
+    """The job of a database's settings, for code that composes its strategy.
+
+    Args:
+        allowed: Names of functions that the user has repeated.
+        where: The folder, for errors.
+
+    Raises:
+        ConfigError: Its strategy is a function that the user has not repeated.
+    """
+    check_allowed({"job": settings["job"]}, allowed, where)
+    return Job.from_dict(settings["job"])
+
+
+def check_allowed(tables: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
+    """Raise `ConfigError` if stored tables name code that the user has not repeated."""
+    for path, name in code_names(tables):
+        if name not in allowed:
+            raise stored_code_error(path, name, where, f"If this code is yours, add --allow {name}.")
+
+
+def _text(tables: Mapping[str, Any], table: str, key: str) -> str:
+    values = tables.get(table)
+    value = values.get(key) if isinstance(values, Mapping) else None
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,169 @@
+"""What decides a job besides its settings, compared with what it was when the job began or ran last.
+
+A job keeps the model, the loss and the metric with which it began, so that others are refused. Samples of the server,
+a strategy's code and hardware profiles may change between two starts: the new ones are taken, and the start says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
+from fedprune.planning.profile_store import find as find_profile
+from fedprune.planning.profile_store import names as profile_names
+from fedprune.strategies.user_strategies import own_code
+from fedprune_export.importing import compare_models, drawn_tensors, is_called, read_source, with_choices
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.executor.evaluator import Evaluation
+
+log = logging.getLogger("fedprune.server")
+
+_CONTENTS = {
+    "strategy": "has other code",
+    "evaluation": "has other samples",
+    "calibration": "has other samples",
+    "profiles": "has other hardware profiles",
+}
+
+
+def read_model(config: ServerConfig) -> bytes:
+    """The configured model with its loss, metric and adapters, without advice that only `fedprune-export` can follow.
+
+    Raises:
+        ModelError: The model can't be used.
+        MissingExtraError: torch or timm is needed and not installed.
+    """
+    source = str(config.model)
+    if is_called(source):
+        log.info("reading the model %s: torch exports it, which may take minutes", source)
+    try:
+        return read_source(
+            source,
+            input_shape=config.input_shape,
+            loss=config.loss,
+            metric=config.metric,
+            lora=config.lora,
+            base=config.base,
+        )
+    except ModelError as error:
+        if "--input-shape" not in error.hint:
+            raise
+        hint = (
+            "Give the module an attribute input_shape, such as (3, 32, 32), or the configuration "
+            "[model] input_shape, such as [3, 32, 32]."
+        )
+        raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error
+
+
+def check_model(config: ServerConfig, raw: bytes, where: str) -> None:
+    """Compare the configured model, loss and metric with those that a job began with; what is left out is not compared.
+
+    A source that isn't there any more is no difference: the job has a copy.
+
+    Args:
+        raw: The model with which the job began.
+        where: The job and its folder, for errors.
+
+    Raises:
+        ConfigError: Something differs.
+        ModelError: The model can't be used.
+    """
+    if config.model is None and config.lora is not None:
+        raise ConfigError(
+            "[model] lora", expected="path, too, or neither", got="lora alone",
+            hint="A job that has begun has its adapters: leave lora out.",
+        )  # fmt: skip
+    current = _read_again(config, raw)
+    if current is None:
+        return
+    changes = compare_models(raw, current)
+    source, values = config.model, changes.tensors
+    called = source is not None and is_called(source)
+    name, what = "", source
+    if changes.graph:
+        name, what = "model", source or f"base = {config.base}"
+    elif changes.loss:
+        name, what = "loss", config.loss or source
+    elif changes.metric:
+        name, what = "metric", config.metric or source
+    # A torch factory may draw other weights each time; its job continues with those that it drew first.
+    elif values and (
+        source is None or not called or drawn_tensors(source, current, values, partial(read_model, config)) < values
+    ):
+        name = "model"
+    if name:
+        version = " Another version of torch may also export it differently." if called or name != "model" else ""
+        raise ConfigError(
+            f"{what} is not the {name} with which {where}",
+            hint=f"For another {name} take another --state folder; to continue with this one leave the {name} out."
+            + version,
+        )
+
+
+def _read_again(config: ServerConfig, raw: bytes) -> bytes | None:
+    """The model as the configuration gives it now; None if it gives none, or its source isn't there."""
+    if config.model is None:
+        if config.loss is config.metric is config.base is None:
+            return None
+        return with_choices(raw, loss=config.loss, metric=config.metric, base=config.base)
+    try:
+        return read_model(config)
+    except (MissingExtraError, ModelError) as error:
+        if not isinstance(error, MissingExtraError) and not isinstance(
+            error.__cause__, (FileNotFoundError, ModuleNotFoundError)
+        ):
+            raise
+        log.warning("the job continues with the model that it began with, which could not be compared: %s", error)
+        return None
+
+
+def input_digests(
+    config: ServerConfig, evaluation: Evaluation | None, calibration: npt.NDArray[Any] | None
+) -> dict[str, str]:
+    """Digests of what may change between two starts, by the setting that names it; empty for what there isn't.
+
+    Raises `ConfigError` if the job's own strategy can't be used, `ProfileError` if a hardware profile can't.
+    """
+    folders = () if config.profiles is None else (config.profiles,)
+    profiles = [find_profile(name, folders).to_dict() for name in sorted(profile_names(folders))] if folders else []
+    return {
+        "strategy": own_code(config.job),
+        "evaluation": _digest_arrays(evaluation or ()),
+        "calibration": _digest_arrays(() if calibration is None else (calibration,)),
+        "profiles": hashlib.sha256(json.dumps(profiles, sort_keys=True).encode()).hexdigest() if profiles else "",
+    }
+
+
+def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about inputs that differ between two starts.
+
+    Args:
+        before: The settings of the earlier one.
+    """
+    names = [
+        ("strategy", before["job"].get("strategy"), settings["job"]["strategy"]),
+        ("profiles", before.get("server", {}).get("profiles"), settings["server"]["profiles"]),
+        *((table, before.get(table), settings[table]) for table in ("evaluation", "calibration")),
+    ]
+    for key, old, new in names:
+        if old != new:
+            if key in settings:  # the others are settings of [job] and [server], which are compared as such
+                yield f"{key}: {old!r} is now {new!r}"
+        elif before.get("inputs", {}).get(key, "") != settings["inputs"][key]:
+            yield f"{key}: {new} {_CONTENTS[key]}"
+
+
+def _digest_arrays(arrays: Sequence[npt.NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(json.dumps([array.dtype.str, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest() if len(arrays) else ""

@@ -1,0 +1,102 @@
+"""Code that only a state folder's database names: no command calls it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune_server.cli.main import main
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.engine.further_jobs import further
+from fedprune_server.maintenance.finding import Severity
+from fedprune_server.maintenance.replay import replay
+from fedprune_server.maintenance.state_check import check
+from fedprune_server.storage.state_folder import FOLDER
+from fedprune_server.storage.storage import Storage
+from support.fakes.recorded_job import JOB, play_job
+
+CODE = "planted:run"
+
+SETTINGS = [
+    pytest.param({"job": JOB.to_dict() | {"strategy": CODE}}, id="strategy"),
+    pytest.param({"calibration": CODE}, id="calibration"),
+    pytest.param({"evaluation": CODE}, id="evaluation"),
+]
+
+
+@pytest.fixture
+def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that is there once the module in the current folder has been imported."""
+    mark = tmp_path / "called"
+    (tmp_path / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef run(*_):\n    raise ValueError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield mark
+    sys.modules.pop("planted", None)
+
+
+def plant(folder: Path, settings: dict[str, Any]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    play_job(folder, archive=True)
+    with Storage.existing(folder) as storage:
+        known = storage.settings()
+    assert known is not None
+    with Storage(f"sqlite:///{folder / 'server.db'}") as storage:
+        storage.put_settings(known | settings)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, pytest.param({"server": {"workers_url": "ray:auto"}}, id="workers")])
+def test_a_start_refuses_code_that_only_the_database_names(
+    settings: dict[str, Any], called: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path / "state", settings)
+    assert main(["run", "--insecure", "--state", str(tmp_path / "state")]) == ExitCode.CONFIG
+    assert not called.exists()
+    assert "If this code is yours, add --" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_start_calls_code_that_the_command_line_repeats(called: Path, tmp_path: Path) -> None:
+    plant(tmp_path / "state", {"job": JOB.to_dict() | {"strategy": CODE}})
+    main(["run", "--insecure", "--state", str(tmp_path / "state"), "--strategy", CODE])
+    assert called.exists()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_further_job_s_folder_names_no_code(settings: dict[str, Any], called: Path, tmp_path: Path) -> None:
+    plant(tmp_path / "state" / FOLDER / "second", settings)
+    with pytest.raises(ConfigError):
+        further(ServerConfig(state=tmp_path / "state"), [])
+    assert not called.exists()
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2])
+def test_replay_refuses_it(settings: dict[str, Any], called: Path, tmp_path: Path) -> None:
+    plant(tmp_path / "state", settings)
+    with pytest.raises(ConfigError):
+        next(replay(tmp_path / "state"))
+    assert not called.exists()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_check_export_and_backup_go_on_without_it(settings: dict[str, Any], called: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    plant(state, settings)
+    assert not [f for f in check(state, lambda _: None, running=False) if f.severity is Severity.WRONG]
+    assert main(["export-model", "--state", str(state), "--out", str(tmp_path / "out.safetensors")]) == ExitCode.OK
+    assert main(["backup", "--state", str(state), "--to", str(tmp_path / "backup")]) == ExitCode.OK
+    assert main(["restore", "--from", str(tmp_path / "backup"), "--state", str(tmp_path / "copy")]) == ExitCode.OK
+    assert not called.exists()
+
+
+def test_a_folder_for_a_hub_needs_the_job_s_own_strategy(called: Path, tmp_path: Path) -> None:
+    plant(tmp_path / "state", {"job": JOB.to_dict() | {"strategy": CODE}})
+    command = ["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "hub")]
+    assert main(command) == ExitCode.CONFIG
+    assert not called.exists()
+    main([*command, "--allow", CODE])
+    assert called.exists()
