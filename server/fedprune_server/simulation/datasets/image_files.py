@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, MissingExtraError, reason, remedy
+from fedprune_device.data.displayed_image import displayed
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
@@ -23,7 +24,7 @@ MOST_BYTES = 2**34
 
 
 def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
-    """Read images.
+    """Read images, as boards do: as viewers display them (`displayed`).
 
     Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
     where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
@@ -81,16 +82,17 @@ def decoded(
     out: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
-                if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
-                    raise DataError(f"{name}: size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
-                shown: Any = image.convert("RGB" if colour else "L")
-        except DataError:
-            raise
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes, which are looked at here, and of damaged metadata
+                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
+                    if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
+                        raise DataError("size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
+                    shown = displayed(image, "RGB" if colour else "L", None if size is None else (size[1], size[0]))
+        except DataError as error:
+            what = f"{name}: {error.what}"
+            raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
         except Exception as error:  # decoders raise whatever they meet
             raise DataError(f"can't read the image {name} ({reason(error)})") from error
-        if size is not None and (shown.height, shown.width) != size:
-            shown = shown.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(shown, np.uint8)
         if out is None:
             if pixels.nbytes * len(images) > MOST_BYTES:
