@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, MissingExtraError, reason, remedy
 from fedprune_device.data.displayed_image import displayed
+from fedprune_device.data.folder_listing import is_system_name
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
@@ -118,7 +119,7 @@ def is_test(name: str) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
+        return sorted((f for f in folder.iterdir() if f.is_dir() and not is_system_name(f.name)), key=lambda f: f.name)
     except OSError as error:
         raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
 
@@ -126,5 +127,6 @@ def _folders(folder: Path) -> list[Path]:
 def _images(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
         yield from sorted(
-            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file()), key=lambda f: f.name
+            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file() and f.name[0] != "."),
+            key=lambda f: f.name,
         )
