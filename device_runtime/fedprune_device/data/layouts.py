@@ -109,13 +109,15 @@ def _part_of(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
 
 
 class ClassFolders(_Folders):
-    """`CLASS/file`, where CLASS is a number or one of the names; raises `ConfigError` if a folder is not a class."""
+    """`CLASS/file`, also in folders of it; CLASS is a number or one of the names. Raises `ConfigError` if a folder is not
+    a class."""
 
     holds = "CLASS/file"
 
     def __init__(self, root: Path, homes: Iterable[Path], names: tuple[str, ...]) -> None:
         self._names = names
-        self._labels = {folder: self._label(folder) for home in homes for folder in folders_in(home, names)}
+        labels = {folder: self._label(folder) for home in homes for folder in folders_in(home, names)}
+        self._labels = {below: label for folder, label in labels.items() for below in folders_below(folder)}
         super().__init__(root, self._labels, names)
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
@@ -136,10 +138,12 @@ class ClassFolders(_Folders):
         if folder.name.isdecimal() and folder.name.isascii() and len(folder.name) < 8:
             return int(folder.name)
         wanted = " or ".join(self._names) or "a number"
-        raise ConfigError(
-            f"{folder} is not the folder of a class", expected=wanted, got=folder.name,
-            hint="Give the classes' names in the order that all boards share: --class-names A,B,C.",
-        )  # fmt: skip
+        hint = "Give the classes' names in the order that all boards share: --class-names A,B,C."
+        if (folder / IMAGES).is_dir():
+            hint = f"It has {IMAGES} in it: give it as the folder of samples itself."
+        elif folder.name.lower() in _PARTS:
+            hint = "Of a divided folder all folders are parts, such as train, val and test: move the others away."
+        raise ConfigError(f"{folder} is not the folder of a class", expected=wanted, got=folder.name, hint=hint)
 
 
 class Unlabelled(_Folders):

@@ -116,7 +116,8 @@ def rows_of(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns,
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except (UnicodeError, csv.Error) as error:
-        raise DataError(f"{path} is no table", expected="CSV in UTF-8", got=reason(error)) from error
+        hint = "Save it as CSV UTF-8." if isinstance(error, UnicodeError) else ""
+        raise DataError(f"{path} is no table", expected="CSV in UTF-8", got=reason(error), hint=hint) from error
 
 
 def _encoding(path: Path) -> str:
@@ -144,7 +145,7 @@ def _csv(file: Any, class_names: tuple[str, ...]) -> tuple[Columns, Iterator[npt
             if not row:
                 continue
             if len(row) != len(names):
-                hint = _COMMAS if delimiter == "," and len(row) > len(names) else ""
+                hint = f"The first row has the names of all columns. {_COMMAS}" if len(row) > len(names) else ""
                 raise DataError(f"row {begin + len(rows)}", expected=f"{len(names)} columns", got=len(row), hint=hint)
             rows.append(row)
             if len(rows) * len(names) >= _CELLS:

@@ -167,6 +167,27 @@ def test_the_parts_of_a_divided_folder_are_kept(tmp_path: Path) -> None:
             assert sorted([*seeds(data.x_train), *seeds(data.x_test)]) == list(range(40))
 
 
+def test_a_class_may_have_folders(tmp_path: Path) -> None:
+    put(tmp_path, {"ant/a.png": picture(1), "ant/monday/b.png": picture(2), "bee/1/2/c.png": picture(3)})
+    data = snapshot(tmp_path, CLASSES)
+    assert seeds(data.x_train) == [1, 2, 3]
+    assert sorted(data.y_train) == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "way_out"), [(("train/ant", "runs/x"), "parts"), (("export/images", "export/labels"), "itself")]
+)
+def test_a_folder_that_is_no_class_is_named_with_what_it_rather_is(
+    tmp_path: Path, files: tuple[str, ...], way_out: str
+) -> None:
+    for name in files:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ConfigError) as error:
+        snapshot(tmp_path, CLASSES)
+    assert files[0].partition("/")[0] in str(error.value.got)
+    assert way_out in error.value.hint
+
+
 def test_a_class_may_be_called_like_a_part_or_a_system_folder(tmp_path: Path) -> None:
     names = ("train", "val", "@eaDir")
     for n, name in enumerate(names):
