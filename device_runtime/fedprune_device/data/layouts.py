@@ -109,8 +109,7 @@ def _part_of(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
 
 
 class ClassFolders(_Folders):
-    """`CLASS/file`, also in folders of it; CLASS is a number or one of the names. Raises `ConfigError` if a folder is not
-    a class."""
+    """`CLASS/file`, also in folders of CLASS: a number or one of the names, else it raises `ConfigError`."""
 
     holds = "CLASS/file"
 
@@ -141,7 +140,7 @@ class ClassFolders(_Folders):
         hint = "Give the classes' names in the order that all boards share: --class-names A,B,C."
         if (folder / IMAGES).is_dir():
             hint = f"It has {IMAGES} in it: give it as the folder of samples itself."
-        elif folder.name.lower() in _PARTS:
+        elif any(other.name.lower() in _PARTS for other in folders_in(folder.parent)):
             hint = "Of a divided folder all folders are parts, such as train, val and test: move the others away."
         raise ConfigError(f"{folder} is not the folder of a class", expected=wanted, got=folder.name, hint=hint)
 

@@ -218,9 +218,14 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
 
     def parts() -> Iterator[npt.NDArray[np.float32]]:
         begin, wanted = 1, [names[place] for place in columns.all]
-        for batch in file.iter_batches(max(1, _CELLS // len(wanted)), columns=wanted):
-            yield _numbers(columns, [_cells(batch.column(name)) for name in wanted], begin, class_names)
-            begin += len(batch)
+        try:
+            for batch in file.iter_batches(max(1, _CELLS // len(wanted)), columns=wanted):
+                yield _numbers(columns, [_cells(batch.column(name)) for name in wanted], begin, class_names)
+                begin += len(batch)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise DataError("no table", expected="Parquet", got=reason(error)) from error  # what pyarrow can't unpack
 
     try:
         with ParquetFile(path, buffer_size=_BUFFERED, pre_buffer=False) as file:
@@ -242,7 +247,7 @@ def _check_types(schema: Any, columns: Columns) -> None:
         kind = schema.field(place).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
         numbers = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
-        if any(test(kind) for test in numbers) or types.is_string(kind) or types.is_large_string(kind):
+        if any(test(kind) for test in numbers) or str(kind) in ("string", "large_string", "string_view"):
             continue
         name = re.split(r"\W", str(kind))[0]
         wanted = "classes, as whole numbers or texts" if place in columns.classes else "numbers"
@@ -291,7 +296,7 @@ def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool,
     """
     cell = cell.strip().lower() if isinstance(cell, str) else cell
     got, hint = "something else", _TEXTS
-    if cell is None or cell in _EMPTY:
+    if cell is None or cell != cell or cell in _EMPTY:  # NaN is unequal to itself
         got, hint = "an empty cell", _GAPS
     elif classes:
         hint = _NAMES
