@@ -84,17 +84,17 @@ def decoded(body: bytes) -> tuple[Samples, int]:
     chunks = _chunks(body)
     head, (size, raw) = chunks.get(b"fmt ", (0, b""))[1], chunks.get(b"data", (-1, b""))
     if len(head) < _FORMAT.size or size < 0:
-        raise _unreadable("a file without format or data")
+        raise _unreadable_error("a file without format or data")
     tag, channels, rate, _, frame, bits = _FORMAT.unpack_from(head)
     if tag != _PCM and not (tag == _EXTENSIBLE and head[_GUID_AT:][: len(_PCM_GUID)] == _PCM_GUID):
-        raise _unreadable(f"format {tag}")
+        raise _unreadable_error(f"format {tag}")
     width = (bits + 7) // 8
     if not RATES[0] <= rate <= RATES[1]:
         raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
     if not 1 <= width <= 4:
         raise DataError("width of a number", expected="8, 16, 24 or 32 bits", got=f"{bits} bits")
     if not channels or frame != channels * width:
-        raise _unreadable(f"{channels} channels of {bits} bits in {frame} bytes")
+        raise _unreadable_error(f"{channels} channels of {bits} bits in {frame} bytes")
     count = size // frame
     if not 1 <= count <= _MOST_LENGTH:
         raise DataError("length of a recording", expected=f"1 to {_MOST_LENGTH} frames", got=count, hint=_HINT)
@@ -106,7 +106,7 @@ def decoded(body: bytes) -> tuple[Samples, int]:
 def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
     """The first chunk of each name: its size, and the bytes that are there. Raises `DataError` if it isn't WAV."""
     if body[:4] not in (b"RIFF", b"RF64", b"BW64") or body[8:12] != b"WAVE":
-        raise _unreadable("something else")
+        raise _unreadable_error("something else")
     chunks: dict[bytes, tuple[int, bytes]] = {}
     at = 12
     while at + 8 <= len(body):
@@ -120,7 +120,7 @@ def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
     return chunks
 
 
-def _unreadable(got: str) -> DataError:
+def _unreadable_error(got: str) -> DataError:
     return DataError("the recording can't be read", expected="WAV (PCM)", got=got, hint=_HINT)
 
 

@@ -35,7 +35,7 @@ def folders_below(root: Path, levels: int = _MOST_LEVELS) -> list[Path]:
     return [root, *(below for folder in inner for below in folders_below(folder, levels - 1))]
 
 
-def listed(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+def files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     """Files of a folder by their endings, sorted, without hidden ones; raises `StorageError`."""
     with storage_errors(f"can't read {folder}"):
         return sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))

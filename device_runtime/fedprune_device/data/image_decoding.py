@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, MissingExtraError, reason, shape_text
 from fedprune.model.lengths import Shape
-from fedprune_device.data.displayed_image import check_single_frame, displayed, upright
+from fedprune_device.data.viewer_image import check_single_frame, upright_image, viewer_image
 
 TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -49,7 +49,7 @@ class Pixels:
         return self.decoded(body, tuple(TYPES.values()), shape)[None]
 
     def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
-        """An image as viewers display it (`displayed`), in the size that the model takes, [height, width, colours].
+        """An image as viewers display it (`viewer_image`), in the size that the model takes, [height, width, colours].
 
         `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width]. Raises `DataError` if it
         is another kind of file or too large, `MissingExtraError` without Pillow.
@@ -58,7 +58,7 @@ class Pixels:
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
         colours, height, width = (s for s in shape if isinstance(s, int))
         with _opened(body, kinds) as image:
-            pixels = displayed(image, "RGB" if colours == 3 else "L", (width, height))
+            pixels = viewer_image(image, "RGB" if colours == 3 else "L", (width, height))
         return np.asarray(pixels, np.uint8).reshape(height, width, colours)
 
     def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -95,7 +95,7 @@ def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
         if body[_COLOUR] == _GREY and body[_DEPTH] in (2, 4):
             # Some programs write classes as they are, others pack shades of grey: 3 of 2 bits is class 3, or 255.
             raise DataError("a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH], hint="Save it with 8 bits.")
-        numbers = np.asarray(upright(image))
+        numbers = np.asarray(upright_image(image))
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int)
         for new, old in zip((height, width), numbers.shape, strict=True)

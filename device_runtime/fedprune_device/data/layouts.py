@@ -21,7 +21,7 @@ from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Shape
 from fedprune_device.data.boxes import COCO_BYTES, MOST_CLASS, coco_boxes, yolo_boxes
 from fedprune_device.data.class_lists import find_class_list
-from fedprune_device.data.folder_listing import folders_below, folders_in, listed
+from fedprune_device.data.folder_listing import files_in, folders_below, folders_in
 from fedprune_device.data.image_decoding import ENDINGS, mask
 from fedprune_device.data.labels import Targets, class_counts
 
@@ -89,7 +89,7 @@ class _Folders:
         return self._part[path.parent]
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
-        return [[path for folder in self._part for path in listed(folder, endings)]]
+        return [[path for folder in self._part for path in files_in(folder, endings)]]
 
     def label_file(self, path: Path) -> Path | None:
         return None
@@ -122,7 +122,7 @@ class ClassFolders(_Folders):
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
         by_class: dict[int, list[Path]] = {}
         for folder, label in self._labels.items():
-            by_class.setdefault(label, []).extend(listed(folder, endings))
+            by_class.setdefault(label, []).extend(files_in(folder, endings))
         return list(by_class.values())
 
     def version(self, path: Path) -> str:
@@ -245,9 +245,9 @@ class YoloBoxes(_Boxes):
         super().__init__(root, label_folders, names)
         below = [folder for pair in label_folders.items() for folder in (*pair, pair[1].parent)]
         folders = dict.fromkeys([root, *(folder for folder in below if root in folder.parents)])
-        own = find_class_list(folders) if names else ()
-        self._numbers = [names.index(name) if name in names else -1 for name in own]
-        self._classes = len(own) or len(names) or MOST_CLASS + 1
+        listed_names = find_class_list(folders) if names else ()
+        self._numbers = [names.index(name) if name in names else -1 for name in listed_names]
+        self._classes = len(listed_names) or len(names) or MOST_CLASS + 1
         self._labelled: set[Path] = set()
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
@@ -327,7 +327,7 @@ def coco_file(root: Path) -> Path | None:
     """`annotations.json`, or the only `.json` in `annotations/`; raises `ConfigError` if there are several."""
     if (path := root / "annotations.json").is_file():
         return path
-    found = listed(root / "annotations", (".json",)) if (root / "annotations").is_dir() else []
+    found = files_in(root / "annotations", (".json",)) if (root / "annotations").is_dir() else []
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise ConfigError(f"{root}/annotations", expected="one .json", got=names, hint="Keep the one with the boxes.")
@@ -382,5 +382,5 @@ def _label_folders(homes: Iterable[Path], name: str) -> dict[Path, Path]:
 
 
 def _has_labels_beside(folder: Path) -> bool:
-    texts = {path.stem for path in listed(folder, (YoloBoxes.ending,))}
-    return bool(texts) and any(path.stem in texts for path in listed(folder, ENDINGS))
+    texts = {path.stem for path in files_in(folder, (YoloBoxes.ending,))}
+    return bool(texts) and any(path.stem in texts for path in files_in(folder, ENDINGS))

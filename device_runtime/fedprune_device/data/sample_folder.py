@@ -127,7 +127,7 @@ class SampleFolder:
             if not left:
                 break
         if not parts["train"]:
-            raise self._nothing(layout, sum(map(len, parts.values())), refusals)
+            raise self._nothing_to_train_on(layout, sum(map(len, parts.values())), refusals)
         convert = taken.pop().numbers
         arrays: list[Any] = []
         for part in ("train", "test", "val"):
@@ -137,7 +137,7 @@ class SampleFolder:
         self._training = len(parts["train"])
         return LocalData(*arrays)
 
-    def _nothing(self, layout: Layout, held_out: int, refusals: list[str]) -> DataError:
+    def _nothing_to_train_on(self, layout: Layout, held_out: int, refusals: list[str]) -> DataError:
         """Why there is nothing to train on: a server is told this alone, and not what is in the log."""
         hint = ""
         if held_out:
@@ -172,9 +172,9 @@ class SampleFolder:
     def _look(self, most_new: int = _MOST_FILES) -> Layout:
         """Find the files, and choose; of those that the index doesn't know read at most `most_new`."""
         layout = layout_of(self._root, self._names)
-        listed = layout.files((*self._formats, *_FOREIGN))
-        self._count_foreign(path.suffix.lower() for paths in listed for path in paths)
-        lists = [[path for path in paths if path.suffix.lower() in self._formats] for paths in listed]
+        lists = layout.files((*self._formats, *_FOREIGN))
+        self._count_foreign(path.suffix.lower() for paths in lists for path in paths)
+        lists = [[path for path in paths if path.suffix.lower() in self._formats] for paths in lists]
         if (count := sum(map(len, lists))) > _MOST_FILES:
             _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MOST_FILES)
         group = {path: number for number, paths in enumerate(lists) for path in paths}

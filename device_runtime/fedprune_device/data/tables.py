@@ -128,9 +128,9 @@ def _encoding(path: Path) -> str:
 def _csv(file: Any, class_names: tuple[str, ...]) -> tuple[Columns, Iterator[npt.NDArray[np.float32]]]:
     lines = _lines(file)
     first = _record(lines)
-    told = _DELIMITER_LINE.fullmatch(first.strip())
-    head = [_record(lines), _record(lines)] if told else [first, _record(lines)]
-    delimiter = told[1] if told else _delimiter(*head)
+    delimiter_line = _DELIMITER_LINE.fullmatch(first.strip())
+    head = [_record(lines), _record(lines)] if delimiter_line else [first, _record(lines)]
+    delimiter = delimiter_line[1] if delimiter_line else _delimiter(*head)
     reader = csv.reader(chain(head, lines), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
     columns, decimals = Columns.of(names), _Decimals(delimiter)

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, MissingExtraError, reason, remedy
-from fedprune_device.data.displayed_image import displayed
 from fedprune_device.data.folder_listing import is_system_name
+from fedprune_device.data.viewer_image import viewer_image
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
@@ -25,7 +25,7 @@ MOST_BYTES = 2**34
 
 
 def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
-    """Read images, as boards do: as viewers display them (`displayed`).
+    """Read images, as boards do: as viewers display them (`viewer_image`).
 
     Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
     where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
@@ -88,7 +88,7 @@ def decoded(
                 with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
                     if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
                         raise DataError("size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
-                    shown = displayed(image, "RGB" if colour else "L", None if size is None else (size[1], size[0]))
+                    shown = viewer_image(image, "RGB" if colour else "L", None if size is None else (size[1], size[0]))
         except DataError as error:
             what = f"{name}: {error.what}"
             raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error

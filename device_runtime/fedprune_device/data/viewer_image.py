@@ -31,7 +31,7 @@ _SAME_COLOUR = 2
 """Levels by which sRGB profiles of different makers differ: these are not worth a conversion."""
 
 
-def displayed(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any:
+def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any:
     """An opened image of Pillow's as a viewer displays it, in `mode` (`RGB` or `L`).
 
     It is turned by its EXIF orientation, drawn on white where it is transparent, 16 bits become 8, and colours of an
@@ -51,10 +51,10 @@ def displayed(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any
         )
     if size is not None:
         # A JPEG is decoded at a fraction of its size where that suffices; its sides are those before it is turned.
-        image.draft(None, size[::-1] if orientation(image) in _ON_ITS_SIDE else size)
+        image.draft(None, size[::-1] if exif_orientation(image) in _ON_ITS_SIDE else size)
     profile = image.info.get("icc_profile")
     gamma = image.info.get("gamma") if not profile and "srgb" not in image.info else None
-    image = _opaque(upright(image))
+    image = _opaque_image(upright_image(image))
     if gamma and abs(gamma / _GAMMA - 1) > _SAME_GAMMA:
         levels = 255 * (np.arange(256) / 255) ** (_GAMMA / gamma)
         image = image.point(np.rint(levels).astype(int).tolist() * len(image.getbands()))
@@ -67,13 +67,13 @@ def displayed(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any
     return image if convert is None else convert.apply(image).convert(mode)
 
 
-def upright(image: Any) -> Any:
+def upright_image(image: Any) -> Any:
     """The image, turned as its EXIF orientation says."""
-    turn = _TURNS.get(orientation(image))
+    turn = _TURNS.get(exif_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def orientation(image: Any) -> int:
+def exif_orientation(image: Any) -> int:
     """The EXIF orientation, 1 to 8; 1 if there is none, or none that can be read: viewers show such an image, too."""
     with suppress(Exception):  # what is damaged makes Pillow's reader of EXIF raise anything
         value = image.getexif().get(_ORIENTATION, 1)
@@ -88,7 +88,7 @@ def check_single_frame(image: Any) -> None:
         raise DataError("an image", expected="a single frame", got="an animation", hint="Save the frames as files.")
 
 
-def _opaque(image: Any) -> Any:
+def _opaque_image(image: Any) -> Any:
     """The image in mode L or RGB, drawn on white."""
     from PIL import Image
 
