@@ -60,11 +60,14 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> 
         image = image.point(np.rint(levels).astype(int).tolist() * len(image.getbands()))
     convert = _srgb_transform(profile, image.mode) if profile else None
     if convert is None:
-        image = image.convert(mode)
-    if size is not None and image.size != size:
-        image = image.resize(size, _BILINEAR)
+        image = _in_mode(image, mode)
+    image = image.resize(image.size if size is None else size, _BILINEAR)  # a copy where that is its size already
     # Scaled first: a profile's conversion takes longer per pixel than anything else here.
-    return image if convert is None else convert.apply(image).convert(mode)
+    return image if convert is None else _in_mode(convert.apply(image), mode)
+
+
+def _in_mode(image: Any, mode: str) -> Any:
+    return image if image.mode == mode else image.convert(mode)  # which would copy an image that may be large
 
 
 def upright_image(image: Any) -> Any:
@@ -100,7 +103,7 @@ def _opaque_image(image: Any) -> Any:
     if "A" in image.getbands() or key is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return _in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
 
 
 @lru_cache(maxsize=4)

@@ -87,19 +87,18 @@ def _palette() -> Any:
 HALF = np.dstack([COLOURS, np.where(GREY % 2, 255, 0)]).astype(np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("image", "options"),
-    [
-        (HALF, {}),
-        (HALF[:, :, [0, 3]].copy(), {}),
-        (COLOURS % 2 * 200, {"transparency": (0, 200, 0)}),
-        (GREY % 2 * 200, {"transparency": 0}),
-        (_palette(), {"transparency": 0}),
-        (_palette(), {"transparency": bytes([0, 90, 255, 255])}),
-    ],
-)
-def test_what_is_transparent_is_drawn_on_white(image: Any, options: dict[str, Any]) -> None:
-    body = saved(image, **options)
+TRANSPARENT = {
+    "RGBA": saved(HALF),
+    "LA": saved(HALF[:, :, [0, 3]].copy()),
+    "one colour": saved(COLOURS % 2 * 200, transparency=(0, 200, 0)),
+    "one grey": saved(GREY % 2 * 200, transparency=0),
+    "one entry": saved(_palette(), transparency=0),
+    "entries": saved(_palette(), transparency=bytes([0, 90, 255, 255])),
+}
+
+
+@pytest.mark.parametrize("body", TRANSPARENT.values(), ids=TRANSPARENT)
+def test_what_is_transparent_is_drawn_on_white(body: bytes) -> None:
     over = Image.open(io.BytesIO(body)).convert("RGBA")
     numbers = np.asarray(over).astype(float)
     share = numbers[:, :, 3:] / 255
