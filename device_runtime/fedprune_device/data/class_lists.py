@@ -11,7 +11,8 @@ from fedprune.core.errors import ConfigError
 
 _TEXTS = ("classes.txt", "obj.names")  # a name in each line: Label Studio, LabelImg; darknet, CVAT
 _YAMLS = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")  # Ultralytics, Roboflow
-_MOST_BYTES = 2**20
+_MOST_BYTES = 2**16
+_MOST_LINE = 1000  # characters of an entry
 
 _NAMES = re.compile(r"^names[ \t]*:[ \t]*(.*)$", re.MULTILINE)
 _ENTRY = re.compile(r"""[ \t]*(?:-[ \t]|(\d+)[ \t]*:)[ \t]*("[^"]*"|'[^']*'|[^#\n]*?)[ \t]*(?:[ \t]\#.*)?""")
@@ -55,7 +56,7 @@ def _yaml_list(value: str, following: str) -> tuple[str, ...] | None:
         for line in following.splitlines():
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            entry = _ENTRY.fullmatch(line)
+            entry = _ENTRY.fullmatch(line) if len(line) <= _MOST_LINE else None
             if entry is None:
                 break
             entries.append((entry[1] or "", entry[2]))
