@@ -157,6 +157,7 @@ class _Images(_Folders):
     `label_folders` has the folder of labels for each folder of images.
     """
 
+    folder = ""
     ending = ""
 
     def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ _ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
 
 _SHORT_MODES = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of grey images with 16 bits
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", *_SHORT_MODES)
-_SHORT = 2**16 - 1
+_SHORT = 2**16 - 1  # the number of white
 
 _BILINEAR = 2  # Pillow's number
 
@@ -80,7 +80,7 @@ def exif_orientation(image: Any) -> int:
     """The EXIF orientation, 1 to 8; 1 if there is none, or none that can be read: viewers show such an image, too."""
     with suppress(Exception):  # what is damaged makes Pillow's reader of EXIF raise anything
         value = image.getexif().get(_ORIENTATION, 1)
-        return value if value in _TURNS else 1
+        return int(value) if value in _TURNS else 1
     return 1
 
 
@@ -97,12 +97,15 @@ def _opaque_image(image: Any) -> Any:
 
     key = image.info.get("transparency")
     if image.mode in _SHORT_MODES:
-        numbers = np.asarray(image).astype(np.int64)
-        grey = (np.clip(numbers, 0, _SHORT) * 255 + _SHORT // 2) // _SHORT
-        return Image.fromarray(np.where(numbers == key, 255, grey).astype(np.uint8))
+        shades = ((np.arange(_SHORT + 1) * 255 + _SHORT // 2) // _SHORT).astype(np.uint8)
+        if isinstance(key, int):
+            shades[key] = 255
+        return Image.fromarray(shades[np.clip(np.asarray(image), 0, _SHORT)])
     if "A" in image.getbands() or key is not None:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = _in_mode(image, "RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        return paper
     return _in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
 
 
