@@ -141,7 +141,8 @@ def _samples(
         if "y" not in found and "y_train" not in found:
             raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
     options = options_of(SampleOptions, arguments, data=source)
-    if split is None and arguments.input.is_dir() and type(layout_of(arguments.input, class_names)) is Unlabelled:
+    layout = layout_of(arguments.input, class_names) if split is None and arguments.input.is_dir() else None
+    if type(layout) is Unlabelled and not layout.parts:
         data = replace(options, test_share=0.0, validation_share=0.0).fixed(class_names).snapshot(shape, targets)
         return _Chosen(data.x_train, None)
     data = options.fixed(class_names).snapshot(shape, targets)

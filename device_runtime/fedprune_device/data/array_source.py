@@ -71,6 +71,8 @@ def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = Fa
             found = found[name]
         x = checked_inputs(found if isinstance(found, StoredArray) else np.asarray(found), "unlabelled")
         check_type(x, token_ids)
+        if not len(x):
+            raise DataError("the source holds no samples", expected="at least one", got=0)
         if shape is not None:
             x = fitted(x, rows, shape)
             check_shape(x, shape)

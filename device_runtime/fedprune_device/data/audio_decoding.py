@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import wave
+import struct
 from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar
@@ -11,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import ConfigError, DataError, reason, shape_text
+from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Lengths, Shape, padded
 
 Samples = npt.NDArray[np.float32]
@@ -24,7 +23,12 @@ _ZEROS = 16  # zero crossings of the filter, to each side
 _EDGE = 0.945  # of the lower Nyquist frequency: where the filter begins to close
 
 _HINT = "Write it as PCM with a header that has the length, such as: ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
-_EXTENSIBLE, _PLAIN = b"\xfe\xff", b"\x01\x00"
+
+_FORMAT = struct.Struct("<HHIIHH")  # tag, channels, rate, bytes per second, bytes per frame, bits
+_PCM, _EXTENSIBLE = 1, 0xFFFE
+_PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
+_GUID_AT = 24  # in the longer format chunk, which 24 bits and more channels than two need
+_IN_DS64 = 2**32 - 1  # the size of a chunk of RF64 whose size is in the chunk `ds64`
 
 
 @dataclass(frozen=True)
@@ -73,27 +77,51 @@ def _windows(found: Samples, length: Lengths, shape: Shape) -> Samples:
 
 
 def decoded(body: bytes) -> tuple[Samples, int]:
-    """A file's mean over its channels, from -1 to 1, and its rate; raises `DataError` unless it is PCM."""
-    if body[12:16] == b"fmt " and body[20:22] == _EXTENSIBLE and body[44:46] == _PLAIN:
-        body = body[:20] + _PLAIN + body[22:]  # PCM in the longer header that `wave` knows only from Python 3.12 on
-    try:
-        with wave.open(io.BytesIO(body)) as file:
-            channels, width, rate, count = file.getparams()[:4]
-            if not RATES[0] <= rate <= RATES[1]:
-                raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
-            if not 1 <= width <= 4:
-                raise DataError("width of a number", expected="8, 16, 24 or 32 bits", got=f"{8 * width} bits")
-            if not 1 <= count <= _MOST_LENGTH:
-                raise DataError("length of a recording", expected=f"1 to {_MOST_LENGTH} frames", got=count, hint=_HINT)
-            raw = file.readframes(count)
-    except DataError:
-        raise
-    except Exception as error:  # what is damaged makes the parser raise anything
-        raise DataError("the recording can't be read", expected="WAV (PCM)", got=reason(error), hint=_HINT) from error
-    if len(raw) != count * channels * width:
-        got = f"{len(raw)}"
-        raise DataError("bytes of a recording", expected=count * channels * width, got=got, hint="The file is cut off.")
-    return _mono(raw, width, channels), rate
+    """A file's mean over its channels, from -1 to 1, and its rate; raises `DataError` unless it is PCM.
+
+    Chunks are read here because Python's `wave` knows the longer format chunk only from 3.12 on.
+    """
+    chunks = _chunks(body)
+    head, (size, raw) = chunks.get(b"fmt ", (0, b""))[1], chunks.get(b"data", (-1, b""))
+    if len(head) < _FORMAT.size or size < 0:
+        raise _unreadable_error("a file without format or data")
+    tag, channels, rate, _, frame, bits = _FORMAT.unpack_from(head)
+    if tag != _PCM and not (tag == _EXTENSIBLE and head[_GUID_AT:][: len(_PCM_GUID)] == _PCM_GUID):
+        raise _unreadable_error(f"format {tag}")
+    width = (bits + 7) // 8
+    if not RATES[0] <= rate <= RATES[1]:
+        raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
+    if not 1 <= width <= 4:
+        raise DataError("width of a number", expected="8, 16, 24 or 32 bits", got=f"{bits} bits")
+    if not channels or frame != channels * width:
+        raise _unreadable_error(f"{channels} channels of {bits} bits in {frame} bytes")
+    count = size // frame
+    if not 1 <= count <= _MOST_LENGTH:
+        raise DataError("length of a recording", expected=f"1 to {_MOST_LENGTH} frames", got=count, hint=_HINT)
+    if len(raw) != size:
+        raise DataError("bytes of a recording", expected=size, got=f"{len(raw)}", hint="The file is cut off.")
+    return _mono(raw[: count * frame], width, channels), rate
+
+
+def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
+    """The first chunk of each name: its size, and the bytes that are there. Raises `DataError` if it isn't WAV."""
+    if body[:4] not in (b"RIFF", b"RF64", b"BW64") or body[8:12] != b"WAVE":
+        raise _unreadable_error("something else")
+    chunks: dict[bytes, tuple[int, bytes]] = {}
+    at = 12
+    while at + 8 <= len(body):
+        name, size = struct.unpack_from("<4sI", body, at)
+        ds64 = chunks.get(b"ds64", (0, b""))[1]
+        if name == b"data" and size == _IN_DS64 and len(ds64) >= 16:
+            size = struct.unpack_from("<Q", ds64, 8)[0]
+        at += 8
+        chunks.setdefault(name, (size, body[at : at + size]))
+        at += size + size % 2  # a chunk of an odd size is followed by a byte of padding
+    return chunks
+
+
+def _unreadable_error(got: str) -> DataError:
+    return DataError("the recording can't be read", expected="WAV (PCM)", got=got, hint=_HINT)
 
 
 def _mono(raw: bytes, width: int, channels: int) -> Samples:

@@ -22,12 +22,13 @@ MOST_CLASS = 2**24 - 1
 COCO_BYTES = 16 * 2**20  # what is parsed of it takes several times as much
 
 _LEAST = 1e-6  # share of an image's side that a box has at least
+_EDGE = 0.01  # share by which numbers may lie beyond the image, for rounding: as much as Ultralytics lets pass
 
 
 def yolo_boxes(body: bytes, classes: int = MOST_CLASS + 1) -> Boxes:
     """The boxes [n, 5] of a text with a line `class cx cy w h` for each; raises `DataError`, which names the line."""
     try:
-        lines = body.decode("ascii").splitlines()
+        lines = body.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError("labels", expected="text", got=reason(error)) from error
     out = []
@@ -37,17 +38,23 @@ def yolo_boxes(body: bytes, classes: int = MOST_CLASS + 1) -> Boxes:
         where = f"line {number} of the labels"
         if len(parts) != 5:
             hint = "Boxes are read, outlines are not." if len(parts) > 5 else ""
+            hint = "A sixth value is a prediction's confidence: save labels without it." if len(parts) == 6 else hint
             raise DataError(where, expected="class cx cy w h", got=f"{len(parts)} values", hint=hint)
-        if not parts[0].isdecimal() or len(parts[0]) > 8 or int(parts[0]) >= classes:
+        kind, *sides = map(_parsed_number, parts)
+        if not (0 <= kind < classes and kind % 1 == 0):
             raise DataError(where, expected=f"a class from 0 to {classes - 1}", got="something else")
-        try:
-            numbers = [float(part) for part in parts[1:]]
-        except ValueError:
-            numbers = [math.nan]
-        if not all(0 <= v <= 1 for v in numbers) or min(numbers[2:]) < _LEAST:
+        if not all(-_EDGE <= v <= 1 + _EDGE for v in sides) or min(sides[2:]) < _LEAST:
             raise DataError(where, expected="shares of the image, from 0 to 1", got="something else")
-        out.append([float(parts[0]), *numbers])
+        out.append([kind, *(min(max(v, 0.0), 1.0) for v in sides)])
     return np.array(out, np.float32).reshape(-1, 5)
+
+
+def _parsed_number(text: str) -> float:
+    """The number of a text; NaN if it has none."""
+    try:
+        return math.nan if "_" in text else float(text)  # Python reads 1_2 as 12
+    except ValueError:
+        return math.nan
 
 
 def coco_boxes(body: bytes, names: Sequence[str] = ()) -> dict[str, Boxes]:

@@ -139,8 +139,9 @@ class LocalData:
                 "the samples have no labels",
                 expected=f"labels {shape_text('n', *targets.shape)} for loss {targets.loss}",
                 got=f"inputs {shape_text('n', *self.x_train.shape[1:])} alone",
-                hint="Files of a class lie in a folder of its name. Without labels a model learns to reproduce its "
-                "inputs, which its outputs must be as large as.",
+                hint="Files of a class lie in a folder of its name, masks in masks/, boxes in labels/; a table has "
+                "them in its column class. Without labels a model learns to reproduce its inputs, which its outputs "
+                "must be as large as.",
             )
         for y in filter(len, (self.y_train, self.y_test, self.y_val)):
             targets(y)

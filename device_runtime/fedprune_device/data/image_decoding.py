@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, MissingExtraError, reason, shape_text
 from fedprune.model.lengths import Shape
+from fedprune_device.data.viewer_image import check_single_frame, upright_image, viewer_image
 
 TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_BYTES = 4 * 2**20
 _MASKS = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of one whole number per pixel
-_BILINEAR = 2  # Pillow's number
+_DEPTH, _COLOUR = 24, 25  # places of a PNG's bits per number and kind of colours
+_GREY = 0
 MAX_PIXELS = 2**24  # a file may be small and its picture not: it is asked for its size before it is unpacked
 
 
@@ -47,7 +49,7 @@ class Pixels:
         return self.decoded(body, tuple(TYPES.values()), shape)[None]
 
     def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
-        """An image in the size that the model takes, [height, width, colours].
+        """An image as viewers display it (`viewer_image`), in the size that the model takes, [height, width, colours].
 
         `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width]. Raises `DataError` if it
         is another kind of file or too large, `MissingExtraError` without Pillow.
@@ -56,10 +58,8 @@ class Pixels:
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
         colours, height, width = (s for s in shape if isinstance(s, int))
         with _opened(body, kinds) as image:
-            image.draft(None, (width, height))
-            turned = image.convert("RGB" if colours == 3 else "L")
-            scaled = turned.resize((width, height), _BILINEAR)
-        return np.asarray(scaled, np.uint8).reshape(height, width, colours)
+            pixels = viewer_image(image, "RGB" if colours == 3 else "L", (width, height))
+        return np.asarray(pixels, np.uint8).reshape(height, width, colours)
 
     def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Decoded images [n, height, width, colours] as samples [n, colours, height, width]."""
@@ -86,12 +86,16 @@ class Pixels:
 def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
     """A PNG's numbers [height, width], each that of the nearest pixel; of a palette's image they are its entries.
 
-    Raises `DataError` if it is another kind of file, too large or of more than one number per pixel.
+    Raises `DataError` if it is another kind of file, too large, animated or of more than one number per pixel.
     """
     with _opened(body, ("PNG",)) as image:
+        check_single_frame(image)
         if image.mode not in _MASKS:
             raise DataError("a mask", expected="one number per pixel (grey, or with a palette)", got=image.mode)
-        numbers = np.asarray(image)
+        if body[_COLOUR] == _GREY and body[_DEPTH] in (2, 4):
+            # Some programs write classes as they are, others pack shades of grey: 3 of 2 bits is class 3, or 255.
+            raise DataError("a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH], hint="Save it with 8 bits.")
+        numbers = np.asarray(upright_image(image))
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int)
         for new, old in zip((height, width), numbers.shape, strict=True)

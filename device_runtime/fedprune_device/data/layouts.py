@@ -1,9 +1,14 @@
-"""Which files of a folder are samples, and what their labels are."""
+"""Which files of a folder are samples, and what their labels are.
+
+A folder may be divided into parts for training, validation and testing, as tools of the field write it: `train/` and
+`val/` with a layout in each (Roboflow, torchvision), or in `images/` and `labels/` (Ultralytics).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +20,9 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Shape
 from fedprune_device.data.boxes import COCO_BYTES, MOST_CLASS, coco_boxes, yolo_boxes
-from fedprune_device.data.image_decoding import mask
+from fedprune_device.data.class_lists import find_class_list
+from fedprune_device.data.folder_listing import files_in, folders_below, folders_in
+from fedprune_device.data.image_decoding import ENDINGS, mask
 from fedprune_device.data.labels import Targets, class_counts
 
 NO_LABELS = np.zeros(0, np.float32)
@@ -28,9 +35,27 @@ IGNORED = 255
 
 LABEL_BYTES = 4 * 2**20  # most bytes of a file with labels
 
+_PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The parts of a data set by the names of their folders."""
+
 
 class Layout(Protocol):
-    """The arrangement of a folder."""
+    """The arrangement of a folder.
+
+    Attributes:
+        holds: What it consists of, for messages.
+        parts: The parts that the folder itself is divided into; empty if it isn't.
+    """
+
+    holds: str
+    parts: frozenset[str]
+
+    def part(self, path: Path) -> str | None:
+        """The part of a sample, if the folder is divided."""
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
         """Files with these endings: a sorted list for each class, or one list."""
@@ -51,50 +76,20 @@ class Layout(Protocol):
         """
 
 
-class ClassFolders:
-    """`CLASS/file`, where CLASS is a number or one of the names; raises `ConfigError` if a folder is not a class."""
+class _Folders:
+    """Files in some folders, without labels of their own. `names` are classes, which are no parts."""
 
-    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
-        self._names = names
-        self._labels = {folder: self._label(folder) for folder in folders_in(root)}
+    holds = ""
 
-    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
-        by_class: dict[int, list[Path]] = {}
-        for folder, label in self._labels.items():
-            by_class.setdefault(label, []).extend(listed(folder, endings))
-        return list(by_class.values())
+    def __init__(self, root: Path, folders: Iterable[Path], names: tuple[str, ...]) -> None:
+        self._part = {folder: _part_of(folder.relative_to(root).parts, names) for folder in folders}
+        self.parts = frozenset(part for part in self._part.values() if part is not None)
 
-    def label_file(self, path: Path) -> Path | None:
-        return None
-
-    def check(self, targets: Targets | None) -> None: ...
-
-    def version(self, path: Path) -> str:
-        return str(self._labels[path.parent])
-
-    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        return np.array(self._labels[path.parent], np.int64)
-
-    def _label(self, folder: Path) -> int:
-        if folder.name in self._names:
-            return self._names.index(folder.name)
-        if folder.name.isdecimal() and folder.name.isascii() and len(folder.name) < 8:
-            return int(folder.name)
-        wanted = " or ".join(self._names) or "a number"
-        raise ConfigError(
-            f"{folder} is not the folder of a class", expected=wanted, got=folder.name,
-            hint="Give the classes' names in the order that all boards share: --class-names A,B,C.",
-        )  # fmt: skip
-
-
-class Unlabelled:
-    """Files in one folder, without labels."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def part(self, path: Path) -> str | None:
+        return self._part[path.parent]
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
-        return [listed(self._folder, endings)]
+        return [[path for folder in self._part for path in files_in(folder, endings)]]
 
     def label_file(self, path: Path) -> Path | None:
         return None
@@ -108,21 +103,80 @@ class Unlabelled:
         return NO_LABELS
 
 
-class _Images(Unlabelled):
-    """Images in `images/`, with a file of the same name in another folder for each, or one file for all."""
+def _part_of(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
+    folder = folder[1:] if folder[:1] == (IMAGES,) else folder
+    return _PARTS.get(folder[0].lower()) if folder and folder[0] not in names else None
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root / IMAGES)
-        self._root = root
+
+class ClassFolders(_Folders):
+    """`CLASS/file`, also in folders of CLASS: a number or one of the names, else it raises `ConfigError`."""
+
+    holds = "CLASS/file"
+
+    def __init__(self, root: Path, homes: Iterable[Path], names: tuple[str, ...]) -> None:
+        self._names = names
+        labels = {folder: self._label(folder) for home in homes for folder in folders_in(home, names)}
+        self._labels = {below: label for folder, label in labels.items() for below in folders_below(folder)}
+        super().__init__(root, self._labels, names)
+
+    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
+        by_class: dict[int, list[Path]] = {}
+        for folder, label in self._labels.items():
+            by_class.setdefault(label, []).extend(files_in(folder, endings))
+        return list(by_class.values())
+
+    def version(self, path: Path) -> str:
+        return str(self._labels[path.parent])
+
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        return np.array(self._labels[path.parent], np.int64)
+
+    def _label(self, folder: Path) -> int:
+        if folder.name in self._names:
+            return self._names.index(folder.name)
+        if folder.name.isdecimal() and folder.name.isascii() and len(folder.name) < 8:
+            return int(folder.name)
+        wanted = " or ".join(self._names) or "a number"
+        hint = "Give the classes' names in the order that all boards share: --class-names A,B,C."
+        if (folder / IMAGES).is_dir():
+            hint = f"It has {IMAGES} in it: give it as the folder of samples itself."
+        elif any(other.name.lower() in _PARTS for other in folders_in(folder.parent)):
+            hint = "Of a divided folder all folders are parts, such as train, val and test: move the others away."
+        raise ConfigError(f"{folder} is not the folder of a class", expected=wanted, got=folder.name, hint=hint)
+
+
+class Unlabelled(_Folders):
+    """Files in folders, without labels."""
+
+    holds = "files without labels"
+
+
+class _Images(_Folders):
+    """Images in some folders, with a file of the same name in another folder for each, or one file for all.
+
+    `label_folders` has the folder of labels for each folder of images.
+    """
+
+    folder = ""
+    ending = ""
+
+    def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
+        self._label_folders = label_folders
+        super().__init__(root, label_folders, names)
+
+    def _label_path(self, path: Path) -> Path:
+        return self._label_folders[path.parent] / f"{path.stem}{self.ending}"
 
 
 class Masks(_Images):
     """`masks/NAME.png`: the class of each pixel, `IGNORED` for none."""
 
     folder = "masks"
+    ending = ".png"
+    holds = f"{IMAGES}/NAME.jpg with {folder}/NAME.png"
 
     def label_file(self, path: Path) -> Path | None:
-        return self._root / self.folder / f"{path.stem}.png"
+        return self._label_path(path)
 
     def check(self, targets: Targets | None) -> None:
         if targets is not None and len(targets.shape) != (2 if targets.takes_whole else 3):
@@ -158,10 +212,7 @@ class _Boxes(_Images):
     """
 
     def check(self, targets: Targets | None) -> None:
-        if targets is None:
-            return
-        most, *rest = targets.shape or (None,)
-        if rest != [5] or not isinstance(most, int) or targets.takes_whole:
+        if targets is not None and not _takes_boxes(targets):
             raise DataError(
                 f"boxes for loss {targets.loss}", expected="labels [most boxes, 5]", got=shape_text(*targets.shape)
             )
@@ -176,29 +227,86 @@ class _Boxes(_Images):
         return out
 
 
+def _takes_boxes(targets: Targets) -> bool:
+    most, *rest = targets.shape or (None,)
+    return rest == [5] and isinstance(most, int) and not targets.takes_whole
+
+
 class YoloBoxes(_Boxes):
-    """`labels/NAME.txt` with a line `class cx cy w h` for each box, as YOLO has it; no file for an image without."""
+    """`labels/NAME.txt` with a line `class cx cy w h` for each box, as YOLO has it; no file for an image without.
+
+    Where the tool that wrote it lists the names of classes, its numbers become those of `names`.
+    """
 
     folder = "labels"
+    ending = ".txt"
+    holds = f"{IMAGES}/NAME.jpg with {folder}/NAME.txt"
 
-    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
-        super().__init__(root)
-        self._classes = len(names) or MOST_CLASS + 1
+    def __init__(self, root: Path, label_folders: dict[Path, Path], names: tuple[str, ...]) -> None:
+        super().__init__(root, label_folders, names)
+        below = [folder for pair in label_folders.items() for folder in (*pair, pair[1].parent)]
+        folders = dict.fromkeys([root, *(folder for folder in below if root in folder.parents)])
+        listed_names = find_class_list(folders) if names else ()
+        self._numbers = [names.index(name) if name in names else -1 for name in listed_names]
+        self._classes = len(listed_names) or len(names) or MOST_CLASS + 1
+        self._labelled: set[Path] = set()
+
+    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
+        files = super().files(endings)
+        for path in files[0]:
+            if path.parent not in self._labelled and self.label_file(path) is not None:
+                self._labelled.add(path.parent)
+        return files
 
     def label_file(self, path: Path) -> Path | None:
-        found = self._root / self.folder / f"{path.stem}.txt"
-        return found if os.path.lexists(found) else None
+        label_path = self._label_path(path)
+        return label_path if os.path.lexists(label_path) else None
+
+    def version(self, path: Path) -> str:
+        return f"{path.parent in self._labelled} {self._numbers}"
 
     def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        return self.padded(yolo_boxes(label_bytes, self._classes), targets)
+        if targets is not None and path.parent not in self._labelled:
+            # All images without a file are rather a folder that is missing than a street without cars.
+            raise DataError(
+                f"labels of a folder of {IMAGES}",
+                expected=self.holds,
+                got="none for any of its images",
+                hint="Give an image without objects an empty file.",
+            )
+        boxes = yolo_boxes(label_bytes, self._classes)
+        if self._numbers:
+            boxes[:, 0] = np.array(self._numbers, np.float32)[boxes[:, 0].astype(int)]
+            if (boxes[:, 0] < 0).any():
+                raise DataError(
+                    "the class of a box",
+                    expected="one of --class-names",
+                    got="another one in the list of the folder's classes",
+                )
+        return self.padded(boxes, targets)
+
+
+class BoxesBeside(YoloBoxes):
+    """`NAME.jpg` with `NAME.txt` beside it, as LabelImg and darknet have it. To a model of other labels it has none."""
+
+    holds = "NAME.jpg with NAME.txt"
+
+    def check(self, targets: Targets | None) -> None: ...
+
+    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        if targets is None or not _takes_boxes(targets):
+            return NO_LABELS
+        return super().label(path, label_bytes, shape, targets)
 
 
 class CocoBoxes(_Boxes):
     """A file in COCO's format; its categories are numbered by the class names or, without any, in the order of their
     ids."""
 
+    holds = f"{IMAGES}/NAME.jpg that annotations.json lists"
+
     def __init__(self, root: Path, path: Path, names: tuple[str, ...]) -> None:
-        super().__init__(root)
+        super().__init__(root, _label_folders([root], ""), names)
         with storage_errors(f"can't read {path}"):
             status = path.stat()
         self._path = path
@@ -220,7 +328,7 @@ def coco_file(root: Path) -> Path | None:
     """`annotations.json`, or the only `.json` in `annotations/`; raises `ConfigError` if there are several."""
     if (path := root / "annotations.json").is_file():
         return path
-    found = listed(root / "annotations", (".json",)) if (root / "annotations").is_dir() else []
+    found = files_in(root / "annotations", (".json",)) if (root / "annotations").is_dir() else []
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise ConfigError(f"{root}/annotations", expected="one .json", got=names, hint="Keep the one with the boxes.")
@@ -244,24 +352,36 @@ def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
     Raises `ConfigError` if a folder or category is no class, `DataError` or `StorageError` if a file about all of its
     samples can't be read.
     """
-    if (root / IMAGES).is_dir() and IMAGES not in names:
-        if (root / Masks.folder).is_dir():
-            return Masks(root)
-        if (root / YoloBoxes.folder).is_dir():
-            return YoloBoxes(root, names)
+    folders = folders_in(root, names)
+    parts = [_PARTS.get(folder.name.lower()) for folder in folders if folder.name not in names]
+    divided = len(parts) == len(folders) and "train" in parts and all(parts)
+    homes = folders if divided else [root]
+    homes_of_images = [home for home in homes if IMAGES not in names and (home / IMAGES).is_dir()]
+    if homes_of_images:
+        for kind in (Masks, YoloBoxes):
+            if any((home / kind.folder).is_dir() for home in homes_of_images):
+                return kind(root, _label_folders(homes_of_images, kind.folder), names)
         if (path := coco_file(root)) is not None:
             return CocoBoxes(root, path, names)
-        return Unlabelled(root / IMAGES)
-    return ClassFolders(root, names) if folders_in(root) else Unlabelled(root)
+        folders = [folder for home in homes_of_images for folder in folders_below(home / IMAGES)]
+    elif any(folders_in(home, names) for home in homes):
+        return ClassFolders(root, homes, names)
+    else:
+        folders = homes
+    if any(map(_has_labels_beside, folders)):
+        return BoxesBeside(root, {folder: folder for folder in folders}, names)
+    return Unlabelled(root, folders, names)
 
 
-def folders_in(root: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones; raises `StorageError`."""
-    with storage_errors(f"can't read {root}"):
-        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _label_folders(homes: Iterable[Path], name: str) -> dict[Path, Path]:
+    """The folders in `images/` of each home, and the same below its folder `name`."""
+    return {
+        folder: home / name / folder.relative_to(home / IMAGES)
+        for home in homes
+        for folder in folders_below(home / IMAGES)
+    }
 
 
-def listed(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Files of a folder by their endings, sorted; raises `StorageError`."""
-    with storage_errors(f"can't read {folder}"):
-        return sorted(p for p in folder.iterdir() if p.suffix.lower() in endings)
+def _has_labels_beside(folder: Path) -> bool:
+    texts = {path.stem for path in files_in(folder, (YoloBoxes.ending,))}
+    return bool(texts) and any(path.stem in texts for path in files_in(folder, ENDINGS))

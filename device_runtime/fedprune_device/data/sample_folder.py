@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,17 @@ _HASHED_AT_START = 1000
 """Files that are read at the start if the index doesn't know them; a round reads the others, so that a board with many
 new files is ready at once."""
 
+_FOREIGN = {
+    **dict.fromkeys(
+        (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".ppm"), "JPEG or PNG"
+    ),
+    **dict.fromkeys((".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff"), "WAV"),
+}
+"""Endings of samples that aren't read, with what they are to be converted to."""
+
+_ORDER = ("train", "val", "test")
+"""The parts of a sample that is in several: the last one decides, so that none is trained on and tested on."""
+
 _T = TypeVar("_T")
 
 
@@ -47,6 +59,7 @@ class _File:
     label_file: Path | None
     name: str  # sha256 of the file, which decides the samples' part and whether it is among the chosen ones
     version: str  # what its labels depend on
+    part: str  # train, test or val
 
     @property
     def key(self) -> str:
@@ -79,6 +92,8 @@ class SampleFolder:
         self._decoded: tuple[object, DecodedSamples] | None = None
         self._chosen: list[_File] = []
         self._training = 0
+        self._foreign: Counter[str] = Counter()  # files by endings that aren't read
+        self._refusals: list[str] = []  # why files were left out when they were last looked at
         self._look(_HASHED_AT_START)
 
     @property
@@ -95,6 +110,7 @@ class SampleFolder:
         parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
         decoded, left = self._decoded_for((shape, targets)), self._most
         taken: set[Format] = set()
+        refusals = [*self._refusals]
         for file in self._chosen:
             try:
                 rows = decoded.rows(file.key, partial(self._decode, layout, file, shape, targets))
@@ -103,18 +119,15 @@ class SampleFolder:
                 break
             except (OSError, DataError) as error:
                 _LOG.warning("%s is left out: %s", file.path, error)
+                refusals.append(str(error))
                 continue
-            parts[self._shares.part(file.name)] += rows[:left]
+            parts[file.part] += rows[:left]
             left -= min(left, len(rows))
             taken.add(self._format(file.path))
             if not left:
                 break
         if not parts["train"]:
-            raise DataError(
-                f"{self._root} has nothing to train on",
-                expected="CLASS/file, or files without labels",
-                got="none that fits",
-            )
+            raise self._nothing_to_train_on(layout, sum(map(len, parts.values())), refusals)
         convert = taken.pop().numbers
         arrays: list[Any] = []
         for part in ("train", "test", "val"):
@@ -123,6 +136,20 @@ class SampleFolder:
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
         self._training = len(parts["train"])
         return LocalData(*arrays)
+
+    def _nothing_to_train_on(self, layout: Layout, held_out: int, refusals: list[str]) -> DataError:
+        """Why there is nothing to train on: a server is told this alone, and not what is in the log."""
+        hint = ""
+        if held_out:
+            got = f"{held_out} held out for testing and validation"
+        elif refusals:
+            got = f"{len(refusals)} that don't fit, such as one for this reason: {refusals[0]}"
+        elif self._foreign:
+            ending, count = self._foreign.most_common(1)[0]
+            got, hint = f"{count} that end in {ending}", f"Convert them to {_FOREIGN[ending]}."
+        else:
+            got = f"none that ends in {', '.join(self._formats)}"
+        return DataError(f"{self._root} has nothing to train on", expected=layout.holds, got=got, hint=hint)
 
     def _decode(
         self, layout: Layout, file: _File, shape: Shape, targets: Targets | None
@@ -145,14 +172,18 @@ class SampleFolder:
     def _look(self, most_new: int = _MOST_FILES) -> Layout:
         """Find the files, and choose; of those that the index doesn't know read at most `most_new`."""
         layout = layout_of(self._root, self._names)
-        lists = layout.files(tuple(self._formats))
+        lists = layout.files((*self._formats, *_FOREIGN))
+        self._count_foreign(path.suffix.lower() for paths in lists for path in paths)
+        lists = [[path for path in paths if path.suffix.lower() in self._formats] for paths in lists]
         if (count := sum(map(len, lists))) > _MOST_FILES:
             _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MOST_FILES)
         group = {path: number for number, paths in enumerate(lists) for path in paths}
         by_class: list[dict[str, _File]] = [{} for _ in lists]  # the same files count once
+        self._refusals = []
         with self._index.updating() as index:
             for path in islice(_in_turn(lists), _MOST_FILES):
-                names = []
+                names: list[str] = []
+                label_file = None
                 try:
                     label_file = layout.label_file(path)
                     for one in (path,) if label_file is None else (path, label_file):
@@ -166,15 +197,36 @@ class SampleFolder:
                         names.append(name)
                     else:
                         version = " ".join([layout.version(path), *names[1:]])
-                        by_class[group[path]][names[0]] = _File(path, label_file, names[0], version)
+                        file = _File(path, label_file, names[0], version, self._part(layout, path, names[0]))
+                        other = by_class[group[path]].get(file.name, file)
+                        by_class[group[path]][file.name] = max(file, other, key=lambda one: _ORDER.index(one.part))
                 except FileNotFoundError:
+                    if label_file is not None:
+                        self._refusals.append("it has no file of labels")
                     continue  # it was deleted, or renamed, since it was listed
                 except (OSError, DataError) as error:
+                    self._refusals.append(str(error))
                     _LOG.warning("%s is left out: %s", path, error)
         lines = [[found[name] for name in sorted(found)] for found in by_class]
         self._chosen = list(islice(_in_turn(lines), self._most))
-        self._training = sum(self._shares.part(file.name) == "train" for file in self._chosen)
+        self._training = sum(file.part == "train" for file in self._chosen)
         return layout
+
+    def _part(self, layout: Layout, path: Path, name: str) -> str:
+        """The part that the folder itself gives a file; else one by its digest, of those that the folder lacks."""
+        own = layout.part(path)
+        if own in ("val", "test"):
+            return own
+        part = self._shares.part(name)
+        return "train" if part in layout.parts else part
+
+    def _count_foreign(self, endings: Iterable[str]) -> None:
+        counts = Counter(ending for ending in endings if ending in _FOREIGN)
+        for ending in counts.keys() - self._foreign.keys():
+            _LOG.warning(
+                "files of %s that end in %s are left out: convert them to %s", self._root, ending, _FOREIGN[ending]
+            )
+        self._foreign = counts
 
     def _format(self, path: Path) -> Format:
         return self._formats[path.suffix.lower()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,42 @@ from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO
 CSV, PARQUET = ".csv", ".parquet"
 
 CLASS = "class"  # the column of classes
-TARGET = "target"  # what names of columns to predict begin with
+CLASSES = (CLASS, "label")  # its names, in any case
+TARGET = "target"  # what names of columns to predict begin with, in any case
 SKIPPED = ("", "time", "timestamp", "date", "datetime")  # columns of no numbers: when a row was measured, its number
+
+_INDEX = re.compile(r"unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas writes it
 
 _MOST_COLUMNS = 4096
 _MOST_LINE = 2**20  # characters
+_MOST_CHANGE = 1.0  # of a number in float32; seconds since 1970, and keys of databases, change by more
 _CELLS = 2**14  # cells of a file that are held at once
 _BUFFERED = 2**16  # bytes of a column of a Parquet file that are read at once; otherwise all of a row group are
+
+_DELIMITERS = ";\t|,"
+_DELIMITER_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # a first line that tells Excel the delimiter
+_QUOTED = re.compile(r'"[^"]*"')
+_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, as which Excel writes "Unicode text"
+
+_POINT = re.compile(r"[+-]?\d*\.\d+")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
+_DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d{1,2}:\d{2}")
+_TRUTH = {"true": "1", "false": "0"}
+_EMPTY = ("", "na", "n/a", "#n/a", "nan", "null", "none", "-", "?")  # what programs write for a missing number
+
+_CONVERT = "A net takes numbers: write them as such"
+_TIMES = (
+    f"{_CONVERT}, for example the hour of the day. A column that tells when a row was measured is skipped if it is "
+    f"called {SKIPPED[1]}."
+)
+_COMMAS = "Write numbers with a point before the decimals and nothing between thousands."
+_LARGE = (
+    "Scale the column, as a net takes small numbers, such as value / 1e6. A column that tells when a row was measured "
+    f"is skipped if it is called {SKIPPED[1]}."
+)
+_GAPS = "Fill the gaps, or leave such rows out."
+_TEXTS = f"{_CONVERT}, call the column {CLASS} if it has the classes, or leave it out."
+_NAMES = "Give the classes' names in the order that all boards share: --class-names A,B,C."
 
 
 @dataclass(frozen=True)
@@ -39,7 +70,8 @@ class Columns:
     @classmethod
     def of(cls, names: Sequence[str]) -> Columns:
         """Raises `DataError` if names are missing, twice there, or there are too many."""
-        used = [place for place, name in enumerate(names) if name.lower() not in SKIPPED]
+        lower = [name.lower() for name in names]
+        used = [place for place, name in enumerate(lower) if name not in SKIPPED and not _INDEX.fullmatch(name)]
         if len(names) > _MOST_COLUMNS:
             raise DataError("columns", expected=f"at most {_MOST_COLUMNS}", got=len(names))
         for place in used:
@@ -49,14 +81,18 @@ class Columns:
                     expected="different ones",
                     got=f"that of column {first + 1} for {place + 1}, too",
                 )
-        if used and all(_is_number(names[place]) for place in used):
+        if used and all(_is_number(names[place].replace(",", ".")) for place in used):
             raise DataError("the first row", expected="names of columns", got="numbers")
-        numbers = [place for place in used if names[place] != CLASS]
-        targets = tuple(place for place in numbers if names[place].startswith(TARGET))
-        inputs = tuple(place for place in numbers if place not in targets)
+        classes = tuple(place for place in used if lower[place] in CLASSES)
+        if len(classes) > 1:
+            places = " and ".join(str(place + 1) for place in classes)
+            hint = f"The others are inputs under another name, or left out: the one is called {CLASS}."
+            raise DataError("columns of classes", expected="one", got=f"columns {places}", hint=hint)
+        targets = tuple(place for place in used if lower[place].startswith(TARGET))
+        inputs = tuple(place for place in used if place not in targets + classes)
         if not inputs:
             raise DataError("columns", expected="some of numbers to read", got="none")
-        return cls(inputs, targets, tuple(place for place in used if names[place] == CLASS))
+        return cls(inputs, targets, classes)
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -76,38 +112,94 @@ def rows_of(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns,
                 with _parquet(path, class_names) as found:
                     yield found
             else:
-                with path.open(encoding="utf-8-sig", newline="") as file:
+                with path.open(encoding=_encoding(path), newline="") as file:
                     yield _csv(file, class_names)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no table", expected="CSV in UTF-8", got=reason(error)) from error
+    except (UnicodeError, csv.Error) as error:
+        hint = "Save it as CSV UTF-8." if isinstance(error, UnicodeError) else ""
+        raise DataError(f"{path} is no table", expected="CSV in UTF-8", got=reason(error), hint=hint) from error
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in _BYTE_ORDER_MARKS else "utf-8-sig"
 
 
 def _csv(file: Any, class_names: tuple[str, ...]) -> tuple[Columns, Iterator[npt.NDArray[np.float32]]]:
     lines = _lines(file)
-    first = next(lines, "")
-    split = max(",;\t", key=first.count)
-    names = [name.strip() for name in next(csv.reader([first], delimiter=split), [])]
-    columns = Columns.of(names)
+    first = _record(lines)
+    delimiter_line = _DELIMITER_LINE.fullmatch(first.strip())
+    head = [_record(lines), _record(lines)] if delimiter_line else [first, _record(lines)]
+    delimiter = delimiter_line[1] if delimiter_line else _delimiter(*head)
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, skipinitialspace=True)
+    names = [name.strip() for name in next(reader, [])]
+    columns, decimals = Columns.of(names), _Decimals(delimiter)
+
+    def block(rows: list[list[str]], begin: int) -> npt.NDArray[np.float32]:
+        return _numbers(columns, [[row[p] for row in rows] for p in columns.all], begin, class_names, decimals)
 
     def parts() -> Iterator[npt.NDArray[np.float32]]:
         rows: list[list[str]] = []
         begin = 1
-        for row in csv.reader(lines, delimiter=split):
+        for row in reader:
             if not row:
                 continue
             if len(row) != len(names):
-                raise DataError(f"row {begin + len(rows)}", expected=f"{len(names)} columns", got=len(row))
+                hint = f"The first row has the names of all columns. {_COMMAS}" if len(row) > len(names) else ""
+                raise DataError(f"row {begin + len(rows)}", expected=f"{len(names)} columns", got=len(row), hint=hint)
             rows.append(row)
             if len(rows) * len(names) >= _CELLS:
-                yield _numbers(columns, [[row[p] for row in rows] for p in columns.all], begin, class_names)
+                yield block(rows, begin)
                 begin += len(rows)
                 rows = []
         if rows:
-            yield _numbers(columns, [[row[p] for row in rows] for p in columns.all], begin, class_names)
+            yield block(rows, begin)
 
     return columns, parts()
+
+
+class _Decimals:
+    """Which mark stands before decimals in a CSV file: a point or, as spreadsheets of many countries write it, a comma.
+
+    A comma is taken for it where another character separates the columns, unless it may as well separate thousands.
+    """
+
+    def __init__(self, delimiter: str) -> None:
+        self._delimiter = delimiter
+        self._marks: set[str] = set()
+
+    def __call__(self, column: list[str]) -> list[str]:
+        """The cells with points; raises `DataError` if the file has both marks, since one of them means thousands."""
+        text = "\n".join(column)
+        if "." in text and any(_POINT.fullmatch(cell.strip()) for cell in column):
+            self._marks.add(".")
+        commas = [cell.strip() for cell in column if "," in cell] if "," in text and self._delimiter != "," else []
+        if commas and (self._delimiter == ";" or not all(map(_THOUSANDS.fullmatch, commas))):
+            column = [cell if "." in cell else cell.replace(",", ".") for cell in column]
+            if any(_POINT.fullmatch(cell.replace(",", ".")) for cell in commas):
+                self._marks.add(",")
+        if len(self._marks) > 1:
+            raise DataError("numbers", expected="decimals after a point, or after a comma", got="both", hint=_COMMAS)
+        return column
+
+
+def _delimiter(names: str, row: str) -> str:
+    """The character that is as often in the first row as in the second one, or else the most frequent one there.
+
+    Quoted texts don't count. Names and numbers have commas more often than another delimiter.
+    """
+    counts = [tuple(_QUOTED.sub("", line).count(one) for line in (names, row)) for one in _DELIMITERS]
+    alike = [one for one, (first, second) in zip(_DELIMITERS, counts, strict=True) if first == second > 0]
+    return alike[0] if alike else max(reversed(_DELIMITERS), key=_QUOTED.sub("", names).count)
+
+
+def _record(lines: Iterator[str]) -> str:
+    """The next row that isn't empty, with the line breaks in its quoted texts."""
+    record = next((line for line in lines if line.strip()), "")
+    while record.count('"') % 2 and len(record) < _MOST_LINE and (more := next(lines, "")):
+        record += more
+    return record
 
 
 def _lines(file: Any) -> Iterator[str]:
@@ -139,15 +231,20 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
 
     def parts() -> Iterator[npt.NDArray[np.float32]]:
         begin, wanted = 1, [names[place] for place in columns.all]
-        for batch in file.iter_batches(max(1, _CELLS // len(wanted)), columns=wanted):
-            found = [batch.column(name) for name in wanted]
-            yield _numbers(columns, [c.to_numpy(zero_copy_only=False) for c in found], begin, class_names)
-            begin += len(batch)
+        try:
+            for batch in file.iter_batches(max(1, _CELLS // len(wanted)), columns=wanted):
+                yield _numbers(columns, [_cells(batch.column(name)) for name in wanted], begin, class_names)
+                begin += len(batch)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise DataError("no table", expected="Parquet", got=reason(error)) from error  # what pyarrow can't unpack
 
     try:
         with ParquetFile(path, buffer_size=_BUFFERED, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            columns = Columns.of(names)
+            columns = Columns.of([name.strip() for name in names])
+            _check_types(file.schema_arrow, columns)
             _check_unpacked(file.metadata, path.stat().st_size, len(columns.all))
             yield columns, parts()
     except (FedpruneError, OSError):
@@ -156,38 +253,107 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
         raise DataError("no table", expected="Parquet", got=reason(error)) from error
 
 
+def _check_types(schema: Any, columns: Columns) -> None:
+    """Refuse columns of a Parquet file that are neither numbers nor texts; the message has no name of a column."""
+    from pyarrow import types
+
+    for place in columns.all:
+        kind = schema.field(place).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        numbers = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
+        if any(test(kind) for test in numbers) or str(kind) in ("string", "large_string", "string_view"):
+            continue
+        name = re.split(r"\W", str(kind))[0]
+        wanted = "classes, as whole numbers or texts" if place in columns.classes else "numbers"
+        hint = _TIMES if types.is_temporal(kind) else f"{_CONVERT}, each in a column of its own, or leave them out."
+        raise DataError(f"type of column {place + 1}", expected=wanted, got=name, hint=hint)
+
+
+def _cells(column: Any) -> Any:
+    """The cells of a Parquet file's column: numbers, or texts, and None where one is empty."""
+    from pyarrow import float64, types
+
+    column = column.dictionary_decode() if types.is_dictionary(column.type) else column
+    if types.is_boolean(column.type) or types.is_decimal(column.type):
+        column = column.cast(float64(), safe=False)  # true is 1
+    return column.to_pylist() if column.null_count else column.to_numpy(zero_copy_only=False)
+
+
 def _numbers(
-    columns: Columns, cells: Sequence[Any], begin: int, class_names: tuple[str, ...]
+    columns: Columns,
+    cells: Sequence[Any],
+    begin: int,
+    class_names: tuple[str, ...],
+    decimals: Callable[[list[str]], list[str]] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Cells by column as rows of numbers; `begin` is the number of the first row."""
     out = np.empty((len(cells[0]), len(cells)), np.float32)
     for number, (place, column) in enumerate(zip(columns.all, cells, strict=True)):
         classes = place in columns.classes
-        try:
-            with np.errstate(all="ignore"):
-                found = np.asarray(_classes(column, class_names) if classes else column, np.float64)
-                out[:, number] = found
-            right = np.isfinite(out[:, number]) & (not classes or (found >= 0) & (found < 2**24) & (found % 1 == 0))
-        except (ValueError, TypeError):
-            right = np.array([_is_number(cell) for cell in column])
+        numbers = _classes(column, class_names) if classes else column if decimals is None else decimals(column)
+        values = _values(numbers)
+        with np.errstate(all="ignore"):
+            out[:, number] = values
+            right = np.isfinite(out[:, number]) & (np.abs(out[:, number] - values) < _MOST_CHANGE)
+            right &= not classes or ((values >= 0) & (values < 2**24) & (values % 1 == 0))
         if not right.all():
             bad = int(np.argmin(right))
-            wanted = (" or ".join(class_names) or "a whole number from 0") if classes else "a number"
-            # A message may be sent to the server: it doesn't quote what is in the table.
-            got = "an empty cell" if column[bad] in ("", None) else "something else"
-            hint = "" if classes else f"Leave columns of no numbers out, or call them {', '.join(SKIPPED[1:])}."
-            raise DataError(f"row {begin + bad}, column {place + 1}", expected=wanted, got=got, hint=hint)
+            names_only = begin + bad == 1 and not any(_is_number(column[0]) for column in cells)
+            raise _refusal(f"row {begin + bad}, column {place + 1}", column[bad], class_names, classes, names_only)
     return out
+
+
+def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool, names_only: bool) -> DataError:
+    """Why a cell is refused, and the way out that loses nothing. `names_only`: there is no number in the first row.
+
+    The message may be sent to the server: it doesn't quote the cell.
+    """
+    cell = cell.strip().lower() if isinstance(cell, str) else cell
+    got, hint = "something else", _TEXTS
+    if cell is None or cell != cell or cell in _EMPTY:  # NaN is unequal to itself
+        got, hint = "an empty cell", _GAPS
+    elif classes:
+        hint = _NAMES
+    elif _is_number(cell):
+        got, hint = "one that changes in float32", _LARGE
+    elif not isinstance(cell, str):
+        hint = _GAPS
+    elif _DATE.match(cell):
+        hint = _TIMES
+    elif "," in cell and any(map(str.isdigit, cell)):
+        hint = _COMMAS
+    elif names_only:
+        hint = "Names of columns are one row: leave a second one, such as of units, out."
+    wanted = (" or ".join(class_names) or "a whole number from 0") if classes else "a number"
+    return DataError(where, expected=wanted, got=got, hint=hint)
+
+
+def _values(cells: Any) -> npt.NDArray[np.float64]:
+    """Numbers of cells, NaN where one is none."""
+    try:
+        values = np.asarray(cells, np.float64)
+        texts = isinstance(cells, list) or cells.dtype == object
+        if texts and any("_" in cell for cell in cells if isinstance(cell, str)):
+            raise ValueError  # Python reads 1_2 as 12
+        return values
+    except (ValueError, TypeError):
+        return np.array([_value(cell) for cell in cells], np.float64)
+
+
+def _value(cell: Any) -> float:
+    if isinstance(cell, str):
+        cell = _TRUTH.get(cell.strip().lower(), cell)
+    return float(cell) if _is_number(cell) else np.nan
 
 
 def _classes(column: Any, class_names: tuple[str, ...]) -> list[Any]:
     numbers = {name: number for number, name in enumerate(class_names)}
     cells = (cell.strip() if isinstance(cell, str) else cell for cell in column)
-    return [numbers.get(cell, -1 if isinstance(cell, str) and not cell.isdecimal() else cell) for cell in cells]
+    return [numbers.get(cell, cell) for cell in cells]
 
 
 def _is_number(cell: Any) -> bool:
     try:
-        return bool(np.isfinite(float(cell)))
+        return bool(np.isfinite(float(cell))) and not (isinstance(cell, str) and "_" in cell)
     except (ValueError, TypeError, OverflowError):
         return False

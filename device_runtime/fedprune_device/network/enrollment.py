@@ -18,7 +18,7 @@ from pathlib import Path
 from secrets import SystemRandom
 
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
-from fedprune.core.text import one_line
+from fedprune.core.text import decode_text, one_line
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.joining import PREFIX, Admission, Claim
 from fedprune.security.tls import BUILT, pinned_context, unpinned_context
@@ -239,10 +239,10 @@ class Renewal:
 
 def read_claim(path: Path) -> Claim:
     try:
-        return one_claim(path.read_text(encoding="ascii"), str(path))
+        return one_claim(decode_text(path.read_bytes()), str(path))
     except OSError as error:
         raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=remedy(error)) from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise JoinError(f"{path} holds no claim", hint="`fedprune-server claim --out FILE` writes one.") from error
 
 

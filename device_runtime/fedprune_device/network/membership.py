@@ -172,7 +172,7 @@ def join_first(
 
 def _claim(given: str | None, kept: Path) -> Claim | None:
     if given == "-":
-        return one_claim(sys.stdin.read(), "standard input")
+        return one_claim(sys.stdin.read().lstrip("\ufeff"), "standard input")
     if given is not None:
         return read_claim(Path(given))
     return read_claim(kept) if kept.exists() else None

@@ -64,8 +64,10 @@ class Predictor:
             raise DataError("shape of the inputs", expected=shape_text("n", *shape), got=shape_text(*x.shape))
         if self._dtype.kind == "i" and x.dtype.kind not in "iu":
             raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
-        # An empty input still runs once: that is how the number of classes is known.
-        starts = range(0, max(len(x), 1), batch)
+        if not len(x):
+            # Only a run tells the outputs' shape, and operators such as Flatten and Reshape refuse an empty batch.
+            return self.predict(np.zeros((1, *x.shape[1:]), x.dtype), batch)[:0]
+        starts = range(0, len(x), batch)
         parts = [
             self.session.run({step.X: np.ascontiguousarray(padded(some, shape))}, [step.LOGITS])[step.LOGITS]
             for some in (np.asarray(x[s : s + batch], self._dtype) for s in starts)

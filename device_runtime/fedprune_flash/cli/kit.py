@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedprune.core.cli import add_json, print_json, with_extra
 from fedprune.core.errors import ConfigError, remedy
-from fedprune.core.text import quantity
+from fedprune.core.text import decode_text, quantity
 from fedprune.output.tables import progress
 from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
 
@@ -54,7 +54,11 @@ def _kit(arguments: argparse.Namespace) -> None:
     authorities = None if arguments.ca is None else read_bytes(arguments.ca)
     claim = os.environ.get(_CLAIM)
     if arguments.claim_file is not None:
-        claim = read_bytes(arguments.claim_file).decode("utf-8", "replace")
+        raw = read_bytes(arguments.claim_file)
+        try:
+            claim = decode_text(raw)
+        except UnicodeError:
+            claim = raw.decode("ascii", "replace")
     board = BoardSettings(
         arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
     )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
-from fedprune.core import errors, validation
+from fedprune.core import errors, text, validation
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageError, looked_for
 from fedprune.output import extras
@@ -302,7 +302,7 @@ def environment(board: BoardSettings) -> str:
 INSTALLER = "install.pyz"
 
 _MODULES = (
-    *(errors, extras, ed25519, slot_store, state, wheel),
+    *(errors, text, extras, ed25519, slot_store, state, wheel),
     *(board_files, install, installation, kit_folder, runtime_slot, service_control),
 )
 _MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(main())\n"

@@ -9,10 +9,12 @@ import re
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from fedprune.core.errors import JoinError, KitError, UsageError, shown
+from fedprune.core.text import decode_text
 from fedprune_device.launcher.slot_store import KEY, sync_folder
 from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
@@ -29,7 +31,7 @@ FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _CLAIM = re.compile(rb"FP1[A-Z0-9]{56}")
-_MOST_OF_CLAIM = 200  # bytes that are read of a claim
+_MOST_OF_CLAIM = 400  # bytes that are read of a claim, which may be in UTF-16
 _JOINED = f"{STATE}/identity/tls.key"  # the last file of an identity that a board writes as it joins
 _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
@@ -105,9 +107,12 @@ def read_claim(given: str) -> bytes:
     """A claim from a file, or from standard input for -; else `JoinError`. The service verifies its check."""
     try:
         with open(0 if given == "-" else given, "rb", closefd=given != "-") as file:
-            claim = file.read(_MOST_OF_CLAIM).strip()
+            raw = file.read(_MOST_OF_CLAIM)
     except OSError as error:
         raise JoinError(f"can't read the claim {given}: {error.strerror}") from error
+    with suppress(UnicodeError):
+        raw = decode_text(raw).encode()
+    claim = raw.strip()
     if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", claim).upper()):
         raise JoinError(
             f"the claim {given}",

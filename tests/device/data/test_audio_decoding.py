@@ -49,15 +49,45 @@ def test_channels_are_averaged() -> None:
     np.testing.assert_allclose(decoded(wav(packed(both, 2), 2, 2))[0], SINE / 2, atol=1e-4)
 
 
-def test_the_longer_header_of_24_bit_files_is_read_by_every_python() -> None:
-    plain = wav(packed(SINE, 3), 3)
-    head = struct.pack("<HHIIHH", 0xFFFE, 1, 16000, 48000, 3, 24)
-    more = struct.pack("<HHIH", 22, 24, 4, 1) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
-    data = plain[36:]
-    body = (
-        b"RIFF" + struct.pack("<I", 4 + 8 + 40 + len(data)) + b"WAVEfmt " + struct.pack("<I", 40) + head + more + data
-    )
-    np.testing.assert_array_equal(decoded(body)[0], decoded(plain)[0])
+def chunk(name: bytes, body: bytes) -> bytes:
+    return name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+
+
+def riff(*chunks: bytes, kind: bytes = b"RIFF") -> bytes:
+    return kind + struct.pack("<I", 4 + sum(map(len, chunks))) + b"WAVE" + b"".join(chunks)
+
+
+def format_chunk(bits: int, channels: int = 1, *, extensible: bool) -> bytes:
+    width = bits // 8 * channels
+    head = struct.pack("<HHIIHH", 0xFFFE if extensible else 1, channels, 16000, 16000 * width, width, bits)
+    guid = b"\1\0\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+    return chunk(b"fmt ", head + (struct.pack("<HHI", 22, bits, 4) + guid if extensible else b""))
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize("first", [(), (b"JUNK", 28), (b"bext", 602), (b"odd!", 3)])
+def test_recorders_write_a_longer_header_and_other_chunks(bits: int, extensible: bool, first: Any) -> None:
+    raw = packed(SINE, bits // 8)
+    before = [chunk(first[0], bytes(first[1]))] if first else []
+    body = riff(*before, format_chunk(bits, extensible=extensible), chunk(b"LIST", b"abc"), chunk(b"data", raw))
+    np.testing.assert_array_equal(decoded(body)[0], decoded(wav(raw, bits // 8))[0])
+
+
+def test_the_size_of_a_large_file_is_in_a_chunk_of_its_own() -> None:
+    raw = packed(SINE, 2)
+    data = b"data" + b"\xff" * 4 + raw
+    sizes = chunk(b"ds64", struct.pack("<QQQI", 0, len(raw), len(SINE), 0))
+    body = riff(sizes, format_chunk(16, extensible=False), data, kind=b"RF64")
+    np.testing.assert_array_equal(decoded(body)[0], decoded(wav(raw))[0])
+
+
+def test_a_header_that_contradicts_itself_is_refused() -> None:
+    wide = struct.pack("<HHIIHH", 1, 1, 16000, 64000, 4, 24)  # numbers of 3 bytes in frames of 4
+    for head in (wide, wide[:10], struct.pack("<HHIIHH", 1, 0, 16000, 0, 0, 16)):
+        with pytest.raises(DataError) as error:
+            decoded(riff(chunk(b"fmt ", head), chunk(b"data", bytes(24))))
+        assert error.value.hint
 
 
 @pytest.mark.parametrize(

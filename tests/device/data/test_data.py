@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,3 +269,19 @@ def test_class_weights_give_every_present_class_the_same_say(labels: list[int]) 
     present = class_presence(y, 5) > 0
     assert np.allclose(says[present], len(labels) / present.sum(), rtol=1e-5)
     assert not says[~present].any()
+
+
+@pytest.mark.parametrize("pack", [np.savez, np.savez_compressed])
+def test_a_file_with_a_flipped_bit_is_called_damaged(tmp_path: Path, pack: Any) -> None:
+    path = tmp_path / "d.npz"
+    pack(path, x=np.random.default_rng(0).standard_normal((500, 4)).astype(np.float32), y=np.zeros(500, np.int64))
+    sound = path.read_bytes()
+    for place in range(300, 3000, 300):
+        body = bytearray(sound)
+        body[place] ^= 16
+        path.write_bytes(body)
+        with pytest.raises(DataError, match="damaged"):
+            load_data(str(path))
+    path.write_bytes(sound[:3000])
+    with pytest.raises(DataError, match="cut short"):
+        load_data(str(path))

@@ -219,12 +219,14 @@ def test_labels_are_not_needed_for_predictions(tmp_path: Path) -> None:
         ("0 .5 .5 .1", "line 1 of the labels: expected class cx cy w h"),
         ("0 .5 .5 .1 .1 .1 .1", "Boxes are read, outlines are not."),
         ("\n-1 .5 .5 .1 .1", "line 2 .* expected a class from 0 to 16777215, got something else"),
-        ("1.0 .5 .5 .1 .1", "expected a class"),
+        ("1.5 .5 .5 .1 .1", "expected a class"),
+        ("1_0 .5 .5 .1 .1", "expected a class"),
+        ("0 .5 .5 .1 .1 .9", "confidence"),
         ("0 .5 .5 .1 nan", "expected shares of the image"),
         ("0 .5 1.5 .1 .1", "expected shares of the image"),
         ("0 .5 .5 0 .1", "expected shares of the image"),
         ("0 x .5 .1 .1", "expected shares of the image"),
-        ("é", "labels: expected text"),
+        ("é", "line 1 of the labels"),
     ],
 )
 def test_a_line_that_is_no_box_is_one_clear_error(text: str, error: str) -> None:

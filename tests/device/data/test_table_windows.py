@@ -210,7 +210,7 @@ def test_delimiters_marks_of_spreadsheets_and_indices_are_known(tmp_path: Path, 
         ("1,2\n3,4\n", "the first row: expected names of columns, got numbers"),
         ("time,class\n1,2\n", "columns: expected some of numbers"),
         ("a,b\n1,2\n3\n", "row 2: expected 2 columns, got 1"),
-        ("a,b\n1,2\n3,x\n", "row 2, column 2: expected a number, got something else. Leave columns"),
+        ("a,b\n1,2\n3,x\n", "row 2, column 2: expected a number, got something else"),
         ("a,b\n1,2\n3,\n", "row 2, column 2: expected a number, got an empty cell"),
         ("a,b\n1,inf\n", "row 1, column 2: expected a number"),
         ("a,b\n1,1e300\n", "row 1, column 2: expected a number"),
@@ -286,6 +286,125 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(MissingExtraError, match=r"Parquet files need pyarrow.*parquet"):
         TableFile(tmp_path / "a.parquet", ALL, 99)
+
+
+def rows_in(path: Path, text: str | bytes, names: tuple[str, ...] = ()) -> Any:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return rows_read(path, names)
+
+
+def rows_read(path: Path, names: tuple[str, ...] = ()) -> Any:
+    with tables.rows_of(path, names) as (_, parts):
+        return np.concatenate(list(parts))
+
+
+WANTED = [[20.5, 3, 1], [-1.25, 4, 0]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "temp;hum;class\n20,5;3;1\n-1,25;4;0\n",
+        "temp\thum\tclass\n20,5\t3\t1\n-1,25\t4\t0\n",
+        "temp|hum|class\n20.5|3|1\n-1.25|4|0\n",
+        "sep=;\ntemp;hum;class\n20.5;3;1\n-1.25;4;0\n",
+        '"temp, in C, or F";hum;class\n20,5;3;1\n-1,25;4;0\n',
+        '"temp;hum;of;a;hall",hum,class\n20.5,3,1\n-1.25,4,0\n',
+        '"temp",  "hum, in %",class\n"20.5", "3","1"\n"-1.25",4,0\n',
+        '"temp\nin C",hum,class\n20.5,3,1\n-1.25,4,0\n',
+        "temp,hum,Class\n20.5,3,1.0\n-1.25,4,0.0\n",
+        "temp,LABEL,hum\n20.5,1,3\n-1.25,0,4\n",
+        "Unnamed: 0,temp,hum,class\n0,20.5,3,1\n1,-1.25,4,0\n",
+        "temp,hum,class\n20.5,3,True\n-1.25,4,FALSE\n",
+        "temp,hum,class\r\n20.5,3,ok\r\n-1.25,4,bad\r\n",
+        "temp,hum,class\n20.5,3,1\n-1.25,4,0\n".encode("utf-16"),
+    ],
+)
+def test_the_dialects_of_spreadsheets_and_loggers_are_one_table(tmp_path: Path, text: str | bytes) -> None:
+    np.testing.assert_array_equal(rows_in(tmp_path / "a.csv", text, ("bad", "ok")), WANTED)
+
+
+def test_true_and_false_are_one_and_nought(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(rows_in(tmp_path / "a.csv", "a,b\nTrue,1\nfalse,2\n"), [[1, 1], [0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "way_out"),
+    [
+        ("a;b\n20,5;1.5\n", "numbers", "point"),
+        ("a;b\n1.5;1\n" * 1 + "2.5;1\n" * 9000 + "20,5;1\n", "numbers", "point"),
+        ("a;b\n1.234,5;1\n", "row 1, column 1", "point"),
+        ('a,b\n1,"1,234"\n', "row 1, column 2", "point"),
+        ("a\tb\n1\t1,234\n", "row 1, column 2", "point"),
+        ("a,b\n1,2024-01-05\n", "row 1, column 2", "time"),
+        ("a,b\n1,05.01.2024 10:00\n", "row 1, column 2", "time"),
+        ("a,b\n1,10:00\n", "row 1, column 2", "time"),
+        ("a,b\n1,1700000001\n", "row 1, column 2", "time"),
+        ("a,b\n1,10_000\n", "row 1, column 2", "numbers"),
+        ("a,b\n1,2\n1,NaN\n", "row 2, column 2", "gaps"),
+        ("a,b\n1,2\n1,walk\n", "row 2, column 2", "class"),
+        ("a,b\n°C,hPa\n1,2\n", "row 1, column 1", "units"),
+        ("a,class\n1,walk\n", "row 1, column 2", "--class-names"),
+        ("a,class,label\n1,1,1\n", "columns of classes", "another name"),
+        ("1,5;2,5\n1,5;3,5\n", "the first row", ""),
+    ],
+)
+def test_a_cell_that_may_mean_something_else_is_refused_with_a_way_out_that_loses_nothing(
+    tmp_path: Path, text: str, place: str, way_out: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        rows_in(tmp_path / "a.csv", text)
+    assert place in str(caught.value)
+    assert way_out in str(caught.value)
+
+
+@pytest.mark.once
+def test_columns_of_parquet_that_are_no_numbers_are_refused_by_type(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = {
+        pa.timestamp("us"): 5,
+        pa.timestamp("ns", "UTC"): 5,
+        pa.date32(): 5,
+        pa.time64("us"): 5,
+        pa.duration("s"): 5,
+        pa.list_(pa.float64()): [1.0],
+        pa.struct([("secret", pa.int8())]): {"secret": 1},
+        pa.binary(): b"1",
+        pa.dictionary(pa.int8(), pa.binary()): b"1",
+    }
+    for kind, value in values.items():
+        for name in ("secret", "class"):
+            pq.write_table(pa.table({"a": [1.0], name: pa.array([value], kind)}), tmp_path / "a.parquet")
+            with pytest.raises(DataError) as caught:
+                rows_read(tmp_path / "a.parquet")
+            said = str(caught.value)
+            assert "column 2" in said
+            assert "secret" not in said
+            assert ("skipped" in said) == pa.types.is_temporal(kind)
+
+
+@pytest.mark.once
+def test_columns_of_parquet_that_are_numbers_of_any_type_are_read(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    decimal = __import__("decimal").Decimal
+    columns = {
+        "__index_level_0__": pa.array([5, 6], pa.timestamp("us")),
+        " time ": pa.array([5, 6], pa.date32()),
+        "whole": pa.array([1, 2], pa.uint8()),
+        "half": pa.array(np.array([1, 2], np.float16)),
+        "decimal": pa.array([decimal("1.5"), decimal("2.5")]),
+        "true": pa.array([True, False]),
+        "text": pa.array(["1.5", "2.5"]),
+        "few": pa.array([3.0, 4.0]).dictionary_encode(),
+        "Label": pa.array(["ok", "bad"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    wanted = [[1, 1, 1.5, 1, 1.5, 3, 1], [2, 2, 2.5, 0, 2.5, 4, 0]]
+    np.testing.assert_array_equal(rows_read(tmp_path / "a.parquet", ("bad", "ok")), wanted)
+    for empty in (pa.array([1, None]), pa.array([True, None]), pa.array(["1", None]), pa.array([None, None])):
+        pq.write_table(pa.table({"a": empty}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match="an empty cell"):
+            rows_read(tmp_path / "a.parquet")
 
 
 @given(draw=st.data())

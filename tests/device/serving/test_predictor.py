@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
+from fedprune.runtime.session import Runs, Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import loss_terms
 from fedprune_device.serving.predictor import Predictor
@@ -27,8 +30,22 @@ def test_a_folder_may_be_given_as_text(model: Path, data: LocalData) -> None:
     np.testing.assert_array_equal(found, Predictor(model).predict(data.x_train))
 
 
-def test_no_inputs_give_no_rows_of_logits(model: Path, data: LocalData) -> None:
-    assert Predictor(model).predict(data.x_train[:0]).shape == (0, 3)
+class _RefusesEmptyBatches:
+    """The session of a graph that can't run on no samples, as those of most nets that end with Flatten."""
+
+    def __init__(self, session: Runs) -> None:
+        self._session = session
+        self.inputs, self.outputs = session.inputs, session.outputs
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        if not len(feeds["x"]):
+            raise ModelError("Flatten of an empty batch")
+        return self._session.run(feeds, outputs)
+
+
+def test_no_inputs_give_no_rows_of_logits_and_no_run_on_an_empty_batch(model: Path, data: LocalData) -> None:
+    session = _RefusesEmptyBatches(Session(model / "inference.onnx"))
+    assert Predictor(model, session=session).predict(data.x_train[:0]).shape == (0, 3)
 
 
 def test_inputs_of_another_shape_are_refused(model: Path, data: LocalData) -> None:

@@ -26,7 +26,7 @@ from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit
 from fedprune_flash.kit.kit import installer_archive
 from fedprune_flash.on_board import board_files
-from fedprune_flash.on_board.installation import FIRST_BOOT
+from fedprune_flash.on_board.installation import FIRST_BOOT, read_claim
 from fedprune_flash.on_board.kit_folder import KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from support.fakes import tiny_wheels
@@ -139,6 +139,12 @@ def test_a_claim_comes_from_a_file_unless_the_board_has_joined(make_kit: MakeKit
     (root / "var/lib/fedprune/identity/tls.key").touch()
     again = run(kit, root, "--claim", str(file))
     assert (again.returncode, "now:" in again.stdout, claim.exists()) == (0, False, False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_claim_that_was_saved_on_windows_is_installed_without_its_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "attic.claim").write_bytes(f"{CLAIM}\r\n".encode(encoding))
+    assert read_claim(str(tmp_path / "attic.claim")) == CLAIM.encode()
 
 
 @pytest.mark.parametrize("text", [None, "", CLAIM[:-1], f"{CLAIM}\n{CLAIM}\n", "-----BEGIN PRIVATE KEY-----\n"])

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fedprune.core import zip_limits
 from fedprune.core.errors import DataError
+from fedprune_device.data.image_decoding import Pixels
 from fedprune_server.simulation.datasets import source
 from fedprune_server.simulation.datasets.samples import Preparation, Samples, assembled
 from fedprune_server.simulation.datasets.source import (
@@ -208,7 +210,7 @@ def test_what_is_no_image_is_named(tmp_path):
 
 
 def test_a_file_that_programs_would_run_on_is_no_image_whatever_its_name(tmp_path, monkeypatch):
-    from PIL import EpsImagePlugin, Image
+    from PIL import EpsImagePlugin
 
     def never(*_):
         raise AssertionError("Ghostscript was asked for")
@@ -219,6 +221,31 @@ def test_a_file_that_programs_would_run_on_is_no_image_whatever_its_name(tmp_pat
     (tmp_path / "a" / "1.eps").rename(tmp_path / "a" / "1.png")
     with pytest.raises(DataError, match=r"a/1\.png.*cannot identify"):
         read_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "RGB")])
+@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("size", [(9, 6), (4, 3)])
+def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode, colour, size):
+    pixels = np.dstack([images(1, 6, 9, 3)[0], images(1, 6, 9, seed=1)[0]])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / "a" / "1.png"
+    file.parent.mkdir()
+    image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200 if mode == "I;16" else pixels[:, :, : len(mode)])
+    image.save(file, kind, exif=exif)
+    found = read_image_folder(tmp_path, size=size, colour=colour).take([0])[0]
+    board = Pixels().decoded(file.read_bytes(), (kind,), (3 if colour else 1, *size))
+    np.testing.assert_array_equal(found.reshape(board.shape), board)
+
+
+def test_an_animation_is_no_image(tmp_path):
+    (tmp_path / "a").mkdir()
+    frames = [Image.fromarray(frame) for frame in images(2, 6, 6, 3)]
+    frames[0].save(tmp_path / "a" / "1.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError) as error:
+        read_image_folder(tmp_path)
+    assert "1.gif" in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "gif", "ppm", "pgm", "webp"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fedprune
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import one_line, quantity
+from fedprune.core.text import decode_text, one_line, quantity
 
 pytestmark = pytest.mark.board
 
@@ -53,3 +53,10 @@ def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
 
 def test_words_stay_words_on_one_line() -> None:
     assert one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "ascii"])
+def test_a_file_of_windows_is_the_text_that_was_saved(encoding: str) -> None:
+    assert decode_text("FP1-\r\n".encode(encoding)) == "FP1-\r\n"
+    with pytest.raises(UnicodeError):
+        decode_text(b"\xff\xff")

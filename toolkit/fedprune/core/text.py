@@ -3,6 +3,7 @@ and the strings of a JSON value."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 
 
@@ -15,6 +16,14 @@ def one_line(value: str, limit: int = 500) -> str:
     """Received text as it is logged, stored and shown: short, on one line, without codes that steer a terminal."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())
     return flat if len(value) <= limit else f"{flat}..."
+
+
+def decode_text(raw: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 if its byte order mark says so, as Windows' programs save it.
+
+    Raises `UnicodeError` for any other encoding.
+    """
+    return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
 
 
 def some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from typing import BinaryIO
 
 from fedprune.core.errors import FedpruneError
@@ -61,6 +62,8 @@ def why_unreadable(error: Exception) -> str:
     text = str(error)
     if "Object arrays" in text:
         return " (it holds objects, which are never unpickled)"
+    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)) and "not a zip file" not in text:
+        return " (it is damaged: what it holds contradicts its checksums or headers; copy it again)"
     # What is neither a zip archive nor an array numpy takes for a pickle.
     if "pickle" in text or isinstance(error, zipfile.BadZipFile):
         return " (it is cut short, or no zip archive)"

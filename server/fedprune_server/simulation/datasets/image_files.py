@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, MissingExtraError, reason, remedy
+from fedprune_device.data.folder_listing import is_system_name
+from fedprune_device.data.viewer_image import viewer_image
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
@@ -23,7 +25,7 @@ MOST_BYTES = 2**34
 
 
 def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
-    """Read images.
+    """Read images, as boards do: as viewers display them (`viewer_image`).
 
     Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
     where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
@@ -81,16 +83,17 @@ def decoded(
     out: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
-                if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
-                    raise DataError(f"{name}: size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
-                shown: Any = image.convert("RGB" if colour else "L")
-        except DataError:
-            raise
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes, which are looked at here, and of damaged metadata
+                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
+                    if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
+                        raise DataError("size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
+                    shown = viewer_image(image, "RGB" if colour else "L", None if size is None else (size[1], size[0]))
+        except DataError as error:
+            what = f"{name}: {error.what}"
+            raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
         except Exception as error:  # decoders raise whatever they meet
             raise DataError(f"can't read the image {name} ({reason(error)})") from error
-        if size is not None and (shown.height, shown.width) != size:
-            shown = shown.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(shown, np.uint8)
         if out is None:
             if pixels.nbytes * len(images) > MOST_BYTES:
@@ -116,7 +119,7 @@ def is_test(name: str) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
+        return sorted((f for f in folder.iterdir() if f.is_dir() and not is_system_name(f.name)), key=lambda f: f.name)
     except OSError as error:
         raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
 
@@ -124,5 +127,6 @@ def _folders(folder: Path) -> list[Path]:
 def _images(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
         yield from sorted(
-            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file()), key=lambda f: f.name
+            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file() and f.name[0] != "."),
+            key=lambda f: f.name,
         )

@@ -1,0 +1,132 @@
+"""Images as viewers and labelling tools display them: upright, without transparency, in sRGB. Needs Pillow."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fedprune.core.errors import DataError
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""Pillow's `Image.Transpose` that puts an image upright, by its EXIF orientation."""
+
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
+
+_SHORT_MODES = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of grey images with 16 bits
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", *_SHORT_MODES)
+_SHORT = 2**16 - 1  # the number of white
+
+_BILINEAR = 2  # Pillow's number
+
+_GAMMA = 0.45455  # of a PNG in sRGB
+_SAME_GAMMA = 0.1  # share by which another one hardly shows
+
+_SAME_COLOUR = 2
+"""Levels by which sRGB profiles of different makers differ: these are not worth a conversion."""
+
+
+def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any:
+    """An opened image of Pillow's as a viewer displays it, in `mode` (`RGB` or `L`).
+
+    It is turned by its EXIF orientation, drawn on white where it is transparent, 16 bits become 8, and colours of an
+    embedded profile or with another gamma become those of sRGB. Raises `DataError` for animations and for colours that
+    viewers disagree on.
+
+    Args:
+        size: Width and height to which it is scaled afterwards; None leaves them.
+    """
+    check_single_frame(image)
+    if image.mode not in _MODES:
+        raise DataError(
+            "colours of an image",
+            expected="grey, RGB or a palette",
+            got=image.mode,
+            hint="Convert it to RGB, such as: magick FILE -colorspace sRGB OUT.png",
+        )
+    if size is not None:
+        # A JPEG is decoded at a fraction of its size where that suffices; its sides are those before it is turned.
+        image.draft(None, size[::-1] if exif_orientation(image) in _ON_ITS_SIDE else size)
+    profile = image.info.get("icc_profile")
+    gamma = image.info.get("gamma") if not profile and "srgb" not in image.info else None
+    image = _opaque_image(upright_image(image))
+    if gamma and abs(gamma / _GAMMA - 1) > _SAME_GAMMA:
+        levels = 255 * (np.arange(256) / 255) ** (_GAMMA / gamma)
+        image = image.point(np.rint(levels).astype(int).tolist() * len(image.getbands()))
+    convert = _srgb_transform(profile, image.mode) if profile else None
+    if convert is None:
+        image = _in_mode(image, mode)
+    image = image.resize(image.size if size is None else size, _BILINEAR)  # a copy where that is its size already
+    # Scaled first: a profile's conversion takes longer per pixel than anything else here.
+    return image if convert is None else _in_mode(convert.apply(image), mode)
+
+
+def _in_mode(image: Any, mode: str) -> Any:
+    return image if image.mode == mode else image.convert(mode)  # which would copy an image that may be large
+
+
+def upright_image(image: Any) -> Any:
+    """The image, turned as its EXIF orientation says."""
+    turn = _TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def exif_orientation(image: Any) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none, or none that can be read: viewers show such an image, too."""
+    with suppress(Exception):  # what is damaged makes Pillow's reader of EXIF raise anything
+        value = image.getexif().get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
+    return 1
+
+
+def check_single_frame(image: Any) -> None:
+    """Refuse animations; raises `DataError`."""
+    # The further pictures of an MPO, which phones write, are depth and gain maps, or the view of the other eye.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise DataError("an image", expected="a single frame", got="an animation", hint="Save the frames as files.")
+
+
+def _opaque_image(image: Any) -> Any:
+    """The image in mode L or RGB, drawn on white."""
+    from PIL import Image
+
+    key = image.info.get("transparency")
+    if image.mode in _SHORT_MODES:
+        shades = ((np.arange(_SHORT + 1) * 255 + _SHORT // 2) // _SHORT).astype(np.uint8)
+        if isinstance(key, int):
+            shades[key] = 255
+        return Image.fromarray(shades[np.clip(np.asarray(image), 0, _SHORT)])
+    if "A" in image.getbands() or key is not None:
+        image = _in_mode(image, "RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        return paper
+    return _in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+@lru_cache(maxsize=4)
+def _srgb_transform(profile: bytes, mode: str) -> Any:
+    """The conversion of colours of a profile to sRGB; None if they are the same, or the profile is for other images or
+    damaged, which viewers ignore."""
+    from PIL import Image, ImageCms
+
+    try:
+        convert = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+    except ImageCms.PyCMSError:
+        return None
+    except ImportError as error:
+        raise DataError(
+            "an image with a colour profile",
+            expected="one without, as this Pillow lacks LittleCMS",
+            hint="Install Pillow's own wheel (pip install pillow), or convert the image to sRGB.",
+        ) from error
+    levels = np.linspace(0, 255, 6).astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    probe = Image.fromarray(colours if mode == "RGB" else levels[None])
+    change = np.asarray(convert.apply(probe), int) - np.asarray(probe.convert("RGB"), int)
+    return None if np.abs(change).max() <= _SAME_COLOUR else convert

@@ -1,0 +1,183 @@
+"""A picture is what a viewer shows."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.core.errors import DataError
+from fedprune_device.data.image_decoding import Pixels, mask
+
+pytestmark = pytest.mark.board
+
+Image = pytest.importorskip("PIL.Image")
+ImageCms = pytest.importorskip("PIL.ImageCms")
+ImageOps = pytest.importorskip("PIL.ImageOps")
+
+ORIENTATION = 0x0112
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (12, 20, 3)).astype(np.uint8)
+GREY = COLOURS[:, :, 0]
+
+
+def saved(image: Any, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def seen(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> Any:
+    return Pixels().decoded(body, ("PNG", "JPEG"), (colours, height, width))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_is_turned_as_its_camera_was_held(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    body = saved(COLOURS, kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
+    np.testing.assert_array_equal(seen(body, upright.height, upright.width), np.asarray(upright))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_photograph_on_its_side_is_decoded_in_no_less_than_its_size(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stripes = np.zeros((64, 512, 3), np.uint8)
+    stripes[:, ::2] = 255  # gone if the image is decoded at half of its size
+    wide = seen(saved(stripes, "JPEG", exif=exif, quality=95), *((64, 512) if orientation == 1 else (512, 64)))
+    assert wide.std() > 100
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])
+def test_a_damaged_orientation_turns_nothing(exif: bytes) -> None:
+    body = saved(COLOURS, "JPEG", exif=exif)
+    np.testing.assert_array_equal(seen(body), seen(saved(COLOURS, "JPEG")))
+
+
+def test_a_mask_is_turned_as_its_image() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    np.testing.assert_array_equal(mask(saved(GREY, exif=exif), 20, 12), np.rot90(GREY, -1))
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_sixteen_bits_of_grey_are_shades_from_black_to_white(colours: int) -> None:
+    numbers = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
+    found = seen(saved(numbers), colours=colours)
+    np.testing.assert_allclose(found, np.repeat(numbers[:, :, None] / 257, colours, 2), atol=0.5)
+
+
+def test_one_bit_is_black_or_white() -> None:
+    np.testing.assert_array_equal(seen(saved(GREY > 99), colours=1)[:, :, 0], np.where(GREY > 99, 255, 0))
+
+
+def _palette() -> Any:
+    image = Image.frombytes("P", (20, 12), (GREY % 4).tobytes())
+    image.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    return image
+
+
+HALF = np.dstack([COLOURS, np.where(GREY % 2, 255, 0)]).astype(np.uint8)
+
+
+TRANSPARENT = {
+    "RGBA": saved(HALF),
+    "LA": saved(HALF[:, :, [0, 3]].copy()),
+    "one colour": saved(COLOURS % 2 * 200, transparency=(0, 200, 0)),
+    "one grey": saved(GREY % 2 * 200, transparency=0),
+    "one entry": saved(_palette(), transparency=0),
+    "entries": saved(_palette(), transparency=bytes([0, 90, 255, 255])),
+}
+
+
+@pytest.mark.parametrize("body", TRANSPARENT.values(), ids=TRANSPARENT)
+def test_what_is_transparent_is_drawn_on_white(body: bytes) -> None:
+    over = Image.open(io.BytesIO(body)).convert("RGBA")
+    numbers = np.asarray(over).astype(float)
+    share = numbers[:, :, 3:] / 255
+    assert (share < 1).any()
+    np.testing.assert_allclose(seen(body), numbers[:, :, :3] * share + 255 * (1 - share), atol=1)
+
+
+def test_a_transparent_shade_of_sixteen_bits_is_white() -> None:
+    numbers = GREY.astype(np.uint16) * 257
+    found = seen(saved(Image.fromarray(numbers), transparency=int(numbers[0, 0])), colours=1)[:, :, 0]
+    np.testing.assert_array_equal(found, np.where(GREY[0, 0] == GREY, 255, GREY))
+
+
+def _profile(**tags: str) -> bytes:
+    """The profile of sRGB with tags by other names."""
+    body = bytes(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    head, table, rest = body[:132], body[132:372], body[372:]
+    for old, new in tags.items():
+        table = table.replace(old.encode(), new.lower().encode().rjust(4, b"!"))
+    for new in tags.values():
+        table = table.replace(new.lower().encode().rjust(4, b"!"), new.encode())
+    return head + table + rest
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_colours_of_another_profile_become_those_of_srgb(kind: str) -> None:
+    swapped = _profile(rXYZ="bXYZ", bXYZ="rXYZ")
+    body = saved(np.full((12, 20, 3), (255, 0, 0), np.uint8), kind, icc_profile=swapped)
+    np.testing.assert_allclose(seen(body), np.full((12, 20, 3), (0, 0, 255)), atol=6)
+
+
+@pytest.mark.parametrize("profile", [_profile(), b"damaged", b""])
+def test_a_profile_that_changes_nothing_changes_nothing(profile: bytes) -> None:
+    np.testing.assert_array_equal(seen(saved(COLOURS, icc_profile=profile)), COLOURS)
+    np.testing.assert_array_equal(seen(saved(GREY, icc_profile=profile), colours=1)[:, :, 0], GREY)
+
+
+def test_a_picture_with_a_depth_map_is_its_first_picture() -> None:
+    both = saved(Image.fromarray(COLOURS), "MPO", save_all=True, append_images=[Image.fromarray(255 - COLOURS)])
+    np.testing.assert_array_equal(seen(both), seen(saved(COLOURS, "JPEG")))
+
+
+FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
+CMYK = saved(Image.fromarray(COLOURS).convert("CMYK"), "JPEG")
+
+
+@pytest.mark.parametrize("body", [saved(Image.fromarray(COLOURS), **FRAMES), CMYK], ids=["animation", "CMYK"])
+def test_what_viewers_show_differently_is_refused_with_a_way_out(body: bytes) -> None:
+    with pytest.raises(DataError) as error:
+        seen(body)
+    assert error.value.hint
+
+
+def test_an_animation_is_no_mask() -> None:
+    frames = {"save_all": True, "append_images": [Image.fromarray(255 - GREY)]}
+    with pytest.raises(DataError):
+        mask(saved(Image.fromarray(GREY), **frames), 12, 20)
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, rows: bytes, *more: bytes) -> bytes:
+    head = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    chunks = (chunk(b"IHDR", head), *more, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "more", "shade"),
+    [(100_000, (), 167), (45_455, (), 100), (100_000, (chunk(b"sRGB", b"\0"),), 100), (0, (), 100)],
+)
+def test_another_gamma_is_shown_as_browsers_show_it(gamma: int, more: tuple[bytes, ...], shade: int) -> None:
+    body = png(2, 1, 8, bytes([0, 100, 255]), *more, chunk(b"gAMA", struct.pack(">I", gamma)))
+    np.testing.assert_array_equal(seen(body, 1, 2, 1)[0, :, 0], [shade, 255])
+
+
+def test_a_grey_mask_of_few_bits_is_refused_because_its_numbers_have_two_meanings() -> None:
+    with pytest.raises(DataError) as error:
+        mask(png(4, 1, 2, b"\0\x1b"), 1, 4)
+    assert error.value.hint
