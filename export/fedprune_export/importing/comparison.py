@@ -66,7 +66,7 @@ def _numbers(tensor: Any) -> npt.NDArray[Any]:
 
 def _split(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[str, str]]:
     """A model's file in parts: everything but values, the values of its tensors, and loss and metric."""
-    proto = parse(raw)
+    proto = parse(raw, whole=False)
     own = {p.key: p.value for p in proto.metadata_props if p.key in _OWN}
     others = [p for p in proto.metadata_props if p.key not in _OWN]
     del proto.metadata_props[:]

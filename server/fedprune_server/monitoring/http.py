@@ -8,10 +8,9 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -27,6 +26,9 @@ MOST = 32
 """Requests that are answered at the same time, each on a thread; further connections are closed."""
 
 _TIMEOUT_S = 10.0
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d+)?")
+"""An address of IPv6, or another host, and perhaps a port."""
 
 Checks = Mapping[str, Callable[[], str]]
 """By name what a server needs to be ready: each returns what is wrong, or nothing."""
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         metrics, path = self.server.metrics, self.path.partition("?")[0]
-        if not is_own_name(self.headers.get("Host"), self.server.hosts):
+        if path == "/metrics" and not is_own_name(self.headers.get("Host"), self.server.hosts):
             self._answer(421, b"called by a name that is not this server's ([server] console_hosts)\n")
         elif path == "/metrics":
             self._answer(200, metrics.text(), CONTENT_TYPE_LATEST)
@@ -137,14 +139,14 @@ def is_own_name(host: str | None, hosts: Collection[str]) -> bool:
     """
     if not host:
         return True
-    try:
-        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    match = _HOST.fullmatch(host)
+    if match is None:
+        return False
+    name = (match[1] or match[2]).lower().rstrip(".")
+    with suppress(ValueError):
         ipaddress.ip_address(name)
-    except ValueError:  # of a wrong host, too
-        return re.fullmatch(r"[\w.-]+(:\d+)?", host) is not None and (
-            "." not in name or name in hosts or name == socket.gethostname().lower()
-        )
-    return True
+        return True
+    return "." not in name or name in hosts or name == socket.gethostname().lower()
 
 
 def _hangs(metrics: Metrics) -> list[str]:
