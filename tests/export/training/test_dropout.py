@@ -310,6 +310,41 @@ def test_attention_layers_of_torch_drop_weights_and_values() -> None:
     assert list(masks_of(step_of(model)).ratios.values()) == [0.2] * 4
 
 
+class Attention(nn.Module):
+    """Attention in one of torch's ways."""
+
+    input_shape = (4, 6)
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.fc = way, nn.Linear(6, CLASSES)
+        self.heads = nn.MultiheadAttention(6, 2, dropout=0.3, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ratio, parts = 0.3 if self.training else 0.0, x.unflatten(2, (2, 3)).transpose(1, 2)
+        near = torch.ones(4, 4).tril(1)
+        if self.way == "heads":
+            return self.fc(self.heads(x, x, x, attn_mask=near.log())[0].mean(1))
+        attend = nn.functional.scaled_dot_product_attention
+        if self.way == "causal":
+            y = attend(parts, parts, parts, dropout_p=ratio, is_causal=True)
+        elif self.way == "shared":
+            y = attend(parts, parts[:, :1], parts[:, 1:], dropout_p=ratio, enable_gqa=True)
+        else:
+            y = attend(parts, parts, parts, near.bool() if self.way == "truths" else near.log(), ratio)
+        return self.fc(y.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("way", ["heads", "causal", "shared", "truths", "numbers"])
+def test_attention_with_dropout_is_exported_as_torch_computes_it(way: str) -> None:
+    module = Attention(way)
+    model = import_onnx(export_torch(module), way)
+    x, _ = samples_of(model)
+    logits = Session(cut(model, Selection.full(model.architecture)).to_bytes()).run({"x": x})[step_contract.LOGITS]
+    np.testing.assert_allclose(logits, module.eval()(torch.tensor(x)).detach().numpy(), atol=1e-5)
+    assert list(masks_of(step_of(model)).ratios.values()) == [0.3]
+
+
 # -- ONNX files --------------------------------------------------------------------------------------------------------
 
 
