@@ -116,7 +116,7 @@ def test_a_summary_counts_the_updates_that_limits_changed_and_names_the_limits()
     run = record(rounds=2)
     assert "updates limited" not in dict(summary(run))
     limited = replace(run, rounds=tuple(replace(r, updates=2, limited=r.round - 1) for r in run.rounds))
-    assert dict(summary(limited))["updates limited"] == "1 of 4 (move_limit 1.5, weight_limit 4)"
+    assert dict(summary(limited))["updates limited"] == "1 of 4 (move_limit 1.5, weight_limit 1)"
     ours = replace(limited, job={"move_limit": 0.0, "weight_limit": 2.0})
     assert {row[0]: row[1:] for row in summary(ours, run)}["updates limited"][0] == "1 of 4 (weight_limit 2)"
 
