@@ -48,7 +48,7 @@ def test_boards_that_mask_give_the_model_of_a_simulation_that_does_not(tmp_path:
 
     devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS]
     model = import_onnx(digits_model(), "model")
-    plain = Experiment("plain", job, model, devices, (data.x, data.y), data.calibration)
+    plain = Experiment("plain", replace(job, most_samples=1), model, devices, (data.x, data.y), data.calibration)
     simulation = Simulation(plain, BlobStore(tmp_path / "blobs", durable=False))
     simulation.run()
     assert [r.model for r in record.rounds] == [r.model for r in simulation.record().rounds]

@@ -146,8 +146,9 @@ class Simulation:
                 "simulation: job.secure_aggregation",
                 expected="false",
                 got="true",
-                hint="Simulate the job without it, with move_limit = 0: the model is the same bit for bit. With "
-                "compression = 'int8' it differs by what codes round.",
+                hint="Simulate the job without it, with move_limit = 0 and, since masked boards count alike, "
+                "most_samples = 1: the model is the same bit for bit. With compression = 'int8' it differs by what "
+                "codes round.",
             )
         shared = experiment.weather.multicast
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, slabs=shared)
