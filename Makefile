@@ -40,7 +40,7 @@ export MPLBACKEND = Agg
 .PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky coverage audit docs soak acceptance home-assistant first-boot manifests release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
-	@echo "running the demo: about a minute"
+	@echo "running the demo: a minute or more, by the cores that are free"
 	@$(VENV)/bin/fedprune-server demo --out demo-run
 
 # Some four minutes: the quick tests of the push ring, by tests/push_ring.json. Many wait for threads, so four run at once on two cores.
@@ -95,6 +95,7 @@ check: $(DEV)/installed
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports --no-cache
 	$(DEV)/bin/python tests/support/push_ring.py check
+	$(DEV)/bin/python -m manual --check
 
 # What is shipped, looked at by bandit, and the versions of constraints.txt, asked of the advisories' service: needs a network.
 # A finding that is none has a comment of its own in its line, which says why.
@@ -178,8 +179,10 @@ first-boot: $(DEV)/installed
 $(VENV)/installed: $(SOURCES)
 	@echo "making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "installing fedprune and what a server and a board need into $(VENV): a minute or two"
-	@if [ -t 1 ]; then $(VENV)/bin/$(PIP:-q=) '.[board,server]'; else $(VENV)/bin/$(PIP) '.[board,server]'; fi
+	@echo "installing fedprune and what a server and a board need into $(VENV)"
+	@if [ -t 1 ]; then $(VENV)/bin/$(PIP:-q=) --no-compile '.[board,server]'; else $(VENV)/bin/$(PIP) --no-compile '.[board,server]'; fi
+	@# Ours at once: six boards of the demo would compile the same modules beside each other.
+	@$(VENV)/bin/python -m compileall -q $(VENV)/lib/python3*/site-packages/fedprune*
 	@touch $@
 
 $(DEV)/installed: pyproject.toml constraints.txt

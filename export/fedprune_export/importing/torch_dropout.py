@@ -255,7 +255,7 @@ class _Exported(_Dropouts):
 def _recorded(torch: Any, module: Any, samples: Sequence[Any]) -> _Recorded:
     record = _Recorded(torch)
 
-    class Random(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc, name-defined]
+    class Random(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 name = func.overloadpacket.__name__.strip("_")

@@ -138,11 +138,11 @@ def _add_settings(parser: argparse.ArgumentParser, *, jobs: bool) -> None:
         for f in fields(Job):
             if f.name in _JOB:
                 metavar, text = _JOB[f.name]
-                kind = setting_of(type(f.default))
-                offer(("job", f.name), partial(_add, place=("job", f.name), type=kind, metavar=metavar, help=text))
+                read = setting_of(type(f.default))
+                offer(("job", f.name), partial(_add, place=("job", f.name), type=read, metavar=metavar, help=text))
         text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
-        place = ("job", "schedule", "kind")
-        offer(place, partial(_add, place=place, metavar="KIND", help=text))
+        schedule = ("job", "schedule", "kind")
+        offer(schedule, partial(_add, place=schedule, metavar="KIND", help=text))
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
             if setting.metadata.get("metavar") and (jobs or setting.name not in _OF_JOBS):

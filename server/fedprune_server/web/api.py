@@ -87,7 +87,12 @@ def router(console: Console) -> APIRouter:
 
     @routes.get("/alerts")
     def alerts(request: Request) -> Response:
-        return _page(lambda: view.alerts(**_paging(request), gone=_filters(request, "gone").get("gone") != "no"))
+        def page() -> Page:
+            paging = _paging(request)
+            gone = _filters(request, "gone").get("gone") != "no"
+            return view.alerts(page=paging["page"], size=paging["size"], gone=gone)
+
+        return _page(page)
 
     @routes.get("/logs")
     def logs(request: Request) -> Response:
