@@ -77,7 +77,7 @@ ifeq ($(PYTHON310),)
 	@if [ -n "$$CI" ]; then echo "python3.10 is missing: the board's tests can't run under it"; exit 1; \
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
-	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(UNSYNCED) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once" \
+	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(UNSYNCED) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once and not slow" \
 		tests/toolkit tests/device
 endif
 

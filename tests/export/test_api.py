@@ -39,7 +39,6 @@ def test_a_bundle_of_the_api_is_that_of_the_command(
     assert json.loads((tmp_path / "api" / "report.json").read_text()) == report.to_dict()
 
 
-@pytest.mark.slow
 @pytest.mark.torch
 def test_a_torch_module_is_loaded_as_it_is(tmp_path: Path) -> None:
     model = fx.load(zoo.make("lenet"), name="lenet")

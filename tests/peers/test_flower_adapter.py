@@ -54,7 +54,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.slow
 def test_all_cases_ran(found: dict[str, Any]) -> None:
     assert list(found) == CASES
 

@@ -354,7 +354,6 @@ def test_figures_of_runs_made_by_hand(accuracy):
     assert "1,234 parameters and 5 batch-norm statistics" in " ".join(text.split())
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_run_ends_at_its_target(accuracy, tmp_path):
     _, run = accuracy
@@ -771,7 +770,6 @@ def test_a_changed_strategy_changes_its_own_rows(accuracy):
 
 # At every push the test above looks for modules of rounds, folds and trainers in a row's digest.
 @pytest.mark.soak
-@pytest.mark.slow
 @pytest.mark.parametrize("row", ["fedprune", "pr-fl"])
 @pytest.mark.soak
 def test_all_that_a_run_loads_is_in_the_digest_of_its_code(tmp_path, row):

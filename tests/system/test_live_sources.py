@@ -23,7 +23,7 @@ from support.paths import GRAPHS
 from support.processes.device_process import Field, running
 from support.processes.machine import find_mosquitto, free_port, listens
 
-pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.soak, pytest.mark.system]
 
 RECIPE = Recipe(epochs=2, batch_size=8)
 

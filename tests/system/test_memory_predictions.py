@@ -81,7 +81,6 @@ def test_memory_of_training_adapters_is_predicted() -> None:
 
 # At every push the test above compares predictions with recorded measurements.
 @pytest.mark.soak
-@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize(("base", "batch"), [("int8", 2), ("float16", 16)])
 def test_memory_of_training_adapters_is_predicted_here(

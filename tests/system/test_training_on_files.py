@@ -183,7 +183,6 @@ def save(root: Path, **found: np.ndarray) -> None:
     np.savez(root / "set.npz", **found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "write", "source", "numbers", "words"),
     [
@@ -228,7 +227,6 @@ def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
     assert peaks[many] - peaks[100] < limit
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["file", "set"])
 def test_a_round_on_ten_times_a_boards_memory_is_carried_out_in_it(local: bool, tmp_path: Path) -> None:
     """A board that is offered a round, on a file and on samples that an application added."""

@@ -110,7 +110,6 @@ def test_objects_are_never_unpickled(served: LocalBoard) -> None:
     assert (status, answer["error"]["what"]) == (422, "bytes of object [1]")
 
 
-@pytest.mark.slow
 def test_before_the_first_model_the_board_says_so_and_then_finds_it(local: LocalBoard) -> None:
     with local.serving():
         status, answer = ask(local, request("POST", "/v1/predict", npy(X), Content_Type=NPY))
@@ -371,7 +370,6 @@ class HeldSamples:
         return self._samples.snapshot(*shape)
 
 
-@pytest.mark.slow
 def test_predictions_and_samples_go_on_while_a_round_is_trained(
     local: LocalBoard, graphs: Path, weights: dict[str, Any]
 ) -> None:

@@ -203,7 +203,6 @@ def test_the_kernel_says_who_has_connected(tmp_path: Path) -> None:
         assert http_server._user(port) == -1
 
 
-@pytest.mark.slow
 def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
@@ -212,7 +211,6 @@ def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypat
             assert received(connection) == b""
 
 
-@pytest.mark.slow
 def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
 
@@ -225,7 +223,6 @@ def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pyt
         drip(connection)
 
 
-@pytest.mark.slow
 def test_a_client_that_never_reads_costs_nobody_else_anything(
     served: LocalBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

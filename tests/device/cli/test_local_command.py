@@ -46,7 +46,6 @@ def await_board(board: Board, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
 
 
-@pytest.mark.slow
 def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_path: Path, graphs: Path) -> None:
     local = LocalBoard(tmp_path, graphs)
     local.install(3)

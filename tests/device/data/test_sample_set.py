@@ -509,7 +509,6 @@ def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path)
         shutil.rmtree(root)
 
 
-@pytest.mark.slow
 def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,6 @@ def test_samples_that_are_large_on_the_disk_take_hardly_any_memory(tmp_path: Pat
     assert list((tmp_path / "state").rglob("*")) == []  # a copy has no name, and goes with the process
 
 
-@pytest.mark.slow
 @pytest.mark.once
 def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "many.py").write_text(

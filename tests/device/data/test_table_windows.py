@@ -129,7 +129,6 @@ def test_of_many_windows_some_all_over_the_file_are_taken_and_hold_no_memory(tmp
 
 # At every push `test_training_on_files.py` trains on such a table, and the test above holds windows in no memory.
 @pytest.mark.soak
-@pytest.mark.slow
 def test_a_table_ten_times_as_large_as_its_memory_is_read_in_it(tmp_path: Path) -> None:
     path, columns, limit = tmp_path / "a.csv", 50, 2 * 2**20
     rows = 10 * limit // (4 * columns)

@@ -39,7 +39,6 @@ def promised() -> list[str]:
     return re.findall(r"^    ok    (.*)$", page, re.MULTILINE)
 
 
-@pytest.mark.slow
 def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> None:
     done = run(bundle)
     lines = done.stdout.splitlines()
@@ -58,7 +57,6 @@ def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> N
     assert done.returncode == 1
 
 
-@pytest.mark.slow
 def test_an_engine_that_computes_something_else_is_no_success(board: EngineBoard, bundle: Path) -> None:
     board.set(wrong=True)
     lines = run(bundle).stdout.splitlines()

@@ -112,7 +112,6 @@ def test_the_timing_cache_of_another_device_is_not_bent(board: EngineBoard, monk
     assert all("known=0" in b for b in board.builds)
 
 
-@pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize(("refit_s", "rebuild_s", "way"), [(1.0, 2.0, REFIT), (2.0, 1.0, REBUILD)])
 def test_each_way_is_measured_once_and_then_the_faster_one_taken(
@@ -134,7 +133,6 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
     assert selector.facts["way"] == way
 
 
-@pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize(
     "setting", marked(["refitted_wrong", "refit_refused", "missing", "no_refitter"], soak=["refit_refused", "missing"])
@@ -232,7 +230,6 @@ def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineB
     assert "contradicts" in selector.status
 
 
-@pytest.mark.slow
 def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -> None:
     board.set(out_of_memory=True)
     for seed in range(MOST_FAILURES + 2):

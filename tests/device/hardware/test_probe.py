@@ -38,7 +38,6 @@ def python(tmp_path: Path, script: str) -> str:
     return str(path)
 
 
-@pytest.mark.slow
 def test_a_probe_measures_this_machine() -> None:
     report = probe(seconds=0.1, layer_seconds=2.0)
     assert report.cores == len(os.sched_getaffinity(0))
@@ -67,7 +66,6 @@ def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, k
     assert (float(done.stdout) < 10e6) is kept
 
 
-@pytest.mark.slow
 def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "layer_times.json"
     with RuntimeProcess() as runtime:
@@ -140,7 +138,6 @@ def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
         assert runtime._process is None
 
 
-@pytest.mark.slow
 def test_layers_are_measured_by_the_given_clock() -> None:
     ticks = iter(range(10**6))
     found = measure(seconds=0.0, clock=lambda: float(next(ticks)))
@@ -150,14 +147,12 @@ def test_layers_are_measured_by_the_given_clock() -> None:
     assert len(found) == 2 * len(LayerNets().points)
 
 
-@pytest.mark.slow
 def test_a_slow_board_measures_everything_where_there_is_time() -> None:
     ticks = itertools.count()
     found = measure(seconds=1e6, clock=lambda: float(next(ticks)))
     assert len(found) == 2 * sum(map(len, LayerNets().points.values()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [20.0, 150.0])
 def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds: float) -> None:
     ticks = itertools.count()

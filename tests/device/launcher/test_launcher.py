@@ -93,7 +93,6 @@ def test_a_release_that_is_healthy_stays_and_gets_all_arguments(board: ReleaseIn
     assert board.home.whole("b").version == 2, "running it left nothing in its slot"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("app", "reason"), BAD.items(), ids=BAD.values())
 def test_a_release_that_is_no_good_is_rolled_back_by_itself(
     board: ReleaseInstaller, tmp_path: Path, app: str, reason: str
@@ -208,7 +207,6 @@ def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(
     assert (state.phase, state.left, state.trouble) == (TRIAL, 1, "killed by SIGTERM before it was healthy")
 
 
-@pytest.mark.slow
 def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(
     board: ReleaseInstaller, tmp_path: Path
 ) -> None:

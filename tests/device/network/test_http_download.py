@@ -224,7 +224,6 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
     assert store.partial(REF).count == 8
 
 
-@pytest.mark.slow
 def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

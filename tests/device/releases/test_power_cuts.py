@@ -126,7 +126,6 @@ def operations(board: Board) -> list[str]:
 # At every push the tests below cut at random operations and in the first installation, `test_release_updates.py` in
 # updates that are downloaded.
 @pytest.mark.soak
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("how", ["lacks an instruction", "crashes at import", "never reaches the broker"])
 def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
@@ -151,7 +150,6 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
         shutil.rmtree(board.home.root)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_cut_at_any_write_of_the_first_installation_leaves_it_to_be_done_again(
     releases: dict[int, Path], tmp_path: Path, kind: str

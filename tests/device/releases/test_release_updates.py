@@ -397,7 +397,6 @@ def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, t
     assert syncs[0] == syncs[1] <= 31
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     ("kind", "part"),

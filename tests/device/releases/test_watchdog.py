@@ -98,7 +98,6 @@ def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert outcome(board.home) == UpdateOutcome(2, ROLLED_BACK, "its time is over"), "too late"
 
 
-@pytest.mark.slow
 def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: Path, tmp_path: Path) -> None:
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()

@@ -296,7 +296,6 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
     assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_path: Path, kind: str) -> None:
     kits = board.kits("int8")

@@ -343,7 +343,6 @@ def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: 
         assert own.read() == {"a": b"first", "b": b"second"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True])
 def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
     tmp_path: Path, graphs: Path, data: LocalData, first: bool

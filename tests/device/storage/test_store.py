@@ -125,7 +125,6 @@ def test_a_death_at_any_write_leaves_the_state_before_or_after_it(tmp_path: Path
             assert snapshot(again) in (states[done], states[done + 1]), (at, done)
 
 
-@pytest.mark.slow
 def test_a_full_disk_at_any_write_loses_nothing_and_the_write_can_be_repeated(tmp_path: Path, graphs: Path) -> None:
     states, writes = undisturbed(tmp_path / "dry", graphs)
     for at in range(1, writes + 1):

@@ -447,7 +447,6 @@ def state_of(root: Path) -> tuple[str, Update | None, Any]:
         return record.weights, store.pending, store.task
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_cut_at_any_write_leaves_the_old_or_the_new_model_and_the_update_that_waits(
     board: Board, data: LocalData, kind: str

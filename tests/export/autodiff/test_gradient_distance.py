@@ -90,7 +90,6 @@ def batches(shape: tuple[int, ...]) -> list[tuple[Any, Any]]:
     return [(rng.standard_normal((n, *shape)).astype(np.float32), rng.integers(0, 3, n)) for n in SIZES]
 
 
-@pytest.mark.slow
 def test_frozen_tensors_have_no_gradients_and_those_that_cancel_are_measured_by_the_others() -> None:
     torch.manual_seed(0)
     net = Net()

@@ -17,7 +17,7 @@ from fedprune_export.importing import export_torch, import_onnx
 from support.oracles.cutting import outputs
 from support.oracles.gradient_distance import Trained, torchs_gradients
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 F = torch.nn.functional
 Function = Callable[[torch.Tensor], torch.Tensor]

@@ -226,7 +226,6 @@ def test_what_can_not_be_converted_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["lenet", "concat_net"])
 def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> None:
@@ -250,7 +249,6 @@ def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(after, before)
 
 
-@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["lenet", "concat_net"])
 def test_a_whole_module_computes_what_the_submodel_computes(
@@ -273,7 +271,6 @@ def test_a_whole_module_computes_what_the_submodel_computes(
     assert distance(found, logits(folder / "inference.onnx", x.numpy())) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.torch
 def test_a_layer_norm_over_lost_channels_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = exported("support.nets.device_nets:vision_transformer", tmp_path / "b", "--density", "0.5")

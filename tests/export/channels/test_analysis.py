@@ -20,7 +20,6 @@ Imported = Callable[[str], Model]
 F32 = np.dtype(np.float32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MARKED)
 def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -> None:
     model, module = imported(name), zoo.make(name)
@@ -51,7 +50,6 @@ def test_kinds_follow_use(imported: Imported) -> None:
     assert kinds["fc.bias"] is TensorKind.BIAS
 
 
-@pytest.mark.slow
 def test_input_and_classes_stay(imported: Imported) -> None:
     for name in zoo.NETS:
         architecture = imported(name).architecture

@@ -39,7 +39,6 @@ class Sequences(nn.Module):
         return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gates", "both"),
     [
@@ -80,7 +79,6 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
     assert pool.makes.size((3, *sizes[1:]), sizes) == 3 * 12 * 12
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gates", "kept"), [pytest.param(nn.GRU, 3, 4, marks=pytest.mark.soak), (nn.LSTM, 4, 6)]
 )

@@ -303,7 +303,6 @@ def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None
         parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
 
 
-@pytest.mark.slow
 def test_damage_that_the_manifest_agrees_with_never_surprises(
     files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,7 +49,6 @@ def test_the_recipe_says_what_is_measured(bundle: Path, capsys: pytest.CaptureFi
     assert rows[2]["predicted"] == {"seconds": None, "peak_bytes": None}
 
 
-@pytest.mark.slow
 def test_batches_and_threads_are_chosen(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(bundle), "--runs", "1", "--batch", "2,3", "--threads", "1,2"]) == ExitCode.OK
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())

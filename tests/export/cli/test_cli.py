@@ -310,7 +310,6 @@ def test_a_terminal_sees_what_is_being_done(
     assert told[-1] == "exporting for raspberry-pi-5 (1 of 1)"
 
 
-@pytest.mark.slow
 @pytest.mark.system
 def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
     done = without("torch", lenet_file, tmp_path / "b")

@@ -113,7 +113,6 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0][:, -1])
 
 
-@pytest.mark.slow
 @pytest.mark.torch
 def test_of_a_loop_what_is_inside_is_told() -> None:
     model = import_onnx(export_torch(Recurrent(), input_shape=(7, 5)), "series")

@@ -80,7 +80,6 @@ def printed(folder: Path) -> dict[str, list[str]]:
     return out
 
 
-@pytest.mark.slow
 def test_all_commands_of_the_page_run(printed: dict[str, list[str]]) -> None:
     assert {c.split()[0] for c in printed} >= {"digits.onnx", *COMMANDS}
 

@@ -290,7 +290,6 @@ def test_a_very_long_name_is_refused_in_few_words() -> None:
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.slow
 def test_thousands_of_operators_are_fine() -> None:
     steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(3000)]
     first, last = helper.make_node("Gemm", ["x", "w"], ["h0"]), helper.make_node("Identity", ["h3000"], ["y"])

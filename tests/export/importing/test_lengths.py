@@ -308,7 +308,6 @@ def dynamic_file(path: Path) -> Attention:
     return module
 
 
-@pytest.mark.slow
 def test_an_onnx_file_with_a_free_axis_computes_what_the_module_does(tmp_path: Path) -> None:
     module, x = dynamic_file(tmp_path / "net.onnx"), floats(len(OWN), 5, MOST)
     model = fx.load(tmp_path / "net.onnx", input_shape=Attention.input_shape)

@@ -44,7 +44,6 @@ def test_exporting_twice_gives_the_same_bytes(lenet_bytes: bytes) -> None:
     assert export_torch(nets.lenet()) == lenet_bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
 def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
     model = imported(name)
@@ -63,7 +62,6 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert [g.size for g in model.architecture.groups] == [5]
 
 
-@pytest.mark.slow
 def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(nn.Module):
         input_shape = (12,)
@@ -217,7 +215,6 @@ def test_torch_prints_nothing_of_a_failed_export(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "convolution",
     [nn.Conv3d(2, 6, 3, bias=False), nn.Conv3d(2, 6, 3, 2, 1, 1, 2, bias=False), nn.Conv3d(2, 6, 2, padding="same")],
@@ -324,7 +321,6 @@ def test_control_flow_is_refused() -> None:
         import_onnx(_branches(["no"]), "net")
 
 
-@pytest.mark.slow
 @pytest.mark.system
 def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
     """A server imports the stored file again after a restart."""

@@ -57,7 +57,6 @@ def imported(module: nn.Module) -> Model:
     return import_onnx(export_torch(module), "net")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [nets.lenet, pytest.param(nets.resnet20_bn, marks=pytest.mark.soak), nets.concat_net,
                                   lambda: nets.seeded(Mixed())],
                          ids=["lenet", "resnet20", "concat", "mixed"])  # fmt: skip

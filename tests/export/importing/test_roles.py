@@ -96,7 +96,6 @@ def test_a_computed_kernel_is_a_weight_and_a_layer(how: str) -> None:
         assert cut_error(model, random_selection(model, 0.5, seed=i)) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [
@@ -180,7 +179,6 @@ def test_with_a_list_nothing_is_guessed() -> None:
     assert not any("--parameters" in n for n in model.notes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [nets.lenet, nets.resnet20_bn])
 def test_biases_of_layers_are_no_guesses(make: Callable[[], nn.Module]) -> None:
     assert not any("--parameters" in n for n in import_onnx(bare(make()), "net").notes)

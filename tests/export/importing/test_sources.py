@@ -62,7 +62,6 @@ def two_names() -> tuple[TwoNames, Model]:
     return module, import_onnx(export_torch(module), "net")
 
 
-@pytest.mark.slow
 def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[TwoNames, Model]) -> None:
     module, model = two_names
     norms = {"norm.running_mean", "norm.running_var"}
@@ -174,7 +173,6 @@ def test_identifiers_as_input(example: bool) -> None:
     assert (drawn.min(), drawn.max()) == (0, 36)
 
 
-@pytest.mark.slow
 @zoo.needs_timm
 def test_a_network_of_timm_by_name() -> None:
     model = load("timm:test_resnet", input_shape=(1, 32, 32))
@@ -187,7 +185,6 @@ def test_a_network_of_timm_by_name() -> None:
 
 # At every push the test above loads a network of timm.
 @pytest.mark.soak
-@pytest.mark.slow
 @zoo.needs_timm
 @pytest.mark.parametrize("broken", [pytest.param(False, id="missing"), pytest.param(True, id="broken")])
 def test_networks_of_timm_load_without_torchvision(tmp_path: Path, broken: bool) -> None:

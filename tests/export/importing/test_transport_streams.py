@@ -121,7 +121,6 @@ def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None
     np.testing.assert_allclose(got["table.weight"], whole["table.weight"] @ table, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "found"),
     [

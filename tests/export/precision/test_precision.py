@@ -135,7 +135,6 @@ def operators(path: Path, optimised: Path) -> Counter[str]:
     return Counter(n.op_type for n in onnx.load(optimised, load_external_data=False).graph.node)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("exact", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_int8_is_exact_if_asked_on_any_processor(exact: bool) -> None:
     """On an emulated x86 processor without VNNI, where the kernels saturate."""
@@ -150,7 +149,6 @@ def test_int8_is_exact_if_asked_on_any_processor(exact: bool) -> None:
     assert (float(done.stdout) == WIDE_SUM) == exact
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision", "density"),
     [
@@ -188,7 +186,6 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
     assert sum(n.op_type == "BatchNormalization" for n in graph.node) == left
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     marked(

@@ -97,7 +97,6 @@ def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFix
     assert passed["int8"].endswith(" tensors are those of the weights; logits of random samples are finite")
 
 
-@pytest.mark.slow
 def test_bench_times_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--runs", "1", "--batch", "2", "--target", "raspberry-pi-5", "--json")
     assert main(["bench", str(folder / "bundle"), *options]) == ExitCode.OK

@@ -51,7 +51,6 @@ def with_weights(model: Model, weights: Tensors) -> Model:
     return replace(model, graph=graph)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_the_cut_net_predicts_what_the_masked_one_does(model: Model, seed: int) -> None:
     mask, weights = masked(model, seed)

@@ -51,7 +51,6 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     return import_onnx(exported(name), name, prefer=prefer)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.at_push(9)
 def test_the_import_computes_what_torch_computes(name: str) -> None:

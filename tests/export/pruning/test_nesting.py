@@ -41,7 +41,6 @@ def first_channels(model: Model, density: float) -> Selection:
     return Selection.of(model.architecture, widths_at(model.architecture, density), [np.arange(n) for n in sizes])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MARKED)
 def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -> None:
     given, model = imported(name), started(imported(name))
@@ -54,7 +53,6 @@ def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -
     assert distance(outputs(cut(given, first_channels(given, 0.25)), x), whole) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MARKED)
 def test_only_weights_of_pairs_that_wider_models_alone_have_are_silent(imported: Imported, name: str) -> None:
     model = imported(name)
@@ -95,7 +93,6 @@ class Heads(nn.Module):
         return (heads @ self.weight).transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (6, 6))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "silent"),
     [
@@ -145,7 +142,6 @@ def described(net: nn.Module) -> Model:
     return import_onnx(export_torch(net), "net")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [*(pytest.param(k, marks=pytest.mark.soak) for k in (nets.VGG11, nets.ResNet20)), nets.ConcatNet]
 )
@@ -163,7 +159,6 @@ def test_a_model_without_normalisations_does_not_count_as_just_made(steps: int) 
     assert not just_made(model.architecture, model.tensors)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "made"), [(0.0, True), pytest.param(0.5, False, marks=pytest.mark.soak)])
 def test_blocks_may_begin_as_if_they_were_not_there(scale: float, made: bool) -> None:
     net = fresh(nets.ResNet20)
@@ -173,7 +168,6 @@ def test_blocks_may_begin_as_if_they_were_not_there(scale: float, made: bool) ->
     assert just_made(model.architecture, model.tensors) is made
 
 
-@pytest.mark.slow
 def test_trained_statistics_alone_tell_that_a_model_was_trained() -> None:
     net = fresh(nets.ResNet20).train()
     net(torch.randn(4, 3, 32, 32))

@@ -165,7 +165,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 @pytest.mark.at_push(3)
 def test_groups_are_the_same(name: str) -> None:
@@ -173,7 +172,6 @@ def test_groups_are_the_same(name: str) -> None:
     assert our_groups(whole_models.imported(name).architecture, module) == their_groups(module)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> None:
     model, x = whole_models.imported(name), whole_models.samples(name, 6)
@@ -182,7 +180,6 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
     assert distance(outputs(cut(model, selection), x), expected) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", marked(DIFFERENT, soak=["swin", "feature_pyramid", "padded_shortcuts", "mlp_mixer", "grouped"])
 )
@@ -194,7 +191,6 @@ def test_differences_are_the_known_ones(name: str) -> None:
     assert lines(theirs - ours) == sorted(known.theirs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(DIFFERENT, soak=["swin"]))
 @pytest.mark.at_push(4)
 def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
@@ -253,7 +249,6 @@ def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> N
     assert distance(outputs(cut(model, selection), x), outputs_of(module, x)) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", marked(REFUSED, soak=["gru"]))
 def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
@@ -262,7 +257,6 @@ def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
     assert whole_models.imported(name).architecture.groups
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(UNSEEN, soak=["encoder"]))
 def test_channels_that_torch_pruning_does_not_list(name: str) -> None:
     module = MODELS[name].make()

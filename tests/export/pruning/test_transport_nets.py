@@ -25,7 +25,6 @@ OTHERS = ("vision_transformer", "tied_language_model")
 LONG = ("vgg11_bn", "resnet20_bn")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", marked((*ALIKE, *OTHERS), soak=(*LONG, "vision_transformer")))
 @pytest.mark.at_push(2)
 def test_submodels_and_updates_have_the_shapes_that_are_asked_for(name: str) -> None:

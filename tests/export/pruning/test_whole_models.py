@@ -35,7 +35,7 @@ LONG = (
 """Torch takes 3 to 13 seconds to export one, or another network or test has the same wiring."""
 
 
-NAMES = marked((*OURS, *TASKS, *LARGE), soak=(*LARGE, *LONG), slow=(*HEAVY, *TASKS))
+NAMES = marked((*OURS, *TASKS, *LARGE), soak=(*LARGE, *LONG))
 BOUND = 1e-5
 DENSITIES = (0.25, 0.5, 0.75, 0.001)
 BATCHES = (2, 6)
@@ -47,7 +47,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.at_push(6)
 def test_the_import_computes_what_the_module_computes(name: str) -> None:
@@ -96,7 +95,6 @@ def test_what_stays_is_named(name: str) -> None:
         assert any(text in note for note in model.notes), text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "prefer"),
     marked(

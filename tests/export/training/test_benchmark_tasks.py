@@ -15,7 +15,7 @@ from support.nets import benchmark_tasks
 from support.oracles.cutting import random_selection
 from support.oracles.gradient_distance import TENSOR, Trained, norm, torchs_gradients
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 BATCHES, SIZE = 5, 4
 

@@ -80,7 +80,6 @@ def most(graph: Graph, sizes: dict[str, int]) -> int:
     return max(live_bytes(execution_order(graph), sizes, [p.name for p in graph.outputs]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "density"),
     [
@@ -103,7 +102,6 @@ def test_the_same_numbers_in_less_memory(models: dict[str, Model], kind: str, de
     assert found.live_bytes < 0.8 * most(graph, dict(sizes.bytes))
 
 
-@pytest.mark.slow
 def test_onnxruntime_runs_every_second_computation_late(models: dict[str, Model], tmp_path: Path) -> None:
     """What runs, in which order, is what the memory was reckoned from: nothing was merged, nothing runs early."""
     import json
@@ -165,7 +163,6 @@ def test_no_more_is_computed_again_than_the_limit_needs(
     assert found.work <= most_work(batch) + 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
     model = models["batch"]
@@ -195,7 +192,6 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> None:
     model = models["group"]

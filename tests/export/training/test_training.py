@@ -279,7 +279,6 @@ def normalised() -> bytes:
     return export_torch(seeded(Normalised(0.1, 0.1)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [-0.5, 1.5, float("nan")])
 def test_a_momentum_that_is_no_share_is_refused(normalised: bytes, momentum: float) -> None:
     proto = onnx.load_model_from_string(normalised)

@@ -129,7 +129,6 @@ def test_a_full_disk_is_said_and_what_was_there_stays(volume: Path, tmp_path: Pa
     fsck_fat(volume)
 
 
-@pytest.mark.slow
 def test_many_files_make_a_folder_grow_and_the_root_of_small_ones_full(volume: Path) -> None:
     fat, region = opened(volume)
     names = [f"a longer name for file number {i}.txt" for i in range(150)]

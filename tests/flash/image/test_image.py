@@ -124,7 +124,6 @@ def passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPRUNE_WIFI_PASSWORD", PHRASE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", sorted(BOOTS))
 def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     scheme: str, make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path, capsys: Capture
@@ -368,7 +367,6 @@ def test_the_power_may_fail_while_the_first_boots_script_ends(
         assert done == ["sync", "sed", "sync", "mv", "sync", "rm", "sync"]
 
 
-@pytest.mark.slow
 def test_the_kit_in_an_image_installs(
     make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path
 ) -> None:
@@ -445,7 +443,6 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrong", sorted(WRONG))
 @pytest.mark.at_push(8)
 def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
@@ -618,7 +615,6 @@ def test_ext4_is_read_as_debugfs_reads_it(tmp_path: Path, block: int, features: 
         assert not ext4.exists("/nothing")
 
 
-@pytest.mark.slow
 def test_only_a_kit_of_the_server_goes_into_an_image(
     make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path, capsys: Capture
 ) -> None:

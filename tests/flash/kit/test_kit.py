@@ -62,7 +62,6 @@ def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
     assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
 
 
-@pytest.mark.slow
 def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
     assert make_kit("a").digest == make_kit("b").digest
 
@@ -76,7 +75,6 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
         open_kit(kit.folder)
 
 
-@pytest.mark.slow
 def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone(
     make_kit: MakeKit, tmp_path: Path
 ) -> None:

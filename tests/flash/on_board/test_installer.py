@@ -393,7 +393,6 @@ NEXT = SigningKey.make()  # what replaced the server's key
 SUCCESSION = Succession.make("lab", KEY, NEXT.verifying).hex
 
 
-@pytest.mark.slow
 def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root, kit = tmp_path / "root", newer(make_kit, tmp_path, wheels)
     root.mkdir()
@@ -416,7 +415,6 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
     assert serving(root) == KitFolder(kit).runtime
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.soak
 def test_the_power_may_fail_while_a_board_changes_its_server(
@@ -453,7 +451,6 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
         assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
 
 
-@pytest.mark.slow
 def test_a_second_cut_leaves_what_the_first_one_installed(
     make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
 ) -> None:
@@ -504,7 +501,6 @@ def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_inst
     assert program(root, "x") == "fedprune x\n"
 
 
-@pytest.mark.slow
 def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: Path, tmp_path: Path) -> None:
     root, plain = tmp_path / "root", make_kit("plain", signer=None).folder
     root.mkdir()
@@ -654,7 +650,6 @@ def with_service(root: Path) -> Path:
     return root / "run/up"
 
 
-@pytest.mark.slow
 def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -674,7 +669,6 @@ def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Pa
     assert run(make_kit("again").folder, root).returncode == 0
 
 
-@pytest.mark.slow
 def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -686,7 +680,6 @@ def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_p
     assert up.exists()
 
 
-@pytest.mark.slow
 def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -699,7 +692,6 @@ def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit,
     assert snapshot(root / "opt") == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGHUP, signal.SIGINT))]
 )
@@ -735,7 +727,6 @@ def test_an_installer_that_is_told_to_end_leaves_a_board_running(
     assert up.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Path, kind: str) -> None:
     root, cut = tmp_path / "root", tmp_path / "cut"
@@ -756,7 +747,6 @@ def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Pa
         shutil.rmtree(cut)
 
 
-@pytest.mark.slow
 def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
     make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
 ) -> None:

@@ -17,7 +17,7 @@ from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.ssh_boards import SYSTEMCTL
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.slow]
+pytestmark = pytest.mark.system
 
 SCRIPT = """\
 set -e

@@ -75,7 +75,6 @@ def first_answer() -> None:
         link.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_whatever_a_board_says_is_an_error_of_one_line(name: str, fake: Fake) -> None:
     script, words = SCRIPTS[name]
@@ -222,7 +221,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedprune_flash.ssh.connection._ANSWER_S", 1.0)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_a_board_that_stops_reading_holds_up_nobody(fake: Fake) -> None:
     fake(f"{HELLO}; exec sleep 600")
@@ -234,7 +232,6 @@ def test_a_board_that_stops_reading_holds_up_nobody(fake: Fake) -> None:
         link.close()
 
 
-@pytest.mark.slow
 def test_an_installer_that_speaks_for_ever_is_left(fake: Fake) -> None:
     fake(HELLO + '; while sleep 0.05; do echo \'fedprune: {"line": "x"}\'; done')
     link = BoardLink(ROW, accept_new=False)

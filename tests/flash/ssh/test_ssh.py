@@ -119,7 +119,6 @@ def signalled(made: Boards, number: signal.Signals, enough: int, words: list[str
 
 # At every push the next test passes over what is done, and `test_inventory.py` gives each board a claim of its own.
 @pytest.mark.soak
-@pytest.mark.slow
 @pytest.mark.parametrize(("boards", "enough"), [(7, 3), (40, 6)])
 def test_boards_are_installed_by_one_command_that_may_be_killed(
     tmp_path: Path, kit: Path, boards: int, enough: int
@@ -158,7 +157,6 @@ def done(journal: Path) -> set[str]:
     return {name for name, entry in boards.items() if entry["state"] == "done"}
 
 
-@pytest.mark.slow
 def test_what_is_done_is_passed_over_unless_something_changes(
     boards: Boards, kit: Path, capsys: Capture, make_kit: MakeKit
 ) -> None:
@@ -189,7 +187,6 @@ def test_what_is_done_is_passed_over_unless_something_changes(
     )
 
 
-@pytest.mark.slow
 def test_a_dry_run_looks_and_changes_nothing(boards: Boards, kit: Path, tmp_path: Path, capsys: Capture) -> None:
     inventory = boards.inventory()
     before = [snapshot(b.root) for b in boards.boards]
@@ -204,7 +201,6 @@ def test_a_dry_run_looks_and_changes_nothing(boards: Boards, kit: Path, tmp_path
     assert re.findall(r"copying (\d+) of", "".join(capsys.readouterr())) == planned
 
 
-@pytest.mark.slow
 def test_removal_is_the_reverse(boards: Boards, kit: Path, capsys: Capture) -> None:
     inventory = boards.inventory()
     before = [snapshot(b.root) for b in boards.boards]
@@ -226,7 +222,6 @@ def test_removal_is_the_reverse(boards: Boards, kit: Path, capsys: Capture) -> N
     assert said.count("all is gone") == 2
 
 
-@pytest.mark.slow
 def test_each_board_says_what_is_wrong_with_it_and_the_others_are_done(
     tmp_path: Path, kit: Path, capsys: Capture
 ) -> None:
@@ -304,7 +299,6 @@ def test_a_board_without_python_or_for_another_key_is_said_so(
         made.stop()
 
 
-@pytest.mark.slow
 def test_a_kit_for_another_board_is_not_copied(
     boards: Boards, make_kit: MakeKit, wheels: Path, capsys: Capture
 ) -> None:
@@ -334,7 +328,6 @@ def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_pa
     assert (board.root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex
 
 
-@pytest.mark.slow
 def test_boards_may_be_installed_without_signatures(boards: Boards, make_kit: MakeKit, tmp_path: Path) -> None:
     board, plain = (
         boards.boards[0],
@@ -350,7 +343,6 @@ def test_boards_may_be_installed_without_signatures(boards: Boards, make_kit: Ma
     assert not (board.root / "opt/fedprune/server.pub").exists()
 
 
-@pytest.mark.slow
 def test_a_board_that_is_another_device_already_is_left_alone(
     boards: Boards, kit: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -363,7 +355,6 @@ def test_a_board_that_is_another_device_already_is_left_alone(
     assert snapshot(boards.boards[0].root) == before
 
 
-@pytest.mark.slow
 def test_claims_that_have_expired_are_replaced_on_demand(boards: Boards, kit: Path, capsys: Capture) -> None:
     board, inventory = boards.boards[0], boards.inventory()
     (board.root / "run").mkdir()
@@ -379,7 +370,6 @@ def test_claims_that_have_expired_are_replaced_on_demand(boards: Boards, kit: Pa
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_on_a_terminal_boards_at_work_are_shown(boards: Boards, kit: Path) -> None:
     near, far = pty.openpty()
     words = [sys.executable, "-m", "fedprune_flash.cli.main", *command(boards.inventory(), kit)]
@@ -400,7 +390,6 @@ def test_on_a_terminal_boards_at_work_are_shown(boards: Boards, kit: Path) -> No
     assert b"Traceback" not in seen
 
 
-@pytest.mark.slow
 def test_the_server_makes_claims_for_the_boards_names(
     boards: Boards, make_kit: MakeKit, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -429,7 +418,6 @@ def test_a_second_run_at_the_same_time_is_refused(boards: Boards, kit: Path, tmp
 
 # At every push `tests/toolkit/core/test_cli.py` ends commands by signals.
 @pytest.mark.soak
-@pytest.mark.slow
 def test_ctrl_c_ends_it_and_nothing_of_it_stays(tmp_path: Path, kit: Path) -> None:
     made = Boards(tmp_path, [f"board-{number}" for number in range(6)])
     try:

@@ -312,7 +312,6 @@ def test_a_server_that_is_still_starting_ends_at_sigterm_as_one_that_runs(
     assert "stopped by SIGTERM" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_server_whose_job_is_finished_says_what_next(
     state: Path, stays: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -405,7 +404,6 @@ def test_settings_are_wrong_before_another_server_is_asked_to_end(
     assert not asked
 
 
-@pytest.mark.slow
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StateFolder(state):
         assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE

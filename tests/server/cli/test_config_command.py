@@ -149,7 +149,6 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
     assert found["server.workers"] == (2, "command line, --workers")
 
 
-@pytest.mark.slow
 def test_a_wrong_option_or_variable_is_named(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

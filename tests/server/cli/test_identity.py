@@ -312,7 +312,6 @@ def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys:
     assert "fedprune-server init" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_signing_key_is_replaced_while_no_server_runs(state: str, tmp_path: Path, capsys: Captured) -> None:
     def shown() -> str:
         assert main(["identity", "--state", state]) == ExitCode.OK
@@ -365,7 +364,6 @@ def test_a_brokers_files_are_listed_as_json(state: str, tmp_path: Path, capsys: 
     assert {Path(name) for name in json.loads(capsys.readouterr().out)} == set(out.iterdir())
 
 
-@pytest.mark.slow
 def test_the_authority_is_replaced_in_two_steps(state: str, tmp_path: Path, capsys: Captured) -> None:
     def run(action: str, *more: str) -> tuple[int, str]:
         code = main(["identity", action, "--state", state, *more])

@@ -42,7 +42,6 @@ def _demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_demo")
 def test_readmes_commands_that_need_no_board_run() -> None:
     ran = set()

@@ -389,7 +389,6 @@ def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsy
         assert "FAIL" not in text
 
 
-@pytest.mark.slow
 def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for enough, judged in ((1, True), (2, False)):  # the second only judges: all rounds are done
@@ -500,7 +499,6 @@ def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, caps
     assert ("lr: expected a number from 0 to 1000, got -0.1" in capsys.readouterr().err) is (code != ExitCode.OK)
 
 
-@pytest.mark.slow
 def test_the_examples_in_python_run(config, tmp_path, monkeypatch, capsys):
     config()
     monkeypatch.chdir(tmp_path)

@@ -109,7 +109,6 @@ def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:
     assert all("How to resolve" in " ".join(p.split()) for p in parts.values())
 
 
-@pytest.mark.slow
 def test_every_error_is_listed_with_its_exit_code() -> None:
     text = (DOCS / "exit-codes.md").read_text()
     parts = dict(re.findall(r"^## (\d+): \w+\n\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))

@@ -204,7 +204,6 @@ def test_a_counted_update_clears_the_strikes(quarantine: Quarantine) -> None:
 # --- honest fleets
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("window", "chunk"), [(32, 4), (MAX_REQUEST, MAX_REQUEST), (MAX_REQUEST, 1)])
 def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
     quarantine: Quarantine, tmp_path: Path, window: int, chunk: int
@@ -247,7 +246,6 @@ def test_chunks_that_come_twice_and_late_were_asked_for(quarantine: Quarantine) 
     assert quarantine.rows() == {}
 
 
-@pytest.mark.slow
 def test_ten_thousand_boards_come_back_at_once(clock: Clock) -> None:
     """Each announces itself twice, repeats its update, asks for all that it was fetching and tells of its progress."""
     quarantine = Quarantine(clock)
@@ -304,7 +302,6 @@ def folded(state: State) -> list[list[str]]:
     return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
-@pytest.mark.slow
 def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     flooding = fleet.air.devices["a"]
     take = flooding.take

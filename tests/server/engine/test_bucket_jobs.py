@@ -81,7 +81,6 @@ def needed(state: Path) -> set[str]:
     return loaded.references()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("events", [4, MIDDLE, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 14))])
 def test_the_database_and_the_bucket_are_enough_to_go_on(
     url: str, tmp_path: Path, finished: State, events: int
@@ -105,7 +104,6 @@ def test_a_cache_of_next_to_nothing_changes_no_bit(
     assert not list((tmp_path / "state" / BLOBS).glob("??/*"))
 
 
-@pytest.mark.slow
 def test_what_the_state_names_is_in_the_bucket_and_later_starts_delete_the_rest(
     at_s3: S3, begun: Path, url: str
 ) -> None:
@@ -116,7 +114,6 @@ def test_what_the_state_names_is_in_the_bucket_and_later_starts_delete_the_rest(
     assert {state.history[0]["model"], state.history[1]["model"]}.isdisjoint(keys(at_s3, url))
 
 
-@pytest.mark.slow
 def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     at_s3: S3, url: str, tmp_path: Path, finished: State
 ) -> None:
@@ -133,7 +130,6 @@ def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     assert wrong(state) == []
 
 
-@pytest.mark.slow
 def test_an_archive_moves_from_bucket_to_bucket_and_back(at_s3: S3, url: str, tmp_path: Path) -> None:
     state, other = tmp_path / "state", f"s3://{at_s3.bucket()}"
     play_job(state, events=2 * MIDDLE, archive=True, keep=1, blobs=url)
@@ -146,7 +142,6 @@ def test_an_archive_moves_from_bucket_to_bucket_and_back(at_s3: S3, url: str, tm
     assert archived <= set(BlobStore(state / BLOBS).names())
 
 
-@pytest.mark.slow
 def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
     before = keys(at_s3, url)
     with pytest.raises(ConfigError, match="blobs of another job"):
@@ -161,7 +156,6 @@ def test_a_first_start_that_broke_off_is_no_other_job(at_s3: S3, url: str, tmp_p
     assert models(play_job(tmp_path / "new", blobs=url)) == models(finished)
 
 
-@pytest.mark.slow
 def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
     at_s3: S3, begun: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: State
 ) -> None:
@@ -185,7 +179,6 @@ def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
     assert models(play_job(begun, blobs=url)) == models(finished)
 
 
-@pytest.mark.slow
 def test_repair_takes_what_is_missing_from_a_backup(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
     back_up(begun, tmp_path / "backup", silent)
     shutil.rmtree(begun / BLOBS)
@@ -196,7 +189,6 @@ def test_repair_takes_what_is_missing_from_a_backup(at_s3: S3, begun: Path, url:
     assert main(["check", "--state", str(begun), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("blobs", [pytest.param("folder", marks=pytest.mark.soak), "elsewhere"])
 def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
@@ -216,7 +208,6 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     assert wrong(tmp_path / "restored") == []
 
 
-@pytest.mark.slow
 def test_a_server_whose_bucket_is_not_there_says_so_in_one_line(
     at_s3: S3, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +242,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> State:
     return Fleet(tmp_path_factory.mktemp("fleet")).run()
 
 
-@pytest.mark.slow
 def test_an_update_is_acknowledged_only_when_the_bucket_has_it(
     at_s3: S3, fleet: Fleet, url: str, expected: State
 ) -> None:
@@ -305,7 +295,6 @@ def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(flee
     ] * 3
 
 
-@pytest.mark.slow
 def test_devices_get_what_is_only_in_the_bucket(fleet: Fleet, tmp_path: Path, expected: State) -> None:
     store = fleet.store
     assert isinstance(store, BucketStore)

@@ -147,7 +147,6 @@ def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next
     assert folded(fleet.run()) == [["b", "c"]] * 3
 
 
-@pytest.mark.slow
 def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) -> None:
     rounds, same, last_words = 3 * GRAPH_ROUNDS, 3, 12
     calm, killed = (Fleet(tmp_path / n, replace(JOB, rounds=rounds), graph_rounds=same) for n in ("calm", "killed"))
@@ -173,7 +172,6 @@ def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) ->
     assert sorted(killed.store.names()) == sorted(calm.store.names())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
 @pytest.mark.parametrize("count", [1, 4, 8, 13, 19])
 @pytest.mark.at_push(5)

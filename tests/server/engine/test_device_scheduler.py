@@ -36,7 +36,6 @@ def compare(loans: DeviceScheduler) -> None:
     assert loans._at_work == {d: j for d, j in loans.lent.items() if runners[j].awaits_part_of(d)}
 
 
-@pytest.mark.slow
 @given(JOBS, st.lists(st.tuples(st.integers(1, 25), st.booleans()), max_size=5), st.booleans())
 @example([{"devices": 2}, {"devices": 2}], [(3, True), (5, False)], True)
 @settings(max_examples=4, deadline=None)

@@ -27,7 +27,6 @@ def folded(state: State) -> list[list[str]]:
     return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
-@pytest.mark.slow
 def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path: Path) -> None:
     jobs = [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)]
     several = SeveralJobs(tmp_path / "several", jobs, "abc")
@@ -39,7 +38,6 @@ def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path:
     assert several.clashes == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
 @pytest.mark.parametrize("count", [2, 9, 23])
 @pytest.mark.at_push(3)
@@ -57,7 +55,6 @@ def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point
     assert several.clashes == []
 
 
-@pytest.mark.slow
 def test_small_jobs_run_side_by_side_each_with_its_share_and_no_device_stands_idle(tmp_path: Path) -> None:
     jobs = [named(JOB, "one", devices=1, rounds=10), named(JOB, "two", devices=1, rounds=10)]
     several = SeveralJobs(tmp_path, jobs, "abcdef")
@@ -101,7 +98,6 @@ def test_devices_hear_of_the_end_when_all_jobs_are_done(tmp_path: Path) -> None:
         assert ends == [len(device.heard) - 2, len(device.heard) - 1]
 
 
-@pytest.mark.slow
 def test_an_asynchronous_job_shares_with_one_in_rounds(tmp_path: Path) -> None:
     schedule = {"kind": "asynchronous", "arrivals": 2}
     stream = named(JOB, "stream", strategy="support.fakes.tiny_job:scheduled", options={"schedule": schedule}, rounds=4)
@@ -211,7 +207,6 @@ def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> No
         further(first, [file])
 
 
-@pytest.mark.slow
 def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Path) -> None:
     jobs = [named(JOB, n, devices=2, rounds=40, deadline_s=100) for n in ("one", "two")]
     several = SeveralJobs(tmp_path, jobs, "abc")

@@ -105,7 +105,6 @@ def messages(name: str) -> st.SearchStrategy[object]:
     )
 
 
-@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(SHORT, st.sampled_from(["a", "b", "x"]).flatmap(lambda n: st.tuples(st.just(n), messages(n))))),
@@ -140,7 +139,6 @@ def test_no_valid_message_ends_the_daemon(
     assert State.from_json(daemon.first.state.to_json()) == daemon.first.state
 
 
-@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["up", "up/blob"]), st.binary(max_size=100)), max_size=10))
 def test_no_bytes_end_the_daemon(tmp_path_factory: pytest.TempPathFactory, said: list[tuple[str, bytes]]) -> None:

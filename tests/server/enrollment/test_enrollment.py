@@ -148,7 +148,6 @@ def test_a_claim_file_is_there_and_holds_one_claim(server: Server, tmp_path: Pat
     assert "holds 3 claims" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_wrong_site_ends_with_the_site_that_was_asked_for(server: Server, tmp_path: Path) -> None:
     board = DeviceIdentity(tmp_path / "board", "elsewhere", "attic")
     with pytest.raises(BrokerError, match=r"site elsewhere .*--site default"):
@@ -185,7 +184,6 @@ def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tm
         pass
 
 
-@pytest.mark.slow
 def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "other", "lab") as other:
         claim = other.claim(None, 3600)
@@ -280,7 +278,6 @@ class Stranger:
 
 
 # paho leaves the socket of a failed handshake to the garbage collector.
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("who", ["new", "with an authority", "member"])
 def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Path, who: str) -> None:

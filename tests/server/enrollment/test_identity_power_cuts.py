@@ -117,7 +117,6 @@ def test_there_is_something_to_cut(tmp_path: Path) -> None:
     server.identity.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_board_joins_and_hears_everything_at_most_once_wherever_the_power_fails(tmp_path: Path, kind: str) -> None:
     whole, server = lives(tmp_path / "whole")

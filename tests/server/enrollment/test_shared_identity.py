@@ -65,7 +65,6 @@ def copied(first: Path, second: Path) -> None:
     shutil.copytree(first / "identity", second / "identity")
 
 
-@pytest.mark.slow
 def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
     tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:

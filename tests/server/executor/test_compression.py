@@ -61,7 +61,6 @@ def uploaded(run: Simulation) -> int:
     return sum(row[1] for notes in run._run.rounds.values() for row in notes.devices.values())
 
 
-@pytest.mark.slow
 def test_every_codec_saves_bytes_and_every_update_counts(simulate: Callable[..., Simulation]) -> None:
     plain = simulate("none")
     plain.run()
@@ -94,7 +93,6 @@ class KillError(Exception):
     """Ends a simulation as a kill does."""
 
 
-@pytest.mark.slow
 def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation]) -> None:
     """What boards keep of what was left out is part of what is saved."""
     whole = simulate("whole", compression="top-k:0.05")
@@ -111,7 +109,6 @@ def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation
     assert again.state.model == whole.state.model
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_an_update_that_a_strategy_goes_on_from_is_read_in_its_codec(simulate: Callable[..., Simulation]) -> None:
     for setting in ("int8", "int4", "top-k:0.05"):
@@ -163,7 +160,6 @@ def downloaded(run: Simulation, since: int) -> int:
     return sum(row[0] for notes in rounds for row in notes.devices.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["magnitude", pytest.param("ordered", marks=pytest.mark.soak)])
 def test_weights_come_as_differences_to_those_that_a_board_holds(
     simulate: Callable[..., Simulation], scorer: str

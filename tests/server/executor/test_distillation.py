@@ -132,7 +132,6 @@ def lagging(model: Model) -> Tensors:
     return half.scatter(Trainer(graph).train(half.gather(model.tensors), data, task).tensors, model.tensors)
 
 
-@pytest.mark.slow
 def test_a_full_width_that_lags_behind_learns_from_its_submodels(digits: Model) -> None:
     start, unlabelled = lagging(digits), X[800:1200]
     measure = Calibration(digits, unlabelled)

@@ -64,7 +64,6 @@ def extracts(worker: Worker) -> list[do.Extract]:
     return [do.Extract(basis, do.Part(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
 
 
-@pytest.mark.slow
 def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
     crew.expect([do.Wake(1.0), *orders])
@@ -74,7 +73,6 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -
     assert all(worker.store.has(g) for g in crew.graphs())
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -> None:
     sliced = Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False), slabs=True)
@@ -99,7 +97,6 @@ def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: Distribute
     assert crew.graphs() & set(found) == set(found[1:])
 
 
-@pytest.mark.slow
 def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(
     worker: Worker, crew: DistributedWorker
 ) -> None:
@@ -114,7 +111,6 @@ def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_help
     assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S3, tmp_path: Path) -> None:
     store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
@@ -132,7 +128,6 @@ def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S
     store.close()
 
 
-@pytest.mark.slow
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:
     order = extracts(worker)[0]
     crew.expect([order])
@@ -150,7 +145,6 @@ def test_an_error_is_the_workers_own(worker: Worker, crew: DistributedWorker) ->
         crew.execute(lost)
 
 
-@pytest.mark.slow
 def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: DistributedWorker) -> None:
     orders = extracts(worker)
     crew.expect(orders)
@@ -226,7 +220,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 def test_a_simulation_with_helpers_gives_the_same_models(tmp_path: Path) -> None:
     settings = {"fleet": boards(tuple(DENSITIES), "raspberry-pi-5"), "density": 0.5, "recipe": JOB.recipe}
     one, two = (digits_simulation(tmp_path / str(n), workers=n, **settings).run() for n in (1, 2))

@@ -28,7 +28,6 @@ def model() -> Model:
     return import_onnx(digits_model(), "digits")
 
 
-@pytest.mark.slow
 def test_only_the_sessions_that_were_asked_for_last_stay_open(model: Model) -> None:
     sessions = Sessions(model, most=3)
     sizes = model.architecture.sizes

@@ -104,7 +104,6 @@ def _answers(parent: int, address: str, settings: WorkerSpec, probe: str, connec
     connection.recv()  # until it is ended
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("address", ["gone", "garbled"])
 @pytest.mark.soak
 def test_whoever_waits_for_a_cluster_that_goes_is_told(
@@ -132,7 +131,6 @@ def _is_silent(parent: int, address: str, settings: WorkerSpec, probe: str, conn
     connection.recv()
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +153,6 @@ def _does(parent: int, address: str, settings: WorkerSpec, probe: str, connectio
         connection.send("as it should")
 
 
-@pytest.mark.slow
 def test_a_task_that_can_not_be_handed_on_fails_alone(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +239,6 @@ def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close
     return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_helper_of_another_machine_works_on_the_bucket_with_a_folder_of_its_own(
     model: Model, at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -377,7 +373,6 @@ def test_a_machine_that_does_not_see_the_blobs_is_named(
                 RayPool(f"ray:{cluster.address}", w)
 
 
-@pytest.mark.slow
 def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     (tmp_path / "model.onnx").write_bytes(digits_model())

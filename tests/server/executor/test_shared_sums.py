@@ -41,7 +41,6 @@ def played(w: Worker | DistributedWorker, folds: list[do.Fold], close: do.Close)
     return w.execute(replace(close, contributions=tuple(good)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("batch", [4, 100])
 def test_sums_of_helpers_have_the_workers_bits(

@@ -350,7 +350,6 @@ def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Pa
     assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])
 
 
-@pytest.mark.slow
 def test_a_round_ends_with_self_distillation_where_strategy_and_samples_allow_it(
     model: Model, federation: Digits, tmp_path: Path
 ) -> None:

@@ -139,7 +139,6 @@ def test_check_looks_at_the_operators(state: Path) -> None:
     assert (found.severity, "delete it and add the operators again" in found.advice) == (Severity.WRONG, True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backup", "backup.tar"])
 def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: str, finished: State) -> None:
     back_up(state, tmp_path / name, silent)
@@ -213,7 +212,6 @@ def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> No
     assert (new / "identity").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("events", range(1, 24, 3))
 def test_a_job_goes_on_to_the_same_models_from_a_backup_of_any_moment(
     tmp_path: Path, events: int, finished: State
@@ -262,7 +260,6 @@ def test_what_is_damaged_in_a_backup_is_written_again_by_the_next(state: Path, t
     assert rows(restored(backup, tmp_path / "new")) == rows(state)
 
 
-@pytest.mark.slow
 def test_backups_of_a_job_that_goes_on_are_each_of_one_moment(tmp_path: Path) -> None:
     state, over = tmp_path / "state", threading.Event()
     play_job(state, events=1, keep=1)
@@ -313,7 +310,6 @@ def dying(work: Callable[[], object], at: int) -> bool:
     return code == 9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backup", pytest.param("backup.tar", marks=pytest.mark.soak)])
 def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path: Path, name: str) -> None:
     backup = tmp_path / name
@@ -334,7 +330,6 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path:
     assert rows(restored(backup, tmp_path / "last")) == after
 
 
-@pytest.mark.slow
 def test_a_first_backup_that_is_killed_is_completed_by_the_next(state: Path, tmp_path: Path) -> None:
     backup, at = tmp_path / "backup", 7
     while dying(lambda: back_up(state, backup, silent), at):
@@ -343,7 +338,6 @@ def test_a_first_backup_that_is_killed_is_completed_by_the_next(state: Path, tmp
     assert rows(restored(backup, tmp_path / "new")) == rows(state)
 
 
-@pytest.mark.slow
 def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
     backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
     back_up(state, backup, silent)
@@ -552,7 +546,6 @@ def test_a_claim_that_was_made_before_the_backup_is_known_after_it(state: Path, 
 # PostgreSQL.
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finished: State) -> None:
     here = tmp_path / "state"
@@ -580,7 +573,6 @@ def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finis
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_restore_to_postgresql_that_is_killed_can_be_done_again(tmp_path: Path, postgres: Postgres) -> None:
     here, at = tmp_path / "state", 1

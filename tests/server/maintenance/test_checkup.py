@@ -85,7 +85,6 @@ def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "events", [pytest.param(n, marks=pytest.mark.soak if n % 4 == 1 else ()) for n in range(1, 24, 2)]
 )
@@ -243,7 +242,6 @@ _LOOK = (
 )
 
 
-@pytest.mark.slow
 def test_a_folder_that_can_not_be_written_to_is_looked_over_and_shown(state: Path) -> None:
     assert not (state / f"{FILE}-wal").exists()
     done = _read_only(state, sys.executable, "-c", _LOOK.format(["status", "check"]), state)
@@ -252,7 +250,6 @@ def test_a_folder_that_can_not_be_written_to_is_looked_over_and_shown(state: Pat
     assert f"{state}: all that its job needs is there and whole" in done.stdout
 
 
-@pytest.mark.slow
 def test_what_a_crashed_server_wrote_last_is_read_where_nothing_can_be_written(state: Path, tmp_path: Path) -> None:
     """With SQLite's files beside the database it is read; without its index, which would have to be made, refused."""
     connection = sqlite3.connect(state / FILE)
@@ -331,7 +328,6 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     assert [f.what for f in found(state) if "notes" not in f.what] == []
 
 
-@pytest.mark.slow
 def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
     state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,7 +339,6 @@ def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
         assert "another server runs" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_what_is_lost(

@@ -871,7 +871,6 @@ def test_a_stored_release_that_no_key_of_the_server_signed_is_not_signed_anew(
     assert caplog.text.count("is not signed by this server") == 1
 
 
-@pytest.mark.slow
 def test_messages_by_a_foreign_key_cause_ever_fewer_births(lab: Lab) -> None:
     pi, forger = lab.boards["pi-1"], SigningKey.make()
     meet(lab.server, pi)

@@ -190,7 +190,6 @@ def pi_2(site: Site) -> DeviceIdentity:
     return site.device("pi-2")
 
 
-@pytest.mark.slow
 @pytest.mark.mosquitto
 def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_1: DeviceIdentity) -> None:
     listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
@@ -210,7 +209,6 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
         assert server.all(1) == [(LAB.servers(), b"3")]
 
 
-@pytest.mark.slow
 @pytest.mark.mosquitto
 def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, pi_2: DeviceIdentity) -> None:
     nonce = "ab" * 16
@@ -244,7 +242,6 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
         assert rogue.all() == []
 
 
-@pytest.mark.slow
 @pytest.mark.mosquitto
 def test_a_user_name_that_a_device_gives_itself_means_nothing(site: Site, pi_1: DeviceIdentity) -> None:
     with (
@@ -398,7 +395,6 @@ def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_ow
     assert not site.refuses(board.context())
 
 
-@pytest.mark.slow
 @pytest.mark.mosquitto
 def test_who_wants_to_join_reaches_its_own_two_topics_only(site: Site, pi_1: DeviceIdentity) -> None:
     mine, other = secrets.token_hex(16), secrets.token_hex(16)

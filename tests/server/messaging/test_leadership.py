@@ -133,7 +133,6 @@ def serving(lab: Lab, name: str, **more: Any) -> tuple[Leadership, End, EpochFil
     return server, end, epochs
 
 
-@pytest.mark.slow
 def test_a_second_server_is_refused_and_one_that_takes_over_ends_the_first(lab: Lab) -> None:
     lost = threading.Event()
     first, _, epochs = serving(lab, "first", stopping=lost)
@@ -149,7 +148,6 @@ def test_a_second_server_is_refused_and_one_that_takes_over_ends_the_first(lab: 
     assert later.next() > epochs.written  # boards take what it says for later
 
 
-@pytest.mark.slow
 def test_a_server_whose_broker_would_end_with_it_is_not_replaced(lab: Lab) -> None:
     first, _, _ = serving(lab, "first", embedded=True)
     for take_over in (False, True):
@@ -163,7 +161,6 @@ def places(server: Leadership) -> list[tuple[str, bool]]:
     return [(Path(c.folder).name, c.leads) for c in server.candidates()]
 
 
-@pytest.mark.slow
 def test_a_server_knows_who_else_was_started_and_who_replaced_it(lab: Lab) -> None:
     first, _, _ = serving(lab, "first")
     assert lab.server("doctor", looks_only=True)[0].others()
@@ -183,7 +180,6 @@ def test_a_server_knows_who_else_was_started_and_who_replaced_it(lab: Lab) -> No
     assert places(third) == []  # the one that it replaced is no news
 
 
-@pytest.mark.slow
 def test_candidates_are_bounded_and_those_of_the_same_lease_are_none(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leadership, "_CANDIDATES", 2)
     first, _, _ = serving(lab, "first", lease="ab" * 16)
@@ -193,7 +189,6 @@ def test_candidates_are_bounded_and_those_of_the_same_lease_are_none(lab: Lab, m
     assert places(first) == [("b", False), ("c", False)]
 
 
-@pytest.mark.slow
 def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:
     first, end, _ = serving(lab, "first")
     old = [raw for raw in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, raw).body), ServerQuery)]
@@ -209,7 +204,6 @@ def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> N
     assert not superseded(first)
 
 
-@pytest.mark.slow
 def test_one_that_was_cut_off_yields_to_a_server_that_has_served_for_long(lab: Lab) -> None:
     first, end, _ = serving(lab, "first")
     end.connected = False
@@ -220,7 +214,6 @@ def test_one_that_was_cut_off_yields_to_a_server_that_has_served_for_long(lab: L
     assert not superseded(second)
 
 
-@pytest.mark.slow
 def test_one_that_has_just_started_yields_to_a_server_that_was_only_slow(lab: Lab) -> None:
     first, end, _ = serving(lab, "first")
     lab.now += 2 * SETTLED_S
@@ -240,7 +233,6 @@ def test_two_that_start_at_once_become_one(lab: Lab) -> None:
     assert sum(superseded(s) for s, _, _ in servers) == 1
 
 
-@pytest.mark.slow
 def test_between_servers_of_one_database_its_lease_decides(lab: Lab) -> None:
     first, _, _ = serving(lab, "first", lease="ab" * 16)
     second, _, _ = serving(lab, "second", lease="ab" * 16)
@@ -253,7 +245,6 @@ def test_between_servers_of_one_database_its_lease_decides(lab: Lab) -> None:
     assert not superseded(second)
 
 
-@pytest.mark.slow
 def test_a_server_of_another_identity_is_not_believed(lab: Lab) -> None:
     first, _, _ = serving(lab, "first")
     lab.now += 2 * SETTLED_S

@@ -43,7 +43,6 @@ def test_a_restart_is_not_waited_for_and_one_that_fails_is_tried_again(caplog: p
     assert [r.levelname for r in caplog.records if "has died" in r.message] == ["WARNING"] * 2
 
 
-@pytest.mark.slow
 def test_a_loop_turns_while_its_broker_is_started_again(tmp_path: Path) -> None:
     fleet, broker = Fleet(tmp_path), Slow()
     daemon = fleet.daemon(broker=broker)

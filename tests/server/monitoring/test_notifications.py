@@ -328,7 +328,6 @@ def test_what_a_relay_refuses(refusal: str, lasting: bool) -> None:
     assert raised.value.lasting is lasting
 
 
-@pytest.mark.slow
 def test_a_notifier_tells_by_all_ways_and_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notifications, "_LOOK_S", 0.01)
     monkeypatch.setattr(notifications, "_BEAT_S", 0.05)
@@ -458,7 +457,6 @@ def test_what_is_no_address_is_not_shown() -> None:
     assert "s3cret" not in shown_url("s3cret")
 
 
-@pytest.mark.slow
 def test_a_test_notification_is_sent_and_its_result_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["alerts", "test", "--state", str(tmp_path / "state")]
     assert main(words) == ExitCode.CONFIG

@@ -109,7 +109,6 @@ class UpdatedFleet(Fleet):
             return rollout()
 
 
-@pytest.mark.slow
 def test_a_job_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path) -> None:
     calm = Fleet(tmp_path / "calm").run()
     fleet = UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))

@@ -398,7 +398,6 @@ class CrashError(Exception):
 
 # At every push `test_back.py` lets a server die at some of the messages, and other tests here restart one.
 @pytest.mark.soak
-@pytest.mark.slow
 def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> None:
     count = 0
     for at in range(1, 40):

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-import pytest
-
 from fedprune_server.process.child_process import BACKOFF_S, MAX_SHORT_RUNS, ChildProcess, RestartedProcess
 from support.waiting import until
 
@@ -19,7 +17,6 @@ def restarted(program: str) -> RestartedProcess[bytes]:
     return RestartedProcess(lambda: ChildProcess([sys.executable, "-c", program], "a child", read), "a child", stop_s=5)
 
 
-@pytest.mark.slow
 def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
     child = restarted("raise SystemExit(3)")
     for turn in range(MAX_SHORT_RUNS):
@@ -31,7 +28,6 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while() -> None:
     child.stop()
 
 
-@pytest.mark.slow
 def test_a_line_goes_to_it_and_comes_back_and_it_ends_when_asked() -> None:
     child = restarted("import sys\nfor line in sys.stdin: print(line, end='', flush=True)")
     assert child.start(lambda: b"first\n", 0.0)

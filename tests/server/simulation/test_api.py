@@ -37,7 +37,6 @@ FLEET: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
 def test_the_page_s_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of a fleet to begin with, for a round."""
     write_starter(tmp_path, STARTERS)

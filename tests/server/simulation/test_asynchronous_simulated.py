@@ -80,7 +80,6 @@ def close_to(found: Tensors, expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.slow
 def test_a_buffer_of_everybody_is_fedavg_bit_for_bit(run: Build) -> None:
     options = {"buffer": 3, "staleness": "constant", "weighting": "samples"}
     assert run("fedbuff", rounds=2, options=options).models == run("fedavg", rounds=2).models
@@ -89,7 +88,6 @@ def test_a_buffer_of_everybody_is_fedavg_bit_for_bit(run: Build) -> None:
     assert run("fedbuff", rounds=2, options=fresh).models == uniform.models
 
 
-@pytest.mark.slow
 def test_fedasync_mixes_one_update_at_a_time(run: Build) -> None:
     """w ← (1 − α·s(k))·w + α·s(k)·w_k."""
     found = run("fedasync", rounds=8, options={"rate": 0.6, "a": 0.5})
@@ -105,7 +103,6 @@ def test_fedasync_mixes_one_update_at_a_time(run: Build) -> None:
     assert fast.count("jetson-orin-nano") > fast.count("raspberry-pi-zero-2w")
 
 
-@pytest.mark.slow
 def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     """w ← w + η·(1/K)·Σ s(k_i)·(w_i − w_sent)."""
     found = run("fedbuff", rounds=6, options={"buffer": 2, "rate": 0.8})
@@ -122,7 +119,6 @@ def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options", "rate", "beta"),
     [
@@ -149,7 +145,6 @@ def test_stale_moves_enter_the_server_s_velocity(
     assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
 
 
-@pytest.mark.slow
 def test_fedfix_weighs_by_how_many_windows_a_device_takes(run: Build) -> None:
     """w ← w + η·Σ ceil(τ_i / Δt)·p_i·(w_i − w_sent), p_i = 1/M."""
     found = run("fedfix", rounds=9, options={"window_s": 0.1, "rate": 0.9})
@@ -191,7 +186,6 @@ PR_FL = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2}
 IN_STEP = {"interval": 2, "patience": 1, "floor": 0.2, "synchronous": True}
 
 
-@pytest.mark.slow
 def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
     found = run("pr-fl", rounds=10, options={**PR_FL, "delta": 0.3})
     schedule = found.simulation.coordinator.schedule
@@ -223,7 +217,6 @@ def test_pr_fl_hears_of_every_device_in_every_interval_however_slow_it_is(run: B
     assert sum(counted["jetson-orin-nano"].values()) <= 2 * 4, "the first and the last of each, not all"
 
 
-@pytest.mark.slow
 def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Build) -> None:
     found = run("pr-fl", rounds=16, options={**PR_FL, "masks": "channels"})
     parts = [(c.round, p.part) for c in found.closes for p in c.contributions]
@@ -236,7 +229,6 @@ def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Buil
     assert not any(p.mask for c in found.closes for p in c.contributions)
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
     in_step = run("pr-fl", rounds=3, options=IN_STEP)
@@ -246,7 +238,6 @@ def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.slow
 def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
     options = {**IN_STEP, "masks": "channels", "interval": 3, "stage1": False, "recovery": False, "densities": [0.5]}
     found = run("pr-fl", rounds=6, recipe=Recipe(max_steps=8, batch_size=16, lr=0.1), options=options)
@@ -255,7 +246,6 @@ def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
     assert rankings[0] != rankings[3]
 
 
-@pytest.mark.slow
 def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
     found = run("pr-fl", rounds=4, options=PR_FL)
     kinds = {t.name: t.kind for t in found.simulation.model.architecture.tensors}
@@ -284,7 +274,6 @@ def scheduled(tmp_path: Path) -> Simulate:
     return build
 
 
-@pytest.mark.slow
 def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds: list[set[int]] = []
     pushed: list[tuple[str, int]] = []
@@ -306,7 +295,6 @@ def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate, monkeypat
     assert len({row["model"] for row in history}) == 12
 
 
-@pytest.mark.slow
 def test_fast_devices_do_not_wait_for_slow_ones(scheduled: Simulate) -> None:
     simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=15)
     counts: dict[str, int] = {}
@@ -316,7 +304,6 @@ def test_fast_devices_do_not_wait_for_slow_ones(scheduled: Simulate) -> None:
     assert max(counts.values()) > 2 * min(counts.get(k, 0) for k in FIVE)
 
 
-@pytest.mark.slow
 def test_notes_are_of_what_entered_the_model(scheduled: Simulate) -> None:
     schedule = {"window_s": 0.2, "least": 2, "keep": True}
     measure = Measure(digits().x, digits().y, densities=(0.25,), every=3)
@@ -333,7 +320,6 @@ def test_notes_are_of_what_entered_the_model(scheduled: Simulate) -> None:
     assert last["global"] == pytest.approx(history[-1]["metrics"]["accuracy"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
 def test_learning_rates_fall_with_the_rounds_of_offers(
     run: Build, strategy: str, monkeypatch: pytest.MonkeyPatch
@@ -372,7 +358,6 @@ def recorded(offer: Callable[[do.SendOffer, float], None], sent: list[do.SendOff
     return record
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("synchronous", "masks"),
     [

@@ -89,7 +89,6 @@ def arrays(tensors: dict[str, torch.Tensor]) -> Tensors:
     return {n: v.detach().numpy().copy() for n, v in tensors.items()}
 
 
-@pytest.mark.slow
 def test_estimated_curvature_is_of_the_hessians_size_and_order() -> None:
     model, evidence, hessian = trained("fisher")
     for name in ("0.weight", "2.weight"):
@@ -101,7 +100,6 @@ def test_estimated_curvature_is_of_the_hessians_size_and_order() -> None:
     assert spearmanr(ours, theirs).statistic > 0.8
 
 
-@pytest.mark.slow
 def test_curvature_carries_at_least_half_of_the_variance_of_scores() -> None:
     model, evidence, _ = trained("fisher")
     whole, second = curvature(NET, model, evidence)[0], curvature(NET, model, evidence, "hw2")[0] / 2
@@ -109,7 +107,6 @@ def test_curvature_carries_at_least_half_of_the_variance_of_scores() -> None:
     assert 0.5 < share <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_the_secant_is_far_above_the_hessian_on_a_trained_network() -> None:
     """Which is why it is not the default."""

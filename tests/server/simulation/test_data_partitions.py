@@ -136,7 +136,6 @@ def test_balance_makes_sizes_more_alike():
     assert np.std(balanced) < np.std(plain)
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_thousand_devices_each_have_their_least():
     labels = shuffled([6000] * 10)

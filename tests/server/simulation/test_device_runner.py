@@ -80,7 +80,6 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
 
 
 @pytest.mark.torch
-@pytest.mark.slow
 def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_path):
     from support.nets.pooled import Pooled
 
@@ -145,7 +144,6 @@ KEEPING = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(KEEPING))
 def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, name):
     """Round for round the same bits as on a board's disk; also after a kill that takes the simulation back."""
@@ -254,7 +252,6 @@ def carried_out(tested: DeviceRunner, work: list[Work]) -> list[Outcome]:
     return [tested.carry_out(*item) for item in work]
 
 
-@pytest.mark.slow
 def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) -> None:
     alone, pooled = DeviceRunner(store, tmp_path / "1"), DeviceRunner(store, tmp_path / "2", workers=2)
     fleet = boards_that_validate()
@@ -273,7 +270,6 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
         pooled.close()
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_said(store: BlobStore, tmp_path: Path) -> None:
     pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
     work = offers(store, Recipe(), boards()[:1])

@@ -119,7 +119,6 @@ def carry_out(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # One at every push; all of them soak, as they stand there.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "example", [n if n == "motion_on_zeros" else pytest.param(n, marks=pytest.mark.soak) for n in gallery.EXAMPLES]
 )

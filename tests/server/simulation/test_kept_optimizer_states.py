@@ -23,8 +23,6 @@ from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingR
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import assert_resumes, digits_net, digits_simulation
 
-pytestmark = pytest.mark.slow
-
 ADAM = Recipe(epochs=1, batch_size=64, lr=1e-3, optimizer="adam", keep_optimizer_state=True)
 FLEETS: dict[str, dict[str, Any]] = {
     "other widths": {"strategy": "heterofl", "options": {"densities": [1.0, 0.5], "by": "chance", "every": 1}},

@@ -186,7 +186,6 @@ def test_what_a_round_cost_is_noted_per_device(build):
         assert rounds[0].spent[device.name][2:] == [2 * device.samples * macs] * 2
 
 
-@pytest.mark.slow
 def test_steps_of_ordered_dropout_count_at_the_widths_that_they_trained(build, monkeypatch):
     """Widths are watched where the trainer narrows its tensors."""
     seen = []

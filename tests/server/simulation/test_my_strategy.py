@@ -56,7 +56,6 @@ def simulated(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
     return simulation
 
 
-@pytest.mark.slow
 def test_it_learns_and_remembers(tmp_path: Path) -> None:
     run = simulated(tmp_path)
     state = run.state
@@ -67,7 +66,6 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
     assert {name: len(v) for name, v in remembered.items()} == sizes
 
 
-@pytest.mark.slow
 def test_the_second_strategy_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halfway.py").write_text(blocks()[1])
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -19,7 +19,6 @@ MOST_LINES = 80
 
 pytestmark = [
     pytest.mark.soak,
-    pytest.mark.slow,
     # What a library warns of within itself is its own business.
     pytest.mark.filterwarnings("ignore::Warning"),
 ]

@@ -27,7 +27,7 @@ from support.fakes.digits_simulation import KINDS, digits_simulation
 from support.nets import whole_models
 from support.nets.small_nets import Reader
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 TRAINED, HELD = 18, 6
 

@@ -48,7 +48,6 @@ def build(tmp_path: Path) -> Build:
 BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0, "weighting": "samples"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options", "scorer"),
     [
@@ -69,7 +68,6 @@ def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(
     assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options", "within"),
     [("ca-hfp", {"score": score}, 1e-6) for score in ("curvature", "l1", "random")] + [("fedrolex", BARE, 1e-4)],
@@ -84,7 +82,6 @@ def test_at_density_one_it_is_fedavg_in_another_order(
         np.testing.assert_allclose(got[name], value, rtol=0, atol=within, err_msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
@@ -110,7 +107,6 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
     assert all(np.isfinite(v).all() for v in final_weights(one).values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
@@ -164,7 +160,6 @@ def _metrics(row: Any) -> dict[str, dict[str, float]]:
     return {d: {k: v[d] for k, v in row.own.items() if d in v} for d in names}
 
 
-@pytest.mark.slow
 def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) -> None:
     """Rows of labels that nobody has keep their bits; a row of one device's own label is what that one made of it."""
     own = [only(d, labels) for d, labels in zip(boards(), ([0, 1, 2], [1, 2, 3], [4, 5, 6]), strict=True)]
@@ -185,7 +180,6 @@ def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) ->
         assert all(got[n].tobytes() == everyone[n].tobytes() for n in body)
 
 
-@pytest.mark.slow
 def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(build: Build) -> None:
     """Five boards with data, and one that calls everything 0."""
     members = boards(tuple(f"d{i}" for i in range(6)), KINDS[0])
@@ -224,7 +218,6 @@ def elements(tmp_path: Path) -> Build:
     return make
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("densities", [[1.0], [1.0, 0.2]])
 def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(elements: Build, densities: list[float]) -> None:
     """Also in a round in which everybody holds the whole model."""
@@ -285,7 +278,6 @@ def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> No
     assert whole["recipe"]["mask"] == "threshold"
 
 
-@pytest.mark.slow
 def test_a_board_gets_a_narrower_model_where_masks_leave_no_weights(elements: Build) -> None:
     run = elements("autoflip", exploration_epochs=2, patience=0, structured=True, pruned_share=0.8)
     for offer in offers(run).values():
@@ -330,7 +322,6 @@ def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from
 FAST_FIRST = KINDS[::-1]
 
 
-@pytest.mark.slow
 def test_rounds_lead_histories_and_repeat_their_bits(build: Build) -> None:
     one, again, other = (
         build("subflot", options={"densities": TIERS, "maps": maps}) for maps in ("literal", "literal", "preserving")
@@ -359,7 +350,6 @@ def test_local_accuracy_is_of_each_device_s_own_model_on_its_own_test_data(build
         assert row.own["accuracy_after"][name] == pytest.approx(right)
 
 
-@pytest.mark.slow
 def test_without_the_global_model_s_share_it_is_its_baseline_without_transport(build: Build) -> None:
     """α = 0: every device continues from its own last model, as with `history`; with a share, transport matters."""
     for alpha, same in ((0.0, True), (0.5, False)):

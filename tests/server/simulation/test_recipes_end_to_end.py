@@ -41,7 +41,6 @@ def simulation(folder: Path, recipe: dict[str, Any], **settings: Any) -> Simulat
     return digits_simulation(folder, kept=False, title="numbers", fleet=fleet, density=0.5, **settings)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -62,7 +61,6 @@ def test_a_job_of_this_recipe_learns(tmp_path: Path, recipe: dict[str, Any]) -> 
         assert 0 < part["metrics"]["accuracy_after"] <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_where_numbers_are_predicted_all_numbers_are_losses(tmp_path: Path, loss: str) -> None:
     run = simulation(tmp_path, {"loss": loss, "lr": 0.05, "epochs": 2, "huber_delta": 0.2})

@@ -81,13 +81,11 @@ def saves_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation_state, "_SHARE", 0.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("calls", [pytest.param(2, marks=pytest.mark.soak), 5])
 def test_a_killed_run_goes_on_to_the_same_model(build: Build, calls: int) -> None:
     assert_resumes(build, calls, rounds=3, recipe=Recipe(max_steps=3), scorer="magnitude")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("calls", [4, 8, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 5))])
 def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(build: Build, calls: int) -> None:
     """Averages and personal tensors of trainings that a kill has undone must not be the start of the same trainings."""
@@ -99,7 +97,6 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
 
 # At every push other tests here kill runs of one process, and `test_device_runner.py` trains in several.
 @pytest.mark.soak
-@pytest.mark.slow
 @pytest.mark.parametrize("deadline_s", [pytest.param(1e6, id="all in time"), pytest.param(0.15, id="some late")])
 @pytest.mark.usefixtures("saves_often")
 def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build: Build, deadline_s: float) -> None:
@@ -117,7 +114,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [pytest.param(s, id=n, marks=() if n.startswith("windows") else pytest.mark.soak) for n, s in SCHEDULES.items()],
@@ -143,7 +139,6 @@ def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, sched
     assert [row["round"] for row in whole.state.history] == list(range(1, 10))
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_killed_run_of_pr_fl_goes_on_to_the_same_model(build: Build) -> None:
     """Its densities follow from devices' times."""
@@ -153,7 +148,6 @@ def test_a_killed_run_of_pr_fl_goes_on_to_the_same_model(build: Build) -> None:
     assert_resumes(build, 2, 5, fleet=boards_that_validate(), strategy="pr-fl", options=options, **settings)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("saves_often")
 def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
     link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
@@ -173,7 +167,6 @@ ELEMENTS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [pytest.param(s, o, id=n, marks=() if n == "fedobp" else pytest.mark.soak) for n, s, o in ELEMENTS],
@@ -230,7 +223,6 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return after
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.soak
 def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(
@@ -252,7 +244,6 @@ def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(
     assert times > 10
 
 
-@pytest.mark.slow
 def test_a_state_that_finds_no_room_leaves_the_one_before(
     build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -307,7 +298,6 @@ def harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = No
     return simulate(experiment, Path(folder), progress)
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -> None:
     whole = harsh(tmp_path / "whole")
     script = tmp_path / "run.py"
@@ -325,7 +315,6 @@ def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -
     assert len(files[0]) == 4
 
 
-@pytest.mark.slow
 def test_a_finished_round_is_written_once(build: Build, tmp_path: Path) -> None:
     """What a save writes does not grow with the rounds behind it."""
     sizes = {}

@@ -218,7 +218,6 @@ def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Si
     assert [r["model"] for r in plain.state.history] == [r["model"] for r in watched.state.history]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "strategy",

@@ -75,7 +75,6 @@ def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
     assert max(sum(s.state == "running" for s in row) for row in seen) <= 2
 
 
-@pytest.mark.slow
 def test_what_has_finished_is_not_done_again(tmp_path: Path) -> None:
     first = carry_out(drawn, [RUNS[0], WRONG[0]], tmp_path)
     again = carry_out(drawn, [RUNS[0], WRONG[0], RUNS[1]], tmp_path, workers=2)
@@ -131,7 +130,6 @@ def fleet(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A variant that fails is said; each of the others is what it would be alone."""

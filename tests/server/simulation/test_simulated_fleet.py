@@ -278,7 +278,6 @@ def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
     assert found[0].schema.metadata[b"fedprune.title"] == b"long"
 
 
-@pytest.mark.slow
 def test_what_decides_a_run_is_in_its_folder(run):
     settings = json.loads((run("out") / "config.json").read_text())
     assert settings["job"]["density"] == 0.25
@@ -290,7 +289,6 @@ def test_what_decides_a_run_is_in_its_folder(run):
     assert settings["fingerprint"] != other["fingerprint"]
 
 
-@pytest.mark.slow
 def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
     one, other = run("one"), run("other", "--seed", "8", "--rounds", "1")
     words = ["compare", str(one), str(other / "metrics.json"), "--out", str(tmp_path / "both"), "--target", "0.05"]
@@ -308,7 +306,6 @@ def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
     assert "other (yard)" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_what_a_target_cost_is_read_off_the_first_round_that_reaches_it(run):
     (record,) = read_runs([run("one")])
     values = record.global_values()

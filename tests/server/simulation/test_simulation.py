@@ -28,7 +28,6 @@ def build(tmp_path):
     return make
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, pytest.param({"dropouts": DropOuts(0.4, away_s=20.0), "deadline_s": 30.0}, marks=pytest.mark.soak)],
@@ -72,7 +71,6 @@ def test_a_hostile_board_counts_for_no_more_by_what_it_says_of_itself(build):
     assert attacked.state.tasks[hostile.name].steps == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -34,7 +34,6 @@ def test_its_boards_have_links_and_samples_of_their_own(tmp_path: Path) -> None:
     assert sum(sizes) == len(load_digits()[1])
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_it_is_simulated_with_its_own_strategy_at_widths_that_its_links_carry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -21,7 +21,7 @@ from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, digits_simulation, final_weights
 from support.nets.small_nets import Reader
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 K, SIDE, VOID = 3, 12, 255
 

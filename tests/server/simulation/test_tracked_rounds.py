@@ -263,7 +263,6 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(
     assert found.ends == [False, True]
 
 
-@pytest.mark.slow
 def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) -> None:
     (tmp_path / "model.onnx").write_bytes(digits_model())
     config = ServerConfig(job=JOB, model=str(tmp_path / "model.onnx"), state=tmp_path / "state", port=0, track="mlflow")
@@ -308,7 +307,6 @@ OTHERS_WARNINGS = pytest.mark.filterwarnings("ignore::Warning")
 """What a library warns of within itself is its own business."""
 
 
-@pytest.mark.slow
 @OTHERS_WARNINGS
 def test_event_files_are_what_tensorboard_reads(fleet: dict[str, Any]) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -328,7 +326,6 @@ def test_event_files_are_what_tensorboard_reads(fleet: dict[str, Any]) -> None:
     assert b"| job.recipe.lr | 0.05 |" in text.tensor_proto.string_val[0]
 
 
-@pytest.mark.slow
 @OTHERS_WARNINGS
 def test_a_round_that_was_cut_off_is_shown_once(tmp_path: Path) -> None:
     """A kill can come after the writing and before the note."""
@@ -345,7 +342,6 @@ def test_a_round_that_was_cut_off_is_shown_once(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
 
 
-@pytest.mark.slow
 @OTHERS_WARNINGS
 def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
@@ -373,7 +369,6 @@ def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypa
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"model", "report.html", "report.md"}
 
 
-@pytest.mark.slow
 @OTHERS_WARNINGS
 def test_wandb_without_a_key_writes_a_run_to_upload_later(
     fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -53,7 +53,6 @@ def url(postgres: Postgres) -> str:
     return postgres.database()
 
 
-@pytest.mark.slow
 def test_who_asks_whether_a_server_can_write_locks_nothing_and_asks_the_database_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +100,6 @@ def test_a_second_server_is_refused_while_the_first_lives(tmp_path: Path, url: s
         assert rounds(second.storage) == [1, 2, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_lease_is_renewed_for_as_long_as_its_server_lives(tmp_path: Path, url: str, quick: None) -> None:
     with StateFolder(tmp_path / "one", url) as first:
@@ -113,7 +111,6 @@ def test_a_lease_is_renewed_for_as_long_as_its_server_lives(tmp_path: Path, url:
         assert row(first.storage)["token"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_nothing(
     tmp_path: Path, url: str, quick: None
@@ -166,7 +163,6 @@ def test_whoever_has_a_dead_servers_folder_needs_not_wait(tmp_path: Path, url: s
         assert row(again.storage)["token"] == 2
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_lease_that_ran_out_unseen_is_taken_only_if_nobody_renews_it(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
@@ -182,7 +178,6 @@ def test_a_lease_that_ran_out_unseen_is_taken_only_if_nobody_renews_it(
         save(first, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_lease_outlasts_a_database_that_is_started_again(tmp_path: Path, quick: None) -> None:
     server = Postgres()
@@ -201,7 +196,6 @@ def test_a_lease_outlasts_a_database_that_is_started_again(tmp_path: Path, quick
         server.close()
 
 
-@pytest.mark.slow
 def test_sqlites_standby_waits_for_the_folder(tmp_path: Path) -> None:
     first = StateFolder(tmp_path / "one")
     save(first, 1)

@@ -81,7 +81,6 @@ def own_postgres() -> Iterator[Postgres]:
         made.close()
 
 
-@pytest.mark.slow
 def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgres: Postgres) -> None:
     state = State(model="m" * 64)
     with Storage(own_postgres.database()) as storage:
@@ -95,7 +94,6 @@ def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgre
         assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(1, 31))
 
 
-@pytest.mark.slow
 def test_a_database_that_stays_away_is_one_error(own_postgres: Postgres) -> None:
     state = State(model="m" * 64)
     with Storage(own_postgres.database()) as storage:
@@ -165,7 +163,6 @@ class Cutting:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("answered", [True, False])
 def test_an_event_is_saved_once_where_the_commits_answer_is_lost(postgres: Postgres, answered: bool) -> None:
     url = postgres.database()

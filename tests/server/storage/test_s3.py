@@ -231,7 +231,6 @@ def test_a_wrong_key_is_named(url: str, tmp_path: Path, monkeypatch: pytest.Monk
         BucketStore(tmp_path, url)
 
 
-@pytest.mark.slow
 def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=2500)
     refs = [store.put(bytes([n]) * 1000) for n in range(3)]
@@ -307,7 +306,6 @@ def test_what_is_deleted_goes_from_the_bucket_too(at_s3: S3, url: str, tmp_path:
         store.read(gone)
 
 
-@pytest.mark.slow
 def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, url: str, tmp_path: Path) -> None:
     old = BucketStore(tmp_path / "old", url)
     ref = old.put(b"same bytes")
@@ -425,7 +423,6 @@ def test_an_object_that_can_not_be_deleted_is_named(at_s3: S3, url: str, monkeyp
         found.delete([f"{BLOBS}1"])
 
 
-@pytest.mark.slow
 def test_what_a_helper_put_again_is_not_in_the_way_of_letting_go(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,7 +514,6 @@ def test_a_server_that_stops_waits_no_longer(url: str, tmp_path: Path, monkeypat
         store.put(b"x")
 
 
-@pytest.mark.slow
 def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(
     held: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,7 +548,6 @@ def test_an_answer_that_breaks_off_is_an_error_like_others(monkeypatch: pytest.M
         thread.join()
 
 
-@pytest.mark.slow
 def test_a_bucket_that_is_missing_denied_or_not_there_is_one_error(
     at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

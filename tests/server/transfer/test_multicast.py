@@ -135,7 +135,6 @@ def never() -> bool:
     return False
 
 
-@pytest.mark.slow
 def test_a_hundred_devices_cost_one_publication(tmp_path: Path) -> None:
     site = Site(tmp_path, 100)
     spread(site, [Reader(site, n, 0.002 * i, never) for i, n in enumerate(site.names)])
@@ -143,7 +142,6 @@ def test_a_hundred_devices_cost_one_publication(tmp_path: Path) -> None:
     assert site.to_all <= 1.02 * len(DATA)
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(2, 8), st.floats(0, 0.3), st.floats(0, 12), st.integers(0, 99))
 @example(devices=6, loss=0.27734375, span=5.75, seed=51)  # one leaf is lost ten times in a row

@@ -371,7 +371,6 @@ def fleet(tmp_path: Path, url: str) -> Iterator[Direct]:
     made.store.close()
 
 
-@pytest.mark.slow
 def test_all_jobs_of_a_server_have_their_buckets(tmp_path: Path, at_s3: S3) -> None:
     def jobs_of(folder: Path) -> SeveralJobs:
         return SeveralJobs(folder, [replace(JOB, name="one"), replace(JOB, name="two", seed=1, rounds=2)], "abc")
@@ -403,7 +402,6 @@ def test_a_further_job_without_a_bucket_is_one_clear_error(tmp_path: Path) -> No
         further(first, [file])
 
 
-@pytest.mark.slow
 def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: Direct, expected: list[str]) -> None:
     state = fleet.run()
     assert models(state) == expected
@@ -429,7 +427,6 @@ def test_messages_that_come_twice_count_once(fleet: Direct, expected: list[str])
     assert folded(state) == [["a", "b", "c"]] * 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moved", "at"),
     [

@@ -243,7 +243,6 @@ def test_one_that_is_dropped_in_the_middle_is_cut(server: BlobServer, store: Blo
     assert uploads.ended() == []
 
 
-@pytest.mark.slow
 def test_who_sends_slowly_is_cut(
     server: BlobServer, store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,7 +505,6 @@ def jobs_of(folder: Path) -> SeveralJobs:
     return SeveralJobs(folder, [replace(JOB, name="one"), replace(JOB, name="two", seed=1, rounds=2)], "abc")
 
 
-@pytest.mark.slow
 def test_all_jobs_of_a_server_take_uploads(tmp_path: Path, server: BlobServer) -> None:
     over_mqtt = jobs_of(tmp_path / "mqtt").run()
     jobs = jobs_of(tmp_path / "https")

@@ -43,7 +43,6 @@ def fetched(url: str) -> tuple[int, Any]:
             return error.code, json.loads(error.read() or b"null")
 
 
-@pytest.mark.slow
 @pytest.mark.system
 def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) -> None:
     path = tmp_path / "console.db"

@@ -66,7 +66,6 @@ def test_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
         process.stop()
 
 
-@pytest.mark.slow
 def test_a_child_that_cannot_use_its_key_says_which_and_ends(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "state", "lab") as identity:
         certificate, _, _ = identity.web(["127.0.0.1"])

@@ -311,7 +311,6 @@ def test_settings_that_cannot_work_are_refused(said: dict[str, Any], named: str)
     ServerConfig(console="8470", home_assistant="mqtt://ha:secret@home.example", home_assistant_insecure=True)
 
 
-@pytest.mark.slow
 @pytest.mark.mosquitto
 @pytest.mark.system
 def test_the_console_s_process_is_at_the_broker_and_its_will_is_published(tmp_path: Path) -> None:

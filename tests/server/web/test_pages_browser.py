@@ -149,7 +149,6 @@ def orders(console: ServedConsole, kind: str) -> list[Order]:
     return [o for o in console.orders if o.order == kind]
 
 
-@pytest.mark.slow
 def test_logging_in_and_out(opened: Open) -> None:
     page = opened("/rounds", None)
     expect(page).to_have_title(re.compile("Log in"))
@@ -168,7 +167,6 @@ def test_logging_in_and_out(opened: Open) -> None:
     expect(page).to_have_title(re.compile("Log in"))
 
 
-@pytest.mark.slow
 def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open, console: ServedConsole) -> None:
     page = opened("/fleet")
     page.keyboard.press("/")
@@ -203,7 +201,6 @@ def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open, console: Se
     expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
 
 
-@pytest.mark.slow
 def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
     page = opened("/devices/board-0006")
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
@@ -216,7 +213,6 @@ def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
     expect(page.get_by_role("row", name="board-0006")).to_contain_text("5/a trial")
 
 
-@pytest.mark.slow
 def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, console: ServedConsole) -> None:
     def shown() -> list[str]:
         return page.locator("#devices tbody th").all_inner_texts()
@@ -245,7 +241,6 @@ def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, cons
     expect(page.locator("main")).to_contain_text("No device matches")
 
 
-@pytest.mark.slow
 def test_the_table_stays_live_and_keeps_what_people_do(opened: Open, console: ServedConsole) -> None:
     page = opened("/fleet?q=board-0002")
     link = page.get_by_role("link", name="board-0002")
@@ -270,7 +265,6 @@ def test_who_turns_a_page_is_not_held_up_by_news(opened: Open) -> None:
     expect(page.locator(".pages")).to_contain_text("page 2 of 3")
 
 
-@pytest.mark.slow
 def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> None:
     page = opened("/", "operator")
     page.get_by_role("region", name="Waiting for approval").get_by_role("link", name="board-0013").click()
@@ -291,7 +285,6 @@ def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> N
     assert (order.device, order.key, order.operator) == ("board-0013", "ab12-cd34-ef56-7890", "operator")
 
 
-@pytest.mark.slow
 def test_a_click_before_the_scripts_are_there_is_not_lost(opened: Open) -> None:
     page = opened("/")
     held: list[sync_api.Route] = []
@@ -309,7 +302,6 @@ def test_a_click_before_the_scripts_are_there_is_not_lost(opened: Open) -> None:
     expect(page.get_by_role("dialog")).to_be_visible()
 
 
-@pytest.mark.slow
 def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: ServedConsole) -> None:
     page = opened("/devices/board-0008")
     page.get_by_role("button", name="Revoke").click()
@@ -331,7 +323,6 @@ def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: Ser
                 expect(page.locator("[data-order], #start-open")).to_have_count(0)
 
 
-@pytest.mark.slow
 def test_pausing_and_resuming_a_job(opened: Open, console: ServedConsole) -> None:
     page = opened("/", "operator")
     for name, word in (("Pause", "paused, training"), ("Resume", "training")):
@@ -342,7 +333,6 @@ def test_pausing_and_resuming_a_job(opened: Open, console: ServedConsole) -> Non
     assert [o.job for o in console.orders if o.order in ("pause", "resume")] == ["trial", "trial"]
 
 
-@pytest.mark.slow
 def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: ServedConsole) -> None:
     page = opened("/rollouts")
     fleet = console.fleet
@@ -363,7 +353,6 @@ def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: Serve
     console.write(fleet.rollouts())
 
 
-@pytest.mark.slow
 def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: ServedConsole) -> None:
     page = opened("/rollouts")
     page.get_by_role("button", name="Stop rollout 2").click()
@@ -386,7 +375,6 @@ def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: Ser
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     page = opened("/alerts", "viewer")
     before = console.console.view.alerts(size=1, gone=False).total
@@ -401,7 +389,6 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     expect(page.locator("#found")).to_have_text("1 line")
 
 
-@pytest.mark.slow
 def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Open, console: ServedConsole) -> None:
     page = opened("/alerts", "viewer")
     said = "round 18 of 400: 3 of 3 devices counted"
@@ -412,7 +399,6 @@ def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Op
     assert len(page.locator("#log .log .text").evaluate_all(lefts)) == 1
 
 
-@pytest.mark.slow
 def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) -> None:
     page = opened("/rounds", "viewer")
     expect(page.get_by_role("img", name=re.compile("Global accuracy by round"))).to_be_visible()
@@ -434,7 +420,6 @@ def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) 
     assert numbers.evaluate("d => d.open")
 
 
-@pytest.mark.slow
 def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
     page = opened("/fleet")
     page.context.set_offline(True)
@@ -445,7 +430,6 @@ def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
     expect(page.locator("#live")).to_have_text("live")
 
 
-@pytest.mark.slow
 def test_an_answer_from_before_the_loss_does_not_hide_it(opened: Open, console: ServedConsole) -> None:
     page = opened("/fleet?q=board-0003")
     drawn = page.content()
@@ -466,7 +450,6 @@ def test_an_answer_from_before_the_loss_does_not_hide_it(opened: Open, console: 
     expect(page.locator("#live")).to_have_text("live")
 
 
-@pytest.mark.slow
 def test_a_stream_that_breaks_is_taken_up_again(opened: Open) -> None:
     page = opened("/login", None)
     page.context.route("**/api/v1/events", lambda route: route.fulfill(status=503))
@@ -489,7 +472,6 @@ def test_keys_can_be_switched_off(opened: Open) -> None:
     expect(page.locator("#f-q")).not_to_be_focused()
 
 
-@pytest.mark.slow
 def test_colours_are_chosen_and_kept(opened: Open) -> None:
     page = opened("/", color_scheme="light")
     ground = "getComputedStyle(document.documentElement).backgroundColor"
@@ -503,7 +485,6 @@ def test_colours_are_chosen_and_kept(opened: Open) -> None:
     expect(page.locator("#theme")).to_have_text("Dark")
 
 
-@pytest.mark.slow
 def test_pages_can_be_read_without_scripts(opened: Open) -> None:
     page = opened("/fleet", live=False, java_script_enabled=False)
     page.get_by_role("link", name="Density").click()
@@ -518,7 +499,6 @@ def _axe() -> Any:
     return pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason).Axe()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["login", *PLACES])
 def test_everybody_can_use_the_page(opened: Open, place: str) -> None:
     """axe finds nothing in light or dark, and a phone's width shows all of it."""
@@ -534,7 +514,6 @@ def test_everybody_can_use_the_page(opened: Open, place: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-@pytest.mark.slow
 def test_the_table_of_the_fleet_cuts_nothing_off(opened: Open) -> None:
     page = opened("/fleet")
     cut = "cells => cells.filter(c => c.scrollWidth > c.clientWidth).map(c => c.textContent)"
@@ -558,7 +537,6 @@ def test_names_of_groups_are_not_broken_on_a_phone(opened: Open, place: str) -> 
     assert wider <= 0
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 def test_dialogs_can_be_used_by_everybody(opened: Open) -> None:
     axe = _axe()

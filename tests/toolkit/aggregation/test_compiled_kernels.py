@@ -66,7 +66,6 @@ def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
     return values
 
 
-@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple),

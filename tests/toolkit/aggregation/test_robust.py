@@ -132,7 +132,6 @@ def test_memory_for_medians_changes_no_bit(case: tuple[Scene, list[Report]], kin
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [Robustness(centre="median"), Robustness(centre="trimmed"), Robustness(clip=1e-3)])
 def test_memory_does_not_grow_with_the_fleet(how: Robustness) -> None:
     channels = Axis((Segment(0, 0, 64),))

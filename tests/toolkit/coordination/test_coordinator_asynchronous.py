@@ -185,7 +185,6 @@ def test_a_job_ends_whatever_the_weather_was(job: Job, data: st.DataObject) -> N
         assert safe <= counted | shell.rejected, "whoever was told that its update is safe was told the truth"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32))

@@ -210,7 +210,6 @@ def test_quantiles_are_numpys(seed: int, sizes: list[int], q: float) -> None:
     assert quantile(parts, q) == pytest.approx(want, rel=1e-12, abs=1e-300)
 
 
-@pytest.mark.slow
 @pytest.mark.once
 def test_more_than_sixteen_million_elements_are_counted_exactly() -> None:
     """Float32 can't count them: positions and sizes must be whole numbers all the way."""

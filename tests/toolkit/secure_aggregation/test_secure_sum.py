@@ -114,7 +114,6 @@ def test_the_sum_is_the_survivors_or_there_is_none(case: Case) -> None:
         assert view.revealed() == [present["mask"]]
 
 
-@pytest.mark.slow
 def test_a_fifth_of_a_hundred_boards_may_drop_out_at_every_step() -> None:
     """A hundred boards, of which a fifth of those that are left drops out before each of the four answers."""
     session = Session(b"a fifth", 80, 41, 10, 10)
@@ -132,7 +131,6 @@ def test_a_fifth_of_a_hundred_boards_may_drop_out_at_every_step() -> None:
     assert same(total, summed([inputs[n] for n in cohort.collector.boards], session))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.at_push(2)
 def test_a_fifth_may_drop_out_on_a_chosen_circle(step: str) -> None:

@@ -229,7 +229,6 @@ def test_distances_between_rows_that_are_all_near_are_taken_around_their_middle(
     np.testing.assert_allclose(squared_distances(a, b), exact, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_solvers_are_loaded_on_use_and_bring_no_torch() -> None:
     code = (
         "import sys, numpy as np, fedprune.strategies.optimal_transport as t, fedprune.strategies.presets;"
@@ -241,7 +240,6 @@ def test_solvers_are_loaded_on_use_and_bring_no_torch() -> None:
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]
 
 
-@pytest.mark.slow
 def test_a_missing_scipy_is_named_where_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
     with pytest.raises(MissingExtraError, match="scipy"):

@@ -322,7 +322,6 @@ def test_the_narrow_side_s_product_is_the_same_as_the_wide_side_s(a: int, b: int
     np.testing.assert_allclose(got["second.weight"], want["second.weight"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_models_that_don_t_fit_are_refused() -> None:
     whole, full = model(NET, 0), Selection.full(NET)
     small = Selection.of(NET, (3, 2))

@@ -312,7 +312,6 @@ def test_what_is_wrong_inside_is_one_clear_error(name: str, packing_: int) -> No
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_a_bomb_is_never_blown_up() -> None:
     sent, _ = pair(1)
     bomb = zlib.compress(bytes(10**9), 9)

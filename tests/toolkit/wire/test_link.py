@@ -111,7 +111,6 @@ def test_a_server_that_is_no_broker_is_given_up() -> None:
         Link(f"mqtt://127.0.0.1:{silent.getsockname()[1]}", "x").start(timeout=0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.board
 def test_a_slow_broker_has_its_time_for_each_answer_and_not_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "_ANSWER_S", -4.0)  # of paho's 5 s for a connection one is left
@@ -353,7 +352,6 @@ class TestWithMosquitto:
             assert receiver.dropped == 20
             assert [receiver.get() for _ in range(10)] == [("x", bytes(1000))] * 10
 
-    @pytest.mark.slow
     def test_a_second_client_of_the_same_name_does_not_start_a_fast_fight(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "same") as first, connected(mosquitto.url, "same") as second:
             time.sleep(1)

@@ -134,7 +134,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Pull.__init__.__kwdefaults__, "patience_s", 0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.mosquitto
 @pytest.mark.system
 @pytest.mark.parametrize("setting", ["message_size_limit 65536", "max_packet_size 65536"])

@@ -22,7 +22,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from support.waiting import attempts
 
-pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.slow, pytest.mark.slow]
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
 
 TOPICS = Topics("test")
 READING_S = 0.002

@@ -137,7 +137,6 @@ class TestWithMosquitto:
             assert link.get(30) == ConnectionUp()
             assert broker.wills == [True, True, False, True]
 
-    @pytest.mark.slow
     def test_a_broker_that_refuses_everybody_is_named(self, start_mosquitto: Callable[..., Any]) -> None:
         broker = start_mosquitto(settings="listener {port} 127.0.0.1\nallow_anonymous false\n")
         with pytest.raises(BrokerError, match=r"it refuses the connection \(not authorized\)"):
