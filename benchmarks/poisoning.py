@@ -153,7 +153,7 @@ def short(table: Protocol) -> Protocol:
 
 def experiment(case: Case) -> Experiment:
     """Honest boards and data."""
-    limits: dict[str, Any] = {} if case.limits else UNLIMITED
+    limits: dict[str, Any] = {} if case.limits else dict(UNLIMITED)
     if case.data != "digits":
         what = experiment_of(short(PROTOCOLS[case.data]), method_of(case), case.seed)
         own = {"move_limit": Job.move_limit, "weight_limit": Job.weight_limit} if case.limits else UNLIMITED
@@ -161,6 +161,7 @@ def experiment(case: Case) -> Experiment:
     names = [f"board-{i}" for i in range(BOARDS)]
     data = deal(names, seed=case.seed)
     recipe = Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9)
+    limits |= {"compression": "none"}  # hostile boards read and write plain updates
     job = Job("poisoning", case.seed, 12, BOARDS, deadline_s=1e7, strategy=case.strategy, recipe=recipe, **limits)
     boards = [VirtualDevice(n, find("raspberry-pi-5"), data.devices[n]) for n in names]
     model = import_onnx(digits_model(), "digits-net")
