@@ -65,12 +65,6 @@ def test_the_example_configuration_has_every_key() -> None:
         "home_assistant_ca",
         "profiles",
     }  # type: ignore[call-overload]
-    assert "\n# ca = " in (DOCS / "configure-a-job.md").read_text()  # an embedded broker has none
-    assert "\n# database = " in (DOCS / "configure-a-job.md").read_text()  # by default the folder says it
-    assert "\n# profiles = " in (DOCS / "configure-a-job.md").read_text()  # which would have to be there
-    assert "\n# loss = " in (DOCS / "configure-a-job.md").read_text()  # which goes with recipe.loss = "custom"
-    assert "\n# ignore_label = " in (DOCS / "configure-a-job.md").read_text()  # by default none is
-    assert "\n# input_shape = " in (DOCS / "configure-a-job.md").read_text()  # nor has an ONNX file need of it
 
 
 @pytest.mark.parametrize(

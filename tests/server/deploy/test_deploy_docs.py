@@ -11,7 +11,6 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune_device.cli.options import BROKER, DEVICE
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.service import ServerUnit
 from fedprune_server.config.environment import CONFIG, variables
 from support.paths import ROOT
 
@@ -52,29 +51,3 @@ def test_every_variable_that_is_named_is_one() -> None:
     known = variables().keys() | {CONFIG, "FEDPRUNE_HOST", "FEDPRUNE_PULSE", "FEDPRUNE_JOB_OPTIONS_MIXUP"}
     known |= {BROKER, DEVICE}  # of boards
     assert named <= known
-
-
-def test_the_errors_are_those_that_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = re.findall(r"^    error: (.*)$", TEXT, re.MULTILINE)
-    path = tmp_path / "fleet.toml"
-    path.write_text("\n" * 10 + "[server]\nkeep = 0\n")
-    assert main(["config", "check", str(path)]) == ExitCode.CONFIG
-    path.write_text("")
-    assert main(["config", "check", str(path), "--port", "99999"]) == ExitCode.CONFIG
-    monkeypatch.setenv("FEDPRUNE_SERVER_KEEP", "0")
-    assert main(["config", "check", str(path)]) == ExitCode.CONFIG
-    got = [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
-    assert sorted(got) == sorted(line.replace("/etc/fedprune/fleet.toml", str(path)) for line in said)
-
-
-def test_files_are_there_and_figures_are_the_units() -> None:
-    for name in re.findall(r"`(deploy/[\w./-]+)`", TEXT):
-        assert (ROOT / name).exists() or name in ("deploy/.env", "deploy/secrets/database-url"), name
-    unit = ServerUnit("/opt/fedprune/bin/fedprune-server").text()
-    codes = re.findall(r"exit codes ([\d, and]+) \(", TEXT)[0].replace(" and", ",").split(",")
-    assert f"RestartPreventExitStatus={' '.join(c.strip() for c in codes)}\n" in unit
-    assert "WatchdogSec=180\n" in unit
-    assert "TimeoutStopSec=90\n" in unit
-    assert "RestartSec=10\n" in unit

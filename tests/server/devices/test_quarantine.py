@@ -36,7 +36,6 @@ from fedprune.wire.messages import (
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.devices.quarantine import (
-    BAD,
     BIRTH,
     BURST,
     FILE,
@@ -56,7 +55,6 @@ from fedprune_server.messaging.rate_limit import RateLimitedLink
 from support.fakes.fleet import Fleet, larger
 from support.fakes.tiny_job import JOB
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
-from support.paths import ROOT
 
 SITE = Topics("default")
 WANT = 200
@@ -282,12 +280,6 @@ def test_a_connection_that_breaks_every_ten_seconds_is_heard(quarantine: Quarant
         assert heard(quarantine, "a", 20) == 20
         clock.now += 10.0
     assert quarantine.news() is None
-
-
-def test_allowances_are_those_of_the_docs() -> None:
-    text = (ROOT / "docs" / "security.md").read_text()
-    for number in (BURST, PER_S, BIRTH, BAD, STRIKES, FIRST_S, STRANGERS_BURST):
-        assert f"{number:,.0f}" in text
 
 
 # --- in the daemon

@@ -9,7 +9,6 @@ import shlex
 
 import pytest
 
-from fedprune.core.text import quantity
 from fedprune_device.cli.main import build_parser as board_parser
 from fedprune_server.cli.main import build_parser as server_parser
 from fedprune_server.monitoring.alerts import KINDS
@@ -24,14 +23,6 @@ COMMANDS = re.findall(r"(?:^    |`)(fedprune-(?:server|device) [^`\n]*)", TEXT, 
 def test_the_commands_are_the_programs(line: str) -> None:
     program, *words = shlex.split(line)
     (server_parser() if program == "fedprune-server" else board_parser()).parse_args(words)
-
-
-def test_every_case_is_short_and_says_what_is_seen_and_lost() -> None:
-    assert len(CASES) == 14
-    for title, text in CASES.items():
-        assert "**You see**" in text, title
-        assert "**Lost**" in text, title
-        assert len(re.findall(r"^    \S", text, re.MULTILINE)) <= 3, quantity(len(text.splitlines()), "line")
 
 
 def test_what_is_seen_is_what_the_programs_say() -> None:

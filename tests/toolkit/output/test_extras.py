@@ -74,7 +74,3 @@ def test_nobody_is_told_to_install_from_an_index(folder: str) -> None:
         if found.search(line)
     ]
     assert not wrong
-
-
-def test_the_page_for_the_day_of_an_index_begins_with_what_holds_until_then() -> None:
-    assert "**No package index has fedprune yet.**" in (ROOT / "docs" / "install.md").read_text()[:100]
