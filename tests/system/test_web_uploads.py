@@ -131,6 +131,7 @@ def uploaded(site: Site, s3: Ceph) -> int:
     return logs.count(f"bytes of the update were uploaded to {s3.secure_endpoint}")
 
 
+@pytest.mark.soak  # a Ceph cluster
 def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
     material: Path, tmp_path: Path, over_mqtt: list[str], s3: Ceph
 ) -> None:

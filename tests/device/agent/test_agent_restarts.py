@@ -73,7 +73,7 @@ def test_a_board_that_has_restarted_since_it_masked_refuses_the_sum_and_trains_f
     server = bench.server
     form = VectorForm({name: TensorGrid(Range(5, 1)) for name in weights})
     wide = 1 + sum(value.size for value in weights.values())
-    secure = {"tensors": form.to_json(), "narrow": 0, "wide": wide, "weight": 4}
+    secure = {"tensors": form.to_json(), "narrow": 0, "wide": wide}
     recipe = Recipe(epochs=2, batch_size=16, secure_aggregation=True)
     offer = server.offer(1, recipe, secure=secure)
     server.plan, server.accepts = [offer], False

@@ -196,6 +196,7 @@ def test_services_and_policies_find_their_pods() -> None:
             assert {p["port"] for rule in spec.get("ingress", []) for p in rule["ports"]} <= ports[name]
 
 
+@pytest.mark.soak
 def test_kubectl_takes_them(tmp_path: Path) -> None:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -232,6 +233,7 @@ def rendered(values: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {(p["kind"], p["metadata"]["name"]): p for p in yaml.safe_load_all(done.stdout)}
 
 
+@pytest.mark.soak
 def test_the_manifests_are_the_chart_s() -> None:
     assert helm("template", "fedprune").stdout == (DEPLOY / "kubernetes" / "fedprune.yaml").read_text(), (
         "make manifests"
@@ -241,6 +243,7 @@ def test_the_manifests_are_the_chart_s() -> None:
 
 
 @pytest.mark.parametrize("values", ["", ELSEWHERE], ids=["own", "elsewhere"])
+@pytest.mark.soak
 def test_helm_finds_nothing_to_mend(values: str) -> None:
     done = helm("lint", "--strict", values=values)
     assert done.returncode == 0, done.stdout
@@ -258,12 +261,14 @@ def test_helm_finds_nothing_to_mend(values: str) -> None:
         "server: { environment: { FEDPRUNE_SERVER_KEEP: 7 } }",
     ],
 )
+@pytest.mark.soak
 def test_wrong_values_are_refused(values: str) -> None:
     done = helm("template", "fedprune", values=values)
     assert done.returncode == 1
     assert "don't meet the specifications of the schema" in done.stderr
 
 
+@pytest.mark.soak
 def test_the_chart_does_without_what_is_elsewhere() -> None:
     found = rendered(ELSEWHERE)
     assert {name for _, name in found} == {"nobody", "server", "fleet", "state"}

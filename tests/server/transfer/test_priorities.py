@@ -82,7 +82,9 @@ def digest(store: BlobStore) -> str:
 
 def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
-    registry: Any = SimpleNamespace(sent=lambda *_: None)
+    registry: Any = SimpleNamespace(
+        sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
+    )
     post = Outbox(
         SiteLink(link, TOPICS),
         "job",

@@ -46,7 +46,9 @@ class Kept:
 
 
 def posted(link: Kept, store: BlobStore) -> Outbox:
-    registry: Any = SimpleNamespace(sent=lambda *_: None)
+    registry: Any = SimpleNamespace(
+        sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
+    )
     return Outbox(
         SiteLink(link, TOPICS),
         "job",

@@ -115,7 +115,9 @@ def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_o
 
 def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path) -> None:
     link: Any = SimpleNamespace(publish=lambda *_: True)
-    registry: Any = SimpleNamespace(sent=lambda *_: None)
+    registry: Any = SimpleNamespace(
+        sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
+    )
     store = BlobStore(tmp_path, durable=False)
     ref = store.put(b"x")
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
@@ -154,7 +156,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
         for link in (server, board):
             stack.callback(link.close)
             link.start()
-        registry: Any = SimpleNamespace(sent=lambda *_: None)
+        registry: Any = SimpleNamespace(
+            sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
+        )
         post = Outbox(
             SiteLink(server, TOPICS),
             "job",

@@ -35,6 +35,11 @@ _VAR = "running_var"
 _LOG = logging.getLogger("flwr.fedprune")
 
 
+# Flower's own FedAvg weighs nodes by their samples, and at full width this one is to be the same. A server of fedprune
+# trusts less what boards say of themselves (`Job.weight_limit`).
+WEIGHT_LIMIT = 4.0
+
+
 class FedpruneStrategy(FedAvg):
     """Federated training of submodels.
 
@@ -75,7 +80,13 @@ class FedpruneStrategy(FedAvg):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        job = Job(strategy=strategy, options=dict(options or {}), recipe=recipe or Recipe(), seed=seed)
+        job = Job(
+            strategy=strategy,
+            options=dict(options or {}),
+            recipe=recipe or Recipe(),
+            seed=seed,
+            weight_limit=WEIGHT_LIMIT,
+        )
         self._rounds = Rounds(model, job)
         self._allocation = Allocation(job, self._rounds.strategy, model.architecture, density)
         self._training = training
