@@ -422,6 +422,10 @@ def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str
             before, after = old.get(key), new[key]
             if before == after:
                 continue
+            if isinstance(before, dict) and isinstance(after, dict):  # a recipe, of which a reader wants the difference
+                names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+                lines += [f"{key}.{name}: {before.get(name)!r} is now {after.get(name)!r}" for name in names]
+                continue
             if key == "broker":  # it may contain a password
                 before, after = without_password(str(before)), without_password(str(after))
             lines.append(f"{key}: {before!r} is now {after!r}")

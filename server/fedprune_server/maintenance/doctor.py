@@ -346,6 +346,8 @@ def backups(site: Site) -> Iterator[Finding]:
 def broker(site: Site) -> Iterator[Finding]:
     """Whether the broker is there, and accepts packets as large as are sent."""
     folder, server = site.folder, site.server
+    if not site.cases and not server:
+        return  # the settings, and with them the broker's address, couldn't be read
     if site.broker == EMBEDDED:
         if site.running:
             yield from _embedded(site)

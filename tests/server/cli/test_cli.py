@@ -24,6 +24,7 @@ from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode, ModelError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.runtime import session
 from fedprune.runtime.session import Session
 from fedprune.strategies import Strategy
@@ -450,6 +451,14 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
     coordinate(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING
     assert opened.changed == ["rounds: 5 is now 9"]
+
+
+def test_a_changed_recipe_is_told_by_what_differs(state: Path) -> None:
+    with StateFolder(state) as folder:
+        opened = open_job(folder, ServerConfig(job=Job(name="leaves", recipe=Recipe(lr=0.0123))))
+    (line,) = [line for line in opened.changed if line.startswith("recipe.lr: ")]
+    assert line.endswith(" is now 0.0123")
+    assert not [line for line in opened.changed if line.startswith("recipe: ")]
 
 
 def test_blobs_that_a_crash_left_behind_are_swept(state: Path) -> None:

@@ -316,6 +316,10 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytes
     assert kinds(doctor.broker(Site(tmp_path, server | {"max_packet": 50_000}, True, timeout=1.0))) == set()
 
 
+def test_no_broker_is_guessed_where_settings_cant_be_read(tmp_path: Path) -> None:
+    assert list(doctor.broker(Site(tmp_path, {}, True, timeout=1.0))) == []
+
+
 def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hangs:
         def __init__(self, url: str) -> None:
