@@ -191,6 +191,7 @@ class Monitor(Observer):
             view.job.name: Participation(view, away_rounds, present, away, clock) for view, _ in views
         }
         self._site: SiteFacts | None = None
+        self._seen = Snapshot(folder)
         self._next_at = 0.0
         self._waits_since: float | None = None  # for the database, within a turn of the loop
         self._complain_at: float | None = None
@@ -249,10 +250,17 @@ class Monitor(Observer):
         self._look_safely()
 
     def look(self, waits_for: str = "") -> None:
+        """Evaluate the alerts.
+
+        Args:
+            waits_for: What the loop waits for. Then nothing new is read, since that would wait for the same database.
+        """
         at, now = self._clock(), self._monotonic()
-        if now >= self._free_at:  # not at every look: it takes a while with many boards
-            self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
-        changes = self.book.update(evaluate(replace(self._snapshot(), waits_for=waits_for), at), now, at)
+        if not waits_for:
+            if now >= self._free_at:  # not at every look: it takes a while with many boards
+                self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
+            self._seen = self._snapshot()
+        changes = self.book.update(evaluate(replace(self._seen, waits_for=waits_for), at), now, at)
         for change in changes:
             _log(change)
         if changes:

@@ -229,7 +229,7 @@ def leader_elsewhere(folder: Path) -> str:
     with Database(url, read_only=True) as database:
         if not database.postgresql:
             return ""
-        with database.transaction() as connection:
+        with database.reading() as connection:
             row, now = _read(connection, hold=False), _clock(connection)
     alive = row.expires is not None and row.expires > now
     return row.holder.rpartition(":")[0] if alive and row.holder != _holder_at(folder) else ""

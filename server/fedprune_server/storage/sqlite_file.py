@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ _Result = TypeVar("_Result")
 
 BUSY_S = 10.0
 """How long a statement that writes waits for another process."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 
 
 class SqliteFile(Closing):
@@ -151,6 +154,7 @@ def execute_when_free(connection: sqlite3.Connection, *statements: str) -> tuple
 
 def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _Result:
     wait: LockWait | None = None
+    pause_s = _FIRST_PAUSE_S
     while True:
         try:
             result = work()
@@ -163,6 +167,8 @@ def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _
                 path = Path(connection.execute("PRAGMA database_list").fetchone()[2])
                 wait = LockWait(str(path), partial(_holders, path))
             wait.note()
+            time.sleep(pause_s)  # SQLite itself doesn't wait where that could be a deadlock
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         else:
             if wait is not None:
                 wait.done()

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,13 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core import lock_wait
 from fedprune.core.errors import BusyError
-from fedprune.core.lock_wait import wait_hook
+from fedprune.core.lock_wait import LockWait, call_wait_hook, file_lock_holders, wait_hook, wait_reason
 from fedprune.security.register import Register
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
 from fedprune_server.storage.database import Database, translated
+from fedprune_server.storage.sqlite_file import execute_when_free
 from fedprune_server.storage.storage import FILE, Storage, database_of
 from support.processes.postgres import Postgres
 
@@ -46,6 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.02)
     monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.05)
     monkeypatch.setattr(lock_wait, "SAID_AFTER_S", 0.0)
+    monkeypatch.setattr(lock_wait, "ASKED_EVERY_S", 0.0)
 
 
 @contextmanager
@@ -216,3 +219,60 @@ def test_who_waits_for_a_database_that_is_away_shows_that_it_lives_and_can_be_st
     nowhere = "postgresql+psycopg://fedprune@127.0.0.1:1/none"
     with Database(nowhere) as away, wait_hook(fail), pytest.raises(EndedError):
         away.read(lambda connection: connection.exec_driver_sql("SELECT 1"))
+
+
+def test_what_a_hook_waits_for_calls_no_hook() -> None:
+    reasons: list[str] = []
+
+    def hook() -> None:
+        reasons.append(wait_reason())
+        call_wait_hook("within")
+
+    with wait_hook(hook):
+        call_wait_hook("first")
+        call_wait_hook("second")
+    assert reasons == ["first", "second"]
+
+
+def test_many_attempts_look_for_the_holder_once_a_second() -> None:
+    looks: list[int] = []
+    calls: list[int] = []
+
+    def holders() -> list[str]:
+        looks.append(1)
+        return []
+
+    with wait_hook(lambda: calls.append(1)):
+        wait = LockWait("it", holders)
+        for _ in range(100):
+            wait.note()
+    assert (len(looks), len(calls)) == (1, 1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lock_at_which_sqlite_fails_at_once_keeps_no_processor_busy(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    began = time.monotonic()
+    with locked(path), wait_hook(after(5, fail)), pytest.raises(EndedError):
+        execute_when_free(connection, "BEGIN IMMEDIATE")
+    connection.close()
+    assert time.monotonic() - began > 4 * 0.02
+
+
+@pytest.mark.parametrize(("device", "sure"), [("own", True), ("another", False)])
+def test_a_holder_is_named_for_sure_where_device_and_number_of_the_file_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, sure: bool
+) -> None:
+    path, locks, parent = tmp_path / "file", tmp_path / "locks", os.getppid()
+    path.touch()
+    found = path.stat()
+    other = f"fff:ff:{found.st_ino}"
+    own = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    lines = [f"1: POSIX  ADVISORY  WRITE 1 {other} 0 EOF"] if sure else []
+    lines.append(f"2: POSIX  ADVISORY  WRITE {parent} {own if device == 'own' else other} 0 EOF")
+    locks.write_text("\n".join(lines))
+    monkeypatch.setattr(lock_wait, "LOCKS", locks)
+    (holder,) = file_lock_holders(path)
+    assert f"process {parent}" in holder
+    assert holder.startswith("process") is sure

@@ -23,7 +23,13 @@ _HOOK: ContextVar[Callable[[], object] | None] = ContextVar("fedprune_wait_hook"
 SAID_AFTER_S = 1.0
 """A lock that is free again sooner is no news."""
 
+ASKED_EVERY_S = 1.0
+"""Who has a lock is looked up, and the hook called, no more often: there may be many attempts in a second."""
+
 _REASON: ContextVar[str] = ContextVar("fedprune_wait_reason", default="")
+
+LOCKS = Path("/proc/locks")
+"""All locks on files, where the kernel is Linux."""
 
 _SAID_AGAIN_S = 60.0
 _MAX_COMMAND = 100
@@ -41,14 +47,15 @@ def wait_hook(hook: Callable[[], object]) -> Iterator[None]:
 
 def call_wait_hook(reason: str) -> None:
     """Call this thread's hook, if it has one; at least once in two seconds of a wait, whose reason `wait_reason` says
-    meanwhile.
+    meanwhile. What the hook itself waits for calls no hook.
     """
     if (hook := _HOOK.get()) is not None:
-        token = _REASON.set(reason)
+        reason_token, hook_token = _REASON.set(reason), _HOOK.set(None)
         try:
             hook()
         finally:
-            _REASON.reset(token)
+            _HOOK.reset(hook_token)
+            _REASON.reset(reason_token)
 
 
 def wait_reason() -> str:
@@ -68,11 +75,15 @@ class LockWait:
     def __init__(self, what: str, holders: Callable[[], Sequence[str]]) -> None:
         self._what, self._holders = what, holders
         self._since: float | None = None
+        self._asked_at = 0.0
         self._said_at: float | None = None
 
     def note(self) -> None:
         """Log whom this waits for, first after a second and then once a minute; raises what the hook raises."""
         now = time.monotonic()
+        if self._since is not None and now - self._asked_at < ASKED_EVERY_S:
+            return
+        self._asked_at = now
         holders = " and ".join(self._holders()) or "another process"
         if self._since is None:
             self._since = now
@@ -93,25 +104,31 @@ def file_lock_holders(*paths: Path) -> list[str]:
     """The other processes that hold exclusive locks on files, each with its id, its command, and whether it is stopped;
     empty where the kernel doesn't tell.
 
+    Some file systems (Btrfs, overlays) show the kernel's locks another device than programs. Where no device fits,
+    those of the same number of a file are named with "perhaps", since another file may have it as well.
+
     The files are not opened: closing a file gives up all POSIX locks on it that this process has.
     """
-    inodes = set()
+    files = set()
     for path in paths:
         try:
-            inodes.add(str(path.stat().st_ino))
-        except OSError:  # noqa: PERF203 - a file that is gone has no lock
+            found = path.stat()
+        except OSError:  # a file that is gone has no lock
             continue
+        files.add(f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}")
+    inodes = {file.rpartition(":")[2] for file in files}
     try:
-        lines = Path("/proc/locks").read_text().splitlines()
+        lines = LOCKS.read_text().splitlines()
     except OSError:
         return []
-    holders = set()
+    holders, namesakes = set(), set()
     for line in lines:
         # "3: POSIX  ADVISORY  WRITE 4711 fe:00:123456 120 120"; one that only waits has "->" after its number.
         words = line.split()
         if len(words) >= 6 and "->" not in words and words[3] == "WRITE" and words[5].rpartition(":")[2] in inodes:
-            holders.add(int(words[4]))
-    return [_process(pid) for pid in sorted(holders - {os.getpid()}) if pid > 0]
+            (holders if words[5] in files else namesakes).add(int(words[4]))
+    prefix = "" if holders else "perhaps "
+    return [prefix + _process(pid) for pid in sorted((holders or namesakes) - {os.getpid()}) if pid > 0]
 
 
 def _process(pid: int) -> str:
