@@ -18,6 +18,7 @@ from fedprune.core.text import quantity, some
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.wire.lost_pieces import broker_drops
 from fedprune_server.devices.quarantine import CROWDED_S
+from fedprune_server.monitoring import participation
 from fedprune_server.monitoring.participation import (
     AWAY,
     CLONED,
@@ -472,23 +473,23 @@ def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
     revoke = command("devices", "revoke", name, *at(seen.folder))
     without = "rounds go on without what its samples would teach the model"
     match missing.kind:
-        case "quarantine":
+        case participation.QUARANTINE:
             return "what it sends is dropped unread", (
                 f"see {logs} and the board's own log; it ends by itself, and a board that isn't yours is revoked by "
                 f"{revoke}"
             )
-        case "device-cloned":
+        case participation.CLONED:
             return "the two disturb each other, and the server hears now one and now the other", (
                 "look for a second board with a copy of its card or state folder, and take it away; or give both new "
                 f"keys: {command('devices', 'replace', name, *at(seen.folder))}, and let each join with a name and "
                 "claim of its own (docs/runbook.md#two-boards-with-one-identity)"
             )
-        case "broker-drops":
+        case participation.UNDELIVERED:
             return "its part in the round can't come to an end, however long the deadline is", (
                 "let the broker pass packets of at least 33,280 bytes (message_size_limit, max_packet_size), and what "
                 "its rules must let through (docs/runbook.md#the-broker-drops-messages)"
             )
-        case "device-away":
+        case participation.AWAY:
             return without, (
                 f"see that it has power and network, and {logs}; a board that is gone for good is revoked by {revoke}"
             )

@@ -30,7 +30,10 @@ FAILED_ROUNDS = 2
 _LASTING = frozenset({FailureKind.NO_ROOM, FailureKind.DATA})
 """Failures that the next round won't mend, so that the first one is enough."""
 
-_NO_FAULT = frozenset({FailureKind.OUTLIER, FailureKind.STALE, FailureKind.QUARANTINED, FailureKind.REVOKED})
+_NO_FAULT = frozenset({
+    FailureKind.OUTLIER, FailureKind.STALE, FailureKind.QUARANTINED, FailureKind.REVOKED, FailureKind.LEFT_OUT,
+    FailureKind.FALSE_SUM,
+})  # fmt: skip
 """Failures that are no board's fault, or have an alert of their own."""
 
 _REASON = 400
@@ -69,7 +72,7 @@ class Participation(Observer):
     Args:
         away_rounds: Rounds that end without a board after which it counts as away; 0 to watch for none.
         present: Whether a board is connected, at whatever job; None to go by the job alone.
-        away: Since when boards were away as the server's last run ended.
+        away: Since when boards were away, at whatever job, as the server's last run ended.
         clock: Seconds since 1970.
     """
 
@@ -87,6 +90,7 @@ class Participation(Observer):
         # Rounds that close before all boards are done, on purpose: who is late then has done nothing wrong.
         self._cuts = schedule.asynchronous or view.job.over_selection > 0
         self._excluded: dict[str, Missing] = {}
+        away = {name: at for name, at in away.items() if away_rounds and name in view.state.devices}
         self._since: dict[str, float] = dict(away)
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
@@ -112,7 +116,10 @@ class Participation(Observer):
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         for name in self._rounds_away:
-            self._rounds_away[name] = 0 if self._present(name) else self._rounds_away[name] + 1
+            if self._present(name):
+                self._rounds_away[name], self._since[name] = 0, self._clock()
+            else:
+                self._rounds_away[name] += 1
         if self._away_rounds:
             self._away = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
         for name, part in summary["devices"].items():
@@ -135,12 +142,16 @@ class Participation(Observer):
 
     def reasons(self) -> dict[str, Missing]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
+        revoked = self._view.revoked()
+        return {name: reason for name, reason in self._reasons().items() if name not in revoked}
+
+    def _reasons(self) -> dict[str, Missing]:
+        """The same, with boards that were revoked."""
         state, registry = self._view.state, self._view.registry
         boards = {name: Missing(CLONED, f"seems to be two boards: {reason}", self._clock())
                   for name, reason in registry.clones.suspicions().items()}  # fmt: skip
         if state.paused or state.phase is Phase.FINISHED:
             return boards
-        revoked = self._view.revoked()
         for name, reason in registry.drop_reasons().items():
             boards.setdefault(name, Missing(UNDELIVERED, reason, self._clock()))
         for name, body in registry.outsiders.items():
@@ -159,7 +170,7 @@ class Participation(Observer):
             if count >= FAILED_ROUNDS and name in state.devices:
                 what = f"sends no update that counts: {reason}"
                 boards.setdefault(name, Missing(FAILING, what, since))
-        return {name: reason for name, reason in boards.items() if name not in revoked}
+        return boards
 
 
 def missing_boards(watches: Sequence[Participation], view: JobView, now: float) -> dict[str, Missing]:

@@ -17,10 +17,13 @@ import pytest
 
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
+from fedprune.core.lock_wait import call_wait_hook, wait_hook
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Device as Board
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.messages import Refusal
+from fedprune_server.devices.clone_detection import APART_S, SIGNS
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import Device, IdentityStore
@@ -30,7 +33,7 @@ from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, evaluate
 from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, Recorded, off_by_far, read_recorded
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.participation import Missing, day
+from fedprune_server.monitoring.participation import Missing, Participation, day
 from fedprune_server.monitoring.snapshot import (
     CertificateDates,
     JobStatus,
@@ -305,6 +308,54 @@ def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(
     view.state.devices["b"].online = True
     monitor.participation[JOB.name].noticed(["b"])
     assert away(3) == {}
+
+
+def test_what_another_job_misses_is_no_absence_here_nor_where_none_is_watched_for(tmp_path: Path) -> None:
+    view = Fleet(tmp_path).daemon().first.view
+    view.state.devices["a"] = Board(1, False, {"name": "pi"}, None, 10)
+    before = {"a": NOW - DAY, "elsewhere": NOW - DAY}
+    for rounds, missing in ((0, {}), (2, {"a": NOW - DAY})):
+        watch = Participation(view, rounds, None, before, lambda: NOW)
+        assert {name: reason.since for name, reason in watch.reasons().items()} == missing
+
+
+def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connected(tmp_path: Path) -> None:
+    now, present = [NOW], [True]
+    view = Fleet(tmp_path).daemon().first.view
+    view.state.devices["a"] = Board(1, False, {"name": "pi"}, None, 10)
+    watch = Participation(view, 2, lambda name: present[0], {}, lambda: now[0])
+    for here in (True, False, False):
+        now[0] += 60
+        present[0] = here
+        watch.round_over({"round": 1, "devices": {}}, now[0], view)
+    assert watch.reasons()["a"].since == NOW + 60
+
+
+def test_a_revoked_board_is_missed_in_no_paused_job(tmp_path: Path) -> None:
+    daemon = Fleet(tmp_path).daemon()
+    view = replace(daemon.first.view, members=lambda: {"a"})
+    for name in "ab":
+        view.state.devices[name] = Board(1, True, {"name": "pi"}, None, 10)
+        for sign in range(SIGNS):
+            view.registry.clones.note_shared_key(name, sign * APART_S)
+    view.state.paused = True
+    assert Participation(view, 2, None, {}, lambda: NOW).reasons().keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "failing"),
+    [(FailureKind.OTHER, {"a"}), (FailureKind.LEFT_OUT, set()), (FailureKind.FALSE_SUM, set())],
+)
+def test_a_board_that_others_keep_from_counting_is_not_failing(
+    tmp_path: Path, kind: FailureKind, failing: set[str]
+) -> None:
+    view = Fleet(tmp_path).daemon().first.view
+    view.state.devices["a"] = Board(1, True, {"name": "pi"}, None, 10)
+    watch = Participation(view, 2, None, {}, lambda: NOW)
+    part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
+    for number in (1, 2, 3):
+        watch.round_over({"round": number, "devices": {"a": part}}, NOW, view)
+    assert watch.reasons().keys() == failing
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
@@ -678,3 +729,23 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
     now[0] = 130.0
     monitor.waiting()  # for its database, or a lock
     assert monitor.open() == []
+
+
+def test_a_wait_for_the_database_is_an_alert_and_reads_nothing_of_it(tmp_path: Path) -> None:
+    now, reads = [0.0], list[float]()
+
+    def members() -> set[str]:
+        reads.append(now[0])
+        call_wait_hook("the database is away")
+        return {"a"}
+
+    daemon = Fleet(tmp_path, JOB).daemon()
+    view = replace(daemon.first.view, members=members)
+    monitor = Monitor(
+        tmp_path, {}, [(view, tmp_path)], free=lambda: members(), clock=lambda: now[0], monotonic=lambda: now[0]
+    )
+    with wait_hook(monitor.waiting):
+        for now[0] in (1.0, 12.0, 14.0, 16.0):
+            call_wait_hook("the database is away")
+    assert reads == []
+    assert [a.kind for a in monitor.book.open] == ["database-waits"]

@@ -401,3 +401,15 @@ def test_a_device_that_was_away_for_another_job_has_failed_as_often_as_before() 
         shell.feed(on.DeviceDied("a", 1))
         shell.feed(on.DeviceBorn("a", session, {"name": "toy"}, 10))
         assert shell.state.devices["a"].failures == failures
+
+
+def test_a_round_that_all_refuse_for_thousands_of_attempts_goes_on_being_tried() -> None:
+    shell = Shell()
+    shell.arrive()
+    while shell.inbox and not isinstance(shell.inbox[0], on.UpdateAnnounced):
+        shell.feed(shell.inbox.pop(0))
+    for task in shell.state.tasks.values():
+        task.attempt = 5000
+    for name in NAMES:
+        shell.feed(on.OfferRefused(name, 1, 5000, "no room"))
+    assert shell.wakes[-1] == shell.now + JOB.deadline_s

@@ -349,7 +349,7 @@ class SynchronousCoordinator(Coordinator):
             divided, left = divide(members, state.suspects, dice)
             cohorts += divided
             for name in left:
-                state.tasks[name].refuse(_LEFT_OUT, FailureKind.OTHER)
+                state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
         return tuple(cohorts)
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
@@ -441,7 +441,7 @@ class SynchronousCoordinator(Coordinator):
         if state.deadline is not None and now >= state.deadline:
             return self._again(now)
         attempt = max((task.attempt for task in state.tasks.values()), default=1)
-        retry = now + self.deadline_s * min(1.0, 2 ** (attempt - 1) / PAUSES)
+        retry = now + self.deadline_s * min(1.0, 2.0 ** min(attempt - 1, 8) / PAUSES)
         state.deadline = retry if state.deadline is None else min(state.deadline, retry)
         return [do.Wake(state.deadline)]
 

@@ -18,6 +18,8 @@ class FailureKind(str, Enum):
     """The device was in a secure sum, and left it before its update was."""
     FALSE_SUM = "false sum"
     """The sum of masked updates that it is in is false, by the fault of one of its boards."""
+    LEFT_OUT = "left out"
+    """The update was in none of the round's sums, to find out which board has spoilt one."""
     OUTLIER = "outlier"
     """The update stands out among those of the round."""
     QUARANTINED = "quarantined"
