@@ -212,8 +212,7 @@ class DeviceRegistry:
         return dict.fromkeys(self._unheard, said + broker_drops("what it sends or is sent"))
 
     def delivered(self, device: str, now: float) -> None:
-        self._from_devices.pop(device, None)
-        self._to_devices.pop(device, None)
+        self.forget_transfers(device)
         self.crashes.pop(device, None)
         contact = self[device]
         if contact.offered_at is not None:
@@ -221,6 +220,7 @@ class DeviceRegistry:
 
     def born(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
         """Note an admitted device's announcement, and whether another board seems to use its name."""
+        self.forget_transfers(device)
         reason = self.clones.born(device, session, (profile, samples), connected, now)
         if reason:
             log.warning(
@@ -261,8 +261,14 @@ class DeviceRegistry:
             del self.outsiders[device]
             self[device].problem = ""
 
+    def forget_transfers(self, device: str) -> None:
+        """What was on its way to or from a device no longer is, so that nothing of it can be missed."""
+        self._from_devices.pop(device, None)
+        self._to_devices.pop(device, None)
+
     def gone(self, device: str) -> None:
         self._unheard.discard(device)
+        self.forget_transfers(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False
 

@@ -80,6 +80,7 @@ class CommandDispatcher:
             case do.Cancel():
                 found = (self._registry.prefix, device, command.round, command.reason)
                 log.debug("%sdevice %s: round %d is void: %s", *found)
+                self._registry.forget_transfers(device)
                 self._outbox.send(device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
                 self._outbox.send(device, Finished(job), job)

@@ -11,6 +11,7 @@ from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device
 from fedprune.planning import profile_store
 from fedprune.planning.plan import plan
+from fedprune.wire.messages import BlobRequest
 from fedprune_server.devices.registry import DeviceRegistry, parameters
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -87,3 +88,20 @@ def test_bytes_since_the_last_report_are_kept_for_the_parent() -> None:
     registry.received("stranger", 9)
     assert registry.news == {"a": (4, 3)}
     assert registry.traffic == {"a": (9, 12)}
+
+
+@pytest.mark.parametrize("end", ["gone", "born"])
+def test_pieces_of_a_transfer_that_is_over_are_not_missed(end: str) -> None:
+    state = State(model="m" * 64, devices={"a": Device(1, True, {"name": "pi"}, None, 10)})  # type: ignore[arg-type]
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
+    registry.admit("a", "test", 0)
+    want = BlobRequest("b" * 64, "data", 0, 1)
+    for now in (0.0, 5.0, 15.0):
+        registry.note_request_to("a", want, now)
+        registry.note_request_of("a", want, now)
+    assert registry.drop_reasons().keys() == {"a"}
+    if end == "gone":
+        registry.gone("a")
+    else:  # it lost its power, and its broker hasn't noticed yet
+        registry.born("a", 2, "pi", 10, 20.0, connected=True)
+    assert registry.drop_reasons() == {}
