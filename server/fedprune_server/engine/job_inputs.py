@@ -157,7 +157,7 @@ def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> It
         if old != new:
             if key in settings:  # the others are settings of [job] and [server], which are compared as such
                 yield f"{key}: {old!r} is now {new!r}"
-        elif before.get("inputs", {}).get(key, "") != settings["inputs"][key]:
+        elif "inputs" in before and before["inputs"].get(key, "") != settings["inputs"][key]:
             yield f"{key}: {new} {_CONTENTS[key]}"
 
 
