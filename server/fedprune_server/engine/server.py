@@ -369,6 +369,8 @@ class Server:
 
     def _born(self, birth: Birth, size: int) -> None:
         device, known = birth.device, self._connected.get(birth.device)
+        if birth.trouble is not None and known is not None and birth.session < known.session:
+            return  # an earlier start's, delivered late
         for runner in self.runners.values():
             runner.readmit(device)
         if birth.trouble is not None:

@@ -90,6 +90,20 @@ def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts
     assert fleet.storage.outsiders() == {}
 
 
+def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fleet: Fleet) -> None:
+    board = fleet.air.devices["a"]
+    board.session, take = 3, board.take
+
+    def late(offer: Offer) -> None:
+        board.say(Birth("a", 2, board.profile, 0, "test", trouble="the samples can't be read"))
+        take(offer)
+
+    board.take = late  # type: ignore[method-assign]
+    state = fleet.run()
+    assert folded(state) == [["a", "b", "c"]] * JOB.rounds
+    assert fleet.storage.outsiders() == {}
+
+
 def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> None:
     averages = fleet.air.devices["b"]
     averages.lie = lambda update: replace(update, metrics={**update.metrics, "accuracy_average": 0.5})
