@@ -49,7 +49,7 @@ def report_start_failure(options: MembershipOptions, error: Exception, profile: 
                 connection.link.flush(_SEND_S)
             finally:
                 connection.link.close()
-    except (FedpruneError, OSError) as failure:
+    except Exception as failure:  # noqa: BLE001 - whatever it is, the error that is reported is the one to end with
         _LOG.warning("the server couldn't be told why this board doesn't start: %s", failure)
 
 
