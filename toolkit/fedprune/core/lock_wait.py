@@ -121,7 +121,7 @@ def file_lock_holders(*paths: Path) -> list[str]:
         lines = LOCKS.read_text().splitlines()
     except OSError:
         return []
-    holders, namesakes = set(), set()
+    holders, namesakes = set[int](), set[int]()
     for line in lines:
         # "3: POSIX  ADVISORY  WRITE 4711 fe:00:123456 120 120"; one that only waits has "->" after its number.
         words = line.split()
