@@ -12,13 +12,17 @@ class Names:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._taken = set(_names(graph))
+        self._next = dict[str, int]()
 
     def fresh(self, name: str) -> str:
-        """This name, with something appended if it is taken; it is taken from then on."""
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        return name
+        """This name, with a number appended if it is taken; it is taken from then on."""
+        unique, number = name, self._next.get(name, 0)
+        while unique in self._taken:
+            number += 1
+            unique = f"{name}_{number}"
+        self._next[name] = number
+        self._taken.add(unique)
+        return unique
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
