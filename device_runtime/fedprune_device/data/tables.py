@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, reason
+from fedprune.core.text import encoding_of
 from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO
 
 CSV, PARQUET = ".csv", ".parquet"
@@ -35,8 +36,8 @@ _BUFFERED = 2**16  # bytes of a column of a Parquet file that are read at once; 
 
 _DELIMITERS = ";\t|,"
 _DELIMITER_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # a first line that tells Excel the delimiter
-_QUOTED = re.compile(r'"[^"]*"')
-_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, as which Excel writes "Unicode text"
+_OPENS = re.compile(r'(?<![^;\t|,]) *"')  # a cell: within one a quote is a character, as of inches
+_QUOTED = re.compile(_OPENS.pattern + r'[^"]*(?:""[^"]*)*"')
 
 _POINT = re.compile(r"[+-]?\d*\.\d+")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
@@ -123,16 +124,16 @@ def rows_of(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns,
 
 def _encoding(path: Path) -> str:
     with path.open("rb") as file:
-        return "utf-16" if file.read(2) in _BYTE_ORDER_MARKS else "utf-8-sig"
+        return encoding_of(file.read(2))
 
 
 def _csv(file: Any, class_names: tuple[str, ...]) -> tuple[Columns, Iterator[npt.NDArray[np.float32]]]:
     lines = _lines(file)
     first = _record(lines)
-    delimiter_line = _DELIMITER_LINE.fullmatch(first.strip())
+    delimiter_line = _DELIMITER_LINE.fullmatch(first[0].strip())
     head = [_record(lines), _record(lines)] if delimiter_line else [first, _record(lines)]
-    delimiter = delimiter_line[1] if delimiter_line else _delimiter(*head)
-    reader = csv.reader(chain(head, lines), delimiter=delimiter, skipinitialspace=True)
+    delimiter = delimiter_line[1] if delimiter_line else _delimiter(*map(_text, head))
+    reader = csv.reader(chain(*head, lines), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip() for name in next(reader, [])]
     columns, decimals = Columns.of(names), _Decimals(delimiter)
 
@@ -194,12 +195,22 @@ def _delimiter(names: str, row: str) -> str:
     return alike[0] if alike else max(reversed(_DELIMITERS), key=_QUOTED.sub("", names).count)
 
 
-def _record(lines: Iterator[str]) -> str:
-    """The next row that isn't empty, with the line breaks in its quoted texts."""
-    record = next((line for line in lines if line.strip()), "")
-    while record.count('"') % 2 and len(record) < _MOST_LINE and (more := next(lines, "")):
-        record += more
-    return record
+def _record(lines: Iterator[str]) -> list[str]:
+    """The lines of the next row that isn't empty: several if one of its quoted texts has line breaks."""
+    read = [next((line for line in lines if line.strip()), "")]
+    is_open = bool(_OPENS.search(read[0])) and read[0].count('"') % 2 == 1
+    length = len(read[0])
+    while is_open and length < _MOST_LINE and (more := next(lines, "")):
+        read.append(more)
+        length += len(more)
+        is_open ^= more.count('"') % 2 == 1
+    return read
+
+
+def _text(record: Sequence[str]) -> str:
+    """A row as one text; its first line if no quote ends what the row's last one has begun."""
+    text = "".join(record)
+    return record[0] if text.count('"') % 2 else text
 
 
 def _lines(file: Any) -> Iterator[str]:

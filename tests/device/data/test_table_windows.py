@@ -323,6 +323,20 @@ def test_the_dialects_of_spreadsheets_and_loggers_are_one_table(tmp_path: Path, 
     np.testing.assert_array_equal(rows_in(tmp_path / "a.csv", text, ("bad", "ok")), WANTED)
 
 
+def test_a_quote_within_a_cell_is_a_character(tmp_path: Path) -> None:
+    rows = "".join(f"{n},1,0\n" for n in range(100))
+    assert rows_in(tmp_path / "a.csv", f'size 5",w,class\n{rows}').shape == (100, 3)
+    assert rows_in(tmp_path / "a.csv", f'size 5",w 3",class\n{rows}').shape == (100, 3)
+    assert rows_in(tmp_path / "a.csv", f'"w;\n|3""",size,class\n{rows}').shape == (100, 3)
+
+
+@pytest.mark.parametrize("begin", ['"a,b\n', "\t" * (2**20 - 4) + '"\n'])
+def test_a_quote_that_nothing_closes_is_refused(tmp_path: Path, begin: str) -> None:
+    """In time that grows with the file: a search of all that was read at every line would take minutes."""
+    with pytest.raises(DataError):
+        rows_in(tmp_path / "a.csv", begin + "1,2\n" * 250_000)
+
+
 def test_true_and_false_are_one_and_nought(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows_in(tmp_path / "a.csv", "a,b\nTrue,1\nfalse,2\n"), [[1, 1], [0, 2]])
 

@@ -23,7 +23,12 @@ def decode_text(raw: bytes) -> str:
 
     Raises `UnicodeError` for any other encoding.
     """
-    return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    return raw.decode(encoding_of(raw[:2]))
+
+
+def encoding_of(first_bytes: bytes) -> str:
+    """The encoding of a file that begins with these two bytes: UTF-16 if they are its byte order mark, else UTF-8."""
+    return "utf-16" if first_bytes in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
