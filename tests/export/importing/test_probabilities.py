@@ -74,6 +74,7 @@ def shares(g: Graph, logits: str) -> str:
 REFUSED: dict[str, tuple[Build, tuple[int | None, ...], int]] = {
     "sigmoid": (lambda g, x: g.emit("Sigmoid", x), (4,), 0),
     "reshaped sigmoid": (lambda g, x: g.emit("Reshape", g.emit("Sigmoid", x), g.ints(-1, 4)), (4,), 0),
+    "coarse clip": (lambda g, x: g.emit("Clip", softmax(g, x), g.scalar(1e-4), g.scalar(1 - 1e-4)), (4,), 0),
     "hard sigmoid": (lambda g, x: g.emit("HardSigmoid", x), (4,), 0),
     "another axis": (lambda g, x: softmax(g, x, 2), (4, 6), 6),
     "one class": (lambda g, x: g.emit("Slice", softmax(g, x), g.ints(1), g.ints(2), g.ints(1)), (1,), 0),
