@@ -122,8 +122,10 @@ def read(
     """
     arrays = _arrays(path)
     for ending in ("_test", ""):
-        if inputs and f"x{ending}" not in arrays and any(f"{piece.name}{ending}" in arrays for piece in inputs):
-            arrays[f"x{ending}"] = _row(path, arrays, inputs, ending, np.dtype(dtype))
+        row, names = f"x{ending}", [piece.name + ending for piece in inputs]
+        among = [name in arrays for name in names]
+        if inputs and (all(among) if row in names else row not in arrays and any(among)):
+            arrays[row] = _row(path, arrays, inputs, ending, np.dtype(dtype))
     pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
     if pair is None:
         named = " and ".join(piece.name for piece in inputs) or "x"

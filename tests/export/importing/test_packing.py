@@ -183,6 +183,28 @@ def test_an_export_is_measured_on_named_arrays(tmp_path: Path, ending: str) -> N
     assert found.whole == float(np.mean(logits.argmax(1).numpy() == arrays["y"]))
 
 
+class NamedX(nn.Module):
+    """An input that is called as the row of all inputs is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = {"x": (3,), "m": (2,)}
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.cat([x, m], 1))
+
+
+def test_an_input_called_x_is_given_by_name_or_within_the_row(tmp_path: Path) -> None:
+    model, rng = fx.load(NamedX()), np.random.default_rng(0)
+    x, m = (rng.standard_normal((9, n)).astype(np.float32) for n in (3, 2))
+    y, row = np.arange(9) % 3, np.concatenate([m, x], 1)
+    np.savez(tmp_path / "named.npz", x=x, m=m, y=y)
+    np.savez(tmp_path / "row.npz", x=row, y=y)
+    for file in ("named", "row"):
+        np.testing.assert_array_equal(measured(tmp_path / f"{file}.npz", model, Recipe()).x, row)
+
+
 @pytest.mark.parametrize(("name", "value"), [("a", None), ("a", np.zeros((40, 3))), ("b", np.zeros((39, 3)))])
 def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: Any) -> None:
     arrays = {n: v for n, v in {**two_inputs(), name: value}.items() if v is not None}
