@@ -169,7 +169,8 @@ class _Dropouts:
         given = _arguments(func, args, kwargs)
         x, name = given["input"], self._functions[func]
         axes = (0,) if x.ndim == _UNBATCHED.get(name) else _AXES[name]
-        return self._dropped(x, self.ratio(name, given["p"], on=given["training"]), axes)
+        out = self._dropped(x, self.ratio(name, given["p"], on=given["training"]), axes)
+        return x.copy_(out) if given.get("inplace") and out is not x else out
 
     def _depth(self, part: Any, x: Any) -> Any:
         axes = (TOGETHER,) if getattr(part, "mode", "row") == "batch" else (0,)

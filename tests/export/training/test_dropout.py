@@ -245,6 +245,28 @@ def test_what_training_mode_does_besides_is_noted_and_the_module_stays_as_it_was
     assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
 
 
+class InPlace(nn.Module):
+    """Dropouts that write into what they are given, as statements."""
+
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(6, 8), nn.Linear(8, CLASSES), nn.Dropout(0.25, inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.fc1(x))
+        nn.functional.dropout(h, 0.5, self.training, True)
+        y = h * 2
+        self.drop(y)
+        return self.fc2(y)
+
+
+def test_a_dropout_in_place_is_exported() -> None:
+    masks = masks_of(step_of(import_onnx(export_torch(InPlace()), "n")))
+    assert sorted(masks.ratios.values()) == [0.25, 0.5]
+
+
 class Frozen(nn.Module):
     """Dropouts that are nothing in training mode, either."""
 
