@@ -7,6 +7,7 @@ under `*.data/purelib` and `*.data/platlib`; scripts, headers and data have no p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from fedprune.core.errors import ReleaseError, StorageError, shown
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, files_digest
@@ -25,6 +26,7 @@ from fedprune_device.launcher.state import DamagedError
 
 MAX_ENTRIES = 50_000
 _PIECE = 2**20
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _DATA = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
 _PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
@@ -71,21 +73,32 @@ class InstalledWheel(WheelFiles):
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
         for path, (sha256, size) in self._files.items():
             copied, count = hashlib.sha256(), 0
-            try:
-                # Links are not followed: a slot has none, and they could lead anywhere.
-                source = os.open(self._slot / path, os.O_RDONLY | os.O_NOFOLLOW)
-                with open(source, "rb") as file, _created(folder, path) as write:  # noqa: PTH123  # a descriptor
-                    while piece := file.read(_PIECE):
+            source = self._source(path)
+            if source is not None:
+                with source, _created(folder, path) as write:
+                    while piece := source.read(_PIECE):
                         copied.update(piece)
                         count += len(piece)
                         write(piece)
-            except FileNotFoundError:
-                count = -1
-            if (copied.hexdigest(), count) != (sha256, size):
+            if source is None or (copied.hexdigest(), count) != (sha256, size):
                 error = DamagedCopyError(f"{self.name}: {shown(path)} of the installed release is damaged")
                 error.sha256 = self._sha256
                 raise error
             yield path, sha256, size
+
+    def _source(self, path: str) -> BinaryIO | None:
+        """A file of the slot, open; None if there is none at this path."""
+        try:
+            return open(self._slot / path, "rb", opener=_without_links)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            return None
+
+
+def _without_links(path: str, flags: int) -> int:
+    """A descriptor. Links are not followed: a slot has none, and they could lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 class Wheel(WheelFiles):

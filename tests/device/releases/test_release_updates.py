@@ -441,16 +441,40 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+def _linked(file: Path) -> None:
+    file.rename(file.with_name("elsewhere.txt"))
+    file.symlink_to("elsewhere.txt")
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _under_a_file(file: Path) -> None:
+    shutil.rmtree(file.parent)
+    file.parent.write_text("")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "other text": lambda file: file.write_text(f"{SHARED}\n"),
+    "missing": Path.unlink,
+    "a link": _linked,
+    "a folder": _folder,
+    "under a file": _under_a_file,
+}
+
+
+@pytest.mark.parametrize("damaged", ["", *DAMAGE])
 def test_a_wheel_that_the_running_slot_has_is_copied_and_fetched_only_if_it_is_damaged(
-    tmp_path: Path, damaged: bool
+    tmp_path: Path, damaged: str
 ) -> None:
     shared = shared_wheel(tmp_path)
     first, second = (make_release(tmp_path / f"release-{n}", n, shared=shared) for n in (1, 2))
     ReleaseInstaller(tmp_path / "board", PUBLIC).install(source(first))
     it = Board(tmp_path / "board", ReleaseServer(tmp_path / "server", second))
     if damaged:  # after the launcher has compared the slot with its record
-        (it.home.root / "a" / "runtime" / "core.txt").write_text(f"{SHARED}\n")
+        DAMAGE[damaged](it.home.root / "a" / "runtime" / "core.txt")
         it.serve()
     it.live()
     assert it.home.whole(it.home.load().stable).version == 2
