@@ -70,6 +70,7 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
         session.run(feeds if recipe.lr else {**feeds, LR: np.array(TRIAL_RATE, np.float32)}),
         model.architecture,
         tensors,
+        name,
     )
 
 
@@ -83,23 +84,22 @@ def moved_tensors(
     Args:
         step: The step's outputs.
         tensors: The weights that it was given.
+        where: The file that the step is of.
     """
     if not np.isfinite(step[LOSS]):
-        raise TrainingError(
-            f"{TRAINING}: the loss of random samples", expected="a finite number", got=float(step[LOSS])
-        )
+        raise TrainingError(f"{where}: the loss of random samples", expected="a finite number", got=float(step[LOSS]))
     moved = 0
     for name, value in tensors.items():
         after = step.get(following(name), value)
         if after.shape != value.shape:
-            raise TrainingError(f"{TRAINING}: next value of {name}", expected=value.shape, got=after.shape)
+            raise TrainingError(f"{where}: next value of {name}", expected=value.shape, got=after.shape)
         if not np.isfinite(after).all():
-            raise TrainingError(f"{TRAINING}: next value of {name} is not finite")
+            raise TrainingError(f"{where}: next value of {name} is not finite")
         moved += architecture.by_name[name].kind.trainable and not np.array_equal(after, value)
     if not moved:
         one = architecture.output_shape[:1] == (1,)
         raise TrainingError(
-            f"{TRAINING}: a step moves no weight",
+            f"{where}: a step moves no weight",
             hint="A softmax of one output is always 1: choose the loss bce, mse or another one for a single output."
             if one
             else "The loss of random samples has no gradient: choose another loss, or train other tensors.",
