@@ -275,8 +275,8 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen, kept=uncut)
     tied = metadata.tied(texts)
     unused = metadata.unused(texts)
-    lost = metadata.lost(texts)
-    said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *lost]
+    training_notes = metadata.training_notes(texts)
+    said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *training_notes]
     notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
     packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)}
     normal.graph.metadata = packing | {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
@@ -291,8 +291,8 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     names |= {name: own for name, own in before.items() if name in normal.parameters and name not in names}
     if names:
         normal.graph.metadata[metadata.NAMES_KEY] = json.dumps(names)
-    if lost:
-        normal.graph.metadata[metadata.LOST_KEY] = json.dumps(lost)
+    if training_notes:
+        normal.graph.metadata[metadata.TRAINING_NOTES_KEY] = json.dumps(training_notes)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
     ranks = metadata.ranks(texts, found.architecture)

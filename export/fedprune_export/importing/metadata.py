@@ -30,7 +30,7 @@ UNUSED_KEY = "fedprune.unused"
 NAMES_KEY = "fedprune.names"
 """The author's names of tensors that have others here, because theirs are reserved (`lr`), by the names here."""
 
-LOST_KEY = "fedprune.lost"  # notes on what of a torch module's training mode has no part in training
+TRAINING_NOTES_KEY = "fedprune.training_notes"  # on what of a torch module's training mode has no part in training
 
 TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 
@@ -86,14 +86,16 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
     return names
 
 
-def lost(texts: Mapping[str, str]) -> tuple[str, ...]:
+def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
     """Notes on what of a torch module's training mode has no part in training.
 
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
-    notes = _parsed(texts[LOST_KEY]) if LOST_KEY in texts else []
+    notes = _parsed(texts[TRAINING_NOTES_KEY]) if TRAINING_NOTES_KEY in texts else []
     if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
-        raise ModelError(f"metadata {LOST_KEY}", expected="a list of notes", got=shown(texts[LOST_KEY]))
+        raise ModelError(
+            f"metadata {TRAINING_NOTES_KEY}", expected="a list of notes", got=shown(texts[TRAINING_NOTES_KEY])
+        )
     for note in notes:
         check_name(note)
     return tuple(notes)

@@ -44,7 +44,7 @@ from fedprune_export.importing.simplification import (
     narrow_constants,
     part_fills,
     simplify,
-    widen,
+    store_as_float32,
 )
 from fedprune_export.importing.translation import translate, upgraded
 from fedprune_export.ir.dropout import is_dropout, without_dropout
@@ -101,7 +101,7 @@ def normalise(
     notes: list[str] = []
     check_nodes(graph)
     check_stored(graph)
-    widen(graph)
+    store_as_float32(graph)
     constants = constants_of(model, graph, notes if parameters is None else [])
     given_inputs, given_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)

@@ -33,7 +33,7 @@ from fedprune_export.ir.shape_arithmetic import SOURCES
 from fedprune_export.ir.trace import BATCH_EXTENT, Trace
 
 
-def widen(graph: Graph) -> None:
+def store_as_float32(graph: Graph) -> None:
     """Store as float32 what the file stores in another precision and casts to float32 before anything reads it."""
     readers = graph.consumers()
     for name, value in list(graph.initializers.items()):

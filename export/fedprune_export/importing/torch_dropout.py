@@ -25,8 +25,12 @@ _AXES: dict[str, tuple[int, ...]] = {"dropout": (), **dict.fromkeys(("dropout1d"
 
 _UNBATCHED = {"dropout1d": 2, "dropout3d": 4}  # axes of a value without a batch, whose first axis is channels
 
-TOGETHER = 31
-"""Stands for an axis that no value has: the whole batch is dropped together, as torchvision's mode "batch" does."""
+WHOLE_BATCH_AXIS = 31
+"""Stands for an axis that no value has: the whole batch is dropped together, as torchvision's mode "batch" does.
+
+The exported axes are bits of a seed of 64 (`translations`). Without any the mask would differ on all axes: this bit is
+above those of all axes, and stands for none.
+"""
 
 
 class TrainingMode:
@@ -41,7 +45,7 @@ class TrainingMode:
         self.calls, self.notes = calls, tuple(notes)
 
 
-def look(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
+def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
     """Run a module in both modes; it, its buffers and torch's generator stay as they were."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(part, n, b, b.clone()) for part in module.modules() for n, b in part._buffers.items() if b is not None]
@@ -173,7 +177,7 @@ class _Dropouts:
         return x.copy_(out) if given.get("inplace") and out is not x else out
 
     def _depth(self, part: Any, x: Any) -> Any:
-        axes = (TOGETHER,) if getattr(part, "mode", "row") == "batch" else (0,)
+        axes = (WHOLE_BATCH_AXIS,) if getattr(part, "mode", "row") == "batch" else (0,)
         return self._dropped(x, self.ratio("depth", _depth_ratio(part), on=part.training), axes)
 
     def _heads(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -331,5 +335,5 @@ def read_axes(nodes: Sequence[Any]) -> dict[str, list[int]]:
             continue
         node.attribute.remove(seed)
         if seed.i:
-            axes[node.name] = [axis for axis in range(TOGETHER) if seed.i >> axis & 1]
+            axes[node.name] = [axis for axis in range(WHOLE_BATCH_AXIS) if seed.i >> axis & 1]
     return axes

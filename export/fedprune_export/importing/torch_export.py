@@ -28,7 +28,7 @@ from fedprune.core.imports import own_module
 from fedprune.model.lengths import Shape, at_most
 from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_input, read_shape
-from fedprune_export.importing.torch_dropout import exported_dropouts, look, read_axes, translations
+from fedprune_export.importing.torch_dropout import exported_dropouts, read_axes, record_training_mode, translations
 from fedprune_export.ir.dropout import AXES_KEY
 
 _TINY = 2.0**-126  # the smallest normal number of float32
@@ -62,7 +62,7 @@ def export_torch(
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
     modes = [(part, part.training) for part in module.modules()]
     samples, free = _samples(module, example, input_shape, token_ids, name)
-    mode = look(torch, module, samples)
+    mode = record_training_mode(torch, module, samples)
     module.eval()
     try:
         with exported_dropouts(torch, module, mode):
@@ -83,7 +83,7 @@ def export_torch(
     texts = {} if free is None else {INPUT_KEY: json.dumps(free)}
     axes = read_axes(proto.graph.node)
     texts |= {AXES_KEY: json.dumps(axes)} if axes else {}
-    texts |= {metadata.LOST_KEY: json.dumps(mode.notes)} if mode.notes else {}
+    texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(mode.notes)} if mode.notes else {}
     metadata.write(proto, texts)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw

@@ -177,14 +177,14 @@ def base_scale(name: str) -> str:
     return f"{name}::scale"
 
 
-def keep(name: str) -> str:
+def dropout_mask(name: str) -> str:
     """The mask of a dropout (input)."""
     return f"{name}::keep"
 
 
 def is_dropout_mask(name: str) -> bool:
     """Whether an input is the mask of a dropout."""
-    return name.endswith(keep(""))
+    return name.endswith(dropout_mask(""))
 
 
 def following(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from fedprune.core.errors import ModelError
-from fedprune.model.step_contract import DROPOUT, keep
+from fedprune.model.step_contract import DROPOUT, dropout_mask
 from fedprune_export.autodiff.tape import Pull, Tape, describe, port, rule
 from fedprune_export.ir.dropout import mask_axes, ratio_of
 from fedprune_export.ir.graph import Node
@@ -24,7 +24,7 @@ def dropout(tape: Tape, node: Node) -> Pull:
     strange = [d for d in dims if not tape.is_width(d)]
     if strange:
         raise ModelError(f"{describe(node)}: its size depends on the samples", got=strange[0])
-    mask = keep(node.name or node.outputs[0])
+    mask = dropout_mask(node.name or node.outputs[0])
     graph.inputs.append(port(mask, dims))
     graph.metadata[DROPOUT] = json.dumps({**json.loads(graph.metadata.get(DROPOUT, "{}")), mask: ratio})
     tape.written[mask] = dims
