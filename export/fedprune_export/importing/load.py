@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -189,9 +190,7 @@ def with_choices(
 ) -> bytes:
     """A model's file with a user's choices in it, as for `load`. Raises `ModelError` if they don't fit the model."""
     if not (output is parameters is prefer is None):
-        proto = parse(raw)
-        _choose(proto, output, parameters, prefer)
-        raw = proto.SerializeToString(deterministic=True)
+        raw = _edited(raw, lambda proto: _choose(proto, output, parameters, prefer))
     if loss is not None or metric is not None:
         model = _imported(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
@@ -204,10 +203,16 @@ def with_choices(
         raw = with_adapters(_imported(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
         check_precision(base)
-        proto = parse(raw)
-        metadata.write(proto, {metadata.BASE_KEY: base})
-        raw = proto.SerializeToString(deterministic=True)
+        raw = _edited(raw, lambda proto: metadata.write(proto, {metadata.BASE_KEY: base}))
     return raw
+
+
+def _edited(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
+    with _as_model_errors():
+        proto = parse(raw)
+        edit(proto)
+        edited: bytes = proto.SerializeToString(deterministic=True)
+        return edited
 
 
 def is_called(source: str) -> bool:
@@ -247,8 +252,15 @@ def import_onnx(
 
 
 def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
-    try:
+    with _as_model_errors():
         return _built(raw, name, own_loss)
+
+
+@contextmanager
+def _as_model_errors() -> Iterator[None]:
+    """Say which model can't be understood, where reading it fails in a way that nobody has foreseen."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"the model can't be understood ({type(error).__name__}: {reason(error)})",

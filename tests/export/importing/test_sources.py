@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -127,6 +128,12 @@ def test_several_outputs_without_a_choice_or_with_another_one_are_listed() -> No
         import_onnx(_two_outputs(), "two")
     with pytest.raises(ModelError, match="no such output: expected features, scores, got 'logits'"):
         import_onnx(_two_outputs(), "two", output="logits")
+
+
+@pytest.mark.parametrize("choice", [{"prefer": 3}, {"output": ["logits"]}])
+def test_choices_that_no_file_can_hold_are_errors_of_the_model(choice: dict[str, Any]) -> None:
+    with pytest.raises(ModelError):
+        import_onnx(_two_outputs(), "two", **choice)
 
 
 def test_parameters_can_be_listed(tmp_path: Path) -> None:
