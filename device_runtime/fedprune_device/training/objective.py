@@ -15,7 +15,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.step_contract import first_step, weight_of
-from fedprune.runtime.onnx_subgraph import metadata_of, part_for
+from fedprune.runtime.onnx_subgraph import GraphParts, metadata_of, part_for
 from fedprune.runtime.session import Session
 from fedprune_device.data.labels import Targets
 
@@ -77,14 +77,17 @@ class Objective:
     Args:
         graph: The training graph.
         scores: Whether it counts right labels.
+        parts: Those of this graph that were cut before.
 
     Raises:
         ModelError: It is not a training graph.
     """
 
-    def __init__(self, graph: bytes, recipe: Recipe, classes: int, *, scores: bool) -> None:
+    def __init__(
+        self, graph: bytes, recipe: Recipe, classes: int, *, scores: bool, parts: GraphParts | None = None
+    ) -> None:
         outputs = [step_contract.LOSS, step_contract.HITS] if scores else [step_contract.LOSS]
-        self._session = Session(part_for(graph, outputs, given=[step_contract.LOGITS]))
+        self._session = Session((parts or GraphParts()).part_for(lambda: graph, outputs, given=[step_contract.LOGITS]))
         self._outputs, self._recipe, self._classes = outputs, recipe, classes
         text = metadata_of(graph).get(step_contract.METRIC)
         self._metric = _Metric(text) if recipe.metric and text is not None else None

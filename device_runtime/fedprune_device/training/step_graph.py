@@ -19,7 +19,7 @@ from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import CUSTOM, Recipe
 from fedprune.model.step_contract import anchors, numbers, weight_of
-from fedprune.runtime.onnx_subgraph import part_for
+from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
 from fedprune_device.data.labels import Targets, loss_terms
@@ -56,7 +56,7 @@ class StepGraph:
     """A training graph written to the contract of `fedprune.model.step_contract`.
 
     With one thread the same inputs give the same bits. `session` replaces that of onnxruntime; `cuda` lets that compute
-    on an NVIDIA GPU.
+    on an NVIDIA GPU. `parts` are those of this graph that were cut before.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
     the optimiser's arrays, `moving` all that have a next value. `dropout`: the masks that it takes. `scores`: whether
@@ -74,11 +74,13 @@ class StepGraph:
         session: Session | None = None,
         cuda: bool = False,
         base: Path | None = None,
+        parts: GraphParts | None = None,
     ) -> None:
         self._graph = graph
         self._threads = threads
         self._cuda = cuda
         self._given = session
+        self._parts = parts or GraphParts()
         self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
         self._objective: tuple[Recipe, int, Objective] | None = None
@@ -206,7 +208,11 @@ class StepGraph:
         """The part of the graph after the model's outputs; the last one is kept, as loading it takes some hundredths of
         a second."""
         if self._objective is None or self._objective[:2] != (recipe, classes):
-            self._objective = (recipe, classes, Objective(self._bytes(), recipe, classes, scores=self.scores))
+            self._objective = (
+                recipe,
+                classes,
+                Objective(self._bytes(), recipe, classes, scores=self.scores, parts=self._parts),
+            )
         return self._objective[2]
 
     def divisor(self, y: Array, feeds: Mapping[str, Array]) -> float:
@@ -282,7 +288,7 @@ class StepGraph:
         try:
             if session is None:
                 session = Session(
-                    part_for(self._bytes(), outputs), threads=self._threads, training=True, cuda=self._cuda
+                    self._parts.part_for(self._bytes, outputs), threads=self._threads, training=True, cuda=self._cuda
                 )
                 self._forward[tuple(outputs)] = session
             fed = {**feeds, **self._frozen(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}

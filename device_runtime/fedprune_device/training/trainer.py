@@ -20,6 +20,7 @@ from fedprune.model.lengths import free_axis
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
+from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
@@ -155,8 +156,9 @@ class Trainer:
         session: Session | None = None,
         cuda: bool = False,
         base: Path | None = None,
+        parts: GraphParts | None = None,
     ) -> None:
-        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda, base=base)
+        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda, base=base, parts=parts)
         self.names = self._graph.names
         self.trainable = self._graph.trainable
         self.frozen = self._graph.frozen
@@ -380,6 +382,7 @@ class TrainerCache:
     """The training graph that was used last, which another runner's round usually needs again.
 
     A board doesn't `keep` it after training: the new model needs its memory, and loading it takes less than two steps.
+    The parts that were cut of it stay until another graph is used.
     """
 
     def __init__(self, threads: int = 1, *, keep: bool = False, cuda: bool = False) -> None:
@@ -387,13 +390,17 @@ class TrainerCache:
         self._cuda = cuda
         self._keep = keep
         self._loaded: tuple[tuple[str, Path | None], Trainer] | None = None
+        self._parts = ("", GraphParts())
 
     def of(self, sha256: str, read: Callable[[], bytes], base: Path | None = None) -> Trainer:
         """A trainer for a graph and the frozen base that it reads; `read` gives its bytes if they are needed."""
         key = (sha256, base)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two loaded models are more than a small board has memory for
-            self._loaded = (key, Trainer(read(), threads=self.threads, cuda=self._cuda, base=base))
+            if self._parts[0] != sha256:
+                self._parts = (sha256, GraphParts())
+            trainer = Trainer(read(), threads=self.threads, cuda=self._cuda, base=base, parts=self._parts[1])
+            self._loaded = (key, trainer)
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:

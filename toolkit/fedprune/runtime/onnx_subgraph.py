@@ -8,8 +8,7 @@ understood for this is read here, because boards have no onnx package.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator
 
 from fedprune.core.errors import ModelError
 
@@ -43,10 +42,6 @@ _DEEPEST = 32
 """Loops within loops."""
 
 
-_KEPT_PARTS = 8
-"""A board cuts the same three or four parts of the same graph in every round, and has to read all of it for each."""
-
-
 def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()) -> bytes:
     """The graph (without external data) with these outputs alone, and with the inputs, constants and operators that
     they need.
@@ -56,19 +51,32 @@ def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()
     Args:
         given: Values, float32, that are inputs of the part instead of being computed in it.
     """
-    return _part_for(model, frozenset(outputs), frozenset(given))
 
-
-@lru_cache(_KEPT_PARTS)
-def _part_for(model: bytes, outputs: frozenset[str], given: frozenset[str]) -> bytes:
     def cut(graph: bytes) -> bytes:
-        return _cut(graph, set(outputs), given)
+        return _cut(graph, set(outputs), frozenset(given))
 
     try:
         rows = list(_fields(model))
         return b"".join(_field(n, k, cut(v) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
     except (IndexError, ValueError) as error:
         raise _unreadable(error) from error
+
+
+class GraphParts:
+    """Parts of one graph, each of which is cut once.
+
+    A board needs the same three or four in every round, and has to read all of the graph for each.
+    """
+
+    def __init__(self) -> None:
+        self._parts = dict[tuple[frozenset[str], frozenset[str]], bytes]()
+
+    def part_for(self, read: Callable[[], bytes], outputs: Collection[str], given: Collection[str] = ()) -> bytes:
+        """As `part_for`; `read` gives the graph's bytes if they are needed."""
+        key = frozenset(outputs), frozenset(given)
+        if key not in self._parts:
+            self._parts[key] = part_for(read(), outputs, given)
+        return self._parts[key]
 
 
 def metadata_of(model: bytes) -> dict[str, str]:
