@@ -22,7 +22,7 @@ from fedprune.runtime.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WE
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.bundles.verification import verify
-from fedprune_export.checks.parity import parity, try_step
+from fedprune_export.checks.parity import moved_tensors, parity, try_step
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
@@ -202,6 +202,11 @@ def test_damage_that_the_manifest_agrees_with_is_found(
     done, error = passed(written(tmp_path / "b", {**files, **damage(files, model, half)}, half))
     assert (done, type(error)) == (CHECKS[:before], kind)
     assert said in str(error)
+
+
+def test_a_step_that_fails_is_named_as_its_file(model: Model) -> None:
+    with pytest.raises(TrainingError, match=r"another\.onnx"):
+        moved_tensors({step_contract.LOSS: np.array(np.nan)}, model.architecture, {}, "another.onnx")
 
 
 def test_an_export_tries_the_step_at_its_own_widths(
