@@ -43,10 +43,9 @@ demo: $(VENV)/installed
 	@echo "running the demo: a minute or more, by the cores that are free"
 	@$(VENV)/bin/fedprune-server demo --out demo-run
 
-# Some four minutes: the quick tests of the push ring, by tests/push_ring.json. Many wait for threads, so four run at once on two cores.
+# Some four minutes: the quick tests of the push ring, by tests/push_ring.json.
 test: $(DEV)/installed
-	FEDPRUNE_EXAMPLES=$(QUICK_EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest -n $$((2 * $$(nproc))) --dist loadfile --no-loadscope-reorder \
-		-m "$(QUICK)" -q $(ARGS)
+	FEDPRUNE_EXAMPLES=$(QUICK_EXAMPLES) $(UNSYNCED) $(DEV)/bin/pytest $(AT_ONCE) -m "$(QUICK)" -q $(ARGS)
 
 # The push ring: what must pass before a change lands. Boards' code runs under Python 3.10, too.
 test-all: test-dev test-board

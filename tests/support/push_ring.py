@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "push_ring.json"
 
 # A test that keeps a processor busy for longer than the first, or takes longer than the second, is slow.
-SLOW_CPU_S, SLOW_WALL_S = 0.3, 2.0
+SLOW_CPU_S, SLOW_WALL_S = 0.2, 2.0
 
 # A test that takes more of a processor says why in the record: it is paid for at every push.
 LONG_S = 5.0
