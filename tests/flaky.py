@@ -1,7 +1,7 @@
 """Run tests several times, in another random order each time, beside a load, and list what failed how often.
 
     make flaky RUNS=6 LOAD=6                   the push ring; every second run has the load beside it
-    make flaky RUNS=20 ARGS="-m system"        tests of real processes alone
+    make flaky RUNS=20 ARGS="-m 'system and not soak'"      tests of real processes alone
 
 or, with any options of pytest behind two dashes:
 
