@@ -70,13 +70,14 @@ coverage: $(DEV)/installed $(FLOWER)/installed
 		$(COVERED) combine -q && $(COVERED) json -q --ignore-errors -o $$COVERAGE_FILE.json; done
 	$(DEV)/bin/python tests/coverage_of_rings.py build/coverage/quick.json build/coverage/push.json build/coverage/soak.json
 
-# What a board imports, on the Python and onnxruntime of JetPack 6.
+# What a board imports, on the Python and onnxruntime of JetPack 6; its slow tests are left to soaks.
+ON_BOARD = board and not torch and not soak and not once and not slow
 test-board: $(if $(PYTHON310),$(BOARD)/installed)
 ifeq ($(PYTHON310),)
 	@if [ -n "$$CI" ]; then echo "python3.10 is missing: the board's tests can't run under it"; exit 1; \
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
-	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(UNSYNCED) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once and not slow" \
+	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(UNSYNCED) $(BOARD)/bin/pytest $(AT_ONCE) -m "$(ON_BOARD)" \
 		tests/toolkit tests/device
 endif
 
@@ -160,6 +161,7 @@ docs: $(DEV)/installed
 # The soak ring: long runs, products of kill points, further nets and services; and all examples of every property.
 soak: $(DEV)/installed $(FLOWER)/installed
 	$(DEV)/bin/pytest -m "soak or hypothesis" --timeout 3600 $(ARGS)
+	$(MAKE) --no-print-directory test-board ON_BOARD="board and not torch and not soak and not once and slow"
 
 # The acceptance ring: what is made for users, tried where they would: bare Debians, images, boards in an emulator.
 acceptance: test-arm64 release-check image-check first-boot

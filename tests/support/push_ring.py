@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,8 @@ def collected_tests() -> list[str]:
 
 def differences(record: dict[str, Any], tests: list[str]) -> list[str]:
     """What of the record isn't so any more, a line each."""
-    found = Counter(map(folder_of, tests))
     lines = []
-    for folder, count in sorted(found.items()):
+    for folder, count in sorted(Counter(map(folder_of, tests)).items()):
         recorded = record["folders"].get(folder, {"tests": 0})["tests"]
         if count > max(recorded * GROWTH, recorded + SMALL_FOLDER):
             lines.append(f"{folder}: {count} tests, {recorded} recorded")
@@ -112,19 +111,19 @@ def slow_tests() -> frozenset[str]:
 
 def new_record(measured: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     seconds: dict[str, tuple[float, float]] = measured["seconds"]
-    tests, cpu = Counter(map(folder_of, seconds)), Counter[str]()
-    for name, (cpu_s, _) in seconds.items():
-        cpu[folder_of(name)] += cpu_s  # type: ignore[assignment]
-    long = {name: cpu_s for name, (cpu_s, _) in seconds.items() if cpu_s > LONG_S}
-    slow = [name for name, (cpu_s, wall_s) in seconds.items() if cpu_s > SLOW_CPU_S or wall_s > SLOW_WALL_S]
+    tests, folders = Counter(map(folder_of, seconds)), defaultdict[str, float](float)
+    for name, (cpu, _) in seconds.items():
+        folders[folder_of(name)] += cpu
+    long = {name: cpu for name, (cpu, _) in seconds.items() if cpu > LONG_S}
+    slow = [name for name, (cpu, wall) in seconds.items() if cpu > SLOW_CPU_S or wall > SLOW_WALL_S]
     reasons = {name: row["why"] for name, row in before.get("long", {}).items()}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "wall_s": measured["wall_s"],
-        "cpu_s": round(sum(cpu.values())),
+        "cpu_s": round(sum(folders.values())),
         "tests": sum(tests.values()),
-        "folders": {f: {"tests": tests[f], "cpu_s": round(cpu[f], 1)} for f in sorted(tests)},
+        "folders": {f: {"tests": tests[f], "cpu_s": round(folders[f], 1)} for f in sorted(tests)},
         "long": {n: {"cpu_s": round(s, 1), "why": reasons.get(n, "")} for n, s in sorted(long.items())},
         "slow": sorted(slow),
     }

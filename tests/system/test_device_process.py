@@ -19,7 +19,8 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
-from support.processes.device_process import PATIENCE_S, Field, loaded_packages, running
+from support.processes.device_process import Field, loaded_packages, running
+from support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.system
 

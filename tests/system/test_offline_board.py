@@ -17,8 +17,8 @@ from fedprune.wire.messages import Progress, Update
 from fedprune_device.client import Board
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
-from support.processes.device_process import PATIENCE_S, running
-from support.waiting import until
+from support.processes.device_process import running
+from support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.system
 

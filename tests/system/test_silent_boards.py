@@ -235,7 +235,7 @@ class Waited(Observer):
 def test_a_command_that_is_suspended_within_a_transaction_is_named_while_the_server_waits(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_S", 0.02)
+    monkeypatch.setattr(database, "SQLITE_RETRY_S", 0.02)
     site.fleet.storage.database.engine.dispose()
     with ExitStack() as stack:
         held: list[subprocess.Popen[str]] = []

@@ -39,7 +39,7 @@ MARK = "commit"
 """Row of `meta` in PostgreSQL: a random text that each transaction writes, to know it again."""
 
 _PAUSE_S = 0.5
-BUSY_S = 1.0
+SQLITE_RETRY_S = 1.0
 """Seconds for which SQLite itself waits for a lock; between two of its waits the waiting thread shows that it lives."""
 
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
@@ -294,7 +294,7 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 def _copy_pages(source: Path, target: Path) -> None:
     with (
-        closing(sqlite3.connect(reading_uri(source), uri=True, timeout=BUSY_S)) as reader,
+        closing(sqlite3.connect(reading_uri(source), uri=True, timeout=SQLITE_RETRY_S)) as reader,
         closing(sqlite3.connect(target)) as writer,
     ):
         reader.backup(writer)
@@ -379,7 +379,7 @@ def _read_only(url: sql.URL) -> sql.Engine:
 
     def connect() -> sqlite3.Connection:
         uri = reading_uri(path)
-        return sqlite3.connect(uri, uri=True, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+        return sqlite3.connect(uri, uri=True, timeout=SQLITE_RETRY_S, check_same_thread=False, isolation_level=None)
 
     engine = sql.create_engine(url, creator=connect).execution_options(**{_READS: True})
     sql.event.listen(engine, "begin", _begin_sqlite)
@@ -406,14 +406,14 @@ def reading_uri(path: Path) -> str:
 def _roll_back(path: Path) -> None:
     """Undo a transaction that a crash cut off before the file had its log, which a reader can't."""
     if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
-        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=BUSY_S)) as connection:
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=SQLITE_RETRY_S)) as connection:
             connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
     # Python's own beginning of transactions leaves out changes of the schema: SQLAlchemy begins them, below.
     connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout={int(BUSY_S * 1000)}")
+    connection.execute(f"PRAGMA busy_timeout={int(SQLITE_RETRY_S * 1000)}")
     # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
     for line in ("journal_mode=WAL", "synchronous=FULL"):
         execute_when_free(connection, f"PRAGMA {line}")

@@ -18,7 +18,7 @@ from fedprune.core.lock_wait import LockWait, file_lock_holders
 
 _Result = TypeVar("_Result")
 
-BUSY_S = 10.0
+FILE_BUSY_TIMEOUT_S = 10.0
 """How long a statement that writes waits for another process."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
@@ -62,7 +62,9 @@ class SqliteFile(Closing):
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.resolve().as_uri()}?mode={mode}"
-        return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(
+            uri, uri=True, timeout=FILE_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
 
     def close(self) -> None:
         self.connection.close()

@@ -16,7 +16,7 @@ from typing import Any
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.sqlite_file import BUSY_S, ReaderPool, SqliteFile
+from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool, SqliteFile
 
 FILE = "console.db"
 """In the state folder."""
@@ -125,7 +125,7 @@ class ConsoleDatabase(Closing):
                         raise
                     return False
                 finally:
-                    self._connection.execute(f"PRAGMA busy_timeout={int(1000 * BUSY_S)}")
+                    self._connection.execute(f"PRAGMA busy_timeout={int(1000 * FILE_BUSY_TIMEOUT_S)}")
                 with self._connection:  # which commits, or rolls back where SQLite hasn't done so itself
                     for query, values in statements:
                         self._connection.execute(query, values)

@@ -24,7 +24,6 @@ from support.oracles.torch_graph import run
 pytestmark = pytest.mark.torch
 
 LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto")
-HEAVY = ("encoder", "lstm", "vision_transformer")
 LONG = (
     "adapted_encoder", "alibi", "attention_unet", "auto_encoder", "box_distributions", "center_net", "codebook",
     "conformer", "crnn", "d_linear", "deep_lab", "encoder", "face_net", "fcos", "feature_pyramid", "fusion", "ghost",

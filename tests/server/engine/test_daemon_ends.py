@@ -232,7 +232,7 @@ class LockedDatabase(Observer):
 
 @pytest.fixture
 def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BUSY_S", 0.01)
+    monkeypatch.setattr(database, "SQLITE_RETRY_S", 0.01)
 
 
 @pytest.mark.usefixtures("quick_locks")

@@ -45,7 +45,7 @@ class EndedError(Exception):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BUSY_S", 0.02)
+    monkeypatch.setattr(database, "SQLITE_RETRY_S", 0.02)
     monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.05)
     monkeypatch.setattr(lock_wait, "SAID_AFTER_S", 0.0)
     monkeypatch.setattr(lock_wait, "ASKED_EVERY_S", 0.0)

@@ -18,9 +18,6 @@ from support.fakes.agent_fleet import TOPICS, MemoryServer
 from support.processes.real_site import HELD
 from support.waiting import until
 
-PATIENCE_S = 120.0
-"""How long something may take that is waited for, on a machine that has other work."""
-
 
 class Wires:
     """Connects the server of the tests to a broker."""
