@@ -1,4 +1,8 @@
-"""`fedprune-server demo`: a fleet of real processes on this machine, next to one that trains the whole model."""
+"""`fedprune-server demo`: a fleet of real processes on this machine, next to one that trains the whole model.
+
+Both run at once: one fleet alone leaves cores idle, while its server works and its boards wait. FedAvg's server has a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ import numpy as np
 from fedprune.core.cli import ended_by_signals, setting_of
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
-from fedprune.core.imports import module_code
+from fedprune.core.imports import module_code, program_code
 from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
@@ -62,10 +66,16 @@ _LAST_OUTPUT = 400
 
 _MEASURED = "payload at the broker: delivered to devices, received from them"
 
+_REFERENCE_PROGRAM = program_code(
+    "from fedprune_server.cli.demo import run_reference\nrun_reference(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+)
+_REFERENCE_STOP_S = 2 * _STOP_S
+"""Longer than for a board: the process ends its own boards first."""
+
 
 def add_demo(demo: argparse.ArgumentParser) -> None:
     demo.description = (
-        "Start a broker, a server and six device processes, each with its own mixture of digits; then the "
+        "Start a broker, a server and six device processes, each with its own mixture of digits, and beside them the "
         "same devices with FedAvg at full width; compare accuracies and bytes, and write a report. It ends with exit "
         "code 5 if a claim fails."
     )
@@ -82,10 +92,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.out, seed=arguments.seed, rounds=arguments.rounds, quick=arguments.quick)
 
 
-class BoardProcesses:
-    """The boards' processes. Leaving the context ends them all: SIGTERM, then SIGKILL."""
+class DemoProcesses:
+    """Processes of the demo. Leaving the context ends them all: SIGTERM, then SIGKILL after `stop_s` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_s: float = _STOP_S) -> None:
+        self._stop_s = stop_s
         self._processes: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
 
     def start(self, name: str, command: Sequence[str], output: Path) -> None:
@@ -102,16 +113,22 @@ class BoardProcesses:
             )
         self._processes[name] = (process, output)
 
-    def check(self) -> None:
-        """Raise `ChildDiedError`, with its last output, if a process has ended."""
+    def check(self, *, may_end: bool = False) -> None:
+        """Raise `ChildDiedError`, with its last output, if a process has ended; with `may_end`, if it has failed."""
         for name, (process, output) in self._processes.items():
             code = process.poll()
-            if code is not None:
+            if code is not None and not (may_end and code == 0):
                 last = output.read_text(errors="replace").strip()[-_LAST_OUTPUT:]
                 message = f"{name} has ended with exit code {code}"
                 raise ChildDiedError(message, got=last or "no output", hint=f"See {output}.")
 
-    def __enter__(self) -> BoardProcesses:
+    def wait(self) -> None:
+        """Wait until all have ended. Raises `ChildDiedError` if one has failed."""
+        for process, _ in self._processes.values():
+            process.wait()
+        self.check(may_end=True)
+
+    def __enter__(self) -> DemoProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +136,7 @@ class BoardProcesses:
         for process in started:
             process.terminate()  # does nothing to one that has ended
         for process in started:
-            wait_or_kill(process, _STOP_S)
+            wait_or_kill(process, self._stop_s)
 
 
 @dataclass(frozen=True)
@@ -144,6 +161,15 @@ class DemoFolder:
     @property
     def profiles(self) -> Path:
         return self.root / "profiles"
+
+    @property
+    def reference_record(self) -> Path:
+        return self.root / "metrics-reference.json"
+
+    @property
+    def reference_log(self) -> Path:
+        """What the process of FedAvg's job prints."""
+        return self.root / "reference.log"
 
     def data(self, board: str) -> Path:
         return self.root / "data" / f"{board}.npz"
@@ -178,16 +204,27 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     """Run both jobs, write the report, print the summary; returns the exit code, as `verdict` says."""
     began = time.monotonic()
     rounds = rounds if rounds is not None else DEMO_QUICK_ROUNDS if quick else DEMO_ROUNDS
-    jobs = demo_job(seed, rounds), demo_reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
-    with _alone(out), logged_to_stdout(verbose=False), ended_by_signals():
+    job = demo_job(seed, rounds)  # a wrong number must not cost an earlier demo
+    with _alone(out), logged_to_stdout(verbose=False), ended_by_signals(), DemoProcesses(_REFERENCE_STOP_S) as others:
         folder = DemoFolder.prepare(out, seed)
         size = f"{quantity(len(DEMO_BOARDS), 'device')}, {quantity(rounds, 'round')}"
-        print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
-        print(f"Devices' output is in {out}/*/devices/*.log\n")
+        print(f"{size}, two jobs at once: models as wide as each link allows, and FedAvg.")
+        print(f"Devices' output is in {out}/*/devices/*.log, FedAvg's server's in {folder.reference_log}\n")
         data = Partition.of_devices(deal([b.name for b in DEMO_BOARDS], seed=seed).devices, DIGITS)
-        fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
-        reference = replace(run_job(REFERENCE, jobs[1], folder), partition=data)
-        return _ended(out, fleet, reference, began)
+        reference_command = [sys.executable, "-c", _REFERENCE_PROGRAM, str(out), str(seed), str(rounds)]
+        others.start(f"the job of {REFERENCE}", reference_command, folder.reference_log)
+        fleet = run_job("fedprune", job, folder, turned=partial(others.check, may_end=True))
+        with progress(f"waiting for the devices that run {REFERENCE}"):
+            others.wait()
+        reference = Record.load(folder.reference_record)
+        return _ended(out, replace(fleet, partition=data), replace(reference, partition=data), began)
+
+
+def run_reference(root: str, seed: int, rounds: int) -> None:
+    """Run FedAvg's job in a demo's folder, and write its record there; the program of a process of its own."""
+    folder = DemoFolder(Path(root))
+    with logged_to_stdout(verbose=False), ended_by_signals():
+        run_job(REFERENCE, demo_reference_job(seed, rounds), folder).save(folder.reference_record)
 
 
 def _alone(out: Path) -> AbstractContextManager[None]:
@@ -202,7 +239,7 @@ def _alone(out: Path) -> AbstractContextManager[None]:
 
 def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
     fleet.save(out / "metrics.json")
-    reference.save(out / "metrics-reference.json")
+    reference.save(DemoFolder(out).reference_record)
     unjudged = too_few_rounds(len(fleet.rounds))
     with progress("writing the report"):
         report = write_report(out, fleet, reference, judged=not unjudged)
@@ -220,12 +257,13 @@ def verdict(fleet: Record, reference: Record) -> ExitCode:
     return ExitCode.OK if held else ExitCode.CLAIM
 
 
-def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
+def run_job(title: str, job: Job, folder: DemoFolder, turned: Callable[[], None] = lambda: None) -> Record:
     """Run a job to its end: broker, server and one process per board.
 
     Args:
         title: For people.
         folder: What the processes read; what they write goes into a folder of the job's name.
+        turned: Called by the server's loop again and again; what it raises ends the job.
 
     Raises:
         FedpruneError: A process died, or the job can't go on.
@@ -244,12 +282,12 @@ def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
     )
     with (
         build_app(config, StartOptions(insecure=True, until_finished=True), threading.Event()) as app,
-        BoardProcesses() as boards,
+        DemoProcesses() as boards,
     ):
         runner = app.server.first
         for board in DEMO_BOARDS:
             _start_board(boards, board.name, folder, place, app.connection.url)
-        runner.observers.join(_Watch(boards, notes))
+        runner.observers.join(_Watch(boards, notes, turned))
         began = time.time()
         app.run()
         view = runner.view
@@ -269,17 +307,18 @@ def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
 class _Watch(Observer):
     """Looks after the boards, and notes the bytes that the server has sent to them and received after every round."""
 
-    def __init__(self, boards: BoardProcesses, notes: dict[int, RoundNotes]) -> None:
-        self._boards, self._notes = boards, notes
+    def __init__(self, boards: DemoProcesses, notes: dict[int, RoundNotes], turned: Callable[[], None]) -> None:
+        self._boards, self._notes, self._turned = boards, notes, turned
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         self._boards.check()
+        self._turned()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         self._notes[int(summary["round"])] = RoundNotes(*seen.registry.total)
 
 
-def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:
+def _start_board(boards: DemoProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:
     board = next(b for b in DEMO_BOARDS if b.name == name)
     devices = place / "devices"
     devices.mkdir(parents=True, exist_ok=True)
