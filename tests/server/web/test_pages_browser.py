@@ -22,6 +22,7 @@ from fedprune_server.web.state.order_queue import Order  # noqa: E402
 from fedprune_server.web.state.records import AlertStatus, LogLine, PublishedJob, Record, Rollouts  # noqa: E402
 from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
+from support.waiting import PATIENCE_S  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -97,8 +98,18 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedConsole]
             yield served
 
 
-PATIENCE_MS = 30_000
-"""How long a browser may take for what must happen: it has but one of a machine's cores, or less."""
+@pytest.fixture
+def first_rollout(console: ServedConsole) -> Iterator[None]:
+    """What a test does to the fleet's rollout, and what it starts after it, is undone after the test."""
+    fleet = console.fleet
+    assert isinstance(fleet, Fleet)
+    before = fleet.rollout
+    yield
+    fleet.rollout = before
+    console.write(fleet.rollouts())
+
+
+PATIENCE_MS = 1000 * PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -333,11 +344,9 @@ def test_pausing_and_resuming_a_job(opened: Open, console: ServedConsole) -> Non
     assert [o.job for o in console.orders if o.order in ("pause", "resume")] == ["trial", "trial"]
 
 
+@pytest.mark.usefixtures("first_rollout")
 def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: ServedConsole) -> None:
     page = opened("/rollouts")
-    fleet = console.fleet
-    assert isinstance(fleet, Fleet)
-    before = fleet.rollout
     for name, word in (("Pause", "paused"), ("Resume", "running")):
         page.get_by_role("button", name=f"{name} rollout 2").click()
         page.get_by_role("dialog").get_by_role("button", name=name).click()
@@ -349,10 +358,9 @@ def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: Serve
     expect(page.locator("main")).to_contain_text("back from release 5")
     expect(page.get_by_role("button", name="Roll back rollout 2")).to_have_count(0)
     assert [o.release for o in orders(console, "rollout_back")] == ["5"]
-    fleet.rollout = before
-    console.write(fleet.rollouts())
 
 
+@pytest.mark.usefixtures("first_rollout")
 def test_a_rollout_is_stopped_and_another_one_started(opened: Open, console: ServedConsole) -> None:
     page = opened("/rollouts")
     page.get_by_role("button", name="Stop rollout 2").click()
