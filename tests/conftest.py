@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ _SYSTEM = Path(__file__).parent / "system"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all tests are collected: none of what that makes is garbage
     if path := os.environ.get("FEDPRUNE_RECORD"):
         config.pluginmanager.register(RingRecorder(Path(path), writes=not hasattr(config, "workerinput")))
     # Tests kill processes, never the machine: nothing has to reach the disk.
@@ -42,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("data"):
             item.add_marker(pytest.mark.skip(reason="FEDPRUNE_DATA is not set: no real data here"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the collected tests out of what the garbage collector goes through again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 def _leave_to_soaks(items: list[pytest.Item]) -> None:
