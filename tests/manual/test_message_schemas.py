@@ -6,36 +6,39 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.paths import ROOT
-
-pytest.importorskip("jsonschema")
-
-from jsonschema import Draft202012Validator, ValidationError
-from jsonschema.validators import extend
-
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.fields import field_types
 from fedprune.wire.messages import Message, parse
 from manual import asyncapi, message_schemas
 from support.fakes.messages import DIGEST, EXAMPLES, messages
+from support.paths import ROOT
 
 SCHEMAS = ROOT / "docs" / "schemas"
 
 
-def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[ValidationError]:
-    """Patterns are ECMA's, whose `$` is the end alone, not a line's end before it."""
-    if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
-        yield ValidationError(f"{value!r} does not match {pattern!r}")
+@cache
+def validator_class() -> Any:
+    """The class of validators; its import takes more than a second, which only these tests shall spend."""
+    jsonschema = pytest.importorskip("jsonschema")
+
+    def pattern(_: Any, wanted: str, value: object, __: Any) -> Iterator[Exception]:
+        """Patterns are ECMA's, whose `$` is the end alone, not a line's end before it."""
+        if isinstance(value, str) and not re.search(wanted.replace("$", r"\Z"), value):
+            yield jsonschema.ValidationError(f"{value!r} does not match {wanted!r}")
+
+    return jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": pattern})
 
 
-VALIDATOR = extend(Draft202012Validator, {"pattern": _pattern})
-VALIDATORS = {kind: VALIDATOR(message_schemas.schema(cls)) for kind, cls in message_schemas.messages().items()}
+@cache
+def validators() -> dict[str, Any]:
+    return {kind: validator_class()(message_schemas.schema(cls)) for kind, cls in message_schemas.messages().items()}
 
 
 def nested(levels: int) -> Any:
@@ -63,7 +66,7 @@ def takes(body: Any) -> bool:
 
 
 def valid(body: Any) -> bool:
-    return VALIDATORS[body["type"]].is_valid(body)
+    return validators()[body["type"]].is_valid(body)
 
 
 def _places(body: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -78,7 +81,7 @@ def _places(body: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 @given(messages)
 @settings(max_examples=60, deadline=None)
 def test_every_valid_message_is_valid_by_its_schema(message: Message) -> None:
-    VALIDATORS[message.kind].validate(json.loads(message.to_bytes()))
+    validators()[message.kind].validate(json.loads(message.to_bytes()))
 
 
 @given(messages | st.sampled_from(EXAMPLES), st.data())
@@ -104,7 +107,7 @@ def test_every_field_is_judged_alike(example: Message) -> None:
     body = json.loads(example.to_bytes())
     assert valid(body)
     for name in (*field_types(type(example)), "v"):
-        field = VALIDATOR({**schema["properties"][name], "$defs": schema.get("$defs", {})})
+        field = validator_class()({**schema["properties"][name], "$defs": schema.get("$defs", {})})
         for value in ODD:
             assert takes({**body, name: value}) == field.is_valid(value), (name, str(value)[:80])
 
@@ -126,7 +129,7 @@ def test_what_a_schema_cannot_say_the_parser_refuses(text: str) -> None:
     found = json.dumps({**body, name: {"a": "HERE"} if kind == "birth" else "HERE"}).replace('"HERE"', text)
 
     assert not takes_text(found)
-    assert VALIDATORS[kind].is_valid(json.loads(found))
+    assert validators()[kind].is_valid(json.loads(found))
 
 
 def takes_text(text: str) -> bool:
@@ -140,7 +143,7 @@ def takes_text(text: str) -> bool:
 def test_schemas_are_schemas_and_explain_every_field() -> None:
     for kind, cls in message_schemas.messages().items():
         body = message_schemas.schema(cls)
-        Draft202012Validator.check_schema(body)
+        validator_class().check_schema(body)
         assert all(body["properties"][name]["description"] for name in field_types(cls)), kind
 
 
