@@ -14,7 +14,7 @@ from fedprune.coordination import Phase, State
 from fedprune.core.cli import add_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import amount, quantity
+from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.state import Progress, outcome
 from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
@@ -149,7 +149,10 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines.append(_stopped(body))
     elif body["leader"]:
         lines.append(f"  a server elsewhere has the job: {body['leader']}; one that stands by here waits for its end")
-    alerts = [(a["severity"], f"  {a['severity']}: {a['what']}. To do: {a['todo']}") for a in body.get("alerts", ())]
+    alerts = [
+        (a["severity"], f"  {a['severity']}: {sentences(a['what'], 'To do: ' + a['todo'])}")
+        for a in body.get("alerts", ())
+    ]
     lines += [line for severity, line in alerts if severity != INFO]
     if "privacy" in body:
         lines.append(_private(body["privacy"]))

@@ -13,7 +13,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileError
 from fedprune.core.metrics import all_served, believable
-from fedprune.core.text import one_line
+from fedprune.core.text import one_line, sentences
 from fedprune.jobs.failure_kind import Failure, of_exit_code
 from fedprune.jobs.state import Progress as Part
 from fedprune.planning.probe_report import ProbeReport
@@ -298,7 +298,7 @@ def _advice(error: ProfileError) -> str:
     if not isinstance(error, UnknownProfileError):
         return one_line(str(error))
     return one_line(
-        f"{error.what}. Give the server the board's profile file, too: --profiles FOLDER (docs/add-a-board.md)"
+        sentences(error.what, "Give the server the board's profile file, too: --profiles FOLDER (docs/add-a-board.md)")
     )
 
 

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.text import sentences
 from fedprune_server.monitoring.alerts import INFO, Alert
 
 
@@ -60,7 +61,7 @@ class Finding:
     def __str__(self) -> str:
         if self.kind:
             return f"{self.severity.value}: {self.what}\n  why: {self.why}\n  do:  {self.advice}"
-        return f"{self.severity.value}: {self.what}{'. ' if self.advice else ''}{self.advice}"
+        return sentences(f"{self.severity.value}: {self.what}", self.advice)
 
 
 def wrong(kind: str, what: str, why: str, advice: str) -> Finding:

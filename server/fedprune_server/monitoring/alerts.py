@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from fedprune.coordination import Phase
-from fedprune.core.text import quantity, some
+from fedprune.core.text import quantity, sentences, some
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.wire.lost_pieces import broker_drops
 from fedprune_server.devices.quarantine import CROWDED_S
@@ -126,6 +126,11 @@ class Alert:
     def key(self) -> str:
         """Kind and subject, which identify the alert whatever its severity."""
         return ":".join(part for part in (self.kind, self.job, self.device or self.subject) if part)
+
+    @property
+    def text(self) -> str:
+        """What is wrong, and what to do."""
+        return sentences(self.what, f"To do: {self.todo}")
 
 
 def evaluate(seen: Snapshot, now: float) -> list[Alert]:

@@ -366,6 +366,6 @@ def _alerts(rows: Iterable[Mapping[str, Any]]) -> list[Alert]:
 def _log(change: AlertChange) -> None:
     alert = change.alert
     if change.closed_at is None:
-        log.log(_LEVELS[alert.severity], "alert: %s. To do: %s", alert.what, alert.todo)
+        log.log(_LEVELS[alert.severity], "alert: %s", alert.text)
     else:
         log.info("the alert is over: %s", alert.what)

@@ -206,6 +206,17 @@ def test_without_a_broker_no_board_is_said_to_be_online(fleet_state: Path, capsy
     assert all(": connection not known, " in line for line in devices)
 
 
+def test_a_reason_that_is_a_sentence_gets_no_second_full_stop(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alert = Alert("device-excluded", "warning", 1.0, "a can't take part: its data is gone.", "why", "do")
+    (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [asdict(alert)]}))
+    main(["status", "--state", str(fleet_state)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if alert.what in line]
+    assert ".." not in line
+    assert line.endswith(alert.text)
+
+
 def test_notes_come_after_all_else(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     note, trouble = (Alert("rollout", severity, 1.0, f"a {severity}", "why", "do") for severity in ("info", "warning"))
     body = {"turned_at": time.time(), "alerts": [asdict(note), asdict(trouble)]}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fedprune
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import decode_text, one_line, quantity
+from fedprune.core.text import decode_text, one_line, quantity, sentences
 
 pytestmark = pytest.mark.board
 
@@ -22,6 +22,14 @@ pytestmark = pytest.mark.board
 )
 def test_one_is_one(number: int, words: str) -> None:
     assert quantity(number, "file", form=",") == words
+
+
+@pytest.mark.parametrize("end", ["", ".", "...", "!", "?"])
+def test_a_sentence_ends_once_and_another_follows_after_a_space(end: str) -> None:
+    assert sentences(f"it failed{end}", "", "See the log") == f"it failed{end or '.'} See the log"
+    assert str(ConfigError(f"it failed{end}", hint="See the log")) == f"it failed{end or '.'} See the log"
+    assert sentences(f"it failed{end}", "") == f"it failed{end}"
+    assert sentences("") == ""
 
 
 def test_no_command_counts_by_itself() -> None:

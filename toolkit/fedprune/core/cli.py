@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
+from fedprune.core.text import sentences
 from fedprune.core.validation import MAX_INT
 from fedprune.output.examples import add_examples
 from fedprune.output.spinner import spinner
@@ -96,7 +97,7 @@ def run_command(
             return int(ExitCode.STORAGE_FULL)
         if error.strerror is None:
             return _internal(prog, error)
-        _say(f"{error.strerror}{_where(error)}. {remedy(error)}")
+        _say(sentences(f"{error.strerror}{_where(error)}", remedy(error)))
         return int(ExitCode.STORAGE)
     except MemoryError:
         _say("not enough memory on this machine")

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from enum import IntEnum
 from pathlib import Path
 
+from fedprune.core.text import sentences
 from fedprune.output.extras import install_command
 
 _LONGEST_NAME = 60
@@ -85,7 +86,7 @@ class FedpruneError(Exception):
         if got is not None:
             parts.append(f"got {_brief(got)}")
         message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
-        super().__init__(f"{message}. {hint}" if hint else message)
+        super().__init__(sentences(message, hint))
 
     def named(self, what: str) -> FedpruneError:
         """The same error, of a thing that is named in another way."""

@@ -6,6 +6,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 
+_ENDS = (".", "!", "?", "…")
+"""What ends a sentence."""
+
 
 def quantity(number: int, noun: str, *, form: str = "") -> str:
     """A number, formatted by `form`, with its noun, whose plural has an `s`."""
@@ -16,6 +19,15 @@ def one_line(value: str, limit: int = 500) -> str:
     """Received text as it is logged, stored and shown: short, on one line, without codes that steer a terminal."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())
     return flat if len(value) <= limit else f"{flat}..."
+
+
+def sentences(*texts: str) -> str:
+    """Texts, of which any may be empty, as sentences one after the other: each but the last ends in a full stop.
+
+    What other programs and boards say may end in one already.
+    """
+    *firsts, last = [text for text in texts if text] or [""]
+    return " ".join([*(text if text.endswith(_ENDS) else f"{text}." for text in firsts), last])
 
 
 def decode_text(raw: bytes) -> str:

@@ -281,7 +281,7 @@ def _job(view: JobView) -> PublishedJob:
 
 
 def _alert(alert: Alert, closed_at: float | None = None) -> AlertStatus:
-    text = one_line(f"{alert.what}. To do: {alert.todo}", 1000)
+    text = one_line(alert.text, 1000)
     return AlertStatus(
         f"{alert.key[:100]}@{alert.since:.0f}", alert.since, alert.kind, alert.severity, alert.device, alert.job,
         text, closed_at,
