@@ -231,9 +231,11 @@ class NotificationSchedule:
         again_s = 60.0 * self._settings.repeat_minutes
         by_event: dict[str, list[Alert]] = {OPENED: [], REPEATED: [], RESOLVED: []}
         for key, alert in held.items():
+            before, notified_at = self._notified.get(key, (None, None))
+            if before is not None and before.severity == alert.severity:
+                self._notified[key] = alert, notified_at  # a new text is no news, but its end is told in it
             if SEVERITIES.index(alert.severity) < least:
                 continue
-            before, notified_at = self._notified.get(key, (None, None))
             if before is None or SEVERITIES.index(alert.severity) > SEVERITIES.index(before.severity):
                 by_event[OPENED].append(alert)
             elif notified_at is None:  # by an earlier run

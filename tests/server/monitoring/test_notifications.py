@@ -199,6 +199,17 @@ def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_re
     assert sent == [(0, "opened", "warning"), (60, "opened", "critical"), (180, "resolved", "critical")]
 
 
+def test_a_new_text_is_not_sent_again_and_the_end_is_told_in_the_latest() -> None:
+    due = NotificationSchedule(AlertSettings(repeat_minutes=0, quiet_hours="22:00-07:00"), "lab")
+    texts = ["a is away", "a and b are away", "b is away"]
+    hours = [NOON, NOON + HOUR, NOON + 11 * HOUR, NOON + 20 * HOUR]
+    sent = []
+    for second, (text, at) in enumerate(zip([*texts, ""], hours, strict=True)):
+        opened = [alert("rollout", "warning", what=text)] if text else []
+        sent += [(m.event, m.alerts[0].what) for m in due.messages(opened, 60.0 * second, at)]
+    assert sent == [("opened", texts[0]), ("resolved", texts[-1])]
+
+
 def test_an_alert_has_one_id_in_every_message() -> None:
     mild, bad = alert("disk", "warning"), alert("disk", "critical")
     ids = [json.loads(Message("opened", NOON, "lab", (a,)).to_bytes())["alerts"][0]["id"] for a in (mild, bad)]

@@ -18,6 +18,8 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.state import PUT_AWAY
 from fedprune.output.log_lines import log_context
 from fedprune.wire.messages import Progress
+from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
@@ -467,6 +469,26 @@ def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     again = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
     again.flush()
     assert [a["alert"] for a in again.view.alerts(gone=False).items] == ["broker"], "after a restart"
+
+
+def test_an_alert_is_shown_with_its_present_text_and_closes_whatever_that_is(tmp_path: Path) -> None:
+    fleet, book = Fleet(tmp_path, JOB), AlertBook()
+    console = Console(tmp_path, fleet.daemon(), fleet.air, alerts=book)
+    first = Alert("rollout", "warning", 5.0, "it waits for a and b", "why", "wait")
+    shown: list[tuple[str, bool]] = []
+    for second, alerts in enumerate([[first], [replace(first, what="it waits for b")], [], [first]]):
+        book.update(alerts, float(second), 5.0 + second)
+        console.flush()
+        (row,) = console.view.alerts().items
+        shown.append((row["text"].partition(".")[0], row["gone_at"] is None))
+    assert shown == [
+        ("it waits for a and b", True), ("it waits for b", True), ("it waits for b", False),
+        ("it waits for a and b", True),
+    ]  # fmt: skip
+    console.view.changes()
+    book.update([first], 9.0, 14.0)
+    console.flush()
+    assert "alert" not in {kind for kind, _ in console.view.changes()}, "what stays as it is, is not written again"
 
 
 def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:

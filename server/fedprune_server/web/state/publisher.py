@@ -74,6 +74,7 @@ class StatusPublisher:
         self._pending: dict[str, None] = {}
         self._published: dict[str, int] = {}
         self._statuses: dict[str, Record] = {}
+        self._open_alerts: dict[str, Alert] = {}  # as they were published, by key
         self._records: list[Record] = []
         self._unwritten: list[Record] = []
         self._stale = True
@@ -153,7 +154,8 @@ class StatusPublisher:
         self._published.clear()
         self._statuses.clear()
         self._covered.clear()
-        self._records = [*self._unwritten, *(_alert(a) for a in self._alerts.open)]
+        self._records = list(self._unwritten)
+        self._open_alerts.clear()
         self._alerts.changes()
         for name, view in self._views.items():
             before: float | None = None
@@ -186,9 +188,21 @@ class StatusPublisher:
         for name, view in self._views.items():
             self.changed(view.registry.moved)
             self._add_changed(f"job {name}", _job(view))
-        self.add(*(_alert(c.alert, c.closed_at) for c in self._alerts.changes()), *self.tap.take(_LINES))
+        self._add_alerts()
+        self.add(*self.tap.take(_LINES))
         if self._boards is not None:
             self.add(*self._boards.take(_LINES))
+
+    def _add_alerts(self) -> None:
+        # Closed ones first: an alert that has closed and opened again since is open.
+        for change in self._alerts.changes():
+            if change.closed_at is not None:
+                self._open_alerts.pop(change.alert.key, None)
+                self.add(_alert(change.alert, change.closed_at))
+        for alert in self._alerts.open:  # whose texts change without a change of severity, too
+            if self._open_alerts.get(alert.key) != alert:
+                self._open_alerts[alert.key] = alert
+                self.add(_alert(alert))
 
     def _knows(self, device: str) -> bool:
         """Whether this is the name of a device that is published, or is about to be."""
