@@ -214,7 +214,8 @@ class Monitor(Observer):
         ]
 
     def start(self) -> None:
-        """Start the thread that reads the site's facts and writes the open alerts."""
+        """Read the site's facts, and start the thread that reads them again and again and writes the open alerts."""
+        self.read_site()  # before the first look, which would close the alerts that an earlier run had about them
         self._thread = threading.Thread(target=self._run, name="fedprune-alerts", daemon=True)
         self._thread.start()
 
@@ -244,31 +245,38 @@ class Monitor(Observer):
             self._next_at = now + _LOOK_S
             self._look_safely(waits_for=wait_reason())
 
+    def finished(self, seen: JobView) -> None:
+        self._next_at = 0.0  # look at once: alerts about the job are over, and the server may end with it
+
     def ended(self) -> None:
         """Evaluate once more, because what ends the server (a full disk, a successor) is an alert, too."""
         self.read_site()
-        self._look_safely()
+        self._look_safely(closes=False)
 
-    def look(self, waits_for: str = "") -> None:
+    def look(self, waits_for: str = "", *, closes: bool = True) -> None:
         """Evaluate the alerts.
 
         Args:
             waits_for: What the loop waits for. Then nothing new is read, since that would wait for the same database.
+            closes: Whether alerts may close. At the server's end their causes may be hidden, and aren't gone.
         """
         at, now = self._clock(), self._monotonic()
         if not waits_for:
             if now >= self._free_at:  # not at every look: it takes a while with many boards
                 self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
             self._seen = self._snapshot()
-        changes = self.book.update(evaluate(replace(self._seen, waits_for=waits_for), at), now, at)
+        alerts = evaluate(replace(self._seen, waits_for=waits_for), at)
+        if not closes:
+            alerts = [*self.book.open, *alerts]
+        changes = self.book.update(alerts, now, at)
         for change in changes:
             _log(change)
         if changes:
             self._wake.set()
 
-    def _look_safely(self, waits_for: str = "") -> None:
+    def _look_safely(self, waits_for: str = "", *, closes: bool = True) -> None:
         try:
-            self.look(waits_for)
+            self.look(waits_for, closes=closes)
         except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
             self._complain(error)
 
@@ -295,11 +303,14 @@ class Monitor(Observer):
         )
 
     def _run(self) -> None:
-        while not self._over.is_set():
-            self.read_site()
-            self._write()
+        self._write()
+        while True:
             self._wake.wait(_FACTS_S)
             self._wake.clear()
+            if self._over.is_set():
+                return
+            self.read_site()
+            self._write()
 
     def _write(self) -> None:
         alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase
+from fedprune.coordination.commands import SendOffer
+from fedprune.coordination.events import Ticked
 from fedprune.core.errors import StorageError
 from fedprune.core.lock_wait import call_wait_hook, wait_hook
 from fedprune.jobs.failure_kind import FailureKind
@@ -671,6 +673,51 @@ def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -
     daemon.first.observers.ended()
     told = [(change.alert.kind, change.alert.severity) for change in monitor.book.changes()]
     assert told == [("second-server", "critical"), ("disk", "critical")]
+
+
+def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_over(tmp_path: Path, disk: Disk) -> None:
+    disk.free = 0.05
+    view, now = Fleet(tmp_path, JOB).daemon().first.view, [0.0]
+
+    def begin() -> Monitor:
+        return Monitor(
+            tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=lambda: NOW + now[0], monotonic=lambda: now[0]
+        )
+
+    def kinds(monitor: Monitor) -> set[str]:
+        return {alert.kind for alert in monitor.book.open}
+
+    monitor = begin()
+    monitor.start()
+    monitor.turned(lambda: 0.0, view)
+    with wait_hook(monitor.waiting):
+        for now[0] in (1.0, 12.0):
+            call_wait_hook("the database is locked by process 7")
+    assert kinds(monitor) == {"database-waits", "disk"}
+    monitor.ended()
+    monitor.close()
+    assert kinds(monitor) == {"database-waits", "disk"}
+
+    monitor = begin()
+    monitor.start()
+    monitor.turned(lambda: 0.0, view)
+    monitor.close()
+    assert kinds(monitor) == {"disk"}
+
+
+def test_alerts_about_a_job_are_over_when_it_is_finished_though_the_server_ends_at_once(tmp_path: Path) -> None:
+    view, now = Fleet(tmp_path, JOB).daemon().first.view, 10.0
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, monotonic=lambda: now)
+    watch = monitor.watches[JOB.name]
+    watch.command(SendOffer("a", 1, 1, {}), now)
+    watch.event(Ticked(), now + 1e6)
+    monitor.turned(lambda: 0.0, view)
+    assert {alert.kind for alert in monitor.book.open} == {"no-progress"}
+    view.state.phase = Phase.FINISHED
+    monitor.finished(view)
+    monitor.turned(lambda: 0.0, view)
+    monitor.ended()
+    assert monitor.book.open == []
 
 
 def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:
