@@ -27,7 +27,7 @@ from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
-from fedprune_server.monitoring.monitor import Recorded, read_recorded
+from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
@@ -63,10 +63,11 @@ def status_of_all(state: Path) -> dict[str, Any]:
 
     A device is at one job at a time: `job` names it while a server runs, and a device that is connected and free is
     online, too. Without a connection to the broker `online` is None. `alerts` are those that the running server has
-    open; of one that ended, that another server has taken the fleet over, which is what `replaced` says.
+    open, none while it starts; of one that ended, that another server has taken the fleet over, which is what
+    `replaced` says.
     """
     first = status(state)
-    recorded = read_recorded(state)
+    recorded = read_live(state) if first["running"] else read_recorded(state)
     first["alerts"] = _alerts(state, recorded, running=first["running"])
     further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
     every = [first, *further]

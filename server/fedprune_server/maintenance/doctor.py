@@ -39,7 +39,7 @@ from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
 from fedprune_server.monitoring.alerts import MISSING_BOARDS, SHOWN, at, command, evaluate
-from fedprune_server.monitoring.monitor import Recorded, read_recorded
+from fedprune_server.monitoring.monitor import Recorded, read_live
 from fedprune_server.monitoring.participation import day, quarantine
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
@@ -124,7 +124,7 @@ def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
         gone = within(timeout, lambda: revoked(folder)) if members else gone
     except FedpruneError:  # whose database it is, the folder's own, is told below
         members = False
-    live = read_recorded(folder) if held(folder / LOCK) else Recorded()
+    live = read_live(folder)
     away = frozenset(region.name for region in live.regions)
     leader = ""
     with suppress(FedpruneError):  # a database that can't be read is a finding below

@@ -23,6 +23,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.stragglers import beyond, places
 from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import held
 from fedprune.core.errors import FedpruneError, reason
 from fedprune.core.lock_wait import wait_reason
 from fedprune.core.text import amount
@@ -38,6 +39,7 @@ from fedprune_server.monitoring.participation import AWAY, Participation, missin
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
+from fedprune_server.storage.state_folder import LOCK, run_number
 
 log = logging.getLogger("fedprune.server")
 
@@ -177,6 +179,7 @@ class Monitor(Observer):
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._server, self._view = folder, server, views[0][0]
+        self._run_number = run_number(folder)
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
         self._others, self._tier, self._free = others, tier, free
@@ -317,7 +320,7 @@ class Monitor(Observer):
         regions = [asdict(region) for region in self._tier_seen.regions]
         body = {
             "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
-            "regions": regions, "parent_lost": self._tier_seen.parent_lost,
+            "regions": regions, "parent_lost": self._tier_seen.parent_lost, "run": self._run_number,
         }  # fmt: skip
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
@@ -334,9 +337,10 @@ class Monitor(Observer):
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the monitor of a folder's server wrote some seconds ago.
+    """What the monitor of a folder's server wrote last.
 
     Attributes:
+        run: Which run of the server it was (`storage.state_folder.run_number`).
         turned_at: The last turn of the server's loop, in seconds since 1970; None if nothing was written, or the file
             is damaged.
         alerts: Its open alerts.
@@ -352,9 +356,18 @@ class Recorded:
     free: frozenset[str] = frozenset()
     regions: Sequence[LostRegion] = ()
     parent_lost: float | None = None
+    run: str = ""
+
+
+def read_live(folder: Path) -> Recorded:
+    """What the monitor of the server that runs on a folder wrote some seconds ago; nothing where none runs, or one that
+    is still starting."""
+    recorded = read_recorded(folder) if held(folder / LOCK) else Recorded()
+    return recorded if recorded.run == run_number(folder) else Recorded()
 
 
 def read_recorded(folder: Path) -> Recorded:
+    """What was written last, which may be long ago, by a server that has ended since."""
     try:
         body = json.loads((folder / FILE).read_bytes())
         return Recorded(
@@ -364,6 +377,7 @@ def read_recorded(folder: Path) -> Recorded:
             frozenset(body.get("free", ())),
             [LostRegion(**row) for row in body.get("regions", ())],
             None if (lost := body.get("parent_lost")) is None else float(lost),
+            str(body.get("run", "")),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Recorded()

@@ -9,13 +9,14 @@ import fcntl
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.database import check_url
 
@@ -82,7 +83,9 @@ def folders(state: Path) -> list[Path]:
 log = logging.getLogger("fedprune.server")
 
 LOCK = "lock"
-"""Held by the server that runs on the folder."""
+"""Held by the server that runs on the folder, and holds a number that is drawn for each run."""
+
+_RUN_BYTES = 16
 
 _PATIENCE_S = 3.0
 
@@ -94,9 +97,19 @@ def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
     """
     descriptor = _taken(path, standby=standby)
     try:
+        with suppress(OSError):  # a disk without room for these bytes doesn't keep `check` from making some
+            write_all(descriptor, secrets.token_hex(_RUN_BYTES // 2).encode())
         yield
     finally:
         os.close(descriptor)
+
+
+def run_number(folder: Path) -> str:
+    """What tells the run that holds a folder's lock, or did so last, from earlier ones; empty if there was none."""
+    try:
+        return (folder / LOCK).read_bytes()[:_RUN_BYTES].decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _taken(path: Path, *, standby: bool) -> int:

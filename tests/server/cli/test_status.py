@@ -25,13 +25,18 @@ from fedprune.planning.profile_store import find
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import main
-from fedprune_server.cli.status import status
+from fedprune_server.cli.status import status, status_of_all
 from fedprune_server.devices.quarantine import FILE, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.maintenance.doctor import examined
+from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
+from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.storage.state_folder import folder_lock
 from fedprune_server.storage.storage import Storage
 from support.fakes import tiny_job as toy
+from support.fakes.fleet import Fleet
 
 
 @pytest.fixture
@@ -215,6 +220,35 @@ def test_a_reason_that_is_a_sentence_gets_no_second_full_stop(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if alert.what in line]
     assert ".." not in line
     assert line.endswith(alert.text)
+
+
+def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
+    stopped_state: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    view = Fleet(tmp_path_factory.mktemp("fleet"), toy.JOB).daemon().first.view
+    ended_at = time.time() - 1000.0
+
+    def monitor(*alerts: Alert) -> Monitor:
+        return Monitor(
+            stopped_state, {}, [(view, stopped_state)], here=lambda: 3, book=AlertBook(alerts), clock=lambda: ended_at
+        )
+
+    def kinds() -> list[str]:
+        return [alert["kind"] for alert in status_of_all(stopped_state)["alerts"]]
+
+    with folder_lock(stopped_state):
+        first = monitor(Alert("broker", "critical", ended_at, "there is no connection to the broker", "why", "do"))
+        first.start()
+        first.close()
+        assert kinds() == ["server-hangs", "broker"]
+    with folder_lock(stopped_state):
+        assert kinds() == []
+        assert all(device["online"] is not None for device in status_of_all(stopped_state)["devices"])
+        assert "server-hangs" not in {finding.kind for finding in examined(stopped_state)}
+        second = monitor()
+        second.start()
+        second.close()
+        assert kinds() == ["server-hangs"]
 
 
 def test_notes_come_after_all_else(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
