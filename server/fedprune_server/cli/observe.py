@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedprune.core.cli import add_json, seconds, whole_number
 from fedprune.core.errors import ExitCode, JoinError, StorageError, looked_for, meant
-from fedprune.core.text import amount
+from fedprune.core.text import amount, sentences
 from fedprune.output.tables import print_verdicts
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.identity import name_of
@@ -19,10 +19,12 @@ from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.board_logs import BoardReport, frames_of, read_logs
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import examined
+from fedprune_server.monitoring.alerts import BOARD_S_OWN_LOG
 from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import Storage, database_of
 
 _LOOK_S = 1.0
+_NOT_ASKED = "The server asks for none, since board_logs is 0 in [server]"
 
 
 def add_logs(logs: argparse.ArgumentParser) -> None:
@@ -51,13 +53,12 @@ def _logs(arguments: argparse.Namespace) -> None:
             f"{folder} is no server's state folder", hint=f"Give the folder of `run --state`.{looked_for(folder)}"
         )
     check_unowned(folder)
-    if arguments.device is not None and not arguments.follow:
-        _check_known(folder, arguments.device)
     rows = read_logs(folder, arguments.device, most=arguments.last)
+    explanation = _why_empty(folder, arguments.device) if not rows and not arguments.follow else ""
     _show(rows, as_json=arguments.json)
     after = rows[-1].id if rows else 0
-    if not rows and not arguments.follow and not arguments.json:
-        print(f"{arguments.device or 'no board'} has sent nothing")
+    if explanation and not arguments.json:
+        print(explanation)
     while arguments.follow:
         time.sleep(_LOOK_S)
         rows = read_logs(folder, arguments.device, after)
@@ -65,20 +66,31 @@ def _logs(arguments: argparse.Namespace) -> None:
         after = rows[-1].id if rows else after
 
 
-def _check_known(folder: Path, name: str) -> None:
-    """Raise `JoinError` if a server has never heard of a board; with --follow it may still come."""
-    names = {row.device for row in read_logs(folder, name, most=1)}
-    if not names and has_database(folder):
+def _why_empty(folder: Path, name: str | None) -> str:
+    """Why there is nothing of a board, or of all, and where to look instead. Raises `JoinError` if the server has never
+    heard of the board; with --follow it may still come."""
+    if name is None:
+        return "no board has sent a warning, an error or a crash"
+    settings, exclusions = None, dict[str, str]()  # of every board that the server knows, why it takes no part
+    if has_database(folder):
         with database_of(folder, read_only=True) as database:
-            names = {device.device for device in IdentityStore(database).devices()}
-        if Storage.settings_in(folder) is not None:
+            exclusions = dict.fromkeys((device.device for device in IdentityStore(database).devices()), "")
+        if (settings := Storage.settings_in(folder)) is not None:
             with Storage.existing(folder) as storage:
-                names |= {str(row["name"]) for row in storage.devices()} | storage.outsiders().keys()
-    if name not in names:
+                bodies = [*storage.devices(), *({"name": n, **body} for n, body in storage.outsiders().items())]
+            exclusions |= {str(body["name"]): str(body["excluded"] or "") for body in bodies}
+    if name not in exclusions:
         raise JoinError(
-            f"no board is called {name}{meant(name, names)}",
+            f"no board is called {name}{meant(name, exclusions)}",
             hint="`fedprune-server status` and `fedprune-server devices` list boards; --follow waits for one.",
         )
+    why = exclusions[name]
+    return sentences(
+        f"{name} has sent no warning, error or crash",
+        f"It takes no part: {why}" if why else "",
+        "" if (settings or {}).get("server", {}).get("board_logs", 1) else _NOT_ASKED,
+        f"Its own log is on the board: {BOARD_S_OWN_LOG}",
+    )
 
 
 def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:

@@ -73,6 +73,9 @@ MOST = 500
 SHOWN = 5
 """Names that a text lists."""
 
+BOARD_S_OWN_LOG = "journalctl -u fedprune -n 50"
+"""Shows a board's log, on the board."""
+
 _UNHEARD_S, _MEASURED_S = 25.0, 120.0
 """Seconds after which a board that has joined should be heard: one that doesn't measure itself first, and any."""
 
@@ -497,6 +500,11 @@ def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
         case participation.AWAY:
             return without, (
                 f"see that it has power and network, and {logs}; a board that is gone for good is revoked by {revoke}"
+            )
+        case participation.EXCLUDED:  # one that can't start sends nothing but the reason
+            return without, (
+                f"mend what the reason names on the board and start it again; its own log has more: {BOARD_S_OWN_LOG} "
+                "(docs/runbook.md#a-board-cant-start)"
             )
         case _:
             return without, (

@@ -13,6 +13,10 @@ from fedprune.core.errors import ExitCode
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import VARIABLE
+from fedprune_server.monitoring.alerts import BOARD_S_OWN_LOG, evaluate
+from fedprune_server.monitoring.participation import EXCLUDED, Missing
+from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.storage.storage import Storage
 
 OTHERWISE = {"aggregate", "alerts", "run", "config", "restore", "service"}
 """Commands that read settings in layers, make a new folder or write a unit."""
@@ -91,3 +95,27 @@ def test_a_folder_is_its_owner_s_alone_and_knows_its_boards(tmp_path: Path, caps
     assert state.stat().st_mode & 0o777 == 0o700
     assert main(["logs", "--state", str(state), "--device", "nope"]) == ExitCode.JOIN
     assert "no board is called nope" in " ".join(capsys.readouterr().err.split())
+
+
+def test_of_a_board_that_can_t_start_logs_tell_why_they_are_empty_and_where_its_own_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trouble = "it can't start: its samples are gone."
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": {}, "server": {"board_logs": 0}})
+        storage.put_outsiders({"attic": {"excluded": trouble, "cannot_start": True}, "cellar": {"excluded": ""}})
+    said = {}
+    for name in ("attic", "cellar"):
+        assert main(["logs", "--state", str(tmp_path), "--device", name]) == ExitCode.OK
+        said[name] = capsys.readouterr().out
+        assert name in said[name]
+        assert "board_logs" in said[name]
+        assert BOARD_S_OWN_LOG in said[name]
+    assert trouble in said["attic"]
+    assert ".." not in said["attic"]
+    assert main(["logs", "--state", str(tmp_path), "--device", "attic", "--json"]) == ExitCode.OK
+    assert capsys.readouterr().out == ""
+    seen = Snapshot(tmp_path, missing={"attic": Missing(EXCLUDED, trouble, 0.0)})
+    (alert,) = evaluate(seen, 1.0)
+    assert BOARD_S_OWN_LOG in alert.todo
+    assert "fedprune-server logs" not in alert.todo
