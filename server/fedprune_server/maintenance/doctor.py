@@ -47,7 +47,7 @@ from fedprune_server.storage.database import DatabaseLockedError, LostConnection
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
 from fedprune_server.storage.s3.bucket import Bucket
-from fedprune_server.storage.sqlite_file import write_lock_holders
+from fedprune_server.storage.sqlite_file import sqlite_lock_holders, write_lock_holders
 from fedprune_server.storage.state_folder import FILE, LOCK, MODEL, folders
 from fedprune_server.storage.storage import Storage
 
@@ -283,18 +283,22 @@ def rotation(site: Site) -> Iterator[Finding]:
 
 
 def lock(site: Site) -> Iterator[Finding]:
-    """Whether somebody keeps the lock that the running server needs for each change."""
+    """Whether somebody keeps the lock that a server needs for each change."""
     path = site.folder / FILE
-    if not site.running or not path.is_file() or any(a.kind == "database-waits" for a in site.live.alerts):
+    if not path.is_file() or any(a.kind == "database-waits" for a in site.live.alerts):
         return  # the running server says it itself
+    if not site.running and not sqlite_lock_holders(path):
+        return  # and nothing is opened for writing, which would change what a crash has left
     with translated(str(path)):
         holders = write_lock_holders(path, min(site.timeout, LOCK_S))
     if holders:
         yield wrong(
             "database-locked",
             f"{path} is locked by {' and '.join(holders)}",
-            "the server waits with its next change, and answers no board meanwhile",
-            "let that process go on, or end it; the server goes on by itself",
+            "the server waits with its next change, and answers no board meanwhile"
+            if site.running
+            else "a server that is started waits until it is free, as do commands that change something",
+            "let that process go on, or end it" + ("; the server goes on by itself" if site.running else ""),
         )
 
 

@@ -90,7 +90,7 @@ def sqlite_errors(path: Path, hint: str) -> Iterator[None]:
         if "full" in str(error):
             raise StorageFullError(f"no room left for {path}", hint="Make room on the disk.") from error
         if is_sqlite_locked(error):
-            holders = " and ".join(_holders(path)) or "another process"
+            holders = " and ".join(sqlite_lock_holders(path)) or "another process"
             raise BusyError(f"{path} is locked by {holders}", hint="Wait until it is done, or end it.") from error
         raise StorageError(f"{path}: {error}", hint=hint) from error
 
@@ -124,7 +124,8 @@ class ReaderPool(Closing):
 
 def write_lock_holders(path: Path, patience_s: float) -> list[str]:
     """Who has kept a database's write lock for this long, as far as the kernel tells; empty if it is free. Only for a
-    database that a server has open, next to which nothing is made then. Raises `sqlite3.Error` if it can't be opened.
+    database that another process has open, next to which nothing is made then. Raises `sqlite3.Error` if it can't be
+    opened.
     """
     uri = f"{path.resolve().as_uri()}?mode=rw"
     with closing(sqlite3.connect(uri, uri=True, timeout=patience_s, isolation_level=None)) as connection:
@@ -133,7 +134,7 @@ def write_lock_holders(path: Path, patience_s: float) -> list[str]:
         except sqlite3.OperationalError as error:
             if not is_sqlite_locked(error):
                 raise
-            return _holders(path) or ["another process"]
+            return sqlite_lock_holders(path) or ["another process"]
         connection.execute("ROLLBACK")
     return []
 
@@ -167,7 +168,7 @@ def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _
                 raise
             if wait is None:
                 path = Path(connection.execute("PRAGMA database_list").fetchone()[2])
-                wait = LockWait(str(path), partial(_holders, path))
+                wait = LockWait(str(path), partial(sqlite_lock_holders, path))
             wait.note()
             time.sleep(pause_s)  # SQLite itself doesn't wait where that could be a deadlock
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -177,6 +178,7 @@ def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _
             return result
 
 
-def _holders(path: Path) -> list[str]:
-    """The processes that hold a database's locks, which are on its own bytes or, with a log (WAL), on its index's."""
+def sqlite_lock_holders(path: Path) -> list[str]:
+    """The other processes that hold a database's locks now, as far as the kernel tells, without opening it: the locks
+    are on its own bytes or, with a log (WAL), on its index's."""
     return file_lock_holders(path, path.with_name(f"{path.name}-shm"))

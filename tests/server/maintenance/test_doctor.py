@@ -7,6 +7,8 @@ import re
 import shlex
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -439,6 +441,34 @@ def test_who_keeps_the_databases_lock_is_named(
         assert kinds_found() == ["database-locked"]
         other.execute("ROLLBACK")
         assert kinds_found() == []
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("roomy")
+def test_who_keeps_the_databases_lock_is_named_where_no_server_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "LOCK_S", 0.05)
+
+    def findings_of_locks() -> list[str]:
+        return [f.what for f in doctor.examined(folder) if f.kind == "database-locked"]
+
+    assert findings_of_locks() == []
+    command = [sys.executable, "-c", HOLDER, folder / "server.db"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        (what,) = findings_of_locks()
+    assert f"process {holder.pid} " in what
+    assert findings_of_locks() == []
 
 
 @pytest.mark.parametrize("progress", ["folded", "refused"])
