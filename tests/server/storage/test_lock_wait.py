@@ -19,7 +19,7 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core import lock_wait
 from fedprune.core.errors import BusyError
-from fedprune.core.lock_wait import LockWait, call_wait_hook, file_lock_holders, wait_hook, wait_reason
+from fedprune.core.lock_wait import LockWait, call_wait_hook, command_text, file_lock_holders, wait_hook, wait_reason
 from fedprune.security.register import Register
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
@@ -276,3 +276,28 @@ def test_a_holder_is_named_for_sure_where_device_and_number_of_the_file_fit(
     (holder,) = file_lock_holders(path)
     assert f"process {parent}" in holder
     assert holder.startswith("process") is sure
+
+
+PROGRAM, STATE = "/root/.pyenv/versions/3.11.7/bin/python3.11", "/var/lib/fedprune/fleet-of-the-north"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["fedprune-server", "claim"], ["fedprune-server claim"]),
+        (
+            [PROGRAM, f"{STATE}/venv/bin/fedprune-server", "claim", "--device", "attic", "--state", STATE],
+            ["python3.11 fedprune-server claim ", f" --state {STATE}"],
+        ),
+        ([PROGRAM, "-c", "import sqlite3\n" * 99, f"{STATE}/server.db"], ["python3.11 -c ", f" {STATE}/server.db"]),
+        (["sqlite3", f"/{'deep/' * 99}server.db"], ["sqlite3 ", "/server.db"]),
+        ([f"/{'p' * 999}", "x"], ["ppp", " x"]),
+        (["p" * 999], ["ppp"]),
+    ],
+)
+def test_of_a_long_command_program_and_last_arguments_are_shown(arguments: list[str], parts: list[str]) -> None:
+    text = command_text(arguments)
+    assert text.isprintable()
+    assert len(text) < 150
+    assert text.startswith(parts[0])
+    assert text.endswith(parts[-1]) or len(arguments) == 1

@@ -32,7 +32,8 @@ LOCKS = Path("/proc/locks")
 """All locks on files, where the kernel is Linux."""
 
 _SAID_AGAIN_S = 60.0
-_MAX_COMMAND = 100
+_MAX_COMMAND = 120
+"""Characters of a command in a sentence."""
 
 
 @contextmanager
@@ -137,6 +138,26 @@ def _process(pid: int) -> str:
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return f"process {pid}"
-    command = one_line(" ".join(arguments).strip(), _MAX_COMMAND)
+    command = command_text(arguments)
     stopped = f", which is stopped: continue it with `kill -CONT {pid}`, or end it" if state in ("T", "t") else ""
     return f"process {pid} ({command}){stopped}" if command else f"process {pid}{stopped}"
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """A command line in a sentence. Of a long one, what tells it from others: the names of program and script without
+    their folders, the subcommand, and the last arguments, such as paths."""
+    words = [word for argument in arguments if (word := one_line(argument, len(argument)))]
+    if len(text := " ".join(words)) <= _MAX_COMMAND:
+        return text
+    for i in range(min(2, len(words) - 1)):
+        words[i] = words[i].rpartition("/")[2] if words[i].startswith("/") else words[i]
+    first = [one_line(words.pop(0), _MAX_COMMAND // 2)]
+    while words and len(" ".join([*first, words[0]])) <= _MAX_COMMAND // 3:
+        first.append(words.pop(0))
+    room, last = _MAX_COMMAND - len(" ".join(first)), list[str]()
+    while words and len(words[-1]) < room:
+        last.insert(0, words.pop())
+        room -= len(last[0]) + 1
+    if words and not last:
+        last = [words[-1][-room:]]
+    return " ".join([*first, *(["..."] if words else []), *last])
