@@ -1,7 +1,8 @@
 """What decides a job besides its settings, compared with what it was when the job began or ran last.
 
-A job keeps the model, the loss and the metric with which it began, so that others are refused. Samples of the server,
-a strategy's code and hardware profiles may change between two starts: the new ones are taken, and the start says so.
+A job keeps the model with which it began, with the user's own loss and metric, so that others are refused. Built-in
+losses and metrics, which the recipe names, samples of the server, a strategy's code and hardware profiles may change
+between two starts: the new ones are taken, and the start says so.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import shipped_folder
@@ -156,6 +156,27 @@ def test_other_samples_of_the_server_are_taken_and_said(tmp_path: Path) -> None:
         assert open_job(folder, config).changed == []
         lines = open_job(folder, replace(config, calibration=None)).changed
         assert [line.partition(":")[0] for line in lines] == ["calibration"]
+
+
+def test_another_built_in_metric_is_taken_and_a_loss_only_if_the_server_s_labels_fit(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    x, y = load_digits()[:2]
+    np.savez(tmp_path / "samples.npz", x=x[:20], y=y[:20])
+    config = ServerConfig(model=str(tmp_path / "model.onnx"), evaluation=str(tmp_path / "samples.npz"))
+
+    def with_recipe(**choices: str) -> ServerConfig:
+        return replace(config, job=Job(recipe=Recipe(**choices)))  # type: ignore[arg-type]
+
+    with StateFolder(tmp_path / "state") as folder:
+        assert open_job(folder, config).changed == []
+        assert [line.partition(":")[0] for line in open_job(folder, with_recipe(metric="miou")).changed] == [
+            "recipe.metric"
+        ]
+        with pytest.raises(DataError):
+            folder.read_job(with_recipe(loss="mse"))
+        assert open_job(folder, with_recipe(metric="miou")).changed == []
+        lines = open_job(folder, replace(with_recipe(loss="mse"), evaluation=None)).changed
+        assert [line.partition(":")[0] for line in lines] == ["recipe.loss", "recipe.metric", "evaluation"]
 
 
 def test_other_code_of_a_strategy_is_taken_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
