@@ -286,7 +286,7 @@ class Monitor(Observer):
     def read_site(self) -> None:
         """Read the facts of the state folder; unreadable ones stay as they were."""
         try:
-            self._site = site_facts(self._folder, self._server)
+            self._site = site_facts(self._folder, self._server, before=self._site or SiteFacts())
         except (FedpruneError, OSError) as error:
             self._complain(error)
 

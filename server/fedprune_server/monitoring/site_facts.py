@@ -26,17 +26,23 @@ from fedprune_server.storage.storage import database_of
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 
 
-def site_facts(folder: Path, server: Mapping[str, Any], *, members: bool = True) -> SiteFacts:
+_NO_FACTS = SiteFacts()
+
+
+def site_facts(
+    folder: Path, server: Mapping[str, Any], *, members: bool = True, before: SiteFacts = _NO_FACTS
+) -> SiteFacts:
     """Facts of a state folder.
 
     Args:
         server: Settings of the table [server].
         members: Whether the identity can be read.
+        before: Facts of an earlier look: what is in a database that can't be read now stays as it was.
     """
     found = shutil.disk_usage(folder)
-    waiting, unannounced = _members(folder) if members and (folder / IDENTITY).is_dir() else ({}, {})
+    waiting, unannounced = _members(folder, before) if members and (folder / IDENTITY).is_dir() else ({}, {})
     certificates = (*_certificates(folder), *_console(folder, server))
-    return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder), unannounced)
+    return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder, before), unannounced)
 
 
 def _certificates(folder: Path) -> Iterator[CertificateDates]:
@@ -78,7 +84,7 @@ def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
     )
 
 
-def _members(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+def _members(folder: Path, before: SiteFacts) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """The keys that wait for approval, and the members that have never announced themselves."""
     if not has_database(folder):
         return {}, {}
@@ -87,18 +93,18 @@ def _members(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
             store = IdentityStore(database)
             waiting, unannounced = store.waiting(), store.unannounced_members()
     except StorageError:  # as below
-        return {}, {}
+        return before.waiting, before.unannounced
     return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}, unannounced
 
 
-def _rollout(folder: Path) -> RolloutStatus | None:
+def _rollout(folder: Path, before: SiteFacts) -> RolloutStatus | None:
     if not has_database(folder):
         return None
     try:
         with RolloutStore(folder, read_only=True) as store:
             entry = store.latest()
     except StorageError:  # the server reports its database itself, and the other facts count all the same
-        return None
+        return before.rollout
     if entry is None:
         return None
     rollout, boards = entry.rollout, entry.rollout.boards

@@ -738,6 +738,21 @@ def test_a_database_that_can_t_be_read_hides_no_other_fact(tmp_path: Path) -> No
     assert facts.disk is not None
 
 
+def test_what_waits_goes_on_waiting_while_the_database_can_t_be_read(tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path, "lab") as identity:
+        identity.store.ask("attic", SigningKey.make().verifying.hex, 2)
+    monitor = Monitor(tmp_path, {}, [(Fleet(tmp_path, JOB).daemon().first.view, tmp_path)], here=lambda: 3)
+    monitor.read_site()
+    monitor.look()
+    assert {alert.kind for alert in monitor.book.open} == {"devices-wait"}
+    database = (tmp_path / "server.db").read_bytes()
+    for content in (b"x" * 5000, database):
+        (tmp_path / "server.db").write_bytes(content)
+        monitor.read_site()
+        monitor.look()
+        assert {alert.kind for alert in monitor.book.open} == {"devices-wait"}
+
+
 def test_members_are_not_read_where_only_boards_that_wait_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
