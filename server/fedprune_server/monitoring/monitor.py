@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -194,7 +194,6 @@ class Monitor(Observer):
             view.job.name: Participation(view, away_rounds, present, away, clock) for view, _ in views
         }
         self._site: SiteFacts | None = None
-        self._seen = Snapshot(folder)
         self._next_at = 0.0
         self._waits_since: float | None = None  # for the database, within a turn of the loop
         self._complain_at: float | None = None
@@ -260,16 +259,15 @@ class Monitor(Observer):
         """Evaluate the alerts.
 
         Args:
-            waits_for: What the loop waits for. Then nothing new is read, since that would wait for the same database.
+            waits_for: What the loop waits for. Then nothing else is read, since that would wait for the same database,
+                so that no other alert opens or closes.
             closes: Whether alerts may close. At the server's end their causes may be hidden, and aren't gone.
         """
         at, now = self._clock(), self._monotonic()
-        if not waits_for:
-            if now >= self._free_at:  # not at every look: it takes a while with many boards
-                self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
-            self._seen = self._snapshot()
-        alerts = evaluate(replace(self._seen, waits_for=waits_for), at)
-        if not closes:
+        if not waits_for and now >= self._free_at:  # not at every look: it takes a while with many boards
+            self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
+        alerts = evaluate(Snapshot(self._folder, waits_for=waits_for) if waits_for else self._snapshot(), at)
+        if waits_for or not closes:
             alerts = [*self.book.open, *alerts]
         changes = self.book.update(alerts, now, at)
         for change in changes:

@@ -811,3 +811,20 @@ def test_a_wait_for_the_database_is_an_alert_and_reads_nothing_of_it(tmp_path: P
             call_wait_hook("the database is away")
     assert reads == []
     assert [a.kind for a in monitor.book.open] == ["database-waits"]
+
+
+@pytest.mark.parametrize(("connected", "here"), [(False, 3), (True, 0)])
+def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
+    tmp_path: Path, connected: bool, here: int
+) -> None:
+    view, now = Fleet(tmp_path, JOB).daemon().first.view, [0.0]
+    view = replace(view, link=SimpleNamespace(connected=connected))  # type: ignore[arg-type]
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: here, monotonic=lambda: now[0])
+    for now[0] in (0.0, 8.0) if connected else (0.0, 16.0):
+        monitor.turned(lambda: 0.0, view)
+    before = [] if connected else ["broker"]
+    assert [a.kind for a in monitor.book.open] == before
+    with wait_hook(monitor.waiting):
+        for now[0] in (17.0, 28.0, 60.0):
+            call_wait_hook("the database is locked by process 7")
+    assert [a.kind for a in monitor.book.open] == [*before, "database-waits"]
