@@ -35,7 +35,7 @@ def pixels() -> np.ndarray[Any, Any]:
 def library() -> Any:
     """The library itself, which must not look for anything in a network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")  # not the hub's own setting, which would hold for other tests, too
         patch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return pytest.importorskip("datasets", reason="datasets is not installed")
 
