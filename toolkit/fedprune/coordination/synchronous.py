@@ -313,8 +313,9 @@ class SynchronousCoordinator(Coordinator):
 
     def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is not None:
+        if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
             return []
+        state.closing = None
         lost = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
         for name in event.dropped.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
@@ -334,7 +335,7 @@ class SynchronousCoordinator(Coordinator):
             self._exclude_at_fault(name)
         return bool(false) and state.suspects != before
 
-    def _cohorts(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    def _cohorts(self, names: Iterable[str]) -> list[list[str]]:
         """Cohorts of devices that were asked for the same; devices in none of them have no part in the round."""
         state = self.state
         groups: dict[str, list[str]] = {}
@@ -342,15 +343,15 @@ class SynchronousCoordinator(Coordinator):
             offer = state.tasks[name].offer or {}
             same = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
             groups.setdefault(same, []).append(name)
-        cohorts: list[tuple[str, ...]] = []
+        cohorts: list[list[str]] = []
         for same, members in sorted(groups.items()):
             attempt = max(state.tasks[name].attempt for name in members)
             dice = keyed(self.job.seed, state.round, "cohorts", attempt, same)
             divided, left = divide(members, state.suspects, dice)
-            cohorts += divided
+            cohorts += map(list, divided)
             for name in left:
                 state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
-        return tuple(cohorts)
+        return cohorts
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
@@ -471,8 +472,11 @@ class SynchronousCoordinator(Coordinator):
     def _close(self) -> do.Close | do.SumMasked:
         state = self.state
         done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
-        if self.job.secure_aggregation and state.closing is None:
-            return do.SumMasked(state.round, self._cohorts(done))
+        if self.job.secure_aggregation and "sums" not in (state.closing or {}):
+            # Divided once and stored: a second division, after a restart, would leave out more boards, since those that
+            # the first has left out are no longer among the done.
+            state.closing = state.closing or {"division": self._cohorts(done)}
+            return do.SumMasked(state.round, tuple(tuple(cohort) for cohort in state.closing["division"]))
         sums = tuple(do.CohortSum.from_dict(body) for body in (state.closing or {}).get("sums", ()))
         parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts, sums=sums)
