@@ -38,9 +38,9 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
-from fedprune_server.monitoring.alerts import MISSING_BOARDS, SHOWN, at, command, evaluate
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, command, evaluate_alerts, state_args
 from fedprune_server.monitoring.monitor import Recorded, read_recorded
-from fedprune_server.monitoring.participation import day, quarantine
+from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
@@ -157,7 +157,7 @@ def _unreadable(folder: Path, error: FedpruneError) -> Finding:
     if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
         advice = "see that it runs, that this machine reaches it, and who has locked it; the server goes on by itself"
     else:
-        advice = f"{command('check', *at(folder))}, or restore a backup"
+        advice = f"{command('check', *state_args(folder))}, or restore a backup"
     return wrong("database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice)
 
 
@@ -166,7 +166,7 @@ def _checked(check: Callable[[Site], Iterable[Finding]], site: Site) -> Iterator
     try:
         yield from check(site)
     except FedpruneError as error:
-        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *at(site.folder)))
+        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *state_args(site.folder)))
 
 
 def within(seconds: float, work: Callable[[], _T]) -> _T:
@@ -221,7 +221,7 @@ def alerts(site: Site) -> Iterator[Finding]:
     """Alerts that the state folder justifies, and others that a running server has open."""
     live = site.live
     rows = sorted(read_rows(site.folder).items()) if site.running else []
-    missing = {n: quarantine(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
+    absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
     parent = str(site.server.get("parent", OFF))
     seen = Snapshot(
         site.folder,
@@ -230,10 +230,10 @@ def alerts(site: Site) -> Iterator[Finding]:
         site.running or bool(site.leader),
         None if live.turned_at is None else max(0.0, site.now - live.turned_at),
         tier=TierStatus(parent if parent != OFF else "", live.parent_lost, live.regions),
-        missing=missing,
+        absences=absences,
         site=site_facts(site.folder, site.server, members=site.members),
     )
-    found = {a.key: a for a in evaluate(seen, site.now)}
+    found = {a.key: a for a in evaluate_alerts(seen, site.now)}
     for alert in live.alerts:
         found.setdefault(alert.key, alert)
     yield from map(of_alert, found.values())
@@ -263,14 +263,14 @@ def rotation(site: Site) -> Iterator[Finding]:
             f"from: {some(names)}",
             "they don't hear this server",
             "restore signing.key and successions.json from the latest backup; or let these boards join again, with "
-            + command("devices", "replace", "NAME", *at(folder)),
+            + command("devices", "replace", "NAME", *state_args(folder)),
         )
     if names := [name for name, key in behind.items() if key in chain]:
         yield note(
             "signing-key",
             f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {some(names)}",
             "they follow when they connect; a stolen old key deceives them until then",
-            command("devices", *at(folder)),
+            command("devices", *state_args(folder)),
         )
     if rotating:
         waits = f"{quantity(len(left), 'board')} without a certificate of the new one: {some(left)}" if left else ""
@@ -278,7 +278,9 @@ def rotation(site: Site) -> Iterator[Finding]:
             "authority",
             f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",
             "the old authority counts until that ends",
-            "let these boards connect, or revoke them" if left else command("identity", "retire-ca", *at(folder)),
+            "let these boards connect, or revoke them"
+            if left
+            else command("identity", "retire-ca", *state_args(folder)),
         )
 
 
@@ -302,10 +304,10 @@ def clock(site: Site) -> Iterator[Finding]:
     now, last_event = site.now, site.last_event
     ahead = last_event is not None and last_event > now + _AHEAD_S
     if now < _EARLIEST or ahead:
-        said = f"; the job's last event was at {day(last_event)}" if ahead and last_event is not None else ""
+        said = f"; the job's last event was at {format_minute(last_event)}" if ahead and last_event is not None else ""
         yield wrong(
             "clock",
-            f"this machine's clock says {day(now)}{said}",
+            f"this machine's clock says {format_minute(now)}{said}",
             "deadlines, certificates and what boards take for the time go by it",
             "set the clock: timedatectl set-ntp true",
         )
@@ -323,10 +325,10 @@ def crashes(site: Site) -> Iterator[Finding]:
         last = found[-1]
         yield note(
             "crashes",
-            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:SHOWN])}), lastly "
+            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:MAX_NAMES_SHOWN])}), lastly "
             f"{last.device}: {last.text}",
             "a board that crashes trains nothing meanwhile",
-            command("logs", "--device", last.device, *at(site.folder)),
+            command("logs", "--device", last.device, *state_args(site.folder)),
         )
 
 
@@ -334,12 +336,12 @@ def backups(site: Site) -> Iterator[Finding]:
     found = last_backup(site.folder)
     if found is not None and site.now - found < _BACKUP_S:
         return
-    said = "no backup was ever made" if found is None else f"the last backup is of {day(found)}"
+    said = "no backup was ever made" if found is None else f"the last backup is of {format_minute(found)}"
     yield note(
         "backup",
         f"{said} with `fedprune-server backup` from {site.folder}",
         "with the disk, the model and the identity of the fleet would be lost",
-        command("backup", *at(site.folder), "--to", "PLACE"),
+        command("backup", *state_args(site.folder), "--to", "PLACE"),
     )
 
 
@@ -405,7 +407,8 @@ def other_servers(site: Site) -> Iterator[Finding]:
             "second-server",
             f"another server runs this fleet: {copied}{described(other)}",
             "one of the two will end: a fleet has one server" if running else "boards follow that one",
-            f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",
+            "look after the fleet there; or, to serve it from here: "
+            + command("run", *state_args(folder), "--take-over"),
         )
 
 
@@ -452,7 +455,7 @@ def _embedded(site: Site) -> Iterator[Finding]:
             "broker",
             f"the server's own broker doesn't answer at {host}:{port}: {error}",
             "boards can't reach the server",
-            f"see the server's log; start it again: {command('run', *at(folder))}",
+            f"see the server's log; start it again: {command('run', *state_args(folder))}",
         )
 
 

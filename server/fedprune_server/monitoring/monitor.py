@@ -32,9 +32,18 @@ from fedprune.strategies import compose
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
-from fedprune_server.monitoring.alerts import CRITICAL, HANGS_S, INFO, KINDS, SHOWN, WARNING, Alert, evaluate
+from fedprune_server.monitoring.alerts import (
+    ALERT_SEVERITIES,
+    CRITICAL,
+    HANG_THRESHOLD_S,
+    INFO,
+    MAX_NAMES_SHOWN,
+    WARNING,
+    Alert,
+    evaluate_alerts,
+)
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.participation import AWAY, Participation, missing_boards
+from fedprune_server.monitoring.participation import AWAY, Participation, find_absent_boards
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
@@ -100,7 +109,7 @@ class JobWatch(Observer):
         return JobStatus(
             job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
             len(state.devices) + len(self._view.registry.outsiders),
-            tuple(islice(away, SHOWN + 1)) if missing else (), sorted(revoked),
+            tuple(islice(away, MAX_NAMES_SHOWN + 1)) if missing else (), sorted(revoked),
             self._deadline_s, self._missed, self._empty, self._full(), self._off,
         )  # fmt: skip
 
@@ -202,14 +211,14 @@ class Monitor(Observer):
     @property
     def hangs(self) -> bool:
         """Whether the loop hangs; may be called from any thread."""
-        return self._monotonic() - self._seen_at > HANGS_S
+        return self._monotonic() - self._seen_at > HANG_THRESHOLD_S
 
     def open(self) -> list[Alert]:
         """All open alerts, including a hanging loop; may be called from any thread."""
         if not self.hangs:
             return self.book.open
         return [
-            *evaluate(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
+            *evaluate_alerts(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
             *self.book.open,
         ]
 
@@ -260,7 +269,7 @@ class Monitor(Observer):
             if now >= self._free_at:  # not at every look: it takes a while with many boards
                 self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
             self._seen = self._snapshot()
-        changes = self.book.update(evaluate(replace(self._seen, waits_for=waits_for), at), now, at)
+        changes = self.book.update(evaluate_alerts(replace(self._seen, waits_for=waits_for), at), now, at)
         for change in changes:
             _log(change)
         if changes:
@@ -288,7 +297,7 @@ class Monitor(Observer):
             broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),
             tier=self._tier_seen,
-            missing=missing_boards(list(self.participation.values()), self._view, self._clock()),
+            absences=find_absent_boards(list(self.participation.values()), self._view, self._clock()),
             floods_joins=self._view.quarantine.floods_joins(),
             site=self._site,
             open=self.book.severities,
@@ -360,7 +369,7 @@ def read_recorded(folder: Path) -> Recorded:
 
 def _alerts(rows: Iterable[Mapping[str, Any]]) -> list[Alert]:
     alerts = [Alert(**row) for row in rows]
-    return [a for a in alerts if a.severity in KINDS[a.kind] and float(a.delay_s) >= 0]
+    return [a for a in alerts if a.severity in ALERT_SEVERITIES[a.kind] and float(a.delay_s) >= 0]
 
 
 def _log(change: AlertChange) -> None:

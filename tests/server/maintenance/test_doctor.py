@@ -39,7 +39,7 @@ from fedprune_server.maintenance.doctor import Site
 from fedprune_server.maintenance.finding import Finding, of_alert
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
-from fedprune_server.monitoring.alerts import Alert, evaluate
+from fedprune_server.monitoring.alerts import Alert, evaluate_alerts
 from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import SiteFacts, Snapshot
@@ -104,7 +104,7 @@ SICK: dict[str, Case] = {
 def found_in(case: Case) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
     seen = Snapshot(case.folder, [case.status], case.here, case.running)
-    return [*findings(case), *map(of_alert, evaluate(seen, NOW))]
+    return [*findings(case), *map(of_alert, evaluate_alerts(seen, NOW))]
 
 
 def kinds(found: Iterable[Finding]) -> set[str]:
@@ -174,7 +174,7 @@ def test_backups_are_remembered(tmp_path: Path) -> None:
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     def look(now: float) -> list[Alert]:
         facts = replace(site_facts(tmp_path, {}), disk=None)
-        return evaluate(Snapshot(tmp_path, site=facts), now)
+        return evaluate_alerts(Snapshot(tmp_path, site=facts), now)
 
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert look(time.time()) == []
@@ -201,7 +201,7 @@ def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path, place: str)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(short_certificate(days=20))
     server = {"console": "8470", "console_certificate": str(path)}
-    (alert,) = evaluate(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
+    (alert,) = evaluate_alerts(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
     assert (alert.kind, alert.severity, alert.subject) == ("certificate", "warning", str(path))
     assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
     assert "put a new one and its key there" in alert.todo
@@ -212,7 +212,7 @@ def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_
         path, _, _ = identity.console(["192.0.2.7", "fleet.example"])
     server = {"console": "8470", "console_certificate": str(path)}
     dates = site_facts(tmp_path, server).certificates[-1]
-    (alert,) = evaluate(Snapshot(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
+    (alert,) = evaluate_alerts(Snapshot(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
     assert alert.subject == str(path)
     path.unlink()
     advice, program, issue = alert.todo.partition("fedprune-server ")
