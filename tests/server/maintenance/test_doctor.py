@@ -35,7 +35,7 @@ from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder, hosts_of
 from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
-from fedprune_server.maintenance.doctor import Site
+from fedprune_server.maintenance.doctor import CheckedSite
 from fedprune_server.maintenance.finding import Finding, of_alert
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
@@ -158,17 +158,17 @@ def test_a_finished_job_needs_no_server() -> None:
 
 
 def test_the_clock(tmp_path: Path) -> None:
-    assert kinds(doctor.clock(Site(tmp_path, last_event=NOW - 5, now=NOW))) == set()
-    assert kinds(doctor.clock(Site(tmp_path, last_event=NOW + 3600, now=NOW))) == {"clock"}
-    assert kinds(doctor.clock(Site(tmp_path, now=1000.0))) == {"clock"}
+    assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, last_event_at=NOW - 5, now=NOW))) == set()
+    assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, last_event_at=NOW + 3600, now=NOW))) == {"clock"}
+    assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, now=1000.0))) == {"clock"}
 
 
 def test_backups_are_remembered(tmp_path: Path) -> None:
-    assert kinds(doctor.backups(Site(tmp_path, now=NOW))) == {"backup"}
+    assert kinds(doctor.check_backups(CheckedSite(folder=tmp_path, now=NOW))) == {"backup"}
     record_backup(tmp_path, NOW)
     assert last_backup(tmp_path) == NOW
-    assert kinds(doctor.backups(Site(tmp_path, now=NOW + 3600))) == set()
-    assert kinds(doctor.backups(Site(tmp_path, now=NOW + 30 * 86_400))) == {"backup"}
+    assert kinds(doctor.check_backups(CheckedSite(folder=tmp_path, now=NOW + 3600))) == set()
+    assert kinds(doctor.check_backups(CheckedSite(folder=tmp_path, now=NOW + 30 * 86_400))) == {"backup"}
 
 
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
         ("device-unheard", "warning"),
     }
     (tmp_path / "identity" / "signing.key").unlink()
-    assert "identity" in kinds(doctor.identity(tmp_path))
+    assert "identity" in kinds(doctor.check_server_identity(tmp_path))
 
 
 @pytest.mark.parametrize("place", [".", "identity"])
@@ -232,12 +232,12 @@ def short_certificate(days: float) -> bytes:
 
 
 def test_crashes(tmp_path: Path) -> None:
-    assert kinds(doctor.crashes(Site(tmp_path, now=NOW))) == set()
+    assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW))) == set()
     with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
         logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
         logs.save()
-    assert kinds(doctor.crashes(Site(tmp_path, now=NOW + 60))) == {"crashes"}
-    assert kinds(doctor.crashes(Site(tmp_path, now=NOW + 3 * 86_400))) == set()
+    assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 60))) == {"crashes"}
+    assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 3 * 86_400))) == set()
 
 
 @pytest.mark.parametrize(("running", "answers", "others"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)])
@@ -251,7 +251,11 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
 
     IdentityFolder.make(tmp_path, "lab").close()
     monkeypatch.setattr(doctor, "leadership", lambda *_, **__: nullcontext(Asking()))
-    found = list(doctor.other_servers(Site(tmp_path, {"broker": "mqtts://broker.example"}, running)))
+    found = list(
+        doctor.check_other_servers(
+            CheckedSite(folder=tmp_path, settings={"broker": "mqtts://broker.example"}, is_running=running)
+        )
+    )
     assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
 
 
@@ -261,7 +265,7 @@ def test_who_was_replaced_is_not_told_to_start_again(
 ) -> None:
     other = doctor.wrong("second-server", "another server runs this fleet: on yard", "boards follow it", "look there")
     monkeypatch.setattr(doctor, "CHECKS", (*doctor.CHECKS, lambda _: [other]))
-    assert [f.kind for f in doctor.examined(folder)] == ["second-server"]
+    assert [f.kind for f in doctor.diagnose(folder)] == ["second-server"]
     what = "another server has taken this fleet over: on yard"
     alert = Alert("second-server", "critical", NOW, what, "why", "look there", subject="yard:/")
     (folder / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(alert)]}))
@@ -274,20 +278,27 @@ def test_who_was_replaced_is_not_told_to_start_again(
     assert not json.loads(capsys.readouterr().out)["replaced"]
 
 
+def broker_findings(
+    folder: Path, settings: dict[str, Any], *, is_running: bool = True, timeout_s: float = 1.0
+) -> list[Finding]:
+    site = CheckedSite(folder=folder, settings=settings, is_running=is_running, timeout_s=timeout_s)
+    return list(doctor.check_broker(site))
+
+
 def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         server = {"broker": f"mqtt://anna:hunter2@127.0.0.1:{port}"}
-        [found] = doctor.broker(Site(tmp_path, server, True, timeout=1.0))
+        [found] = broker_findings(tmp_path, server)
         assert found.kind == "broker"
         assert "hunter2" not in str(found)
         own = {"broker": "embedded", "port": port}
-        assert kinds(doctor.broker(Site(tmp_path, own, True, timeout=1.0))) == {"broker"}
-        assert kinds(doctor.broker(Site(tmp_path, own, False, timeout=1.0))) == set()
+        assert kinds(broker_findings(tmp_path, own)) == {"broker"}
+        assert kinds(broker_findings(tmp_path, own, is_running=False)) == set()
         listening.listen()
-        assert kinds(doctor.broker(Site(tmp_path, own, True, timeout=1.0))) == set()
-        assert kinds(doctor.broker(Site(tmp_path, server, True, timeout=0.3))) == {"broker"}
+        assert kinds(broker_findings(tmp_path, own)) == set()
+        assert kinds(broker_findings(tmp_path, server, timeout_s=0.3)) == {"broker"}
 
 
 def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,12 +323,12 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(doctor, "Link", Small)
     server = {"broker": "mqtt://127.0.0.1"}
-    assert kinds(doctor.broker(Site(tmp_path, server, True, timeout=1.0))) == {"broker-packets"}
-    assert kinds(doctor.broker(Site(tmp_path, server | {"max_packet": 50_000}, True, timeout=1.0))) == set()
+    assert kinds(broker_findings(tmp_path, server)) == {"broker-packets"}
+    assert kinds(broker_findings(tmp_path, server | {"max_packet": 50_000})) == set()
 
 
 def test_no_broker_is_guessed_where_settings_cant_be_read(tmp_path: Path) -> None:
-    assert list(doctor.broker(Site(tmp_path, {}, True, timeout=1.0))) == []
+    assert list(broker_findings(tmp_path, {})) == []
 
 
 def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +337,10 @@ def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(5)
 
     monkeypatch.setattr(doctor, "Bucket", Hangs)
-    assert kinds(doctor.bucket(Site(tmp_path, {"blobs": "s3://b/p"}, timeout=0.05))) == {"bucket"}
-    assert kinds(doctor.bucket(Site(tmp_path))) == set()
+    assert kinds(doctor.check_bucket(CheckedSite(folder=tmp_path, settings={"blobs": "s3://b/p"}, timeout_s=0.05))) == {
+        "bucket"
+    }
+    assert kinds(doctor.check_bucket(CheckedSite(folder=tmp_path))) == set()
 
 
 @contextmanager
@@ -428,7 +441,7 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
 def test_who_keeps_the_databases_lock_is_named(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "LOCK_S", 0.05)
+    monkeypatch.setattr(doctor, "LOCK_TIMEOUT_S", 0.05)
 
     def kinds_found() -> list[str]:
         main(["doctor", "--state", str(folder), "--json"])
