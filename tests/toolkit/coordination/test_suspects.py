@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fixed_point import Range
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.suspects import after_sums, divide
+from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
 from fedprune.secure_aggregation.session import MIN_BOARDS
@@ -32,10 +32,10 @@ def attempts(boards: list[str], hostile: set[str], seed: int, most: int) -> tupl
     suspects: list[list[str]] = []
     false_sums, culprit = 0, min(hostile)
     for attempt in range(1, most + 1):
-        cohorts, _ = divide(boards, suspects, np.random.default_rng([seed, attempt]))
+        cohorts, _ = divide_into_cohorts(boards, suspects, np.random.default_rng([seed, attempt]))
         false = [cohort for cohort in cohorts if hostile & set(cohort)]
         false_sums += any(culprit in cohort for cohort in false)
-        suspects, at_fault = after_sums(suspects, [c for c in cohorts if c not in false], false)
+        suspects, at_fault = narrow_suspects(suspects, [c for c in cohorts if c not in false], false)
         if at_fault:
             return attempt, false_sums, at_fault
     return most, false_sums, set()
@@ -69,18 +69,18 @@ def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, da
     for size in data.draw(st.lists(st.integers(1, 12), max_size=3)):
         suspects.append(pool[:size])
         del pool[:size]
-    cohorts, left = divide(boards, [group for group in suspects if group], np.random.default_rng(count))
+    cohorts, left = divide_into_cohorts(boards, [group for group in suspects if group], np.random.default_rng(count))
     assert sorted([*left, *(name for cohort in cohorts for name in cohort)]) == boards
     assert cohorts
     assert all(len(cohort) >= MIN_BOARDS for cohort in cohorts)
 
 
 def test_boards_without_suspects_are_one_cohort() -> None:
-    assert divide(names(5), [], np.random.default_rng(0)) == ([tuple(names(5))], [])
+    assert divide_into_cohorts(names(5), [], np.random.default_rng(0)) == ([tuple(names(5))], [])
 
 
 def test_a_true_sum_clears_its_boards() -> None:
-    groups, at_fault = after_sums([names(6)], [names(3)], [names(6)[3:]])
+    groups, at_fault = narrow_suspects([names(6)], [names(3)], [names(6)[3:]])
     assert groups == [names(6)[3:]]
     assert not at_fault
 
