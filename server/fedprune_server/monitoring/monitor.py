@@ -54,7 +54,10 @@ FILE = "alerts.json"
 """In the state folder."""
 
 _LOOK_S = 1.0
-_FACTS_S = 5.0
+FACTS_INTERVAL_S = 5.0
+"""The state folder's facts are read, and the open alerts written, no more often, but at once where an alert changes:
+reading them takes a while with many boards, and the file's readers ask whether the loop still turns."""
+
 WAITS_S = 10.0
 """Seconds for which the loop may wait for its database before that is an alert: longer than an ordinary transaction."""
 
@@ -267,7 +270,7 @@ class Monitor(Observer):
         at, now = self._clock(), self._monotonic()
         if not waits_for:
             if now >= self._free_at:  # not at every look: it takes a while with many boards
-                self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
+                self._free_at, self._free_seen = now + FACTS_INTERVAL_S, sorted(self._free())
             self._seen = self._snapshot()
         changes = self.book.update(evaluate_alerts(replace(self._seen, waits_for=waits_for), at), now, at)
         for change in changes:
@@ -307,7 +310,7 @@ class Monitor(Observer):
         while not self._over.is_set():
             self.read_site()
             self._write()
-            self._wake.wait(_FACTS_S)
+            self._wake.wait(FACTS_INTERVAL_S)
             self._wake.clear()
 
     def _write(self) -> None:

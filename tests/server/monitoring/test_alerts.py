@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import sqlite3
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import Device, IdentityStore
 from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring import monitor as monitor_module
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import ALERT_SEVERITIES, MAX_ALERTS_OF_KIND, Alert, evaluate_alerts
@@ -659,6 +661,30 @@ def test_an_aggregator_that_has_just_gone_is_in_the_file_before_its_alert_opens(
     monitor._write()
     assert read_recorded(tmp_path).regions == tier.regions
     assert not [a for a in monitor.book.open if a.kind == "aggregator"]
+
+
+def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, others = queue.Queue[set[str]](), list[Candidate]()
+
+    def write(path: Path, content: bytes, **_: object) -> None:
+        files.put({alert["kind"] for alert in json.loads(content)["alerts"]})
+
+    monkeypatch.setattr(monitor_module, "write_whole", write)
+    monkeypatch.setattr(monitor_module, "FACTS_INTERVAL_S", 3600.0)
+    daemon = Fleet(tmp_path, JOB).daemon()
+    with closing(
+        Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others)
+    ) as monitor:
+        monitor.start()
+        assert files.get(timeout=60) == set()
+        monitor.look()
+        with pytest.raises(queue.Empty):
+            files.get(timeout=0.1)  # nothing has changed
+        others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
+        monitor.look()
+        assert files.get(timeout=60) == {"second-server"}
 
 
 def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:
