@@ -26,7 +26,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_server.cli.status import describe, status_of_all
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.maintenance.doctor import examined
+from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.monitor import WAITS_S, Monitor, read_recorded
 from fedprune_server.monitoring.notifications import Notifier
 from fedprune_server.monitoring.observer import Observer
@@ -186,7 +186,7 @@ class Site:
         return {
             "log": [line for line in self._log() if line.startswith("alert:")],
             "status": describe(status_of_all(self.folder)).splitlines(),
-            "doctor": [finding.what for finding in examined(self.folder)],
+            "doctor": [finding.what for finding in diagnose(self.folder)],
             "console": console,
             "webhook": [alert["what"] for post in self._posts for alert in post["alerts"]],
         }

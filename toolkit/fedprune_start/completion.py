@@ -26,8 +26,9 @@ _WORDS, _LINE, _AT = "_ARGCOMPLETE", "COMP_LINE", "COMP_POINT"
 """Of argcomplete's protocol: how many words of the line name the program, the line, and where the cursor is in it."""
 
 _STATE, _STATE_DEFAULT = "FEDPRUNE_SERVER_STATE", "fedprune-state"
-_BUSY_S = 0.2
-"""Longest wait, in seconds, for a server that is writing its database."""
+_DATABASE_TIMEOUT_S = 0.2
+"""Longest wait after a press of Tab. A server that writes isn't waited for (WAL), only one that recovers or closes its
+database."""
 
 _Completer = Callable[..., Sequence[str]]
 
@@ -101,7 +102,7 @@ def _devices(state: Path) -> list[str]:
     """Members in the database of a server's state folder; none of a database elsewhere."""
     try:
         address = f"{(state / 'server.db').resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_S)) as database:
+        with closing(sqlite3.connect(address, uri=True, timeout=_DATABASE_TIMEOUT_S)) as database:
             return sorted({str(name) for (name,) in database.execute("SELECT device FROM members")})
     except (OSError, sqlite3.Error):
         return []

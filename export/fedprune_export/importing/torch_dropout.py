@@ -20,16 +20,20 @@ from typing import Any
 from fedprune.core.errors import reason
 from fedprune.core.text import some
 
-_AXES: dict[str, tuple[int, ...]] = {"dropout": (), **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (0, 1))}
+_MASK_AXES: dict[str, tuple[int, ...]] = {
+    "dropout": (),
+    **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (0, 1)),
+}
 """Axes on which the mask of a function of `torch.nn.functional` has its own numbers; empty for all."""
 
-_UNBATCHED = {"dropout1d": 2, "dropout3d": 4}  # axes of a value without a batch, whose first axis is channels
+_UNBATCHED_NDIM = {"dropout1d": 2, "dropout3d": 4}
+"""Axes of a value without a batch, whose first axis is channels. `dropout2d` takes a value of three axes as a batch."""
 
 WHOLE_BATCH_AXIS = 31
 """Stands for an axis that no value has: the whole batch is dropped together, as torchvision's mode "batch" does.
 
-The exported axes are bits of a seed of 64 (`translations`). Without any the mask would differ on all axes: this bit is
-above those of all axes, and stands for none.
+The exported axes are bits of a seed of 64 (`onnx_translations`). Without any the mask would differ on all axes: this
+bit is above those of all axes, and stands for none.
 """
 
 
@@ -52,15 +56,16 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             module.eval()
-            evaluation = _recorded(torch, module, samples)
+            evaluation = _record_calls(torch, module, samples)
             module.train()
-            training = _recorded(torch, module, samples)
-            moved = _changed_buffers(torch, module, buffers)
+            training = _record_calls(torch, module, samples)
+            changed_buffers = _changed_buffers(torch, module, buffers)
     except Exception as error:  # noqa: BLE001  the user's code, which may take labels, too, in training mode
-        unknown = (
-            f"The module can't be run in torch's training mode ({reason(error)}): boards train with its dropouts, "
+        note = (
+            f"The module can't be run in torch's training mode ({reason(error)}): boards train with its dropouts, but "
+            "without whatever else it does in that mode alone."
         )
-        return TrainingMode(None, [unknown + "but without whatever else it does in that mode alone."])
+        return TrainingMode(None, [note])
     finally:
         with torch.no_grad():
             for part, name, tensor, value in buffers:
@@ -68,27 +73,28 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
                 tensor.copy_(value)
         for part, mode in modes:
             part.training = mode
-    alike = [name for name, _ in evaluation.calls] == [name for name, _ in training.calls]
+    # A module that takes another path in training mode: its ratios belong to calls that the export doesn't meet.
+    same_path = [name for name, _ in evaluation.calls] == [name for name, _ in training.calls]
     notes = [
         f"Random numbers of torch's training mode ({names}) in {places}: boards train without them, as in evaluation."
-        for names, places in _grouped(training.random)
+        for names, places in _group_places(training.random)
     ]
     notes += [
         f"Buffers that torch's training mode changes ({names}) in {places}: here they stay, and are used, as in "
         "evaluation."
-        for names, places in _grouped(moved)
+        for names, places in _group_places(changed_buffers)
     ]
     if evaluation.active:
         notes.append(
             f"Dropout of {some(list(dict.fromkeys(evaluation.active)), most=3)} is always on in torch, also in "
             "evaluation; here it drops numbers while boards train, and none in predictions."
         )
-    return TrainingMode(training.calls if alike else None, notes)
+    return TrainingMode(training.calls if same_path else None, notes)
 
 
 def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -> dict[str, list[str]]:
     """Names of buffers that a run has changed, by the module that has them; without those of batch norms."""
-    places = {id(part): _place(name, part) for name, part in module.named_modules()}
+    places = {id(part): _place_name(name, part) for name, part in module.named_modules()}
     changed: dict[str, list[str]] = {}
     for part, name, _, before in buffers:
         now = part._buffers.get(name)
@@ -99,41 +105,41 @@ def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, 
     return changed
 
 
-def _grouped(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+def _group_places(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """Names, and the places that have the same ones."""
     places: dict[str, list[str]] = {}
-    for place, held in names.items():
-        places.setdefault(", ".join(held), []).append(place)
-    return [(held, some(where, most=3)) for held, where in places.items()]
+    for place, place_names in names.items():
+        places.setdefault(", ".join(place_names), []).append(place)
+    return [(joined_names, some(where, most=3)) for joined_names, where in places.items()]
 
 
-def _place(name: str, part: Any) -> str:
+def _place_name(name: str, part: Any) -> str:
     return f"{name or 'the module'} ({type(part).__name__})"
 
 
 @contextmanager
-def exported_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[None]:
-    """Let dropouts be an operator of our own (`translations`) while a module is exported."""
-    dropouts = _Exported(torch, mode.calls)
+def export_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[None]:
+    """Let dropouts be an operator of our own (`onnx_translations`) while a module is exported."""
+    dropouts = _ExportedCalls(torch, mode.calls)
     hook = module.register_forward_pre_hook(lambda *_: dropouts.restart())
     try:
-        with dropouts.answering(module):
+        with dropouts.answer_calls(module):
             yield
     finally:
         hook.remove()
 
 
-class _Dropouts:
+class _DropoutCalls:
     """Answers calls of dropouts with an operator of our own, by their own arguments."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
         functional = torch.nn.functional
-        self._functions = {getattr(functional, name): name for name in _AXES}
+        self._functions = {getattr(functional, name): name for name in _MASK_AXES}
         self._answers = {
-            **dict.fromkeys(self._functions, self._dropout),
+            **dict.fromkeys(self._functions, self._functional_dropout),
             functional.scaled_dot_product_attention: self._attention,
-            functional.multi_head_attention_forward: self._heads,
+            functional.multi_head_attention_forward: self._multi_head_attention,
         }
 
     def ratio(self, name: str, ratio: float, *, on: bool) -> float:
@@ -141,19 +147,19 @@ class _Dropouts:
         return ratio if on else 0.0
 
     @contextmanager
-    def answering(self, module: Any) -> Iterator[None]:
+    def answer_calls(self, module: Any) -> Iterator[None]:
         """Answer all calls, also those of modules for stochastic depth, which do nothing in evaluation."""
         parts = [(part, vars(part).get("forward")) for part in module.modules() if _depth_ratio(part)]
         for part, _ in parts:
-            part.forward = functools.partial(self._depth, part)
+            part.forward = functools.partial(self._stochastic_depth, part)
         try:
             with self.mode():
                 yield
         finally:
-            for part, own in parts:
+            for part, own_forward in parts:
                 del part.forward
-                if own is not None:
-                    part.forward = own
+                if own_forward is not None:  # else its class has it
+                    part.forward = own_forward
 
     def mode(self) -> Any:
         """The mode of torch in which functions are answered."""
@@ -166,28 +172,28 @@ class _Dropouts:
 
         return Mode()
 
-    def _dropped(self, x: Any, ratio: float, axes: Sequence[int]) -> Any:
-        return _operator(self.torch)(x, float(ratio), list(axes)) if ratio else x
+    def _drop(self, x: Any, ratio: float, axes: Sequence[int]) -> Any:
+        return _dropout_operator(self.torch)(x, float(ratio), list(axes)) if ratio else x
 
-    def _dropout(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        given = _arguments(func, args, kwargs)
-        x, name = given["input"], self._functions[func]
-        axes = (0,) if x.ndim == _UNBATCHED.get(name) else _AXES[name]
-        out = self._dropped(x, self.ratio(name, given["p"], on=given["training"]), axes)
-        return x.copy_(out) if given.get("inplace") and out is not x else out
+    def _functional_dropout(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = _bind_arguments(func, args, kwargs)
+        x, name = arguments["input"], self._functions[func]
+        axes = (0,) if x.ndim == _UNBATCHED_NDIM.get(name) else _MASK_AXES[name]
+        out = self._drop(x, self.ratio(name, arguments["p"], on=arguments["training"]), axes)
+        return x.copy_(out) if arguments.get("inplace") and out is not x else out
 
-    def _depth(self, part: Any, x: Any) -> Any:
+    def _stochastic_depth(self, part: Any, x: Any) -> Any:
         axes = (WHOLE_BATCH_AXIS,) if getattr(part, "mode", "row") == "batch" else (0,)
-        return self._dropped(x, self.ratio("depth", _depth_ratio(part), on=part.training), axes)
+        return self._drop(x, self.ratio("depth", _depth_ratio(part), on=part.training), axes)
 
-    def _heads(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+    def _multi_head_attention(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """`nn.MultiheadAttention` drops weights in a function of its own, by the functions that are answered, too."""
-        given = _arguments(func, args, kwargs)
-        ratio = self.ratio("heads", given["dropout_p"], on=given["training"])
-        within = _Dropouts(self.torch)
-        del within._answers[func]
-        with within.mode():
-            return func(**{**given, "dropout_p": ratio, "training": ratio > 0})
+        arguments = _bind_arguments(func, args, kwargs)
+        ratio = self.ratio("heads", arguments["dropout_p"], on=arguments["training"])
+        inner_calls = _DropoutCalls(self.torch)  # by their own arguments: this call's ratio is given to them
+        del inner_calls._answers[func]
+        with inner_calls.mode():
+            return func(**{**arguments, "dropout_p": ratio, "training": ratio > 0})
 
     def _attention(
         self,
@@ -214,10 +220,10 @@ class _Dropouts:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         elif attn_mask is not None:
             scores = scores + attn_mask
-        return self._dropped(scores.softmax(-1), ratio, ()) @ value
+        return self._drop(scores.softmax(-1), ratio, ()) @ value
 
 
-class _Recorded(_Dropouts):
+class _RecordedCalls(_DropoutCalls):
     """Calls of one run, in which nothing is dropped.
 
     Attributes:
@@ -239,7 +245,7 @@ class _Recorded(_Dropouts):
         return 0.0
 
 
-class _Exported(_Dropouts):
+class _ExportedCalls(_DropoutCalls):
     """Calls with the ratios that they have in training mode; where these are unknown, as their arguments say."""
 
     def __init__(self, torch: Any, calls: Sequence[tuple[str, float]] | None) -> None:
@@ -257,8 +263,8 @@ class _Exported(_Dropouts):
         return self._calls[self._next - 1][1]
 
 
-def _recorded(torch: Any, module: Any, samples: Sequence[Any]) -> _Recorded:
-    record = _Recorded(torch)
+def _record_calls(torch: Any, module: Any, samples: Sequence[Any]) -> _RecordedCalls:
+    record = _RecordedCalls(torch)
 
     class Random(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -277,10 +283,10 @@ def _recorded(torch: Any, module: Any, samples: Sequence[Any]) -> _Recorded:
 
     hooks = []
     for name, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(functools.partial(enter, _place(name, part))))
+        hooks.append(part.register_forward_pre_hook(functools.partial(enter, _place_name(name, part))))
         hooks.append(part.register_forward_hook(leave))
     try:
-        with record.answering(module), Random():
+        with record.answer_calls(module), Random():
             module(*samples)
     finally:
         for hook in hooks:
@@ -288,10 +294,10 @@ def _recorded(torch: Any, module: Any, samples: Sequence[Any]) -> _Recorded:
     return record
 
 
-def _arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    given = inspect.signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    return dict(given.arguments)
+def _bind_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 def _depth_ratio(part: Any) -> float:
@@ -304,21 +310,21 @@ def _depth_ratio(part: Any) -> float:
 
 
 @functools.cache
-def _operator(torch: Any) -> Any:
+def _dropout_operator(torch: Any) -> Any:
     """The operator that stands for a dropout in an export: its input, with the ratio and the axes of the mask."""
 
     def dropout(x: torch.Tensor, ratio: float, axes: Sequence[int]) -> torch.Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
     dropout.__annotations__ = {"x": torch.Tensor, "ratio": float, "axes": Sequence[int], "return": torch.Tensor}
-    made = torch.library.custom_op("fedprune::dropout", dropout, mutates_args=())
-    made.register_fake(lambda x, ratio, axes: x.new_empty(x.shape))
-    return made
+    operator = torch.library.custom_op("fedprune::dropout", dropout, mutates_args=())
+    operator.register_fake(lambda x, ratio, axes: x.new_empty(x.shape))
+    return operator
 
 
-def translations(torch: Any, operators: Any) -> dict[Any, Any]:
+def onnx_translations(torch: Any, operators: Any) -> dict[Any, Any]:
     """How the operator is written in ONNX: a Dropout with its axes as bits of the seed, for `read_axes`."""
-    _operator(torch)
+    _dropout_operator(torch)
 
     def dropout(x: Any, ratio: float, axes: Sequence[int]) -> Any:
         return operators.Dropout(x, operators.Constant(value_float=ratio), seed=sum(1 << axis for axis in axes))[0]
@@ -326,7 +332,7 @@ def translations(torch: Any, operators: Any) -> dict[Any, Any]:
     return {torch.ops.fedprune.dropout.default: dropout}
 
 
-def read_axes(nodes: Sequence[Any]) -> dict[str, list[int]]:
+def extract_mask_axes(nodes: Sequence[Any]) -> dict[str, list[int]]:
     """The axes of the masks of dropouts by the name of the node, where these aren't all; taken out of the nodes."""
     axes: dict[str, list[int]] = {}
     for node in nodes:

@@ -28,7 +28,12 @@ from fedprune.core.imports import own_module
 from fedprune.model.lengths import Shape, at_most
 from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_input, read_shape
-from fedprune_export.importing.torch_dropout import exported_dropouts, read_axes, record_training_mode, translations
+from fedprune_export.importing.torch_dropout import (
+    export_dropouts,
+    extract_mask_axes,
+    onnx_translations,
+    record_training_mode,
+)
 from fedprune_export.ir.dropout import AXES_KEY
 
 _TINY = 2.0**-126  # the smallest normal number of float32
@@ -65,7 +70,7 @@ def export_torch(
     mode = record_training_mode(torch, module, samples)
     module.eval()
     try:
-        with exported_dropouts(torch, module, mode):
+        with export_dropouts(torch, module, mode):
             proto = exported(module, samples)
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
@@ -81,7 +86,7 @@ def export_torch(
         for part, training in modes:
             part.training = training
     texts = {} if free is None else {INPUT_KEY: json.dumps(free)}
-    axes = read_axes(proto.graph.node)
+    axes = extract_mask_axes(proto.graph.node)
     texts |= {AXES_KEY: json.dumps(axes)} if axes else {}
     texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(mode.notes)} if mode.notes else {}
     metadata.write(proto, texts)
@@ -388,7 +393,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {
-        **translations(torch, ops),
+        **onnx_translations(torch, ops),
         aten.as_strided.default: as_strided,
         aten.conv3d.default: conv3d,
         aten.clamp.default: clamp,

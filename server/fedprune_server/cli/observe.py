@@ -18,8 +18,8 @@ from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.board_logs import BoardReport, frames_of, read_logs
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.maintenance.doctor import examined
-from fedprune_server.monitoring.alerts import BOARD_S_OWN_LOG
+from fedprune_server.maintenance.doctor import diagnose
+from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND
 from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import Storage, database_of
 
@@ -89,7 +89,7 @@ def _why_empty(folder: Path, name: str | None) -> str:
         f"{name} has sent no warning, error or crash",
         f"It takes no part: {why}" if why else "",
         "" if (settings or {}).get("server", {}).get("board_logs", 1) else _NOT_ASKED,
-        f"Its own log is on the board: {BOARD_S_OWN_LOG}",
+        f"Its own log is on the board: {BOARD_LOG_COMMAND}",
     )
 
 
@@ -114,7 +114,7 @@ def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings tell what would be logged
-    findings = examined(arguments.state, arguments.timeout)
+    findings = diagnose(arguments.state, arguments.timeout)
     wrong = sum(f.wrong for f in findings)
     if arguments.json:
         print(json.dumps({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]}, indent=2))

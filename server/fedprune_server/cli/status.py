@@ -25,7 +25,7 @@ from fedprune_server.devices.plan_vs_actual import compared, described, planned,
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
-from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate
+from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate_alerts
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
 from fedprune_server.monitoring.snapshot import Snapshot
@@ -189,7 +189,7 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
         return []
     now, found = time.time(), list(recorded.alerts)
     if running:
-        found = [*evaluate(Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at)), now), *found]
+        found = [*evaluate_alerts(Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at)), now), *found]
     else:
         found = [a for a in found if a.kind == "second-server" and a.severity == CRITICAL]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")

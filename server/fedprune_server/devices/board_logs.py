@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.output.log_lines import log_context
 from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
-from fedprune_server.storage.sqlite_file import SqliteFile, sqlite_errors
+from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, SqliteFile, connect_reader, sqlite_errors
 
 log = logging.getLogger("fedprune.server")
 
@@ -45,8 +44,6 @@ _LATEST = 253_402_214_400
 
 _FORMAT = 1
 _HINT = "It may be deleted: it holds boards' lines alone."
-_BUSY_S = 5
-_LOOP_BUSY_MS = 200  # the server's loop waits no longer for who reads; boards tell their lines again
 _TABLE = """
 CREATE TABLE IF NOT EXISTS told (
     id INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, number INTEGER NOT NULL, kind TEXT NOT NULL,
@@ -121,9 +118,8 @@ class BoardLogs(Closing):
         self._complained = False
         self.told: Callable[[BoardReport], None] = lambda row: None
         """Called with each line and crash that is new on the disk."""
-        self._file = SqliteFile(folder / FILE, _TABLE, _FORMAT, _HINT)
+        self._file = SqliteFile(folder / FILE, _TABLE, _FORMAT, _HINT, busy_timeout_s=LOOP_BUSY_TIMEOUT_S)
         with self._file.errors():
-            self._file.connection.execute(f"PRAGMA busy_timeout={_LOOP_BUSY_MS}")
             self._kept.update(self._file.connection.execute("SELECT device, max(number) FROM told GROUP BY device"))
 
     def close(self) -> None:
@@ -227,12 +223,10 @@ def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int
     query, values = f"{_SELECT} WHERE id > ?", [after]
     if device is not None:
         query, values = f"{query} AND device = ?", [after, device]  # type: ignore[list-item]
-    with sqlite_errors(path, _HINT):
-        opened = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)
-        with closing(opened) as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                return []  # made this moment
-            rows = connection.execute(f"{query} ORDER BY id DESC LIMIT ?", (*values, most)).fetchall()
+    with sqlite_errors(path, _HINT), closing(connect_reader(path)) as connection:
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+            return []  # made this moment
+        rows = connection.execute(f"{query} ORDER BY id DESC LIMIT ?", (*values, most)).fetchall()
     return [_row(r) for r in reversed(rows)]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,9 +39,9 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import ServerInstance, described, leadership
-from fedprune_server.monitoring.alerts import MISSING_BOARDS, SHOWN, at, command, evaluate
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, command, evaluate_alerts, state_args
 from fedprune_server.monitoring.monitor import Recorded, read_live
-from fedprune_server.monitoring.participation import day, quarantine
+from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
@@ -55,12 +56,17 @@ if TYPE_CHECKING:
     from fedprune_export.pruning.model import Model
 
 _DAY_S = 24 * 3600.0
-_BACKUP_S = 7 * _DAY_S
-_AHEAD_S = 120.0
-LOCK_S = 2.0
+
+_MAX_BACKUP_AGE_S = 7 * _DAY_S
+"""The docs ask for a backup each night: a week without one is no single night that failed."""
+
+_MAX_CLOCK_LEAD_S = 120.0
+"""How far the clock of the server that wrote the last event may be ahead of this machine's."""
+
+LOCK_TIMEOUT_S = 2.0
 """How long a lock is waited for that somebody may keep: no transaction of ours lasts so long."""
 
-_EARLIEST = 1_750_000_000
+_MIN_TIME = 1_750_000_000  # June 2025
 """No clock that is right shows an earlier time, in seconds since 1970."""
 
 _T = TypeVar("_T")
@@ -70,106 +76,120 @@ class TooSlowError(FedpruneError):
     """Something didn't answer in time."""
 
 
-@dataclass(frozen=True)
-class Site:
+@dataclass(frozen=True, kw_only=True)
+class CheckedSite:
     """A server, as its checks see it.
 
     Attributes:
-        server: Settings of the table [server].
-        running: Whether a server runs on the folder, and with it the embedded broker; one that stands by doesn't.
+        settings: Those of the table [server].
+        is_running: Whether a server runs on the folder, and with it the embedded broker; one that stands by doesn't.
         leader: Host and folder of the server that has the job, if that is one with another folder.
-        members: Whether there is an identity, and it is whole.
-        last_event: When a job last handled an event, in seconds since 1970; None if unknown.
-        live: What a running server's monitor has written.
-        timeout: Seconds for broker, database and bucket, each.
+        has_identity: Whether there is an identity, and it is whole.
+        last_event_at: When a job last handled an event, in seconds since 1970; None if unknown.
+        monitor_record: What a running server's monitor has written.
+        timeout_s: Seconds for broker, database and bucket, each.
         now: Seconds since 1970.
     """
 
     folder: Path
-    server: Mapping[str, Any] = field(default_factory=dict)
-    running: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_running: bool = False
     leader: str = ""
-    members: bool = False
+    has_identity: bool = False
     cases: Sequence[Case] = ()
-    last_event: float | None = None
-    live: Recorded = field(default_factory=Recorded)
-    timeout: float = 5.0
+    last_event_at: float | None = None
+    monitor_record: Recorded = field(default_factory=Recorded)
+    timeout_s: float = 5.0
     now: float = field(default_factory=time.time)
 
     @property
     def broker(self) -> str:
-        return str(self.server.get("broker", EMBEDDED))
+        return str(self.settings.get("broker", EMBEDDED))
 
     @property
     def ca(self) -> Path | None:
-        return Path(self.server["ca"]) if self.server.get("ca") else None
+        return Path(self.settings["ca"]) if self.settings.get("ca") else None
 
 
-def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
+def diagnose(folder: Path, timeout_s: float = 5.0) -> list[Finding]:
     """All findings about a server and its fleet, the worst first. Raises `StorageError` if it is no server's state
     folder."""
-    found = list(_examine(folder, timeout))
-    if any(a.kind == "second-server" for a in found):
-        found = [a for a in found if a.kind != "server-not-running"]  # a start here would take the fleet back
-    if any(a.kind == "broker" for a in found):
-        found = [a for a in found if a.kind not in MISSING_BOARDS]  # without a broker no board can be there
-    return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
+    everything = list(_find_all(folder, timeout_s))
+    kinds = {finding.kind for finding in everything}
+    consequences = set[str]()
+    if "second-server" in kinds:
+        consequences.add("server-not-running")  # a start here would take the fleet back
+    if "broker" in kinds:
+        consequences.update(MISSING_BOARDS)  # without a broker no board can be there
+    causes = [finding for finding in everything if finding.kind not in consequences]
+    return [f for f in causes if f.wrong] + [f for f in causes if not f.wrong]
 
 
-def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
+def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
-    broken = list(identity(folder))
-    gone, members = frozenset[str](), not broken and (folder / IDENTITY).is_dir()
+    identity_findings = list(check_server_identity(folder))
+    revoked_boards, has_identity = frozenset[str](), not identity_findings and (folder / IDENTITY).is_dir()
     try:
-        gone = within(timeout, lambda: revoked(folder)) if members else gone
+        revoked_boards = run_within(timeout_s, lambda: revoked(folder)) if has_identity else revoked_boards
     except FedpruneError:  # whose database it is, the folder's own, is told below
-        members = False
-    live = read_live(folder)
-    away = frozenset(region.name for region in live.regions)
+        has_identity = False
+    monitor_record = read_live(folder)
+    away = frozenset(region.name for region in monitor_record.regions)
     leader = ""
-    with suppress(FedpruneError):  # a database that can't be read is a finding below
-        leader = within(timeout, lambda: leader_elsewhere(folder))
+    with suppress(FedpruneError):  # here, too
+        leader = run_within(timeout_s, lambda: leader_elsewhere(folder))
     cases: list[Case] = []
     events: list[float] = []
-    for part in (folder, *folders(folder)):
+    alerted = frozenset(a.device for a in monitor_record.alerts if a.device is not None)
+    for job_folder in (folder, *folders(folder)):
+        load = partial(_load_case, job_folder, revoked_boards, away, leader)
         try:
-            case, event_at = within(timeout, lambda part=part: _case(part, gone, away, leader))  # type: ignore[misc]
+            case, event_at = run_within(timeout_s, load)
         except FedpruneError as error:
-            yield _unreadable(part, error)
-            members = members and part != folder
+            yield _unreadable_database(job_folder, error)
+            has_identity = has_identity and job_folder != folder  # members are in the same database
             continue
         events += [] if event_at is None else [event_at]
-        cases.append(replace(case, alerted=frozenset(a.device for a in live.alerts if a.device is not None)))
+        cases.append(replace(case, alerted=alerted))
         yield from findings(cases[-1])
-    yield from broken
-    server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
-    running = held(folder / LOCK) and not leader
-    site = Site(folder, server, running, leader, members, cases, max(events, default=None), live, timeout)
-    found: set[str] = set()
+    yield from identity_findings
+    site = CheckedSite(
+        folder=folder,
+        settings=cases[0].settings.get("server", {}) if cases else {},
+        is_running=held(folder / LOCK) and not leader,
+        leader=leader,
+        has_identity=has_identity,
+        cases=cases,
+        last_event_at=max(events, default=None),
+        monitor_record=monitor_record,
+        timeout_s=timeout_s,
+    )
+    kinds: set[str] = set()
     for check in CHECKS:
-        for finding in _checked(check, site):
-            if finding.kind != "broker" or "broker" not in found:
+        for finding in _run_check(check, site):
+            # The alert of a running server has told of the broker already, before the check of it.
+            if finding.kind != "broker" or "broker" not in kinds:
                 yield finding
-            found.add(finding.kind)
+            kinds.add(finding.kind)
 
 
-def _unreadable(folder: Path, error: FedpruneError) -> Finding:
+def _unreadable_database(folder: Path, error: FedpruneError) -> Finding:
     if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
         advice = "see that it runs, that this machine reaches it, and who has locked it; the server goes on by itself"
     else:
-        advice = f"{command('check', *at(folder))}, or restore a backup"
+        advice = f"{command('check', *state_args(folder))}, or restore a backup"
     return wrong("database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice)
 
 
-def _checked(check: Callable[[Site], Iterable[Finding]], site: Site) -> Iterator[Finding]:
+def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedSite) -> Iterator[Finding]:
     """The findings of a check; one that fails doesn't keep the others from running."""
     try:
         yield from check(site)
     except FedpruneError as error:
-        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *at(site.folder)))
+        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *state_args(site.folder)))
 
 
-def within(seconds: float, work: Callable[[], _T]) -> _T:
+def run_within(seconds: float, work: Callable[[], _T]) -> _T:
     """The result or error of `work`; after too long it is abandoned, with a `TooSlowError`."""
     answers: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
@@ -181,33 +201,35 @@ def within(seconds: float, work: Callable[[], _T]) -> _T:
 
     threading.Thread(target=run, name="doctor", daemon=True).start()
     try:
-        found, error = answers.get(timeout=seconds)
+        result, error = answers.get(timeout=seconds)
     except queue.Empty:
         raise TooSlowError(f"no answer within {seconds:g} s") from None
     if error is not None:
         raise error
-    return found  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]
 
 
-def _case(folder: Path, gone: frozenset[str], away: frozenset[str], leader: str) -> tuple[Case, float | None]:
+def _load_case(
+    folder: Path, revoked_boards: frozenset[str], away: frozenset[str], leader: str
+) -> tuple[Case, float | None]:
     """A job as it is stored, and the time of its last event."""
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
-        outsiders, last = storage.outsiders(), storage.log.last_at()
+        outsiders, last_event_at = storage.outsiders(), storage.log.last_at()
     running = held(folder / LOCK) or bool(leader)
-    case = Case(folder, settings, state or State(model=""), outsiders, running, revoked=gone, away=away)
-    if (model := _model(folder)) is None:
-        return case, last
+    case = Case(folder, settings, state or State(model=""), outsiders, running, revoked=revoked_boards, away=away)
+    if (model := _load_model(folder)) is None:
+        return case, last_event_at
     architecture, recipe = model.architecture, Recipe.from_dict(case.job.get("recipe", {}))
     return replace(
         case,
         groups=tuple(architecture.sizes),
         names=tuple(g.name for g in architecture.groups),
         uncalibrated=is_uncalibrated(architecture, recipe, settings.get("calibration"), model.frozen),
-    ), last
+    ), last_event_at
 
 
-def _model(folder: Path) -> Model | None:
+def _load_model(folder: Path) -> Model | None:
     """The model with which a job began; None where it can't be read."""
     from fedprune_export.importing import import_onnx
 
@@ -217,29 +239,29 @@ def _model(folder: Path) -> Model | None:
         return None
 
 
-def alerts(site: Site) -> Iterator[Finding]:
+def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     """Alerts that the state folder justifies, and others that a running server has open."""
-    live = site.live
-    rows = sorted(read_rows(site.folder).items()) if site.running else []
-    missing = {n: quarantine(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
-    parent = str(site.server.get("parent", OFF))
-    seen = Snapshot(
+    record = site.monitor_record
+    rows = sorted(read_rows(site.folder).items()) if site.is_running else []
+    absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
+    parent = str(site.settings.get("parent", OFF))
+    snapshot = Snapshot(
         site.folder,
         [case.status for case in site.cases],
         sum(case.here for case in site.cases),
-        site.running or bool(site.leader),
-        None if live.turned_at is None else max(0.0, site.now - live.turned_at),
-        tier=TierStatus(parent if parent != OFF else "", live.parent_lost, live.regions),
-        missing=missing,
-        site=site_facts(site.folder, site.server, members=site.members),
+        site.is_running or bool(site.leader),
+        None if record.turned_at is None else max(0.0, site.now - record.turned_at),
+        tier=TierStatus(parent if parent != OFF else "", record.parent_lost, record.regions),
+        absences=absences,
+        site=site_facts(site.folder, site.settings, members=site.has_identity),
     )
-    found = {a.key: a for a in evaluate(seen, site.now)}
-    for alert in live.alerts:
-        found.setdefault(alert.key, alert)
-    yield from map(of_alert, found.values())
+    alerts = {a.key: a for a in evaluate_alerts(snapshot, site.now)}
+    for alert in record.alerts:
+        alerts.setdefault(alert.key, alert)
+    yield from map(of_alert, alerts.values())
 
 
-def identity(folder: Path) -> Iterator[Finding]:
+def check_server_identity(folder: Path) -> Iterator[Finding]:
     if (folder / IDENTITY).is_dir():
         for finding in check_identity(folder / IDENTITY):
             advice = finding.advice or "See docs/back-up.md#check."
@@ -247,15 +269,15 @@ def identity(folder: Path) -> Iterator[Finding]:
             yield replace(finding, kind="identity", why=why, advice=advice)
 
 
-def rotation(site: Site) -> Iterator[Finding]:
+def check_rotation(site: CheckedSite) -> Iterator[Finding]:
     """Boards that don't know the server's present keys, and a replacement of the authority that can end."""
     folder = site.folder
-    if not site.members:
+    if not site.has_identity:
         return
-    with IdentityFolder(folder, read_only=True) as opened:
-        behind = {d.device: d.server_key for d in opened.store.devices() if "signing key" in opened.behind(d)}
-        chain = {s.before.id.hex() for s in opened.successions}
-        rotating, left = opened.authority.rotating, opened.without_new_certificate()
+    with IdentityFolder(folder, read_only=True) as identity:
+        behind = {d.device: d.server_key for d in identity.store.devices() if "signing key" in identity.behind(d)}
+        chain = {s.before.id.hex() for s in identity.successions}
+        rotating, uncertified = identity.authority.rotating, identity.without_new_certificate()
     if names := [name for name, key in behind.items() if key not in chain]:
         yield wrong(
             "foreign-key",
@@ -263,98 +285,104 @@ def rotation(site: Site) -> Iterator[Finding]:
             f"from: {some(names)}",
             "they don't hear this server",
             "restore signing.key and successions.json from the latest backup; or let these boards join again, with "
-            + command("devices", "replace", "NAME", *at(folder)),
+            + command("devices", "replace", "NAME", *state_args(folder)),
         )
     if names := [name for name, key in behind.items() if key in chain]:
         yield note(
             "signing-key",
             f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {some(names)}",
             "they follow when they connect; a stolen old key deceives them until then",
-            command("devices", *at(folder)),
+            command("devices", *state_args(folder)),
         )
     if rotating:
-        waits = f"{quantity(len(left), 'board')} without a certificate of the new one: {some(left)}" if left else ""
+        waits = ""
+        if uncertified:
+            waits = f"{quantity(len(uncertified), 'board')} without a certificate of the new one: {some(uncertified)}"
         yield note(
             "authority",
             f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",
             "the old authority counts until that ends",
-            "let these boards connect, or revoke them" if left else command("identity", "retire-ca", *at(folder)),
+            "let these boards connect, or revoke them"
+            if uncertified
+            else command("identity", "retire-ca", *state_args(folder)),
         )
 
 
-def lock(site: Site) -> Iterator[Finding]:
+def check_lock(site: CheckedSite) -> Iterator[Finding]:
     """Whether somebody keeps the lock that a server needs for each change."""
     path = site.folder / FILE
-    if not path.is_file() or any(a.kind == "database-waits" for a in site.live.alerts):
+    if not path.is_file() or any(a.kind == "database-waits" for a in site.monitor_record.alerts):
         return  # the running server says it itself
-    if not site.running and not sqlite_lock_holders(path):
+    if not site.is_running and not sqlite_lock_holders(path):
         return  # and nothing is opened for writing, which would change what a crash has left
     with translated(str(path)):
-        holders = write_lock_holders(path, min(site.timeout, LOCK_S))
+        holders = write_lock_holders(path, min(site.timeout_s, LOCK_TIMEOUT_S))
     if holders:
         yield wrong(
             "database-locked",
             f"{path} is locked by {' and '.join(holders)}",
             "the server waits with its next change, and answers no board meanwhile"
-            if site.running
+            if site.is_running
             else "a server that is started waits until it is free, as do commands that change something",
-            "let that process go on, or end it" + ("; the server goes on by itself" if site.running else ""),
+            "let that process go on, or end it" + ("; the server goes on by itself" if site.is_running else ""),
         )
 
 
-def clock(site: Site) -> Iterator[Finding]:
-    now, last_event = site.now, site.last_event
-    ahead = last_event is not None and last_event > now + _AHEAD_S
-    if now < _EARLIEST or ahead:
-        said = f"; the job's last event was at {day(last_event)}" if ahead and last_event is not None else ""
+def check_clock(site: CheckedSite) -> Iterator[Finding]:
+    now, last_event_at = site.now, site.last_event_at
+    is_behind = last_event_at is not None and last_event_at > now + _MAX_CLOCK_LEAD_S
+    if now < _MIN_TIME or is_behind:
+        said = ""
+        if is_behind and last_event_at is not None:
+            said = f"; the job's last event was at {format_minute(last_event_at)}"
         yield wrong(
             "clock",
-            f"this machine's clock says {day(now)}{said}",
+            f"this machine's clock says {format_minute(now)}{said}",
             "deadlines, certificates and what boards take for the time go by it",
             "set the clock: timedatectl set-ntp true",
         )
 
 
-def crashes(site: Site) -> Iterator[Finding]:
+def check_crashes(site: CheckedSite) -> Iterator[Finding]:
     try:
         rows = read_logs(site.folder, most=5000)
     except FedpruneError as error:
         yield note("board-logs", str(error), "boards' logs and crash reports can't be shown", "Delete the file.")
         return
-    found = [r for r in rows if r.kind == "crash" and site.now - r.received < _DAY_S]
-    if found:
-        names = sorted({r.device for r in found})
-        last = found[-1]
+    day_rows = [r for r in rows if r.kind == "crash" and site.now - r.received < _DAY_S]
+    if day_rows:
+        names = sorted({r.device for r in day_rows})
+        last = day_rows[-1]
         yield note(
             "crashes",
-            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:SHOWN])}), lastly "
+            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:MAX_NAMES_SHOWN])}), lastly "
             f"{last.device}: {last.text}",
             "a board that crashes trains nothing meanwhile",
-            command("logs", "--device", last.device, *at(site.folder)),
+            command("logs", "--device", last.device, *state_args(site.folder)),
         )
 
 
-def backups(site: Site) -> Iterator[Finding]:
-    found = last_backup(site.folder)
-    if found is not None and site.now - found < _BACKUP_S:
+def check_backups(site: CheckedSite) -> Iterator[Finding]:
+    backup_at = last_backup(site.folder)
+    if backup_at is not None and site.now - backup_at < _MAX_BACKUP_AGE_S:
         return
-    said = "no backup was ever made" if found is None else f"the last backup is of {day(found)}"
+    said = "no backup was ever made" if backup_at is None else f"the last backup is of {format_minute(backup_at)}"
     yield note(
         "backup",
         f"{said} with `fedprune-server backup` from {site.folder}",
         "with the disk, the model and the identity of the fleet would be lost",
-        command("backup", *at(site.folder), "--to", "PLACE"),
+        command("backup", *state_args(site.folder), "--to", "PLACE"),
     )
 
 
-def broker(site: Site) -> Iterator[Finding]:
+def check_broker(site: CheckedSite) -> Iterator[Finding]:
     """Whether the broker is there, and accepts packets as large as are sent."""
-    folder, server = site.folder, site.server
+    folder, server = site.folder, site.settings
     if not site.cases and not server:
         return  # the settings, and with them the broker's address, couldn't be read
     if site.broker == EMBEDDED:
-        if site.running:
-            yield from _embedded(site)
+        if site.is_running:
+            yield from _check_embedded_broker(site)
         return
     shown_url = without_password(site.broker)
     with ExitStack() as stack:
@@ -363,10 +391,10 @@ def broker(site: Site) -> Iterator[Finding]:
                 identity = stack.enter_context(IdentityFolder(folder, read_only=True))
                 context = identity.context(site.ca)
                 link = Link(site.broker, f"fedprune-{secrets.token_hex(12)}", tls=lambda: context)
-                yield from _packets(link, site, shown_url, identity.site)
+                yield from _check_packets(link, site, shown_url, identity.site)
             else:
                 link = Link(site.broker, f"fedprune-doctor-{secrets.token_hex(4)}")
-                yield from _packets(link, site, shown_url, str(server.get("site", "default")))
+                yield from _check_packets(link, site, shown_url, str(server.get("site", "default")))
         except FedpruneError as error:
             yield wrong(
                 "broker",
@@ -376,7 +404,7 @@ def broker(site: Site) -> Iterator[Finding]:
             )
 
 
-def standing_by(site: Site) -> Iterator[Finding]:
+def check_leader(site: CheckedSite) -> Iterator[Finding]:
     """Whether the job is another server's for now."""
     if site.leader:
         waits = "one that stands by here continues it" if held(site.folder / LOCK) else "none waits here to continue it"
@@ -388,32 +416,33 @@ def standing_by(site: Site) -> Iterator[Finding]:
         )
 
 
-def other_servers(site: Site) -> Iterator[Finding]:
+def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
     """Other servers of this identity that serve the fleet."""
-    folder, running = site.folder, site.running
+    folder, running = site.folder, site.is_running
     if site.broker == EMBEDDED or not (folder / IDENTITY).is_dir():
         return
     with (
         IdentityFolder(folder, read_only=True) as identity,
         leadership(site.broker, identity, site.ca, ServerInstance(folder, looks_only=True)) as asking,
     ):
-        found = asking.others()
+        servers = asking.others()
     place = socket.gethostname(), str(folder.resolve())
-    here = [o for o in found if (o.host, o.folder) == place]
+    here = [o for o in servers if (o.host, o.folder) == place]
     if running:
         here = here[1:]  # one of them is this folder's server, whichever; the others run on copies of this disk
-    elsewhere = [o for o in found if (o.host, o.folder) != place]
+    elsewhere = [o for o in servers if (o.host, o.folder) != place]
     for other in elsewhere + here:
         copied = "on a machine with a copy of this disk, " if other in here else ""
         yield wrong(
             "second-server",
             f"another server runs this fleet: {copied}{described(other)}",
             "one of the two will end: a fleet has one server" if running else "boards follow that one",
-            f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",
+            "look after the fleet there; or, to serve it from here: "
+            + command("run", *state_args(folder), "--take-over"),
         )
 
 
-def revocations(site: Site) -> Iterator[Finding]:
+def check_revocations(site: CheckedSite) -> Iterator[Finding]:
     """Whether the broker was given the latest list of revoked certificates, where a command does that."""
     folder = site.folder
     crl = folder / IDENTITY / CRL
@@ -426,14 +455,14 @@ def revocations(site: Site) -> Iterator[Finding]:
         )
 
 
-def _packets(link: Link, site: Site, url: str, name: str) -> Iterator[Finding]:
-    size = int(site.server.get("max_packet", MAX_PACKET))
+def _check_packets(link: Link, site: CheckedSite, url: str, name: str) -> Iterator[Finding]:
+    size = int(site.settings.get("max_packet", MAX_PACKET))
     topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # without subscribers
-    link.start(site.timeout)
+    link.start(site.timeout_s)
     with link:
         link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD)))
-        through = link.flush(site.timeout) and link.connected
-    if not through:
+        is_delivered = link.flush(site.timeout_s) and link.connected
+    if not is_delivered:
         yield wrong(
             "broker-packets",
             f"the broker at {url} doesn't take packets of {size} bytes",
@@ -442,30 +471,30 @@ def _packets(link: Link, site: Site, url: str, name: str) -> Iterator[Finding]:
         )
 
 
-def _embedded(site: Site) -> Iterator[Finding]:
-    folder, server = site.folder, site.server
+def _check_embedded_broker(site: CheckedSite) -> Iterator[Finding]:
+    folder, server = site.folder, site.settings
     port = server.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
     host = str(server.get("host", LOCAL[0]))
     host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
     if server.get("port") == 0:
         return  # a free one, which only the running server knows
     try:
-        socket.create_connection((host, int(port)), site.timeout).close()
+        socket.create_connection((host, int(port)), site.timeout_s).close()
     except OSError as error:
         yield wrong(
             "broker",
             f"the server's own broker doesn't answer at {host}:{port}: {error}",
             "boards can't reach the server",
-            f"see the server's log; start it again: {command('run', *at(folder))}",
+            f"see the server's log; start it again: {command('run', *state_args(folder))}",
         )
 
 
-def bucket(site: Site) -> Iterator[Finding]:
-    url = str(site.server.get("blobs", IN_FOLDER))
+def check_bucket(site: CheckedSite) -> Iterator[Finding]:
+    url = str(site.settings.get("blobs", IN_FOLDER))
     if url == IN_FOLDER:
         return
     try:
-        within(site.timeout, lambda: next(Bucket(url).list(), None))
+        run_within(site.timeout_s, lambda: next(Bucket(url).list(), None))
     except FedpruneError as error:
         yield wrong(
             "bucket",
@@ -475,17 +504,17 @@ def bucket(site: Site) -> Iterator[Finding]:
         )
 
 
-CHECKS: tuple[Callable[[Site], Iterable[Finding]], ...] = (
-    alerts,
-    lock,
-    clock,
-    broker,
-    standing_by,
-    other_servers,
-    revocations,
-    rotation,
-    bucket,
-    crashes,
-    backups,
+CHECKS: tuple[Callable[[CheckedSite], Iterable[Finding]], ...] = (
+    check_alerts,
+    check_lock,
+    check_clock,
+    check_broker,
+    check_leader,
+    check_other_servers,
+    check_revocations,
+    check_rotation,
+    check_bucket,
+    check_crashes,
+    check_backups,
 )
 """The checks on a server; those on its jobs are in `job_checks`."""

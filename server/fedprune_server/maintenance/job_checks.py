@@ -15,7 +15,7 @@ from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
-from fedprune_server.monitoring.alerts import SHOWN, at, command, restart
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, command, restart_advice, state_args
 from fedprune_server.monitoring.monitor import off_by_far
 from fedprune_server.monitoring.snapshot import JobStatus
 
@@ -102,7 +102,7 @@ def _paused(case: Case) -> Iterator[Finding]:
             "paused",
             f"job {case.name} is paused",
             "no board is asked for anything until it continues",
-            f"{command('resume', *at(case.folder))}, or in the console (docs/console.md)",
+            f"{command('resume', *state_args(case.folder))}, or in the console (docs/console.md)",
         )
 
 
@@ -115,7 +115,7 @@ def _excluded(case: Case) -> Iterator[Finding]:
             "excluded-devices",
             f"{quantity(len(names), 'device')} of job {case.name} are excluded ({some(names)}): {reason}",
             "what they could learn is missing from the model",
-            f"see {command('status', *at(case.folder))}; docs/add-a-board.md lists what a board needs",
+            f"see {command('status', *state_args(case.folder))}; docs/add-a-board.md lists what a board needs",
         )
 
 
@@ -150,8 +150,8 @@ def _deadline(case: Case) -> Iterator[Finding]:
 
 
 def _longer(case: Case, seconds: float) -> str:
-    words = (*at(case.folder), "--deadline", math.ceil(seconds))
-    return restart(*words) if case.running else command("run", *words)
+    words = (*state_args(case.folder), "--deadline", math.ceil(seconds))
+    return restart_advice(*words) if case.running else command("run", *words)
 
 
 def _refused(case: Case) -> Iterator[Finding]:
@@ -172,8 +172,8 @@ def _refused(case: Case) -> Iterator[Finding]:
         f"none of the last {quantity(len(parts), 'update')} of job {case.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
-        f"see each board's reason: {command('status', *at(case.folder), '--rounds', _ROUNDS)}; and what the boards "
-        f"say: {command('logs', *at(case.folder))}",
+        f"see each board's reason: {command('status', *state_args(case.folder), '--rounds', _ROUNDS)}; and what the "
+        f"boards say: {command('logs', *state_args(case.folder))}",
     )
 
 
@@ -185,15 +185,15 @@ def _outlying(case: Case) -> Iterator[Finding]:
             folded = part["progress"] == Progress.FOLDED.value
             if part["reason"] and (folded or part.get("kind") == FailureKind.OUTLIER):
                 found.setdefault(name, []).append(part["reason"])
-    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
+    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN]:
         yield note(
             "outlying-device",
             f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(rows), 'round')} of job "
             f"{case.name}: {one_line(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
-            f"look at its samples and its log ({command('logs', *at(case.folder))}); if it is not to be trusted: "
-            f"{command('devices', 'revoke', name, *at(case.folder))}",
+            f"look at its samples and its log ({command('logs', *state_args(case.folder))}); if it is not to be "
+            f"trusted: {command('devices', 'revoke', name, *state_args(case.folder))}",
         )
 
 
@@ -214,7 +214,7 @@ def _uncovered(case: Case) -> Iterator[Finding]:
             f"({some(shares)})",
             "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
             f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
-            f"{command('status', *at(case.folder))} says which limit binds each board",
+            f"{command('status', *state_args(case.folder))} says which limit binds each board",
         )
 
 
@@ -248,4 +248,4 @@ def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         found.setdefault(reason, []).append(name)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN])
+    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN])

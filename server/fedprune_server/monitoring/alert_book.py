@@ -6,9 +6,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fedprune_server.monitoring.alerts import KINDS, MOST, Alert
+from fedprune_server.monitoring.alerts import ALERT_SEVERITIES, MAX_ALERTS_OF_KIND, Alert
 
-_CHANGES = 4 * MOST
+_CHANGES = 4 * MAX_ALERTS_OF_KIND
 """Unread changes that are kept, at most; beyond that the oldest is dropped."""
 
 
@@ -41,7 +41,9 @@ class AlertBook:
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Open alerts by kind and severity, including zeros; may be called from any thread."""
         found = Counter((a.kind, a.severity) for a in self.open)
-        return {(kind, severity): found[kind, severity] for kind, levels in KINDS.items() for severity in levels}
+        return {
+            (kind, severity): found[kind, severity] for kind, levels in ALERT_SEVERITIES.items() for severity in levels
+        }
 
     def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
         """Apply one evaluation; returns the alerts that opened, changed their severity, or closed.

@@ -26,8 +26,8 @@ from fedprune_server.monitoring.participation import (
     FAILING,
     QUARANTINE,
     UNDELIVERED,
-    Missing,
-    day,
+    Absence,
+    format_minute,
 )
 from fedprune_server.monitoring.snapshot import DELAY_S, JobStatus, RolloutStatus, SiteFacts, Snapshot
 
@@ -35,7 +35,7 @@ CRITICAL, WARNING, INFO = "critical", "warning", "info"
 SEVERITIES = (INFO, WARNING, CRITICAL)
 """From the least severe to the most severe."""
 
-KINDS: Mapping[str, tuple[str, ...]] = {
+ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = {
     "server-not-running": (CRITICAL,),
     "server-hangs": (CRITICAL,),
     "database-waits": (CRITICAL,),
@@ -64,35 +64,41 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 """The kinds of alerts with the severities that each can have."""
 
-HANGS_S = 60.0
+HANG_THRESHOLD_S = 60.0
 """A server's loop that has not turned for this long hangs."""
 
-MOST = 500
+MAX_ALERTS_OF_KIND = 500
 """Alerts of one kind that are shown at a time."""
 
-SHOWN = 5
+MAX_NAMES_SHOWN = 5
 """Names that a text lists."""
 
-BOARD_S_OWN_LOG = "journalctl -u fedprune -n 50"
+BOARD_LOG_COMMAND = "journalctl -u fedprune -n 50"
 """Shows a board's log, on the board."""
 
-_UNHEARD_S, _MEASURED_S = 25.0, 120.0
+_ANNOUNCEMENT_TIMEOUT_S, _MEASUREMENT_TIMEOUT_S = 25.0, 120.0
 """Seconds after which a board that has joined should be heard: one that doesn't measure itself first, and any."""
 
-_DAY_S = 24 * 3600.0
-_EXPIRES_S = 30 * _DAY_S
-_STUCK_S = 6 * 3600.0
-_NEARLY_FULL, _FULL = (0.1, 10e9), (0.03, 2e9)
+_CERTIFICATE_NOTICE_S = 30 * 24 * 3600.0
+"""A month before its end a certificate is an alert: within that time somebody will be there who replaces it."""
+
+_ROLLOUT_SILENCE_S = 6 * 3600.0
+"""A board installs a release within minutes: after this long without news the others are off, or can't be reached."""
+
+_DISK_WARNING_LIMIT, _DISK_CRITICAL_LIMIT = (0.1, 10e9), (0.03, 2e9)
 """A disk is short of room below this share of it, and below this many bytes: a tenth of a large disk is plenty."""
 
-_LEAST_BYTES = 256 * 2**20
-_ROOMIER = 1.2
-"""An open alert about the disk stays until this many times the limit is free."""
+_MIN_FREE_BYTES = 256 * 2**20
+"""Less is critical on a disk of any size: of a small one, 3 % may be less than a round writes."""
 
-_BROKER_S, _SECOND_S = 15.0, 5.0
+_DISK_RECOVERY_FACTOR = 1.2
+"""An open alert about the disk stays until this many times the limit is free, so that it doesn't open and close with
+each file that is written and deleted."""
+
+_BROKER_DELAY_S, _SECOND_SERVER_DELAY_S = 15.0, 5.0
 """The longest that the broker and a second server's takeover may take before an alert opens."""
 
-_QUIET_S = 600.0
+_SECOND_SERVER_SILENCE_S = 600.0
 """The alert about a second server closes once that one has been silent for this long."""
 
 
@@ -136,26 +142,26 @@ class Alert:
         return sentences(self.what, f"To do: {self.todo}")
 
 
-def evaluate(seen: Snapshot, now: float) -> list[Alert]:
+def evaluate_alerts(seen: Snapshot, now: float) -> list[Alert]:
     """All alerts that a snapshot justifies at a time in seconds since 1970."""
-    found = [*_server(seen, now), *_second_servers(seen, now), *_tier(seen)]
+    alerts = [*_server_alerts(seen, now), *_second_server_alerts(seen, now), *_tier_alerts(seen)]
     for job in seen.jobs:
         if not job.finished and job.begun:
-            found += _boards(seen, job, now)
+            alerts += _board_alerts(seen, job, now)
             if not seen.tier.parent:
-                found += _quotas(job, now)
-            found += _progress(seen, job, now)
-            found += _predictions(job, now)
+                alerts += _quota_alerts(job, now)
+            alerts += _progress_alerts(seen, job, now)
+            alerts += _prediction_alerts(job, now)
     if seen.site is not None:
-        found += _disk(seen, seen.site, now)
-        found += _certificates(seen.site, now)
-        found += _waiting(seen, seen.site, now)
-        found += _unannounced(seen, seen.site, now)
-        found += _rollout(seen, seen.site.rollout, now)
-    found += _missing(seen)
+        alerts += _disk_alerts(seen, seen.site, now)
+        alerts += _certificate_alerts(seen.site, now)
+        alerts += _approval_alerts(seen, seen.site, now)
+        alerts += _unheard_board_alerts(seen, seen.site, now)
+        alerts += _rollout_alerts(seen, seen.site.rollout, now)
+    alerts += _absence_alerts(seen)
     if seen.floods_joins is not None:
-        found.append(_joins_flooded(seen.floods_joins, now))
-    return found
+        alerts.append(_join_flood_alert(seen.floods_joins, now))
+    return alerts
 
 
 def command(*words: object) -> str:
@@ -163,18 +169,18 @@ def command(*words: object) -> str:
     return f"fedprune-server {shlex.join(str(w) for w in words)}"
 
 
-def restart(*words: object) -> str:
+def restart_advice(*words: object) -> str:
     """What to do for another setting of `fedprune-server run` while a server runs."""
     return f"stop the server, then {command('run', *words)}"
 
 
-def at(folder: Path) -> tuple[str, str]:
+def state_args(folder: Path) -> tuple[str, str]:
     return "--state", str(folder)
 
 
-def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
+def _server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
     if seen.running:
-        if seen.turned_s is not None and seen.turned_s > HANGS_S:
+        if seen.turned_s is not None and seen.turned_s > HANG_THRESHOLD_S:
             yield Alert(
                 "server-hangs", CRITICAL, now - seen.turned_s,
                 f"the server's loop has not turned for {seen.turned_s:.0f} s",
@@ -189,7 +195,7 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 "database on another machine: see that it runs and can be reached",
             )  # fmt: skip
         elif seen.broker:
-            delay = min([_BROKER_S, *(j.deadline_s / 2 for j in seen.jobs)])
+            delay = min([_BROKER_DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
             yield Alert(
                 "broker", CRITICAL, now, seen.broker, "server and boards meet there; without it nothing moves",
                 "see that the broker runs, that its address is right (--broker), and the firewall (docs/runbook.md)",
@@ -203,7 +209,7 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
                 "a server that couldn't start, or was never started, gives boards nothing to do",
-                f"{command(verb, *at(job.folder), *more)}; its messages at the start tell what it lacks",
+                f"{command(verb, *state_args(job.folder), *more)}; its messages at the start tell what it lacks",
                 job=job.name,
             )  # fmt: skip
         elif not job.finished:
@@ -211,44 +217,44 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 "server-not-running", CRITICAL, now,
                 f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
                 "boards wait for it, and train nothing meanwhile",
-                command(verb, *at(job.folder)), job=job.name,
+                command(verb, *state_args(job.folder)), job=job.name,
             )  # fmt: skip
 
 
-def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
-    deadline_s = min((j.deadline_s for j in seen.jobs), default=2 * _SECOND_S)
+def _second_server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
+    deadline_s = min((j.deadline_s for j in seen.jobs), default=2 * _SECOND_SERVER_DELAY_S)
     for other in seen.others:
         place, subject = f"on {other.host}, state folder {other.folder}", f"{other.host}:{other.folder}"
         if other.leads:
             yield Alert(
                 "second-server", CRITICAL, other.since,
-                f"another server has taken this fleet over: {place}, since {day(other.since)}",
+                f"another server has taken this fleet over: {place}, since {format_minute(other.since)}",
                 "this server ends (exit code 23); boards follow the other one, and nothing is wrong with them",
                 f"look after the fleet there; or, to serve it from {seen.folder} again: "
-                f"{command('run', *at(seen.folder), '--take-over')}",
+                f"{command('run', *state_args(seen.folder), '--take-over')}",
                 subject=subject,
             )  # fmt: skip
-        elif now - other.heard_at < _QUIET_S:
+        elif now - other.heard_at < _SECOND_SERVER_SILENCE_S:
             yield Alert(
                 "second-server", WARNING, other.since,
-                f"another server was started with this fleet's identity: {place}, at {day(other.since)}",
+                f"another server was started with this fleet's identity: {place}, at {format_minute(other.since)}",
                 "a fleet has one server: this one continues, and the other one ends (exit code 23)",
                 f"stop that one, and its service; or, to serve from there: on {other.host}, "
                 f"{command('run', '--state', other.folder, '--take-over')}",
-                subject=subject, delay_s=min(_SECOND_S, deadline_s / 2),
+                subject=subject, delay_s=min(_SECOND_SERVER_DELAY_S, deadline_s / 2),
             )  # fmt: skip
 
 
-def _tier(seen: Snapshot) -> Iterator[Alert]:
+def _tier_alerts(seen: Snapshot) -> Iterator[Alert]:
     delay_s = min([DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
     active = [j for j in seen.jobs if not j.finished and not j.paused]
     deserted = bool(active) and not seen.here
     idle = deserted or any(j.phase is Phase.WAITING and seen.here < j.needed for j in active)
-    for region in seen.tier.regions[:MOST]:
+    for region in seen.tier.regions[:MAX_ALERTS_OF_KIND]:
         yield Alert(
             "aggregator", CRITICAL if region.waited or deserted else WARNING, region.since,
             f"the aggregator {region.name}, which has {quantity(region.boards, 'board')}, has not been connected since "
-            f"{day(region.since)}",
+            f"{format_minute(region.since)}",
             "no round can begin until its boards, or others, are back"
             if idle
             else "rounds close without its boards, and without updates that only it has"
@@ -257,24 +263,24 @@ def _tier(seen: Snapshot) -> Iterator[Alert]:
             "(aggregator_patience_s)",
             "see its log and its network, and start it again with its state folder (fedprune-server aggregate --region "
             f"{region.name} --state DIR, and its other options); if it is lost for good, let its boards connect to "
-            f"another aggregator, or revoke them: {command('devices', 'revoke', 'NAME', *at(seen.folder))}",
+            f"another aggregator, or revoke them: {command('devices', 'revoke', 'NAME', *state_args(seen.folder))}",
             subject=region.name, delay_s=0.0 if region.waited else delay_s,
         )  # fmt: skip
     if (since := seen.tier.parent_lost) is not None and not all(j.finished for j in seen.jobs):
         yield Alert(
             "parent", WARNING, since,
-            f"the parent of this aggregator, {seen.tier.parent}, has not been connected since {day(since)}",
+            f"the parent of this aggregator, {seen.tier.parent}, has not been connected since {format_minute(since)}",
             "boards go on with what they were given, and get nothing new until it is back",
             "see whether its server runs, its log, and the network between; this aggregator connects again by itself",
             subject=seen.tier.parent, delay_s=delay_s,
         )  # fmt: skip
 
 
-def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
+def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     if seen.broker:
         return  # they are missing for the reason that its own alert has
     if not job.known and not seen.here:
-        claim = f"let a board in: {command('claim', '--device', 'NAME', *at(seen.folder))}; then on the board: "
+        claim = f"let a board in: {command('claim', '--device', 'NAME', *state_args(seen.folder))}; then on the board: "
         if seen.tier.parent:
             claim = f"make a claim at the parent, {seen.tier.parent}; then, with --join to its broker, on the board: "
         yield Alert(
@@ -288,41 +294,41 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
         )  # fmt: skip
         return
     # Boards that come back with an aggregator are missing for the reason that its own alert has.
-    here = seen.here + sum(region.boards for region in seen.tier.regions)
-    if not seen.running or job.paused or (here and (job.phase is not Phase.WAITING or here >= job.needed)):
+    expected = seen.here + sum(region.boards for region in seen.tier.regions)
+    if not seen.running or job.paused or (expected and (job.phase is not Phase.WAITING or expected >= job.needed)):
         return
     away = f"; away: {some(job.away)}" if job.away else ""
-    out = f"; revoked: {some(job.revoked)}" if job.revoked else ""
-    again = ""
+    revoked = f"; revoked: {some(job.revoked)}" if job.revoked else ""
+    readmission = ""
     if job.revoked:
         name = job.revoked[0] if len(job.revoked) == 1 else "NAME"
-        again = f"; for {some(job.revoked)}: {command('devices', 'replace', name, *at(seen.folder))}"
+        readmission = f"; for {some(job.revoked)}: {command('devices', 'replace', name, *state_args(seen.folder))}"
     if not seen.here:
         yield Alert(
             "no-devices", CRITICAL, now,
             f"no board that can take part is connected, and job {job.name} is in round {job.round} of "
-            f"{job.rounds or '?'}{away}{out}",
+            f"{job.rounds or '?'}{away}{revoked}",
             "nothing is trained until boards come back",
             "see that boards have power and network, and that the broker's port is open; "
-            f"{command('logs', *at(seen.folder))} shows what they sent last{again}",
+            f"{command('logs', *state_args(seen.folder))} shows what they sent last{readmission}",
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
     if seen.tier.parent:
         return  # the parent begins rounds, with boards of other regions
-    more = f"let more boards in ({command('claim', '--device', 'NAME', *at(seen.folder))})"
+    more = f"let more boards in ({command('claim', '--device', 'NAME', *state_args(seen.folder))})"
     if job.away:
-        more = f"start the boards that are away ({command('logs', *at(seen.folder))} shows what they sent last)"
+        more = f"start the boards that are away ({command('logs', *state_args(seen.folder))} shows what they sent last)"
     yield Alert(
         "too-few-devices", WARNING, now,
-        f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{out}",
+        f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{revoked}",
         f"a round begins with {quantity(job.needed, 'device')}",
-        f"{more}, or begin with fewer: {restart(*at(job.folder), '--devices', seen.here)}{again}",
+        f"{more}, or begin with fewer: {restart_advice(*state_args(job.folder), '--devices', seen.here)}{readmission}",
         job=job.name, delay_s=job.delay_s,
     )  # fmt: skip
 
 
-def _quotas(job: JobStatus, now: float) -> Iterator[Alert]:
+def _quota_alerts(job: JobStatus, now: float) -> Iterator[Alert]:
     if job.full:
         yield Alert(
             "quotas", WARNING, now,
@@ -334,18 +340,21 @@ def _quotas(job: JobStatus, now: float) -> Iterator[Alert]:
         )  # fmt: skip
 
 
-def _progress(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
+def _progress_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     if job.paused or not (job.missed or job.empty):
         return
     missed = f"{quantity(job.missed, 'deadline')} of {job.deadline_s:g} s passed without an update"
     if not job.missed:
         missed = f"{quantity(job.empty, 'round')} closed without a usable update"
     todo = (
-        f"see each board's reason: {command('status', *at(job.folder))}, and {command('logs', *at(job.folder))}; if "
-        f"boards need longer: {restart(*at(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}"
+        f"see each board's reason: {command('status', *state_args(job.folder))}, and "
+        f"{command('logs', *state_args(job.folder))}; if boards need longer: "
+        f"{restart_advice(*state_args(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}"
     )
-    if affected := [name for name, missing in seen.missing.items() if missing.kind == UNDELIVERED]:
-        todo = f"a longer deadline won't help: see the alert about {some(affected)}, of which the broker drops messages"
+    if undelivered := [name for name, absence in seen.absences.items() if absence.kind == UNDELIVERED]:
+        todo = (
+            f"a longer deadline won't help: see the alert about {some(undelivered)}, of which the broker drops messages"
+        )
     yield Alert(
         "no-progress", CRITICAL, now,
         f"job {job.name} makes no progress in round {job.round} of {job.rounds or '?'}: {missed}",
@@ -353,82 +362,82 @@ def _progress(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     )  # fmt: skip
 
 
-def _predictions(job: JobStatus, now: float) -> Iterator[Alert]:
+def _prediction_alerts(job: JobStatus, now: float) -> Iterator[Alert]:
     if job.off:
         which = some([f"{name} {text}" for name, text in job.off.items()], "; ")
         yield Alert(
             "prediction-off", INFO, now,
             f"{quantity(len(job.off), 'board')} of job {job.name} needed far more than planned: {which}",
             "a board that needs more memory than planned may be killed, and one that needs more time may be late",
-            f"compare with {command('status', *at(job.folder))}, which shows the predictions before the first round, "
-            "too; see what else runs on the board, or give it less (docs/planner.md)",
+            f"compare with {command('status', *state_args(job.folder))}, which shows the predictions before the first "
+            "round, too; see what else runs on the board, or give it less (docs/planner.md)",
             job=job.name,
         )  # fmt: skip
 
 
-def _disk(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
+def _disk_alerts(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
     if site.disk is None:
         return
     free, total = site.disk
 
-    def short(severity: str, limit: tuple[float, float], least: float = 0.0) -> bool:
+    def is_short(severity: str, limit: tuple[float, float], min_bytes: float = 0.0) -> bool:
         as_severe = SEVERITIES[SEVERITIES.index(severity) :]
-        factor = _ROOMIER if any(("disk", s) in seen.open for s in as_severe) else 1.0
-        share, most = limit
-        return free < factor * max(least, min(share * total, most))
+        factor = _DISK_RECOVERY_FACTOR if any(("disk", s) in seen.open for s in as_severe) else 1.0
+        share, max_bytes = limit
+        return free < factor * max(min_bytes, min(share * total, max_bytes))
 
-    full = short(CRITICAL, _FULL, _LEAST_BYTES)
-    if full or short(WARNING, _NEARLY_FULL):
+    full = is_short(CRITICAL, _DISK_CRITICAL_LIMIT, _MIN_FREE_BYTES)
+    if full or is_short(WARNING, _DISK_WARNING_LIMIT):
         scale, unit = (1e9, "GB") if total >= 10e9 else (1e6, "MB")
         yield Alert(
             "disk", CRITICAL if full else WARNING, now,
             f"the disk of {seen.folder} has {free / scale:.2f} of {total / scale:.0f} {unit} left",
             "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
-            f"make room; {command('check', *at(seen.folder), '--repair')} deletes what the job no longer needs, and a "
-                    "smaller --keep keeps fewer models",
+            f"make room; {command('check', *state_args(seen.folder), '--repair')} deletes what the job no longer "
+            "needs, and a smaller --keep keeps fewer models",
         )  # fmt: skip
 
 
-def _certificates(site: SiteFacts, now: float) -> Iterator[Alert]:
+def _certificate_alerts(site: SiteFacts, now: float) -> Iterator[Alert]:
     for entry in site.certificates:
         left = entry.ends - now
         if entry.error:
             what, why = entry.error, "connections that need it fail"
         elif entry.begins > now:
             what, why = (
-                f"{entry.path} is valid from {day(entry.begins)} only",
+                f"{entry.path} is valid from {format_minute(entry.begins)} only",
                 "clients refuse to connect",
             )
         elif left <= 0:
-            what, why = f"{entry.path} expired on {day(entry.ends)}", "clients refuse to connect"
-        elif left <= _EXPIRES_S:
-            what, why = f"{entry.path} expires on {day(entry.ends)}", "then clients refuse to connect"
+            what, why = f"{entry.path} expired on {format_minute(entry.ends)}", "clients refuse to connect"
+        elif left <= _CERTIFICATE_NOTICE_S:
+            what, why = f"{entry.path} expires on {format_minute(entry.ends)}", "then clients refuse to connect"
         else:
             continue
         ending = not entry.error and entry.begins <= now < entry.ends
         yield Alert("certificate", WARNING if ending else CRITICAL, now, what, why, entry.todo, subject=entry.path)
 
 
-def _waiting(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
-    for name, fingerprint in islice(site.waiting.items(), MOST):
+def _approval_alerts(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
+    for name, fingerprint in islice(site.waiting.items(), MAX_ALERTS_OF_KIND):
         yield Alert(
             "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
             "compare the key with what the board shows, then "
-            + command("devices", "approve", name, "--key", fingerprint, *at(seen.folder)),
+            + command("devices", "approve", name, "--key", fingerprint, *state_args(seen.folder)),
             device=name,
         )  # fmt: skip
 
 
-def _unannounced(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
+def _unheard_board_alerts(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
     """Boards that could join, and of which the server hears nothing else; an aggregator's are heard by their own."""
     if not seen.running or seen.tier.parent or seen.tier.regions:
         return
-    for name, joined in islice(site.unannounced.items(), MOST):
-        if now - joined >= _UNHEARD_S:
+    for name, joined in islice(site.unannounced.items(), MAX_ALERTS_OF_KIND):
+        if now - joined >= _ANNOUNCEMENT_TIMEOUT_S:
             yield Alert(
-                "device-unheard", WARNING if now - joined >= _MEASURED_S else INFO, joined,
-                f"{name} joined at {day(joined)}, and its announcement has not come: it is off, still measures itself, "
-                f"or {broker_drops('what it sends')}",
+                "device-unheard", WARNING if now - joined >= _MEASUREMENT_TIMEOUT_S else INFO, joined,
+                f"{name} joined at {format_minute(joined)}, and its announcement has not come: it is off, still "
+                f"measures itself, or {broker_drops('what it sends')}",
                 "it takes no part until the server hears it",
                 "see the board's own log; where that says that it is connected, look at the broker's rules for its "
                 "name (docs/runbook.md#the-broker-drops-messages)",
@@ -436,10 +445,10 @@ def _unannounced(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]
             )  # fmt: skip
 
 
-def _rollout(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Iterator[Alert]:
+def _rollout_alerts(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Iterator[Alert]:
     if rollout is None:
         return
-    status = command("rollout", "status", *at(seen.folder))
+    status = command("rollout", "status", *state_args(seen.folder))
     about = f"the rollout of release {rollout.release}"
     if rollout.phase is RolloutPhase.STOPPED:
         failed = f"; it failed on {some(rollout.failed)}" if rollout.failed else ""
@@ -448,39 +457,40 @@ def _rollout(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Itera
             "rollout", WARNING if rollout.failed else INFO, now, f"{about} was stopped{why}{failed}",
             "boards have different releases",
             f"{status}; then fix the release and roll out a new one, or roll back: "
-            f"{command('rollout', 'back', *at(seen.folder))}",
+            f"{command('rollout', 'back', *state_args(seen.folder))}",
         )  # fmt: skip
     elif rollout.phase is RolloutPhase.PAUSED:
         yield Alert(
             "rollout-paused", INFO, now, f"{about} is {rollout.why}", "no further board is given it",
-            f"to go on: {command('rollout', 'resume', *at(seen.folder))}",
+            f"to go on: {command('rollout', 'resume', *state_args(seen.folder))}",
         )  # fmt: skip
-    elif rollout.phase is RolloutPhase.RUNNING and now - rollout.heard_at > _STUCK_S:
+    elif rollout.phase is RolloutPhase.RUNNING and now - rollout.heard_at > _ROLLOUT_SILENCE_S:
         yield Alert(
             "rollout", WARNING, rollout.heard_at,
             f"{about} has heard of no board for {(now - rollout.heard_at) / 3600:.0f} h; it waits for "
             f"{some(rollout.left) or 'boards'}",
             "the next stage begins when enough boards of this one are well",
-            f"{status}; start the boards that are off, or end it: {command('rollout', 'stop', *at(seen.folder))}",
+            f"{status}; start the boards that are off, or end it: "
+            f"{command('rollout', 'stop', *state_args(seen.folder))}",
         )  # fmt: skip
 
 
-def _missing(seen: Snapshot) -> Iterator[Alert]:
+def _absence_alerts(seen: Snapshot) -> Iterator[Alert]:
     """An alert for each board that no longer takes part, with the reason."""
     count = Counter[str]()
-    for name, missing in seen.missing.items():
-        count[missing.kind] += 1
-        if count[missing.kind] <= MOST:
-            why, todo = _remedy(seen, name, missing)
-            yield Alert(missing.kind, WARNING, missing.since, f"{name} {missing.reason}", why, todo, device=name)
+    for name, absence in seen.absences.items():
+        count[absence.kind] += 1
+        if count[absence.kind] <= MAX_ALERTS_OF_KIND:
+            why, todo = _remedy(seen, name, absence)
+            yield Alert(absence.kind, WARNING, absence.since, f"{name} {absence.reason}", why, todo, device=name)
 
 
-def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
+def _remedy(seen: Snapshot, name: str, absence: Absence) -> tuple[str, str]:
     """What it leads to that a board doesn't take part, and what to do."""
-    logs = command("logs", "--device", name, *at(seen.folder))
-    revoke = command("devices", "revoke", name, *at(seen.folder))
+    logs = command("logs", "--device", name, *state_args(seen.folder))
+    revoke = command("devices", "revoke", name, *state_args(seen.folder))
     without = "rounds go on without what its samples would teach the model"
-    match missing.kind:
+    match absence.kind:
         case participation.QUARANTINE:
             return "what it sends is dropped unread", (
                 f"see {logs} and the board's own log; it ends by itself, and a board that isn't yours is revoked by "
@@ -489,8 +499,8 @@ def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
         case participation.CLONED:
             return "the two disturb each other, and the server hears now one and now the other", (
                 "look for a second board with a copy of its card or state folder, and take it away; or give both new "
-                f"keys: {command('devices', 'replace', name, *at(seen.folder))}, and let each join with a name and "
-                "claim of its own (docs/runbook.md#two-boards-with-one-identity)"
+                f"keys: {command('devices', 'replace', name, *state_args(seen.folder))}, and let each join with a name "
+                "and claim of its own (docs/runbook.md#two-boards-with-one-identity)"
             )
         case participation.UNDELIVERED:
             return "its part in the round can't come to an end, however long the deadline is", (
@@ -503,8 +513,8 @@ def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
             )
         case participation.EXCLUDED:  # one that can't start sends nothing but the reason
             return without, (
-                f"mend what the reason names on the board and start it again; its own log has more: {BOARD_S_OWN_LOG} "
-                "(docs/runbook.md#a-board-cant-start)"
+                "mend what the reason names on the board and start it again; its own log has more: "
+                f"{BOARD_LOG_COMMAND} (docs/runbook.md#a-board-cant-start)"
             )
         case _:
             return without, (
@@ -513,7 +523,7 @@ def _remedy(seen: Snapshot, name: str, missing: Missing) -> tuple[str, str]:
             )
 
 
-def _joins_flooded(client: str, now: float) -> Alert:
+def _join_flood_alert(client: str, now: float) -> Alert:
     """The key has no client id, because the sender chooses it; the text names it."""
     if client:
         sender, block = f"most of them lately from the MQTT client {client}", "block the client's address"

@@ -33,9 +33,18 @@ from fedprune.strategies import compose
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
-from fedprune_server.monitoring.alerts import CRITICAL, HANGS_S, INFO, KINDS, SHOWN, WARNING, Alert, evaluate
+from fedprune_server.monitoring.alerts import (
+    ALERT_SEVERITIES,
+    CRITICAL,
+    HANG_THRESHOLD_S,
+    INFO,
+    MAX_NAMES_SHOWN,
+    WARNING,
+    Alert,
+    evaluate_alerts,
+)
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.participation import AWAY, Participation, missing_boards
+from fedprune_server.monitoring.participation import AWAY, Participation, find_absent_boards
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
@@ -47,7 +56,10 @@ FILE = "alerts.json"
 """In the state folder."""
 
 _LOOK_S = 1.0
-_FACTS_S = 5.0
+FACTS_INTERVAL_S = 5.0
+"""The state folder's facts are read, and the open alerts written, no more often, but at once where an alert changes:
+reading them takes a while with many boards, and the file's readers ask whether the loop still turns."""
+
 WAITS_S = 10.0
 """Seconds for which the loop may wait for its database before that is an alert: longer than an ordinary transaction."""
 
@@ -102,7 +114,7 @@ class JobWatch(Observer):
         return JobStatus(
             job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
             len(state.devices) + len(self._view.registry.outsiders),
-            tuple(islice(away, SHOWN + 1)) if missing else (), sorted(revoked),
+            tuple(islice(away, MAX_NAMES_SHOWN + 1)) if missing else (), sorted(revoked),
             self._deadline_s, self._missed, self._empty, self._full(), self._off,
         )  # fmt: skip
 
@@ -204,14 +216,14 @@ class Monitor(Observer):
     @property
     def hangs(self) -> bool:
         """Whether the loop hangs; may be called from any thread."""
-        return self._monotonic() - self._seen_at > HANGS_S
+        return self._monotonic() - self._seen_at > HANG_THRESHOLD_S
 
     def open(self) -> list[Alert]:
         """All open alerts, including a hanging loop; may be called from any thread."""
         if not self.hangs:
             return self.book.open
         return [
-            *evaluate(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
+            *evaluate_alerts(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
             *self.book.open,
         ]
 
@@ -265,8 +277,9 @@ class Monitor(Observer):
         """
         at, now = self._clock(), self._monotonic()
         if not waits_for and now >= self._free_at:  # not at every look: it takes a while with many boards
-            self._free_at, self._free_seen = now + _FACTS_S, sorted(self._free())
-        alerts = evaluate(Snapshot(self._folder, waits_for=waits_for) if waits_for else self._snapshot(), at)
+            self._free_at, self._free_seen = now + FACTS_INTERVAL_S, sorted(self._free())
+        snapshot = Snapshot(self._folder, waits_for=waits_for) if waits_for else self._snapshot()
+        alerts = evaluate_alerts(snapshot, at)
         if waits_for or not closes:
             alerts = [*self.book.open, *alerts]
         changes = self.book.update(alerts, now, at)
@@ -297,7 +310,7 @@ class Monitor(Observer):
             broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),
             tier=self._tier_seen,
-            missing=missing_boards(list(self.participation.values()), self._view, self._clock()),
+            absences=find_absent_boards(list(self.participation.values()), self._view, self._clock()),
             floods_joins=self._view.quarantine.floods_joins(),
             site=self._site,
             open=self.book.severities,
@@ -306,7 +319,7 @@ class Monitor(Observer):
     def _run(self) -> None:
         self._write()
         while True:
-            self._wake.wait(_FACTS_S)
+            self._wake.wait(FACTS_INTERVAL_S)
             self._wake.clear()
             if self._over.is_set():
                 return
@@ -383,7 +396,7 @@ def read_recorded(folder: Path) -> Recorded:
 
 def _alerts(rows: Iterable[Mapping[str, Any]]) -> list[Alert]:
     alerts = [Alert(**row) for row in rows]
-    return [a for a in alerts if a.severity in KINDS[a.kind] and float(a.delay_s) >= 0]
+    return [a for a in alerts if a.severity in ALERT_SEVERITIES[a.kind] and float(a.delay_s) >= 0]
 
 
 def _log(change: AlertChange) -> None:

@@ -27,20 +27,20 @@ UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
 FAILED_ROUNDS = 2
 """Rounds in a row without an update that counts after which a board is named: one alone may be bad luck."""
 
-_LASTING = frozenset({FailureKind.NO_ROOM, FailureKind.DATA})
+_LASTING_FAILURES = frozenset({FailureKind.NO_ROOM, FailureKind.DATA})
 """Failures that the next round won't mend, so that the first one is enough."""
 
-_NO_FAULT = frozenset({
+_BLAMELESS_FAILURES = frozenset({
     FailureKind.OUTLIER, FailureKind.STALE, FailureKind.QUARANTINED, FailureKind.REVOKED, FailureKind.LEFT_OUT,
     FailureKind.FALSE_SUM,
 })  # fmt: skip
 """Failures that are no board's fault, or have an alert of their own."""
 
-_REASON = 400
+_MAX_REASON_LENGTH = 400
 
 
 @dataclass(frozen=True)
-class Missing:
+class Absence:
     """Why a board doesn't take part.
 
     Attributes:
@@ -54,16 +54,16 @@ class Missing:
     since: float
 
 
-def day(moment: float) -> str:
+def format_minute(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
-def exclusion(reason: str, since: float) -> Missing:
-    return Missing(EXCLUDED, f"takes no part: {one_line(reason, _REASON)}", since)
+def exclusion_absence(reason: str, since: float) -> Absence:
+    return Absence(EXCLUDED, f"takes no part: {one_line(reason, _MAX_REASON_LENGTH)}", since)
 
 
-def quarantine(reason: str, since: float) -> Missing:
-    return Missing(QUARANTINE, f"is in quarantine: {one_line(reason, _REASON)}", since)
+def quarantine_absence(reason: str, since: float) -> Absence:
+    return Absence(QUARANTINE, f"is in quarantine: {one_line(reason, _MAX_REASON_LENGTH)}", since)
 
 
 class Participation(Observer):
@@ -85,13 +85,13 @@ class Participation(Observer):
         clock: Callable[[], float],
     ) -> None:
         self._view, self._away_rounds, self._clock = view, away_rounds, clock
-        self._present = present or (lambda name: False)
+        self._is_present = present or (lambda name: False)
         schedule = compose(view.job).schedule or SYNCHRONOUS
         # Rounds that close before all boards are done, on purpose: who is late then has done nothing wrong.
-        self._cuts = schedule.asynchronous or view.job.over_selection > 0
-        self._excluded: dict[str, Missing] = {}
+        self._closes_early = schedule.asynchronous or view.job.over_selection > 0
+        self._exclusions: dict[str, Absence] = {}
         away = {name: at for name, at in away.items() if away_rounds and name in view.state.devices}
-        self._since: dict[str, float] = dict(away)
+        self._away_since: dict[str, float] = dict(away)
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, float]] = {}  # rounds in a row, the last one's reason, since when
@@ -102,22 +102,22 @@ class Participation(Observer):
             device = self._view.state.devices.get(name)
             if device is None or device.online:
                 self._rounds_away.pop(name, None)
-                self._since.pop(name, None)
+                self._away_since.pop(name, None)
                 self._away.discard(name)
             else:
                 self._rounds_away.setdefault(name, 0)
-                self._since.setdefault(name, self._clock())
+                self._away_since.setdefault(name, self._clock())
             # Boards that could never take part are listed by doctor; what is new is one that did.
             if device is not None and device.excluded and (device.last_counted_round or device.excluded_by):
-                if name not in self._excluded:
-                    self._excluded[name] = exclusion(device.excluded, self._clock())
+                if name not in self._exclusions:
+                    self._exclusions[name] = exclusion_absence(device.excluded, self._clock())
             else:
-                self._excluded.pop(name, None)
+                self._exclusions.pop(name, None)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         for name in self._rounds_away:
-            if self._present(name):
-                self._rounds_away[name], self._since[name] = 0, self._clock()
+            if self._is_present(name):
+                self._rounds_away[name], self._away_since[name] = 0, self._clock()
             else:
                 self._rounds_away[name] += 1
         if self._away_rounds:
@@ -131,61 +131,64 @@ class Participation(Observer):
             self._failures.pop(name, None)
             return
         late = not part["reason"] or kind == FailureKind.LATE
-        if kind not in _NO_FAULT and not (late and self._cuts):
+        if kind not in _BLAMELESS_FAILURES and not (late and self._closes_early):
             count, _, since = self._failures.get(name, (0, "", self._clock()))
-            reason = self._lateness(name) if late else one_line(part["reason"], _REASON)
-            self._failures[name] = (max(count + 1, FAILED_ROUNDS if kind in _LASTING else 0), reason, since)
+            reason = self._late_reason(name) if late else one_line(part["reason"], _MAX_REASON_LENGTH)
+            min_count = FAILED_ROUNDS if kind in _LASTING_FAILURES else 0
+            self._failures[name] = (max(count + 1, min_count), reason, since)
 
-    def _lateness(self, name: str) -> str:
+    def _late_reason(self, name: str) -> str:
         crash = self._view.registry.crashes.get(name)
         return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
 
-    def reasons(self) -> dict[str, Missing]:
+    def absences(self) -> dict[str, Absence]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
         revoked = self._view.revoked()
-        return {name: reason for name, reason in self._reasons().items() if name not in revoked}
+        return {name: absence for name, absence in self._absences_with_revoked().items() if name not in revoked}
 
-    def _reasons(self) -> dict[str, Missing]:
+    def _absences_with_revoked(self) -> dict[str, Absence]:
         """The same, with boards that were revoked."""
         state, registry = self._view.state, self._view.registry
-        boards = {name: Missing(CLONED, f"seems to be two boards: {reason}", self._clock())
-                  for name, reason in registry.clones.suspicions().items()}  # fmt: skip
+        absences = {
+            name: Absence(CLONED, f"seems to be two boards: {reason}", self._clock())
+            for name, reason in registry.clones.suspicions().items()
+        }
         if state.paused or state.phase is Phase.FINISHED:
-            return boards
+            return absences
         for name, reason in registry.drop_reasons().items():
-            boards.setdefault(name, Missing(UNDELIVERED, reason, self._clock()))
+            absences.setdefault(name, Absence(UNDELIVERED, reason, self._clock()))
         for name, body in registry.outsiders.items():
             device = state.devices.get(name)
             if body.get("cannot_start") or (device is not None and device.last_counted_round):
-                boards.setdefault(name, exclusion(str(body["excluded"]), self._clock()))
-        boards = self._excluded | boards
+                absences.setdefault(name, exclusion_absence(str(body["excluded"]), self._clock()))
+        absences = self._exclusions | absences  # a copy of its card, or a broker that drops messages, explains more
         for name in self._away:
-            if not self._present(name):
-                since = self._since[name]
-                what = f"has not been connected since {day(since)}, and rounds end without it"
-                boards.setdefault(name, Missing(AWAY, what, since))
+            if not self._is_present(name):
+                since = self._away_since[name]
+                what = f"has not been connected since {format_minute(since)}, and rounds end without it"
+                absences.setdefault(name, Absence(AWAY, what, since))
         for name, reason in registry.silence_reasons().items():
-            boards.setdefault(name, Missing(FAILING, reason, self._clock()))
+            absences.setdefault(name, Absence(FAILING, reason, self._clock()))
         for name, (count, reason, since) in self._failures.items():
             if count >= FAILED_ROUNDS and name in state.devices:
                 what = f"sends no update that counts: {reason}"
-                boards.setdefault(name, Missing(FAILING, what, since))
-        return boards
+                absences.setdefault(name, Absence(FAILING, what, since))
+        return absences
 
 
-def missing_boards(watches: Sequence[Participation], view: JobView, now: float) -> dict[str, Missing]:
+def find_absent_boards(watches: Sequence[Participation], view: JobView, now: float) -> dict[str, Absence]:
     """Boards that don't take part, at any job of a server; a board has the first reason that explains the others.
 
     Args:
         view: The first job's, whose quarantine is the server's.
     """
-    boards: dict[str, Missing] = {}
+    absences: dict[str, Absence] = {}
     for watch in watches:
-        for name, reason in watch.reasons().items():
-            boards.setdefault(name, reason)
+        for name, absence in watch.absences().items():
+            absences.setdefault(name, absence)
     for name in view.quarantine.all_held():
         sentence = view.quarantine.held(name)
         # Of two boards with one key the server understands little, so that it may put them in quarantine.
-        if sentence is not None and (name not in boards or boards[name].kind != CLONED):
-            boards[name] = quarantine(sentence[1], now)
-    return boards
+        if sentence is not None and (name not in absences or absences[name].kind != CLONED):
+            absences[name] = quarantine_absence(sentence[1], now)
+    return absences

@@ -17,7 +17,7 @@ from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import CONSOLE_CERTIFICATE, hosts_of
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.monitoring.alerts import at, command
+from fedprune_server.monitoring.alerts import command, state_args
 from fedprune_server.monitoring.snapshot import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import has_database
@@ -50,12 +50,13 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
         path = folder / IDENTITY / name
         if not path.is_file():
             continue
-        todo = f"start the server again, which makes a new one: {command('run', *at(folder))}"
+        todo = f"start the server again, which makes a new one: {command('run', *state_args(folder))}"
         try:
             found = load_authorities(path) if name.startswith("authority") else (load_certificate(path, "certificate"),)
             if name.startswith("authority"):
                 verb = "rotate-ca" if len(found) == 1 else "retire-ca"
-                todo = f"replace the authority while the server is stopped: {command('identity', verb, *at(folder))}"
+                todo = "replace the authority while the server is stopped: "
+                todo += command("identity", verb, *state_args(folder))
             yield _dates(path, found[0], todo)
         except FedpruneError as error:
             yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
@@ -71,7 +72,7 @@ def _console(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDat
         found = x509.load_pem_x509_certificate(Path(path).read_bytes())
         if Path(path).resolve() == (folder / IDENTITY / CONSOLE_CERTIFICATE).resolve():
             hosts = (word for host in sorted(hosts_of(found)) for word in ("--host", host))
-            issue = command("identity", "certificate", *hosts, *at(folder))
+            issue = command("identity", "certificate", *hosts, *state_args(folder))
             todo = f"start the server again once this has issued a new one: {issue}"
         yield _dates(Path(path), found, todo)
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedprune.coordination import Phase
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.messaging.leadership import Candidate
-from fedprune_server.monitoring.participation import Missing
+from fedprune_server.monitoring.participation import Absence
 
 DELAY_S = 60.0
 """The longest that boards may take before an alert opens."""
@@ -156,7 +156,7 @@ class Snapshot:
             if it turns.
         broker: Why the broker can't be used; empty if it can.
         others: Other servers of this identity that were heard.
-        missing: Boards that no longer take part, and why.
+        absences: Boards that no longer take part, and why.
         floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
         site: What the state folder shows; None if unknown.
         open: Kinds and severities of open alerts.
@@ -171,7 +171,7 @@ class Snapshot:
     broker: str = ""
     others: Sequence[Candidate] = ()
     tier: TierStatus = TierStatus()
-    missing: Mapping[str, Missing] = field(default_factory=dict)
+    absences: Mapping[str, Absence] = field(default_factory=dict)
     floods_joins: str | None = None
     site: SiteFacts | None = None
     open: frozenset[tuple[str, str]] = frozenset()

@@ -19,7 +19,13 @@ from fedprune.core.lock_wait import LockWait, file_lock_holders
 _Result = TypeVar("_Result")
 
 FILE_BUSY_TIMEOUT_S = 10.0
-"""How long a statement that writes waits for another process."""
+"""How long SQLite waits for another process's lock. Writers wait for each other. Readers wait for a writer's commit
+where the file has no log (WAL); where it has one, only while another process recovers the log after a crash, or deletes
+it when it closes the file. All this takes milliseconds, or as long as one fsync on a slow disk."""
+
+LOOP_BUSY_TIMEOUT_S = 0.2
+"""The same for files that the server's loop writes: boards wait for the loop, and what it can't write now is written in
+a later turn, or comes again."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 
@@ -34,14 +40,24 @@ class SqliteFile(Closing):
         version: Of its tables; a file of a later version is refused.
         hint: What to do if it is damaged.
         wal: Whether readers don't wait for writers.
+        busy_timeout_s: How long a statement that writes waits for another process.
     """
 
-    def __init__(self, path: Path, tables: str, version: int, hint: str, *, wal: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tables: str,
+        version: int,
+        hint: str,
+        *,
+        wal: bool = False,
+        busy_timeout_s: float = FILE_BUSY_TIMEOUT_S,
+    ) -> None:
         self.path, self._hint = path, hint
         with self.errors(), storage_errors(f"can't use {path}"):
             # Made with its mode, not changed to it: there is no moment in which others could open it.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self.connection = self._connect("rw")
+            self.connection = _connect(path, "rw", busy_timeout_s)
             try:
                 if wal:
                     execute_when_free(self.connection, "PRAGMA journal_mode=WAL")
@@ -56,16 +72,6 @@ class SqliteFile(Closing):
                 self.connection.close()
                 raise
 
-    def reader(self) -> sqlite3.Connection:
-        """A connection that only reads, of one thread at a time, which needn't be this one."""
-        return self._connect("ro")
-
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        uri = f"{self.path.resolve().as_uri()}?mode={mode}"
-        return sqlite3.connect(
-            uri, uri=True, timeout=FILE_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-        )
-
     def close(self) -> None:
         self.connection.close()
 
@@ -79,6 +85,16 @@ class SqliteFile(Closing):
     def errors(self) -> Iterator[None]:
         with sqlite_errors(self.path, self._hint):
             yield
+
+
+def connect_reader(path: Path) -> sqlite3.Connection:
+    """A connection that only reads, of one thread at a time, which needn't be this one. Raises `sqlite3.Error`."""
+    return _connect(path, "ro", FILE_BUSY_TIMEOUT_S)
+
+
+def _connect(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager

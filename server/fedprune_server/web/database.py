@@ -16,7 +16,7 @@ from typing import Any
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool, SqliteFile
+from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool, SqliteFile, connect_reader
 
 FILE = "console.db"
 """In the state folder."""
@@ -89,7 +89,7 @@ class ConsoleDatabase(Closing):
         self._connection.close()
 
     def _make_reader(self) -> sqlite3.Connection:
-        reader = self._file.reader()
+        reader = connect_reader(self.path)
         reader.row_factory = sqlite3.Row
         return reader
 

@@ -19,6 +19,7 @@ from fedprune.runtime.session import Session
 from fedprune_export.checks import labelled_data
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
+from fedprune_export.reports.report import Side
 from fedprune_server.simulation.digits import load_digits
 from support.nets.token_net import token_net
 
@@ -72,6 +73,12 @@ def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
         assert tuple(row["after"]["shape"]) == small[row["weight"]].shape
         assert tuple(row["before"]["shape"]) == whole[row["weight"]]
         assert row["after"]["parameters"] == small[row["weight"]].size
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [((3, 4, 1), 12), ((), 1), (None, 0)])
+def test_what_multiplies_two_values_has_no_parameters(shape: tuple[int, ...] | None, parameters: int) -> None:
+    side = Side(shape, macs=7, activation_bytes=8).to_dict()
+    assert side == {"shape": [*(shape or ())], "macs": 7, "activation_bytes": 8, "parameters": parameters}
 
 
 def test_activations_are_what_the_graph_makes(bundle: Path) -> None:

@@ -13,8 +13,8 @@ from fedprune.core.errors import ExitCode
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import VARIABLE
-from fedprune_server.monitoring.alerts import BOARD_S_OWN_LOG, evaluate
-from fedprune_server.monitoring.participation import EXCLUDED, Missing
+from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, evaluate_alerts
+from fedprune_server.monitoring.participation import EXCLUDED, Absence
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.storage import Storage
 
@@ -110,12 +110,12 @@ def test_of_a_board_that_can_t_start_logs_tell_why_they_are_empty_and_where_its_
         said[name] = capsys.readouterr().out
         assert name in said[name]
         assert "board_logs" in said[name]
-        assert BOARD_S_OWN_LOG in said[name]
+        assert BOARD_LOG_COMMAND in said[name]
     assert trouble in said["attic"]
     assert ".." not in said["attic"]
     assert main(["logs", "--state", str(tmp_path), "--device", "attic", "--json"]) == ExitCode.OK
     assert capsys.readouterr().out == ""
-    seen = Snapshot(tmp_path, missing={"attic": Missing(EXCLUDED, trouble, 0.0)})
-    (alert,) = evaluate(seen, 1.0)
-    assert BOARD_S_OWN_LOG in alert.todo
+    seen = Snapshot(tmp_path, absences={"attic": Absence(EXCLUDED, trouble, 0.0)})
+    (alert,) = evaluate_alerts(seen, 1.0)
+    assert BOARD_LOG_COMMAND in alert.todo
     assert "fedprune-server logs" not in alert.todo

@@ -29,7 +29,7 @@ from fedprune_server.cli.status import status, status_of_all
 from fedprune_server.devices.quarantine import FILE, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.maintenance.doctor import examined
+from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
@@ -244,7 +244,7 @@ def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
     with folder_lock(stopped_state):
         assert kinds() == []
         assert all(device["online"] is not None for device in status_of_all(stopped_state)["devices"])
-        assert "server-hangs" not in {finding.kind for finding in examined(stopped_state)}
+        assert "server-hangs" not in {finding.kind for finding in diagnose(stopped_state)}
         second = monitor()
         second.start()
         second.close()

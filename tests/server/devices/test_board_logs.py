@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,16 @@ def test_a_disk_that_fails_costs_lines_and_no_answer_is_given(tmp_path: Path, mo
         logs.lines(lines("a", "one"))  # the board tells it again
         assert logs.save()["a"].kept == 1
     assert len(read_logs(tmp_path)) == 1
+
+
+def test_the_loop_goes_on_while_another_program_locks_the_file(tmp_path: Path) -> None:
+    with BoardLogs(tmp_path) as logs, closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as program:
+        program.execute("BEGIN IMMEDIATE")
+        logs.lines(lines("a", "one"))
+        assert logs.save() == {}
+        program.execute("ROLLBACK")
+        logs.lines(lines("a", "one"))  # the board tells it again
+        assert logs.save()["a"].kept == 1
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder, hosts_of
 from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
-from fedprune_server.maintenance.doctor import Site
+from fedprune_server.maintenance.doctor import CheckedSite
 from fedprune_server.maintenance.finding import Finding, of_alert
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
-from fedprune_server.monitoring.alerts import Alert, evaluate
+from fedprune_server.monitoring.alerts import Alert, evaluate_alerts
 from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import SiteFacts, Snapshot
@@ -106,7 +106,7 @@ SICK: dict[str, Case] = {
 def found_in(case: Case) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
     seen = Snapshot(case.folder, [case.status], case.here, case.running)
-    return [*findings(case), *map(of_alert, evaluate(seen, NOW))]
+    return [*findings(case), *map(of_alert, evaluate_alerts(seen, NOW))]
 
 
 def kinds(found: Iterable[Finding]) -> set[str]:
@@ -160,23 +160,23 @@ def test_a_finished_job_needs_no_server() -> None:
 
 
 def test_the_clock(tmp_path: Path) -> None:
-    assert kinds(doctor.clock(Site(tmp_path, last_event=NOW - 5, now=NOW))) == set()
-    assert kinds(doctor.clock(Site(tmp_path, last_event=NOW + 3600, now=NOW))) == {"clock"}
-    assert kinds(doctor.clock(Site(tmp_path, now=1000.0))) == {"clock"}
+    assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, last_event_at=NOW - 5, now=NOW))) == set()
+    assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, last_event_at=NOW + 3600, now=NOW))) == {"clock"}
+    assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, now=1000.0))) == {"clock"}
 
 
 def test_backups_are_remembered(tmp_path: Path) -> None:
-    assert kinds(doctor.backups(Site(tmp_path, now=NOW))) == {"backup"}
+    assert kinds(doctor.check_backups(CheckedSite(folder=tmp_path, now=NOW))) == {"backup"}
     record_backup(tmp_path, NOW)
     assert last_backup(tmp_path) == NOW
-    assert kinds(doctor.backups(Site(tmp_path, now=NOW + 3600))) == set()
-    assert kinds(doctor.backups(Site(tmp_path, now=NOW + 30 * 86_400))) == {"backup"}
+    assert kinds(doctor.check_backups(CheckedSite(folder=tmp_path, now=NOW + 3600))) == set()
+    assert kinds(doctor.check_backups(CheckedSite(folder=tmp_path, now=NOW + 30 * 86_400))) == {"backup"}
 
 
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     def look(now: float) -> list[Alert]:
         facts = replace(site_facts(tmp_path, {}), disk=None)
-        return evaluate(Snapshot(tmp_path, site=facts), now)
+        return evaluate_alerts(Snapshot(tmp_path, site=facts), now)
 
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert look(time.time()) == []
@@ -194,7 +194,7 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
         ("device-unheard", "warning"),
     }
     (tmp_path / "identity" / "signing.key").unlink()
-    assert "identity" in kinds(doctor.identity(tmp_path))
+    assert "identity" in kinds(doctor.check_server_identity(tmp_path))
 
 
 @pytest.mark.parametrize("place", [".", "identity"])
@@ -203,7 +203,7 @@ def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path, place: str)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(short_certificate(days=20))
     server = {"console": "8470", "console_certificate": str(path)}
-    (alert,) = evaluate(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
+    (alert,) = evaluate_alerts(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
     assert (alert.kind, alert.severity, alert.subject) == ("certificate", "warning", str(path))
     assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
     assert "put a new one and its key there" in alert.todo
@@ -214,7 +214,7 @@ def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_
         path, _, _ = identity.console(["192.0.2.7", "fleet.example"])
     server = {"console": "8470", "console_certificate": str(path)}
     dates = site_facts(tmp_path, server).certificates[-1]
-    (alert,) = evaluate(Snapshot(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
+    (alert,) = evaluate_alerts(Snapshot(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
     assert alert.subject == str(path)
     path.unlink()
     advice, program, issue = alert.todo.partition("fedprune-server ")
@@ -234,12 +234,12 @@ def short_certificate(days: float) -> bytes:
 
 
 def test_crashes(tmp_path: Path) -> None:
-    assert kinds(doctor.crashes(Site(tmp_path, now=NOW))) == set()
+    assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW))) == set()
     with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
         logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
         logs.save()
-    assert kinds(doctor.crashes(Site(tmp_path, now=NOW + 60))) == {"crashes"}
-    assert kinds(doctor.crashes(Site(tmp_path, now=NOW + 3 * 86_400))) == set()
+    assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 60))) == {"crashes"}
+    assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 3 * 86_400))) == set()
 
 
 @pytest.mark.parametrize(("running", "answers", "others"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)])
@@ -253,7 +253,11 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
 
     IdentityFolder.make(tmp_path, "lab").close()
     monkeypatch.setattr(doctor, "leadership", lambda *_, **__: nullcontext(Asking()))
-    found = list(doctor.other_servers(Site(tmp_path, {"broker": "mqtts://broker.example"}, running)))
+    found = list(
+        doctor.check_other_servers(
+            CheckedSite(folder=tmp_path, settings={"broker": "mqtts://broker.example"}, is_running=running)
+        )
+    )
     assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
 
 
@@ -263,7 +267,7 @@ def test_who_was_replaced_is_not_told_to_start_again(
 ) -> None:
     other = doctor.wrong("second-server", "another server runs this fleet: on yard", "boards follow it", "look there")
     monkeypatch.setattr(doctor, "CHECKS", (*doctor.CHECKS, lambda _: [other]))
-    assert [f.kind for f in doctor.examined(folder)] == ["second-server"]
+    assert [f.kind for f in doctor.diagnose(folder)] == ["second-server"]
     what = "another server has taken this fleet over: on yard"
     alert = Alert("second-server", "critical", NOW, what, "why", "look there", subject="yard:/")
     (folder / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(alert)]}))
@@ -276,20 +280,27 @@ def test_who_was_replaced_is_not_told_to_start_again(
     assert not json.loads(capsys.readouterr().out)["replaced"]
 
 
+def broker_findings(
+    folder: Path, settings: dict[str, Any], *, is_running: bool = True, timeout_s: float = 1.0
+) -> list[Finding]:
+    site = CheckedSite(folder=folder, settings=settings, is_running=is_running, timeout_s=timeout_s)
+    return list(doctor.check_broker(site))
+
+
 def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         server = {"broker": f"mqtt://anna:hunter2@127.0.0.1:{port}"}
-        [found] = doctor.broker(Site(tmp_path, server, True, timeout=1.0))
+        [found] = broker_findings(tmp_path, server)
         assert found.kind == "broker"
         assert "hunter2" not in str(found)
         own = {"broker": "embedded", "port": port}
-        assert kinds(doctor.broker(Site(tmp_path, own, True, timeout=1.0))) == {"broker"}
-        assert kinds(doctor.broker(Site(tmp_path, own, False, timeout=1.0))) == set()
+        assert kinds(broker_findings(tmp_path, own)) == {"broker"}
+        assert kinds(broker_findings(tmp_path, own, is_running=False)) == set()
         listening.listen()
-        assert kinds(doctor.broker(Site(tmp_path, own, True, timeout=1.0))) == set()
-        assert kinds(doctor.broker(Site(tmp_path, server, True, timeout=0.3))) == {"broker"}
+        assert kinds(broker_findings(tmp_path, own)) == set()
+        assert kinds(broker_findings(tmp_path, server, timeout_s=0.3)) == {"broker"}
 
 
 def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,12 +325,12 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(doctor, "Link", Small)
     server = {"broker": "mqtt://127.0.0.1"}
-    assert kinds(doctor.broker(Site(tmp_path, server, True, timeout=1.0))) == {"broker-packets"}
-    assert kinds(doctor.broker(Site(tmp_path, server | {"max_packet": 50_000}, True, timeout=1.0))) == set()
+    assert kinds(broker_findings(tmp_path, server)) == {"broker-packets"}
+    assert kinds(broker_findings(tmp_path, server | {"max_packet": 50_000})) == set()
 
 
 def test_no_broker_is_guessed_where_settings_cant_be_read(tmp_path: Path) -> None:
-    assert list(doctor.broker(Site(tmp_path, {}, True, timeout=1.0))) == []
+    assert list(broker_findings(tmp_path, {})) == []
 
 
 def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +339,10 @@ def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(5)
 
     monkeypatch.setattr(doctor, "Bucket", Hangs)
-    assert kinds(doctor.bucket(Site(tmp_path, {"blobs": "s3://b/p"}, timeout=0.05))) == {"bucket"}
-    assert kinds(doctor.bucket(Site(tmp_path))) == set()
+    assert kinds(doctor.check_bucket(CheckedSite(folder=tmp_path, settings={"blobs": "s3://b/p"}, timeout_s=0.05))) == {
+        "bucket"
+    }
+    assert kinds(doctor.check_bucket(CheckedSite(folder=tmp_path))) == set()
 
 
 @contextmanager
@@ -430,7 +443,7 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
 def test_who_keeps_the_databases_lock_is_named(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "LOCK_S", 0.05)
+    monkeypatch.setattr(doctor, "LOCK_TIMEOUT_S", 0.05)
 
     def kinds_found() -> list[str]:
         main(["doctor", "--state", str(folder), "--json"])
@@ -456,10 +469,10 @@ sys.stdin.read()
 def test_who_keeps_the_databases_lock_is_named_where_no_server_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "LOCK_S", 0.05)
+    monkeypatch.setattr(doctor, "LOCK_TIMEOUT_S", 0.05)
 
     def findings_of_locks() -> list[str]:
-        return [f.what for f in doctor.examined(folder) if f.kind == "database-locked"]
+        return [f.what for f in doctor.diagnose(folder) if f.kind == "database-locked"]
 
     assert findings_of_locks() == []
     command = [sys.executable, "-c", HOLDER, folder / "server.db"]

@@ -11,7 +11,7 @@ import pytest
 
 from fedprune_device.cli.main import build_parser as board_parser
 from fedprune_server.cli.main import build_parser as server_parser
-from fedprune_server.monitoring.alerts import KINDS
+from fedprune_server.monitoring.alerts import ALERT_SEVERITIES
 from support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "runbook.md").read_text()
@@ -28,7 +28,7 @@ def test_the_commands_are_the_programs(line: str) -> None:
 def test_what_is_seen_is_what_the_programs_say() -> None:
     shown = " ".join(re.findall(r"\*\*You see\*\*.*?\n\n", TEXT, re.DOTALL))
     for kind in re.findall(r"alert `([^`]*)`", shown):
-        assert kind in KINDS
+        assert kind in ALERT_SEVERITIES
     modules = ("fedprune_server.cli.status", "fedprune.wire.link", "fedprune_server.storage.database")
     code = " ".join(inspect.getsource(importlib.import_module(name)) for name in modules)
     for text in ("no server is running", "connection not known", "offline, last heard from at", "no room left for",

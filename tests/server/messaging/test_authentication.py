@@ -36,7 +36,7 @@ from fedprune_device.network.connection import ANSWER_S, Connection, Received, R
 from fedprune_server.devices.quarantine import BURST, Quarantine
 from fedprune_server.enrollment import pki as folder_module
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.maintenance.doctor import Site, rotation
+from fedprune_server.maintenance.doctor import CheckedSite, check_rotation
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.messaging import authentication as server_side
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
@@ -1080,18 +1080,18 @@ def test_the_server_keeps_which_of_its_keys_a_board_knew_last(lab: Lab) -> None:
     for _ in range(2):  # it follows, and answers the hello
         meet(lab.server, lab.boards["pi-1"])
     assert behind() == {"pi-1": ["certificate authority"], "pi-2": both}
-    site = Site(lab.folder / "state", members=True)
-    assert [a.kind for a in rotation(site)] == ["signing-key", "authority"]
+    site = CheckedSite(folder=lab.folder / "state", has_identity=True)
+    assert [a.kind for a in check_rotation(site)] == ["signing-key", "authority"]
     path = lab.folder / "state" / "identity" / "successions.json"
     chain = path.read_bytes()
     path.unlink()
-    assert [(a.kind, "pi-2" in a.what) for a in rotation(site) if a.wrong] == [("foreign-key", True)]
+    assert [(a.kind, "pi-2" in a.what) for a in check_rotation(site) if a.wrong] == [("foreign-key", True)]
     path.write_bytes(chain)
     renew(lab, lab.boards["pi-1"])
     assert behind() == {"pi-1": [], "pi-2": both}
     lab.now += 60
     meet(lab.server, lab.boards["pi-2"])
     renew(lab, lab.boards["pi-2"])
-    assert [(a.kind, "all boards" in a.what, "retire-ca" in a.advice) for a in rotation(site)] == [
+    assert [(a.kind, "all boards" in a.what, "retire-ca" in a.advice) for a in check_rotation(site)] == [
         ("authority", True, True)
     ]

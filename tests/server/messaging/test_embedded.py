@@ -331,6 +331,14 @@ def test_where_no_program_starts_the_last_ones_reason_is_given(tmp_path: Path) -
     assert "--broker URL" in str(caught.value)
 
 
+def test_a_program_that_runs_and_never_answers_is_no_broker(tmp_path: Path) -> None:
+    silent = Mosquitto(str(script(tmp_path / "bin", "exec sleep 600")), "2.9")
+    broker = EmbeddedBroker(port=0, candidates=[silent])
+    with pytest.raises(BrokerError, match=r"Mosquitto 2\.9"):
+        broker.start(timeout=0.1)
+    assert not broker.alive
+
+
 def test_an_extra_that_is_missing_is_named() -> None:
     class Without(Amqtt):
         def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:

@@ -100,18 +100,18 @@ def test_a_command_that_keeps_failing_is_run_less_and_less_often_and_logged_once
 
 
 def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: Path) -> None:
-    assert list(doctor.revocations(doctor.Site(tmp_path))) == []  # no command does that here
+    assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []  # no command does that here
     deliver("true", tmp_path, crl)
-    assert list(doctor.revocations(doctor.Site(tmp_path))) == []
+    assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []
     crl.write_text("second")
-    assert [a.kind for a in doctor.revocations(doctor.Site(tmp_path))] == ["revocations"]
+    assert [a.kind for a in doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))] == ["revocations"]
 
 
 def test_the_doctor_says_that_the_command_never_worked_until_there_is_none(crl: Path, tmp_path: Path) -> None:
     with delivering("/no/such/program", tmp_path, crl):
-        assert [a.kind for a in doctor.revocations(doctor.Site(tmp_path))] == ["revocations"]
+        assert [a.kind for a in doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))] == ["revocations"]
     with delivering("off", tmp_path, crl):
-        assert list(doctor.revocations(doctor.Site(tmp_path))) == []
+        assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []
 
 
 @pytest.mark.parametrize("wrong", ["", "  ", "a 'b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import sqlite3
 import time
 from collections.abc import Callable
@@ -30,12 +31,13 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import Device, IdentityStore
 from fedprune_server.messaging.leadership import Candidate
+from fedprune_server.monitoring import monitor as monitor_module
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import KINDS, MOST, Alert, evaluate
+from fedprune_server.monitoring.alerts import ALERT_SEVERITIES, MAX_ALERTS_OF_KIND, Alert, evaluate_alerts
 from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, Recorded, off_by_far, read_recorded
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.participation import Missing, Participation, day
+from fedprune_server.monitoring.participation import Absence, Participation, format_minute
 from fedprune_server.monitoring.snapshot import (
     CertificateDates,
     JobStatus,
@@ -97,12 +99,14 @@ def without_north(away_s: float, *, waited: bool = False, seen: Snapshot = CALM)
 
 
 def without_a(kind: str) -> Snapshot:
-    return replace(CALM, missing={"a": Missing(kind, "doesn't take part", NOW - DAY)})
+    return replace(CALM, absences={"a": Absence(kind, "doesn't take part", NOW - DAY)})
 
 
 @pytest.mark.parametrize("seen", [with_job(0), with_job(0, known=0), with_job(1, phase=Phase.WAITING, away=["b"])])
 def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Snapshot) -> None:
-    assert [a.kind for a in evaluate(replace(seen, broker="there is no connection to the broker"), NOW)] == ["broker"]
+    assert [a.kind for a in evaluate_alerts(replace(seen, broker="there is no connection to the broker"), NOW)] == [
+        "broker"
+    ]
 
 
 PARENT = "wss://fleet.example:8885"
@@ -168,18 +172,18 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_each_trouble_is_one_alert_with_a_remedy(case: str) -> None:
     seen, kind, severity = CASES[case]
-    (found,) = evaluate(seen, NOW)
+    (found,) = evaluate_alerts(seen, NOW)
     assert (found.kind, found.severity) == (kind, severity)
-    assert severity in KINDS[kind]
+    assert severity in ALERT_SEVERITIES[kind]
     assert all((found.what, found.why, found.todo))
     assert found.delay_s <= TRAINING.deadline_s / 2
     assert found.since <= NOW
 
 
 def test_every_kind_is_tried_and_is_on_the_page() -> None:
-    assert {kind for _, kind, _ in CASES.values()} == set(KINDS)
+    assert {kind for _, kind, _ in CASES.values()} == set(ALERT_SEVERITIES)
     page = (ROOT / "docs" / "observe.md").read_text()
-    assert {k for k in KINDS if f"`{k}`" not in page} == set()
+    assert {k for k in ALERT_SEVERITIES if f"`{k}`" not in page} == set()
 
 
 @pytest.mark.parametrize(
@@ -199,29 +203,29 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
     ],
 )
 def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
-    assert evaluate(calm, NOW) == []
+    assert evaluate_alerts(calm, NOW) == []
 
 
 def test_an_alert_about_a_second_server_tells_where_it_is_and_how_to_serve_from_there() -> None:
-    (found,) = evaluate(another(10), NOW)
+    (found,) = evaluate_alerts(another(10), NOW)
     assert "on yard, state folder /var/lib/fedprune" in found.what
     assert "on yard, fedprune-server run --state /var/lib/fedprune --take-over" in found.todo
     assert found.since == NOW - 900
-    (found,) = evaluate(another(10, leads=True), NOW)
+    (found,) = evaluate_alerts(another(10, leads=True), NOW)
     assert "fedprune-server run --state state --take-over" in found.todo
 
 
 def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -> None:
-    (away,) = evaluate(without_north(61), NOW)
+    (away,) = evaluate_alerts(without_north(61), NOW)
     assert away.key == "aggregator:north"
     assert away.since == NOW - 61
-    assert f"north, which has 40 boards, has not been connected since {day(NOW - 61)}" in away.what
+    assert f"north, which has 40 boards, has not been connected since {format_minute(NOW - 61)}" in away.what
     assert "fedprune-server aggregate --region north" in away.todo
-    (waiting,) = evaluate(without_north(61, seen=with_job(1, phase=Phase.WAITING)), NOW)
+    (waiting,) = evaluate_alerts(without_north(61, seen=with_job(1, phase=Phase.WAITING)), NOW)
     assert "no round can begin" in waiting.why
-    paused = evaluate(without_north(61, seen=with_job(0, paused=True)), NOW)
+    paused = evaluate_alerts(without_north(61, seen=with_job(0, paused=True)), NOW)
     assert [(a.kind, a.severity) for a in paused] == [("aggregator", "warning")]
-    (given_up,) = evaluate(without_north(3601, waited=True), NOW)
+    (given_up,) = evaluate_alerts(without_north(3601, waited=True), NOW)
     assert given_up.key == away.key
     assert "rounds close without" in given_up.why
     assert away.delay_s > given_up.delay_s == 0
@@ -229,7 +233,7 @@ def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -
 
 def test_boards_of_an_aggregator_that_is_away_are_no_reason_for_others_that_are_missing() -> None:
     seen = without_north(61, seen=with_job(1, phase=Phase.WAITING, away=["b"], needed=50))
-    assert {a.kind for a in evaluate(seen, NOW)} == {"aggregator", "too-few-devices"}
+    assert {a.kind for a in evaluate_alerts(seen, NOW)} == {"aggregator", "too-few-devices"}
 
 
 def test_claims_are_made_at_the_parent() -> None:
@@ -237,7 +241,7 @@ def test_claims_are_made_at_the_parent() -> None:
         ("", "fedprune-server claim --device NAME --state state"),
         (PARENT, f"at the parent, {PARENT}"),
     ):
-        (found,) = evaluate(replace(with_job(0, known=0), tier=TierStatus(parent)), NOW)
+        (found,) = evaluate_alerts(replace(with_job(0, known=0), tier=TierStatus(parent)), NOW)
         assert said in found.todo
         assert ("--join" in found.todo) == bool(parent)
 
@@ -274,7 +278,7 @@ def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:
     assert list(JobWatch(view, tmp_path).status().revoked) == ["b"]
     waits = with_job(1, phase=Phase.WAITING, needed=2)
     for away, do in (((), "let more boards in"), (("b",), "start the boards that are away")):
-        (found,) = evaluate(replace(waits, jobs=[replace(waits.jobs[0], away=away, revoked=["c"])]), NOW)
+        (found,) = evaluate_alerts(replace(waits, jobs=[replace(waits.jobs[0], away=away, revoked=["c"])]), NOW)
         assert "revoked: c" in found.what
         assert found.todo.startswith(do)
 
@@ -318,7 +322,7 @@ def test_what_another_job_misses_is_no_absence_here_nor_where_none_is_watched_fo
     before = {"a": NOW - DAY, "elsewhere": NOW - DAY}
     for rounds, missing in ((0, {}), (2, {"a": NOW - DAY})):
         watch = Participation(view, rounds, None, before, lambda: NOW)
-        assert {name: reason.since for name, reason in watch.reasons().items()} == missing
+        assert {name: reason.since for name, reason in watch.absences().items()} == missing
 
 
 def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connected(tmp_path: Path) -> None:
@@ -330,7 +334,7 @@ def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connec
         now[0] += 60
         present[0] = here
         watch.round_over({"round": 1, "devices": {}}, now[0], view)
-    assert watch.reasons()["a"].since == NOW + 60
+    assert watch.absences()["a"].since == NOW + 60
 
 
 def test_a_revoked_board_is_missed_in_no_paused_job(tmp_path: Path) -> None:
@@ -341,7 +345,7 @@ def test_a_revoked_board_is_missed_in_no_paused_job(tmp_path: Path) -> None:
         for sign in range(SIGNS):
             view.registry.clones.note_shared_key(name, sign * APART_S)
     view.state.paused = True
-    assert Participation(view, 2, None, {}, lambda: NOW).reasons().keys() == {"a"}
+    assert Participation(view, 2, None, {}, lambda: NOW).absences().keys() == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -357,15 +361,15 @@ def test_a_board_that_others_keep_from_counting_is_not_failing(
     part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
     for number in (1, 2, 3):
         watch.round_over({"round": number, "devices": {"a": part}}, NOW, view)
-    assert watch.reasons().keys() == failing
+    assert watch.absences().keys() == failing
 
 
 def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
     seen = with_site(disk=(ROOM * 11 // 100, ROOM))
-    assert evaluate(seen, NOW) == []
+    assert evaluate_alerts(seen, NOW) == []
     for severity in ("warning", "critical"):
         opened = replace(seen, open=frozenset({("disk", severity)}))
-        assert [(a.kind, a.severity) for a in evaluate(opened, NOW)] == [("disk", "warning")]
+        assert [(a.kind, a.severity) for a in evaluate_alerts(opened, NOW)] == [("disk", "warning")]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +379,7 @@ def test_a_small_share_of_a_large_disk_is_room_enough(free: float, severity: str
     seen = with_site(disk=(int(free), 2 * 10**12))
     if free == 11.9e9:
         seen = replace(seen, open=frozenset({("disk", "warning")}))
-    assert [a.severity for a in evaluate(seen, NOW)] == ([severity] if severity else [])
+    assert [a.severity for a in evaluate_alerts(seen, NOW)] == ([severity] if severity else [])
 
 
 def raised(**values: Any) -> Alert:
@@ -436,7 +440,7 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
 
 def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
     job = with_job(off={f"b{n}": f"memory {n} MB" for n in range(7)})
-    (alert,) = [a for a in evaluate(job, NOW) if a.kind == "prediction-off"]
+    (alert,) = [a for a in evaluate_alerts(job, NOW) if a.kind == "prediction-off"]
     assert alert.what.endswith(
         "b0 memory 0 MB; b1 memory 1 MB; b2 memory 2 MB; b3 memory 3 MB; b4 memory 4 MB and 2 more"
     )
@@ -448,7 +452,7 @@ def test_a_single_overflow_of_the_joins_is_no_alert(client: str) -> None:
     quarantine = Quarantine(lambda: now[0])
     quarantine.crowded(client)
     for now[0] in range(1000, 1200):
-        alerts = evaluate(replace(CALM, floods_joins=quarantine.floods_joins()), NOW)
+        alerts = evaluate_alerts(replace(CALM, floods_joins=quarantine.floods_joins()), NOW)
         assert book.update(alerts, now[0], NOW) == []
 
 
@@ -460,21 +464,21 @@ def test_the_clock_on_the_wall_may_jump() -> None:
 
 
 def test_many_strangers_hide_nothing_worse() -> None:
-    strangers = {f"d{i}": "key" for i in range(MOST + 9)}
-    found = evaluate(replace(with_site(waiting=strangers), broker="gone"), NOW)
+    strangers = {f"d{i}": "key" for i in range(MAX_ALERTS_OF_KIND + 9)}
+    found = evaluate_alerts(replace(with_site(waiting=strangers), broker="gone"), NOW)
     book = AlertBook()
     book.update(found, 0.0, NOW)
     book.update(found, 60.0, NOW)
-    assert (book.counts()["devices-wait", "warning"], book.counts()["broker", "critical"]) == (MOST, 1)
+    assert (book.counts()["devices-wait", "warning"], book.counts()["broker", "critical"]) == (MAX_ALERTS_OF_KIND, 1)
 
 
 def test_changes_that_nobody_reads_do_not_pile_up() -> None:
     book = AlertBook()
-    for i in range(9 * MOST):
+    for i in range(9 * MAX_ALERTS_OF_KIND):
         book.update([raised()] if i % 2 == 0 else [], float(i), NOW + i)
     changes = book.changes()
-    assert len(changes) <= 4 * MOST
-    assert changes[-1].closed_at == NOW + 9 * MOST - 1
+    assert len(changes) <= 4 * MAX_ALERTS_OF_KIND
+    assert changes[-1].closed_at == NOW + 9 * MAX_ALERTS_OF_KIND - 1
     assert not book.changes()
 
 
@@ -659,6 +663,30 @@ def test_an_aggregator_that_has_just_gone_is_in_the_file_before_its_alert_opens(
     monitor._write()
     assert read_recorded(tmp_path).regions == tier.regions
     assert not [a for a in monitor.book.open if a.kind == "aggregator"]
+
+
+def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, others = queue.Queue[set[str]](), list[Candidate]()
+
+    def write(path: Path, content: bytes, **_: object) -> None:
+        files.put({alert["kind"] for alert in json.loads(content)["alerts"]})
+
+    monkeypatch.setattr(monitor_module, "write_whole", write)
+    monkeypatch.setattr(monitor_module, "FACTS_INTERVAL_S", 3600.0)
+    daemon = Fleet(tmp_path, JOB).daemon()
+    with closing(
+        Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others)
+    ) as monitor:
+        monitor.start()
+        assert files.get(timeout=60) == set()
+        monitor.look()
+        with pytest.raises(queue.Empty):
+            files.get(timeout=0.1)  # nothing has changed
+        others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
+        monitor.look()
+        assert files.get(timeout=60) == {"second-server"}
 
 
 def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:

@@ -19,7 +19,7 @@ from fedprune.coordination import State
 from fedprune.core.errors import ConfigError
 from fedprune_server.monitoring import http
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import KINDS as ALERTS
+from fedprune_server.monitoring.alerts import ALERT_SEVERITIES as ALERTS
 from fedprune_server.monitoring.http import HANGS_S, served
 from fedprune_server.monitoring.metrics import Metrics
 from fedprune_server.monitoring.observer import Observer

@@ -17,7 +17,7 @@ from fedprune.jobs.job import Job
 from fedprune_server.cli.status import status
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
-from fedprune_server.maintenance.doctor import examined
+from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import LeaseLostError, leader_elsewhere
@@ -250,7 +250,7 @@ def test_a_folder_that_stands_by_knows_the_job_and_the_server_that_has_it(
         until(lambda: (waits / "database").exists() and leader_elsewhere(waits) != "")
         body = status(waits)
         assert (body["job"]["name"], body["running"], "first" in body["leader"]) == ("leaves", True, True)
-        kinds = {finding.kind for finding in examined(waits)}
+        kinds = {finding.kind for finding in diagnose(waits)}
         assert "standby" in kinds
         assert not {"server-not-running", "database"} & kinds
     until(lambda: leader_elsewhere(waits) == "")

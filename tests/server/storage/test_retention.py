@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import Phase
+from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.background import BackgroundExecutor, Work
+from fedprune_server.executor.retention import BlobCollector
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB
 
@@ -92,3 +96,19 @@ def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_ans
     finally:
         let.set()
         executor.close()
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_a_round_that_begins_drops_what_has_arrived_of_blobs_that_no_longer_arrive(
+    tmp_path: Path, keep: int | None
+) -> None:
+    store = BlobStore(tmp_path, durable=False)
+    abandoned, arriving = (name * LEAF for name in (b"ab", b"ar"))
+    for data in (abandoned, arriving):
+        partial = store.partial(BlobRef.of(data))
+        partial.set_table(leaf_table(data))
+        assert partial.write(0, data[:LEAF])
+    model = store.put(b"model").sha256
+    BlobCollector(store, keep).collect(State(model=model), {BlobRef.of(arriving).sha256})
+    assert {path.name[:64] for path in (tmp_path / "partial").iterdir()} == {BlobRef.of(arriving).sha256}
+    assert store.names() == [model]

@@ -164,6 +164,37 @@ def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_pat
         assert bytes(look(ref.sha256)) == b"good" * LEAF
 
 
+def test_a_reader_fetches_what_the_folder_has_not_or_has_damaged_and_leaves_the_folder_as_it_is(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = BucketStore(tmp_path, url)
+    whole, damaged, absent = blobs = [server.put(name * 100).sha256 for name in (b"a", b"b", b"c")]
+    server.path(damaged).write_bytes(b"x")
+    server.path(absent).unlink()
+    reader, fetched = BucketStore(tmp_path, url, keeping=False), list[str]()
+    get = reader.bucket.get
+
+    def watched(key: str, limit: int) -> bytes | None:
+        fetched.append(next(sha256 for sha256 in blobs if sha256 in key))
+        return get(key, limit)
+
+    monkeypatch.setattr(reader.bucket, "get", watched)
+    for look in (reader.read, reader.map):
+        assert [bytes(look(sha256)) for sha256 in blobs] == [b"a" * 100, b"b" * 100, b"c" * 100]
+        assert fetched == [damaged, absent]
+        fetched.clear()
+    assert [reader.size(sha256) for sha256 in blobs] == [100] * 3
+    assert {sha256: BlobStore.has(server, sha256) for sha256 in blobs} == {whole: True, damaged: True, absent: False}
+    assert server.path(damaged).read_bytes() == b"x"
+
+
+def test_a_blob_that_is_evicted_as_soon_as_it_was_fetched_is_mapped_nevertheless(url: str, tmp_path: Path) -> None:
+    ref = BucketStore(tmp_path / "one", url).put(b"good" * LEAF)
+    store = BucketStore(tmp_path / "two", url, cache=0)
+    assert bytes(store.map(ref.sha256)) == b"good" * LEAF
+    assert not BlobStore.has(store, ref.sha256)
+
+
 def test_what_a_power_cut_left_of_a_cached_file_is_fetched_again(url: str, tmp_path: Path) -> None:
     refs = [BucketStore(tmp_path / "one", url).put(data * LEAF) for data in (b"good", b"fine", b"more")]
     folder = tmp_path / "two"

@@ -15,10 +15,10 @@ from fedprune.aggregation.fixed_point import Range
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.privacy_budget import holding, spent
+from fedprune.coordination.privacy_budget import PrivacyBudget, holding, spent
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Task
+from fedprune.jobs.state import Device, Task
 from fedprune.model.selection import Selection
 from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
 from fedprune.updates.privacy import Privacy, epsilon
@@ -247,6 +247,12 @@ def test_a_job_is_private_from_its_first_round_to_its_last(before: Privacy, afte
     fleet.run()
     with pytest.raises(ConfigError, match="noise_multiplier: expected above 0 from a job's first round"):
         coordinate(replace(toy.JOB, privacy=after), toy.ARCHITECTURE, State.from_json(fleet.state.to_json()))
+
+
+@pytest.mark.parametrize("devices", [{}, {"a": Device(1, True, {}, None, 10)}])
+def test_a_model_that_is_evaluated_before_any_release_has_cost_nothing(devices: dict[str, Device]) -> None:
+    budget = PrivacyBudget(State("m0", devices=devices), LOCAL)  # type: ignore[arg-type]
+    assert (budget.spent(), budget.foreseen()) == (0.0, 1 / LOCAL.noise_multiplier**2)
 
 
 def test_releases_add_up() -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.suspects import after_sums, divide
+from fedprune.aggregation.fixed_point import Range
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
+from fedprune.jobs.failure_kind import FailureKind
+from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
 from fedprune.secure_aggregation.session import MIN_BOARDS
+from support.fakes import tiny_job
+from support.fakes.coordinator_shell import Shell
 
 pytestmark = pytest.mark.board
 
@@ -24,10 +32,10 @@ def attempts(boards: list[str], hostile: set[str], seed: int, most: int) -> tupl
     suspects: list[list[str]] = []
     false_sums, culprit = 0, min(hostile)
     for attempt in range(1, most + 1):
-        cohorts, _ = divide(boards, suspects, np.random.default_rng([seed, attempt]))
+        cohorts, _ = divide_into_cohorts(boards, suspects, np.random.default_rng([seed, attempt]))
         false = [cohort for cohort in cohorts if hostile & set(cohort)]
         false_sums += any(culprit in cohort for cohort in false)
-        suspects, at_fault = after_sums(suspects, [c for c in cohorts if c not in false], false)
+        suspects, at_fault = narrow_suspects(suspects, [c for c in cohorts if c not in false], false)
         if at_fault:
             return attempt, false_sums, at_fault
     return most, false_sums, set()
@@ -61,17 +69,74 @@ def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, da
     for size in data.draw(st.lists(st.integers(1, 12), max_size=3)):
         suspects.append(pool[:size])
         del pool[:size]
-    cohorts, left = divide(boards, [group for group in suspects if group], np.random.default_rng(count))
+    cohorts, left = divide_into_cohorts(boards, [group for group in suspects if group], np.random.default_rng(count))
     assert sorted([*left, *(name for cohort in cohorts for name in cohort)]) == boards
     assert cohorts
     assert all(len(cohort) >= MIN_BOARDS for cohort in cohorts)
 
 
 def test_boards_without_suspects_are_one_cohort() -> None:
-    assert divide(names(5), [], np.random.default_rng(0)) == ([tuple(names(5))], [])
+    assert divide_into_cohorts(names(5), [], np.random.default_rng(0)) == ([tuple(names(5))], [])
 
 
 def test_a_true_sum_clears_its_boards() -> None:
-    groups, at_fault = after_sums([names(6)], [names(3)], [names(6)[3:]])
+    groups, at_fault = narrow_suspects([names(6)], [names(3)], [names(6)[3:]])
     assert groups == [names(6)[3:]]
     assert not at_fault
+
+
+SECURE_FORM = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=1).to_json()
+
+
+class SpoiltSums(Shell):
+    """Eight boards whose sums are all false."""
+
+    def __init__(self) -> None:
+        super().__init__(replace(tiny_job.JOB, devices=8, secure_aggregation=True))
+        self.session = 0
+        self.divisions: list[do.SumMasked] = []
+
+    def arrive(self) -> None:
+        self.session += 1
+        self.inbox += [on.DeviceBorn(name, self.session, {"name": "toy"}, 10) for name in names(8)]
+
+    def weights(self, command: do.Extract) -> str:
+        return "0"
+
+    def update(self, command: do.SendOffer) -> str:
+        return command.device
+
+    def model(self, command: do.Close) -> str:
+        return f"m{command.round}"
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        if isinstance(command, do.SumMasked):
+            self.divisions.append(command)
+            return on.Unmasked(command.round, [], {}, [], false=[[*cohort] for cohort in command.cohorts])
+        if isinstance(command, do.SendOffer):
+            return on.Trained(command.device, command.round, command.attempt, "0", 10, 1)
+        event = super().answer(command)
+        if isinstance(event, on.Extracted):
+            return replace(event, offer=event.offer | {"selection": "s", do.SECURE: SECURE_FORM})
+        return event
+
+    def left_out(self) -> set[str]:
+        return {name for name, task in self.state.tasks.items() if task.kind == FailureKind.LEFT_OUT}
+
+
+def test_a_restart_while_masked_updates_are_summed_leaves_out_no_more_boards_than_before() -> None:
+    fleet = SpoiltSums()
+    fleet.arrive()
+    while not fleet.left_out():
+        fleet.feed(fleet.inbox.pop(0))
+    left_out, division = fleet.left_out(), fleet.divisions[-1]
+    fleet.crash()
+    fleet.crash()
+    assert fleet.divisions[-2:] == [division, division]
+    assert fleet.left_out() == left_out
+
+    # The next attempt asks all boards again and divides them anew.
+    fleet.feed(on.Unmasked(division.round, [], {}, [], false=[[*cohort] for cohort in division.cohorts]))
+    while fleet.divisions[-1] == division:
+        fleet.feed(fleet.inbox.pop(0))
+    assert fleet.left_out() | {name for cohort in fleet.divisions[-1].cohorts for name in cohort} == {*names(8)}

@@ -17,7 +17,7 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime import session as sessions
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import Session, load_graph
 from support.paths import GRAPHS, ROOT
 
 pytestmark = pytest.mark.board
@@ -45,6 +45,36 @@ def test_a_graph_says_its_inputs_and_outputs() -> None:
 
     assert "x" in session.inputs
     assert session.outputs
+
+
+def graph_options(*, threads: int = 2, training: bool = False, exact: bool = False) -> Any:
+    return load_graph(GRAPH, threads, training, "CPUExecutionProvider", exact=exact).get_session_options()
+
+
+@pytest.mark.parametrize(
+    ("training", "threads", "spins"), [(True, 2, "1"), (True, 0, "1"), (True, 1, "0"), (False, 2, "0")]
+)
+def test_threads_spin_between_operators_of_a_training_step_alone_and_never_between_runs(
+    training: bool, threads: int, spins: str
+) -> None:
+    options = graph_options(threads=threads, training=training)
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.intra_op_num_threads == threads
+
+
+def test_a_training_graph_is_optimised_less_and_reuses_no_buffers() -> None:
+    training, inference = graph_options(training=True), graph_options()
+    assert training.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert inference.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    assert (training.enable_mem_reuse, inference.enable_mem_reuse) == (False, True)
+
+
+def test_a_quantised_graph_computes_in_integers_unless_it_is_to_be_exact() -> None:
+    entry = "session.disable_quant_qdq"
+    assert graph_options(exact=True).get_session_config_entry(entry) == "1"
+    with pytest.raises(RuntimeError):  # not set
+        graph_options().get_session_config_entry(entry)
 
 
 def test_a_file_that_is_no_graph_is_one_clear_error(tmp_path: Path) -> None:

@@ -22,69 +22,69 @@ from fedprune.secure_aggregation.session import MIN_BOARDS
 Groups = Sequence[Collection[str]]
 
 
-def divide(
-    devices: Sequence[str], suspects: Groups, dice: np.random.Generator
+def divide_into_cohorts(
+    devices: Sequence[str], suspects: Groups, rng: np.random.Generator
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """Divide devices that were asked for the same into cohorts.
 
     Returns:
         The cohorts, and the devices that are left out of this attempt.
     """
-    drawn = [devices[i] for i in dice.permutation(len(devices)).tolist()]
-    groups = [[name for name in drawn if name in group] for group in suspects]
-    free = [name for name in drawn if not any(name in group for group in groups)]
-    halves = [half for group in groups for half in _halves(group)]
+    shuffled = [devices[i] for i in rng.permutation(len(devices)).tolist()]
+    groups = [[name for name in shuffled if name in group] for group in suspects]
+    unsuspected = [name for name in shuffled if not any(name in group for group in groups)]
+    halves = [half for group in groups for half in _split_in_halves(group)]
     if not halves:
         return [tuple(devices)], []
     cohorts: list[list[str]] = []
-    left: list[str] = []
+    left_out: list[str] = []
     for half in halves:
         lacking = max(0, MIN_BOARDS - len(half))
-        if lacking <= len(free):
-            cohorts.append(half + free[:lacking])
-            del free[:lacking]
+        if lacking <= len(unsuspected):
+            cohorts.append(half + unsuspected[:lacking])
+            del unsuspected[:lacking]
         else:
-            left += half
+            left_out += half
     if not cohorts:  # no half is large enough: try other boards each time, and leave out as many as possible
-        left = [name for name in drawn if name in left]
-        kept = max(MIN_BOARDS - len(free), (len(left) + 1) // 2)
-        return [tuple(sorted(left[:kept] + free))], sorted(left[kept:])
-    if len(free) >= MIN_BOARDS:
-        cohorts.append(free)
-    else:
-        cohorts[0] += free
-    return [tuple(sorted(cohort)) for cohort in cohorts], sorted(left)
+        left_out = [name for name in shuffled if name in left_out]
+        count = max(MIN_BOARDS - len(unsuspected), (len(left_out) + 1) // 2)
+        return [tuple(sorted(left_out[:count] + unsuspected))], sorted(left_out[count:])
+    if len(unsuspected) >= MIN_BOARDS:
+        cohorts.append(unsuspected)
+    else:  # a sum of so few would show too much of each
+        cohorts[0] += unsuspected
+    return [tuple(sorted(cohort)) for cohort in cohorts], sorted(left_out)
 
 
-def after_sums(
-    suspects: Groups, true: Collection[Sequence[str]], false: Collection[Sequence[str]]
+def narrow_suspects(
+    suspects: Groups, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]
 ) -> tuple[list[list[str]], set[str]]:
     """Groups of suspects after an attempt.
 
     Args:
         suspects: The groups before it.
-        true: Cohorts whose sum was true.
-        false: Cohorts whose sum was false.
+        true_cohorts: Those whose sum was true.
+        false_cohorts: Those whose sum was false.
 
     Returns:
         The groups, and the devices that are found to be at fault; they are in none of them.
     """
-    cleared = {name for cohort in true for name in cohort}
+    cleared = {name for cohort in true_cohorts for name in cohort}
     groups = [rest for group in suspects if (rest := sorted(set(group) - cleared))]
     at_fault: set[str] = set()
-    for cohort in false:
-        others, parts = list[list[str]](), list[list[str]]()
+    for cohort in false_cohorts:
+        outside, inside = list[list[str]](), list[list[str]]()
         for group in groups:
-            common = [name for name in group if name in cohort]
-            parts += [common] if common else []
-            others += [rest] if (rest := [name for name in group if name not in cohort]) else []
-        parts = parts or [sorted(cohort)]
-        single = len(parts) == 1 and len(parts[0]) == 1
-        at_fault |= set(parts[0]) if single else set()
-        groups = others if single else others + parts
+            outside.append([name for name in group if name not in cohort])
+            inside.append([name for name in group if name in cohort])
+        outside, inside = [group for group in outside if group], [group for group in inside if group]
+        inside = inside or [sorted(cohort)]  # of boards of which none was suspected, all are
+        is_single = len(inside) == 1 and len(inside[0]) == 1
+        at_fault |= set(inside[0]) if is_single else set()
+        groups = outside if is_single else outside + inside
     return groups, at_fault
 
 
-def _halves(group: list[str]) -> list[list[str]]:
+def _split_in_halves(group: list[str]) -> list[list[str]]:
     middle = (len(group) + 1) // 2
     return [half for half in (group[:middle], group[middle:]) if half]

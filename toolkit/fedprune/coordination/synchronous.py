@@ -20,7 +20,7 @@ from fedprune.coordination.base import Commands, Coordinator, based, steps_of
 from fedprune.coordination.limits import capped
 from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Stragglers, beyond, drawn, note, places
-from fedprune.coordination.suspects import after_sums, divide
+from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
@@ -313,8 +313,9 @@ class SynchronousCoordinator(Coordinator):
 
     def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is not None:
+        if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
             return []
+        state.closing = None
         lost = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
         for name in event.dropped.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
@@ -324,33 +325,33 @@ class SynchronousCoordinator(Coordinator):
         state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
         return [self._close()]
 
-    def _suspect(self, true: Collection[Sequence[str]], false: Collection[Sequence[str]]) -> bool:
+    def _suspect(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
         """Learn from a round's sums which devices may have spoilt one. Returns whether less are suspected than before,
         so that the next attempt needs no pause."""
         state, before = self.state, self.state.suspects
-        state.suspects, at_fault = after_sums(before, true, false)
+        state.suspects, at_fault = narrow_suspects(before, true_cohorts, false_cohorts)
         for name in sorted(at_fault):
             state.at_fault = sorted({*state.at_fault, name})
             self._exclude_at_fault(name)
-        return bool(false) and state.suspects != before
+        return bool(false_cohorts) and state.suspects != before
 
-    def _cohorts(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    def _cohorts(self, names: Iterable[str]) -> list[list[str]]:
         """Cohorts of devices that were asked for the same; devices in none of them have no part in the round."""
         state = self.state
         groups: dict[str, list[str]] = {}
         for name in names:
             offer = state.tasks[name].offer or {}
-            same = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
-            groups.setdefault(same, []).append(name)
-        cohorts: list[tuple[str, ...]] = []
-        for same, members in sorted(groups.items()):
+            task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            groups.setdefault(task, []).append(name)
+        cohorts: list[list[str]] = []
+        for task, members in sorted(groups.items()):
             attempt = max(state.tasks[name].attempt for name in members)
-            dice = keyed(self.job.seed, state.round, "cohorts", attempt, same)
-            divided, left = divide(members, state.suspects, dice)
-            cohorts += divided
-            for name in left:
+            rng = keyed(self.job.seed, state.round, "cohorts", attempt, task)
+            members_by_cohort, left_out = divide_into_cohorts(members, state.suspects, rng)
+            cohorts += map(list, members_by_cohort)
+            for name in left_out:
                 state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
-        return tuple(cohorts)
+        return cohorts
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
@@ -471,8 +472,11 @@ class SynchronousCoordinator(Coordinator):
     def _close(self) -> do.Close | do.SumMasked:
         state = self.state
         done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
-        if self.job.secure_aggregation and state.closing is None:
-            return do.SumMasked(state.round, self._cohorts(done))
+        if self.job.secure_aggregation and "sums" not in (state.closing or {}):
+            # Divided once and stored: a second division, after a restart, would leave out more boards, since those that
+            # the first has left out are no longer among the done.
+            state.closing = state.closing or {"division": self._cohorts(done)}
+            return do.SumMasked(state.round, tuple(tuple(cohort) for cohort in state.closing["division"]))
         sums = tuple(do.CohortSum.from_dict(body) for body in (state.closing or {}).get("sums", ()))
         parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts, sums=sums)
@@ -482,12 +486,13 @@ class SynchronousCoordinator(Coordinator):
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
         closing, state.closing = state.closing or {}, None
-        false: list[list[str]] = [[*found] for found in closing.get("false", ())]
-        cohorts: list[list[str]] = []
-        for found in closing.get("sums", ()):
-            spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in found["devices"])
-            (false if spoilt else cohorts).append(found["devices"])
-        narrowed = self._suspect(cohorts, false)
+        false_cohorts: list[list[str]] = [[*cohort] for cohort in closing.get("false", ())]
+        true_cohorts: list[list[str]] = []
+        for cohort_sum in closing.get("sums", ()):
+            members: list[str] = cohort_sum["devices"]
+            is_spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in members)
+            (false_cohorts if is_spoilt else true_cohorts).append(members)
+        narrowed = self._suspect(true_cohorts, false_cohorts)
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
@@ -495,7 +500,7 @@ class SynchronousCoordinator(Coordinator):
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
-        if not self.privacy_budget.release(folded, cohorts):  # too few delivered: their sum is not published
+        if not self.privacy_budget.release(folded, true_cohorts):  # too few delivered: their sum is not published
             state.spent_under = self.job.privacy.account
             return self._finish_budget_spent(state.round - 1)
         for name, task in folded.items():

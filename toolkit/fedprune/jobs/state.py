@@ -277,8 +277,9 @@ class State:
         target_updates: Updates with which the current round closes; 0 for all.
         opened_at: Asynchronous jobs: when the current round began to collect.
         closing: While a round is being closed. Asynchronous jobs: which updates are new, the weight of each, and how
-            far the sums move the model. With secure aggregation: the sums of masked updates, once they are known, and
-            until the round's end how they went (`events.Unmasked`).
+            far the sums move the model. With secure aggregation: the division of the devices into cohorts, until the
+            sums of masked updates are known; then these sums and, until the round's end, how they went
+            (`events.Unmasked`).
         wake_times: Times of `Wake` commands that the shell has not answered yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store

@@ -20,7 +20,7 @@ from typing import Any
 
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
-from fedprune_server.storage.sqlite_file import ReaderPool, sqlite_errors
+from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, ReaderPool, connect_reader, sqlite_errors
 from fedprune_server.web.state.records import Record, Row
 
 MAX_SIZE = 500
@@ -47,8 +47,6 @@ _KEPT = {"log": 5000, "alert": 1000, "device": 50, "board_log": 50}
 _KEPT_ROUNDS = 2000
 """Of each job."""
 
-_BUSY_S = 10.0
-_LOOP_BUSY_S = 0.2  # the server's loop waits no longer for a program that locks this file, and writes it later
 _CHANGES = 1000
 """Records that one look for changes reports."""
 
@@ -93,7 +91,7 @@ class StatusWriter(Closing):
         self._change = 0
         with self._errors():
             self._connection = sqlite3.connect(
-                path, timeout=_LOOP_BUSY_S, isolation_level=None, check_same_thread=False
+                path, timeout=LOOP_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=OFF")
@@ -187,10 +185,9 @@ class FleetView(Closing):
         self._readers.close()
 
     def _connect(self) -> sqlite3.Connection:
-        uri = f"{self._path.resolve().as_uri()}?mode=ro"
-        made = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        made.create_function("casefold", 1, str.casefold, deterministic=True)
-        return made
+        connection = connect_reader(self._path)
+        connection.create_function("casefold", 1, str.casefold, deterministic=True)
+        return connection
 
     @property
     def silent_s(self) -> float:
