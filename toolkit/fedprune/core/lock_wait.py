@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from fedprune.core.text import one_line
+from fedprune.core.text import mask_passwords, one_line
 
 _LOG = logging.getLogger("fedprune")
 
@@ -145,8 +145,8 @@ def _process(pid: int) -> str:
 
 def command_text(arguments: Sequence[str]) -> str:
     """A command line in a sentence. Of a long one, what tells it from others: the names of program and script without
-    their folders, the subcommand, and the last arguments, such as paths."""
-    words = [word for argument in arguments if (word := one_line(argument, len(argument)))]
+    their folders, the subcommand, and the last arguments, such as paths; never the passwords of addresses."""
+    words = [mask_passwords(word) for argument in arguments if (word := one_line(argument, len(argument)))]
     if len(text := " ".join(words)) <= _MAX_COMMAND:
         return text
     for i in range(min(2, len(words) - 1)):
