@@ -172,6 +172,8 @@ class StateFolder(Closing):
             self._fit(state, model)
             if config.parent == OFF:
                 sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
+                if (known or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
+                    worker.check_recipe(state.round + 1)
         source = raw if known is None else None
         self._raw = raw
         return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)

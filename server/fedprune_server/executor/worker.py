@@ -113,15 +113,22 @@ class Worker:
             ConfigError: The strategy's `begin` can't use it, or a pattern of the recipe matches no tensor.
         """
         model = self.strategy.begin(self.architecture, self.model.tensors)
-        recipe = self.updates.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
-        self._offers.training(recipe, 1)
-        self._offers.lowered(self.architecture.sizes, 1)
-        self._offers.withheld(recipe)
+        recipe = self.check_recipe(1)
         if model is not self.model.tensors:
             # What isn't trained must be as it was given: nothing else would ever come of it.
             still = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
             model = {**model, **{n: v for n, v in self.model.tensors.items() if n in still}}
         return self.store.put(tensorfile.encode(model)).sha256
+
+    def check_recipe(self, round_: int) -> Recipe:
+        """Make the graphs that a board of full width needs in a round, before the first device is there, and return its
+        recipe. Raises `ModelError` if the model can't be trained by it, and `ConfigError` if one of its patterns
+        matches no tensor."""
+        recipe = self.updates.recipe(Turn(self.job.seed, round_, "", self.architecture.sizes))
+        self._offers.training(recipe, round_)
+        self._offers.lowered(self.architecture.sizes, round_)
+        self._offers.withheld(recipe)
+        return recipe
 
     def execute(self, command: Work) -> on.Event:
         """Carry out one command and return what came of it. Raises `FedpruneError` if it can't be done. A `Fold` whose

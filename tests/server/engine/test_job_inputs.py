@@ -175,6 +175,8 @@ def test_another_built_in_metric_is_taken_and_a_loss_only_if_the_server_s_labels
         with pytest.raises(DataError):
             folder.read_job(with_recipe(loss="mse"))
         assert open_job(folder, with_recipe(metric="miou")).changed == []
+        with pytest.raises(ConfigError):  # the model brings no loss of its own
+            folder.read_job(replace(with_recipe(loss="custom"), evaluation=None))
         lines = open_job(folder, replace(with_recipe(loss="mse"), evaluation=None)).changed
         assert [line.partition(":")[0] for line in lines] == ["recipe.loss", "recipe.metric", "evaluation"]
 
