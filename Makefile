@@ -21,10 +21,11 @@ PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/pytho
 
 # Tests run on all cores, those of a file one after the other, and the folder with the shortest (toolkit) comes last, so
 # that no core waits long for the others. Much of their time is waiting: two processes share a core, where there are
-# 1.5 GiB of memory for each. ARGS="-n 0 -k name" runs a few without that.
+# 1.5 GiB of memory for each, which is what torch, onnxruntime and a test's model take. ARGS="-n 0 -k name" runs a few
+# without that.
 WORKERS := $(shell awk -v most=$$((2 * $$(nproc))) '/^MemAvailable/ { fit = int($$2 / 1572864); \
-	print fit < 1 ? 1 : fit < most ? fit : most }' /proc/meminfo)
-AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	print fit < 1 ? 1 : fit < most ? fit : most }' /proc/meminfo 2>/dev/null)
+AT_ONCE := -n $(or $(WORKERS),auto) --dist loadfile --no-loadscope-reorder
 
 # Tests kill processes, never a machine: where eatmydata is installed the processes that they start don't wait for the
 # disk either.

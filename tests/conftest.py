@@ -17,7 +17,7 @@ _SYSTEM = Path(__file__).parent / "system"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gc.disable()  # until all tests are collected: none of what that makes is garbage
+    gc.disable()  # until all tests are collected: little of what that makes is garbage
     if path := os.environ.get("FEDPRUNE_RECORD"):
         config.pluginmanager.register(RingRecorder(Path(path), writes=not hasattr(config, "workerinput")))
     # Tests kill processes, never the machine: nothing has to reach the disk.
@@ -50,6 +50,11 @@ def pytest_collection_finish() -> None:
     """Leave the collected tests out of what the garbage collector goes through again and again."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if getattr(session.config.option, "numprocesses", 0):  # this process leaves collecting to its workers
+        gc.enable()
 
 
 def _leave_to_soaks(items: list[pytest.Item]) -> None:

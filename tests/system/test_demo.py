@@ -18,7 +18,7 @@ from support.waiting import until
 
 pytestmark = pytest.mark.system
 
-COMMAND = (sys.executable, "-m", "fedprune_server.cli.main", "demo", "--quick", "--out")
+COMMAND = (sys.executable, "-m", "fedprune_server.cli.main", "demo")
 
 
 def command_line(pid: int) -> str:
@@ -53,11 +53,12 @@ def maps(pid: int) -> str:
 
 
 @pytest.fixture
-def demo(tmp_path):
-    """A running quick demo."""
+def demo(tmp_path, request):
+    """A running demo; a quick one, unless the test names other options."""
+    options = getattr(request, "param", ["--quick"])
     with (tmp_path / "output.txt").open("wb") as output:
         process = subprocess.Popen(
-            [*COMMAND, tmp_path / "run"],
+            [*COMMAND, *options, "--out", tmp_path / "run"],
             stdout=output,
             stderr=subprocess.STDOUT,
             # A shell's background jobs ignore SIGINT, and so would the demo if the tests run in one.
@@ -112,6 +113,8 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL]
 )
 @pytest.mark.at_push(1)
+# So many rounds that all boards of both jobs are there at once.
+@pytest.mark.parametrize("demo", [["--rounds", "1000"]], indirect=True)
 def test_nothing_is_left_when_the_demo_is_ended(demo, number):
     until(lambda: len(devices(demo)) == 2 * len(DEMO_BOARDS))
     family = descendants(demo.pid)

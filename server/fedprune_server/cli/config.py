@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import add_json
-from fedprune.core.text import mask_passwords
 from fedprune_server.cli.run import configured, run_options
 from fedprune_server.config.alert_settings import shown_url
-from fedprune_server.config.layers import brief, origin
+from fedprune_server.config.layers import brief, masked, origin
 from fedprune_server.config.server_config import PATHS
 from fedprune_server.config.tables import as_tables
 
@@ -64,7 +63,7 @@ def _rows(found: Any) -> Iterator[dict[str, Any]]:
     tables = as_tables(found.config)
     for path, value in _settings((), _whole(tables, found.config)):
         came = origin(found.layers, path) or _DEFAULT
-        shown = mask_passwords(value) if isinstance(value, str) else value
+        shown = masked(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
             shown = shown_url(value)
         if path in _READ or path[-1] in ("state", *PATHS):

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.cli import ended_by_signals, setting_of
+from fedprune.core.cli import ended_by_signals, run_command, setting_of
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.imports import module_code, program_code
@@ -66,11 +66,9 @@ _LAST_OUTPUT = 400
 
 _MEASURED = "payload at the broker: delivered to devices, received from them"
 
-_REFERENCE_PROGRAM = program_code(
-    "from fedprune_server.cli.demo import run_reference\nrun_reference(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
-)
-_REFERENCE_STOP_S = 2 * _STOP_S
-"""Longer than for a board: the process ends its own boards first."""
+_REFERENCE_PROGRAM = program_code("from fedprune_server.cli.demo import run_reference\nsys.exit(run_reference())")
+_REFERENCE_STOP_S = 4 * _STOP_S
+"""Longer than for a board: the process ends its own boards first, then its broker."""
 
 
 def add_demo(demo: argparse.ArgumentParser) -> None:
@@ -99,15 +97,15 @@ class DemoProcesses:
         self._stop_s = stop_s
         self._processes: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
 
-    def start(self, name: str, command: Sequence[str], output: Path) -> None:
-        """Start a process; `output` is the file for what it prints."""
+    def start(self, name: str, command: Sequence[str], output: Path, **environment: str) -> None:
+        """Start a process; `output` is the file for what it prints, `environment` are further variables."""
         with output.open("ab") as stream:
             process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own modules, in this Python
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **environment},
                 start_new_session=True,  # Ctrl-C in the terminal is for the demo, which then ends its boards
                 preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
             )
@@ -120,7 +118,10 @@ class DemoProcesses:
             if code is not None and not (may_end and code == 0):
                 last = output.read_text(errors="replace").strip()[-_LAST_OUTPUT:]
                 message = f"{name} has ended with exit code {code}"
-                raise ChildDiedError(message, got=last or "no output", hint=f"See {output}.")
+                error = ChildDiedError(message, got=last or "no output", hint=f"See {output}.")
+                if code in {*ExitCode} - {ExitCode.OK}:
+                    error.exit_code = ExitCode(code)
+                raise error
 
     def wait(self) -> None:
         """Wait until all have ended. Raises `ChildDiedError` if one has failed."""
@@ -135,8 +136,9 @@ class DemoProcesses:
         started = [process for process, _ in self._processes.values()]
         for process in started:
             process.terminate()  # does nothing to one that has ended
+        kill_at = time.monotonic() + self._stop_s
         for process in started:
-            wait_or_kill(process, self._stop_s)
+            wait_or_kill(process, max(0.0, kill_at - time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class DemoFolder:
     @property
     def profiles(self) -> Path:
         return self.root / "profiles"
+
+    @property
+    def fleet_record(self) -> Path:
+        return self.root / "metrics.json"
 
     @property
     def reference_record(self) -> Path:
@@ -205,26 +211,45 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     began = time.monotonic()
     rounds = rounds if rounds is not None else DEMO_QUICK_ROUNDS if quick else DEMO_ROUNDS
     job = demo_job(seed, rounds)  # a wrong number must not cost an earlier demo
-    with _alone(out), logged_to_stdout(verbose=False), ended_by_signals(), DemoProcesses(_REFERENCE_STOP_S) as others:
+    with (
+        _alone(out),
+        logged_to_stdout(verbose=False),
+        ended_by_signals(),
+        DemoProcesses(_REFERENCE_STOP_S) as reference_job,
+    ):
         folder = DemoFolder.prepare(out, seed)
         size = f"{quantity(len(DEMO_BOARDS), 'device')}, {quantity(rounds, 'round')}"
         print(f"{size}, two jobs at once: models as wide as each link allows, and FedAvg.")
         print(f"Devices' output is in {out}/*/devices/*.log, FedAvg's server's in {folder.reference_log}\n")
         data = Partition.of_devices(deal([b.name for b in DEMO_BOARDS], seed=seed).devices, DIGITS)
         reference_command = [sys.executable, "-c", _REFERENCE_PROGRAM, str(out), str(seed), str(rounds)]
-        others.start(f"the job of {REFERENCE}", reference_command, folder.reference_log)
-        fleet = run_job("fedprune", job, folder, turned=partial(others.check, may_end=True))
+        reference_job.start(f"the job of {REFERENCE}", reference_command, folder.reference_log)
+        fleet = run_job("fedprune", job, folder, on_turn=partial(reference_job.check, may_end=True))
         with progress(f"waiting for the devices that run {REFERENCE}"):
-            others.wait()
+            reference_job.wait()
         reference = Record.load(folder.reference_record)
-        return _ended(out, replace(fleet, partition=data), replace(reference, partition=data), began)
+        return _ended(folder, replace(fleet, partition=data), replace(reference, partition=data), began)
 
 
-def run_reference(root: str, seed: int, rounds: int) -> None:
-    """Run FedAvg's job in a demo's folder, and write its record there; the program of a process of its own."""
-    folder = DemoFolder(Path(root))
-    with logged_to_stdout(verbose=False), ended_by_signals():
-        run_job(REFERENCE, demo_reference_job(seed, rounds), folder).save(folder.reference_record)
+def run_reference() -> int:
+    """Run FedAvg's job in a demo's folder, and write its record there; the program of a process of its own, whose
+    arguments are the folder, the seed and the rounds."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        folder = DemoFolder(arguments.root)
+        with logged_to_stdout(verbose=False), ended_by_signals():
+            job = demo_reference_job(arguments.seed, arguments.rounds)
+            run_job(REFERENCE, job, folder).save(folder.reference_record)
+
+    def build_parser() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("root", type=Path)
+        parser.add_argument("seed", type=int)
+        parser.add_argument("rounds", type=int)
+        parser.set_defaults(run=run)
+        return parser
+
+    return run_command(f"the job of {REFERENCE}", build_parser)
 
 
 def _alone(out: Path) -> AbstractContextManager[None]:
@@ -237,12 +262,12 @@ def _alone(out: Path) -> AbstractContextManager[None]:
     )
 
 
-def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
-    fleet.save(out / "metrics.json")
-    reference.save(DemoFolder(out).reference_record)
+def _ended(folder: DemoFolder, fleet: Record, reference: Record, began: float) -> int:
+    fleet.save(folder.fleet_record)
+    reference.save(folder.reference_record)
     unjudged = too_few_rounds(len(fleet.rounds))
     with progress("writing the report"):
-        report = write_report(out, fleet, reference, judged=not unjudged)
+        report = write_report(folder.root, fleet, reference, judged=not unjudged)
     print()
     print_verdicts(summary_text(fleet, reference, judged=not unjudged))
     if unjudged:
@@ -257,13 +282,13 @@ def verdict(fleet: Record, reference: Record) -> ExitCode:
     return ExitCode.OK if held else ExitCode.CLAIM
 
 
-def run_job(title: str, job: Job, folder: DemoFolder, turned: Callable[[], None] = lambda: None) -> Record:
+def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None] = lambda: None) -> Record:
     """Run a job to its end: broker, server and one process per board.
 
     Args:
         title: For people.
         folder: What the processes read; what they write goes into a folder of the job's name.
-        turned: Called by the server's loop again and again; what it raises ends the job.
+        on_turn: Called by the server's loop again and again; what it raises ends the job.
 
     Raises:
         FedpruneError: A process died, or the job can't go on.
@@ -287,7 +312,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, turned: Callable[[], None]
         runner = app.server.first
         for board in DEMO_BOARDS:
             _start_board(boards, board.name, folder, place, app.connection.url)
-        runner.observers.join(_Watch(boards, notes, turned))
+        runner.observers.join(_Watch(boards, notes, on_turn))
         began = time.time()
         app.run()
         view = runner.view
@@ -307,12 +332,12 @@ def run_job(title: str, job: Job, folder: DemoFolder, turned: Callable[[], None]
 class _Watch(Observer):
     """Looks after the boards, and notes the bytes that the server has sent to them and received after every round."""
 
-    def __init__(self, boards: DemoProcesses, notes: dict[int, RoundNotes], turned: Callable[[], None]) -> None:
-        self._boards, self._notes, self._turned = boards, notes, turned
+    def __init__(self, boards: DemoProcesses, notes: dict[int, RoundNotes], on_turn: Callable[[], None]) -> None:
+        self._boards, self._notes, self._on_turn = boards, notes, on_turn
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         self._boards.check()
-        self._turned()
+        self._on_turn()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         self._notes[int(summary["round"])] = RoundNotes(*seen.registry.total)
@@ -327,4 +352,4 @@ def _start_board(boards: DemoProcesses, name: str, folder: DemoFolder, place: Pa
     command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
     # Plans shall come from the profiles: a probe would measure this machine.
     command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
-    boards.start(f"device {name}", command, devices / f"{name}.log")
+    boards.start(f"device {name}", command, devices / f"{name}.log", OMP_NUM_THREADS="1")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ConfigError, shown
-from fedprune.core.text import mask_passwords
 from fedprune.core.toml_file import read_toml_text
 from fedprune.core.toml_positions import key_places
 
@@ -19,6 +18,8 @@ _ROW = re.compile(r"\[\[(\w+)\]\] ?(\d+)?")
 _KEY = re.compile(r"\[([\w.]+)\](?: |$)")
 _NO_OPTION = re.compile(r".* has no option '([^']*)'")
 _TABLE = re.compile(r"(\w+)$")
+_PASSWORD = re.compile(r"(://[^/@\s:]*):\S*@")
+_QUERY = re.compile(r"([?&]\w*password\w*=)[^&\s]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ def located(layers: Sequence[Layer], where: str) -> Iterator[None]:
         raise error.named(f"{place}: {subject}") from error
 
 
+def masked(text: str) -> str:
+    """A setting as it may be shown: without the passwords of addresses in it."""
+    return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
+
+
 def _place(layers: Sequence[Layer], subject: str) -> str | None:
     """The position of the setting that a message names, or that of its table.
 
@@ -127,7 +133,7 @@ def brief(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + mask_passwords(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return '"' + masked(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(brief, value))}]"
     if isinstance(value, Mapping):

@@ -131,7 +131,7 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
     revoked_boards, has_identity = frozenset[str](), not identity_findings and (folder / IDENTITY).is_dir()
     try:
         revoked_boards = run_within(timeout_s, lambda: revoked(folder)) if has_identity else revoked_boards
-    except FedpruneError:  # whose database it is, the folder's own, is told below
+    except FedpruneError:  # a database that can't be read is a finding below
         has_identity = False
     monitor_record = read_live(folder)
     away = frozenset(region.name for region in monitor_record.regions)
@@ -175,7 +175,7 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
 
 def _unreadable_database(folder: Path, error: FedpruneError) -> Finding:
     if isinstance(error, (LostConnectionError, DatabaseLockedError, TooSlowError)):
-        advice = "see that it runs, that this machine reaches it, and who has locked it; the server goes on by itself"
+        advice = "see that it runs, that this machine reaches it, and who has locked it; a server goes on by itself"
     else:
         advice = f"{command('check', *state_args(folder))}, or restore a backup"
     return wrong("database", f"the database of {folder} can't be read: {error}", "it holds all that the job is", advice)

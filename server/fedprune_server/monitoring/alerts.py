@@ -1,7 +1,7 @@
 """Alert rules: from one snapshot of a server and its fleet to the alerts that it justifies.
 
-The server's log, its console, its metrics, its notifications and `fedprune-server doctor` all show what `evaluate`
-returns.
+The server's log, its console, its metrics, its notifications and `fedprune-server doctor` all show what
+`evaluate_alerts` returns.
 """
 
 from __future__ import annotations
@@ -511,10 +511,10 @@ def _remedy(seen: Snapshot, name: str, absence: Absence) -> tuple[str, str]:
             return without, (
                 f"see that it has power and network, and {logs}; a board that is gone for good is revoked by {revoke}"
             )
-        case participation.EXCLUDED:  # one that can't start sends nothing but the reason
+        case participation.EXCLUDED:  # one that can't start has sent nothing but the reason
             return without, (
-                "mend what the reason names on the board and start it again; its own log has more: "
-                f"{BOARD_LOG_COMMAND} (docs/runbook.md#a-board-cant-start)"
+                f"mend what the reason names on the board and start it again; {logs} shows what it sent last, and on "
+                f"the board `{BOARD_LOG_COMMAND}` shows all (docs/runbook.md#a-board-cant-start)"
             )
         case _:
             return without, (

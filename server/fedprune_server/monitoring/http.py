@@ -15,12 +15,10 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fedprune.core.errors import ConfigError
+from fedprune_server.monitoring.alerts import HANG_THRESHOLD_S
 from fedprune_server.monitoring.metrics import Metrics
 
 log = logging.getLogger("fedprune.server")
-
-HANGS_S = 60.0
-"""A loop that hasn't turned for this long hangs."""
 
 MOST = 32
 """Requests that are answered at the same time, each on a thread; further connections are closed."""
@@ -153,4 +151,4 @@ def _hangs(metrics: Metrics) -> list[str]:
     if metrics.turned_at is None:
         return ["loop: it hasn't begun to turn"]
     since = metrics.clock() - metrics.turned_at
-    return [f"loop: it hasn't turned for {since:.0f} s"] if since > HANGS_S else []
+    return [f"loop: it hasn't turned for {since:.0f} s"] if since > HANG_THRESHOLD_S else []

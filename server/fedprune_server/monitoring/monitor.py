@@ -44,11 +44,18 @@ from fedprune_server.monitoring.alerts import (
     evaluate_alerts,
 )
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.participation import AWAY, Participation, find_absent_boards
+from fedprune_server.monitoring.participation import (
+    AWAY,
+    CLONED,
+    FAILING,
+    UNDELIVERED,
+    Participation,
+    find_absent_boards,
+)
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
-from fedprune_server.storage.state_folder import LOCK, run_number
+from fedprune_server.storage.state_folder import LOCK, run_id
 
 log = logging.getLogger("fedprune.server")
 
@@ -67,6 +74,9 @@ _COMPLAIN_S = 60.0
 _ROUNDING_S = 1e-3
 _LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
 
+_COUNTED = ("no-progress", FAILING, UNDELIVERED, CLONED)
+"""Kinds of alerts that are made of what a run of the server has counted itself."""
+
 _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
 """How many times its prediction a measurement exceeds before it is an alert."""
 
@@ -79,7 +89,7 @@ class JobWatch(Observer):
         self._schedule = schedule = compose(view.job).schedule or SYNCHRONOUS
         self._deadline_s = schedule.deadline_s or view.job.deadline_s
         self._quotas = Quotas(view.job.quotas)
-        self._missed = self._empty = self._closing = 0
+        self._missed = self._empty = self._closing = self.rounds_ended = 0
         self._asked_at: float | None = None  # the first offer since an update counted
         self._off: Mapping[str, str] = off_by_far(view.state)
 
@@ -104,6 +114,7 @@ class JobWatch(Observer):
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
         self._empty = 0 if counted else self._empty + 1
+        self.rounds_ended += 1
         self._off = off_by_far(seen.state, self._off)
 
     def status(self) -> JobStatus:
@@ -191,7 +202,7 @@ class Monitor(Observer):
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._server, self._view = folder, server, views[0][0]
-        self._run_number = run_number(folder)
+        self._run_id = run_id(folder)
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
         self._others, self._tier, self._free = others, tier, free
@@ -201,11 +212,13 @@ class Monitor(Observer):
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(read_recorded(folder).alerts) if book is None else book
+        self._restored = self.book.open
         away = {a.device: a.since for a in self.book.open if a.kind == AWAY and a.device is not None}
         self.participation = {
             view.job.name: Participation(view, away_rounds, present, away, clock) for view, _ in views
         }
         self._site: SiteFacts | None = None
+        self._site_is_unknown = False  # it couldn't be read: alerts about it may have begun before, and don't close
         self._next_at = 0.0
         self._waits_since: float | None = None  # for the database, within a turn of the loop
         self._complain_at: float | None = None
@@ -280,13 +293,26 @@ class Monitor(Observer):
             self._free_at, self._free_seen = now + FACTS_INTERVAL_S, sorted(self._free())
         snapshot = Snapshot(self._folder, waits_for=waits_for) if waits_for else self._snapshot()
         alerts = evaluate_alerts(snapshot, at)
-        if waits_for or not closes:
+        if waits_for or not closes or self._site_is_unknown:
             alerts = [*self.book.open, *alerts]
+        else:
+            alerts = [*self._carried_alerts(), *alerts]
         changes = self.book.update(alerts, now, at)
         for change in changes:
             _log(change)
         if changes:
             self._wake.set()
+
+    def _carried_alerts(self) -> list[Alert]:
+        """Alerts of the server's last run about jobs of which no round has ended since: what they were made of wasn't
+        kept, so that nothing tells yet whether they are over."""
+        going_on = {
+            name
+            for name, watch in self.watches.items()
+            if not watch.rounds_ended and watch.status().phase is not Phase.FINISHED
+        }
+        self._restored = [a for a in self._restored if a.kind in _COUNTED and (a.job in going_on or not a.job)]
+        return self._restored if going_on else []
 
     def _look_safely(self, waits_for: str = "", *, closes: bool = True) -> None:
         try:
@@ -297,8 +323,10 @@ class Monitor(Observer):
     def read_site(self) -> None:
         """Read the facts of the state folder; unreadable ones stay as they were."""
         try:
-            self._site = site_facts(self._folder, self._server, before=self._site or SiteFacts())
-        except (FedpruneError, OSError) as error:
+            self._site = site_facts(self._folder, self._server, before=self._site)
+            self._site_is_unknown = False
+        except Exception as error:  # noqa: BLE001 - as above
+            self._site_is_unknown = self._site is None
             self._complain(error)
 
     def _snapshot(self) -> Snapshot:
@@ -331,7 +359,7 @@ class Monitor(Observer):
         regions = [asdict(region) for region in self._tier_seen.regions]
         body = {
             "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
-            "regions": regions, "parent_lost": self._tier_seen.parent_lost, "run": self._run_number,
+            "regions": regions, "parent_lost": self._tier_seen.parent_lost, "run": self._run_id,
         }  # fmt: skip
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
@@ -351,7 +379,7 @@ class Recorded:
     """What the monitor of a folder's server wrote last.
 
     Attributes:
-        run: Which run of the server it was (`storage.state_folder.run_number`).
+        run: Which run of the server it was (`storage.state_folder.run_id`).
         turned_at: The last turn of the server's loop, in seconds since 1970; None if nothing was written, or the file
             is damaged.
         alerts: Its open alerts.
@@ -374,7 +402,7 @@ def read_live(folder: Path) -> Recorded:
     """What the monitor of the server that runs on a folder wrote some seconds ago; nothing where none runs, or one that
     is still starting."""
     recorded = read_recorded(folder) if held(folder / LOCK) else Recorded()
-    return recorded if recorded.run == run_number(folder) else Recorded()
+    return recorded if recorded.run == run_id(folder) else Recorded()
 
 
 def read_recorded(folder: Path) -> Recorded:

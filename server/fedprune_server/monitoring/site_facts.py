@@ -30,14 +30,18 @@ _NO_FACTS = SiteFacts()
 
 
 def site_facts(
-    folder: Path, server: Mapping[str, Any], *, members: bool = True, before: SiteFacts = _NO_FACTS
+    folder: Path, server: Mapping[str, Any], *, members: bool = True, before: SiteFacts | None = _NO_FACTS
 ) -> SiteFacts:
     """Facts of a state folder.
 
     Args:
         server: Settings of the table [server].
         members: Whether the identity can be read.
-        before: Facts of an earlier look: what is in a database that can't be read now stays as it was.
+        before: Facts of an earlier look: what is in a database that can't be read now stays as it was. None where there
+            are none, and none may be made up.
+
+    Raises:
+        StorageError: The database can't be read, and `before` is None.
     """
     found = shutil.disk_usage(folder)
     waiting, unannounced = _members(folder, before) if members and (folder / IDENTITY).is_dir() else ({}, {})
@@ -85,7 +89,7 @@ def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
     )
 
 
-def _members(folder: Path, before: SiteFacts) -> tuple[Mapping[str, str], Mapping[str, float]]:
+def _members(folder: Path, before: SiteFacts | None) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """The keys that wait for approval, and the members that have never announced themselves."""
     if not has_database(folder):
         return {}, {}
@@ -94,17 +98,21 @@ def _members(folder: Path, before: SiteFacts) -> tuple[Mapping[str, str], Mappin
             store = IdentityStore(database)
             waiting, unannounced = store.waiting(), store.unannounced_members()
     except StorageError:  # as below
+        if before is None:
+            raise
         return before.waiting, before.unannounced
     return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}, unannounced
 
 
-def _rollout(folder: Path, before: SiteFacts) -> RolloutStatus | None:
+def _rollout(folder: Path, before: SiteFacts | None) -> RolloutStatus | None:
     if not has_database(folder):
         return None
     try:
         with RolloutStore(folder, read_only=True) as store:
             entry = store.latest()
     except StorageError:  # the server reports its database itself, and the other facts count all the same
+        if before is None:
+            raise
         return before.rollout
     if entry is None:
         return None

@@ -83,7 +83,7 @@ def folders(state: Path) -> list[Path]:
 log = logging.getLogger("fedprune.server")
 
 LOCK = "lock"
-"""Held by the server that runs on the folder, and holds a number that is drawn for each run."""
+"""Held by the server that runs on the folder, and holds an identifier that is drawn for each run."""
 
 _RUN_BYTES = 16
 
@@ -104,7 +104,7 @@ def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def run_number(folder: Path) -> str:
+def run_id(folder: Path) -> str:
     """What tells the run that holds a folder's lock, or did so last, from earlier ones; empty if there was none."""
     try:
         return (folder / LOCK).read_bytes()[:_RUN_BYTES].decode(errors="replace")

@@ -118,4 +118,4 @@ def test_of_a_board_that_can_t_start_logs_tell_why_they_are_empty_and_where_its_
     seen = Snapshot(tmp_path, absences={"attic": Absence(EXCLUDED, trouble, 0.0)})
     (alert,) = evaluate_alerts(seen, 1.0)
     assert BOARD_LOG_COMMAND in alert.todo
-    assert "fedprune-server logs" not in alert.todo
+    assert "fedprune-server logs" in alert.todo

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import mask_passwords
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import environment_layer, variables
-from fedprune_server.config.layers import merged
+from fedprune_server.config.layers import masked, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import as_tables, parse_config
 from support.fakes.opened_job import read_config
@@ -217,7 +216,7 @@ def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: 
     ],
 )  # fmt: skip
 def test_no_password_is_shown(text: str, shown: str) -> None:
-    assert mask_passwords(text) == shown
+    assert masked(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.lock_wait import call_wait_hook, wait_hook
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Device as Board
+from fedprune.jobs.state import Progress
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.messages import Refusal
@@ -746,6 +747,32 @@ def test_alerts_about_a_job_are_over_when_it_is_finished_though_the_server_ends_
     monitor.turned(lambda: 0.0, view)
     monitor.ended()
     assert monitor.book.open == []
+
+
+def test_a_start_closes_no_alert_that_only_its_last_run_had_counted_before_a_round_has_ended(tmp_path: Path) -> None:
+    view = Fleet(tmp_path, JOB).daemon().first.view
+    stuck = Alert("no-progress", "critical", NOW, "nothing comes", "why", "todo", job=JOB.name)
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook([stuck]))
+    monitor.read_site()
+    monitor.look()
+    assert [alert.kind for alert in monitor.book.open] == ["no-progress"]
+    monitor.watches[JOB.name].round_over({"devices": {"a": {"progress": Progress.FOLDED.value}}}, 1.0, view)
+    monitor.look()
+    assert monitor.book.open == []
+
+
+def test_a_start_closes_no_alert_about_what_it_can_t_read(tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path, "lab") as identity:
+        identity.store.ask("attic", SigningKey.make().verifying.hex, 2)
+    view = Fleet(tmp_path, JOB).daemon().first.view
+    database = (tmp_path / "server.db").read_bytes()
+    waiting = Alert("devices-wait", "info", NOW, "attic waits", "why", "todo")
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook([waiting]))
+    for content in (b"x" * 5000, database):
+        (tmp_path / "server.db").write_bytes(content)
+        monitor.read_site()
+        monitor.look()
+        assert [alert.kind for alert in monitor.book.open] == ["devices-wait"]
 
 
 def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:

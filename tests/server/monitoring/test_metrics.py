@@ -20,7 +20,8 @@ from fedprune.core.errors import ConfigError
 from fedprune_server.monitoring import http
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import ALERT_SEVERITIES as ALERTS
-from fedprune_server.monitoring.http import HANGS_S, served
+from fedprune_server.monitoring.alerts import HANG_THRESHOLD_S
+from fedprune_server.monitoring.http import served
 from fedprune_server.monitoring.metrics import Metrics
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_parts import PARTS
@@ -120,7 +121,7 @@ def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
     trouble[0] = "no room"
     assert status(f"{url}/readyz") == (503, "database: no room\n")
     assert status(f"{url}/healthz")[0] == 200
-    now[0] += HANGS_S + 1
+    now[0] += HANG_THRESHOLD_S + 1
     assert status(f"{url}/healthz")[0] == 503
     assert "fedprune_round{" in status(f"{url}/metrics")[1]
     assert status(f"{url}/../etc/passwd")[0] == 404

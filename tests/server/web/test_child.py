@@ -53,7 +53,7 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
         until(lambda: process.turn(0.0) or process.url)
         url = process.url
         assert fetched(url + "readyz")[0] == 503
-        ConsoleFleet(5, 1).publish(writer)
+        ConsoleFleet(5, 1).publish(writer, at=time.time() + 3600)  # else, in a slow test, the server seems to be silent
         until(lambda: fetched(url + "readyz")[0] == 200)
         assert fetched(url + "healthz") == (200, {"ok": True})
         assert fetched(url + "api/v1/site")[0] == 401

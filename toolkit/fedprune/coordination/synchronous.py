@@ -341,14 +341,14 @@ class SynchronousCoordinator(Coordinator):
         groups: dict[str, list[str]] = {}
         for name in names:
             offer = state.tasks[name].offer or {}
-            task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
-            groups.setdefault(task, []).append(name)
+            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            groups.setdefault(digest, []).append(name)
         cohorts: list[list[str]] = []
-        for task, members in sorted(groups.items()):
+        for digest, members in sorted(groups.items()):
             attempt = max(state.tasks[name].attempt for name in members)
-            rng = keyed(self.job.seed, state.round, "cohorts", attempt, task)
-            members_by_cohort, left_out = divide_into_cohorts(members, state.suspects, rng)
-            cohorts += map(list, members_by_cohort)
+            rng = keyed(self.job.seed, state.round, "cohorts", attempt, digest)
+            divided, left_out = divide_into_cohorts(members, state.suspects, rng)
+            cohorts += map(list, divided)
             for name in left_out:
                 state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
         return cohorts

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from fedprune.core.text import mask_passwords, one_line
+from fedprune.core.text import one_line
 
 _LOG = logging.getLogger("fedprune")
 
@@ -143,10 +144,19 @@ def _process(pid: int) -> str:
     return f"process {pid} ({command}){stopped}" if command else f"process {pid}{stopped}"
 
 
+_ADDRESS = re.compile(r"(\w://)\S+")
+_SECRET = re.compile(r"((?:password|secret|token)\w*=)\S+", re.IGNORECASE)
+
+
+def _without_secrets(word: str) -> str:
+    return _SECRET.sub(r"\1***", _ADDRESS.sub(r"\1***", word))
+
+
 def command_text(arguments: Sequence[str]) -> str:
     """A command line in a sentence. Of a long one, what tells it from others: the names of program and script without
-    their folders, the subcommand, and the last arguments, such as paths; never the passwords of addresses."""
-    words = [mask_passwords(word) for argument in arguments if (word := one_line(argument, len(argument)))]
+    their folders, the subcommand, and the last arguments, such as paths. What may be secret isn't shown: addresses,
+    which may hold a password or be one, and what a word like `password=` is followed by."""
+    words = [_without_secrets(word) for argument in arguments if (word := one_line(argument, len(argument)))]
     if len(text := " ".join(words)) <= _MAX_COMMAND:
         return text
     for i in range(min(2, len(words) - 1)):

@@ -4,7 +4,6 @@ and the strings of a JSON value."""
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Mapping, Sequence
 
 _ENDS = (".", "!", "?", "…")
@@ -20,15 +19,6 @@ def one_line(value: str, limit: int = 500) -> str:
     """Received text as it is logged, stored and shown: short, on one line, without codes that steer a terminal."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())
     return flat if len(value) <= limit else f"{flat}..."
-
-
-_URL_PASSWORD = re.compile(r"(://[^/@\s:]*):\S*@")
-_QUERY_PASSWORD = re.compile(r"([?&]\w*password\w*=)[^&\s]*", re.IGNORECASE)
-
-
-def mask_passwords(text: str) -> str:
-    """A text as it may be shown: without the passwords of addresses in it."""
-    return _QUERY_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", text))
 
 
 def sentences(*texts: str) -> str:
