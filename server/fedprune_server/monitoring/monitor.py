@@ -296,23 +296,21 @@ class Monitor(Observer):
         if waits_for or not closes or self._site_is_unknown:
             alerts = [*self.book.open, *alerts]
         else:
-            alerts = [*self._carried_alerts(), *alerts]
+            alerts = [*self._carried_alerts(snapshot.jobs), *alerts]
         changes = self.book.update(alerts, now, at)
         for change in changes:
             _log(change)
         if changes:
             self._wake.set()
 
-    def _carried_alerts(self) -> list[Alert]:
+    def _carried_alerts(self, jobs: Sequence[JobStatus]) -> list[Alert]:
         """Alerts of the server's last run about jobs of which no round has ended since: what they were made of wasn't
         kept, so that nothing tells yet whether they are over."""
-        going_on = {
-            name
-            for name, watch in self.watches.items()
-            if not watch.rounds_ended and watch.status().phase is not Phase.FINISHED
-        }
-        self._restored = [a for a in self._restored if a.kind in _COUNTED and (a.job in going_on or not a.job)]
-        return self._restored if going_on else []
+        if self._restored:
+            unproven = {job.name for job in jobs if not job.finished and not self.watches[job.name].rounds_ended}
+            subjects = {*unproven, None} if unproven else set()  # some are about a board, whatever its job
+            self._restored = [a for a in self._restored if a.kind in _COUNTED and (a.job or None) in subjects]
+        return self._restored
 
     def _look_safely(self, waits_for: str = "", *, closes: bool = True) -> None:
         try:

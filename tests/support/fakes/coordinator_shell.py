@@ -37,17 +37,17 @@ class Shell(ABC):
     def arrive(self) -> None:
         """Every device announces itself, with a new session."""
 
-    @abstractmethod
     def weights(self, command: do.Extract) -> str:
         """Digest of the weights of an offer."""
+        return "0"
 
-    @abstractmethod
     def update(self, command: do.SendOffer) -> str:
         """Digest of the update that answers an offer."""
+        return command.device
 
-    @abstractmethod
     def model(self, command: do.Close) -> str:
         """Digest of the model that a round ends with."""
+        return f"m{command.round}"
 
     def feed(self, event: on.Event) -> list[do.Command]:
         """Let something happen, and carry out what the coordinator says."""

@@ -27,9 +27,6 @@ class Shell(coordinator_shell.Shell):
         self.session += 1
         self.inbox += [self.birth(n) for n in NAMES]
 
-    def weights(self, command: do.Extract) -> str:
-        return "0"
-
     def update(self, command: do.SendOffer) -> str:
         return digest(command.device, command.round)
 

@@ -44,15 +44,6 @@ class Fleet(Shell):
         self.session += 1
         self.inbox += [on.DeviceBorn(n, self.session, {"name": "toy"}, 10 * (1 + i)) for i, n in enumerate(toy.NAMES)]
 
-    def weights(self, command: do.Extract) -> str:
-        return "0"
-
-    def update(self, command: do.SendOffer) -> str:
-        return command.device
-
-    def model(self, command: do.Close) -> str:
-        return f"m{command.round}"
-
     def answer(self, command: do.Command) -> on.Event | None:
         match command:
             case do.SendOffer() if command.device in self.silent:

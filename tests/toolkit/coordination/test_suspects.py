@@ -100,15 +100,6 @@ class SpoiltSums(Shell):
         self.session += 1
         self.inbox += [on.DeviceBorn(name, self.session, {"name": "toy"}, 10) for name in names(8)]
 
-    def weights(self, command: do.Extract) -> str:
-        return "0"
-
-    def update(self, command: do.SendOffer) -> str:
-        return command.device
-
-    def model(self, command: do.Close) -> str:
-        return f"m{command.round}"
-
     def answer(self, command: do.Command) -> on.Event | None:
         if isinstance(command, do.SumMasked):
             self.divisions.append(command)
