@@ -29,6 +29,7 @@ from support.fakes.hub_server import fake_hub
 
 torch = pytest.importorskip("torch")
 hub = pytest.importorskip("huggingface_hub")
+hub_constants = pytest.importorskip("huggingface_hub.constants")
 pytestmark = pytest.mark.torch
 
 CARD_OF = fx.ModelCard(
@@ -291,8 +292,8 @@ def test_a_repository_is_downloaded_by_the_library(folder: Path, monkeypatch: py
 
 
 def test_without_a_network_the_hub_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="can't get ann/shapes from the hub"):
         fx.from_pretrained("ann/shapes")
 
@@ -316,7 +317,7 @@ def test_the_library_sends_the_four_files_and_no_other(folder: Path, monkeypatch
 
 
 def test_an_upload_that_fails_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"can't upload .* to ann/shapes .*hf auth login"):
         fx.push_to_hub(folder, "ann/shapes")
     monkeypatch.setattr(hub, "create_repo", Mock(side_effect=Exception("name or service not known")))
