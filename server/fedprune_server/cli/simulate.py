@@ -86,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} {COMPARE}", description="Put runs side by side: curves, finals, time and bytes to a target."
+        prog=f"{PROG} {COMPARE}",
+        description="Put runs side by side: curves, finals, scores at equal cost, and what a target cost.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs, or their metrics.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
@@ -213,6 +214,7 @@ def _run(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
         from fedprune_server.simulation.results.comparison import (
+            equal_cost_figures,
             final_figures,
             print_comparison,
             read_runs,
@@ -229,7 +231,7 @@ def _compare(options: argparse.Namespace) -> None:
             write_csv(options.csv, runs)
     if options.json:
         rows = [{**final_figures(run), "targets": [target_figures(run, t) for t in targets]} for run in runs]
-        print_json({"runs": rows, "report": str(page)})
+        print_json({"runs": rows, "equal_cost": equal_cost_figures(runs), "report": str(page)})
         return
     print_comparison(runs, targets)
     print(f"\nReport: {page}")

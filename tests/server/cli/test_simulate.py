@@ -133,6 +133,7 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     first = run.rounds[0]
     assert found["report"] == str(tmp_path / "both" / "comparison.html")
     assert [row["rounds"] for row in found["runs"]] == [2, 2]
+    assert {row["cost"] for row in found["equal_cost"]} == {"rounds", "training_macs", "bytes", "seconds"}
     reached, never = found["runs"][0]["targets"]
     assert (reached["round"], reached["seconds"], reached["bytes"]) == (1, first.at, first.down + first.up)
     assert (never["target"], never["round"]) == (1.5, None)

@@ -20,11 +20,15 @@ from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import DataPlan, Partition
 from fedprune_server.simulation.results import charts, runs_progress
 from fedprune_server.simulation.results.comparison import (
+    EQUAL_COST,
+    equal_cost_figures,
+    equal_cost_rows,
     final_figures,
     final_rows,
     print_comparison,
     variant_figures,
     variant_rows,
+    write_comparison,
 )
 from fedprune_server.simulation.results.record import DeviceRow, Record, also_measured
 from fedprune_server.simulation.results.report import (
@@ -130,6 +134,59 @@ def test_a_comparison_has_a_column_of_limited_updates_where_there_are_any():
     assert dict(zip(head, other, strict=True))["updates limited"] == "–"
     figures = final_figures(limited)
     assert (figures["updates_limited"], figures["updates"]) == (3, 6)
+
+
+def spending(title, macs, down, seconds, accuracies):
+    """A run whose rounds cost the same each; None is a round whose global model wasn't measured."""
+    run = record(title, rounds=len(accuracies))
+    rows = [
+        replace(
+            row,
+            at=seconds * row.round,
+            down=down * row.round,
+            up=0,
+            spent={"zero": [0, 0, macs, macs]},
+            metrics={} if accuracy is None else {"accuracy": accuracy},
+        )
+        for row, accuracy in zip(run.rounds, accuracies, strict=True)
+    ]
+    return replace(run, rounds=tuple(rows))
+
+
+def test_runs_are_compared_at_what_all_have_spent():
+    dear = spending("dear", 10**12, 10**6, 10.0, [0.1, 0.2, 0.3])
+    cheap = spending("cheap", 10**11, 10**5, 20.0, [0.4, 0.5, None, 0.7, 0.8])
+    found = {(f["cost"], f["run"]): f for f in equal_cost_figures([dear, cheap])}
+    read = {key: (f["amount"], f["round"], f["spent"], f["global_accuracy"]) for key, f in found.items()}
+    assert read == {
+        ("rounds", "dear"): (3, 3, 3, 0.3),
+        ("rounds", "cheap"): (3, 2, 2, 0.5),  # its third round wasn't measured
+        ("training_macs", "dear"): (5 * 10**11, None, None, None),  # its first round costs more
+        ("training_macs", "cheap"): (5 * 10**11, 5, 5 * 10**11, 0.8),
+        ("bytes", "dear"): (500_000, None, None, None),
+        ("bytes", "cheap"): (500_000, 5, 500_000, 0.8),
+        ("seconds", "dear"): (30.0, 3, 30.0, 0.3),
+        ("seconds", "cheap"): (30.0, 1, 20.0, 0.4),
+    }
+    assert found["rounds", "cheap"]["local_accuracy"] == pytest.approx(0.9)
+    rows = equal_cost_rows([dear, cheap])
+    assert rows[2] == ("3 rounds", "cheap", "2", "2 rounds", "90.0%", "50.0%")
+    assert rows[3] == ("0.5 TMACs", "dear", "none", "–", "–", "–")
+
+
+def test_a_cost_that_a_run_did_not_count_is_not_compared():
+    counted, uncounted = spending("a", 5, 0, 1.0, [0.1]), spending("b", 0, 0, 1.0, [0.1])
+    assert {f["cost"] for f in equal_cost_figures([counted, uncounted])} == {"rounds", "seconds"}
+
+
+def test_a_comparison_has_a_table_at_equal_cost_for_several_runs(tmp_path, capsys):
+    runs = [spending("a", 1, 1, 1.0, [0.1]), spending("b", 1, 1, 2.0, [0.2])]
+    print_comparison(runs)
+    page = write_comparison(tmp_path, runs)
+    for text in (capsys.readouterr().out, page.read_text(), page.with_suffix(".md").read_text()):
+        assert EQUAL_COST in html.unescape(text)
+    print_comparison(runs[:1])
+    assert EQUAL_COST not in capsys.readouterr().out
 
 
 def ended(budget, *epsilons, rounds=4):

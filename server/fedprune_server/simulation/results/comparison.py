@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import StorageError
-from fedprune.core.text import quantity
+from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.results import charts
@@ -21,7 +22,17 @@ from fedprune_server.simulation.results.run_folder import RECORD
 
 PAGE = "comparison.html"
 
+EQUAL_COST = "At equal cost: each run's last measured round before it had spent more than the run that spent least"
+
 _MOST_VALUES = 5
+
+_COSTS: dict[str, Callable[[Record], list[float]]] = {
+    "rounds": lambda run: [row.round for row in run.rounds],
+    "training_macs": lambda run: list(accumulate(row.macs for row in run.rounds)),
+    "bytes": lambda run: [row.down + row.up for row in run.rounds],
+    "seconds": lambda run: [row.at for row in run.rounds],
+}
+"""What a run had spent at the end of each of its rounds, in all."""
 
 
 def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
@@ -107,6 +118,56 @@ def target_figures(run: Record, target: float) -> dict[str, float | None]:
     macs = sum(r.macs for r in run.rounds if r.round <= row.round)
     spent = row.down + row.up
     return {"target": target, "round": row.round, "seconds": row.at, "bytes": spent, "training_macs": macs or None}
+
+
+def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
+    """For each cost, the largest amount that all runs have spent, and every run's measures after its last measured
+    round that ended within it; without a round where none did. Costs that a run didn't count are left out."""
+    found = []
+    for cost, spent_by in _COSTS.items():
+        spent = [spent_by(run) for run in runs]
+        most = min(amounts[-1] for amounts in spent)
+        for run, amounts in zip(runs, spent, strict=True) if most else ():
+            whole, local = run.global_values(), run.mean_locals()
+            measured = [i for i, values in enumerate(zip(whole, local, strict=True)) if values != (None, None)]
+            if any(value is not None for value in whole):
+                measured = [i for i in measured if whole[i] is not None]
+            at = max((i for i in measured if amounts[i] <= most), default=None)
+            found.append(
+                {
+                    "cost": cost,
+                    "amount": most,
+                    "run": run.title,
+                    "round": None if at is None else run.rounds[at].round,
+                    "spent": None if at is None else amounts[at],
+                    f"local_{run.measure}": None if at is None else local[at],
+                    f"global_{run.measure}": None if at is None else whole[at],
+                }
+            )
+    return found
+
+
+def equal_cost_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+    """The same as a table; the first row is the header."""
+    kind, metric = runs[0].measure, runs[0].metric
+    rows: list[tuple[str, ...]] = [("at most", "run", "round", "spent", f"local {kind}", f"global {kind}")]
+    for figures in equal_cost_figures(runs):
+        number = figures["round"]
+        spent = "–" if number is None else _amount(figures["spent"], figures["cost"])
+        scores = (shown(figures[f"{side}_{kind}"], metric) for side in ("local", "global"))
+        limit = _amount(figures["amount"], figures["cost"])
+        rows.append((limit, figures["run"], "none" if number is None else str(number), spent, *scores))
+    return rows
+
+
+def _amount(value: float, cost: str) -> str:
+    match cost:
+        case "rounds":
+            return quantity(int(value), "round")
+        case "training_macs":
+            return f"{_tmacs(value)} TMACs"
+        case _:
+            return amount(value, "bytes" if cost == "bytes" else "s")
 
 
 def _finite(value: float) -> float | None:
@@ -197,7 +258,8 @@ def _comparison_tables(
         f"Until the global model's {measure} was {shown(t, runs[0].metric)}": target_rows(runs, t) for t in targets
     }
     several = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
-    return {"Results": final_rows(runs), **several, **reached}
+    equal = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
+    return {"Results": final_rows(runs), **several, **equal, **reached}
 
 
 def write_comparison(
