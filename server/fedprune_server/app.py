@@ -297,7 +297,7 @@ class _NextSteps(Observer):
             log.info(
                 "the server keeps running, so that boards that connect later learn that the job is finished. "
                 "Ctrl-C ends it; with --until-finished it ends by itself. "
-                "For more rounds, start it again with a higher --rounds."
+                "For more rounds, start it again with a higher --rounds, or a higher total if one has ended it."
             )
 
 

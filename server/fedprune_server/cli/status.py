@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
+from fedprune.coordination.job_end import early_end
 from fedprune.core.cli import add_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
 from fedprune.core.text import amount, quantity, sentences
+from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress, outcome
 from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
@@ -136,6 +138,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
+        "ended_early": _early_end((settings or {}).get("job", {}), state) or None,
         "paused": state is not None and state.paused,
         "rounds": state.history if state is not None else [],
         "devices": devices,
@@ -146,6 +149,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
 def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     job, history = body["job"], body["rounds"]
     lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
+    if body["ended_early"]:
+        lines.append(f"  {body['ended_early']}")
     if not body["running"]:
         lines.append(_stopped(body))
     elif body["leader"]:
@@ -194,6 +199,13 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
         found = [a for a in found if a.kind == "second-server" and a.severity == CRITICAL]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in found]
+
+
+def _early_end(job: dict[str, Any], state: State | None) -> str:
+    try:
+        return "" if state is None else early_end(Job.from_dict(job), state)
+    except ConfigError:  # of another version
+        return ""
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:

@@ -530,6 +530,8 @@ class JobRunner:
 
     def _handle(self, event: on.Event) -> None:
         """Let the coordinator handle an event; it is saved, and its commands carried out, as the turn ends."""
+        if isinstance(event, on.Closed):
+            event = replace(event, spent_bytes=sum(self.registry.total))
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
         self.needs_assignment = True
@@ -594,7 +596,8 @@ class JobRunner:
     def _finish(self, command: do.Finish) -> None:
         if not self.finished:
             self.finished = self.needs_assignment = True
-            log.info("job %s is finished: global model %s", self.job.name, command.model)
+            why = f"; it {command.reason}" if command.reason else ""
+            log.info("job %s is finished: global model %s%s", self.job.name, command.model, why)
             self.observers.finished(self.view)
 
     # Time.

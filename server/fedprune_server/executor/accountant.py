@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedprune.coordination import commands as do
-from fedprune.coordination.base import EPSILON_NEXT
+from fedprune.coordination.job_end import EPSILON_NEXT
 from fedprune.coordination.privacy_budget import spent
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.jobs.state import State

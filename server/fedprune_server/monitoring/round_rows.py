@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedprune.coordination.base import EPSILON_NEXT
+from fedprune.coordination.job_end import EPSILON_NEXT
 from fedprune.core.metrics import METRICS, served
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.executor.accountant import EPSILON

@@ -135,8 +135,8 @@ def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
 def fedavg(job: Job) -> Job:
     """The reference run: the whole model on every device, plain local training and the plain mean (arXiv:1602.05629).
 
-    It keeps the job's seed, rounds, devices, participation and deadline, and of its recipe the steps, batch, loss,
-    optimiser, augmentation, frozen parts and measurement interval.
+    It keeps the job's seed, rounds, totals, devices, participation and deadline, and of its recipe the steps, batch,
+    loss, optimiser, augmentation, frozen parts and measurement interval.
     """
     plain = replace(
         job.recipe,

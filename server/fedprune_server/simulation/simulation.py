@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -330,6 +331,7 @@ class Simulation:
                 before = state.history[-1]["at"] if state.history else 0.0
                 basis = do.Basis(command.round, state.model, state.ranking or "", state.order, dict(state.memory))
                 self._recorder.close(self._run.now, command, event, basis, now, before)
+                event = replace(event, spent_bytes=self._run.down + self._run.up, spent_macs=self._run.macs)
             self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
             self._offer(command, now)
@@ -432,6 +434,7 @@ class Simulation:
         macs = self._recorder.macs(item.device, item.round, item.offer, out.steps, device.samples)
         spent = self._spent(item.device)
         spent[2] += macs
+        self._run.macs += macs
         spent[3] += round(macs * self._recorder.active_share(item.offer))
         event = on.UpdateAnnounced(
             item.device,

@@ -26,7 +26,7 @@ from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import RoundNotes
 
-FORMAT = "fedprune.simulation/4"
+FORMAT = "fedprune.simulation/5"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 
@@ -70,7 +70,7 @@ _WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
 
 _PLAIN = (
     "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free", "published",
-    "refusal",
+    "refusal", "macs",
 )  # fmt: skip
 """Attributes that are saved as they are."""
 
@@ -114,6 +114,7 @@ class SimulationState:
     published: dict[str, float] = field(default_factory=dict)
     down: int = 0
     up: int = 0
+    macs: int = 0
     now: RoundNotes = field(default_factory=RoundNotes)
     rounds: dict[int, RoundNotes] = field(default_factory=dict)
     refusal: str = ""

@@ -15,7 +15,7 @@ from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, demo_job, demo_reference_job, too_few_rounds
 from fedprune_server.simulation.results.record import DeviceRow, Record
 
-KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
+KEPT = ("seed", "rounds", "total_bytes", "total_macs", "total_hours", "devices", "participation", "deadline_s")
 
 
 def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
@@ -51,7 +51,7 @@ def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
     rich = Recipe(epochs=4, lr=0.2, proximal=0.1, logit_adjustment=True, mask_absent_classes=False)
     job = Job(
         "x", 1, 2, 3, 0.5, 9.0, byte_budget=1000, scorer="curvature", warmup_rounds=2, rule="fill",
-        server_momentum=0.5, recipe=rich,
+        server_momentum=0.5, recipe=rich, total_bytes=9, total_macs=8, total_hours=7.0,
     )  # fmt: skip
     plain = fedavg(job)
     assert (plain.density, plain.byte_budget, plain.rule, plain.server_momentum) == (1.0, 0, "coverage", 0.0)

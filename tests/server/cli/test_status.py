@@ -264,11 +264,11 @@ def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: 
     with Storage.at(stopped_state) as storage:
         state = storage.load()
         assert state is not None
-        state.phase = Phase.FINISHED
+        state.phase, state.round = Phase.FINISHED, 20
         storage.save(state, (), 1.0)
     main(["status", "--state", str(stopped_state)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["job leaves: round 13 of 20, finished", "  no server is running"]
+    assert lines[:2] == ["job leaves: round 20 of 20, finished", "  no server is running"]
 
 
 def test_a_paused_job_is_said_to_be_paused(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +305,21 @@ def test_a_device_that_was_shut_out_is_revoked_and_not_online(
     assert (body["good"]["revoked"], body["good"]["online"], body["full"]["revoked"]) == (True, False, False)
     assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
     assert "device good (pi): revoked" in capsys.readouterr().out
+
+
+def test_a_job_that_a_total_ended_says_so(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(stopped_state)["ended_early"] is None
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        state.round, state.phase, state.spent_bytes = 12, Phase.FINISHED, 3_000_000
+        storage.put_settings({"job": Job(name="leaves", rounds=20, total_bytes=2_000_000).to_dict(), "name": "n"})
+        storage.save(state, (), 1.0)
+    said = status(stopped_state)["ended_early"]
+    assert said.startswith("ended after round 12 of 20: ")
+    assert "total_bytes" in said
+    assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
+    assert f"  {said}\n" in capsys.readouterr().out
 
 
 def test_a_private_job_says_what_it_has_cost_whom(

@@ -55,6 +55,26 @@ def test_counted_bytes_survive_a_crash(fleet: Fleet) -> None:
     assert all(fleet.storage.traffic()[n][1] > before[n][1] > 100_000 for n in "abc")
 
 
+def test_a_total_of_bytes_ends_a_job_with_what_was_counted_before_a_crash(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedprune.server")
+    fleet.job = replace(JOB, rounds=30, total_bytes=2_500_000)
+    kill_at(fleet, "after saving", 30)
+    with pytest.raises(KilledError):
+        fleet.run()
+    before = sum(sum(ways) for ways in Storage.at(fleet.folder).traffic().values())
+    assert 0 < before < fleet.job.total_bytes
+    fleet.restart()
+    state = fleet.run()
+    spent = sum(sum(ways) for ways in fleet.storage.traffic().values())
+    assert spent * (state.round - 1) / state.round < fleet.job.total_bytes <= state.spent_bytes <= spent
+    assert f"it ended after round {state.round} of 30: " in caplog.text
+    assert "total_bytes" in caplog.text
+    fleet.restart()
+    assert fleet.run().round == state.round
+
+
 def test_a_device_that_comes_after_the_end_hears_of_it(fleet: Fleet) -> None:
     late = fleet.air.devices.pop("c")
     fleet.job = replace(JOB, devices=2)

@@ -52,6 +52,29 @@ def test_a_round_notes_how_many_updates_were_limited(build):
     assert rounds_table(found)["limited"].to_pylist() == [found.rounds[0].limited]
 
 
+@pytest.mark.parametrize(
+    ("name", "spent"),
+    [
+        ("total_bytes", lambda run: run.rounds[1].down + run.rounds[1].up),
+        ("total_macs", lambda run: run.rounds[0].macs + run.rounds[1].macs),
+        ("total_hours", lambda run: run.rounds[1].at / 3600),
+    ],
+)
+def test_a_total_ends_a_run_also_one_that_was_killed(build, name, spent):
+    fleet = boards(("a", "b"), "raspberry-pi-5")
+    settings = {"fleet": fleet, "rounds": 4, "recipe": Recipe(max_steps=1)}
+    whole = build("whole", **settings)
+    whole.run()
+    assert whole.record().ended_early == ""
+    settings[name] = spent(whole.record())
+    run_killed(build("ended", **settings), 2)
+    ended = build("ended", **settings)
+    ended.run()
+    assert ended.record().rounds == whole.record().rounds[:2]
+    assert name in ended.record().ended_early
+    assert len(build("ended", **settings).run()) == 2
+
+
 def test_a_hostile_board_counts_for_no_more_by_what_it_says_of_itself(build):
     honest, (hostile, *others) = boards(), boards()
     claimed, known = 10**6, StoredData.of(hostile.load)

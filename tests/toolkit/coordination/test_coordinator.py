@@ -309,7 +309,9 @@ def test_a_job_that_its_allocator_ended_stays_finished(synchronous: bool) -> Non
     job = Job(rounds=100, strategy="pr-fl", options={"synchronous": synchronous})
     state = State(model="m7", phase=Phase.FINISHED, round=7, allocation={"done": True})
     commands = coordinate(job, ARCHITECTURE, state).resume(0.0)
-    assert [c for c in commands if not isinstance(c, do.Wake)] == [do.Finish("m7")]
+    assert [c for c in commands if not isinstance(c, do.Wake)] == [
+        do.Finish("m7", "ended after round 7 of 100: the strategy ended the job")
+    ]
     assert state.phase is Phase.FINISHED
 
 

@@ -186,7 +186,10 @@ def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budge
         kept = fleet.state.to_json()
         for settings in (job, replace(job, rounds=20)):  # nobody trains for nothing after a restart
             again = coordinate(settings, toy.ARCHITECTURE, State.from_json(kept))
-            assert again.resume(fleet.now) == [do.Finish(f"m{rounds}")]
+            (end,) = again.resume(fleet.now)
+            assert isinstance(end, do.Finish)
+            assert end.model == f"m{rounds}"
+            assert end.reason.startswith(f"ended after round {rounds} of ")
             assert again.state.phase is Phase.FINISHED
         more = coordinate(replace(job, privacy=replace(SHARED, epsilon_budget=9.0)), toy.ARCHITECTURE, again.state)
         more.resume(fleet.now)

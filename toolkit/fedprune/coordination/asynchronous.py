@@ -16,6 +16,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.availability import Availability
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
+from fedprune.coordination.job_end import spent_total
 from fedprune.coordination.staleness import UpdateWeights, plain
 from fedprune.coordination.stragglers import LATE
 from fedprune.core.metrics import believable
@@ -75,7 +76,7 @@ class AsynchronousCoordinator(Coordinator):
         elif state.phase is Phase.EVALUATING:
             commands.append(self._evaluate())
         elif state.phase is Phase.FINISHED:
-            commands.append(do.Finish(state.model))
+            commands.append(self._finish())
         return commands + self._wake(now)
 
     # Devices come and go.
@@ -106,7 +107,7 @@ class AsynchronousCoordinator(Coordinator):
 
     def _open(self, now: float) -> Commands:
         state = self.state
-        state.round += 1
+        self._count_round(now)
         state.opened_at = state.deadline = None
         due = self.allocator.open(self.fleet) or (state.round - 1) % self.schedule.score_every == 0
         if state.ranking is not None and not due:
@@ -332,7 +333,7 @@ class AsynchronousCoordinator(Coordinator):
             return self._collect(now)
         state.model, state.memory = event.model, dict(event.memory)
         seldom = state.round % self.schedule.evaluate_every and state.round < self.job.rounds
-        if seldom and not self.job.privacy.epsilon_budget:
+        if seldom and not self.job.privacy.epsilon_budget and not spent_total(self.job, state, now):
             return self._end({}, now)
         state.phase = Phase.EVALUATING
         return [self._evaluate()]
@@ -358,4 +359,4 @@ class AsynchronousCoordinator(Coordinator):
         if not self._last():
             return self._open(now)
         state.phase, state.tasks, state.wake_times = Phase.FINISHED, TrackedDict(), []
-        return [do.Finish(state.model)]
+        return [self._finish()]

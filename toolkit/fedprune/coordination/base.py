@@ -10,6 +10,7 @@ from operator import itemgetter
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.job_end import EPSILON_NEXT, early_end, spent_total
 from fedprune.coordination.privacy_budget import PrivacyBudget
 from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.ready_devices import ReadyDevices
@@ -28,9 +29,6 @@ from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.updates.codecs import CODECS
 
 Commands = list[do.Command]
-
-EPSILON_NEXT = "epsilon_next"
-"""Metric of an evaluation: the ε that a device would have after another round like its most expensive one."""
 
 MAX_FAILURES = 3
 """Offers refused or updates rejected in a row after which a device is left out until it connects again."""
@@ -107,6 +105,9 @@ class Coordinator(ABC):
             case on.Folded():
                 return self._folded(event, now)
             case on.Closed():
+                # A crash may lose bytes that were counted after the last save: what a round has seen stays spent.
+                self.state.spent_bytes = max(self.state.spent_bytes, event.spent_bytes)
+                self.state.spent_macs = max(self.state.spent_macs, event.spent_macs)
                 return self._closed(event, now)
             case on.Evaluated():
                 return self._evaluated(event, now)
@@ -446,11 +447,21 @@ class Coordinator(ABC):
         """The end of a job of which no device may be asked once more: it stays with the model of its last round."""
         self.state.round, self.state.phase = number, Phase.FINISHED
         self.state.tasks, self.state.deadline = TrackedDict(), None
-        return [do.Finish(self.state.model)]
+        return [self._finish()]
+
+    def _count_round(self, now: float) -> None:
+        """A round begins."""
+        self.state.round += 1
+        if self.state.began_at is None:
+            self.state.began_at = now
+
+    def _finish(self) -> do.Finish:
+        return do.Finish(self.state.model, early_end(self.job, self.state))
 
     def _last(self) -> bool:
         """Whether the job ends with the round that has just ended."""
-        return self.state.round >= self.job.rounds or self._exhausted() or self.allocator.done(self.fleet)
+        spent = self._exhausted() or bool(spent_total(self.job, self.state))
+        return self.state.round >= self.job.rounds or spent or self.allocator.done(self.fleet)
 
     def _exhausted(self) -> bool:
         """Whether another round would take a device beyond the budget of privacy."""

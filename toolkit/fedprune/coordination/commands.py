@@ -346,9 +346,10 @@ class Wake:
 
 @dataclass(frozen=True)
 class Finish:
-    """The job is done; `model` is its result."""
+    """The job is done; `model` is its result, `reason` why it has fewer rounds than it may have."""
 
     model: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)

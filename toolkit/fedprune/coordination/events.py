@@ -179,6 +179,9 @@ class Closed:
         kinds: The `FailureKind` of each rejection.
         reduced: Number of updates of which less counted than was sent, by however little. It decides nothing, so that
             events are compared without it: logs of earlier versions don't have it.
+        spent_bytes: Payload bytes to and from all devices since the job began, which the shell adds: what a worker made
+            is compared without it.
+        spent_macs: The same of MACs of their training, where the shell counts them.
     """
 
     round: int
@@ -188,6 +191,8 @@ class Closed:
     limited: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     reduced: int = field(default=0, compare=False)
+    spent_bytes: int = field(default=0, compare=False)
+    spent_macs: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

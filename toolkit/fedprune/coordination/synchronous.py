@@ -100,7 +100,7 @@ class SynchronousCoordinator(Coordinator):
         if state.phase is Phase.EVALUATING:
             return [self._evaluate()]
         if state.phase is Phase.FINISHED:
-            return [do.Finish(state.model)]
+            return [self._finish()]
         return self._begin(now)
 
     def extend(self, now: float) -> Commands:
@@ -142,7 +142,7 @@ class SynchronousCoordinator(Coordinator):
         asked = self._draw(ready, state.round + 1, attempt=1)
         if not asked:  # the quotas leave no place to those who are here
             return []
-        state.round += 1
+        self._count_round(now)
         self.allocator.open(self.fleet)
         state.tasks = self._tasks(asked, attempt=1)
         state.phase = Phase.SCORING
@@ -518,7 +518,7 @@ class SynchronousCoordinator(Coordinator):
         self.allocator.review(self.fleet, metrics)
         if self._last():
             state.phase = Phase.FINISHED
-            return [do.Finish(state.model)]
+            return [self._finish()]
         state.phase = Phase.WAITING
         return self._begin(now)
 

@@ -27,6 +27,9 @@ _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """Settings that only the plain strategy reads."""
 
 _LATER = (
+    "total_bytes",
+    "total_macs",
+    "total_hours",
     "energy_budget",
     "precision",
     "over_selection",
@@ -54,7 +57,7 @@ class Job:
     Attributes:
         name: Names the job in topics and on disk: 1 to 64 letters, digits, `_`, `.` or `-`; not `.`, `..` or `-`.
         seed: Every random number of the job is keyed by it.
-        rounds: How many rounds to run.
+        rounds: How many rounds to run, at most.
         devices: A round starts when this many devices are there.
         participation: Share of the present devices that a round asks.
         over_selection: Share of devices that a round asks beyond those, to close as soon as enough have delivered.
@@ -68,6 +71,11 @@ class Job:
         pace: How many times as long as half of a round's devices took the others may take; 0 for up to the deadline.
         schedule: Another schedule than the strategy's: `kind` (`sync`, `semi-async` or `async`) and keys of
             `fedprune.jobs.schedule.Schedule`; empty for the strategy's own.
+        total_bytes: Ends the job with the round in which all devices together have sent and received this many payload
+            bytes; 0 for no end. (`byte_budget` limits what one device may cause in each round.)
+        total_macs: The same for the MACs of their training steps, which simulations alone count; 0 for no end.
+        total_hours: The same for the hours since the first round began, pauses and restarts included, in a simulation
+            those of the virtual clock; 0 for no end.
         byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own. Not
             with `density`.
         energy_budget: Joules that a round's training may take on a device beyond what it takes when idle; 0 for no
@@ -110,6 +118,9 @@ class Job:
     deadline_s: float = bounded(600.0, 0, 1e8, above=True)
     pace: float = bounded(0.0, 1, 1_000, or_zero=True)
     schedule: dict[str, Any] = field(default_factory=dict)
+    total_bytes: int = bounded(0, 0, 2**62)
+    total_macs: int = bounded(0, 0, 2**62)
+    total_hours: float = bounded(0.0, 0, 1e6)
     byte_budget: int = bounded(0, 0, 2**50)
     energy_budget: float = bounded(0.0, 0, 1e9)
     strategy: str = "plain"

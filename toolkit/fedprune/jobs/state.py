@@ -289,6 +289,9 @@ class State:
         spent_under: Privacy settings under which one more release would exceed the budget; None until that happens.
         suspects: With secure aggregation, groups of devices of which one has spoilt a sum (`coordination.suspects`).
         at_fault: Devices that spoil sums; they are not asked again.
+        began_at: When the first round began, on the shell's clock; None before.
+        spent_bytes: Payload bytes to and from all devices until the last round was closed, as the shell counts them.
+        spent_macs: The same of MACs of their training, where the shell counts them.
     """
 
     model: str
@@ -312,6 +315,9 @@ class State:
     spent_under: dict[str, Any] | None = None
     suspects: list[list[str]] = field(default_factory=list)
     at_fault: list[str] = field(default_factory=list)
+    began_at: float | None = None
+    spent_bytes: int = 0
+    spent_macs: int = 0
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):

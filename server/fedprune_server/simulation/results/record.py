@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.coordination import State
-from fedprune.coordination.base import EPSILON_NEXT
+from fedprune.coordination.job_end import early_end
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
@@ -84,6 +84,7 @@ class Record:
         partition: The fleet's data, if known.
         version: fedprune's version; empty in old records.
         uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
+        ended_early: Why the job, which is finished, has fewer rounds than it may have; empty if it has all of them.
     """
 
     title: str
@@ -96,6 +97,7 @@ class Record:
     partition: Partition = field(default_factory=Partition)
     version: str = ""
     uncalibrated: bool = False
+    ended_early: str = ""
 
     def facts(self) -> dict[str, str]:
         """A report's header: strategy, data, recipe, seed, version, date; empty where unknown."""
@@ -152,23 +154,6 @@ class Record:
     def epsilon(self) -> float | None:
         """The highest ε of any device after the last round; None where it wasn't counted."""
         return self.last.measured.get(EPSILON)
-
-    @property
-    def ended_early(self) -> str:
-        """Why a finished run has fewer rounds than its job; empty if it has all of them."""
-        done, wanted = len(self.rounds), int(self.job.get("rounds", 0))
-        if not self.rounds or done >= wanted:
-            return ""
-        said = f"ended after round {done} of {wanted}"
-        budget = self.job.get("privacy", {}).get("epsilon_budget", 0.0)
-        following = self.last.measured.get(EPSILON_NEXT, 0.0)
-        if budget and following > budget:
-            return f"{said}: another round would cost ε {following:.3g} > {budget:g}, the budget of a board's privacy"
-        if budget:  # shared noise, whose cost is known when a round closes
-            return (
-                f"{said}: the updates that came in the next round would have cost more than the budget of ε {budget:g}"
-            )
-        return f"{said}: the strategy ended the job"
 
     @property
     def count_limited(self) -> tuple[int, int]:
@@ -306,6 +291,7 @@ def record_of(
         partition=partition or Partition(),
         version=__version__,
         uncalibrated=uncalibrated,
+        ended_early=early_end(job, state),
     )
 
 

@@ -1,0 +1,103 @@
+"""A job ends with the round in which its fleet has spent a total, whatever restarts, and says why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.job_end import early_end
+from fedprune.jobs.job import Job
+from fedprune.updates.privacy import Privacy
+from support.fakes import asynchronous_shell, synchronous_shell
+from support.fakes.asynchronous_shell import job_of
+from support.fakes.coordinator_shell import Shell
+from support.fakes.tiny_job import JOB
+
+TOTALS: list[dict[str, Any]] = [{"total_bytes": 2000}, {"total_macs": 20}, {"total_hours": 1.0}]
+
+
+def spends(answer: Callable[[do.Command], on.Event | None], shell: Shell) -> Callable[[do.Command], on.Event | None]:
+    """Every round takes half an hour, and costs 1,000 bytes and 10 MACs."""
+
+    def spend(command: do.Command) -> on.Event | None:
+        event = answer(command)
+        if isinstance(event, on.Closed):
+            shell.now += 1800
+            event = replace(event, spent_bytes=1000 * event.round, spent_macs=10 * event.round)
+        return event
+
+    return spend
+
+
+def shell_of(job: Job) -> Any:
+    shell: Any = (synchronous_shell if job.strategy == "plain" else asynchronous_shell).Shell(job)
+    shell.answer = spends(shell.answer, shell)
+    return shell
+
+
+@pytest.mark.parametrize("total", TOTALS, ids=str)
+@pytest.mark.parametrize("job", [replace(JOB, rounds=9), job_of(arrivals=3, rounds=9)], ids=lambda job: job.strategy)
+def test_a_total_ends_a_job_with_the_round_in_which_it_is_reached(job: Job, total: dict[str, Any]) -> None:
+    shell = shell_of(replace(job, **total))
+    shell.arrive()
+    while not shell.state.history:
+        shell.feed(shell.inbox.pop(0))
+    shell.crash()  # the count goes on
+    shell.run()
+    assert (shell.state.phase, shell.state.round) == (Phase.FINISHED, 2)
+    (name,) = total
+    assert early_end(shell.job, shell.state).startswith("ended after round 2 of 9: ")
+    assert name in early_end(shell.job, shell.state)
+    assert do.Finish(shell.state.model, early_end(shell.job, shell.state)) in shell.coordinator.resume(shell.now)
+    shell.now += 1e9  # time after the end doesn't count
+    shell.job = replace(job, **{name: 2 * total[name]})
+    shell.crash()
+    assert shell.state.phase is not Phase.FINISHED
+    shell.run()
+    assert shell.state.round > 2
+
+
+def test_what_a_round_has_seen_stays_spent() -> None:
+    """After a crash the shell may have counted less."""
+    shell = shell_of(replace(JOB, rounds=9, total_bytes=2000))
+    shell.feed(on.Closed(0, "m", spent_bytes=5000, spent_macs=7))
+    shell.arrive()
+    shell.run()
+    assert (shell.state.round, shell.state.spent_bytes, shell.state.spent_macs) == (1, 5000, 10)
+
+
+def test_the_round_that_a_total_makes_the_last_is_evaluated() -> None:
+    shell = shell_of(replace(job_of(arrivals=3, rounds=9, evaluate_every=4), total_hours=1.5))
+    shell.arrive()
+    shell.run()
+    assert [bool(h["metrics"]) for h in shell.state.history] == [False, False, True]
+
+
+def ended(budget: float = 0.0, foreseen: float = 0.0, rounds: int = 4) -> tuple[Job, State]:
+    privacy = Privacy(clip=1.0, noise_multiplier=1.0, epsilon_budget=budget)
+    history = [{"metrics": {"epsilon_next": foreseen}, "at": 9.0}]
+    return Job(rounds=rounds, privacy=privacy), State("m", round=2, phase=Phase.FINISHED, history=history)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (ended(8.0, 8.39), "another round would cost ε 8.39 > 8, the budget of a board's privacy"),
+        (ended(9.0, 8.39), "the updates that came in the next round would have cost more than the budget of ε 9"),
+        (ended(), "the strategy ended the job"),
+    ],
+)
+def test_a_job_that_ended_early_says_why(end: tuple[Job, State], reason: str) -> None:
+    assert early_end(*end) == f"ended after round 2 of 4: {reason}"
+
+
+def test_a_job_of_all_its_rounds_or_under_way_did_not_end_early() -> None:
+    assert early_end(*ended(8.0, 8.39, rounds=2)) == ""  # the budget is spent, but the job may have no more
+    job, state = ended(8.0, 8.39)
+    assert early_end(job, replace(state, phase=Phase.TRAINING)) == ""

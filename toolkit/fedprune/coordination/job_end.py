@@ -1,0 +1,47 @@
+"""Why a job ends before its last round: a total or its budget of privacy is spent, or its strategy ends it."""
+
+from __future__ import annotations
+
+from fedprune.core.text import amount
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Phase, State
+
+EPSILON_NEXT = "epsilon_next"
+"""Metric of an evaluation: the ε that a device would have after another round like its most expensive one."""
+
+
+def early_end(job: Job, state: State) -> str:
+    """Why a finished job has fewer rounds than it may have; empty if it has all of them, or isn't finished."""
+    if state.phase is not Phase.FINISHED or not 0 < state.round < job.rounds:
+        return ""
+    reason = spent_total(job, state) or _spent_privacy(job, state) or "the strategy ended the job"
+    return f"ended after round {state.round} of {job.rounds}: {reason}"
+
+
+def spent_total(job: Job, state: State, now: float | None = None) -> str:
+    """Which of the job's totals its fleet has spent; empty if none.
+
+    Args:
+        now: The end of the round, on the shell's clock; None for that of the last finished one. Time after it doesn't
+            count, so that a finished job stays finished, and no other is ended by a pause between its rounds.
+    """
+    if now is None and state.history:
+        now = state.history[-1]["at"]
+    hours = 0.0 if now is None or state.began_at is None else (now - state.began_at) / 3600
+    if job.total_bytes and state.spent_bytes >= job.total_bytes:
+        return f"{amount(state.spent_bytes, 'bytes')} have been sent, of total_bytes = {job.total_bytes}"
+    if job.total_macs and state.spent_macs >= job.total_macs:
+        return f"{state.spent_macs:.4g} MACs have been computed, of total_macs = {job.total_macs}"
+    if job.total_hours and hours >= job.total_hours:
+        return f"{hours:.4g} hours have passed, of total_hours = {job.total_hours:g}"
+    return ""
+
+
+def _spent_privacy(job: Job, state: State) -> str:
+    budget = job.privacy.epsilon_budget
+    following = state.history[-1]["metrics"].get(EPSILON_NEXT, 0.0) if state.history else 0.0
+    if budget and following > budget:
+        return f"another round would cost ε {following:.3g} > {budget:g}, the budget of a board's privacy"
+    if budget:  # shared noise, whose cost is known when a round closes
+        return f"the updates that came in the next round would have cost more than the budget of ε {budget:g}"
+    return ""
