@@ -11,6 +11,7 @@ from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import add_json, print_json, whole_number
 from fedprune.core.errors import StorageError, UsageError
+from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount
 from fedprune_export.bundles import conversion
 from fedprune_export.bundles.hub_repository import save_pretrained
@@ -18,7 +19,7 @@ from fedprune_export.importing.hub_folder import FILES
 from fedprune_export.pruning.model import Model
 from fedprune_server.cli.state_option import add_allow, add_state
 from fedprune_server.config.stored_code import stored_job
-from fedprune_server.engine.state_directory import global_model, model_after
+from fedprune_server.engine.state_directory import BEST, finished_round, global_model
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record, record_of
@@ -36,10 +37,23 @@ def add_export_model(export: argparse.ArgumentParser) -> None:
         "layout of the Hugging Face hub",
     )
     export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
-    export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
+    export.add_argument(
+        "--round",
+        type=_round,
+        metavar="N",
+        help=f"after this round, if its model is still kept; or `{BEST}`: after the one that the server's evaluation "
+        "scored best",
+    )
     add_allow(export)
     add_json(export)
     export.set_defaults(function=_export_model)
+
+
+def _round(text: str) -> int | str:
+    try:
+        return BEST if text == BEST else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a round's number or {BEST!r}, got {text!r}") from None
 
 
 def _export_model(arguments: argparse.Namespace) -> None:
@@ -50,13 +64,16 @@ def _export_model(arguments: argparse.Namespace) -> None:
         raise UsageError("--out", expected=expected, got=str(out))
     if hub and arguments.opset is not None:
         raise UsageError("--opset is for .onnx files", hint=f"{out} is a folder.")
-    digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
+    digest = metric = score = chosen = None
+    if arguments.round is not None:
+        row, metric = finished_round(arguments.state, arguments.round)
+        digest, chosen, score = str(row["model"]), int(row["round"]), row["metrics"].get(metric)
     model, weights, ranks, last = global_model(arguments.state, digest, arguments.allow)
-    round_ = last if arguments.round is None else arguments.round
+    round_ = last if chosen is None else chosen
     model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state), ranks)
     error: float | None = None
     if hub:
-        card = model_card(_record(arguments.state, model, arguments.round, arguments.allow))
+        card = model_card(_record(arguments.state, model, chosen, arguments.allow))
         size = sum((save_pretrained(model, out, card=card) / name).stat().st_size for name in FILES)
     elif out.suffix == ".safetensors":
         write_whole(out, weights)
@@ -71,10 +88,14 @@ def _export_model(arguments: argparse.Namespace) -> None:
         error = conversion.state_parity(state, model.graph, model.graph)
         size = conversion.write_state_dict(out, state)
     if arguments.json:
-        print_json({"file": str(out), "bytes": size, "difference": error, "round": round_})
+        judged = {"metric": metric, "score": score}
+        print_json({"file": str(out), "bytes": size, "difference": error, "round": round_} | judged)
         return
     compared = "" if error is None else f"; {conversion.agreement(error)}"
-    which = f"the global model after round {round_}" if round_ else "the initial model: no round has ended yet"
+    best = "best " if arguments.round == BEST else ""
+    scored = "" if metric is None or score is None else f" ({METRICS[metric].said(score)})"
+    which = f"the {best}global model after round {round_}{scored}"
+    which = which if round_ else "the initial model: no round has ended yet"
     print(f"{out}: {amount(size, 'bytes')}, {which}{compared}")
 
 

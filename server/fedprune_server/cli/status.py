@@ -15,6 +15,7 @@ from fedprune.coordination.job_end import early_end
 from fedprune.core.cli import add_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
+from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress, outcome
@@ -30,6 +31,7 @@ from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate_alerts
 from fedprune_server.monitoring.display import metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
+from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
@@ -96,8 +98,9 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
         what that has cost each (`fedprune_server.executor.accountant.costs`). Devices that can't even be planned for
         have rows, too. Every row has the outcome of the device's last part in a round. Without a server no device
-        is online. `seen_at` is when the log last heard from a device, and the job's `heard_at` of anything, in seconds
-        since 1970; None where the log doesn't say, the latter also while a server runs.
+        is online. `best` is the round whose global model scored best and `latest` the last that was evaluated; None
+        without any. `seen_at` is when the log last heard from a device, and the job's `heard_at` of anything, in
+        seconds since 1970; None where the log doesn't say, the latter also while a server runs.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -109,6 +112,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
         last, seen = storage.log.heard()
+    judge = judging_metric((settings or {}).get("job", {}))
     shut_out, misbehaved = revoked(identity or folder), read_rows(identity or folder)
     known = {row["name"] for row in rows}
     rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
@@ -141,6 +145,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "ended_early": _early_end((settings or {}).get("job", {}), state) or None,
         "paused": state is not None and state.paused,
         "rounds": state.history if state is not None else [],
+        "best": _scored(state.best_round(judge), judge) if state is not None else None,
+        "latest": _scored(_latest_evaluated(state, judge), judge) if state is not None else None,
         "devices": devices,
         **_privacy((settings or {}).get("job", {}), state),
     }
@@ -178,8 +184,25 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
             for name, part in sorted(row["devices"].items())
             if part["reason"]
         ]
+    if body["best"]:
+        lines.append(f"  best model: {_score_text(body['best'])}; latest: {_score_text(body['latest'])}")
     lines += [line for severity, line in alerts if severity == INFO]
     return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
+
+
+def _latest_evaluated(state: State, judge: str) -> dict[str, Any] | None:
+    return next((row for row in reversed(state.history) if judge in row["metrics"]), None)
+
+
+def _scored(row: Mapping[str, Any] | None, judge: str) -> dict[str, Any] | None:
+    """A round's number, model and score, as JSON."""
+    if row is None:
+        return None
+    return {"round": row["round"], "model": row["model"], "metric": judge, "score": row["metrics"][judge]}
+
+
+def _score_text(scored: Mapping[str, Any]) -> str:
+    return f"{METRICS[scored['metric']].said(scored['score'])} after round {scored['round']}"
 
 
 def _outcome(part: Mapping[str, Any]) -> str:

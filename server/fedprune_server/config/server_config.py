@@ -182,7 +182,9 @@ class ServerConfig:
     workers_url: str = setting(
         PROCESSES, "Where workers run: `processes`, or a Ray cluster as `ray:auto` or `ray://host:10001`.", "URL"
     )
-    keep: int = setting(3, "How many of the latest global models are kept.", "N", within=(1, 10**6))
+    keep: int = setting(
+        3, "How many of the latest global models are kept, beside the best by evaluation.", "N", within=(1, 10**6)
+    )
     archive: bool = setting(False, "Keep all models, updates and events instead, for `fedprune-server replay`.", SWITCH)
     weight: float = setting(
         1.0,

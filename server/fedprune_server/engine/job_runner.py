@@ -84,7 +84,7 @@ class RunnableJob:
     Attributes:
         state: The coordinator's state from which it continues.
         frozen: Tensors that the model's author froze.
-        keep: How many of the latest global models stay on the disk; None for all.
+        keep: How many of the latest global models stay on the disk, beside the best; None for all.
         pulls: From how many devices updates are pulled at a time.
         weight: Its share of the devices in comparison with other jobs; 0 to pause it.
         beside_others: Whether its server has further jobs.
@@ -198,14 +198,14 @@ class JobRunner:
         self._journal = Journal(
             job.state,
             job.storage,
-            BlobCollector(job.store, job.keep),
+            BlobCollector(job.store, job.keep, job.job.recipe.judged_by),
             self.registry,
             self._dispatcher,
             site.monotonic,
             (lambda: False) if self._remote is None else lambda: self._executor.busy,
             _COPIED_EVERY_S if self._remote is not None and below is None else 0.0,
         )
-        self._sweep = partial(sweep, job.store, job.state, job.keep)
+        self._sweep = partial(sweep, job.store, job.state, job.keep, job.job.recipe.judged_by)
         self._swept = False
         self._timeless = _TIMELESS[:2] if self._schedule.asynchronous else _TIMELESS
         self._alarms: list[float] = []

@@ -18,6 +18,7 @@ from fedprune.core import tensorfile
 from fedprune.core.closing import Closing
 from fedprune.core.disk import make_private_folder, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
+from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.scoring import Ranks
@@ -33,6 +34,7 @@ from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
+from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
 from fedprune_server.storage.database import check_url, shown
 from fedprune_server.storage.lease import Lease
@@ -178,7 +180,8 @@ class StateFolder(Closing):
                 self._check_blobs(state)
             self._fit(state, model)
             if config.parent == OFF:
-                sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
+                # Not a new job's folder: its worker has just put graphs there.
+                sweep(self.store, state, config.kept, config.job.recipe.judged_by)
                 if (known or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
                     worker.check_recipe(state.round + 1)
         source = raw if known is None else None
@@ -203,7 +206,7 @@ class StateFolder(Closing):
             self._open.callback(self.store.close)
 
     def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
-        needed = state.references() | kept_models(state, config.kept)
+        needed = state.references() | kept_models(state, config.kept, config.job.recipe.judged_by)
         if config.archive:
             needed |= set(reader(self.path, known).names())
         move_in(self.path, self.store, known, needed)
@@ -394,19 +397,41 @@ def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
     return next(made, None)
 
 
-def model_after(folder: Path, round_: int) -> str:
-    """Digest of the global model after a round. Raises `StorageError` if there was no such round, its model is no
-    longer kept, or the folder is damaged."""
+BEST = "best"
+"""In place of a round's number: the round whose global model scored best."""
+
+
+def finished_round(folder: Path, which: int | str) -> tuple[dict[str, Any], str]:
+    """A round of the history whose global model is kept, and the metric by which the job's models are judged.
+
+    Args:
+        which: Its number, or `BEST`.
+
+    Raises:
+        StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
+    """
     with Storage.existing(folder) as storage:
-        found = {r["round"]: str(r["model"]) for r in storage.rounds()}
-        known = storage.settings()
-    if round_ not in found:
-        raise StorageError(f"{folder} holds no round {round_}", expected=f"1 to {max(found, default=0)}")
-    if not reader(folder, known).has(found[round_]):
+        known, state = storage.settings(), storage.load()
+    if known is None or state is None:
+        raise StorageError(f"{folder} holds no job yet")
+    metric, rows = judging_metric(known["job"]), {row["round"]: row for row in state.history}
+    row = state.best_round(metric) if which == BEST else rows.get(which)
+    if row is None and which == BEST:
         raise StorageError(
-            f"the model after round {round_} is no longer kept", hint="Run with a larger --keep to keep more of them."
+            f"{folder} has no best model",
+            expected=f"a round whose model was evaluated by {metric or 'a metric'}",
+            got="none of the " + quantity(len(rows), "finished round"),
+            hint="Give a round's number, and give the server samples to evaluate models on: --evaluation, or the table "
+            "[evaluation].",
         )
-    return found[round_]
+    if row is None:
+        raise StorageError(f"{folder} holds no round {which}", expected=f"1 to {max(rows, default=0)}")
+    if not reader(folder, known).has(row["model"]):
+        raise StorageError(
+            f"the model after round {row['round']} is no longer kept",
+            hint="Run with a larger --keep to keep more of them.",
+        )
+    return row, metric
 
 
 def _name_of(source: str) -> str:

@@ -22,11 +22,13 @@ class BlobCollector:
 
     Args:
         keep: How many of the latest global models stay; None for everything.
+        judged_by: The metric whose best model stays, too.
     """
 
-    def __init__(self, store: BlobStore, keep: int | None) -> None:
+    def __init__(self, store: BlobStore, keep: int | None, judged_by: str) -> None:
         self._store = store
         self._keep = keep
+        self._judged_by = judged_by
         self._candidates: set[str] = set()
         self._graphs = LatestGraphs()
         self._references: dict[tuple[str, str], set[str]] = {}  # by kind ("state", "device", "task") and name
@@ -83,26 +85,33 @@ class BlobCollector:
         """
         self.note_state(state)
         self.mark(self._graphs.let_go(state.round))
+        models = kept_models(state, self._keep, self._judged_by)
+        self.mark(models)  # those from before a restart, too, which no later state lets go of
         kept = {d for d in self._candidates if d in self._uses}
-        kept |= self._graphs.digests() | kept_models(state, self._keep) | arriving
+        kept |= self._graphs.digests() | models | arriving
         for digest in self._candidates - kept:
             self._store.delete(digest)
         self._candidates &= kept
         self._store.drop_partials(arriving)
 
 
-def kept_models(state: State, keep: int | None) -> set[str]:
-    """Digests of the global models that stay on the disk: the latest `keep`, or all if that is None."""
-    return {state.model, *(r["model"] for r in state.history[-(keep or 0) :])}
+def kept_models(state: State, keep: int | None, judged_by: str) -> set[str]:
+    """Digests of the global models that stay on the disk: the latest `keep`, or all if that is None, and the best by
+    evaluation."""
+    best = state.best_round(judged_by)
+    rows = [*state.history[-(keep or 0) :], *(() if best is None else (best,))]
+    return {state.model, *(row["model"] for row in rows)}
 
 
-def sweep(store: BlobStore, state: State, keep: int | None, arriving: AbstractSet[str] = frozenset()) -> None:
+def sweep(
+    store: BlobStore, state: State, keep: int | None, judged_by: str, arriving: AbstractSet[str] = frozenset()
+) -> None:
     """Delete all blobs, whole and partial, that nothing refers to and that don't arrive, such as a crash leaves behind.
 
     Graphs are made again when they are needed. Whole blobs stay if `keep` is None. Raises `StorageError` if the disk
     fails."""
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
-    kept = state.references() | kept_models(state, keep) | updates | arriving
+    kept = state.references() | kept_models(state, keep, judged_by) | updates | arriving
     for digest in store.names() if keep is not None else ():
         if digest not in kept:
             store.delete(digest)

@@ -142,8 +142,9 @@ def _missing(there: Container[str], needs: Inventory, bucket: str, advice: str) 
             where = f"in {bucket}" if bucket else "there"
             yield Finding(
                 Severity.NOTE,
-                f"the model after round {row['round']} ({model}) isn't {where}, though `keep` asks for it",
-                "It was let go of if `keep` was smaller then; else a backup may have it.",
+                f"the model after round {row['round']} ({model}) isn't {where}, though it is to be kept",
+                "It was let go of if `keep` was smaller then, or models were judged by another metric; else a backup "
+                "may have it.",
                 Repair.FETCH,
                 blob=model,
             )

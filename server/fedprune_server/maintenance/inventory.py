@@ -14,6 +14,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.validation import MAX_INT, is_digest, is_whole
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.executor.retention import kept_models
+from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.storage.storage import Storage
 
 
@@ -53,7 +54,7 @@ def inventory(storage: Storage) -> Inventory:
     if not is_whole(keep, -MAX_INT):
         raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
     updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
-    models = frozenset(kept_models(state, None if archive else keep))
+    models = frozenset(kept_models(state, None if archive else keep, judging_metric(settings.get("job", {}))))
     kept = frozenset(state.references())
     return Inventory(settings, state, _references(state, server, kept), kept, models, updates, archive)
 

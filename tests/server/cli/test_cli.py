@@ -612,6 +612,43 @@ def test_the_model_after_an_earlier_round_has_that_rounds_ranks(model: Path, tmp
     assert load(out).ranks is None
 
 
+def test_the_best_model_is_exported_with_its_round_and_score(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "best.safetensors"
+    command = ["export-model", "--state", str(state), "--out", str(out)]
+    with StateFolder(state) as folder:
+        job = folder.storage.load()
+        assert job is not None
+        best, job.model, job.round = job.model, folder.store.put(b"a later model").sha256, 2
+        row = {"round": 2, "at": 2.0, "model": job.model, "metrics": {"accuracy": 0.25}, "devices": {}}
+        job.history.append(row)
+        folder.storage.save(job, [on.Ticked()], 2.0)
+    assert main([*command, "--round", "best"]) == ExitCode.OK
+    assert tensorfile.digest(out.read_bytes()) == best
+    assert "the best global model after round 1 (accuracy 50.0%)" in capsys.readouterr().out
+    assert main([*command, "--round", "best", "--json"]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert (body["round"], body["metric"], body["score"]) == (1, "accuracy", 0.5)
+    with pytest.raises(SystemExit) as refused:
+        main([*command, "--round", "first"])
+    assert refused.value.code == ExitCode.USAGE
+
+
+def test_no_model_is_the_best_where_none_was_evaluated(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StateFolder(tmp_path / "state") as folder:
+        opened = open_job(folder, ServerConfig(job=Job(name="leaves"), model=str(model)))
+        row = {"round": 1, "at": 1.0, "model": opened.state.model, "metrics": {}, "devices": {}}
+        opened.state.round, opened.state.history = 1, [row]
+        folder.storage.save(opened.state, [on.Ticked()], 1.0)
+    command = ["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]
+    assert main([*command, "--round", "best"]) == ExitCode.STORAGE
+    assert "--evaluation" in one_line(capsys)
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_the_exported_model_is_written_at_an_opset(state: Path, tmp_path: Path) -> None:
     one, other = tmp_path / "17.onnx", tmp_path / "13.onnx"
     assert main(["export-model", "--state", str(state), "--out", str(one)]) == ExitCode.OK

@@ -364,3 +364,32 @@ def test_a_device_in_quarantine_is_shown_with_what_it_sent(
     rows = {d["name"]: d["quarantine"] for d in status(fleet_state)["devices"]}
     assert rows["full"] is None
     assert rows["good"]["times"] == 1
+
+
+def test_status_names_the_best_round_beside_the_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = {"progress": "folded", "reason": "", "metrics": {"accuracy_before": 0.25, "accuracy_after": 0.5}}
+    scores = [{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.75}, {"accuracy": 0.625}, {}]
+    rows = [
+        {"round": n, "at": float(n), "model": f"{n:064}", "metrics": metrics, "devices": {"a": part}}
+        for n, metrics in enumerate(scores, 1)
+    ]
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
+        storage.save(State(model="0" * 64, round=5, history=rows), (), 1.0)
+    assert main(["status", "--state", str(tmp_path), "--json", "--rounds", "1"]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert body["best"] == {"round": 2, "model": f"{2:064}", "metric": "accuracy", "score": 0.75}
+    assert body["latest"] == {"round": 4, "model": f"{4:064}", "metric": "accuracy", "score": 0.625}
+    assert main(["status", "--state", str(tmp_path)]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert "  round 4: 1 of 1 device, accuracy 62.5%" in lines
+    assert "  best model: accuracy 75.0% after round 2; latest: accuracy 62.5% after round 4" in lines
+
+
+def test_status_names_no_best_round_where_nothing_was_evaluated(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = status(fleet_state)
+    assert body["best"] is body["latest"] is None
+    main(["status", "--state", str(fleet_state)])
+    assert "best model" not in capsys.readouterr().out

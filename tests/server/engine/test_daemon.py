@@ -275,7 +275,7 @@ def test_parts_that_a_crash_left_are_gone_on_with_or_deleted(tmp_path: Path) -> 
         (store.root / "partial" / f"{ref.sha256}.leaves").write_bytes(b"x")
     model = store.put(fill("model")).sha256
     state = State(model=model, tasks={"a": Task(1, (4,), Part.PULLING, update=wanted.to_dict())})
-    sweep(store, state, 1)
+    sweep(store, state, 1, "accuracy")
     assert {p.name[:64] for p in (store.root / "partial").iterdir()} == {wanted.sha256}
     assert store.names() == [model]
 

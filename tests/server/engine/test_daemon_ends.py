@@ -25,15 +25,18 @@ from support.fakes.fleet import Fleet, fill, folded, larger
 from support.fakes.tiny_job import JOB
 
 
-def test_old_weights_are_deleted_and_the_last_models_kept(fleet: Fleet) -> None:
+def test_old_weights_are_deleted_and_the_last_models_and_the_best_kept(fleet: Fleet) -> None:
     fleet.job = replace(JOB, rounds=6)
     state = fleet.run(keep=2)
     models = [r["model"] for r in state.history]
-    assert [fleet.store.has(m) for m in models] == [False] * 4 + [True] * 2
+    best = state.best_round(JOB.recipe.judged_by)
+    assert best is not None
+    assert best["model"] not in models[-2:]
+    assert [fleet.store.has(m) for m in models] == [m in (best["model"], *models[-2:]) for m in models]
     updates = [d.store.put(fill("x")) for d in fleet.air.devices.values()]
     assert len(updates) == 3
-    # Two models, the last round's ranking, three parts and three updates, the graph; what the last round needed stays.
-    assert len(fleet.store.names()) <= 2 + 1 + 3 + 3 + 1
+    # Three models, the last round's ranking, three parts and updates, the graph; what the last round needed stays.
+    assert len(fleet.store.names()) <= 3 + 1 + 3 + 3 + 1
 
 
 def test_bytes_are_counted_per_device(fleet: Fleet) -> None:
@@ -179,7 +182,7 @@ def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) ->
     killed.restart()
     state = killed.storage.load()
     assert state is not None
-    sweep(killed.store, state, 1)  # as a server that is started does
+    sweep(killed.store, state, 1, JOB.recipe.judged_by)  # as a server that is started does
     delete, deleted = killed.store.delete, []
 
     def noted(digest: str) -> None:

@@ -125,7 +125,7 @@ def task(progress: Progress, basis: int, **offer: Any) -> Task:
 
 
 def test_collector_keeps_graphs_that_offers_may_name(store: BlobStore) -> None:
-    collector = BlobCollector(store, keep=1)
+    collector = BlobCollector(store, 1, "accuracy")
     graphs = [store.put(b"graph %d" % i).sha256 for i in range(ROUNDS + 1)]
     for round_, digest in enumerate(graphs):
         collector.keep_graphs([digest], round_)
@@ -142,7 +142,7 @@ def test_collector_keeps_graphs_that_offers_may_name(store: BlobStore) -> None:
 
 
 def test_collector_looks_at_what_has_changed_only(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    collector, state = BlobCollector(store, keep=1), State("")
+    collector, state = BlobCollector(store, 1, "accuracy"), State("")
     mine, others = (store.put(content).sha256 for content in (b"of one alone", b"of several"))
     for name, held in {"a": mine, "b": others, "c": others}.items():
         state.devices[name] = Device(1, True, {}, None, 10, held={"weights": held})
@@ -162,7 +162,7 @@ def test_collector_looks_at_what_has_changed_only(store: BlobStore, monkeypatch:
 
 def test_collector_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:
     """A part of an earlier round may be made again, say after a restart."""
-    offers, collector = Offers(model, store), BlobCollector(store, keep=1)
+    offers, collector = Offers(model, store), BlobCollector(store, 1, "accuracy")
     sizes = model.architecture.sizes
     for round_ in (2 * GRAPH_ROUNDS, GRAPH_ROUNDS + 2, GRAPH_ROUNDS + 4, 2 * GRAPH_ROUNDS + 1):
         widths = (*sizes[:-1], sizes[-1] - len(offers.graphs()))

@@ -439,6 +439,21 @@ def test_summary_tells_means_and_the_last_round_apart():
     assert "global accuracy, last round" not in alone
 
 
+def test_the_best_round_is_named_beside_the_last(tmp_path):
+    run = record()
+    scores = {1: 0.6, 2: 0.9, 3: 0.9, 4: 0.8}
+    rounds = tuple(replace(r, model=f"{r.round:064}", metrics={"accuracy": scores[r.round]}) for r in run.rounds)
+    run = replace(run, rounds=rounds)
+    assert dict(summary(run))["best global accuracy (round)"] == "90.0% (2)"
+    cells = {row[0]: row[1:] for row in summary(run, record("FedAvg"))}
+    assert cells["best global accuracy (round)"] == ("90.0% (2)", "80.0% (1)", "+10.0 points")
+    figures = final_figures(run)
+    assert (figures["best_round"], figures["best_global_accuracy"], figures["best_model"]) == (2, 0.9, f"{2:064}")
+    silent = replace(run, rounds=tuple(replace(r, metrics={}) for r in rounds))
+    assert final_figures(silent)["best_round"] is None
+    assert dict(summary(silent))["best global accuracy (round)"] == "–"
+
+
 def test_plan_table_has_a_row_per_device():
     rows = plan_rows(record())
     assert [r[0] for r in rows[1:]] == ["zero", "orin"]

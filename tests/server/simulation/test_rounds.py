@@ -167,7 +167,7 @@ def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
 def test_an_offer_whose_device_was_let_go_meanwhile_leaves_no_blob(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
     made, model = store.put(b"weights"), store.put(b"model").sha256
-    collector = BlobCollector(store, 1)
+    collector = BlobCollector(store, 1, "accuracy")
     collector.note_offer({"weights": made.to_dict(), "ranking": store.put(b"ranking").sha256}, 1)
     collector.collect(State(model=model, round=2), set())
     assert store.names() == [model]

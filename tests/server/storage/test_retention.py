@@ -18,7 +18,7 @@ from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.background import BackgroundExecutor, Work
-from fedprune_server.executor.retention import BlobCollector
+from fedprune_server.executor.retention import BlobCollector, sweep
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB
 
@@ -109,6 +109,52 @@ def test_a_round_that_begins_drops_what_has_arrived_of_blobs_that_no_longer_arri
         partial.set_table(leaf_table(data))
         assert partial.write(0, data[:LEAF])
     model = store.put(b"model").sha256
-    BlobCollector(store, keep).collect(State(model=model), {BlobRef.of(arriving).sha256})
+    BlobCollector(store, keep, "accuracy").collect(State(model=model), {BlobRef.of(arriving).sha256})
     assert {path.name[:64] for path in (tmp_path / "partial").iterdir()} == {BlobRef.of(arriving).sha256}
     assert store.names() == [model]
+
+
+@pytest.mark.parametrize(
+    ("judged_by", "scores", "kept"),
+    [
+        (
+            "accuracy",
+            [0.5, 0.7, 0.7, 0.6, None],
+            [2, 5],
+        ),  # the earliest of equals; the last wasn't evaluated
+        ("loss", [2.0, 0.9, 1.1], [2, 3]),
+        ("accuracy", [0.5, 0.6, 0.9], [3]),
+        ("accuracy", [None, None], [2]),
+    ],
+)
+def test_the_best_model_stays_beside_the_latest(
+    tmp_path: Path, judged_by: str, scores: list[float | None], kept: list[int]
+) -> None:
+    store, state = BlobStore(tmp_path, durable=False), State(model="")
+    for number, score in enumerate(scores, 1):
+        state.round, state.model = number, store.put(b"model %d" % number).sha256
+        metrics = {} if score is None else {judged_by: score}
+        state.history.append({"round": number, "at": 0.0, "model": state.model, "metrics": metrics, "devices": {}})
+        # A server that is started again begins with a sweep, and its collector knows of no earlier state.
+        sweep(store, state, 1, judged_by)
+        collector = BlobCollector(store, 1, judged_by)
+        collector.collect(state, frozenset())
+
+    models = [row["model"] for row in state.history]
+    assert sorted(store.names()) == sorted(models[number - 1] for number in kept)
+
+
+def test_a_model_that_is_no_longer_the_best_is_deleted_also_after_a_restart(tmp_path: Path) -> None:
+    store, state = BlobStore(tmp_path, durable=False), State(model="")
+    models = [store.put(b"model %d" % n).sha256 for n in range(3)]
+    rows = [
+        {"round": n, "at": 0.0, "model": model, "metrics": {"accuracy": score}, "devices": {}}
+        for n, (model, score) in enumerate(zip(models, (0.6, 0.5, 0.9), strict=True), 1)
+    ]
+    state.history, state.model, state.round = rows[:2], models[1], 2
+    collector = BlobCollector(store, 1, "accuracy")  # of a server that begins here
+    collector.collect(state, frozenset())
+    assert store.has(models[0])
+    state.history, state.model, state.round = rows, models[2], 3
+    collector.collect(state, frozenset())
+    assert store.names() == [models[2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedprune.core.metrics import served
+from fedprune.core.metrics import ACCURACY, LOSS, served
 
 pytestmark = pytest.mark.board
 
@@ -19,3 +19,9 @@ pytestmark = pytest.mark.board
 )
 def test_what_serves_is_the_average_where_there_is_one(metrics: dict[str, float], accuracy: float | None) -> None:
     assert served(metrics, "accuracy") == accuracy
+
+
+def test_the_best_of_equals_is_the_first_and_what_was_not_measured_is_none() -> None:
+    values = [None, 0.5, 0.7, 0.7, 0.5]
+    assert (ACCURACY.best(values), LOSS.best(values)) == (2, 1)
+    assert ACCURACY.best([None]) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TRAINED, AVERAGED = "after", "average"
@@ -38,6 +38,11 @@ class Metric:
     def limits(self) -> tuple[float, float]:
         """Least and greatest value that count as measurements."""
         return (0.0, 1.0) if self.share else (-MAX_LOSS, MAX_LOSS)
+
+    def best(self, values: Sequence[float | None]) -> int | None:
+        """Index of the best value, the first of equals; None without any."""
+        measured = {i: value for i, value in enumerate(values) if value is not None}
+        return (max if self.higher else min)(measured, key=measured.__getitem__, default=None)
 
     def shown(self, value: float) -> str:
         """The number alone."""

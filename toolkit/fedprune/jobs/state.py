@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, cast
 
 from fedprune.core.errors import StorageError
+from fedprune.core.metrics import METRICS
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.failure_kind import ABSENT, FailureKind
 from fedprune.jobs.packed_json import PackedJson
@@ -339,6 +340,13 @@ class State:
             parts -= len(summary["devices"])
             if parts < 0 and summary["devices"]:
                 summary["devices"] = {}
+
+    def best_round(self, judged_by: str) -> dict[str, Any] | None:
+        """The finished round whose global model scored best by a metric, the earliest of equals; None where no model
+        was evaluated by it."""
+        metric = METRICS.get(judged_by)  # another version's may be unknown here
+        best = None if metric is None else metric.best([row["metrics"].get(judged_by) for row in self.history])
+        return None if best is None else self.history[best]
 
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""

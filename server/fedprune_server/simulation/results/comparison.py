@@ -63,6 +63,7 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
     rounds; None where there is no measurement."""
     kind = run.measure
     local, whole = run.final(TAIL)
+    best = run.best
     return {
         "run": run.title,
         "model": run.last.model,
@@ -74,6 +75,9 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         "training_macs": run.macs() or None,
         f"local_{kind}": _finite(local),
         f"global_{kind}": _finite(whole),
+        f"best_global_{kind}": None if best is None else best.metrics[kind],
+        "best_round": None if best is None else best.round,
+        "best_model": None if best is None else best.model,
         **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
         **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
         **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),

@@ -138,6 +138,12 @@ class Record:
         """The global model's measure per round; None without data of the server."""
         return tuple(r.metrics.get(self.measure) for r in self.rounds)
 
+    @property
+    def best(self) -> RoundRow | None:
+        """The round whose global model scored best, the earliest of equals; None without data of the server."""
+        best = self.metric.best(self.global_values())
+        return None if best is None else self.rounds[best]
+
     def own_means(self, metric: str) -> tuple[float | None, ...]:
         """Mean over devices of their latest value of a metric, per round; None before the first."""
         return _running_means(row.own.get(metric, {}) for row in self.rounds)

@@ -81,6 +81,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     runs = [run] + ([reference] if reference is not None else [])
     finals = [r.final(TAIL) for r in runs]
     last = [r.final() for r in runs]
+    best = [math.nan if r.best is None else r.best.metrics[r.measure] for r in runs]
     tail = min(TAIL, max(len(r.rounds) for r in runs))
     private = [("privacy", *map(_privacy, runs))] if any(r.private for r in runs) else []
     limited = [("updates limited", *map(_limited, runs))] if any(row.limited for r in runs for row in r.rounds) else []
@@ -96,6 +97,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
             for i, kind in enumerate(("mean local", "global"))
             if tail > 1
         ),
+        *((f"best global {run.measure} (round)", *map(_best, runs)) for _ in range(tail > 1)),
         ("MB down", *(f"{r.last.down / 1e6:,.2f}" for r in runs)),
         ("MB up", *(f"{r.last.up / 1e6:,.2f}" for r in runs)),
         ("rounds", *map(rounds_done, runs)),
@@ -108,7 +110,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     notes = (
         "difference",
         *(_difference(run, _worse(run, a, b)) for a, b in zip(*finals, strict=True)),
-        *(_difference(run, _worse(run, a, b)) for a, b in zip(*last, strict=True) if tail > 1),
+        *(_difference(run, _worse(run, a, b)) for a, b in (*zip(*last, strict=True), best) if tail > 1),
         _change(_ratio(run.last.down, reference.last.down)),
         _change(_ratio(run.last.up, reference.last.up)),
         "",
@@ -121,6 +123,12 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
 def _local(run: Record, value: float) -> str:
     """The mean local measure, of which private boards report nothing."""
     return "withheld" if run.private and not run.latest else shown(value, run.metric) + _part(run)
+
+
+def _best(run: Record) -> str:
+    """The best global model's score, and the round that it is of."""
+    best = run.best
+    return "–" if best is None else f"{shown(best.metrics[run.measure], run.metric)} ({best.round})"
 
 
 def rounds_done(run: Record) -> str:
