@@ -29,7 +29,7 @@ from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate_alerts
-from fedprune_server.monitoring.display import metric_texts, secure_sum_line
+from fedprune_server.monitoring.display import board_texts, metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
 from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.monitoring.snapshot import Snapshot
@@ -175,9 +175,10 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines.append(f"  the last {len(shown)} of {quantity(len(history), 'round')}:")
     for row in shown:
         counted = sum(d["progress"] == "folded" for d in row["devices"].values())
-        metrics = ", ".join(metric_texts(row["metrics"]))
+        metrics = metric_texts(row["metrics"]) or ["not evaluated"]
         asked = quantity(len(row["devices"]), "device")
-        lines.append(f"  round {row['round']}: {counted} of {asked}, {metrics or 'not evaluated'}")
+        figures = [f"{counted} of {asked}", *metrics, *board_texts(row, judging_metric(job))]
+        lines.append(f"  round {row['round']}: {', '.join(figures)}")
         lines += [f"    {secure_sum_line(report)}" for report in row.get("secure_sums", ())]
         lines += [
             f"    {name}: {_outcome(part)}: {part['reason']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -12,10 +13,12 @@ from typing import Any, TextIO
 
 from fedprune.core.metrics import ACCURACY, METRICS, leading
 from fedprune.core.text import quantity, some
+from fedprune.jobs.job import Job
 from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.round_rows import round_scores
 from fedprune_server.monitoring.view import JobView
 
 log = logging.getLogger("fedprune.server")
@@ -55,7 +58,7 @@ class Lines(Observer):
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         job = f"{seen.job.name}: " if self._of_several else ""
         down, up = seen.registry.total
-        line = round_line(summary, seen.job.rounds, down, up)
+        line = round_line(summary, seen.job, down, up)
         log.info("%s%s%s", job, line, self._pace.rest(summary, seen))
         if log.isEnabledFor(logging.DEBUG):  # it takes a look at every device
             for row in seen.snapshot().rows:
@@ -87,7 +90,7 @@ class LiveTable(Observer):
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Print the round's line above the table and draw."""
         down, up = seen.registry.total
-        log.info("%s%s", round_line(summary, seen.job.rounds, down, up), self._pace.rest(summary, seen))
+        log.info("%s%s", round_line(summary, seen.job, down, up), self._pace.rest(summary, seen))
         self._draw(seen.snapshot())
 
     def ended(self) -> None:
@@ -208,14 +211,14 @@ def row_line(row: DeviceRow) -> str:
     )
 
 
-def round_line(summary: Mapping[str, Any], rounds: int, bytes_down: int, bytes_up: int) -> str:
+def round_line(summary: Mapping[str, Any], job: Job, bytes_down: int, bytes_up: int) -> str:
     """A finished round as one line of a log, with the payload bytes of all devices so far."""
     devices = summary["devices"]
     counted = sum(d["progress"] == "folded" for d in devices.values())
     parts = [f"{counted} of {quantity(len(devices), 'device')} counted"]
-    parts += metric_texts(summary["metrics"])
+    parts += [*metric_texts(summary["metrics"]), *board_texts(summary, job.recipe.judged_by)]
     parts.append(f"{_mb(bytes_down)} MB down and {_mb(bytes_up)} MB up so far")
-    return f"round {summary['round']} of {rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
+    return f"round {summary['round']} of {job.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
 
 
 def secure_sum_line(report: Mapping[str, Any]) -> str:
@@ -228,6 +231,16 @@ def metric_texts(metrics: Mapping[str, float]) -> list[str]:
     """Measurements of a global model, for people."""
     known = [METRICS[k].said(v) for k, v in sorted(metrics.items()) if k in METRICS]
     return [*known, *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples")]
+
+
+def board_texts(summary: Mapping[str, Any], judge: str) -> list[str]:
+    """What boards measured in a finished round by a metric, for people; nothing where they did not."""
+    scores = round_scores(summary, judge)
+    if math.isnan(scores.received):
+        return []
+    metric = METRICS[judge]
+    received, trained = metric.shown(scores.received), metric.shown(scores.trained)
+    return [f"local {metric.title} {received} as received and {trained} as trained"]
 
 
 def _mb(size: int) -> str:

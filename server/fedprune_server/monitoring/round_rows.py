@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.coordination.job_end import EPSILON_NEXT
 from fedprune.core.errors import ConfigError
-from fedprune.core.metrics import METRICS, served
+from fedprune.core.metrics import METRICS, TRAINED, served
 from fedprune.model.recipe import judged_by
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.executor.accountant import EPSILON
@@ -139,6 +140,32 @@ def judging_metric(job: Mapping[str, Any]) -> str:
     except ConfigError:
         return ""
     return name if name in METRICS else ""
+
+
+@dataclass(frozen=True)
+class RoundScores:
+    """A round's scores by one metric; NaN where nothing was measured.
+
+    Attributes:
+        whole: The new global model's, on the server's samples.
+        received: Mean over delivering boards of the scores of the models that they received, each on the board's own
+            test samples.
+        trained: The same of the models that they made of these by training.
+    """
+
+    whole: float
+    received: float
+    trained: float
+
+
+def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
+    """The scores of a round in a job's history, by the metric of this name."""
+    folded = [part.get("metrics", {}) for part in entry["devices"].values() if part["progress"] == "folded"]
+    before, after = f"{metric}_before", f"{metric}_{TRAINED}"
+    # Means over the same boards, so that their difference is what training changed.
+    pairs = [(m[before], m[after]) for m in folded if before in m and after in m] or [(math.nan, math.nan)]
+    received, trained = (math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True))
+    return RoundScores(entry["metrics"].get(metric, math.nan), received, trained)
 
 
 EACH_ROUND = (

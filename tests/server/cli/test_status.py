@@ -382,7 +382,7 @@ def test_status_names_the_best_round_beside_the_latest(tmp_path: Path, capsys: p
     assert body["latest"] == {"round": 4, "model": f"{4:064}", "metric": "accuracy", "score": 0.625}
     assert main(["status", "--state", str(tmp_path)]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
-    assert "  round 4: 1 of 1 device, accuracy 62.5%" in lines
+    assert "  round 4: 1 of 1 device, accuracy 62.5%, local accuracy 25.0% as received and 50.0% as trained" in lines
     assert "  best model: accuracy 75.0% after round 2; latest: accuracy 62.5% after round 4" in lines
 
 

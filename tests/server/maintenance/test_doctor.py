@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import socket
@@ -30,6 +31,7 @@ from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
+from fedprune.model.recipe import Recipe
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import CrashReport, ServerPresence
 from fedprune_server.cli.main import main
@@ -152,6 +154,65 @@ def test_a_loss_that_rose_for_want_of_calibration_is_told_so() -> None:
     for uncalibrated in (True, False):
         (finding,) = findings(replace(with_state(history=history), uncalibrated=uncalibrated))
         assert ("[calibration]" in finding.advice) == uncalibrated
+
+
+def scored(
+    rounds: Iterable[tuple[float, float, float]], metric: str = "accuracy", *, risen: bool = False, **settings: Any
+) -> Case:
+    """A job by the scores of its rounds: the global model's, then means of boards before and after training."""
+    history = []
+    for number, (whole, before, after) in enumerate(rounds, 1):
+        entry = row(
+            number, {"a": ("folded", "", ""), "b": ("folded", "", "")}, samples=9, **{"loss": 1.0, metric: whole}
+        )
+        for name, shift in (("a", 0.01), ("b", -0.01)) if not math.isnan(before) else ():
+            entry["devices"][name]["metrics"] = {f"{metric}_before": before + shift, f"{metric}_after": after + shift}
+        history.append(entry)
+    return replace(with_state(history=history), settings={"job": {**HEALTHY.settings["job"], **settings}})
+
+
+REGRESSION = {"recipe": Recipe(loss="mse").to_dict()}
+
+
+@pytest.mark.parametrize(
+    ("case", "cause"),
+    [
+        (scored([(0.1, 0.1, 0.11)] * 6), "learn nothing"),
+        (scored([(4.0, 4.1, 4.1)] * 6, "loss", **REGRESSION), "learn nothing"),
+        (scored([(0.11, 0.1, 0.8)] * 6), "aggregation"),
+        (scored([(4.0, 4.0, 0.5)] * 6, "loss", **REGRESSION), "aggregation"),
+        (scored([(0.1, r / 10, r / 9) for r in range(1, 9)]), "evaluation"),
+        (scored([(0.1, 0.97, 0.98)] * 6), "evaluation"),  # a model that was good when the job began
+        # Samples on another scale: a lucky round, and a loss that rises because a good model is surely wrong there.
+        (scored([(0.5 if r == 3 else 0.1, r / 10, r / 9) for r in range(1, 10)], risen=True), "evaluation"),
+    ],
+)
+def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: Case, cause: str) -> None:
+    (finding,) = found_in(case)
+    assert (finding.kind, finding.wrong) == ("model-stalls", False)
+    assert cause in finding.what.rpartition(":")[2]
+    done = replace(case, state=replace(case.state, phase=Phase.FINISHED))
+    assert kinds(findings(done)) == {"model-stalls"}
+
+
+HEALTHY_SCORES = {
+    "too few rounds": scored([(0.1, 0.1, 0.1)] * 5),
+    "it moves, slowly": scored([(0.1 + r / 100, 0.1, 0.1) for r in range(8)]),
+    "converged": scored([(0.1 * min(r, 9), 0.1 * min(r - 1, 9), 0.1 * min(r, 9) + 0.05) for r in range(1, 15)]),
+    "converged far below what is good": scored([(0.3, 0.1, 0.3), *[(0.62, 0.6, 0.7), (0.6, 0.6, 0.7)] * 4]),
+    "converged, by its loss": scored([(max(0.5, 4 / r), 4 / r, 3 / r) for r in range(1, 15)], "loss", **REGRESSION),
+    "all was learnt in the first round": scored([(0.95, 0.1, 0.95), *[(0.96, 0.95, 0.96)] * 8]),
+    "good when the job began": scored([(0.97, 0.97, 0.97)] * 8),
+    "boards with few classes score higher": scored(
+        [(min(0.6, 0.2 + r / 10), min(0.85, 0.5 + r / 10), 0.95) for r in range(14)]
+    ),
+    "parts stay on the boards": scored([(0.1, 0.9, 0.95)] * 8, strategy="fedper"),
+    "private": scored([(0.1, math.nan, math.nan)] * 8),
+}
+
+
+def test_a_job_that_learns_or_has_learnt_does_not_stall() -> None:
+    assert {name for name, case in HEALTHY_SCORES.items() if found_in(case)} == set()
 
 
 def test_a_finished_job_needs_no_server() -> None:

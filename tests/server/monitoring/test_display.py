@@ -32,7 +32,7 @@ SUMMARY = {
     "metrics": {"accuracy": 0.75, "samples": 100.0},
     "devices": {"pi": {"progress": "folded"}, "nano": {"progress": "refused"}},
 }
-LINE = round_line(SUMMARY, 10, 2_500_000, 1_250_000)
+LINE = round_line(SUMMARY, Job(rounds=10), 2_500_000, 1_250_000)
 
 
 class Seen:
@@ -75,6 +75,20 @@ def test_a_round_is_one_line() -> None:
     assert LINE == (
         "round 2 of 10: 1 of 2 devices counted, accuracy 75.0%, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
     )
+
+
+def test_the_line_of_a_round_has_what_boards_measured_before_and_after_training() -> None:
+    scores = {"a": (0.5, 0.75), "b": (0.25, 0.5), "late": (1.0, 1.0)}
+    parts = {
+        name: {
+            "progress": "refused" if name == "late" else "folded",
+            "metrics": {"accuracy_before": before, "accuracy_after": after, "loss_after": 9.0},
+        }
+        for name, (before, after) in scores.items()
+    }
+    parts["silent"] = {"progress": "folded", "metrics": {}}
+    line = round_line({**SUMMARY, "devices": parts}, Job(rounds=10), 0, 0)
+    assert ", accuracy 75.0%, local accuracy 37.5% as received and 62.5% as trained, " in line
 
 
 @pytest.mark.parametrize(("width", "left_out"), [(110, set()), (100, {"12,345"}), (80, {"pi-zero-2w"})])

@@ -454,6 +454,14 @@ def test_the_best_round_is_named_beside_the_last(tmp_path):
     assert dict(summary(silent))["best global accuracy (round)"] == "–"
 
 
+def test_a_report_has_the_scores_of_each_round_on_both_sides(tmp_path):
+    own = [{"accuracy_before": {"zero": r / 10}, "accuracy_after": {"zero": r / 5}} for r in range(1, 5)]
+    run = replace(record(), rounds=tuple(replace(r, own=o) for r, o in zip(record().rounds, own, strict=True)))
+    page = write_report(tmp_path, run).markdown.read_text()
+    assert "| round | global accuracy | local accuracy as received | local accuracy as trained |" in page
+    assert "| 3 | 80.0% | 30.0% | 60.0% |" in page
+
+
 def test_plan_table_has_a_row_per_device():
     rows = plan_rows(record())
     assert [r[0] for r in rows[1:]] == ["zero", "orin"]

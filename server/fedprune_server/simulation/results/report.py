@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedprune.core.metrics import TRAINED
 from fedprune.core.text import amount, quantity, some
 from fedprune.jobs.job import Job
 from fedprune.output.document import Block, Document, Drawing, Table
@@ -129,6 +130,20 @@ def _best(run: Record) -> str:
     """The best global model's score, and the round that it is of."""
     best = run.best
     return "–" if best is None else f"{shown(best.metrics[run.measure], run.metric)} ({best.round})"
+
+
+def round_table(run: Record) -> list[tuple[str, ...]]:
+    """Rows of the table of rounds: scores of each round's new global model on the server's samples, and of the models
+    that devices received and trained on theirs, as means of each device's latest; the first row is the header."""
+    kind = run.measure
+    columns = {
+        f"global {kind}": run.global_values(),
+        f"local {kind} as received": run.own_means(f"{kind}_before"),
+        f"local {kind} as trained": run.own_means(f"{kind}_{TRAINED}"),
+    }
+    values = zip(run.rounds, *columns.values(), strict=True)
+    rows = [(str(row.round), *(shown(value, run.metric) for value in scores)) for row, *scores in values]
+    return _filled([("round", *columns), *rows])
 
 
 def rounds_done(run: Record) -> str:
@@ -275,7 +290,10 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
         "Summary": [table(summary(run, reference)), verdicts],
-        "Learning": [Drawing(charts.curves(runs))],
+        "Learning": [
+            Drawing(charts.curves(runs)),
+            replace(table(round_table(run)), summary="Scores of each round"),
+        ],
         "Devices": [Drawing(charts.devices(run, reference))],
         "Data of the devices": [Drawing(run.partition.heat_map())],
         "Bytes between server and devices": [Drawing(charts.traffic(runs))],
