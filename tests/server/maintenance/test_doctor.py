@@ -162,9 +162,8 @@ def scored(
     """A job by the scores of its rounds: the global model's, then means of boards before and after training."""
     history = []
     for number, (whole, before, after) in enumerate(rounds, 1):
-        entry = row(
-            number, {"a": ("folded", "", ""), "b": ("folded", "", "")}, samples=9, **{"loss": 1.0, metric: whole}
-        )
+        scores = {"loss": float(number) if risen else 1.0, metric: whole}
+        entry = row(number, {"a": ("folded", "", ""), "b": ("folded", "", "")}, samples=9, **scores)
         for name, shift in (("a", 0.01), ("b", -0.01)) if not math.isnan(before) else ():
             entry["devices"][name]["metrics"] = {f"{metric}_before": before + shift, f"{metric}_after": after + shift}
         history.append(entry)
@@ -181,6 +180,7 @@ REGRESSION = {"recipe": Recipe(loss="mse").to_dict()}
         (scored([(4.0, 4.1, 4.1)] * 6, "loss", **REGRESSION), "learn nothing"),
         (scored([(0.11, 0.1, 0.8)] * 6), "aggregation"),
         (scored([(4.0, 4.0, 0.5)] * 6, "loss", **REGRESSION), "aggregation"),
+        (scored([(0.1, 0.1, 0.9), *[(0.1, 0.25, 0.9)] * 7]), "aggregation"),
         (scored([(0.1, r / 10, r / 9) for r in range(1, 9)]), "evaluation"),
         (scored([(0.1, 0.97, 0.98)] * 6), "evaluation"),  # a model that was good when the job began
         # Samples on another scale: a lucky round, and a loss that rises because a good model is surely wrong there.
@@ -193,6 +193,10 @@ def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: Case, c
     assert cause in finding.what.rpartition(":")[2]
     done = replace(case, state=replace(case.state, phase=Phase.FINISHED))
     assert kinds(findings(done)) == {"model-stalls"}
+
+
+def test_a_loss_that_rises_on_boards_that_learn_nothing_is_training_that_diverges() -> None:
+    assert kinds(found_in(scored([(0.1, 0.1, 0.1)] * 8, risen=True))) == {"training-diverges"}
 
 
 HEALTHY_SCORES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.background import BackgroundExecutor, Work
 from fedprune_server.executor.retention import BlobCollector, sweep
+from fedprune_server.maintenance.inventory import inventory
+from fedprune_server.storage.storage import Storage
 from support.fakes.asynchronous_shell import KINDS, Shell
 from support.fakes.tiny_job import JOB
 
@@ -158,3 +161,14 @@ def test_a_model_that_is_no_longer_the_best_is_deleted_also_after_a_restart(tmp_
     state.history, state.model, state.round = rows, models[2], 3
     collector.collect(state, frozenset())
     assert store.names() == [models[2]]
+
+
+def test_a_backup_needs_the_best_model_too(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"round": n, "at": 0.0, "model": f"{n:064}", "metrics": {"accuracy": score}, "devices": {}}
+        for n, score in enumerate((0.9, 0.5, 0.6), 1)
+    ]
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": JOB.to_dict(), "server": {"keep": 1}})
+        storage.save(State(model=rows[-1]["model"], round=3, history=rows), (), 1.0)
+        assert inventory(storage).models == {f"{1:064}", f"{3:064}"}
