@@ -2,6 +2,10 @@
 
 `python -m benchmarks.tasks` runs what has no result yet: each task, method and seed. Results are in
 `benchmarks/results/tasks.json`, and the page is `tasks.md` there; the tables of `docs/tasks` are written, too.
+
+A look changes runs, prints each of their rounds, and writes nothing: fewer rounds, or other settings, such as
+`python -m benchmarks.tasks detection --seeds 0 --methods fedprune --changes
+'{"options": {"densities": [0.5], "dropout": []}, "job": {"compression": "int8"}, "recipe": {"mixup": 0}}'`.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -142,18 +146,31 @@ def imported(task: Task, seed: int) -> tuple[Model, torch.nn.Module]:
     return fx.load(module, **task.own), module
 
 
-def federated(task: Task, method: str, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Changes:
+    """Settings of a look that differ from a row's: the strategy's options, the job's, and its recipe's."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    job: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def federated(task: Task, method: str, seed: int, changes: Changes = Changes()) -> dict[str, Any]:
     """A simulated fleet's run."""
     found, (model, _) = task.deal(seed), imported(task, seed)
     names = list(found.boards)
     options = {} if method == "fedavg" else {"densities": list(task.densities), **VARIANTS.get(method, {})}
+    options |= changes.options
     strategy = "fedavg" if method == "fedavg" else "fedprune"
     codec = "int8" if method == INT8 else "none"
+    settings: dict[str, Any] = {
+        "strategy": strategy, "deadline_s": 1e7, "move_limit": 0.0, "weight_limit": 0.0, "compression": codec,
+        "compression_down": codec, **changes.job,
+    }  # fmt: skip
+    recipe = replace(task.recipe, **{"evaluate_every": task.rounds, **changes.recipe})
     job = Job(
-        name="task", seed=seed, devices=len(names), rounds=task.rounds, strategy=strategy, options=options,
-        recipe=replace(task.recipe, evaluate_every=task.rounds), deadline_s=1e7, move_limit=0.0, weight_limit=0.0,
-        compression=codec, compression_down=codec,
-    )  # fmt: skip
+        name="task", seed=seed, devices=len(names), rounds=task.rounds, options=options, recipe=recipe, **settings
+    )
     fleet = tuple(VirtualDevice(n, find(BOARD), found.boards[n]) for n in names)
     last: list[bytes] = []
 
@@ -167,6 +184,7 @@ def federated(task: Task, method: str, seed: int) -> dict[str, Any]:
     return {
         "curve": [row.metrics for row in record.rounds],
         "bytes": [record.last.down, record.last.up],
+        "macs": record.macs(),
         "local": {k: statistics.fmean(v.values()) for k, v in record.last.own.items() if k.startswith(record.measure)},
     }
 
@@ -335,9 +353,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *FURTHER), default=[*METHODS, *FURTHER])
     parser.add_argument("--variants", action="store_true", help="run the variants of fedprune on the tasks explained")
-    parser.add_argument("--rounds", type=int, help="fewer rounds, for a look; nothing is written")
+    parser.add_argument("--rounds", type=int, help="fewer or more rounds, for a look")
+    parser.add_argument("--changes", type=json.loads, default={}, metavar="JSON", help="other settings, for a look")
     parser.add_argument("--pictures", action="store_true", help="draw what the first seed's models make of samples")
     options = parser.parse_args()
+    changes, look = Changes(**options.changes), bool(options.rounds or options.changes)
     torch.set_num_threads(1)
     path = RESULTS / "tasks.json"
     if options.pictures:
@@ -352,16 +372,21 @@ def main() -> int:
             for method in VARIANTS if options.variants else options.methods:
                 results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
                 runs = results["runs"].setdefault(name, {}).setdefault(method, {})
-                if str(seed) in runs and not options.rounds:
+                if str(seed) in runs and not look:
                     continue
                 task, began = TASKS[name], time.perf_counter()
                 task = replace(task, rounds=options.rounds or task.rounds)
-                run = central(task, seed) if method == "torch" else federated(task, method, seed)
+                run = central(task, seed) if method == "torch" else federated(task, method, seed, changes)
                 if (area := detected(task, method, seed)) is not None:
                     run["detected"] = round(area, 4)
                 run |= {"seconds": round(time.perf_counter() - began, 1), "code": commit()}
-                print(name, method, seed, run["seconds"], "s", run["curve"][-1], run.get("bytes"), flush=True)
-                if options.rounds:
+                print(
+                    name, method, seed, run["seconds"], "s", run["curve"][-1], run.get("bytes"), run.get("macs"),
+                    flush=True,
+                )  # fmt: skip
+                if look:
+                    judged = task.recipe.judged_by
+                    print(*(f"{metrics[judged]:.4g}" for metrics in run["curve"] if judged in metrics), flush=True)
                     continue
                 results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
                 results["runs"].setdefault(name, {}).setdefault(method, {})[str(seed)] = run
