@@ -72,7 +72,7 @@ class CommandDispatcher:
         job, device = self._job.name, command.device
         match command:
             case do.SendOffer():
-                return self.offer(command)
+                return self.offer(command, again=command.again)
             case do.PullUpdate():
                 return self._pull(command)
             case do.Acknowledge():
@@ -87,7 +87,7 @@ class CommandDispatcher:
         return []
 
     def offer(self, command: do.SendOffer, *, again: bool = False) -> list[on.Event]:
-        """Offer a device its part of the round, `again` if it has shown nothing of an earlier offer."""
+        """Offer a device its part of the round, `again` if it was offered before: its time counts from then."""
         body, job = sent(command.offer), self._job.name
         if command.device in self.revoked:  # while its offer was made
             return [

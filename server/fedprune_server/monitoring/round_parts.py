@@ -27,6 +27,8 @@ _ENDS: dict[type[Any], str] = {
 def begun(command: do.Command) -> tuple[str, str] | None:
     """The part that a command begins, and its device (empty if it is the whole round's); None for no part."""
     part = _BEGINS.get(type(command))
+    if isinstance(command, do.SendOffer) and command.again:
+        return None  # most devices have their update still, and pulling it goes on
     return None if part is None else (part, device_of(command) or "")
 
 

@@ -362,6 +362,9 @@ class Simulation:
         name, run, seed = command.device, self._run, self.job.seed
         if name not in run.online:
             return  # it is offered again when the device is back
+        unsent = run.unsent.get(name)
+        if unsent is not None and (unsent.round, unsent.attempt) == (command.round, command.attempt):
+            return  # trained already, and announced again when the device came back
         self._stalls.offered(command, self.state, run.refusal)
         self._forget(name)  # a newer offer replaces an older one
         run.unsent.pop(name, None)

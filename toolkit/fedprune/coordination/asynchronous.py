@@ -15,11 +15,10 @@ from dataclasses import replace
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.availability import Availability
-from fedprune.coordination.base import Commands, Coordinator, based, steps_of
+from fedprune.coordination.base import Commands, Coordinator, based
 from fedprune.coordination.job_end import spent_total
 from fedprune.coordination.staleness import UpdateWeights, plain
 from fedprune.coordination.stragglers import LATE
-from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.failure_kind import FailureKind
@@ -90,11 +89,8 @@ class AsynchronousCoordinator(Coordinator):
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
             return [] if event.more else self._open_if_able(now)
-        made = self._make_here(event.device, before)
-        task = state.tasks.get(event.device)
-        if task is not None and task.progress is Progress.OFFERED and task.offer:
-            return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
-        return made if event.more else made + self._offers(now)
+        commands = self._make_here(event.device, before) or self._resend_offer(event.device)
+        return commands if event.more else commands + self._offers(now)
 
     # A round begins.
 
@@ -197,13 +193,10 @@ class AsynchronousCoordinator(Coordinator):
         mine = task is not None and event.round == self.state.round_of(task)
         if task is not None and mine and event.attempt == task.attempt and based(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
-                return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
+                return [self._settle_announcement(event, task)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
-            if task.progress is Progress.OFFERED:
-                task.progress, task.update = Progress.PULLING, event.weights
-                task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
-            return [do.PullUpdate(event.device, event.round, event.attempt, task.update or event.weights)]
+            return [self._pull(event, task)]
         if task is not None and mine and task.progress is Progress.EXTRACTING:
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "another offer took this one's place" if task is not None else "the round is over"

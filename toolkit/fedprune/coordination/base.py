@@ -16,6 +16,7 @@ from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
+from fedprune.core.metrics import believable
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
@@ -100,7 +101,11 @@ class Coordinator(ABC):
             case on.UpdateRejected():
                 return self._rejected(event, now)
             case on.OfferRefused():
-                task = self._task(event, Progress.OFFERED) or self._task(event, Progress.EXTRACTING)
+                task = (
+                    self._task(event, Progress.OFFERED)
+                    or self._task(event, Progress.EXTRACTING)
+                    or self._task(event, Progress.PULLING)  # it has lost its update, and can't make another
+                )
                 return self._give_up(task, event, now) + self._clocked(now)
             case on.Folded():
                 return self._folded(event, now)
@@ -370,6 +375,32 @@ class Coordinator(ABC):
         if task.progress is Progress.OFFERED:
             task.progress, task.offer = Progress.EXTRACTING, None
         return [self._extract(name, task)]
+
+    def _resend_offer(self, name: str) -> Commands:
+        """The offer once more, for a device that has come again before its update is here.
+
+        It may have missed the offer or, with its storage, have lost the update that it announced: then nobody else
+        would tell it to train. A device that still has the update answers with the same announcement.
+        """
+        task = self.state.tasks.get(name)
+        if task is None or not task.offer or task.progress not in (Progress.OFFERED, Progress.PULLING):
+            return []
+        again = task.progress is Progress.PULLING
+        return [do.SendOffer(name, self.state.round_of(task), task.attempt, task.offer, again)]
+
+    def _pull(self, event: on.UpdateAnnounced, task: Task) -> do.PullUpdate:
+        """Pull what a device announces; another update than before replaces that one, which the device has no more."""
+        if task.progress is Progress.OFFERED or task.update != event.weights:
+            task.progress, task.update = Progress.PULLING, event.weights
+            task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
+        return do.PullUpdate(event.device, event.round, event.attempt, event.weights)
+
+    def _settle_announcement(self, event: on.UpdateAnnounced, task: Task) -> do.Acknowledge | do.Cancel:
+        """The answer to a device whose update is here. If it has trained once more meanwhile, without its storage, the
+        first update counts: an acknowledgement of that one would leave it announcing the second."""
+        if event.weights.get("sha256") != task.weights:
+            return do.Cancel(event.device, event.round, event.attempt, "an earlier update of this offer is here")
+        return do.Acknowledge(event.device, event.round, event.attempt, task.weights)
 
     def _died(self, event: on.DeviceDied) -> Commands:
         device = self.state.devices.get(event.device)

@@ -156,12 +156,17 @@ class Extract:
 
 @dataclass(frozen=True)
 class SendOffer:
-    """Offer a device its round; answered, sooner or later or never, by `UpdateAnnounced` or `OfferRefused`."""
+    """Offer a device its round; answered, sooner or later or never, by `UpdateAnnounced` or `OfferRefused`.
+
+    Attributes:
+        again: Whether the device has announced an update of this offer before, which it may have lost since.
+    """
 
     device: str
     round: int
     attempt: int
     offer: dict[str, Any]
+    again: bool = False
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,8 @@ class SynchronousCoordinator(Coordinator):
         if not self._admit(event):
             return []
         commands = self._make_here(event.device, before)
-        task = state.tasks.get(event.device)
-        if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
-            commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
+        if state.phase is Phase.TRAINING and not commands:
+            commands = self._resend_offer(event.device)
         if state.phase is Phase.FINISHED:
             commands.append(do.TellFinished(event.device, state.model))
         return commands if event.more else commands + self._begin(now)
@@ -277,16 +276,11 @@ class SynchronousCoordinator(Coordinator):
         late = event.round != state.round or state.phase not in (Phase.SCORING, Phase.TRAINING)
         if task is not None and event.round == state.round and event.attempt == task.attempt and based(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
-                return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
-            if task.progress is Progress.PULLING and not late:
-                return [do.PullUpdate(event.device, event.round, event.attempt, task.update or event.weights)]
+                return [self._settle_announcement(event, task)]
             if task.progress is Progress.OFFERED and not late:
-                task.progress = Progress.PULLING
-                task.update = event.weights
                 task.trained_s = None if task.offered_at is None else now - task.offered_at
-                task.steps = steps_of(event, task)
-                task.metrics = believable(event.metrics)
-                return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
+            if task.progress in (Progress.OFFERED, Progress.PULLING) and not late:
+                return [self._pull(event, task)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
         if task is not None and event.round == state.round and task.progress in TO_COME:

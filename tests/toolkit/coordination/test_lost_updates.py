@@ -1,0 +1,109 @@
+"""A board that announced its update and comes again before the update is at the server: with it, or without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.jobs.state import Progress, Task
+from support.fakes import asynchronous_shell, coordinator_shell, synchronous_shell
+from support.fakes.tiny_job import JOB
+
+pytestmark = pytest.mark.board
+
+BIRTH = on.DeviceBorn("a", 9, {"name": "toy"}, 10)
+
+
+class Returned:
+    """A job in which the update of board a was being pulled when the board went away, and has come again.
+
+    Attributes:
+        first: What the board announced before it went.
+        answers: What the server says to its announcement as a new connection.
+    """
+
+    def __init__(self, shell: coordinator_shell.Shell) -> None:
+        self.shell = shell
+        shell.arrive()
+        self.first = next(self._announcements())
+        shell.feed(self.first)
+        session = shell.state.devices["a"].session
+        shell.inbox = [e for e in shell.inbox if not isinstance(e, on.UpdateStored)]  # its upload ends with it
+        shell.feed(on.DeviceDied("a", session))
+        self.answers = shell.coordinator.handle(BIRTH, shell.now)
+
+    def _announcements(self) -> Iterator[on.UpdateAnnounced]:
+        while True:
+            event = self.shell.inbox.pop(0)
+            if isinstance(event, on.UpdateAnnounced) and event.device == "a":
+                yield event
+            else:
+                self.shell.feed(event)
+
+    @property
+    def offers(self) -> list[do.SendOffer]:
+        return [c for c in self.answers if isinstance(c, do.SendOffer)]
+
+    @property
+    def task(self) -> Task:
+        return self.shell.state.tasks["a"]
+
+    def pulled(self, update: on.UpdateAnnounced) -> list[do.Command]:
+        """What follows from an announcement; what it leads to waits."""
+        return self.shell.coordinator.handle(update, self.shell.now)
+
+    def store(self, update: on.UpdateAnnounced) -> list[do.Command]:
+        stored = on.UpdateStored("a", update.round, update.attempt, str(update.weights["sha256"]))
+        return self.shell.feed(stored)
+
+
+@pytest.fixture(params=["synchronous", "asynchronous"])
+def returned(request: pytest.FixtureRequest) -> Returned:
+    synchronous = request.param == "synchronous"
+    return Returned(synchronous_shell.Shell(JOB) if synchronous else asynchronous_shell.Shell())
+
+
+def pull_of(update: on.UpdateAnnounced) -> do.PullUpdate:
+    return do.PullUpdate(update.device, update.round, update.attempt, update.weights)
+
+
+def folds(commands: list[do.Command]) -> list[str | None]:
+    return [c.contribution.weights for c in commands if isinstance(c, do.Fold)]
+
+
+def test_a_board_that_comes_again_is_offered_its_round_once_more(returned: Returned) -> None:
+    assert [(o.device, o.round, o.attempt, o.offer, o.again) for o in returned.offers] == [
+        ("a", returned.first.round, returned.first.attempt, returned.task.offer, True)
+    ]
+    assert returned.task.progress is Progress.PULLING
+
+
+def test_an_update_that_the_board_still_has_is_pulled_and_counts_once(returned: Returned) -> None:
+    assert returned.offers
+    assert pull_of(returned.first) in returned.pulled(returned.first)
+    assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
+    assert folds(returned.store(returned.first)) == []
+
+
+def test_what_a_board_trains_once_more_is_pulled_instead_of_what_it_has_lost(returned: Returned) -> None:
+    second = replace(returned.first, weights={"sha256": "second"}, steps=1)
+    assert pull_of(second) in returned.pulled(second)
+    assert folds(returned.store(second)) == ["second"]
+    assert returned.task.steps == 1
+
+
+def test_the_first_update_counts_where_it_has_arrived_all_the_same(returned: Returned) -> None:
+    second = replace(returned.first, weights={"sha256": "second"})
+    assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
+    assert [type(c) for c in returned.pulled(second) if getattr(c, "device", "") == "a"] == [do.Cancel]
+    assert returned.task.weights == returned.first.weights["sha256"]
+    assert any(isinstance(c, do.Acknowledge) for c in returned.pulled(returned.first))
+
+
+def test_a_board_that_has_lost_its_update_may_refuse_to_train_again(returned: Returned) -> None:
+    returned.shell.feed(on.OfferRefused("a", returned.first.round, returned.first.attempt, "its samples are gone"))
+    assert returned.task.progress is Progress.REFUSED
