@@ -6,25 +6,27 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedprune.core.cli import add_json, seconds, whole_number
-from fedprune.core.errors import ExitCode, JoinError, StorageError, looked_for, meant
+from fedprune.core.errors import ExitCode, FedpruneError, JoinError, meant
 from fedprune.core.text import amount, sentences
 from fedprune.output.tables import print_verdicts
-from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.board_logs import BoardReport, frames_of, read_logs
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND
-from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import Storage, database_of
 
 _LOOK_S = 1.0
 _NOT_ASKED = "The server asks for none, since board_logs is 0 in [server]"
+_OWN_LOG = f"Its own log is on the board: {BOARD_LOG_COMMAND}"
 
 
 def add_logs(logs: argparse.ArgumentParser) -> None:
@@ -48,17 +50,19 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
 
 def _logs(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
-    if not folder.is_dir():
-        raise StorageError(
-            f"{folder} is no server's state folder", hint=f"Give the folder of `run --state`.{looked_for(folder)}"
-        )
-    check_unowned(folder)
+    Storage.check_existing(folder)
     rows = read_logs(folder, arguments.device, most=arguments.last)
-    explanation = _why_empty(folder, arguments.device) if not rows and not arguments.follow else ""
     _show(rows, as_json=arguments.json)
     after = rows[-1].id if rows else 0
-    if explanation and not arguments.json:
-        print(explanation)
+    empty = not rows and not arguments.follow
+    remarks = ["no board has sent a warning, an error or a crash"] if empty else []
+    if empty and arguments.device is not None:
+        remarks = [_why_empty(_read_exclusions(folder), arguments.device)]
+    elif not arguments.json:
+        with suppress(FedpruneError):  # lines are shown also where the job can't be read
+            remarks += _present_reasons(_read_exclusions(folder), arguments.device)
+    for remark in () if arguments.json else remarks:
+        print(remark, flush=True)
     while arguments.follow:
         time.sleep(_LOOK_S)
         rows = read_logs(folder, arguments.device, after)
@@ -66,30 +70,53 @@ def _logs(arguments: argparse.Namespace) -> None:
         after = rows[-1].id if rows else after
 
 
-def _why_empty(folder: Path, name: str | None) -> str:
-    """Why there is nothing of a board, or of all, and where to look instead. Raises `JoinError` if the server has never
-    heard of the board; with --follow it may still come."""
-    if name is None:
-        return "no board has sent a warning, an error or a crash"
-    settings, exclusions = None, dict[str, str]()  # of every board that the server knows, why it takes no part
-    if has_database(folder):
-        with database_of(folder, read_only=True) as database:
-            exclusions = dict.fromkeys((device.device for device in IdentityStore(database).devices()), "")
-        if (settings := Storage.settings_in(folder)) is not None:
-            with Storage.existing(folder) as storage:
-                bodies = [*storage.devices(), *({"name": n, **body} for n, body in storage.outsiders().items())]
-            exclusions |= {str(body["name"]): str(body["excluded"] or "") for body in bodies}
-    if name not in exclusions:
+@dataclass(frozen=True)
+class _Exclusions:
+    """Why boards take no part.
+
+    Attributes:
+        settings: Those of the job; empty where none has begun.
+        reasons: By name of every board that the server knows; empty where it takes part.
+        cannot_start: Boards whose program ends before it has begun.
+    """
+
+    settings: Mapping[str, Any]
+    reasons: Mapping[str, str]
+    cannot_start: Collection[str]
+
+
+def _read_exclusions(folder: Path) -> _Exclusions:
+    with database_of(folder, read_only=True) as database:
+        reasons = dict.fromkeys((device.device for device in IdentityStore(database).devices()), "")
+    if (settings := Storage.settings_in(folder)) is None:
+        return _Exclusions({}, reasons, ())
+    with Storage.existing(folder) as storage:
+        outsiders = storage.outsiders()
+        bodies = [*storage.devices(), *({"name": n, **body} for n, body in outsiders.items())]
+    reasons |= {str(body["name"]): str(body["excluded"] or "") for body in bodies}
+    return _Exclusions(settings, reasons, [n for n, body in outsiders.items() if body.get("cannot_start")])
+
+
+def _present_reasons(exclusions: _Exclusions, name: str | None) -> list[str]:
+    """Why boards can't start now: such a board sends no line, so that those of it in the store are older."""
+    names = sorted(n for n in exclusions.cannot_start if name in (None, n))
+    return [sentences(f"{n}: {exclusions.reasons[n]}", _OWN_LOG) for n in names]
+
+
+def _why_empty(exclusions: _Exclusions, name: str) -> str:
+    """Why there is nothing of a board, and where to look instead. Raises `JoinError` if the server has never heard of
+    it; with --follow it may still come."""
+    if name not in exclusions.reasons:
         raise JoinError(
-            f"no board is called {name}{meant(name, exclusions)}",
+            f"no board is called {name}{meant(name, exclusions.reasons)}",
             hint="`fedprune-server status` and `fedprune-server devices` list boards; --follow waits for one.",
         )
-    why = exclusions[name]
+    why = exclusions.reasons[name]
     return sentences(
         f"{name} has sent no warning, error or crash",
         f"It takes no part: {why}" if why else "",
-        "" if (settings or {}).get("server", {}).get("board_logs", 1) else _NOT_ASKED,
-        f"Its own log is on the board: {BOARD_LOG_COMMAND}",
+        "" if exclusions.settings.get("server", {}).get("board_logs", 1) else _NOT_ASKED,
+        _OWN_LOG,
     )
 
 

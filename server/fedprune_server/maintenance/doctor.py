@@ -213,6 +213,8 @@ def _load_case(
     folder: Path, revoked_boards: frozenset[str], away: frozenset[str], leader: str
 ) -> tuple[Case, float | None]:
     """A job as it is stored, and the time of its last event."""
+    if Storage.settings_in(folder) is None:  # commands have begun the database, or a server that couldn't start
+        return Case(folder, {}, State(model=""), {}, held(folder / LOCK)), None
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last_event_at = storage.outsiders(), storage.log.last_at()

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
+from fedprune.wire.fleet_messages import LogReport
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import VARIABLE
+from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, evaluate_alerts
 from fedprune_server.monitoring.participation import EXCLUDED, Absence
 from fedprune_server.monitoring.snapshot import Snapshot
@@ -93,6 +95,7 @@ def test_a_folder_is_its_owner_s_alone_and_knows_its_boards(tmp_path: Path, caps
     finally:
         os.umask(before)
     assert state.stat().st_mode & 0o777 == 0o700
+    assert main(["claim", "--state", str(state)]) == ExitCode.OK
     assert main(["logs", "--state", str(state), "--device", "nope"]) == ExitCode.JOIN
     assert "no board is called nope" in " ".join(capsys.readouterr().err.split())
 
@@ -115,6 +118,16 @@ def test_of_a_board_that_can_t_start_logs_tell_why_they_are_empty_and_where_its_
     assert ".." not in said["attic"]
     assert main(["logs", "--state", str(tmp_path), "--device", "attic", "--json"]) == ExitCode.OK
     assert capsys.readouterr().out == ""
+    with BoardLogs(tmp_path) as logs:  # what it sent when it could start still
+        line = {"number": 1, "at": 5, "level": "warning", "count": 1, "text": "its label is 7"}
+        logs.lines(LogReport("attic", (line,)))
+        logs.save()
+    for options in ([], ["--device", "attic"]):
+        assert main(["logs", "--state", str(tmp_path), *options]) == ExitCode.OK
+        out = capsys.readouterr().out
+        assert out.index("its label is 7") < out.index(trouble)
+        assert BOARD_LOG_COMMAND in out
+        assert "cellar" not in out
     seen = Snapshot(tmp_path, absences={"attic": Absence(EXCLUDED, trouble, 0.0)})
     (alert,) = evaluate_alerts(seen, 1.0)
     assert BOARD_LOG_COMMAND in alert.todo

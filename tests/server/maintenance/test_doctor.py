@@ -477,9 +477,20 @@ def test_an_aggregator_that_has_just_gone_is_found_at_once(folder: Path, capsys:
     assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["aggregator"]
 
 
+@pytest.mark.usefixtures("roomy")
+def test_a_database_without_a_job_is_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Storage.at(tmp_path).close()
+    record_backup(tmp_path)
+    assert main(["doctor", "--state", str(tmp_path), "--json"]) == ExitCode.FOUND
+    (found,) = json.loads(capsys.readouterr().out)["findings"]
+    assert found["kind"] == "server-not-running"
+    assert "--model" in found["todo"]
+
+
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--state", str(tmp_path)]) == ExitCode.STORAGE
     assert main(["logs", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE
+    assert main(["logs", "--state", str(tmp_path)]) == ExitCode.STORAGE
     assert "Traceback" not in capsys.readouterr().err
 
 
