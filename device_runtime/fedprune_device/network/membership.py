@@ -75,6 +75,7 @@ class Membership:
         if self.identity is None:
             return tls_context()
         context = self.identity.context()
+        context.foreign = ""  # these are no brokers
         context.load_default_certs()
         if self.options.ca not in (None, SYSTEM):
             try:

@@ -57,6 +57,13 @@ _ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
 RENEW_AT = 2 / 3
 """Share of a certificate's lifetime after which it is renewed."""
 
+_FOREIGN_BROKER = (
+    "its certificate is another server's: another server answers at this address, or `fedprune-server init` was run "
+    "again. Connect to this fleet's server, or join the other one: docs/runbook.md#another-server-answers. "
+    "A broker with a certificate of another authority, such as a hosted one, needs --ca"
+)
+"""A board's own authority vouches for the broker that the fleet's server runs or configures, and for no other."""
+
 
 class DeviceIdentity:
     """A device's keys, certificate and knowledge of its server.
@@ -247,11 +254,10 @@ class DeviceIdentity:
         Without the certificate only a renewal is possible. Raises `IdentityError` if the device hasn't joined, or a
         file is damaged.
         """
-        authority = authority or self.folder / _AUTHORITY
-        if not certificate:
-            return pinned_context(authority, None, None, lambda: self.times.floor)
-        own, key = (self.folder / name for name in (_CERTIFICATE, _KEY))
-        return pinned_context(authority, own, key, lambda: self.times.floor)
+        files = (self.folder / _CERTIFICATE, self.folder / _KEY) if certificate else (None, None)
+        context = pinned_context(authority or self.folder / _AUTHORITY, *files, lambda: self.times.floor)
+        context.foreign = "" if authority else _FOREIGN_BROKER
+        return context
 
     def _pending(self) -> JoinRequest | None:
         try:

@@ -31,17 +31,31 @@ from fedprune.security.certificates import seconds_of
 NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME (x509_vfy.h), since 1.1.0; Python has no name for it."""
 
+_FOREIGN = frozenset({2, 7, 18, 19, 20, 21, 30})
+"""OpenSSL's X509_V_ERR_* for a chain that ends at no trusted authority. An authority of the same name and another key,
+as `fedprune-server init` makes one when it is run again, shows as a wrong signature (7) or key identifier (30)."""
+
 
 class PinnedContext(ssl.SSLContext):
-    """A client's context that trusts one authority. Made by `pinned_context`."""
+    """A client's context that trusts one authority. Made by `pinned_context`.
+
+    Attributes:
+        foreign: What a certificate of another authority means, in words; empty to say that it isn't trusted.
+    """
 
     floor: Callable[[], int]
+    foreign: str = ""
 
 
 class _CheckedSocket(ssl.SSLSocket):
     def do_handshake(self, block: bool = False) -> None:
-        super().do_handshake(block)
         context = self.context
+        try:
+            super().do_handshake(block)
+        except ssl.SSLCertVerificationError as error:
+            if isinstance(context, PinnedContext) and context.foreign and error.verify_code in _FOREIGN:
+                raise _refused(context.foreign) from error
+            raise
         if isinstance(context, PinnedContext):
             try:
                 check_peer(self.getpeercert(binary_form=True), context.floor())
