@@ -20,7 +20,7 @@ from secrets import SystemRandom
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
 from fedprune.core.text import decode_text, one_line
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import PREFIX, Admission, Claim
+from fedprune.security.joining import Admission, Claim
 from fedprune.security.tls import BUILT, pinned_context, unpinned_context
 from fedprune.wire.fleet_messages import JoinAnswer
 from fedprune.wire.link import Link
@@ -239,18 +239,8 @@ class Renewal:
 
 def read_claim(path: Path) -> Claim:
     try:
-        return one_claim(decode_text(path.read_bytes()), str(path))
+        return Claim.parse(decode_text(path.read_bytes()), str(path))
     except OSError as error:
         raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=remedy(error)) from error
     except UnicodeError as error:
         raise JoinError(f"{path} holds no claim", hint="`fedprune-server claim --out FILE` writes one.") from error
-
-
-def one_claim(text: str, where: str) -> Claim:
-    """The claim in a text that `where` names in messages; raises `JoinError` if it is not exactly one claim."""
-    count = sum(line.strip().upper().startswith(PREFIX) for line in text.splitlines())
-    if count > 1:
-        raise JoinError(
-            f"{where} holds {count} claims", expected="one", got=count, hint="Give every board a file with one of them."
-        )
-    return Claim.parse(text)

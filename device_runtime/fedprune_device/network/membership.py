@@ -18,7 +18,7 @@ from fedprune.security.tls import SYSTEM, insecure_allowed
 from fedprune.wire.link import Link, tls_context
 from fedprune.wire.urls import BrokerUrl
 from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.network.enrollment import Renewal, enrol, join_urls, one_claim, read_claim
+from fedprune_device.network.enrollment import Renewal, enrol, join_urls, read_claim
 from fedprune_device.network.signed_channel import SignedChannel
 
 IDENTITY, CLAIM = "identity", "claim"  # folder of a board's identity, and file of its claim, in its state folder
@@ -173,7 +173,7 @@ def join_first(
 
 def _claim(given: str | None, kept: Path) -> Claim | None:
     if given == "-":
-        return one_claim(sys.stdin.read().lstrip("\ufeff"), "standard input")
+        return Claim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input")
     if given is not None:
         return read_claim(Path(given))
     return read_claim(kept) if kept.exists() else None

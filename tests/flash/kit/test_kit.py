@@ -106,6 +106,12 @@ def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_kit_is_given_one_claim(make_kit: MakeKit) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_kit(claim=f"{CLAIM}\n{CLAIM}\n")
+    assert (caught.value.expected, caught.value.got) == ("one", 2)
+
+
 def test_a_folder_that_is_there_is_left_alone(make_kit: MakeKit) -> None:
     kit = make_kit()
     with pytest.raises(UsageError, match="is there already"):

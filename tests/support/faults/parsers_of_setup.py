@@ -19,7 +19,6 @@ from fedprune.core.errors import BoardError
 from fedprune.core.line_process import LineProcess
 from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
-from fedprune_device.network.enrollment import one_claim
 from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
 from fedprune_flash.image.boot_image import unpack
 from fedprune_flash.image.ext4 import Ext4
@@ -92,7 +91,7 @@ board = "raspberry-pi-5"
     return (
         Target(
             "told.claim",
-            as_text(lambda text: one_claim(text, "it")),
+            as_text(lambda text: Claim.parse(text, "it")),
             (claim.encode(), claim.lower().encode() + b"\n"),
             text=True,
         ),

@@ -202,9 +202,15 @@ class Claim:
         return cls(secrets.token_bytes(ID), secrets.token_bytes(SECRET), pin)
 
     @classmethod
-    def parse(cls, text: str) -> Claim:
-        """Read a claim in upper or lower case, with any spaces and dashes. Raises `JoinError` if the text is no
-        claim, or mistyped."""
+    def parse(cls, text: str, where: str = "the given text") -> Claim:
+        """Read a claim in upper or lower case, with any spaces and dashes; `where` names the text in messages. Raises
+        `JoinError` if it is no claim, several, or mistyped."""
+        count = sum(line.strip().upper().startswith(PREFIX) for line in text.splitlines())
+        if count > 1:
+            raise JoinError(
+                f"{where} holds {count} claims", expected="one", got=count,
+                hint="Give every board a file with one of them.",
+            )  # fmt: skip
         plain = re.sub(r"[\s-]", "", text[:_LONGEST]).upper()
         if not plain.startswith(PREFIX):
             raise JoinError(
