@@ -254,8 +254,8 @@ class DeviceIdentity:
         Without the certificate only a renewal is possible. Raises `IdentityError` if the device hasn't joined, or a
         file is damaged.
         """
-        files = (self.folder / _CERTIFICATE, self.folder / _KEY) if certificate else (None, None)
-        context = pinned_context(authority or self.folder / _AUTHORITY, *files, lambda: self.times.floor)
+        own, key = (self.folder / _CERTIFICATE, self.folder / _KEY) if certificate else (None, None)
+        context = pinned_context(authority or self.folder / _AUTHORITY, own, key, lambda: self.times.floor)
         context.foreign = "" if authority else _FOREIGN_BROKER
         return context
 
