@@ -19,6 +19,7 @@ from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fit
 from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_rows import round_scores
+from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.view import JobView
 
 log = logging.getLogger("fedprune.server")
@@ -53,13 +54,14 @@ class Lines(Observer):
 
     def __init__(self, of_several: bool = False) -> None:
         self._of_several = of_several
-        self._pace = _Pace()
+        self._times = RoundTimes()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         job = f"{seen.job.name}: " if self._of_several else ""
         down, up = seen.registry.total
         line = round_line(summary, seen.job, down, up)
-        log.info("%s%s%s", job, line, self._pace.rest(summary, seen))
+        self._times.note_end(summary["round"], now)
+        log.info("%s%s%s", job, line, _time_left(self._times, summary["round"], seen))
         if log.isEnabledFor(logging.DEBUG):  # it takes a look at every device
             for row in seen.snapshot().rows:
                 log.debug("  %s", row_line(row))
@@ -78,7 +80,7 @@ class LiveTable(Observer):
         self._logged.enter_context(logged_above(self._console))
         self._live.start()
         self._drawn = -REFRESH_S
-        self._pace = _Pace()
+        self._times = RoundTimes()
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """Draw, at most twice a second."""
@@ -90,7 +92,9 @@ class LiveTable(Observer):
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Print the round's line above the table and draw."""
         down, up = seen.registry.total
-        log.info("%s%s", round_line(summary, seen.job, down, up), self._pace.rest(summary, seen))
+        self._times.note_end(summary["round"], now)
+        line = round_line(summary, seen.job, down, up)
+        log.info("%s%s", line, _time_left(self._times, summary["round"], seen))
         self._draw(seen.snapshot())
 
     def ended(self) -> None:
@@ -128,22 +132,13 @@ class _Above(logging.Handler):
             self.handleError(record)
 
 
-class _Pace:
-    """How long the rest of a job will take, by the rounds that were seen to end."""
-
-    def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
-
-    def rest(self, summary: Mapping[str, Any], seen: JobView) -> str:
-        """Addition to a round's line; nothing at the first, whose beginning wasn't seen, the last, and in a pause."""
-        rounds = seen.job.rounds
-        number, now = int(summary["round"]), time.monotonic()
-        if self._first is None or number <= self._first[0]:
-            self._first = number, now
-            return ""
-        before, at = self._first
-        left = (rounds - number) * (now - at) / (number - before)
-        return f", about {span(left)} left" if number < rounds and not seen.state.paused else ""
+def _time_left(times: RoundTimes, number: int, seen: JobView) -> str:
+    """Addition to a round's line; nothing before the usual time of a round is known, at the last one, and in a
+    pause."""
+    rounds, usual_s = seen.job.rounds, times.usual_s()
+    if usual_s is None or number >= rounds or seen.state.paused:
+        return ""
+    return f", about {span((rounds - number) * usual_s)} left"
 
 
 def span(seconds: float) -> str:

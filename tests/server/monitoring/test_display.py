@@ -119,17 +119,27 @@ def test_states_have_colours_and_times_are_a_word_or_two() -> None:
     assert [span(s) for s in (0.2, 89.0, 91.0, 5399.0, 5401.0)] == ["1 s", "89 s", "2 min", "90 min", "2 h"]
 
 
-def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter([100.0, 130.0, 160.0, 190.0, 220.0])
-    monkeypatch.setattr("fedprune_server.monitoring.display.time.monotonic", lambda: next(clock))
+def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
     lines = Lines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
-        for number in (2, 3, 4, 5, 10):
-            lines.round_over({**SUMMARY, "round": number}, 0.0, Seen(paused=number == 5))
+        for number, now in ((2, 100.0), (3, 130.0), (4, 160.0), (5, 190.0), (10, 220.0)):
+            lines.round_over({**SUMMARY, "round": number}, now, Seen(paused=number == 5))
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
+
+
+def test_a_round_that_stalls_until_its_deadline_changes_little_of_what_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lines, now, number = Lines(), 1000.0, 0
+    seen = Seen()
+    seen.job = replace(Seen.job, rounds=700)
+    with caplog.at_level(logging.INFO, "fedprune.server"):
+        for seconds in (2.0, 2.0, 2.0, 600.0, 2.0):
+            now, number = now + seconds, number + 1
+            lines.round_over({**SUMMARY, "round": number}, now, seen)
+    ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
+    assert ends == ["", *[", about 23 min left"] * 4]
 
 
 def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:
