@@ -409,6 +409,9 @@ class JobRunner:
         event = self._messages.ended(device, session)
         known = self.state.devices.get(device)
         if known is not None and known.online:
+            if known.session == session and not known.region and self.awaits_part_of(device):
+                number = self.state.round_of(self.state.tasks[device])
+                log.info("%sdevice %s disconnected while it worked on round %d", self.registry.prefix, device, number)
             self._handle(event)
 
     def drop_part(self, device: str, failure: Failure) -> None:

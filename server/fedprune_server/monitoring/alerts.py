@@ -47,6 +47,7 @@ ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = {
     "too-few-devices": (WARNING,),
     "quotas": (WARNING,),
     "no-progress": (CRITICAL,),
+    "round-waits": (WARNING,),
     "disk": (CRITICAL, WARNING),
     "certificate": (CRITICAL, WARNING),
     QUARANTINE: (WARNING,),
@@ -151,6 +152,7 @@ def evaluate_alerts(seen: Snapshot, now: float) -> list[Alert]:
             if not seen.tier.parent:
                 alerts += _quota_alerts(job, now)
             alerts += _progress_alerts(seen, job, now)
+            alerts += _stall_alerts(seen, job)
             alerts += _prediction_alerts(job, now)
     if seen.site is not None:
         alerts += _disk_alerts(seen, seen.site, now)
@@ -359,6 +361,28 @@ def _progress_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Ale
         "no-progress", CRITICAL, now,
         f"job {job.name} makes no progress in round {job.round} of {job.rounds or '?'}: {missed}",
         "the model doesn't move", todo, job=job.name,
+    )  # fmt: skip
+
+
+def _stall_alerts(seen: Snapshot, job: JobStatus) -> Iterator[Alert]:
+    """A round that waits for boards that are offline, and for nothing else."""
+    # Where no board is connected, or an aggregator is away, an alert of that has the reason; a parent alone waits.
+    if not job.awaited or job.paused or seen.broker or not seen.here or seen.tier.regions or seen.tier.parent:
+        return
+    since, until, pace = min(job.awaited.values()), "", ""
+    if job.closes_at is not None:
+        whom = "it" if len(job.awaited) == 1 else "them"
+        until = f"; the round goes on without {whom} at {format_minute(job.closes_at)} (deadline)"
+    if not job.paced:
+        pace = f"to wait less for boards that vanish: {restart_advice(*state_args(job.folder), '--pace', 3)}; "
+    yield Alert(
+        "round-waits", WARNING, since,
+        f"round {job.round} of job {job.name} waits for {some(list(job.awaited))}, offline since "
+        f"{format_minute(since)}{until}",
+        "all other boards of the round are done, and train nothing meanwhile",
+        f"see that it has power and network: a board that comes back resumes its part; {pace}or start with a shorter "
+        "--deadline (docs/rounds.md#slow-and-unreliable-boards)",
+        job=job.name, delay_s=job.stall_delay_s,
     )  # fmt: skip
 
 

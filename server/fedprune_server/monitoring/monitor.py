@@ -52,6 +52,7 @@ from fedprune_server.monitoring.participation import (
     Participation,
     find_absent_boards,
 )
+from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
 from fedprune_server.monitoring.view import UNDER_WAY, JobView
@@ -91,6 +92,7 @@ class JobWatch(Observer):
         self._quotas = Quotas(view.job.quotas)
         self._missed = self._empty = self._closing = self.rounds_ended = 0
         self._asked_at: float | None = None  # the first offer since an update counted
+        self._round_times = RoundTimes()
         self._off: Mapping[str, str] = off_by_far(view.state)
 
     def command(self, command: do.Command, now: float) -> None:
@@ -115,9 +117,15 @@ class JobWatch(Observer):
         counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
         self._empty = 0 if counted else self._empty + 1
         self.rounds_ended += 1
+        self._round_times.note_end(summary["round"], now)
         self._off = off_by_far(seen.state, self._off)
 
-    def status(self) -> JobStatus:
+    def status(self, awaited: Mapping[str, float] = MappingProxyType({})) -> JobStatus:
+        """The job as the rules see it.
+
+        Args:
+            awaited: Boards that are offline and for which alone the round waits, and since when they are.
+        """
         job, state = self._view.job, self._view.state
         missing = state.phase is Phase.WAITING or not state.devices.count(True)
         revoked = self._view.revoked() if missing else ()
@@ -127,7 +135,14 @@ class JobWatch(Observer):
             len(state.devices) + len(self._view.registry.outsiders),
             tuple(islice(away, MAX_NAMES_SHOWN + 1)) if missing else (), sorted(revoked),
             self._deadline_s, self._missed, self._empty, self._full(), self._off,
+            awaited, self._closes_at(awaited), self._round_times.usual_s(), bool(job.pace),
         )  # fmt: skip
+
+    def _closes_at(self, awaited: Collection[str]) -> float | None:
+        state = self._view.state
+        # With `in_flight` each board has a deadline of its own.
+        deadlines = [at for name in awaited if (at := state.tasks[name].deadline or state.deadline) is not None]
+        return max(deadlines) if deadlines and len(deadlines) == len(awaited) else None
 
     def _full(self) -> list[str]:
         """The quotas that keep a round from beginning or, in an asynchronous job, boards from working."""
@@ -331,7 +346,7 @@ class Monitor(Observer):
         self._tier_seen = self._tier()
         return Snapshot(
             self._folder,
-            [watch.status() for watch in self.watches.values()],
+            [watch.status(self.participation[name].awaited_offline()) for name, watch in self.watches.items()],
             self._here(),
             broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),

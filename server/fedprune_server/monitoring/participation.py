@@ -19,7 +19,7 @@ from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
 from fedprune.strategies import compose
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.monitoring.view import UNDER_WAY, JobView
 
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
 UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
@@ -86,7 +86,7 @@ class Participation(Observer):
     ) -> None:
         self._view, self._away_rounds, self._clock = view, away_rounds, clock
         self._is_present = present or (lambda name: False)
-        schedule = compose(view.job).schedule or SYNCHRONOUS
+        self._schedule = schedule = compose(view.job).schedule or SYNCHRONOUS
         # Rounds that close before all boards are done, on purpose: who is late then has done nothing wrong.
         self._closes_early = schedule.asynchronous or view.job.over_selection > 0
         self._exclusions: dict[str, Absence] = {}
@@ -140,6 +140,19 @@ class Participation(Observer):
     def _late_reason(self, name: str) -> str:
         crash = self._view.registry.crashes.get(name)
         return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
+
+    def awaited_offline(self) -> dict[str, float]:
+        """Since when the boards are offline for which alone a synchronous round waits; empty while it waits for
+        others, too, or for none."""
+        state = self._view.state
+        if state.phase is not Phase.TRAINING or self._schedule.asynchronous:
+            return {}
+        if not 0 < state.tasks.count(*UNDER_WAY) <= len(self._away_since):
+            return {}  # without a look at each part
+        names = [name for name, task in state.tasks.items() if task.progress in UNDER_WAY]
+        if any(name not in self._away_since or self._is_present(name) for name in names):
+            return {}
+        return {name: self._away_since[name] for name in names}
 
     def absences(self) -> dict[str, Absence]:
         """Boards that no longer take part in the job; none where it is paused or finished."""

@@ -17,6 +17,10 @@ from fedprune_server.monitoring.participation import Absence
 DELAY_S = 60.0
 """The longest that boards may take before an alert opens."""
 
+MIN_STALL_S, STALL_ROUNDS = 5.0, 3.0
+"""A round may wait so many seconds, and as long as so many usual rounds, for boards that are offline: one that lost its
+connection for a moment is back sooner."""
+
 
 @dataclass(frozen=True)
 class JobStatus:
@@ -32,6 +36,11 @@ class JobStatus:
         empty: Rounds in a row that closed without a usable update.
         full: Quotas that leave no connected board a place, so that no round begins.
         off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
+        awaited: Boards that are offline and for which alone the round waits, and since when they are, in seconds since
+            1970.
+        closes_at: When the round goes on without them, in seconds since 1970; None if unknown.
+        usual_round_s: Seconds of a usual round lately; None if unknown.
+        paced: Whether rounds stop waiting for slow boards before the deadline.
     """
 
     name: str
@@ -50,6 +59,10 @@ class JobStatus:
     empty: int = 0
     full: Sequence[str] = ()
     off: Mapping[str, str] = field(default_factory=dict)
+    awaited: Mapping[str, float] = field(default_factory=dict)
+    closes_at: float | None = None
+    usual_round_s: float | None = None
+    paced: bool = False
 
     @property
     def finished(self) -> bool:
@@ -59,6 +72,13 @@ class JobStatus:
     def delay_s(self) -> float:
         """Seconds after which missing boards are an alert: well within a deadline."""
         return min(DELAY_S, self.deadline_s / 2)
+
+    @property
+    def stall_delay_s(self) -> float:
+        """Seconds after which a round that waits for boards that are offline is an alert."""
+        if self.usual_round_s is None:
+            return self.delay_s
+        return min(self.delay_s, max(MIN_STALL_S, STALL_ROUNDS * self.usual_round_s))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from fedprune.core.errors import StorageError
 from fedprune.core.lock_wait import call_wait_hook, wait_hook
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Device as Board
-from fedprune.jobs.state import Progress
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.messages import Refusal
@@ -138,6 +137,9 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "quotas that leave no place": (with_job(full=["hardware:pi"], phase=Phase.WAITING), "quotas", "warning"),
     "a missed deadline": (with_job(missed=1), "no-progress", "critical"),
     "a round without updates": (with_job(empty=1), "no-progress", "critical"),
+    "a round that waits for a board that is offline": (
+        with_job(awaited={"a": NOW - 9}, closes_at=NOW + 500), "round-waits", "warning",
+    ),
     "a board off its plan": (with_job(off={"a": "memory 2 MB instead of 1 MB"}), "prediction-off", "info"),
     "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
     "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
@@ -193,6 +195,8 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
         CALM,
         with_job(0, phase=Phase.FINISHED),
         with_job(0, paused=True, missed=3),
+        with_job(paused=True, awaited={"a": NOW - 9}),
+        replace(with_job(awaited={"a": NOW - 9}), tier=TierStatus(PARENT)),
         with_job(1),
         replace(CALM, turned_s=59.0),
         with_site(certificates=[ending(31)]),
@@ -756,7 +760,7 @@ def test_a_start_closes_no_alert_that_only_its_last_run_had_counted_before_a_rou
     monitor.read_site()
     monitor.look()
     assert [alert.kind for alert in monitor.book.open] == ["no-progress"]
-    monitor.watches[JOB.name].round_over({"devices": {"a": {"progress": Progress.FOLDED.value}}}, 1.0, view)
+    monitor.watches[JOB.name].round_over({"round": 1, "devices": {"a": {"progress": "folded"}}}, 1.0, view)
     monitor.look()
     assert monitor.book.open == []
 

@@ -1,0 +1,112 @@
+"""A round that waits for a board that has vanished says so while it waits, and what the board's part came to after."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.wire.messages import Offer
+from fedprune_server.monitoring.alerts import Alert
+from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.monitoring.participation import format_minute
+from support.fakes.fleet import Fleet, ToyDevice
+from support.fakes.tiny_job import JOB
+
+DEADLINE_S = 600.0
+
+
+class Vanishing(ToyDevice):
+    """A board that loses its power with some offers, and is back some seconds later.
+
+    Attributes:
+        vanishes_in: The rounds in which it vanishes.
+        away_s: After how many seconds it is back.
+        died_at: When it vanished.
+    """
+
+    vanishes_in: tuple[int, ...] = (4,)
+    away_s = 2 * DEADLINE_S
+    died_at = 0.0
+    back_at: float | None = None
+
+    def take(self, offer: Offer) -> None:
+        if offer.round not in self.vanishes_in or self.back_at is not None:
+            super().take(offer)
+        else:
+            self.died_at, self.back_at = self.air.now, self.air.now + self.away_s
+            self.die()
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        if self.back_at is None:
+            super().hear(topic, payload)
+
+    def turn(self) -> None:
+        if self.back_at is not None and self.air.now >= self.back_at:
+            self.back_at, self.vanishes_in, self.session = None, self.vanishes_in[1:], self.session + 1
+            self.birth()
+
+
+class Watched:
+    """A fleet of which c vanishes, with what its alerts were each half second."""
+
+    def __init__(self, folder: Path, **job: Any) -> None:
+        self.fleet = Fleet(folder, replace(JOB, deadline_s=DEADLINE_S, rounds=6, devices=2, **job), ("a", "b"))
+        self.board = self.fleet.air.devices["c"] = Vanishing("c", folder / "devices", self.fleet.air)
+        self.daemon = self.fleet.daemon()
+        view = self.daemon.first.view
+        self.monitor = Monitor(folder, {}, [(view, folder)], away_rounds=2, clock=self.now, monotonic=self.now)
+        for observer in (self.monitor.watches["toy"], self.monitor.participation["toy"], self.monitor):
+            self.daemon.first.observers.join(observer)
+        self.seen: list[tuple[float, list[Alert]]] = []
+
+    def now(self) -> float:
+        return self.fleet.air.now
+
+    def run(self) -> None:
+        air = self.fleet.air
+
+        def idle() -> None:
+            if self.daemon.busy:
+                time.sleep(0.0005)  # the worker's thread is real
+                return
+            self.seen.append((air.now, self.monitor.book.open))
+            air.now += 0.5
+            for device in air.devices.values():
+                device.turn()
+
+        air.on_idle = idle
+        self.daemon.run(until_finished=True)
+
+    def times(self, kind: str) -> list[tuple[float, Alert]]:
+        return [(at, alert) for at, alerts in self.seen for alert in alerts if alert.kind == kind]
+
+
+def test_a_round_that_waits_for_a_board_that_vanished_is_an_alert_within_seconds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = Watched(tmp_path)
+    with caplog.at_level(logging.INFO, "fedprune.server"):
+        watched.run()
+    (line,) = [r.getMessage() for r in caplog.records if "disconnected" in r.getMessage()]
+    assert "device c " in line
+    assert line.endswith("round 4")
+    alerts = watched.times("round-waits")
+    opened_at, alert = alerts[0]
+    died_at = watched.board.died_at
+    assert died_at + 5 <= opened_at <= died_at + 10
+    assert f"round 4 of job toy waits for c, offline since {format_minute(died_at)}" in alert.what
+    assert format_minute(died_at + DEADLINE_S) in alert.what
+    assert all(option in alert.todo for option in ("--pace", "--deadline", "docs/rounds.md"))
+    assert died_at + DEADLINE_S <= alerts[-1][0] <= died_at + DEADLINE_S + 10, "it is over with the wait"
+
+
+def test_a_board_that_is_back_within_seconds_is_no_alert(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.board.away_s = 3.0
+    watched.run()
+    assert watched.times("round-waits") == []
