@@ -113,6 +113,7 @@ class DeviceRegistry:
         """Admit a device that announces itself. Raises `ProtocolError` if it is a new one, and there are too many
         already.
         """
+        self._unheard.discard(device)
         if device not in self._contacts:
             if len(self._contacts) >= self._limit:
                 raise ProtocolError(
@@ -207,7 +208,7 @@ class DeviceRegistry:
         return reasons
 
     def silence_reasons(self) -> dict[str, str]:
-        """Connected devices of which nothing has come since their offer, in words."""
+        """Devices of which nothing has come since their offer, in words: also of those that have disconnected."""
         said = "was offered a round, and nothing has come of it since: its program hangs, or "
         return dict.fromkeys(self._unheard, said + broker_drops("what it sends or is sent"))
 
@@ -267,7 +268,6 @@ class DeviceRegistry:
         self._to_devices.pop(device, None)
 
     def gone(self, device: str) -> None:
-        self._unheard.discard(device)
         self.forget_transfers(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False

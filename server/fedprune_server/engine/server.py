@@ -331,8 +331,10 @@ class Server:
 
     def _pass_on(self, envelope: Envelope) -> None:
         device, body = envelope.device, envelope.body
-        if isinstance(body, (Alive, Birth, Death)):
+        if isinstance(body, (Alive, Birth)):
             self.first.registry.received(device, envelope.size)
+        elif isinstance(body, Death):  # the broker sends it, so that it tells nothing of how the device is
+            self.first.registry.count(device, 0, envelope.size)
         if isinstance(body, Birth):
             self._born(body, envelope.size)
         elif isinstance(body, Death):

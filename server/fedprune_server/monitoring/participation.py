@@ -94,7 +94,7 @@ class Participation(Observer):
         self._away_since: dict[str, float] = dict(away)
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
-        self._failures: dict[str, tuple[int, str, float]] = {}  # rounds in a row, the last one's reason, since when
+        self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
         self.noticed(view.state.devices.keys())
 
     def noticed(self, devices: Collection[str]) -> None:
@@ -123,19 +123,27 @@ class Participation(Observer):
         if self._away_rounds:
             self._away = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
         for name, part in summary["devices"].items():
-            self._count_failure(name, part)
+            self._count_failure(name, part, summary["round"])
 
-    def _count_failure(self, name: str, part: Mapping[str, Any]) -> None:
+    def _count_failure(self, name: str, part: Mapping[str, Any], number: int) -> None:
         kind = part.get("kind", "")
         if part["progress"] == Progress.FOLDED.value:
             self._failures.pop(name, None)
             return
         late = not part["reason"] or kind == FailureKind.LATE
         if kind not in _BLAMELESS_FAILURES and not (late and self._closes_early):
-            count, _, since = self._failures.get(name, (0, "", self._clock()))
-            reason = self._late_reason(name) if late else one_line(part["reason"], _MAX_REASON_LENGTH)
+            count, _, _, since = self._failures.get(name, (0, "", "", self._clock()))
             min_count = FAILED_ROUNDS if kind in _LASTING_FAILURES else 0
-            self._failures[name] = (max(count + 1, min_count), reason, since)
+            alert_kind, reason = (
+                FAILING,
+                self._late_reason(name) if late else one_line(part["reason"], _MAX_REASON_LENGTH),
+            )
+            if late and self._is_offline(name):
+                alert_kind, reason = AWAY, f"it was offline when the deadline of round {number} passed"
+            self._failures[name] = (max(count + 1, min_count), alert_kind, reason, since)
+
+    def _is_offline(self, name: str) -> bool:
+        return name in self._away_since and not self._is_present(name)
 
     def _late_reason(self, name: str) -> str:
         crash = self._view.registry.crashes.get(name)
@@ -150,9 +158,7 @@ class Participation(Observer):
         if not 0 < state.tasks.count(*UNDER_WAY) <= len(self._away_since):
             return {}  # without a look at each part
         names = [name for name, task in state.tasks.items() if task.progress in UNDER_WAY]
-        if any(name not in self._away_since or self._is_present(name) for name in names):
-            return {}
-        return {name: self._away_since[name] for name in names}
+        return {name: self._away_since[name] for name in names} if all(map(self._is_offline, names)) else {}
 
     def absences(self) -> dict[str, Absence]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
@@ -181,12 +187,19 @@ class Participation(Observer):
                 what = f"has not been connected since {format_minute(since)}, and rounds end without it"
                 absences.setdefault(name, Absence(AWAY, what, since))
         for name, reason in registry.silence_reasons().items():
-            absences.setdefault(name, Absence(FAILING, reason, self._clock()))
-        for name, (count, reason, since) in self._failures.items():
+            absences.setdefault(name, self._failing(name, FAILING, reason, self._clock()))
+        for name, (count, kind, reason, since) in self._failures.items():
             if count >= FAILED_ROUNDS and name in state.devices:
                 what = f"sends no update that counts: {reason}"
-                absences.setdefault(name, Absence(FAILING, what, since))
+                absences.setdefault(name, self._failing(name, kind, what, since))
         return absences
+
+    def _failing(self, name: str, kind: str, reason: str, since: float) -> Absence:
+        """A board whose parts come to nothing. While it is offline, its connection is what has to be mended."""
+        if not self._is_offline(name):
+            return Absence(kind, reason, since)
+        away_since = self._away_since[name]
+        return Absence(AWAY, f"has not been connected since {format_minute(away_since)}; it {reason}", away_since)
 
 
 def find_absent_boards(watches: Sequence[Participation], view: JobView, now: float) -> dict[str, Absence]:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from fedprune.jobs.failure_kind import FailureKind
+from fedprune.jobs.state import Device as Board
 from fedprune.wire.messages import Offer
-from fedprune_server.monitoring.alerts import Alert
+from fedprune_server.monitoring.alerts import Alert, evaluate_alerts
 from fedprune_server.monitoring.monitor import Monitor
-from fedprune_server.monitoring.participation import format_minute
+from fedprune_server.monitoring.participation import AWAY, FAILING, Participation, format_minute
+from fedprune_server.monitoring.snapshot import Snapshot
 from support.fakes.fleet import Fleet, ToyDevice
 from support.fakes.tiny_job import JOB
 
@@ -27,25 +30,33 @@ class Vanishing(ToyDevice):
         vanishes_in: The rounds in which it vanishes.
         away_s: After how many seconds it is back.
         died_at: When it vanished.
+        leaves_at: When it vanishes, whatever it does; None for never.
     """
 
     vanishes_in: tuple[int, ...] = (4,)
     away_s = 2 * DEADLINE_S
     died_at = 0.0
     back_at: float | None = None
+    leaves_at: float | None = None
 
     def take(self, offer: Offer) -> None:
         if offer.round not in self.vanishes_in or self.back_at is not None:
             super().take(offer)
         else:
-            self.died_at, self.back_at = self.air.now, self.air.now + self.away_s
-            self.die()
+            self.vanish()
+
+    def vanish(self) -> None:
+        self.died_at, self.back_at = self.air.now, self.air.now + self.away_s
+        self.die()
 
     def hear(self, topic: str, payload: bytes) -> None:
         if self.back_at is None:
             super().hear(topic, payload)
 
     def turn(self) -> None:
+        if self.leaves_at is not None and self.air.now >= self.leaves_at:
+            self.leaves_at = None
+            self.vanish()
         if self.back_at is not None and self.air.now >= self.back_at:
             self.back_at, self.vanishes_in, self.session = None, self.vanishes_in[1:], self.session + 1
             self.birth()
@@ -110,3 +121,33 @@ def test_a_board_that_is_back_within_seconds_is_no_alert(tmp_path: Path) -> None
     watched.board.away_s = 3.0
     watched.run()
     assert watched.times("round-waits") == []
+
+
+@pytest.mark.parametrize(("online", "kind"), [(True, FAILING), (False, AWAY)])
+def test_a_board_that_was_offline_at_its_deadlines_needs_a_connection_and_no_repair(
+    tmp_path: Path, online: bool, kind: str
+) -> None:
+    view = Fleet(tmp_path).daemon().first.view
+    board = view.state.devices["a"] = Board(1, True, {"name": "pi"}, None, 10)
+    watch = Participation(view, 9, None, {}, lambda: 1000.0)
+    late = {"progress": "refused", "reason": "the deadline has passed", "kind": FailureKind.LATE.value}
+    for number in (1, 2):
+        board.online = online
+        watch.noticed(["a"])
+        watch.round_over({"round": number, "devices": {"a": late}}, 1000.0, view)
+        board.online = True  # it comes back, and goes again
+        watch.noticed(["a"])
+    assert {name: absence.kind for name, absence in watch.absences().items()} == {"a": kind}
+    (alert,) = evaluate_alerts(Snapshot(tmp_path, absences=watch.absences()), 1000.0)
+    assert ("offline" in alert.what, "power" in alert.todo) == (not online, not online)
+
+
+def test_a_silent_board_that_disconnects_stays_named(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.board.silent, watched.board.leaves_at = True, 60.0
+    watched.run()
+    kinds = [(at, {a.kind for a in alerts if a.device == "c"}) for at, alerts in watched.seen]
+    assert [named for at, named in kinds if 50 <= at <= 60] == [{FAILING}] * 21
+    after = [named for at, named in kinds if 62 < at < DEADLINE_S]
+    assert after == [{AWAY}] * len(after)
+    assert len(after) > DEADLINE_S
