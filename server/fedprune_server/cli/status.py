@@ -99,8 +99,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         what that has cost each (`fedprune_server.executor.accountant.costs`). Devices that can't even be planned for
         have rows, too. Every row has the outcome of the device's last part in a round. Without a server no device
         is online. `best` is the round whose global model scored best and `latest` the last that was evaluated; None
-        without any. `seen_at` is when the log last heard from a device, and the job's `heard_at` of anything, in
-        seconds since 1970; None where the log doesn't say, the latter also while a server runs.
+        without any. `seen_at` is when a device's last message came, as far as is stored, and the job's `heard_at` when
+        anything happened, in seconds since 1970; None where that isn't stored, the latter also while a server runs.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -128,7 +128,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
             "quarantine": misbehaved.get(row["name"]),
-            "seen_at": seen.get(row["name"]),
+            "seen_at": _latest(seen.get(row["name"]), outsiders.get(row["name"], {}).get("seen_at")),
         }
         for row in sorted(rows, key=lambda r: r["name"])
     ]
@@ -150,6 +150,10 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "devices": devices,
         **_privacy((settings or {}).get("job", {}), state),
     }
+
+
+def _latest(*times: float | None) -> float | None:
+    return max((at for at in times if at is not None), default=None)
 
 
 def describe(body: dict[str, Any], rounds: int = LATEST) -> str:

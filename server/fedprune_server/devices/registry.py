@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -55,6 +56,8 @@ class Contact:
     problem: str = ""
     temperature_c: float | None = None
     """As reported last while it worked."""
+    last_message_at: float | None = None
+    """In seconds since 1970; None before the first since the server's start."""
 
 
 class DeviceRegistry:
@@ -65,6 +68,7 @@ class DeviceRegistry:
         traffic: Payload bytes to and from each device before this start of the server.
         limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
         outsiders: Devices that couldn't be planned for before this start of the server.
+        clock: Seconds since 1970.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class DeviceRegistry:
         traffic: Mapping[str, tuple[int, int]],
         limit: int = 1000,
         outsiders: Mapping[str, Mapping[str, Any]] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._job = job
         self._architecture = architecture
@@ -82,6 +87,7 @@ class DeviceRegistry:
         """Numbers in the whole model."""
         self._state = state
         self._limit = limit
+        self._clock = clock
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
         self.total = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
         """Payload bytes to and from all devices, over all starts of the server."""
@@ -125,6 +131,8 @@ class DeviceRegistry:
             self.moved[device] = (0, size)
             self.total = self.total[0], self.total[1] + size
         self._contacts[device].software = sys.intern(software)
+        if size:  # else it says nothing, and is only assigned to the job
+            self._contacts[device].last_message_at = self._clock()
 
     def admitted(self, device: str) -> bool:
         return device in self._contacts
@@ -142,6 +150,8 @@ class DeviceRegistry:
         """Count bytes from an admitted device; unknown names are unlimited."""
         self._unheard.discard(device)
         self.count(device, 0, size)
+        if device in self._contacts:
+            self._contacts[device].last_message_at = self._clock()
 
     def sent(self, device: str, size: int) -> None:
         self.count(device, size, 0)
@@ -255,6 +265,7 @@ class DeviceRegistry:
         self[device].problem = problem
         body = {"online": not cannot_start, "profile": profile, "samples": samples, "excluded": problem}
         self.outsiders[device] = body | ({"cannot_start": True} if cannot_start else {})
+        self._note_seen(device)
 
     def note_start(self, device: str) -> None:
         """Note that a device that couldn't start does so again; whether it can be planned for is another question."""
@@ -271,6 +282,12 @@ class DeviceRegistry:
         self.forget_transfers(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False
+            self._note_seen(device)
+
+    def _note_seen(self, device: str) -> None:
+        """Keep when a device was heard that has no part in the job's events."""
+        if (at := self[device].last_message_at) is not None:
+            self.outsiders[device]["seen_at"] = at
 
     def introduce(self, name: str) -> None:
         """Log a connected device, once per plan of it, and the plan; of one that others had before, the first line."""

@@ -161,8 +161,9 @@ class JobRunner:
         with log_context(job=job.job.name):
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
-            job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders()
-        )
+            job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders(),
+            site.clock,
+        )  # fmt: skip
         self._moved = job.moved
         self.registry.news = None if job.report is None else {}
         if job.beside_others:

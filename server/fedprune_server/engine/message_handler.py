@@ -169,7 +169,7 @@ class MessageHandler:
             self._uploads.drop(device)
             self._outbox.forget(device)
         self._registry.gone(device)
-        return on.DeviceDied(device, session)
+        return on.DeviceDied(device, session, self._registry[device].last_message_at)
 
     def request_log(self, birth: Birth) -> None:
         """Ask a board that has just connected for its log, if it can send it."""

@@ -51,7 +51,7 @@ from fedprune_server.storage.tables import (
 LOGGED_EVENTS = 50_000
 """Events that the log keeps at least; older ones are deleted from time to time."""
 
-_FROM_DEVICES = ("DeviceBorn", "DeviceDied", "UpdateAnnounced", "UpdateStored", "OfferRefused")
+_FROM_DEVICES = ("DeviceBorn", "UpdateAnnounced", "UpdateStored", "OfferRefused")
 _PRUNE_EVERY, _PAGE = 500, 1000
 _INSERT_EVENT = EVENTS.insert()
 _DEVICE = sql.select(DEVICES.c.body).where(DEVICES.c.name == sql.bindparam("name"))
@@ -112,12 +112,14 @@ class EventLog:
         return None if found is None else float(found)
 
     def heard(self) -> tuple[float | None, dict[str, float]]:
-        """Times of the last event and of each device's last event, in seconds since 1970."""
+        """Times of the last event and, as far as events tell, of each device's last message, in seconds since 1970."""
         last, devices = None, dict[str, float]()
         for _, at, kind, body in self.events():
             last = at
             if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
                 devices[body["device"]] = at
+            elif kind == "DeviceDied" and body.get("heard_at") is not None:  # what the broker says came later
+                devices[body["device"]] = float(body["heard_at"])
         return last, devices
 
 

@@ -300,7 +300,8 @@ def test_the_log_keeps_only_the_latest_events(url: str) -> None:
 
 def test_a_server_is_no_device_that_was_heard(storage: Storage) -> None:
     events: list[on.Event] = [born("a"), born("b"), on.DeviceDied("a", 1), on.Scored(1, "r" * 64)]
+    events.append(on.DeviceDied("b", 1, heard_at=2.5))
     for number, event in enumerate(events, 1):
         with storage.database.writing() as connection:
             storage.log.write(connection, [event], float(number))
-    assert storage.log.heard() == (4.0, {"a": 3.0, "b": 2.0})
+    assert storage.log.heard() == (5.0, {"a": 1.0, "b": 2.5})

@@ -33,10 +33,16 @@ class DeviceBorn:
 
 @dataclass(frozen=True)
 class DeviceDied:
-    """A device's connection ended; counts only for the session that it names."""
+    """A device's connection ended; counts only for the session that it names.
+
+    Attributes:
+        heard_at: When the device's last message came, in seconds since 1970; None if unknown. The broker may tell of an
+            end much later.
+    """
 
     device: str
     session: int
+    heard_at: float | None = None
 
 
 @dataclass(frozen=True)
