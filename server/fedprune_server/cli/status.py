@@ -67,8 +67,8 @@ def status_of_all(state: Path) -> dict[str, Any]:
 
     A device is at one job at a time: `job` names it while a server runs, and a device that is connected and free is
     online, too. Without a connection to the broker `online` is None. `alerts` are those that the running server has
-    open, none while it starts; of one that ended, that another server has taken the fleet over, which is what
-    `replaced` says.
+    open and whose cause lasts, none while it starts; of one that ended, that another server has taken the fleet over,
+    which is what `replaced` says.
     """
     first = status(state)
     recorded = read_live(state) if first["running"] else read_recorded(state)
@@ -220,7 +220,7 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
     """Open alerts of a running server, and that its loop hangs if it does; of one that ended, what replaced it."""
     if recorded.turned_at is None:
         return []
-    now, found = time.time(), list(recorded.alerts)
+    now, found = time.time(), recorded.current_alerts
     if running:
         found = [*evaluate_alerts(Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at)), now), *found]
     else:

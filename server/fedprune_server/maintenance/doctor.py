@@ -140,7 +140,7 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
         leader = run_within(timeout_s, lambda: leader_elsewhere(folder))
     cases: list[Case] = []
     events: list[float] = []
-    alerted = frozenset(a.device for a in monitor_record.alerts if a.device is not None)
+    alerted = frozenset(a.device for a in monitor_record.current_alerts if a.device is not None)
     for job_folder in (folder, *folders(folder)):
         load = partial(_load_case, job_folder, revoked_boards, away, leader)
         try:
@@ -258,7 +258,7 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
         site=site_facts(site.folder, site.settings, members=site.has_identity),
     )
     alerts = {a.key: a for a in evaluate_alerts(snapshot, site.now)}
-    for alert in record.alerts:
+    for alert in record.current_alerts:
         alerts.setdefault(alert.key, alert)
     yield from map(of_alert, alerts.values())
 
@@ -313,7 +313,7 @@ def check_rotation(site: CheckedSite) -> Iterator[Finding]:
 def check_lock(site: CheckedSite) -> Iterator[Finding]:
     """Whether somebody keeps the lock that a server needs for each change."""
     path = site.folder / FILE
-    if not path.is_file() or any(a.kind == "database-waits" for a in site.monitor_record.alerts):
+    if not path.is_file() or any(a.kind == "database-waits" for a in site.monitor_record.current_alerts):
         return  # the running server says it itself
     if not site.is_running and not sqlite_lock_holders(path):
         return  # and nothing is opened for writing, which would change what a crash has left

@@ -35,6 +35,12 @@ class AlertBook:
         return list(self._open.values())
 
     @property
+    def closing(self) -> frozenset[str]:
+        """Keys of open alerts whose cause has gone, so that they close unless it comes again; may be called from any
+        thread."""
+        return frozenset(tuple(self._ended))
+
+    @property
     def severities(self) -> frozenset[tuple[str, str]]:
         return frozenset((a.kind, a.severity) for a in self.open)
 

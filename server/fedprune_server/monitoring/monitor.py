@@ -312,10 +312,11 @@ class Monitor(Observer):
             alerts = [*self.book.open, *alerts]
         else:
             alerts = [*self._carried_alerts(snapshot.jobs), *alerts]
+        closing = self.book.closing
         changes = self.book.update(alerts, now, at)
         for change in changes:
             _log(change)
-        if changes:
+        if changes or self.book.closing != closing:
             self._wake.set()
 
     def _carried_alerts(self, jobs: Sequence[JobStatus]) -> list[Alert]:
@@ -373,6 +374,7 @@ class Monitor(Observer):
         body = {
             "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
             "regions": regions, "parent_lost": self._tier_seen.parent_lost, "run": self._run_id,
+            "closing": sorted(self.book.closing),
         }  # fmt: skip
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
@@ -400,6 +402,7 @@ class Recorded:
         free: The boards that are connected and at none of its jobs.
         regions: Its aggregators that are away.
         parent_lost: Since when its parent isn't connected, in seconds since 1970; None if it is, or without a parent.
+        closing: Keys of open alerts whose cause has gone, and which close unless it comes again.
     """
 
     turned_at: float | None = None
@@ -409,6 +412,12 @@ class Recorded:
     regions: Sequence[LostRegion] = ()
     parent_lost: float | None = None
     run: str = ""
+    closing: frozenset[str] = frozenset()
+
+    @property
+    def current_alerts(self) -> list[Alert]:
+        """Open alerts whose cause lasts, for those who ask what is wrong now."""
+        return [alert for alert in self.alerts if alert.key not in self.closing]
 
 
 def read_live(folder: Path) -> Recorded:
@@ -430,6 +439,7 @@ def read_recorded(folder: Path) -> Recorded:
             [LostRegion(**row) for row in body.get("regions", ())],
             None if (lost := body.get("parent_lost")) is None else float(lost),
             str(body.get("run", "")),
+            frozenset(body.get("closing", ())),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Recorded()

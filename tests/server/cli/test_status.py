@@ -251,6 +251,25 @@ def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
         assert kinds() == ["server-hangs"]
 
 
+def test_an_alert_whose_cause_has_gone_is_not_shown_while_it_stays_open(
+    stopped_state: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    view = Fleet(tmp_path_factory.mktemp("fleet"), toy.JOB).daemon().first.view
+    full = Alert("quotas", "warning", 1.0, "no place is left", "why", "do", job=toy.JOB.name, delay_s=60.0)
+    with folder_lock(stopped_state):
+        monitor = Monitor(stopped_state, {}, [(view, stopped_state)], here=lambda: 3, book=AlertBook([full]))
+        monitor.start()
+        monitor.close()
+        assert [alert["kind"] for alert in status_of_all(stopped_state)["alerts"]] == [full.kind]
+        assert full.kind in {finding.kind for finding in diagnose(stopped_state)}
+        monitor.look()
+        monitor.start()
+        monitor.close()
+        assert status_of_all(stopped_state)["alerts"] == []
+        assert full.kind not in {finding.kind for finding in diagnose(stopped_state)}
+    assert monitor.book.open == [full]
+
+
 def test_notes_come_after_all_else(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     note, trouble = (Alert("rollout", severity, 1.0, f"a {severity}", "why", "do") for severity in ("info", "warning"))
     body = {"turned_at": time.time(), "alerts": [asdict(note), asdict(trouble)]}
