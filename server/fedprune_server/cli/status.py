@@ -32,7 +32,7 @@ from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate_alerts
 from fedprune_server.monitoring.display import board_texts, metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
 from fedprune_server.monitoring.round_rows import judging_metric
-from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.monitoring.snapshot import Snapshot, suspended_server
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
@@ -217,12 +217,15 @@ def _outcome(part: Mapping[str, Any]) -> str:
 
 
 def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str, Any]]:
-    """Open alerts of a running server, and that its loop hangs if it does; of one that ended, what replaced it."""
+    """Open alerts of a running server, and that it hangs or was suspended; of one that ended, what replaced it."""
     if recorded.turned_at is None:
         return []
     now, found = time.time(), recorded.current_alerts
     if running:
-        found = [*evaluate_alerts(Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at)), now), *found]
+        snapshot = Snapshot(
+            folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder)
+        )  # fmt: skip
+        found = [*evaluate_alerts(snapshot, now), *found]
     else:
         found = [a for a in found if a.kind == "second-server" and a.severity == CRITICAL]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")

@@ -43,7 +43,7 @@ from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, c
 from fedprune_server.monitoring.monitor import Recorded, read_live
 from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import Snapshot, TierStatus
+from fedprune_server.monitoring.snapshot import Snapshot, TierStatus, suspended_server
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
@@ -253,6 +253,7 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
         sum(case.here for case in site.cases),
         site.is_running or bool(site.leader),
         None if record.turned_at is None else max(0.0, site.now - record.turned_at),
+        suspended_server(site.folder) if site.is_running else None,
         tier=TierStatus(parent if parent != OFF else "", record.parent_lost, record.regions),
         absences=absences,
         site=site_facts(site.folder, site.settings, members=site.has_identity),

@@ -182,7 +182,14 @@ def state_args(folder: Path) -> tuple[str, str]:
 
 def _server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
     if seen.running:
-        if seen.turned_s is not None and seen.turned_s > HANG_THRESHOLD_S:
+        if seen.suspended is not None:
+            yield Alert(
+                "server-hangs", CRITICAL, now - (seen.turned_s or 0.0),
+                f"the server was suspended (Ctrl-Z, SIGSTOP): {seen.suspended.name}",
+                "no message of a board is read meanwhile; nothing is lost",
+                f"continue it: `fg` in its terminal, or `kill -CONT {seen.suspended.pid}`",
+            )  # fmt: skip
+        elif seen.turned_s is not None and seen.turned_s > HANG_THRESHOLD_S:
             yield Alert(
                 "server-hangs", CRITICAL, now - seen.turned_s,
                 f"the server's loop has not turned for {seen.turned_s:.0f} s",

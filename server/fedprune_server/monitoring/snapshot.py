@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune.coordination import Phase
+from fedprune.core.lock_wait import LockHolder, lock_holders
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring.participation import Absence
+from fedprune_server.storage.state_folder import LOCK
 
 DELAY_S = 60.0
 """The longest that boards may take before an alert opens."""
@@ -172,6 +174,7 @@ class Snapshot:
         here: Boards that are connected and can take part.
         running: Whether a server runs on the folder.
         turned_s: Seconds since the server's loop turned; None if unknown.
+        suspended: The server's process, if it was suspended, as by Ctrl-Z.
         waits_for: What the server's loop waits for within a turn, such as a process that has locked the database; empty
             if it turns.
         broker: Why the broker can't be used; empty if it can.
@@ -187,6 +190,7 @@ class Snapshot:
     here: int = 0
     running: bool = True
     turned_s: float | None = None
+    suspended: LockHolder | None = None
     waits_for: str = ""
     broker: str = ""
     others: Sequence[Candidate] = ()
@@ -195,3 +199,8 @@ class Snapshot:
     floods_joins: str | None = None
     site: SiteFacts | None = None
     open: frozenset[tuple[str, str]] = frozenset()
+
+
+def suspended_server(folder: Path) -> LockHolder | None:
+    """The process that has a state folder's lock, if it was suspended; None also where the kernel doesn't tell."""
+    return next((holder for holder in lock_holders(folder / LOCK) if holder.is_stopped), None)

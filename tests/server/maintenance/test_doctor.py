@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -29,6 +31,7 @@ from fedprune.coordination import Phase, State
 from fedprune.core.closing import Closing
 from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode
+from fedprune.core.lock_wait import LOCKS
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.model.recipe import Recipe
@@ -343,6 +346,37 @@ def test_who_was_replaced_is_not_told_to_start_again(
     with running(folder):
         assert main(["status", "--state", str(folder), "--json"]) == ExitCode.OK
     assert not json.loads(capsys.readouterr().out)["replaced"]
+
+
+_SERVER = """
+import fcntl, sys
+lock = open(sys.argv[1], "a")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not LOCKS.exists(), reason="this kernel doesn't tell who holds a lock")
+def test_a_server_that_was_suspended_is_named_with_what_continues_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / FILE).write_text(json.dumps({"turned_at": time.time(), "alerts": []}))
+    command = [sys.executable, "-c", _SERVER, str(folder / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"ready\n"
+            assert "server-hangs" not in {f.kind for f in doctor.diagnose(folder)}
+            server.send_signal(signal.SIGSTOP)
+            os.waitpid(server.pid, os.WUNTRACED)
+            (finding,) = [f for f in doctor.diagnose(folder) if f.kind == "server-hangs"]
+            assert str(server.pid) in finding.what
+            assert f"kill -CONT {server.pid}" in finding.advice
+            assert main(["status", "--state", str(folder)]) == ExitCode.OK
+            assert f"kill -CONT {server.pid}" in capsys.readouterr().out
+        finally:
+            server.kill()
 
 
 def broker_findings(

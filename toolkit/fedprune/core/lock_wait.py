@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.core.text import one_line
@@ -102,9 +103,39 @@ class LockWait:
             _LOG.info("%s is free again after %.0f s", self._what, time.monotonic() - self._since)
 
 
+@dataclass(frozen=True)
+class LockHolder:
+    """A process that holds an exclusive lock.
+
+    Attributes:
+        command: Its command line; empty if unknown.
+        is_stopped: Whether it was suspended, as by Ctrl-Z or SIGSTOP.
+        is_certain: Whether the lock is on the file itself, and not perhaps on another one of the same number.
+    """
+
+    pid: int
+    command: str = ""
+    is_stopped: bool = False
+    is_certain: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its id and command, for people."""
+        command = f" ({self.command})" if self.command else ""
+        return f"{'' if self.is_certain else 'perhaps '}process {self.pid}{command}"
+
+    def __str__(self) -> str:
+        stopped = f", which is stopped: continue it with `kill -CONT {self.pid}`, or end it" if self.is_stopped else ""
+        return f"{self.name}{stopped}"
+
+
 def file_lock_holders(*paths: Path) -> list[str]:
-    """The other processes that hold exclusive locks on files, each with its id, its command, and whether it is stopped;
-    empty where the kernel doesn't tell.
+    """`lock_holders` in words."""
+    return [str(holder) for holder in lock_holders(*paths)]
+
+
+def lock_holders(*paths: Path) -> list[LockHolder]:
+    """The other processes that hold exclusive locks on files; empty where the kernel doesn't tell.
 
     Some file systems (Btrfs, overlays) show the kernel's locks another device than programs. Where no device fits,
     those of the same number of a file are named with "perhaps", since another file may have it as well.
@@ -129,19 +160,17 @@ def file_lock_holders(*paths: Path) -> list[str]:
         words = line.split()
         if len(words) >= 6 and "->" not in words and words[3] == "WRITE" and words[5].rpartition(":")[2] in inodes:
             (holders if words[5] in files else namesakes).add(int(words[4]))
-    prefix = "" if holders else "perhaps "
-    return [prefix + _process(pid) for pid in sorted((holders or namesakes) - {os.getpid()}) if pid > 0]
+    pids = sorted((holders or namesakes) - {os.getpid()})
+    return [_lock_holder(pid, is_certain=bool(holders)) for pid in pids if pid > 0]
 
 
-def _process(pid: int) -> str:
+def _lock_holder(pid: int, *, is_certain: bool) -> LockHolder:
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return f"process {pid}"
-    command = command_text(arguments)
-    stopped = f", which is stopped: continue it with `kill -CONT {pid}`, or end it" if state in ("T", "t") else ""
-    return f"process {pid} ({command}){stopped}" if command else f"process {pid}{stopped}"
+        return LockHolder(pid, is_certain=is_certain)
+    return LockHolder(pid, command_text(arguments), is_stopped=state in ("T", "t"), is_certain=is_certain)
 
 
 _ADDRESS = re.compile(r"(\w://)\S+")
