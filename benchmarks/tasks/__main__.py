@@ -5,7 +5,7 @@
 
 A look changes runs, prints each of their rounds, and writes nothing: fewer rounds, or other settings, such as
 `python -m benchmarks.tasks detection --seeds 0 --methods fedprune --changes
-'{"options": {"densities": [0.5], "dropout": []}, "job": {"compression": "int8"}, "recipe": {"mixup": 0}}'`.
+'{"options": {"densities": [0.5], "dropout": [], "mixup": 0}, "job": {"compression": "int8"}, "recipe": {"lr": 0.01}}'`.
 """
 
 from __future__ import annotations

@@ -234,7 +234,8 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
 
 def _early_end(job: dict[str, Any], state: State | None) -> str:
     try:
-        return "" if state is None else early_end(Job.from_dict(job), state)
+        # An aggregator's copy of its parent's state has no history, and doesn't tell.
+        return "" if state is None or not state.history else early_end(Job.from_dict(job), state)
     except ConfigError:  # of another version
         return ""
 

@@ -150,6 +150,10 @@ class DeviceRegistry:
         """Count bytes from an admitted device; unknown names are unlimited."""
         self._unheard.discard(device)
         self.count(device, 0, size)
+        self.note_message(device)
+
+    def note_message(self, device: str) -> None:
+        """Note when an admitted device was heard."""
         if device in self._contacts:
             self._contacts[device].last_message_at = self._clock()
 

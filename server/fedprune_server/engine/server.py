@@ -333,6 +333,8 @@ class Server:
         device, body = envelope.device, envelope.body
         if isinstance(body, (Alive, Birth)):
             self.first.registry.received(device, envelope.size)
+            for runner in self.runners.values():
+                runner.registry.note_message(device)
         elif isinstance(body, Death):  # the broker sends it, so that it tells nothing of how the device is
             self.first.registry.count(device, 0, envelope.size)
         if isinstance(body, Birth):

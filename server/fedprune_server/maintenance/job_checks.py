@@ -263,7 +263,9 @@ def _stalls(case: Case) -> Iterator[Finding]:
     metric, recent = METRICS[judge], of_boards[-_STALL_ROUNDS:]
     pick = max if metric.higher else min
     first, now, best = whole[0], math.fsum(whole[-_STALL_ROUNDS:]) / _STALL_ROUNDS, pick(whole)
-    start = of_boards[0].received  # of the initial model, where the parts of the first round are still there
+    # What boards scored with the initial model; of a long job only the latest parts are kept, and the server's own
+    # first score has to do.
+    start = rounds[0].received if math.isfinite(rounds[0].received) else first
     received = math.fsum(scores.received for scores in recent) / len(recent)
     trained = math.fsum(scores.trained for scores in recent) / len(recent)
 

@@ -377,7 +377,7 @@ def _stall_alerts(seen: Snapshot, job: JobStatus) -> Iterator[Alert]:
     if not job.awaited or job.paused or seen.broker or not seen.here or seen.tier.regions or seen.tier.parent:
         return
     since, until, pace = min(job.awaited.values()), "", ""
-    if job.closes_at is not None:
+    if job.closes_at is not None and not job.paced:
         whom = "it" if len(job.awaited) == 1 else "them"
         until = f"; the round goes on without {whom} at {format_minute(job.closes_at)} (deadline)"
     if not job.paced:
@@ -386,7 +386,7 @@ def _stall_alerts(seen: Snapshot, job: JobStatus) -> Iterator[Alert]:
         "round-waits", WARNING, since,
         f"round {job.round} of job {job.name} waits for {some(list(job.awaited))}, offline since "
         f"{format_minute(since)}{until}",
-        "all other boards of the round are done, and train nothing meanwhile",
+        "nothing else of the round is under way: all other boards wait, too",
         f"see that it has power and network: a board that comes back resumes its part; {pace}or start with a shorter "
         "--deadline (docs/rounds.md#slow-and-unreliable-boards)",
         job=job.name, delay_s=job.stall_delay_s,

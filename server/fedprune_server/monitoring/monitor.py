@@ -75,7 +75,7 @@ _COMPLAIN_S = 60.0
 _ROUNDING_S = 1e-3
 _LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
 
-_COUNTED = ("no-progress", FAILING, UNDELIVERED, CLONED)
+_COUNTED = ("no-progress", "round-waits", FAILING, UNDELIVERED, CLONED)
 """Kinds of alerts that are made of what a run of the server has counted itself."""
 
 _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}

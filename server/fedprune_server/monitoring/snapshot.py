@@ -203,4 +203,5 @@ class Snapshot:
 
 def suspended_server(folder: Path) -> LockHolder | None:
     """The process that has a state folder's lock, if it was suspended; None also where the kernel doesn't tell."""
-    return next((holder for holder in lock_holders(folder / LOCK) if holder.is_stopped), None)
+    holders = lock_holders(folder / LOCK)
+    return next((holder for holder in holders if holder.is_stopped and holder.is_certain), None)

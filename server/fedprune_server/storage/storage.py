@@ -119,7 +119,8 @@ class EventLog:
             if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
                 devices[body["device"]] = at
             elif kind == "DeviceDied" and body.get("heard_at") is not None:  # what the broker says came later
-                devices[body["device"]] = float(body["heard_at"])
+                # No later than its latest message in this log, where another job has counted the ones after it.
+                devices[body["device"]] = max(float(body["heard_at"]), devices.get(body["device"], 0.0))
         return last, devices
 
 

@@ -112,7 +112,11 @@ class Uploads:
         """Fetch an update; asking again for the one under way changes nothing. Raises `StorageError` if the store
         fails."""
         if not self.fetching(device, round_, attempt, ref):
+            before = self._uploads.get(device)
             self.drop(device)
+            if before is not None and (before.round, before.attempt) == (round_, attempt):
+                # Who announces one update after another of the same part must not fill the disk with pieces of them.
+                self._drop_partial(before.ref.sha256)
             upload = self._uploads[device] = _Upload(round_, attempt, ref)
             if self._place is not None and self._place.direct and device in self._can_put:
                 return self._begin(device, upload, now) + self.heard(device, now)
@@ -268,6 +272,10 @@ class Uploads:
             upload.pull.give_up()  # a broker ends the connection of who sends it too large a chunk
         self._stop(device, upload)
         return [upload.ref.sha256]
+
+    def _drop_partial(self, sha256: str) -> None:
+        if all(upload.ref.sha256 != sha256 for upload in self._uploads.values()):
+            self._store.drop_partial(sha256)
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
         """Stop fetching from a device unless it is for this part.

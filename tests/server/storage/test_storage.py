@@ -305,3 +305,6 @@ def test_a_server_is_no_device_that_was_heard(storage: Storage) -> None:
         with storage.database.writing() as connection:
             storage.log.write(connection, [event], float(number))
     assert storage.log.heard() == (5.0, {"a": 1.0, "b": 2.5})
+    with storage.database.writing() as connection:  # this job's registry had heard nothing since its birth
+        storage.log.write(connection, [on.DeviceDied("b", 1, heard_at=0.5)], 6.0)
+    assert storage.log.heard() == (6.0, {"a": 1.0, "b": 2.5})

@@ -125,6 +125,16 @@ def test_what_had_arrived_before_a_drop_is_not_fetched_again(tmp_path: Path) -> 
     assert min(w.first for _, w in wants) >= before[0]
 
 
+def test_a_replaced_update_leaves_no_pieces_on_the_disk(tmp_path: Path) -> None:
+    world = World(tmp_path, leaves=80)
+    world.answer(world.answer(world.announce("a")))
+    pieces = set((world.store.root / "partial").iterdir())
+    assert pieces
+    other = BlobRef.of(b"trained once more" * LEAF)
+    world.uploads.add("a", 1, 1, other, 0.0)
+    assert not pieces & set((world.store.root / "partial").iterdir())
+
+
 def test_after_a_reconnection_everything_is_asked_for_again(world: World) -> None:
     wants = world.announce("a")
     world.uploads.interrupted(1.0)

@@ -47,7 +47,7 @@ def play(coordinator: SynchronousCoordinator, times: float, peak: float = 0.0) -
     metrics = {"step_seconds": times * plan["prediction"]["step_s"]} | ({"peak_memory_bytes": peak} if peak else {})
     update = on.UpdateAnnounced("a", state.round, 1, digest(state.round), {"sha256": "u"}, 10, 1, metrics)
     coordinator.handle(update, 0.0)
-    coordinator.handle(on.UpdateStored("a", state.round, 1, "w"), 0.0)
+    coordinator.handle(on.UpdateStored("a", state.round, 1, "u"), 0.0)
     coordinator.handle(on.Folded("a", state.round, 1), 0.0)
 
 

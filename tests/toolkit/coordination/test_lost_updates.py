@@ -96,6 +96,13 @@ def test_what_a_board_trains_once_more_is_pulled_instead_of_what_it_has_lost(ret
     assert returned.task.steps == 1
 
 
+def test_a_replaced_update_that_arrives_late_does_not_take_the_place_of_the_second(returned: Returned) -> None:
+    second = replace(returned.first, weights={"sha256": "second"}, steps=1)
+    assert pull_of(second) in returned.pulled(second)
+    assert folds(returned.store(returned.first)) == []
+    assert folds(returned.store(second)) == ["second"]
+
+
 def test_the_first_update_counts_where_it_has_arrived_all_the_same(returned: Returned) -> None:
     second = replace(returned.first, weights={"sha256": "second"})
     assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]

@@ -147,6 +147,11 @@ class BlobStore(BlobFolder):
         with storage_errors(f"can't delete {path}"):
             path.unlink(missing_ok=True)
             self._table_path(sha256).unlink(missing_ok=True)
+        self.drop_partial(sha256)
+
+    def drop_partial(self, sha256: str) -> None:
+        """Delete what has arrived of a blob that isn't whole. Raises `StorageError` if the disk fails."""
+        with storage_errors(f"can't tidy {self.root / 'partial'}"):
             for name in (sha256, sha256 + SUFFIX):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 

@@ -204,7 +204,7 @@ class AsynchronousCoordinator(Coordinator):
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
-        if task is None:
+        if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
             return []
         task.progress, task.weights, task.arrived_at, task.deadline = Progress.STORED, event.weights, now, None
         task.region = event.region

@@ -349,7 +349,7 @@ class SynchronousCoordinator(Coordinator):
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
-        if task is None:
+        if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
             return []
         task.progress = Progress.STORED
         task.weights, task.region = event.weights, event.region
