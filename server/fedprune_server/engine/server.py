@@ -334,7 +334,8 @@ class Server:
         if isinstance(body, (Alive, Birth)):
             self.first.registry.received(device, envelope.size)
             for runner in self.runners.values():
-                runner.registry.note_message(device)
+                if runner is not self.first:
+                    runner.registry.note_message(device)
         elif isinstance(body, Death):  # the broker sends it, so that it tells nothing of how the device is
             self.first.registry.count(device, 0, envelope.size)
         if isinstance(body, Birth):

@@ -131,16 +131,17 @@ class Participation(Observer):
             self._failures.pop(name, None)
             return
         late = not part["reason"] or kind == FailureKind.LATE
-        if kind not in _BLAMELESS_FAILURES and not (late and self._closes_early):
-            count, _, _, since = self._failures.get(name, (0, "", "", self._clock()))
-            min_count = FAILED_ROUNDS if kind in _LASTING_FAILURES else 0
-            alert_kind, reason = (
-                FAILING,
-                self._late_reason(name) if late else one_line(part["reason"], _MAX_REASON_LENGTH),
-            )
-            if late and self._is_offline(name):
-                alert_kind, reason = AWAY, f"it was offline when the deadline of round {number} passed"
-            self._failures[name] = (max(count + 1, min_count), alert_kind, reason, since)
+        if kind in _BLAMELESS_FAILURES or (late and self._closes_early):
+            return
+        if not late:
+            alert_kind, reason = FAILING, one_line(part["reason"], _MAX_REASON_LENGTH)
+        elif self._is_offline(name):
+            alert_kind, reason = AWAY, f"it was offline when the deadline of round {number} passed"
+        else:
+            alert_kind, reason = FAILING, self._late_reason(name)
+        count, _, _, since = self._failures.get(name, (0, "", "", self._clock()))
+        min_count = FAILED_ROUNDS if kind in _LASTING_FAILURES else 0
+        self._failures[name] = (max(count + 1, min_count), alert_kind, reason, since)
 
     def _is_offline(self, name: str) -> bool:
         return name in self._away_since and not self._is_present(name)

@@ -203,12 +203,10 @@ class AsynchronousCoordinator(Coordinator):
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
-        task = self._task(event, Progress.PULLING)
-        if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
+        task = self._store_update(event, now)
+        if task is None:
             return []
-        task.progress, task.weights, task.arrived_at, task.deadline = Progress.STORED, event.weights, now, None
-        task.region = event.region
-        task.seconds = None if task.offered_at is None else now - task.offered_at
+        task.arrived_at, task.deadline = now, None
         commands: Commands = [do.Acknowledge(event.device, event.round, event.attempt, event.weights)]
         if self.state.phase is Phase.TRAINING:
             commands.append(self._fold_again(event.device, task))

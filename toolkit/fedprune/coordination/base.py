@@ -395,6 +395,15 @@ class Coordinator(ABC):
             task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
         return do.PullUpdate(event.device, event.round, event.attempt, event.weights)
 
+    def _store_update(self, event: on.UpdateStored, now: float) -> Task | None:
+        """Record in its part that an update is here. Returns the part; None if it doesn't wait for this update."""
+        task = self._task(event, Progress.PULLING)
+        if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
+            return None
+        task.progress, task.weights, task.region = Progress.STORED, event.weights, event.region
+        task.seconds = None if task.offered_at is None else now - task.offered_at
+        return task
+
     def _settle_announcement(self, event: on.UpdateAnnounced, task: Task) -> do.Acknowledge | do.Cancel:
         """The answer to a device whose update is here. If it has trained once more meanwhile, without its storage, the
         first update counts: an acknowledgement of that one would leave it announcing the second."""

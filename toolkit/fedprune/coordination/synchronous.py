@@ -348,12 +348,9 @@ class SynchronousCoordinator(Coordinator):
         return cohorts
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
-        task = self._task(event, Progress.PULLING)
-        if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
+        task = self._store_update(event, now)
+        if task is None:
             return []
-        task.progress = Progress.STORED
-        task.weights, task.region = event.weights, event.region
-        task.seconds = None if task.offered_at is None else now - task.offered_at
         return [
             do.Acknowledge(event.device, event.round, event.attempt, event.weights),
             self._fold_again(event.device, task),
