@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
-from fedprune.core.metrics import METRICS
 from fedprune.core.text import one_line, quantity, some
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
+from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
 from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, command, restart_advice, state_args
 from fedprune_server.monitoring.monitor import off_by_far
-from fedprune_server.monitoring.round_rows import judging_metric, round_scores
 from fedprune_server.monitoring.snapshot import JobStatus
 
 _ROUNDS = 3
@@ -26,29 +25,6 @@ _ROUNDS = 3
 
 _LATE = 0.5
 """Share of a round's devices that may be late before the deadline is what is wrong."""
-
-_STALL_ROUNDS = 5
-"""Evaluated rounds without a better global model after which that is no chance: single rounds of few boards vary."""
-
-_EQUAL = 0.02
-"""Scores that differ by less are equal: a share (accuracy) by 2 points, other metrics by 2 % of the score that they are
-compared with. Test data of a board are often 50 to 200 samples, whose accuracy varies by as much."""
-
-_NOTHING = 0.05
-"""What a whole job has gained, by the same scale, that may be chance: its best round is the luckiest of many."""
-
-_CLEAR = 0.1
-"""Scores that differ by more differ for a reason, by the same scale."""
-
-_WAY = 0.25
-"""A model that has come less than this share of the way from its first score to another's is stuck. Of healthy fleets
-with unlike data, whose boards score well on their few classes, the global model comes half of the way and more."""
-
-_GOOD = 0.9
-"""A share from which a model counts as good: one that was good when the job began need not improve."""
-
-_OWN_PARTS = frozenset({"fedper", "local"})
-"""Strategies that leave parts of the global model as they began, so that its score says nothing of the boards'."""
 
 _PREFIXES = frozenset({"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"})
 """Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained."""
@@ -253,64 +229,18 @@ def _diverges(case: Case) -> Iterator[Finding]:
 
 def _stalls(case: Case) -> Iterator[Finding]:
     """Says which part of a fleet fails where the global model no longer improves, and nothing where none does."""
-    judge, recipe = judging_metric(case.job), case.job.get("recipe", {})
-    rounds = [round_scores(row, judge) for row in case.state.history]
-    whole = [scores.whole for scores in rounds if math.isfinite(scores.whole)]
-    of_boards = [scores for scores in rounds if math.isfinite(scores.received)]
-    own_parts = case.job.get("strategy") in _OWN_PARTS or recipe.get("personal")
-    if len(whole) <= _STALL_ROUNDS or not of_boards or own_parts:
+    scores = stall_scores(case.job, case.state.history)
+    cause = None if scores is None else stall_cause(scores)
+    if scores is None or cause is None or (cause.in_training and any(_diverges(case))):
         return
-    metric, recent = METRICS[judge], of_boards[-_STALL_ROUNDS:]
-    pick = max if metric.higher else min
-    first, now, best = whole[0], math.fsum(whole[-_STALL_ROUNDS:]) / _STALL_ROUNDS, pick(whole)
-    # What boards scored with the initial model; of a long job only the latest parts are kept, and the server's own
-    # first score has to do.
-    start = rounds[0].received if math.isfinite(rounds[0].received) else first
-    received = math.fsum(scores.received for scores in recent) / len(recent)
-    trained = math.fsum(scores.trained for scores in recent) / len(recent)
-
-    def gain(before: float, after: float) -> float:
-        change = after - before if metric.higher else before - after
-        return change if metric.share else change / (abs(before) or 1.0)
-
-    def is_stuck(begin: float, end: float, goal: float) -> bool:
-        return gain(begin, goal) >= _CLEAR and gain(begin, end) < _WAY * gain(begin, goal)
-
-    if gain(pick(whole[:-_STALL_ROUNDS]), best) > _EQUAL:
-        return  # it still improves
-    is_good = metric.share and received >= _GOOD
-    is_lost = is_stuck(start, received, trained)
-    if not is_lost and (is_good or gain(start, received) >= _CLEAR) and is_stuck(first, now, received):
-        cause = "the models are good on the boards, and only the server's evaluation says otherwise"
-        advice = (
-            "compare the samples of [evaluation] with the boards': scaled alike, with the same numbers for the same "
-            "classes, of all classes alike; boards that have few classes score higher on these alone"
-        )
-    elif any(_diverges(case)):
-        return
-    elif is_lost and is_stuck(first, now, trained):
-        cause = "the boards learn, and aggregation loses what they learn"
-        advice = (
-            "the boards' data are unlike, their training between two rounds goes too far, or their models are of too "
-            "different widths: lower lr or epochs or raise proximal in [job.recipe], have more boards in a round, or "
-            f"give narrow models more (docs/planner.md). {command('status', *state_args(case.folder))} shows each "
-            "board's width"
-        )
-    elif max(gain(start, trained), gain(first, best)) < _NOTHING and not is_good:
-        cause = "the boards learn nothing either"
-        advice = (
-            f"try another lr in [job.recipe] (now {recipe.get('lr')}; ten times as much, and a tenth), and look at the "
-            "boards' samples: scaled as the model expects, with the right labels (docs/board-data.md)"
-        )
-    else:
-        return
+    metric, status = scores.metric, command("status", *state_args(case.folder))
     yield note(
         "model-stalls",
-        f"the global model of job {case.name} has not improved for {_STALL_ROUNDS} rounds: {metric.said(now)} (at "
-        f"best {metric.shown(best)}), while boards score {metric.shown(received)} on their own test data with the "
-        f"models that they receive, and {metric.shown(trained)} after training: {cause}",
+        f"the global model of job {case.name} has not improved for {STALL_ROUNDS} rounds: {metric.said(scores.now)} "
+        f"(at best {metric.shown(scores.best)}), while boards score {metric.shown(scores.received)} on their own test "
+        f"data with the models that they receive, and {metric.shown(scores.trained)} after training: {cause.sentence}",
         "further rounds like these cost time and bytes, and change nothing",
-        advice,
+        cause.advice.format(status=status, lr=case.job.get("recipe", {}).get("lr")),
     )
 
 

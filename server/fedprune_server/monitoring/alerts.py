@@ -389,7 +389,7 @@ def _stall_alerts(seen: Snapshot, job: JobStatus) -> Iterator[Alert]:
         "nothing else of the round is under way: all other boards wait, too",
         f"see that it has power and network: a board that comes back resumes its part; {pace}or start with a shorter "
         "--deadline (docs/rounds.md#slow-and-unreliable-boards)",
-        job=job.name, delay_s=job.stall_delay_s,
+        job=job.name, delay_s=job.offline_wait_s,
     )  # fmt: skip
 
 

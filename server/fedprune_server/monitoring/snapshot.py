@@ -19,7 +19,7 @@ from fedprune_server.storage.state_folder import LOCK
 DELAY_S = 60.0
 """The longest that boards may take before an alert opens."""
 
-MIN_STALL_S, STALL_ROUNDS = 5.0, 3.0
+_MIN_OFFLINE_WAIT_S, _OFFLINE_WAIT_ROUNDS = 5.0, 3.0
 """A round may wait so many seconds, and as long as so many usual rounds, for boards that are offline: one that lost its
 connection for a moment is back sooner."""
 
@@ -76,11 +76,11 @@ class JobStatus:
         return min(DELAY_S, self.deadline_s / 2)
 
     @property
-    def stall_delay_s(self) -> float:
+    def offline_wait_s(self) -> float:
         """Seconds after which a round that waits for boards that are offline is an alert."""
         if self.usual_round_s is None:
             return self.delay_s
-        return min(self.delay_s, max(MIN_STALL_S, STALL_ROUNDS * self.usual_round_s))
+        return min(self.delay_s, max(_MIN_OFFLINE_WAIT_S, _OFFLINE_WAIT_ROUNDS * self.usual_round_s))
 
 
 @dataclass(frozen=True)

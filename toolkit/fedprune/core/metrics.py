@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 TRAINED, AVERAGED = "after", "average"
@@ -39,10 +39,13 @@ class Metric:
         """Least and greatest value that count as measurements."""
         return (0.0, 1.0) if self.share else (-MAX_LOSS, MAX_LOSS)
 
-    def best(self, values: Sequence[float | None]) -> int | None:
+    def best(self, values: Iterable[float]) -> float:
+        return max(values) if self.higher else min(values)
+
+    def best_index(self, values: Sequence[float | None]) -> int | None:
         """Index of the best value, the first of equals; None without any."""
-        measured = {i: value for i, value in enumerate(values) if value is not None}
-        return (max if self.higher else min)(measured, key=measured.__getitem__, default=None)
+        measured = [value for value in values if value is not None]
+        return values.index(self.best(measured)) if measured else None
 
     def shown(self, value: float) -> str:
         """The number alone."""

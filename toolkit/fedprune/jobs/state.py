@@ -345,7 +345,7 @@ class State:
         """The finished round whose global model scored best by a metric, the earliest of equals; None where no model
         was evaluated by it."""
         metric = METRICS.get(judged_by)  # another version's may be unknown here
-        best = None if metric is None else metric.best([row["metrics"].get(judged_by) for row in self.history])
+        best = None if metric is None else metric.best_index([row["metrics"].get(judged_by) for row in self.history])
         return None if best is None else self.history[best]
 
     def references(self) -> set[str]:

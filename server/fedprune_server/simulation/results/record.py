@@ -141,7 +141,7 @@ class Record:
     @property
     def best(self) -> RoundRow | None:
         """The round whose global model scored best, the earliest of equals; None without data of the server."""
-        best = self.metric.best(self.global_values())
+        best = self.metric.best_index(self.global_values())
         return None if best is None else self.rounds[best]
 
     def own_means(self, metric: str) -> tuple[float | None, ...]:

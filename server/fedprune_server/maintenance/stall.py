@@ -1,0 +1,171 @@
+"""The part of a fleet that fails where a job's global model no longer improves: evaluation, aggregation or training.
+
+Gains are shares: of 1 where the metric is itself a share (accuracy), else of the score that they are compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.core.metrics import METRICS, Metric
+from fedprune_server.monitoring.round_rows import judging_metric, round_scores
+
+STALL_ROUNDS = 5
+"""Evaluated rounds without a better global model after which that is no chance: single rounds of few boards vary."""
+
+_MAX_EQUAL_GAIN = 0.02
+"""Scores that differ by no more are equal: test data of a board are often 50 to 200 samples, whose accuracy varies by
+as much."""
+
+_MAX_CHANCE_GAIN = 0.05
+"""What a whole job has gained may be chance below this: its best round is the luckiest of many."""
+
+_MIN_CLEAR_GAIN = 0.1
+"""Scores that differ by this much differ for a reason."""
+
+_MAX_STUCK_SHARE_OF_WAY = 0.25
+"""A model that has come less than this share of the way from its first score to another's is stuck. Of healthy fleets
+with unlike data, whose boards score well on their few classes, the global model comes half of the way and more."""
+
+_MIN_GOOD_SCORE = 0.9
+"""A model with this share or more (of 1) is good: one that was good when the job began need not improve."""
+
+_OWN_PARTS = frozenset({"fedper", "local"})
+"""Strategies that leave parts of the global model as they began, so that its score says nothing of the boards'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StallScores:
+    """Scores of a job by the metric that judges its models. Boards measure on test samples of their own, the server on
+    those of [evaluation].
+
+    Attributes:
+        first: The global model's after the first evaluated round.
+        now: The mean of the global model's over the last `STALL_ROUNDS`.
+        best: The best of the global model's.
+        best_before: The best before the last `STALL_ROUNDS`.
+        start: The initial model's on the boards or, where that is no longer kept, `first`.
+        received: The mean on the boards, lately, of the models that they received.
+        trained: The mean on the boards, lately, of the models that they made of these.
+    """
+
+    metric: Metric
+    first: float
+    now: float
+    best: float
+    best_before: float
+    start: float
+    received: float
+    trained: float
+
+    def gain(self, before: float, after: float) -> float:
+        change = after - before if self.metric.higher else before - after
+        return change if self.metric.share else change / (abs(before) or 1.0)
+
+    def is_stuck(self, begin: float, end: float, goal: float) -> bool:
+        """Whether a score that could clearly have come from `begin` to `goal` has hardly moved."""
+        way = self.gain(begin, goal)
+        return way >= _MIN_CLEAR_GAIN and self.gain(begin, end) < _MAX_STUCK_SHARE_OF_WAY * way
+
+    @property
+    def has_stalled(self) -> bool:
+        return self.gain(self.best_before, self.best) <= _MAX_EQUAL_GAIN
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the models that boards receive are good."""
+        return self.metric.share and self.received >= _MIN_GOOD_SCORE
+
+    @property
+    def loses_training(self) -> bool:
+        """Whether boards don't receive again what they have learnt."""
+        return self.is_stuck(self.start, self.received, self.trained)
+
+
+def _evaluation_fails(scores: StallScores) -> bool:
+    is_learnt = scores.is_good or scores.gain(scores.start, scores.received) >= _MIN_CLEAR_GAIN
+    return is_learnt and not scores.loses_training and scores.is_stuck(scores.first, scores.now, scores.received)
+
+
+def _aggregation_fails(scores: StallScores) -> bool:
+    return scores.loses_training and scores.is_stuck(scores.first, scores.now, scores.trained)
+
+
+def _training_fails(scores: StallScores) -> bool:
+    gains = scores.gain(scores.start, scores.trained), scores.gain(scores.first, scores.best)
+    return max(gains) < _MAX_CHANCE_GAIN and not scores.is_good
+
+
+@dataclass(frozen=True)
+class StallCause:
+    """Why a global model doesn't improve.
+
+    Attributes:
+        applies: Whether the scores show it.
+        in_training: Whether boards' models suffer. If a loss rises as well, training diverges, which explains more;
+            a loss that rises on the server's samples alone says nothing of training.
+        advice: `{status}` in it stands for the command that shows boards' widths, `{lr}` for the job's learning rate.
+    """
+
+    applies: Callable[[StallScores], bool]
+    in_training: bool
+    sentence: str
+    advice: str
+
+
+_CAUSES = (
+    StallCause(
+        _evaluation_fails,
+        in_training=False,
+        sentence="the models are good on the boards, and only the server's evaluation says otherwise",
+        advice="compare the samples of [evaluation] with the boards': scaled alike, with the same numbers for the same "
+        "classes, of all classes alike; boards that have few classes score higher on these alone",
+    ),
+    StallCause(
+        _aggregation_fails,
+        in_training=True,
+        sentence="the boards learn, and aggregation loses what they learn",
+        advice="the boards' data are unlike, their training between two rounds goes too far, or their models are of "
+        "too different widths: lower lr or epochs or raise proximal in [job.recipe], have more boards in a round, or "
+        "give narrow models more (docs/planner.md). {status} shows each board's width",
+    ),
+    StallCause(
+        _training_fails,
+        in_training=True,
+        sentence="the boards learn nothing either",
+        advice="try another lr in [job.recipe] (now {lr}; ten times as much, and a tenth), and look at the boards' "
+        "samples: scaled as the model expects, with the right labels (docs/board-data.md)",
+    ),
+)
+"""The first that applies is reported."""
+
+
+def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> StallScores | None:
+    """The scores of a stored job; None where they can't show a stall: after few rounds, without the server's scores or
+    the boards', or where parts of the model stay on the boards."""
+    judge = judging_metric(job)
+    rounds = [round_scores(row, judge) for row in history]
+    whole = [scores.whole for scores in rounds if math.isfinite(scores.whole)]
+    of_boards = [scores for scores in rounds if math.isfinite(scores.received)][-STALL_ROUNDS:]
+    has_own_parts = job.get("strategy") in _OWN_PARTS or job.get("recipe", {}).get("personal")
+    if len(whole) <= STALL_ROUNDS or not of_boards or has_own_parts:
+        return None
+    metric, initial = METRICS[judge], rounds[0].received
+    return StallScores(
+        metric=metric,
+        first=whole[0],
+        now=math.fsum(whole[-STALL_ROUNDS:]) / STALL_ROUNDS,
+        best=metric.best(whole),
+        best_before=metric.best(whole[:-STALL_ROUNDS]),
+        start=initial if math.isfinite(initial) else whole[0],  # of a long job only the latest parts are kept
+        received=math.fsum(scores.received for scores in of_boards) / len(of_boards),
+        trained=math.fsum(scores.trained for scores in of_boards) / len(of_boards),
+    )
+
+
+def stall_cause(scores: StallScores) -> StallCause | None:
+    """Why a model no longer improves; None where it does, or nothing is wrong with that."""
+    return next((cause for cause in _CAUSES if cause.applies(scores)), None) if scores.has_stalled else None
