@@ -37,12 +37,13 @@ _SAID = {
 """Tables by how errors of what they are made into name them."""
 
 
-def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
+def parse_config(body: Mapping[str, Any], where: str, folder: Path, *, simulated: bool = False) -> ServerConfig:
     """Check the tables of a `fleet.toml`.
 
     Args:
         where: The file's name, for errors.
         folder: What relative paths count from.
+        simulated: Whether a simulation runs the job, which counts what a server doesn't.
 
     Raises:
         ConfigError: A key is unknown or has a wrong value; the message names the table and the key.
@@ -62,9 +63,15 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
             values[name] = check(tables[table][key], f"{where}: [{table}] {key}")
 
     def build() -> ServerConfig:
-        config = ServerConfig(
-            job=Job.from_dict(tables["job"]), alerts=read_table(AlertSettings, tables["alerts"], "[alerts]"), **values
-        )
+        job = Job.from_dict(tables["job"])
+        if job.total_macs and not simulated:
+            raise ConfigError(
+                "job: total_macs",
+                expected="0, since a server doesn't count its boards' MACs",
+                got=job.total_macs,
+                hint="total_bytes and total_hours limit what a server's job spends.",
+            )
+        config = ServerConfig(job=job, alerts=read_table(AlertSettings, tables["alerts"], "[alerts]"), **values)
         if config.database is not None:
             from fedprune_server.storage.database import check_url  # SQLAlchemy takes a while to import
 

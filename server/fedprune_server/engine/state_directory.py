@@ -135,13 +135,6 @@ class StateFolder(Closing):
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
         """
-        if config.job.total_macs:
-            raise ConfigError(
-                "job: total_macs",
-                expected="0, since a server doesn't count its boards' MACs",
-                got=config.job.total_macs,
-                hint="total_bytes and total_hours limit what a server's job spends.",
-            )
         if config.archive:
             self.storage.log.least = 0
         known, state = self.storage.settings(), self.storage.load()

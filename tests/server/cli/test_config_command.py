@@ -122,6 +122,17 @@ def test_another_kind_of_schedule_replaces_the_files_and_the_same_keeps_its_keys
     assert configured(arguments, {}).config.job.schedule == found
 
 
+@pytest.mark.parametrize("command", [["config", "check"], ["run", "--config"]], ids=" ".join)
+def test_a_total_that_a_server_does_not_count_is_refused_where_it_stands(
+    command: list[str], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("[job]\nrounds = 4\ntotal_macs = 1_000_000\n")
+    assert main([*command, str(file)]) == ExitCode.CONFIG
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{file}:3:1: [job] total_macs: " in said
+    assert "total_bytes" in said
+
+
 @pytest.mark.parametrize("text", ["[job]\nschedule = 3\n", "job = 3\n"])
 def test_what_should_be_a_table_is_named_whatever_the_command_line_says(file: Path, text: str) -> None:
     file.write_text(text)

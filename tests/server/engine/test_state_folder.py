@@ -124,13 +124,6 @@ def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
         assert (state.phase, state.round, state.tasks) == (Phase.WAITING, 0, {})
 
 
-def test_a_server_refuses_a_total_that_it_does_not_count(tmp_path):
-    config = ServerConfig(model="unread.onnx", job=Job(total_macs=10**9))
-    with StateFolder(tmp_path / "state") as folder, pytest.raises(ConfigError, match="total_macs") as refused:
-        folder.read_job(config)
-    assert "total_bytes" in refused.value.hint
-
-
 def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path):
     """Between rounds, or before the first ranking, nothing but the state knows which description it belongs to."""
     (tmp_path / "model.onnx").write_bytes(digits_model())

@@ -279,7 +279,8 @@ def read_tables(
     layers = (file, Layer(str(path), dict(changes or {}), {p: str(path) for p in _keys((), changes or {})}))
     body = _with(file.tables, changes or {})
     with located(layers, str(path)):
-        config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
+        shared = {k: v for k, v in body.items() if k != "server"}
+        config = parse_config(shared, str(path), path.parent, simulated=True)
         data = _data(body["data"], body.get("devices"), path) if "data" in body else None
         dropouts = read_table(DropOuts, body.get("dropouts", {}), f"{path}: [dropouts]")
         availability = read_table(Availability, body.get("availability", {}), f"{path}: [availability]")
