@@ -63,6 +63,63 @@ def test_a_total_ends_a_job_with_the_round_in_which_it_is_reached(job: Job, tota
     assert shell.state.round > 2
 
 
+def run_until(shell: Any, phase: Phase, number: int) -> None:
+    while (shell.state.phase, shell.state.round) != (phase, number):
+        shell.feed(shell.inbox.pop(0))
+
+
+def disconnect_all(shell: Any) -> None:
+    for name, device in shell.state.devices.items():
+        shell.feed(on.DeviceDied(name, device.session))
+
+
+@pytest.mark.parametrize("total", TOTALS, ids=str)
+def test_a_total_that_was_lowered_between_two_rounds_ends_the_job_at_once(total: dict[str, Any]) -> None:
+    shell = shell_of(replace(JOB, rounds=9))
+    shell.arrive()
+    run_until(shell, Phase.EVALUATING, 2)
+    disconnect_all(shell)  # so that no round follows
+    shell.run()
+    assert shell.state.phase is Phase.WAITING
+    shell.job = replace(shell.job, **total)
+    shell.crash()
+    assert (shell.state.phase, shell.state.round) == (Phase.FINISHED, 2)
+    assert next(iter(total)) in early_end(shell.job, shell.state)
+    shell.run()
+    assert (shell.state.round, set(shell.told)) == (2, set(shell.state.devices))
+
+
+def test_a_total_that_was_lowered_within_a_round_ends_the_job_with_it_or_when_it_is_abandoned() -> None:
+    for abandoned in (False, True):
+        shell = shell_of(replace(JOB, rounds=9))
+        shell.arrive()
+        run_until(shell, Phase.TRAINING, 3)
+        shell.job = replace(shell.job, total_bytes=2000)
+        shell.crash()
+        if abandoned:
+            shell.run_silently()
+            disconnect_all(shell)
+            shell.now += 2 * shell.job.deadline_s
+            shell.feed(on.Ticked())
+        shell.run()
+        assert (shell.state.phase, len(shell.state.history)) == (Phase.FINISHED, 2 if abandoned else 3)
+
+
+@pytest.mark.parametrize("job", [replace(JOB, rounds=2), job_of(arrivals=3, rounds=2)], ids=lambda job: job.strategy)
+def test_rounds_that_were_taken_back_before_they_began_are_not_trained(job: Job) -> None:
+    shell = shell_of(job)
+    shell.arrive()
+    shell.run()
+    shell.feed(on.Paused(True))
+    shell.job = replace(job, rounds=9)
+    shell.crash()
+    assert shell.state.phase is Phase.WAITING
+    shell.job = replace(shell.job, total_bytes=2000)
+    shell.crash()
+    shell.run()
+    assert (shell.state.phase, shell.state.round) == (Phase.FINISHED, 2)
+
+
 def test_what_a_round_has_seen_stays_spent() -> None:
     """After a crash the shell may have counted less."""
     shell = shell_of(replace(JOB, rounds=9, total_bytes=2000))

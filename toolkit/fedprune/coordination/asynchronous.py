@@ -74,6 +74,8 @@ class AsynchronousCoordinator(Coordinator):
             commands.append(self._close())
         elif state.phase is Phase.EVALUATING:
             commands.append(self._evaluate())
+        elif state.phase is Phase.WAITING:
+            commands += self._finish_if_over()
         elif state.phase is Phase.FINISHED:
             commands.append(self._finish())
         return commands + self._wake(now)

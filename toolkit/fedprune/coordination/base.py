@@ -498,6 +498,13 @@ class Coordinator(ABC):
     def _finish(self) -> do.Finish:
         return do.Finish(self.state.model, early_end(self.job, self.state))
 
+    def _finish_if_over(self) -> Commands:
+        """End a job that is between two rounds and may have no other: a restart may have lowered what it may have."""
+        if not self.state.history or not self._last():
+            return []
+        self.state.phase = Phase.FINISHED
+        return [self._finish()]
+
     def _last(self) -> bool:
         """Whether the job ends with the round that has just ended."""
         spent = self._exhausted() or bool(spent_total(self.job, self.state))

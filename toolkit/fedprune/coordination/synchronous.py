@@ -131,7 +131,11 @@ class SynchronousCoordinator(Coordinator):
 
     def _begin(self, now: float) -> Commands:
         state = self.state
-        if state.paused or state.phase is not Phase.WAITING or state.devices.count(True) < self._least:
+        if state.phase is not Phase.WAITING:
+            return []
+        if over := self._finish_if_over():
+            return over
+        if state.paused or state.devices.count(True) < self._least:
             return []
         if self.privacy_budget.barred():
             return self._finish_budget_spent(state.round)
@@ -452,7 +456,9 @@ class SynchronousCoordinator(Coordinator):
             state.tasks = TrackedDict()
             state.round -= 1
             state.phase = Phase.WAITING
-            return self._finish_budget_spent(state.round) if self.privacy_budget.barred() else []
+            if self.privacy_budget.barred():
+                return self._finish_budget_spent(state.round)
+            return self._finish_if_over()
         state.tasks = self._tasks(asked, attempt)
         if set(state.tasks) == before:
             return self._collect(now)
