@@ -67,6 +67,7 @@ class RegionDispatcher:
         self.connections = connections
         self._jobs, self._identity = jobs, identity
         self._sent: dict[str, _Sent] = {}
+        self._ends: dict[str, do.Finish] = {}  # of jobs; an aggregator's state doesn't say why one has ended
         self._members: MemberKeys | None = None
         self._version = ""
         self._boards: dict[str, int] = {}
@@ -80,8 +81,9 @@ class RegionDispatcher:
             return False
         self._sent[region.name] = sent
         for name, job in self._jobs.items():
-            ended: list[do.Command] = [do.Finish(job.state.model)] if job.state.phase is Phase.FINISHED else []
-            self._send(sent, name, self._devices(name, region.name), ended, whole=True)
+            # One that has finished in an earlier run says so again at its start, and then to all.
+            ends = [self._ends[name]] if name in self._ends and job.state.phase is Phase.FINISHED else []
+            self._send(sent, name, self._devices(name, region.name), ends, whole=True)
         self.connections.repeat(region)
         return True
 
@@ -173,6 +175,7 @@ class RegionDispatcher:
         for command in commands:
             place = _place(state, command)
             if isinstance(command, do.Finish):
+                self._ends[job] = command
                 for orders in below.values():
                     orders.append(command)
             if place is None:

@@ -492,9 +492,11 @@ def test_a_broken_connection_ends_what_waits_for_a_blob(tier: Tier, monkeypatch:
     assert len(errors) == 1
 
 
-def test_an_aggregator_that_missed_the_end_of_a_job_is_told(tier: Tier) -> None:
+def test_an_aggregator_that_missed_the_end_of_a_job_is_told_with_its_reason(tier: Tier) -> None:
     tier.state.phase = Phase.FINISHED
-    assert heard(tier.join("north"), Steered).commands == (do.Finish(MODEL),)
+    end = do.Finish(MODEL, "ended after round 3 of 9: the strategy ended the job")
+    tier.dispatcher.route(JOB, set(), set(), [end])
+    assert heard(tier.join("north"), Steered).commands == (end,)
 
 
 def test_a_region_keeps_the_rows_of_boards_that_have_left_an_update_there(tier: Tier) -> None:
