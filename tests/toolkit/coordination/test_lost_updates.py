@@ -23,10 +23,10 @@ class Returned:
 
     Attributes:
         first: What the board announced before it went.
-        answers: What the server says to its announcement as a new connection.
+        answers: What the server says when the board announces itself, usually on a new connection.
     """
 
-    def __init__(self, shell: coordinator_shell.Shell) -> None:
+    def __init__(self, shell: coordinator_shell.Shell, *, reconnects: bool = True) -> None:
         self.shell = shell
         shell.arrive()
         self.first = next(self._announcements())
@@ -34,7 +34,8 @@ class Returned:
         session = shell.state.devices["a"].session
         shell.inbox = [e for e in shell.inbox if not isinstance(e, on.UpdateStored)]  # its upload ends with it
         shell.feed(on.DeviceDied("a", session))
-        self.answers = shell.coordinator.handle(BIRTH, shell.now)
+        birth = BIRTH if reconnects else replace(BIRTH, session=session)
+        self.answers = shell.coordinator.handle(birth, shell.now)
 
     def _announcements(self) -> Iterator[on.UpdateAnnounced]:
         while True:
@@ -62,9 +63,13 @@ class Returned:
 
 
 @pytest.fixture(params=["synchronous", "asynchronous"])
-def returned(request: pytest.FixtureRequest) -> Returned:
-    synchronous = request.param == "synchronous"
-    return Returned(synchronous_shell.Shell(JOB) if synchronous else asynchronous_shell.Shell())
+def shell(request: pytest.FixtureRequest) -> coordinator_shell.Shell:
+    return synchronous_shell.Shell(JOB) if request.param == "synchronous" else asynchronous_shell.Shell()
+
+
+@pytest.fixture
+def returned(shell: coordinator_shell.Shell) -> Returned:
+    return Returned(shell)
 
 
 def pull_of(update: on.UpdateAnnounced) -> do.PullUpdate:
@@ -80,6 +85,16 @@ def test_a_board_that_comes_again_is_offered_its_round_once_more(returned: Retur
         ("a", returned.first.round, returned.first.attempt, returned.task.offer, True)
     ]
     assert returned.task.progress is Progress.PULLING
+
+
+def test_a_board_that_stayed_connected_is_only_asked_for_the_update_that_it_announced(
+    shell: coordinator_shell.Shell,
+) -> None:
+    """It was taken for gone, by the server or with the link of its aggregator, and its pull may have ended."""
+    returned = Returned(shell, reconnects=False)
+    assert pull_of(returned.first) in returned.answers
+    assert not returned.offers
+    assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
 
 
 def test_an_update_that_the_board_still_has_is_pulled_and_counts_once(returned: Returned) -> None:

@@ -123,6 +123,18 @@ def test_a_region_that_comes_back_in_time_costs_nothing(shell: Regional, progres
     assert len(found) == len(whole.state.history)
 
 
+def test_boards_that_a_region_pulls_from_hear_nothing_of_its_link_that_was_away(shell: Regional) -> None:
+    shell.until(Progress.PULLING)
+    shell.inbox = [e for e in shell.inbox if not isinstance(e, on.UpdateStored) or e.device not in NORTH]
+    shell.part()
+    shell.away = False
+    (name,) = NORTH
+    commands = [*shell.feed(on.Reconnected("north")), *shell.feed(shell.birth(name))]  # on the same connection
+    assert {type(c) for c in commands} == {do.PullUpdate}
+    shell.run()
+    assert shell.state.history[0]["devices"][name]["progress"] == "folded"
+
+
 def test_a_stored_update_waits_for_its_region_until_that_is_given_up(shell: Regional) -> None:
     shell.until(Progress.STORED)
     shell.inbox = [e for e in shell.inbox if not isinstance(e, on.Folded) or e.device not in NORTH]

@@ -84,14 +84,14 @@ class AsynchronousCoordinator(Coordinator):
 
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
-        before = self.region_of(event.device)
+        before = state.devices.get(event.device)
         if not self._admit(event):
             return []
         if state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
             return [] if event.more else self._open_if_able(now)
-        commands = self._make_here(event.device, before) or self._resend_offer(event.device)
+        commands = self._make_here(event.device, before) or self._resume_part(event.device, before)
         return commands if event.more else commands + self._offers(now)
 
     # A round begins.

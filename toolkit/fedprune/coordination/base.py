@@ -362,7 +362,7 @@ class Coordinator(ABC):
         """React once all parts are made: start the deadline of a round that has one."""
         return []
 
-    def _make_here(self, name: str, before: str) -> Commands:
+    def _make_here(self, name: str, before: Device | None) -> Commands:
         """What a device was offered is made in the region where it is now, if that isn't the one before, or wasn't
         there."""
         task = self.state.tasks.get(name)
@@ -370,23 +370,29 @@ class Coordinator(ABC):
             return []
         under_way = task.progress in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
         postponed = task.progress is Progress.OFFERED and task.offer is None
-        if not postponed and (not under_way or self.state.devices[name].region == before):
+        has_moved = before is None or self.state.devices[name].region != before.region
+        if not postponed and not (under_way and has_moved):
             return []
         if task.progress is Progress.OFFERED:
             task.progress, task.offer = Progress.EXTRACTING, None
         return [self._extract(name, task)]
 
-    def _resend_offer(self, name: str) -> Commands:
-        """The offer once more, for a device that has come again before its update is here.
+    def _resume_part(self, name: str, before: Device | None) -> Commands:
+        """What a device that has come again needs for its part, before its update is here: the offer or a pull.
 
-        It may have missed the offer or, with its storage, have lost the update that it announced: then nobody else
-        would tell it to train. A device that still has the update answers with the same announcement.
+        On the same connection it still has what it announced: that is pulled once more, which changes nothing while it
+        is under way, as where only the link of its aggregator was away. On a new one it may have missed the offer or,
+        with its storage, have lost the update: then nobody else would tell it to train. A device that still has the
+        update answers with the same announcement.
         """
         task = self.state.tasks.get(name)
         if task is None or not task.offer or task.progress not in (Progress.OFFERED, Progress.PULLING):
             return []
-        again = task.progress is Progress.PULLING
-        return [do.SendOffer(name, self.state.round_of(task), task.attempt, task.offer, again)]
+        number, announced = self.state.round_of(task), task.progress is Progress.PULLING
+        is_new_connection = before is None or before.session != self.state.devices[name].session
+        if announced and task.update is not None and not is_new_connection:
+            return [do.PullUpdate(name, number, task.attempt, task.update)]
+        return [do.SendOffer(name, number, task.attempt, task.offer, announced)]
 
     def _pull(self, event: on.UpdateAnnounced, task: Task) -> do.PullUpdate:
         """Pull what a device announces; another update than before replaces that one, which the device has no more."""

@@ -114,12 +114,12 @@ class SynchronousCoordinator(Coordinator):
 
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
-        before = self.region_of(event.device)
+        before = state.devices.get(event.device)
         if not self._admit(event):
             return []
         commands = self._make_here(event.device, before)
         if state.phase is Phase.TRAINING and not commands:
-            commands = self._resend_offer(event.device)
+            commands = self._resume_part(event.device, before)
         if state.phase is Phase.FINISHED:
             commands.append(do.TellFinished(event.device, state.model))
         return commands if event.more else commands + self._begin(now)
