@@ -161,6 +161,10 @@ def test_tables_of_the_simulator_s_own_are_read(write):
     assert plan.devices[0].profile.link.down_bytes_s == 20e6
 
 
+def test_a_simulation_counts_macs(write):
+    assert read_plan(write(ROW, HEAD.replace("[job]\n", "[job]\ntotal_macs = 1_000_000\n"))).job.total_macs == 10**6
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
