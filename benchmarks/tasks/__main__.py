@@ -57,8 +57,8 @@ FURTHER = (INT8, SAME_LOSS)
 """Rows that pages show where they were run."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fedprune, each step at the board's width": {"dropout": []},
-    SAME_LOSS: {"dropout": [], "densities": [1.0]},
+    "fedprune, each step at the board's width": {"dropout": [], "core": 0, "mixup": 0.2},
+    SAME_LOSS: {"dropout": [], "densities": [1.0], "mixup": 0.2},
 }
 """Options of `fedprune` that show which of its ingredients a task's distance from FedAvg comes from."""
 

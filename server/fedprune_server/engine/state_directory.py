@@ -166,7 +166,7 @@ class StateFolder(Closing):
         worker = Worker(config.job, model, self.store, evaluation, calibration, slabs=config.slabs)
         _ = worker.accountant  # whatever it lacks is better known now
         if state is None:
-            state = State(model=worker.initial(), architecture=model.architecture.digest)
+            state = worker.begin()
         else:
             self._move_in(config, known or {}, state)
             if config.parent == OFF:  # an aggregator's state is its parent's, which sends it again

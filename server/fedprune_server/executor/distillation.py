@@ -9,7 +9,9 @@ training techniques", ICCV 2019; distillation on the server's samples: Lin et al
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,11 @@ from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Sessions
 
 log = logging.getLogger("fedprune.server")
+
+Widths = tuple[int, ...]
+
+MOST = 4
+"""Narrower widths of boards that learn from one another; where a fleet has more, some of them do."""
 
 _BATCH = 128
 
@@ -62,47 +69,64 @@ class Distiller:
             batch_size=_BATCH,
             epochs=asked.steps,
             max_steps=asked.steps,
-            ordered_dropout=asked.densities,
+            ordered_dropout=(1.0,),  # widths are each round's own
             frozen=recipe.frozen,
             trainable=recipe.trainable,
         )
+        self._asked = asked
         self._trainer = Trainer(training_step(model, self._recipe.features).to_bytes())
-        axes, sizes = self._trainer.axes, self._architecture.sizes
-        self._widths = [sizes] if axes is None else axes.plans(sizes, asked.densities)
-        self._sessions = Sessions(model, len(self._widths))
-        a_sample = sum(costs_at(self._architecture, p).training_macs for p in self._widths) / len(self._widths)
-        self._macs = asked.steps * min(_BATCH, len(calibration.samples)) * a_sample
+        self._sessions = Sessions(model, 1 + MOST + len(asked.densities))
 
-    def __call__(self, tensors: Tensors, ranks: Sequence[npt.ArrayLike], round_: int) -> Tensors:
+    def __call__(
+        self, tensors: Tensors, ranks: Sequence[npt.ArrayLike], round_: int, trained: Iterable[Widths] = ()
+    ) -> Tensors:
         """The model after a round's steps. Its statistics have to be measured again; a model that diverges, or has no
         narrower width, stays as it is.
 
         Args:
             ranks: Per group its channels, best first.
+            trained: The widths that boards trained in the round. Without any, the whole model's are the widest.
         """
-        if len(self._widths) == 1:
+        widest, densities = self._widths_of(set(trained))
+        axes = self._trainer.axes
+        plans = [widest] if axes is None else axes.plans(widest, densities)
+        if len(plans) == 1:
             return tensors
-        whole = Selection.of(self._architecture, self._architecture.sizes, ranks)
-        x, aim = self._calibration.samples, self._aim(tensors, whole)
+        whole = Selection.of(self._architecture, widest, ranks)
+        x, aim = self._calibration.samples, self._aim(tensors, whole, plans)
         if not np.isfinite(aim).all():
             log.warning("round %d: no self-distillation, because outputs are not finite", round_)
             return tensors
-        task = TrainingTask(self._recipe, self._architecture.classes, self._seed, "", round_, whole.widths)
+        recipe = replace(self._recipe, ordered_dropout=densities)
+        task = TrainingTask(recipe, self._architecture.classes, self._seed, "", round_, whole.widths)
         try:
             result = self._trainer.train(whole.gather(tensors), LocalData(x, aim, x[:0], aim[:0]), task)
         except DivergedError as error:
             log.warning("round %d: no self-distillation: %s", round_, error)
             return tensors
+        a_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
         log.info(
             "round %d: self-distillation took %.1f s, %d steps and about %.2g MACs; its loss went from %.3g to %.3g",
-            round_, result.seconds, result.steps, self._macs, result.loss_first, result.loss_last,
+            round_, result.seconds, result.steps, self._asked.steps * min(_BATCH, len(x)) * a_sample,
+            result.loss_first, result.loss_last,
         )  # fmt: skip
         return whole.scatter(result.tensors, tensors)
 
-    def _aim(self, tensors: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
+    def _widths_of(self, trained: set[Widths]) -> tuple[Widths, tuple[float, ...]]:
+        """The widest width, and shares of the whole model's at which others are narrower: the whole model and those
+        that the strategy names, or else those that boards trained, at most `MOST` and in 64ths."""
+        sizes = self._architecture.sizes
+        if self._asked.densities or not trained:
+            return sizes, self._asked.densities
+        ratios = (max(w / n for w, n in zip(widths, sizes, strict=True)) for widths in trained)
+        shares = sorted({math.ceil(64 * ratio) / 64 for ratio in ratios})
+        spread = {shares[i] for i in np.linspace(0, len(shares) - 1, MOST + 1).astype(int)}
+        return tuple(map(max, zip(*trained, strict=True))), tuple(sorted(spread))
+
+    def _aim(self, tensors: Tensors, whole: Selection, plans: Sequence[Widths]) -> npt.NDArray[np.float32]:
         """The mean of the outputs of all widths, each with its own statistics."""
         outputs = []
-        for widths in self._widths:
+        for widths in plans:
             part = self._calibration(whole.narrowed(widths).gather(tensors))
             feeds = {step_contract.X: self._calibration.samples, **part}
             outputs.append(self._sessions.at(widths).run(feeds, [step_contract.LOGITS])[step_contract.LOGITS])

@@ -63,11 +63,20 @@ class StoredUpdates:
 
     def turn(self, basis: do.Basis, part: do.Part) -> Turn:
         return Turn(
-            self._job.seed, basis.round, part.device, part.widths, part.density, part.samples, part.last_counted_round
+            self._job.seed,
+            basis.round,
+            part.device,
+            part.widths,
+            part.density,
+            part.samples,
+            part.last_counted_round,
+            part.work,
+            part.mixed,
         )
 
     def recipe(self, turn: Turn) -> Recipe:
         recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.training, turn))
+        recipe = replace(recipe, epochs=recipe.epochs * turn.work)
         personal = spelt(recipe.personal, self._architecture)
         return recipe if personal == recipe.personal else replace(recipe, personal=personal)
 

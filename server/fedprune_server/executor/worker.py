@@ -25,6 +25,8 @@ from fedprune.coordination.round import Round, RoundResult
 from fedprune.core import tensorfile
 from fedprune.jobs.failure_kind import Failure
 from fedprune.jobs.job import Job
+from fedprune.jobs.state import State
+from fedprune.model.nested_widths import just_made
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
@@ -103,6 +105,11 @@ class Worker:
         is not installed."""
         privacy = self.job.privacy
         return Accountant(privacy) if privacy.on and privacy.noise_multiplier else None
+
+    def begin(self) -> State:
+        """The state of a job that begins with the model. Raises as `initial`."""
+        untrained = just_made(self.architecture, self.model.tensors)
+        return State(model=self.initial(), architecture=self.architecture.digest, untrained=untrained)
 
     def initial(self) -> str:
         """Put the job's first model into the store and return its digest.
@@ -300,9 +307,10 @@ class Worker:
             if found.part.device in counted:
                 kept |= self.updates.withheld(found.basis, found.part)
         tensors = result.model | {n: before[n] for n in kept}
-        if self._distiller is not None:
+        if self._distiller is not None and any(found.part.mixed for found in command.contributions):
             scene = self.updates.scene(command.round, command.model, command.memory)
-            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round)
+            trained = {found.part.widths for found in command.contributions}
+            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained)
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
@@ -320,7 +328,10 @@ class Worker:
         private = {} if self.accountant is None else self.accountant.metrics(command)
         if self._evaluator is None:
             return on.Evaluated(command.round, private)
-        metrics = self._evaluator(self.updates.archive.model(command.model), self.architecture.sizes)
+        model, widths = self.updates.archive.model(command.model), command.widths or self.architecture.sizes
+        if widths != self.architecture.sizes:
+            model = self.updates.archive.selection(command.ranking, widths).gather(model)
+        metrics = self._evaluator(model, widths)
         return on.Evaluated(command.round, metrics | private)
 
 

@@ -111,7 +111,7 @@ class _Replay:
 
     def run(self, log: Iterable[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
         worker = self._worker
-        state = State(model=worker.initial())
+        state = worker.begin()
         coordinator = coordinate(worker.job, worker.architecture, state, worker.model.frozen)
         devices: tuple[str, ...] = ()
         for number, at, kind, body in log:
@@ -235,8 +235,7 @@ def _differing(
         raw = read_file(path)
     model = import_onnx(raw, str(needs.settings["name"]))
     with TemporaryDirectory(prefix="fedprune-check-") as scratch:
-        digest = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).initial()
-    state = State(model=digest, architecture=model.architecture.digest)
+        state = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).begin()
     coordinator = coordinate(job, model.architecture, state, model.frozen)
     for number, at, kind, body in log:
         coordinator.handle(event_of(number, kind, body), at)

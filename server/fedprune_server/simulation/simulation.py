@@ -158,7 +158,7 @@ class Simulation:
         self._worker: Worker | DistributedWorker = worker
         # Where devices share their offers, these are so few that processes for them would take longer to start.
         self._helpers = 1 if worker.strategy.device_independent else experiment.workers
-        self._initial = worker.initial
+        self._first_state = worker.begin
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
@@ -270,9 +270,7 @@ class Simulation:
             self.coordinator = coordinate(self.job, self.model.architecture, state, self.model.frozen)
             return True
         self._run = SimulationState()
-        self.coordinator = coordinate(
-            self.job, self.model.architecture, State(model=self._initial()), self.model.frozen
-        )
+        self.coordinator = coordinate(self.job, self.model.architecture, self._first_state(), self.model.frozen)
         for name in sorted(self._devices):
             self._birth(name, 0.0)
         return False

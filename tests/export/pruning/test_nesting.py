@@ -1,4 +1,4 @@
-"""A nested start: every width of a model that was just made answers like its narrowest."""
+"""Nested widths: a model that answers at every width like its narrowest, and models that were just made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ WIDTHS = (0.25, 0.5, 0.75)
 
 def started(model: Model) -> Model:
     """The model with a nested start."""
-    graph, tensors = model.graph, nested(model.architecture, model.tensors, WIDTHS)
+    graph, tensors = (
+        model.graph,
+        nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS]),
+    )
     new = Graph(
         nodes=graph.nodes, inputs=graph.inputs, outputs=graph.outputs, initializers={**graph.initializers, **tensors}
     )
@@ -56,7 +59,10 @@ def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -
 @pytest.mark.parametrize("name", zoo.MARKED)
 def test_only_weights_of_pairs_that_wider_models_alone_have_are_silent(imported: Imported, name: str) -> None:
     model = imported(name)
-    before, after = model.tensors, nested(model.architecture, model.tensors, WIDTHS)
+    before, after = (
+        model.tensors,
+        nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS]),
+    )
     silent = {n for n in before if not np.array_equal(before[n], after[n])}
     assert silent
     assert all(np.isin(after[n], (0, *np.unique(before[n]))).all() for n in silent)
@@ -105,7 +111,7 @@ class Heads(nn.Module):
 )
 def test_what_is_silent_is_an_input_of_a_sum_and_nothing_else(layer: Callable[[], nn.Module], silent: bool) -> None:
     model = described(nets.seeded(Reads(layer())))
-    start = nested(model.architecture, model.tensors, WIDTHS)
+    start = nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     name = "layer.weight"
     assert np.array_equal(start[name], model.tensors[name]) is not silent
     made = architecture_axis(model, name)
@@ -148,14 +154,23 @@ def described(net: nn.Module) -> Model:
 @pytest.mark.parametrize("steps", [0, 1])
 def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int) -> None:
     model = described(learnt(fresh(kind), steps))
-    start = nested(model.architecture, model.tensors, WIDTHS)
+    start = nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in WIDTHS])
     assert just_made(model.architecture, model.tensors) == (steps == 0)
     assert just_made(model.architecture, start) == (steps == 0), "its own start changes nothing of that"
 
 
-@pytest.mark.parametrize("steps", [0, 30])
-def test_a_model_without_normalisations_does_not_count_as_just_made(steps: int) -> None:
+@pytest.mark.parametrize("steps", [0, 1, 30])
+def test_without_normalisations_the_bounds_of_drawn_weights_tell_whether_a_model_was_just_made(steps: int) -> None:
     model = described(learnt(fresh(nets.LeNet), steps))
+    assert just_made(model.architecture, model.tensors) == (steps == 0)
+
+
+def test_a_model_whose_weights_were_drawn_in_another_way_does_not_count_as_just_made() -> None:
+    net = fresh(nets.LeNet)
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+    model = described(net)
     assert not just_made(model.architecture, model.tensors)
 
 

@@ -114,7 +114,7 @@ def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
 def test_widths_that_agree_stay_as_they_are() -> None:
     """In a nested start all widths answer alike: there is nothing to learn."""
     model = small()
-    start = nested(model.architecture, model.tensors, ASKED.densities)
+    start = nested(model.architecture, model.tensors, [widths_at(model.architecture, d) for d in ASKED.densities])
     found = distiller(model, inputs())(start, own_order(model), 1)
     moved = max(float(np.abs(found[n] - start[n]).max()) for n in start)
     assert moved < 1e-5

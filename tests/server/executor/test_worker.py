@@ -336,7 +336,8 @@ def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path)
     given, start = (tensorfile.decode(w.store.read(w.initial())) for w in (plain, own))
 
     assert all(np.array_equal(given[n], v) for n, v in model.tensors.items())
-    expected = nested(model.architecture, model.tensors, (0.25, 0.5, 0.75))
+    widths = [widths_at(model.architecture, density) for density in (0.25, 0.5, 0.75)]
+    expected = nested(model.architecture, model.tensors, widths)
     assert any(not np.array_equal(given[n], v) for n, v in expected.items())
     assert all(np.array_equal(start[n], v) for n, v in expected.items())
 

@@ -13,16 +13,20 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.architecture import Architecture, TensorKind, widths_at
 from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.scoring import magnitude, ranks
-from fedprune.strategies.values import Scene, SelfDistillation, Turn
+from fedprune.strategies.shared_core import SharedCore
+from fedprune.strategies.values import Memories, Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
+
+MSE = Recipe(loss="mse")
+"""A recipe whose boards tell no classes apart."""
 
 
 def job(options: dict[str, Any] | None = None, **settings: Any) -> Job:
@@ -56,24 +60,61 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
     assume(any(t.kind is TensorKind.NORM_BIAS for t in architecture.tensors))
     if trained:
         start |= {t.name: start[t.name] + 1 for t in architecture.tensors if t.kind is TensorKind.NORM_BIAS}
-    silent = nested(architecture, start, (0.25, 0.5, 0.75))
+
+    def nest(*densities: float) -> Tensors:
+        return nested(architecture, start, [widths_at(architecture, d) for d in densities])
+
+    silent = nest(0.25, 0.5, 0.75)
 
     def begun(recipe: Recipe | None = None, **options: Any) -> Tensors:
         return compose(job(options, recipe=recipe or Recipe())).begin(architecture, start)
 
     assert same(begun(), start if trained else silent)
     assert same(begun(ranking="nested"), silent)
-    assert same(begun(ranking="nested", dropout=[0.5]), nested(architecture, start, (0.5,)))
-    assert same(begun(ranking="nested", dropout=[], densities=[1, 0.5]), nested(architecture, start, (0.5,)))
+    assert same(begun(ranking="nested", dropout=[0.5]), nest(0.5))
+    assert same(begun(ranking="nested", dropout=[], densities=[1, 0.5]), nest(0.5))
     recipe = Recipe(ordered_dropout=(0.5,))
-    assert same(begun(recipe=recipe), start if trained else nested(architecture, start, (0.5,)))
+    assert same(begun(recipe=recipe), start if trained else nest(0.5))
     for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"dropout": [], "densities": [1.0]}):
         assert begun(**options) is start
+    assert same(begun(densities=[0.5]), start if trained else nest(0.5)), "all boards are alike"
+    assert begun(MSE) is start, "the core is known when boards are"
     chosen = compose(job()).rank(Scene(architecture, 0, 1, start)).ranks
     first = ranks(magnitude(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
     assert all(np.array_equal(a, b) for a, b in zip(chosen, first, strict=True))
     always = compose(job({"ranking": "nested"})).rank(Scene(architecture, 0, 1, start)).ranks
     assert all(np.array_equal(a, np.arange(len(a))) for a in always)
+
+
+@given(data=st.data(), seed=seeds)
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_is_silent(
+    trained: bool, data: st.DataObject, seed: int
+) -> None:
+    architecture = data.draw(architectures())
+    start = fresh(architecture, seed)
+    assume(any(t.kind is TensorKind.NORM_BIAS for t in architecture.tensors))
+    if trained:
+        start |= {t.name: start[t.name] + 1 for t in architecture.tensors if t.kind is TensorKind.NORM_BIAS}
+    core = widths_at(architecture, 0.5)
+
+    def closed(memory: Memories | None = None, **options: Any) -> Tensors:
+        """The model after a round in which a board of half the channels changed nothing."""
+        strategy, scene = compose(job(options, recipe=MSE)), Scene(architecture, 0, 1, start, memory or {})
+        fold = Fold(architecture, start, rule="fill")
+        held = Selection.of(architecture, core, strategy.rank(scene).ranks)
+        fold.add(held, held.gather(start), 1)
+        model: Tensors = strategy.close(fold, scene, 1.0, lambda: iter(())).model
+        return model
+
+    silent = nested(architecture, start, [core])
+    assert same(closed(), start if trained else silent)
+    assert same(closed(ranking="nested"), silent)
+    for ranking in ("ordered", "magnitude"):
+        assert same(closed(ranking=ranking), start)
+    first = Scene(architecture, 0, 1, start)
+    settled = compose(job(recipe=MSE)).learn(first, Fold(architecture, start), lambda: iter(()))
+    assert same(closed(settled, ranking="nested"), start), "later rounds silence nothing"
 
 
 def fresh(architecture: Architecture, seed: int) -> Tensors:
@@ -94,7 +135,8 @@ def fresh(architecture: Architecture, seed: int) -> Tensors:
 
 
 def same(a: Tensors, b: Tensors) -> bool:
-    return all(np.array_equal(a[n], b[n]) for n in b)
+    """Up to rounding, but zeros are zeros."""
+    return all(np.allclose(a[n], b[n], atol=1e-5) and np.array_equal(a[n] == 0, b[n] == 0) for n in b)
 
 
 def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
@@ -108,6 +150,26 @@ def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
     assert (strategy.recipe(own, turn).average, strategy.recipe(own, turn).ordered_dropout) == (0.5, (0.1,))
     assert not strategy.recipe(Recipe(loss="mse"), turn).logit_adjustment
     assert not strategy.recipe(Recipe(metric="perplexity"), turn).logit_adjustment  # it judges probabilities
+
+
+def test_with_a_core_narrower_submodels_take_larger_steps() -> None:
+    def rates(recipe: Recipe) -> list[float]:
+        strategy = compose(job(recipe=recipe))
+        return [strategy.recipe(recipe, Turn(0, 1, "a", (3,), density)).lr for density in (1.0, 0.5, 0.25)]
+
+    assert rates(replace(MSE, lr=0.1)) == pytest.approx([0.1, 0.1 * 2**0.6, 0.1 * 4**0.6])
+    assert rates(Recipe(lr=0.1)) == [0.1] * 3
+
+
+def test_steps_are_narrower_than_boards_where_these_differ_and_tell_classes_apart() -> None:
+    def dropout(recipe: Recipe, *, mixed: bool, **options: Any) -> tuple[float, ...]:
+        turn = Turn(0, 1, "a", (3,), mixed=mixed)
+        return compose(job(options, recipe=recipe)).recipe(recipe, turn).ordered_dropout
+
+    assert dropout(Recipe(), mixed=True) == (0.25, 0.5, 0.75)
+    assert dropout(Recipe(), mixed=False) == dropout(MSE, mixed=True) == dropout(Recipe(), mixed=True, core=0.5) == ()
+    for recipe in (Recipe(), MSE):
+        assert dropout(recipe, mixed=False, dropout=[0.5]) == (0.5,)
 
 
 def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_is_an_average() -> None:
@@ -128,7 +190,7 @@ def test_the_learning_rate_of_round_t_is_lr_times_the_decay_to_the_t_minus_1() -
     assert rates == [0.4, 0.2, 0.1, 0.05]
 
 
-def test_the_server_is_asked_to_distil_at_the_widths_of_steps() -> None:
+def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards() -> None:
     def asked(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
         return compose(job(options, recipe=recipe or Recipe())).distillation
 
@@ -137,17 +199,30 @@ def test_the_server_is_asked_to_distil_at_the_widths_of_steps() -> None:
     assert asked(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,), 1e-3)
     assert asked(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,), 1e-3)
     assert asked(dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
-    assert asked(dropout=[]) is None  # there is no narrower width
+    assert asked(dropout=[]) == asked(MSE) == asked(core=0.5) == SelfDistillation(40, (), 1e-3)
     assert asked(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
-def test_samples_are_mixed_with_any_loss(loss: str) -> None:
-    def made(own: float, option: float) -> float:
-        strategy = compose(job({"mixup": option}))
-        return strategy.recipe(Recipe(loss=loss, mixup=own), Turn(0, 1, "a", (3,))).mixup
+@pytest.mark.parametrize("mixed", [True, False])
+def test_samples_are_mixed_where_the_job_says_so_or_boards_of_several_widths_tell_classes_apart(
+    loss: str, *, mixed: bool
+) -> None:
+    def made(own: float, **options: Any) -> float:
+        turn, recipe = Turn(0, 1, "a", (3,), mixed=mixed), Recipe(loss=loss, mixup=own)
+        return compose(job(options, recipe=recipe)).recipe(recipe, turn).mixup
 
-    assert (made(0.0, 0.0), made(0.0, 0.2), made(0.4, 0.2)) == (0.0, 0.2, 0.4)
+    assert (made(0.0, mixup=0.0), made(0.0, mixup=0.3), made(0.4, mixup=0.3)) == (0.0, 0.3, 0.4)
+    assert made(0.0) == (0.2 if mixed and loss == "cross_entropy" else 0.0)
+
+
+def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> None:
+    def core(recipe: Recipe, **options: Any) -> SharedCore | None:
+        return compose(job(options, recipe=recipe)).core
+
+    assert core(MSE) == core(Recipe(metric="perplexity")) == SharedCore(0.75)
+    assert core(Recipe(), core=0.5) == SharedCore(0.5)
+    assert core(Recipe()) == core(MSE, core=0) == SharedCore(until=0.0, work=1)
 
 
 def test_what_is_switched_off_is_off() -> None:
@@ -171,6 +246,8 @@ def test_what_is_switched_off_is_off() -> None:
         ({"dropout": ["half"]}, "dropout"),
         ({"rule": "sum"}, "rule"),
         ({"distill": -1}, "distill"),
+        ({"core": 1.5}, "core"),
+        ({"core": "half"}, "core"),
         ({"ranking": "nested", "dropout": []}, "ranking"),
     ],
 )

@@ -34,7 +34,7 @@ TABLES = [
     ("ca-hfp", (ca_hfp.Options,), {}),
     ("fedper", (fedper.Options, fedper.LocalOptions, fedper.HistoryOptions), {"personal": "`@head`"}),
     ("subflot", (subflot.Options,), {}),
-    ("fedprune", (fedprune.Options,), {"dropout": "0.25, 0.5, 0.75"}),
+    ("fedprune", (fedprune.Options,), dict.fromkeys(("core", "dropout", "mixup"), "by the fleet")),
     ("robust", (Robustness,), {"check": "none"}),
     ("fedasync", (asynchronous.OneByOne,), {}),
     ("fedbuff", (asynchronous.Buffers,), {}),

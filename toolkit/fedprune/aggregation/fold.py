@@ -156,6 +156,13 @@ class Fold:
         """N, the weight of all updates."""
         return self._sums.coverage.weight
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Per group the channels of the widest update; the model's own where masks of single elements were added, or
+        nothing was."""
+        shares = self._sums.coverage.shares() or ()
+        return tuple(map(max, zip(*(s.widths for s, _ in shares), strict=True))) or self.architecture.sizes
+
     def span(self, name: str) -> Range:
         """The bound and the resolution of a tensor's sum."""
         return self._spans[name]

@@ -155,16 +155,7 @@ class AsynchronousCoordinator(Coordinator):
             device, last = state.devices[name], state.tasks.get(name)
             again = last is not None and state.round_of(last) == state.round
             attempt = last.attempt + 1 if last is not None and again else 1
-            state.tasks[name] = Task(
-                attempt,
-                device.widths,
-                device.density,
-                samples=device.samples,
-                past=device.past,
-                last_counted_round=device.last_counted_round,
-                accumulate=device.accumulate,
-                basis=basis,
-            )
+            state.tasks[name] = self._new_task(device, attempt, basis=basis)
         return self._extracts(idle, now)
 
     @property

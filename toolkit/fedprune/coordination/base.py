@@ -7,9 +7,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from operator import itemgetter
+from typing import Any
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.grants import Grants
 from fedprune.coordination.job_end import EPSILON_NEXT, early_end, spent_total
 from fedprune.coordination.privacy_budget import PrivacyBudget
 from fedprune.coordination.quotas import Quotas
@@ -57,6 +59,7 @@ class Coordinator(ABC):
             WidthPlanner(job, self.strategy, architecture, frozen)
         )
         self.fleet = Fleet(job, architecture, state)
+        self.grants = Grants(job, self.strategy, architecture, state)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
         self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._quotas = Quotas(job.quotas)
@@ -429,6 +432,18 @@ class Coordinator(ABC):
             device.online, device.excluded, device.excluded_by = False, "", ""
             self.allocator.admit(self.fleet, name, None)
 
+    def _new_task(self, device: Device, attempt: int, **more: Any) -> Task:
+        """A device's part of the present round."""
+        return Task(
+            attempt,
+            **self.grants.of(device)._asdict(),
+            samples=device.samples,
+            past=device.past,
+            last_counted_round=device.last_counted_round,
+            accumulate=device.accumulate,
+            **more,
+        )
+
     def region_of(self, device: str) -> str:
         known = self.state.devices.get(device)
         return "" if known is None else known.region
@@ -525,15 +540,26 @@ class Coordinator(ABC):
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
     def _evaluate(self) -> do.Evaluate:
-        return do.Evaluate(
-            self.state.round, self.state.model, self.privacy_budget.spent(), self.privacy_budget.foreseen()
-        )
+        """What no board has trained yet isn't measured: it answers by chance."""
+        state, budget = self.state, self.privacy_budget
+        widths = self.grants.widest if state.ranking else ()
+        return do.Evaluate(state.round, state.model, budget.spent(), budget.foreseen(), state.ranking or "", widths)
 
 
 def part_of(name: str, task: Task) -> do.Part:
     """A part as the worker needs to know it."""
     past = None if task.past is None else do.Past.from_dict(task.past)
-    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past, task.last_counted_round)
+    return do.Part(
+        name,
+        task.attempt,
+        task.widths,
+        task.density,
+        task.samples,
+        past,
+        task.last_counted_round,
+        work=task.work,
+        mixed=task.mixed,
+    )
 
 
 def based(event: on.UpdateAnnounced | on.Trained, task: Task) -> bool:

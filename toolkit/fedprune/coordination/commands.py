@@ -87,6 +87,8 @@ class Part:
         past: Its last counted update, when the part began.
         last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
             none.
+        work: How often the recipe's epochs are trained.
+        mixed: Whether boards of the fleet train different widths.
     """
 
     device: str
@@ -96,6 +98,8 @@ class Part:
     samples: int
     past: Past | None
     last_counted_round: int = 0
+    work: int = 1
+    mixed: bool = True
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Part:
@@ -318,12 +322,16 @@ class Evaluate:
         model: Its digest.
         spent: What it has cost of privacy (`fedprune.coordination.privacy_budget`); None where nothing is promised.
         foreseen: What that would be after another round.
+        ranking: Digest of the ranks of its channels.
+        widths: The first channels that are measured, per group; empty for all.
     """
 
     round: int
     model: str
     spent: float | None = None
     foreseen: float | None = None
+    ranking: str = ""
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

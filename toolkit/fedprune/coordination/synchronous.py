@@ -182,16 +182,7 @@ class SynchronousCoordinator(Coordinator):
         total = sum(counts.values())
         tasks = TrackedDict[Task]()
         for name, device in chosen.items():
-            tasks[name] = Task(
-                attempt,
-                device.widths,
-                device.density,
-                samples=device.samples,
-                weight=weight_in(counts[name], total, len(chosen)),
-                past=device.past,
-                last_counted_round=device.last_counted_round,
-                accumulate=device.accumulate,
-            )
+            tasks[name] = self._new_task(device, attempt, weight=weight_in(counts[name], total, len(chosen)))
         return tasks
 
     def _score(self) -> Commands:
@@ -203,7 +194,8 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         for name, task in list(state.tasks.items()):
             device = state.devices[name]
-            task.widths, task.density, task.accumulate = device.widths, device.density, device.accumulate
+            task.widths, task.density, task.work, task.mixed = self.grants.of(device)
+            task.accumulate = device.accumulate
             if not task.widths:
                 del state.tasks[name]
         if state.tasks:

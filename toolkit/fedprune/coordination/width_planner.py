@@ -13,7 +13,7 @@ from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture, kept_share, widths_at
 from fedprune.model.recipe import Recipe
-from fedprune.planning.cost_prediction import NO_CORRECTION, Correction
+from fedprune.planning.cost_prediction import NO_CORRECTION, Correction, Prediction, predict
 from fedprune.planning.plan import MEMORY, Plan, plan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -47,6 +47,7 @@ class WidthPlanner:
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
         self._plans: dict[Hashable, _Made] = {}
         self._read: dict[Mapping[str, Any], Plan] = {}
+        self._predictions: dict[Hashable, Prediction] = {}
 
     def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
@@ -82,11 +83,12 @@ class WidthPlanner:
 
     def learn(self, name: str, device: Device, task: Task) -> None:
         """Let a round's own times and memory correct a device's predicted ones; plan again where they were far off."""
-        if device.plan is None or (device.widths, device.accumulate) != (task.widths, task.accumulate):
+        if device.plan is None or device.accumulate != task.accumulate:
             return
         before = self._plan_of(device.plan)
         room = before.limit(MEMORY).limit
-        learnt = Correction(**device.correction).after(before.prediction, before.correction, task.metrics, room)
+        expected = before.prediction if device.widths == task.widths else self._predicted(name, device, task, before)
+        learnt = Correction(**device.correction).after(expected, before.correction, task.metrics, room)
         device.correction = vars(learnt)
         overran = task.metrics.get("peak_memory_bytes", 0.0) > room and learnt != before.correction
         if not overran and not learnt.moved(before.correction, before.prediction):
@@ -97,6 +99,24 @@ class WidthPlanner:
             raise
         except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
             return
+
+    def _predicted(self, name: str, device: Device, task: Task, made: Plan) -> Prediction:
+        """What a device's plan would have predicted for the other widths of a task."""
+        key = (device.plan, task.widths, task.samples)
+        if key not in self._predictions:
+            self._predictions[key] = predict(
+                self.architecture,
+                task.widths,
+                self._profile(device.profile)[1],
+                self._recipe(name, device, task.widths).in_parts(task.accumulate),
+                task.samples,
+                probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+                correction=made.correction,
+                frozen=self.frozen,
+                codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
+            )
+            _limit(self._predictions)
+        return self._predictions[key]
 
     def _plan_of(self, body: Mapping[str, Any]) -> Plan:
         """A plan, from what devices share of it."""

@@ -182,6 +182,8 @@ class Task(TrackedEntry):
         kind: The `FailureKind` of that.
         past: The device's last counted update when the part began.
         last_counted_round: The round of the offer behind that; 0 for none.
+        work: How often the recipe's epochs are trained.
+        mixed: Whether boards of the fleet train different widths in its round.
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
             in synchronous jobs, where the state has them.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
@@ -210,6 +212,8 @@ class Task(TrackedEntry):
     reason: str = ""
     past: dict[str, Any] | None = None
     last_counted_round: int = 0
+    work: int = 1
+    mixed: bool = True
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
     trained_s: float | None = None
@@ -293,6 +297,7 @@ class State:
         began_at: When the first round began, on the shell's clock; None before.
         spent_bytes: Payload bytes to and from all devices until the last round was closed, as the shell counts them.
         spent_macs: The same of MACs of their training, where the shell counts them.
+        untrained: Whether the job began with a model that had just been made.
     """
 
     model: str
@@ -319,6 +324,7 @@ class State:
     began_at: float | None = None
     spent_bytes: int = 0
     spent_macs: int = 0
+    untrained: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
@@ -401,6 +407,8 @@ class State:
                         samples=t.samples,
                         weight=t.weight,
                         last_counted_round=t.last_counted_round,
+                        work=t.work,
+                        mixed=t.mixed,
                         accumulate=t.accumulate,
                     ),
                 )

@@ -3,15 +3,16 @@
 Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
 narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
 
-`nested` is a start at which wide models hold the narrow ones and nothing else. The channels of a model that was just
-made answer by chance, those that only a few wide devices will ever train among them. Where a narrow width's channels
-listen to such channels, the wide model is the narrow one with noise on top.
+`nested` makes a wide model that answers as the narrow ones within it. The channels of a model that was just made
+answer by chance, those that no device has trained yet among them. Where trained channels listen to these, the wide
+model is the narrow one with noise on top.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import FIXED, Architecture, Axis, Segment, TensorKind, TensorSpec, widths_at
+from fedprune.model.architecture import FIXED, Architecture, Axis, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Indices, Selection, mesh
 
 Array = npt.NDArray[Any]
@@ -171,24 +172,43 @@ _AS_MADE = {
 """The initial values of all frameworks; scales are 0 in a block that starts as the identity."""
 
 
-def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
-    """Whether a model has never been trained, as its normalisations tell: training moves every number of theirs.
+_DRAWN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
-    A model without any doesn't tell, and doesn't count as just made: nothing of a trained model may be lost.
+_FEW = 256
+"""Of fewer weights the largest needn't come near the bound that they were drawn within."""
+
+
+def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
+    """Whether a model has never been trained.
+
+    Its normalisations tell, whose numbers training moves, every one. In a model without any the layers' weights tell
+    if they are as torch makes them: 0, or drawn from ±1 / √(inputs), a bound that training carries some across. Other
+    models without normalisations don't tell, and don't count as just made: nothing of a trained model may be lost.
     """
     told = [s for s in architecture.tensors if s.kind in _AS_MADE]
-    return bool(told) and all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in told)
+    if told:
+        return all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in told)
+    layers = [layer for layer in architecture.layers if layer.weight in model and layer.op in _DRAWN]
+    return any(model[n.weight].size >= _FEW for n in layers) and all(
+        _as_drawn(model[n.weight], 0 if n.op == "ConvTranspose" else n.output_axis) for n in layers
+    )
 
 
-def nested(architecture: Architecture, model: Mapping[str, Array], densities: Sequence[float]) -> dict[str, Array]:
+def _as_drawn(weights: Array, output_axis: int) -> bool:
+    largest = float(np.abs(weights).max(initial=0.0))
+    reached = largest * math.sqrt(weights.size / weights.shape[output_axis])
+    return largest == 0 or (reached <= 1 + 1e-6 and (reached > 0.98 or weights.size < _FEW))
+
+
+def nested(architecture: Architecture, model: Mapping[str, Array], held: Iterable[Sequence[int]]) -> dict[str, Array]:
     """The model, in which no channel listens to one that only wider models have: those weights are 0.
 
-    So the whole model, and its first channels at any of these densities, answer alike, as long as nothing but weights
-    mixes channels (a softmax or a norm over channels does, too). Silent weights are trained as all others are, wherever
-    both of their channels are there. Raises `BundleError` if a density is not above 0 and at most 1.
+    So the whole model, and its first channels at any of the widths in `held`, answer alike, as long as nothing but
+    weights mixes channels (a softmax or a norm over channels does, too). Silent weights are trained as all others are,
+    wherever both of their channels are there. Raises `BundleError` if widths don't fit.
     """
     own = [np.arange(n) for n in architecture.sizes]
-    narrow = [Selection.of(architecture, widths_at(architecture, d), own) for d in densities]
+    narrow = [Selection.of(architecture, widths, own) for widths in held]
     out = dict(model)
     for spec in architecture.trainable:
         axes = _into_and_from(architecture, spec)
@@ -196,8 +216,8 @@ def nested(architecture: Architecture, model: Mapping[str, Array], densities: Se
             continue
         out[spec.name] = np.array(model[spec.name])
         weights = np.moveaxis(out[spec.name], axes, (0, 1))
-        for held in narrow:
-            into, heard = (held.maps(spec.name)[axis] for axis in axes)
+        for selection in narrow:
+            into, heard = (selection.maps(spec.name)[axis] for axis in axes)
             weights[np.ix_(into, np.setdiff1d(np.arange(weights.shape[1]), heard))] = 0
     return out
 

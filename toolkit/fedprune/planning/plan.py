@@ -146,6 +146,18 @@ class Plan:
         """The limit of that name. Raises `KeyError` if this plan has no such limit."""
         return next(limit for limit in self.limits if limit.name == name)
 
+    def repeats(self, share: float = 1.0) -> float:
+        """How often a round's training fits the limits of time and energy; infinite where there are none.
+
+        Args:
+            share: What a step costs of a planned one.
+        """
+        p = self.prediction
+        taken = {TIME: p.train_s * share, ENERGY: (p.train_j or 0.0) * share}
+        beside = {TIME: p.transfer_s, ENERGY: 0.0}
+        rooms = [(m.limit - beside[m.name]) / taken[m.name] for m in self.limits if taken.get(m.name)]
+        return min(rooms, default=math.inf)
+
     def describe(self, whole: int | None = None) -> str:
         """A few lines for people: width, costs, every limit, the binding one marked, and the notes; `whole` as in
         `summary`."""

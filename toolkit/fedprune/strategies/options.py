@@ -50,7 +50,9 @@ def read_options(job: Job, kind: type[T]) -> T:
 
 
 def _checked(strategy: str, name: str, value: object, default: object) -> object:
-    kind = type(default)
+    kind: type = type(default)
+    if default is None:  # as the strategy finds best
+        kind = tuple if isinstance(value, (list, tuple)) else float
     if kind is float and is_number(value):
         return float(value)
     if kind is tuple and isinstance(value, (list, tuple)):

@@ -148,8 +148,7 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         if strategy.schedule is None or not strategy.schedule.asynchronous:
             return strategy
     aggregator = strategy.aggregator
-    own = type(strategy).close is not Strategy.close
-    plain = type(aggregator) in (Mean, DeltaMean) and not own and not strategy.explores
+    plain = type(aggregator) in (Mean, DeltaMean) and strategy.averages and not strategy.explores
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
     if not plain or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(

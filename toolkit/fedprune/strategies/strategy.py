@@ -16,6 +16,7 @@ from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, SelfDistillation, Submodel, Turn
 from fedprune.updates import AUTO, DOWN, PLAIN, Codecs, agreed
 
@@ -46,6 +47,7 @@ class Strategy:
             element masks, and where noise is shared, which a codec would round away, files travel plainly.
         distillation: How the server trains each new global model on unlabelled samples, if it has any; None for not at
             all.
+        core: The width that boards train together for most of the job; None where each trains all that it can hold.
     """
 
     name: str = ""
@@ -59,6 +61,7 @@ class Strategy:
     masks: bool = False
     compression: str = PLAIN
     distillation: SelfDistillation | None = None
+    core: SharedCore | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -114,6 +117,11 @@ class Strategy:
             reports: Reads all updates again, each with its reconstruction, for what is not a sum (a median).
         """
         return self.aggregator.close(fold, scene, rate, reports)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the next model is the aggregator's, so that another schedule's arithmetic may take its place."""
+        return type(self).close is Strategy.close
 
     @property
     def device_independent(self) -> bool:

@@ -33,6 +33,8 @@ class Turn:
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
         last: The round whose offer its last counted update was trained for; 0 before the first.
+        work: How often it trains the recipe's epochs; what hands out the recipe sees to that.
+        mixed: Whether boards of the fleet train different widths in this round.
     """
 
     seed: int
@@ -42,6 +44,8 @@ class Turn:
     density: float = 1.0
     samples: int = 1
     last: int = 0
+    work: int = 1
+    mixed: bool = True
 
     @property
     def pruning_rate(self) -> float:
@@ -184,7 +188,7 @@ class SelfDistillation:
 
     Attributes:
         steps: Steps of Adam per round, each at a random width.
-        densities: The narrower widths, as shares of every group's channels.
+        densities: The narrower widths, as shares of every group's channels; empty for those that boards trained.
         lr: The learning rate.
     """
 

@@ -8,14 +8,16 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
   models have, so that what a width adds is silent until it has learnt (`fedprune.model.nested_widths`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
-- ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
-  2021, Alg. 1);
+- ordered dropout, so that wide boards train the narrow models, too (FjORD, Horvath et al. 2021, Alg. 1), where boards
+  of several widths tell classes apart; elsewhere a core that the fleet shares before each board trains all that it can
+  hold (`fedprune.strategies.shared_core`), and neither where boards are alike;
 - filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
 - self-distillation on unlabelled samples of the server, if it has any: every width learns from the mean of all widths'
   outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al., NeurIPS 2020), as the
   channels of wide models have been trained by few boards;
 - server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
-- mixup (Zhang et al. 2018) and clipped gradients, as a board has few samples and sees them many times;
+- mixup (Zhang et al. 2018) beside ordered dropout, and clipped gradients, as a board has few samples and sees them many
+  times;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
   serves, the other half being the received weights, which know of other boards' data. A board whose validation
   samples show that its average alone is better serves that.
@@ -34,7 +36,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
-from fedprune.model.architecture import Architecture
+from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.nested_widths import just_made, nested
 from fedprune.model.recipe import LEAST_MIXUP, Recipe
 from fedprune.model.selection import Tensors
@@ -43,11 +45,33 @@ from fedprune.strategies.allocation import dealt
 from fedprune.strategies.channel_ranking import places_of
 from fedprune.strategies.importance.scoring import ranks, score
 from fedprune.strategies.options import read_options
+from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Ranking, Report, Scene, SelfDistillation, Turn
+from fedprune.strategies.values import (
+    Closing,
+    Memories,
+    Ranking,
+    Report,
+    Scene,
+    SelfDistillation,
+    Submodel,
+    Turn,
+)
 
 RANKS = "ranks"
 """Memory: the ranks that were settled, by the architecture's digest and the group's number."""
+
+NARROW_RATE = 0.6
+"""Power of 1 / density by which narrower submodels' learning rate is larger."""
+
+CORE = 0.75
+"""Share of the boards that can hold the core."""
+
+WIDTHS = (0.25, 0.5, 0.75)
+"""Widths of ordered dropout where boards of several widths tell classes apart, of which each may see few."""
+
+MIXUP = 0.2
+"""α of mixup there."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,8 @@ class Options:
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     ranking: str = one_of("auto", ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
     adjust: bool = True
-    dropout: tuple[Any, ...] = bounded((0.25, 0.5, 0.75), 1e-3, 1)
+    core: float | None = bounded(None, 0, 1)
+    dropout: tuple[Any, ...] | None = bounded(None, 1e-3, 1)
     rule: Literal["fill", "coverage"] = "fill"
     server_momentum: float = bounded(0.5, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
@@ -65,7 +90,7 @@ class Options:
     validate_blend: bool = True
     calibrate: bool = True
     clip_norm: float = bounded(1.0, 0, 1e6)
-    mixup: float = bounded(0.2, LEAST_MIXUP, 10, or_zero=True)
+    mixup: float | None = bounded(None, LEAST_MIXUP, 10, or_zero=True)
     lr_decay: float = bounded(1.0, 1e-3, 1)
     arrivals: int = bounded(0, 0, 10**6)
     distill: int = bounded(40, 0, 10_000)
@@ -90,8 +115,9 @@ class FedPrune(Strategy):
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         """A start at which what a width adds is silent, for a model that was just made."""
-        if self.widths and (self.options.ranking == "nested" or just_made(architecture, model)):
-            return nested(architecture, model, self.widths)
+        if self.widths and self._starts_anew(architecture, model):
+            held = [widths_at(architecture, density) for density in self.widths]
+            return nested(architecture, model, held)
         return model
 
     def rank(self, scene: Scene) -> Ranking:
@@ -112,24 +138,48 @@ class FedPrune(Strategy):
             return {}
         return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
 
+    def close(
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
+    ) -> Closing:
+        """The next model. After the first round with a core, what no board has trained is silent."""
+        closing = super().close(fold, scene, rate, reports)
+        if self._grows and self._settled(scene) is None and self._starts_anew(scene.architecture, scene.model):
+            return replace(closing, model=nested(scene.architecture, closing.model, [fold.widths]))
+        return closing
+
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
         strategy's."""
-        options = self.options
+        options, slims = self.options, turn.mixed and not self._grows
         average = recipe.average or options.average
         blend = recipe.blend or (options.blend if average else 0.0)
+        dropout = (WIDTHS if slims else ()) if options.dropout is None else options.dropout
+        mixup = (MIXUP if slims else 0.0) if options.mixup is None else options.mixup
         return replace(
             recipe,
-            lr=recipe.lr * options.lr_decay ** (turn.round - 1),
+            lr=recipe.lr * options.lr_decay ** (turn.round - 1) * (turn.density**-NARROW_RATE if self._grows else 1.0),
             logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts(recipe)),
-            ordered_dropout=recipe.ordered_dropout or options.dropout,
+            ordered_dropout=recipe.ordered_dropout or dropout,
             average=average,
             blend=blend,
             validate_blend=recipe.validate_blend or (options.validate_blend and blend > 0),
             calibrate=recipe.calibrate or options.calibrate,
             clip_norm=recipe.clip_norm or options.clip_norm,
-            mixup=recipe.mixup or (options.mixup if recipe.mixes else 0.0),
+            mixup=recipe.mixup or (mixup if recipe.mixes else 0.0),
         )
+
+    @property
+    def averages(self) -> bool:
+        return True  # what `close` silences is no part of any mean
+
+    @property
+    def _grows(self) -> bool:
+        """Whether the fleet begins with a core, and no step is narrower than its board."""
+        return self.core is not None and self.core.until > 0
+
+    def _starts_anew(self, architecture: Architecture, model: Tensors) -> bool:
+        ranking = self.options.ranking
+        return ranking == "nested" or (ranking == "auto" and just_made(architecture, model))
 
     def _settled(self, scene: Scene) -> Ranking | None:
         known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
@@ -145,42 +195,43 @@ def fedprune(job: Job) -> Strategy:
     options = read_options(job, Options)
     name = job.strategy
     kind = DeltaMean if options.arrivals else Mean
+    held_by = (0.0 if _adjusts(job.recipe) else CORE) if options.core is None else options.core
+    widths = () if held_by else _slimmed(job, options)
+    if options.ranking == "nested" and not held_by and not widths:
+        raise ConfigError(
+            f"job: option ranking of {job.strategy}",
+            expected="with nested, a core or some widths below 1",
+            got="neither a core, nor dropout, nor densities",
+            hint="Give the densities between which it shall be nested, or let ranking be ordered.",
+        )
     return FedPrune(
         name,
         options=options,
-        widths=_nested_widths(job, options),
+        widths=widths,
         aggregator=kind(rule=options.rule, server_momentum=options.server_momentum),
         inputs="sum",
         compression="int8",
         allocator=dealt(job, options.densities),
-        distillation=_distillation(job, options),
+        distillation=_distillation(job, options, core=held_by > 0),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
+        core=SharedCore(held_by) if held_by else SharedCore(until=0.0, work=1),
     )
 
 
-def _distillation(job: Job, options: Options) -> SelfDistillation | None:
+def _slimmed(job: Job, options: Options) -> tuple[float, ...]:
+    """The narrower widths at which boards' steps train, or else those of tiers; empty where the job says that there are
+    none."""
+    alike = job.density or len(set(options.densities)) == 1
+    dropout = (() if alike else WIDTHS) if options.dropout is None else options.dropout
+    return tuple(d for d in job.recipe.ordered_dropout or dropout or options.densities if d < 1)
+
+
+def _distillation(job: Job, options: Options, *, core: bool) -> SelfDistillation | None:
     """The server's own training; None where it is switched off, or where boards keep a part of the model that the
     server's lacks."""
-    densities = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
-    if not options.distill or not densities or job.recipe.personal:
+    if not options.distill or job.recipe.personal:
         return None
-    return SelfDistillation(options.distill, densities, lr=1e-3)
-
-
-def _nested_widths(job: Job, options: Options) -> tuple[float, ...]:
-    """The widths of a nested start: those at which steps train, or else those of tiers; empty for no such start. Raises
-    `ConfigError` if a nested start is asked for, and there are no such widths."""
-    if options.ranking not in ("auto", "nested"):
-        return ()
-    widths = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
-    if not widths and options.ranking == "nested":
-        raise ConfigError(
-            f"job: option ranking of {job.strategy}",
-            expected="with nested, some widths below 1",
-            got="neither dropout nor densities",
-            hint="Give the densities between which it shall be nested, or let ranking be ordered.",
-        )
-    return widths
+    return SelfDistillation(options.distill, () if core else _slimmed(job, options), lr=1e-3)
 
 
 def _buffered(arrivals: int) -> Schedule:

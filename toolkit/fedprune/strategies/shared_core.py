@@ -1,0 +1,40 @@
+"""The width that nearly all boards of a fleet train together, and when wider boards train more than that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedprune.core.settings import bounded, check_fields
+
+
+@dataclass(frozen=True)
+class SharedCore:
+    """Boards that can hold more than the core train the core, until most of the job is over.
+
+    Mixing widths costs accuracy, not narrowness: wide boards' gradients pull at the channels that narrow boards answer
+    with, and the other way round. So most of a job goes into one width. Models that were trained before have no core:
+    what the rest of them knows would be lost.
+
+    Attributes:
+        held_by: The share of boards that can hold the core; the others train what they can hold.
+        until: The share of the job's rounds after which each board trains all that it can hold; 0 for no core.
+        work: How many times the recipe's epochs boards train at most, where the whole model's would take them more.
+    """
+
+    held_by: float = bounded(0.75, 0, 1, above=True)
+    until: float = bounded(0.8, 0, 1)
+    work: int = bounded(4, 1, 100)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "core: {}")
+
+    def shared_in(self, number: int, rounds: int) -> bool:
+        """Whether boards train the core in a round of this number, from 1."""
+        return number <= math.ceil(self.until * rounds - 1e-9)
+
+    def of(self, held: Iterable[tuple[float, tuple[int, ...]]]) -> tuple[float, tuple[int, ...]]:
+        """The core, as its share of the model and its widths, of what boards can hold; one or more."""
+        ordered = sorted(held, reverse=True)
+        return ordered[max(1, math.ceil(self.held_by * len(ordered) - 1e-9)) - 1]
