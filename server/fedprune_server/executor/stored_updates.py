@@ -76,7 +76,7 @@ class StoredUpdates:
 
     def recipe(self, turn: Turn) -> Recipe:
         recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.training, turn))
-        recipe = replace(recipe, epochs=recipe.epochs * turn.work)
+        recipe = recipe if turn.work == 1 else replace(recipe, epochs=recipe.epochs * turn.work)
         personal = spelt(recipe.personal, self._architecture)
         return recipe if personal == recipe.personal else replace(recipe, personal=personal)
 

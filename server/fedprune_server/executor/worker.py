@@ -331,6 +331,7 @@ class Worker:
         model, widths = self.updates.archive.model(command.model), command.widths or self.architecture.sizes
         if widths != self.architecture.sizes:
             model = self.updates.archive.selection(command.ranking, widths).gather(model)
+            model = model if self._calibration is None else self._calibration(model)
         metrics = self._evaluator(model, widths)
         return on.Evaluated(command.round, metrics | private)
 

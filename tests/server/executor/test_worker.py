@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import fedprune_export as fx
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -28,8 +30,10 @@ from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
+from fedprune_server.executor.evaluator import Evaluator, Sessions
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Digits, deal, digits_model
+from support.nets import small_nets as nets
 
 DEVICES = ("a", "b", "c")
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
@@ -138,6 +142,38 @@ def test_a_round_makes_the_model_better(model: Model, federation: Digits, tmp_pa
     assert isinstance(after, on.Evaluated)
 
     assert after.metrics["loss"] < before.metrics["loss"]
+
+
+def test_a_part_of_a_model_is_measured_as_a_model_of_its_widths(
+    model: Model, federation: Digits, tmp_path: Path
+) -> None:
+    w, half = worker(model, tmp_path, federation), widths_at(model.architecture, 0.5)
+    ranking = rank(w)
+    whole, part_of_it = (w.execute(do.Evaluate(1, w.initial(), ranking=ranking, widths=n)) for n in ((), half))
+    tensors = tensorfile.decode(w.store.read(w.initial()))
+    kept = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(half).gather(tensors)
+    alone = Evaluator(Sessions(model, 1), RECIPE, (federation.x, federation.y))(kept, half)
+    assert part_of_it == on.Evaluated(1, alone)
+    assert part_of_it != whole
+
+
+def test_a_part_of_more_work_trains_the_recipes_epochs_as_often(model: Model, tmp_path: Path) -> None:
+    w, widths = worker(model, tmp_path), model.architecture.sizes
+    basis = do.Basis(1, w.initial(), rank(w))
+    once, thrice = (w.execute(do.Extract(basis, replace(part("a", widths), work=n))) for n in (1, 3))
+    assert isinstance(once, on.Extracted)
+    assert isinstance(thrice, on.Extracted)
+    assert thrice.offer["recipe"]["epochs"] == 3 * once.offer["recipe"]["epochs"] == 3 * RECIPE.epochs
+
+
+def test_a_job_notes_whether_it_begins_with_a_model_that_was_just_made(tmp_path: Path) -> None:
+    fresh, warm = fx.load(nets.seeded(nets.LeNet())), nets.seeded(nets.LeNet())
+    with torch.no_grad():
+        for weights in warm.parameters():
+            weights.mul_(3)
+    for number, (given_model, untrained) in enumerate(((fresh, True), (fx.load(warm), False))):
+        begun = Worker(Job(), given_model, BlobStore(tmp_path / str(number), durable=False)).begin()
+        assert (begun.untrained, begun.architecture) == (untrained, given_model.architecture.digest)
 
 
 def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Digits, tmp_path: Path) -> None:

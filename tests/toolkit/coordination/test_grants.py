@@ -15,10 +15,13 @@ from fedprune.jobs.state import Device
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
+from fedprune.planning.cost_prediction import predict
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
+from fedprune.strategies.shared_core import SharedCore
 from support.fakes.strategy_rounds import NET
+from support.fakes.tiny_job import WIDE
 
 pytestmark = pytest.mark.board
 
@@ -73,6 +76,21 @@ def test_a_model_that_was_trained_before_has_no_core() -> None:
     assert densities(granted(fleet(FLEET, untrained=False), 1)) == list(FLEET.values())
 
 
+def test_boards_that_have_grown_have_no_core_again_when_the_job_is_extended() -> None:
+    state = fleet(FLEET)
+    granted(state, 9)
+    assert densities(granted(state, 5)) == list(FLEET.values())
+    trained_otherwise = fleet(FLEET)
+    granted(trained_otherwise, 1, {"core": 0})
+    assert densities(granted(trained_otherwise, 2)) == list(FLEET.values())
+
+
+@pytest.mark.parametrize(("rounds", "shared"), [(1, 0), (2, 1), (3, 2), (4, 3), (10, 8), (12, 10)])
+def test_the_last_round_is_never_the_cores(rounds: int, shared: int) -> None:
+    core = SharedCore()
+    assert sum(core.shared_in(number, rounds) for number in range(1, rounds + 1)) == shared
+
+
 def test_strategies_without_a_core_grant_what_boards_can_hold() -> None:
     state = fleet(FLEET)
     job = Job(strategy="heterofl", rounds=10)
@@ -89,10 +107,8 @@ def test_boards_of_one_width_are_not_mixed() -> None:
 def test_narrow_boards_work_as_much_as_half_of_the_whole_model_takes_up_to_four_times() -> None:
     grants = granted(fleet(FLEET), 9)
     whole = costs_at(NET, NET.sizes).training_macs
-    for grant in grants.values():
-        wanted = round(whole / 2 / costs_at(NET, grant.widths).training_macs)
-        assert grant.work == max(1, min(4, wanted))
-    assert grants["a"].work == 1 < grants["d"].work
+    assert 2.5 < whole / 2 / costs_at(NET, grants["d"].widths).training_macs < 3.5
+    assert [grant.work for grant in grants.values()] == [1, 1, 1, 3]
 
 
 def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
@@ -108,6 +124,54 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
         return granted(state, 1)["a"].work
 
     assert (works(1.01), works(2.01), works(100.0)) == (1, 2, 3)
+
+
+def test_work_at_a_core_that_is_narrower_than_the_plan_fits_what_was_planned_for() -> None:
+    job = Job(strategy="fedprune", recipe=MSE, rounds=10)
+    quarter = widths_at(WIDE, 0.25)
+    whole, core = (
+        predict(WIDE, widths, PI, compose(job).planned_recipe(job, "a", widths, 1.0, 10), 10).train_s
+        for widths in (WIDE.sizes, quarter)
+    )
+    recipe = compose(job).planned_recipe(job, "a", WIDE.sizes, 1.0, 10)
+    free = plan(WIDE, PI, recipe, 10, densities=(1.0,))
+
+    def work(spare: float) -> int:
+        state = State(model="m", untrained=True)
+        for name, widths, density in (("a", WIDE.sizes, 1.0), ("b", quarter, 0.25), ("c", quarter, 0.25)):
+            device = Device(session=0, online=True, profile=PI.to_dict(), probe=None, samples=10)
+            device.density, device.widths = density, widths
+            state.devices[name] = device
+        seconds = free.prediction.transfer_s + spare * core
+        made = plan(WIDE, PI, recipe, 10, densities=(1.0,), deadline_s=max(seconds, free.prediction.round_s))
+        state.devices["a"].plan = PackedJson(made.to_dict())
+        state.round = 1
+        grant = Grants(job, compose(job), WIDE, state).of(state.devices["a"])
+        assert grant.widths == quarter
+        return grant.work
+
+    assert work(0.0) == max(1, min(4, int(whole / core)))
+    assert work(100.0) == 4
+
+
+def test_boards_of_a_secure_sum_train_the_same() -> None:
+    assert granted(fleet(FLEET), 1, secure_aggregation=True)["d"].work == 1
+
+
+def test_boards_that_are_alike_keep_shorter_steps_where_their_time_is_short() -> None:
+    job = Job(strategy="fedprune")
+    recipe = compose(job).planned_recipe(job, "a", NET.sizes, 1.0, 10)
+    free = plan(NET, PI, recipe, 10, densities=(1.0,))
+
+    def mixed(spare: float) -> bool:
+        state = fleet({"a": 1.0})
+        seconds = free.prediction.transfer_s + spare * free.prediction.train_s
+        made = plan(NET, PI, recipe, 10, densities=(1.0,), deadline_s=seconds)
+        state.devices["a"].plan = PackedJson(made.to_dict())
+        state.round = 1
+        return Grants(job, compose(job), NET, state).of(state.devices["a"]).mixed
+
+    assert (mixed(1.5), mixed(2.5)) == (True, False)
 
 
 def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:

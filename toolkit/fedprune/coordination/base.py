@@ -540,9 +540,9 @@ class Coordinator(ABC):
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
     def _evaluate(self) -> do.Evaluate:
-        """What no board has trained yet isn't measured: it answers by chance."""
+        """Beside a core nothing was trained yet: the rest isn't measured, since it answers by chance."""
         state, budget = self.state, self.privacy_budget
-        widths = self.grants.widest if state.ranking else ()
+        widths = self.grants.core if state.ranking else ()
         return do.Evaluate(state.round, state.model, budget.spent(), budget.foreseen(), state.ranking or "", widths)
 
 

@@ -7,22 +7,34 @@ of the job; what narrower steps save, boards spend on more of them, as far as th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share
+from fedprune.planning.cost_prediction import predict
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
 
 Widths = tuple[int, ...]
 
-HALF = 0.5
-"""The share of a full-width epoch's MACs that narrower boards are to spend in a round."""
+WORK_SHARE = 0.5
+"""The share of the whole model's MACs that narrower boards are to spend: at half the channels twice the epochs, with
+which a core learns as much in a round as FedAvg does."""
 
-_MOST = 4096
+MOST_EPOCHS = 10_000
+"""What a recipe takes."""
+
+ALIKE_ROOM = 2.0
+"""How often the planned training must fit a board's time before steps may all be as wide as the board: more than steps
+of ordered dropout are shorter."""
+
+REMEMBERED = 4096
 
 
 class Grant(NamedTuple):
@@ -45,66 +57,92 @@ class Grants:
     """Decides what devices train, once per round for the fleet; what devices can hold is the allocator's to say."""
 
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, state: State) -> None:
-        self._job, self._core, self._architecture, self._state = job, strategy.core, architecture, state
+        self._job, self._strategy, self._architecture, self._state = job, strategy, architecture, state
+        self._core = strategy.core
+        # Asynchronous jobs begin with few of their boards: that those are alike says little.
+        self._may_be_alike = strategy.schedule is None or not strategy.schedule.asynchronous
         self._round = 0
         self._widths: Widths = ()
-        self._widest: Widths = ()
         self._density, self._mixed = 1.0, True
         self._macs: dict[Widths, int] = {}
-        self._repeats: dict[tuple[Mapping[str, Any], Widths], int] = {}
+        self._repeats: dict[tuple[Mapping[str, Any], Widths], float] = {}
 
     def of(self, device: Device) -> Grant:
         """What a device trains in the present round."""
+        self._look()
         if self._core is None:
             return Grant(device.widths, device.density)
-        if self._round != self._state.round:
-            self._begin_round()
-        widths, density = self._least(device)
+        widths, density = self._least(device.widths, device.density)
         return Grant(widths, density, self._work(device, widths), self._mixed)
 
     @property
-    def widest(self) -> Widths:
-        """The channels per group that some board trains in the present round; empty where that isn't decided here."""
-        if self._core is not None and self._round != self._state.round:
-            self._begin_round()
-        return self._widest
+    def core(self) -> Widths:
+        """The widths that the fleet shares in the present round; empty where each board trains all that it can hold."""
+        self._look()
+        return self._widths
 
-    def _begin_round(self) -> None:
+    def _look(self) -> None:
+        """Look at the fleet, once per round."""
         core, state = self._core, self._state
-        self._round, self._widths, self._density = state.round, (), 1.0
+        if self._round == state.round:
+            return
+        self._round, self._widths, self._density, self._mixed = state.round, (), 1.0, True
+        shared = core is not None and state.untrained and core.shared_in(state.round, self._job.rounds)
+        state.untrained = shared  # who has grown, or was trained in another way, has no core again
+        if core is None:
+            return
         devices = [d for d in state.devices.values() if d.widths and not d.excluded]
-        if core is not None and devices and state.untrained and core.shared_in(state.round, self._job.rounds):
-            self._density, self._widths = core.of((d.density, d.widths) for d in devices)
-        trained = {self._least(d)[0] for d in devices}
-        self._mixed, self._widest = len(trained) > 1, tuple(map(max, zip(*trained, strict=True)))
+        kinds = Counter((d.density, d.widths) for d in devices)
+        if shared and kinds:
+            self._density, self._widths = core.of(kinds)
+        trained = {self._least(widths, density)[0] for density, widths in kinds}
+        alike = len(trained) == 1 and self._may_be_alike
+        # Plans go by steps of ordered dropout, which are shorter: boards that are alike need time for whole ones.
+        self._mixed = not (alike and all(self._fits(d, d.widths) >= ALIKE_ROOM for d in devices))
 
-    def _least(self, device: Device) -> tuple[Widths, float]:
+    def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The lesser of what a device can hold and the core."""
-        widths = tuple(map(min, device.widths, self._widths)) if self._widths else device.widths
-        if widths == device.widths:
-            return widths, device.density
-        return widths, self._density if widths == self._widths else kept_share(self._architecture, widths)
+        least = tuple(map(min, widths, self._widths)) if self._widths else widths
+        if least == widths:
+            return widths, density
+        return least, self._density if least == self._widths else kept_share(self._architecture, least)
 
     def _work(self, device: Device, widths: Widths) -> int:
-        most = 1 if self._core is None or not widths else self._core.work
-        if most == 1:
+        # What boards are to train is part of what those of a secure sum agree on.
+        if self._core is None or self._core.work == 1 or not widths or self._job.secure_aggregation:
             return 1
-        wanted = round(HALF * self._training_macs(self._architecture.sizes) / self._training_macs(widths))
-        return max(1, min(most, wanted, most if device.plan is None else self._fitting(device.plan, device, widths)))
+        wanted = round(WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths))
+        most = min(self._core.work, wanted, MOST_EPOCHS // self._job.training.epochs)
+        return max(1, math.floor(min(most, self._fits(device, widths)))) if most > 1 else 1
 
-    def _fitting(self, plan: Mapping[str, Any], device: Device, widths: Widths) -> int:
-        """How often a device's plan has time and energy for the training at these widths."""
-        key = (plan, widths)
+    def _fits(self, device: Device, widths: Widths) -> float:
+        """How often the training at these widths fits the time and energy that a device's plan has."""
+        if device.plan is None:
+            return math.inf
+        key = (device.plan, widths)
         if key not in self._repeats:
-            share = self._training_macs(widths) / self._training_macs(device.widths)
-            self._repeats[key] = math.floor(Plan.from_dict(plan).repeats(share))
-            if len(self._repeats) > _MOST:
-                del self._repeats[next(iter(self._repeats))]
+            share = (
+                1.0 if widths == device.widths else self._train_s(device, widths) / self._train_s(device, device.widths)
+            )
+            self._repeats[key] = Plan.from_dict(device.plan).repeats(share)
+            _limit(self._repeats)
         return self._repeats[key]
+
+    def _train_s(self, device: Device, widths: Widths) -> float:
+        share = kept_share(self._architecture, widths)
+        recipe = self._strategy.planned_recipe(self._job, "", widths, share, device.samples)
+        probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
+        profile = HardwareProfile.from_dict(device.profile)
+        return predict(self._architecture, widths, profile, recipe, device.samples, probe=probe).train_s
 
     def _training_macs(self, widths: Widths) -> int:
         if widths not in self._macs:
             self._macs[widths] = max(1, costs_at(self._architecture, widths).training_macs)
-            if len(self._macs) > _MOST:
-                del self._macs[next(iter(self._macs))]
+            _limit(self._macs)
         return self._macs[widths]
+
+
+def _limit(remembered: dict[Any, Any]) -> None:
+    """Forget what was remembered first, beyond what the boards of a fleet differ in."""
+    if len(remembered) > REMEMBERED:
+        del remembered[next(iter(remembered))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.core.settings import bounded, check_fields
@@ -31,10 +31,18 @@ class SharedCore:
         check_fields(self, "core: {}")
 
     def shared_in(self, number: int, rounds: int) -> bool:
-        """Whether boards train the core in a round of this number, from 1."""
-        return number <= math.ceil(self.until * rounds - 1e-9)
+        """Whether boards train the core in a round of this number, from 1; never in a job's last."""
+        return number <= min(math.ceil(self.until * rounds - 1e-9), rounds - 1)
 
-    def of(self, held: Iterable[tuple[float, tuple[int, ...]]]) -> tuple[float, tuple[int, ...]]:
-        """The core, as its share of the model and its widths, of what boards can hold; one or more."""
-        ordered = sorted(held, reverse=True)
-        return ordered[max(1, math.ceil(self.held_by * len(ordered) - 1e-9)) - 1]
+    def of(self, held: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
+        """The core, as its share of the model and its widths.
+
+        Args:
+            held: How many boards can hold each share of the model and widths; one or more.
+        """
+        least, boards = self.held_by * sum(held.values()) - 1e-9, 0
+        for core in sorted(held, reverse=True):
+            boards += held[core]
+            if boards >= least:
+                break
+        return core

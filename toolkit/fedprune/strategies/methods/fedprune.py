@@ -4,8 +4,9 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 
 - ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
   dropout can make the ranking true, and a trained model is cut where it hurts least;
-- a nested start: in a model that was just made, as its normalisations tell, no channel listens to one that only wider
-  models have, so that what a width adds is silent until it has learnt (`fedprune.model.nested_widths`);
+- a nested start: in a model that was just made, as its normalisations or the bounds of its weights tell, no channel
+  listens to one that only wider models have, so that what a width adds is silent until it has learnt
+  (`fedprune.model.nested_widths`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - ordered dropout, so that wide boards train the narrow models, too (FjORD, Horvath et al. 2021, Alg. 1), where boards
@@ -143,7 +144,8 @@ class FedPrune(Strategy):
     ) -> Closing:
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
-        if self._grows and self._settled(scene) is None and self._starts_anew(scene.architecture, scene.model):
+        first = scene.round == 1 and self._settled(scene) is None
+        if self._grows and first and self._starts_anew(scene.architecture, scene.model):
             return replace(closing, model=nested(scene.architecture, closing.model, [fold.widths]))
         return closing
 
