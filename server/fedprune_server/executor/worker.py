@@ -109,7 +109,11 @@ class Worker:
     def begin(self) -> State:
         """The state of a job that begins with the model. Raises as `initial`."""
         untrained = just_made(self.architecture, self.model.tensors)
-        return State(model=self.initial(), architecture=self.architecture.digest, untrained=untrained)
+        state = State(model=self.initial(), architecture=self.architecture.digest, untrained=untrained)
+        if self.strategy.core is not None:
+            plain = self.store.put(tensorfile.encode(self.model.tensors)).sha256
+            state.plain_model = plain if plain != state.model else ""
+        return state
 
     def initial(self) -> str:
         """Put the job's first model into the store and return its digest.

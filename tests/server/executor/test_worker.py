@@ -376,6 +376,10 @@ def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path)
     expected = nested(model.architecture, model.tensors, widths)
     assert any(not np.array_equal(given[n], v) for n, v in expected.items())
     assert all(np.array_equal(start[n], v) for n, v in expected.items())
+    state = own.begin()
+    plain = tensorfile.decode(own.store.read(state.plain_model))
+    assert (state.model, worker(model, tmp_path).begin().plain_model) == (own.initial(), "")
+    assert all(np.array_equal(plain[n], v) for n, v in model.tensors.items())
 
 
 def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:

@@ -104,6 +104,17 @@ def test_boards_of_one_width_are_not_mixed() -> None:
     assert all(g.mixed for g in granted(fleet(FLEET), 1).values())
 
 
+def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
+    def first(densities: dict[str, float], strategy: str = "fedprune") -> tuple[str, str]:
+        state = fleet(densities)
+        state.plain_model, state.round, job = "imported", 1, Job(strategy=strategy)
+        Grants(job, compose(job), NET, state).of(state.devices["a"])
+        return state.model, state.plain_model
+
+    assert first({"a": 1.0, "b": 1.0}) == ("imported", "")
+    assert first(FLEET) == first({"a": 1.0}, "heterofl") == ("m", "")
+
+
 def test_narrow_boards_work_as_much_as_half_of_the_whole_model_takes_up_to_four_times() -> None:
     grants = granted(fleet(FLEET), 9)
     whole = costs_at(NET, NET.sizes).training_macs

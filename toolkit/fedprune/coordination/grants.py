@@ -89,6 +89,7 @@ class Grants:
         self._round, self._widths, self._density, self._mixed = state.round, (), 1.0, True
         shared = core is not None and state.untrained and core.shared_in(state.round, self._job.rounds)
         state.untrained = shared  # who has grown, or was trained in another way, has no core again
+        plain, state.plain_model = state.plain_model, ""
         if core is None:
             return
         devices = [d for d in state.devices.values() if d.widths and not d.excluded]
@@ -99,6 +100,8 @@ class Grants:
         alike = len(trained) == 1 and self._may_be_alike
         # Plans go by steps of ordered dropout, which are shorter: boards that are alike need time for whole ones.
         self._mixed = not (alike and all(self._fits(d, d.widths) >= ALIKE_ROOM for d in devices))
+        if plain and not self._mixed:
+            state.model = plain  # nothing is nested where no width holds another
 
     def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The lesser of what a device can hold and the core."""

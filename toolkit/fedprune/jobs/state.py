@@ -297,7 +297,9 @@ class State:
         began_at: When the first round began, on the shell's clock; None before.
         spent_bytes: Payload bytes to and from all devices until the last round was closed, as the shell counts them.
         spent_macs: The same of MACs of their training, where the shell counts them.
-        untrained: Whether the job began with a model that had just been made.
+        untrained: Whether the job began with a model that had just been made, and shares a core since.
+        plain_model: Before the first round, digest of the model as it was imported, where the strategy made another of
+            it: boards of one width begin with that.
     """
 
     model: str
@@ -325,6 +327,7 @@ class State:
     spent_bytes: int = 0
     spent_macs: int = 0
     untrained: bool = False
+    plain_model: str = ""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
@@ -364,7 +367,7 @@ class State:
     def own_references(self) -> set[str]:
         """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
         sums = [found["total"] for found in (self.closing or {}).get("sums", ())]
-        return {d for d in (self.model, self.ranking, self.order, *self.memory.values(), *sums) if d}
+        return {d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *sums) if d}
 
     def round_of(self, task: Task) -> int:
         """The round that a part was offered in."""
