@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.fair_scheduler import JobDemand
@@ -155,6 +155,7 @@ class JobRunner:
         self.region_of: Callable[[str], str] = lambda device: ""
         """The aggregator through which a device is connected; empty for none."""
         self._remote = None if job.report is None else RemoteCoordinator(job.architecture, job.state, job.report)
+        self._said = ""
         self._coordinator = self._remote or coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
         self.observers = Observers([Lines()] if observers is None else observers)
@@ -591,11 +592,23 @@ class JobRunner:
                 case do.SumMasked():
                     if self._sums is not None:
                         self._sums.begin(command)
-                case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate() | do.Measure():
+                case do.Score():
+                    self._say_what_boards_train(command.round)
+                    self._executor.order(command)
+                case do.Extract() | do.Fold() | do.Close() | do.Evaluate() | do.Measure():
                     self._executor.order(command)
                 case _:
                     for event in self._dispatcher.run(command):
                         self._handle(event)
+
+    def _say_what_boards_train(self, number: int) -> None:
+        """Log it where it is another than in the round before."""
+        if not isinstance(self._coordinator, Coordinator):  # an aggregator's parent says it
+            return
+        said = self._coordinator.grants.describe()
+        if said and said != self._said:
+            log.info("%sround %d: %s", self.registry.prefix, number, said)
+        self._said = said
 
     def _finish(self, command: do.Finish) -> None:
         if not self.finished:

@@ -104,6 +104,18 @@ def test_boards_of_one_width_are_not_mixed() -> None:
     assert all(g.mixed for g in granted(fleet(FLEET), 1).values())
 
 
+def test_a_line_says_what_boards_train() -> None:
+    def said(densities: dict[str, float], number: int, recipe: Recipe) -> str:
+        state, job = fleet(densities), Job(strategy="fedprune", rounds=10, recipe=recipe)
+        state.round = number
+        return Grants(job, compose(job), NET, state).describe()
+
+    assert "at most 0.5 of the model's channels, which 75% of them can hold" in said(FLEET, 1, MSE)
+    assert "all that it can hold" in said(FLEET, 9, MSE)
+    assert "the same width" in said({"a": 1.0, "b": 1.0}, 1, Recipe())
+    assert said(FLEET, 1, Recipe()) == ""
+
+
 def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
     def first(densities: dict[str, float], strategy: str = "fedprune") -> tuple[str, str]:
         state = fleet(densities)

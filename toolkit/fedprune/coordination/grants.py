@@ -81,6 +81,18 @@ class Grants:
         self._look()
         return self._widths
 
+    def describe(self) -> str:
+        """A line for people on what the fleet trains in the present round; empty where strategies leave that alone."""
+        self._look()
+        if self._core is None:
+            return ""
+        if self._widths:
+            share = f"{self._core.held_by:.0%} of them can hold"
+            return f"boards share a core: they train at most {self._density:.3g} of the model's channels, which {share}"
+        if not self._mixed:
+            return "all boards train the same width: no ordered dropout and no mixup by default"
+        return "each board trains all that it can hold" if self._core.until else ""
+
     def _look(self) -> None:
         """Look at the fleet, once per round."""
         core, state = self._core, self._state
