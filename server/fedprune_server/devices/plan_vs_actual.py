@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedprune.coordination import State
+from fedprune.coordination.width_planner import predict_round
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import amount
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.model.architecture import Architecture
-from fedprune.planning.cost_prediction import predict, trains_on
+from fedprune.planning.cost_prediction import trains_on
 from fedprune.planning.plan import Plan
 from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -48,12 +49,8 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
     if not device.widths:
         return None
     try:
-        probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
-        profile = HardwareProfile.from_dict(device.profile)
-        strategy = compose(job)
-        recipe = strategy.planned_recipe(job, name, device.widths, device.density, device.samples)
-        codecs = strategy.codecs(job, profile.name, device.codecs)
-        return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe, codecs=codecs))
+        held = (device.widths, device.density, device.samples)
+        return vars(predict_round(job, compose(job), architecture, name, device, *held))
     except FedpruneError:
         return None
 

@@ -11,14 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fedprune.coordination.width_planner import forget_first, predict_round
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share
-from fedprune.planning.cost_prediction import predict
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
-from fedprune.planning.probe_report import ProbeReport
-from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
 
 Widths = tuple[int, ...]
@@ -33,8 +31,6 @@ MOST_EPOCHS = 10_000
 ALIKE_ROOM = 2.0
 """How often the planned training must fit a board's time before steps may all be as wide as the board: more than steps
 of ordered dropout are shorter."""
-
-REMEMBERED = 4096
 
 
 class Grant(NamedTuple):
@@ -136,28 +132,22 @@ class Grants:
             return math.inf
         key = (device.plan, widths)
         if key not in self._repeats:
-            share = (
-                1.0 if widths == device.widths else self._train_s(device, widths) / self._train_s(device, device.widths)
-            )
+            share = 1.0
+            if widths != device.widths:
+                share = self._train_s(device, widths) / self._train_s(device, device.widths)
             self._repeats[key] = Plan.from_dict(device.plan).repeats(share)
-            _limit(self._repeats)
+            forget_first(self._repeats)
         return self._repeats[key]
 
     def _train_s(self, device: Device, widths: Widths) -> float:
-        share = kept_share(self._architecture, widths)
-        recipe = self._strategy.planned_recipe(self._job, "", widths, share, device.samples)
-        probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
-        profile = HardwareProfile.from_dict(device.profile)
-        return predict(self._architecture, widths, profile, recipe, device.samples, probe=probe).train_s
+        density = kept_share(self._architecture, widths)
+        predicted = predict_round(
+            self._job, self._strategy, self._architecture, "", device, widths, density, device.samples
+        )
+        return predicted.train_s
 
     def _training_macs(self, widths: Widths) -> int:
         if widths not in self._macs:
             self._macs[widths] = max(1, costs_at(self._architecture, widths).training_macs)
-            _limit(self._macs)
+            forget_first(self._macs)
         return self._macs[widths]
-
-
-def _limit(remembered: dict[Any, Any]) -> None:
-    """Forget what was remembered first, beyond what the boards of a fleet differ in."""
-    if len(remembered) > REMEMBERED:
-        del remembered[next(iter(remembered))]

@@ -104,25 +104,27 @@ class WidthPlanner:
         """What a device's plan would have predicted for the other widths of a task."""
         key = (device.plan, task.widths, task.samples)
         if key not in self._predictions:
-            self._predictions[key] = predict(
+            self._predictions[key] = predict_round(
+                self.job,
+                self.strategy,
                 self.architecture,
+                name,
+                device,
                 task.widths,
-                self._profile(device.profile)[1],
-                self._recipe(name, device, task.widths).in_parts(task.accumulate),
+                kept_share(self.architecture, task.widths),
                 task.samples,
-                probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+                accumulate=task.accumulate,
                 correction=made.correction,
                 frozen=self.frozen,
-                codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
             )
-            _limit(self._predictions)
+            forget_first(self._predictions)
         return self._predictions[key]
 
     def _plan_of(self, body: Mapping[str, Any]) -> Plan:
         """A plan, from what devices share of it."""
         if body not in self._read:
             self._read[body] = Plan.from_dict(body)
-            _limit(self._read)
+            forget_first(self._read)
         return self._read[body]
 
     def _give(self, device: Device, made: _Made) -> None:
@@ -152,7 +154,7 @@ class WidthPlanner:
         if made is None or any(self._recipe(name, device, w) != r for w, r in made.recipes.items()):
             made = self._made(name, device, profile, correction)
         self._plans[key] = made
-        _limit(self._plans)
+        forget_first(self._plans)
         return made
 
     def _profile(self, body: dict[str, Any]) -> tuple[dict[str, Any], HardwareProfile]:
@@ -207,7 +209,45 @@ def _as_fast(known: Device, device: Device) -> bool:
     return (known.probe or {}).get("latency") == (device.probe or {}).get("latency")
 
 
-def _limit(remembered: dict[Any, Any]) -> None:
+def predict_round(
+    job: Job,
+    strategy: Strategy,
+    architecture: Architecture,
+    name: str,
+    device: Device,
+    widths: tuple[int, ...],
+    density: float,
+    samples: int,
+    *,
+    accumulate: int = 1,
+    correction: Correction = NO_CORRECTION,
+    frozen: Collection[str] = (),
+) -> Prediction:
+    """What a round would cost a device at some widths, by what it has said of itself.
+
+    Raises `FedpruneError` if its profile or probe can't be read, or the strategy has no recipe for it.
+
+    Args:
+        density: The share of the model that the widths are.
+        accumulate: Parts in which it works through a batch, unless the recipe asks for more.
+        correction: What its rounds taught.
+        frozen: Tensors that the model's author froze.
+    """
+    profile = HardwareProfile.from_dict(device.profile)
+    return predict(
+        architecture,
+        widths,
+        profile,
+        strategy.planned_recipe(job, name, widths, density, samples).in_parts(accumulate),
+        samples,
+        probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+        correction=correction,
+        frozen=frozen,
+        codecs=strategy.codecs(job, profile.name, device.codecs),
+    )
+
+
+def forget_first(remembered: dict[Any, Any]) -> None:
     """Forget what was remembered first, beyond `PLANS`."""
     if len(remembered) > PLANS:
         del remembered[next(iter(remembered))]
