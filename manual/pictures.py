@@ -45,7 +45,8 @@ def rows_of_swarm(rows: list[dict[str, Any]]) -> list[Any]:
 
 
 def _task(name: str) -> Source:
-    return Source("tasks.json", lambda body: curves_of_task(body["runs"][name]), f"python -m benchmarks.tasks {name}")
+    command = f"python -m benchmarks.tasks --only {name}"
+    return Source("tasks.json", lambda body: curves_of_task(body["runs"][name]), command)
 
 
 def _gallery(example: str) -> Source:

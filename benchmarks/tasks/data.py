@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,11 @@ def plays(seed: int) -> Dealt:
 
 
 def chapters(seed: int) -> Dealt:
-    """A board for each of the twelve longest chapters of Python's own manual, without what an earlier one says, too."""
+    """A board for each of the twelve longest chapters of Python's own manual, without what an earlier one says, too.
+
+    `python_topics.npz` has `pydoc_data.topics.topics` of Python 3.11 as JSON, in bytes: `text`.
+    """
+    topics: dict[str, str] = json.loads(bytes(arrays("python_topics")["text"]))
     seen: set[str] = set()
     found = {}
     for name in sorted(topics, key=lambda t: (-len(topics[t]), t)):

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 from benchmarks.tasks import data
+from benchmarks.tasks.runs import outputs
 from fedprune.core.metrics import METRICS
 from fedprune.model.selection import Tensors
-from fedprune.runtime.session import Session
 from fedprune_export.pruning.model import Model
 from manual.pictures import curves_of_task
 
@@ -22,22 +22,13 @@ FOLDER = Path("docs/images")
 _COLOURS = {"torch": "#8C959F", "fedavg": REFERENCE, "fedprune": FLEET}
 
 
-def outputs(model: Model, weights: Tensors, x: Array) -> Array:
-    """What a model with these weights makes of samples."""
-    graph = model.graph.copy()
-    graph.initializers |= weights
-    session = Session(graph.to_bytes())
-    parts = [session.run({"x": x[s : s + 64]}, ["logits"])["logits"] for s in range(0, len(x), 64)]
-    return np.concatenate(parts)
-
-
 def curves(axis: Any, runs: dict[str, Any], metric: str) -> None:
     """The global model's metric by rounds: the first seed of every method."""
     for method, colour in _COLOURS.items():
         seeds = runs.get(method)
         if not seeds:
             continue
-        curve = [row.get(metric, np.nan) for row in seeds[min(seeds)]["curve"]]
+        curve = seeds[min(seeds)]["curve"]
         axis.plot(range(1, len(curve) + 1), curve, label=method, color=colour)
     axis.set_xlabel("round")
     axis.set_title(METRICS[metric].title)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fedprune_export as fx
-from benchmarks.tasks.__main__ import TASKS
+from benchmarks.tasks.tasks import TASKS
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job

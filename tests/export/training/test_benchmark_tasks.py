@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.tasks.__main__ import TASKS, torch_loss
+from benchmarks.tasks.runs import torch_loss
+from benchmarks.tasks.tasks import TASKS
 from fedprune.model.selection import Selection
 from fedprune_export.pruning.cut import cut
 from support.marks import marked

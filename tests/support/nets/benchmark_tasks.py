@@ -10,7 +10,7 @@ import torch
 
 import fedprune_export as fx
 from benchmarks.tasks import adapters, nets
-from benchmarks.tasks.__main__ import TASKS
+from benchmarks.tasks.tasks import TASKS
 from fedprune_export.pruning.model import Model
 
 Array = np.ndarray[Any, Any]

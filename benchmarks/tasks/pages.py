@@ -1,0 +1,199 @@
+"""The tables of a task's runs, on the page of results and in `docs/tasks`."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tasks import adapters
+from benchmarks.tasks.runs import BUDGET, BYTES_SHARE, DEFAULT, EQUAL_TIME, MACS_SHARE, METHODS, REFERENCE, TORCH
+from benchmarks.tasks.tasks import TASKS, Task
+from fedprune.core.metrics import METRICS
+
+Runs = Mapping[str, Mapping[str, Any]]
+"""The runs of a task: by method, then by seed."""
+
+_MISSING = "–"
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The results in words and tables."""
+    lines = [
+        "# Tasks on real data", "",
+        ("`python -m benchmarks.tasks`. A simulated fleet whose boards train with onnxruntime; about a quarter of "
+        "them each can hold widths of 1, 0.7, 0.5 and 0.3. `fedavg` trains the whole model on all boards, `one width` "
+        "a width of 0.5, which a quarter of them couldn't hold; the other methods give each board its width. `torch` "
+        f"trains on all boards' samples together for as many epochs. `{BUDGET}` runs as many rounds as cost at most "
+        f"{MACS_SHARE:.0%} of `{REFERENCE}`'s MACs and {BYTES_SHARE:.0%} of its bytes. Scores are the global model's "
+        "after the last round on data that no board has, *served* ones those of boards' own models on their own test "
+        "data: mean and, with more than one seed, range. *Time* is that of a fleet of seven kinds of boards, whose "
+        "rounds last as long as the slowest takes; *at equal time* are the method's score and "
+        f"`{EQUAL_TIME}`'s when the first of the two is through."), "",
+        *_provenance(results["runs"]), "",
+    ]  # fmt: skip
+    for name, task in TASKS.items():
+        if runs := results["runs"].get(name, {}):
+            lines += [f"## {task.title}", "", *table(task, runs), ""]
+    return "\n".join(lines)
+
+
+def table(task: Task, runs: Runs) -> list[str]:
+    """A task's note, its results by method, and what else was measured."""
+    metric = METRICS[task.recipe.judged_by]
+    lines = [task.note, ""] if task.note else []
+    lines += [
+        f"| | seeds | {metric.title} | served | rounds | MACs | bytes | time | at equal time |",
+        "|---|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for method in (TORCH, *METHODS):
+        if some := runs.get(method):
+            pairs = [] if method == EQUAL_TIME else _at_equal_time(runs, method)
+            cells = [
+                ", ".join(sorted(some)),
+                _spread(task, _scores(some)),
+                _spread(task, [run["served"] for run in some.values() if "served" in run]),
+                _mean((len(run["curve"] or run["at"]) for run in some.values()), ".0f"),
+                _mean(shares(runs, method, "macs"), ".0%"),
+                _mean(shares(runs, method, "bytes"), ".0%"),
+                _mean((run["at"][-1] for run in some.values() if "at" in run), ",.0f", " s"),
+                " / ".join(metric.shown(statistics.fmean(side)) for side in zip(*pairs, strict=True)) or _MISSING,
+            ]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    areas = {m: [run["detected"] for run in some.values() if "detected" in run] for m, some in runs.items()}
+    if shown := [f"{m} {statistics.fmean(areas[m]):.3f}" for m in METHODS if areas.get(m)]:
+        said = "Area under the ROC curve by which the error tells the unseen activity from the others"
+        lines += ["", f"{said}: {', '.join(shown)}."]
+    if task.net is adapters.Speaker and TORCH in runs:
+        before = _spread(task, [run["before"] for run in runs[TORCH].values()])
+        lines += ["", f"Without adapters: {before}."]
+    return lines
+
+
+def summary(runs: Mapping[str, Runs], pages: Mapping[str, str]) -> list[str]:
+    """The mean scores of all tasks, what `fedprune` cost, and how many tasks keep what is promised; `pages` are their
+    files."""
+    links = {n: f"[{task.title.partition(': the language')[0]}]({pages[n]})" for n, task in TASKS.items()}
+    shown = [m for m in (TORCH, *METHODS) if any(_scores(runs[name].get(m, {})) for name in TASKS)]
+    lines = [f"| | score | {' | '.join(shown)} |", f"|---|---|{'---:|' * len(shown)}"]
+    for name, task in TASKS.items():
+        cells = [_mean_score(task, runs[name].get(method, {})) for method in shown]
+        lines.append(f"| {links[name]} | {METRICS[task.recipe.judged_by].title} | {' | '.join(cells)} |")
+    if BUDGET in shown:
+        lines += ["", f"What `{DEFAULT}` and, behind it, `{BUDGET}` cost, of `{REFERENCE}`'s:", ""]
+        lines += ["| | rounds | MACs | bytes | time | rounds | MACs | bytes | time |", f"|---|{'---:|' * 8}"]
+        for name in TASKS:
+            cells = []
+            for method in (DEFAULT, BUDGET):
+                cells.append(_mean((len(run["curve"]) for run in runs[name].get(method, {}).values()), ".0f"))
+                cells += [_mean(shares(runs[name], method, what), ".0%") for what in ("macs", "bytes", "at")]
+            lines.append(f"| {links[name]} | {' | '.join(cells)} |")
+    return [*lines, *_promises(runs)]
+
+
+def shares(runs: Runs, method: str, what: str) -> list[float]:
+    """What a method's runs cost, as shares of the reference's of the same seeds."""
+    whole = runs.get(REFERENCE, {})
+    pairs = [(run, whole[seed]) for seed, run in runs[method].items() if seed in whole] if method in runs else []
+    return [run[what][-1] / other[what][-1] for run, other in pairs if what in run and what in other]
+
+
+def docs_pages(results: Mapping[str, Any], folder: Path) -> dict[Path, str]:
+    """The pages of a folder with the tables of these results between their marks."""
+    texts = {path: path.read_text() for path in sorted(folder.glob("*.md"))}
+    pages = {
+        name: path.name for path, text in texts.items() for name in re.findall(r"<!-- figures of ([\w-]+) -->", text)
+    }
+    tables = {f" of {name}": table(TASKS[name], results["runs"][name]) for name in pages}
+    tables[""] = summary(results["runs"], pages)
+
+    def filled(mark: re.Match[str]) -> str:
+        return "\n".join([f"<!-- figures{mark[1]} -->", *tables[mark[1]], "<!-- end -->"])
+
+    marks = re.compile(r"<!-- figures((?: of [\w-]+)?) -->\n.*?<!-- end -->", re.DOTALL)
+    return {path: marks.sub(filled, text) for path, text in texts.items()}
+
+
+def _scores(runs: Mapping[str, Any]) -> list[float]:
+    """The scores after the last round."""
+    return [run["curve"][-1] for run in runs.values() if run["curve"]]
+
+
+def _at_equal_time(runs: Runs, method: str) -> list[tuple[float, float]]:
+    """A method's scores and those of `EQUAL_TIME` of the same seeds, when the first of the two had ended."""
+    others, pairs = runs.get(EQUAL_TIME, {}), []
+    for seed, run in runs[method].items():
+        if "at" in run and seed in others:
+            until = min(run["at"][-1], others[seed]["at"][-1])
+            own, other = (
+                [score for at, score in zip(r["at"], r["curve"], strict=False) if at <= until]
+                for r in (run, others[seed])
+            )
+            pairs += zip(own[-1:], other[-1:], strict=False)
+    return pairs
+
+
+def _promises(runs: Mapping[str, Runs]) -> list[str]:
+    """In how many tasks `fedprune` is as good as others at its budget; nothing unless all tasks were run."""
+    full = [name for name in TASKS if {REFERENCE, EQUAL_TIME, BUDGET} <= runs[name].keys()]
+    if len(full) < len(TASKS):
+        return []
+
+    def kept(is_kept: Callable[[Task, Runs], bool]) -> str:
+        failed = [name for name in full if not is_kept(TASKS[name], runs[name])]
+        return f"{len(full) - len(failed)} of {len(full)} tasks" + (f" (not: {', '.join(failed)})" if failed else "")
+
+    def as_good(task: Task, some: Runs) -> bool:
+        reference = _scores(some[REFERENCE])
+        return _ahead(task, _scores(some[BUDGET]), reference, max(reference) - min(reference))
+
+    def ahead_in_time(task: Task, some: Runs) -> bool:
+        pairs = _at_equal_time(some, BUDGET)
+        return bool(pairs) and _ahead(task, [own for own, _ in pairs], [other for _, other in pairs], 0.0)
+
+    return [
+        "",
+        (
+            f"At its budget `fedprune` is as good as `{REFERENCE}`, less the range of that one's seeds, in "
+            f"{kept(as_good)}, and not behind `{EQUAL_TIME}` at the same time on the fleet in {kept(ahead_in_time)}."
+        ),
+    ]
+
+
+def _ahead(task: Task, scores: list[float], others: list[float], room: float) -> bool:
+    """Whether a mean score is not worse than another's by more than some room."""
+    gain = statistics.fmean(scores) - statistics.fmean(others)
+    return (gain if METRICS[task.recipe.judged_by].higher else -gain) >= -room
+
+
+def _mean_score(task: Task, runs: Mapping[str, Any]) -> str:
+    scores = _scores(runs)
+    return METRICS[task.recipe.judged_by].shown(statistics.fmean(scores)) if scores else _MISSING
+
+
+def _mean(values: Iterable[float], form: str, unit: str = "") -> str:
+    numbers = list(values)
+    return f"{statistics.fmean(numbers):{form}}{unit}" if numbers else _MISSING
+
+
+def _spread(task: Task, scores: list[float]) -> str:
+    """The mean of scores and, of several, their range."""
+    if not scores:
+        return _MISSING
+    shown = METRICS[task.recipe.judged_by].shown
+    text = shown(statistics.fmean(scores))
+    return text if len(scores) == 1 else f"{text} ({shown(min(scores))} to {shown(max(scores))})"
+
+
+def _provenance(runs: Mapping[str, Runs]) -> list[str]:
+    """Where, when and with which versions the runs were made."""
+    counts = Counter(
+        f"{run['made']['date']}, {', '.join(f'{k} {v}' for k, v in run['made'].items() if k != 'date')}"
+        for methods in runs.values()
+        for seeds in methods.values()
+        for run in seeds.values()
+    )
+    return [f"- {count} runs: {made}".replace("machine ", "") for made, count in sorted(counts.items())]

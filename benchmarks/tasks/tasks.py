@@ -1,0 +1,106 @@
+"""The tasks: what is learnt from what, and how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+import fedprune_export as fx
+from benchmarks.tasks import adapters, data, losses, nets
+from fedprune.model.recipe import CUSTOM, Recipe
+from fedprune_export.pruning.model import Model
+
+DENSITIES = (1.0, 0.7, 0.5, 0.3)
+"""Widths that boards can hold, a quarter of the fleet each; their submodels weigh half of the model's on average."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        title: The heading of its results.
+        deal: Deals its data out to boards, by the seed.
+        net: Makes its network.
+        recipe: Local training.
+        rounds: How many rounds.
+        note: What to know about its results.
+        densities: Widths that boards can hold, by quarters of the fleet, the strongest first.
+        own: How the network is imported.
+    """
+
+    title: str
+    deal: Callable[[int], data.Dealt]
+    net: Callable[[], torch.nn.Module]
+    recipe: Recipe
+    rounds: int
+    note: str = ""
+    densities: tuple[float, ...] = DENSITIES
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+SGD = Recipe(epochs=1, batch_size=32, lr=0.05, momentum=0.9)
+ADAM = Recipe(epochs=1, batch_size=32, lr=1e-3, optimizer="adam", momentum=0.0)
+
+TASKS = {
+    "speech": Task(
+        "Keyword spotting from raw audio: spoken digits, a board per speaker",
+        data.speech, nets.Crnn, replace(ADAM, epochs=2, lr=2e-3), 10,
+    ),
+    "segmentation": Task(
+        "Segmentation: CamVid, eight boards with streets of their own",
+        data.streets, nets.UNet, replace(SGD, ignore_label=11, metric="miou", batch_size=8, epochs=2), 15,
+    ),
+    "detection": Task(
+        "Detection: digits of MNIST on canvases, ten boards",
+        data.objects, nets.Detector, replace(ADAM, loss=CUSTOM, metric=CUSTOM, epochs=3, lr=2e-3), 12,
+        note="The score is AP50 without suppression of doubles: every cell's box counts, and only its own object.",
+        own={"loss": losses.detection, "metric": losses.AveragePrecision},
+    ),
+    "forecasting": Task(
+        "Forecasting: ETTh1, horizon 96, a patch transformer",
+        data.transformer, nets.Patches, replace(ADAM, loss="mse", metric="mae", epochs=2, lr=5e-4), 8,
+        note="Published, trained centrally: MSE .370 (PatchTST/64) and .375 (PatchTST/42 and DLinear), MAE .400, .399 "
+        "(Nie et al., ICLR 2023, Table 3).",
+    ),
+    "forecasting-lstm": Task(
+        "Forecasting: ETTh1, horizon 96, an LSTM",
+        data.transformer, nets.Lstm, replace(ADAM, loss="mse", metric="mae", epochs=2, lr=2e-3), 8,
+    ),
+    "anomalies": Task(
+        "Anomalies: an autoencoder on HAR without walking upstairs, seven boards",
+        data.motion, nets.AutoEncoder, replace(ADAM, loss="mse", metric="rmse", epochs=2, lr=2e-3), 10,
+    ),
+    "fusion": Task(
+        "Sensor fusion: HAR, accelerometer and gyroscope as two inputs, seven boards",
+        data.sensors, nets.Fusion, replace(ADAM, lr=2e-3), 10,
+    ),
+    "embedding": Task(
+        "Embeddings: Fashion-MNIST with InfoNCE, ten boards",
+        data.clothes, nets.Embedder, replace(ADAM, loss="infonce", metric=CUSTOM, batch_size=64, epochs=2, lr=2e-3), 10,
+        note="The score is the share of pictures whose nearest neighbour among 256 is of the same kind.",
+        own={"metric": losses.retrieval},
+    ),
+    "language": Task(
+        "Language model: Shakespeare by characters, a board per role",
+        data.plays, nets.Characters, replace(ADAM, metric="perplexity", lr=2e-3), 10,
+        note="0.3 M parameters and twelve roles: what two processor cores train in minutes.",
+    ),
+    "adapters": Task(
+        "Adapters: a frozen language model of plays learns Python's manual, a board per chapter, ranks 16, 8, 4 and 2",
+        data.chapters, adapters.Speaker, replace(ADAM, metric="perplexity", lr=1e-2), 8,
+        note="Beside all linear layers of the blocks. FedAvg's boards have 16 ranks each. The base is sent in float16, "
+        "once.",
+        densities=(1.0, 0.5, 0.25, 0.125),
+        own={"base": "float16"},
+    ),
+}  # fmt: skip
+
+
+def imported(task: Task, seed: int) -> tuple[Model, torch.nn.Module]:
+    torch.manual_seed(seed)
+    module = task.net()
+    return fx.load(module, **task.own), module
