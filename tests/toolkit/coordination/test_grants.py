@@ -12,7 +12,7 @@ from fedprune.coordination.grants import Grant, Grants
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device
-from fedprune.model.architecture import widths_at
+from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
@@ -43,9 +43,16 @@ def fleet(densities: dict[str, float], *, untrained: bool = True) -> State:
 def granted(state: State, number: int, options: dict[str, Any] | None = None, **settings: Any) -> dict[str, Grant]:
     """What a job of ten rounds grants in one of them."""
     job = Job(strategy="fedprune", options=options or {}, rounds=10, recipe=MSE, **settings)
-    state.round = number
-    grants = Grants(job, compose(job), NET, state)
+    grants = begun(job, state, number)
     return {name: grants.of(device) for name, device in state.devices.items()}
+
+
+def begun(job: Job, state: State, number: int = 1, architecture: Architecture = NET) -> Grants:
+    """The grants of a job whose round of this number has just begun."""
+    grants = Grants(job, compose(job), architecture, state)
+    state.round = number
+    grants.begin_round()
+    return grants
 
 
 def densities(grants: dict[str, Grant]) -> list[float]:
@@ -94,8 +101,7 @@ def test_the_last_round_is_never_the_cores(rounds: int, shared: int) -> None:
 def test_strategies_without_a_core_grant_what_boards_can_hold() -> None:
     state = fleet(FLEET)
     job = Job(strategy="heterofl", rounds=10)
-    grants = Grants(job, compose(job), NET, state)
-    assert grants.of(state.devices["a"]) == Grant(NET.sizes, 1.0)
+    assert begun(job, state).of(state.devices["a"]) == Grant(NET.sizes, 1.0)
 
 
 def test_boards_of_one_width_are_not_mixed() -> None:
@@ -107,8 +113,7 @@ def test_boards_of_one_width_are_not_mixed() -> None:
 def test_a_line_says_what_boards_train() -> None:
     def said(densities: dict[str, float], number: int, recipe: Recipe) -> str:
         state, job = fleet(densities), Job(strategy="fedprune", rounds=10, recipe=recipe)
-        state.round = number
-        return Grants(job, compose(job), NET, state).describe()
+        return begun(job, state, number).describe()
 
     assert "at most 0.5 of the model's channels, which 75% of them can hold" in said(FLEET, 1, MSE)
     assert "all that it can hold" in said(FLEET, 9, MSE)
@@ -116,11 +121,23 @@ def test_a_line_says_what_boards_train() -> None:
     assert said(FLEET, 1, Recipe()) == ""
 
 
+def test_what_a_round_trains_is_decided_when_it_begins_and_asking_changes_nothing() -> None:
+    state, job = fleet(FLEET), Job(strategy="fedprune", rounds=10, recipe=MSE)
+    grants = begun(job, state, 8)
+    state.plain_model = "imported"
+    state.devices["a"].excluded = state.devices["b"].excluded = "they spoil"
+    assert [grants.of(device).density for device in state.devices.values()] == [0.5, 0.5, 0.5, 0.25]
+
+    again = Grants(job, compose(job), NET, state)  # as after a restart
+    assert again.of(state.devices["c"]).density == 0.25
+    assert (state.plain_model, state.model, state.untrained) == ("imported", "m", True)
+
+
 def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
     def first(densities: dict[str, float], strategy: str = "fedprune") -> tuple[str, str]:
         state = fleet(densities)
-        state.plain_model, state.round, job = "imported", 1, Job(strategy=strategy)
-        Grants(job, compose(job), NET, state).of(state.devices["a"])
+        state.plain_model = "imported"
+        begun(Job(strategy=strategy), state)
         return state.model, state.plain_model
 
     assert first({"a": 1.0, "b": 1.0}) == ("imported", "")
@@ -168,8 +185,7 @@ def test_work_at_a_core_that_is_narrower_than_the_plan_fits_what_was_planned_for
         seconds = free.prediction.transfer_s + spare * core
         made = plan(WIDE, PI, recipe, 10, densities=(1.0,), deadline_s=max(seconds, free.prediction.round_s))
         state.devices["a"].plan = PackedJson(made.to_dict())
-        state.round = 1
-        grant = Grants(job, compose(job), WIDE, state).of(state.devices["a"])
+        grant = begun(job, state, architecture=WIDE).of(state.devices["a"])
         assert grant.widths == quarter
         return grant.work
 
@@ -191,8 +207,7 @@ def test_boards_that_are_alike_keep_shorter_steps_where_their_time_is_short() ->
         seconds = free.prediction.transfer_s + spare * free.prediction.train_s
         made = plan(NET, PI, recipe, 10, densities=(1.0,), deadline_s=seconds)
         state.devices["a"].plan = PackedJson(made.to_dict())
-        state.round = 1
-        return Grants(job, compose(job), NET, state).of(state.devices["a"]).mixed
+        return begun(job, state).of(state.devices["a"]).mixed
 
     assert (mixed(1.5), mixed(2.5)) == (True, False)
 

@@ -105,9 +105,9 @@ class AsynchronousCoordinator(Coordinator):
 
     def _open(self, now: float) -> Commands:
         state = self.state
-        self._count_round(now)
+        changed = self._begin_round(now)
         state.opened_at = state.deadline = None
-        due = self.allocator.open(self.fleet) or (state.round - 1) % self.schedule.score_every == 0
+        due = changed or (state.round - 1) % self.schedule.score_every == 0
         if state.ranking is not None and not due:
             return self._collect(now)
         state.phase = Phase.SCORING

@@ -510,11 +510,14 @@ class Coordinator(ABC):
         self.state.tasks, self.state.deadline = TrackedDict(), None
         return [self._finish()]
 
-    def _count_round(self, now: float) -> None:
-        """A round begins."""
+    def _begin_round(self, now: float) -> bool:
+        """Count a round, and decide what devices can hold and train in it. Returns whether densities have changed."""
         self.state.round += 1
         if self.state.began_at is None:
             self.state.began_at = now
+        changed = self.allocator.open(self.fleet)
+        self.grants.begin_round()
+        return changed
 
     def _finish(self) -> do.Finish:
         return do.Finish(self.state.model, early_end(self.job, self.state))

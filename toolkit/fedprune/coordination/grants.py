@@ -57,15 +57,28 @@ class Grants:
         self._core = strategy.core
         # Asynchronous jobs begin with few of their boards: that those are alike says little.
         self._may_be_alike = strategy.schedule is None or not strategy.schedule.asynchronous
-        self._round = 0
         self._widths: Widths = ()
         self._density, self._mixed = 1.0, True
         self._macs: dict[Widths, int] = {}
         self._repeats: dict[tuple[Mapping[str, Any], Widths], float] = {}
+        if state.round:  # a restart within a round, whose decision is not saved
+            self._decide()
+
+    def begin_round(self) -> None:
+        """Decide what the fleet trains in the round that begins, of number `State.round`.
+
+        Boards that have grown, or were trained in another way, have no core again; and a nested start is given up
+        before the first round where no width holds another.
+        """
+        state = self._state
+        state.untrained = self._is_shared
+        self._decide()
+        plain, state.plain_model = state.plain_model, ""
+        if plain and self._core is not None and not self._mixed:
+            state.model = plain
 
     def of(self, device: Device) -> Grant:
         """What a device trains in the present round."""
-        self._look()
         if self._core is None:
             return Grant(device.widths, device.density)
         widths, density = self._least(device.widths, device.density)
@@ -74,12 +87,10 @@ class Grants:
     @property
     def core(self) -> Widths:
         """The widths that the fleet shares in the present round; empty where each board trains all that it can hold."""
-        self._look()
         return self._widths
 
     def describe(self) -> str:
         """A line for people on what the fleet trains in the present round; empty where strategies leave that alone."""
-        self._look()
         if self._core is None:
             return ""
         if self._widths:
@@ -89,27 +100,25 @@ class Grants:
             return "all boards train the same width: no ordered dropout and no mixup by default"
         return "each board trains all that it can hold" if self._core.until else ""
 
-    def _look(self) -> None:
-        """Look at the fleet, once per round."""
+    @property
+    def _is_shared(self) -> bool:
+        """Whether the fleet shares a core in the present round."""
         core, state = self._core, self._state
-        if self._round == state.round:
+        return core is not None and state.untrained and core.shared_in(state.round, self._job.rounds)
+
+    def _decide(self) -> None:
+        """Look at what the fleet's devices can hold."""
+        self._widths, self._density, self._mixed = (), 1.0, True
+        if self._core is None:
             return
-        self._round, self._widths, self._density, self._mixed = state.round, (), 1.0, True
-        shared = core is not None and state.untrained and core.shared_in(state.round, self._job.rounds)
-        state.untrained = shared  # who has grown, or was trained in another way, has no core again
-        plain, state.plain_model = state.plain_model, ""
-        if core is None:
-            return
-        devices = [d for d in state.devices.values() if d.widths and not d.excluded]
+        devices = [d for d in self._state.devices.values() if d.widths and not d.excluded]
         kinds = Counter((d.density, d.widths) for d in devices)
-        if shared and kinds:
-            self._density, self._widths = core.of(kinds)
+        if self._is_shared and kinds:
+            self._density, self._widths = self._core.of(kinds)
         trained = {self._least(widths, density)[0] for density, widths in kinds}
         alike = len(trained) == 1 and self._may_be_alike
         # Plans go by steps of ordered dropout, which are shorter: boards that are alike need time for whole ones.
         self._mixed = not (alike and all(self._fits(d, d.widths) >= ALIKE_ROOM for d in devices))
-        if plain and not self._mixed:
-            state.model = plain  # nothing is nested where no width holds another
 
     def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The lesser of what a device can hold and the core."""

@@ -145,8 +145,7 @@ class SynchronousCoordinator(Coordinator):
         asked = self._draw(ready, state.round + 1, attempt=1)
         if not asked:  # the quotas leave no place to those who are here
             return []
-        self._count_round(now)
-        self.allocator.open(self.fleet)
+        self._begin_round(now)
         state.tasks = self._tasks(asked, attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
