@@ -94,7 +94,7 @@ class Grants:
         if self._core is None:
             return ""
         if self._widths:
-            share = f"{self._core.held_by:.0%} of them can hold"
+            share = f"{self._core.board_share:.0%} of them can hold"
             return f"boards share a core: they train at most {self._density:.3g} of the model's channels, which {share}"
         if not self._mixed:
             return "all boards train the same width: no ordered dropout and no mixup by default"

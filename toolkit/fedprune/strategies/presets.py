@@ -148,7 +148,7 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         if strategy.schedule is None or not strategy.schedule.asynchronous:
             return strategy
     aggregator = strategy.aggregator
-    plain = type(aggregator) in (Mean, DeltaMean) and strategy.averages and not strategy.explores
+    plain = type(aggregator) in (Mean, DeltaMean) and strategy.has_plain_close and not strategy.explores
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
     if not plain or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(

@@ -18,12 +18,12 @@ class SharedCore:
     what the rest of them knows would be lost.
 
     Attributes:
-        held_by: The share of boards that can hold the core; the others train what they can hold.
+        board_share: The share of boards that can hold the core; the others train what they can hold.
         until: The share of the job's rounds after which each board trains all that it can hold; 0 for no core.
         work: How many times the recipe's epochs boards train at most, where the whole model's would take them more.
     """
 
-    held_by: float = bounded(0.75, 0, 1, above=True)
+    board_share: float = bounded(0.75, 0, 1, above=True)
     until: float = bounded(0.8, 0, 1)
     work: int = bounded(4, 1, 100)
 
@@ -34,15 +34,15 @@ class SharedCore:
         """Whether boards train the core in a round of this number, from 1; never in a job's last."""
         return number <= min(math.ceil(self.until * rounds - 1e-9), rounds - 1)
 
-    def of(self, held: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
+    def of(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
         """The core, as its share of the model and its widths.
 
         Args:
-            held: How many boards can hold each share of the model and widths; one or more.
+            counts: How many boards can hold each share of the model and widths; one or more.
         """
-        least, boards = self.held_by * sum(held.values()) - 1e-9, 0
-        for core in sorted(held, reverse=True):
-            boards += held[core]
+        least, boards = self.board_share * sum(counts.values()) - 1e-9, 0
+        for core in sorted(counts, reverse=True):
+            boards += counts[core]
             if boards >= least:
                 break
         return core

@@ -119,7 +119,7 @@ class Strategy:
         return self.aggregator.close(fold, scene, rate, reports)
 
     @property
-    def averages(self) -> bool:
+    def has_plain_close(self) -> bool:
         """Whether the next model is the aggregator's, so that another schedule's arithmetic may take its place."""
         return type(self).close is Strategy.close
 

@@ -145,21 +145,22 @@ class FedPrune(Strategy):
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
         first = scene.round == 1 and self._settled(scene) is None
-        if self._grows and first and self._starts_anew(scene.architecture, scene.model):
+        if self._has_core and first and self._starts_anew(scene.architecture, scene.model):
             return replace(closing, model=nested(scene.architecture, closing.model, [fold.widths]))
         return closing
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
         strategy's."""
-        options, slims = self.options, turn.mixed and not self._grows
+        options, is_slimmed = self.options, turn.mixed and not self._has_core
         average = recipe.average or options.average
         blend = recipe.blend or (options.blend if average else 0.0)
-        dropout = (WIDTHS if slims else ()) if options.dropout is None else options.dropout
-        mixup = (MIXUP if slims else 0.0) if options.mixup is None else options.mixup
+        larger = turn.density**-NARROW_RATE if self._has_core else 1.0
+        dropout = (WIDTHS if is_slimmed else ()) if options.dropout is None else options.dropout
+        mixup = (MIXUP if is_slimmed else 0.0) if options.mixup is None else options.mixup
         return replace(
             recipe,
-            lr=recipe.lr * options.lr_decay ** (turn.round - 1) * (turn.density**-NARROW_RATE if self._grows else 1.0),
+            lr=recipe.lr * options.lr_decay ** (turn.round - 1) * larger,
             logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts(recipe)),
             ordered_dropout=recipe.ordered_dropout or dropout,
             average=average,
@@ -171,11 +172,11 @@ class FedPrune(Strategy):
         )
 
     @property
-    def averages(self) -> bool:
+    def has_plain_close(self) -> bool:
         return True  # what `close` silences is no part of any mean
 
     @property
-    def _grows(self) -> bool:
+    def _has_core(self) -> bool:
         """Whether the fleet begins with a core, and no step is narrower than its board."""
         return self.core is not None and self.core.until > 0
 
@@ -197,9 +198,9 @@ def fedprune(job: Job) -> Strategy:
     options = read_options(job, Options)
     name = job.strategy
     kind = DeltaMean if options.arrivals else Mean
-    held_by = (0.0 if _adjusts(job.recipe) else CORE) if options.core is None else options.core
-    widths = () if held_by else _slimmed(job, options)
-    if options.ranking == "nested" and not held_by and not widths:
+    core_share = (0.0 if _adjusts(job.recipe) else CORE) if options.core is None else options.core
+    widths = () if core_share else _narrow_widths(job, options)
+    if options.ranking == "nested" and not core_share and not widths:
         raise ConfigError(
             f"job: option ranking of {job.strategy}",
             expected="with nested, a core or some widths below 1",
@@ -214,13 +215,13 @@ def fedprune(job: Job) -> Strategy:
         inputs="sum",
         compression="int8",
         allocator=dealt(job, options.densities),
-        distillation=_distillation(job, options, core=held_by > 0),
+        distillation=_distillation(job, options, core=core_share > 0),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
-        core=SharedCore(held_by) if held_by else SharedCore(until=0.0, work=1),
+        core=SharedCore(core_share) if core_share else SharedCore(until=0.0, work=1),
     )
 
 
-def _slimmed(job: Job, options: Options) -> tuple[float, ...]:
+def _narrow_widths(job: Job, options: Options) -> tuple[float, ...]:
     """The narrower widths at which boards' steps train, or else those of tiers; empty where the job says that there are
     none."""
     alike = job.density or len(set(options.densities)) == 1
@@ -233,7 +234,7 @@ def _distillation(job: Job, options: Options, *, core: bool) -> SelfDistillation
     server's lacks."""
     if not options.distill or job.recipe.personal:
         return None
-    return SelfDistillation(options.distill, () if core else _slimmed(job, options), lr=1e-3)
+    return SelfDistillation(options.distill, () if core else _narrow_widths(job, options), lr=1e-3)
 
 
 def _buffered(arrivals: int) -> Schedule:
