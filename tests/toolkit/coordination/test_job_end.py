@@ -105,6 +105,24 @@ def test_a_total_that_was_lowered_within_a_round_ends_the_job_with_it_or_when_it
         assert (shell.state.phase, len(shell.state.history)) == (Phase.FINISHED, 2 if abandoned else 3)
 
 
+def test_a_total_that_was_lowered_within_a_first_round_of_unusable_updates_ends_the_job_when_it_is_abandoned() -> None:
+    shell = shell_of(replace(JOB, rounds=9))
+    shell.arrive()
+    run_until(shell, Phase.CLOSING, 1)
+    [closed] = [event for event in shell.inbox if isinstance(event, on.Closed)]
+    shell.inbox.clear()
+    shell.feed(replace(closed, rejected=dict.fromkeys(shell.state.tasks, "not finite")))
+    shell.job = replace(shell.job, total_bytes=500)
+    shell.crash()
+    shell.run_silently()
+    disconnect_all(shell)
+    shell.now += 2 * shell.job.deadline_s
+    shell.feed(on.Ticked())
+    shell.run()
+    assert (shell.state.phase, shell.state.round, shell.state.history) == (Phase.FINISHED, 0, [])
+    assert "total_bytes" in early_end(shell.job, shell.state)
+
+
 @pytest.mark.parametrize("job", [replace(JOB, rounds=2), job_of(arrivals=3, rounds=2)], ids=lambda job: job.strategy)
 def test_rounds_that_were_taken_back_before_they_began_are_not_trained(job: Job) -> None:
     shell = shell_of(job)
@@ -123,8 +141,9 @@ def test_rounds_that_were_taken_back_before_they_began_are_not_trained(job: Job)
 def test_what_a_round_has_seen_stays_spent() -> None:
     """After a crash the shell may have counted less."""
     shell = shell_of(replace(JOB, rounds=9, total_bytes=2000))
-    shell.feed(on.Closed(0, "m", spent_bytes=5000, spent_macs=7))
     shell.arrive()
+    run_until(shell, Phase.TRAINING, 1)
+    shell.feed(on.Closed(0, "m", spent_bytes=5000, spent_macs=7))
     shell.run()
     assert (shell.state.round, shell.state.spent_bytes, shell.state.spent_macs) == (1, 5000, 10)
 

@@ -523,8 +523,10 @@ class Coordinator(ABC):
         return do.Finish(self.state.model, early_end(self.job, self.state))
 
     def _finish_if_over(self) -> Commands:
-        """End a job that is between two rounds and may have no other: a restart may have lowered what it may have."""
-        if not self.state.history or not self._last():
+        """End a job that is between two rounds and may have no other: a restart may have lowered what it may have, also
+        within its first round, if updates were sent that couldn't be used."""
+        over = self._last() if self.state.history else bool(spent_total(self.job, self.state))
+        if not over:
             return []
         self.state.phase = Phase.FINISHED
         return [self._finish()]

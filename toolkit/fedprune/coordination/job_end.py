@@ -12,10 +12,11 @@ EPSILON_NEXT = "epsilon_next"
 
 def early_end(job: Job, state: State) -> str:
     """Why a finished job has fewer rounds than it may have; empty if it has all of them, or isn't finished."""
-    if state.phase is not Phase.FINISHED or not 0 < state.round < job.rounds:
+    if state.phase is not Phase.FINISHED or state.round >= job.rounds:
         return ""
     reason = spent_total(job, state) or _spent_privacy(job, state) or "the strategy ended the job"
-    return f"ended after round {state.round} of {job.rounds}: {reason}"
+    when = f"after round {state.round} of {job.rounds}" if state.round else "without a finished round"
+    return f"ended {when}: {reason}"
 
 
 def spent_total(job: Job, state: State, now: float | None = None) -> str:
