@@ -148,12 +148,12 @@ class DeviceRegistry:
 
     def received(self, device: str, size: int) -> None:
         """Count bytes from an admitted device; unknown names are unlimited."""
-        self._unheard.discard(device)
         self.count(device, 0, size)
         self.note_message(device)
 
     def note_message(self, device: str) -> None:
-        """Note when an admitted device was heard."""
+        """Note when an admitted device was heard, with whatever message, which may be counted in another job."""
+        self._unheard.discard(device)
         if device in self._contacts:
             self._contacts[device].last_message_at = self._clock()
 

@@ -8,7 +8,7 @@ import pytest
 
 from fedprune.coordination import State
 from fedprune.jobs.packed_json import PackedJson
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import Device, Phase, Progress, Task
 from fedprune.planning import profile_store
 from fedprune.planning.plan import plan
 from fedprune.wire.messages import BlobRequest
@@ -105,3 +105,20 @@ def test_pieces_of_a_transfer_that_is_over_are_not_missed(end: str) -> None:
     else:  # it lost its power, and its broker hasn't noticed yet
         registry.born("a", 2, "pi", 10, 20.0, connected=True)
     assert registry.drop_reasons() == {}
+
+
+@pytest.mark.parametrize("message", ["counted", "counted in another job"])
+def test_a_board_that_says_anything_is_no_longer_one_of_which_nothing_came(message: str) -> None:
+    state = State(model="m" * 64, devices={"a": Device(1, True, {"name": "pi"}, None, 10)})  # type: ignore[arg-type]
+    state.phase, state.tasks["a"] = Phase.TRAINING, Task(1, (3,), progress=Progress.OFFERED)
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, {"a": (0, 0)})
+    registry.admit("a", "test", 0)
+    registry.offered("a", 0.0)
+    assert registry.silent(100.0, patience_s=60.0) == list(registry.silence_reasons()) == ["a"]
+
+    if message == "counted":
+        registry.received("a", 5)
+    else:
+        registry.note_message("a")
+
+    assert registry.silence_reasons() == {}
