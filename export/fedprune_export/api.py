@@ -75,7 +75,7 @@ def export(
         ranking = ranks(score(ranked_by, model.architecture, model.tensors))
     selection = Selection.of(model.architecture, plan.widths, ranking)
     memory = None if memory_limit is None else _fitted(model, plan, memory_limit)
-    step = training_step(model, recipe.features) if memory is None else memory.graph
+    step = training_step(model, recipe.features, plan.unit) if memory is None else memory.graph
     files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
     error = parity(model, selection, files)
     try_step(model, recipe, files, TRAINING)
@@ -104,7 +104,8 @@ def export(
 
 def _fitted(model: Model, plan: BoardPlan, limit: int) -> Fitted:
     batch = min(plan.recipe.micro_batch, plan.samples)
-    return fitted(training_step(model, plan.recipe.features), model.architecture, plan.widths, batch, limit)
+    step = training_step(model, plan.recipe.features, plan.unit)
+    return fitted(step, model.architecture, plan.widths, batch, limit)
 
 
 def _accuracy(model: Model, selection: Selection, data: LabelledData) -> Accuracy:

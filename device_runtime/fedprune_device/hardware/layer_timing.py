@@ -30,6 +30,7 @@ from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, Measurement
+from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.runtime.session import Session
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -74,8 +75,9 @@ class LayerNets:
     def architecture(self, net: str) -> Architecture:
         return Architecture.from_json(self._files[f"{net}/architecture.json"])
 
-    def training(self, net: str) -> bytes:
-        return self._files[f"{net}/training.onnx"]
+    def training(self, net: str, unit: str) -> bytes:
+        """The training graph for a unit, one of `UNITS`."""
+        return self._files[f"{net}/training-{unit}.onnx"]
 
     def inference(self, net: str, point: int) -> bytes:
         return self._files[f"{net}/inference-{point}.onnx"]
@@ -126,16 +128,26 @@ def _steps(
     nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time, cuda: bool
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
-    session = Session(nets.training(net), threads=threads, training=True, cuda=cuda)
+    graph = nets.training(net, CUDA if cuda else CPU)
+    session = Session(graph, threads=threads, training=True, cuda=cuda)
     out: list[Measurement] = []
     for number, point in enumerate(points):
         if time_left.over(number):
             break
         widths, batch = tuple(point["widths"]), int(point["batch"])
-        feeds = _feeds(architecture, widths, batch)
-        taken = median_seconds(lambda f=feeds: session.run(f), time_left.clock)  # type: ignore[misc]
+        taken = median_seconds(one_step(session, _feeds(architecture, widths, batch)), time_left.clock)
         out.append(Measurement(architecture, widths, batch, taken, True))
     return out
+
+
+def one_step(session: Session, feeds: Tensors) -> Callable[[], object]:
+    """A step as the trainer takes it: on a GPU weights and the optimiser's state stay there."""
+    moving = {n: v for n, v in feeds.items() if step_contract.following(n) in session.outputs}
+    fed: dict[str, Any] = {**feeds, **session.place(moving)}
+    into: dict[str, Any] = {}
+    if session.provider == CUDA:
+        into = {step_contract.following(n): v for n, v in session.place(moving).items()}
+    return lambda: session.run(fed, into=into)
 
 
 def _predictions(

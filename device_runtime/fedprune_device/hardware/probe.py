@@ -25,10 +25,10 @@ from fedprune.core.rng import keyed
 from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, fitted, typical_gpu_table, typical_table
-from fedprune.planning.probe_report import CUDA, ProbeReport
+from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.layer_timing import measure, median_seconds, remembered_table
+from fedprune_device.hardware.layer_timing import measure, median_seconds, one_step, remembered_table
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -94,7 +94,7 @@ def process_memory() -> int | None:
 
     Much of a library is only paged in once it is used, so a small training graph is loaded first.
     """
-    Session((_ASSETS / "probe_training.onnx").read_bytes(), training=True)
+    Session((_ASSETS / f"probe_training-{CPU}.onnx").read_bytes(), training=True)
     return resident_memory()
 
 
@@ -137,8 +137,9 @@ def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]
         n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
     }
     feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
-    session = Session((_ASSETS / "probe_training.onnx").read_bytes(), threads=threads, training=True, cuda=cuda)
-    train = median_seconds(lambda: session.run(feeds), enough=seconds / 2, most=math.inf)
+    graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
+    session = Session(graph, threads=threads, training=True, cuda=cuda)
+    train = median_seconds(one_step(session, feeds), enough=seconds / 2, most=math.inf)
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:
         infer = median_seconds(lambda: predictor.predict(x), enough=seconds / 2, most=math.inf)
     rates = (2 * batch * reference[macs] / s for macs, s in (("training_macs", train), ("forward_macs", infer)))

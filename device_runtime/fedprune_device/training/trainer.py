@@ -21,7 +21,7 @@ from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.onnx_subgraph import GraphParts
-from fedprune.runtime.session import Session
+from fedprune.runtime.session import GpuLostError, Session
 from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
@@ -197,7 +197,16 @@ class Trainer:
             TrainingStoppedError: `control.stop` returned True.
             DataError: Labels or shapes of the data don't fit the model.
         """
-        recipe, classes, control = task.recipe, task.classes, control or TrainingControl()
+        control = control or TrainingControl()
+        try:
+            return self._train(tensors, data, task, control)
+        except GpuLostError:  # on the processor then; a training depends on nothing but what it is given
+            return self._train(tensors, data, task, control)
+
+    def _train(
+        self, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask, control: TrainingControl
+    ) -> TrainingResult:
+        recipe, classes = task.recipe, task.classes
         seed, round_, device = task.seed, task.round, task.device
         began = time.monotonic()
         self.check(tensors)
@@ -213,6 +222,9 @@ class Trainer:
         # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
         spare = {n: np.empty_like(state[n]) for n in self._graph.moving}
         plans, augmentation = self._plans(tensors, recipe, task.widths), self._graph.augmentation(recipe)
+        if len(plans) == 1:  # narrower steps cut arrays, which the processor does
+            state, spare = self._graph.place(state), self._graph.place(spare)
+            constant |= self._graph.place({n: v for n, v in constant.items() if "::" in n})
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
         patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
@@ -263,7 +275,7 @@ class Trainer:
             times.append(time.monotonic() - at)
             control.progress(number, batches.steps)
             if patience is not None and ends:
-                reached = {n: state[n].copy() for n in tensors}
+                reached = {n: np.array(state[n]) for n in tensors}
                 validation_loss = self._validation_loss({**constant, **reached}, data, recipe, classes)
                 if validation_loss is not None and patience.over(validation_loss, reached, number, squares):
                     break
@@ -289,7 +301,7 @@ class Trainer:
             seconds=time.monotonic() - began,
             step_seconds=float(np.median(times)),
             last_squares=squares,
-            moments={n: state[n] for n in self._graph.states},
+            moments={n: np.asarray(state[n]) for n in self._graph.states},
             taken=task.taken + len(losses),
         )
 

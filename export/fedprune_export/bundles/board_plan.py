@@ -11,7 +11,7 @@ from fedprune.core.errors import ProfileError
 from fedprune.core.validation import instance, number, whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict
+from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict, trains_on
 from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, Plan
 from fedprune.planning.plan import plan as plan_widths
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
@@ -52,6 +52,11 @@ class BoardPlan:
     def widths(self) -> tuple[int, ...]:
         """Kept channels per group."""
         return self.chosen.widths
+
+    @property
+    def unit(self) -> str:
+        """What the board trains on, one of `UNITS`."""
+        return trains_on(self.profile, self.probe)
 
     @property
     def density(self) -> float:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from fedprune.planning.probe_report import CPU
+
 Array = npt.NDArray[Any]
 Dim = int | str | None
 
@@ -99,7 +101,7 @@ class Port:
 class Draft:
     """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`.
 
-    What is emitted has the `purpose` of that moment.
+    What is emitted has the `purpose` of that moment. `unit`: whose kernels it is written for, one of `UNITS`.
     """
 
     inputs: list[Port] = field(default_factory=list)
@@ -110,6 +112,7 @@ class Draft:
     name: str = "fedprune"
     metadata: dict[str, str] = field(default_factory=dict)
     purpose: Purpose | None = field(default=None, repr=False)
+    unit: str = CPU
     _counter: int = field(default=0, repr=False)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
 
@@ -203,6 +206,7 @@ class Draft:
             self.name,
             dict(self.metadata),
             self.purpose,
+            self.unit,
             self._counter,
             dict(self._constants),
         )

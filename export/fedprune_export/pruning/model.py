@@ -92,7 +92,8 @@ class Model:
         metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC`); None where it brings none.
         class_names: Names of the classes, where its folder has them.
         ranks: Per group its channels, best first, as the fleet that trained it cut it; None where no fleet did.
-        training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
+        training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`), by features
+            and unit.
     """
 
     graph: Graph
@@ -105,7 +106,9 @@ class Model:
     metric: Graph | None = field(default=None, repr=False)
     class_names: tuple[str, ...] = ()
     ranks: Ranks | None = field(default=None, repr=False, compare=False)
-    training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
+    training_graphs: dict[tuple[Features, str], Graph] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __repr__(self) -> str:
         a = self.architecture

@@ -13,6 +13,7 @@ import numpy as np
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model import step_contract
 from fedprune.model.recipe import DISTILL, MULTI, Features, labels_of, terms
+from fedprune_export.autodiff.rules.reductions import elements_of
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
@@ -102,7 +103,7 @@ def _share(g: Graph, parts: _Parts, features: Features) -> str:
         g.inputs.append(port(step_contract.DIVISOR, ()))
         divisor = step_contract.DIVISOR
     elif not parts.weight and not divisor:
-        divisor = g.emit("Cast", g.emit("Size", parts.row), attrs={"to": 1})
+        divisor = elements_of(g, parts.row)
     return g.emit("Div", parts.weight, divisor) if parts.weight else g.emit("Reciprocal", divisor)
 
 

@@ -10,6 +10,7 @@ from fedprune.model.lengths import LENGTH
 from fedprune.model.nested_widths import axes_json
 from fedprune.model.recipe import CUSTOM, LOSSES, LOSSES_OF_LOGITS, Features, terms
 from fedprune.model.trainable import frozen_tensors
+from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph, Port
@@ -24,18 +25,23 @@ from fedprune_export.training.metrics import embedded_metric
 from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
 
 
-def training_step(model: Model, features: Features) -> Graph:
-    """The training step of a model for all its widths; derived once per model and features. Raises `ModelError` or
-    `ConfigError` as `training_graph`."""
-    if features not in model.training_graphs:
-        model.training_graphs[features] = training_graph(model, features)
-    return model.training_graphs[features]
+def training_step(model: Model, features: Features, unit: str = CPU) -> Graph:
+    """The training step of a model for all its widths; derived once per model, features and unit. Raises `ModelError`
+    or `ConfigError` as `training_graph`."""
+    key = features, unit
+    if key not in model.training_graphs:
+        model.training_graphs[key] = training_graph(model, features, unit)
+    return model.training_graphs[key]
 
 
-def training_graph(model: Model, features: Features) -> Graph:
+def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     """The training step of a model, by the names of `fedprune.model.step_contract`.
 
     The batch and all channel dimensions are symbolic: one graph serves every width of the architecture.
+
+    Args:
+        unit: Whose kernels it is written for: the processor's, or those of a GPU (`fedprune.planning.probe_report`).
+            Either runs on both, and computes the same up to rounding.
 
     Raises:
         ModelError: An operator can't be differentiated, or its size would have to be fixed; the message names the node.
@@ -51,7 +57,7 @@ def training_graph(model: Model, features: Features) -> Graph:
             hint="Keep the axis in forward: x.unsqueeze(1), or Linear(..., 1) without squeeze.",
         )
     frozen = frozen_tensors(architecture, features, model.frozen)
-    graph = Graph(name="training_step", _counter=model.graph._counter)
+    graph = Graph(name="training_step", unit=unit, _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
         graph.metadata[step_contract.AXES] = axes_json(architecture)
     scaled = scaled_outputs(model) if features.scale else ()

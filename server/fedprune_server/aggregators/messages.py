@@ -189,7 +189,8 @@ def _extract(values: Body) -> do.Extract:
     coding = dict(values["coding"])
     held = None if coding["held"] is None else do.Held.from_dict(coding["held"])
     basis, part = do.Basis.from_dict(values["basis"]), do.Part.from_dict(values["part"])
-    return do.Extract(basis, part, do.Coding(**{**coding, "held": held}), int(values["accumulate"]))
+    codecs = do.Coding(**{**coding, "held": held})
+    return do.Extract(basis, part, codecs, int(values["accumulate"]), str(values["unit"]))
 
 
 def _fold(values: Body) -> do.Fold:

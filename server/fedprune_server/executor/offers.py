@@ -18,6 +18,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors, matching
 from fedprune.planning.costs import file_bytes
+from fedprune.planning.probe_report import CPU
 from fedprune.strategies.values import Submodel
 from fedprune.updates.remap import relocated, relocation
 from fedprune_export.bundles.inference import inference_model
@@ -123,6 +124,7 @@ class Offers:
         submodel: Submodel,
         recipe: Recipe,
         round_: int,
+        unit: str = CPU,
         coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
         before: Selection | None = None,
     ) -> dict[str, Any]:
@@ -131,6 +133,7 @@ class Offers:
         Args:
             submodel: What it is sent.
             recipe: How it trains.
+            unit: What it trains on.
             coding: What of it travels encoded.
             before: The selection of what the device continues from; None where nothing is known.
 
@@ -144,7 +147,7 @@ class Offers:
         body: dict[str, Any] = {
             **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
-            "training": self.training(recipe, round_),
+            "training": self.training(recipe, round_, unit),
             "inference": self.inference(submodel.selection.widths, round_),
             "recipe": recipe.to_offer(),
         }
@@ -161,10 +164,11 @@ class Offers:
             body["mask"] = self._store.put(tensorfile.encode(mask.to_tensors())).to_dict()
         return body
 
-    def training(self, recipe: Recipe, round_: int) -> dict[str, Any]:
-        """The training graph of a recipe, named in a round; errors are those of `body`."""
+    def training(self, recipe: Recipe, round_: int, unit: str = CPU) -> dict[str, Any]:
+        """The training graph of a recipe for a unit, named in a round; errors are those of `body`."""
         features = recipe.features
-        return self._graph(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
+        key = f"{unit} {features.key}"
+        return self._graph(key, round_, lambda: training_graph(self._model, features, unit).to_bytes())
 
     def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
         """The inference graph at some widths, named in a round; errors are those of `body`."""

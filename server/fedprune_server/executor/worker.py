@@ -30,6 +30,7 @@ from fedprune.model.nested_widths import just_made
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
+from fedprune.planning.probe_report import CPU
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import magnitudes, threshold
 from fedprune.strategies.values import Cut, Memories, Submodel, Turn
@@ -61,6 +62,7 @@ class Worker:
         calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
             statistics are measured again; None for neither.
         slabs: Whether offers name slabs, of which many devices can make what they are sent.
+        unit: What devices train on that haven't measured it.
 
     Raises:
         ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
@@ -76,6 +78,7 @@ class Worker:
         calibration: npt.NDArray[np.float32] | None = None,
         *,
         slabs: bool = False,
+        unit: str = CPU,
     ) -> None:
         self.job = job
         self.prefix = ""
@@ -84,6 +87,7 @@ class Worker:
         self.architecture = model.architecture
         self.strategy = compose(job)
         self.store = store
+        self._unit = unit
         self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         asked, self._distiller = self.strategy.distillation, None
@@ -136,7 +140,7 @@ class Worker:
         recipe. Raises `ModelError` if the model can't be trained by it, and `ConfigError` if one of its patterns
         matches no tensor."""
         recipe = self.updates.recipe(Turn(self.job.seed, round_, "", self.architecture.sizes))
-        self._offers.training(recipe, round_)
+        self._offers.training(recipe, round_, self._unit)
         self._offers.lowered(self.architecture.sizes, round_)
         self._offers.withheld(recipe)
         return recipe
@@ -194,7 +198,7 @@ class Worker:
         """Identifies an offer: devices of equal keys get the same one. None if it is made for its device alone."""
         if not self.strategy.device_independent:
             return None
-        return basis_of(command), kind_of(command), command.coding, self._recipe(command)
+        return basis_of(command), kind_of(command), command.coding, self._recipe(command), command.unit
 
     def _recipe(self, command: do.Extract) -> Recipe:
         return self.updates.recipe(self.updates.turn(command.basis, command.part)).in_parts(command.accumulate)
@@ -226,7 +230,9 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round, command.coding, before),
+            **self._offers.body(
+                submodel, recipe, command.basis.round, command.unit or self._unit, command.coding, before
+            ),
         }
 
     def sliced(self, command: do.Extract, event: on.Extracted) -> on.Extracted:

@@ -28,6 +28,7 @@ from fedprune.core.text import one_line, quantity
 from fedprune.jobs.failure_kind import FailureKind, of_exit_code
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
+from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.updates import CODECS
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_export.pruning.model import Model
@@ -152,7 +153,8 @@ class Simulation:
                 "codes round.",
             )
         shared = experiment.weather.multicast
-        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, slabs=shared)
+        unit = CUDA if experiment.cuda else CPU
+        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, slabs=shared, unit=unit)
         worker.prefix = f"{experiment.title}: "
         _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker

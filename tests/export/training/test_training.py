@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
+from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Port
@@ -30,6 +32,8 @@ pytestmark = pytest.mark.torch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 CLASSES = 4
+ARITHMETIC = ("Add", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
+"""Operators that compute sizes from sizes."""
 
 
 class Small(nn.Module):
@@ -155,6 +159,38 @@ def test_a_step_with_every_combination_of_features(model: Model, features: Featu
     got = session.run(fed)
     assert set(got) == set(exact)
     assert far(got, exact, usual) == []
+
+
+def test_a_step_for_a_gpu_computes_the_same(model: Model) -> None:
+    features = replace(ALL, gradients=True)
+    session = Session(training_graph(model, features, CUDA).to_bytes(), training=True)
+    fed = feeds(model, features, batch=9)
+    exact, usual = (oracle(model, features, fed, t) for t in (torch.float64, torch.float32))
+    got = session.run(fed)
+    assert set(got) == set(exact)
+    assert far(got, exact, usual) == []
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 8), lambda: nn.BatchNorm2d(8), lambda: nn.InstanceNorm2d(8)])
+def test_a_step_for_a_gpu_has_no_operator_that_only_a_processor_has(norm: Callable[[], nn.Module]) -> None:
+    """onnxruntime's CUDA provider has no batch normalisation that trains, and refuses the whole graph for one. A number
+    that follows from a size is copied to the GPU in every step."""
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, CLASSES))
+    net.input_shape = (2, 8, 8)  # type: ignore[assignment]
+    model = import_onnx(export_torch(net), "normed")
+    graphs = [training_graph(model, Features(), unit) for unit in (CPU, CUDA)]
+    nodes = graphs[1].nodes
+    assert not [n.name for n in nodes if n.op == "BatchNormalization" and n.attrs.get("training_mode")]
+    of_sizes: set[str] = set()
+    for node in nodes:
+        if node.op in ("Shape", "Size") or (node.op in ARITHMETIC and of_sizes.intersection(node.inputs)):
+            of_sizes.update(node.outputs)
+    assert of_sizes
+    assert not [n.name for n in nodes if n.op == "Cast" and n.attrs["to"] == 1 and of_sizes.intersection(n.inputs)]
+    fed = feeds(model, Features(), batch=9)
+    cpu, gpu = (Session(g.to_bytes(), training=True).run(fed) for g in graphs)
+    for name, value in cpu.items():
+        np.testing.assert_allclose(gpu[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 EVERYTHING = replace(

@@ -13,6 +13,7 @@ from fedprune.coordination import State
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.planning.probe_report import UNITS
 from fedprune.runtime.precision import unpacked
 from fedprune.runtime.precision_files import graphs_of
 from fedprune.strategies.values import Submodel
@@ -68,6 +69,16 @@ def test_a_graph_that_is_named_in_every_round_is_made_once(
     monkeypatch.setattr("fedprune_server.executor.offers.training_graph", None)
     assert all(offers.training(Recipe(), r) == first for r in range(1, ROUNDS))
     assert first["sha256"] in offers.graphs()
+
+
+def test_boards_get_graphs_for_what_they_train_on(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store)
+    graphs = {unit: offers.training(Recipe(), 1, unit)["sha256"] for unit in UNITS}
+    assert len(set(graphs.values())) == 2
+    selection = Selection.of(model.architecture, model.architecture.sizes)
+    submodel = Submodel(selection, selection.gather(model.tensors))
+    assert {unit: offers.body(submodel, Recipe(), 1, unit)["training"]["sha256"] for unit in UNITS} == graphs
+    assert graphs["cpu"] == offers.training(Recipe(), 1)["sha256"], "what no board has measured is the processor's"
 
 
 def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) -> None:

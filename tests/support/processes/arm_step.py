@@ -26,7 +26,7 @@ def main(out: Path) -> None:
         step_contract.WEIGHT_DECAY: np.array(0, np.float32),
     }
     feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
-    graph = (assets / "probe_training.onnx").read_bytes()
+    graph = (assets / "probe_training-cpu.onnx").read_bytes()
     np.savez(out, **Session(graph, threads=1, training=True).run(feeds))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator, width_planner
+from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.job import Job
@@ -326,3 +327,13 @@ def test_remembered_plans_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def direct_plan(job: Job, samples: int) -> Plan:
     return plan(ARCHITECTURE, PI, job.recipe, samples, deadline_s=job.deadline_s)
+
+
+def test_a_board_is_made_a_submodel_for_the_unit_that_it_measured() -> None:
+    coordinator = SynchronousCoordinator(Job(devices=3, rounds=2), ARCHITECTURE, State(model="m0"))
+    for name, unit in (("gpu", "cuda"), ("processor", "cpu"), ("unmeasured", None)):
+        probe = None if unit is None else ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, unit=unit).to_dict()
+        coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), 10, probe), 0.0)
+    asked = coordinator.handle(on.Scored(1, "r"), 0.0)
+    units = {c.part.device: c.unit for c in asked if isinstance(c, do.Extract)}
+    assert units == {"gpu": "cuda", "processor": "cpu", "unmeasured": ""}

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime import session as sessions
-from fedprune.runtime.session import Session, load_graph
+from fedprune.runtime.session import GpuLostError, Session, load_graph
+from support.fakes.cuda_runtime import CudaRuntime
 from support.paths import GRAPHS, ROOT
 
 pytestmark = pytest.mark.board
@@ -138,48 +138,6 @@ def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
-class Cuda:
-    """An onnxruntime that says it computes with CUDA, where it computes on the CPU."""
-
-    def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
-        self._offers, self._accepts, self._loads = offers, accepts, loads
-        self.fails = False
-        self.before_failing: Callable[[], object] = lambda: None
-        self.opened: list[str] = []
-        self.runs: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(onnxruntime, name)
-
-    def get_available_providers(self) -> list[str]:
-        return [*(["CUDAExecutionProvider"] if self._offers else []), "CPUExecutionProvider"]
-
-    def InferenceSession(self, model: Any, options: Any, providers: list[Any], **more: Any) -> Any:  # noqa: N802
-        names = [p if isinstance(p, str) else p[0] for p in providers]
-        wants = "CUDAExecutionProvider" in names
-        if wants and not self._accepts:
-            raise RuntimeError("CUDA failure 35: driver too old")
-        real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **more)
-        on_cuda, double = wants and self._loads, self
-        self.opened.append("cuda" if on_cuda else "cpu")
-
-        class Inside:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(real, name)
-
-            def get_providers(self) -> list[str]:
-                return ["CUDAExecutionProvider"] * on_cuda + ["CPUExecutionProvider"]
-
-            def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
-                double.runs.append("cuda" if on_cuda else "cpu")
-                if on_cuda and double.fails:
-                    double.before_failing()
-                    raise RuntimeError("CUDA failure 2: out of memory")
-                return real.run(names, feeds)
-
-        return Inside()
-
-
 def feeds_of(session: Session) -> dict[str, Any]:
     kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
     return {
@@ -202,7 +160,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_cuda_computes_where_onnxruntime_has_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = Cuda()
+    double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
     assert (session.provider, session.reason) == ("cuda", "")
@@ -218,7 +176,7 @@ def test_cuda_computes_where_onnxruntime_has_it(small: Path, monkeypatch: pytest
 def test_the_cpu_computes_where_cuda_doesnt_work(
     small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacks: str, reason: str
 ) -> None:
-    double = Cuda(**{lacks: False})
+    double = CudaRuntime(**{lacks: False})
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
     assert session.provider == "cpu"
@@ -229,7 +187,7 @@ def test_the_cpu_computes_where_cuda_doesnt_work(
 
 
 def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = Cuda()
+    double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
     feeds = feeds_of(session)
@@ -248,7 +206,7 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: p
 
 
 def test_threads_whose_runs_fail_on_cuda_at_once_get_one_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = Cuda()
+    double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
     feeds = feeds_of(session)
@@ -268,7 +226,7 @@ def test_threads_whose_runs_fail_on_cuda_at_once_get_one_cpu(small: Path, monkey
 def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    double = Cuda()
+    double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
     feeds = feeds_of(session)
@@ -309,3 +267,53 @@ def test_operators_of_a_broken_graph_are_not_timed() -> None:
         sessions.kernel_times(b"nothing of the kind", {})
     with pytest.raises(ModelError, match="couldn't run"):
         sessions.kernel_times(GRAPH.read_bytes(), {})
+
+
+def test_what_is_placed_on_the_gpu_stays_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = CudaRuntime()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    wanted = session.run(feeds)
+    name = session.outputs[0]
+    into = session.place({name: np.zeros_like(wanted[name])})
+    got = session.run(session.place(feeds), into=into)
+    assert got[name] is into[name]
+    np.testing.assert_array_equal(np.asarray(got[name]), wanted[name])
+    own = {name: np.zeros_like(wanted[name])}
+    assert session.run(session.place(feeds), into=own)[name] is own[name]
+    np.testing.assert_array_equal(own[name], wanted[name])
+    assert double.runs == ["cuda"] * 3
+
+
+def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = CudaRuntime()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = session.place(feeds_of(session))
+    wanted = session.run(feeds)
+    name = session.outputs[0]
+    into = session.place({name: np.zeros_like(wanted[name])})
+    double.fails = True
+    for provider in ("cuda", "cpu"):
+        assert session.provider == provider
+        np.testing.assert_array_equal(session.run(feeds, into=into)[name], wanted[name])
+
+
+def test_what_is_lost_with_the_gpu_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = CudaRuntime()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    placed = session.place(feeds)
+    double.fails = double.loses = True
+    with pytest.raises(GpuLostError, match="illegal address"):
+        session.run(placed)
+    assert session.provider == "cpu"
+    assert session.run(feeds)
+
+
+def test_the_cpu_has_no_place_of_its_own(small: Path) -> None:
+    session = Session(small)
+    feeds = feeds_of(session)
+    assert all(session.place(feeds)[n] is v for n, v in feeds.items())

@@ -457,7 +457,7 @@ class Coordinator(ABC):
         held = None if device.held is None else do.Held.from_dict(device.held)
         coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), held)
         part = part_of(name, task)
-        return do.Extract(self._basis_of(task), part, coding, task.accumulate)
+        return do.Extract(self._basis_of(task), part, coding, task.accumulate, (device.probe or {}).get("unit", ""))
 
     def _basis_of(self, task: Task) -> do.Basis:
         return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)

@@ -150,12 +150,14 @@ class Extract:
         basis: What it is cut from.
         coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
+        unit: What the device has measured that it trains on, one of `UNITS`; empty where it hasn't measured.
     """
 
     basis: Basis
     part: Part
     coding: Coding = Coding()
     accumulate: int = 1
+    unit: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
+from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, ModelError, RuntimeUnavailableError
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve
 
 Array = npt.NDArray[Any]
@@ -46,7 +46,7 @@ _WARM_UP = 2
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
-_CUDA_OPTIONS = {
+CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
     "cudnn_conv_algo_search": "HEURISTIC",
     "use_tf32": "0",
@@ -54,6 +54,25 @@ _CUDA_OPTIONS = {
 """A Jetson's graphics unit shares the board's memory, so no more is taken than asked for; an exhaustive search would be
 made again for every new shape; and what is trained in float32 is computed in float32
 (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
+
+
+class GpuLostError(FedpruneError):
+    """The GPU has failed, and with it went what had been placed there. The session computes on the CPU from now on."""
+
+    exit_code = ExitCode.RUNTIME
+
+
+class PlacedArray:
+    """An array in a GPU's memory, which numpy copies back where it is asked for one: `numpy.asarray(placed)`."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        """onnxruntime's."""
+        self.shape: tuple[int, ...] = tuple(value.shape())
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        array: Array = self.value.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 class Runs(Protocol):
@@ -129,30 +148,45 @@ class Session:
         """Feeds of several runs, for `run`'s `kept`: a child process is sent them once."""
         return self._session.keep(feeds) if isinstance(self._session, RemoteSession) else feeds
 
+    def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """Arrays where the graph is computed, as feeds and outputs of many runs: what stays on the GPU isn't copied in
+        every run. On the CPU they are the arrays themselves."""
+        if not _on_cuda(self._session):
+            return dict(arrays)
+        make = _onnxruntime().OrtValue.ortvalue_from_numpy
+        return {n: PlacedArray(make(np.array(v, order="C"), "cuda", 0)) for n, v in arrays.items()}
+
     def run(
         self,
-        feeds: Mapping[str, Array],
+        feeds: Mapping[str, Any],
         outputs: Sequence[str] | None = None,
-        into: Mapping[str, Array] | None = None,
+        into: Mapping[str, Any] | None = None,
         kept: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Run the graph once.
 
         Args:
-            feeds: Array by input name.
+            feeds: Array by input name, or what `place` has made of it.
             outputs: Names of the outputs to compute; all by default.
-            into: Writeable arrays in C order, of the outputs' types and shapes, that these outputs are written into.
-                None may be a feed: an operator may still read it after the output was written.
+            into: Writeable arrays in C order, of the outputs' types and shapes, that these outputs are written into;
+                or what `place` has made of such. None may be a feed: an operator may still read it after the output was
+                written.
             kept: Further feeds, as `keep` has made them.
 
         Raises:
+            GpuLostError: The GPU has failed, and what was placed there can't be read.
             RuntimeUnavailableError: The child process that runs it doesn't start, or ended twice.
             ModelError: Feeds or arrays don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
         session, into, kept = self._session, into or {}, kept or {}  # another thread may replace the session
+        placed = any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
+        if placed and not _on_cuda(session):  # it was on the GPU when these were placed
+            feeds, into, placed = {n: np.asarray(v) for n, v in feeds.items()}, _in_memory(into), False
         for name, array in into.items():
-            if name not in names or not array.flags.carray:  # its memory is written by address
+            if name not in names or not (
+                isinstance(array, PlacedArray) or array.flags.carray
+            ):  # its memory is written by address
                 raise ModelError(
                     f"array for output {name}",
                     expected="an output that is computed, and a writeable array in C order",
@@ -162,6 +196,8 @@ class Session:
         try:
             if isinstance(session, RemoteSession):
                 values: list[Array] = session.run(names, feeds, kept)
+            elif placed:
+                return _run_placed(session, names, given, into)
             elif sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
                 return _run_into(session, names, given, into)
             else:
@@ -172,6 +208,7 @@ class Session:
                     raise
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
             values = self._again(session, names, given, error)
+            into = _in_memory(into)
         found = dict(zip(names, map(np.asarray, values), strict=True))
         for name, array in into.items():
             value = found[name]
@@ -187,7 +224,7 @@ class Session:
             self._without(f"onnxruntime {version()} has no CUDA provider")
             return None
         try:
-            session = self._open((_CUDA, _CUDA_OPTIONS), _CPU)
+            session = self._open((_CUDA, CUDA_OPTIONS), _CPU)
         except ModelError as error:
             self._without(str(error))
             return None
@@ -197,21 +234,30 @@ class Session:
             return None
         return session
 
-    def _again(self, failed: Any, names: list[str], feeds: Mapping[str, Array], error: Exception) -> list[Array]:
+    def _again(self, failed: Any, names: list[str], feeds: Mapping[str, Any], error: Exception) -> list[Array]:
         """The same on the CPU. What fails there, too, is no fault of CUDA's."""
         with self._lock:
             session = self._open(_CPU) if self._session is failed else self._session
             try:
-                values: list[Array] = session.run(names, dict(feeds))
+                fetched = {n: np.asarray(v) for n, v in feeds.items()}
+            except Exception as other:
+                if self._session is failed:
+                    self._leave_cuda(session, error)
+                raise GpuLostError(f"the GPU has failed ({_first_line(other)})") from other
+            try:
+                values: list[Array] = session.run(names, fetched)
             except RuntimeUnavailableError:
                 raise
             except Exception as other:
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
             if self._session is failed:
-                self._without(_first_line(error))
-                self._session = session
-                del self._open
+                self._leave_cuda(session, error)
         return values
+
+    def _leave_cuda(self, session: Any, error: Exception) -> None:
+        self._without(_first_line(error))
+        self._session = session
+        del self._open
 
     def _without(self, reason: str) -> None:
         self.reason = reason
@@ -236,6 +282,37 @@ def _run_into(
     session.run_with_iobinding(binding)
     values = zip(names, binding.get_outputs(), strict=True)
     return {n: into[n] if n in into else np.asarray(v.numpy()) for n, v in values}
+
+
+def _in_memory(arrays: Mapping[str, Any]) -> dict[str, Array]:
+    """Those of them that aren't in a GPU's memory."""
+    return {n: v for n, v in arrays.items() if not isinstance(v, PlacedArray)}
+
+
+def _run_placed(
+    session: Any, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A run with arrays in a GPU's memory; outputs that have no place there are copied back."""
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        if isinstance(value, PlacedArray):
+            binding.bind_ortvalue_input(name, value.value)
+        else:
+            binding.bind_cpu_input(name, np.asarray(value, order="C"))
+    for name in names:
+        array = into.get(name)
+        if isinstance(array, PlacedArray):
+            binding.bind_ortvalue_output(name, array.value)
+        else:
+            binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    values = zip(names, binding.get_outputs(), strict=True)
+    made = {n: into[n] if isinstance(into.get(n), PlacedArray) else v.numpy() for n, v in values}
+    for name, array in into.items():
+        if not isinstance(array, PlacedArray):
+            np.copyto(array, made[name])
+            made[name] = array
+    return made
 
 
 def _on_cuda(session: Any) -> bool:

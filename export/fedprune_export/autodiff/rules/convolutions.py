@@ -9,9 +9,10 @@ import math
 from typing import Protocol
 
 from fedprune.core.errors import ModelError
+from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff import conv_geometry
 from fedprune_export.autodiff.conv_geometry import Window, window
-from fedprune_export.autodiff.rules.dense import Dense, formulation
+from fedprune_export.autodiff.rules.dense import ON_CUDA, Dense, formulation
 from fedprune_export.autodiff.rules.depthwise import Depthwise
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, rule
 from fedprune_export.ir.graph import Node
@@ -38,6 +39,8 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     """How a layer is computed."""
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
+        if tape.graph.unit == CUDA:
+            return Dense(tape.graph, w, kernel, ON_CUDA)
         if math.prod(w.output) > conv_geometry.SMALL_MAP:
             return Dense(tape.graph, w, kernel, formulation(w, tape.extent(shape[1])))
     elif lengths == (1, 1):

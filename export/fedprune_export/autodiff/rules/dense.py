@@ -34,6 +34,10 @@ _SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 64, 25, 3
 """Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`)."""
 
 
+ON_CUDA = Formulation("transposed", "convolution")
+"""On a GPU launches cost more than numbers: the fewest operators."""
+
+
 def formulation(w: Window, channels: int) -> Formulation:
     """The formulation for a layer."""
     area, elements = math.prod(w.output), math.prod(w.kernel)

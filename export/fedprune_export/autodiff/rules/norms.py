@@ -7,12 +7,14 @@ a product and a sum do in two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
+from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.rules.reductions import count_of, divided, summed
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, port, rule
 from fedprune_export.ir.graph import Graph, Node
@@ -96,14 +98,8 @@ class Normal:
             mean = g.emit("Squeeze", rough, g.ints(*channels.others))
             sources = mean, g.emit("Neg", mean)
         scratch = [g.emit("Sub", source, source) for source in sources]
-        self.y, self._rest, self.variance = g.emit_many(
-            "BatchNormalization",
-            self._centred,
-            scale,
-            shift,
-            *scratch,
-            outputs=3,
-            attrs={"epsilon": epsilon, "momentum": 0.0, "training_mode": 1},
+        self.y, self._rest, self.variance = _by_batch(
+            g, (self._centred, scale, shift, *scratch), channels.others, epsilon
         )
         self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.others)), self._rest)
 
@@ -133,6 +129,30 @@ class Normal:
         fit = g.emit("BatchNormalization", self._centred, slope, base, zero, one, attrs={"epsilon": 0.0})
         steepness = g.emit("Mul", self._scale, self._inverse)
         return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
+
+
+def _by_batch(g: Graph, inputs: Sequence[str], others: list[int], epsilon: float) -> tuple[str, str, str]:
+    """Values normalised by their batch, its mean and its variance.
+
+    onnxruntime's kernel of a batch normalisation that trains is for the processor alone
+    (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/providers/cuda/nn/batch_norm.h): a GPU measures
+    the statistics by operators of their own.
+
+    Args:
+        inputs: Values, scale, shift, and two scratch arrays for the operator.
+        others: All axes but the channels'.
+    """
+    if g.unit == CPU:
+        attrs = {"epsilon": epsilon, "momentum": 0.0, "training_mode": 1}
+        y, mean, variance = g.emit_many("BatchNormalization", *inputs, outputs=3, attrs=attrs)
+        return y, mean, variance
+    value, scale, shift, *_ = inputs
+    mean = g.emit("ReduceMean", value, attrs={"axes": others, "keepdims": 1})
+    rest = g.emit("Sub", value, mean)
+    variance = g.emit("ReduceMean", g.emit("Mul", rest, rest), attrs={"axes": others, "keepdims": 0})
+    mean = g.emit("Squeeze", mean, g.ints(*others))
+    y = g.emit("BatchNormalization", value, scale, shift, mean, variance, attrs={"epsilon": epsilon})
+    return y, mean, variance
 
 
 class _Channels:
@@ -225,9 +245,8 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     own = g.emit("Reshape", rough, g.ints(-1))
     twice = g.emit("Add", own, own)
     scratch = g.emit("Sub", own, own), g.emit("Sub", twice, twice)
-    attrs = {"epsilon": epsilon, "momentum": 0.0, "training_mode": 1}
     inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
-    z, _, variance = g.emit_many("BatchNormalization", *inputs, outputs=3, attrs=attrs)
+    z, _, variance = _by_batch(g, inputs, [0, 2], epsilon)
     z = tape.reshape(z, rows.of_groups, shape)
     scale, shift = (tape.fitted(node, i, shape[1:2]) for i in (1, 2))
     tape.enter(node.outputs[0], _affine(g, z, scale, shift), shape)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fedprune.core.errors import ModelError
+from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
 from fedprune_export.ir.graph import Graph, Node
 
@@ -83,7 +86,26 @@ def count_of(tape: Tape, dims: Sequence[Dim]) -> str:
     g, count = tape.graph, tape.product(dims)
     if isinstance(count, int):
         return g.scalar(count)
+    if g.unit == CUDA:
+        return _summed_ones(g, tape.size(count), keep=True)
     return g.emit("Cast", tape.size(count), attrs={"to": 1})
+
+
+def elements_of(g: Graph, value: str) -> str:
+    """The number of a value's elements, as float32 of shape []."""
+    if g.unit == CUDA:
+        return _summed_ones(g, g.emit("Shape", value), keep=False)
+    return g.emit("Cast", g.emit("Size", value), attrs={"to": 1})
+
+
+def _summed_ones(g: Graph, shape: str, *, keep: bool) -> str:
+    """A number of elements, computed on the GPU.
+
+    onnxruntime keeps sizes in the processor's memory. A float that follows from one would be copied to the GPU in every
+    step, and a step with copies can't be recorded as a CUDA graph.
+    """
+    ones = g.emit("ConstantOfShape", shape, attrs={"value": np.ones(1, np.float32)})
+    return g.emit("ReduceSum", ones, attrs={"keepdims": int(keep)})
 
 
 Gradient = Callable[[Reduction, str, str], str]  # writes dx, given the reduction, its output y and dy

@@ -1,0 +1,292 @@
+"""Training and predictions on an NVIDIA GPU against eager torch on the same one: `python benchmarks/gpu.py`.
+
+It needs onnxruntime-gpu and a torch with CUDA, no network, and at most eight minutes; what the machine lacks is
+skipped, by name. Steps run in turn in one process. Weights and the optimiser's state stay on the card, as the board's
+trainer has it; beside that, the same recorded as a CUDA graph, which no board does yet. The losses of the first steps
+are compared with those of the processor. `--dry` goes through all of it on the processor with one small net, and writes
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from measured_steps import DECAY, LR, MOMENTUM, Step
+from step import BATCH, DENSITIES, batch, mean
+from step_nets import NETS, loss, network
+from synthetic_nets import setting, write
+
+from fedprune.core import tensorfile
+from fedprune.model import step_contract
+from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Features
+from fedprune.model.selection import Selection
+from fedprune.planning.probe_report import CPU, CUDA
+from fedprune.runtime import session as sessions
+from fedprune.runtime.session import Session
+from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
+from fedprune_export.bundles.inference import inference_model
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.training.step_graph import training_graph
+
+TURNS, WARM_UP, STEPS = 20, 5, 5
+SECONDS = 420.0
+"""No net is begun after so long."""
+
+PROVIDER = "CUDAExecutionProvider"
+Feeds = dict[str, Any]
+
+
+def feeds_of(inputs: Mapping[str, Any], tensors: Mapping[str, Any], x: Any, y: Any) -> Feeds:
+    """What a step reads."""
+    numbers = {step_contract.LR: LR, step_contract.MOMENTUM: MOMENTUM, step_contract.WEIGHT_DECAY: DECAY}
+    feeds: Feeds = {**{n: v.copy() for n, v in tensors.items()}, step_contract.X: x, step_contract.Y: y}
+    feeds |= {n: np.array(v, np.float32) for n, v in numbers.items()}
+    return feeds | {n: np.zeros_like(tensors[n.split("::")[0]]) for n in inputs if "::" in n}
+
+
+def placed_step(session: Session, feeds: Feeds) -> Step:
+    """As the board's trainer takes it."""
+    moving = [n for n in feeds if step_contract.following(n) in session.outputs]
+    names = [step_contract.LOSS, *map(step_contract.following, moving)]
+    fixed = {n: v for n, v in feeds.items() if n not in moving}
+    state = session.place({n: feeds[n].copy() for n in moving})
+    spare = session.place({n: np.zeros_like(feeds[n]) for n in moving})
+
+    def run() -> float:
+        nonlocal state, spare
+        out = session.run({**fixed, **state}, names, {step_contract.following(n): spare[n] for n in moving})
+        state, spare = spare, state
+        return float(out[step_contract.LOSS])
+
+    return run
+
+
+def recorded_step(graph: bytes, feeds: Feeds) -> Step:
+    """Two CUDA graphs in turn, one for each of two places of the state. Raises where onnxruntime can't record it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    providers = [(PROVIDER, {**sessions.CUDA_OPTIONS, "enable_cuda_graph": "1"}), "CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(graph, options, providers=providers)
+    outputs = {o.name for o in session.get_outputs()}
+    moving = [n for n in feeds if step_contract.following(n) in outputs]
+
+    def place(value: Any) -> Any:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.array(value, order="C"), "cuda", 0)
+
+    fixed = {n: place(v) for n, v in feeds.items() if n not in moving}
+    sides = [{n: place(feeds[n]) for n in moving} for _ in range(2)]
+    told = place(np.zeros((), np.float32))
+    bindings = []
+    for before, after in (sides, sides[::-1]):
+        binding = session.io_binding()
+        for name, value in {**fixed, **before}.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in moving:
+            binding.bind_ortvalue_output(step_contract.following(name), after[name])
+        binding.bind_ortvalue_output(step_contract.LOSS, told)
+        bindings.append(binding)
+    turn = 0
+
+    def run() -> float:
+        nonlocal turn
+        which = onnxruntime.RunOptions()
+        which.add_run_config_entry("gpu_graph_id", str(1 + turn))
+        session.run_with_iobinding(bindings[turn], which)
+        turn = 1 - turn
+        return float(told.numpy())
+
+    return run
+
+
+def torch_step(name: str, tensors: Mapping[str, Any], x: Any, y: Any, device: str) -> Step:
+    net = network(name).to(device)
+    net.train()
+    net.take({n: torch.tensor(v).to(device) for n, v in tensors.items()})
+    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    images, labels = torch.tensor(x).to(device), torch.tensor(y).to(device)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        value = loss(net, images, labels)
+        value.backward()
+        optimizer.step()
+        return float(value.detach())
+
+    return run
+
+
+def timed(steps: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median milliseconds of steps that run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + turns):
+        for name, run in steps.items():
+            began = time.perf_counter()
+            run()
+            if turn >= WARM_UP:
+                times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def placement(graph: bytes, feeds: Feeds, device: str) -> dict[str, Any]:
+    """How many operators each provider ran in a step, which the processor's were, and the copies between the two."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    providers = [(PROVIDER, sessions.CUDA_OPTIONS)] if device == CUDA else []
+    with tempfile.TemporaryDirectory() as folder:
+        options.enable_profiling, options.profile_file_prefix = True, f"{folder}/step"
+        session = onnxruntime.InferenceSession(graph, options, providers=[*providers, "CPUExecutionProvider"])
+        session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    left = Counter(a["op_name"] for a in ran if a["provider"] != PROVIDER)
+    copies = Counter(a["op_name"] for a in ran if a["op_name"].startswith("Memcpy"))
+    return {
+        "operators": dict(Counter(a["provider"] for a in ran)),
+        "on_the_processor": dict(left) if device == CUDA else {},
+        "copies": dict(copies),
+    }
+
+
+def predictions(model: Any, widths: tuple[int, ...], device: str, turns: int) -> dict[str, Any]:
+    """Milliseconds of one prediction by provider, and how far the GPU's outputs are from the processor's."""
+    shape = model.architecture.input_shape
+    x = np.random.default_rng(1).standard_normal((1, *shape)).astype(np.float32)
+    tensors = Selection.of(model.architecture, widths).gather(model.tensors)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / GRAPH).write_bytes(inference_model(model, widths))
+        (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+        both = {unit: Predictor(folder, cuda=unit == CUDA) for unit in dict.fromkeys((CPU, device))}
+        outputs = {unit: one.predict(x) for unit, one in both.items()}
+        away = float(np.abs(outputs[device] - outputs[CPU]).max())
+        ms = timed({unit: lambda p=one: p.predict(x) for unit, one in both.items()}, turns)  # type: ignore[misc]
+    return {"ms": ms, "away": away}
+
+
+def measure(name: str, densities: tuple[float, ...], device: str, turns: int) -> list[dict[str, Any]]:
+    """All of a net: steps and predictions at each width."""
+    model = import_onnx(export_torch(network(name)), name)
+    graphs = {unit: training_graph(model, Features(), unit).to_bytes() for unit in (CPU, CUDA)}
+    x, y = batch(model.architecture.input_shape)
+    rows = []
+    for density in densities:
+        widths = widths_at(model.architecture, density)
+        tensors = Selection.of(model.architecture, widths).gather(model.tensors)
+        reference = Session(graphs[CPU], threads=0, training=True)
+        feeds = feeds_of(reference.inputs, tensors, x, y)
+        session = Session(graphs[CUDA], training=True, cuda=device == CUDA)
+        row: dict[str, Any] = {"net": name, "density": density, "provider": session.provider, "reason": session.reason}
+        steps: dict[str, Step] = {"ours": placed_step(session, feeds)}
+        if device == CUDA:
+            try:
+                steps["recorded"] = recorded_step(graphs[CUDA], feeds)
+                steps["recorded"]()
+                steps["recorded"] = recorded_step(graphs[CUDA], feeds)
+            except Exception as error:  # noqa: BLE001 - why it can't be recorded is a result
+                steps.pop("recorded", None)
+                row["not_recorded"] = str(error).splitlines()[0][:200]
+        steps["torch"] = torch_step(name, tensors, x, y, device)
+        cpu = placed_step(reference, feeds)
+        wanted = [cpu() for _ in range(STEPS)]
+        first = {n: [run() for _ in range(STEPS)] for n, run in steps.items()}
+        row["away"] = {n: max(abs(a - b) for a, b in zip(got, wanted, strict=True)) for n, got in first.items()}
+        row["ms"] = timed(steps, turns)
+        if density == densities[0]:
+            row["placement"] = placement(graphs[CUDA], feeds, device)
+        row["prediction"] = predictions(model, widths, device, turns)
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def card() -> dict[str, str]:
+    """Name, driver and CUDA of the card."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()[0].split(", ")
+    return {"card": name, "driver": driver, "cuda": str(torch.version.cuda)}
+
+
+def page(about: dict[str, Any], rows: list[dict[str, Any]], skipped: list[str]) -> str:
+    ours = [r for r in rows if r["provider"] == CUDA]
+    ratios = {k: [r["ms"][k] / r["ms"]["torch"] for r in ours if k in r["ms"]] for k in ("ours", "recorded")}
+    means = ", ".join(f"{k} {mean(v):.2f}" for k, v in ratios.items() if v)
+    table = "\n".join(
+        f"| {r['net']} | {r['density']:g} | {r['provider']} | {r['ms']['ours']:.2f} "
+        f"| {r['ms'].get('recorded', float('nan')):.2f} | {r['ms']['torch']:.2f} | {r['away']['ours']:.1e} "
+        f"| {r['away']['torch']:.1e} | {r['prediction']['ms'].get(CUDA, float('nan')):.2f} "
+        f"| {r['prediction']['ms'][CPU]:.2f} |"
+        for r in rows
+    )
+    left = "\n".join(
+        f"- {r['net']}: {sum(r['placement']['operators'].values())} operators, of these on the processor "
+        f"{r['placement']['on_the_processor'] or 'none'}; copies {r['placement']['copies'] or 'none'}"
+        for r in rows
+        if "placement" in r
+    )
+    return f"""# On a GPU
+
+{about["date"]}, {about["card"]} (driver {about["driver"]}, CUDA {about["cuda"]}), {about["cpu"]}, {about["cores"]}
+cores, Python {about["python"]}, onnxruntime-gpu {about["onnxruntime"]}, torch {about["torch"]}, both in float32 without
+TF32. `python benchmarks/gpu.py`
+
+SGD with momentum and weight decay, batch {BATCH}; medians of {TURNS} turns, ms. *Recorded*: the same as a CUDA graph,
+which no board does yet. *Away*: the largest distance of the first {STEPS} losses from the processor's. Predictions are
+of one sample.
+
+Geometric mean of the ratio to torch's: {means or "no net trained on the card"}.
+
+| net | width | unit | ours | recorded | torch | away | torch's | prediction, GPU | processor |
+|---|---|---|---|---|---|---|---|---|---|
+{table}
+
+{left}
+
+Skipped: {", ".join(skipped) or "nothing"}.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="on the processor, one net, nothing written")
+    options = parser.parse_args()
+    if options.dry:
+        measure("lenet", (0.25,), CPU, 2)
+        return 0
+    if PROVIDER not in onnxruntime.get_available_providers() or not torch.cuda.is_available():
+        lacks = "a CUDA build of torch" if not torch.cuda.is_available() else "onnxruntime-gpu"
+        print(f"error: this machine lacks {lacks}; `--dry` needs neither", file=sys.stderr)
+        return 1
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    began, rows, skipped = time.monotonic(), list[dict[str, Any]](), list[str]()
+    for name in NETS:
+        if time.monotonic() - began > SECONDS:
+            skipped.append(f"{name} (no time left)")
+            continue
+        rows += measure(name, DENSITIES, CUDA, TURNS)
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        skipped.append("TensorRT (not installed; `examples/jetson_acceptance.py` tries it)")
+    about = setting("torch") | {"onnxruntime": onnxruntime.__version__} | card()
+    write("gpu", {"setting": about, "rows": rows, "skipped": skipped}, page(about, rows, skipped))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
