@@ -121,7 +121,15 @@ def build_agent(
     return Agent(
         connection,
         store,
-        BirthBuilder(connection, data, name, settings.probe, settings.engine, may_leave=settings.most_away_s > 0),
+        BirthBuilder(
+            connection,
+            data,
+            name,
+            settings.probe,
+            settings.engine,
+            may_leave=settings.most_away_s > 0,
+            private=lambda: store.privacy.private,
+        ),
         uplink,
         offers,
         releases=ReleaseAgent(connection, settings.updater),

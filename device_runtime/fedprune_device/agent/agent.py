@@ -53,7 +53,8 @@ _LONGEST = 150  # characters of the description of what answers predictions
 class BirthBuilder:
     """Makes births and notices when the last one is outdated. `engine` describes what answers predictions.
 
-    `may_leave`: whether the server may send the board away for a time.
+    `may_leave`: whether the server may send the board away for a time. `private`: whether it may say nothing that is
+    measured on samples.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class BirthBuilder:
         engine: Callable[[], str] = lambda: "",
         *,
         may_leave: bool = True,
+        private: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._connection, self._data, self._engine = connection, data, engine
+        self._connection, self._data, self._engine, self._private = connection, data, engine, private
         self._abilities = (PUT, LOG, RECONNECT) if may_leave else (PUT, LOG)
         self._profile_name, self._probe = profile_name, probe
         slot = running()
@@ -91,6 +93,7 @@ class BirthBuilder:
             CODECS,
             round(self._connection.answers.slowest, 3) or None,
             self._abilities,
+            effective_classes=None if self._private() else self._data.effective_classes,
         )
 
     def outdated(self, now: float) -> bool:

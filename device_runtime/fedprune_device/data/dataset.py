@@ -1,8 +1,9 @@
-"""A board's own samples, checked and split. They never leave the board; only counts do."""
+"""A board's own samples, checked and split. They never leave the board; only counts do, and how even labels are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, shape_text
 from fedprune.core.rng import keyed
 from fedprune.model.lengths import Shape, fits, free_axis
-from fedprune_device.data.labels import Targets
+from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.sequences import Rows, fitted, fitted_labels
 from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs, described, moved_out, select_pairs
 
@@ -76,6 +77,13 @@ class LocalData:
     @property
     def samples(self) -> int:
         return len(self.y_train)
+
+    @cached_property
+    def effective_classes(self) -> int | None:
+        y = self.y_train
+        if isinstance(y, StoredArray) or y.ndim != 1 or y.dtype.kind not in "iu":
+            return None
+        return effective_classes(np.unique(y, return_counts=True)[1])
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples as a model takes them, padded where their length varies; else itself, which never changes."""
@@ -274,6 +282,11 @@ class SampleSource(Protocol):
     @property
     def samples(self) -> int:
         """Training samples now; the agent's loop asks for it, so that it must be known already."""
+
+    @property
+    def effective_classes(self) -> int | None:
+        """How many classes their labels are worth (`fedprune_device.data.labels.effective_classes`), known as `samples`
+        is; None where it isn't known, or samples have no class."""
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """A round's samples; raises `DataError` if there are none.

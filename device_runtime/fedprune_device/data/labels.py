@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,18 @@ def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np
             "counts for nothing.",
         )
     return np.bincount(counted, minlength=classes).astype(np.int64)
+
+
+def effective_classes(counts: Iterable[int]) -> int | None:
+    """How many evenly shared classes samples are worth: exp of the labels' entropy, rounded; None without samples.
+
+    A whole number, since more digits would tell how many samples each class has.
+    """
+    shares = np.array([n for n in counts if n], np.float64)
+    if not len(shares):
+        return None
+    shares /= shares.sum()
+    return round(float(np.exp(-(shares * np.log(shares)).sum())))
 
 
 def log_prior(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:

@@ -23,7 +23,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.decoded_samples import DecodedSamples, RoomError
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.formats import Format
-from fedprune_device.data.labels import Targets
+from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.layouts import LABEL_BYTES, NO_LABELS, Layout, layout_of
 from fedprune_device.data.splits import SplitShares
 
@@ -92,6 +92,7 @@ class SampleFolder:
         self._decoded: tuple[object, DecodedSamples] | None = None
         self._chosen: list[_File] = []
         self._training = 0
+        self._classes: list[int] = []  # files for training, by class
         self._foreign: Counter[str] = Counter()  # files by endings that aren't read
         self._refusals: list[str] = []  # why files were left out when they were last looked at
         self._look(_HASHED_AT_START)
@@ -100,6 +101,11 @@ class SampleFolder:
     def samples(self) -> int:
         """Training samples of the last round; before the first one, files for training."""
         return self._training
+
+    @property
+    def effective_classes(self) -> int | None:
+        """That of the files for training, where folders are classes."""
+        return effective_classes(self._classes) if len(self._classes) > 1 else None
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
@@ -208,6 +214,7 @@ class SampleFolder:
                     self._refusals.append(str(error))
                     _LOG.warning("%s is left out: %s", path, error)
         lines = [[found[name] for name in sorted(found)] for found in by_class]
+        self._classes = [sum(file.part == "train" for file in files) for files in lines]
         self._chosen = list(islice(_in_turn(lines), self._most))
         self._training = sum(file.part == "train" for file in self._chosen)
         return layout

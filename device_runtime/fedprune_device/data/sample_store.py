@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from fedprune.core.validation import whole
 from fedprune.model.lengths import Shape, written
 from fedprune.model.lengths import read as read_shape
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import Targets
+from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict, census
 from fedprune_device.data.segment_log import (
     HEAD_BYTES,
@@ -114,7 +115,7 @@ class SampleStore(Closing):
         self._log = SegmentLog(root, key, segment)
         self._places: dict[str, RecordPosition] = {}
         self._declined = 0
-        self._training: set[str] = set()
+        self._training: dict[str, int] = {}  # labels of the samples that would be trained on
         self.input: Shape | None = None
         self._recall()
         self._replay()
@@ -128,6 +129,13 @@ class SampleStore(Closing):
     def samples(self) -> int:
         """Samples that would be trained on now. Never waits for the disk, so that the agent's loop may ask."""
         return len(self._training)
+
+    @property
+    def effective_classes(self) -> int | None:
+        """That of the labelled samples that would be trained on; doesn't wait either."""
+        counts = Counter(self._training.copy().values())  # other threads add samples
+        del counts[UNLABELLED]
+        return effective_classes(counts.values())
 
     def add(self, x: Array, label: int | None = None) -> Added:
         """Add a sample, if it is to stay.
@@ -265,7 +273,7 @@ class SampleStore(Closing):
         for gone in verdict.evicted:
             self._gone(gone)
         if verdict.kept and self._trained(verdict.id, verdict.label):
-            self._training.add(verdict.id)
+            self._training[verdict.id] = verdict.label
         return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
 
     def _relabel(self, name: str, label: int, payload: bytes) -> Added:
@@ -369,7 +377,7 @@ class SampleStore(Closing):
 
     def _count(self) -> None:
         kept = self._reservoir.kept()
-        self._training = {n for c, names in kept.items() for n in names if self._trained(n, c)}
+        self._training = {n: c for c, names in kept.items() for n in names if self._trained(n, c)}
 
     def _recall(self) -> None:
         """Read what the model of the last round takes; what is damaged is found out at the next round."""
@@ -414,7 +422,7 @@ class SampleStore(Closing):
 
     def _gone(self, name: str) -> None:
         del self._places[name]
-        self._training.discard(name)
+        self._training.pop(name, None)
 
     def _trained(self, name: str, label: int) -> bool:
         return (label != UNLABELLED or not self._reservoir.waiting) and self._shares.part(name) == "train"

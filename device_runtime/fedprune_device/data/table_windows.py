@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model.lengths import Shape, at_most
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import Targets
+from fedprune_device.data.labels import Targets, effective_classes
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Copy, Inputs, StoredArray
 from fedprune_device.data.tables import CLASS, CSV, PARQUET, TARGET, Columns, rows_of
@@ -41,6 +42,7 @@ class _Numbers:
     file: Copy
     columns: Columns
     count: int
+    effective_classes: int | None
 
     def windows(self, first: npt.NDArray[np.int64], rows: int, convert: Callable[[Array], Array]) -> StoredArray:
         """Windows of `rows` rows [n, rows, columns], converted."""
@@ -92,6 +94,11 @@ class TableFile:
     def samples(self) -> int:
         """Training samples of the last round; before the first one, rows."""
         return self._training
+
+    @property
+    def effective_classes(self) -> int | None:
+        """That of all rows, where a column has their class."""
+        return self._numbers.effective_classes
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """The windows that exist now; raises `DataError` if the model takes others."""
@@ -146,7 +153,7 @@ class TableFile:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _read(self) -> tuple[tuple[int, int, int], _Numbers]:
-        stamp, count = self._stamped(), 0
+        stamp, count, labels = self._stamped(), 0, Counter[float]()
         with rows_of(self._path, self._names) as (columns, parts), storage_errors("can't write the numbers of a table"):
             if self._spool is not None:
                 self._spool.mkdir(parents=True, exist_ok=True)
@@ -157,7 +164,9 @@ class TableFile:
                         raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
                     write_all(file.fileno(), some.tobytes(), count * width)
                     count += len(some)
-                return stamp, _Numbers(Copy(os.dup(file.fileno())), columns, count)
+                    if columns.classes:  # the last of the numbers that are kept
+                        labels.update(some[:, -1].tolist())
+                return stamp, _Numbers(Copy(os.dup(file.fileno())), columns, count, effective_classes(labels.values()))
 
 
 def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:

@@ -194,7 +194,15 @@ class MessageHandler:
         except ProfileError as error:
             self._registry.exclude(birth.device, _advice(error), name, birth.samples)
             return None
-        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe, birth.codecs or ())
+        return on.DeviceBorn(
+            birth.device,
+            birth.session,
+            profile,
+            birth.samples,
+            probe,
+            birth.codecs or (),
+            effective_classes=birth.effective_classes,
+        )
 
     def _profile(self, name: str) -> dict[str, Any]:
         """A hardware profile; a changed file is read again within `_PROFILE_S`.

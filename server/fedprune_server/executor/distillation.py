@@ -78,7 +78,13 @@ class Distiller:
         self._sessions = Sessions(model, 1 + MOST + len(asked.densities))
 
     def __call__(
-        self, tensors: Tensors, ranks: Sequence[npt.ArrayLike], round_: int, trained: Iterable[Widths] = ()
+        self,
+        tensors: Tensors,
+        ranks: Sequence[npt.ArrayLike],
+        round_: int,
+        trained: Iterable[Widths] = (),
+        *,
+        core: bool = False,
     ) -> Tensors:
         """The model after a round's steps. Its statistics have to be measured again; a model that diverges, or has no
         narrower width, stays as it is.
@@ -86,8 +92,9 @@ class Distiller:
         Args:
             ranks: Per group its channels, best first.
             trained: The widths that boards trained in the round. Without any, the whole model's are the widest.
+            core: Whether these are the only ones to learn, whichever the strategy names: others are not trained yet.
         """
-        widest, densities = self._widths_of(set(trained))
+        widest, densities = self._widths_of(set(trained), core)
         axes = self._trainer.axes
         plans = [widest] if axes is None else axes.plans(widest, densities)
         if len(plans) == 1:
@@ -112,11 +119,11 @@ class Distiller:
         )  # fmt: skip
         return whole.scatter(result.tensors, tensors)
 
-    def _widths_of(self, trained: set[Widths]) -> tuple[Widths, tuple[float, ...]]:
+    def _widths_of(self, trained: set[Widths], core: bool) -> tuple[Widths, tuple[float, ...]]:
         """The widest width, and shares of the whole model's at which others are narrower: the whole model and those
         that the strategy names, or else those that boards trained, at most `MOST` and in 64ths."""
         sizes = self._architecture.sizes
-        if self._asked.densities or not trained:
+        if (self._asked.densities and not core) or not trained:
             return sizes, self._asked.densities
         ratios = (max(w / n for w, n in zip(widths, sizes, strict=True)) for widths in trained)
         shares = sorted({math.ceil(64 * ratio) / 64 for ratio in ratios})

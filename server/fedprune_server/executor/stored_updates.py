@@ -72,6 +72,7 @@ class StoredUpdates:
             part.last_counted_round,
             part.work,
             part.mixed,
+            part.core,
         )
 
     def recipe(self, turn: Turn) -> Recipe:

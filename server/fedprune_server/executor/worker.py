@@ -259,7 +259,8 @@ class Worker:
         """The round that a command belongs to; a new one if it isn't the one of the command before."""
         key = (command.round, command.model, command.memory)
         if self._round is None or self._round[0] != key:
-            scene = self.updates.scene(command.round, command.model, command.memory)
+            core = any(part.core for part in _parts_of(command))
+            scene = replace(self.updates.scene(command.round, command.model, command.memory), core=core)
             self._round = key, Round(self.strategy, scene, self.limits)
         return self._round[1]
 
@@ -319,8 +320,9 @@ class Worker:
         tensors = result.model | {n: before[n] for n in kept}
         if self._distiller is not None and any(found.part.mixed for found in command.contributions):
             scene = self.updates.scene(command.round, command.model, command.memory)
+            core = any(found.part.core for found in command.contributions)
             trained = {found.part.widths for found in command.contributions}
-            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained)
+            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained, core=core)
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
@@ -344,6 +346,13 @@ class Worker:
             model = model if self._calibration is None else self._calibration(model)
         metrics = self._evaluator(model, widths)
         return on.Evaluated(command.round, metrics | private)
+
+
+def _parts_of(command: do.Fold | do.Close | do.Measure | do.Basis) -> tuple[do.Part, ...]:
+    """The parts whose updates a command brings, as far as it tells."""
+    if isinstance(command, do.Fold):
+        return (command.contribution.part,)
+    return () if isinstance(command, do.Basis) else tuple(found.part for found in command.contributions)
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:

@@ -464,7 +464,10 @@ class Simulation:
         if id(device.profile) not in self._profiles:  # devices of one kind share one
             self._profiles[id(device.profile)] = device.profile.to_dict()
         profile = self._profiles[id(device.profile)]
-        self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples, codecs=CODECS))
+        born = on.DeviceBorn(
+            name, session, profile, device.samples, codecs=CODECS, effective_classes=device.effective_classes
+        )
+        self._run.push(max(at, begin), born)
 
     def _leave(self, item: Left) -> on.Event | None:
         """Close a device's window: its training is lost, an announced update is sent again when it reconnects."""

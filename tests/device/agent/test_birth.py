@@ -16,10 +16,10 @@ from fedprune_device.network.connection import Channel, Connection
 pytestmark = pytest.mark.board
 
 
-def births(profile: str, engine: Callable[[], str] = lambda: "") -> BirthBuilder:
-    data: Any = SimpleNamespace(samples=3)
+def births(profile: str, engine: Callable[[], str] = lambda: "", **private: Callable[[], bool]) -> BirthBuilder:
+    data: Any = SimpleNamespace(samples=3, effective_classes=2)
     link: Any = None
-    return BirthBuilder(Connection(link, Channel("d", "site")), data, profile, None, engine)
+    return BirthBuilder(Connection(link, Channel("d", "site")), data, profile, None, engine, **private)
 
 
 def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
@@ -32,6 +32,14 @@ def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
     assert greeting.outdated(AGAIN_S)
     greeting.birth(1, None, AGAIN_S)
     assert not greeting.outdated(3 * AGAIN_S)
+
+
+def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:
+    private = [False]
+    greeting = births("raspberry-pi-5", private=lambda: private[0])
+    assert greeting.birth(1, None, 0.0).effective_classes == 2
+    private[0] = True
+    assert greeting.birth(2, None, 0.0).effective_classes is None
 
 
 def test_a_long_or_strange_reason_still_makes_a_message() -> None:

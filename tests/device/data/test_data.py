@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import DataError
 from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import Targets, class_presence, class_weights, log_prior
+from fedprune_device.data.labels import Targets, class_presence, class_weights, effective_classes, log_prior
 
 pytestmark = pytest.mark.board
 
@@ -285,3 +285,16 @@ def test_a_file_with_a_flipped_bit_is_called_damaged(tmp_path: Path, pack: Any) 
     path.write_bytes(sound[:3000])
     with pytest.raises(DataError, match="cut short"):
         load_data(str(path))
+
+
+def test_labels_are_worth_as_many_even_classes_as_have_their_entropy() -> None:
+    several = {(5, 5, 5): 3, (7, 0, 7, 0): 2, (9, 0): 1, (98, 1, 1): 1, (3, 2, 1): 3, (2, 1): 2, (0, 0): None}
+    assert {counts: effective_classes(counts) for counts in several} == several
+
+
+def test_samples_tell_how_many_classes_they_are_worth_where_each_has_one() -> None:
+    def worth(labels: Any) -> int | None:
+        return LocalData(X, labels, X[:0], labels[:0]).effective_classes
+
+    assert [worth(Y), worth(Y * 0 + 3), worth(np.arange(20) * 10**6)] == [4, 1, 20]
+    assert [worth(Y.astype(np.float32)), worth(np.stack([Y, Y], 1)), worth(X)] == [None] * 3

@@ -165,6 +165,17 @@ def test_the_number_of_training_images_is_counted_when_they_are_looked_at(
     assert 0 < found.samples < 20
 
 
+def test_folders_that_are_classes_tell_how_many_their_files_are_worth(tmp_path: Path) -> None:
+    for n in range(8):
+        put(tmp_path, f"ant/{n}.png", n)
+    assert folder(tmp_path).effective_classes is None
+    put(tmp_path, "bee/0.png", 100)
+    assert folder(tmp_path).effective_classes == 1
+    for n in range(1, 5):
+        put(tmp_path, f"bee/{n}.png", 100 + n)
+    assert folder(tmp_path).effective_classes == 2
+
+
 def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:
     put(tmp_path, "dog/a.png", 1)
     with pytest.raises(ConfigError, match="expected ant or bee, got dog"):

@@ -207,10 +207,11 @@ def test_the_number_of_training_samples_waits_for_nobody_who_writes(samples: Sam
         samples.add(x_of(n), n % 2)
     found: list[int] = []
     with samples._lock:
-        thread = threading.Thread(target=lambda: found.append(samples.samples), daemon=True)
+        ask = lambda: found.extend([samples.samples, samples.effective_classes or 0])  # noqa: E731
+        thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(10)
-        assert found == [samples.counts()["parts"]["train"]]
+        assert found == [samples.counts()["parts"]["train"], 2]
 
 
 @given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
@@ -228,6 +229,8 @@ def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tu
                 else:
                     samples.delete(name)
             assert samples.samples == samples.counts()["parts"]["train"]
+            expected = samples.snapshot().effective_classes if samples.samples else None
+            assert samples.effective_classes == expected
 
 
 def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

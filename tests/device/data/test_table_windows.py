@@ -101,7 +101,9 @@ def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[st
     make = write if kind == ".csv" else parquet
     path = make(tmp_path / f"a{kind}", ["class", "a", "b"], cells)
     targets = Targets("cross_entropy", 3)
-    data = TableFile(path, ALL, 1000, names).snapshot((2, 7), targets)
+    table = TableFile(path, ALL, 1000, names)
+    assert table.effective_classes == 3
+    data = table.snapshot((2, 7), targets)
     data.check(targets, (2, 7))
     begins = places(np.asarray(data.x_train).transpose(0, 2, 1), rows)
     np.testing.assert_array_equal(data.y_train, classes[np.array(begins) + 6])

@@ -185,6 +185,14 @@ def test_other_outputs_than_classes_come_nearer_to_their_mean(loss: str, outputs
     assert apart(found) < 0.5 * apart(model.tensors)
 
 
+def test_where_boards_share_a_core_others_of_the_strategys_widths_learn_nothing() -> None:
+    model, x = small(), inputs()
+    core, ranking = widths_at(model.architecture, 0.5), own_order(model)
+    named, shared = (distiller(model, x)(model.tensors, ranking, 1, {core}, core=c) for c in (False, True))
+    assert same(shared, model.tensors), "boards of one width have nobody to learn from"
+    assert not same(named, model.tensors)
+
+
 def test_a_model_that_diverges_stays_as_it_is() -> None:
     model = small()
     broken = {n: v * np.float32(1e30) for n, v in model.tensors.items()}

@@ -9,8 +9,9 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.model.recipe import Recipe
+from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import DropOuts
 from fedprune_server.simulation.results.parquet_tables import rounds_table
@@ -298,3 +299,19 @@ def test_more_devices_than_there_are_cannot_be_waited_for(build):
 def test_wrong_drop_outs_are_refused(probability, away):
     with pytest.raises(FedpruneError):
         DropOuts(probability, away)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(("classes", "granted"), [(10, [0.5, 0.5, 0.5]), (2, [1.0, 0.5, 0.5])])
+def test_boards_share_a_core_where_each_knows_all_classes(build, classes, granted, stored):
+    x, y = load_digits()
+    fleet = []
+    for number, board in enumerate(boards()):
+        rows = np.flatnonzero(y < classes)[number : 60 * classes : 3]
+        data = LocalData(x[rows], y[rows], x[:0], y[:0])
+        fleet.append(replace(board, data=StoredData.of(lambda data=data: data) if stored else data))
+    options = {"densities": [1.0, 0.5, 0.5]}
+    simulation = build(strategy="fedprune", density=0.0, options=options, fleet=fleet)
+    simulation.run()
+    parts = simulation.state.history[0]["devices"]
+    assert sorted((part["density"] for part in parts.values()), reverse=True) == granted

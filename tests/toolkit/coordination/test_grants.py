@@ -20,6 +20,7 @@ from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.strategies.shared_core import SharedCore
+from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
 from support.fakes.tiny_job import WIDE
 
@@ -142,6 +143,104 @@ def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
 
     assert first({"a": 1.0, "b": 1.0}) == ("imported", "")
     assert first(FLEET) == first({"a": 1.0}, "heterofl") == ("m", "")
+
+
+def labelled(worth: dict[str, int | None], samples: int = 100) -> State:
+    """Boards of the mixed fleet, and how many of the net's three classes their labels are worth."""
+    state = fleet(FLEET)
+    for name, classes in worth.items():
+        state.devices[name].effective_classes, state.devices[name].samples = classes, samples
+    return state
+
+
+EVEN = dict.fromkeys(FLEET, 3)
+
+
+def cored(state: State, number: int = 1, job: Job | None = None) -> bool:
+    state.round, job = number, job or Job(strategy="fedprune", rounds=10)
+    grants = [Grants(job, compose(job), NET, state).of(device) for device in state.devices.values()]
+    assert len({grant.core for grant in grants}) == 1
+    assert (densities(dict(zip(FLEET, grants, strict=False))) == [0.5, 0.5, 0.5, 0.25]) == grants[0].core
+    return grants[0].core
+
+
+def test_boards_that_tell_classes_apart_have_a_core_where_most_of_them_know_most_classes() -> None:
+    def shares(*worth: int | None, samples: int = 100) -> bool:
+        return cored(labelled(dict(zip(FLEET, worth, strict=True)), samples))
+
+    assert shares(3, 3, 3, 3)
+    assert shares(3, 3, 3, 1)
+    assert shares(3, None, 3, 3)
+    assert not shares(3, 1, 1, 1)
+    assert not shares(3, None, None, None)
+    assert not shares(2**24, 1, 1, 1)
+    assert shares(1, 1, 1, 1, samples=1), "a board of few samples can't know more classes than samples"
+    assert not shares(1, 1, 1, 1, samples=10)
+
+
+def test_what_boards_train_stays_as_it_was_when_the_job_began() -> None:
+    even, skewed = labelled(EVEN), labelled(dict.fromkeys(FLEET, 1))
+    for state in (even, skewed):
+        state.model, state.plain_model = "nested", "imported"
+    assert (cored(even), cored(skewed)) == (True, False)
+    assert (even.model, skewed.model) == ("imported", "nested")
+    for state, classes in ((even, 1), (skewed, 3)):
+        again = State.from_json(state.to_json())
+        for device in again.devices.values():
+            device.effective_classes = classes
+        assert cored(again, 2) == (state is even)
+    assert not cored(labelled(EVEN), 2), "a job that began otherwise goes on so"
+
+
+def test_private_and_asynchronous_jobs_and_those_that_say_otherwise_look_at_no_labels() -> None:
+    several: list[dict[str, Any]] = [
+        {"secure_aggregation": True},
+        {"privacy": Privacy(clip=1.0, noise_multiplier=1.0)},
+        {"options": {"arrivals": 2}},
+        {"options": {"mixup": 0.4}},
+        {"options": {"core": 0}},
+        {"recipe": Recipe(ordered_dropout=(0.5,))},
+    ]
+    for settings in several:
+        assert not cored(labelled(EVEN), job=Job(strategy="fedprune", rounds=10, **settings)), settings
+
+
+def test_trained_models_and_boards_of_one_width_have_no_core_of_even_labels() -> None:
+    trained, alike = labelled(EVEN), labelled(EVEN)
+    trained.untrained = False
+    for device in alike.devices.values():
+        device.density, device.widths = 0.5, widths_at(NET, 0.5)
+    alike.round, job = 1, Job(strategy="fedprune", rounds=10)
+    grant = Grants(job, compose(job), NET, alike).of(alike.devices["a"])
+    assert not cored(trained)
+    assert (grant.core, grant.mixed, grant.work) == (False, False, 1)
+
+
+def test_boards_of_even_labels_have_time_for_whole_steps_and_work_no_more_than_fits() -> None:
+    job = Job(strategy="fedprune", rounds=10)
+    recipe = compose(job).planned_recipe(job, "d", widths_at(NET, 0.25), 0.25, 100)
+    free = plan(NET, PI, recipe, 100, densities=(0.25,))
+
+    def grant(spare: float) -> Grant:
+        state = labelled(EVEN)
+        seconds = free.prediction.transfer_s + spare * free.prediction.train_s
+        made = plan(NET, PI, recipe, 100, densities=(0.25,), deadline_s=seconds)
+        state.devices["d"].plan = PackedJson(made.to_dict())
+        state.round = 1
+        return Grants(job, compose(job), NET, state).of(state.devices["d"])
+
+    made = [(g.core, g.work) for g in map(grant, (1.5, 2.5, 4.5, 100.0))]
+    assert made == [(False, 1), (True, 1), (True, 2), (True, 3)]
+
+
+def test_what_a_board_says_of_its_labels_reaches_the_decision() -> None:
+    job = Job(strategy="fedprune", options={"densities": [1.0, 0.5, 0.5, 0.25]}, devices=4, rounds=10)
+    coordinator = SynchronousCoordinator(job, NET, State(model="m0", untrained=True))
+    for number, name in enumerate(FLEET):
+        coordinator.handle(on.DeviceBorn(name, number, PI.to_dict(), 100, effective_classes=3), 0.0)
+    assert [(t.density, t.core) for t in coordinator.state.tasks.values()] == [
+        (density, True) for density in (0.5, 0.5, 0.5, 0.25)
+    ]
 
 
 def test_narrow_boards_work_as_much_as_half_of_the_whole_model_takes_up_to_four_times() -> None:

@@ -90,9 +90,12 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     architecture, start = first_model(data, seed, trained=trained)
     core = widths_at(architecture, 0.5)
 
-    def closed(memory: Memories | None = None, **options: Any) -> Tensors:
+    def closed(
+        memory: Memories | None = None, scene: Scene | None = None, recipe: Recipe = MSE, **options: Any
+    ) -> Tensors:
         """The model after a round in which a board of half the channels changed nothing."""
-        strategy, scene = compose(job(options, recipe=MSE)), Scene(architecture, 0, 1, start, memory or {})
+        strategy = compose(job(options, recipe=recipe))
+        scene = scene or Scene(architecture, 0, 1, start, memory or {})
         fold = Fold(architecture, start, rule="fill")
         held = Selection.of(architecture, core, strategy.rank(scene).ranks)
         fold.add(held, held.gather(start), 1)
@@ -105,6 +108,9 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     for ranking in ("ordered", "magnitude"):
         assert same_but_for_sums(closed(ranking=ranking), start)
     first = Scene(architecture, 0, 1, start)
+    even = replace(first, core=True)
+    assert same_but_for_sums(closed(scene=even, recipe=Recipe()), start if trained else silent)
+    assert same_but_for_sums(closed(scene=first, recipe=Recipe()), start), "without a core all channels are trained"
     settled = compose(job(recipe=MSE)).learn(first, Fold(architecture, start), lambda: iter(()))
     assert same_but_for_sums(closed(settled, ranking="nested"), start), "later rounds silence nothing"
 
@@ -165,6 +171,13 @@ def test_with_a_core_narrower_submodels_take_larger_steps() -> None:
 
     assert rates(replace(MSE, lr=0.1)) == pytest.approx([0.1, 0.1 * 2**0.6, 0.1 * 4**0.6])
     assert rates(Recipe(lr=0.1)) == [0.1] * 3
+
+
+def test_a_core_of_even_labels_is_trained_as_any_core() -> None:
+    strategy, turn = compose(job()), Turn(0, 1, "a", (3,), 0.5)
+    skewed, even = (strategy.recipe(Recipe(lr=0.1), replace(turn, core=core)) for core in (False, True))
+    assert (skewed.ordered_dropout, skewed.mixup, skewed.lr) == ((0.25, 0.5, 0.75), 0.2, 0.1)
+    assert (even.ordered_dropout, even.mixup, even.lr) == ((), 0.0, pytest.approx(0.1 * 2**0.6))
 
 
 def test_steps_are_narrower_than_boards_where_these_differ_and_tell_classes_apart() -> None:
@@ -228,7 +241,11 @@ def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> N
 
     assert core(MSE) == core(Recipe(metric="perplexity")) == SharedCore(0.75)
     assert core(Recipe(), core=0.5) == SharedCore(0.5)
-    assert core(Recipe()) == core(MSE, core=0) == SharedCore(until=0.0, work=1)
+    assert core(MSE, core=0) == core(Recipe(), core=0) == SharedCore(until=0.0, work=1)
+    assert core(Recipe()) == SharedCore(0.75, evenness=0.65)
+    for named in ({"dropout": [0.5]}, {"dropout": []}, {"mixup": 0.0}):
+        assert core(Recipe(), **named) == SharedCore(until=0.0, work=1)
+    assert core(Recipe(ordered_dropout=(0.5,))) == core(Recipe(mixup=0.2)) == SharedCore(until=0.0, work=1)
 
 
 def test_what_is_switched_off_is_off() -> None:

@@ -208,6 +208,12 @@ def test_numbers_in_free_form_objects_are_finite_too() -> None:
         Birth("pi-1", 1, "p", 1, "s", {"speed": [math.nan]})
 
 
+@pytest.mark.parametrize("worth", [0, -1, 2**24 + 1, 1.5, math.nan, True, "3"])
+def test_a_number_of_classes_that_is_none_is_refused(worth: Any) -> None:
+    with pytest.raises(ProtocolError, match="birth: field effective_classes"):
+        Birth("pi-1", 1, "p", 1, "s", effective_classes=worth)
+
+
 @pytest.mark.parametrize(
     "raw",
     [

@@ -278,7 +278,14 @@ class Coordinator(ABC):
         known_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
         codecs = self._codecs.setdefault(known_codecs, list(known_codecs))
         device = Device(
-            event.session, True, event.profile, event.probe, event.samples, codecs=codecs, region=event.region
+            event.session,
+            True,
+            event.profile,
+            event.probe,
+            event.samples,
+            codecs=codecs,
+            region=event.region,
+            effective_classes=event.effective_classes,
         )
         if known is None:
             device.last_offered_round = state.round
@@ -564,6 +571,7 @@ def part_of(name: str, task: Task) -> do.Part:
         task.last_counted_round,
         work=task.work,
         mixed=task.mixed,
+        core=task.core,
     )
 
 

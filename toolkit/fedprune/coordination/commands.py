@@ -89,6 +89,7 @@ class Part:
             none.
         work: How often the recipe's epochs are trained.
         mixed: Whether boards of the fleet train different widths.
+        core: Whether the fleet shares a core, or has grown from one.
     """
 
     device: str
@@ -100,6 +101,7 @@ class Part:
     last_counted_round: int = 0
     work: int = 1
     mixed: bool = True
+    core: bool = False
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Part:

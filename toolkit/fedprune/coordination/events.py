@@ -18,6 +18,7 @@ class DeviceBorn:
         probe: What it measured of itself, as JSON.
         codecs: Names of the codecs that it knows.
         region: The aggregator through which it is connected; empty for the server itself.
+        effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
         more: Whether events of further devices follow: a round doesn't begin before the last of them.
     """
 
@@ -29,6 +30,7 @@ class DeviceBorn:
     codecs: tuple[str, ...] = ()
     more: bool = False
     region: str = ""
+    effective_classes: int | None = None
 
 
 @dataclass(frozen=True)

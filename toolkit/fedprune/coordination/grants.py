@@ -7,8 +7,9 @@ of the job; what narrower steps save, boards spend on more of them, as far as th
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedprune.coordination.width_planner import forget_first, predict_round
@@ -28,7 +29,7 @@ which a core learns as much in a round as FedAvg does."""
 MOST_EPOCHS = 10_000
 """What a recipe takes."""
 
-ALIKE_ROOM = 2.0
+WHOLE_STEPS = 2.0
 """How often the planned training must fit a board's time before steps may all be as wide as the board: more than steps
 of ordered dropout are shorter."""
 
@@ -41,12 +42,14 @@ class Grant(NamedTuple):
         density: The share of the model that these are.
         work: How often the recipe's epochs are trained.
         mixed: Whether boards of the fleet train different widths.
+        core: Whether the fleet shares a core, or has grown from one.
     """
 
     widths: Widths
     density: float
     work: int = 1
     mixed: bool = True
+    core: bool = False
 
 
 class Grants:
@@ -55,8 +58,8 @@ class Grants:
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, state: State) -> None:
         self._job, self._strategy, self._architecture, self._state = job, strategy, architecture, state
         self._core = strategy.core
-        # Asynchronous jobs begin with few of their boards: that those are alike says little.
-        self._may_be_alike = strategy.schedule is None or not strategy.schedule.asynchronous
+        # Asynchronous jobs begin with few of their boards, which say little of the others.
+        self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
         self._widths: Widths = ()
         self._density, self._mixed = 1.0, True
         self._macs: dict[Widths, int] = {}
@@ -67,14 +70,18 @@ class Grants:
     def begin_round(self) -> None:
         """Decide what the fleet trains in the round that begins, of number `State.round`.
 
-        Boards that have grown, or were trained in another way, have no core again; and a nested start is given up
-        before the first round where no width holds another.
+        Boards that have grown, or were trained in another way, have no core again. Whether labels are even is decided
+        in the first round: boards that come later don't change how the job is trained. A nested start is given up
+        before that round where no width holds another, or where a core comes first.
         """
-        state = self._state
+        core, state = self._core, self._state
+        if core is not None and core.evenness and state.even_labels is None:
+            first = state.round == 1 and state.untrained
+            state.even_labels = first and self._have_even_labels(core.evenness)
         state.untrained = self._is_shared
         self._decide()
         plain, state.plain_model = state.plain_model, ""
-        if plain and self._core is not None and not self._mixed:
+        if plain and (self._has_core or not self._mixed):
             state.model = plain
 
     def of(self, device: Device) -> Grant:
@@ -82,7 +89,7 @@ class Grants:
         if self._core is None:
             return Grant(device.widths, device.density)
         widths, density = self._least(device.widths, device.density)
-        return Grant(widths, density, self._work(device, widths), self._mixed)
+        return Grant(widths, density, self._work(device, widths), self._mixed, self._has_core)
 
     @property
     def core(self) -> Widths:
@@ -98,27 +105,52 @@ class Grants:
             return f"boards share a core: they train at most {self._density:.3g} of the model's channels, which {share}"
         if not self._mixed:
             return "all boards train the same width: no ordered dropout and no mixup by default"
-        return "each board trains all that it can hold" if self._core.until else ""
+        return "each board trains all that it can hold" if self._has_core else ""
+
+    @property
+    def _has_core(self) -> bool:
+        """Whether the fleet shares a core, or has grown from one."""
+        core = self._core
+        return core is not None and (core.unconditional or (core.until > 0 and bool(self._state.even_labels)))
 
     @property
     def _is_shared(self) -> bool:
         """Whether the fleet shares a core in the present round."""
         core, state = self._core, self._state
-        return core is not None and state.untrained and core.shared_in(state.round, self._job.rounds)
+        return core is not None and self._has_core and state.untrained and core.shared_in(state.round, self._job.rounds)
+
+    @property
+    def _devices(self) -> list[Device]:
+        return [d for d in self._state.devices.values() if d.widths and not d.excluded]
 
     def _decide(self) -> None:
         """Look at what the fleet's devices can hold."""
         self._widths, self._density, self._mixed = (), 1.0, True
         if self._core is None:
             return
-        devices = [d for d in self._state.devices.values() if d.widths and not d.excluded]
+        devices = self._devices
         kinds = Counter((d.density, d.widths) for d in devices)
         if self._is_shared and kinds:
             self._density, self._widths = self._core.of(kinds)
         trained = {self._least(widths, density)[0] for density, widths in kinds}
-        alike = len(trained) == 1 and self._may_be_alike
-        # Plans go by steps of ordered dropout, which are shorter: boards that are alike need time for whole ones.
-        self._mixed = not (alike and all(self._fits(d, d.widths) >= ALIKE_ROOM for d in devices))
+        alike = len(trained) == 1 and self._sees_fleet
+        self._mixed = not (alike and self._fit_whole_steps(devices))
+
+    def _have_even_labels(self, least: float) -> bool:
+        """Whether labels are even enough for a core: whether, of all classes or of as many as a board has samples, the
+        median board's labels are worth at least this share. Boards that don't say count as worth none."""
+        devices = self._devices
+        if self._job.privacy.on or self._job.secure_aggregation or not self._sees_fleet:
+            return False
+        if len({(d.density, d.widths) for d in devices}) < 2:
+            return False
+        classes = self._architecture.classes
+        shares = [(d.effective_classes or 0) / max(1, min(classes, d.samples)) for d in devices]
+        return statistics.median(shares) >= least and self._fit_whole_steps(devices)
+
+    def _fit_whole_steps(self, devices: Iterable[Device]) -> bool:
+        """Whether boards have time for steps as wide as themselves: plans go by those of ordered dropout."""
+        return all(self._fits(d, d.widths) >= WHOLE_STEPS for d in devices)
 
     def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The lesser of what a device can hold and the core."""
@@ -129,11 +161,12 @@ class Grants:
 
     def _work(self, device: Device, widths: Widths) -> int:
         # What boards are to train is part of what those of a secure sum agree on.
-        if self._core is None or self._core.work == 1 or not widths or self._job.secure_aggregation:
+        if self._core is None or not self._has_core or not widths or self._job.secure_aggregation:
             return 1
+        whole_steps = WHOLE_STEPS if self._core.evenness else 1.0
         wanted = round(WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths))
         most = min(self._core.work, wanted, MOST_EPOCHS // self._job.training.epochs)
-        return max(1, math.floor(min(most, self._fits(device, widths)))) if most > 1 else 1
+        return max(1, math.floor(min(most, self._fits(device, widths) / whole_steps))) if most > 1 else 1
 
     def _fits(self, device: Device, widths: Widths) -> float:
         """How often the training at these widths fits the time and energy that a device's plan has."""

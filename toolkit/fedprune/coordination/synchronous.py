@@ -193,7 +193,7 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         for name, task in list(state.tasks.items()):
             device = state.devices[name]
-            task.widths, task.density, task.work, task.mixed = self.grants.of(device)
+            task.widths, task.density, task.work, task.mixed, task.core = self.grants.of(device)
             task.accumulate = device.accumulate
             if not task.widths:
                 del state.tasks[name]

@@ -90,6 +90,7 @@ class Device(TrackedEntry):
         releases: Under differential privacy, how many releases contain its samples, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
         region: The aggregator through which it is connected; empty for the server itself.
+        effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
     """
 
     session: int
@@ -114,6 +115,7 @@ class Device(TrackedEntry):
     held: dict[str, Any] | None = None
     releases: dict[str, int] = field(default_factory=lambda: _NOTHING)
     region: str = ""
+    effective_classes: int | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
@@ -184,6 +186,7 @@ class Task(TrackedEntry):
         last_counted_round: The round of the offer behind that; 0 for none.
         work: How often the recipe's epochs are trained.
         mixed: Whether boards of the fleet train different widths in its round.
+        core: Whether the fleet shares a core in its round, or has grown from one.
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
             in synchronous jobs, where the state has them.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
@@ -214,6 +217,7 @@ class Task(TrackedEntry):
     last_counted_round: int = 0
     work: int = 1
     mixed: bool = True
+    core: bool = False
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
     trained_s: float | None = None
@@ -299,7 +303,9 @@ class State:
         spent_macs: The same of MACs of their training, where the shell counts them.
         untrained: Whether the job began with a model that had just been made, and shares a core since.
         plain_model: Before the first round, digest of the model as it was imported, where the strategy made another of
-            it: boards of one width begin with that.
+            it: boards of one width begin with that, and boards that share a core.
+        even_labels: Whether boards' labels were even enough for a core when the first round began; None before, and
+            where the strategy doesn't ask.
     """
 
     model: str
@@ -328,6 +334,7 @@ class State:
     spent_macs: int = 0
     untrained: bool = False
     plain_model: str = ""
+    even_labels: bool | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
@@ -412,6 +419,7 @@ class State:
                         last_counted_round=t.last_counted_round,
                         work=t.work,
                         mixed=t.mixed,
+                        core=t.core,
                         accumulate=t.accumulate,
                     ),
                 )

@@ -21,14 +21,22 @@ class SharedCore:
         board_share: The share of boards that can hold the core; the others train what they can hold.
         until: The share of the job's rounds after which each board trains all that it can hold; 0 for no core.
         work: How many times the recipe's epochs boards train at most, where the whole model's would take them more.
+        evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
+            whatever the labels are.
     """
 
     board_share: float = bounded(0.75, 0, 1, above=True)
     until: float = bounded(0.8, 0, 1)
     work: int = bounded(4, 1, 100)
+    evenness: float = bounded(0.0, 0, 1)
 
     def __post_init__(self) -> None:
         check_fields(self, "core: {}")
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether fleets begin with the core whatever their labels are."""
+        return self.until > 0 and not self.evenness
 
     def shared_in(self, number: int, rounds: int) -> bool:
         """Whether boards train the core in a round of this number, from 1; never in a job's last."""

@@ -35,6 +35,7 @@ class Turn:
         last: The round whose offer its last counted update was trained for; 0 before the first.
         work: How often it trains the recipe's epochs; what hands out the recipe sees to that.
         mixed: Whether boards of the fleet train different widths in this round.
+        core: Whether the fleet shares a core in this round, or has grown from one.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class Turn:
     last: int = 0
     work: int = 1
     mixed: bool = True
+    core: bool = False
 
     @property
     def pruning_rate(self) -> float:
@@ -108,6 +110,7 @@ class Scene:
         participants: The devices that take part, sorted; empty where a device's submodel is made.
         ranks: Per group its channels, best first, as an earlier fleet that trained the job's first model cut it; None
             where none did.
+        core: As of `Turn`, for the devices whose updates make the round's sums; False before there are any.
     """
 
     architecture: Architecture
@@ -118,6 +121,7 @@ class Scene:
     recipe: Recipe = field(default_factory=Recipe)
     participants: tuple[str, ...] = ()
     ranks: Ranks | None = None
+    core: bool = False
 
 
 @dataclass(frozen=True, eq=False)

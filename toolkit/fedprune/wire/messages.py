@@ -245,6 +245,9 @@ class Birth(CheckedMessage, kind="birth"):
     None without an identity."""
     trouble: Annotated[str, text(MAX_TROUBLE)] | None = newer()
     """Why its program can't start, and ends after this message; None where it works."""
+    effective_classes: Annotated[int, whole(1, 2**24)] | None = newer()
+    """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
+    have no class, where it isn't known before a round, and of a board with privacy."""
 
 
 @dataclass(frozen=True)

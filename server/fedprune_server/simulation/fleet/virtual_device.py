@@ -61,12 +61,13 @@ class StoredData:
     samples: int
     fingerprint: str
     load: Callable[[], LocalData]
+    effective_classes: int | None = None
 
     @classmethod
     def of(cls, load: Callable[[], LocalData]) -> StoredData:
         """Read the samples once, for their number and fingerprint. Raises `DataError` if it can't be read."""
         data = load()
-        return cls(data.samples, fingerprint(data), load)
+        return cls(data.samples, fingerprint(data), load, data.effective_classes)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class VirtualDevice:
     @property
     def samples(self) -> int:
         return self.data.samples
+
+    @property
+    def effective_classes(self) -> int | None:
+        return self.data.effective_classes
 
     @cached_property
     def fingerprint(self) -> str:
@@ -294,13 +299,15 @@ def _samples(
         load = partial(federation.load, name)
         data = load()
         check(data)
-        return data if held else StoredData(federation.count(name), federation.fingerprint(name), load)
+        if held:
+            return data
+        return StoredData(federation.count(name), federation.fingerprint(name), load, data.effective_classes)
     source = str(path.parent / row.data) if row.data.endswith(".npz") else row.data
     read = partial(load_data, source, seed, row.name, row.validation)
     data = read()
     with named(source):
         check(data)
-    return data if held else StoredData(data.samples, fingerprint(data), read)
+    return data if held else StoredData(data.samples, fingerprint(data), read, data.effective_classes)
 
 
 def _texts(value: object, where: str) -> list[str]:

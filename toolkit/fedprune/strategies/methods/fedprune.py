@@ -68,6 +68,9 @@ NARROW_RATE = 0.6
 CORE = 0.75
 """Share of the boards that can hold the core."""
 
+EVENNESS = 0.65
+"""Share of the classes that the median board's labels are worth where a core is better than ordered dropout."""
+
 WIDTHS = (0.25, 0.5, 0.75)
 """Widths of ordered dropout where boards of several widths tell classes apart, of which each may see few."""
 
@@ -145,17 +148,18 @@ class FedPrune(Strategy):
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
         first = scene.round == 1 and self._settled(scene) is None
-        if self._has_core and first and self._starts_anew(scene.architecture, scene.model):
+        if (scene.core or self._has_core) and first and self._starts_anew(scene.architecture, scene.model):
             return replace(closing, model=nested(scene.architecture, closing.model, [fold.widths]))
         return closing
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
         strategy's."""
-        options, is_slimmed = self.options, turn.mixed and not self._has_core
+        options, has_core = self.options, turn.core or self._has_core
+        is_slimmed = turn.mixed and not has_core
         average = recipe.average or options.average
         blend = recipe.blend or (options.blend if average else 0.0)
-        larger = turn.density**-NARROW_RATE if self._has_core else 1.0
+        larger = turn.density**-NARROW_RATE if has_core else 1.0
         dropout = (WIDTHS if is_slimmed else ()) if options.dropout is None else options.dropout
         mixup = (MIXUP if is_slimmed else 0.0) if options.mixup is None else options.mixup
         return replace(
@@ -177,8 +181,8 @@ class FedPrune(Strategy):
 
     @property
     def _has_core(self) -> bool:
-        """Whether the fleet begins with a core, and no step is narrower than its board."""
-        return self.core is not None and self.core.until > 0
+        """Whether any fleet begins with a core, and no step is narrower than its board."""
+        return self.core is not None and self.core.unconditional
 
     def _starts_anew(self, architecture: Architecture, model: Tensors) -> bool:
         ranking = self.options.ranking
@@ -198,9 +202,9 @@ def fedprune(job: Job) -> Strategy:
     options = read_options(job, Options)
     name = job.strategy
     kind = DeltaMean if options.arrivals else Mean
-    core_share = (0.0 if _adjusts(job.recipe) else CORE) if options.core is None else options.core
-    widths = () if core_share else _narrow_widths(job, options)
-    if options.ranking == "nested" and not core_share and not widths:
+    core = _core(job, options)
+    widths = () if core.unconditional else _narrow_widths(job, options)
+    if options.ranking == "nested" and not core.unconditional and not widths:
         raise ConfigError(
             f"job: option ranking of {job.strategy}",
             expected="with nested, a core or some widths below 1",
@@ -215,10 +219,22 @@ def fedprune(job: Job) -> Strategy:
         inputs="sum",
         compression="int8",
         allocator=dealt(job, options.densities),
-        distillation=_distillation(job, options, core=core_share > 0),
+        distillation=_distillation(job, options, core=core.unconditional),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
-        core=SharedCore(core_share) if core_share else SharedCore(until=0.0, work=1),
+        core=core,
     )
+
+
+def _core(job: Job, options: Options) -> SharedCore:
+    """The core that the options ask for. By default boards that tell classes apart have one where their labels are
+    even, unless the job itself says how ordered dropout or mixup shall be."""
+    share = options.core
+    if share is None and not _adjusts(job.recipe):
+        share = CORE
+    named = (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
+    if share is None and not named:
+        return SharedCore(CORE, evenness=EVENNESS)
+    return SharedCore(share) if share else SharedCore(until=0.0, work=1)
 
 
 def _narrow_widths(job: Job, options: Options) -> tuple[float, ...]:
