@@ -170,7 +170,7 @@ def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path)
     run = digits_simulation(
         tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), sentences(i)) for i, n in enumerate(names)],
         evaluation=(test.x_train, test.y_train), rounds=4, strategy="fedprune", compression="none",
-        options={"densities": [1.0, 0.5, 0.25, 0.125]}, recipe=Recipe(epochs=4, batch_size=10, lr=0.02),
+        options={"densities": [1.0, 0.5, 0.25, 0.125], "core": 0}, recipe=Recipe(epochs=4, batch_size=10, lr=0.02),
     )  # fmt: skip
     run.run()
     record, trained = run.record(), final_weights(run)
