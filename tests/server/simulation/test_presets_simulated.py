@@ -110,7 +110,7 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("fedprune", {"core": 0}),  # before labels are known, boards are planned by steps of ordered dropout
+        ("fedprune", {}),
         ("subflot", {"planned": True}),
         ("heterofl", {"planned": True}),
         ("history", {"mu": 1.0}),

@@ -68,7 +68,7 @@ NARROW_RATE = 0.6
 CORE = 0.75
 """Share of the boards that can hold the core."""
 
-EVENNESS = 0.65
+EVENNESS = 0.85
 """Share of the classes that the median board's labels are worth where a core is better than ordered dropout."""
 
 WIDTHS = (0.25, 0.5, 0.75)
