@@ -157,8 +157,8 @@ EVEN = dict.fromkeys(FLEET, 3)
 
 
 def cored(state: State, number: int = 1, job: Job | None = None) -> bool:
-    state.round, job = number, job or Job(strategy="fedprune", rounds=10)
-    grants = [Grants(job, compose(job), NET, state).of(device) for device in state.devices.values()]
+    decided = begun(job or Job(strategy="fedprune", rounds=10), state, number)
+    grants = [decided.of(device) for device in state.devices.values()]
     assert len({grant.core for grant in grants}) == 1
     assert (densities(dict(zip(FLEET, grants, strict=False))) == [0.5, 0.5, 0.5, 0.25]) == grants[0].core
     return grants[0].core
@@ -210,8 +210,7 @@ def test_trained_models_and_boards_of_one_width_have_no_core_of_even_labels() ->
     trained.untrained = False
     for device in alike.devices.values():
         device.density, device.widths = 0.5, widths_at(NET, 0.5)
-    alike.round, job = 1, Job(strategy="fedprune", rounds=10)
-    grant = Grants(job, compose(job), NET, alike).of(alike.devices["a"])
+    grant = begun(Job(strategy="fedprune", rounds=10), alike).of(alike.devices["a"])
     assert not cored(trained)
     assert (grant.core, grant.mixed, grant.work) == (False, False, 1)
 
@@ -226,8 +225,7 @@ def test_boards_of_even_labels_have_time_for_whole_steps_and_work_no_more_than_f
         seconds = free.prediction.transfer_s + spare * free.prediction.train_s
         made = plan(NET, PI, recipe, 100, densities=(0.25,), deadline_s=seconds)
         state.devices["d"].plan = PackedJson(made.to_dict())
-        state.round = 1
-        return Grants(job, compose(job), NET, state).of(state.devices["d"])
+        return begun(job, state).of(state.devices["d"])
 
     made = [(g.core, g.work) for g in map(grant, (1.5, 2.5, 4.5, 100.0))]
     assert made == [(False, 1), (True, 1), (True, 2), (True, 3)]
