@@ -311,7 +311,7 @@ def test_boards_that_are_alike_keep_shorter_steps_where_their_time_is_short() ->
 
 def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
     job = Job(strategy="fedprune", options={"densities": [1.0, 0.5, 0.5, 0.25]}, devices=4, rounds=10, recipe=MSE)
-    coordinator = SynchronousCoordinator(job, NET, State(model="m0", untrained=True))
+    coordinator = SynchronousCoordinator(job, WIDE, State(model="m0", untrained=True))
     for number, name in enumerate(FLEET):
         coordinator.handle(on.DeviceBorn(name, number, PI.to_dict(), 10), 0.0)
     tasks = coordinator.state.tasks
@@ -321,4 +321,19 @@ def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
     assert {n: (t.widths, t.work, t.mixed) for n, t in again.tasks.items()} == {
         n: (t.widths, t.work, t.mixed) for n, t in tasks.items()
     }
-    assert coordinator.state.devices["a"].widths == NET.sizes, "what it can hold stays as it is"
+    assert coordinator.state.devices["a"].widths == WIDE.sizes, "what it can hold stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "recipe", "widths"),
+    [("fedprune", MSE, (4, 4)), ("fedprune", Recipe(), (2, 1)), ("heterofl", MSE, (2, 1))],
+)
+@pytest.mark.parametrize("dealt", [True, False], ids=["dealt", "planned"])
+def test_jobs_with_a_core_cut_no_group_below_four_channels(
+    strategy: str, recipe: Recipe, widths: tuple[int, ...], dealt: bool
+) -> None:
+    density: dict[str, Any] = {"options": {"densities": [0.25]}} if dealt else {"density": 0.25}
+    job = Job(strategy=strategy, devices=1, rounds=10, recipe=recipe, **density)
+    coordinator = SynchronousCoordinator(job, NET, State(model="m0", untrained=True))
+    coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 10), 0.0)
+    assert coordinator.state.devices["a"].widths == widths

@@ -81,6 +81,13 @@ def test_where_the_whole_model_fits_no_other_width_is_looked_at(monkeypatch: pyt
     assert plan(NET, BOARD, RECIPE, 500) == expected
 
 
+def test_a_plan_keeps_the_least_number_of_channels_that_is_asked_for() -> None:
+    narrow = plan(NET, BOARD, RECIPE, 500, densities=(0.1,)).widths
+    least = max(narrow) + 1
+    assert plan(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=least).widths == (least,) * len(narrow)
+    assert plan(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=10**6).widths == NET.sizes
+
+
 @pytest.mark.parametrize(
     ("bound", "limits"),
     [

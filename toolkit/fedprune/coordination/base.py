@@ -58,7 +58,7 @@ class Coordinator(ABC):
         self.allocator: Allocator = self.strategy.allocator or PlannedWidths(
             WidthPlanner(job, self.strategy, architecture, frozen)
         )
-        self.fleet = Fleet(job, architecture, state)
+        self.fleet = Fleet(job, architecture, state, self.strategy.least_channels)
         self.grants = Grants(job, self.strategy, architecture, state)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
         self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them

@@ -11,7 +11,7 @@ from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device, Task
-from fedprune.model.architecture import Architecture, kept_share, widths_at
+from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_with_least
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import NO_CORRECTION, Correction, Prediction, predict
 from fedprune.planning.plan import MEMORY, Plan, plan
@@ -43,7 +43,9 @@ class WidthPlanner:
         self.strategy = strategy
         self.architecture = architecture
         self.frozen = frozen
-        self._fixed = widths_at(architecture, job.density) if job.density else ()
+        self._fixed: tuple[int, ...] = ()
+        if job.density:
+            self._fixed = widths_with_least(architecture, widths_at(architecture, job.density), strategy.least_channels)
         self._profiles: dict[str, tuple[dict[str, Any], HardwareProfile]] = {}
         self._plans: dict[Hashable, _Made] = {}
         self._read: dict[Mapping[str, Any], Plan] = {}
@@ -179,6 +181,7 @@ class WidthPlanner:
                 probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
                 correction=correction,
                 frozen=self.frozen,
+                least_channels=self.strategy.least_channels,
                 codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
             )
         except StrategyError:

@@ -34,6 +34,7 @@ __all__ = [
     "Volume",
     "kept_share",
     "widths_at",
+    "widths_with_least",
 ]
 
 FORMAT = "fedprune.architecture/3"
@@ -334,6 +335,11 @@ def widths_at(architecture: Architecture, density: float) -> tuple[int, ...]:
     # The product may land a hair above a whole number (0.7 × 10): that hair is not a channel.
     widths = [max(1, min(g.size, -int(-(density * g.size - 1e-9) // 1))) for g in architecture.groups]
     return architecture.check_widths(widths)
+
+
+def widths_with_least(architecture: Architecture, widths: Sequence[int], least: int) -> tuple[int, ...]:
+    """Widths with at least so many channels of every group, or all of its channels where it has less."""
+    return tuple(max(width, min(size, least)) for width, size in zip(widths, architecture.sizes, strict=True))
 
 
 def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:

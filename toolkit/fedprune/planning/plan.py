@@ -11,7 +11,7 @@ from typing import Any
 from fedprune.core.errors import PlanError
 from fedprune.core.text import amount
 from fedprune.core.validation import restored
-from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.architecture import Architecture, widths_at, widths_with_least
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.cost_prediction import (
@@ -264,6 +264,7 @@ def plan(
     margin: float = 0.0,
     codecs: Codecs = NO_CODECS,
     names: Mapping[str, str] = JOB_SETTINGS,
+    least_channels: int = 1,
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
 
@@ -287,6 +288,7 @@ def plan(
         margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
         codecs: As in `predict`.
         names: What the settings of `JOB_SETTINGS` are called where the user has them.
+        least_channels: How many channels every group keeps, or all where it has less.
     """
     given = {"samples": samples, "byte_budget": byte_budget, "deadline_s": deadline_s, "energy_budget": energy_budget}
     for name, value in given.items():
@@ -308,6 +310,7 @@ def plan(
         frozen,
         codecs,
         names,
+        least_channels,
     )
     return search.plan()
 
@@ -346,6 +349,7 @@ class _Search:
     frozen: Collection[str]
     codecs: Codecs
     names: Mapping[str, str]
+    least_channels: int
 
     def plan(self) -> Plan:
         first: Rung | None = None
@@ -416,13 +420,17 @@ class _Search:
         if tuple(self.densities) == DENSITIES:
             yield Rung(1.0, self.architecture.sizes, 1)
             batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
-            yield from rungs(self.architecture, self._table, batch, self.densities, self._bandwidth)[1:]
+            narrower = rungs(self.architecture, self._table, batch, self.densities, self._bandwidth)[1:]
+            yield from dict.fromkeys(replace(rung, widths=self._with_least(rung.widths)) for rung in narrower)
             return
         found: dict[tuple[int, ...], Rung] = {}
         for density in sorted(set(self.densities), reverse=True):
-            widths = widths_at(self.architecture, density)
+            widths = self._with_least(widths_at(self.architecture, density))
             found.setdefault(widths, Rung(density, widths, 1))
         yield from found.values()
+
+    def _with_least(self, widths: tuple[int, ...]) -> tuple[int, ...]:
+        return widths_with_least(self.architecture, widths, self.least_channels)
 
     @property
     def _table(self) -> LatencyTable:

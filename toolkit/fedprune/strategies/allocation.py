@@ -24,7 +24,7 @@ from fedprune.core.rng import keyed
 from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State, Task
-from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.architecture import Architecture, widths_at, widths_with_least
 
 _Key = list[tuple[int, int, str]]
 
@@ -44,11 +44,13 @@ class Fleet:
         architecture: The global model's architecture.
         state: The coordinator's state: its devices' `density`, `widths` and `allocation`, and its own `allocation`, are
             the allocator's to replace (never to change in place); the rest is to be read.
+        least_channels: As of the strategy.
     """
 
     job: Job
     architecture: Architecture
     state: State
+    least_channels: int = 1
     _order: list[tuple[_Key, str]] = field(default_factory=list, init=False, repr=False)
 
     def place(self, name: str) -> int:
@@ -77,6 +79,7 @@ class Fleet:
         """
         device = self.state.devices[name]
         widths = self.architecture.sizes if elements else widths_at(self.architecture, density)
+        widths = widths_with_least(self.architecture, widths, self.least_channels)
         if (device.density, device.widths) == (density, widths):
             return False
         device.density, device.widths = density, widths

@@ -47,6 +47,7 @@ class Strategy:
             element masks, and where noise is shared, which a codec would round away, files travel plainly.
         distillation: How the server trains each new global model on unlabelled samples, if it has any; None for not at
             all.
+        least_channels: How many channels of a group no submodel has less of, unless the whole model has less.
         core: The width that boards train together for most of the job; None where each trains all that it can hold.
     """
 
@@ -61,6 +62,7 @@ class Strategy:
     masks: bool = False
     compression: str = PLAIN
     distillation: SelfDistillation | None = None
+    least_channels: int = 1
     core: SharedCore | None = None
 
     def __post_init__(self) -> None:

@@ -71,6 +71,10 @@ CORE = 0.75
 EVENNESS = 0.85
 """Share of the classes that the median board's labels are worth where a core is better than ordered dropout."""
 
+LEAST_CHANNELS = 4
+"""A bottleneck as narrow as this is most of what a model knows of a sample, and next to nothing of its costs. With a
+core alone: with ordered dropout, whose steps cut every group, it has not been tried."""
+
 WIDTHS = (0.25, 0.5, 0.75)
 """Widths of ordered dropout where boards of several widths tell classes apart, of which each may see few."""
 
@@ -221,6 +225,7 @@ def fedprune(job: Job) -> Strategy:
         allocator=dealt(job, options.densities),
         distillation=_distillation(job, options, core=core.unconditional),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
+        least_channels=LEAST_CHANNELS if core.unconditional else 1,
         core=core,
     )
 
