@@ -143,10 +143,10 @@ def _steps(
 def one_step(session: Session, feeds: Tensors) -> Callable[[], object]:
     """A step as the trainer takes it: on a GPU weights and the optimiser's state stay there."""
     moving = {n: v for n, v in feeds.items() if step_contract.following(n) in session.outputs}
-    fed: dict[str, Any] = {**feeds, **session.place(moving)}
+    fed: dict[str, Any] = {**feeds, **session.place(moving, "state")}
     into: dict[str, Any] = {}
     if session.provider == CUDA:
-        into = {step_contract.following(n): v for n, v in session.place(moving).items()}
+        into = {step_contract.following(n): v for n, v in session.place(moving, "next state").items()}
     return lambda: session.run(fed, into=into)
 
 

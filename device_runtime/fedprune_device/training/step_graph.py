@@ -282,9 +282,9 @@ class StepGraph:
                 moved.clear()
         return Moved(loss, hits, moved, asked)
 
-    def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
         """Arrays where steps are computed; see `Session.place`."""
-        return self._session.place(arrays)
+        return self._session.place(arrays, role)
 
     def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
         """Run what of the graph some outputs need, without dropout; feeds that aren't needed are left out."""

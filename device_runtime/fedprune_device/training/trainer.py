@@ -223,8 +223,8 @@ class Trainer:
         spare = {n: np.empty_like(state[n]) for n in self._graph.moving}
         plans, augmentation = self._plans(tensors, recipe, task.widths), self._graph.augmentation(recipe)
         if len(plans) == 1:  # narrower steps cut arrays, which the processor does
-            state, spare = self._graph.place(state), self._graph.place(spare)
-            constant |= self._graph.place({n: v for n, v in constant.items() if "::" in n})
+            state, spare = self._graph.place(state, "state"), self._graph.place(spare, "next state")
+            constant |= self._graph.place({n: v for n, v in constant.items() if "::" in n}, "constant")
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
         patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None

@@ -9,18 +9,32 @@ import numpy as np
 import onnxruntime
 
 
+class Options:
+    """Options of a run."""
+
+    graph = ""
+
+    def add_run_config_entry(self, key: str, value: str) -> None:
+        assert key == "gpu_graph_id"
+        self.graph = value
+
+
 class CudaRuntime:
     """An onnxruntime that says it computes with CUDA, where it computes on the CPU."""
 
     def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
         self._offers, self._accepts, self._loads = offers, accepts, loads
-        self.fails = self.loses = False
+        self.fails = self.loses = self.unpartitioned = self.unrecordable = False
+        self.recordings: dict[tuple[int, str], Any] = {}
+        self.replays = 0
         self.before_failing: Callable[[], object] = lambda: None
         self.opened: list[str] = []
         self.runs: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(onnxruntime, name)
+
+    RunOptions = Options
 
     @property
     def OrtValue(self) -> Any:  # noqa: N802
@@ -49,6 +63,9 @@ class CudaRuntime:
             raise RuntimeError("CUDA failure 35: driver too old")
         real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **more)
         on_cuda, double = wants and self._loads, self
+        records = any(not isinstance(p, str) and "enable_cuda_graph" in p[1] for p in providers)
+        if records and self.unpartitioned:
+            raise RuntimeError("not all compute graph nodes have been partitioned to the CUDAExecutionProvider")
         self.opened.append("cuda" if on_cuda else "cpu")
 
         class Inside:
@@ -58,12 +75,19 @@ class CudaRuntime:
             def get_providers(self) -> list[str]:
                 return ["CUDAExecutionProvider"] * on_cuda + ["CPUExecutionProvider"]
 
-            def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+            def run(self, names: list[str], feeds: dict[str, Any], options: Options | None = None) -> Any:
                 self._begin()
+                assert not records or (options is not None and options.graph == "-1"), "it would be recorded"
                 return real.run(names, feeds)
 
-            def run_with_iobinding(self, binding: Any) -> None:
+            def run_with_iobinding(self, binding: Any, options: Options | None = None) -> None:
                 self._begin()
+                if options is not None and options.graph != "-1":
+                    if double.unrecordable:
+                        raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+                    known = double.recordings.setdefault((id(self), options.graph), binding)
+                    assert known is binding, "what was recorded reads and writes other addresses"
+                    double.replays += 1
                 real.run_with_iobinding(binding)
 
             def _begin(self) -> None:

@@ -22,7 +22,7 @@ from support.paths import GRAPHS, ROOT
 
 pytestmark = pytest.mark.board
 
-GRAPH = next((ROOT / "device_runtime" / "fedprune_device" / "assets").glob("*.onnx"))
+GRAPH = ROOT / "device_runtime" / "fedprune_device" / "assets" / "probe_training-cpu.onnx"
 
 
 @pytest.fixture(autouse=True)
@@ -276,12 +276,12 @@ def test_what_is_placed_on_the_gpu_stays_there(small: Path, monkeypatch: pytest.
     feeds = feeds_of(session)
     wanted = session.run(feeds)
     name = session.outputs[0]
-    into = session.place({name: np.zeros_like(wanted[name])})
-    got = session.run(session.place(feeds), into=into)
+    into = session.place({name: np.zeros_like(wanted[name])}, "outputs")
+    got = session.run(session.place(feeds, "feeds"), into=into)
     assert got[name] is into[name]
     np.testing.assert_array_equal(np.asarray(got[name]), wanted[name])
     own = {name: np.zeros_like(wanted[name])}
-    assert session.run(session.place(feeds), into=own)[name] is own[name]
+    assert session.run(session.place(feeds, "feeds"), into=own)[name] is own[name]
     np.testing.assert_array_equal(own[name], wanted[name])
     assert double.runs == ["cuda"] * 3
 
@@ -290,10 +290,10 @@ def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, monkeyp
     double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
-    feeds = session.place(feeds_of(session))
+    feeds = session.place(feeds_of(session), "feeds")
     wanted = session.run(feeds)
     name = session.outputs[0]
-    into = session.place({name: np.zeros_like(wanted[name])})
+    into = session.place({name: np.zeros_like(wanted[name])}, "outputs")
     double.fails = True
     for provider in ("cuda", "cpu"):
         assert session.provider == provider
@@ -305,7 +305,7 @@ def test_what_is_lost_with_the_gpu_is_said(small: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
     session = Session(small, cuda=True)
     feeds = feeds_of(session)
-    placed = session.place(feeds)
+    placed = session.place(feeds, "feeds")
     double.fails = double.loses = True
     with pytest.raises(GpuLostError, match="illegal address"):
         session.run(placed)
@@ -316,4 +316,50 @@ def test_what_is_lost_with_the_gpu_is_said(small: Path, monkeypatch: pytest.Monk
 def test_the_cpu_has_no_place_of_its_own(small: Path) -> None:
     session = Session(small)
     feeds = feeds_of(session)
-    assert all(session.place(feeds)[n] is v for n, v in feeds.items())
+    assert all(session.place(feeds, "feeds")[n] is v for n, v in feeds.items())
+
+
+def test_what_is_placed_again_keeps_its_place(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_onnxruntime", CudaRuntime)
+    session = Session(small, cuda=True)
+    one, two = np.zeros(3, np.float32), np.ones(3, np.float32)
+    first = session.place({"w": one}, "state")["w"]
+    assert session.place({"w": two}, "next")["w"] is not first
+    assert session.place({"w": two}, "state")["w"] is first
+    np.testing.assert_array_equal(np.asarray(first), two)
+    assert session.place({"w": two[:2]}, "state")["w"] is not first
+    assert (one == 0).all(), "what the caller has stays the caller's"
+
+
+def placed_runs(runtime: CudaRuntime, small: Path, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+    """Runs on samples of two sizes in turn, whose outputs have two places in turn."""
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: runtime)
+    session, plain = Session(small, cuda=True, training=True), Session(small)
+    name = session.outputs[0]
+    rng = np.random.default_rng(0)
+    for number in range(runs):
+        feeds = feeds_of(session)
+        samples = {n: rng.standard_normal(v.shape).astype(v.dtype) for n, v in feeds.items()}
+        wanted = plain.run(samples)[name]
+        place = session.place({name: np.zeros_like(wanted)}, f"outputs {number % 2}")
+        assert session.run(samples, into=place)[name] is place[name]
+        np.testing.assert_array_equal(np.asarray(place[name]), wanted)
+        np.testing.assert_array_equal(session.run(samples)[name], wanted)
+
+
+def test_runs_alike_are_recorded_and_replayed_on_new_samples(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = CudaRuntime()
+    placed_runs(runtime, small, monkeypatch, runs=12)
+    assert len(runtime.recordings) == 2
+    assert runtime.replays == 12 - 2 * 3
+
+
+@pytest.mark.parametrize("lacks", ["unpartitioned", "unrecordable"])
+def test_what_cannot_be_recorded_runs_on_the_gpu_as_it_is(
+    small: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    runtime = CudaRuntime()
+    setattr(runtime, lacks, True)
+    placed_runs(runtime, small, monkeypatch, runs=12)
+    assert runtime.replays == 0
+    assert runtime.opened[0] == "cuda"

@@ -27,7 +27,7 @@ from support.paths import ROOT
 from support.waiting import until
 
 HANGS = "import time; time.sleep(3600)"
-GRAPH = next((ROOT / "device_runtime" / "fedprune_device" / "assets").glob("*.onnx"))
+GRAPH = ROOT / "device_runtime" / "fedprune_device" / "assets" / "probe_training-cpu.onnx"
 
 
 @pytest.fixture(name="process")

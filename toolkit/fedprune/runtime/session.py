@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, ModelError, RuntimeUnavailableError
+from fedprune.runtime.placed_runs import PlacedArray, PlacedRuns
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve
 
 Array = npt.NDArray[Any]
@@ -60,19 +61,6 @@ class GpuLostError(FedpruneError):
     """The GPU has failed, and with it went what had been placed there. The session computes on the CPU from now on."""
 
     exit_code = ExitCode.RUNTIME
-
-
-class PlacedArray:
-    """An array in a GPU's memory, which numpy copies back where it is asked for one: `numpy.asarray(placed)`."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        """onnxruntime's."""
-        self.shape: tuple[int, ...] = tuple(value.shape())
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
-        array: Array = self.value.numpy()
-        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 class Runs(Protocol):
@@ -128,7 +116,8 @@ class Session:
         self._open = partial(_loaded, model, threads, training, exact=exact)
         self.reason = ""
         self._lock = threading.Lock()
-        self._session: Any = self._opened_on_cuda() if cuda else None
+        self._placed: PlacedRuns | None = None
+        self._session: Any = self._opened_on_cuda(training) if cuda else None
         if self._session is None:
             self._session = self._open(_CPU)
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
@@ -148,13 +137,11 @@ class Session:
         """Feeds of several runs, for `run`'s `kept`: a child process is sent them once."""
         return self._session.keep(feeds) if isinstance(self._session, RemoteSession) else feeds
 
-    def place(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
         """Arrays where the graph is computed, as feeds and outputs of many runs: what stays on the GPU isn't copied in
-        every run. On the CPU they are the arrays themselves."""
-        if not _on_cuda(self._session):
-            return dict(arrays)
-        make = _onnxruntime().OrtValue.ortvalue_from_numpy
-        return {n: PlacedArray(make(np.array(v, order="C"), "cuda", 0)) for n, v in arrays.items()}
+        every run. They take the place of what was placed in the same role before. On the CPU they are the arrays
+        themselves."""
+        return dict(arrays) if self._placed is None else {**self._placed.place(arrays, role)}
 
     def run(
         self,
@@ -180,9 +167,10 @@ class Session:
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
         session, into, kept = self._session, into or {}, kept or {}  # another thread may replace the session
+        runs = self._placed
         placed = any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
-        if placed and not _on_cuda(session):  # it was on the GPU when these were placed
-            feeds, into, placed = {n: np.asarray(v) for n, v in feeds.items()}, _in_memory(into), False
+        if placed and runs is None:  # the GPU has failed since
+            feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _in_memory(into)
         for name, array in into.items():
             if name not in names or not (
                 isinstance(array, PlacedArray) or array.flags.carray
@@ -196,8 +184,10 @@ class Session:
         try:
             if isinstance(session, RemoteSession):
                 values: list[Array] = session.run(names, feeds, kept)
-            elif placed:
-                return _run_placed(session, names, given, into)
+            elif runs is not None:
+                if placed:
+                    return runs.run(names, given, into)
+                values = session.run(names, given, *runs.unrecorded)
             elif sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
                 return _run_into(session, names, given, into)
             else:
@@ -219,12 +209,15 @@ class Session:
             found[name] = array
         return found
 
-    def _opened_on_cuda(self) -> Any:
+    def _opened_on_cuda(self, training: bool) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
             self._without(f"onnxruntime {version()} has no CUDA provider")
             return None
+        records = training and _process is None
         try:
-            session = self._open((_CUDA, CUDA_OPTIONS), _CPU)
+            session = self._open_recording() if records else None
+            records = session is not None
+            session = session or self._open((_CUDA, CUDA_OPTIONS), _CPU)
         except ModelError as error:
             self._without(str(error))
             return None
@@ -232,7 +225,16 @@ class Session:
         if not _on_cuda(session):
             self._without("onnxruntime's CUDA provider can't be loaded")
             return None
+        if _process is None:
+            self._placed = PlacedRuns(session, _onnxruntime(), records=records)
         return session
+
+    def _open_recording(self) -> Any:
+        """A session that can record runs; None where some operator of the graph would be left to the processor."""
+        try:
+            return self._open((_CUDA, {**CUDA_OPTIONS, "enable_cuda_graph": "1"}), _CPU)
+        except ModelError:
+            return None
 
     def _again(self, failed: Any, names: list[str], feeds: Mapping[str, Any], error: Exception) -> list[Array]:
         """The same on the CPU. What fails there, too, is no fault of CUDA's."""
@@ -256,7 +258,7 @@ class Session:
 
     def _leave_cuda(self, session: Any, error: Exception) -> None:
         self._without(_first_line(error))
-        self._session = session
+        self._session, self._placed = session, None
         del self._open
 
     def _without(self, reason: str) -> None:
@@ -287,32 +289,6 @@ def _run_into(
 def _in_memory(arrays: Mapping[str, Any]) -> dict[str, Array]:
     """Those of them that aren't in a GPU's memory."""
     return {n: v for n, v in arrays.items() if not isinstance(v, PlacedArray)}
-
-
-def _run_placed(
-    session: Any, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A run with arrays in a GPU's memory; outputs that have no place there are copied back."""
-    binding = session.io_binding()
-    for name, value in feeds.items():
-        if isinstance(value, PlacedArray):
-            binding.bind_ortvalue_input(name, value.value)
-        else:
-            binding.bind_cpu_input(name, np.asarray(value, order="C"))
-    for name in names:
-        array = into.get(name)
-        if isinstance(array, PlacedArray):
-            binding.bind_ortvalue_output(name, array.value)
-        else:
-            binding.bind_output(name)
-    session.run_with_iobinding(binding)
-    values = zip(names, binding.get_outputs(), strict=True)
-    made = {n: into[n] if isinstance(into.get(n), PlacedArray) else v.numpy() for n, v in values}
-    for name, array in into.items():
-        if not isinstance(array, PlacedArray):
-            np.copyto(array, made[name])
-            made[name] = array
-    return made
 
 
 def _on_cuda(session: Any) -> bool:

@@ -1,0 +1,174 @@
+"""Runs of a graph with arrays that stay in a GPU's memory, and the recording of repeated ones as CUDA graphs.
+
+A step of a small net is a thousand kernels of a few microseconds, and launching one takes onnxruntime longer than the
+GPU takes to compute it. A CUDA graph launches all of them at once
+(https://onnxruntime.ai/docs/performance/tune-performance/iobinding.html, and `enable_cuda_graph` of the CUDA provider).
+It reads and writes the addresses that it was recorded with, so every array of a recorded run stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+MOST_RECORDINGS = 4
+"""A trainer's steps take turns between two places of the state, and an epoch's last batch may be smaller."""
+
+_REPEATS = 3
+"""Runs alike before one is recorded, which itself takes as long as three."""
+
+_MOST_KINDS = 64
+
+_GRAPH_ID, _UNRECORDED = "gpu_graph_id", "-1"
+"""onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed."""
+
+
+class PlacedArray:
+    """An array in a GPU's memory, which numpy copies back where it is asked for one: `numpy.asarray(placed)`."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        """onnxruntime's."""
+        self.shape: tuple[int, ...] = tuple(value.shape())
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        array: Array = self.value.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+class PlacedRuns:
+    """Runs of one session on a GPU; not for several threads at once.
+
+    Args:
+        session: onnxruntime's.
+        runtime: The module of onnxruntime.
+        records: Whether the session can record runs.
+    """
+
+    def __init__(self, session: Any, runtime: Any, *, records: bool) -> None:
+        self._session, self._runtime = session, runtime
+        self.unrecorded: tuple[Any, ...] = (self._options(_UNRECORDED),) if records else ()
+        """What a run that must not be recorded passes on to the session."""
+        self._records = records
+        self._placed: dict[tuple[str, str], PlacedArray] = {}
+        self._counts = Counter[Hashable]()
+        self._recordings: dict[Hashable, _Recording] = {}
+
+    def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, PlacedArray]:
+        """Copies in the GPU's memory. Those of the same role, name and shape take the place of earlier ones, so that
+        what was recorded with them serves again."""
+        placed = {}
+        for name, array in arrays.items():
+            array = np.array(array, order="C")
+            before = self._placed.get((role, name))
+            if before is not None and before.shape == array.shape:
+                before.value.update_inplace(array)
+            else:
+                before = self._placed[role, name] = self.put(array)
+            placed[name] = before
+        return placed
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> dict[str, Any]:
+        """A run whose outputs are written into places, or copied back where they have none."""
+        kind = self._kind(names, feeds, into)
+        recording = self._recordings.get(kind)
+        if recording is not None:
+            try:
+                return recording.run(feeds)
+            except Exception:
+                if recording.has_run:
+                    raise
+                # What can't be recorded is run as before, from now on.
+                self._records = False
+                self._recordings.clear()
+        outputs = self._run_unrecorded(names, feeds, into)
+        if self._records and all(isinstance(array, PlacedArray) for array in into.values()):
+            self._counts[kind] += 1
+            if self._counts[kind] >= _REPEATS and len(self._recordings) < MOST_RECORDINGS:
+                options = self._options(str(1 + len(self._recordings)))
+                binding = self._session.io_binding()
+                self._recordings[kind] = _Recording(self, self._session, binding, options, feeds, outputs)
+            elif len(self._counts) > _MOST_KINDS:
+                self._counts.clear()
+        return outputs
+
+    def put(self, array: Array) -> PlacedArray:
+        """A new copy in the GPU's memory."""
+        return PlacedArray(self._runtime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+
+    def _run_unrecorded(
+        self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            if isinstance(value, PlacedArray):
+                binding.bind_ortvalue_input(name, value.value)
+            else:
+                binding.bind_cpu_input(name, np.asarray(value, order="C"))
+        for name in names:
+            array = into.get(name)
+            if isinstance(array, PlacedArray):
+                binding.bind_ortvalue_output(name, array.value)
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding, *self.unrecorded)
+        values = zip(names, binding.get_outputs(), strict=True)
+        made = {n: into[n] if isinstance(into.get(n), PlacedArray) else v.numpy() for n, v in values}
+        for name, array in into.items():
+            if not isinstance(array, PlacedArray):
+                np.copyto(array, made[name])
+                made[name] = array
+        return made
+
+    def _options(self, graph: str) -> Any:
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry(_GRAPH_ID, graph)
+        return options
+
+    @staticmethod
+    def _kind(names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> Hashable:
+        """What two runs have in common that may share a recording: the places, and the shapes of all else."""
+
+        def of(value: Any) -> Hashable:
+            return id(value) if isinstance(value, PlacedArray) else (value.shape, value.dtype.str)
+
+        inputs = tuple((name, of(value)) for name, value in feeds.items())
+        return tuple(names), inputs, tuple((name, id(array)) for name, array in into.items())
+
+
+class _Recording:
+    """A run that is recorded when it runs for the first time, and replayed after that."""
+
+    def __init__(
+        self,
+        runs: PlacedRuns,
+        session: Any,
+        binding: Any,
+        options: Any,
+        feeds: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+    ) -> None:
+        self._session, self._binding, self._options = session, binding, options
+        self.has_run = False
+        placed = {n: v for n, v in feeds.items() if isinstance(v, PlacedArray)}
+        self._inputs = {n: runs.put(np.array(v, order="C")) for n, v in feeds.items() if n not in placed}
+        self._outputs = {n: v if isinstance(v, PlacedArray) else runs.put(np.zeros_like(v)) for n, v in outputs.items()}
+        self._copied = [n for n, v in outputs.items() if not isinstance(v, PlacedArray)]
+        self._held = placed  # the addresses that were recorded must stay theirs
+        for name, value in {**placed, **self._inputs}.items():
+            binding.bind_ortvalue_input(name, value.value)
+        for name, value in self._outputs.items():
+            binding.bind_ortvalue_output(name, value.value)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        for name, value in self._inputs.items():
+            value.value.update_inplace(np.array(feeds[name], order="C"))
+        self._session.run_with_iobinding(self._binding, self._options)
+        self.has_run = True
+        return {**self._outputs, **{name: np.array(self._outputs[name]) for name in self._copied}}
