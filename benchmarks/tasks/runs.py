@@ -173,7 +173,7 @@ def federated(task: Task, name: str, method: str, seed: int, changes: Changes) -
     }
     if task.deal is data.motion and row.shares_model and not narrow:
         numbers["detected"] = detected(model, tensorfile.decode(last[0]))
-    if method == DEFAULT:
+    if method == DEFAULT and changes == Changes() and task.rounds == TASKS[name].rounds:
         path = weights_path(name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(last[0])
@@ -197,7 +197,7 @@ def affordable_rounds(task: Task, reference: Mapping[str, Any], default: Mapping
         kinds = [is_shared(number, task.rounds) for number in range(1, task.rounds + 1)]
         means = {k: of_round[1:][[is_k == k for is_k in kinds[1:]]].mean() for k in set(kinds[1:])}
         wanted = [is_shared(number, rounds) for number in range(2, rounds + 1)]
-        return float(of_round[0] + sum(means[k] for k in wanted))
+        return float(of_round[0] + sum(means.get(k, of_round.mean()) for k in wanted))
 
     rounds = 1
     while rounds < 10 * task.rounds and all(cost(what, rounds + 1) <= limit for what, limit in limits.items()):

@@ -138,7 +138,7 @@ def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]
     }
     feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
-    session = Session(graph, threads=threads, training=True, cuda=cuda)
+    session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
     train = median_seconds(one_step(session, feeds), enough=seconds / 2, most=math.inf)
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:
         infer = median_seconds(lambda: predictor.predict(x), enough=seconds / 2, most=math.inf)

@@ -251,7 +251,7 @@ class StepGraph:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
         if step_contract.DIVISOR in self._session.inputs:
             feeds[step_contract.DIVISOR] = np.array(sum(self.divisor(p.y, feeds) for p in parts) or 1.0, np.float32)
-        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._sums}
+        feeds |= {n: np.zeros(feeds[n.partition("::")[0]].shape, np.float32) for n in self._sums}
         loss, hits = 0.0, 0
         moved: dict[str, Array] = {}
         asked: list[Array] = []
@@ -300,6 +300,12 @@ class StepGraph:
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
 
+    def leave_gpu(self, error: Exception) -> None:
+        """Compute on the processor from now on, because of an error."""
+        self.release()
+        for session in (self._session, *self._forward.values()):
+            session.leave_gpu(error)
+
     def release(self) -> None:
         """Let go of the mapped base, whose pages count as the process's memory; the next run maps it again."""
         self._base = {}
@@ -317,7 +323,7 @@ class StepGraph:
                         expected=f"{kind} {shape}",
                         got="nothing" if value is None else f"{value.dtype} {value.shape}",
                     )
-            self._base = {n: found[n] for n in self._base_names}
+            self._base = self._session.place({n: found[n] for n in self._base_names}, "base")
         return self._base
 
     def _bytes(self) -> bytes:

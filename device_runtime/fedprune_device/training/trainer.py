@@ -21,7 +21,8 @@ from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.onnx_subgraph import GraphParts
-from fedprune.runtime.session import GpuLostError, Session
+from fedprune.runtime.placed_runs import GpuLostError
+from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
@@ -200,7 +201,8 @@ class Trainer:
         control = control or TrainingControl()
         try:
             return self._train(tensors, data, task, control)
-        except GpuLostError:  # on the processor then; a training depends on nothing but what it is given
+        except GpuLostError as error:  # a training depends on nothing but what it is given
+            self._graph.leave_gpu(error)
             return self._train(tensors, data, task, control)
 
     def _train(

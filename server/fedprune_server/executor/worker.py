@@ -198,7 +198,7 @@ class Worker:
         """Identifies an offer: devices of equal keys get the same one. None if it is made for its device alone."""
         if not self.strategy.device_independent:
             return None
-        return basis_of(command), kind_of(command), command.coding, self._recipe(command), command.unit
+        return basis_of(command), kind_of(command), command.coding, self._recipe(command), command.unit or self._unit
 
     def _recipe(self, command: do.Extract) -> Recipe:
         return self.updates.recipe(self.updates.turn(command.basis, command.part)).in_parts(command.accumulate)

@@ -59,3 +59,22 @@ def test_a_gpu_that_fails_in_the_middle_costs_no_step(board: HiddenBoard, runtim
     check_equal(trained(board, RECIPE, TrainingControl(progress), cuda=True), wanted)
     assert runtime.runs[:3] == ["cuda"] * 3
     assert runtime.runs.count("cpu") == wanted.steps - (0 if loses else 3)
+
+
+def test_a_gpu_that_fails_after_the_last_step_costs_no_round(board: HiddenBoard, runtime: CudaRuntime) -> None:
+    wanted = trained(board, RECIPE, TrainingControl(), cuda=False)
+
+    def progress(done: int, total: int) -> None:
+        runtime.loses = runtime.loses or done == total
+
+    check_equal(trained(board, RECIPE, TrainingControl(progress), cuda=True), wanted)
+
+
+def test_a_gpu_without_room_for_the_weights_leaves_training_to_the_processor(
+    board: HiddenBoard, runtime: CudaRuntime
+) -> None:
+    wanted = trained(board, RECIPE, TrainingControl(), cuda=False)
+    runtime.runs.clear()
+    runtime.places = 2
+    check_equal(trained(board, RECIPE, TrainingControl(), cuda=True), wanted)
+    assert set(runtime.runs) == {"cpu"}

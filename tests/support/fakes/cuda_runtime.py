@@ -27,6 +27,8 @@ class CudaRuntime:
         self.fails = self.loses = self.unpartitioned = self.unrecordable = False
         self.recordings: dict[tuple[int, str], Any] = {}
         self.replays = 0
+        self.places = 10_000
+        """How many more arrays have room in the GPU's memory."""
         self.before_failing: Callable[[], object] = lambda: None
         self.opened: list[str] = []
         self.runs: list[str] = []
@@ -42,6 +44,9 @@ class CudaRuntime:
 
     def ortvalue_from_numpy(self, array: Any, device: str, number: int) -> Any:
         assert (device, number) == ("cuda", 0)
+        self.places -= 1
+        if self.places < 0:
+            raise RuntimeError("CUDA failure 2: out of memory")
         real = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         double = self
 

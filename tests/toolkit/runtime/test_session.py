@@ -16,7 +16,8 @@ import pytest
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime import session as sessions
-from fedprune.runtime.session import GpuLostError, Session, load_graph
+from fedprune.runtime.placed_runs import GpuLostError
+from fedprune.runtime.session import Session, load_graph
 from support.fakes.cuda_runtime import CudaRuntime
 from support.paths import GRAPHS, ROOT
 
@@ -327,7 +328,10 @@ def test_what_is_placed_again_keeps_its_place(small: Path, monkeypatch: pytest.M
     assert session.place({"w": two}, "next")["w"] is not first
     assert session.place({"w": two}, "state")["w"] is first
     np.testing.assert_array_equal(np.asarray(first), two)
-    assert session.place({"w": two[:2]}, "state")["w"] is not first
+    narrow = session.place({"w": two[:2]}, "state")["w"]
+    assert narrow is not first
+    assert session.place({"w": one}, "state")["w"] is first, "a session serves boards of several widths in turn"
+    assert session.place({"w": one[:2]}, "state")["w"] is narrow
     assert (one == 0).all(), "what the caller has stays the caller's"
 
 
@@ -352,6 +356,13 @@ def test_runs_alike_are_recorded_and_replayed_on_new_samples(small: Path, monkey
     placed_runs(runtime, small, monkeypatch, runs=12)
     assert len(runtime.recordings) == 2
     assert runtime.replays == 12 - 2 * 3
+
+
+def test_a_recording_without_room_is_left_out(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = CudaRuntime()
+    runtime.places = 2  # those of the outputs
+    placed_runs(runtime, small, monkeypatch, runs=12)
+    assert (runtime.replays, runtime.opened.count("cpu")) == (0, 1)
 
 
 @pytest.mark.parametrize("lacks", ["unpartitioned", "unrecordable"])

@@ -8,29 +8,40 @@ It reads and writes the addresses that it was recorded with, so every array of a
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.errors import ExitCode, FedpruneError
+
 Array = npt.NDArray[Any]
 
-MOST_RECORDINGS = 4
-"""A trainer's steps take turns between two places of the state, and an epoch's last batch may be smaller."""
+MOST_RECORDINGS = 16
+"""A trainer's steps take turns between two places of the state, and an epoch's last batch may be smaller: four for each
+width that a simulation's boards train."""
 
 _REPEATS = 3
 """Runs alike before one is recorded, which itself takes as long as three."""
 
-_MOST_KINDS = 64
+_MOST_SIGNATURES = 64
 
 _GRAPH_ID, _UNRECORDED = "gpu_graph_id", "-1"
 """onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed."""
 
 
+class GpuLostError(FedpruneError):
+    """The GPU has failed, and with it went what had been placed there."""
+
+    exit_code = ExitCode.RUNTIME
+
+
 class PlacedArray:
-    """An array in a GPU's memory, which numpy copies back where it is asked for one: `numpy.asarray(placed)`."""
+    """An array in a GPU's memory, which numpy copies back where it is asked for one: `numpy.asarray(placed)`, which
+    raises `GpuLostError` where the GPU has failed."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -38,12 +49,15 @@ class PlacedArray:
         self.shape: tuple[int, ...] = tuple(value.shape())
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
-        array: Array = self.value.numpy()
+        try:
+            array: Array = self.value.numpy()
+        except Exception as error:
+            raise GpuLostError(f"the GPU has failed ({str(error)[:300]})") from error
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
 class PlacedRuns:
-    """Runs of one session on a GPU; not for several threads at once.
+    """Runs of one session on a GPU; threads wait for each other.
 
     Args:
         session: onnxruntime's.
@@ -52,60 +66,73 @@ class PlacedRuns:
     """
 
     def __init__(self, session: Any, runtime: Any, *, records: bool) -> None:
-        self._session, self._runtime = session, runtime
+        self.session, self._runtime = session, runtime
+        self._lock = threading.Lock()
         self.unrecorded: tuple[Any, ...] = (self._options(_UNRECORDED),) if records else ()
         """What a run that must not be recorded passes on to the session."""
         self._records = records
-        self._placed: dict[tuple[str, str], PlacedArray] = {}
+        self._placed: dict[tuple[Hashable, ...], PlacedArray] = {}
         self._counts = Counter[Hashable]()
         self._recordings: dict[Hashable, _Recording] = {}
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, PlacedArray]:
         """Copies in the GPU's memory. Those of the same role, name and shape take the place of earlier ones, so that
-        what was recorded with them serves again."""
+        what was recorded with them serves again; places are kept as long as the session."""
         placed = {}
-        for name, array in arrays.items():
-            array = np.array(array, order="C")
-            before = self._placed.get((role, name))
-            if before is not None and before.shape == array.shape:
-                before.value.update_inplace(array)
-            else:
-                before = self._placed[role, name] = self.put(array)
-            placed[name] = before
+        with self._lock:
+            for name, array in arrays.items():
+                array = np.array(array, order="C")
+                key = role, name, array.shape, array.dtype.str
+                if key in self._placed:
+                    self._placed[key].value.update_inplace(array)
+                else:
+                    self._placed[key] = self._put(array)
+                placed[name] = self._placed[key]
         return placed
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> dict[str, Any]:
         """A run whose outputs are written into places, or copied back where they have none."""
-        kind = self._kind(names, feeds, into)
-        recording = self._recordings.get(kind)
-        if recording is not None:
-            try:
-                return recording.run(feeds)
-            except Exception:
-                if recording.has_run:
-                    raise
-                # What can't be recorded is run as before, from now on.
-                self._records = False
-                self._recordings.clear()
-        outputs = self._run_unrecorded(names, feeds, into)
-        if self._records and all(isinstance(array, PlacedArray) for array in into.values()):
-            self._counts[kind] += 1
-            if self._counts[kind] >= _REPEATS and len(self._recordings) < MOST_RECORDINGS:
-                options = self._options(str(1 + len(self._recordings)))
-                binding = self._session.io_binding()
-                self._recordings[kind] = _Recording(self, self._session, binding, options, feeds, outputs)
-            elif len(self._counts) > _MOST_KINDS:
-                self._counts.clear()
-        return outputs
+        with self._lock:
+            signature = _signature(names, feeds, into)
+            recording = self._recordings.get(signature)
+            if recording is not None:
+                try:
+                    return recording.run(feeds)
+                except Exception:
+                    if recording.has_run:
+                        raise
+                    self._stop_recording()
+            outputs = self._run_unrecorded(names, feeds, into)
+            if self._records and all(isinstance(array, PlacedArray) for array in into.values()):
+                self._count(signature, feeds, outputs)
+            return outputs
 
-    def put(self, array: Array) -> PlacedArray:
+    def _count(self, signature: Hashable, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Count a run that could be recorded, and prepare its recording where it repeats."""
+        if len(self._counts) > _MOST_SIGNATURES:
+            self._counts.clear()
+        self._counts[signature] += 1
+        if self._counts[signature] < _REPEATS or len(self._recordings) >= MOST_RECORDINGS:
+            return
+        options, binding = self._options(str(1 + len(self._recordings))), self.session.io_binding()
+        try:
+            self._recordings[signature] = _Recording(self._put, self.session, binding, options, feeds, outputs)
+        except Exception:  # noqa: BLE001 - such as no memory for its copies; the run itself went well
+            self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        """What can't be recorded is run as before, from now on."""
+        self._records = False
+        self._recordings.clear()
+
+    def _put(self, array: Array) -> PlacedArray:
         """A new copy in the GPU's memory."""
         return PlacedArray(self._runtime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
 
     def _run_unrecorded(
         self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]
     ) -> dict[str, Any]:
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for name, value in feeds.items():
             if isinstance(value, PlacedArray):
                 binding.bind_ortvalue_input(name, value.value)
@@ -117,7 +144,7 @@ class PlacedRuns:
                 binding.bind_ortvalue_output(name, array.value)
             else:
                 binding.bind_output(name)
-        self._session.run_with_iobinding(binding, *self.unrecorded)
+        self.session.run_with_iobinding(binding, *self.unrecorded)
         values = zip(names, binding.get_outputs(), strict=True)
         made = {n: into[n] if isinstance(into.get(n), PlacedArray) else v.numpy() for n, v in values}
         for name, array in into.items():
@@ -131,15 +158,15 @@ class PlacedRuns:
         options.add_run_config_entry(_GRAPH_ID, graph)
         return options
 
-    @staticmethod
-    def _kind(names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> Hashable:
-        """What two runs have in common that may share a recording: the places, and the shapes of all else."""
 
-        def of(value: Any) -> Hashable:
-            return id(value) if isinstance(value, PlacedArray) else (value.shape, value.dtype.str)
+def _signature(names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> Hashable:
+    """What two runs have in common that may share a recording: the places, and the shapes of all else."""
 
-        inputs = tuple((name, of(value)) for name, value in feeds.items())
-        return tuple(names), inputs, tuple((name, id(array)) for name, array in into.items())
+    def of(value: Any) -> Hashable:
+        return id(value) if isinstance(value, PlacedArray) else (value.shape, value.dtype.str)
+
+    inputs = tuple((name, of(value)) for name, value in feeds.items())
+    return tuple(names), inputs, tuple((name, id(array)) for name, array in into.items())
 
 
 class _Recording:
@@ -147,7 +174,7 @@ class _Recording:
 
     def __init__(
         self,
-        runs: PlacedRuns,
+        put: Callable[[Array], PlacedArray],
         session: Any,
         binding: Any,
         options: Any,
@@ -157,10 +184,10 @@ class _Recording:
         self._session, self._binding, self._options = session, binding, options
         self.has_run = False
         placed = {n: v for n, v in feeds.items() if isinstance(v, PlacedArray)}
-        self._inputs = {n: runs.put(np.array(v, order="C")) for n, v in feeds.items() if n not in placed}
-        self._outputs = {n: v if isinstance(v, PlacedArray) else runs.put(np.zeros_like(v)) for n, v in outputs.items()}
+        self._inputs = {n: put(np.array(v, order="C")) for n, v in feeds.items() if n not in placed}
+        self._outputs = {n: v if isinstance(v, PlacedArray) else put(np.zeros_like(v)) for n, v in outputs.items()}
         self._copied = [n for n, v in outputs.items() if not isinstance(v, PlacedArray)]
-        self._held = placed  # the addresses that were recorded must stay theirs
+        self._kept_inputs = placed  # the addresses that were recorded must stay theirs
         for name, value in {**placed, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value.value)
         for name, value in self._outputs.items():

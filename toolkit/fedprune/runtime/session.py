@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, ModelError, RuntimeUnavailableError
-from fedprune.runtime.placed_runs import PlacedArray, PlacedRuns
+from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
+from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve
 
 Array = npt.NDArray[Any]
@@ -57,12 +57,6 @@ made again for every new shape; and what is trained in float32 is computed in fl
 (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
 
 
-class GpuLostError(FedpruneError):
-    """The GPU has failed, and with it went what had been placed there. The session computes on the CPU from now on."""
-
-    exit_code = ExitCode.RUNTIME
-
-
 class Runs(Protocol):
     """Whatever runs a loaded graph: a session of onnxruntime, or what takes its place."""
 
@@ -90,6 +84,7 @@ class Session:
         threads: Threads inside an operator; 0 takes one per core.
         cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
             keeps nothing from run to run, so that nothing is lost.
+        records: Whether repeated runs on placed arrays are recorded as CUDA graphs, where the graph trains.
         exact: Whether int8 operators are computed by their definition, in float32. Their kernels are faster, but on
             x86 without VNNI they saturate, as boards' processors do not.
 
@@ -111,13 +106,14 @@ class Session:
         threads: int = 1,
         training: bool = False,
         cuda: bool = False,
+        records: bool = True,
         exact: bool = False,
     ) -> None:
         self._open = partial(_loaded, model, threads, training, exact=exact)
         self.reason = ""
         self._lock = threading.Lock()
         self._placed: PlacedRuns | None = None
-        self._session: Any = self._opened_on_cuda(training) if cuda else None
+        self._session: Any = self._opened_on_cuda(records=training and records) if cuda else None
         if self._session is None:
             self._session = self._open(_CPU)
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
@@ -141,7 +137,20 @@ class Session:
         """Arrays where the graph is computed, as feeds and outputs of many runs: what stays on the GPU isn't copied in
         every run. They take the place of what was placed in the same role before. On the CPU they are the arrays
         themselves."""
-        return dict(arrays) if self._placed is None else {**self._placed.place(arrays, role)}
+        runs = self._placed
+        if runs is None:
+            return dict(arrays)
+        try:
+            return {**runs.place(arrays, role)}
+        except Exception as error:  # noqa: BLE001 - no memory, most likely; the processor has the arrays
+            self.leave_gpu(error)
+            return dict(arrays)
+
+    def leave_gpu(self, error: Exception) -> None:
+        """Compute on the CPU from now on, because of an error."""
+        with self._lock:
+            if _on_cuda(self._session):
+                self._leave_cuda(self._open(_CPU), error)
 
     def run(
         self,
@@ -166,8 +175,8 @@ class Session:
             ModelError: Feeds or arrays don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
-        session, into, kept = self._session, into or {}, kept or {}  # another thread may replace the session
-        runs = self._placed
+        runs, into, kept = self._placed, into or {}, kept or {}
+        session = self._session if runs is None else runs.session  # another thread may replace it
         placed = any(isinstance(v, PlacedArray) for v in (*feeds.values(), *into.values()))
         if placed and runs is None:  # the GPU has failed since
             feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _in_memory(into)
@@ -209,11 +218,11 @@ class Session:
             found[name] = array
         return found
 
-    def _opened_on_cuda(self, training: bool) -> Any:
+    def _opened_on_cuda(self, *, records: bool) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
             self._without(f"onnxruntime {version()} has no CUDA provider")
             return None
-        records = training and _process is None
+        records = records and _process is None
         try:
             session = self._open_recording() if records else None
             records = session is not None
@@ -242,10 +251,10 @@ class Session:
             session = self._open(_CPU) if self._session is failed else self._session
             try:
                 fetched = {n: np.asarray(v) for n, v in feeds.items()}
-            except Exception as other:
+            except GpuLostError:
                 if self._session is failed:
                     self._leave_cuda(session, error)
-                raise GpuLostError(f"the GPU has failed ({_first_line(other)})") from other
+                raise
             try:
                 values: list[Array] = session.run(names, fetched)
             except RuntimeUnavailableError:
