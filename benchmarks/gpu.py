@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from measured_steps import DECAY, LR, MOMENTUM, Step
+from measured_steps import Step, session_step, step_feeds, torch_step
 from step import BATCH, DENSITIES, batch, mean
-from step_nets import NETS, loss, network
+from step_nets import NETS, network
 from synthetic_nets import setting, write
 
 from fedprune.core import tensorfile
-from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
@@ -47,49 +46,6 @@ SECONDS = 420.0
 """No net is begun after so long."""
 
 PROVIDER = "CUDAExecutionProvider"
-Feeds = dict[str, Any]
-
-
-def feeds_of(inputs: Mapping[str, Any], tensors: Mapping[str, Any], x: Any, y: Any) -> Feeds:
-    """What a step reads."""
-    numbers = {step_contract.LR: LR, step_contract.MOMENTUM: MOMENTUM, step_contract.WEIGHT_DECAY: DECAY}
-    feeds: Feeds = {**{n: v.copy() for n, v in tensors.items()}, step_contract.X: x, step_contract.Y: y}
-    feeds |= {n: np.array(v, np.float32) for n, v in numbers.items()}
-    return feeds | {n: np.zeros_like(tensors[n.split("::")[0]]) for n in inputs if "::" in n}
-
-
-def placed_step(session: Session, feeds: Feeds) -> Step:
-    """As the board's trainer takes it."""
-    moving = [n for n in feeds if step_contract.following(n) in session.outputs]
-    names = [step_contract.LOSS, *map(step_contract.following, moving)]
-    fixed = {n: v for n, v in feeds.items() if n not in moving}
-    state = session.place({n: feeds[n].copy() for n in moving}, "state")
-    spare = session.place({n: np.zeros_like(feeds[n]) for n in moving}, "next state")
-
-    def run() -> float:
-        nonlocal state, spare
-        out = session.run({**fixed, **state}, names, {step_contract.following(n): spare[n] for n in moving})
-        state, spare = spare, state
-        return float(out[step_contract.LOSS])
-
-    return run
-
-
-def torch_step(name: str, tensors: Mapping[str, Any], x: Any, y: Any, device: str) -> Step:
-    net = network(name).to(device)
-    net.train()
-    net.take({n: torch.tensor(v).to(device) for n, v in tensors.items()})
-    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
-    images, labels = torch.tensor(x).to(device), torch.tensor(y).to(device)
-
-    def run() -> float:
-        optimizer.zero_grad()
-        value = loss(net, images, labels)
-        value.backward()
-        optimizer.step()
-        return float(value.detach())
-
-    return run
 
 
 def timed(steps: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
@@ -104,7 +60,7 @@ def timed(steps: Mapping[str, Callable[[], object]], turns: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def placement(graph: bytes, feeds: Feeds, device: str) -> dict[str, Any]:
+def placement(graph: bytes, feeds: Mapping[str, Any], device: str) -> dict[str, Any]:
     """How many operators each provider ran in a step, which the processor's were, and the copies between the two."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -151,12 +107,13 @@ def measure(name: str, densities: tuple[float, ...], device: str, turns: int) ->
         widths = widths_at(model.architecture, density)
         tensors = Selection.of(model.architecture, widths).gather(model.tensors)
         reference = Session(graphs[CPU], threads=0, training=True)
-        feeds = feeds_of(reference.inputs, tensors, x, y)
+        feeds = step_feeds(reference.inputs, tensors, x, y)
         session = Session(graphs[CUDA], training=True, cuda=device == CUDA)
         row: dict[str, Any] = {"net": name, "density": density, "provider": session.provider, "reason": session.reason}
-        steps: dict[str, Step] = {"ours": placed_step(session, feeds)}
-        steps["torch"] = torch_step(name, tensors, x, y, device)
-        cpu = placed_step(reference, feeds)
+        own = {n: v.copy() for n, v in feeds.items()}  # steps of the processor write into theirs
+        steps: dict[str, Step] = {"ours": session_step(session, own)}
+        steps["torch"] = torch_step(name, tensors, x, y, torch.get_num_threads(), device)
+        cpu = session_step(reference, feeds)
         wanted = [cpu() for _ in range(STEPS)]
         first = {n: [run() for _ in range(STEPS)] for n, run in steps.items()}
         row["away"] = {n: max(abs(a - b) for a, b in zip(got, wanted, strict=True)) for n, got in first.items()}

@@ -47,6 +47,7 @@ class CudaRuntime:
         self.places -= 1
         if self.places < 0:
             raise RuntimeError("CUDA failure 2: out of memory")
+        array = array.copy()  # as into a GPU's memory
         real = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         double = self
 

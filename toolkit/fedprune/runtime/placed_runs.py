@@ -81,7 +81,7 @@ class PlacedRuns:
         placed = {}
         with self._lock:
             for name, array in arrays.items():
-                array = np.array(array, order="C")
+                array = np.asarray(array, order="C")
                 key = role, name, array.shape, array.dtype.str
                 if key in self._placed:
                     self._placed[key].value.update_inplace(array)
@@ -102,7 +102,7 @@ class PlacedRuns:
                     if recording.has_run:
                         raise
                     self._stop_recording()
-            outputs = self._run_unrecorded(names, feeds, into)
+            outputs = run_bound(self.session, names, feeds, into, self.unrecorded)
             if self._records and all(isinstance(array, PlacedArray) for array in into.values()):
                 self._count(signature, feeds, outputs)
             return outputs
@@ -129,34 +129,35 @@ class PlacedRuns:
         """A new copy in the GPU's memory."""
         return PlacedArray(self._runtime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
 
-    def _run_unrecorded(
-        self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        binding = self.session.io_binding()
-        for name, value in feeds.items():
-            if isinstance(value, PlacedArray):
-                binding.bind_ortvalue_input(name, value.value)
-            else:
-                binding.bind_cpu_input(name, np.asarray(value, order="C"))
-        for name in names:
-            array = into.get(name)
-            if isinstance(array, PlacedArray):
-                binding.bind_ortvalue_output(name, array.value)
-            else:
-                binding.bind_output(name)
-        self.session.run_with_iobinding(binding, *self.unrecorded)
-        values = zip(names, binding.get_outputs(), strict=True)
-        made = {n: into[n] if isinstance(into.get(n), PlacedArray) else v.numpy() for n, v in values}
-        for name, array in into.items():
-            if not isinstance(array, PlacedArray):
-                np.copyto(array, made[name])
-                made[name] = array
-        return made
-
     def _options(self, graph: str) -> Any:
         options = self._runtime.RunOptions()
         options.add_run_config_entry(_GRAPH_ID, graph)
         return options
+
+
+def run_bound(
+    session: Any, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any], options: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """A run of onnxruntime's session that reads and writes arrays where they are, on the processor or a GPU; outputs
+    that have no array to be written into get new ones."""
+    binding = session.io_binding()
+    in_memory = {n: np.asarray(v, order="C") for n, v in feeds.items() if not isinstance(v, PlacedArray)}
+    for name, value in feeds.items():
+        if isinstance(value, PlacedArray):
+            binding.bind_ortvalue_input(name, value.value)
+        else:
+            binding.bind_cpu_input(name, in_memory[name])  # by address: it must live until the run is over
+    for name in names:
+        array = into.get(name)
+        if array is None:
+            binding.bind_output(name)
+        elif isinstance(array, PlacedArray):
+            binding.bind_ortvalue_output(name, array.value)
+        else:
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    session.run_with_iobinding(binding, *options)
+    values = zip(names, binding.get_outputs(), strict=True)
+    return {n: into[n] if n in into else np.asarray(v.numpy()) for n, v in values}
 
 
 def _signature(names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> Hashable:
@@ -184,7 +185,7 @@ class _Recording:
         self._session, self._binding, self._options = session, binding, options
         self.has_run = False
         placed = {n: v for n, v in feeds.items() if isinstance(v, PlacedArray)}
-        self._inputs = {n: put(np.array(v, order="C")) for n, v in feeds.items() if n not in placed}
+        self._inputs = {n: put(np.asarray(v, order="C")) for n, v in feeds.items() if n not in placed}
         self._outputs = {n: v if isinstance(v, PlacedArray) else put(np.zeros_like(v)) for n, v in outputs.items()}
         self._copied = [n for n, v in outputs.items() if not isinstance(v, PlacedArray)]
         self._kept_inputs = placed  # the addresses that were recorded must stay theirs
@@ -195,7 +196,7 @@ class _Recording:
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in self._inputs.items():
-            value.value.update_inplace(np.array(feeds[name], order="C"))
+            value.value.update_inplace(np.asarray(feeds[name], order="C"))
         self._session.run_with_iobinding(self._binding, self._options)
         self.has_run = True
         return {**self._outputs, **{name: np.array(self._outputs[name]) for name in self._copied}}

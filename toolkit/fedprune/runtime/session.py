@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailableError
-from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns
+from fedprune.runtime.placed_runs import GpuLostError, PlacedArray, PlacedRuns, run_bound
 from fedprune.runtime.session_process import RemoteSession, SessionProcess, serve
 
 Array = npt.NDArray[Any]
@@ -198,7 +198,7 @@ class Session:
                     return runs.run(names, given, into)
                 values = session.run(names, given, *runs.unrecorded)
             elif sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
-                return _run_into(session, names, given, into)
+                return run_bound(session, names, given, into)
             else:
                 values = session.run(names, given)
         except Exception as error:
@@ -275,24 +275,6 @@ class Session:
         if reason not in _SAID and len(_SAID) < _MOST_SAID:  # a process opens a session for every width
             _SAID.add(reason)
             _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
-
-
-def _run_into(
-    session: Any, names: Sequence[str], feeds: Mapping[str, Array], into: Mapping[str, Array]
-) -> dict[str, Array]:
-    binding = session.io_binding()
-    held = {n: np.asarray(v, order="C") for n, v in feeds.items()}  # bound by address
-    for name, value in held.items():
-        binding.bind_cpu_input(name, value)
-    for name in names:
-        array = into.get(name)
-        if array is None:
-            binding.bind_output(name)
-        else:
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    session.run_with_iobinding(binding)
-    values = zip(names, binding.get_outputs(), strict=True)
-    return {n: into[n] if n in into else np.asarray(v.numpy()) for n, v in values}
 
 
 def _in_memory(arrays: Mapping[str, Any]) -> dict[str, Array]:
