@@ -129,8 +129,9 @@ def test_what_a_round_trains_is_decided_when_it_begins_and_asking_changes_nothin
     state.devices["a"].excluded = state.devices["b"].excluded = "they spoil"
     assert [grants.of(device).density for device in state.devices.values()] == [0.5, 0.5, 0.5, 0.25]
 
-    again = Grants(job, compose(job), NET, state)  # as after a restart
-    assert again.of(state.devices["c"]).density == 0.25
+    again = State.from_json(state.to_json())  # as after a restart
+    restarted = Grants(job, compose(job), NET, again)
+    assert [restarted.of(device) for device in again.devices.values()] == [grants.of(d) for d in state.devices.values()]
     assert (state.plain_model, state.model, state.untrained) == ("imported", "m", True)
 
 
@@ -288,6 +289,16 @@ def test_work_at_a_core_that_is_narrower_than_the_plan_fits_what_was_planned_for
 
     assert work(0.0) == max(1, min(4, int(whole / core)))
     assert work(100.0) == 4
+
+
+def test_work_takes_about_as_long_as_the_whole_model_on_the_slowest_board() -> None:
+    """Steps of small nets take as long at any width."""
+    state = fleet(FLEET)
+    for device in state.devices.values():
+        device.profile = PI.to_dict()
+    assert [grant.work for grant in granted(state, 9).values()] == [1, 1, 1, 1]
+    state.devices["a"].profile = profile_store.find("raspberry-pi-zero-2w").to_dict()
+    assert [grant.work for grant in granted(state, 9).values()] == [1, 1, 1, 3]
 
 
 def test_boards_of_a_secure_sum_train_the_same() -> None:

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedprune.coordination.width_planner import forget_first, predict_round
+from fedprune.core.errors import FedpruneError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share
+from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
 from fedprune.strategies import Strategy
@@ -60,12 +62,9 @@ class Grants:
         self._core = strategy.core
         # Asynchronous jobs begin with few of their boards, which say little of the others.
         self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
-        self._widths: Widths = ()
-        self._density, self._mixed = 1.0, True
         self._macs: dict[Widths, int] = {}
+        self._steps: dict[tuple[str, Widths], float] = {}
         self._repeats: dict[tuple[Mapping[str, Any], Widths], float] = {}
-        if state.round:  # a restart within a round, whose decision is not saved
-            self._decide()
 
     def begin_round(self) -> None:
         """Decide what the fleet trains in the round that begins, of number `State.round`.
@@ -81,7 +80,7 @@ class Grants:
         state.untrained = self._is_shared
         self._decide()
         plain, state.plain_model = state.plain_model, ""
-        if plain and (self._has_core or not self._mixed):
+        if plain and (self._has_core or not state.mixed):
             state.model = plain
 
     def of(self, device: Device) -> Grant:
@@ -89,21 +88,21 @@ class Grants:
         if self._core is None:
             return Grant(device.widths, device.density)
         widths, density = self._least(device.widths, device.density)
-        return Grant(widths, density, self._work(device, widths), self._mixed, self._has_core)
+        return Grant(widths, density, self._work(device, widths), self._state.mixed, self._has_core)
 
     @property
     def core(self) -> Widths:
         """The widths that the fleet shares in the present round; empty where each board trains all that it can hold."""
-        return self._widths
+        return tuple(self._state.core_widths)
 
     def describe(self) -> str:
         """A line for people on what the fleet trains in the present round; empty where strategies leave that alone."""
         if self._core is None:
             return ""
-        if self._widths:
-            share = f"{self._core.board_share:.0%} of them can hold"
-            return f"boards share a core: they train at most {self._density:.3g} of the model's channels, which {share}"
-        if not self._mixed:
+        if self.core:
+            most, share = f"{self._state.core_density:.3g} of the model's channels", f"{self._core.board_share:.0%}"
+            return f"boards share a core: they train at most {most}, which {share} of them can hold"
+        if not self._state.mixed:
             return "all boards train the same width: no ordered dropout and no mixup by default"
         return "each board trains all that it can hold" if self._has_core else ""
 
@@ -125,16 +124,20 @@ class Grants:
 
     def _decide(self) -> None:
         """Look at what the fleet's devices can hold."""
-        self._widths, self._density, self._mixed = (), 1.0, True
+        state = self._state
+        state.core_widths, state.core_density, state.mixed, state.longest_s = [], 1.0, True, 0.0
         if self._core is None:
             return
         devices = self._devices
         kinds = Counter((d.density, d.widths) for d in devices)
         if self._is_shared and kinds:
-            self._density, self._widths = self._core.of(kinds)
+            state.core_density, core = self._core.of(kinds)
+            state.core_widths = list(core)
         trained = {self._least(widths, density)[0] for density, widths in kinds}
         alike = len(trained) == 1 and self._sees_fleet
-        self._mixed = not (alike and self._fit_whole_steps(devices))
+        state.mixed = not (alike and self._fit_whole_steps(devices))
+        if self._has_core:
+            state.longest_s = self._longest()
 
     def _have_even_labels(self, least: float) -> bool:
         """Whether labels are even enough for a core: whether, of all classes or of as many as a board has samples, the
@@ -154,10 +157,10 @@ class Grants:
 
     def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The lesser of what a device can hold and the core."""
-        least = tuple(map(min, widths, self._widths)) if self._widths else widths
+        least = tuple(map(min, widths, self.core)) if self.core else widths
         if least == widths:
             return widths, density
-        return least, self._density if least == self._widths else kept_share(self._architecture, least)
+        return least, self._state.core_density if least == self.core else kept_share(self._architecture, least)
 
     def _work(self, device: Device, widths: Widths) -> int:
         # What boards are to train is part of what those of a secure sum agree on.
@@ -166,7 +169,11 @@ class Grants:
         whole_steps = WHOLE_STEPS if self._core.evenness else 1.0
         wanted = round(WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths))
         most = min(self._core.work, wanted, MOST_EPOCHS // self._job.training.epochs)
-        return max(1, math.floor(min(most, self._fits(device, widths) / whole_steps))) if most > 1 else 1
+        if most <= 1:
+            return 1
+        seconds, longest = self._seconds(device, widths), self._state.longest_s
+        nearly = round(min(most, longest / seconds)) if seconds and longest else most
+        return max(1, math.floor(min(nearly, self._fits(device, widths) / whole_steps)))
 
     def _fits(self, device: Device, widths: Widths) -> float:
         """How often the training at these widths fits the time and energy that a device's plan has."""
@@ -176,17 +183,33 @@ class Grants:
         if key not in self._repeats:
             share = 1.0
             if widths != device.widths:
-                share = self._train_s(device, widths) / self._train_s(device, device.widths)
+                share = self._predicted(device, widths).train_s / self._predicted(device, device.widths).train_s
             self._repeats[key] = Plan.from_dict(device.plan).repeats(share)
             forget_first(self._repeats)
         return self._repeats[key]
 
-    def _train_s(self, device: Device, widths: Widths) -> float:
+    def _longest(self) -> float:
+        """How long the whole model would take the slowest board, in seconds: a round of FedAvg. Small nets' steps take
+        as long at any width, and as many of them as of large ones would make rounds longer than that."""
+        return max((self._seconds(d, self._architecture.sizes) for d in self._devices), default=0.0)
+
+    def _seconds(self, device: Device, widths: Widths) -> float:
+        """Time of the recipe's training at these widths on a board of the device's kind, as its profile has it; 0 where
+        there is no such profile. Boards' own measurements are left out: reading them all would take a large fleet
+        longer than it gains."""
+        key = (str(device.profile.get("name")), widths)
+        if key not in self._steps:
+            like_it = Device(session=0, online=True, profile=device.profile, probe=None, samples=device.samples)
+            try:
+                self._steps[key] = self._predicted(like_it, widths).step_s
+            except FedpruneError:
+                self._steps[key] = 0.0
+            forget_first(self._steps)
+        return self._steps[key] * self._job.training.steps(device.samples)
+
+    def _predicted(self, device: Device, widths: Widths) -> Prediction:
         density = kept_share(self._architecture, widths)
-        predicted = predict_round(
-            self._job, self._strategy, self._architecture, "", device, widths, density, device.samples
-        )
-        return predicted.train_s
+        return predict_round(self._job, self._strategy, self._architecture, "", device, widths, density, device.samples)
 
     def _training_macs(self, widths: Widths) -> int:
         if widths not in self._macs:

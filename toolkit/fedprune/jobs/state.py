@@ -306,6 +306,11 @@ class State:
             it: boards of one width begin with that, and boards that share a core.
         even_labels: Whether boards' labels were even enough for a core when the first round began; None before, and
             where the strategy doesn't ask.
+        core_widths: The widths that the fleet shares in the present round; empty where each board trains all that it
+            can hold.
+        core_density: The share of the model that these are.
+        mixed: Whether boards of the fleet train different widths in the present round.
+        longest_s: How long the whole model would take the slowest board in a round, in seconds; 0 where nobody asks.
     """
 
     model: str
@@ -335,6 +340,10 @@ class State:
     untrained: bool = False
     plain_model: str = ""
     even_labels: bool | None = None
+    core_widths: list[int] = field(default_factory=list)
+    core_density: float = 1.0
+    mixed: bool = True
+    longest_s: float = 0.0
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
