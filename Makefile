@@ -1,10 +1,9 @@
-# make demo | test | test-all | check | soak | acceptance | flaky | coverage | audit | docs | home-assistant | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
+# make demo | test | test-all | check | soak | acceptance | flaky | coverage | audit | docs | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
 BOARD := .venv-py310
 FLOWER := build/flower
-HOME_ASSISTANT := build/home-assistant
 TOOLS := build/tools
 PIP := pip install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_runtime server hardware_profiles -type f -not -path '*/__pycache__/*')
@@ -40,7 +39,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky coverage audit docs soak acceptance home-assistant first-boot manifests release release-check image-check notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky coverage audit docs soak acceptance first-boot manifests release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: a minute or more, by the cores that are free"
@@ -169,11 +168,6 @@ soak: $(DEV)/installed $(FLOWER)/installed
 # The acceptance ring: what is made for users, tried where they would: bare Debians, images, boards in an emulator.
 acceptance: test-arm64 release-check image-check first-boot
 
-# A fleet in a real Home Assistant, 400 MB that are installed in an environment of their own; needs mosquitto and its clients.
-home-assistant: $(DEV)/installed $(HOME_ASSISTANT)/installed
-	$(DEV)/bin/pytest -q -m soak tests/server/web/test_home_assistant.py
-	$(DEV)/bin/python -m benchmarks.home_assistant
-
 # An image's first boot, in a virtual machine: needs what test-arm64 does, and qemu-system-arm, mtools, fdisk, e2fsprogs,
 # dosfstools, fakechroot and fakeroot. Some minutes.
 first-boot: $(DEV)/installed
@@ -206,15 +200,6 @@ $(TOOLS)/installed: deploy/locks/build.txt
 $(FLOWER)/installed:
 	$(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/pip install -q flwr==1.41.0
-	@touch $@
-
-# The newest that Python 3.11 runs, with what its parts `http`, `file_upload` and `camera` import, all in the versions that its
-# wheel names: pip would otherwise try dozens of others.
-$(HOME_ASSISTANT)/installed:
-	$(PYTHON) -m venv $(HOME_ASSISTANT)
-	$(HOME_ASSISTANT)/bin/pip install -q --no-deps homeassistant==2024.3.3
-	$(HOME_ASSISTANT)/bin/pip install -q -c $$(echo $(HOME_ASSISTANT)/lib/python3*/site-packages/homeassistant/package_constraints.txt) \
-		homeassistant==2024.3.3 paho-mqtt janus numpy PyTurboJPEG hassil home-assistant-intents
 	@touch $@
 
 $(BOARD)/installed: pyproject.toml constraints.txt

@@ -477,11 +477,6 @@ def _console(
         hosts=config.own_hosts,
         proxied=config.console_proxy,
         parent=os.getpid(),
-        home_assistant=None if config.home_assistant == OFF else config.home_assistant,
-        home_assistant_ca=None if config.home_assistant_ca is None else str(config.home_assistant_ca.resolve()),
-        home_assistant_prefix=config.home_assistant_prefix,
-        home_assistant_pause=config.home_assistant_pause,
-        site=reached.site,
     )
     observer = ConsoleObserver(publisher, handler, ConsoleProcess(settings))
     stack.callback(observer.close)

@@ -59,7 +59,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),
     "processes and aggregators": ("workers", "workers_url", "aggregators", "parent", "region"),
     "to see what happens": (
-        "console", "home_assistant", "alert_webhook", "metrics", "traces", "track", "log_format",
+        "console", "alert_webhook", "metrics", "traces", "track", "log_format",
     ),
 }  # fmt: skip
 """Options by the group under which help lists them, in its order."""

@@ -17,7 +17,7 @@ from fedprune.model.recipe import CUSTOM
 from fedprune.security.tls import SYSTEM
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
-from fedprune.wire.urls import BlobUrl, BrokerUrl
+from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_url
 from fedprune_server.config.setting import SWITCH, check_settings, setting
@@ -37,7 +37,6 @@ MQTT, HTTPS, S3 = "mqtt", "https", "s3"
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
 _PARENT = re.compile(r"wss?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
-_TOPIC = re.compile(r"[A-Za-z0-9_-]{1,64}(?:/[A-Za-z0-9_-]{1,64}){0,4}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
 
@@ -131,20 +130,6 @@ class ServerConfig:
         choices=("none", "look", "all"),
     )
     console_releases: Path | None = setting(None, "A folder of releases that operators may roll out.")
-    home_assistant: str = setting(
-        OFF,
-        "The broker of a Home Assistant to which the console shows jobs and boards: "
-        "`mqtts://[user:password@]host[:port]` or `mqtt://...`; `off` for none.",
-        "URL",
-    )
-    home_assistant_ca: Path | None = setting(
-        None, "Authorities that sign that broker's certificate; without it, the system's."
-    )
-    home_assistant_insecure: bool = setting(False, "That broker may be on another machine without TLS.")
-    home_assistant_prefix: str = setting("homeassistant", "The prefix of that Home Assistant's discovery topics.")
-    home_assistant_pause: bool = setting(
-        False, "Jobs get a switch that pauses them: every client that may publish at that broker can turn it."
-    )
     aggregators: str = setting(
         OFF,
         "Where aggregators of regions connect, by default on `host`; `off` for nowhere.",
@@ -278,7 +263,6 @@ class ServerConfig:
                 hint="The rounds are the parent's: set it there.",
             )  # fmt: skip
         self._check_console()
-        self._check_home_assistant()
         try:
             words = shlex.split(self.on_revocation)
         except ValueError:
@@ -379,37 +363,6 @@ class ServerConfig:
                 "proxy in front of it, or, in a network of your own, set console_insecure.",
             )  # fmt: skip
 
-    def _check_home_assistant(self) -> None:
-        if not _TOPIC.fullmatch(self.home_assistant_prefix):
-            raise ConfigError(
-                "server: home_assistant_prefix", expected="levels of a topic, such as homeassistant",
-                got=shown(self.home_assistant_prefix),
-            )  # fmt: skip
-        if self.home_assistant_ca is not None and not self.home_assistant_ca.is_file():
-            raise ConfigError(
-                "server: home_assistant_ca", expected="a file that exists", got=shown(str(self.home_assistant_ca))
-            )
-        if self.home_assistant == OFF:
-            return
-        try:
-            url = BrokerUrl.parse(self.home_assistant)
-        except ConfigError as error:
-            raise ConfigError("server: home_assistant", expected=error.expected, got=error.got) from error
-        if not (url.tls or is_loopback(url.host) or self.home_assistant_insecure):
-            raise ConfigError(
-                "server: home_assistant", expected="mqtts://, or a broker on this machine", got=shown(url.bare),
-                hint="In a network of your own set home_assistant_insecure.",
-            )  # fmt: skip
-        if self.console_place is None:
-            raise ConfigError(
-                "server: home_assistant", expected="console as well", got=repr(OFF),
-                hint="The console's process publishes to Home Assistant: --console 8470.",
-            )  # fmt: skip
-        if self.home_assistant_pause and self.console_orders != "all":
-            raise ConfigError(
-                "server: home_assistant_pause", expected="console_orders = 'all' with it", got=repr(self.console_orders)
-            )
-
     def server_settings(self) -> dict[str, Any]:
         """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
@@ -437,9 +390,9 @@ SERVER = tuple(_TYPES)
 PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
 """Settings that name files and folders, in addition to `state`."""
 
-ELSEWHERE = ("state", "database", "on_revocation", "home_assistant")
-"""Keys that the database doesn't keep: the state folder is or contains the first two, a command must not be chosen by
-writing to the database, and the last one has a password, which every backup would contain."""
+ELSEWHERE = ("state", "database", "on_revocation")
+"""Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen
+by writing to the database."""
 
 
 def without_password(broker: str) -> str:

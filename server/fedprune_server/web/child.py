@@ -28,9 +28,6 @@ from fedprune_server.web.connections import Connections
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.events import watch
-from fedprune_server.web.home_assistant.bridge import EVERY_S, HomeAssistantBridge, topics, will
-from fedprune_server.web.home_assistant.broker_client import BrokerClient
-from fedprune_server.web.home_assistant.discovery import Discovery
 from fedprune_server.web.process import ConsoleSettings
 from fedprune_server.web.state import status
 from fedprune_server.web.state.status import FleetView
@@ -84,18 +81,7 @@ def serve(settings: ConsoleSettings, replies: BinaryIO) -> None:
             replies.flush()
 
         threading.Thread(target=_end_with_server, daemon=True).start()
-        asyncio.run(_serve(server, connections, listening, console, alive, _home_assistant(settings, console)))
-
-
-def _home_assistant(settings: ConsoleSettings, console: Console) -> HomeAssistantBridge | None:
-    if settings.home_assistant is None:
-        return None
-    discovery = Discovery(settings.site, settings.home_assistant_prefix, settings.home_assistant_pause)
-    ca = None if settings.home_assistant_ca is None else Path(settings.home_assistant_ca)
-    client = BrokerClient(settings.home_assistant, ca, will(discovery), topics(discovery))
-    client.start()
-    view = FleetView(Path(settings.folder) / status.FILE, settings.orders)
-    return HomeAssistantBridge(discovery, view, console.orders, client)
+        asyncio.run(_serve(server, connections, listening, console, alive))
 
 
 def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -> uvicorn.Server:
@@ -126,7 +112,6 @@ async def _serve(
     listening: socket.socket,
     console: Console,
     alive: Callable[[], None],
-    home_assistant: HomeAssistantBridge | None = None,
 ) -> None:
     loop = asyncio.get_running_loop()
 
@@ -140,15 +125,9 @@ async def _serve(
         with suppress(FedpruneError):  # the next sweep tries again
             console.orders.expire()
 
-    def show(home: HomeAssistantBridge) -> None:
-        loop.call_later(EVERY_S, show, home)
-        home.turn()
-
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
     watching = loop.create_task(watch(console.streams, console.view, console.orders))
     loop.call_soon(sweep)
-    if home_assistant is not None:
-        loop.call_soon(show, home_assistant)
     await server.serve(sockets=[listening])
     watching.cancel()
 

@@ -102,14 +102,6 @@ def check_console(config: ServerConfig) -> None:
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise MissingExtraError(f"the console needs {', '.join(missing)}", extra="console")
     check_tls(config)
-    if config.home_assistant_ca is not None:
-        try:
-            ssl.create_default_context(cafile=str(config.home_assistant_ca))
-        except OSError as error:
-            raise ConfigError(
-                "[server] home_assistant_ca", expected="certificates as PEM",
-                got=f"{config.home_assistant_ca}: {reason(error)}",
-            ) from error  # fmt: skip
     check_free(config.console_place[0], 0)
 
 

@@ -38,8 +38,6 @@ class ConsoleSettings:
         hosts: Names that browsers may use in addition to its address.
         proxied: Whether a reverse proxy on this machine terminates TLS.
         parent: The server's process id.
-        home_assistant: The address of Home Assistant's broker; None for none. What follows is about it.
-        site: The fleet's site, in topics.
     """
 
     address: str
@@ -52,11 +50,6 @@ class ConsoleSettings:
     hosts: tuple[str, ...]
     proxied: bool
     parent: int
-    home_assistant: str | None = None
-    home_assistant_ca: str | None = None
-    home_assistant_prefix: str = ""
-    home_assistant_pause: bool = False
-    site: str = ""
 
     @classmethod
     def from_json(cls, text: bytes) -> ConsoleSettings:

@@ -62,7 +62,6 @@ def test_the_example_configuration_has_every_key() -> None:
         "console_key",
         "console_releases",
         "database",
-        "home_assistant_ca",
         "profiles",
     }  # type: ignore[call-overload]
 

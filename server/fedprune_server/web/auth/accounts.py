@@ -17,9 +17,6 @@ from fedprune_server.web.database import ConsoleDatabase
 
 MIN_PASSWORD, MAX_PASSWORD = 12, 1024
 
-HOME_ASSISTANT = "home-assistant"
-"""The operator of Home Assistant's switches in the audit log, who has no account."""
-
 
 @dataclass(frozen=True)
 class Operator:
@@ -72,11 +69,6 @@ class Accounts:
     def check_new(self, name: str, role: str) -> None:
         """Check that an account of this name and role could be added. Raises `ConfigError` if it couldn't."""
         check_name(name, "operator", error=ConfigError)
-        if name.casefold() == HOME_ASSISTANT:
-            raise ConfigError(
-                "name of an operator", expected="another one", got=name,
-                hint="In the audit log it is the operator of Home Assistant's switches.",
-            )  # fmt: skip
         if role not in ROLES:
             raise ConfigError("role of an operator", expected=", ".join(ROLES), got=role)
         if self.get(name) is not None:

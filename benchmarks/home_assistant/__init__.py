@@ -1,1 +1,0 @@
-"""A recorded session of a real fleet with a real Home Assistant."""
