@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fedprune_export.importing.adapters import Lora
     from fedprune_export.importing.load import load
     from fedprune_export.importing.torch_narrowing import narrowed
-    from fedprune_export.profiling.roofline import Explanation, explain
     from fedprune_export.pruning.cut import cut
     from fedprune_export.pruning.model import Model
     from fedprune_export.reports.report import Report
@@ -29,14 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BoardPlan",
-    "Explanation",
     "LabelledData",
     "Lora",
     "Model",
     "ModelCard",
     "Report",
     "cut",
-    "explain",
     "export",
     "from_pretrained",
     "load",
@@ -49,14 +46,12 @@ __all__ = [
 
 _MODULES = {
     "BoardPlan": "bundles.board_plan",
-    "Explanation": "profiling.roofline",
     "LabelledData": "checks.labelled_data",
     "Lora": "importing.adapters",
     "Model": "pruning.model",
     "ModelCard": "bundles.hub_repository",
     "Report": "reports.report",
     "cut": "pruning.cut",
-    "explain": "profiling.roofline",
     "export": "api",
     "from_pretrained": "bundles.hub_repository",
     "load": "importing.load",

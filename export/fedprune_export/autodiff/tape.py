@@ -20,7 +20,6 @@ from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
 from fedprune_export.autodiff.static_info import Knowledge, describe
-from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
 from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
 from fedprune_export.ir.operators import registrar
@@ -80,7 +79,6 @@ class Tape(Knowledge):
         self._gradients: dict[str, list[str]] = {}
         self._pulls: list[tuple[Node, Pull]] = []
         self._shape_values: dict[str, str] = {}
-        self._first_of_pull = 0
         self._readers = model.graph.consumers()
         self._producers = model.graph.producers()
 
@@ -263,7 +261,6 @@ class Tape(Knowledge):
                     expected=f"one of {len(RULES)} operators (`fedprune-export operators` lists them)",
                     hint="Replace the operator, or add a rule for it (docs/add-an-operator.md).",
                 )
-            self.graph.purpose = Purpose(FORWARD, node.name or node.outputs[0])
             pull = function(self, node)
             self._check_shapes(node)
             if pull is not None and node.outputs[0] in self._scaled:
@@ -316,7 +313,6 @@ class Tape(Knowledge):
         """Add to the gradient of a value of the model."""
         self._gradients.setdefault(name, []).append(gradient)
         self.written[gradient] = self.shape(name)
-        self._purposed(name)
 
     def gradient(self, name: str) -> str | None:
         """The whole gradient of a value; call it when everything that reads the value has been pulled back."""
@@ -331,22 +327,9 @@ class Tape(Knowledge):
     def backward(self) -> None:
         """Write the backward pass from the gradients that were added to the model's outputs."""
         for node, pull in reversed(self._pulls):
-            self.graph.purpose = Purpose(INPUT_GRADIENT, node.name or node.outputs[0])
-            self._first_of_pull = len(self.graph.nodes)
             gradients = [self.gradient(o) if o else None for o in node.outputs]
             if any(gradients):
                 pull(*gradients)
-
-    def _purposed(self, name: str) -> None:
-        """The nodes that a pull-back has written since its last gradient: of a weight, or of samples."""
-        now = self.graph.purpose
-        if now is None or now.part != INPUT_GRADIENT:
-            return
-        axes = self.known(name)
-        if self.is_tensor(name) or (axes is not None and None not in axes):
-            for node in self.graph.nodes[self._first_of_pull :]:
-                node.purpose = Purpose(WEIGHT_GRADIENT, now.layer)
-        self._first_of_pull = len(self.graph.nodes)
 
     def reduced(self, gradient: str, shape: Shape, target: Shape) -> str:
         """A gradient of `shape` summed over the axes along which `target` was broadcast."""

@@ -99,9 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
     add_precision_option(parser)
-    parser.add_argument(
-        "--explain", action="store_true", help="show where the time of a training step goes (one target; see explain)"
-    )
     add_json(parser, "the report as JSON, for programs")
     add_probe_option(parser)
     add_model_options(parser)
@@ -142,7 +139,10 @@ def export(arguments: argparse.Namespace) -> int:
     if len(results) > 1:
         return _print_all(results, model.notes, arguments.out, as_json=arguments.json)
     report = next(r for r in results.values() if isinstance(r, fx.Report))  # the only one: its error was raised
-    _print(report, explained=arguments.explain, as_json=arguments.json)
+    if arguments.json:
+        print_json(report.to_dict())
+    else:
+        print(report)
     return int(ExitCode.OK)
 
 
@@ -154,8 +154,6 @@ def _boards(arguments: argparse.Namespace) -> _Boards:
         raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
     if probe is not None and len(profiles) > 1:
         raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
-    if arguments.explain and len(profiles) > 1:
-        raise UsageError("--explain is of one board", expected="one --target", got=len(profiles))
     return _Boards(profiles, _folders(arguments.out, [p.name for p in profiles]), recipe, probe)
 
 
@@ -214,28 +212,6 @@ def _export(
         opset=arguments.opset,
         class_names=arguments.class_names,
     )
-
-
-def _print(report: fx.Report, *, explained: bool, as_json: bool) -> None:
-    from fedprune_export.reports.roofline_report import print_explanation
-
-    explanation = _explanation(report) if explained else None
-    if as_json:
-        body = report.to_dict()
-        print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
-        return
-    print(report)
-    if explanation is not None:
-        print_explanation(explanation)
-
-
-def _explanation(report: fx.Report) -> fx.Explanation:
-    """Where the time of the bundle's training step goes on its board, by what the profile promises."""
-    from fedprune_export.profiling.machine_peak import promised
-
-    recipe = report.plan.recipe
-    speed = promised(report.plan.profile)
-    return fx.explain(report.model, report.selection.widths, recipe, speed, batch=recipe.micro_batch)
 
 
 def _print_all(

@@ -14,8 +14,6 @@ COMMANDS = {
     "groups": ("cli.groups", "the channel groups of a model, and what stays"),
     "operators": ("cli.operators", "every operator that can be cut or trained"),
     "verify": ("cli.verify", "check a bundle: files, graphs, a training step"),
-    "explain": ("cli.explain", "where the time of a training step goes, layer by layer"),
-    "bench": ("cli.bench", "time a bundle on this machine"),
     "to-onnx": ("cli.convert", "a bundle or model as one ONNX file"),
     "to-torch": ("cli.convert", "a bundle's weights as a torch state dict"),
     "profiles": ("cli.profiles", "list, show, check and identify hardware profiles"),

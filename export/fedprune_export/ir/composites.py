@@ -32,7 +32,6 @@ def expanded(graph: _Draft, opset: int) -> _Draft:
     nodes, out.nodes = out.nodes, []
     for node in nodes:
         if node.op in lacking and not node.domain:
-            out.purpose = node.purpose
             _RULES[node.op](out, node)
         else:
             out.nodes.append(node)

@@ -29,22 +29,6 @@ _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 
 _Draft = TypeVar("_Draft", bound="Draft")
 
 
-FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
-LOSS, UPDATE = "loss", "update"  # the parts of a training step
-
-
-@dataclass(frozen=True)
-class Purpose:
-    """The purpose of a node of a training graph, kept in memory and not in files.
-
-    Attributes:
-        layer: The name of the model's node that it is a part of; empty where it belongs to none.
-    """
-
-    part: str
-    layer: str = ""
-
-
 @dataclass
 class Node:
     """One operator. Attributes are Python values: int, float, str, lists of these, or numpy arrays for tensors."""
@@ -55,12 +39,11 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     domain: str = ""
-    purpose: Purpose | None = field(default=None, compare=False, repr=False)
 
     def copy(self) -> Node:
         """A copy whose lists can be changed."""
         inputs, outputs, attrs = list(self.inputs), list(self.outputs), dict(self.attrs)
-        return Node(self.op, inputs, outputs, attrs, self.name, self.domain, self.purpose)
+        return Node(self.op, inputs, outputs, attrs, self.name, self.domain)
 
     @property
     def bodies(self) -> list[onnx.GraphProto]:
@@ -101,7 +84,7 @@ class Port:
 class Draft:
     """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`.
 
-    What is emitted has the `purpose` of that moment. `unit`: whose kernels it is written for, one of `UNITS`.
+    `unit`: whose kernels it is written for, one of `UNITS`.
     """
 
     inputs: list[Port] = field(default_factory=list)
@@ -111,7 +94,6 @@ class Draft:
     opset: int = NORMAL_OPSET
     name: str = "fedprune"
     metadata: dict[str, str] = field(default_factory=dict)
-    purpose: Purpose | None = field(default=None, repr=False)
     unit: str = CPU
     _counter: int = field(default=0, repr=False)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
@@ -126,7 +108,7 @@ class Draft:
     ) -> str:
         """Append a node with one output and return the output's name."""
         output = out or self.fresh(op)
-        self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain, self.purpose))
+        self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain))
         return output
 
     def emit_many(
@@ -134,7 +116,7 @@ class Draft:
     ) -> list[str]:
         """Append a node with several outputs and return their names."""
         names = [self.fresh(op) for _ in range(outputs)]
-        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0], domain, self.purpose))
+        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0], domain))
         return names
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
@@ -205,7 +187,6 @@ class Draft:
             self.opset,
             self.name,
             dict(self.metadata),
-            self.purpose,
             self.unit,
             self._counter,
             dict(self._constants),

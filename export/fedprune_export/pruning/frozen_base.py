@@ -161,13 +161,11 @@ class _Reads:
                 turn = node.attrs.get("perm") or list(reversed(range(len(order))))
                 self._moved[node.outputs[0]] = name, tuple(order[i] for i in turn)
                 continue
-            graph.purpose = node.purpose
             if node.op == "Gather" and node.inputs[0] in self._moved and not self._looks_up(node):
                 continue
             free = [i for i in node.inputs if i and i not in self._moved and i not in given]
             node.inputs = [self._read(i, free) if i in self._moved else i for i in node.inputs]
             graph.nodes.append(node)
-        graph.purpose = None
         for name in ranks:
             del graph.initializers[name]
         for port in graph.outputs:

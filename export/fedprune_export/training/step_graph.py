@@ -12,7 +12,6 @@ from fedprune.model.recipe import CUSTOM, LOSSES, LOSSES_OF_LOGITS, Features, te
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
-from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.probabilities import maker_of_probabilities
 from fedprune_export.pruning.frozen_base import read_low
@@ -92,10 +91,8 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     logits = model.graph.outputs[0].name
     if not tape.wants(logits):
         raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
-    graph.purpose = Purpose(LOSS)
     tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, losses))
     tape.backward()
-    graph.purpose = Purpose(UPDATE)
     write_updates(graph, tape, trained, features)
     made = {o.name for o in graph.outputs}
     for spec in architecture.statistics:

@@ -101,9 +101,6 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
     assert main(words) == ExitCode.PROFILE
     assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
     assert open_bundle(tmp_path / "out").target == "field"
-    words = ["bench", str(tmp_path / "out"), "--runs", "2", "--target", "field"]
-    assert main(words) == ExitCode.PROFILE
-    assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
 
 
 def test_an_export_repeats_the_advice_for_a_board_with_limited_support(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import re
 import shlex
 import textwrap
@@ -103,13 +104,6 @@ def test_the_groups_are_what_the_command_prints(printed: dict[str, list[str]]) -
     assert sample_after("groups") == printed["groups digits.onnx"]
 
 
-def test_the_explanation_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
-    command = next(c for c in printed if c.startswith("explain") and "--target" in c)
-    said, found = ([words(line) for line in text] for text in (sample_after("explain"), printed[command]))
-    shown = [line for line in found if line in said]
-    assert [line for line in said if line != ["..."]] == shown
-
-
 def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
     command = next(c for c in printed if c.startswith("verify"))
     # Losses and sizes of graphs are those of the day.
@@ -117,6 +111,21 @@ def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
         [re.sub(r"[0-9][0-9.,e-]*", "#", line) for line in text] for text in (sample_after(command), printed[command])
     )
     assert said == found
+
+
+def test_the_profiler_times_the_operators_of_a_training_step(
+    printed: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert any(command.endswith("--out bundle") for command in printed)
+    monkeypatch.chdir(folder)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "enable_profiling" in c)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        exec(code, {})  # noqa: S102
+    events = json.loads((folder / text.getvalue().strip()).read_text())
+    times = [e for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
+    assert "Conv" in {e["args"]["op_name"] for e in times}
+    assert all(e["dur"] >= 0 for e in times)
 
 
 @pytest.mark.parametrize("function", [fx.load, fx.plan, fx.export])
@@ -129,9 +138,6 @@ def test_the_table_of_keywords_has_those_of_each_function(function: Callable[...
 
 def test_every_flag_that_the_page_names_is_one() -> None:
     text = build_parser().format_help()
-    with contextlib.redirect_stdout(io.StringIO()) as explain, pytest.raises(SystemExit):
-        main(["explain", "--help"])
-    text += explain.getvalue()
     flags = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--into", "--others", "--model", "--weights", "--state"}
     assert len(flags) > 15
     for flag in flags:

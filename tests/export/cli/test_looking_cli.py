@@ -80,7 +80,7 @@ def test_the_table_of_operators_has_a_row_each(capsys: pytest.CaptureFixture[str
     assert {len(r) for r in rows} == {4}
 
 
-@pytest.mark.parametrize("command", ["groups", "operators", "verify", "bench", "to-onnx", "to-torch", "profiles"])
+@pytest.mark.parametrize("command", ["groups", "operators", "verify", "to-onnx", "to-torch", "profiles"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -97,14 +97,6 @@ def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFix
     assert passed["int8"].endswith(" tensors are those of the weights; logits of random samples are finite")
 
 
-def test_bench_times_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--runs", "1", "--batch", "2", "--target", "raspberry-pi-5", "--json")
-    assert main(["bench", str(folder / "bundle"), *options]) == ExitCode.OK
-    rows = json.loads(capsys.readouterr().out)["measured"]
-    assert [r["what"] for r in rows] == ["training step", "prediction", *(f"prediction, {p}" for p in PRECISIONS)]
-    assert rows[-1]["predicted"] == {"seconds": None, "peak_bytes": None}
-
-
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_board_predicts_with_a_precision(folder: Path, precision: str, tmp_path: Path) -> None:

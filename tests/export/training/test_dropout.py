@@ -22,7 +22,7 @@ from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.bundles.conversion import onnx_file
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.pruning.cut import cut, pinned
+from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.memory import fitted
 from fedprune_export.training.step_graph import training_graph
@@ -208,8 +208,6 @@ def test_dropouts_survive_a_file_and_a_memory_limit() -> None:
     again = import_onnx(onnx_file(model.graph, model.tensors, "again"), "again")
     shapes = {n: s for n, (_, s) in step_of(model).inputs.items() if step_contract.is_dropout_mask(n)}
     assert {n: s for n, (_, s) in step_of(again).inputs.items() if step_contract.is_dropout_mask(n)} == shapes
-    widths = [4] * len(model.architecture.groups)
-    assert step_of(pinned(model, widths)).inputs[next(iter(shapes))][1][1:] == (4, 4, 4)
     graph = training_graph(model, Features())
     whole = fitted(graph, model.architecture, model.architecture.sizes, 64, 10**9).memory
     assert whole.inputs > 4 * 64 * 8 * 4 * 4  # a mask as large as what it drops

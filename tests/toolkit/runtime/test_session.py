@@ -246,30 +246,6 @@ def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
         np.testing.assert_array_equal(both[1][name], value)
 
 
-def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    graph = GRAPH.read_bytes()
-    feeds = {
-        name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.int64 if "int64" in kind else np.float32)
-        for name, (kind, shape) in Session(graph, training=True).inputs.items()
-    }
-
-    times = sessions.kernel_times(graph, feeds, runs=3, training=True)
-
-    operators = {op for op, _ in times.kernels.values()}
-    assert "Conv" in operators
-    assert all(seconds >= 0 for _, seconds in times.kernels.values())
-    assert 0 < sum(s for _, s in times.kernels.values()) <= 2 * times.run
-    assert not list(tmp_path.iterdir())  # nothing is left of the profiler's file
-
-
-def test_operators_of_a_broken_graph_are_not_timed() -> None:
-    with pytest.raises(ModelError):
-        sessions.kernel_times(b"nothing of the kind", {})
-    with pytest.raises(ModelError, match="couldn't run"):
-        sessions.kernel_times(GRAPH.read_bytes(), {})
-
-
 def test_what_is_placed_on_the_gpu_stays_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)

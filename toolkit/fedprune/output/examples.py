@@ -19,14 +19,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-export verify bundle",
         "fedprune-export verify bundle --model model.onnx",
     ),
-    "fedprune-export explain": (
-        "fedprune-export explain model.onnx --target raspberry-pi-5 --density 0.5",
-        "fedprune-export explain model.onnx --measure --page step.html",
-    ),
-    "fedprune-export bench": (
-        "fedprune-export bench bundle",
-        "fedprune-export bench bundle --target raspberry-pi-5 --threads 1,4",
-    ),
     "fedprune-export to-onnx": (
         "fedprune-export to-onnx bundle board.onnx",
         "fedprune-export to-onnx model.onnx global.onnx --weights global.safetensors",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import tempfile
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,14 +32,8 @@ _SAID: set[str] = set()
 
 _MOST_SAID = 20
 
-_KERNEL = "_kernel_time"
-"""How the profiler's events of operators end."""
-
 _BOUND_FROM = 1 << 20
 """Bytes of arrays for outputs from which binding them takes less time than copying into them."""
-
-_WARM_UP = 2
-"""Runs before those that are timed."""
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -286,55 +276,6 @@ def _on_cuda(session: Any) -> bool:
     return _CUDA in session.get_providers()
 
 
-@dataclass(frozen=True)
-class KernelTimes:
-    """Times of a graph's operators, in seconds per run of the whole graph and by the node's name, with its
-    operator.
-
-    Names are onnxruntime's: the graph's node, often with something appended where nodes were merged. Operators of
-    sub-graphs have entries of their own in addition to the node that runs them.
-    """
-
-    run: float
-    kernels: Mapping[str, tuple[str, float]]
-
-
-def kernel_times(
-    model: bytes, feeds: Mapping[str, Array], *, threads: int = 1, runs: int = 10, training: bool = False
-) -> KernelTimes:
-    """Time every operator of a graph on the CPU, with onnxruntime's profiler: medians of `runs` runs.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        ModelError: onnxruntime doesn't accept the graph, or can't run it.
-    """
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as folder:
-        session = load_graph(model, threads, training, _CPU, profile=f"{folder}/run")
-        try:
-            for _ in range(_WARM_UP + runs):
-                session.run(None, dict(feeds))
-        except Exception as error:
-            raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
-        finally:
-            file = session.end_profiling()
-        events: list[dict[str, Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
-    whole = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: e["ts"])[_WARM_UP:]
-    starts = [e["ts"] for e in whole]
-    found: dict[str, tuple[str, list[float]]] = {}
-    for event in events:
-        name = str(event["name"])
-        if event.get("cat") != "Node" or not name.endswith(_KERNEL):
-            continue
-        number = bisect_right(starts, event["ts"]) - 1
-        if number >= 0:
-            _, times = found.setdefault(name[: -len(_KERNEL)], (event["args"]["op_name"], [0.0] * len(whole)))
-            times[number] += event["dur"] * 1e-6
-    return KernelTimes(
-        float(np.median([e["dur"] for e in whole])) * 1e-6,
-        {name: (op, float(np.median(times))) for name, (op, times) in found.items()},
-    )
-
-
 @contextmanager
 def run_by_child_process() -> Iterator[None]:
     """Have a child process load and run the graphs of sessions, instead of this one (`session_process`)."""
@@ -360,9 +301,7 @@ def _loaded(*graph: Any, exact: bool = False) -> Any:
     return load_graph(*graph, exact=exact) if _process is None else _process.load(*graph, exact=exact)
 
 
-def load_graph(
-    model: Path | bytes, threads: int, training: bool, *providers: Any, exact: bool = False, profile: str = ""
-) -> Any:
+def load_graph(model: Path | bytes, threads: int, training: bool, *providers: Any, exact: bool = False) -> Any:
     """onnxruntime's own session, in this process. Raises as `Session`."""
     ort = _onnxruntime()
     options = ort.SessionOptions()
@@ -377,8 +316,6 @@ def load_graph(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
     if training:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         # A planned reuse holds a buffer from its first value's end to its next value's beginning, half a step later.
