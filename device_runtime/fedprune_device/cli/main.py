@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, seconds, whole_number
+from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, whole_number
 from fedprune.core.errors import ProtocolError
 from fedprune.model.recipe import LIST_SETTINGS
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
@@ -242,43 +242,18 @@ def _add_predict(commands: Any) -> None:
 
 
 def _add_collect(commands: Any) -> None:
-    collect = commands.add_parser(
-        "collect", help="add samples from files, a sensor or a camera to a board that runs with --local"
-    )
+    collect = commands.add_parser("collect", help="add samples from files to a board that runs with --local")
     collect.add_argument(
         "sources",
-        nargs="*",
+        nargs="+",
+        type=Path,
         metavar="SRC",
-        help="a folder with a folder of images per class, .npz with x (and y), or x_train, a recording (.mjpeg, .avi), "
-        "or one source that goes on: mqtts://[user:password@]host/TOPIC, a camera such as /dev/video0, or - for MJPEG "
-        "on standard input (default: $FEDPRUNE_SOURCE, which keeps a password out of process lists)",
+        help="a folder with a folder of images per class, or .npz with x (and y), or x_train",
     )
     where = collect.add_mutually_exclusive_group(required=True)
     where.add_argument("--local", metavar="ADDRESS", help="unix:/path or 127.0.0.1:PORT, as `run --local` has it")
     where.add_argument("--state", type=Path, metavar="DIR", help=f"the board's state folder: {SOCKET} in it")
-    collect.add_argument(
-        "--every",
-        type=seconds,
-        default=1.0,
-        metavar="SECONDS",
-        help="between two samples of a sensor, camera or recording (default: 1)",
-    )
-    collect.add_argument(
-        "--rate", type=seconds, default=30.0, metavar="FPS", help="frames per second of a recording (default: 30)"
-    )
     add_json(collect, "the counts at the end as JSON, for programs")
-    sensor = collect.add_argument_group("sensors (docs/board-data.md)")
-    sensor.add_argument(
-        "--format", choices=("json", "float32", "int16"), default="json", help="of a message (default: json)"
-    )
-    sensor.add_argument(
-        "--channels", type=whole_number, metavar="N", help="numbers in a row (default: a message is one row)"
-    )
-    sensor.add_argument("--label-topic", metavar="TOPIC", help="whose messages label the newest sample")
-    sensor.add_argument("--ca", type=Path, metavar="FILE", help="who vouches for the broker (default: the system's)")
-    sensor.add_argument(
-        "--insecure", action="store_true", help="a broker on another machine without TLS, where others may listen"
-    )
     collect.set_defaults(run=_command("collect", "collect"))
 
 

@@ -188,40 +188,6 @@ def test_a_source_that_holds_no_samples_is_an_error(
     assert what in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sources", [[], ["-", "a.npz"], ["mqtt://localhost/a", "-"]])
-def test_a_source_that_goes_on_is_the_only_one(
-    served: LocalBoard, sources: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("FEDPRUNE_SOURCE", raising=False)
-    assert main.main(["collect", "--local", served.address, *sources]) == ExitCode.USAGE
-
-
-@pytest.mark.parametrize("source", ["mqtt://localhost/#", "mqtt://192.168.1.9/a", "mqtts://localhost"])
-def test_a_topic_may_come_from_the_environment(
-    served: LocalBoard, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FEDPRUNE_SOURCE", source)
-    assert main.main(["collect", "--local", served.address]) == ExitCode.CONFIG
-
-
-def test_every_so_many_frames_of_a_recording_are_handed_in(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
-    image = pytest.importorskip("PIL.Image")
-    stream = io.BytesIO()
-    for _ in range(31):
-        image.new("RGB", (8, 8)).save(stream, "JPEG")
-    clip, empty = tmp_path / "clip.mjpeg", tmp_path / "empty.avi"
-    clip.write_bytes(stream.getvalue())
-    empty.write_bytes(b"RIFF")
-    # The model takes six numbers: frames don't fit, and each is told by name.
-    command = ["collect", "--local", served.address, str(clip), "--every", "0.5", "--rate", "20"]
-    assert main.main(command) == ExitCode.DATA
-    said = capsys.readouterr()
-    assert said.out == "0 kept, 0 known, 0 not kept, 4 left out\n"
-    assert all(f"frame {n} of {clip} is left out" in said.err for n in (0, 10, 20, 30))
-    assert main.main(["collect", "--local", served.address, str(empty)]) == ExitCode.DATA
-    assert "holds no frames" in capsys.readouterr().err
-
-
 def test_a_board_that_does_not_run_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

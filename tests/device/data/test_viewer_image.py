@@ -181,3 +181,15 @@ def test_a_grey_mask_of_few_bits_is_refused_because_its_numbers_have_two_meaning
     with pytest.raises(DataError) as error:
         mask(png(4, 1, 2, b"\0\x1b"), 1, 4)
     assert error.value.hint
+
+
+def test_a_cameras_frame_without_its_tables_is_read() -> None:
+    """Many cameras leave out the Huffman tables, which are always the same."""
+    whole, out, at = saved(COLOURS, "JPEG"), bytearray(b"\xff\xd8"), 2
+    while whole[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(whole[at + 2 : at + 4], "big")
+        out += b"" if whole[at + 1] == 0xC4 else whole[at:end]
+        at = end
+    bare = bytes(out) + whole[at:]
+    assert len(bare) < len(whole)
+    assert (Pixels().read(bare, ("JPEG",), (3, 12, 20)) == Pixels().read(whole, ("JPEG",), (3, 12, 20))).all()

@@ -13,8 +13,6 @@ import numpy as np
 
 from fedprune.core.errors import FedpruneError
 from fedprune_device.cli.predict import _samples as samples_to_predict
-from fedprune_device.collection.frames import frames
-from fedprune_device.collection.windows import Message, Windows, label_of
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.boxes import coco_boxes, yolo_boxes
@@ -49,7 +47,7 @@ _ALL = SplitShares(0.0)
 @cache
 def sample_targets() -> tuple[Target, ...]:
     """All of them."""
-    return (*_files(), *_tables(), *_folders(), *_kept(), *_live())
+    return (*_files(), *_tables(), *_folders(), *_kept())
 
 
 def to_predict(path: Path) -> object:
@@ -208,25 +206,6 @@ def _kept() -> tuple[Target, ...]:
         Target("samples.set's description", lambda raw: opened(raw, segments), (description,), text=True, share=0.3),
         Target("samples.index", as_file(indexed, "images.index"), (lines,), text=True, share=0.5),
     )  # fmt: skip
-
-
-def _live() -> tuple[Target, ...]:
-    """Messages of sensors and streams of cameras."""
-
-    def windows(kind: str) -> Callable[[bytes], object]:
-        return lambda raw: list(Windows().add(Message.parse(raw, kind), (2, 3), 0.0))
-
-    seeds = dumped([1, 2.5], {"x": [[1, 2], [3, 4], [5, 6]], "label": "bee"})
-    floats, counts = np.arange(2, dtype="<f4").tobytes(), np.arange(2, dtype="<i2").tobytes()
-    labels = (*dumped(2, {"label": "bee", "time": 5.5}), b"bee")
-    stream = picture("JPEG") + b"\0\0" + picture("JPEG", "L")
-    return (
-        Target("sensor.json", windows("json"), seeds, text=True, factor=200),
-        Target("sensor.float32", windows("float32"), (floats,), share=0.3),
-        Target("sensor.int16", windows("int16"), (counts,), share=0.3),
-        Target("sensor.label", label_of, labels, text=True, share=0.3),
-        Target("camera.stream", lambda raw: list(frames(io.BytesIO(raw).read)), (stream,), share=0.5),
-    )
 
 
 def _read(data: LocalData) -> int:

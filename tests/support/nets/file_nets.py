@@ -33,11 +33,6 @@ def listener() -> nn.Module:
     return _seeded(lambda: _Net((1, 16_000), *parts))
 
 
-def watcher() -> nn.Module:
-    """Two classes of pictures of 16 x 12."""
-    return _seeded(lambda: _Net((3, 16, 12), nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)))
-
-
 def painter() -> nn.Module:
     """Three classes for each pixel of 16 x 12."""
     return _seeded(lambda: _Net((3, 16, 12), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)))

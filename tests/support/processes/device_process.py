@@ -73,14 +73,10 @@ class Field:
         data = ["--data", "local", "--local"] if local else ["--data", str(self.root / "data.npz")]
         return self.run(*command, *data, "--state", str(self.root / "state"), *options)
 
-    def collect(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "fedprune_device.cli.main", "collect", "--state", str(self.root / "state")]
-        return self.run(*command, *arguments, stdout=subprocess.PIPE, **options)
-
-    def run(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+    def run(self, *command: str) -> subprocess.Popen[str]:
         with (self.root / "log").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, stderr=log, text=True, env=environment, **options)
+            process = subprocess.Popen(command, stderr=log, text=True, env=environment)
         self.processes.append(process)
         return process
 

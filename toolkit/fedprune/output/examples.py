@@ -202,11 +202,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-device predict --state board --input new.npy",
         "fedprune-device predict --bundle bundle --input test.npz --top 3",
     ),
-    "fedprune-device collect": (
-        "fedprune-device collect photos --state board",
-        "fedprune-device collect mqtts://broker.local/hall/motor --label-topic hall/motor/state --state board",
-        "fedprune-device collect /dev/video0 --every 60 --state board",
-    ),
+    "fedprune-device collect": ("fedprune-device collect photos --state board",),
     "fedprune-device probe": ("fedprune-device probe", "fedprune-device probe --json >probe.json"),
     "fedprune-device identify": (
         "fedprune-device identify",
