@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | soak | acceptance | flaky | coverage | audit | docs | first-boot | manifests | release | release-check | image-check | notes | sbom | pins | clean
+# make demo | test | test-all | check | soak | acceptance | flaky | coverage | audit | docs | first-boot | release | release-check | image-check | notes | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -39,7 +39,7 @@ BOARD_EXAMPLES := 5
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky coverage audit docs soak acceptance first-boot manifests release release-check image-check notes sbom pins clean
+.PHONY: environments demo test test-all test-dev test-board test-arm64 check flaky coverage audit docs soak acceptance first-boot release release-check image-check notes sbom pins clean
 
 demo: $(VENV)/installed
 	@echo "running the demo: a minute or more, by the cores that are free"
@@ -149,11 +149,6 @@ pins: $(DEV)/installed
 		--extra server --extra console --extra privacy --extra tracing -o deploy/locks/server.txt
 	$(COMPILE) --python-version 3.11 --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
 	$(COMPILE) --python-version 3.10 --generate-hashes pyproject.toml --extra board -o device_runtime/fedprune_flash/kit/board_wheels.txt
-
-# The chart, rendered for those who have kubectl only: after every change of it; needs helm.
-manifests:
-	@mkdir -p build
-	helm template fedprune deploy/helm >build/fedprune.yaml && mv build/fedprune.yaml deploy/kubernetes
 
 # What the code says of itself, written into docs/; then the site, in build/site. Without a network.
 docs: $(DEV)/installed
