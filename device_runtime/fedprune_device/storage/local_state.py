@@ -30,7 +30,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 _FORMAT = "fedprune.own/1"
 _HEAD, _DIGEST = "record", "sha256"
-_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps")
+_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps", "alone")
 _PARTS = ("average", "personal", "residual", "moments")
 _SLOTS = ("a", "b")
 _STAGED = ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
@@ -93,7 +93,6 @@ class LocalState:
         if self.mask is not None:
             arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
         head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
-        head |= {"alone": True} if self.alone else {}  # earlier versions refuse a name that they don't know
         text = json.dumps(head, sort_keys=True).encode()
         digest = np.frombuffer(_digest(text, arrays), np.uint8)
         return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})

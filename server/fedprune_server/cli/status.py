@@ -14,7 +14,6 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.job_end import early_end
 from fedprune.core.cli import add_json, whole_number
 from fedprune.core.disk import held
-from fedprune.core.errors import ConfigError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.job import Job
@@ -233,18 +232,12 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
 
 
 def _early_end(job: dict[str, Any], state: State | None) -> str:
-    try:
-        # An aggregator's copy of its parent's state has no history, and doesn't tell.
-        return "" if state is None or not state.history else early_end(Job.from_dict(job), state)
-    except ConfigError:  # of another version
-        return ""
+    # An aggregator's copy of its parent's state has no history, and doesn't tell.
+    return "" if state is None or not state.history else early_end(Job.from_dict(job), state)
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
-    try:
-        found = costs(Privacy.from_dict(job.get("privacy", {})), state)
-    except ConfigError:  # of another version
-        return {}
+    found = costs(Privacy.from_dict(job["privacy"]), state)
     return {"privacy": found} if found else {}
 
 

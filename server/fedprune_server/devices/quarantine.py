@@ -45,7 +45,7 @@ BIRTH = 30.0
 """Additional cost of a birth: the server plans, and writes to its disk."""
 
 BAD = 50.0
-"""Cost of an invalid message, or one in another device's name. Messages of newer versions are valid."""
+"""Cost of an invalid message, or one in another device's name. Messages of unknown types and versions cost nothing."""
 
 EARNED = 2.0
 """Points that a device gets for each message that needs an answer."""

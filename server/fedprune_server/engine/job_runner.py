@@ -384,7 +384,7 @@ class JobRunner:
         if not self.region_of(birth.device):
             born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
             with self._log_context(birth.device):
-                self.outbox.ask(self._uploads.born(*born, uploads=PUT in (birth.abilities or ())))
+                self.outbox.ask(self._uploads.born(*born, uploads=PUT in birth.abilities))
         return True
 
     def hear(self, event: on.Event) -> None:

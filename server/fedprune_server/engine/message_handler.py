@@ -173,7 +173,7 @@ class MessageHandler:
 
     def request_log(self, birth: Birth) -> None:
         """Ask a board that has just connected for its log, if it can send it."""
-        if self._logs is not None and LOG in (birth.abilities or ()):
+        if self._logs is not None and LOG in birth.abilities:
             self._outbox.send(birth.device, self._logs.wanted(birth.device))
 
     def keep_logs(self) -> None:
@@ -200,7 +200,7 @@ class MessageHandler:
             profile,
             birth.samples,
             probe,
-            birth.codecs or (),
+            birth.codecs,
             effective_classes=birth.effective_classes,
         )
 

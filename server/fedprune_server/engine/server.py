@@ -390,7 +390,7 @@ class Server:
         self._paths.pop(device, None)
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
-        able = RECONNECT in (birth.abilities or ())
+        able = RECONNECT in birth.abilities
         self._steering.came(device, self._site.monotonic(), able=able)
         if able and self._steering.spread_s >= 1:
             self.first.outbox.send(device, Reconnect(self._steering.spread_s))

@@ -29,7 +29,6 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedprune.core.atomic_file import move
 from fedprune.core.closing import Closing
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, looked_for, remedy
 from fedprune.core.text import quantity, some
@@ -62,8 +61,6 @@ log = logging.getLogger("fedprune.server")
 
 FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _SITE = "signing.key", "epoch", "server.key", "server.pem", "site"
-_EARLIER_STORE = "identity.db"
-"""Claims, devices and answers of an earlier version."""
 _NEW_SIGNING = _SIGNING + NEW
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
@@ -168,15 +165,6 @@ class IdentityFolder(Closing):
         if self._read_only:
             return store
         try:
-            earlier = self.path / _EARLIER_STORE
-            if earlier.exists():
-                done = (
-                    "are in the server's database now"
-                    if store.adopt(earlier)
-                    else "count no more, except what was revoked or used: the database has some"
-                )
-                log.warning("the members in %s %s", earlier, done)
-                move(earlier, earlier.with_suffix(".db.earlier"))
             self.exchange()
             self.revoke_again()
         except BaseException:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sql
@@ -29,7 +26,7 @@ from fedprune.core.errors import (
 from fedprune.security.joining import Claim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
 from fedprune_server.enrollment.member_keys import MemberKeys
-from fedprune_server.storage.database import Database, reading_uri, translated
+from fedprune_server.storage.database import Database
 from fedprune_server.storage.tables import (
     ANSWERS,
     CLAIMS,
@@ -375,29 +372,6 @@ class IdentityStore:
     def note_earlier_keys(self, found: dict[str, list[str]]) -> None:
         self._write(lambda connection: put_meta(connection, _EARLIER, encoded(found)))
 
-    def adopt(self, path: Path) -> bool:
-        """Take over the members of an earlier version's own file; returns whether it has taken them all.
-
-        If the database has some already, of the file only what was revoked, used or heard counts.
-        """
-        with translated(str(path)), closing(sqlite3.connect(reading_uri(path), uri=True)) as file:
-            file.row_factory = sqlite3.Row
-            rows = {table: [dict(r) for r in file.execute(query)] for table, query in _EARLIER_FILE}
-        taken = False
-
-        def take(connection: sql.Connection) -> bool:
-            nonlocal taken
-            if _is_empty(connection):
-                for table, found in rows.items():
-                    if found:
-                        connection.execute(table.insert(), found)
-                taken = True
-            else:
-                _merge(connection, rows)
-            return taken
-
-        return self._change(take)
-
     def _rows(self, query: sql.Select[Any]) -> list[Any]:
         if self._database is None:
             return []
@@ -433,15 +407,6 @@ class IdentityStore:
         return self._database
 
 
-_EARLIER_FILE: tuple[tuple[sql.Table, str], ...] = (
-    (MEMBERS, "SELECT * FROM devices LEFT JOIN followed USING (key)"),
-    (CLAIMS, "SELECT * FROM claims"),
-    (ANSWERS, "SELECT request, device, answer FROM answers ORDER BY number"),
-    (EPOCHS, "SELECT * FROM heard"),
-)
-"""By table, the query of an earlier version's file."""
-
-
 def _member_keys(connection: sql.Connection) -> MemberKeys:
     query = sql.select(_M.device, _M.key).where(_M.status == APPROVED).order_by(_M.device)
     try:
@@ -453,17 +418,6 @@ def _member_keys(connection: sql.Connection) -> MemberKeys:
 
 def _is_empty(connection: sql.Connection) -> bool:
     return not any(connection.execute(sql.select(table).limit(1)).first() for table in (MEMBERS, CLAIMS))
-
-
-def _merge(connection: sql.Connection, rows: Mapping[sql.Table, Iterable[Mapping[str, Any]]]) -> None:
-    """Revoke and use in the database what was revoked and used in a file; later epochs count."""
-    upsert(connection, MEMBERS, [row for row in rows[MEMBERS] if row["status"] == REVOKED])
-    for row in rows[CLAIMS]:
-        if row["used"] is not None:
-            used = CLAIMS.update().where(_C.id == row["id"], _C.used.is_(None))
-            connection.execute(used.values(used=row["used"], used_at=row["used_at"]))
-    known = {(key, stream): epoch for key, stream, epoch in connection.execute(sql.select(EPOCHS))}
-    upsert(connection, EPOCHS, [e for e in rows[EPOCHS] if e["epoch"] > known.get((e["key"], e["stream"]), -1)])
 
 
 def _approve(connection: sql.Connection, device: str, key: str, now: int) -> None:

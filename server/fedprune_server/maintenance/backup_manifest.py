@@ -73,7 +73,7 @@ class Manifest:
         model: Digest of the model's file with which the job began.
         at: When the backup was made, in seconds since 1970.
         version: Of the program.
-        origin: Machine and state folder that it was made of; empty where an earlier version made it.
+        origin: Machine and state folder that it was made of.
     """
 
     job: str
@@ -82,7 +82,7 @@ class Manifest:
     at: int
     version: str
     entries: tuple[Entry, ...]
-    origin: str = ""
+    origin: str
 
     @property
     def size(self) -> int:
@@ -107,10 +107,7 @@ class Manifest:
         return _text({**self._body(), "digest": self.digest()})
 
     def _body(self) -> dict[str, Any]:
-        body = {"format": FORMAT, **vars(self), "entries": [vars(e) for e in self.entries]}
-        if not self.origin:
-            del body["origin"]
-        return body
+        return {"format": FORMAT, **vars(self), "entries": [vars(e) for e in self.entries]}
 
     @classmethod
     def parse(cls, raw: bytes, where: str) -> Manifest:

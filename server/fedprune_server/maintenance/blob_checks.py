@@ -47,11 +47,9 @@ def check_file(
             yield Finding(Severity.NOTE, what, "", Repair.DELETE, files, digest)
         else:
             yield _damaged(f"blob {path}", digest, _FROM_BACKUP, files, needed=needed)
-    elif table is not None and (found := _bytes(table)) is not None:
-        right = leaf_table(data)
-        if found not in (table_file(right), right):  # an older version wrote it bare
-            what = f"leaf table {table} is damaged: it is made again"
-            yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
+    elif table is not None and (found := _bytes(table)) is not None and found != table_file(leaf_table(data)):
+        what = f"leaf table {table} is damaged: it is made again"
+        yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
 
 def left_over_files(there: FoundFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:

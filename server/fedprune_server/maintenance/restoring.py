@@ -47,10 +47,7 @@ class Backup:
         for entry in self.manifest.entries:
             self._copy(entry)
             advance(entry.size)
-        with (
-            self._database() as copy,
-            Storage(f"sqlite:///{copy}") as storage,
-        ):  # migrated if older
+        with self._database() as copy, Storage(f"sqlite:///{copy}") as storage:
             needs = inventory(storage)
         missing = needs.references - {e.sha256 for e in self.manifest.entries if e.blob}
         if missing:

@@ -22,7 +22,7 @@ _ROWS = 500
 
 
 def snapshot(storage: Storage, target: Path) -> None:
-    """Write everything that a database of this version holds now to a new SQLite file, while others may be writing to
+    """Write everything that a database holds now to a new SQLite file, while others may be writing to
     it.
     """
     if storage.database.file is not None:
@@ -40,8 +40,7 @@ def snapshot(storage: Storage, target: Path) -> None:
 
 
 def fill(url: str, source: Path, digest: str) -> None:
-    """Fill an empty database, in one transaction, with the rows of a file that `snapshot` wrote, which is migrated if
-    it is of an older version.
+    """Fill an empty database, in one transaction, with the rows of a file that `snapshot` wrote.
 
     A database that was filled from the backup with this digest is left as it is. Raises `ConfigError` if the database
     holds a job.

@@ -36,8 +36,8 @@ class SqliteFile(Closing):
     Its methods raise `StorageError` if it is damaged, or the disk fails or is full.
 
     Args:
-        tables: Statements that make its tables if they don't exist, and bring those of earlier versions along.
-        version: Of its tables; a file of a later version is refused.
+        tables: Statements that make its tables if they don't exist.
+        version: Of its tables; a file of another version is refused.
         hint: What to do if it is damaged.
         wal: Whether readers don't wait for writers.
         busy_timeout_s: How long a statement that writes waits for another process.
@@ -63,9 +63,9 @@ class SqliteFile(Closing):
                     execute_when_free(self.connection, "PRAGMA journal_mode=WAL")
                 execute_when_free(self.connection, "PRAGMA synchronous=FULL")
                 found = execute_when_free(self.connection, "PRAGMA user_version")[0]
-                if found > version:
-                    raise StorageError(f"{path} was written by a later version", expected=version, got=found)
-                if found != version:
+                if found not in (0, version):
+                    raise StorageError(f"{path} is of another version", expected=version, got=found, hint=hint)
+                if not found:
                     script = f"BEGIN IMMEDIATE; {tables}; PRAGMA user_version={version}; COMMIT"
                     _when_free(self.connection, lambda: self.connection.executescript(script))
             except BaseException:

@@ -27,9 +27,9 @@ from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Task
 from fedprune.security.private_file import give_to_owner_of
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.storage.database import MARK, Database, copy_sqlite, mark
+from fedprune_server.storage.database import MARK, Database
 from fedprune_server.storage.devices_away import DevicesAway
-from fedprune_server.storage.schema_migration import latest, migrate, revision
+from fedprune_server.storage.schema import has_tables, make_tables
 from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_of
 from fedprune_server.storage.tables import (
     DEVICES,
@@ -156,7 +156,7 @@ class Storage(Closing):
 
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-        create: Make what is missing, and migrate what is of an older version; readers open it read-only instead.
+        create: Make what is missing; readers open it read-only instead.
         logged: How many events the log keeps at least; 0 for all.
 
     Attributes:
@@ -164,7 +164,7 @@ class Storage(Closing):
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
-        StorageFullError: There is no room for it, or for the copy that is made before it is migrated.
+        StorageFullError: There is no room for it.
     """
 
     def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
@@ -181,11 +181,9 @@ class Storage(Closing):
         try:
             with self.database.reading() as connection:
                 self._check(connection)
-                found = revision(connection, self.url)
-            if not create:
-                _check_revision(found, self.url)
-            elif found != latest() or self.database.postgresql:
-                self.database.when_free(self._prepare)
+                begun = has_tables(connection, self.url)
+            if not begun:
+                _begin(self.database, create=create)
         except BaseException:
             self.close()
             raise
@@ -212,15 +210,14 @@ class Storage(Closing):
 
     @classmethod
     def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
-        """The settings of a state folder's job, also of an older version; None if there are none.
-
-        Nothing is migrated: a server of the older version may be running.
+        """The settings of a state folder's job; None if there are none. Raises `StorageError` if its database is
+        damaged or of another version.
         """
         url = url_of(folder, database)
         if url == _sqlite(folder) and not (folder / FILE).is_file():
             return None
         with Database(url, read_only=True) as opened, opened.reading() as connection:
-            if revision(connection, opened.url) is None:
+            if not has_tables(connection, opened.url):
                 return None
             text = meta(connection, "settings")
         return None if text is None else dict(decoded(text, opened.url))
@@ -398,24 +395,6 @@ class Storage(Closing):
             if found != "ok":
                 raise StorageError(f"{self.url} is damaged ({found})", hint="Restore the server's backup.")
 
-    def _prepare(self) -> None:
-        with self.database.transaction() as connection:
-            found = revision(connection, self.url)  # another process may have been first
-            if found != latest():
-                self._migrate(connection, found)
-            if self.database.postgresql and mark(connection) is None:
-                put_meta(connection, MARK, "")
-
-    def _migrate(self, connection: sql.Connection, found: str | None) -> None:
-        file = self.database.file
-        if found is not None and file is not None:
-            copy = file.with_name(f"{file.name}.revision-{found}")
-            copy_sqlite(file, copy)
-            log.warning("%s is migrated from revision %s to %s; %s is as it was", self.url, found, latest(), copy)
-        elif found is not None:
-            log.warning("%s is migrated from revision %s to %s", self.url, found, latest())
-        migrate(connection, found)
-
     def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
         """Summaries of the finished rounds; only the latest include their devices, up to `parts` of them."""
         found: dict[int, dict[str, Any]] = {}
@@ -453,43 +432,36 @@ def _private(folder: Path, database: str | None) -> str:
     return url
 
 
-def _check_revision(found: str | None, url: str) -> None:
-    if found is None:
-        raise StorageError(f"{url} holds no job yet", hint="Has a server been started on it?")
-    if found != latest():
-        raise StorageError(
-            f"{url} was written by an older version",
-            expected=f"revision {latest()} of its schema",
-            got=found,
-            hint="Start the server of this version on it once, which migrates it.",
-        )
-
-
 def database_of(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
     """The database of a state folder, for tables that aren't a job's.
 
-    Its tables are made if it is empty, unless it is only read. It is never migrated, because a server may run on it.
-    Raises `StorageError` if it is damaged, of another version or can't be opened.
+    Its tables are made if it is empty, unless it is only read. Raises `StorageError` if it is damaged, of another
+    version or can't be opened.
     """
     url = url_of(folder, database) if read_only else _private(folder, database)
     opened = Database(url, read_only=read_only)
     try:
         with opened.reading() as connection:
-            found = revision(connection, opened.url)
-        if found is None and not read_only:
-            found = opened.when_free(lambda: _begin_tables(opened))
-        _check_revision(found, opened.url)
+            begun = has_tables(connection, opened.url)
+        if not begun:
+            _begin(opened, create=not read_only)
     except BaseException:
         opened.close()
         raise
     return opened
 
 
-def _begin_tables(opened: Database) -> str | None:
-    """Make the tables of an empty database; returns its revision."""
-    with opened.transaction() as connection:
-        if revision(connection, opened.url) is None:  # another process may have been first
-            migrate(connection, None)
-            if opened.postgresql:
+def _begin(database: Database, *, create: bool) -> None:
+    """Make the tables of an empty database. Raises `StorageError` if they aren't to be made."""
+    if not create:
+        raise StorageError(f"{database.url} holds no job yet", hint="Has a server been started on it?")
+
+    def begin() -> None:
+        with database.transaction() as connection:
+            if has_tables(connection, database.url):  # another process may have been first
+                return
+            make_tables(connection)
+            if database.postgresql:
                 put_meta(connection, MARK, "")
-        return revision(connection, opened.url)
+
+    database.when_free(begin)

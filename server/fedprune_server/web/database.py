@@ -21,7 +21,7 @@ from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool,
 FILE = "console.db"
 """In the state folder."""
 
-VERSION = 2
+VERSION = 1
 
 AUDIT_KEPT = 500_000
 """Lines of the audit log that are kept: some 150 MB. By number, not by time: a wrong clock must not delete any."""
@@ -49,8 +49,8 @@ CREATE TABLE IF NOT EXISTS orders (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS orders_by_state ON orders (state, number);
 CREATE INDEX IF NOT EXISTS audit_by_order ON audit (json_extract(what, '$.order'));
-DROP TRIGGER IF EXISTS audit_stays;
-CREATE TRIGGER audit_stays BEFORE DELETE ON audit WHEN OLD.number > (SELECT max(number) FROM audit) - AUDIT_KEPT
+CREATE TRIGGER IF NOT EXISTS audit_stays
+    BEFORE DELETE ON audit WHEN OLD.number > (SELECT max(number) FROM audit) - AUDIT_KEPT
     BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
 CREATE TRIGGER IF NOT EXISTS audit_ends AFTER INSERT ON audit
     BEGIN DELETE FROM audit WHERE number <= NEW.number - AUDIT_KEPT; END;

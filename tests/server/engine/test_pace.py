@@ -114,10 +114,10 @@ def test_without_a_target_every_board_stays(make: Callable[..., PacedFleet]) -> 
     assert not any(isinstance(m, Reconnect) for d in fleet.air.devices.values() for m in d.heard)
 
 
-def test_boards_of_earlier_versions_stay(make: Callable[..., PacedFleet]) -> None:
+def test_boards_that_cannot_leave_stay(make: Callable[..., PacedFleet]) -> None:
     fleet = make(rounds=3)
     for name in NAMES[:20]:
-        fleet.air.devices[name].abilities = None
+        fleet.air.devices[name].abilities = ()
     state = fleet.run(connected=10)
     assert any(
         name in r["devices"] for r in state.history[1:] for name in NAMES[20:]

@@ -39,17 +39,9 @@ from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
 from fedprune_server.storage.storage import database_of
-from fedprune_server.storage.tables import CLAIMS, MEMBERS
+from fedprune_server.storage.tables import CLAIMS
 
 HOUR, DAY = 3600, 24 * 3600
-EARLIER = """
-CREATE TABLE claims (
-    id TEXT PRIMARY KEY, key BLOB, device TEXT, made INTEGER, expires INTEGER, used TEXT, used_at INTEGER);
-CREATE TABLE devices (device TEXT, key TEXT, status TEXT, asked INTEGER, decided INTEGER);
-CREATE TABLE answers (number INTEGER PRIMARY KEY, request TEXT, device TEXT, answer BLOB);
-CREATE TABLE followed (key TEXT PRIMARY KEY, server_key TEXT, authority TEXT);
-CREATE TABLE heard (key TEXT, stream TEXT, epoch INTEGER);
-"""
 NOW = [float(BUILT + 30 * DAY)]
 
 
@@ -496,9 +488,9 @@ def damage(file: Path) -> None:
     file.write_bytes(b"x" * 5000)
 
 
-def grow_old(file: Path) -> None:
+def reformat(file: Path) -> None:
     with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+        connection.execute("UPDATE meta SET value = 'fedprune.database/2' WHERE key = 'format'")
 
 
 def spoil(file: Path) -> None:
@@ -510,7 +502,7 @@ def spoil(file: Path) -> None:
     ("change", "said"),
     [
         (damage, r"server\.db: file is not a database"),
-        (grow_old, r"older version: expected revision 0004.*got 0002\. Start the server"),
+        (reformat, r"expected fedprune\.database/1, got fedprune\.database/2"),
         (spoil, r"row of the member pi-1 is damaged: got 'perhaps'"),
     ],
 )
@@ -522,68 +514,6 @@ def test_a_database_that_can_t_be_used_is_one_clear_error(
     change(tmp_path / "state" / FILE)
     with IdentityFolder(tmp_path / "state") as again, pytest.raises(StorageError, match=said):
         again.store.devices()
-
-
-def test_the_members_of_an_earlier_version_are_taken_over_once(
-    identity: IdentityFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    identity.claim("pi-2", HOUR)
-    earlier = tmp_path / "state" / "identity" / "identity.db"
-    rows = {table: dump(identity, table) for table in (MEMBERS, CLAIMS)}
-    identity.close()
-    (tmp_path / "state" / FILE).unlink()
-    with closing(sqlite3.connect(earlier)) as connection, connection:
-        connection.executescript(EARLIER)
-        connection.execute("INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)", rows[CLAIMS][0])
-        connection.execute(
-            "INSERT INTO devices VALUES ('pi-1', 'aa', 'approved', 1, 2), ('pi-0', 'bb', 'revoked', 1, 2)"
-        )
-        connection.execute("INSERT INTO followed VALUES ('aa', 'cc', 'dd')")
-        connection.execute("INSERT INTO heard VALUES ('aa', 'up', 7)")
-        connection.execute("INSERT INTO answers VALUES (3, 'ee', 'pi-1', x'01')")
-    raw = earlier.read_bytes()
-    for taken in ("are in the server's database now", "the database has some"):
-        earlier.write_bytes(raw)
-        caplog.clear()
-        with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
-            assert [(d.device, d.status, d.server_key) for d in again.store.devices()] == [
-                ("pi-0", "revoked", None), ("pi-1", "approved", "cc"),
-            ]  # fmt: skip
-            assert (again.store.heard(), again.store.answer("ee")) == ({"aa": {"up": 7}}, b"\1")
-            assert dump(again, CLAIMS) == rows[CLAIMS]
-            assert again.store.members() == {"pi-1": "aa"}
-        assert taken in caplog.text
-        assert not earlier.exists()
-
-
-def test_of_an_earlier_version_s_members_revocations_count_where_the_database_has_members(
-    identity: IdentityFolder, tmp_path: Path
-) -> None:
-    used, unused = (claim.id.hex() for claim in (identity.claim(None, HOUR), identity.claim(None, HOUR)))
-    for name, key in (("pi-1", "aa"), ("pi-2", "bb")):
-        identity.store.approve(name, key, 1)
-    identity.store.revoke("pi-2", 2)
-    identity.store.hear([("aa", "up", 7), ("aa", "other", 3)])
-    identity.store._opened().flush()
-    identity.close()
-    with closing(sqlite3.connect(identity.path / "identity.db")) as connection, connection:
-        connection.executescript(EARLIER)
-        for claim, digest in ((used, "dd"), (unused, None)):
-            connection.execute("INSERT INTO claims VALUES (?, x'00', NULL, 1, 2, ?, 5)", (claim, digest))
-        rows = [
-            ("pi-1", "aa", "revoked"),
-            ("pi-2", "bb", "approved"),
-            ("pi-3", "cc", "approved"),
-            ("pi-4", "dd", "revoked"),
-        ]
-        connection.executemany("INSERT INTO devices VALUES (?, ?, ?, 1, 2)", rows)
-        connection.execute("INSERT INTO heard VALUES ('aa', 'up', 6), ('aa', 'other', 4), ('bb', 'up', 1)")
-    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
-        assert {(d.device, d.key, d.status) for d in again.store.devices()} == {
-            ("pi-1", "aa", "revoked"), ("pi-2", "bb", "revoked"), ("pi-4", "dd", "revoked"),
-        }  # fmt: skip
-        assert again.store.heard() == {"aa": {"up": 7, "other": 4}, "bb": {"up": 1}}
-        assert {row[0]: row[5] for row in dump(again, CLAIMS)} == {used: "dd", unused: None}
 
 
 def test_a_database_is_closed_by_whoever_opened_it(

@@ -363,9 +363,6 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
 
 def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Experiment, tmp_path: Path) -> None:
     simulate(experiment, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["job"]["move_limit"], config["job"]["privacy"]  # as in those of earlier versions
-    (tmp_path / "config.json").write_text(json.dumps(config))
     first, second = experiment.devices
     linked = replace(first, profile=find("raspberry-pi-4b"))
     job = replace(JOB, rounds=4, recipe=replace(JOB.recipe, lr=0.1))

@@ -413,7 +413,7 @@ def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: 
 
 
 def test_boards_that_can_t_reach_the_bucket_are_pulled_from(fleet: Direct, expected: list[str]) -> None:
-    fleet.air.devices["a"].abilities = None
+    fleet.air.devices["a"].abilities = ()
     fleet.air.devices["b"].upload = lambda request, body: "no route"
     fleet.air.devices["c"].upload = lambda request, body: None  # but something answers there
     assert models(fleet.run()) == expected

@@ -398,7 +398,7 @@ def test_an_upload_that_fails_after_it_made_room_is_pulled_in_its_turn(web: Web)
 def test_who_can_upload_no_longer_is_pulled_from(web: Web, direct: bool) -> None:
     web.place.direct = direct
     web.announce("a")
-    wants = web.uploads.born("a", 2, 0.0, 1.0)  # an older release
+    wants = web.uploads.born("a", 2, 0.0, 1.0)
     assert kinds(wants) == [("a", "want")]
     assert web.place.awaited == {}
     finish(web, wants)

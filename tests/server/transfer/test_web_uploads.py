@@ -558,7 +558,7 @@ def test_a_job_whose_boards_upload_ends_in_the_same_models(fleet: Uploading, exp
 
 
 def test_boards_that_can_t_upload_are_pulled_from(fleet: Uploading, expected: list[str]) -> None:
-    fleet.air.devices["a"].abilities = None
+    fleet.air.devices["a"].abilities = ()
     fleet.air.devices["b"].upload = lambda request, body: "no route"
     assert models(fleet.run()) == expected
     assert fleet.server.received == 3

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -66,18 +64,11 @@ def test_only_lines_before_the_latest_many_are_deleted(tmp_path: Path) -> None:
             database.do("DELETE FROM audit WHERE operator = 'bob'")
 
 
-def test_an_earlier_version_s_log_is_bounded_too(tmp_path: Path) -> None:
+def test_a_console_database_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     with ConsoleDatabase(tmp_path / FILE) as database:
-        Audit(database).note("ann", "10.0.0.1", "login")
-        database.do("DROP TRIGGER audit_ends")
-        database.do("DROP TRIGGER audit_stays")
-        database.do("CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'no'); END")
-        database.do("PRAGMA user_version=1")
-    with ConsoleDatabase(tmp_path / FILE) as database:
-        database.do("UPDATE sqlite_sequence SET seq = ? WHERE name = 'audit'", AUDIT_KEPT)
-        Audit(database).note("eve", "10.0.0.1", "login")
-        assert [r["operator"] for r in Audit(database).page().items] == ["eve"]
-    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
-        connection.execute("PRAGMA user_version=3")
-    with pytest.raises(StorageError, match="written by a later version: expected 2, got 3"):
+        database.do("PRAGMA user_version=3")
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(StorageError, match=r"another version: expected 1, got 3") as caught:
         ConsoleDatabase(tmp_path / FILE)
+    assert caught.value.hint
+    assert (tmp_path / FILE).read_bytes() == before

@@ -128,7 +128,7 @@ class ToyDevice:
         self.pending: Update | None = None
         self.heard: list[object] = []
         self.silent = False
-        self.abilities: tuple[str, ...] | None = None
+        self.abilities: tuple[str, ...] = ()
         self.profile = "raspberry-pi-5"
         self.samples = 10
         self.upload: Callable[[UploadRequest, bytes], str | None] = lambda request, body: "it can't"

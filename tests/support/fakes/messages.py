@@ -81,8 +81,8 @@ reals = st.none() | st.floats(-1e12, 1e12)
 messages = st.one_of(
     st.builds(
         Birth, names, counts, texts, counts, texts, st.none() | objects, held,
-        codecs=st.none() | st.lists(names, max_size=3).map(tuple), answer_s=st.none() | st.floats(0, 3600),
-        abilities=st.none() | st.lists(names, max_size=3).map(tuple),
+        codecs=st.lists(names, max_size=3).map(tuple), answer_s=st.none() | st.floats(0, 3600),
+        abilities=st.lists(names, max_size=3).map(tuple),
     ),
     st.builds(Death, names, counts),
     st.builds(Alive, names, counts),

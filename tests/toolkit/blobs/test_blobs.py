@@ -517,8 +517,6 @@ def test_a_partial_blob_whose_table_is_lost_finds_its_leaves_when_the_table_come
 
 def test_blobs_are_their_owners_alone(tmp_path: Path) -> None:
     root = tmp_path / "blobs"
-    root.mkdir(mode=0o755)  # as earlier versions made it
-    root.chmod(0o755)
     store = BlobStore(root)
     ref = store.put(b"an update")
     data = bytes(3 * LEAF)

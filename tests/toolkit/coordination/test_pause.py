@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
 from fedprune.coordination import Phase, State
@@ -38,19 +35,6 @@ def test_an_asynchronous_job_offers_nothing_while_it_is_paused(kind: str, after:
     assert State.from_json(shell.state.to_json()).paused
     shell.feed(on.Paused(False))
     assert shell.inbox or shell.state.phase is Phase.FINISHED or shell.wakes
-
-
-@pytest.mark.parametrize(
-    "later", [{}, {"paused": True}, {"spent_under": {"delta": 1e-5}}, {"paused": True, "spent_under": {"boards": 3}}]
-)
-def test_a_state_is_written_as_before_there_were_pauses_and_ends_of_budgets_where_there_are_none(
-    later: dict[str, Any],
-) -> None:
-    state = State("m", round=3, **later)
-    body = json.loads(state.to_json())
-    assert {k: body[k] for k in ("paused", "spent_under") if k in body} == later
-    assert State.from_json(state.to_json()) == state
-    assert body.keys() - later == vars(state).keys() - {"paused", "spent_under"} | {"format"}
 
 
 def test_a_pause_that_is_said_twice_changes_nothing() -> None:

@@ -48,9 +48,6 @@ class BlobStore(BlobFolder):
         super().__init__(root, max_size, reserve, durable=durable)
         self._checked: dict[str, tuple[int, int, int]] = {}
         if sweep:
-            with storage_errors(f"can't make blob store {root}"):
-                if os.geteuid() == root.stat().st_uid:  # an earlier version let others read
-                    root.chmod(0o700)
             self._sweep()
 
     def put(self, data: bytes | memoryview) -> BlobRef:

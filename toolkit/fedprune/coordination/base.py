@@ -546,7 +546,7 @@ class Coordinator(ABC):
     def _exhausted(self) -> bool:
         """Whether another round would take a device beyond the budget of privacy."""
         budget, history = self.job.privacy.epsilon_budget, self.state.history
-        under = self.state.spent_under or {}  # seen when a round closed, not before; another version may say more
+        under = self.state.spent_under or {}  # seen when a round closed, not before
         if budget and self.job.privacy.account.items() <= under.items():
             return True
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)

@@ -185,8 +185,7 @@ class Closed:
             used, and why. If no update is left, model and memory stay as they were.
         limited: Devices of whose update much less counted than they sent, and why.
         kinds: The `FailureKind` of each rejection.
-        reduced: Number of updates of which less counted than was sent, by however little. It decides nothing, so that
-            events are compared without it: logs of earlier versions don't have it.
+        reduced: Number of updates of which less counted than was sent, by however little.
         spent_bytes: Payload bytes to and from all devices since the job began, which the shell adds: what a worker made
             is compared without it.
         spent_macs: The same of MACs of their training, where the shell counts them.
@@ -198,7 +197,7 @@ class Closed:
     rejected: dict[str, str] = field(default_factory=dict)
     limited: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
-    reduced: int = field(default=0, compare=False)
+    reduced: int = 0
     spent_bytes: int = field(default=0, compare=False)
     spent_macs: int = field(default=0, compare=False)
 

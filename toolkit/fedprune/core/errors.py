@@ -247,7 +247,7 @@ class OutOfRangeError(ProtocolError):
 
 
 class UnknownMessageError(ProtocolError):
-    """A message is of an unknown type or version: the peer may be newer."""
+    """A message is of an unknown type or version: the peer may be of another version."""
 
 
 class SignatureError(ProtocolError):

@@ -26,29 +26,6 @@ HARDWARE, REGION = "hardware", "region"
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """Settings that only the plain strategy reads."""
 
-_LATER = (
-    "total_bytes",
-    "total_macs",
-    "total_hours",
-    "energy_budget",
-    "precision",
-    "over_selection",
-    "fairness",
-    "quotas",
-    "in_flight",
-    "pace",
-    "schedule",
-    "compression",
-    "compression_of",
-    "compression_down",
-    "privacy",
-    "secure_aggregation",
-    "weight_limit",
-    "most_samples",
-    "move_limit",
-)
-"""Settings that earlier versions didn't have, only written down where they are not as by default."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -216,11 +193,9 @@ class Job:
         return replace(self.recipe, lr_rounds=rounds, secure_aggregation=self.secure_aggregation)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; a setting that came later is only there where it is not as by default."""
-        body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
-        body["privacy"] = self.privacy.to_dict()
-        usual = {f.name: f.default for f in fields(self)} | {"privacy": {}, "precision": []}
-        return {k: v for k, v in body.items() if k not in _LATER or v not in (usual[k], {})}
+        """As plain JSON types."""
+        own = {"recipe": self.recipe.to_dict(), "privacy": self.privacy.to_dict(), "precision": list(self.precision)}
+        return asdict(self) | own
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:

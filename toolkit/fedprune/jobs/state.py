@@ -453,11 +453,8 @@ class State:
 
     def to_json(self) -> str:
         """As JSON text."""
-        # Newer fields are left out while they have their default, so that older versions can read the rest.
-        body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
-        return json.dumps(
-            {"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=lambda entry: entry.to_dict()
-        )
+        body = {"format": FORMAT, **vars(self)}
+        return json.dumps(body, sort_keys=True, separators=(",", ":"), default=lambda entry: entry.to_dict())
 
     @classmethod
     def from_json(

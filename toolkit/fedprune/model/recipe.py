@@ -183,38 +183,6 @@ SCHEDULES = ("constant", "cosine")
 
 MASKS = ("none", "hard", "threshold")
 
-_FIRST = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "proximal",
-    "logit_adjustment",
-    "mask_absent_classes",
-    "balance_classes",
-    "max_steps",
-)
-"""Settings that every board knows."""
-
-_LATER = (
-    "blend",
-    "validate_blend",
-    "mixup",
-    "ignore_label",
-    "metric",
-    "distill_temperature",
-    "keep_optimizer_state",
-    "lr_warmup",
-    "lr_schedule",
-    "lr_rounds",
-    "augment",
-    "update_clip",
-    "update_noise",
-    "secure_aggregation",
-)
-"""Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
-
 LEAST_MIXUP = 1e-3
 """With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw."""
 
@@ -555,18 +523,13 @@ class Recipe:
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; a setting that came later is only there where it is not as by default."""
-        body = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in body.items() if k not in _LATER or getattr(self, k) != getattr(Recipe, k)}
+        """As plain JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def to_offer(self) -> dict[str, Any]:
-        """As plain JSON types, without newer settings that are as by default: older boards refuse what they don't know.
-
-        A newer setting that is not as by default is there, and such a board rightly refuses it.
-        """
+        """As plain JSON types, without settings that are as by default: most are, and every offer has a recipe."""
         plain = {f.name: f.default for f in fields(self)}
-        body = self.to_dict()
-        return {k: v for k, v in body.items() if k in _FIRST or getattr(self, k) != plain[k]}
+        return {k: v for k, v in self.to_dict().items() if getattr(self, k) != plain[k]}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:

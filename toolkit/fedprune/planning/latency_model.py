@@ -129,7 +129,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, body: object) -> LatencyTable:
-        """Read and check; kinds that only newer probes know are ignored, those that older ones lack are typical.
+        """Read and check; unknown kinds are ignored, missing ones are typical.
         Raises `ProfileError` if it is not what `to_dict` writes."""
         try:
             if not isinstance(body, Mapping):

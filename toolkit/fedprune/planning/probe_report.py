@@ -80,7 +80,7 @@ class ProbeReport:
 
     @classmethod
     def from_dict(cls, body: object) -> ProbeReport:
-        """Read and check; keys of newer probes are ignored. Raises `ProfileError` if a measurement is missing, of
+        """Read and check; unknown keys are ignored. Raises `ProfileError` if a measurement is missing, of
         the wrong type or out of range."""
         if not isinstance(body, Mapping):
             raise ProfileError("probe report", expected="a table of measurements", got=type(body).__name__)

@@ -95,7 +95,7 @@ class Envelope:
                 "the message is not signed",
                 expected=f"{MAGIC.decode()} and a header of {HEADER} bytes",
                 got=f"{len(raw)} bytes",
-                hint="Its sender has no identity, or an older fedprune.",
+                hint="Its sender has no identity.",
             )
         _, version, key_id, epoch, counter = _HEADER.unpack_from(raw)
         if version != VERSION:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -302,7 +302,6 @@ VERSION = 1
 MAX_MESSAGE = 256 * 1024
 """Bytes that no message may exceed."""
 
-_NEWER = "newer"
 _FIELD_TYPES: dict[type[Any], Mapping[str, FieldType]] = {}
 
 
@@ -325,7 +324,7 @@ class CheckedMessage:
         body: dict[str, Any] = {"v": VERSION, "type": self.kind}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None or not f.metadata.get(_NEWER):
+            if value is not None or f.default is not None:
                 body[f.name] = value
         raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, default=BlobRef.to_dict).encode()
         if len(raw) > MAX_MESSAGE:
@@ -333,11 +332,6 @@ class CheckedMessage:
                 f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)
             )
         return raw
-
-
-def newer(*, compare: bool = True) -> Any:
-    """A field that older peers don't know: None by default, and then left out of the JSON."""
-    return field(default=None, compare=compare, metadata={_NEWER: True})
 
 
 def field_types(cls: type[CheckedMessage]) -> Mapping[str, FieldType]:

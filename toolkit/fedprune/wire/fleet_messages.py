@@ -21,7 +21,6 @@ from fedprune.wire.fields import (
     TrueOrAbsent,
     choice,
     hexadecimal,
-    newer,
     number,
     text,
     whole,
@@ -227,7 +226,7 @@ class LogRequest(CheckedMessage, kind="log_wanted"):
     """Lines per hour; 0 for none."""
     bytes: Annotated[int, whole(0, 2**31 - 1)]
     """Bytes of their texts per hour."""
-    kept: Count | None = newer()
+    kept: Count | None = None
     """The highest number of a line or crash that is on the server's disk; None for none yet."""
 
 
@@ -244,7 +243,7 @@ class Reconnect(CheckedMessage, kind="reconnect"):
 
     spread_s: Annotated[float, number(0.0, 3600.0)]
     """After a lost connection, each attempt comes after a random pause of up to this many seconds, or more."""
-    away_s: Annotated[float, number(1.0, LONGEST_AWAY_S)] | None = newer()
+    away_s: Annotated[float, number(1.0, LONGEST_AWAY_S)] | None = None
     """Seconds for which a board without a part disconnects now; None to stay connected."""
 
 
@@ -292,5 +291,5 @@ class ServerPresence(CheckedMessage, kind="server-presence"):
     lease: Random | None
     """Id of the database whose lease it holds; null where that is a file of its own. Between two servers of one
     database the lease decides."""
-    embedded: TrueOrAbsent | None = newer()
+    embedded: TrueOrAbsent | None = None
     """True where the broker is part of it, and ends with it; else null."""

@@ -1,7 +1,7 @@
 """Messages between devices and server: small JSON objects with a version, a type and strictly checked fields.
 
 Messages are checked when they are made as well as when they are read, so that whatever was sent can be received.
-Unknown keys are ignored (a newer peer may send more); an unknown type or version is an error. Any message may arrive
+Unknown keys are ignored; an unknown type or version is an error. Any message may arrive
 twice, late or never.
 """
 
@@ -38,7 +38,6 @@ from fedprune.wire.fields import (
     base64_bytes,
     choice,
     hexadecimal,
-    newer,
     number,
     read_checked,
     text,
@@ -130,39 +129,39 @@ class Offer(CheckedMessage, kind="offer"):
     """The inference graph, whose external data the weights are."""
     recipe: FreeObject
     """The recipe, as `fedprune.model.recipe.Recipe.to_offer` gives it."""
-    mask: Blob | None = newer()
+    mask: Blob | None = None
     """Which elements are active (`ElementMask.to_tensors`): of masked tensors `weights` has the active values alone,
     and so has the update. None where all are."""
-    ranking: Digest | None = newer()
+    ranking: Digest | None = None
     """Digest of the order of channels that the selection is the beginning of. Selections of other widths with the same
     digest are nested. None where nothing is known of it."""
-    lowered: Annotated[dict[Name, Blob], Items(_MOST_PRECISIONS, "blobs")] | None = newer()
+    lowered: Annotated[dict[Name, Blob], Items(_MOST_PRECISIONS, "blobs")] | None = None
     """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`). None where
     there are none."""
-    slabs: Annotated[tuple[Blob, ...], Items(_MOST_SLABS, "blobs", least=1)] | None = newer()
+    slabs: Annotated[tuple[Blob, ...], Items(_MOST_SLABS, "blobs", least=1)] | None = None
     """The parts from which `weights` can be composed instead of pulled (`fedprune.updates.width_deltas`): the narrowest
     submodel's file, and the additions of each wider one, up to this one. Other devices pull the same blobs. None
     without any."""
-    codec: Annotated[str, text(256)] | None = newer()
+    codec: Annotated[str, text(256)] | None = None
     """How the update is to be encoded (`fedprune.updates.Codec`); None for a plain tensor file."""
-    weights_codec: Annotated[str, text(256)] | None = newer()
+    weights_codec: Annotated[str, text(256)] | None = None
     """How weights come where they come encoded; a board keeps those that it has until the next offer."""
-    coded: Blob | None = newer()
+    coded: Blob | None = None
     """The weights so encoded: a board that has what they are the difference to may pull this instead."""
-    held: Digest | None = newer()
+    held: Digest | None = None
     """sha256 of what they are the difference to; None for the difference to 0."""
-    moved: Blob | None = newer()
+    moved: Blob | None = None
     """Where the channels are that a device was sent last (`fedprune.updates.remap`); None where they are as they were,
     or where that is unknown."""
-    moved_from: Digest | None = newer()
+    moved_from: Digest | None = None
     """Digest of the selection that those were sent in."""
-    secure: FreeObject | None = newer()
+    secure: FreeObject | None = None
     """How the update becomes the vector that the board masks: `tensors`
     (`fedprune.secure_aggregation.grid.VectorForm`) and its size. None where updates aren't masked; the recipe says so,
     too, so that a board that doesn't know of masks refuses."""
-    base: Blob | None = newer()
+    base: Blob | None = None
     """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
-    blobs_at: WebAddress | None = newer()
+    blobs_at: WebAddress | None = None
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
 
     @property
@@ -232,20 +231,20 @@ class Birth(CheckedMessage, kind="birth"):
     """The board's measurements of itself."""
     held: Assignment | None = None
     """The job, round and attempt that it works on or whose update it still has to deliver."""
-    codecs: Annotated[tuple[Name, ...], Items(_MOST_CODECS, "names")] | None = newer()
-    """Names of the codecs in which it can send updates (`fedprune.updates`); None where it knows none."""
-    answer_s: Annotated[float, number(0.0, 3600.0)] | None = newer(compare=False)
+    codecs: Annotated[tuple[Name, ...], Items(_MOST_CODECS, "names")] = ()
+    """Names of the codecs in which it can send updates (`fedprune.updates`)."""
+    answer_s: Annotated[float, number(0.0, 3600.0)] | None = field(default=None, compare=False)
     """Its estimate of response times on its link, in seconds."""
-    abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] | None = newer()
+    abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] = ()
     """Optional parts of the protocol that it supports, such as `PUT`."""
-    server_key: Annotated[str, hexadecimal(16)] | None = newer(compare=False)
+    server_key: Annotated[str, hexadecimal(16)] | None = field(default=None, compare=False)
     """Id of the signing key by which it knows its server; None without an identity."""
-    authorities: Pins | None = newer(compare=False)
+    authorities: Pins | None = field(default=None, compare=False)
     """Pins of the certificate authorities that it trusts, up to the one that issued its certificate, the oldest first;
     None without an identity."""
-    trouble: Annotated[str, text(MAX_TROUBLE)] | None = newer()
+    trouble: Annotated[str, text(MAX_TROUBLE)] | None = None
     """Why its program can't start, and ends after this message; None where it works."""
-    effective_classes: Annotated[int, whole(1, 2**24)] | None = newer()
+    effective_classes: Annotated[int, whole(1, 2**24)] | None = None
     """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
     have no class, where it isn't known before a round, and of a board with privacy."""
 
@@ -282,7 +281,7 @@ class Progress(CheckedMessage, kind="progress"):
     """Units done in this phase."""
     total: Count
     """Units of this phase."""
-    temperature_c: Annotated[float, number(-100.0, 300.0)] | None = newer()
+    temperature_c: Annotated[float, number(-100.0, 300.0)] | None = None
     """The board's temperature, if it can be read."""
 
 
@@ -376,14 +375,14 @@ class SecureStep(CheckedMessage, kind="secure"):
 class Hello(CheckedMessage, kind="hello"):
     """The server is online: devices answer with a birth and repeat an update that is not yet accepted."""
 
-    time: Count | None = newer()
+    time: Count | None = None
     """The server's time in seconds since 1970, by which boards with a wrong clock recognise expired certificates."""
     successions: (
         Annotated[tuple[Annotated[str, hexadecimal(256)], ...], Items(MAX_SUCCESSIONS, "successions")] | None
-    ) = newer()
+    ) = None
     """Of the server's signing key, the oldest first, by which boards follow it to the present key; None where the key
     was never replaced."""
-    authorities: Pins | None = newer()
+    authorities: Pins | None = None
     """Pins of the certificate authorities that the fleet trusts, the oldest first; the last one issues the devices'
     certificates. None where the authority was never replaced."""
 
@@ -430,12 +429,12 @@ class BlobRequest(CheckedMessage, kind="want"):
     """First leaf or piece."""
     count: Annotated[int, whole(1, MAX_REQUEST)]
     """How many."""
-    shared: TrueOrAbsent | None = newer()
+    shared: TrueOrAbsent | None = None
     """True where a device listens to the topic that all who pull this blob share, so that the answer may come there;
     None where it doesn't."""
-    most: Annotated[int, whole(1, MAX_REQUEST)] | None = newer()
+    most: Annotated[int, whole(1, MAX_REQUEST)] | None = None
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
-    number: RequestNumber | None = newer(compare=False)
+    number: RequestNumber | None = field(default=None, compare=False)
     """Random number of the request: another delivery with the same number is a duplicate."""
 
 
@@ -455,7 +454,7 @@ class UploadRequest(CheckedMessage, kind="upload"):
     """The weights."""
     url: UploadAddress
     """Where to, for this upload alone."""
-    number: RequestNumber | None = newer(compare=False)
+    number: RequestNumber | None = field(default=None, compare=False)
     """As of `BlobRequest`."""
 
     def __repr__(self) -> str:
@@ -468,7 +467,7 @@ class UploadResult(CheckedMessage, kind="uploaded"):
 
     sha256: Digest
     """The weights."""
-    reason: Annotated[str, text(400)] | None = newer()
+    reason: Annotated[str, text(400)] | None = None
     """Why it failed, for people; None if the web server has taken it."""
 
 

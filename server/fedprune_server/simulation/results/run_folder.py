@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +18,6 @@ from typing import Any
 
 from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import FedpruneError
-from fedprune.jobs.job import Job
 from fedprune.output.extras import install_command
 from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import EACH_ROUND, WideRows
@@ -120,19 +117,10 @@ def _differences(path: Path, experiment: Experiment) -> str:
     stored = _settings(path)
     if not stored:
         return ""
-    stored["job"] = _complete(stored.get("job"))
     found = differences(json.loads(json.dumps(stored)), json.loads(json.dumps(experiment.settings())), _UNDECIDED)
     return (
         found or "the same settings: what differs is the model's graph, the server's samples or a strategy's own code"
     )
-
-
-def _complete(job: Any) -> Any:
-    """A stored job with all its settings: earlier versions left out what was as by default."""
-    try:
-        return asdict(Job.from_dict(job))
-    except (FedpruneError, TypeError, AttributeError):
-        return job
 
 
 def _write_tables(folder: Path, record: Record, suffix: str) -> None:

@@ -1,0 +1,36 @@
+"""The format of the database's tables: new databases are made in it, and those of another one are refused."""
+
+from __future__ import annotations
+
+import sqlalchemy as sql
+
+from fedprune.core.errors import StorageError
+from fedprune_server.storage.tables import META, TABLES, meta, put_meta
+
+FORMAT = "fedprune.database/1"
+
+_ROW = "format"
+"""Row of `meta` with the format of the tables."""
+
+
+def has_tables(connection: sql.Connection, url: str) -> bool:
+    """Whether the tables are there; False for an empty database. Raises `StorageError` if they are of another version
+    or of another program.
+    """
+    if not sql.inspect(connection).has_table(META.name):
+        return False
+    found = meta(connection, _ROW)
+    if found != FORMAT:
+        raise StorageError(
+            f"{url} is of another version",
+            expected=FORMAT,
+            got=found or "none",
+            hint="Run the version of fedprune that made it, or begin with a new state folder and an empty database.",
+        )
+    return True
+
+
+def make_tables(connection: sql.Connection) -> None:
+    """Make the tables of an empty database, in the transaction of the caller."""
+    TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
+    put_meta(connection, _ROW, FORMAT)
