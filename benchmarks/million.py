@@ -82,7 +82,6 @@ class Case:
         probes: Whether boards have measured themselves, each with other results.
         asynchronous: Whether the model moves whenever a tenth of the boards at work has delivered; the share of them
             that works at a time is `participation`.
-        fairness: The job's; 1 asks no board again before all others that are there.
     """
 
     boards: int
@@ -91,14 +90,10 @@ class Case:
     hours: float = 24.0
     probes: bool = False
     asynchronous: bool = False
-    fairness: float = 0.0
 
 
 SIZES = tuple(Case(n) for n in (10_000, 100_000, 1_000_000))
-SHARES_ASKED = (
-    *(Case(100_000, p, over, 4.0) for p in (0.001, 0.01, 0.1) for over in (0.0, 0.1)),
-    Case(100_000, 0.1, 0.1, 4.0, fairness=1.0),
-)
+SHARES_ASKED = tuple(Case(100_000, p, over, 4.0) for p in (0.001, 0.01, 0.1) for over in (0.0, 0.1))
 PROBED = (Case(20_000, hours=0.5), Case(20_000, hours=0.5, probes=True))
 ASYNCHRONOUS = tuple(Case(n, hours=2.0, asynchronous=True) for n in (1_000, 10_000, 100_000))
 CASES = (*SIZES, *SHARES_ASKED, *PROBED, *ASYNCHRONOUS)
@@ -218,7 +213,6 @@ class Shell:
             devices=max(1, case.boards // 4),
             participation=case.participation,
             over_selection=0.0 if case.asynchronous else case.over_selection,
-            fairness=case.fairness,
             deadline_s=DEADLINE_S,
             recipe=RECIPE,
             schedule=schedule if case.asynchronous else {},
@@ -536,15 +530,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         "## Duration of rounds",
         "",
         "Virtual seconds, of 100,000 boards. Without asking for more than are needed, a round waits for boards that",
-        f"have left, at most for {DEADLINE_S:.0f} s. With a fairness of 1 no board is asked again before all others",
-        "that are there.",
+        f"have left, at most for {DEADLINE_S:.0f} s.",
         "",
         *table(
-            ("participation", "asked beyond", "fairness", "asked", "rounds", "shortest tenth", "median",
-             "longest tenth", "updates per hour", "boards asked", "most often", "µs per event"),
+            ("participation", "asked beyond", "asked", "rounds", "shortest tenth", "median", "longest tenth",
+              "updates per hour", "boards asked", "most often", "µs per event"),
             [
-                (f"{r['participation']:.1%}", f"{r['over_selection']:.0%}", f"{r['fairness']:g}",
-                 f"{r['asked']:,}", r["rounds"], *(f"{q:,.0f}" for q in r["round_s"] or [math.nan] * 3),
+                (f"{r['participation']:.1%}", f"{r['over_selection']:.0%}", f"{r['asked']:,}",
+                 r["rounds"], *(f"{q:,.0f}" for q in r["round_s"] or [math.nan] * 3),
                  f"{r['updates'] / r['hours']:,.0f}", f"{r['offered_boards']:,}", r["offered_most"],
                  r["us_per_event"])
                 for r in asked

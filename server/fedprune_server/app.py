@@ -18,7 +18,7 @@ from fedprune import __version__
 from fedprune.coordination import Phase
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.core.text import amount
-from fedprune.jobs.job import HARDWARE, Job
+from fedprune.jobs.job import Job
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
@@ -261,11 +261,6 @@ class _Job:
 
     def log_start(self) -> None:
         opened = self.opened
-        profiles = names_of_profiles(() if self.config.profiles is None else (self.config.profiles,))
-        for key in opened.job.quotas:
-            kind, _, name = key.partition(":")
-            if kind == HARDWARE and name not in profiles:
-                log.warning("[job.quotas] %s: no hardware profile has this name, so that it limits nothing", key)
         for note in opened.model.notes:
             log.info("model: %s", note)
         log.info(

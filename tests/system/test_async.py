@@ -33,7 +33,7 @@ JOBS = {
     "fedbuff": 'strategy = "fedbuff"\nrounds = 8\noptions = {buffer = 2}',
     "semi-async": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nschedule = {kind = "semi-async", window_s = 0.5}',
     "in-step": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nparticipation = 0.6\n'
-    "over_selection = 0.5\nfairness = 1.0\nin_flight = 2\npace = 3",
+    "over_selection = 0.5\nin_flight = 2",
     "pr-fl": 'strategy = "pr-fl"\nrounds = 6\noptions = {window_s = 0.4, interval = 2, floor = 0.3, patience = 1}',
 }
 CONFIG = """

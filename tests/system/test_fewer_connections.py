@@ -16,7 +16,6 @@ CONFIG = """
 name = "turns"
 devices = 1
 participation = 0.5
-fairness = 1.0
 deadline_s = 8
 rounds = 25
 density = 0.5

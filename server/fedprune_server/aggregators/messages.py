@@ -17,7 +17,6 @@ Body = Mapping[str, Any]
 
 UP: tuple[type[Any], ...] = (
     on.Extracted,
-    on.Progressed,
     on.UpdateAnnounced,
     on.UpdateStored,
     on.UpdateRejected,

@@ -40,9 +40,7 @@ _JOB = {
     "devices": ("N", "a round starts when this many devices are connected"),
     "participation": ("SHARE", "share of the devices that a round asks"),
     "over_selection": ("SHARE", "ask this share of devices more than a round needs"),
-    "fairness": ("SHARE", "share of places that go to the devices that have waited longest"),
     "in_flight": ("N", "devices that work at a time (default: all)"),
-    "pace": ("X", "give up devices that take X times as long as half of the others"),
     "deadline_s": ("S", "seconds that a round waits for updates"),
     "strategy": ("NAME", "such as fedprune or subflot (docs/strategies), or package.module:function"),
     "density": ("D", "kept share of channels on all devices; 0: the planner decides"),
@@ -50,7 +48,7 @@ _JOB = {
 _GROUPS: dict[str, tuple[str, ...]] = {
     "the job": ("name", "rounds", "strategy", "density", "schedule", "seed", "weight"),
     "boards in a round": (
-        "devices", "participation", "over_selection", "fairness", "in_flight", "deadline", "pace", "connected",
+        "devices", "participation", "over_selection", "in_flight", "deadline", "connected",
     ),
     "the model": ("model", "loss", "metric", "lora", "base"),
     "the server's samples": ("evaluation", "calibration"),

@@ -28,7 +28,6 @@ _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulat
 _SAID = {
     "job: privacy": "job.privacy",
     "job: schedule": "job.schedule",
-    "job: quotas": "job.quotas",
     "job": "job",
     "recipe": "job.recipe",
     "server": "server",

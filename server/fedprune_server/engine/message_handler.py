@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import events as on
-from fedprune.coordination.stragglers import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileError
 from fedprune.core.metrics import all_served, believable
 from fedprune.core.text import one_line, sentences
@@ -231,12 +230,8 @@ class MessageHandler:
     def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
         """The event of a device's report on its part in a round."""
         if isinstance(message, Progress):
-            task = self._state.part(device, message.round, message.attempt)
-            if task is not None:
+            if self._state.part(device, message.round, message.attempt) is not None:
                 self._registry.heard(device, self._monotonic(), message)
-                share = share_of(message.phase, message.done, message.total) if self._job.pace else None
-                if share is not None and task.progress is Part.OFFERED and news(task, share):
-                    return on.Progressed(device, message.round, message.attempt, share)
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)

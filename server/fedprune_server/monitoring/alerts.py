@@ -45,7 +45,6 @@ ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = {
     "parent": (WARNING,),
     "no-devices": (CRITICAL, WARNING),
     "too-few-devices": (WARNING,),
-    "quotas": (WARNING,),
     "no-progress": (CRITICAL,),
     "round-waits": (WARNING,),
     "disk": (CRITICAL, WARNING),
@@ -149,8 +148,6 @@ def evaluate_alerts(seen: Snapshot, now: float) -> list[Alert]:
     for job in seen.jobs:
         if not job.finished and job.begun:
             alerts += _board_alerts(seen, job, now)
-            if not seen.tier.parent:
-                alerts += _quota_alerts(job, now)
             alerts += _progress_alerts(seen, job, now)
             alerts += _stall_alerts(seen, job)
             alerts += _prediction_alerts(job, now)
@@ -337,18 +334,6 @@ def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]
     )  # fmt: skip
 
 
-def _quota_alerts(job: JobStatus, now: float) -> Iterator[Alert]:
-    if job.full:
-        yield Alert(
-            "quotas", WARNING, now,
-            f"the quotas of job {job.name} leave no place for any board that is connected: {some(job.full)}",
-            "no board is asked: of so few boards, these shares are less than one",
-            "raise them in [job.quotas] and start the server again, or let more boards connect, or others "
-            "(docs/rounds.md#quotas)",
-            job=job.name, delay_s=job.delay_s,
-        )  # fmt: skip
-
-
 def _progress_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
     if job.paused or not (job.missed or job.empty):
         return
@@ -376,18 +361,16 @@ def _stall_alerts(seen: Snapshot, job: JobStatus) -> Iterator[Alert]:
     # Where no board is connected, or an aggregator is away, an alert of that has the reason; a parent alone waits.
     if not job.awaited or job.paused or seen.broker or not seen.here or seen.tier.regions or seen.tier.parent:
         return
-    since, until, pace = min(job.awaited.values()), "", ""
-    if job.closes_at is not None and not job.paced:
+    since, until = min(job.awaited.values()), ""
+    if job.closes_at is not None:
         whom = "it" if len(job.awaited) == 1 else "them"
         until = f"; the round goes on without {whom} at {format_minute(job.closes_at)} (deadline)"
-    if not job.paced:
-        pace = f"to wait less for boards that vanish: {restart_advice(*state_args(job.folder), '--pace', 3)}; "
     yield Alert(
         "round-waits", WARNING, since,
         f"round {job.round} of job {job.name} waits for {some(list(job.awaited))}, offline since "
         f"{format_minute(since)}{until}",
         "nothing else of the round is under way: all other boards wait, too",
-        f"see that it has power and network: a board that comes back resumes its part; {pace}or start with a shorter "
+        "see that it has power and network: a board that comes back resumes its part; or start with a shorter "
         "--deadline (docs/rounds.md#slow-and-unreliable-boards)",
         job=job.name, delay_s=job.offline_wait_s,
     )  # fmt: skip

@@ -20,8 +20,6 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.quotas import Quotas
-from fedprune.coordination.stragglers import beyond, places
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import held
 from fedprune.core.errors import FedpruneError, reason
@@ -55,7 +53,7 @@ from fedprune_server.monitoring.participation import (
 from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
-from fedprune_server.monitoring.view import UNDER_WAY, JobView
+from fedprune_server.monitoring.view import JobView
 from fedprune_server.storage.state_folder import LOCK, run_id
 
 log = logging.getLogger("fedprune.server")
@@ -89,7 +87,6 @@ class JobWatch(Observer):
         self._view, self._folder = view, folder
         self._schedule = schedule = compose(view.job).schedule or SYNCHRONOUS
         self._deadline_s = schedule.deadline_s or view.job.deadline_s
-        self._quotas = Quotas(view.job.quotas)
         self._missed = self._empty = self._closing = self.rounds_ended = 0
         self._asked_at: float | None = None  # the first offer since an update counted
         self._round_times = RoundTimes()
@@ -134,8 +131,8 @@ class JobWatch(Observer):
             job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
             len(state.devices) + len(self._view.registry.outsiders),
             tuple(islice(away, MAX_NAMES_SHOWN + 1)) if missing else (), sorted(revoked),
-            self._deadline_s, self._missed, self._empty, self._full(), self._off,
-            awaited, self._closes_at(awaited), self._round_times.usual_s(), bool(job.pace),
+            self._deadline_s, self._missed, self._empty, self._off,
+            awaited, self._closes_at(awaited), self._round_times.usual_s(),
         )  # fmt: skip
 
     def _closes_at(self, awaited: Collection[str]) -> float | None:
@@ -143,19 +140,6 @@ class JobWatch(Observer):
         # With `in_flight` each board has a deadline of its own.
         deadlines = [at for name in awaited if (at := state.tasks[name].deadline or state.deadline) is not None]
         return max(deadlines) if deadlines and len(deadlines) == len(awaited) else None
-
-    def _full(self) -> list[str]:
-        """The quotas that keep a round from beginning or, in an asynchronous job, boards from working."""
-        job, state, schedule = self._view.job, self._view.state, self._schedule
-        idle = state.phase is Phase.WAITING or (schedule.asynchronous and not state.tasks.count(*UNDER_WAY))
-        online = state.devices.count(True)
-        if not self._quotas or not idle or state.paused or online < job.devices:
-            return []
-        ready = [d for d in state.devices.values() if d.online and not d.excluded]
-        if schedule.asynchronous:
-            return self._quotas.full(ready, schedule.concurrent or online)
-        count = places(schedule.participation or job.participation, len(ready))
-        return self._quotas.full(ready, beyond(count, job.over_selection, len(ready)))
 
 
 def off_by_far(state: State, before: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

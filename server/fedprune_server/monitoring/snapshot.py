@@ -36,13 +36,11 @@ class JobStatus:
         deadline_s: Seconds that a round waits for updates.
         missed: Deadlines in a row that passed without an update.
         empty: Rounds in a row that closed without a usable update.
-        full: Quotas that leave no connected board a place, so that no round begins.
         off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
         awaited: Boards that are offline and for which alone the round waits, and since when they are, in seconds since
             1970.
         closes_at: When the round goes on without them, in seconds since 1970; None if unknown.
         usual_round_s: Seconds of a usual round lately; None if unknown.
-        paced: Whether rounds stop waiting for slow boards before the deadline.
     """
 
     name: str
@@ -59,12 +57,10 @@ class JobStatus:
     deadline_s: float = 600.0
     missed: int = 0
     empty: int = 0
-    full: Sequence[str] = ()
     off: Mapping[str, str] = field(default_factory=dict)
     awaited: Mapping[str, float] = field(default_factory=dict)
     closes_at: float | None = None
     usual_round_s: float | None = None
-    paced: bool = False
 
     @property
     def finished(self) -> bool:

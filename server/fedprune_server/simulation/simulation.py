@@ -20,7 +20,6 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.stragglers import PARTS
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, DivergedError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
@@ -392,10 +391,8 @@ class Simulation:
             gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
             run.push(gone, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # messages don't reach it meanwhile
-            self._reports(command, ready, took, gone)
             self._birth(name, gone + chance.exponential(self.experiment.dropouts.away_s))
         else:
-            self._reports(command, ready, took, ready + took)
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
             self._runner.prepare(device, command.offer, command.round)
 
@@ -415,13 +412,6 @@ class Simulation:
         self._run.tables[name] = self.store.put(table).sha256
         known = set() if before is None else set(digests(self.store.read(before)))
         return sum(weights.leaf_size(i) for i, digest in enumerate(digests(table)) if digest in known)
-
-    def _reports(self, command: do.SendOffer, begun: float, took: float, until: float) -> None:
-        """Schedule a board's progress reports, where the job's pace uses them."""
-        for part in range(PARTS if self.job.pace else 0):
-            at = begun + took * part / PARTS
-            if at < until:
-                self._run.push(at, on.Progressed(command.device, command.round, command.attempt, part / PARTS))
 
     def _train(self, item: Trained) -> on.Event:
         device = self._devices[item.device]

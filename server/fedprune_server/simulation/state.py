@@ -60,12 +60,12 @@ Item = on.Event | Trained | Left
 _ITEMS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.Progressed, on.UpdateAnnounced,
+        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.UpdateAnnounced,
         on.UpdateStored, on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
     )
 }  # fmt: skip
 
-_WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
+_WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
 """Items that belong to a device's part in a round."""
 
 _PLAIN = (

@@ -31,7 +31,6 @@ FOUND = do.Contribution(BASIS, PART, "a" * 64, None, "b" * 64, 10, 5, (3, 4), No
 MEMORY = {"velocity": "f" * 64}
 EVENTS = [
     on.Extracted(3, "ant", 1, {"widths": [3], "weights": {"sha256": "a" * 64}}),
-    on.Progressed("ant", 3, 1, 0.5),
     on.UpdateAnnounced("ant", 3, 1, "a" * 64, {"sha256": "b" * 64}, 10, 5, {"accuracy": 0.5}),
     on.UpdateStored("ant", 3, 1, "a" * 64, "valley"),
     on.UpdateRejected("ant", 3, 1, "it isn't finite", "malformed", "valley"),

@@ -98,9 +98,9 @@ def make(tmp_path: Path) -> Callable[..., PacedFleet]:
 
 
 def test_rounds_go_on_with_the_target_connected_and_reach_other_boards(make: Callable[..., PacedFleet]) -> None:
-    fleet = make(fairness=1.0)
+    fleet = make()
     state = fleet.run(connected=10)
-    assert fleet.most <= 11  # one may come back between two looks
+    assert fleet.most <= 12  # two may come back between two looks
     asked = [set(r["devices"]) for r in state.history]
     assert all(set(done) == names for done, names in zip(folded(state), asked, strict=True))  # no board left a part
     assert len(set().union(*asked)) > 20

@@ -134,7 +134,6 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
-    "quotas that leave no place": (with_job(full=["hardware:pi"], phase=Phase.WAITING), "quotas", "warning"),
     "a missed deadline": (with_job(missed=1), "no-progress", "critical"),
     "a round without updates": (with_job(empty=1), "no-progress", "critical"),
     "a round that waits for a board that is offline": (
@@ -249,23 +248,6 @@ def test_claims_are_made_at_the_parent() -> None:
         (found,) = evaluate_alerts(replace(with_job(0, known=0), tier=TierStatus(parent)), NOW)
         assert said in found.todo
         assert ("--join" in found.todo) == bool(parent)
-
-
-@pytest.mark.parametrize("schedule", [{}, {"kind": "async"}], ids=["sync", "async"])
-def test_quotas_that_leave_no_place_are_named_while_nobody_is_asked(tmp_path: Path, schedule: dict[str, Any]) -> None:
-    job = replace(JOB, quotas={"hardware:pi": 0.3}, schedule=schedule)
-    view = Fleet(tmp_path, job).daemon().first.view
-    watch = JobWatch(view, tmp_path)
-    assert list(watch.status().full) == []  # no board is connected
-    for name in "abc":
-        view.state.devices[name] = Board(1, True, {"name": "pi"}, None, 10)
-    assert list(watch.status().full) == ["hardware:pi"]  # 0.3 of three boards are none
-    view.state.devices["d"] = Board(1, True, {"name": "pi"}, None, 10)
-    assert list(watch.status().full) == []
-    view.state.devices["d"].online = False
-    assert list(watch.status().full) == ["hardware:pi"]
-    view.state.paused = True
-    assert list(watch.status().full) == []
 
 
 def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_round_that_waits_for_a_board_that_vanished_is_an_alert_within_seconds
     assert died_at + 5 <= opened_at <= died_at + 10
     assert f"round 4 of job toy waits for c, offline since {format_minute(died_at)}" in alert.what
     assert format_minute(died_at + DEADLINE_S) in alert.what
-    assert all(option in alert.todo for option in ("--pace", "--deadline", "docs/rounds.md"))
+    assert all(option in alert.todo for option in ("--deadline", "docs/rounds.md"))
     assert died_at + DEADLINE_S <= alerts[-1][0] <= died_at + DEADLINE_S + 10, "it is over with the wait"
 
 

@@ -152,7 +152,7 @@ def test_a_killed_run_of_pr_fl_goes_on_to_the_same_model(build: Build) -> None:
 def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
     link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
     fleet = [replace(b, profile=with_link(b.profile, link)) for b in boards((*KINDS, "raspberry-pi-5"))]
-    turns = {"in_flight": 2, "pace": 3.0, "fairness": 0.5, "participation": 0.75}
+    turns = {"in_flight": 2, "participation": 0.75}
     weather = {"dropouts": DropOuts(0.3, 5.0), "weather": Weather(links_sigma=0.5)}
     assert_resumes(build, 5, fleet=fleet, rounds=4, deadline_s=60.0, **turns, **weather)
 

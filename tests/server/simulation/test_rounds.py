@@ -1,4 +1,4 @@
-"""The daemon and the simulator on rounds that ask more, take turns, watch progress and let few work at a time."""
+"""The daemon and the simulator on rounds that ask more and let few work at a time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.coordination.stragglers import ENOUGH, PARTS, SILENT, SLOW
+from fedprune.coordination.stragglers import ENOUGH
 from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Offer, Progress
 from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.simulation.fleet.virtual_device import with_link
-from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
 from support.fakes.fleet import Fleet
@@ -41,14 +40,10 @@ def reasons(state: State, round_: int) -> dict[str, str]:
 
 
 class Slow:
-    """A device that trains for so long, and says how far it is.
+    """A device that trains for so long, and says how far it is."""
 
-    Attributes:
-        stops: The share of its training after which it does nothing more.
-    """
-
-    def __init__(self, fleet: Fleet, name: str, seconds: float, stops: float = 2.0) -> None:
-        self.fleet, self.device, self.seconds, self.stops = fleet, fleet.air.devices[name], seconds, stops
+    def __init__(self, fleet: Fleet, name: str, seconds: float) -> None:
+        self.fleet, self.device, self.seconds = fleet, fleet.air.devices[name], seconds
         self.take = self.device.take
         self.work: deque[tuple[Offer, float, int]] = deque()
         self.device.take = self.begin  # type: ignore[method-assign]
@@ -64,10 +59,10 @@ class Slow:
         if self.device.heard and isinstance(self.device.heard[-1], Cancelled):
             return
         share = (self.fleet.air.now - begun) / self.seconds
-        if share >= 1 and self.stops > 1:
+        if share >= 1:
             self.take(offer)
             return
-        done = int(20 * min(share, self.stops))
+        done = int(20 * share)
         if done > told:
             said = Progress(self.device.name, offer.job, offer.round, offer.attempt, "train", done, 20)
             self.device.say(said)
@@ -102,33 +97,6 @@ def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -
     assert fleet.air.now < 80
     assert state.devices["b"].failures == 0
     assert state.devices["b"].missed_rounds == 2
-
-
-def test_a_device_that_will_be_late_is_given_up_by_what_it_says(tmp_path: Path) -> None:
-    fleet = fleet_of(tmp_path, rounds=1, pace=2.0)
-    slow = [Slow(fleet, n, 20.0) for n in "acde"]
-    state = run(fleet, *slow, Slow(fleet, "b", 90.0))
-    assert folded(state) == [["a", "c", "d", "e"]]
-    assert reasons(state, 1) == {"b": SLOW}
-    assert fleet.air.now < 40
-
-
-def test_a_device_that_falls_silent_is_given_up_and_one_that_goes_on_is_not(tmp_path: Path) -> None:
-    fleet = fleet_of(tmp_path, rounds=1, pace=2.0)
-    slow = [Slow(fleet, n, 60.0) for n in "acde"]
-    state = run(fleet, *slow, Slow(fleet, "b", 60.0, stops=0.5))
-    assert folded(state) == [["a", "c", "d", "e"]]
-    assert reasons(state, 1) == {"b": SILENT}
-    assert fleet.air.now < JOB.deadline_s
-
-
-def test_reports_are_told_of_once_for_every_tenth_and_only_where_they_decide(tmp_path: Path) -> None:
-    for pace, most in ((0.0, 0), (2.0, PARTS + 1)):
-        fleet = fleet_of(tmp_path / str(pace), rounds=1, pace=pace)
-        run(fleet, *(Slow(fleet, n, 40.0) for n in NAMES))
-        kinds = [(k, b.get("device")) for _, _, k, b in fleet.storage.log.events()]
-        assert kinds.count(("Progressed", "a")) <= most
-        assert bool(kinds.count(("Progressed", "a"))) == bool(most)
 
 
 def test_few_work_at_a_time_and_all_count(tmp_path: Path) -> None:
@@ -201,19 +169,8 @@ def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
     assert run.state.devices[KINDS[0]].failures == 0
 
 
-def test_a_simulation_gives_up_whom_its_progress_gives_away(simulated: Simulate) -> None:
-    calm = simulated(rounds=1, deadline_s=1e4)
-    calm.run()
-    stormy = Weather(compute_spread=3.0)
-    slow, quick = (simulated(rounds=1, deadline_s=d, weather=stormy, pace=p) for d, p in ((1e3, 0.0), (1.0, 1.5)))
-    slow.run(), quick.run()
-    assert SLOW in reasons(quick.state, 1).values()
-    assert SLOW not in reasons(slow.state, 1).values()
-    assert quick.clock < slow.clock
-
-
 def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Simulate) -> None:
-    plain, watched = simulated(), simulated(in_flight=9, pace=1000.0, fairness=1.0)
+    plain, watched = simulated(), simulated(in_flight=9)
     plain.run(), watched.run()
     assert [r["model"] for r in plain.state.history] == [r["model"] for r in watched.state.history]
 

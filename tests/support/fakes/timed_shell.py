@@ -1,4 +1,4 @@
-"""A fleet on a virtual clock, without network or weights: devices that take their time and say how far they are."""
+"""A fleet on a virtual clock, without network or weights: devices that take their time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.stragglers import PARTS
 from fedprune.jobs.job import Job
 from support.fakes import coordinator_shell
 from support.fakes.coordinator_shell import digest
@@ -23,14 +22,12 @@ class Board:
         seconds: What a round's training takes.
         download_s: What passes between an offer and the first step.
         stalls: The share of its training at which it stops for ever; above 1 for never.
-        tells: Whether it says how far it is.
         here: Whether it is there.
     """
 
     seconds: float = 10.0
     download_s: float = 1.0
     stalls: float = 2.0
-    tells: bool = True
     here: bool = True
 
 
@@ -90,13 +87,8 @@ class Timed(coordinator_shell.Shell):
     def _train(self, board: Board, update: on.UpdateAnnounced) -> None:
         if not board.here:
             return
-        begun = self.now + board.download_s
-        for part in range(PARTS if board.tells else 0):
-            if part / PARTS <= board.stalls:
-                told = on.Progressed(update.device, update.round, update.attempt, part / PARTS)
-                self.at(begun + board.seconds * part / PARTS, told)
         if board.stalls > 1:
-            self.at(begun + board.seconds, update)
+            self.at(self.now + board.download_s + board.seconds, update)
 
     def run(self, *, rounds: int = 0, steps: int = 100_000) -> None:
         """Run to the end, or until so many rounds are over."""
@@ -113,7 +105,7 @@ class Timed(coordinator_shell.Shell):
         elif self.later:
             time, _, event = heapq.heappop(self.later)
             self.now = max(self.now, time)
-            if isinstance(event, (on.Progressed, on.UpdateAnnounced)) and not self.boards[event.device].here:
+            if isinstance(event, on.UpdateAnnounced) and not self.boards[event.device].here:
                 return
             self.feed(event)
         else:

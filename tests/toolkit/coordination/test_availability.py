@@ -9,26 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination.availability import WORKING, Availability
-from fedprune.coordination.quotas import Quotas, apportioned
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Progress, State, Task
 
 pytestmark = pytest.mark.board
 
-REGIONS = ("", "north", "south")
-QUOTAS = st.sampled_from([{}, {"region:north": 0.5}, {"region:north": 0.0, "region:": 0.3, "hardware:pi": 0.6}])
 NAMES = st.sampled_from([f"d{i}" for i in range(8)])
 TIMES = st.none() | st.sampled_from([1.0, 2.0, 3.0])
 STEPS = st.one_of(
-    st.tuples(
-        st.just("device"),
-        NAMES,
-        st.booleans(),
-        st.sampled_from(["", "no width fits"]),
-        st.integers(0, 2),
-        st.sampled_from(REGIONS),
-    ),
+    st.tuples(st.just("device"), NAMES, st.booleans(), st.sampled_from(["", "no width fits"]), st.integers(0, 2)),
     st.tuples(st.just("task"), NAMES, st.sampled_from(Progress), TIMES, TIMES),
     st.tuples(st.just("no task"), NAMES),
     st.tuples(st.sampled_from(["ask", "over"])),
@@ -40,25 +30,15 @@ def turn(state: State, name: str) -> float:
     return last + keyed(0, last, name).random()
 
 
-@given(st.lists(STEPS, max_size=60), st.booleans(), QUOTAS, st.sampled_from([0, 5]))
-def test_indexes_say_what_the_state_says(
-    steps: list[Any], drawn: bool, quotas: dict[str, float], concurrent: int
-) -> None:
+@given(st.lists(STEPS, max_size=60), st.booleans())
+def test_indexes_say_what_the_state_says(steps: list[Any], drawn: bool) -> None:
     state = State(model="m")
-    found = Availability(
-        state,
-        lambda name: name != "d7",
-        (lambda name: turn(state, name)) if drawn else None,
-        Quotas(quotas),
-        concurrent,
-    )
+    found = Availability(state, lambda name: name != "d7", (lambda name: turn(state, name)) if drawn else None)
     for step in steps:
         match step:
-            case "device", name, online, excluded, last, region:
-                profile = {"name": "pi" if name < "d4" else "jetson"}
-                state.devices[name] = Device(
-                    1, online, profile, None, 10, excluded=excluded, last_offered_round=last, region=region
-                )
+            case "device", name, online, excluded, last:
+                profile = {"name": "pi"}
+                state.devices[name] = Device(1, online, profile, None, 10, excluded=excluded, last_offered_round=last)
             case "task", name, progress, arrived, deadline:
                 state.tasks[name] = Task(1, (), progress=progress, arrived_at=arrived, deadline=deadline)
             case "no task", name:
@@ -66,17 +46,11 @@ def test_indexes_say_what_the_state_says(
             case ("over",):
                 state.tasks = TrackedDict()
             case ("ask",):
-                check(found, state, drawn, quotas, concurrent)
-    check(found, state, drawn, quotas, concurrent)
+                check(found, state, drawn)
+    check(found, state, drawn)
 
 
-def keys(state: State, name: str) -> set[str]:
-    """The quotas that a device may count towards."""
-    device = state.devices.get(name)
-    return set() if device is None else {f"hardware:{device.profile['name']}", f"region:{device.region}"}
-
-
-def check(found: Availability, state: State, drawn: bool, quotas: dict[str, float], concurrent: int) -> None:
+def check(found: Availability, state: State, drawn: bool) -> None:
     tasks = state.tasks
     rest = {n for n, d in state.devices.items() if not d.excluded and (n not in tasks or failed(tasks[n]))}
     away = {n for n in rest if not state.devices[n].online}
@@ -85,22 +59,8 @@ def check(found: Availability, state: State, drawn: bool, quotas: dict[str, floa
     done = sorted((t.arrived_at or 0.0, n) for n, t in tasks.items() if t.progress is Progress.FOLDED)
     due = {n: t.deadline for n, t in tasks.items() if t.deadline is not None}
     stored = sorted(n for n, t in tasks.items() if t.progress is Progress.STORED)
-    count = concurrent or sum(d.online and not d.excluded for d in state.devices.values())
-    room = dict[str, int]()
-    for what in ("hardware:", "region:"):
-        own = [key for key in quotas if key.startswith(what)]
-        room |= dict(zip(own, apportioned([quotas[key] for key in own], count), strict=True))
-    able = {n for n in idle if all(room[key] > 0 for key in keys(state, n) & room.keys())}
-    assert found.idle == len(able)
-    for name in tasks:
-        if tasks[name].progress in WORKING:
-            room |= {key: room[key] - 1 for key in keys(state, name) & room.keys()}
-    offered = list[str]()
-    for name in order:
-        if all(room[key] > 0 for key in keys(state, name) & room.keys()):
-            room |= {key: room[key] - 1 for key in keys(state, name) & room.keys()}
-            offered.append(name)
-    assert [found.first(most) for most in range(4)] == [sorted(offered[:most]) for most in range(4)]
+    assert found.idle == len(idle)
+    assert [found.first(most) for most in range(4)] == [sorted(order[:most]) for most in range(4)]
     assert found.arrivals == [at for at, _ in done]
     assert found.done() == [(n, tasks[n]) for _, n in done]
     assert found.next_deadline == min(due.values(), default=None)
@@ -108,7 +68,7 @@ def check(found: Availability, state: State, drawn: bool, quotas: dict[str, floa
     assert found.stored() == [(n, tasks[n]) for n in stored]
     assert found.refused() == {n for n, t in tasks.items() if failed(t)}
     assert found.absent == bool(away)
-    assert found.at_work == (bool(stored) or bool(able) or any(t.progress in WORKING for t in tasks.values()))
+    assert found.at_work == (bool(stored) or bool(idle) or any(t.progress in WORKING for t in tasks.values()))
 
 
 def failed(task: Task) -> bool:

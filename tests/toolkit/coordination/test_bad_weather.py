@@ -30,9 +30,9 @@ MUTE = NAMES[-1]
 PLACES = st.lists(st.integers(0, 99), min_size=1, max_size=8)
 JOBS = [
     replace(JOB, devices=2, rounds=4),
-    replace(JOB, devices=3, rounds=4, participation=0.5, over_selection=0.5, fairness=0.5),
-    replace(JOB, devices=3, rounds=4, in_flight=2, pace=2.0),
-    replace(JOB, devices=2, rounds=4, participation=0.6, over_selection=1.0, fairness=1.0, in_flight=2, pace=1.0),
+    replace(JOB, devices=3, rounds=4, participation=0.5, over_selection=0.5),
+    replace(JOB, devices=3, rounds=4, in_flight=2),
+    replace(JOB, devices=2, rounds=4, participation=0.6, over_selection=1.0, in_flight=2),
 ]
 
 
@@ -111,9 +111,8 @@ class Weather(RuleBasedStateMachine):
         based = command.offer["weights"]["sha256"]
         update = on.UpdateAnnounced(command.device, command.round, command.attempt, based, ref, 10, 2)
         self.updates[command.device] = update
-        told = [on.Progressed(command.device, command.round, command.attempt, part / 4) for part in range(4)]
-        self.air += [*told, update]
-        self.old += [*told, update]
+        self.air.append(update)
+        self.old.append(update)
 
     # Weather.
 
@@ -301,7 +300,7 @@ def test_devices_vanish_in_every_phase(phase: str, away: str) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_no_decision_goes_by_a_devices_clock(job: Job) -> None:
     """An event has no time of a device's in it; what its metrics say of times changes no round."""
-    fields = {f for kind in (on.Progressed, on.UpdateAnnounced, on.DeviceBorn) for f in kind.__dataclass_fields__}
+    fields = {f for kind in (on.UpdateAnnounced, on.DeviceBorn) for f in kind.__dataclass_fields__}
     assert not {f for f in fields if "time" in f or f in ("at", "clock", "seconds")}
     told = []
     for times in (1e-9, 1e9):

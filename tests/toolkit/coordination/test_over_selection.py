@@ -79,7 +79,7 @@ def test_a_slow_device_that_is_waited_for_has_no_more_than_the_deadline() -> Non
 
 
 def test_everybody_counts_now_and_then_however_slow_and_whatever_the_lot() -> None:
-    shell = shell_of(fleet(12, slow=4), rounds=60, fairness=0.5)
+    shell = shell_of(fleet(12, slow=4), rounds=60)
     shell.run()
     counts = {n: sum(n in c for c in shell.counted()) for n in shell.boards}
     assert min(counts.values()) >= 4
@@ -141,7 +141,7 @@ def test_a_restart_in_the_round_changes_nobody_it_waits_for() -> None:
 @given(st.data(), st.integers(1, 3))
 def test_the_rest_of_a_round_is_what_all_its_parts_say(data: st.DataObject, wanted: int) -> None:
     state = State(model="m", target_updates=wanted)
-    stragglers, names = Stragglers(state, None), ["a", "b", "c", "d"]
+    stragglers, names = Stragglers(state), ["a", "b", "c", "d"]
     for name in names:
         missed = data.draw(st.integers(MAX_CUTS - 1, MAX_CUTS))
         state.devices[name] = Device(1, True, {}, None, 10, missed_rounds=missed)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, State
@@ -17,25 +16,23 @@ pytestmark = pytest.mark.board
 
 NAMES = st.sampled_from([f"d{i}" for i in range(12)])
 STEPS = st.one_of(
-    st.tuples(st.just("born"), NAMES, st.integers(0, 3), st.sampled_from(["", "north", "south"])),
+    st.tuples(st.just("born"), NAMES),
     st.tuples(st.just("died"), NAMES),
     st.tuples(st.just("excluded"), NAMES, st.sampled_from(["", "no width fits"])),
     st.tuples(st.just("barred"), NAMES),
     st.tuples(st.just("gone"), NAMES),
     st.tuples(st.sampled_from(["ask", "replaced"])),
 )
-QUOTAS = Quotas({"hardware:pi": 0.5, "region:north": 0.5, "region:": 0.5})
 
 
 @given(st.lists(STEPS, max_size=40))
 def test_ready_devices_are_those_of_the_state(steps: list[Any]) -> None:
     state, barred = State(model="m"), set[str]()
-    ready = ReadyDevices(state, lambda name: name not in barred, QUOTAS)
+    ready = ReadyDevices(state, lambda name: name not in barred)
     for step in steps:
         match step:
-            case "born", name, round_, region:
-                profile = {"name": "pi" if name < "d5" else "jetson"}
-                state.devices[name] = Device(1, True, profile, None, 10, last_offered_round=round_, region=region)
+            case "born", name:
+                state.devices[name] = Device(1, True, {"name": "pi"}, None, 10)
             case "died", name if name in state.devices:
                 state.devices[name].online = False
             case "excluded", name, reason if name in state.devices:
@@ -54,9 +51,4 @@ def test_ready_devices_are_those_of_the_state(steps: list[Any]) -> None:
 
 def check(ready: ReadyDevices, state: State, barred: set[str]) -> None:
     expected = sorted(n for n, d in state.devices.items() if d.online and not d.excluded and n not in barred)
-    places = ready.places()
-    assert ready.names(places) == expected
-    assert ready.offered(places).tolist() == [state.devices[n].last_offered_round for n in expected]
-    assert ready.kinds(places).T.tolist() == [
-        [int(n < "d5"), {"": 2, "north": 1}.get(state.devices[n].region, 0)] for n in expected
-    ]
+    assert ready.names(ready.places()) == expected

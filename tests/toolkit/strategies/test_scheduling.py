@@ -95,7 +95,7 @@ def test_a_strategy_with_arithmetic_of_its_own_stays(name: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"over_selection": 0.2}, {"fairness": 0.5}, {"in_flight": 3}, {"pace": 2.0}],
+    [{"over_selection": 0.2}, {"in_flight": 3}],
 )
 @pytest.mark.parametrize("base", [Job(strategy="fedbuff"), job_of("semi-async")])
 def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any], base: Job) -> None:
@@ -114,19 +114,8 @@ def test_asking_more_than_all_is_refused() -> None:
     [
         ("over_selection", -0.1),
         ("over_selection", 11),
-        ("fairness", 1.1),
-        ("fairness", "much"),
         ("in_flight", 1.5),
         ("in_flight", -1),
-        ("pace", 0.5),
-        ("pace", True),
-        ("pace", "quick"),
-        ("pace", 1001),
-        ("quotas", ["hardware:raspberry-pi-5"]),
-        ("quotas", {"raspberry-pi-5": 0.5}),
-        ("quotas", {"hardware:": 0.5}),
-        ("quotas", {"region:north": 1.5}),
-        ("quotas", {"region:north": "half"}),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any) -> None:
@@ -135,7 +124,7 @@ def test_a_wrong_setting_is_named(name: str, value: Any) -> None:
 
 
 def test_a_job_is_read_back_from_its_dict() -> None:
-    used = Job(participation=0.5, over_selection=0.2, fairness=0.5, quotas={"region:": 0.5}, in_flight=3, pace=2.0)
+    used = Job(participation=0.5, over_selection=0.2, in_flight=3)
     moved = job_of("semi-async", window_s=3)
     for job in (Job(), used, moved):
         assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job

@@ -38,9 +38,7 @@ class AsynchronousCoordinator(Coordinator):
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
         concurrent = self.schedule.concurrent
-        self._availability = Availability(
-            state, self.privacy_budget.may, self._turn if concurrent else None, self._quotas, concurrent
-        )
+        self._availability = Availability(state, self.privacy_budget.may, self._turn if concurrent else None)
         self._weights = UpdateWeights(state, self.schedule, job, uniform=self.uniform)
 
     def handle(self, event: on.Event, now: float) -> Commands:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
-from fedprune.coordination.quotas import NO_QUOTAS, Kinds, Quotas
 from fedprune.jobs.state import Progress, State, Task
 
 WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
@@ -59,8 +57,6 @@ class Availability:
         may: Whether a device may be offered anything at all, by its entry in the state.
         turn: Orders devices in the queue for offers; by default they are in the order of their names. It may change
             only with the device's entry in the state.
-        quotas: Those of the job: shares of the devices that work at a time.
-        concurrent: How many may work at a time; 0 for all that are connected.
     """
 
     def __init__(
@@ -68,16 +64,10 @@ class Availability:
         state: State,
         may: Callable[[str], bool] = lambda name: True,
         turn: Callable[[str], float] | None = None,
-        quotas: Quotas = NO_QUOTAS,
-        concurrent: int = 0,
     ) -> None:
         self._state, self._may, self._turn = state, may, turn
-        self._quotas, self._concurrent = quotas, concurrent
         self._changed = (state.devices.watch(), state.tasks.watch())
-        self._idle, self._deadlines = defaultdict[Kinds, _Queue](_Queue), _Queue()
-        self._queued: dict[str, Kinds] = {}  # kinds of idle devices
-        self._working: dict[str, Kinds] = {}
-        self._workers = Counter[Kinds]()
+        self._idle, self._deadlines = _Queue(), _Queue()
         self._done: dict[str, float] = {}
         self._arrivals: list[float] = []
         self._away, self._stored, self._refused = set[str](), set[str](), set[str]()
@@ -100,10 +90,9 @@ class Availability:
 
     @property
     def idle(self) -> int:
-        """How many devices may be offered something, now or when others of their kind are done."""
+        """How many devices may be offered something."""
         self._refresh()
-        room = self._room()
-        return sum(len(queue.numbers) for kinds, queue in self._idle.items() if _fits(kinds, room))
+        return len(self._idle.numbers)
 
     @property
     def arrivals(self) -> list[float]:
@@ -118,24 +107,9 @@ class Availability:
         return next((self._deadlines.numbers[n] for n in self._deadlines.first(1)), None)
 
     def first(self, most: int) -> list[str]:
-        """Names of idle devices, sorted; where there are more than `most`, or than quotas allow, those whose turn comes
-        first."""
+        """Names of idle devices, sorted; where there are more than `most`, those whose turn comes first."""
         self._refresh()
-        room = self._room()
-        for kinds, count in self._workers.items():
-            _take(kinds, room, count)
-        first = [
-            (queue.numbers[name], name, kinds)
-            for kinds, queue in self._idle.items()
-            if _fits(kinds, room)
-            for name in queue.first(most)
-        ]
-        found: list[str] = []
-        for _, name, kinds in sorted(first):
-            if len(found) < most and _fits(kinds, room):
-                _take(kinds, room, 1)
-                found.append(name)
-        return sorted(found)
+        return sorted(self._idle.first(most))
 
     def late(self, now: float) -> list[str]:
         """Names of devices whose deadline has passed, sorted."""
@@ -164,10 +138,6 @@ class Availability:
         for name in names:
             self._list(name)
 
-    def _room(self) -> list[list[int]]:
-        """Places of each kind, by dimension."""
-        return self._quotas.room(self._concurrent or self._state.devices.count(True))
-
     def _list(self, name: str) -> None:
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         progress = None if task is None else task.progress
@@ -177,18 +147,7 @@ class Availability:
             away = not device.online and progress in (None, Progress.REFUSED)
             idle = device.online and progress in (None, Progress.REFUSED) and not waiting and self._may(name)
         turn = 0.0 if self._turn is None or not idle else self._turn(name)
-        kinds = (0, 0) if device is None else self._quotas.kinds(device)
-        before = self._queued.pop(name, kinds)
-        if before != kinds:
-            self._idle[before].put(name, None)
-        self._idle[kinds].put(name, turn if idle else None)
-        if idle:
-            self._queued[name] = kinds
-        if name in self._working:
-            self._workers[self._working.pop(name)] -= 1
-        if progress in WORKING:
-            self._working[name] = kinds
-            self._workers[kinds] += 1
+        self._idle.put(name, turn if idle else None)
         self._deadlines.put(name, None if task is None else task.deadline)
         if name in self._done:
             del self._arrivals[bisect_left(self._arrivals, self._done.pop(name))]
@@ -202,12 +161,3 @@ class Availability:
         )
         for names, wanted in listed:
             (names.add if wanted else names.discard)(name)
-
-
-def _fits(kinds: Kinds, room: list[list[int]]) -> bool:
-    return all(places[kind] > 0 for kind, places in zip(kinds, room, strict=True))
-
-
-def _take(kinds: Kinds, room: list[list[int]], count: int) -> None:
-    for kind, places in zip(kinds, room, strict=True):
-        places[kind] -= count

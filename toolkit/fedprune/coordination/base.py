@@ -14,7 +14,6 @@ from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grants
 from fedprune.coordination.job_end import EPSILON_NEXT, early_end, spent_total
 from fedprune.coordination.privacy_budget import PrivacyBudget
-from fedprune.coordination.quotas import Quotas
 from fedprune.coordination.ready_devices import ReadyDevices
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
@@ -62,13 +61,12 @@ class Coordinator(ABC):
         self.grants = Grants(job, self.strategy, architecture, state)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
         self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
-        self._quotas = Quotas(job.quotas)
-        self._ready = ReadyDevices(state, self.privacy_budget.may, self._quotas)
-        if self.strategy.explores and (self.schedule.asynchronous or self._quotas):
+        self._ready = ReadyDevices(state, self.privacy_budget.may)
+        if self.strategy.explores and self.schedule.asynchronous:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
-                expected="a synchronous schedule without quotas",
-                got="quotas" if self._quotas else "an asynchronous one",
+                expected="a synchronous schedule",
+                got="an asynchronous one",
             )
 
     def handle(self, event: on.Event, now: float) -> Commands:
@@ -91,8 +89,6 @@ class Coordinator(ABC):
                 return self._scored(event, now)
             case on.Extracted():
                 return self._extracted(event, now)
-            case on.Progressed():
-                return self._progressed(event, now)
             case on.UpdateAnnounced():
                 return self._announced(event, now)
             case on.Trained():
@@ -164,10 +160,6 @@ class Coordinator(ABC):
     @abstractmethod
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         """A part is ready: offer it, and set its deadline or the round's."""
-
-    def _progressed(self, event: on.Progressed, now: float) -> Commands:
-        """A device is so far: nothing follows from that where deadlines are fixed."""
-        return []
 
     @abstractmethod
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
@@ -255,7 +247,7 @@ class Coordinator(ABC):
 
     def _task(
         self,
-        event: on.Extracted | on.Progressed | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
         progress: Progress,
     ) -> Task | None:
         """The task that an event is about, if it is still awaited and at this point."""

@@ -68,16 +68,6 @@ class Extracted:
 
 
 @dataclass(frozen=True)
-class Progressed:
-    """A device has done this share of its training, from 0 to 1; shells tell of every tenth at most."""
-
-    device: str
-    round: int
-    attempt: int
-    share: float
-
-
-@dataclass(frozen=True)
 class UpdateAnnounced:
     """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from."""
 
@@ -273,7 +263,6 @@ Event = (
     | DeviceDied
     | Scored
     | Extracted
-    | Progressed
     | UpdateAnnounced
     | Trained
     | Unmasked

@@ -1,6 +1,7 @@
 """Which devices a round may ask, kept up to date by what changes, so that a round begins without a look at all of them.
 
-Names are sorted once; the rest are arrays in their order, which numpy goes through in milliseconds for a million.
+Names are sorted once; who is ready is an array in their order, which numpy goes through in milliseconds for a
+million.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.coordination.quotas import DIMENSIONS, Quotas
 from fedprune.jobs.state import Device, State
 
 Integers = npt.NDArray[np.int64]
@@ -22,31 +22,19 @@ class ReadyDevices:
 
     Args:
         may: Whether a device may be offered anything at all, by its entry in the state.
-        quotas: Those of the job, by which `kinds` counts.
     """
 
-    def __init__(self, state: State, may: Callable[[str], bool], quotas: Quotas) -> None:
+    def __init__(self, state: State, may: Callable[[str], bool]) -> None:
         self._state = state
         self._may = may
-        self._quotas = quotas
         self._changed = state.devices.watch()
         self._names: list[str] = []
         self._ready = np.zeros(0, bool)
-        self._offered = np.zeros(0, np.int64)
-        self._kinds = np.zeros((DIMENSIONS, 0), np.int64)
 
     def places(self) -> Integers:
         """Places of the devices that are ready, rising."""
         self._refresh()
         return np.flatnonzero(self._ready)
-
-    def offered(self, places: Integers) -> Integers:
-        """The round that each of these devices was last offered."""
-        return self._offered[places]
-
-    def kinds(self, places: Integers) -> Integers:
-        """The kinds of these devices by the job's quotas, `[DIMENSIONS, devices]`."""
-        return self._kinds[:, places]
 
     def names(self, places: Integers) -> list[str]:
         return [self._names[at] for at in places.tolist()]
@@ -55,13 +43,10 @@ class ReadyDevices:
         devices, changed = self._state.devices, self._changed
         if 2 * len(changed) > len(self._names):  # most are new, as at a start
             self._names = sorted(devices)
-            self._ready, self._offered = np.zeros(len(devices), bool), np.zeros(len(devices), np.int64)
-            self._kinds = np.zeros((DIMENSIONS, len(devices)), np.int64)
+            self._ready = np.zeros(len(devices), bool)
             changed = set(devices)
         elif new := sorted(n for n in changed if n in devices and self._place(n) is None):
-            at = [bisect_left(self._names, n) for n in new]
-            self._ready, self._offered = np.insert(self._ready, at, False), np.insert(self._offered, at, 0)
-            self._kinds = np.insert(self._kinds, at, 0, axis=1)
+            self._ready = np.insert(self._ready, [bisect_left(self._names, n) for n in new], False)
             self._names = sorted([*self._names, *new])
         for name in changed:
             if (place := self._place(name)) is not None:
@@ -69,13 +54,8 @@ class ReadyDevices:
         self._changed.clear()
 
     def _note(self, place: int, device: Device | None) -> None:
-        if device is None:
-            self._ready[place] = False
-        else:
-            self._ready[place] = device.online and not device.excluded and self._may(self._names[place])
-            self._offered[place] = device.last_offered_round
-            if self._quotas:
-                self._kinds[:, place] = self._quotas.kinds(device)
+        can_start = device is not None and device.online and not device.excluded
+        self._ready[place] = can_start and self._may(self._names[place])
 
     def _place(self, name: str) -> int | None:
         at = bisect_left(self._names, name)

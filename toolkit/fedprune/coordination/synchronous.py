@@ -19,7 +19,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
 from fedprune.coordination.limits import capped
 from fedprune.coordination.ready_devices import Integers
-from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Stragglers, beyond, drawn, note, places
+from fedprune.coordination.stragglers import ENOUGH, LATE, LOOKS, TO_COME, Stragglers, beyond, places
 from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
@@ -45,9 +45,8 @@ class SynchronousCoordinator(Coordinator):
     device has refused, it starts again under the next attempt number, with a new choice of the devices that are
     present. The deadline counts from the last offer.
 
-    `coordination.stragglers` chooses the devices of a round, drops slow ones before the deadline, and decides whether a
-    round closes without the slowest. Where `in_flight` limits the devices that work at a time, every device has the
-    deadline for its own offer.
+    `coordination.stragglers` says how many devices a round asks, and whether it closes without the slowest. Where
+    `in_flight` limits the devices that work at a time, every device has the deadline for its own offer.
 
     Args:
         architecture: The global model's architecture.
@@ -56,8 +55,7 @@ class SynchronousCoordinator(Coordinator):
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         super().__init__(job, architecture, state, frozen)
-        self._pace = Pace(job.pace, self.deadline_s) if job.pace else None
-        self._stragglers = Stragglers(state, self._pace)
+        self._stragglers = Stragglers(state)
         self._queue: WaitQueue | None = None
         self._now = 0.0
 
@@ -83,8 +81,7 @@ class SynchronousCoordinator(Coordinator):
             state.deadline = None
             commands: Commands = self._start_clock(now)
             for name, task in sorted(state.tasks.items()):
-                # Reports from before the restart don't tell how fast a device is.
-                task.offered_at = task.first_report = task.latest_report = None
+                task.offered_at = None  # on the clock of the shell that has ended
                 task.deadline = None if task.deadline is None else now + self.deadline_s
                 if task.progress is Progress.EXTRACTING:
                     commands += self._extracts([name], now)
@@ -142,11 +139,8 @@ class SynchronousCoordinator(Coordinator):
         ready = self._ready.places()
         if not len(ready):  # who is here has spent its budget of privacy, and who hasn't is away
             return []
-        asked = self._draw(ready, state.round + 1, attempt=1)
-        if not asked:  # the quotas leave no place to those who are here
-            return []
         self._begin_round(now)
-        state.tasks = self._tasks(asked, attempt=1)
+        state.tasks = self._tasks(self._draw(ready, state.round, attempt=1), attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
         state.deadline = None
@@ -167,10 +161,8 @@ class SynchronousCoordinator(Coordinator):
         # A round that no device finished isn't offered to the same silent devices for ever.
         lot = ("participation",) if attempt == 1 else ("participation", attempt)
         lots = ready[keyed(self.job.seed, number, *lot).permutation(len(ready))]
-        free = self._quotas.places(self._ready.kinds(lots), asked)
-        given = lots[drawn(self._ready.offered(lots), asked, self.job.fairness, free)]
-        self.state.target_updates = count if count < len(given) else 0
-        return self._ready.names(np.sort(given))
+        self.state.target_updates = count if count < asked else 0
+        return self._ready.names(np.sort(lots[:asked]))
 
     def _tasks(self, asked: list[str], attempt: int) -> TrackedDict[Task]:
         """Parts for these devices, each with its widths and weight of now."""
@@ -246,7 +238,6 @@ class SynchronousCoordinator(Coordinator):
             self.privacy_budget.offered(event.device)
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
-        self.state.devices[event.device].last_offered_round = event.round
         return [do.SendOffer(event.device, event.round, event.attempt, task.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
@@ -259,12 +250,6 @@ class SynchronousCoordinator(Coordinator):
 
     # Updates come in.
 
-    def _progressed(self, event: on.Progressed, now: float) -> Commands:
-        task = self._task(event, Progress.OFFERED)
-        if task is not None and self._pace is not None:
-            note(task, event.share, now)
-        return []
-
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         state = self.state
         task = state.tasks.get(event.device)
@@ -272,8 +257,6 @@ class SynchronousCoordinator(Coordinator):
         if task is not None and event.round == state.round and event.attempt == task.attempt and based(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [self._settle_announcement(event, task)]
-            if task.progress is Progress.OFFERED and not late:
-                task.trained_s = None if task.offered_at is None else now - task.offered_at
             if task.progress in (Progress.OFFERED, Progress.PULLING) and not late:
                 return [self._pull(event, task)]
             if task.progress is Progress.REFUSED:
@@ -294,7 +277,7 @@ class SynchronousCoordinator(Coordinator):
             return []  # the shell tells it what is next
         if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
             return [do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")]
-        task.trained_s = task.seconds = None if task.offered_at is None else now - task.offered_at
+        task.seconds = None if task.offered_at is None else now - task.offered_at
         task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
         # Its update is not here, but settled: it is in the round's sum unless the device drops out of that.
         task.progress = Progress.STORED
@@ -369,25 +352,24 @@ class SynchronousCoordinator(Coordinator):
         if state.phase is not Phase.TRAINING:
             return []
         over = state.deadline is not None and now >= state.deadline
-        if not over and not self._watchful:
+        if not over and not self._own_deadlines:
             return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
         late, number = self._stragglers.late(now, over=over), state.round
-        for name, task, reason in late:
-            self._stragglers.let_go(name, task, reason)
+        for name, task in late:
+            self._stragglers.let_go(name, task, LATE)
         commands = self._go_on(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
         again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
-        return [*(do.Cancel(n, number, t.attempt, why) for n, t, why in late if n not in again), *commands]
-
-    @property
-    def _watchful(self) -> bool:
-        """Whether devices are looked at while the deadline passes."""
-        return self._pace is not None or bool(self.job.in_flight)
+        return [*(do.Cancel(n, number, t.attempt, LATE) for n, t in late if n not in again), *commands]
 
     def _look_again(self, now: float) -> Commands:
         """Ask for the next look at the devices, unless that was asked for."""
         state, until = self.state, now + self.deadline_s / LOOKS
-        if not self._watchful or state.phase is not Phase.TRAINING or any(now < at <= until for at in state.wake_times):
+        if (
+            not self._own_deadlines
+            or state.phase is not Phase.TRAINING
+            or any(now < at <= until for at in state.wake_times)
+        ):
             return []
         state.wake_times = [until]
         return [do.Wake(until)]

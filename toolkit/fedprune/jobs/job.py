@@ -20,9 +20,6 @@ RULES = get_args(Rule)
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
-HARDWARE, REGION = "hardware", "region"
-"""The attributes that a quota can refer to."""
-
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """Settings that only the plain strategy reads."""
 
@@ -38,14 +35,9 @@ class Job:
         devices: A round starts when this many devices are there.
         participation: Share of the present devices that a round asks.
         over_selection: Share of devices that a round asks beyond those, to close as soon as enough have delivered.
-        fairness: Share of a round's places that go to those who have waited longest; the others are drawn by lot.
-        quotas: The largest shares of a round's devices or, in an asynchronous job, of those at work, by
-            `hardware:PROFILE` or `region:NAME`; the region of devices that are connected to the server itself has an
-            empty name.
         in_flight: How many devices of a round may have an offer at a time, while the others wait for their turn; 0 for
             all.
         deadline_s: Seconds that a round waits for updates after the offers went out.
-        pace: How many times as long as half of a round's devices took the others may take; 0 for up to the deadline.
         schedule: Another schedule than the strategy's: `kind` (`sync`, `semi-async` or `async`) and keys of
             `fedprune.jobs.schedule.Schedule`; empty for the strategy's own.
         total_bytes: Ends the job with the round in which all devices together have sent and received this many payload
@@ -89,11 +81,8 @@ class Job:
     devices: int = bounded(1, 1, 10**6)
     participation: float = bounded(1.0, 0, 1, above=True)
     over_selection: float = bounded(0.0, 0, 10)
-    fairness: float = bounded(0.0, 0, 1)
-    quotas: dict[str, float] = field(default_factory=dict)
     in_flight: int = bounded(0, 0, 10**6)
     deadline_s: float = bounded(600.0, 0, 1e8, above=True)
-    pace: float = bounded(0.0, 1, 1_000, or_zero=True)
     schedule: dict[str, Any] = field(default_factory=dict)
     total_bytes: int = bounded(0, 0, 2**62)
     total_macs: int = bounded(0, 0, 2**62)
@@ -120,11 +109,10 @@ class Job:
 
     def __post_init__(self) -> None:
         check_fields(self, "job: {}")
-        for name in ("schedule", "options", "quotas", "compression_of"):
+        for name in ("schedule", "options", "compression_of"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
                 raise ConfigError(f"job: {name}", expected="a table of settings", got=shown(value))
-        self._check_quotas()
         check_job(self.name, "job: name", error=ConfigError)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
@@ -157,15 +145,6 @@ class Job:
                 expected="recipe.optimizer 'sgd'",
                 got=repr(self.recipe.optimizer),
             )
-
-    def _check_quotas(self) -> None:
-        for key, share in self.quotas.items():
-            what, colon, name = key.partition(":")
-            if what not in (HARDWARE, REGION) or not colon or not (name or what == REGION):
-                raise ConfigError(
-                    "job: quotas", expected=f"shares of {HARDWARE}:PROFILE or {REGION}:NAME", got=shown(key)
-                )
-            validation.number(f"job: quotas: {shown(key)}", share, 0, 1, error=ConfigError)
 
     def _check_ranked(self) -> None:
         """Refuse keys of the plain strategy together with another one, which would ignore them."""

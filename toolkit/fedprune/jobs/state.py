@@ -190,9 +190,6 @@ class Task(TrackedEntry):
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
             in synchronous jobs, where the state has them.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
-        trained_s: Seconds from `offered_at` to the announcement of the update; None until then, and after a restart.
-        first_report: Time of its first progress report, and the share done; None before.
-        latest_report: The same of its latest.
         seconds: Seconds from the offer until the update was stored.
         arrived_at: Asynchronous jobs: when its update was here.
         deadline: Its own deadline, if tasks have individual ones; for a refused task of an asynchronous job, when it
@@ -220,9 +217,6 @@ class Task(TrackedEntry):
     core: bool = False
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
-    trained_s: float | None = None
-    first_report: list[float] | None = None
-    latest_report: list[float] | None = None
     seconds: float | None = None
     arrived_at: float | None = None
     deadline: float | None = None

@@ -91,7 +91,7 @@ _EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness",
 _OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
 """Keys of `Schedule` that either kind has, and those of each."""
 
-_SYNCHRONOUS_ONLY = ("over_selection", "fairness", "in_flight", "pace")
+_SYNCHRONOUS_ONLY = ("over_selection", "in_flight")
 """Settings of the job that only synchronous rounds have."""
 
 
