@@ -14,5 +14,5 @@ from fedprune_server.simulation.datasets.source import VARIABLE, read_samples
 def samples(name: str) -> Samples:
     """A data set by its name, such as `cifar10`."""
     if not os.environ.get(VARIABLE):
-        raise DataError(f"{VARIABLE} is not set", expected=f"a folder with {name}.npz or the data set's own files")
+        raise DataError(f"{VARIABLE} is not set", expected=f"a folder with {name}.npz (docs/reproduce-a-paper.md)")
     return read_samples(name)

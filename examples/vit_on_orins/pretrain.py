@@ -18,7 +18,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune_server.simulation.datasets.samples import Preparation
 from fedprune_server.simulation.datasets.source import read_samples
 
-WHERE = "Unpack cifar-100-binary.tar.gz and cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
+WHERE = "Write the binary versions of https://www.cs.toronto.edu/~kriz/cifar.html by ../to_npz.py"
 
 
 def main() -> None:
@@ -26,9 +26,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     epochs = parser.parse_args().epochs
     try:
-        samples = read_samples("cifar100")
+        samples = read_samples("cifar100.npz")
     except FedpruneError as error:
-        sys.exit(f"{error}\n{WHERE} into the folders cifar100 and cifar10 here.")
+        sys.exit(f"{error}\n{WHERE} as cifar100.npz and cifar10.npz here.")
     rows = (~samples.testing).nonzero()[0]
     x = torch.from_numpy(Preparation()(samples.take(rows)))  # float32 [n, 3, 32, 32] from 0 to 1, as boards get them
     y = torch.from_numpy(samples.labels[rows])

@@ -6,20 +6,17 @@ A folder may be divided into parts for training, validation and testing, as tool
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, shape_text
 from fedprune.model.lengths import Shape
-from fedprune_device.data.boxes import COCO_BYTES, MOST_CLASS, coco_boxes, yolo_boxes
+from fedprune_device.data.boxes import MOST_CLASS, yolo_boxes
 from fedprune_device.data.class_lists import find_class_list
 from fedprune_device.data.folder_listing import files_in, folders_below, folders_in
 from fedprune_device.data.image_decoding import ENDINGS, mask
@@ -152,7 +149,7 @@ class Unlabelled(_Folders):
 
 
 class _Images(_Folders):
-    """Images in some folders, with a file of the same name in another folder for each, or one file for all.
+    """Images in some folders, with a file of the same name in another folder for each.
 
     `label_folders` has the folder of labels for each folder of images.
     """
@@ -205,35 +202,16 @@ class Masks(_Images):
         return found.astype(np.uint8 if 0 <= (targets.ignored or 0) <= 255 >= targets.classes else np.int32)
 
 
-class _Boxes(_Images):
-    """Boxes as a model takes them, [most, 5]: class, centre x, centre y, width, height, as shares of the image.
-
-    Unused rows are -1, 0, 0, 0, 0. If there are too many boxes, the largest are kept.
-    """
-
-    def check(self, targets: Targets | None) -> None:
-        if targets is not None and not _takes_boxes(targets):
-            raise DataError(
-                f"boxes for loss {targets.loss}", expected="labels [most boxes, 5]", got=shape_text(*targets.shape)
-            )
-
-    def padded(self, boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDArray[np.float32]:
-        if targets is None:
-            return NO_LABELS
-        out = np.zeros((int(targets.shape[0] or 0), 5), np.float32)
-        out[:, 0] = -1
-        largest = np.argsort(-boxes[:, 3] * boxes[:, 4], kind="stable")[: len(out)]
-        out[: len(largest)] = boxes[np.sort(largest)]
-        return out
-
-
 def _takes_boxes(targets: Targets) -> bool:
     most, *rest = targets.shape or (None,)
     return rest == [5] and isinstance(most, int) and not targets.takes_whole
 
 
-class YoloBoxes(_Boxes):
+class YoloBoxes(_Images):
     """`labels/NAME.txt` with a line `class cx cy w h` for each box, as YOLO has it; no file for an image without.
+
+    A model takes boxes as [most, 5]: class, centre x, centre y, width, height, as shares of the image. Unused rows are
+    -1, 0, 0, 0, 0. If there are too many boxes, the largest are kept.
 
     Where the tool that wrote it lists the names of classes, its numbers become those of `names`.
     """
@@ -250,6 +228,12 @@ class YoloBoxes(_Boxes):
         self._numbers = [names.index(name) if name in names else -1 for name in listed_names]
         self._classes = len(listed_names) or len(names) or MOST_CLASS + 1
         self._labelled: set[Path] = set()
+
+    def check(self, targets: Targets | None) -> None:
+        if targets is not None and not _takes_boxes(targets):
+            raise DataError(
+                f"boxes for loss {targets.loss}", expected="labels [most boxes, 5]", got=shape_text(*targets.shape)
+            )
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
         files = super().files(endings)
@@ -283,7 +267,17 @@ class YoloBoxes(_Boxes):
                     expected="one of --class-names",
                     got="another one in the list of the folder's classes",
                 )
-        return self.padded(boxes, targets)
+        return _padded(boxes, targets)
+
+
+def _padded(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDArray[np.float32]:
+    if targets is None:
+        return NO_LABELS
+    out = np.zeros((int(targets.shape[0] or 0), 5), np.float32)
+    out[:, 0] = -1
+    largest = np.argsort(-boxes[:, 3] * boxes[:, 4], kind="stable")[: len(out)]
+    out[: len(largest)] = boxes[np.sort(largest)]
+    return out
 
 
 class BoxesBeside(YoloBoxes):
@@ -299,57 +293,10 @@ class BoxesBeside(YoloBoxes):
         return super().label(path, label_bytes, shape, targets)
 
 
-class CocoBoxes(_Boxes):
-    """A file in COCO's format; its categories are numbered by the class names or, without any, in the order of their
-    ids."""
-
-    holds = f"{IMAGES}/NAME.jpg that annotations.json lists"
-
-    def __init__(self, root: Path, path: Path, names: tuple[str, ...]) -> None:
-        super().__init__(root, _label_folders([root], ""), names)
-        with storage_errors(f"can't read {path}"):
-            status = path.stat()
-        self._path = path
-        self._boxes = _coco_boxes(path, names, status.st_size, status.st_mtime_ns)
-
-    def version(self, path: Path) -> str:
-        return hashlib.sha256(self._of(path).tobytes()).hexdigest()
-
-    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        return self.padded(self._of(path), targets)
-
-    def _of(self, path: Path) -> npt.NDArray[np.float32]:
-        if path.name not in self._boxes:
-            raise DataError(f"{self._path.name} doesn't list the image")
-        return self._boxes[path.name]
-
-
-def coco_file(root: Path) -> Path | None:
-    """`annotations.json`, or the only `.json` in `annotations/`; raises `ConfigError` if there are several."""
-    if (path := root / "annotations.json").is_file():
-        return path
-    found = files_in(root / "annotations", (".json",)) if (root / "annotations").is_dir() else []
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found)
-        raise ConfigError(f"{root}/annotations", expected="one .json", got=names, hint="Keep the one with the boxes.")
-    return found[0] if found else None
-
-
-@lru_cache(maxsize=1)
-def _coco_boxes(path: Path, names: tuple[str, ...], size: int, changed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """A file's boxes. Its size and time of change are arguments, so that the cache parses an unchanged file once."""
-    with storage_errors(f"can't read {path}"), path.open("rb") as file:
-        body = file.read(COCO_BYTES + 1)
-    try:
-        return coco_boxes(body, names)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
 def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
     """The layout of a folder.
 
-    Raises `ConfigError` if a folder or category is no class, `DataError` or `StorageError` if a file about all of its
+    Raises `ConfigError` if a folder is no class, `DataError` or `StorageError` if a file about all of its
     samples can't be read.
     """
     folders = folders_in(root, names)
@@ -361,8 +308,6 @@ def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
         for kind in (Masks, YoloBoxes):
             if any((home / kind.folder).is_dir() for home in homes_of_images):
                 return kind(root, _label_folders(homes_of_images, kind.folder), names)
-        if (path := coco_file(root)) is not None:
-            return CocoBoxes(root, path, names)
         folders = [folder for home in homes_of_images for folder in folders_below(home / IMAGES)]
     elif any(folders_in(home, names) for home in homes):
         return ClassFolders(root, homes, names)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError, DataError, FedpruneError
-from fedprune_device.data.boxes import COCO_BYTES, coco_boxes, yolo_boxes
+from fedprune.core.errors import DataError, FedpruneError
+from fedprune_device.data.boxes import yolo_boxes
 from fedprune_device.data.image_decoding import Pixels, mask
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
+from support.paths import ROOT
 
 pytestmark = pytest.mark.board
 
@@ -159,48 +161,39 @@ def test_boxes_of_text_files_are_padded_and_an_image_without_a_file_has_none(
     data.check(BOXES, SHAPE)
 
 
-COCO: dict[str, Any] = {
-    "images": [
-        {"id": 5, "file_name": "a.png", "width": 60, "height": 80},
-        {"id": 2, "file_name": "b.png", "width": 6, "height": 8},
-    ],
-    "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "dog"}],
-    "annotations": [
-        {"image_id": 5, "category_id": 9, "bbox": [6, 8, 12, 40]},
-        {"image_id": 5, "category_id": 3, "bbox": [-6, 0, 12, 1000], "iscrowd": 0},
-        {"image_id": 5, "category_id": 3, "bbox": [0, 0, 6, 6], "iscrowd": 1},
-        {"image_id": 2, "category_id": 3, "bbox": [100, 0, 6, 6]},
-    ],
-}
-
-
-@pytest.mark.parametrize("name", ["annotations.json", "annotations/instances.json"])
-def test_boxes_of_coco_are_those_of_yolo(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    for n, image in enumerate("abc"):
+def test_the_examples_converter_writes_boxes_of_coco(tmp_path: Path) -> None:
+    body = {
+        "images": [
+            {"id": 5, "file_name": "a.png", "width": 60, "height": 80},
+            {"id": 2, "file_name": "b.png", "width": 6, "height": 8},
+        ],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "dog"}],
+        "annotations": [
+            {"image_id": 5, "category_id": 9, "bbox": [6, 8, 12, 40]},
+            {"image_id": 5, "category_id": 3, "bbox": [-6, 0, 12, 1000], "iscrowd": 0},
+            {"image_id": 5, "category_id": 3, "bbox": [0, 0, 6, 6], "iscrowd": 1},
+            {"image_id": 2, "category_id": 3, "bbox": [100, 0, 6, 6]},
+        ],
+    }
+    for n, image in enumerate("ab"):
         put(tmp_path, f"images/{image}.png", picture(n))
-    put(tmp_path, name, json.dumps(COCO).encode())
+    put(tmp_path, "boxes.json", json.dumps(body).encode())
+    runpy.run_path(str(ROOT / "examples" / "coco_to_yolo.py"))["main"](tmp_path / "boxes.json", tmp_path)
     found = by_image(folder(tmp_path).snapshot(SHAPE, BOXES))
-    first = found[x_of(picture(0))]
-    np.testing.assert_allclose(first[:2], [[1, 0.2, 0.35, 0.2, 0.5], [0, 0.05, 0.5, 0.1, 1]], atol=1e-6)
+    wanted = [[1, 0.2, 0.35, 0.2, 0.5], [0, 0.05, 0.5, 0.1, 1]]
+    np.testing.assert_allclose(found[x_of(picture(0))][:2], wanted, atol=1e-6)
     assert (found[x_of(picture(1))][:, 0] == -1).all()
-    assert len(found) == 2
-    assert "c.png is left out: " in caplog.text
-    named = by_image(folder(tmp_path, ("cat", "dog", "cow")).snapshot(SHAPE, BOXES))
+    named = by_image(folder(tmp_path, ("cat", "dog")).snapshot(SHAPE, BOXES))
     assert named[x_of(picture(0))][:2, 0].tolist() == [0, 1]
-    with pytest.raises(ConfigError, match="a category is no class: expected ant, got 'cat'"):
-        folder(tmp_path, ("ant",))
 
 
 def test_new_boxes_of_an_image_are_read_at_the_next_round(tmp_path: Path) -> None:
     put(tmp_path, "images/a.png", picture(0))
-    put(tmp_path, "annotations.json", json.dumps(COCO).encode())
+    put(tmp_path, "labels/a.txt", b"1 .2 .35 .2 .5\n0 .05 .5 .1 1\n")
     found = folder(tmp_path)
     assert (np.asarray(found.snapshot(SHAPE, BOXES).y_train)[0, :, 0] >= 0).sum() == 2
-    put(tmp_path, "annotations.json", json.dumps({**COCO, "annotations": COCO["annotations"][:1]}).encode())
+    put(tmp_path, "labels/a.txt", b"1 .2 .35 .2 .5\n")
     assert (np.asarray(found.snapshot(SHAPE, BOXES).y_train)[0, :, 0] >= 0).sum() == 1
-    put(tmp_path, "annotations.json", b"{")
-    with pytest.raises(DataError, match=r"annotations.json: not COCO: expected JSON"):
-        found.snapshot(SHAPE, BOXES)
 
 
 def test_labels_are_not_needed_for_predictions(tmp_path: Path) -> None:
@@ -234,55 +227,19 @@ def test_a_line_that_is_no_box_is_one_clear_error(text: str, error: str) -> None
         yolo_boxes(text.encode())
 
 
-def changed(where: str, value: Any) -> bytes:
-    body = json.loads(json.dumps(COCO))
-    at: Any = body
-    *path, last = where.split(".")
-    for step in path:
-        at = at[int(step) if step.isdecimal() else step]
-    at[last] = value
-    return json.dumps(body).encode()
-
-
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [
-        (b"[]", "expected an object"),
-        (b"[" * 100_000, "expected JSON"),
-        (changed("images", 3), "images: expected a list of objects"),
-        (changed("images.0.width", 0), r"size of images\[0\]: expected at least 1 x 1"),
-        (changed("images.0.width", float("nan")), r"images\[0\].width: expected a number"),
-        (changed("images.1.file_name", "a.png"), r"images\[1\].file_name: expected a name of its own"),
-        (changed("images.0.file_name", None), "expected a name of its own"),
-        (changed("categories.0.id", "x"), r"categories\[0\].id: expected a whole number"),
-        (changed("annotations.0.image_id", 99), r"annotations\[0\]: expected an image and a category of the file"),
-        (changed("annotations.1.bbox", [1, 2, 3]), r"annotations\[1\].bbox: expected \[x, y, width, height\]"),
-        (changed("annotations.1.bbox", [1, 2, 3, 10**400]), r"annotations\[1\].bbox: expected a number"),
-        (b" " * (COCO_BYTES + 1), "Leave segmentations out."),
-    ],
-)
-def test_what_is_no_coco_is_one_clear_error(body: bytes, error: str) -> None:
-    with pytest.raises(DataError, match=error):
-        coco_boxes(body)
-
-
 @given(st.data())
 def test_damaged_labels_are_errors_of_ours_or_boxes(data: st.DataObject) -> None:
-    parse, sound = data.draw(
-        st.sampled_from([(yolo_boxes, b"1 .5 .5 .25 .5\n0 0.1 0.2 0.1 0.1\n"), (coco_boxes, json.dumps(COCO).encode())])
-    )
-    body = bytearray(sound)
+    body = bytearray(b"1 .5 .5 .25 .5\n0 0.1 0.2 0.1 0.1\n")
     for _ in range(data.draw(st.integers(1, 5))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     try:
-        found: Any = parse(bytes(body[: data.draw(st.integers(0, len(body)))]))
+        boxes = yolo_boxes(bytes(body[: data.draw(st.integers(0, len(body)))]))
     except FedpruneError:
         return
-    for boxes in found.values() if isinstance(found, dict) else (found,):
-        assert boxes.shape[1:] == (5,)
-        assert (boxes[:, 1:] >= 0).all()
-        assert (boxes[:, 1:] <= 1).all()
-        assert (boxes[:, 3:] > 0).all()
+    assert boxes.shape[1:] == (5,)
+    assert (boxes[:, 1:] >= 0).all()
+    assert (boxes[:, 1:] <= 1).all()
+    assert (boxes[:, 3:] > 0).all()
 
 
 @given(st.data())

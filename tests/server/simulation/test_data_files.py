@@ -1,8 +1,7 @@
 """Files of data sets: what others write is read exactly, and what is damaged or dangerous is refused."""
 
-import gzip
 import io
-import struct
+import runpy
 import zipfile
 
 import numpy as np
@@ -14,19 +13,14 @@ from PIL import Image
 from fedprune.core import zip_limits
 from fedprune.core.errors import DataError
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_server.simulation.datasets import source
 from fedprune_server.simulation.datasets.samples import Preparation, Samples, assembled
 from fedprune_server.simulation.datasets.source import (
     npz_arrays,
-    read_cifar,
-    read_idx,
-    read_idx_folder,
     read_image_folder,
     read_npz,
     read_samples,
 )
 from support.fakes.data_set_files import (
-    idx_bytes,
     images,
     labels,
     most_memory,
@@ -35,6 +29,9 @@ from support.fakes.data_set_files import (
     write_mnist,
 )
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
+from support.paths import ROOT
+
+to_npz = runpy.run_path(str(ROOT / "examples" / "to_npz.py"))["main"]
 
 # --- npz
 
@@ -113,62 +110,23 @@ def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
     assert len(read) == sum(map(len, read.parts))
 
 
-# --- idx
-
-
-@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "float32", "float64"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_idx(tmp_path, kind, packed):
-    array = (np.random.default_rng(0).standard_normal((5, 3, 4)) * 50).astype(kind)
-    path = tmp_path / ("a.gz" if packed else "a")
-    path.write_bytes(gzip.compress(idx_bytes(array)) if packed else idx_bytes(array))
-    read = read_idx(path)
-    assert read.dtype == array.dtype
-    assert np.array_equal(read, array)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_idx_folder(tmp_path, packed):
+def test_the_examples_converter_writes_mnist_as_npz(tmp_path, packed):
     x, y = write_mnist(tmp_path, packed=packed)
-    read = read_idx_folder(tmp_path)
+    to_npz(tmp_path, tmp_path / "mnist.npz")
+    read = read_npz(tmp_path / "mnist.npz")
     assert np.array_equal(read.take(np.arange(30)), x)
     assert np.array_equal(read.labels, y)
     assert read.testing.sum() == 10
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"\0\0\x08",
-        b"\0\0\x08\x01\0\0\0\x02a",
-        b"\0\0\x08\x01\0\0\0\x02abc",
-        b"\0\0\x07\x01\0\0\0\x02ab",
-        b"\0\0\x08\x03" + b"\xff" * 12,
-        b"\1\0\x08\x01\0\0\0\x02ab",
-    ],
-)
-def test_a_damaged_idx_file_is_refused(tmp_path, raw):
-    (tmp_path / "a").write_bytes(raw)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(raw)[: -4 if raw else None])
-    for name in ("a", "a.gz"):
-        with pytest.raises(DataError):
-            read_idx(tmp_path / name)
-
-
-def test_an_idx_file_takes_no_memory_for_what_it_does_not_have(tmp_path, monkeypatch):
-    size = 2**26
-    monkeypatch.setattr(source, "MOST_INFLATED", size // 2)
-    head = b"\0\0\x08\x01" + struct.pack(">I", size)
-    (tmp_path / "a").write_bytes(head + bytes(99))
-    (tmp_path / "a.gz").write_bytes(gzip.compress(head + bytes(size)))
-
-    def read():
-        for name, said in (("a", "cut off"), ("a.gz", r"sizes.*gunzip")):
-            with pytest.raises(DataError, match=said):
-                read_idx(tmp_path / name)
-
-    assert most_memory(read) < size // 8
+def test_the_examples_converter_writes_cifar_as_npz(tmp_path):
+    rows = np.concatenate(write_cifar10(tmp_path))
+    to_npz(tmp_path, tmp_path / "cifar10.npz")
+    read = read_npz(tmp_path / "cifar10.npz")
+    assert np.array_equal(read.take(np.arange(42)), rows[:, 1:].reshape(-1, 3, 32, 32))
+    assert read.labels.tolist() == rows[:, 0].tolist()
+    assert np.flatnonzero(read.testing).tolist() == list(range(35, 42))
 
 
 # --- folders of images
@@ -254,59 +212,15 @@ def test_images_of_every_kind_are_read(tmp_path, suffix):
     assert read_image_folder(tmp_path).shape == (6, 6, 3)
 
 
-# --- CIFAR
-
-
-def test_cifar10(tmp_path):
-    rows = np.concatenate(write_cifar10(tmp_path))
-    (tmp_path / "batches.meta.txt").write_text("airplane\nautomobile\n" + "other\n" * 8 + "\n")
-    read = read_cifar(tmp_path)
-    assert np.array_equal(read.take(np.arange(42)), rows[:, 1:].reshape(-1, 3, 32, 32))
-    assert read.labels.tolist() == rows[:, 0].tolist()
-    assert np.flatnonzero(read.testing).tolist() == list(range(35, 42))
-    assert read.class_names[1] == "automobile"
-    pixels = rows[3:4, 1:].reshape(-1, 3, 32, 32)
-    assert np.array_equal(Preparation()(read.take([3])), pixels.astype(np.float32) / np.float32(255))
-
-
-def test_cifar100_takes_fine_labels(tmp_path):
-    pixels = images(5, 3072)
-    rows = [np.full((5, 1), 9, np.uint8), np.arange(5, dtype=np.uint8)[:, None], pixels]
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.bin").write_bytes(np.concatenate(rows, 1).tobytes())
-    read = read_cifar(tmp_path)
-    assert read.labels.tolist() == [0, 1, 2, 3, 4] * 2
-    assert np.array_equal(read.take(range(5)), pixels.reshape(-1, 3, 32, 32))
-
-
-def test_a_damaged_cifar_file_is_named(tmp_path):
-    write_cifar10(tmp_path)
-    with (tmp_path / "data_batch_3.bin").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match=r"data_batch_3.bin: size"):
-        read_cifar(tmp_path)
-    (tmp_path / "data_batch_3.bin").unlink()
-    with pytest.raises(DataError, match=r"data_batch_3.bin is missing"):
-        read_cifar(tmp_path)
-
-
-def test_the_pickled_version_of_cifar_is_refused(tmp_path):
-    (tmp_path / "data_batch_1").write_bytes(b"\x80\x02}.")
-    with pytest.raises(DataError, match="nothing is unpickled: download the binary version"):
-        read_samples(tmp_path)
-
-
 # --- which reader, and what becomes of the samples
 
 
 def test_sources_are_told_apart(tmp_path, monkeypatch):
-    write_mnist(tmp_path / "mnist" / "MNIST" / "raw", packed=True)
-    write_cifar10(tmp_path / "cifar" / "cifar-10-batches-bin")
     write_images(tmp_path / "pets", ["a/1.png", "b/1.png"])
     np.savez(tmp_path / "own.npz", x=images(4, 8, 8), y=labels(4))
     monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))
-    lengths = {name: len(read_samples(name)) for name in ("mnist", "cifar", "pets", "own", "own.npz")}
-    assert lengths == {"mnist": 30, "cifar": 42, "pets": 2, "own": 4, "own.npz": 4}
+    lengths = {name: len(read_samples(name)) for name in ("pets", "own", "own.npz")}
+    assert lengths == {"pets": 2, "own": 4, "own.npz": 4}
     with pytest.raises(DataError, match="nothing at"):
         read_samples("unknown")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -37,7 +36,7 @@ from fedprune_export.checks.labelled_data import read as read_labelled
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.federation import DataPlan
-from fedprune_server.simulation.datasets.source import read_cifar, read_idx, read_image_folder, read_npz
+from fedprune_server.simulation.datasets.source import read_image_folder, read_npz
 from fedprune_server.simulation.network_model import Availability, DropOuts, Settings, read_weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
@@ -276,18 +275,10 @@ def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> byt
 def _data_sets() -> tuple[Target, ...]:
     x, y = np.zeros((4, 3, 8, 8), np.float32), np.arange(4)
     sets = npz(x=x, y=y), npz(np.savez, x_train=x, y_train=y, x_test=x, y_test=y), npz(np.savez, x=x, y=y, owner=y)
-    idx = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 4, 4)) + bytes(32)
     flat = ARCHITECTURE.input_shape
     labelled = npz(x=np.zeros((2, *flat), np.float32), y=np.array([0, 1]))
-    folder = scratch() / "cifar"
-    folder.mkdir(exist_ok=True)
     images = scratch() / "images"
     (images / "cat").mkdir(parents=True, exist_ok=True)
-
-    def cifar(raw: bytes) -> object:
-        for name in ("train.bin", "test.bin"):
-            (folder / name).write_bytes(raw)
-        return read_cifar(folder)
 
     def folder_of_images(raw: bytes) -> object:
         (images / "cat" / "one.png").write_bytes(raw)
@@ -295,25 +286,6 @@ def _data_sets() -> tuple[Target, ...]:
 
     return (
         Target("data.npz", as_file(read_npz, "set.npz"), sets, factor=2200, constant=_FILES, share=0.2),
-        Target("data.idx", as_file(read_idx, "set-idx3-ubyte"), (idx,), constant=_FILES),
-        Target(
-            "data.idx packed",
-            as_file(read_idx, "set-idx3-ubyte.gz"),
-            (gzip.compress(idx, mtime=0),),
-            factor=2200,
-            constant=_FILES,
-            share=0.5,
-        ),
-        Target(
-            "data.idx in gzip",
-            as_file(read_idx, "set-idx3-ubyte.gz"),
-            (idx,),
-            factor=2200,
-            constant=_FILES,
-            share=0.5,
-            frame=lambda raw: gzip.compress(raw, 1, mtime=0),
-        ),
-        Target("data.cifar", cifar, (bytes(2 * 3074),), constant=_FILES, share=0.3),
         Target(
             "data.image folder",
             folder_of_images,

@@ -15,7 +15,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune_device.cli.predict import _samples as samples_to_predict
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
-from fedprune_device.data.boxes import coco_boxes, yolo_boxes
+from fedprune_device.data.boxes import yolo_boxes
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.image_decoding import Pixels, mask
@@ -31,11 +31,6 @@ from support.fakes.sample_files import wav
 from support.faults.parser_target import Target, as_file, dumped, scratch
 from support.faults.parsers_of_files import npz, picture
 
-COCO = {
-    "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
-    "categories": [{"id": 3, "name": "dog"}],
-    "annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3.5, 4]}],
-}
 CSV = b"time,a,class\n1,2,0\n2,2.5,1\n"
 
 _SHAPE = (3, 8, 8)
@@ -90,7 +85,6 @@ def _files() -> tuple[Target, ...]:
         ),
         Target("samples.mask", lambda raw: mask(raw, 4, 4), (picture("PNG", "L"),), constant=_DECODERS, share=0.5),
         Target("samples.boxes", yolo_boxes, (b"1 .5 .5 .25 .5\n0 .1 .2 .1 .1\n",), text=True),
-        Target("samples.coco", coco_boxes, dumped(COCO), text=True),
     )
 
 
@@ -126,7 +120,6 @@ def _parquet() -> tuple[bytes, ...]:
 def _folders() -> tuple[Target, ...]:
     image, grey, sound = picture("PNG"), picture("PNG", "L"), wav(b"\0\1" * 99)
     box = b"0 .5 .5 .25 .5\n"
-    coco = dumped(COCO | {"images": [*COCO["images"], {"id": 2, "file_name": "b.png", "width": 8, "height": 8}]})
     classes, places = Targets("cross_entropy", 2), Targets("cross_entropy", 256, (8, 8))
     boxes, itself = Targets("mse", 2, (3, 5)), Targets("mse", 1, _SHAPE)
     jpegs = picture("JPEG"), picture("JPEG", "L")
@@ -164,7 +157,6 @@ def _folders() -> tuple[Target, ...]:
         folder("unlabelled", "a.png", {"b.png": image}, itself, (picture("PNG"),)),
         folder("masks", "masks/a.png", {**images, "masks/b.png": grey}, places, (grey,)),
         folder("boxes", "labels/a.txt", {**images, "labels/b.txt": box}, boxes, (box,)),
-        folder("coco", "annotations.json", images, boxes, coco),
     )
 
 

@@ -282,7 +282,7 @@ class DataPlan:
 
     source: str = setting("", "A data set, see `read_samples`.")
     x: tuple[str, ...] = setting(
-        (), "Columns of inputs in Arrow and Parquet files, each of numbers if there are several; empty for `image`."
+        (), "Columns of inputs in Parquet files, each of numbers if there are several; empty for `image`."
     )
     y: str | None = setting(None, "Their column of labels; None for `label`.")
     owner: str | None = setting(None, "Their column that says whose sample it is; None without owners.")

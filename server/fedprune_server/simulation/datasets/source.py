@@ -1,178 +1,25 @@
-"""Readers of data sets: `.npz` files, MNIST's idx files and binary CIFAR; and which reader a source takes.
-
-Formats: yann.lecun.com/exdb/mnist (idx), cs.toronto.edu/~kriz/cifar.html. Uncompressed arrays of `.npz` files are
-memory-mapped.
-"""
+"""The reader of `.npz` files, whose uncompressed arrays are memory-mapped; and which reader a source takes."""
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
 from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError, MissingExtraError, remedy, shape_text
-from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO, check_sizes, why_unreadable
-from fedprune_server.simulation.datasets.columns import ENDINGS, Columns, has_arrow
+from fedprune.core.errors import DataError, MissingExtraError, remedy
+from fedprune.core.zip_limits import check_sizes, why_unreadable
+from fedprune_server.simulation.datasets.columns import ENDING, Columns, parquet_files_of
 from fedprune_server.simulation.datasets.image_files import read_image_folder
 from fedprune_server.simulation.datasets.samples import Samples, assembled
-
-_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_MOST = 2**36
-"""Bytes of an array beyond which a header is considered damaged."""
-
-_DEFLATE = 1032
-"""Maximum ratio of deflate (zlib.net/zlib_tech.html)."""
-
-_FILES = {"train": "train", "test": "t10k"}
-
-
-def read_idx_folder(folder: Path) -> Samples:
-    """Read `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files, each plain or as `.gz`.
-    Raises `DataError` if a file is missing, damaged, or labels and images don't fit each other."""
-    splits = []
-    for split, prefix in _FILES.items():
-        images, labels = (_file(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-        if images is None and labels is None and split == "test":
-            continue
-        if images is None or labels is None:
-            raise DataError(f"{folder}: images or labels of {prefix} are missing", expected="both files")
-        splits.append((read_idx(images), read_idx(labels), split == "test"))
-    return assembled(splits)
-
-
-def has_idx(folder: Path) -> bool:
-    """Whether a folder looks like it has such files."""
-    return _file(folder, "train-images-idx3-ubyte") is not None
-
-
-def read_idx(path: Path) -> npt.NDArray[Any]:
-    """Read one idx file, gzipped if its name ends in `.gz`. Raises `DataError` if it can't be read, or its header
-    doesn't fit its length."""
-    try:
-        with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            head = file.read(4)
-            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES or not 1 <= head[3] <= 8:
-                raise DataError(f"{path} is not an idx file", expected="0, 0, a type and 1 to 8 axes", got=head.hex())
-            sizes = file.read(4 * head[3])
-            if len(sizes) < 4 * head[3]:
-                raise DataError(f"{path} is cut off")
-            shape = tuple(np.frombuffer(sizes, ">u4").tolist())
-            dtype = np.dtype(_TYPES[head[2]])
-            need = math.prod(shape) * dtype.itemsize
-            # numpy also refuses an empty array whose other sizes are too large.
-            if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MOST:
-                raise DataError(f"{path}: sizes", expected=f"at most {_MOST} bytes", got=shape_text(*shape))
-            size = path.stat().st_size  # before memory is asked for
-            if path.suffix == ".gz" and need > _DEFLATE * size:
-                # `read` would ask for all that memory at once.
-                raise DataError(f"{path} is cut off", expected=f"{need} bytes", got=f"{size} compressed bytes")
-            if path.suffix == ".gz" and need > max(MOST_INFLATED, MOST_RATIO * size):
-                raise DataError(
-                    f"{path}: sizes",
-                    expected=f"at most {MOST_INFLATED} bytes, or {MOST_RATIO} times what they take in the file",
-                    got=shape_text(*shape),
-                    hint="Unpack it with gunzip.",
-                )
-            if path.suffix != ".gz" and need > size:
-                raise DataError(f"{path} is cut off", expected=f"{need} bytes after the header", got=size)
-            body = file.read(need + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if len(body) != need:
-        got = f"more than {need}" if len(body) > need else len(body)
-        raise DataError(f"{path}: bytes of an array {shape_text(*shape)}", expected=need, got=got)
-    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
-
-
-def _file(folder: Path, name: str) -> Path | None:
-    # Unpacked by some programs, the first dash of the suffix becomes a dot.
-    for candidate in (name, name.replace("-idx", ".idx")):
-        for path in (folder / candidate, folder / f"{candidate}.gz"):
-            if path.is_file():
-                return path
-    return None
-
-
-_PIXELS = 3 * 32 * 32
-_PICKLED = ("data_batch_1", "train")
-"""First files of the Python version, which is pickled."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Files of one data set in its folder, and the labels that precede each image."""
-
-    train: tuple[str, ...]
-    test: str
-    names: str
-    labels: int = 1
-
-
-_LAYOUTS = (
-    _Layout(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt"),
-    _Layout(("train.bin",), "test.bin", "fine_label_names.txt", labels=2),
-)
-
-
-def has_cifar(folder: Path) -> bool:
-    """Whether a folder looks like one of the data sets, in either version."""
-    return _layout(folder) is not None or any((folder / name).is_file() for name in _PICKLED)
-
-
-def read_cifar(folder: Path) -> Samples:
-    """Map the training batches in order, then the test batch. CIFAR-100's fine labels are used. Raises `DataError` if
-    files are missing, damaged, or of the Python version."""
-    layout = _layout(folder)
-    if layout is None:
-        raise DataError(
-            f"{folder} has no binary CIFAR files",
-            expected="data_batch_1.bin or train.bin",
-            hint="The Python version is pickled, and nothing is unpickled: download the binary version.",
-        )
-    splits = []
-    for name in (*layout.train, layout.test):
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing", expected=", ".join((*layout.train, layout.test)))
-        try:
-            splits.append((*_batch(path, layout), name == layout.test))
-        except OSError as error:
-            raise DataError(f"can't read {path}: {error.strerror or error}") from error
-    return assembled(splits, class_names=_class_names(folder / layout.names))
-
-
-def _layout(folder: Path) -> _Layout | None:
-    return next((layout for layout in _LAYOUTS if (folder / layout.train[0]).is_file()), None)
-
-
-def _batch(path: Path, layout: _Layout) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    row = layout.labels + _PIXELS
-    size = path.stat().st_size
-    if not size or size % row:
-        raise DataError(f"{path}: size", expected=f"a multiple of {row} bytes", got=size)
-    table = np.memmap(path, np.uint8, "r", shape=(size // row, row))
-    labels = np.array(table[:, layout.labels - 1], np.int64)  # CIFAR-100 has the coarse label first
-    return table[:, layout.labels :].reshape(-1, 3, 32, 32), labels
-
-
-def _class_names(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
-    return tuple(line for line in path.read_text(encoding="ascii", errors="replace").split("\n") if line.strip())
-
 
 Array = npt.NDArray[Any]
 
@@ -307,9 +154,6 @@ def _listed(path: Path) -> str:
 VARIABLE = "FEDPRUNE_DATA"
 """Environment variable with a folder in which missing sources are searched."""
 
-_INNER = ("cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python", "raw", "MNIST/raw")
-"""Folders of archives and of torchvision, below the folder that a user names."""
-
 
 def read_samples(
     source: str | Path, columns: Columns | None = None, *, size: tuple[int, int] | None = None, colour: bool = True
@@ -317,10 +161,9 @@ def read_samples(
     """Read a data set.
 
     Args:
-        source: A `.npz`, Arrow or Parquet file, or a folder: one that `datasets` saved or with such files, MNIST's idx
-            files, CIFAR's binary files, or images in a folder per class. A path that doesn't exist is searched in
-            `FEDPRUNE_DATA`, also with the extension `.npz`.
-        columns: Columns of an Arrow or Parquet file.
+        source: A `.npz` or Parquet file, or a folder of Parquet files or of images in a folder per class. A path that
+            doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension `.npz`.
+        columns: Columns of a Parquet file.
         size: Height and width to which images are scaled.
         colour: Whether images are read in colour.
 
@@ -333,23 +176,16 @@ def read_samples(
 
 
 def _read(path: Path, columns: Columns | None, size: tuple[int, int] | None, colour: bool) -> Samples:
-    if path.suffix in ENDINGS if path.is_file() else has_arrow(path):
+    if path.suffix == ENDING if path.is_file() else parquet_files_of(path):
         try:
-            from fedprune_server.simulation.datasets.arrow_files import read_arrow
+            from fedprune_server.simulation.datasets.parquet_files import read_parquet
         except ModuleNotFoundError as error:
-            raise MissingExtraError(f"Arrow and Parquet files need {error.name}", extra="parquet") from error
-        return read_arrow(path, columns or Columns(), size=size, colour=colour)
+            raise MissingExtraError(f"Parquet files need {error.name}", extra="parquet") from error
+        return read_parquet(path, columns or Columns(), size=size, colour=colour)
     if columns is not None:
-        raise DataError(
-            "x, y or owner of [data]", expected="none: columns are those of Arrow and Parquet files", got="some"
-        )
+        raise DataError("x, y or owner of [data]", expected="none: columns are those of Parquet files", got="some")
     if path.is_file():
         return read_npz(path)
-    for folder in (path, *(path / inner for inner in _INNER)):
-        if has_cifar(folder):
-            return read_cifar(folder)
-        if has_idx(folder):
-            return read_idx_folder(folder)
     return read_image_folder(path, size=size, colour=colour)
 
 

@@ -1,9 +1,8 @@
-"""Data sets that `datasets` wrote are read exactly; what is damaged, hostile or of another kind is refused."""
+"""Parquet files that `datasets` wrote are read exactly; what is damaged, hostile or of another kind is refused."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError
 from fedprune_server import simulate
-from fedprune_server.simulation.datasets import arrow_files
+from fedprune_server.simulation.datasets import parquet_files
 from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.datasets.source import read_samples
 from fedprune_server.simulation.digits import digits_model, load_digits
@@ -42,7 +41,7 @@ def library() -> Any:
 
 @pytest.fixture(scope="module")
 def written(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same rows as the library saves them, and as the hub has them."""
+    """The same rows in one file, and as the hub has them."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("written")
@@ -71,18 +70,11 @@ def written(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gap": [None, *range(1, ROWS)],
     }
     rows = library.Dataset.from_dict(columns, features=features)
-    rows.save_to_disk(folder / "saved", num_shards=2)
-    library.DatasetDict({"train": rows.select(range(8)), "test": rows.select(range(8, 12))}).save_to_disk(
-        folder / "dict"
-    )
     (folder / "hub" / "data").mkdir(parents=True)
     rows.select(range(5)).to_parquet(folder / "hub" / "data" / "train-00000-of-00002.parquet")
     rows.select(range(5, 8)).to_parquet(folder / "hub" / "data" / "train-00001-of-00002.parquet")
     rows.select(range(8, 12)).to_parquet(folder / "hub" / "data" / "test-00000-of-00001.parquet")
     rows.to_parquet(folder / "all.parquet")
-    table = pq.read_table(folder / "all.parquet")
-    with pa.OSFile(str(folder / "all.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as footed:
-        footed.write_table(table, max_chunksize=5)
     return folder
 
 
@@ -90,9 +82,7 @@ def plan(source: Path, **columns: Any) -> DataPlan:
     return DataPlan.from_dict({"source": str(source), "devices": 1, "least": 1, "partition": "iid", **columns})
 
 
-@pytest.mark.parametrize(
-    ("name", "tests"), [("dict", 4), ("hub", 4), ("saved", 0), ("all.parquet", 0), ("all.arrow", 0)]
-)
+@pytest.mark.parametrize(("name", "tests"), [("hub", 4), ("all.parquet", 0)])
 def test_images_classes_and_splits_are_the_librarys(written: Path, name: str, tests: int) -> None:
     read = read_samples(written / name)
 
@@ -103,10 +93,10 @@ def test_images_classes_and_splits_are_the_librarys(written: Path, name: str, te
 
 
 def test_images_are_scaled_and_turned_grey(written: Path) -> None:
-    assert read_samples(written / "saved", size=(3, 4), colour=False).shape == (3, 4)
+    assert read_samples(written / "all.parquet", size=(3, 4), colour=False).shape == (3, 4)
 
 
-@pytest.mark.parametrize("name", ["dict", "hub", "saved", "all.parquet", "all.arrow"])
+@pytest.mark.parametrize("name", ["hub", "all.parquet"])
 def test_columns_are_chosen_by_name(written: Path, name: str) -> None:
     maps = plan(written / name, x="maps", owner="who").read().samples
     assert np.array_equal(maps.take(range(ROWS)), np.arange(ROWS * 4, dtype=np.float32).reshape(ROWS, 1, 2, 2))
@@ -140,14 +130,14 @@ def test_columns_are_chosen_by_name(written: Path, name: str) -> None:
 )
 def test_what_can_not_be_read_is_named(written: Path, columns: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said) as raised:
-        plan(written / "saved", **columns).read()
-    assert str(written / "saved") in str(raised.value)
+        plan(written / "all.parquet", **columns).read()
+    assert str(written / "all.parquet") in str(raised.value)
 
 
 @pytest.mark.parametrize("x", [3, [""], [3]])
 def test_names_of_columns_are_texts(x: object) -> None:
     with pytest.raises(ConfigError, match=r"\[data\] x: expected a column's name, or a list of them"):
-        plan(Path("saved"), x=x)
+        plan(Path("a.parquet"), x=x)
 
 
 def test_columns_are_refused_where_files_have_none(tmp_path: Path) -> None:
@@ -169,73 +159,26 @@ def test_an_images_path_is_never_opened(tmp_path: Path) -> None:
     images = pa.array([{"bytes": None, "path": "/etc/hostname"}] * 2, kind)
     table = pa.table({"image": images, "label": [0, 1]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"empty rows in column 'image'.*save_to_disk"):
+    with pytest.raises(DataError, match=r"empty rows in column 'image'.*to_parquet"):
         read_samples(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    ("file", "body", "said"),
-    [
-        (
-            "state.json",
-            {"_data_files": [{"filename": "../../secret.arrow"}]},
-            "expected files or folders in the same folder",
-        ),
-        ("state.json", {"_data_files": [{"filename": "/etc/passwd"}]}, "expected files or folders in the same folder"),
-        ("state.json", {"_data_files": [{"filename": 3}]}, "expected files or folders in the same folder"),
-        ("state.json", {"_data_files": 7}, "expected files or folders in the same folder"),
-        ("state.json", [], "expected an object"),
-        ("state.json", {"_data_files": [{"filename": "gone.arrow"}]}, "can't read .*gone.arrow"),
-        ("state.json", {"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}, "flatten_indices"),
-        ("state.json", {"_data_files": []}, "holds no rows"),
-        ("dataset_dict.json", {"splits": [".."]}, "expected files or folders in the same folder"),
-        ("dataset_dict.json", {"splits": "train"}, "expected files or folders in the same folder"),
-    ],
-)
-def test_a_folder_that_points_elsewhere_is_refused(
-    written: Path, tmp_path: Path, file: str, body: Any, said: str
-) -> None:
-    shutil.copytree(written / "saved", tmp_path / "saved")
-    (tmp_path / "saved" / file).write_text(json.dumps(body))
-    with pytest.raises(DataError, match=said):
-        read_samples(tmp_path / "saved")
-
-
-def test_json_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"state\.json is not JSON"):
-        read_samples(tmp_path)
 
 
 def test_a_small_file_that_unfolds_to_a_huge_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = 2**20
     pq.write_table(pa.table({"x": np.zeros(rows), "label": np.zeros(rows, int)}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 2**17
-    monkeypatch.setattr(arrow_files, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(parquet_files, "MOST_BYTES", 2**20)
     with pytest.raises(DataError, match=r"the columns x, label.*expected at most 1048576 bytes"):
         plan(tmp_path / "a.parquet", x="x").read()
 
 
-def test_offsets_beyond_the_data_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.arrow"
-    batch = pa.record_batch([pa.array([[0.0, 1.0], [2.0, 3.0]]), pa.array([0, 1])], names=["x", "label"])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
-        stream.write_batch(batch)
-    offsets, beyond = (np.array([0, 2, last], np.int32).tobytes() for last in (4, 2**30))
-    assert path.read_bytes().count(offsets) == 1
-    path.write_bytes(path.read_bytes().replace(offsets, beyond))
-    with pytest.raises(DataError, match=r"a\.arrow is damaged"):
-        plan(tmp_path / "a.arrow", x="x").read()
-
-
-@pytest.mark.parametrize("name", ["saved/data-00000-of-00002.arrow", "all.parquet", "all.arrow"])
 @given(data=st.data())
-def test_damage_is_an_error_or_does_not_matter(written: Path, name: str, data: st.DataObject) -> None:
-    raw = bytearray((written / name).read_bytes())
+def test_damage_is_an_error_or_does_not_matter(written: Path, data: st.DataObject) -> None:
+    raw = bytearray((written / "all.parquet").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw))))
-    path = written / f"damaged{Path(name).suffix}"
+    path = written / "damaged.parquet"
     path.write_bytes(raw[:cut])
     try:
         plan(path, x="maps", owner="who").read()
@@ -245,12 +188,12 @@ def test_damage_is_an_error_or_does_not_matter(written: Path, name: str, data: s
         path.unlink()
 
 
-def test_a_fleet_trains_on_a_saved_data_set(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fleet_trains_on_a_parquet_file(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run as with the same arrays in a `.npz` file."""
     monkeypatch.chdir(tmp_path)
     x, y = (part[:300] for part in load_digits())
     features = library.Features({"digit": library.Array3D(x.shape[1:], "float32"), "label": library.Value("int64")})
-    library.Dataset.from_dict({"digit": x, "label": y}, features=features).save_to_disk("digits")
+    library.Dataset.from_dict({"digit": x, "label": y}, features=features).to_parquet("digits.parquet")
     np.savez("digits.npz", x=x, y=y)
     Path("model.onnx").write_bytes(digits_model())
 
@@ -263,4 +206,4 @@ def test_a_fleet_trains_on_a_saved_data_set(library: Any, tmp_path: Path, monkey
         }
         return [row.loss for row in simulate(fleet).record.rounds]
 
-    assert run(source="digits", x="digit") == run(source="digits.npz")
+    assert run(source="digits.parquet", x="digit") == run(source="digits.npz")

@@ -1,4 +1,4 @@
-"""Data sets of the library `datasets` and of the Hugging Face hub: Arrow and Parquet files, read by pyarrow alone."""
+"""Data sets in Parquet files, such as the Hugging Face hub has them, read by pyarrow alone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fedprune.core.errors import DataError, meant, reason, remedy, shape_text, shown
-from fedprune.core.json_file import read_json
 from fedprune.core.text import some
-from fedprune_server.simulation.datasets.columns import SPLITS, STATE, Columns, files_of
+from fedprune_server.simulation.datasets.columns import Columns, parquet_files_of
 from fedprune_server.simulation.datasets.image_files import MOST_BYTES, decoded, is_test
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 Array = npt.NDArray[Any]
 
-_MOST_JSON = 2**24
 _ROWS = 1024
 """Rows of a Parquet file that are read at once."""
-
-_IPC_FILE = b"ARROW1"
-"""The first bytes of an Arrow file in the format with a footer; files of `datasets` are streams without one."""
 
 _ABOUT = b"huggingface"
 """The schema's metadata in which `datasets` keeps the features."""
@@ -54,12 +49,11 @@ class _Split:
         return pa.concat_arrays(self.parts[name])
 
 
-def read_arrow(path: Path, columns: Columns, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+def read_parquet(path: Path, columns: Columns, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
     """Read a data set.
 
     Args:
-        path: A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; a folder of Arrow or Parquet files, as
-            the hub has them, whose names say what is test data; or one such file.
+        path: A Parquet file, or a folder of such files, whose names say what is test data.
         size: Height and width to which images are scaled.
         colour: Whether images are read in colour.
 
@@ -82,46 +76,12 @@ def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
     """The files of each split, and whether it is for tests."""
     if path.is_file():
         yield [path], False
-    elif (path / SPLITS).is_file():
-        for name in _names(path / SPLITS, _json(path / SPLITS).get("splits")):
-            yield _saved(path / name), is_test(name)
-    elif (path / STATE).is_file():
-        yield _saved(path), False
     else:
-        found = files_of(path)
+        found = parquet_files_of(path)
         for testing in (False, True):
             files = [f for f in found if testing == any(map(is_test, re.split(r"[-_.]", f.stem)))]
             if files:
                 yield files, testing
-
-
-def _saved(folder: Path) -> list[Path]:
-    """Files of one saved split. Raises `DataError` if they are elsewhere, or rows are chosen by a further file."""
-    path = folder / STATE
-    state = _json(path)
-    if state.get("_indices_data_files"):
-        raise DataError(
-            f"{path} refers to a list of rows", expected="plain rows", hint="Save Dataset.flatten_indices()."
-        )
-    rows = state.get("_data_files")
-    names = [row.get("filename") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else rows
-    return [folder / name for name in _names(path, names)]
-
-
-def _names(path: Path, names: object) -> list[str]:
-    """Names in a file of `datasets`. Raises `DataError` if one is not a file or folder in the same folder."""
-    if not isinstance(names, list) or not all(
-        isinstance(n, str) and re.fullmatch(r"\w[\w.-]{0,254}", n) for n in names
-    ):
-        raise DataError(f"{path}: names", expected="files or folders in the same folder", got=shown(names))
-    return names
-
-
-def _json(path: Path) -> dict[str, Any]:
-    body = read_json(path, DataError, _MOST_JSON)
-    if not isinstance(body, dict):
-        raise DataError(f"{path}", expected="an object", got=type(body).__name__)
-    return body
 
 
 def _read(files: Sequence[Path], testing: bool, columns: Columns) -> _Split:
@@ -146,31 +106,16 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise DataError(f"{path} is damaged", expected="an Arrow or Parquet file", got=reason(error)) from error
+        raise DataError(f"{path} is damaged", expected="a Parquet file", got=reason(error)) from error
     except OSError as error:
         raise DataError(f"can't read {path}: {reason(error)}", hint=remedy(error)) from error
 
 
 def _batches(path: Path, columns: Columns, split: _Split) -> Iterator[pa.RecordBatch]:
     """Some rows at a time, so that a small file that unfolds to a huge one is noticed."""
-    names = columns.names
-    if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as file:
-            split.features = _features(path, file.schema_arrow, columns)
-            yield from file.iter_batches(_ROWS, columns=names)
-        return
-    with pa.memory_map(str(path)) as mapped:
-        if mapped.read(len(_IPC_FILE)) == _IPC_FILE:
-            with pa.ipc.open_file(mapped) as file:
-                split.features = _features(path, file.schema, columns)
-                for number in range(file.num_record_batches):
-                    yield file.get_batch(number).select(names)
-            return
-        mapped.seek(0)
-        with pa.ipc.open_stream(mapped) as stream:
-            split.features = _features(path, stream.schema, columns)
-            for batch in stream:
-                yield batch.select(names)
+    with pq.ParquetFile(path) as file:
+        split.features = _features(path, file.schema_arrow, columns)
+        yield from file.iter_batches(_ROWS, columns=columns.names)
 
 
 def _features(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, Any]:
@@ -203,9 +148,7 @@ def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, c
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = column.field("bytes")  # next to a path, which is never opened
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        _check_filled(
-            column, name, "Save the data set with Dataset.save_to_disk, which puts the images into its files."
-        )
+        _check_filled(column, name, "Put the images into the file: Dataset.to_parquet of the library datasets does.")
         return decoded([(f"row {i} of {name!r}", row.as_py()) for i, row in enumerate(column)], size, colour)
     x = _numbers(column, name)
     return x if x.ndim > 1 else x[:, None]
