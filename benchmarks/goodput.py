@@ -29,7 +29,6 @@ from synthetic_nets import RESULTS, setting, write
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
 from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobRequest, Offer, parse
@@ -43,7 +42,6 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Multicast
 
 SIZE = 46_000_000
 TOPICS = Topics("bench")
@@ -70,8 +68,7 @@ def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
         link.subscribe(TOPICS.server_subscriptions())
         link.start()
         downloads = Downloads(BlobSender(store), leaves * LEAF + PACKET_OVERHEAD)
-        sharing = Multicast(store, Audience(State("0" * 64)))
-        post = Outbox(SiteLink(link, TOPICS), "job", Uncounted(), downloads, sharing)  # type: ignore[arg-type]
+        post = Outbox(SiteLink(link, TOPICS), Uncounted(), downloads)  # type: ignore[arg-type]
         pipe.send("ready")
         while not pipe.poll():
             item = link.get(0.0 if post.ready else 0.01 if post.waiting else 0.1)

@@ -15,14 +15,12 @@ from manual.docstring import summary
 from manual.message_schemas import messages
 
 _NAME = "1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`"
-_TAG = "16 hex digits"
 _JOINING = (JoinRequest, JoinAnswer)
 
 _PARAMETERS = {
     "site": {"description": f"The site: {_NAME}."},
     "device": {"description": f"The device: {_NAME}, and not `{EVERYONE}`."},
     "job": {"description": f"The job: {_NAME}; `{NO_JOB}` for what concerns none."},
-    "blob": {"description": f"The first digits of the blob's sha256: {_TAG}."},
     "nonce": {"description": "The request's nonce: 32 hex digits."},
 }
 
@@ -38,11 +36,6 @@ def document() -> dict[str, Any]:
         "down": _channel("{device}/{job}/down", "What the server says to a device.", _kinds(down)),
         "downBlob": _channel("{device}/{job}/down/blob", "Chunks of the server's blobs for a device.", chunk),
         "downAll": _channel(f"{EVERYONE}/{NO_JOB}/down", "What the server says to all devices.", _kinds([Hello])),
-        "downShared": _channel(
-            f"{EVERYONE}/{{job}}/down/{{blob}}",
-            "Chunks of a blob that several devices pull.",
-            chunk,
-        ),
         "join": _channel(f"{{nonce}}/{NO_JOB}/{JOIN}", "Who wants to join asks.", _kinds([JoinRequest])),
         "joined": _channel(f"{{nonce}}/{NO_JOB}/{JOINED}", "And is answered.", _kinds([JoinAnswer])),
         "servers": _channel(

@@ -154,7 +154,7 @@ def _links(scale: float) -> tuple[Board, ...]:
 def _weather(scale: float) -> dict[str, float]:
     return {
         "links_sigma": 0.3, "draws": 20, "server_sigma": 0.1,
-        "server_up_bytes_s": 10e6 * scale, "server_down_bytes_s": 50e6 * scale, "multicast": True,
+        "server_up_bytes_s": 10e6 * scale, "server_down_bytes_s": 50e6 * scale,
     }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method("fedasync α .6", "fedasync", {"a": 0.5}, note="Xie et al.'s own mixing, α s(k)"),
         Method("fedbuff", "fedbuff", {"buffer": 4}),
         Method("fedavg", "fedavg", paper="202,200 / 210,900 s; 84 % never"),
-        Method("pr-fl int8", "pr-fl", ours, job=_INT8_UP, note=f"{_CODED}; masked weights travel as slabs"),
+        Method("pr-fl int8", "pr-fl", ours, job=_INT8_UP, note=_CODED),
         Method("fedasync int8", "fedasync", {**_STALE, "rate": 1.0}, job=_INT8, note=f"{_CODED}, and weights"),
         Method(
             "fedprune",
@@ -248,8 +248,7 @@ PR_FL_SMALL = replace(
     "units. Links shrink with the network, so that sending it takes as long as in the paper. "
     "Learning rate .02, momentum .9 and cross-entropy, where theirs is .25 with a mean of binary cross-entropies. "
     "Masks, densities and early stopping are looked at every 20 rounds (theirs: 50), with a patience of 3 (10). "
-    "What several devices of a round download crosses the server's link once. Every run ends at 40 %, or after 4,000 "
-    "simulated seconds.",
+    "Every run ends at 40 %, or after 4,000 simulated seconds.",
     data={**PR_FL_FULL.data, "most": 12_000, "pool": 2},
     net="two_cnn",
     recipe=replace(PR_FL_FULL.recipe, lr=0.02, momentum=0.9),

@@ -1,6 +1,6 @@
 """The simulator and real processes over a real broker give the same global model, bit for bit."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobNotFound, BlobRequest
+from fedprune.wire.messages import BlobNotFound
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
@@ -28,7 +28,6 @@ from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Multicast, Publication
 from support.marks import marked
 from support.nets import benchmark_tasks
 
@@ -192,30 +191,19 @@ def resent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of what a device is sent once more: one that hears nothing for five seconds asks again, on a slow machine
     for what is on its way."""
     found, seen = list[int](), set[tuple[str, str, str, int]]()
-    answer, publish = Downloads.next, Multicast.next
-
-    def note(raw: bytes, devices: Collection[str]) -> None:
-        chunk = Chunk.parse(raw)
-        for device in devices:
-            for leaf, payload in chunk.leaves():
-                key = device, chunk.sha256, chunk.part, leaf
-                found.append(len(payload) if key in seen else 0)
-                seen.add(key)
+    answer = Downloads.next
 
     def answered(downloads: Downloads) -> tuple[str, bytes | BlobNotFound] | None:
         item = answer(downloads)
         if item is not None and not isinstance(item[1], BlobNotFound):
-            note(item[1], [item[0]])
-        return item
-
-    def published(sharing: Multicast, now: float) -> Publication | tuple[str, BlobRequest] | None:
-        item = publish(sharing, now)
-        if isinstance(item, Publication):
-            note(item.chunk, item.listeners)
+            chunk = Chunk.parse(item[1])
+            for leaf, payload in chunk.leaves():
+                key = item[0], chunk.sha256, chunk.part, leaf
+                found.append(len(payload) if key in seen else 0)
+                seen.add(key)
         return item
 
     monkeypatch.setattr(Downloads, "next", answered)
-    monkeypatch.setattr(Multicast, "next", published)
     return found
 
 

@@ -18,6 +18,7 @@ from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.updates import CODECS
+from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import LOG, RECONNECT, LogRequest, Reconnect, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
     PUT,
@@ -38,7 +39,7 @@ from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.launcher.slot_store import running
-from fedprune_device.network.connection import Connection, Received, ReceivedChunk
+from fedprune_device.network.connection import Connection, Received
 from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import Watchdog
@@ -177,7 +178,7 @@ class Agent:
             return error
         return None
 
-    def _take(self, item: Received | ReceivedChunk | ConnectionUp | ConnectionDown | None) -> None:
+    def _take(self, item: Received | Chunk | ConnectionUp | ConnectionDown | None) -> None:
         if item is None:
             return
         now = self._clock()
@@ -185,9 +186,9 @@ class Agent:
         match item:
             case Received():
                 self._dispatch(item, now)
-            case ReceivedChunk(chunk):
-                if not self._releases.chunk(chunk):
-                    self._offers.chunk(chunk, now, shared=item.shared)
+            case Chunk():
+                if not self._releases.chunk(item):
+                    self._offers.chunk(item, now)
             case ConnectionUp():
                 _LOG.info("connected to the broker")
                 self.status.connected = True

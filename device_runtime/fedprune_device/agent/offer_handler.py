@@ -138,9 +138,9 @@ class OfferHandler:
         except FedpruneError as error:
             self._refuse(task.offer, error)
 
-    def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
-        """A piece of what was asked for; `shared` where all devices get it."""
-        self._supplied(lambda: self._downloader.chunk(chunk, now, shared=shared))
+    def chunk(self, chunk: Chunk, now: float) -> None:
+        """A piece of what was asked for."""
+        self._supplied(lambda: self._downloader.chunk(chunk, now))
 
     def gone(self, sha256: str, now: float) -> None:
         self._supplied(lambda: self._downloader.gone(sha256, now))

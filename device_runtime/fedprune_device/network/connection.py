@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from fedprune.wire.link import Link
 from fedprune.wire.lost_pieces import broker_drops
 from fedprune.wire.messages import Birth, Death, Message, RejectedMessageLog, parse
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
-from fedprune.wire.topics import EVERYONE, NO_JOB, Topics
+from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import ResponseTime
 
 _LOG = logging.getLogger("fedprune.device")
@@ -34,14 +34,6 @@ class Received:
 
     message: Message
     private: bool
-
-
-@dataclass(frozen=True)
-class ReceivedChunk:
-    """A piece of a blob, whose digest a message has named. `shared`: it came on a topic of several boards."""
-
-    chunk: Chunk
-    shared: bool
 
 
 class Channel:
@@ -121,11 +113,7 @@ class Connection:
         """Disconnect, and connect again after this time."""
         self.link.leave(seconds)
 
-    def listen(self, topics: Collection[str]) -> None:
-        """Listen to exactly these shared topics in addition to the board's own, without waiting."""
-        self.link.listen(topics)
-
-    def receive(self, timeout: float | None = 0.0) -> Received | ReceivedChunk | ConnectionUp | ConnectionDown | None:
+    def receive(self, timeout: float | None = 0.0) -> Received | Chunk | ConnectionUp | ConnectionDown | None:
         """The next message, chunk or event; None if nothing came in time, or what came is invalid."""
         item = self.link.get(timeout)
         self._miss_answer()
@@ -139,7 +127,7 @@ class Connection:
         try:
             address = self.topics.parse(topic)
             if address.channel == "down/blob":
-                return ReceivedChunk(Chunk.parse(payload), shared=address.device == EVERYONE)
+                return Chunk.parse(payload)  # of a blob whose digest a message has named
             if address.channel == "down":
                 message = self._channel.open(topic, payload)
                 if address.device == self.device:

@@ -12,7 +12,6 @@ from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.http_download import HttpFetch
-from fedprune_device.network.offer_checks import slabs_fit
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -34,8 +33,6 @@ class Downloader:
         self._last_web: HttpFetch | None = None
         self._downloads: BlobDownloads | None = None
         self._plainly = False
-        self._listening: frozenset[str] = frozenset()
-        self._deaf = False  # to shared topics, as long as this connection lasts
 
     @property
     def offer(self) -> Offer | None:
@@ -67,7 +64,6 @@ class Downloader:
             self._downloads.offer = offer
 
     def connected(self, now: float) -> None:
-        self._deaf = False
         if self._downloads is not None and self._web is None:
             self._ask(self._downloads, self._downloads.start(now))
 
@@ -76,8 +72,8 @@ class Downloader:
         if self._downloads is not None and self._web is None:
             self._ask(self._downloads, self._downloads.remind(now))
 
-    def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
-        self._pull(lambda downloads: downloads.chunk(chunk, now, shared=shared))
+    def chunk(self, chunk: Chunk, now: float) -> None:
+        self._pull(lambda downloads: downloads.chunk(chunk, now))
 
     def gone(self, sha256: str, now: float) -> None:
         self._pull(lambda downloads: downloads.gone(sha256, now))
@@ -93,10 +89,7 @@ class Downloader:
                 took = now - self._downloads.began
                 self._downloads = None
             else:
-                self._deaf = self._deaf or self._downloads.deaf
                 self._pull(lambda downloads: downloads.tick(now))
-        if self._downloads is None or self._web is not None:
-            self._listen(frozenset())
         return took
 
     def stop(self) -> None:
@@ -120,16 +113,8 @@ class Downloader:
         self._ask(downloads, downloads.start(now))
 
     def _to_pull(self, offer: Offer, now: float) -> BlobDownloads:
-        slabs = offer.slabs is not None and slabs_fit(offer, self._store)
         return BlobDownloads(
-            self._store.blobs,
-            offer,
-            now,
-            self._limit,
-            self._connection.answers,
-            slabs=slabs,
-            shared=not self._deaf,
-            plainly=self._plainly,
+            self._store.blobs, offer, now, self._limit, self._connection.answers, plainly=self._plainly
         )
 
     def _pull(self, step: Callable[[BlobDownloads], list[BlobRequest]]) -> None:
@@ -138,11 +123,4 @@ class Downloader:
             self._ask(downloads, step(downloads))
 
     def _ask(self, downloads: BlobDownloads, wants: list[BlobRequest]) -> None:
-        """Send requests, after subscribing to the topics of the answers."""
-        self._listen(downloads.listens(self._connection.topics))
         self._uplink.ask(downloads.offer.job, wants)
-
-    def _listen(self, topics: frozenset[str]) -> None:
-        if topics != self._listening:
-            self._listening = topics
-            self._connection.listen(topics)

@@ -52,12 +52,6 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         )
 
 
-def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
-    """Whether the disk has room for an offer's slabs in addition to all that it needs."""
-    slabs = sum(r.size for r in offer.slabs or () if not store.blobs.has(r.sha256))
-    return slabs + _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
-
-
 def fits(offer: Offer, store: DeviceStore) -> bool:
     """Whether the disk has room for an offer without deleting anything."""
     return _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
@@ -97,7 +91,7 @@ def same_work(one: Offer, other: Offer) -> bool:
 
 
 def _work(offer: Offer) -> Offer:
-    return replace(offer, attempt=0, slabs=None, blobs_at=None)
+    return replace(offer, attempt=0, blobs_at=None)
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:

@@ -210,8 +210,6 @@ class DeviceStore(Closing):
                 wanted.update(r.sha256 for r in offer.blobs())
                 wanted.update({offer.held} if offer.held else ())
                 wanted.update({offer.coded.sha256} if offer.coded else ())
-                if not self.blobs.has(offer.weights.sha256):
-                    wanted.update(r.sha256 for r in offer.slabs or ())
         if self.pending is not None:
             wanted.add(self.pending.weights.sha256)
         with storage_errors(f"can't read {self.blobs.root}"):

@@ -177,9 +177,6 @@ class ServerConfig:
         "W",
         within=(0, 1000),
     )
-    slabs: bool = setting(
-        True, "What many devices download is published once for all of them, readable by the whole site."
-    )
     max_packet: int = setting(
         MAX_PACKET,
         "Bytes of the largest MQTT packet that the broker accepts.",

@@ -57,7 +57,6 @@ from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
 from fedprune_server.transfer.http_server import ServedJob
-from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import UploadPlace
 from fedprune_server.transfer.uploads import Uploads
@@ -179,10 +178,8 @@ class JobRunner:
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(
             site,
-            job.job.name,
             self.registry,
             Downloads(BlobSender(*stores), site.max_packet),
-            Multicast(near, Audience(job.state), site.max_packet),
             self._shipping.coming,
         )
         self._rollouts = (

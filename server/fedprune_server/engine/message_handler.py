@@ -292,7 +292,6 @@ class MessageHandler:
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
         named = [*offer.values(), *offer.get("lowered", {}).values()]
-        named += offer.get("slabs", [])
         return frozenset(v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v)
 
 

@@ -163,7 +163,7 @@ class StateFolder(Closing):
             settings[NUMBER] = number or new_number()
         if known is None:
             self._keep_foreign(raw)
-        worker = Worker(config.job, model, self.store, evaluation, calibration, slabs=config.slabs)
+        worker = Worker(config.job, model, self.store, evaluation, calibration)
         _ = worker.accountant  # whatever it lacks is better known now
         if state is None:
             state = worker.begin()

@@ -66,7 +66,6 @@ class DistributedWorker:
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with commands that will be carried out next."""
-        self._worker.expect(commands)
         new = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
         extracts = list({self._offer_key(c): c for c in reversed(new)}.values())[::-1]  # the first of each key
         group = 1
@@ -110,7 +109,7 @@ class DistributedWorker:
         events = self._result(command)
         if isinstance(events, on.Extracted) and self._arrived(command, events):
             self._worker.note(command, events)
-            return self._worker.sliced(command, events)
+            return events
         return self._worker.execute(command)
 
     def _arrived(self, command: do.Extract, event: on.Extracted) -> bool:

@@ -77,7 +77,7 @@ def graphs_of(offer: Mapping[str, Any]) -> set[str]:
 
 
 def blobs_of(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of all that an offer names but slabs."""
+    """Digests of all that an offer names."""
     named = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
     ranking = {offer["ranking"]} if "ranking" in offer else set()
     return graphs_of(offer) | {ref["sha256"] for ref in named} | ranking

@@ -42,7 +42,6 @@ from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.executor.offers import Offers, blobs_of, graphs_of
-from fedprune_server.executor.slab_chains import SlabChains, basis_of, kind_of
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
@@ -61,7 +60,6 @@ class Worker:
             there is no accuracy where numbers are predicted.
         calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
             statistics are measured again; None for neither.
-        slabs: Whether offers name slabs, of which many devices can make what they are sent.
         unit: What devices train on that haven't measured it.
 
     Raises:
@@ -77,7 +75,6 @@ class Worker:
         evaluation: Evaluation | None = None,
         calibration: npt.NDArray[np.float32] | None = None,
         *,
-        slabs: bool = False,
         unit: str = CPU,
     ) -> None:
         self.job = job
@@ -95,7 +92,6 @@ class Worker:
             self._distiller = Distiller(model, self._calibration, asked, job.recipe, job.seed)
         self._offers = Offers(model, store, job.precision)
         self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld, model.ranks)
-        self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
         self._masked_sums = MaskedSums(job, self.updates, store, self.round_of) if job.secure_aggregation else None
@@ -165,9 +161,7 @@ class Worker:
                 return self._measure(command)
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Commands that will be carried out in a moment: a round's slabs follow from who is in it."""
-        if self._slabs is not None:
-            self._slabs.expect(commands)
+        """Nothing is done ahead in one process: helpers do that (`DistributedWorker`)."""
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
@@ -178,7 +172,7 @@ class Worker:
         self._offers.note(graphs_of(event.offer), event.round)
         key = self.shared_key(command)
         if key is not None:
-            basis = basis_of(command)
+            basis = _basis_of(command)
             if basis not in self._shared:
                 self._shared = dict([*self._shared.items(), (basis, {})][-_BASES:])
             self._shared[basis].setdefault(key, dict(event.offer))
@@ -198,19 +192,19 @@ class Worker:
         """Identifies an offer: devices of equal keys get the same one. None if it is made for its device alone."""
         if not self.strategy.device_independent:
             return None
-        return basis_of(command), kind_of(command), command.coding, self._recipe(command), command.unit or self._unit
+        return _basis_of(command), _kind_of(command), command.coding, self._recipe(command), command.unit or self._unit
 
     def _recipe(self, command: do.Extract) -> Recipe:
         return self.updates.recipe(self.updates.turn(command.basis, command.part)).in_parts(command.accumulate)
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         part, key = command.part, self.shared_key(command)
-        offer = self._shared.get(basis_of(command), {}).get(key)
+        offer = self._shared.get(_basis_of(command), {}).get(key)
         if offer is None or not all(map(self.store.has, blobs_of(offer))):
             offer = self._offer(command)
         event = on.Extracted(command.basis.round, part.device, part.attempt, dict(offer))
         self.note(command, event)
-        return self.sliced(command, event)
+        return event
 
     def _offer(self, command: do.Extract) -> dict[str, Any]:
         cut = self.updates.cut(command.basis, command.part)
@@ -234,15 +228,6 @@ class Worker:
                 submodel, recipe, command.basis.round, command.unit or self._unit, command.coding, before
             ),
         }
-
-    def sliced(self, command: do.Extract, event: on.Extracted) -> on.Extracted:
-        """A device's offer, with the slabs that make its weights, if there are any."""
-        if self._slabs is None:
-            return event
-        return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
-
-    def _submodel(self, command: do.Extract) -> Submodel:
-        return self.strategy.extract(self.updates.cut(command.basis, command.part))
 
     def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
         """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.
@@ -363,3 +348,15 @@ def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
         least = threshold(magnitudes(submodel.tensors, submodel.mask.active), submodel.mask)
         return replace(recipe, mask_threshold=least)
     return replace(recipe, mask="hard")
+
+
+def _basis_of(command: do.Extract) -> Hashable:
+    """Identifies what the submodels of a round are cut from."""
+    basis = command.basis
+    return basis.round, basis.model, basis.ranking, basis.order
+
+
+def _kind_of(command: do.Extract) -> Hashable:
+    """The key of a device's submodel; its density counts where single elements are masked alone."""
+    part = command.part
+    return part.widths, part.density if command.basis.order is not None else 1.0

@@ -40,7 +40,7 @@ _KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in ge
 _MADE = (on.Scored, on.Extracted, on.Closed)
 """Events that a worker answers with, and so can be worked out again."""
 
-_WAYS = ("slabs", "coded", "moved")
+_WAYS = ("coded", "moved")
 """Entries of an offer that say how something travelled."""
 
 
@@ -169,7 +169,7 @@ class _Replay:
 def _plain(event: on.Event) -> on.Event:
     """The result of a command, without its transport.
 
-    Slabs depend on the devices of a round, and packed bytes on the version of zlib.
+    Packed bytes depend on the version of zlib.
     """
     if not isinstance(event, on.Extracted):
         return event

@@ -17,7 +17,6 @@ from fedprune.wire.transfer import SeenRequests, with_request_id
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Multicast, Publication
 from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
@@ -30,18 +29,15 @@ class Outbox:
     """Sends messages and chunks to a job's devices, and counts the bytes.
 
     Args:
-        downloads: Cuts blobs into chunks for one device.
-        sharing: Cuts blobs into chunks that are published to all devices of the job.
+        downloads: Cuts blobs into chunks.
         coming: Whether a blob that is missing will arrive in a moment.
     """
 
     def __init__(
         self,
         site: SiteLink,
-        job: str,
         registry: DeviceRegistry,
         downloads: Downloads,
-        sharing: Multicast,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
         self._link, self._topics, self._quarantine, self._clock = (
@@ -53,12 +49,12 @@ class Outbox:
         self._most = MAX_MESSAGE if site.max_packet >= MAX_PACKET else site.max_packet - PACKET_OVERHEAD
         self._is_duplicate = SeenRequests().is_duplicate
         self._coming = coming
-        self._job, self._registry, self._downloads, self._sharing = job, registry, downloads, sharing
+        self._registry, self._downloads = registry, downloads
         self._outbox: deque[tuple[str, str, bytes]] = deque()
 
     @property
     def waiting(self) -> bool:
-        return bool(self._downloads) or bool(self._outbox) or bool(self._sharing)
+        return bool(self._downloads) or bool(self._outbox)
 
     @property
     def queued(self) -> int:
@@ -125,19 +121,16 @@ class Outbox:
         if want.sha256 in allowed:
             self._registry.note_request_of(device, want, self._clock())
             self._quarantine.fetches(device, want.sha256, self._downloads.leaves(want.sha256))
-            for alone in self._sharing.add(device, want, self._clock()):
-                self._downloads.add(device, alone)
+            self._downloads.add(device, want)
         else:
             self.send(device, BlobNotFound(want.sha256))
 
     def forget(self, device: str) -> None:
         """Drop the requests of a device that has gone."""
         self._downloads.drop(device)
-        self._sharing.drop(device)
 
     def send_chunks(self) -> None:
         """Send a few of the chunks that wait. Raises `StorageError` if the disk fails."""
-        self._publish()
         for _ in range(_CHUNKS_PER_TURN):
             item = self._downloads.next() if self.ready else None
             if item is None:
@@ -150,15 +143,3 @@ class Outbox:
                 self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
                 self._registry.sent(device, len(chunk))
-
-    def _publish(self) -> None:
-        """Send a few of the chunks that all devices wait for."""
-        for _ in range(_CHUNKS_PER_TURN):
-            item = self._sharing.next(self._clock()) if self._link.unsent < HIGH_WATER else None
-            if item is None:
-                return
-            if not isinstance(item, Publication):
-                self._downloads.add(*item)
-            elif self._link.publish(self._topics.shared(item.sha256, self._job), item.chunk, CHUNK_QOS):
-                for device in item.listeners:
-                    self._registry.sent(device, len(item.chunk))

@@ -7,7 +7,7 @@ vary by the mean of log-normal draws (PR-FL's simulation: 20 draws, σ = 0.3 for
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -89,11 +89,6 @@ class Weather:
     )
     server_down_bytes_s: float = setting(0.0, "Bytes/s that it can receive; 0 for no limit.", within=(0, 1e12))
     server_sigma: float = setting(0.0, "σ of the factor on both in a round.", within=(0, 3))
-    multicast: bool = setting(
-        False,
-        "Whether the server's link carries once what several devices of a round download, slabs included; every device "
-        "still receives it over its own link.",
-    )
 
     def __post_init__(self) -> None:
         check_settings(self, "weather")
@@ -119,46 +114,10 @@ class Weather:
         self, seed: int, number: int, device: str, link: Link, way: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
         """Transfer bytes between the server and a device in a round; arguments and results as `transfer`."""
-        rate, limit = self._rates(seed, number, device, link, way)
+        rate = (link.down_bytes_s if way == "down" else link.up_bytes_s) * self.link(seed, number, device, way)
+        limit = self.server(seed, number, way)
         arrived, free = transfer(now, free, size, rate, limit)
         return arrived + link.latency_s, free
-
-    def delivers(
-        self,
-        seed: int,
-        number: int,
-        device: str,
-        link: Link,
-        blobs: Mapping[str, int],
-        shared: Collection[str],
-        published: dict[str, float],
-        now: float,
-        free: float,
-    ) -> tuple[float, float]:
-        """Send blobs to a device, one after the other; the server's link carries shared ones once (PR-FL's Residual
-        Split).
-
-        Args:
-            blobs: Bytes by digest, in the order in which they are sent.
-            shared: Digests of those that other devices may download, too.
-            published: Time at which the server's link has carried a shared blob, by digest; new ones are added.
-            now: As in `transfer`, like the remaining arguments and the results.
-        """
-        rate, limit = self._rates(seed, number, device, link, "down")
-        at = now
-        for digest, size in blobs.items():
-            sent = published.get(digest)
-            if sent is None:
-                sent = free = max(now, free) + size / limit
-                if digest in shared:
-                    published[digest] = sent
-            at = max(at, sent - size / limit) + size / min(rate, limit)
-        return at + link.latency_s, free
-
-    def _rates(self, seed: int, number: int, device: str, link: Link, way: str) -> tuple[float, float]:
-        """Capacities of a device's link and of the server's, in bytes/s."""
-        rate = link.down_bytes_s if way == "down" else link.up_bytes_s
-        return rate * self.link(seed, number, device, way), self.server(seed, number, way)
 
     def _drawn(self, sigma: float, seed: int, number: int, who: str, what: str) -> float:
         if not sigma:
@@ -201,7 +160,6 @@ PR_FL = Weather(
     server_up_bytes_s=10e6,
     server_down_bytes_s=50e6,
     server_sigma=0.1,
-    multicast=True,
 )
 """Variation of the same simulation's devices and server."""
 

@@ -44,7 +44,6 @@ from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.state import Item, Left, SavedRun, SimulationState, Trained
-from fedprune_server.transfer.multicast import shareable
 
 MAX_ATTEMPTS = 20
 """Attempts after which a round that no device has finished is given up."""
@@ -151,9 +150,8 @@ class Simulation:
                 "most_samples = 1: the model is the same bit for bit. With compression = 'int8' it differs by what "
                 "codes round.",
             )
-        shared = experiment.weather.multicast
         unit = CUDA if experiment.cuda else CPU
-        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, slabs=shared, unit=unit)
+        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, unit=unit)
         worker.prefix = f"{experiment.title}: "
         _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker
@@ -376,15 +374,11 @@ class Simulation:
         lacking = {sha256: n for sha256, n in pulled.items() if sha256 not in held}
         if reused := self._reused(name, weights, pulled, held):
             lacking[weights.sha256] -= reused
-        run.held[name] = list(pulls({k: v for k, v in command.offer.items() if k != "slabs"}, held))
+        run.held[name] = list(pulled)
         run.down += sum(lacking.values())
         self._spent(name)[0] += sum(lacking.values())
         key, weather, link = (seed, command.round, name), self.experiment.weather, device.profile.link
-        if weather.multicast:
-            shared = shareable(command.offer)
-            ready, run.free[0] = weather.delivers(*key, link, lacking, shared, run.published, now, run.free[0])
-        else:
-            ready, run.free[0] = weather.arrives(*key, link, "down", sum(lacking.values()), now, run.free[0])
+        ready, run.free[0] = weather.arrives(*key, link, "down", sum(lacking.values()), now, run.free[0])
         took = self._train_s(device, command.offer) / weather.compute(seed, command.round, name)
         chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if chance.random() < self.experiment.dropouts.probability:

@@ -69,7 +69,7 @@ _WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
 """Items that belong to a device's part in a round."""
 
 _PLAIN = (
-    "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free", "published",
+    "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free",
     "refusal", "macs",
 )  # fmt: skip
 """Attributes that are saved as they are."""
@@ -92,7 +92,6 @@ class SimulationState:
         bounds: Maximum bytes of that update in the offered codec.
         boards: Digest of each board's state between rounds.
         free: Times at which the server's link is free, for sending and for receiving.
-        published: Times at which the server's link has carried the present round's blobs, by digest (multicast).
         now: Notes of the current round.
         rounds: Notes of finished rounds, by number.
         refusal: Reason of the last refused offer.
@@ -111,7 +110,6 @@ class SimulationState:
     bounds: dict[str, int] = field(default_factory=dict)
     boards: dict[str, str] = field(default_factory=dict)
     free: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    published: dict[str, float] = field(default_factory=dict)
     down: int = 0
     up: int = 0
     macs: int = 0
@@ -165,7 +163,6 @@ class SimulationState:
         self.now.down, self.now.up = self.down, self.up
         self.rounds[number] = self.now
         self.now = RoundNotes()
-        self.published = {}
 
     def references(self) -> set[str]:
         """All strings of queued items: any of them may be the digest of a blob."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,6 @@ class Line:
     def __init__(self, source: BlobStore) -> None:
         self.serve = BlobSender(source)
         self.wants: list[BlobRequest] = []
-        self.heard: list[frozenset[str]] = []
 
     def get(self, timeout: float | None = 0.0) -> None:
         return None
@@ -45,9 +43,6 @@ class Line:
         assert isinstance(message, BlobRequest)
         self.wants.append(message)
         return True
-
-    def listen(self, topics: Collection[str]) -> None:
-        self.heard.append(frozenset(topics))
 
     def chunks(self) -> list[Chunk]:
         """What answers all wants so far."""
@@ -92,7 +87,7 @@ def pulled(supply: Downloader, line: Line, now: float) -> float | None:
         if took is not None:
             return took
         for chunk in line.chunks():
-            supply.chunk(chunk, now, shared=False)
+            supply.chunk(chunk, now)
     return None
 
 
@@ -111,15 +106,11 @@ def test_what_is_gone_at_the_server_ends_it_with_an_error(supply: Downloader, of
         supply.gone(offer.weights.sha256, 1.0)
 
 
-def test_who_stops_takes_nothing_more_and_listens_no_more(
-    supply: Downloader, line: Line, store: DeviceStore, offer: Offer
-) -> None:
-    supply.begin(replace(offer, slabs=(offer.weights,)), 0.0)
-    assert line.heard[-1]
+def test_who_stops_takes_nothing_more(supply: Downloader, line: Line, store: DeviceStore, offer: Offer) -> None:
+    supply.begin(offer, 0.0)
     chunks = line.chunks()
     supply.stop()
     for chunk in chunks:
-        supply.chunk(chunk, 1.0, shared=True)
+        supply.chunk(chunk, 1.0)
     assert supply.turn(1.0) is None
-    assert line.heard[-1] == frozenset()
     assert not store.blobs.has(offer.training.sha256)

@@ -33,7 +33,6 @@ def ran(tmp_path: Path) -> ServerConfig:
         pulls=2,
         profiles=tmp_path / "profiles",
         max_devices=9,
-        slabs=False,
         max_packet=70_000,
     )
 

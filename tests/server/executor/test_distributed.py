@@ -73,19 +73,6 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -
     assert all(worker.store.has(g) for g in crew.graphs())
 
 
-@pytest.mark.soak
-def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -> None:
-    sliced = Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False), slabs=True)
-    assert sliced._slabs is not None
-    sliced._slabs._least = 0
-    orders = extracts(sliced)
-    with closing(DistributedWorker(sliced, helper_processes(sliced, 2))) as crew:
-        crew.expect(orders)
-        made = [crew.execute(o) for o in orders]
-    assert sorted(len(e.offer["slabs"]) for e in made if isinstance(e, on.Extracted)) == [1, 2, 3]
-    assert made == [sliced.execute(o) for o in orders]
-
-
 def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: DistributedWorker) -> None:
     found = []
     for round_, order in zip((1, GRAPH_ROUNDS + 1, GRAPH_ROUNDS + 2), extracts(worker), strict=True):

@@ -195,10 +195,10 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
     listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
     with (
         site.client(site.identity.context(), listening) as server,
-        site.client(pi_1.context(), [*LAB.device_subscriptions("pi-1"), LAB.shared("ab" * 32, "job")]) as device,
+        site.client(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
     ):
         up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
-        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.shared("ab" * 32, "job")]
+        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast()]
         for topic in up:
             device.publish(topic, b"1")
         for topic in down:
@@ -223,12 +223,12 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
     ]
     with (
         site.client(site.identity.context(), ["#"]) as server,
-        site.client(pi_2.context(), [*LAB.device_subscriptions("pi-2"), LAB.shared("ab" * 32, "job")]) as victim,
+        site.client(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
         site.client(pi_1.context(), everything) as rogue,
     ):
         for topic in (
             LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
-            LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"), LAB.shared("ab" * 32, "job"),
+            LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"),
             LAB.servers(),
         ):  # fmt: skip
             rogue.publish(topic, b"false")
@@ -606,11 +606,11 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
     up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
     down = [LAB.down("pi-1"), LAB.down("pi-1", "job"), LAB.down_blob("pi-1", "job")]
     listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
-    own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]
+    own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce)]
 
     for who, action, topics in (
         (server, "subscribe", listening),
-        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job"), LAB.servers()]),
+        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce), LAB.servers()]),
         (device, "subscribe", own),
         (device, "publish", [*up, LAB.join(nonce)]),
     ):
@@ -626,7 +626,7 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
         (
             device,
             "publish",
-            [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job"), LAB.servers()],
+            [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce), LAB.servers()],
         ),
         (("", nonce), "subscribe", [*own[:2], *listening]),
     ):

@@ -19,7 +19,6 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_device.training.step_graph import StepGraph
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Weather
@@ -348,55 +347,3 @@ def test_learning_rates_fall_with_the_rounds_of_offers(
     assert set(rates) == {1, 2, 3, 4}
     for round_, found in rates.items():
         assert sorted(found) == pytest.approx(sorted(wanted.rate(round_, (s - 0.5) / 3) for s in (1, 2, 3)))
-
-
-def recorded(offer: Callable[[do.SendOffer, float], None], sent: list[do.SendOffer]) -> Callable[..., None]:
-    def record(command: do.SendOffer, now: float) -> None:
-        sent.append(command)
-        offer(command, now)
-
-    return record
-
-
-@pytest.mark.parametrize(
-    ("synchronous", "masks"),
-    [
-        (False, "channels"),
-        (True, "elements"),
-        *(pytest.param(*row, marks=pytest.mark.soak) for row in ((False, "elements"), (True, "channels"))),
-    ],
-)
-def test_pr_fl_s_devices_receive_slabs_and_train_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: str, synchronous: bool
-) -> None:
-    """Every device receives its slabs, the server's link carries each of them once, and models keep their bits."""
-    models = {}
-    for multicast in (False, True):
-        simulation = digits_simulation(
-            tmp_path / str(multicast),
-            kept=False,
-            strategy="pr-fl",
-            rounds=3,
-            options={"masks": masks, "densities": [1.0, 0.5, 0.25], "stage1": False, "synchronous": synchronous},
-            recipe=Recipe(max_steps=3, batch_size=16),
-            weather=Weather(server_up_bytes_s=1e9, multicast=multicast),
-        )
-        assert isinstance(simulation._worker, Worker)
-        if simulation._worker._slabs is not None:
-            simulation._worker._slabs._least = 0
-        sent: list[do.SendOffer] = []
-        monkeypatch.setattr(simulation, "_offer", recorded(simulation._offer, sent))
-        models[multicast] = [h["model"] for h in simulation.run()]
-        split = [c for c in sent if "slabs" in c.offer]
-        assert bool(split) == multicast
-        if multicast:
-            assert max(len(c.offer["slabs"]) for c in split) == 3
-            expected, held = 0, dict[str, set[str]]()
-            for c in sent:
-                refs = [c.offer[k] for k in ("training", "inference", "mask") if k in c.offer]
-                refs += c.offer.get("slabs", [c.offer["weights"]])
-                known = held.get(c.device, set())
-                expected += sum(r["size"] for r in {r["sha256"]: r for r in refs}.values() if r["sha256"] not in known)
-                held[c.device] = {r["sha256"] for r in refs} - {r["sha256"] for r in c.offer.get("slabs", [])}
-            assert simulation._run.down == expected
-    assert models[True] == models[False]

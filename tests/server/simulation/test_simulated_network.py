@@ -113,32 +113,6 @@ def test_without_a_limit_transfers_do_not_wait_for_each_other():
     assert transfer(3.0, free, 100, 100.0, math.inf)[0] == 4.0
 
 
-BLOBS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 10**6), min_size=1)
-
-
-@given(st.lists(st.tuples(BLOBS, st.floats(0, 10), st.floats(1e3, 1e9)), min_size=1, max_size=6), st.floats(1e3, 1e9))
-def test_a_server_s_link_carries_shared_blobs_once(downloads, limit):
-    sizes = {name: size for blobs, _, _ in downloads for name, size in blobs.items()}
-    weather, profile = Weather(server_up_bytes_s=limit, multicast=True), boards()[0].profile
-    published, now, free, idle = {}, 0.0, 0.0, 0.0
-    for number, (blobs, wait, rate) in enumerate(downloads):
-        link, now = replace(profile.link, down_bytes_s=rate, latency_s=0.0), now + wait
-        blobs = {name: sizes[name] for name in blobs}
-        if blobs.keys() - published.keys():
-            idle += max(now, free) - free
-        arrived, free = weather.delivers(0, number, "d", link, blobs, "abcdef", published, now, free)
-        assert arrived >= now + sum(blobs.values()) / rate * (1 - 1e-9)
-        assert arrived >= max(published[name] for name in blobs) * (1 - 1e-9)
-    assert free == pytest.approx(idle + sum(sizes[name] for name in published) / limit)
-
-
-@given(st.integers(1, 10**7), st.floats(1e3, 1e9), st.floats(1e3, 1e9), st.floats(0, 10))
-def test_what_is_one_device_s_own_is_sent_as_any_transfer(size, rate, limit, free):
-    weather, link = Weather(server_up_bytes_s=limit), replace(boards()[0].profile.link, down_bytes_s=rate)
-    sent = weather.delivers(0, 1, "d", link, {"a": size}, (), {}, 5.0, free)
-    assert sent == pytest.approx(weather.arrives(0, 1, "d", link, "down", size, 5.0, free))
-
-
 @pytest.mark.parametrize(
     "change", [{"links_sigma": -1}, {"draws": 0}, {"compute_sigma": math.nan}, {"server_up_bytes_s": -1}]
 )

@@ -10,7 +10,6 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
 from fedprune.wire.messages import BlobRequest, Cancelled, Progress, Update, parse
 from fedprune.wire.queues import HIGH_WATER
@@ -21,7 +20,6 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Multicast
 
 TOPICS = Topics("lab")
 LEAVES = 400
@@ -87,10 +85,8 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
     )
     post = Outbox(
         SiteLink(link, TOPICS),
-        "job",
         registry,
         Downloads(BlobSender(store)),
-        Multicast(store, Audience(State("0" * 64))),
     )
     for device in devices:
         for first in range(0, LEAVES, 50):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.wire.messages import BlobRequest, Update, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
@@ -18,7 +16,6 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Multicast
 
 TOPICS = Topics("lab")
 
@@ -41,9 +38,6 @@ class Kept:
     def flush(self, timeout: float) -> bool:
         return True
 
-    def listen(self, topics: Collection[str]) -> None:
-        raise NotImplementedError
-
 
 def posted(link: Kept, store: BlobStore) -> Outbox:
     registry: Any = SimpleNamespace(
@@ -51,10 +45,8 @@ def posted(link: Kept, store: BlobStore) -> Outbox:
     )
     return Outbox(
         SiteLink(link, TOPICS),
-        "job",
         registry,
         Downloads(BlobSender(store)),
-        Multicast(store, Audience(State("0" * 64))),
     )
 
 

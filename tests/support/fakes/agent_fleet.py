@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,6 @@ class MemoryLink:
         for raw in self.server.mangle("up", payload):
             self.server.receive(topic, raw)
         return True
-
-    def listen(self, topics: Collection[str]) -> None:
-        self.listened = set(topics)
 
     def deliver(self, topic: str, payload: bytes) -> None:
         if self.up:

@@ -94,7 +94,6 @@ messages = st.one_of(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
         st.integers(1, 1000), refs, refs, refs, objects, st.none() | refs, st.none() | hexes,
         lowered=st.none() | st.dictionaries(names, refs, max_size=2),
-        slabs=st.none() | st.lists(refs, min_size=1, max_size=2).map(tuple),
         codec=st.none() | texts, coded=st.none() | refs, held=st.none() | hexes, moved_from=st.none() | hexes,
         blobs_at=st.sampled_from([None, "https://models.example:8443/fleet", "http://127.0.0.1:80"]).map(
             lambda at: None if at is None else str(BlobUrl.parse(at))
@@ -110,7 +109,7 @@ messages = st.one_of(
     st.builds(Finished, names),
     st.builds(
         BlobRequest, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_REQUEST),
-        st.sampled_from([None, True]), st.none() | st.integers(1, MAX_REQUEST), st.none() | st.integers(0, 2**31 - 1),
+        st.none() | st.integers(1, MAX_REQUEST), st.none() | st.integers(0, 2**31 - 1),
     ),
     st.builds(BlobNotFound, hexes),
     st.builds(
@@ -162,14 +161,13 @@ EXAMPLES: list[Message] = [
     Offer(
         *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
         {"int8": REF},
-        (REF,),
     ),
     Trained("pi-1", "j", 1, 0, DIGEST, 100, 40, {"loss": 0.5}),
     SecureStep.of("j", 1, 0, DIGEST[:32], "keys", b"abc"),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
-    BlobRequest(DIGEST, "data", 0, 4, True, 2, 17),
+    BlobRequest(DIGEST, "data", 0, 4, 2, 17),
     BlobNotFound(DIGEST),
     UploadRequest(DIGEST, "https://models.example/x/y%20z?X-Amz-Signature=0&b", 17),
     UploadResult(DIGEST, "no route"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
+from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse
 from fedprune.wire.queues import ConnectionUp
@@ -19,7 +20,7 @@ from fedprune.wire.transfer import BlobSender
 from fedprune_device.launcher.launcher import SlotExit, launch
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import STABLE, LauncherState
-from fedprune_device.network.connection import Channel, Connection, Received, ReceivedChunk
+from fedprune_device.network.connection import Channel, Connection, Received
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
@@ -99,9 +100,6 @@ class ReleaseServer:
                 self.say(answer)
         return True
 
-    def listen(self, topics: Collection[str]) -> None:
-        pass
-
     def next(self) -> None:
         left = [o for o in self.offers if not self.ended(o.number)]
         if left:
@@ -159,7 +157,7 @@ class Board:
                     heart.connected()
                     connection.send(Birth("d", 1, "p", 1, "s"))
                     releases.born()
-                case ReceivedChunk(chunk):
+                case Chunk() as chunk:
                     releases.chunk(chunk)
                 case Received(ReleaseOffer() | ReleaseWithdrawn() as message):
                     releases.on_message(message)

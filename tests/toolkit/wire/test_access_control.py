@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "protocol.md"
 @pytest.fixture
 def url(start_mosquitto: Callable[..., Any], tmp_path: Path) -> Iterator[str]:
     rules = re.findall(r"^ {4}((?:pattern|user|topic) .*)$", PAGE.read_text(), re.MULTILINE)
-    assert len(rules) == 7
+    assert len(rules) == 6
     (tmp_path / "acl").write_text("\n".join(rules) + "\n")
     settings = f"listener {{port}} 127.0.0.1\nallow_anonymous true\nacl_file {tmp_path}/acl\n"
     return start_mosquitto(0, settings).url.replace("//", "//{}:x@")
@@ -41,12 +41,12 @@ def connected(url: str, user: str, topics: list[str]) -> closing[Link]:
 def test_devices_and_server_reach_each_other_on_all_their_topics(url: str) -> None:
     with (
         connected(url, "fedprune-server", LAB.server_subscriptions()) as server,
-        connected(url, "pi-1", [*LAB.device_subscriptions("pi-1"), LAB.shared("ab" * 32, "job")]) as device,
+        connected(url, "pi-1", LAB.device_subscriptions("pi-1")) as device,
     ):
         for topic in (LAB.up("pi-1"), LAB.up_blob("pi-1", "job")):
             device.publish(topic, b"1")
             assert server.get(5) == (topic, b"1")
-        for topic in (LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.shared("ab" * 32, "job")):
+        for topic in (LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast()):
             server.publish(topic, b"2")
             assert device.get(5) == (topic, b"2")
 

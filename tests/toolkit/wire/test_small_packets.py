@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, ChunkLimit, leaves_per_chunk
 from fedprune.wire.link import Link
@@ -29,7 +28,6 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.uploads import Arrived, Uploads
 from support.waiting import attempts
 
@@ -122,11 +120,8 @@ def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path)
     ref = store.put(b"x")
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
 
-    sharing = Multicast(store, Audience(State("0" * 64)))
-    Outbox(SiteLink(link, TOPICS), "job", registry, Downloads(BlobSender(store)), sharing).send("pi", offer, "job")
-    limited = Outbox(
-        SiteLink(link, TOPICS, max_packet=65_536), "job", registry, Downloads(BlobSender(store), 65_536), sharing
-    )
+    Outbox(SiteLink(link, TOPICS), registry, Downloads(BlobSender(store))).send("pi", offer, "job")
+    limited = Outbox(SiteLink(link, TOPICS, max_packet=65_536), registry, Downloads(BlobSender(store), 65_536))
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
         limited.send("pi", offer, "job")
 
@@ -161,10 +156,8 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
         )
         post = Outbox(
             SiteLink(server, TOPICS),
-            "job",
             registry,
             Downloads(BlobSender(here)),
-            Multicast(here, Audience(State("0" * 64))),
         )
         outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), there)
         uploads = Uploads(here)

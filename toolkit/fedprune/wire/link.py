@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from secrets import SystemRandom
@@ -73,34 +73,32 @@ def _distrust(error: ssl.SSLCertVerificationError) -> str:
 
 
 class Subscriptions:
-    """Required and optional topics of all connections, and the state of this connection's requests; not thread-safe."""
+    """The topics of all connections, and the state of this connection's requests; not thread-safe."""
 
     def __init__(self, qos: int) -> None:
         self._qos = qos
         self._topics: list[str] = []
         self._requested: set[str] = set()
         self._awaited: dict[int, str] = {}
-        self._optional: set[str] = set()
-        self._awaited_optional: set[int] = set()
 
     @property
     def awaited(self) -> bool:
-        """Whether the broker still has to answer for a required topic."""
+        """Whether the broker still has to answer for a topic."""
         return bool(self._awaited)
 
     @property
     def complete(self) -> bool:
-        """Whether this connection has requested all required topics."""
+        """Whether this connection has requested all topics."""
         return set(self._topics) <= self._requested
 
     def add(self, topics: Iterable[str]) -> list[str]:
-        """Add required topics; returns the new ones."""
+        """Add topics; returns the new ones."""
         new = [t for t in topics if t not in self._topics]
         self._topics += new
         return new
 
     def request(self, client: paho.Client) -> None:
-        """Subscribe to the required topics that this connection hasn't requested yet."""
+        """Subscribe to the topics that this connection hasn't requested yet."""
         for topic in self._topics:
             if topic in self._requested:
                 continue
@@ -109,36 +107,13 @@ class Subscriptions:
                 self._requested.add(topic)
                 self._awaited[mid] = topic
 
-    def replace_optional(self, topics: Collection[str], client: paho.Client | None) -> None:
-        """Replace the optional topics, on this connection or, without one, on the next."""
-        before, self._optional = self._optional, set(topics)
-        if client is None:
-            return
-        if gone := sorted(before - self._optional):
-            client.unsubscribe(gone)
-        self._hear(client, self._optional - before)
-
-    def resume(self, client: paho.Client) -> None:
-        """Subscribe a connection that is up to the optional topics."""
-        self._hear(client, self._optional)
-
-    def answered(self, mid: int) -> str | None:
-        """The broker has answered a request; returns its required topic, or None for optional ones."""
-        if mid in self._awaited_optional:
-            self._awaited_optional.discard(mid)
-            return None
+    def answered(self, mid: int) -> str:
+        """The broker has answered a request; returns its topic."""
         return self._awaited.pop(mid, "")
 
     def lost(self) -> None:
         self._requested.clear()
         self._awaited.clear()
-        self._awaited_optional.clear()
-
-    def _hear(self, client: paho.Client, topics: Collection[str]) -> None:
-        if topics:
-            code, mid = client.subscribe([(t, 0) for t in sorted(topics)])
-            if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
-                self._awaited_optional.add(mid)
 
 
 log = logging.getLogger(__name__)
@@ -292,14 +267,6 @@ class Link(Closing):
                     got=self._failure or "no answer",
                     hint="Check the broker's access control for this user.",
                 )
-
-    def listen(self, topics: Collection[str]) -> None:
-        """Replace the optional topics, in addition to those of `subscribe`, without waiting; a broker may refuse one.
-
-        Whatever is published after this call reaches the broker after the subscription, so that no answer is missed.
-        """
-        with self._state:
-            self._subscriptions.replace_optional(topics, self._client if self._up else None)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send, without waiting; returns False while the connection is down or too much is queued: whatever matters is
@@ -483,10 +450,6 @@ class Link(Closing):
         with self._state:
             refused = any(r.is_failure for r in reasons)
             topic = self._subscriptions.answered(mid)
-            if topic is None:
-                if refused:
-                    log.info("MQTT broker %s refuses shared topics; blobs come on this device's own", self.url)
-                return
             if refused:
                 self._failure = f"it refuses the subscription to {topic}"
                 log.error("MQTT broker %s: %s", self.url, self._failure)
@@ -502,8 +465,6 @@ class Link(Closing):
     def _report_up(self) -> None:
         self._up = self._tell = True
         self._failure = ""
-        if self._client is not None:
-            self._subscriptions.resume(self._client)
         self._inbox.tell(ConnectionUp(time.monotonic() - self._asked_at))
         self._state.notify_all()
 

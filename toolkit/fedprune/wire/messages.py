@@ -32,7 +32,6 @@ from fedprune.wire.fields import (
     Metrics,
     Name,
     Round,
-    TrueOrAbsent,
     UploadAddress,
     WebAddress,
     base64_bytes,
@@ -100,7 +99,6 @@ class RejectedMessageLog:
 
 
 _MOST_PRECISIONS = 8
-_MOST_SLABS = 32
 
 
 @dataclass(frozen=True)
@@ -138,10 +136,6 @@ class Offer(CheckedMessage, kind="offer"):
     lowered: Annotated[dict[Name, Blob], Items(_MOST_PRECISIONS, "blobs")] | None = None
     """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`). None where
     there are none."""
-    slabs: Annotated[tuple[Blob, ...], Items(_MOST_SLABS, "blobs", least=1)] | None = None
-    """The parts from which `weights` can be composed instead of pulled (`fedprune.updates.width_deltas`): the narrowest
-    submodel's file, and the additions of each wider one, up to this one. Other devices pull the same blobs. None
-    without any."""
     codec: Annotated[str, text(256)] | None = None
     """How the update is to be encoded (`fedprune.updates.Codec`); None for a plain tensor file."""
     weights_codec: Annotated[str, text(256)] | None = None
@@ -429,9 +423,6 @@ class BlobRequest(CheckedMessage, kind="want"):
     """First leaf or piece."""
     count: Annotated[int, whole(1, MAX_REQUEST)]
     """How many."""
-    shared: TrueOrAbsent | None = None
-    """True where a device listens to the topic that all who pull this blob share, so that the answer may come there;
-    None where it doesn't."""
     most: Annotated[int, whole(1, MAX_REQUEST)] | None = None
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
     number: RequestNumber | None = field(default=None, compare=False)

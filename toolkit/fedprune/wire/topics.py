@@ -3,8 +3,6 @@
 - Channels are `up` and `down` for messages, `up/blob` and `down/blob` for chunks.
 - The job is `-` for messages that belong to none, the device is `all` for broadcasts.
 - A board that is not yet a member asks on `join` and is answered on `joined`; the device is the nonce of its request.
-- Chunks of a blob that several devices fetch are sent on `down/` and the first 16 digits of the blob's digest. Devices
-  subscribe to these topics only while they need them.
 - Servers of one identity find each other on `servers`, which no device reads or writes.
 """
 
@@ -27,8 +25,6 @@ JOIN, JOINED = "join", "joined"
 SERVERS = "servers"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
-_SHARED = re.compile(r"down/[0-9a-f]{16}")
-_TAG = 16
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -67,15 +63,6 @@ class Topics:
         """Messages of the server to all devices."""
         return f"{self._prefix}/{EVERYONE}/{NO_JOB}/down"
 
-    def shared(self, sha256: str, job: str = NO_JOB) -> str:
-        """Chunks of one blob to all devices that listen."""
-        if job != NO_JOB:
-            check_job(job)
-        channel = f"down/{sha256[:_TAG]}"
-        if not _SHARED.fullmatch(channel):
-            raise ProtocolError("digest in a topic", expected="64 hex digits", got=repr(sha256)[:80])
-        return f"{self._prefix}/{EVERYONE}/{job}/{channel}"
-
     def server_subscriptions(self) -> list[str]:
         return [f"{self._prefix}/+/+/up", f"{self._prefix}/+/+/up/blob"]
 
@@ -107,14 +94,11 @@ class Topics:
         return check_nonce(parts[3])
 
     def parse(self, topic: str) -> Address:
-        """Take a topic of this site apart; a shared blob has the channel `down/blob` of everyone. Raises
-        `ProtocolError` if it is another topic."""
+        """Take a topic of this site apart. Raises `ProtocolError` if it is another topic."""
         parts = topic.split("/", 5)
         if len(parts) != 6 or "/".join(parts[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
         device, job, channel = parts[3:]
-        if device == EVERYONE and _SHARED.fullmatch(channel):
-            channel = "down/blob"
         if channel not in CHANNELS:
             raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
         return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)

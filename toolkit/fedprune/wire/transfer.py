@@ -120,7 +120,6 @@ class Pull:
         limit: Leaves of a chunk; shared by all pulls through one broker.
         patience_s: Seconds without progress before outstanding leaves are requested again. It grows with each
             unsuccessful repetition, and with the response time.
-        shared: Whether the caller listens to the blob's shared topic, so that leaves that others requested are taken.
         answers: Response time; shared by all pulls from one peer.
         lend: Writes leaves that are available locally; called once, when the leaf table is complete.
     """
@@ -134,7 +133,6 @@ class Pull:
         window_leaves: int = WIDE_WINDOW_LEAVES,
         limit: ChunkLimit | None = None,
         patience_s: float = PATIENCE,
-        shared: bool = False,
         answers: ResponseTime | None = None,
         lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
@@ -145,8 +143,6 @@ class Pull:
                 got=f"{chunk_leaves} and {window_leaves}",
             )
         self.ref = ref
-        self.shared = shared
-        """Whether answers may come on the blob's shared topic; a caller that hears nothing there sets it to false."""
         self.stalls = 0
         """Consecutive repetitions without any progress."""
         self._partial = partial
@@ -203,19 +199,15 @@ class Pull:
         return self._repeat([i for i, (_, at) in self._asked.items() if now - at >= self._answers.slowest], now)
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
-        """Process a chunk; leaves that were not requested are ignored, unless the blob is shared. Raises
-        `ProtocolError` if a leaf or the leaf table arrived damaged too often, or the reference contradicts itself."""
+        """Process a chunk; leaves that were not requested are ignored. Raises `ProtocolError` if a leaf or the leaf
+        table arrived damaged too often, or the reference contradicts itself."""
         if self._done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
             return []
-        overheard = [(i, p) for i, p in chunk.leaves() if i not in self._asked] if self.shared else []
         bad: list[int] = []
         self._limit.arrived(-(-len(chunk.payload) // LEAF))
         for first, payload in chunk.runs(self._asked):
             self._came = True
             bad += self._keep(first, payload, now)
-        for index, payload in overheard:
-            if self._overheard(index, payload):
-                self._moved_at, self.stalls = now, 0
         return self._again(bad, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[BlobRequest]:
@@ -265,17 +257,6 @@ class Pull:
             self._progressed(None if index in self._twice else now - asked_at, now)
             self._twice.discard(index)
         return bad
-
-    def _overheard(self, index: int, payload: memoryview) -> bool:
-        """Store a leaf or piece that another device requested, if it is new and intact."""
-        if self._part == "data":
-            present = self._partial.present
-            return index < len(present) and not present[index] and self._partial.write(index, payload)
-        length = self.ref.leaf_count * DIGEST - index * LEAF
-        if index in self._pieces or len(payload) != min(LEAF, length):
-            return False
-        self._pieces[index] = bytes(payload)
-        return True
 
     def _progressed(self, took: float | None, now: float) -> None:
         self.stalls = 0
@@ -360,8 +341,7 @@ class Pull:
         return wants
 
     def _want(self, first: int, count: int) -> BlobRequest:
-        shared = True if self.shared else None
-        return BlobRequest(self.ref.sha256, self._part, first, count, shared, self._limit.wanted)
+        return BlobRequest(self.ref.sha256, self._part, first, count, self._limit.wanted)
 
 
 class BlobSender:

@@ -223,8 +223,6 @@ def _member_rules(site: str) -> Sequence[str]:
         "# Every device reads it. Mosquitto warns at each start that there is no %u in it; a `topic` outside of a user",
         "# would count for clients without a name alone, and there are none here.",
         f"pattern read {place}/{EVERYONE}/{NO_JOB}/down",
-        "# Blobs that several devices pull, each on a topic of its own.",
-        f"pattern read {place}/{EVERYONE}/+/down/+",
         "",
         "# To renew its certificate: %c is the client's id, the nonce of its request.",
         *_join_rules(site),
@@ -272,7 +270,6 @@ authorization {{
 {{allow, {{username, "{SERVER}"}}, publish, ["{place}/+/+/down/#", "{place}/+/{NO_JOB}/{JOINED}", "{servers}"]}}.
 {{allow, all, publish, ["{place}/${{username}}/+/up/#"]}}.
 {{allow, all, subscribe, ["{place}/${{username}}/+/down/#", "{place}/{EVERYONE}/{NO_JOB}/down"]}}.
-{{allow, all, subscribe, ["{place}/{EVERYONE}/+/down/+"]}}.
 {{allow, all, publish, ["{place}/${{clientid}}/{NO_JOB}/{JOIN}"]}}.
 {{allow, all, subscribe, ["{place}/${{clientid}}/{NO_JOB}/{JOINED}"]}}.
 {{deny, all}}.

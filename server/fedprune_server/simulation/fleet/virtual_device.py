@@ -40,17 +40,13 @@ def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
     """Bytes that a board downloads for an offer, by the digest of each blob.
 
     Args:
-        held: Digests that the board holds already; weights that it can decode with them travel encoded. Other weights
-            travel as the slabs that make them, where the offer names any.
+        held: Digests that the board holds already; weights that it can decode with them travel encoded.
     """
     refs = [offer[k] for k in (*_BLOBS, "mask", "moved") if offer.get(k)]
     pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
     weights = offer["weights"]["sha256"]
     if coded and offer.get("held", coded["sha256"]) in (*held, coded["sha256"]):
         pulled[weights] = int(coded["size"])
-    elif offer.get("slabs") and weights not in held:
-        del pulled[weights]
-        pulled |= {r["sha256"]: int(r["size"]) for r in offer["slabs"]}
     return pulled
 
 
