@@ -28,7 +28,7 @@ from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import chunks
 from fedprune_device.data.table_windows import TableFile
 from support.fakes.sample_files import wav
-from support.faults.parser_target import Target, as_file, dumped, scratch
+from support.faults.parser_target import Target, as_file, scratch
 from support.faults.parsers_of_files import npz, picture
 
 CSV = b"time,a,class\n1,2,0\n2,2.5,1\n"
