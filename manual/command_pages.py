@@ -10,8 +10,8 @@ from fedprune.output.examples import EXAMPLES
 from fedprune_device.cli import main as device
 from fedprune_export.cli import main as export
 from fedprune_flash.cli import main as flash
+from fedprune_server.cli import advise, simulate
 from fedprune_server.cli import main as server
-from fedprune_server.cli import simulate
 
 _HEAD = """# Commands
 
@@ -51,6 +51,7 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     yield "fedprune-simulate compare", simulate.build_compare_parser()
     yield "fedprune-simulate sweep", simulate.build_sweep_parser()
     yield "fedprune-simulate new", simulate.build_new_parser()
+    yield "fedprune-simulate advise", advise.build_advise_parser()
 
 
 def _only(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:

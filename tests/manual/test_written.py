@@ -52,13 +52,14 @@ def test_the_page_of_commands_has_every_command_and_every_option(files: dict[str
     from fedprune_device.cli import main as device
     from fedprune_export.cli import main as export
     from fedprune_flash.cli import main as flash
+    from fedprune_server.cli import advise, simulate
     from fedprune_server.cli import main as server
-    from fedprune_server.cli import simulate
 
     page = files["docs/reference/cli.md"]
     parsers = [module.build_parser() for module in (device, export, flash, server, simulate)]
     parsers += [export._command_parser(name) for name in export.COMMANDS]
     parsers += [simulate.build_compare_parser(), simulate.build_sweep_parser(), simulate.build_new_parser()]
+    parsers.append(advise.build_advise_parser())
     options = 0
     while parsers:
         parser = parsers.pop()

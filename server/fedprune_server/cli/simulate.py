@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedprune import __version__
 from fedprune.core.cli import (
     add_json,
     byte_count,
     check_command,
-    ended_by_signals,
     print_json,
     run_command,
     setting_of,
@@ -23,19 +20,30 @@ from fedprune.core.cli import (
 )
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
-
-if TYPE_CHECKING:
-    from fedprune_server.simulation.results.record import Record
+from fedprune_server.cli.advise import build_advise_parser
+from fedprune_server.cli.sweep_runs import (
+    carry_out_variants,
+    failure_rows,
+    hint_at_continuation,
+    output_folder,
+    print_remarks,
+)
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"
 SWEEP = "sweep"
 NEW = "new"
+ADVISE = "advise"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
-    builders = {COMPARE: build_compare_parser, SWEEP: build_sweep_parser, NEW: build_new_parser}
+    builders = {
+        COMPARE: build_compare_parser,
+        SWEEP: build_sweep_parser,
+        NEW: build_new_parser,
+        ADVISE: build_advise_parser,
+    }
     if given and given[0] in builders:
         return run_command(PROG, builders[given[0]], given[1:])
     return run_command(PROG, lambda: _parser_of(given), given)
@@ -43,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
     if given:
-        check_command(given[0], (COMPARE, SWEEP, NEW), f"See `{PROG} --help`.")
+        check_command(given[0], (COMPARE, SWEEP, NEW, ADVISE), f"See `{PROG} --help`.")
     return build_parser()
 
 
@@ -53,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Simulate a fleet on a virtual clock and write its report.",
         epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report; "
         f"`{PROG} {SWEEP} FILE --out DIR` does many runs side by side; "
-        f"`{PROG} {NEW} DIR` writes a fleet to begin with. "
+        f"`{PROG} {NEW} DIR` writes a fleet to begin with; "
+        f"`{PROG} {ADVISE} --config FILE --out DIR` says which strategy, core and codec to take. "
         "Exit codes are explained in docs/exit-codes.md.",
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
@@ -185,7 +194,7 @@ def _run(options: argparse.Namespace) -> None:
         plan = (
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
         )
-    with _goes_on(out):
+    with hint_at_continuation(out):
         run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, track=options.track, progress=True)
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few_rounds(plan.job.rounds) if options.demo else ""
@@ -223,7 +232,7 @@ def _compare(options: argparse.Namespace) -> None:
         )
         from fedprune_server.simulation.results.run_folder import write_csv
 
-        out, targets = _folder(options.out), tuple(options.target or ())
+        out, targets = output_folder(options.out), tuple(options.target or ())
         _check_csv(options.csv, out)
         runs = read_runs(options.runs)
         page = write_comparison(out, runs, targets)
@@ -241,54 +250,31 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedprune_server.simulation.results.comparison import (
         final_figures,
         print_comparison,
-        read_runs,
         variant_figures,
         write_comparison,
     )
-    from fedprune_server.simulation.results.report import remarks
     from fedprune_server.simulation.results.run_folder import write_csv
-    from fedprune_server.simulation.results.runs_progress import SweepDisplay
-    from fedprune_server.simulation.runs import FAILED, carry_out
-    from fedprune_server.simulation.sweep import read_sweep, simulate_run, variant_of
+    from fedprune_server.simulation.sweep import read_sweep
 
-    _check_csv(options.csv, _folder(options.out))
+    _check_csv(options.csv, output_folder(options.out))
     with progress("reading the sweep"):
-        runs, out = read_sweep(options.file), _folder(options.out)
-    with _goes_on(out), SweepDisplay() as display:
-        ended = carry_out(simulate_run, runs, out, workers=options.workers, ray=options.ray, watch=display.show)
-    failed = [e for e in ended if e.result is None]
-    done = [out / e.name for e in ended if e.result is not None]
-    records = read_runs(done) if done else ()
-    variants: dict[str, list[Record]] = {}
-    by_name = {run.name: run for run in runs}
-    for place, record in zip(done, records, strict=True):
-        variants.setdefault(variant_of(by_name[place.name]), []).append(record)
+        runs, out = read_sweep(options.file), output_folder(options.out)
+    variants, failed = carry_out_variants(runs, out, workers=options.workers, ray=options.ray)
+    records = [record for found in variants.values() for record in found]
     several = variants if any(len(found) > 1 for found in variants.values()) else None
     page = write_comparison(out, records, variants=several) if records else None
     if records and options.csv is not None:
         write_csv(options.csv, records)
     if options.json:
-        errors = [{"run": run.name, "error": run.error.splitlines()[-1]} for run in failed]
         rows = [final_figures(record) for record in records]
         means = variant_figures(variants)
-        print_json({"runs": rows, "variants": means, "failed": errors, "report": None if page is None else str(page)})
+        report = None if page is None else str(page)
+        print_json({"runs": rows, "variants": means, "failed": failure_rows(failed), "report": report})
     elif page is not None:
         print_comparison(records, variants=several)
         print(f"\nReport: {page}")
-    for record in records:
-        for line in remarks(record):
-            print(f"{record.title}: {line}", file=sys.stderr)
-    for run in failed:
-        details = out / run.name / FAILED
-        more = f" (details: {details})" if details.exists() else ""
-        print(f"{run.name} failed: {run.error.splitlines()[-1]}{more}", file=sys.stderr)
+    print_remarks(records, failed, out)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)
-
-
-def _folder(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
-    return out
 
 
 def _check_csv(path: Path | None, out: Path) -> None:
@@ -305,19 +291,9 @@ def _run_folder(out: Path) -> Path:
     """A folder in which nothing but a run's files are written over."""
     from fedprune_server.simulation.results.run_folder import is_run
 
-    if _folder(out).is_dir() and any(out.iterdir()) and not is_run(out):
+    if output_folder(out).is_dir() and any(out.iterdir()) and not is_run(out):
         raise UsageError(f"--out {out} holds something that is not a run's", expected="an empty folder, or a run's own")
     return out
-
-
-@contextmanager
-def _goes_on(folder: Path) -> Iterator[None]:
-    """Say what to do after Ctrl-C; SIGTERM is the same."""
-    with ended_by_signals():
-        try:
-            yield
-        except KeyboardInterrupt as stopped:
-            raise KeyboardInterrupt(f"the same command continues with what {folder} holds") from stopped
 
 
 if __name__ == "__main__":

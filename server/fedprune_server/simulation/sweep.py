@@ -58,15 +58,25 @@ def read_sweep(path: Path) -> list[RunSpec]:
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
     common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
-    inputs = _Inputs((path.parent / config).resolve())
-    runs = [
-        run
-        for number, row in enumerate(rows, 1)
-        for run in _variant_runs(row, common, inputs, f"{path}: [[runs]] {number}")
-    ]
+    return variant_runs((path.parent / config).resolve(), rows, common, f"{path}: [[runs]]")
+
+
+def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], where: str) -> list[RunSpec]:
+    """The runs of variants of a `fleet.toml`: each with each seed.
+
+    Args:
+        rows: Tables as [[runs]] of a sweep's file has them.
+        seeds: Those of variants without seeds of their own.
+        where: What errors call the rows.
+
+    Raises:
+        ConfigError: A key is missing, unknown or wrong, or two runs have the same name.
+    """
+    inputs = _Inputs(config)
+    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(row, seeds, inputs, f"{where} {number}")]
     names = [r.name for r in runs]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(f"{path}: [[runs]]", expected="another name or seed for each", got=f"{twice[0]!r} twice")
+        raise ConfigError(where, expected="another name or seed for each", got=f"{twice[0]!r} twice")
     return runs
 
 

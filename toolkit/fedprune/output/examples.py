@@ -260,6 +260,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-simulate new fleet",
         "fedprune-simulate new fleet --boards attic=raspberry-pi-zero-2w:40KB,dock=jetson-orin-nano",
     ),
+    "fedprune-simulate advise": (
+        "fedprune-simulate advise --config fleet.toml --out advice --workers 4",
+        "fedprune-simulate advise --config fleet.toml --out advice-long --rounds 20 --seeds 3 --json",
+    ),
 }
 """Two command lines or more of every command. Tests parse all of them."""
 

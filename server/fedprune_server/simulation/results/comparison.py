@@ -73,8 +73,8 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         "bytes_down": run.last.down,
         "bytes_up": run.last.up,
         "training_macs": run.macs() or None,
-        f"local_{kind}": _finite(local),
-        f"global_{kind}": _finite(whole),
+        f"local_{kind}": finite(local),
+        f"global_{kind}": finite(whole),
         f"best_global_{kind}": None if best is None else best.metrics[kind],
         "best_round": None if best is None else best.round,
         "best_model": None if best is None else best.model,
@@ -174,7 +174,8 @@ def _amount(value: float, cost: str) -> str:
             return amount(value, "bytes" if cost == "bytes" else "s")
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """A score as JSON may have it: None where nothing was measured."""
     return value if math.isfinite(value) else None
 
 
@@ -248,10 +249,15 @@ def print_comparison(
     for number, (title, rows) in enumerate(_comparison_tables(runs, targets, variants).items()):
         if number:
             print(f"\n{title}")
-        if sys.stdout.isatty():
-            table(rows).print()
-        else:
-            print(table(rows).to_markdown())
+        print_rows(rows)
+
+
+def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table, whose first row is the header: fitted to a terminal, as Markdown elsewhere."""
+    if sys.stdout.isatty():
+        table(rows).print()
+    else:
+        print(table(rows).to_markdown())
 
 
 def _comparison_tables(

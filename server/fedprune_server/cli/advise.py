@@ -1,0 +1,93 @@
+"""`fedprune-simulate advise`: which strategy, core and codec suit a fleet, by short runs of each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedprune.core.cli import add_json, print_json, whole_number, with_extra
+from fedprune.core.errors import ExitCode
+from fedprune.core.text import quantity
+from fedprune.output.tables import progress
+from fedprune_server.cli.sweep_runs import carry_out_variants, failure_rows, output_folder, print_remarks
+
+# Four fifths of eight rounds leave a core two in which boards have grown, and one seed can't show what is noise.
+ADVISED_ROUNDS, ADVISED_SEEDS = 8, 2
+
+
+def build_advise_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedprune-simulate advise",
+        description="Try the usual strategies, cores and codecs in short runs of your fleet, and say which to take.",
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="a fleet.toml with a [[devices]] table"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders; finished runs are kept"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=whole_number,
+        metavar="N",
+        help=f"of each run (default: {ADVISED_ROUNDS}, or the job's where it has fewer)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole_number,
+        default=ADVISED_SEEDS,
+        metavar="N",
+        help=f"runs of each variant, with the job's seed and those after it (default: {ADVISED_SEEDS})",
+    )
+    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="runs at a time")
+    add_json(parser)
+    parser.set_defaults(run=with_extra("server", _advise))
+    return parser
+
+
+def _advise(options: argparse.Namespace) -> int:
+    with progress("reading the fleet"):
+        from fedprune_server.simulation.advisor import Trial, advice_figures, advice_rows, advise, choose_variants
+        from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+        from fedprune_server.simulation.results.comparison import final_figures, print_rows, write_comparison
+        from fedprune_server.simulation.sweep import variant_runs
+
+        out, plan = output_folder(options.out), read_plan(options.config)
+        variants, job_rounds = choose_variants(options.config, plan), plan.job.rounds
+        rounds = options.rounds or min(ADVISED_ROUNDS, job_rounds)
+        seeds = range(plan.job.seed, plan.job.seed + options.seeds)
+        rows = [{"name": v.name, "job": {**v.job, "rounds": rounds}} for v in variants]
+        runs = variant_runs(options.config.resolve(), rows, seeds, str(options.config))
+    records, failed = carry_out_variants(runs, out, workers=options.workers)
+    trials = [Trial(v, tuple(records[v.name])) for v in variants if len(records.get(v.name, ())) == len(seeds)]
+    done = [record for trial in trials for record in trial.runs]
+    advice = page = None
+    if trials:
+        advice = advise(trials, job_rounds, 0 if plan.evaluation is None else len(plan.evaluation[1]))
+        page = write_comparison(out, done, variants={t.variant.name: t.runs for t in trials})
+    if options.json:
+        print_json(
+            {
+                "rounds": rounds,
+                "job_rounds": job_rounds,
+                "seeds": list(seeds),
+                "variants": advice_figures(trials, job_rounds) if trials else [],
+                "advice": None if advice is None else advice.to_dict(),
+                "runs": [final_figures(record) for record in done],
+                "failed": failure_rows(failed),
+                "report": None if page is None else str(page),
+            }
+        )
+    elif advice is not None:
+        print_rows(advice_rows(trials, job_rounds))
+        print(
+            f"\nScores after {quantity(rounds, 'round')}, as means over {quantity(len(seeds), 'seed')}. "
+            f"MACs are a share of {trials[0].variant.name}'s; MB and hours are those of the job's "
+            f"{quantity(job_rounds, 'round')} at this pace.\n"
+        )
+        print("\n".join((advice.reason, *advice.doubts)))
+        if advice.taken is not None:
+            print(f"\n{advice.taken.toml()}")
+        print(f"\nReport: {page}")
+    print_remarks(done, failed, out)
+    return int(ExitCode.TRAINING if failed else ExitCode.OK)

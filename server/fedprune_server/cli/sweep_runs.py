@@ -1,0 +1,69 @@
+"""What commands that do a sweep's runs have in common: their folder, progress, and what they say of failures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedprune.core.cli import ended_by_signals
+from fedprune.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from fedprune_server.simulation.results.record import Record
+    from fedprune_server.simulation.runs import RunResult, RunSpec
+
+
+def output_folder(out: Path) -> Path:
+    """The folder of `--out`. Raises `UsageError` if it is a file."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+    return out
+
+
+def carry_out_variants(
+    runs: Sequence[RunSpec], out: Path, *, workers: int, ray: bool = False
+) -> tuple[dict[str, list[Record]], list[RunResult]]:
+    """Do a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed."""
+    from fedprune_server.simulation.results.comparison import read_runs
+    from fedprune_server.simulation.results.runs_progress import SweepDisplay
+    from fedprune_server.simulation.runs import carry_out
+    from fedprune_server.simulation.sweep import simulate_run, variant_of
+
+    with hint_at_continuation(out), SweepDisplay() as display:
+        ended = carry_out(simulate_run, runs, out, workers=workers, ray=ray, watch=display.show)
+    done = [run for run, end in zip(runs, ended, strict=True) if end.result is not None]
+    variants: dict[str, list[Record]] = {}
+    for run, record in zip(done, read_runs([out / run.name for run in done]) if done else (), strict=True):
+        variants.setdefault(variant_of(run), []).append(record)
+    return variants, [end for end in ended if end.result is None]
+
+
+def failure_rows(failed: Sequence[RunResult]) -> list[dict[str, str]]:
+    return [{"run": run.name, "error": run.error.splitlines()[-1]} for run in failed]
+
+
+def print_remarks(records: Sequence[Record], failed: Sequence[RunResult], out: Path) -> None:
+    """Print caveats about runs, and why some failed, on stderr."""
+    from fedprune_server.simulation.results.report import remarks
+    from fedprune_server.simulation.runs import FAILED
+
+    for record in records:
+        for line in remarks(record):
+            print(f"{record.title}: {line}", file=sys.stderr)
+    for run in failed:
+        details = out / run.name / FAILED
+        more = f" (details: {details})" if details.exists() else ""
+        print(f"{run.name} failed: {run.error.splitlines()[-1]}{more}", file=sys.stderr)
+
+
+@contextmanager
+def hint_at_continuation(folder: Path) -> Iterator[None]:
+    """Say what to do after Ctrl-C; SIGTERM is the same."""
+    with ended_by_signals():
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            raise KeyboardInterrupt(f"the same command continues with what {folder} holds") from stopped

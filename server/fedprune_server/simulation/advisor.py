@@ -1,0 +1,284 @@
+"""Advice on a job: the usual strategies, cores and codecs in short runs on the user's own fleet, and the one to take.
+
+They are variants of a sweep (`fedprune_server.simulation.sweep`). What is decided here is which of them are worth a
+run, and what their records say.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedprune.coordination.width_planner import WidthPlanner
+from fedprune.core.errors import ConfigError
+from fedprune.core.text import quantity, some
+from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device
+from fedprune.model.nested_widths import just_made
+from fedprune.planning.plan import NOTHING
+from fedprune.strategies import Strategy, compose
+from fedprune.strategies.methods.fedprune import CORE
+from fedprune.updates import CODECS, PLAIN
+from fedprune_server.config.layers import brief
+from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_tables
+from fedprune_server.simulation.results.comparison import finite
+from fedprune_server.simulation.results.record import Record, shown
+
+Side = Literal["global", "local"]
+
+# Lets simulated boards train the whole model where real ones couldn't, so that there is something to compare with.
+_UNLIMITED = {"density": 1.0, "byte_budget": 0, "energy_budget": 0.0, "deadline_s": 1e7}
+
+_INT8 = {"compression": "int8", "compression_down": "int8"}
+_JOBS: Mapping[str, Mapping[str, Any]] = {
+    "fedavg": {"strategy": "fedavg", "compression": PLAIN, "compression_down": PLAIN},
+    "fedavg-int8": {"strategy": "fedavg", **_INT8},
+    "fedprune": {"strategy": "fedprune", **_INT8},
+    "fedprune-core": {"strategy": "fedprune", **_INT8, "options": {"core": CORE}},
+    "one-width": {"strategy": "fedprune", **_INT8, "options": {"core": 1.0}},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the job.
+
+    Attributes:
+        job: What makes it, as keys of [job].
+        misfit: Why boards of this fleet can't train it; empty where all can.
+    """
+
+    name: str
+    job: Mapping[str, Any]
+    misfit: str = ""
+
+    def toml(self) -> str:
+        """The lines for the job's file."""
+        options = self.job.get("options", {})
+        lines = ["[job]", *(f"{key} = {brief(value)}" for key, value in self.job.items() if key != "options")]
+        lines += ["", "[job.options]"] if options else []
+        return "\n".join([*lines, *(f"{key} = {brief(value)}" for key, value in options.items())])
+
+
+def choose_variants(path: Path, plan: Plan) -> list[Variant]:
+    """The variants of a `fleet.toml`'s job, of those that come to the same only the first.
+
+    Raises `ConfigError` if the job's other settings refuse one.
+    """
+    variants: list[Variant] = []
+    trained_alike = set()
+    trained_before = not just_made(plan.model.architecture, plan.model.tensors)
+    for name, job in _JOBS.items():
+        # Advice is on what boards can hold, which the planner says, and not a density.
+        changes = {**job, **({"density": 0.0} if plan.job.density else {})}
+        try:
+            settled = read_tables(path, {"job": changes}).config.job
+            strategy = compose(settled)
+            devices = _planned_devices(settled, strategy, plan)
+        except ConfigError as error:
+            raise error.named(f"{error.what}, in the variant {name}") from error
+        if strategy.core is None:
+            misfit = _misfit(devices)
+            variants.append(Variant(name, {**changes, **_UNLIMITED} if misfit else changes, misfit))
+        elif (training := _training(strategy, devices, trained_before=trained_before)) not in trained_alike:
+            trained_alike.add(training)
+            variants.append(Variant(name, changes))
+    return variants
+
+
+def _planned_devices(job: Job, strategy: Strategy, plan: Plan) -> dict[str, Device]:
+    planner = WidthPlanner(job, strategy, plan.model.architecture, plan.model.frozen)
+    devices = {d.name: Device(1, True, d.profile.to_dict(), None, d.samples, codecs=list(CODECS)) for d in plan.devices}
+    for name, device in devices.items():
+        planner.plan(name, device)
+    return devices
+
+
+def _misfit(devices: Mapping[str, Device]) -> str:
+    """Why boards can't train the whole model; empty if all can."""
+    narrow = [name for name, device in devices.items() if device.excluded or device.density < 1]
+    bounds = sorted({device.plan["bound"] for device in devices.values() if device.plan} - {NOTHING})
+    limits = f" ({', '.join(bounds)})" if bounds else ""
+    return f"too much for {some(narrow, most=3)}{limits}" if narrow else ""
+
+
+def _training(strategy: Strategy, devices: Mapping[str, Device], *, trained_before: bool) -> object:
+    """What boards train by a strategy that may have a core: equal where strategies come to the same."""
+    core, kinds = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
+    if core is None or strategy.allocator is not None or not kinds:
+        return core
+    if all(density == 1 for density, _ in kinds):
+        return "the whole model"
+    if not core.unconditional:
+        return "as their labels are"
+    return "what each can hold" if trained_before else core.of(kinds)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A variant and its runs, one for each seed."""
+
+    variant: Variant
+    runs: tuple[Record, ...]
+
+    def score(self, side: Side, rounds: int | None = None) -> float:
+        """The mean over the runs of the last score, within the first rounds if so asked; NaN where a run has none."""
+        return statistics.fmean(_score(run, side, rounds) for run in self.runs)
+
+    def expected_score(self, side: Side, rounds: int) -> float:
+        """The score after more rounds: as if it neared its end as 1 / rounds does, by what the last quarter of the
+        rounds brought. NaN of a single round."""
+        done = len(self.runs[0].rounds)
+        before, now = self.score(side, 3 * done // 4), self.score(side)
+        if done < 2:
+            return math.nan
+        return now + (now - before) * (1 / done - 1 / rounds) / (1 / (3 * done // 4) - 1 / done)
+
+    @property
+    def bytes(self) -> float:
+        """Of a round, both ways."""
+        return statistics.fmean((run.last.down + run.last.up) / len(run.rounds) for run in self.runs)
+
+    @property
+    def macs(self) -> float:
+        """Of a round."""
+        return statistics.fmean(run.macs() / len(run.rounds) for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """Of a round, which is as long as the slowest board takes."""
+        return statistics.fmean(run.last.at / len(run.rounds) for run in self.runs)
+
+
+def _score(run: Record, side: Side, rounds: int | None = None) -> float:
+    values = run.global_values() if side == "global" else run.mean_locals()
+    measured = [value for value in values[:rounds] if value is not None]
+    return measured[-1] if measured else math.nan
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Which variant to take.
+
+    Attributes:
+        taken: None where no variant that all boards can train has a score.
+        noise: Differences of scores up to this say nothing.
+        reason: Why that variant, in a sentence.
+        doubts: Why these runs are too few or too short to say, in sentences.
+    """
+
+    taken: Variant | None
+    noise: float
+    reason: str
+    doubts: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        taken = None if self.taken is None else {"variant": self.taken.name, "toml": self.taken.toml()}
+        return {**vars(self), "taken": taken, "doubts": list(self.doubts)}
+
+
+def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
+    """The best of the variants that all boards can train or, of those within noise of it, the one with fewest bytes.
+
+    The global model's score decides or, where the server has no samples, that of the models that boards serve.
+
+    Args:
+        trials: One or more, with equal seeds.
+        rounds: Those of the job.
+        samples: The server's.
+    """
+    run = trials[0].runs[0]
+    side: Side = "global" if samples else "local"
+    sign = 1 if run.metric.higher else -1
+    scores = {t.variant.name: sign * t.score(side) for t in trials}
+    fit = [t for t in trials if not t.variant.misfit and math.isfinite(scores[t.variant.name])]
+    if not fit:
+        return Advice(None, 0.0, f"No variant that all boards can train has a {side} {run.measure}.")
+    best = max(fit, key=lambda t: scores[t.variant.name])
+    noise = _noise(trials, side)
+    if samples and run.metric.share:
+        noise = max(noise, math.sqrt(best.score(side) * (1 - best.score(side)) / samples))
+    gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in fit}
+    taken = min((t for t in fit if gaps[t.variant.name] <= noise), key=lambda t: t.bytes)
+    others = [name for name, gap in gaps.items() if gap <= noise and name != taken.variant.name]
+
+    def distance(value: float) -> str:
+        return f"{100 * value:.1f} points" if run.metric.share else f"{value:.3g}"
+
+    reason = f"Take {taken.variant.name}: {side} {run.measure} {shown(taken.score(side), run.metric)}, "
+    if len(fit) == 1:
+        reason += "and no other variant can be trained by all boards."
+    elif others:
+        these = "all others that boards can train" if len(others) == len(fit) - 1 else some(others)
+        reason += f"within noise ({distance(noise)}) of {these}, and the fewest bytes of these."
+    else:
+        lead = min(gap for name, gap in gaps.items() if name != taken.variant.name)
+        reason += f"the best that all boards can train, {distance(lead)} ahead where {distance(noise)} are noise."
+    return Advice(taken.variant, noise, reason, tuple(_doubts(fit, taken, rounds, side, noise)))
+
+
+def _noise(trials: Sequence[Trial], side: Side) -> float:
+    """Twice the standard error, over the seeds, of a variant's distance from the first one: the median variant's, so
+    that one that learns nothing doesn't make noise of all differences."""
+    errors = [0.0]
+    for trial in trials[1:]:
+        gaps = [_score(a, side) - _score(b, side) for a, b in zip(trial.runs, trials[0].runs, strict=True)]
+        if len(gaps) > 1 and all(map(math.isfinite, gaps)):
+            errors.append(statistics.stdev(gaps) / math.sqrt(len(gaps)))
+    return 2 * statistics.median(errors[1:] or errors)
+
+
+def _doubts(fit: Sequence[Trial], taken: Trial, rounds: int, side: Side, noise: float) -> Iterator[str]:
+    if len(taken.runs) == 1:
+        yield "One seed doesn't show what is noise: give --seeds 2 or more."
+    run = taken.runs[0]
+    done = len(run.rounds)
+    if done >= rounds:  # the job has no more
+        return
+    sign = 1 if run.metric.higher else -1
+    later = {t.variant.name: sign * t.expected_score(side, rounds) for t in fit}
+    ahead, mine = max(later, key=later.__getitem__), later[taken.variant.name]
+    if not math.isfinite(mine):
+        doubt = f"{quantity(done, 'round')} can't show what is ahead after the job's {rounds}."
+    elif later[ahead] - mine > noise:
+        doubt = f"{quantity(done, 'round')} are too few to say: {ahead} may be ahead after the job's {rounds}."
+    else:
+        return
+    yield f"{doubt} Give --rounds {min(rounds, 2 * done)} and another --out."
+
+
+def advice_figures(trials: Sequence[Trial], rounds: int) -> list[dict[str, Any]]:
+    """Scores and costs of variants as JSON types: bytes and hours of the job's rounds at the pace of the runs', MACs as
+    a share of the first variant's."""
+    measure, whole = trials[0].runs[0].measure, trials[0].macs
+    return [
+        {
+            "variant": trial.variant.name,
+            f"global_{measure}": finite(trial.score("global")),
+            f"local_{measure}": finite(trial.score("local")),
+            "macs_share": trial.macs / whole if whole else None,
+            "bytes": trial.bytes * rounds,
+            "hours": trial.seconds * rounds / 3600,
+            "why_not": trial.variant.misfit,
+            "job": dict(trial.variant.job),
+        }
+        for trial in trials
+    ]
+
+
+def advice_rows(trials: Sequence[Trial], rounds: int) -> list[tuple[str, ...]]:
+    """The same as a table; the first row is the header."""
+    measure, metric, sides = trials[0].runs[0].measure, trials[0].runs[0].metric, ("global", "local")
+    costs: tuple[str, ...] = ("MACs", "MB", "hours")
+    rows = [("variant", *(f"{side} {measure}" for side in sides), *costs, "why not")]
+    for row in advice_figures(trials, rounds):
+        scores = (shown(row[f"{side}_{measure}"], metric) for side in sides)
+        share = "–" if row["macs_share"] is None else f"{row['macs_share']:.0%}"
+        costs = (share, f"{row['bytes'] / 1e6:,.2f}", f"{row['hours']:.3g}")
+        rows.append((row["variant"], *scores, *costs, row["why_not"]))
+    return rows

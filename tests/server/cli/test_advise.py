@@ -1,0 +1,164 @@
+"""`fedprune-simulate advise`: which variants a fleet's job is tried in, and which of them is to be taken."""
+
+import json
+
+import pytest
+import tomllib
+
+from fedprune.core.errors import ExitCode
+from fedprune.jobs.job import Job
+from fedprune.strategies import compose
+from fedprune_server.cli.simulate import main
+from fedprune_server.monitoring.round_rows import RoundRow
+from fedprune_server.simulation import runs as simulated_runs
+from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.runs import DONE, RunResult
+from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
+
+PI = "raspberry-pi-4b"
+WIDE = [StarterBoard(name, PI, 2_000_000) for name in ("a", "b", "c")]
+ONE_NARROW = [StarterBoard("a", PI, 40_000), *(StarterBoard(name, PI, 150_000) for name in ("b", "c", "d"))]
+
+
+def fleet_of(folder, boards, rounds=12, **recipe):
+    """Writes a fleet whose runs are short, and gives its file."""
+    write_starter(folder, boards)
+    lines = "".join(f"\n{key} = {json.dumps(value)}" for key, value in recipe.items())
+    path = folder / "fleet.toml"
+    text = path.read_text().replace("rounds = 12", f"rounds = {rounds}").replace("lr = 0.03", f"lr = 0.03{lines}")
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def advised(tmp_path, monkeypatch, capsys):
+    """Gives advice on runs of these curves of the global model, by variant and seed, instead of training."""
+
+    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, **recipe):
+        path = fleet_of(tmp_path / "fleet", boards, **recipe)
+
+        job = read_plan(path).job.to_dict()
+
+        def finished(work, runs, out, **_):
+            for run in runs:
+                variant, _, seed = run.name.rpartition("-")
+                curve = (curves.get(variant) or [usual] * 2)[int(seed)]
+                rows = [
+                    RoundRow(i, 60.0 * i, "a" * 64, {metric: score}, {}, 1, (sent or {}).get(variant, 10) * i, 0)
+                    for i, score in enumerate(curve, 1)
+                ]
+                (out / run.name).mkdir(parents=True, exist_ok=True)
+                Record(run.name, job, (), (), tuple(rows)).save(out / run.name / "metrics.json")
+            return [RunResult(run.name, {}) for run in runs]
+
+        metric = recipe.get("metric", "accuracy")
+        monkeypatch.setattr(simulated_runs, "carry_out", finished)
+        command = ["advise", "--config", str(path), "--out", str(tmp_path / "out"), "--json", *arguments]
+        assert main(command) == ExitCode.OK
+        return json.loads(capsys.readouterr().out)
+
+    return curves_of
+
+
+def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(tmp_path, monkeypatch, capsys):
+    def carry_out(work, runs, out, **_):
+        return [RunResult(run.name, dict(work(run, out / run.name, lambda *_: None))) for run in runs]
+
+    monkeypatch.setattr(simulated_runs, "carry_out", carry_out)
+    path, out = fleet_of(tmp_path / "fleet", STARTERS[:2], rounds=1, max_steps=1), tmp_path / "out"
+    command = ["advise", "--config", str(path), "--out", str(out), "--seeds", "1"]
+    assert main([*command, "--json"]) == ExitCode.OK
+    advice = json.loads(capsys.readouterr().out)
+    rows = {row["variant"]: row for row in advice["variants"]}
+    runs = {name: Record.load(out / f"{name}-0" / "metrics.json") for name in rows}
+    for name, row in rows.items():
+        last = runs[name].last
+        assert row["bytes"] == last.down + last.up
+        assert row["hours"] * 3600 == pytest.approx(last.at)
+        assert row["macs_share"] == pytest.approx(runs[name].macs() / runs["fedavg"].macs())
+        assert row["global_accuracy"] == last.accuracy
+    assert {d.density for d in runs["fedavg"].devices} == {1.0}, "the reference trains what these boards couldn't"
+    taken = advice["advice"]["taken"]
+    for key, value in tomllib.loads(taken["toml"])["job"].items():
+        assert getattr(Job.from_dict(runs[taken["variant"]].job), key) == value
+
+    assert main(command) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert advice["advice"]["reason"] in said
+    assert taken["toml"] in said
+    assert (out / "comparison.html").exists()
+
+
+@pytest.mark.soak
+def test_finished_runs_are_not_done_again(tmp_path):
+    path, out = fleet_of(tmp_path / "fleet", STARTERS[:2], rounds=1, max_steps=1), tmp_path / "out"
+    command = ["advise", "--config", str(path), "--out", str(out), "--workers", "2", "--seeds", "1"]
+    assert main(command) == ExitCode.OK
+    finished = {place: place.read_bytes() for place in out.glob(f"*/{DONE}")}
+    assert main(command) == ExitCode.OK
+    assert {place: place.read_bytes() for place in out.glob(f"*/{DONE}")} == finished
+    assert len(finished) >= 3
+
+
+@pytest.mark.parametrize(
+    ("boards", "names", "misfits"),
+    [
+        pytest.param(WIDE, ["fedavg", "fedavg-int8", "fedprune"], [], id="all hold the whole model"),
+        pytest.param(
+            ONE_NARROW,
+            ["fedavg", "fedavg-int8", "fedprune", "fedprune-core", "one-width"],
+            ["fedavg", "fedavg-int8"],
+            id="one holds less than the others",
+        ),
+    ],
+)
+def test_variants_that_come_to_the_same_are_tried_once(advised, boards, names, misfits):
+    rows = advised(boards, {})["variants"]
+    assert [row["variant"] for row in rows] == names
+    assert [row["variant"] for row in rows if row["why_not"]] == misfits
+    cores = [compose(Job(**row["job"])).core for row in rows]
+    assert len({(row["job"]["strategy"], str(core)) for row, core in zip(rows, cores, strict=True)}) == len(names) - 1
+
+
+def test_the_best_is_taken_that_all_boards_can_train(advised):
+    curves = {"fedavg": [(0.9,), (0.91,)], "one-width": [(0.8,), (0.82,)], "fedprune": [(0.6,), (0.61,)]}
+    sent = {"one-width": 1000}
+    advice = advised(ONE_NARROW, curves, rounds=1, sent=sent)["advice"]
+    assert advice["taken"]["variant"] == "one-width"
+    assert advice["doubts"] == []
+
+
+def test_of_what_is_within_noise_the_fewest_bytes_are_taken(advised):
+    # Seeds move the distances from fedavg by some points, which are noise.
+    curves = {
+        "fedavg": [(0.80,), (0.80,)],
+        "fedavg-int8": [(0.78,), (0.82,)],
+        "fedprune": [(0.82,), (0.76,)],
+    }
+    advice = advised(WIDE, curves, rounds=1, sent={"fedavg": 100, "fedavg-int8": 30, "fedprune": 20})["advice"]
+    assert advice["noise"] > 0.01
+    assert advice["taken"]["variant"] == "fedprune"
+
+
+def test_a_perplexity_is_better_where_it_is_lower(advised):
+    curves = {"fedavg": [(2.0,), (2.0,)], "fedavg-int8": [(1.0,), (1.0,)], "fedprune": [(3.0,), (3.0,)]}
+    advice = advised(WIDE, curves, rounds=1, metric="perplexity")["advice"]
+    assert advice["taken"]["variant"] == "fedavg-int8"
+
+
+@pytest.mark.parametrize(("rounds", "doubts"), [(4, 0), (12, 1)])
+def test_advice_is_doubted_where_a_job_goes_on_and_another_variant_rises(advised, rounds, doubts):
+    curves = {
+        "fedavg": [(0.1, 0.2, 0.3, 0.4)] * 2,
+        "fedavg-int8": [(0.1, 0.2, 0.3, 0.4)] * 2,
+        "fedprune": [(0.5, 0.5, 0.5, 0.5)] * 2,
+    }
+    advice = advised(WIDE, curves, "--rounds", "4", rounds=rounds)["advice"]
+    assert advice["taken"]["variant"] == "fedprune"
+    assert len(advice["doubts"]) == doubts
+
+
+def test_one_seed_and_one_round_are_said_to_be_too_few(advised):
+    advice = advised(WIDE, {}, "--rounds", "1", "--seeds", "1")["advice"]
+    assert len(advice["doubts"]) == 2
