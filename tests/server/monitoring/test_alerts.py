@@ -202,7 +202,6 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
         rollout(RolloutPhase.RUNNING),
         another(601),
         replace(with_job(1, phase=Phase.WAITING, away=["b"]), tier=TierStatus(PARENT)),
-        replace(with_job(full=["hardware:pi"], phase=Phase.WAITING), tier=TierStatus(PARENT)),
         replace(with_job(phase=Phase.FINISHED), tier=TierStatus(PARENT, NOW - 61)),
     ],
 )

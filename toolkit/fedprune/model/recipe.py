@@ -527,7 +527,10 @@ class Recipe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def to_offer(self) -> dict[str, Any]:
-        """As plain JSON types, without settings that are as by default: most are, and every offer has a recipe."""
+        """As plain JSON types, without settings that are as by default: most are, and every offer has a recipe.
+
+        So a board must have the same defaults: they are part of the protocol.
+        """
         plain = {f.name: f.default for f in fields(self)}
         return {k: v for k, v in self.to_dict().items() if getattr(self, k) != plain[k]}
 
