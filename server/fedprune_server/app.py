@@ -44,7 +44,7 @@ from fedprune_server.executor.distributed import helped
 from fedprune_server.maintenance.backup_manifest import restored_from
 from fedprune_server.messaging.broker.revocations import delivering
 from fedprune_server.messaging.connection import Connection, connection, identity_of
-from fedprune_server.messaging.leadership import Candidate, Leadership, ServerInstance, leadership
+from fedprune_server.messaging.second_server import SecondServerGuard, ServerInstance, second_server_guard
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.display import Lines, make_display
@@ -83,13 +83,11 @@ class StartOptions:
     Attributes:
         jobs: Configuration files of further jobs.
         insecure: Do without identity, TLS and signatures, on this machine alone.
-        take_over: Replace another server of this identity.
         until_finished: End when all jobs are done.
     """
 
     jobs: Sequence[Path] = ()
     insecure: bool = False
-    take_over: bool = False
     until_finished: bool = False
 
 
@@ -99,13 +97,13 @@ class App:
 
     Attributes:
         folders: The state folders of its jobs.
-        leader: Its claim to be the one that serves its site; None without an identity.
+        guard: Finds other servers of its identity; None without one.
         until_finished: End when all jobs are done.
     """
 
     server: Server
     folders: Sequence[StateFolder]
-    leader: Leadership | None
+    guard: SecondServerGuard | None
     connection: Connection
     until_finished: bool
 
@@ -115,12 +113,12 @@ class App:
         return self.server.outdated
 
     def run(self) -> None:
-        """Run the server until it is stopped. Raises as `Server.run`, and if another server has taken over."""
+        """Run the server until it is stopped. Raises as `Server.run`, and if another server does."""
         self.server.run(until_finished=self.until_finished)
         for folder in self.folders:
             folder.lease.confirm()
-        if self.leader is not None:
-            self.leader.confirm()
+        if self.guard is not None:
+            self.guard.confirm()
         totals = [runner.registry.total for runner in self.server.runners.values()]
         down, up = (amount(sum(total), "bytes") for total in zip(*totals, strict=True))
         log.info("%s of payload to devices and %s from them, over all starts", down, up)
@@ -146,7 +144,7 @@ def build_app(
         FedpruneError: A part of the configuration can't be used, or another server runs on the same state.
     """
     with ExitStack() as stack:
-        check_console(config)  # before another server is asked to end, as by a take-over
+        check_console(config)
         channels(config.alerts)
         identity = stack.enter_context(identity_of(config, insecure=options.insecure))
         folder = folder or stack.enter_context(StateFolder(config.state, config.database, stopping=stopping))
@@ -172,10 +170,10 @@ def build_app(
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker: %s on %s:%d", reached.broker.program, config.host, reached.broker.port)
-        leader = rollouts = None
+        guard = rollouts = None
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
-            leader = stack.enter_context(leadership(reached.url, identity, config.ca, instance, stopping))
+            guard = stack.enter_context(second_server_guard(reached.url, identity, config.ca, instance, stopping))
             rollouts = RolloutStore(config.state, folder.storage.database)
         services = DeviceServices(
             rollouts,
@@ -207,14 +205,13 @@ def build_app(
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
-        if leader is not None and identity is not None:
+        if guard is not None and identity is not None:
             # Until here a copy that was started by mistake has changed nothing outside its own folder.
-            leader.enter(identity.epochs, take_over=options.take_over, alone=reached.broker is not None)
+            guard.enter()
             stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)
-        others = tuple if leader is None else leader.candidates
-        stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts, others))
+        stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts))
         _console(stack, config, reached, identity, server, logs, alerts)
         reached.start()
         for job in jobs:
@@ -222,7 +219,7 @@ def build_app(
         if pulse is not None:
             server.first.observers.each_turn(pulse.beat)
             stack.callback(pulse.stop)
-        yield App(server, [job.folder for job in jobs], leader, reached, options.until_finished)
+        yield App(server, [job.folder for job in jobs], guard, reached, options.until_finished)
 
 
 @dataclass(frozen=True)
@@ -389,7 +386,6 @@ def monitoring(
     server: Server,
     folders: Sequence[Path],
     alerts: AlertBook,
-    others: Callable[[], Sequence[Candidate]] = tuple,
 ) -> Iterator[None]:
     """Alerts of a server: logged, notified, and kept in a book for console and metrics. Raises `ConfigError` if a
     secret's file of [alerts] can't be used."""
@@ -397,7 +393,7 @@ def monitoring(
     views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
     here = server.count_connected if len(runners) > 1 else None
     monitor = Monitor(
-        config.state, config.server_settings(), views, here=here, others=others, tier=server.tier_status, book=alerts,
+        config.state, config.server_settings(), views, here=here, tier=server.tier_status, book=alerts,
         # Boards that come back in turn are away for most of the time.
         away_rounds=0 if config.connected else config.alerts.away_rounds, present=server.present,
         free=server.free,

@@ -1,4 +1,4 @@
-"""Two servers of one identity at one broker, as processes: one serves and reports the other, no board is blamed."""
+"""Two servers of one identity at one broker, as processes: the second is refused, and no board is blamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedprune.core.errors import ExitCode
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.storage import Storage
 from support.processes.real_site import Site, write_material
-from support.processes.watched_site import SERVER, Hook, Watched, doctor, shown
+from support.processes.watched_site import SERVER, Watched
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 
@@ -36,7 +36,7 @@ class TwoServers(Watched):
             command = super().command("server") if name == "server" else Site.command(self, "server")
             if name.startswith("second"):
                 command[command.index("--state") + 1] = str(self.restored)
-            return command + (["--take-over"] if name == "second" else [])
+            return command
         return super().command(name)
 
     @property
@@ -78,12 +78,11 @@ def site(tmp_path: Path) -> Iterator[TwoServers]:
         yield made
 
 
-# At every push `tests/server/messaging/test_leadership.py` has two servers in memory, `test_alerts.py` their alerts.
+# At every push `tests/server/messaging/test_second_server.py` has two servers in memory.
 @pytest.mark.soak
-def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServers) -> None:
+def test_a_restored_server_takes_the_fleet_only_once_the_first_has_ended(site: TwoServers) -> None:
     site.start_all()
     site.wait_for(lambda: (saved := site.saved()) is not None and saved.round >= 2, "rounds end")
-    ann = site.operator()
     site.tool("backup", "--state", site.state, "--to", site.folder / "backup")
     site.tool("restore", "--from", site.folder / "backup", "--state", site.restored)
 
@@ -92,38 +91,22 @@ def test_a_restored_server_takes_the_fleet_only_when_it_is_told_to(site: TwoServ
     assert "restored on" in refused
     assert f"from a backup of {socket.gethostname()}:{site.state}" in refused
     assert f"another server runs this fleet: on {socket.gethostname()}, state folder {site.state}, since 20" in refused
-    assert "--take-over" in refused
-    place = f"on {socket.gethostname()}, state folder {site.restored}"
-    site.wait_for(lambda: f"alert: another server was started with this fleet's identity: {place}" in site.log(), "log")
-    site.wait_for(
-        lambda: (
-            place in shown(ann).get("second-server", "") and bool(Hook.posted("opened", "second-server", "warning"))
-        ),
-        "console and webhook, too",
-    )
-    assert site.counted("second-server") == 1
-    assert place in site.tool("status", "--state", site.state)
-    told = doctor(site.state)[1]["second-server"]
-    assert place in told["what"]
-    assert f"--state {site.restored} --take-over" in told["todo"]
     site.trains(site.state)
+    assert "another server" not in site.tool("doctor", "--state", site.state, code=None)
 
+    first = site.processes.pop("server")
+    first.terminate()
+    assert first.wait(site.patience_s) == ExitCode.OK, site.logs()
     site.start("second")
-    gone = site.ends("server", ExitCode.OTHER_SERVER)
-    assert f"another server has taken this fleet over: on {socket.gethostname()}, state folder {site.restored}" in gone
-    assert "alert: another server has taken this fleet over" in gone
-    (last,) = Hook.posted("opened", "second-server", "critical")
-    assert f"another server has taken this fleet over: {place}, since 20" in last
-    assert "taking this fleet over from the server on" in site.log_of("second")
     site.trains(site.restored)
 
     told = site.tool("doctor", "--state", site.state, code=ExitCode.FOUND)
     assert f"another server runs this fleet: on {socket.gethostname()}, state folder {site.restored}" in told
     assert "another server" not in site.tool("doctor", "--state", site.restored, code=None)  # a small disk may be found
     site.start("first-again")
-    assert "--take-over" in site.ends("first-again", ExitCode.OTHER_SERVER)
+    assert "another server runs this fleet" in site.ends("first-again", ExitCode.OTHER_SERVER)
 
-    # A server that crashed starts again on its own folder, and needs no `--take-over`.
+    # A server that crashed starts again on its own folder.
     second = site.processes.pop("second")
     second.kill()
     second.wait()

@@ -36,7 +36,7 @@ from fedprune_server.aggregators.channel import (
     drained,
 )
 from fedprune_server.aggregators.messages import Steered, event_body, read_steered, whole_of
-from fedprune_server.messaging.leadership import OtherServerError
+from fedprune_server.messaging.second_server import OtherServerError
 
 log = logging.getLogger("fedprune.server")
 

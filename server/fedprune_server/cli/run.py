@@ -109,10 +109,6 @@ def add_run_options(run: argparse.ArgumentParser, *, jobs: bool = True) -> None:
         action="store_true",
         help="wait while another server has the job, and continue with it if that ends",
     )
-    run.add_argument(
-        "--take-over", action="store_true",
-        help="replace another server of this identity that runs elsewhere: it ends, and boards follow this one",
-    )  # fmt: skip
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="log more, such as each device's row per round")
     _add_settings(run, jobs=jobs)
@@ -261,7 +257,7 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     share_heaps()
     config = configured(arguments).config
-    options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
+    options = StartOptions(arguments.job, arguments.insecure, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
         stack.enter_context(run_by_child_process())  # a round's evaluation needs it for a second

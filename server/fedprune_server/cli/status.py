@@ -27,7 +27,7 @@ from fedprune_server.devices.plan_vs_actual import compared, described, planned,
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
-from fedprune_server.monitoring.alerts import CRITICAL, INFO, evaluate_alerts
+from fedprune_server.monitoring.alerts import INFO, evaluate_alerts
 from fedprune_server.monitoring.display import board_texts, metric_texts, secure_sum_line
 from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
 from fedprune_server.monitoring.round_rows import judging_metric
@@ -66,8 +66,7 @@ def status_of_all(state: Path) -> dict[str, Any]:
 
     A device is at one job at a time: `job` names it while a server runs, and a device that is connected and free is
     online, too. Without a connection to the broker `online` is None. `alerts` are those that the running server has
-    open and whose cause lasts, none while it starts; of one that ended, that another server has taken the fleet over,
-    which is what `replaced` says.
+    open and whose cause lasts, none while it starts.
     """
     first = status(state)
     recorded = read_live(state) if first["running"] else read_recorded(state)
@@ -77,7 +76,6 @@ def status_of_all(state: Path) -> dict[str, Any]:
     at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
     free, cut_off = recorded.free if first["running"] else (), any(a["kind"] == "broker" for a in first["alerts"])
     for body in every:
-        body["replaced"] = not first["running"] and bool(first["alerts"])
         for device in body["devices"]:
             if further:
                 device["job"] = at.get(device["name"])
@@ -216,17 +214,12 @@ def _outcome(part: Mapping[str, Any]) -> str:
 
 
 def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str, Any]]:
-    """Open alerts of a running server, and that it hangs or was suspended; of one that ended, what replaced it."""
-    if recorded.turned_at is None:
+    """Open alerts of a running server, and that it hangs or was suspended; of one that ended, none."""
+    if recorded.turned_at is None or not running:
         return []
-    now, found = time.time(), recorded.current_alerts
-    if running:
-        snapshot = Snapshot(
-            folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder)
-        )  # fmt: skip
-        found = [*evaluate_alerts(snapshot, now), *found]
-    else:
-        found = [a for a in found if a.kind == "second-server" and a.severity == CRITICAL]
+    now = time.time()
+    snapshot = Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder))
+    found = [*evaluate_alerts(snapshot, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in found]
 
@@ -264,7 +257,7 @@ def _stopped(body: dict[str, Any]) -> str:
     command = f"fedprune-server {'aggregate' if body['parent'] else 'run'} --state {shlex.quote(body['server'])}"
     if not body["job"]:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
-    over = body["phase"] == Phase.FINISHED.value or body.get("replaced")
+    over = body["phase"] == Phase.FINISHED.value
     end = "" if over else f"; to go on: {command}"
     return f"  no server is running{since}{end}"
 

@@ -38,7 +38,7 @@ from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
 from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
-from fedprune_server.messaging.leadership import ServerInstance, described, leadership
+from fedprune_server.messaging.second_server import ServerInstance, described, second_server_guard
 from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, command, evaluate_alerts, state_args
 from fedprune_server.monitoring.monitor import Recorded, read_live
 from fedprune_server.monitoring.participation import format_minute, quarantine_absence
@@ -118,7 +118,7 @@ def diagnose(folder: Path, timeout_s: float = 5.0) -> list[Finding]:
     kinds = {finding.kind for finding in everything}
     consequences = set[str]()
     if "second-server" in kinds:
-        consequences.add("server-not-running")  # a start here would take the fleet back
+        consequences.add("server-not-running")  # a start here would be refused
     if "broker" in kinds:
         consequences.update(MISSING_BOARDS)  # without a broker no board can be there
     causes = [finding for finding in everything if finding.kind not in consequences]
@@ -426,9 +426,9 @@ def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
         return
     with (
         IdentityFolder(folder, read_only=True) as identity,
-        leadership(site.broker, identity, site.ca, ServerInstance(folder, looks_only=True)) as asking,
+        second_server_guard(site.broker, identity, site.ca, ServerInstance(folder, looks_only=True)) as guard,
     ):
-        servers = asking.others()
+        servers = guard.others()
     place = socket.gethostname(), str(folder.resolve())
     here = [o for o in servers if (o.host, o.folder) == place]
     if running:
@@ -439,9 +439,8 @@ def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
         yield wrong(
             "second-server",
             f"another server runs this fleet: {copied}{described(other)}",
-            "one of the two will end: a fleet has one server" if running else "boards follow that one",
-            "look after the fleet there; or, to serve it from here: "
-            + command("run", *state_args(folder), "--take-over"),
+            "both answer the boards, and a fleet has one server" if running else "boards follow that one",
+            "stop one of the two" if running else "look after the fleet there; or stop that one, to serve it from here",
         )
 
 

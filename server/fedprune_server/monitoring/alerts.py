@@ -40,7 +40,6 @@ ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = {
     "server-hangs": (CRITICAL,),
     "database-waits": (CRITICAL,),
     "broker": (CRITICAL,),
-    "second-server": (CRITICAL, WARNING),
     "aggregator": (CRITICAL, WARNING),
     "parent": (WARNING,),
     "no-devices": (CRITICAL, WARNING),
@@ -95,11 +94,8 @@ _DISK_RECOVERY_FACTOR = 1.2
 """An open alert about the disk stays until this many times the limit is free, so that it doesn't open and close with
 each file that is written and deleted."""
 
-_BROKER_DELAY_S, _SECOND_SERVER_DELAY_S = 15.0, 5.0
-"""The longest that the broker and a second server's takeover may take before an alert opens."""
-
-_SECOND_SERVER_SILENCE_S = 600.0
-"""The alert about a second server closes once that one has been silent for this long."""
+_BROKER_DELAY_S = 15.0
+"""The longest that the broker may be away before an alert opens."""
 
 
 MISSING_BOARDS = ("no-devices", "too-few-devices")
@@ -144,7 +140,7 @@ class Alert:
 
 def evaluate_alerts(seen: Snapshot, now: float) -> list[Alert]:
     """All alerts that a snapshot justifies at a time in seconds since 1970."""
-    alerts = [*_server_alerts(seen, now), *_second_server_alerts(seen, now), *_tier_alerts(seen)]
+    alerts = [*_server_alerts(seen, now), *_tier_alerts(seen)]
     for job in seen.jobs:
         if not job.finished and job.begun:
             alerts += _board_alerts(seen, job, now)
@@ -224,30 +220,6 @@ def _server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
                 f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
                 "boards wait for it, and train nothing meanwhile",
                 command(verb, *state_args(job.folder)), job=job.name,
-            )  # fmt: skip
-
-
-def _second_server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
-    deadline_s = min((j.deadline_s for j in seen.jobs), default=2 * _SECOND_SERVER_DELAY_S)
-    for other in seen.others:
-        place, subject = f"on {other.host}, state folder {other.folder}", f"{other.host}:{other.folder}"
-        if other.leads:
-            yield Alert(
-                "second-server", CRITICAL, other.since,
-                f"another server has taken this fleet over: {place}, since {format_minute(other.since)}",
-                "this server ends (exit code 23); boards follow the other one, and nothing is wrong with them",
-                f"look after the fleet there; or, to serve it from {seen.folder} again: "
-                f"{command('run', *state_args(seen.folder), '--take-over')}",
-                subject=subject,
-            )  # fmt: skip
-        elif now - other.heard_at < _SECOND_SERVER_SILENCE_S:
-            yield Alert(
-                "second-server", WARNING, other.since,
-                f"another server was started with this fleet's identity: {place}, at {format_minute(other.since)}",
-                "a fleet has one server: this one continues, and the other one ends (exit code 23)",
-                f"stop that one, and its service; or, to serve from there: on {other.host}, "
-                f"{command('run', '--state', other.folder, '--take-over')}",
-                subject=subject, delay_s=min(_SECOND_SERVER_DELAY_S, deadline_s / 2),
             )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
 from fedprune.strategies import compose
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
-from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
 from fedprune_server.monitoring.alerts import (
     ALERT_SEVERITIES,
@@ -171,7 +170,6 @@ class Monitor(Observer):
     Args:
         server: Settings of the table [server].
         here: Counts the boards that can take part; None to count those of the only job.
-        others: Other servers of this identity that were heard.
         tier: Returns the state of the servers above and below.
         book: Open alerts; None for what the last run left open.
         away_rounds: Rounds that end without a board that isn't connected until it is an alert; 0 for never.
@@ -191,7 +189,6 @@ class Monitor(Observer):
         views: Sequence[tuple[JobView, Path]],
         *,
         here: Callable[[], int] | None = None,
-        others: Callable[[], Sequence[Candidate]] = tuple,
         tier: Callable[[], TierStatus] = TierStatus,
         book: AlertBook | None = None,
         away_rounds: int = 0,
@@ -204,7 +201,7 @@ class Monitor(Observer):
         self._run_id = run_id(folder)
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
-        self._others, self._tier, self._free = others, tier, free
+        self._tier, self._free = tier, free
         self._tier_seen = TierStatus()
         self._free_seen: list[str] = []
         self._free_at = 0.0
@@ -334,7 +331,6 @@ class Monitor(Observer):
             [watch.status(self.participation[name].awaited_offline()) for name, watch in self.watches.items()],
             self._here(),
             broker="" if self._view.link.connected else "there is no connection to the broker",
-            others=self._others(),
             tier=self._tier_seen,
             absences=find_absent_boards(list(self.participation.values()), self._view, self._clock()),
             floods_joins=self._view.quarantine.floods_joins(),

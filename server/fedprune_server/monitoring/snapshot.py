@@ -12,7 +12,6 @@ from pathlib import Path
 from fedprune.coordination import Phase
 from fedprune.core.lock_wait import LockHolder, lock_holders
 from fedprune.releases.rollout import RolloutPhase
-from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring.participation import Absence
 from fedprune_server.storage.state_folder import LOCK
 
@@ -174,7 +173,6 @@ class Snapshot:
         waits_for: What the server's loop waits for within a turn, such as a process that has locked the database; empty
             if it turns.
         broker: Why the broker can't be used; empty if it can.
-        others: Other servers of this identity that were heard.
         absences: Boards that no longer take part, and why.
         floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
         site: What the state folder shows; None if unknown.
@@ -189,7 +187,6 @@ class Snapshot:
     suspended: LockHolder | None = None
     waits_for: str = ""
     broker: str = ""
-    others: Sequence[Candidate] = ()
     tier: TierStatus = TierStatus()
     absences: Mapping[str, Absence] = field(default_factory=dict)
     floods_joins: str | None = None

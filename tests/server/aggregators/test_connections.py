@@ -40,7 +40,7 @@ from fedprune_server.aggregators.connections import (
 from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.parent import ParentLink, ParentUp
-from fedprune_server.messaging.leadership import OtherServerError
+from fedprune_server.messaging.second_server import OtherServerError
 from support.waiting import until
 
 pytestmark = pytest.mark.soak

@@ -39,7 +39,7 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.executor import settled_ranks
 from fedprune_server.messaging.connection import Connection
-from fedprune_server.messaging.leadership import Leadership, OtherServerError
+from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
@@ -365,7 +365,7 @@ def test_a_copy_that_is_refused_has_reached_nobody(
     def refuse(*_: object, **__: object) -> None:
         raise OtherServerError("another server runs this fleet")
 
-    monkeypatch.setattr(Leadership, "enter", refuse)
+    monkeypatch.setattr(SecondServerGuard, "enter", refuse)
     monkeypatch.setattr("fedprune_server.engine.state_directory._changes", lambda *_: ["rounds: 5 is now 77"])
     warned: list[object] = []
     monkeypatch.setattr("fedprune_server.app.log.warning", lambda *said: warned.append(said))
@@ -386,7 +386,7 @@ def test_a_copy_that_is_refused_has_reached_nobody(
         ("[server]\nconsole = '192.0.2.1:8470'\nconsole_insecure = true\n", "can't listen on 192.0.2.1"),
     ],
 )
-def test_settings_are_wrong_before_another_server_is_asked_to_end(
+def test_settings_are_wrong_before_the_server_enters_its_site(
     state: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -397,12 +397,12 @@ def test_settings_are_wrong_before_another_server_is_asked_to_end(
     IdentityFolder.make(state, "default").close()
     (tmp_path / "empty").touch()
     (tmp_path / "fleet.toml").write_text(f"{settings}[job]\nname = 'leaves'\n")
-    asked: list[str] = []
-    monkeypatch.setattr(Leadership, "enter", lambda *_, **__: asked.append("to end"))
-    command = ["run", "--state", str(state), "--port", "0", "--take-over", "--config", str(tmp_path / "fleet.toml")]
+    entered: list[str] = []
+    monkeypatch.setattr(SecondServerGuard, "enter", lambda *_: entered.append("now"))
+    command = ["run", "--state", str(state), "--port", "0", "--config", str(tmp_path / "fleet.toml")]
     assert main(command) == ExitCode.CONFIG
     assert says in one_line(capsys)
-    assert not asked
+    assert not entered
 
 
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

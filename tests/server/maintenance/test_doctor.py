@@ -317,10 +317,10 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
     class Asking:
         def others(self) -> list[ServerPresence]:
             place = socket.gethostname(), str(tmp_path.resolve()), 1
-            return [ServerPresence("ab" * 16, f"{n:032x}", *place, n, n, None, None, None) for n in range(answers)]
+            return [ServerPresence("ab" * 16, f"{n:032x}", *place, None) for n in range(answers)]
 
     IdentityFolder.make(tmp_path, "lab").close()
-    monkeypatch.setattr(doctor, "leadership", lambda *_, **__: nullcontext(Asking()))
+    monkeypatch.setattr(doctor, "second_server_guard", lambda *_, **__: nullcontext(Asking()))
     found = list(
         doctor.check_other_servers(
             CheckedSite(folder=tmp_path, settings={"broker": "mqtts://broker.example"}, is_running=running)
@@ -330,22 +330,10 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
 
 
 @pytest.mark.usefixtures("roomy")
-def test_who_was_replaced_is_not_told_to_start_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_beside_another_server_none_is_told_to_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = doctor.wrong("second-server", "another server runs this fleet: on yard", "boards follow it", "look there")
     monkeypatch.setattr(doctor, "CHECKS", (*doctor.CHECKS, lambda _: [other]))
     assert [f.kind for f in doctor.diagnose(folder)] == ["second-server"]
-    what = "another server has taken this fleet over: on yard"
-    alert = Alert("second-server", "critical", NOW, what, "why", "look there", subject="yard:/")
-    (folder / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(alert)]}))
-    assert main(["status", "--state", str(folder)]) == ExitCode.OK
-    shown = capsys.readouterr().out
-    assert f"critical: {what}. To do: look there" in shown
-    assert "to go on" not in shown
-    with running(folder):
-        assert main(["status", "--state", str(folder), "--json"]) == ExitCode.OK
-    assert not json.loads(capsys.readouterr().out)["replaced"]
 
 
 _SERVER = """

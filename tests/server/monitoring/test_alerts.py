@@ -30,7 +30,6 @@ from fedprune_server.devices.clone_detection import APART_S, SIGNS
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import Device, IdentityStore
-from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import monitor as monitor_module
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
@@ -90,10 +89,6 @@ def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), si
     return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
 
 
-def another(silent_s: float, *, leads: bool = False) -> Snapshot:
-    return replace(CALM, others=[Candidate("yard", "/var/lib/fedprune", NOW - 900, NOW - silent_s, leads)])
-
-
 def without_north(away_s: float, *, waited: bool = False, seen: Snapshot = CALM) -> Snapshot:
     return replace(seen, tier=TierStatus(regions=[LostRegion("north", NOW - away_s, 40, waited)]))
 
@@ -119,8 +114,6 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
         replace(CALM, waits_for="server.db is locked by process 7"), "database-waits", "critical",
     ),
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
-    "a second server": (another(599), "second-server", "warning"),
-    "a server that took over": (another(0, leads=True), "second-server", "critical"),
     "an aggregator that is away": (without_north(61), "aggregator", "warning"),
     "an aggregator for which no round waits": (without_north(3601, waited=True), "aggregator", "critical"),
     "an aggregator with all boards": (without_north(61, seen=with_job(0)), "aggregator", "critical"),
@@ -200,22 +193,12 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
         replace(CALM, turned_s=59.0),
         with_site(certificates=[ending(31)]),
         rollout(RolloutPhase.RUNNING),
-        another(601),
         replace(with_job(1, phase=Phase.WAITING, away=["b"]), tier=TierStatus(PARENT)),
         replace(with_job(phase=Phase.FINISHED), tier=TierStatus(PARENT, NOW - 61)),
     ],
 )
 def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
     assert evaluate_alerts(calm, NOW) == []
-
-
-def test_an_alert_about_a_second_server_tells_where_it_is_and_how_to_serve_from_there() -> None:
-    (found,) = evaluate_alerts(another(10), NOW)
-    assert "on yard, state folder /var/lib/fedprune" in found.what
-    assert "on yard, fedprune-server run --state /var/lib/fedprune --take-over" in found.todo
-    assert found.since == NOW - 900
-    (found,) = evaluate_alerts(another(10, leads=True), NOW)
-    assert "fedprune-server run --state state --take-over" in found.todo
 
 
 def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -> None:
@@ -652,9 +635,9 @@ def test_an_aggregator_that_has_just_gone_is_in_the_file_before_its_alert_opens(
 
 
 def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, others = queue.Queue[set[str]](), list[Candidate]()
+    files = queue.Queue[set[str]]()
 
     def write(path: Path, content: bytes, **_: object) -> None:
         files.put({alert["kind"] for alert in json.loads(content)["alerts"]})
@@ -662,31 +645,29 @@ def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
     monkeypatch.setattr(monitor_module, "write_whole", write)
     monkeypatch.setattr(monitor_module, "FACTS_INTERVAL_S", 3600.0)
     daemon = Fleet(tmp_path, JOB).daemon()
-    with closing(
-        Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others)
-    ) as monitor:
+    with closing(Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)) as monitor:
         monitor.start()
         assert files.get(timeout=60) == set()
         monitor.look()
         with pytest.raises(queue.Empty):
             files.get(timeout=0.1)  # nothing has changed
-        others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
+        disk.free = 0.0
+        monitor.read_site()
         monitor.look()
-        assert files.get(timeout=60) == {"second-server"}
+        assert files.get(timeout=60) == {"disk"}
 
 
 def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:
-    daemon, others = Fleet(tmp_path, JOB).daemon(), list[Candidate]()
-    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others)
+    daemon = Fleet(tmp_path, JOB).daemon()
+    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)
     daemon.first.observers.join(monitor)
     monitor.read_site()
     daemon.first.observers.turned(lambda: 0.0, daemon.first.view)
     assert monitor.book.changes() == []
     disk.free = 0.0
-    others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
     daemon.first.observers.ended()
     told = [(change.alert.kind, change.alert.severity) for change in monitor.book.changes()]
-    assert told == [("second-server", "critical"), ("disk", "critical")]
+    assert told == [("disk", "critical")]
 
 
 def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_over(tmp_path: Path, disk: Disk) -> None:

@@ -219,7 +219,7 @@ def test_an_alert_has_one_id_in_every_message() -> None:
 
 def test_nothing_that_is_due_waits_beyond_the_end_of_the_server() -> None:
     due = NotificationSchedule(AlertSettings(quiet_hours="22:00-07:00"), "lab")
-    first, second = alert("disk", "warning"), alert("second-server", "warning")
+    first, second = alert("disk", "warning"), alert("parent", "warning")
     assert due.messages([first], 0.0, NOON)
     assert due.messages([first, second], 1.0, NOON) == []
     assert [m.alerts for m in due.messages([first, second], 2.0, NOON, last=True)] == [(second,)]
@@ -378,7 +378,7 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_he
 
     now = datetime.now().hour
     quiet = f"{(now - 1) % 24:02d}:00-{(now + 2) % 24:02d}:00"
-    held_back, urgent = alert("disk", "warning"), alert("second-server")
+    held_back, urgent = alert("disk", "warning"), alert("broker")
     with web() as (url, got):
         run(url, quiet, [held_back, urgent])
         run(url, "off", [held_back, urgent])

@@ -141,11 +141,12 @@ messages = st.one_of(
         ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts,
         st.none() | hexes,
     ),
-    st.builds(ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
-              st.none() | texts, st.none() | texts, st.none() | hexes.map(lambda h: h[:32])),
     st.builds(
-        ServerPresence, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), texts, texts, counts, counts, counts,
-        st.sampled_from([None, True]), st.none() | hexes.map(lambda h: h[:32]), st.sampled_from([None, True]),
+        ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:32]),
+    ),
+    st.builds(
+        ServerPresence, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), texts, texts, counts,
+        st.none() | hexes.map(lambda h: h[:32]),
     ),
 )  # fmt: skip
 
@@ -194,6 +195,6 @@ EXAMPLES: list[Message] = [
     ),
     LogRequest(60, 16_384, 7),
     Reconnect(50.0, 3600.0),
-    ServerQuery(DIGEST[:32], DIGEST[:32], True, "host", "/state", None),
-    ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, 7, 9, True, None, True),
+    ServerQuery(DIGEST[:32], DIGEST[:32], None),
+    ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, None),
 ]

@@ -261,14 +261,9 @@ class EpochFile:
         """Begin a new block: the receiver knows a later epoch, perhaps of a copy of this disk."""
         self._latest = self._written
 
-    @property
-    def written(self) -> int:
-        """The last written epoch; no later one was used."""
-        return self._written
-
-    def pass_over(self, used: int = 0) -> None:
-        """Skip all epochs that another holder of the key may have used: `used`, and some ahead of the clock."""
-        end = max(self._written, used, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
+    def pass_over(self) -> None:
+        """Skip all epochs that another holder of the key may have used: some ahead of the clock."""
+        end = max(self._written, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
         write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
         self._latest = self._written = end
 

@@ -18,7 +18,6 @@ from fedprune.wire.fields import (
     Digest,
     Items,
     Name,
-    TrueOrAbsent,
     choice,
     hexadecimal,
     number,
@@ -258,12 +257,6 @@ class ServerQuery(CheckedMessage, kind="server-query"):
     """Random id of the querying process."""
     nonce: Random
     """Random; answers repeat it, so that older answers are ignored."""
-    mutual: TrueOrAbsent | None
-    """True where those who answer are to ask in turn, since the process serves the site itself; else null."""
-    host: Annotated[str, text(256)] | None
-    """Name of the machine of a process that serves the site or wants to; null where it only looks."""
-    folder: Annotated[str, text(4096)] | None
-    """That process's state folder; null where it only looks."""
     lease: Random | None
     """As in `ServerPresence`."""
 
@@ -282,14 +275,6 @@ class ServerPresence(CheckedMessage, kind="server-presence"):
     """Its state folder."""
     since: Count
     """When it began to serve, in seconds since 1970."""
-    claim: Count
-    """The epoch with which it began to serve; of two settled servers the larger claim wins."""
-    epoch: Count
-    """The last epoch that it has written down. A server that takes over begins later ones."""
-    settled: TrueOrAbsent | None
-    """True once it has taken over on purpose or served for half a minute; else null."""
     lease: Random | None
     """Id of the database whose lease it holds; null where that is a file of its own. Between two servers of one
     database the lease decides."""
-    embedded: TrueOrAbsent | None = None
-    """True where the broker is part of it, and ends with it; else null."""

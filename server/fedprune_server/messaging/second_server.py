@@ -1,0 +1,246 @@
+"""One server per fleet: a server asks at the broker whether another one of its identity serves, and gives way to it.
+
+It asks at its start, and again on each new connection, since another one may have been started while it was cut off:
+whoever serves stays. Of several that ask at once, the one with the smallest id stays. Answers repeat the question's
+nonce, so that neither a crashed server nor a repeated message keeps another from starting, and nothing is retained at
+the broker. Between servers of one PostgreSQL database the lease decides instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.core.errors import ExitCode, FedpruneError, ProtocolError
+from fedprune.security.keys import SigningKey
+from fedprune.security.signed_channel import seal, unseal
+from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
+from fedprune.wire.link import Link
+from fedprune.wire.messages import parse
+from fedprune.wire.queues import ConnectionUp, Event, Inbox
+from fedprune.wire.topics import Topics
+from fedprune_server.enrollment.pki import IdentityFolder
+
+log = logging.getLogger("fedprune.server")
+
+_CONNECT_S = 10.0
+_ANSWER_S = 1.0
+"""Time that other servers have to answer, once this one has heard its own question."""
+
+_HEARD_PER_S = 20.0
+"""Limit of messages that are read: each costs a signature check, and servers send few."""
+
+_INBOX_BYTES = 2**18
+_NONCES = 8
+
+
+class OtherServerError(FedpruneError):
+    """Another server of this identity serves the site."""
+
+    exit_code = ExitCode.OTHER_SERVER
+
+
+@dataclass(frozen=True)
+class ServerInstance:
+    """A server as others of its identity learn of it.
+
+    Attributes:
+        lease: Id of the shared database whose lease it holds; None for a database of its own.
+        embedded: Whether the broker is a part of it: all others at that broker give way.
+        looks_only: Whether it will never serve, as `doctor`.
+    """
+
+    folder: Path
+    lease: str | None = None
+    embedded: bool = False
+    looks_only: bool = False
+
+
+class SecondServerGuard:
+    """Finds other servers of an identity, and tells them that this one serves.
+
+    It has a connection and a thread of its own, so that it answers while the server's loop is busy.
+
+    Args:
+        link: Its connection, not started.
+        stopping: Set once this server has to give way to another one.
+        clock: Monotonic clock.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        site: str,
+        key: SigningKey,
+        server: ServerInstance,
+        stopping: threading.Event | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stopping = stopping or threading.Event()
+        self._link, self._topic, self._key, self._clock = link, Topics(site).servers(), key, clock
+        self._instance = secrets.token_hex(16)
+        self._host, self._folder = socket.gethostname()[:256], str(server.folder.resolve())[:4096]
+        self._lease, self._embedded, self._looks_only = server.lease, server.embedded, server.looks_only
+        self._lock = threading.Lock()
+        self._nonces: deque[str] = deque(maxlen=_NONCES)
+        self._others: dict[str, ServerPresence] = {}
+        self._successor: ServerPresence | None = None
+        self._since: int | None = None  # while this server serves
+        self._asked_at = self._refilled_at = 0.0
+        self._budget = _HEARD_PER_S
+        self._echo, self._closed = threading.Event(), threading.Event()
+        link.subscribe([self._topic])
+        link.start(patient=True)
+        self._thread = threading.Thread(target=self._run, name="second-server", daemon=True)
+        self._thread.start()
+
+    def others(self) -> list[ServerPresence]:
+        """Servers of this identity that answer now; those that share this one's lease are left out.
+
+        Where the broker can't be reached the list is empty; where it doesn't deliver the question itself, the log
+        warns.
+        """
+        until = self._clock() + _CONNECT_S
+        while not self._echo.wait(0.05) and self._clock() < until:
+            if self._link.trouble:
+                return []
+        if not self._echo.is_set():
+            log.warning(
+                "whether another server of this identity runs can't be seen: the broker doesn't deliver %s to servers. "
+                "Write its rules again: fedprune-server broker-config",
+                self._topic,
+            )
+            return []
+        self._closed.wait(_ANSWER_S)
+        with self._lock:
+            return list(self._others.values())
+
+    def enter(self) -> None:
+        """Serve the site. Raises `OtherServerError` if another server answers."""
+        if not self._embedded:
+            self.others()
+        with self._lock:
+            other = next(iter(self._others.values()), None)
+            if other is None:
+                self._since = int(time.time())
+                return
+        raise OtherServerError(
+            f"another server runs this fleet: {described(other)}", hint="Stop that one, then start this one."
+        )
+
+    def confirm(self) -> None:
+        """Raise `OtherServerError` if this server had to give way to another one."""
+        if self._successor is not None:
+            raise OtherServerError(
+                f"another server runs this fleet: {described(self._successor)}",
+                hint="It was started while this one was cut off from the broker. Boards follow it, and nothing is "
+                "wrong with them. To serve from here again, stop that one first.",
+            )
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._link.close()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            item = self._link.get(0.2)
+            if isinstance(item, tuple) and self._may_hear():
+                try:
+                    self._hear(item[1])
+                except ProtocolError as error:
+                    log.debug("%s: %s", self._topic, error)
+            elif isinstance(item, ConnectionUp) and not self._embedded:
+                self._asked_at = self._clock()
+                self._ask()
+
+    def _ask(self) -> None:
+        nonce = secrets.token_hex(16)
+        with self._lock:
+            self._nonces.append(nonce)
+        self._say(ServerQuery(self._instance, nonce, self._lease))
+
+    def _say(self, message: ServerQuery | ServerPresence) -> None:
+        self._link.publish(self._topic, seal(self._key, self._topic, 0, 0, message.to_bytes()))
+
+    def _hear(self, raw: bytes) -> None:
+        message = parse(unseal(self._key.verifying, self._topic, raw).body)
+        if isinstance(message, ServerQuery):
+            if message.instance == self._instance:
+                self._echo.set()
+            elif not self._looks_only and not self._shares(message.lease):
+                self._answer(message)
+        elif isinstance(message, ServerPresence) and message.instance != self._instance:
+            self._give_way(message)
+
+    def _answer(self, query: ServerQuery) -> None:
+        """Tell a server that asks that this one is there; while both ask, only the one with the smaller id does."""
+        asks = self._since is None or self._clock() < self._asked_at + _ANSWER_S
+        if asks and not self._embedded and query.instance < self._instance:
+            self._ask()  # its answer shows that it lives: the question may be a repeated one
+            return
+        since = int(time.time()) if self._since is None else self._since
+        self._say(ServerPresence(query.nonce, self._instance, self._host, self._folder, since, self._lease))
+
+    def _give_way(self, other: ServerPresence) -> None:
+        with self._lock:
+            if other.nonce not in self._nonces or self._shares(other.lease):
+                return
+            self._others[other.instance] = other
+            if self._since is None or self._successor is not None:
+                return
+            self._successor = other
+        self._stopping.set()
+
+    def _shares(self, lease: str | None) -> bool:
+        return lease is not None and lease == self._lease
+
+    def _may_hear(self) -> bool:
+        """Whether the rate limit allows another message: a flood must not keep this thread, and so a core, busy."""
+        now = self._clock()
+        self._budget = min(_HEARD_PER_S, self._budget + (now - self._refilled_at) * _HEARD_PER_S)
+        self._refilled_at = now
+        if self._budget < 1:
+            return False
+        self._budget -= 1
+        return True
+
+
+def described(server: ServerPresence) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(server.since))
+    return f"on {server.host}, state folder {server.folder}, since {since}"
+
+
+@contextmanager
+def second_server_guard(
+    url: str,
+    identity: IdentityFolder,
+    ca: Path | None,
+    server: ServerInstance,
+    stopping: threading.Event | None = None,
+) -> Iterator[SecondServerGuard]:
+    """A guard over a connection of its own, which ends with the context.
+
+    Args:
+        ca: Who vouches for the broker; the server's own authority by default.
+        server, stopping: As in `SecondServerGuard`.
+
+    Raises:
+        IdentityError: The identity's or the authorities' files can't be used.
+    """
+    inbox = Inbox[Event](_INBOX_BYTES)
+    link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca), inbox=inbox)
+    made = SecondServerGuard(link, identity.site, identity.key, server, stopping)
+    try:
+        yield made
+    finally:
+        made.close()

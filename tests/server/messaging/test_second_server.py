@@ -1,0 +1,276 @@
+"""Servers of one identity on one topic: which of them serves, and what can't make another one end."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune.security.signed_channel import Envelope, unseal
+from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
+from fedprune.wire.messages import parse
+from fedprune.wire.queues import ConnectionUp, Event
+from fedprune.wire.topics import Topics
+from fedprune_server.messaging import second_server
+from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard, ServerInstance
+from support.waiting import until
+
+TOPIC = Topics("lab").servers()
+KEY = SigningKey.make()
+
+
+class Hub:
+    """A broker of one topic."""
+
+    def __init__(self) -> None:
+        self.ends: list[End] = []
+        self.said: list[bytes] = []
+        self.news = threading.Condition()
+
+    def settle(self) -> None:
+        """Wait until everything published has been handled, answers included."""
+        with self.news:
+            assert self.news.wait_for(lambda: all(end.idle for end in self.ends if end.connected), 30)
+
+    def publish(self, payload: bytes) -> None:
+        self.said.append(payload)
+        for end in self.ends:
+            if end.connected:
+                end.put((TOPIC, payload))
+
+
+class End:
+    """A connection to a hub."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub, self._items, self._news = hub, deque[tuple[str, bytes] | Event](), hub.news
+        self._waits = False
+        self.connected, self.trouble = False, ""
+
+    @property
+    def idle(self) -> bool:
+        """Whether its reader has handled all that came; ask under the hub's lock."""
+        return self._waits and not self._items
+
+    def subscribe(self, topics: list[str]) -> None:
+        assert topics == [TOPIC]
+
+    def start(self, timeout: float = 0.0, *, patient: bool = False) -> None:
+        assert patient
+        self._hub.ends.append(self)
+        self.connect()
+
+    def connect(self) -> None:
+        self.connected = True
+        self.put(ConnectionUp())
+
+    def put(self, item: tuple[str, bytes] | Event) -> None:
+        with self._news:
+            self._items.append(item)
+            self._news.notify_all()
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        assert topic == TOPIC
+        if self.connected:
+            self._hub.publish(payload)
+        return self.connected
+
+    def get(self, timeout: float | None = None) -> tuple[str, bytes] | Event | None:
+        with self._news:
+            self._waits = True
+            self._news.notify_all()
+            self._news.wait_for(lambda: bool(self._items), timeout)
+            self._waits = False
+            return self._items.popleft() if self._items else None
+
+    def close(self) -> None:
+        self.connected = False
+
+
+class Lab:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.hub = folder, Hub()
+        self.now = 100.0
+        self.made: list[SecondServerGuard] = []
+
+    def server(
+        self, name: str, *, key: SigningKey = KEY, stopping: threading.Event | None = None, **more: Any
+    ) -> tuple[SecondServerGuard, End]:
+        end = End(self.hub)
+        place = ServerInstance(self.folder / name, **more)
+        made = SecondServerGuard(end, "lab", key, place, stopping, clock=lambda: self.now)
+        # Answers are awaited until all have come, not for a time that a busy machine may exceed.
+        made._closed.wait = lambda timeout=None: bool(self.hub.settle())  # type: ignore[method-assign]
+        self.made.append(made)
+        return made, end
+
+    def serving(self, name: str, **more: Any) -> tuple[SecondServerGuard, End]:
+        """A server that serves, and whose question is long past."""
+        server, end = self.server(name, **more)
+        server.enter()
+        self.now += 2
+        return server, end
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    for server in made.made:
+        server.close()
+
+
+def refused(server: SecondServerGuard) -> bool:
+    try:
+        server.enter()
+    except OtherServerError:
+        return True
+    return False
+
+
+def ended(server: SecondServerGuard) -> bool:
+    try:
+        server.confirm()
+    except OtherServerError:
+        return True
+    return False
+
+
+def test_a_second_server_is_refused_and_the_first_goes_on(lab: Lab) -> None:
+    first, _ = lab.serving("first")
+    for _ in range(3):
+        second, end = lab.server("second")
+        with pytest.raises(OtherServerError, match=r"another server runs this fleet: on .*first, since"):
+            second.enter()
+        end.close()
+    assert not ended(first)
+
+
+def test_who_only_looks_finds_a_server_and_answers_none(lab: Lab) -> None:
+    doctor, _ = lab.server("doctor", looks_only=True)
+    first, _ = lab.serving("first")
+    assert [Path(o.folder).name for o in lab.server("doctor", looks_only=True)[0].others()] == ["first"]
+    assert not ended(first)
+    assert doctor.others() == []  # it asked before
+
+
+def test_at_a_server_s_own_broker_all_others_give_way(lab: Lab) -> None:
+    lab.server("early")  # there before the broker's server has begun to serve
+    first, _ = lab.server("first", embedded=True)
+    third, _ = lab.server("third")
+    first.enter()
+    assert refused(third)
+    second_again, _ = lab.server("second")
+    assert refused(second_again)
+    assert not ended(first)
+
+
+def test_a_server_that_answers_no_more_keeps_nobody_from_starting(lab: Lab) -> None:
+    first, end = lab.serving("first")
+    old = [raw for raw in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, raw).body), ServerQuery)]
+    lab.server("asks", looks_only=True)[0].others()
+    answer = next(r for r in lab.hub.said if isinstance(parse(unseal(KEY.verifying, TOPIC, r).body), ServerPresence))
+    end.close()
+    second, _ = lab.server("second")
+    for raw in (answer, *old):  # repeated by a listener
+        lab.hub.publish(raw)
+    second.enter()
+    lab.hub.publish(answer)
+    lab.hub.settle()
+    assert not ended(second)
+    assert not ended(first)
+
+
+def test_one_that_was_cut_off_gives_way_to_the_one_that_serves(lab: Lab) -> None:
+    stopping = threading.Event()
+    first, end = lab.serving("first", stopping=stopping)
+    end.connected = False
+    second, _ = lab.serving("second")
+    end.connect()
+    assert stopping.wait(20)
+    with pytest.raises(OtherServerError, match=r"another server runs this fleet: on .*second, since"):
+        first.confirm()
+    lab.hub.settle()
+    assert not ended(second)
+
+
+def test_one_that_was_cut_off_alone_goes_on(lab: Lab) -> None:
+    first, end = lab.serving("first")
+    end.connected = False
+    end.connect()
+    lab.hub.settle()
+    assert not ended(first)
+    assert refused(lab.server("second")[0])
+
+
+def test_of_two_that_start_at_once_one_stays(lab: Lab) -> None:
+    servers = [lab.server(name)[0] for name in ("first", "second")]
+    assert sorted(map(refused, servers)) == [False, True]
+    lab.hub.settle()
+    assert not any(map(ended, servers))
+
+
+def test_of_two_that_come_back_at_once_one_stays(lab: Lab) -> None:
+    _, cut_off = lab.serving("first")
+    cut_off.connected = False
+    _, end = lab.serving("second")
+    end.connected = False
+    cut_off.connect()
+    end.connect()
+    until(lambda: any(map(ended, lab.made)))
+    lab.hub.settle()
+    assert sorted(map(ended, lab.made)) == [False, True]
+
+
+def test_between_servers_of_one_database_its_lease_decides(lab: Lab) -> None:
+    first, _ = lab.serving("first", lease="ab" * 16)
+    second, _ = lab.serving("second", lease="ab" * 16)
+    assert second.others() == []
+    assert refused(lab.server("other", lease="cd" * 16)[0])
+    assert not ended(first)
+    assert not ended(second)
+
+
+def test_a_server_of_another_identity_is_not_believed(lab: Lab) -> None:
+    first, end = lab.serving("first")
+    stranger, _ = lab.serving("stranger", key=SigningKey.make())
+    end.connected = False
+    end.connect()
+    lab.hub.settle()
+    assert not ended(first)
+    assert not ended(stranger)
+
+
+def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bytes] = []
+
+    def check(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
+        checked.append(raw)
+        return unseal(key, topic, raw)
+
+    monkeypatch.setattr(second_server, "unseal", check)
+    first, end = lab.serving("first")
+    for _ in range(1000):
+        lab.hub.publish(b"nonsense")
+    until(lambda: not end._items)
+    assert 0 < checked.count(b"nonsense") <= 20
+    lab.now += 1
+    assert refused(lab.server("other")[0])
+    assert not ended(first)
+
+
+def test_a_broker_that_keeps_servers_apart_is_named(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lab.hub, "publish", lambda _payload: None)
+    monkeypatch.setattr(second_server, "_CONNECT_S", 0.0)
+    lab.serving("first")
+    assert "can't be seen" in caplog.text
+    assert "broker-config" in caplog.text
