@@ -133,7 +133,7 @@ def child(folder: Path, batch: int) -> None:
         import fedprune_device.cli.main
         import fedprune_device.releases.release_agent
         import fedprune_device.releases.release_trial
-        import fedprune_device.telemetry.reporter  # noqa: F401
+        import fedprune_device.telemetry.crash_reporter  # noqa: F401
         from fedprune_device.data.array_source import load_data
         from fedprune_device.hardware.probe import process_memory
 

@@ -186,15 +186,8 @@ class ShownFleet(ConsoleFleet):
         figures = self.figures(row["seconds"] * 0.96, row["seconds"])
         return r.DeviceDetails(device, "leaves", plan, figures, history, widths, self._now)
 
-    def board_log(self, device: str) -> r.BoardLog:
-        at = self._now - 5400
-        told = ((0, 1, "warning", "61.8 °C: the next step waits until it is cooler"),
-                (900, 4, "warning", "the broker can't be reached: it is tried again"))  # fmt: skip
-        lines = tuple(
-            {"at": at - s, "received": at - s + 2, "level": level, "count": n, "text": text}
-            for s, n, level, text in told
-        )
-        return r.BoardLog(device, lines, ())
+    def crashes(self, device: str) -> r.BoardCrashes:
+        return r.BoardCrashes(device, ())
 
     def coverage(self, job: str) -> r.Coverage:
         groups = []

@@ -18,7 +18,7 @@ _FILES = frozenset(
 )
 """Names of values that are files or folders."""
 
-_DEVICES = frozenset({"fedprune-server logs --device", "fedprune-server devices device"})
+_DEVICES = frozenset({"fedprune-server crashes --device", "fedprune-server devices device"})
 """Arguments that take a member of the fleet, by the state folder's database."""
 
 _LISTED_DEVICES = "fedprune-server rollout start --devices"

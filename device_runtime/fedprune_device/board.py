@@ -47,9 +47,8 @@ from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.telemetry.crash_reporter import CrashReporter
 from fedprune_device.telemetry.crash_reports import CrashReports
-from fedprune_device.telemetry.log_buffer import LogBuffer
-from fedprune_device.telemetry.reporter import LogReporter, reporting
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import TrainerCache
@@ -65,7 +64,7 @@ class AgentSettings:
     trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
     is the size in bytes of the MQTT packets that the broker accepts, as far as is known. The server may send the board
     away for `most_away_s` seconds at a time, 0 for never. `updater` installs releases,
-    or is the reason why none can be installed. By default `log` and `crashes` are those of the state directory.
+    or is the reason why none can be installed. By default `crashes` are those of the state directory.
     `status` is what other threads see of the agent; `stopping` ends it.
     """
 
@@ -84,7 +83,6 @@ class AgentSettings:
     web: Callable[[], ssl.SSLContext] = tls_context
     updater: ReleaseInstaller | str = NO_LAUNCHER
     trial: ReleaseTrial | None = None
-    log: LogBuffer | None = None
     crashes: CrashReports | None = None
     status: BoardStatus | None = None
     stopping: threading.Event | None = None
@@ -117,7 +115,6 @@ def build_agent(
         guard=settings.guard,
     )
     name = settings.profile_name or ("" if profile is None else profile.name)
-    log = settings.log or LogBuffer(store.root, device)
     return Agent(
         connection,
         store,
@@ -133,7 +130,7 @@ def build_agent(
         uplink,
         offers,
         releases=ReleaseAgent(connection, settings.updater),
-        logs=LogReporter(connection, log, settings.crashes or CrashReports(store.root)),
+        crashes=CrashReporter(connection, settings.crashes or CrashReports(store.root)),
         watchdog=Watchdog(settings.trial),
         stopping=settings.stopping or threading.Event(),
         most_away_s=settings.most_away_s,
@@ -203,7 +200,8 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         store.hold_to(policy)
         if store.privacy.private:
             _LOG.info("privacy: %s", store.privacy.describe())
-        log, crashes = stack.enter_context(reporting(state, device, lambda: store.privacy.private))
+        crashes = CrashReports(state, quiet=lambda: store.privacy.private)
+        stack.enter_context(crashes.watched())
         data = sample_options.open(state, stack) if fixed is None else fixed
         runtime.check()  # before this process loads it, which may end the process
         stack.enter_context(
@@ -244,7 +242,6 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
             web=member.web_context,
             updater=board_installer(member.identity),
             trial=trial,
-            log=log,
             crashes=crashes,
             status=status,
             stopping=stopping,

@@ -31,7 +31,7 @@ from fedprune_server.aggregators.place import admit, adopt, configurations, mode
 from fedprune_server.aggregators.regional_job import FetchingWorker
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
-from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
 from fedprune_server.engine.server import Server, Tier
@@ -62,7 +62,6 @@ from fedprune_server.web.observer import ConsoleObserver, check_console, check_f
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state import status
 from fedprune_server.web.state.admin_executor import AdminExecutor
-from fedprune_server.web.state.logs import BoardLogTap
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
@@ -155,7 +154,7 @@ def build_app(
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
-        logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
+        crashes = stack.enter_context(CrashStore(config.state))
         alerts = AlertBook(read_recorded(config.state).alerts)
         regions = stack.enter_context(regions_of(config, identity))
         watch = _watchers(stack, config, folder, alerts, regions)
@@ -178,7 +177,7 @@ def build_app(
         services = DeviceServices(
             rollouts,
             None if identity is None else identity.store.members,
-            logs,
+            crashes,
             stack.enter_context(web_blobs(config, identity, reached.link.wake)),
         )
         site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
@@ -212,7 +211,7 @@ def build_app(
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)
         stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts))
-        _console(stack, config, reached, identity, server, logs, alerts)
+        _console(stack, config, reached, identity, server, alerts)
         reached.start()
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
@@ -418,7 +417,6 @@ def _console(
     reached: Connection,
     identity: IdentityFolder | None,
     server: Server,
-    logs: BoardLogs,
     alerts: AlertBook,
 ) -> None:
     """The console, if there is one, of a server whose settings `check_console` has checked."""
@@ -443,8 +441,6 @@ def _console(
             "no operator can log in to the console yet: fedprune-server operators add NAME --role admin --state %s",
             config.state,
         )
-    boards = BoardLogTap(config.state)
-    logs.told = boards.hear
     writer = stack.enter_context(status.StatusWriter(config.state / status.FILE))
     site = {
         "version": __version__,
@@ -455,7 +451,7 @@ def _console(
         "blobs": config.blobs,
         "insecure": identity is None,
     }
-    publisher = StatusPublisher(server, site, writer, poller=poller, boards=boards, alerts=alerts)
+    publisher = StatusPublisher(server, site, writer, poller=poller, folder=config.state, alerts=alerts)
     handler = OrderHandler(OrderQueue(database), publisher, server.runners, executor, config.console_orders)
     settings = ConsoleSettings(
         address=address,

@@ -15,7 +15,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import main
-from fedprune_server.devices.board_logs import read_logs
+from fedprune_server.devices.crash_store import read_crashes
 from support.processes.console_operator import ANN, Operator
 from support.processes.machine import free_port, listens
 from support.processes.real_site import Site, write_material
@@ -81,10 +81,10 @@ def test_a_talkative_fleet_tells_no_secrets(
         assert answer.read() == b"ok\n"
     shown += ann.look_round()
     site.kill("north")
-    site.wait_for(lambda: any(r.kind == "crash" for r in read_logs(site.state)), "north tells of its end")
+    site.wait_for(lambda: read_crashes(site.state), "north tells of its end")
     shown.append(ann.order(order="resume", job="leaves"))
     assert len(site.finish().history) == ROUNDS
-    crash = next(r for r in read_logs(site.state) if r.kind == "crash")
+    crash = read_crashes(site.state)[0]
     assert (crash.device, crash.body["cause"]) == ("north", "killed")
 
     rows = [json.loads(line) for line in (site.folder / "server.log").read_text().splitlines()]
@@ -101,7 +101,7 @@ def test_a_talkative_fleet_tells_no_secrets(
         (["run", *model, "--broker", f"mqtt://fleet:{PASSWORD}@127.0.0.1:9"], ExitCode.BROKER),
         (["run", *model, "--database", f"postgresql+psycopg://u:{DATABASE}@127.0.0.1:9/x"], ExitCode.STORAGE),
         (["run", *model, "--blobs", f"s3://key:{S3}@bucket/prefix"], ExitCode.CONFIG),
-        (["logs", "--state", str(site.state)], ExitCode.OK),
+        (["crashes", "--state", str(site.state)], ExitCode.OK),
         (["doctor", "--state", str(site.state), "--timeout", "1"], ExitCode.OK),
     ):
         assert main(words) in (code, code or ExitCode.FOUND)

@@ -19,7 +19,7 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.updates import CODECS
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import LOG, RECONNECT, LogRequest, Reconnect, ReleaseOffer, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import RECONNECT, CrashStored, Reconnect, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
     PUT,
     Accepted,
@@ -44,7 +44,7 @@ from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.releases.release_agent import ReleaseAgent
 from fedprune_device.releases.release_trial import Watchdog
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.telemetry.reporter import LogReporter
+from fedprune_device.telemetry.crash_reporter import CrashReporter
 
 AGAIN_S = 60.0  # seconds between two births on one connection
 _SOFTWARE = 256  # characters of a birth's description of the software
@@ -70,7 +70,7 @@ class BirthBuilder:
         private: Callable[[], bool] = lambda: False,
     ) -> None:
         self._connection, self._data, self._engine, self._private = connection, data, engine, private
-        self._abilities = (PUT, LOG, RECONNECT) if may_leave else (PUT, LOG)
+        self._abilities = (PUT, RECONNECT) if may_leave else (PUT,)
         self._profile_name, self._probe = profile_name, probe
         slot = running()
         self._slot = f", {slot}" if slot else ""
@@ -124,14 +124,14 @@ class Agent:
         offers: OfferHandler,
         *,
         releases: ReleaseAgent,
-        logs: LogReporter,
+        crashes: CrashReporter,
         watchdog: Watchdog,
         stopping: threading.Event,
         most_away_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection, self._store, self._births, self._uplink = connection, store, births, uplink
-        self._offers, self._releases, self._logs, self._watchdog = offers, releases, logs, watchdog
+        self._offers, self._releases, self._crashes, self._watchdog = offers, releases, crashes, watchdog
         self._stopping, self._most_away_s, self._clock = stopping, most_away_s, clock
         self._finished = False
 
@@ -199,7 +199,7 @@ class Agent:
                 _LOG.info("connection to the broker lost: %s", reason)
                 self.status.connected = False
                 self._watchdog.lost(reason)
-                self._logs.lost()
+                self._crashes.lost()
                 self._uplink.drop_chunks()
 
     def _dispatch(self, received: Received, now: float) -> None:
@@ -227,8 +227,8 @@ class Agent:
                     self._offers.gone(sha256, now)
             case ReleaseOffer() | ReleaseWithdrawn() as release if received.private:
                 self._releases.on_message(release)
-            case LogRequest() as request if received.private:
-                self._logs.wanted(request)
+            case CrashStored() as stored if received.private:
+                self._crashes.on_stored(stored)
             case Reconnect() as advice if received.private:
                 self._connection.spread(advice.spread_s)
                 if advice.away_s is not None:
@@ -244,14 +244,14 @@ class Agent:
             self._greet(now)
 
     def _greet(self, now: float) -> None:
-        self._logs.born()
         self._uplink.send(self._births.birth(self._store.session, self._offers.held, now))
+        self._crashes.born()
         self._uplink.hurry(now)
         self._releases.born()
 
     def _turn(self) -> None:
         now = self._clock()
-        self._logs.turn()
+        self._crashes.turn()
         if self._releases.turn(quiet=self.quiet):
             self.stop()
         self._uplink.send_chunks()

@@ -1,8 +1,7 @@
-"""Texts of a board's log as they may leave the board: no paths, no passwords, no rows of numbers."""
+"""Texts about errors as they may leave the board: no paths, no passwords, no rows of numbers."""
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 
@@ -15,8 +14,6 @@ KEPT = "(its words stay on the board, whose samples are in a private job)"
 
 _PLAIN = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
 """Errors that are about offers and the board, and not about its samples."""
-
-_CONVERSION = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|[0-9]+)?(?:\.(?:\*|[0-9]+))?[diouxXeEfFgGcrsa%]")
 
 _OURS = ("fedprune", "fedprune_start", "fedprune_device", "fedprune_export", "fedprune_flash", "fedprune_server")
 _KNOWN = frozenset(
@@ -47,25 +44,6 @@ def private(text: str, limit: int) -> str:
     flat = _PATH.sub("(a path)", flat)
     flat = _NUMBERS.sub("[...]", flat)
     return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
-
-
-def bare(record: logging.LogRecord) -> str:
-    """A log line for a private board: our own code's format string with names of errors, or the logger's name."""
-    module = module_at(record.pathname)
-    if not module.startswith(_OURS) or not isinstance(record.msg, str):
-        return f"a line of {module} {KEPT}"
-    values = list(record.args) if isinstance(record.args, tuple) else []
-
-    def filled(found: re.Match[str]) -> str:
-        if found[0].endswith("%"):
-            return "%"
-        value = values.pop(0) if values else None
-        return named(value) if isinstance(value, BaseException) else "..."
-
-    text = _CONVERSION.sub(filled, record.msg)
-    if record.exc_info and record.exc_info[1] is not None:
-        text = f"{text}: {named(record.exc_info[1])}"
-    return one_line(text, 500)
 
 
 def named(error: BaseException) -> str:

@@ -15,7 +15,6 @@ images.index    digests of the files of a folder of samples (`data.sample_folder
 layer_times.json  the probe's measurements of layers
 privacy.json    how much noise was drawn for private updates (`privacy.budget`)
 own/            what the board keeps of its own from round to round (`storage.local_state`)
-log.json        warnings and errors that the server hasn't heard of (`telemetry.log_buffer`)
 crash.json      how the last run ended, if the server hasn't heard of it (`telemetry.crash_reports`); with it
                 running.json and fault.txt
 """

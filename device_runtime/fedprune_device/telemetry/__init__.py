@@ -1,4 +1,4 @@
-"""Warnings, errors and crash reports of the board, kept and sent to the server.
+"""Crash reports of the board, kept and sent to the server.
 
-Not here: metrics of training, which travel in the update (`training.evaluation`).
+Not here: its log, which is the journal's; metrics of training, which travel in the update (`training.evaluation`).
 """

@@ -24,7 +24,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError, IdentityError, JoinError
-from fedprune.wire.fleet_messages import MAX_FRAMES, MAX_TEXT
+from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, MAX_FRAMES
 from fedprune_device.hardware.readings import memory, temperature_c
 from fedprune_device.privacy.redaction import KEPT, module_at, module_of, named, private
 
@@ -62,7 +62,7 @@ class CrashReports:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """The fields of the `CrashReport` that the server should get, if there is one, except device and number."""
+        """The fields of the `CrashReport` that the server should get, if there is one, except the device."""
         try:
             found = atomic_file.read_document(self._folder / FILE)
         except FedpruneError:
@@ -82,7 +82,7 @@ class CrashReports:
     def exception(self, error: BaseException, cause: str = "exception") -> None:
         """Write down an exception that ends the service, or a thread of it."""
         said = f"{named(error)}: {KEPT}" if self._quiet() else f"{type(error).__name__}: {error}"
-        text = private(said, 2 * MAX_TEXT)
+        text = private(said, MAX_CRASH_TEXT)
         self._write(cause, text, _frames(error.__traceback__), self._clock() - self._begun)
 
     @contextlib.contextmanager
@@ -124,7 +124,7 @@ class CrashReports:
         known = self._folder / FILE
         found = _FATAL.search(fault)
         if found is not None:
-            self._write("signal", private(found[1], MAX_TEXT), _fault_frames(fault), None, mark)
+            self._write("signal", private(found[1], MAX_CRASH_TEXT), _fault_frames(fault), None, mark)
         elif mark is not None and not known.exists() and self._was_here(mark):
             text = "the process ended without an error: killed by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
@@ -144,8 +144,10 @@ class CrashReports:
     ) -> None:
         found = mark or self._state()
         free = found.get("memory_available")
+        now = max(0.0, self._clock())
         body = {
-            "at": max(0, int(self._clock())),
+            "number": int(1000 * now),
+            "at": int(now),
             "cause": cause,
             "text": text,
             "frames": frames,

@@ -39,7 +39,7 @@ COMMANDS = {
     "alerts": ("alerts", "try the notifications of alerts"),
     "service": ("service", "print or install the systemd unit of this server"),
     "health": ("health", "check that a server is alive, by the file that it touches (FEDPRUNE_PULSE)"),
-    "logs": ("observe", "show warnings, errors and crashes that boards have sent"),
+    "crashes": ("observe", "show how boards' programs ended that nobody had ended"),
     "doctor": ("observe", "explain what is wrong with a fleet, and what to do"),
     "operators": ("operators", "manage the accounts of the console"),
     "pause": ("operators", "pause a job of a running server that has a console"),

@@ -1,16 +1,14 @@
-"""`fedprune-server logs` and `doctor`: what boards say of themselves, and what is wrong with a fleet."""
+"""`fedprune-server crashes` and `doctor`: how boards' programs ended, and what is wrong with a fleet."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedprune.core.cli import add_json, seconds, whole_number
 from fedprune.core.errors import ExitCode, FedpruneError, JoinError, meant
@@ -18,24 +16,21 @@ from fedprune.core.text import amount, sentences
 from fedprune.output.tables import print_verdicts
 from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.devices.board_logs import BoardReport, frames_of, read_logs
+from fedprune_server.devices.crash_store import BoardCrash, frames_of, read_crashes
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND
 from fedprune_server.storage.storage import Storage, database_of
 
-_LOOK_S = 1.0
-_NOT_ASKED = "The server asks for none, since board_logs is 0 in [server]"
 _OWN_LOG = f"Its own log is on the board: {BOARD_LOG_COMMAND}"
 
 
-def add_logs(logs: argparse.ArgumentParser) -> None:
-    add_state(logs)
-    logs.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
-    logs.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
-    logs.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
-    add_json(logs, "one JSON object on each line, for programs")
-    logs.set_defaults(function=_logs)
+def add_crashes(crashes: argparse.ArgumentParser) -> None:
+    add_state(crashes)
+    crashes.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
+    crashes.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
+    add_json(crashes, "one JSON object on each line, for programs")
+    crashes.set_defaults(function=_crashes)
 
 
 def add_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -48,26 +43,19 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.set_defaults(function=_doctor)
 
 
-def _logs(arguments: argparse.Namespace) -> None:
+def _crashes(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     Storage.check_existing(folder)
-    rows = read_logs(folder, arguments.device, most=arguments.last)
+    rows = read_crashes(folder, arguments.device, most=arguments.last)
     _show(rows, as_json=arguments.json)
-    after = rows[-1].id if rows else 0
-    empty = not rows and not arguments.follow
-    remarks = ["no board has sent a warning, an error or a crash"] if empty else []
-    if empty and arguments.device is not None:
+    remarks = [] if rows else ["no board has reported a crash"]
+    if not rows and arguments.device is not None:
         remarks = [_why_empty(_read_exclusions(folder), arguments.device)]
     elif not arguments.json:
-        with suppress(FedpruneError):  # lines are shown also where the job can't be read
+        with suppress(FedpruneError):  # crashes are shown also where the job can't be read
             remarks += _present_reasons(_read_exclusions(folder), arguments.device)
     for remark in () if arguments.json else remarks:
         print(remark, flush=True)
-    while arguments.follow:
-        time.sleep(_LOOK_S)
-        rows = read_logs(folder, arguments.device, after)
-        _show(rows, as_json=arguments.json)
-        after = rows[-1].id if rows else after
 
 
 @dataclass(frozen=True)
@@ -75,12 +63,10 @@ class _Exclusions:
     """Why boards take no part.
 
     Attributes:
-        settings: Those of the job; empty where none has begun.
         reasons: By name of every board that the server knows; empty where it takes part.
         cannot_start: Boards whose program ends before it has begun.
     """
 
-    settings: Mapping[str, Any]
     reasons: Mapping[str, str]
     cannot_start: Collection[str]
 
@@ -88,45 +74,41 @@ class _Exclusions:
 def _read_exclusions(folder: Path) -> _Exclusions:
     with database_of(folder, read_only=True) as database:
         reasons = dict.fromkeys((device.device for device in IdentityStore(database).devices()), "")
-    if (settings := Storage.settings_in(folder)) is None:
-        return _Exclusions({}, reasons, ())
+    if Storage.settings_in(folder) is None:
+        return _Exclusions(reasons, ())
     with Storage.existing(folder) as storage:
         outsiders = storage.outsiders()
         bodies = [*storage.devices(), *({"name": n, **body} for n, body in outsiders.items())]
     reasons |= {str(body["name"]): str(body["excluded"] or "") for body in bodies}
-    return _Exclusions(settings, reasons, [n for n, body in outsiders.items() if body.get("cannot_start")])
+    return _Exclusions(reasons, [n for n, body in outsiders.items() if body.get("cannot_start")])
 
 
 def _present_reasons(exclusions: _Exclusions, name: str | None) -> list[str]:
-    """Why boards can't start now: such a board sends no line, so that those of it in the store are older."""
+    """Why boards can't start now: such a board reports no crash, so that those of it in the store are older."""
     names = sorted(n for n in exclusions.cannot_start if name in (None, n))
     return [sentences(f"{n}: {exclusions.reasons[n]}", _OWN_LOG) for n in names]
 
 
 def _why_empty(exclusions: _Exclusions, name: str) -> str:
     """Why there is nothing of a board, and where to look instead. Raises `JoinError` if the server has never heard of
-    it; with --follow it may still come."""
+    it."""
     if name not in exclusions.reasons:
         raise JoinError(
             f"no board is called {name}{meant(name, exclusions.reasons)}",
-            hint="`fedprune-server status` and `fedprune-server devices` list boards; --follow waits for one.",
+            hint="`fedprune-server status` and `fedprune-server devices` list boards.",
         )
     why = exclusions.reasons[name]
     return sentences(
-        f"{name} has sent no warning, error or crash",
+        f"{name} has reported no crash",
         f"It takes no part: {why}" if why else "",
-        "" if exclusions.settings.get("server", {}).get("board_logs", 1) else _NOT_ASKED,
         _OWN_LOG,
     )
 
 
-def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
+def _show(rows: Sequence[BoardCrash], *, as_json: bool) -> None:
     for row in rows:
         if as_json:
             print(json.dumps(row.to_dict(), sort_keys=True), flush=True)
-            continue
-        if row.kind != "crash":
-            print(row, flush=True)
             continue
         body = row.body
         ran = "" if body["uptime_s"] is None else f" after {body['uptime_s']:.0f} s"

@@ -187,7 +187,6 @@ class ServerConfig:
         "A command that runs, without a shell, when the list of revoked certificates has changed; the variable "
         "`FEDPRUNE_CRL` names the list. `off` for none.",
     )
-    board_logs: int = setting(60, "Log lines that each board may send per hour; 0 for none.", within=(0, 100_000))
     log_format: str = setting(
         "text", "The format of the server's log: `text`, or `json` for one object per line.", "FORMAT",
         choices=("text", "json"),

@@ -36,7 +36,7 @@ from fedprune.wire.transfer import BlobSender
 from fedprune_server.aggregators.dispatcher import RegionDispatcher
 from fedprune_server.aggregators.messages import Steered
 from fedprune_server.aggregators.regional_job import RemoteCoordinator
-from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
 from fedprune_server.engine.journal import Journal
@@ -114,12 +114,12 @@ class DeviceServices:
     Attributes:
         rollouts: Releases for boards, if this server distributes any.
         members: Names of the fleet's members, where not every device may take part; others leave a rollout.
-        logs: Stores boards' logs and crash reports; None to ask for none.
+        crashes: Stores boards' crash reports; None for nowhere.
     """
 
     rollouts: RolloutStore | None = None
     members: Callable[[], Collection[str]] | None = None
-    logs: BoardLogs | None = None
+    crashes: CrashStore | None = None
     blobs: WebBlobs = NO_BLOBS
 
 
@@ -189,7 +189,9 @@ class JobRunner:
         )
         traffic = DeviceTraffic(job.job, job.state, self.registry, self._uploads, self.outbox, site.monotonic)
         self._sums = SecureSums(traffic, job.store) if job.job.secure_aggregation else None
-        self._messages = MessageHandler(traffic, site.quarantine, profiles, self._rollouts, services.logs, self._sums)
+        self._messages = MessageHandler(
+            traffic, site.quarantine, profiles, self._rollouts, services.crashes, self._sums
+        )
         self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
         if self._sums is not None:
             self._dispatcher.masks = self._sums.awaits
@@ -342,7 +344,6 @@ class JobRunner:
         self.registry.born(birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected)
         if self._rollouts is not None:
             self._rollouts.born(birth.device)
-        self._messages.request_log(birth)
 
     def exclude_device(self, birth: Birth, size: int) -> None:
         """Note that a device says why it can't start. Raises `ProtocolError` as `device_born`."""
@@ -634,8 +635,8 @@ class JobRunner:
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)
-        self._database.flush()  # logs have a file of their own
-        self._messages.keep_logs()
+        self._database.flush()  # crashes have a file of their own
+        self._messages.save_crashes()
         for event in self._dispatcher.repeat(now):
             self._handle(event)
         self.outbox.ask(self._uploads.tick(now))

@@ -19,7 +19,7 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME
 from fedprune.planning.profile_store import find
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import LOG, CrashReport, LogReport, ReleaseReport
+from fedprune.wire.fleet_messages import CrashReport, ReleaseReport
 from fedprune.wire.messages import (
     Birth,
     BlobNotFound,
@@ -34,7 +34,7 @@ from fedprune.wire.messages import (
     UploadResult,
     parse,
 )
-from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
 from fedprune_server.engine.secure_sums import SecureSums
@@ -83,7 +83,7 @@ class MessageHandler:
         quarantine: Counts what devices send that can't be used.
         profiles: Folders of hardware profiles in addition to the shipped ones.
         rollouts: Runs rollouts of releases, if this job's runner does.
-        logs: Stores boards' logs; None to ask for none.
+        crashes: Stores boards' crash reports; None for nowhere.
         sums: Sums masked updates; None where the job takes updates as they are.
     """
 
@@ -93,13 +93,13 @@ class MessageHandler:
         quarantine: Quarantine,
         profiles: Sequence[Path] = (),
         rollouts: RolloutCoordinator | None = None,
-        logs: BoardLogs | None = None,
+        crashes: CrashStore | None = None,
         sums: SecureSums | None = None,
     ) -> None:
         self._sums = sums
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
-        self._quarantine, self._profiles, self._rollouts, self._logs = quarantine, tuple(profiles), rollouts, logs
+        self._quarantine, self._profiles, self._rollouts, self._crashes = quarantine, tuple(profiles), rollouts, crashes
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def receive(self, envelope: Envelope) -> on.Event | None:
@@ -116,12 +116,10 @@ class MessageHandler:
             case ReleaseReport() as report:
                 if self._rollouts is not None:
                     self._rollouts.reported(report)
-            case LogReport() as lines:
-                if self._keeps_log(device) and self._logs is not None:
-                    self._logs.lines(lines)
             case CrashReport() as crash:
-                if self._keeps_log(device) and self._logs is not None:
-                    self._logs.crashed(crash)
+                if self._crashes is not None and self._registry.admitted(device):  # anybody can invent names
+                    self._crashes.add(crash)
+                    self._registry.crashes[device] = one_line(crash.text, 200)
                     self._registry.crashes[device] = one_line(crash.text, 200)
             case BlobNotFound() as gone:
                 self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
@@ -170,18 +168,10 @@ class MessageHandler:
         self._registry.gone(device)
         return on.DeviceDied(device, session, self._registry[device].last_message_at)
 
-    def request_log(self, birth: Birth) -> None:
-        """Ask a board that has just connected for its log, if it can send it."""
-        if self._logs is not None and LOG in birth.abilities:
-            self._outbox.send(birth.device, self._logs.wanted(birth.device))
-
-    def keep_logs(self) -> None:
-        """Save what boards sent of their logs, and acknowledge it."""
-        for device, answer in ({} if self._logs is None else self._logs.save()).items():
+    def save_crashes(self) -> None:
+        """Save the crashes that boards reported, and acknowledge them."""
+        for device, answer in ({} if self._crashes is None else self._crashes.save()).items():
             self._outbox.send(device, answer)
-
-    def _keeps_log(self, device: str) -> bool:
-        return self._registry.admitted(device)  # anybody can invent names
 
     def described(self, birth: Birth) -> on.DeviceBorn | None:
         """The event of a device's birth, checked; None if the device's profile or probe can't be used."""

@@ -28,7 +28,7 @@ from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import EMBEDDED, LOCAL, without_password
-from fedprune_server.devices.board_logs import read_logs
+from fedprune_server.devices.crash_store import read_crashes
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -348,11 +348,11 @@ def check_clock(site: CheckedSite) -> Iterator[Finding]:
 
 def check_crashes(site: CheckedSite) -> Iterator[Finding]:
     try:
-        rows = read_logs(site.folder, most=5000)
+        rows = read_crashes(site.folder, most=5000)
     except FedpruneError as error:
-        yield note("board-logs", str(error), "boards' logs and crash reports can't be shown", "Delete the file.")
+        yield note("crash-reports", str(error), "boards' crash reports can't be shown", "Delete the file.")
         return
-    day_rows = [r for r in rows if r.kind == "crash" and site.now - r.received < _DAY_S]
+    day_rows = [r for r in rows if site.now - r.received < _DAY_S]
     if day_rows:
         names = sorted({r.device for r in day_rows})
         last = day_rows[-1]
@@ -361,7 +361,7 @@ def check_crashes(site: CheckedSite) -> Iterator[Finding]:
             f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:MAX_NAMES_SHOWN])}), lastly "
             f"{last.device}: {last.text}",
             "a board that crashes trains nothing meanwhile",
-            command("logs", "--device", last.device, *state_args(site.folder)),
+            command("crashes", "--device", last.device, *state_args(site.folder)),
         )
 
 

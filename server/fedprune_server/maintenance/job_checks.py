@@ -16,7 +16,7 @@ from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
 from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
-from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, command, restart_advice, state_args
+from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, MAX_NAMES_SHOWN, command, restart_advice, state_args
 from fedprune_server.monitoring.monitor import off_by_far
 from fedprune_server.monitoring.snapshot import JobStatus
 
@@ -174,8 +174,8 @@ def _refused(case: Case) -> Iterator[Finding]:
         f"none of the last {quantity(len(parts), 'update')} of job {case.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
-        f"see each board's reason: {command('status', *state_args(case.folder), '--rounds', _ROUNDS)}; and what the "
-        f"boards say: {command('logs', *state_args(case.folder))}",
+        f"see each board's reason: {command('status', *state_args(case.folder), '--rounds', _ROUNDS)}; and its log, on "
+        f"the board: {BOARD_LOG_COMMAND}",
     )
 
 
@@ -194,7 +194,7 @@ def _outlying(case: Case) -> Iterator[Finding]:
             f"{case.name}: {one_line(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
-            f"look at its samples and its log ({command('logs', *state_args(case.folder))}); if it is not to be "
+            f"look at its samples and, on the board, at its log ({BOARD_LOG_COMMAND}); if it is not to be "
             f"trusted: {command('devices', 'revoke', name, *state_args(case.folder))}",
         )
 

@@ -10,7 +10,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.fields import MAX_MESSAGE
-from fedprune.wire.fleet_messages import LogRequest, Reconnect, ReleaseOffer
+from fedprune.wire.fleet_messages import Reconnect, ReleaseOffer
 from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer, SecureStep
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.transfer import SeenRequests, with_request_id
@@ -21,7 +21,7 @@ from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
 
-_ANSWERED = (Hello, Offer, SecureStep, LogRequest, Reconnect, ReleaseOffer)
+_ANSWERED = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
 """Messages that a device answers."""
 
 

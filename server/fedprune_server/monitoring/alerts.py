@@ -288,7 +288,7 @@ def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]
             f"{job.rounds or '?'}{away}{revoked}",
             "nothing is trained until boards come back",
             "see that boards have power and network, and that the broker's port is open; "
-            f"{command('logs', *state_args(seen.folder))} shows what they sent last{readmission}",
+            f"{command('crashes', *state_args(seen.folder))} shows programs that ended{readmission}",
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
@@ -296,7 +296,9 @@ def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]
         return  # the parent begins rounds, with boards of other regions
     more = f"let more boards in ({command('claim', '--device', 'NAME', *state_args(seen.folder))})"
     if job.away:
-        more = f"start the boards that are away ({command('logs', *state_args(seen.folder))} shows what they sent last)"
+        more = (
+            f"start the boards that are away ({command('crashes', *state_args(seen.folder))} shows programs that ended)"
+        )
     yield Alert(
         "too-few-devices", WARNING, now,
         f"job {job.name} waits for {quantity(job.needed, 'device')}, and {seen.here} can take part now{away}{revoked}",
@@ -314,7 +316,7 @@ def _progress_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Ale
         missed = f"{quantity(job.empty, 'round')} closed without a usable update"
     todo = (
         f"see each board's reason: {command('status', *state_args(job.folder))}, and "
-        f"{command('logs', *state_args(job.folder))}; if boards need longer: "
+        f"{command('crashes', *state_args(job.folder))}; if boards need longer: "
         f"{restart_advice(*state_args(job.folder), '--deadline', f'{2 * job.deadline_s:g}')}"
     )
     if undelivered := [name for name, absence in seen.absences.items() if absence.kind == UNDELIVERED]:
@@ -473,14 +475,14 @@ def _absence_alerts(seen: Snapshot) -> Iterator[Alert]:
 
 def _remedy(seen: Snapshot, name: str, absence: Absence) -> tuple[str, str]:
     """What it leads to that a board doesn't take part, and what to do."""
-    logs = command("logs", "--device", name, *state_args(seen.folder))
+    crashes = command("crashes", "--device", name, *state_args(seen.folder))
     revoke = command("devices", "revoke", name, *state_args(seen.folder))
     without = "rounds go on without what its samples would teach the model"
     match absence.kind:
         case participation.QUARANTINE:
             return "what it sends is dropped unread", (
-                f"see {logs} and the board's own log; it ends by itself, and a board that isn't yours is revoked by "
-                f"{revoke}"
+                f"see the board's own log, by `{BOARD_LOG_COMMAND}` there; it ends by itself, and a board that isn't "
+                f"yours is revoked by {revoke}"
             )
         case participation.CLONED:
             return "the two disturb each other, and the server hears now one and now the other", (
@@ -495,17 +497,18 @@ def _remedy(seen: Snapshot, name: str, absence: Absence) -> tuple[str, str]:
             )
         case participation.AWAY:
             return without, (
-                f"see that it has power and network, and {logs}; a board that is gone for good is revoked by {revoke}"
+                f"see that it has power and network, and {crashes}; a board that is gone for good is revoked by "
+                f"{revoke}"
             )
         case participation.EXCLUDED:  # one that can't start has sent nothing but the reason
             return without, (
-                f"mend what the reason names on the board and start it again; {logs} shows what it sent last, and on "
-                f"the board `{BOARD_LOG_COMMAND}` shows all (docs/runbook.md#a-board-cant-start)"
+                f"mend what the reason names on the board and start it again; on the board `{BOARD_LOG_COMMAND}` shows "
+                f"its log, and {crashes} how its program ended before (docs/runbook.md#a-board-cant-start)"
             )
         case _:
             return without, (
-                f"mend what the reason names on the board and start it again; {logs} shows what it sent last "
-                "(docs/runbook.md#a-board-cant-start)"
+                f"mend what the reason names on the board and start it again; on the board `{BOARD_LOG_COMMAND}` shows "
+                "its log (docs/runbook.md#a-board-cant-start)"
             )
 
 

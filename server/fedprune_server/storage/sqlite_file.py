@@ -1,4 +1,4 @@
-"""A small SQLite file, for what is not in the server's database: console, logs of boards."""
+"""A small SQLite file, for what is not in the server's database: console, crashes of boards."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def router(console: Console) -> APIRouter:
             raise HTTPException(404) from error
         if row is None:
             raise HTTPException(404)
-        return JSONResponse({"device": row, "details": view.details(name), "log": view.board_log(name)})
+        return JSONResponse({"device": row, "details": view.details(name), "reported": view.crashes(name)})
 
     @routes.get("/coverage")
     def coverage(request: Request) -> Response:

@@ -28,10 +28,10 @@ def state(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("fedprune-server logs --state state --device a", {"attic", "aula"}),
+        ("fedprune-server crashes --state state --device a", {"attic", "aula"}),
         ("fedprune-server devices --state state revoke y", {"yard"}),
         ("fedprune-server rollout start r --state state --devices attic,a", {"attic,aula"}),
-        ("fedprune-server logs --state gone --device a", set()),
+        ("fedprune-server crashes --state gone --device a", set()),
     ],
 )
 def test_boards_are_completed(state: Path, line: str, words: set[str]) -> None:
@@ -40,6 +40,6 @@ def test_boards_are_completed(state: Path, line: str, words: set[str]) -> None:
 
 
 def test_the_environments_state_folder_counts_too(state: Path) -> None:
-    found = completed("fedprune-server logs --device y", state.parent, FEDPRUNE_SERVER_STATE=str(state))
+    found = completed("fedprune-server crashes --device y", state.parent, FEDPRUNE_SERVER_STATE=str(state))
     assert found.words == ["yard"]
     assert "sqlalchemy" not in found.imported

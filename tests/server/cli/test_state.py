@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.wire.fleet_messages import LogReport
+from fedprune.wire.fleet_messages import CrashReport
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import VARIABLE
-from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, evaluate_alerts
 from fedprune_server.monitoring.participation import EXCLUDED, Absence
 from fedprune_server.monitoring.snapshot import Snapshot
@@ -54,7 +54,7 @@ def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
     assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
 
 
-@pytest.mark.parametrize("command", ["check", "devices", "logs", "rollout status", "status"])
+@pytest.mark.parametrize("command", ["check", "devices", "crashes", "rollout status", "status"])
 def test_a_folder_that_is_not_there_is_reported_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -74,7 +74,7 @@ def test_the_command_line_wins(
 
 
 @pytest.mark.parametrize(
-    "command", ["status", "check", "backup --to x", "doctor", "logs", "operators list", "init", "claim", "replay"]
+    "command", ["status", "check", "backup --to x", "doctor", "crashes", "operators list", "init", "claim", "replay"]
 )
 def test_a_boards_folder_is_called_one(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -96,34 +96,32 @@ def test_a_folder_is_its_owner_s_alone_and_knows_its_boards(tmp_path: Path, caps
         os.umask(before)
     assert state.stat().st_mode & 0o777 == 0o700
     assert main(["claim", "--state", str(state)]) == ExitCode.OK
-    assert main(["logs", "--state", str(state), "--device", "nope"]) == ExitCode.JOIN
+    assert main(["crashes", "--state", str(state), "--device", "nope"]) == ExitCode.JOIN
     assert "no board is called nope" in " ".join(capsys.readouterr().err.split())
 
 
-def test_of_a_board_that_can_t_start_logs_tell_why_they_are_empty_and_where_its_own_are(
+def test_of_a_board_that_can_t_start_it_is_told_why_and_where_its_own_log_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trouble = "it can't start: its samples are gone."
     with Storage.at(tmp_path) as storage:
-        storage.put_settings({"job": {}, "server": {"board_logs": 0}})
+        storage.put_settings({"job": {}, "server": {}})
         storage.put_outsiders({"attic": {"excluded": trouble, "cannot_start": True}, "cellar": {"excluded": ""}})
     said = {}
     for name in ("attic", "cellar"):
-        assert main(["logs", "--state", str(tmp_path), "--device", name]) == ExitCode.OK
+        assert main(["crashes", "--state", str(tmp_path), "--device", name]) == ExitCode.OK
         said[name] = capsys.readouterr().out
         assert name in said[name]
-        assert "board_logs" in said[name]
         assert BOARD_LOG_COMMAND in said[name]
     assert trouble in said["attic"]
     assert ".." not in said["attic"]
-    assert main(["logs", "--state", str(tmp_path), "--device", "attic", "--json"]) == ExitCode.OK
+    assert main(["crashes", "--state", str(tmp_path), "--device", "attic", "--json"]) == ExitCode.OK
     assert capsys.readouterr().out == ""
-    with BoardLogs(tmp_path) as logs:  # what it sent when it could start still
-        line = {"number": 1, "at": 5, "level": "warning", "count": 1, "text": "its label is 7"}
-        logs.lines(LogReport("attic", (line,)))
-        logs.save()
+    with CrashStore(tmp_path) as crashes:  # of when it could start still
+        crashes.add(CrashReport("attic", 1, 5, "error", "its label is 7", (), "fedprune", ""))
+        crashes.save()
     for options in ([], ["--device", "attic"]):
-        assert main(["logs", "--state", str(tmp_path), *options]) == ExitCode.OK
+        assert main(["crashes", "--state", str(tmp_path), *options]) == ExitCode.OK
         out = capsys.readouterr().out
         assert out.index("its label is 7") < out.index(trouble)
         assert BOARD_LOG_COMMAND in out
@@ -131,4 +129,4 @@ def test_of_a_board_that_can_t_start_logs_tell_why_they_are_empty_and_where_its_
     seen = Snapshot(tmp_path, absences={"attic": Absence(EXCLUDED, trouble, 0.0)})
     (alert,) = evaluate_alerts(seen, 1.0)
     assert BOARD_LOG_COMMAND in alert.todo
-    assert "fedprune-server logs" in alert.todo
+    assert "fedprune-server crashes" in alert.todo

@@ -38,7 +38,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import CrashReport, ServerPresence
 from fedprune_server.cli.main import main
-from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.enrollment.pki import IdentityFolder, hosts_of
 from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
@@ -303,9 +303,9 @@ def short_certificate(days: float) -> bytes:
 
 def test_crashes(tmp_path: Path) -> None:
     assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW))) == set()
-    with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
-        logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
-        logs.save()
+    with CrashStore(tmp_path, clock=lambda: NOW) as crashes:
+        crashes.add(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
+        crashes.save()
     assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 60))) == {"crashes"}
     assert kinds(doctor.check_crashes(CheckedSite(folder=tmp_path, now=NOW + 3 * 86_400))) == set()
 
@@ -511,8 +511,8 @@ def test_a_database_without_a_job_is_no_damage(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--state", str(tmp_path)]) == ExitCode.STORAGE
-    assert main(["logs", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE
-    assert main(["logs", "--state", str(tmp_path)]) == ExitCode.STORAGE
+    assert main(["crashes", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE
+    assert main(["crashes", "--state", str(tmp_path)]) == ExitCode.STORAGE
     assert "Traceback" not in capsys.readouterr().err
 
 

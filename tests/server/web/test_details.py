@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.model.selection import Selection
-from fedprune.wire.fleet_messages import CrashReport, LogReport
-from fedprune_server.devices.board_logs import BoardLogs, BoardReport
+from fedprune.wire.fleet_messages import CrashReport
+from fedprune_server.devices.crash_store import FILE as CRASHES
+from fedprune_server.devices.crash_store import CrashStore
+from fedprune_server.web.state.crashes import board_crashes
 from fedprune_server.web.state.details import details, held
-from fedprune_server.web.state.logs import LATEST, OF_BOARD, BoardLogTap
-from fedprune_server.web.state.records import Record
 from fedprune_server.web.state.rows import running, versions
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
 from fedprune_server.web.views.presentation import channels
@@ -118,46 +120,27 @@ def crash(number: int, **more: Any) -> CrashReport:
 
 
 def test_what_boards_tell_is_bounded_and_steers_nothing(tmp_path: Path) -> None:
-    with BoardLogs(tmp_path, 1000) as logs:
-        told = BoardLogTap(tmp_path)
-        logs.told = told.hear
-        for number in range(1, 91):
-            row = {
-                "number": number,
-                "at": 2**63 - 1,
-                "level": "error",
-                "count": 2**31 - 1,
-                "text": f"{number} {HOSTILE}",
-            }
-            logs.lines(LogReport("a", (row,)))
-        for number in range(100, 115):
-            logs.crashed(crash(number))
-        logs.save()
-        live = [told.take(50), told.take(50), told.take(50)]
-        assert [len(x) for x in live] == [50, 40, 0]  # of crashes the server's own log tells
-        writer, view = StatusWriter(tmp_path / FILE), FleetView(tmp_path / FILE)
-        records: list[Record] = [*live[0], told.of("a"), told.of("nobody"), *told.latest()]
-        write(writer, *records)
-        assert len(told.latest()) <= LATEST
-        # What is on the disk may be another's doing.
-        told.hear(BoardReport(1, "a", "line", -1.0, -1.0, STEERS, 0, STEERS * 100, {}))
-        (odd,) = told.take(5)
-        write(writer, odd)
-    found = view.board_log("a")
+    with CrashStore(tmp_path) as crashes:
+        for number in range(1, 16):
+            crashes.add(crash(number, text=f"{number} {HOSTILE}"))
+        crashes.save()
+    with closing(sqlite3.connect(tmp_path / CRASHES)) as file, file:  # what is on the disk may be another's doing
+        file.execute("UPDATE crashes SET text = ?, at = -1, received = -1 WHERE number = 1", (f"1 {STEERS * 100}",))
+    writer, view = StatusWriter(tmp_path / FILE), FleetView(tmp_path / FILE)
+    write(writer, board_crashes(tmp_path, "a"), board_crashes(tmp_path, "nobody"))
+    found = view.crashes("a")
     assert found is not None
-    assert [row["text"].split()[0] for row in found["lines"]] == [str(n) for n in range(90, 90 - OF_BOARD, -1)]
-    assert len(found["crashes"]) == 10
-    texts = [r["text"] for r in (*found["lines"], *found["crashes"], *view.lines(size=500).items)]
-    texts += [t for c in found["crashes"] for t in (c["cause"], c["release"], c["slot"], *c["frames"])]
+    assert [c["text"].split()[0] for c in found["crashes"]] == [str(n) for n in range(10, 0, -1)]
+    texts = [t for c in found["crashes"] for t in (c["text"], c["cause"], c["release"], c["slot"], *c["frames"])]
     assert all(t.isprintable() for t in texts)
     (worst,) = {(c["uptime_s"], c["temperature_c"], c["memory_available"]) for c in found["crashes"]}
     assert worst == (None, None, 2**63 - 1)
-    assert view.board_log("nobody") == {"name": "nobody", "lines": [], "crashes": []}
+    assert view.crashes("nobody") == {"name": "nobody", "crashes": []}
 
 
-def test_logs_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
-    (tmp_path / "board-logs.db").write_bytes(b"not a database at all" * 100)
-    assert BoardLogTap(tmp_path).of("a").lines == ()
+def test_crashes_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
+    (tmp_path / CRASHES).write_bytes(b"not a database at all" * 100)
+    assert board_crashes(tmp_path, "a").crashes == ()
 
 
 def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
@@ -169,7 +152,7 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
 
     fleet, writer = ConsoleFleet(10), StatusWriter(tmp_path / FILE)
     fleet.publish(writer)
-    write(writer, fleet.details("board-0006"), fleet.board_log("board-0006"))
+    write(writer, fleet.details("board-0006"), fleet.crashes("board-0006"))
 
     async def shown(*paths: str) -> list[str]:
         transport = httpx.ASGITransport(make_app(console))
@@ -187,8 +170,7 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
         token = console.sessions.begin(operator, "127.0.0.1")
         page, table = asyncio.run(shown("/devices/board-0006", "/fleet"))
     assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
-    assert "&lt;b&gt;2 leaves&lt;/b&gt;" in page
-    assert "<b>2 leaves" not in page
+    assert "<i>no room" not in page
     assert "release 5 in slot a" in page
     assert "21.0 MB of 512 MB of memory free" in page
     assert (

@@ -216,7 +216,6 @@ def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
     page = opened("/devices/board-0006")
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("21.0 MB of 512 MB of memory free")
-    expect(page.get_by_role("region", name="Device log")).to_contain_text("<b>2 leaves</b>")
     page.get_by_text("Where").click()
     expect(page.get_by_text("fedprune_device.training.trainer:212 in step")).to_be_visible()
     expect(page.locator(".facts", has_text="Update")).to_contain_text("trial release 6")

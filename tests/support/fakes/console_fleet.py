@@ -10,7 +10,7 @@ from typing import Any
 from fedprune_server.web.state.order_queue import Order
 from fedprune_server.web.state.records import (
     AlertStatus,
-    BoardLog,
+    BoardCrashes,
     Coverage,
     DeviceDetails,
     FinishedRound,
@@ -92,7 +92,7 @@ class ConsoleFleet:
         """What a server publishes on an order."""
         if order.order == "look" and order.device is not None and order.device in self.rows:
             yield self.details(order.device)
-            yield self.board_log(order.device)
+            yield self.crashes(order.device)
         if order.order == "coverage":
             yield self.coverage(order.job or self._jobs[0])
 
@@ -166,16 +166,14 @@ class ConsoleFleet:
         )  # fmt: skip
         return tuple(dict(zip(("what", "unit", "predicted", "measured"), r, strict=True)) for r in rows)
 
-    def board_log(self, device: str) -> BoardLog:
-        line = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
-                "text": "the link is slow: <b>2 leaves</b> are asked for again"}  # fmt: skip
+    def crashes(self, device: str) -> BoardCrashes:
         crash = {
             "at": self._now - 7200, "received": self._now - 7100, "cause": "exception", "release": "fedprune 0.1.0",
             "text": "MemoryError: <i>no room</i> for 12 MB", "slot": self.rows[device]["slot"], "uptime_s": 5400.0,
             "temperature_c": 61.5, "memory_available": 21_000_000, "memory_total": 512_000_000,
             "frames": ("fedprune_device.training.trainer:212 in step", "numpy"),
         }  # fmt: skip
-        return BoardLog(device, (line,), (crash,))
+        return BoardCrashes(device, (crash,))
 
     def coverage(self, job: str) -> Coverage:
         groups = []

@@ -285,7 +285,7 @@ def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: C
     site = SiteLink(link, Topics("default"), quarantine, clock=clock, monotonic=lambda: air.now, **packet)
     runners = []
     for job, own in jobs:
-        services = DeviceServices(**{k: own[k] for k in ("rollouts", "members", "logs", "blobs") if k in own})
+        services = DeviceServices(**{k: own[k] for k in ("rollouts", "members", "crashes", "blobs") if k in own})
         kept = {k: own[k] for k in ("profiles", "max_devices", "observers") if k in own}
         runners.append(JobRunner(job, site, services, **kept))
     return Server(runners, site, options.get("broker"), connected=options.get("connected", 0))

@@ -7,14 +7,11 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.model.recipe import Recipe
 from fedprune.wire.fleet_messages import (
-    LEVELS,
     LONGEST_AWAY_S,
     MAX_FRAMES,
-    MAX_LINES,
     STATES,
     CrashReport,
-    LogReport,
-    LogRequest,
+    CrashStored,
     Reconnect,
     ReleaseOffer,
     ReleaseReport,
@@ -68,12 +65,6 @@ held = st.none() | st.fixed_dictionaries({"job": names, "round": counts, "attemp
 metrics = st.dictionaries(
     st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.floats(allow_nan=False, allow_infinity=False), max_size=5
 )
-lines = st.lists(
-    st.fixed_dictionaries(
-        {"number": counts, "at": counts, "level": st.sampled_from(LEVELS), "count": st.integers(1, 9), "text": texts}
-    ),
-    max_size=MAX_LINES,
-).map(tuple)
 frames = st.lists(
     st.fixed_dictionaries({"module": texts, "line": st.integers(0, 2**31 - 1), "function": texts}), max_size=MAX_FRAMES
 ).map(tuple)
@@ -130,13 +121,12 @@ messages = st.one_of(
         st.lists(hexes, min_size=1, max_size=5).map(tuple), st.integers(1, 100), st.floats(1, 3600),
     ),
     st.builds(ReleaseWithdrawn, st.integers(0, 2**31 - 1), texts),
-    st.builds(LogReport, names, lines),
     st.builds(
         CrashReport, names, counts, counts, texts, texts, frames, texts, texts, reals, reals, st.none() | counts,
         st.none() | counts,
     ),
     st.builds(Reconnect, st.floats(0, 3600), st.none() | st.floats(1, LONGEST_AWAY_S)),
-    st.builds(LogRequest, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
+    st.builds(CrashStored, counts),
     st.builds(
         ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts,
         st.none() | hexes,
@@ -178,7 +168,6 @@ EXAMPLES: list[Message] = [
     ReleaseWithdrawn(7, "stopped"),
     ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2, DIGEST),
     Alive("pi-1", 3),
-    LogReport("pi-1", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
     CrashReport(
         "pi-1",
         2,
@@ -193,7 +182,7 @@ EXAMPLES: list[Message] = [
         1,
         2,
     ),
-    LogRequest(60, 16_384, 7),
+    CrashStored(7),
     Reconnect(50.0, 3600.0),
     ServerQuery(DIGEST[:32], DIGEST[:32], None),
     ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, None),

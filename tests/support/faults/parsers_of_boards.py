@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from fedprune_device.privacy.redaction import private
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.telemetry.crash_reports import _fault_frames
-from fedprune_device.telemetry.log_buffer import LogBuffer
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
 from support.faults.parsers_of_files import picture
 from support.faults.parsers_of_samples import sample_targets
@@ -131,20 +129,12 @@ def _asked(raw: bytes) -> object:
         return None
 
 
-_LINE = {"number": 8, "at": 1, "level": "error", "count": 2, "text": "too hot: 81 °C"}
 _FAULT = b"""Fatal Python error: Segmentation fault
 
 Current thread 0x00007f (most recent call first):
   File "/opt/a/fedprune_device/agent/agent.py", line 12 in run
   File "/usr/lib/python3/dist-packages/numpy/x.py", line 9 in f
 """
-
-
-def _log_kept(path: Path) -> object:
-    """What a board takes up of its log, and would tell of it."""
-    log = LogBuffer(path.parent, "a", lambda: 1.0, lambda: 1.0)
-    told = log.take(64, 10**6)
-    return None if told is None else told.to_bytes()
 
 
 def _fault(text: str) -> object:
@@ -191,14 +181,6 @@ def _kept() -> tuple[Target, ...]:
             dumped({"a": 1, "b": [2]}),
             text=True,
             frame=_document,
-        ),
-        Target(
-            "kept.log",
-            as_file(_log_kept, "log.json"),
-            dumped({"number": 9, "lines": [_LINE]}),
-            text=True,
-            frame=_document,
-            constant=2**20,
         ),
         Target("kept.fault", as_text(_fault), (_FAULT,), text=True, constant=2**20),
         Target("kept.serving", as_object(Serving.from_dict), dumped(serving), text=True),

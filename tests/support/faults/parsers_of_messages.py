@@ -59,10 +59,9 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
     APPROVED,
     CrashReport,
+    CrashStored,
     JoinAnswer,
     JoinRequest,
-    LogReport,
-    LogRequest,
     Reconnect,
     ReleaseOffer,
     ReleaseReport,
@@ -164,7 +163,7 @@ def _messages() -> list[Any]:
         blobs_at="https://models.example:8443/lab",
     )  # fmt: skip
     return [
-        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=("log",)),
+        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=("put",)),
         m.Death("a", 1),
         m.Alive("a", 1),
         m.Progress("a", **place, phase="train", done=1, total=2),
@@ -186,7 +185,6 @@ def _messages() -> list[Any]:
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
         ReleaseWithdrawn(1, "a mistake"),
-        LogReport("a", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
         CrashReport(
             "a",
             2,
@@ -201,7 +199,7 @@ def _messages() -> list[Any]:
             1,
             2,
         ),
-        LogRequest(60, 16_384, 7),
+        CrashStored(7),
         Reconnect(50.0, 3600.0),
     ]
 

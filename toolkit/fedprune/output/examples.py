@@ -154,9 +154,9 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server health",
         "fedprune-server health --pulse /run/fedprune/pulse --within 60 --ready",
     ),
-    "fedprune-server logs": (
-        "fedprune-server logs --device attic --state state",
-        "fedprune-server logs --state state --follow --json",
+    "fedprune-server crashes": (
+        "fedprune-server crashes --state state",
+        "fedprune-server crashes --device attic --state state --json",
     ),
     "fedprune-server doctor": (
         "fedprune-server doctor --state state",

@@ -1,9 +1,8 @@
-"""Messages outside of rounds: joining a fleet, releases of the runtime, boards' problems, connections, and servers that
+"""Messages outside of rounds: joining a fleet, releases of the runtime, boards' crashes, connections, and servers that
 meet.
 
-`fedprune.security.joining` makes and checks the signatures of join messages. A board sends no log before the server's
-`LogRequest`, which goes only to boards with the ability `LOG`. Messages between servers of one identity never reach
-devices.
+`fedprune.security.joining` makes and checks the signatures of join messages. Messages between servers of one identity
+never reach devices.
 """
 
 from __future__ import annotations
@@ -146,27 +145,11 @@ class ReleaseReport(CheckedMessage, kind="release_report"):
 ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn
 
 
-LOG = "log"
-"""Ability of a board: on request it sends warnings and errors of its log, and reports of crashes."""
-
-LEVELS = ("warning", "error")
-MAX_LINES = 64
-MAX_TEXT = 500
+MAX_CRASH_TEXT = 1000
 MAX_FRAMES = 16
-"""Lines of one message, characters of one line, frames of a crash."""
+"""Characters of a crash's text, and its frames."""
 
 Measured = Annotated[float, number(-1e12, 1e12)]
-
-
-class LogEntry(TypedDict):
-    """A line of a board's log, numbered in rising order, with its time by the board's clock (seconds since 1970) and
-    how often it came."""
-
-    number: Count
-    at: Count
-    level: Annotated[str, choice(*LEVELS)]
-    count: Annotated[int, whole(1, 2**31 - 1)]
-    text: Annotated[str, text(MAX_TEXT)]
 
 
 class Frame(TypedDict):
@@ -178,27 +161,17 @@ class Frame(TypedDict):
 
 
 @dataclass(frozen=True)
-class LogReport(CheckedMessage, kind="log"):
-    """Warnings and errors of a board's log."""
-
-    device: Device
-    lines: Annotated[tuple[LogEntry, ...], Items(MAX_LINES)]
-    """Each with `number` (larger than that of every earlier one), `at` (seconds since 1970, by the board's clock),
-    `level`, `count` (how often it came) and `text`."""
-
-
-@dataclass(frozen=True)
 class CrashReport(CheckedMessage, kind="crash"):
     """An unexpected end of a board's last run."""
 
     device: Device
     number: Count
-    """A number as those of lines, from the same counter."""
+    """Its time in milliseconds since 1970 by the board's clock, by which the server recognises repetitions."""
     at: Count
     """Time in seconds since 1970 by the board's clock."""
     cause: Annotated[str, text(64)]
     """`error` (one with an exit code), `exception`, `thread`, `signal` or `killed`; others may come."""
-    text: Annotated[str, text(2 * MAX_TEXT)]
+    text: Annotated[str, text(MAX_CRASH_TEXT)]
     """The exception or signal, for people."""
     frames: Annotated[tuple[Frame, ...], Items(MAX_FRAMES)]
     """The traceback, innermost frame first."""
@@ -217,16 +190,11 @@ class CrashReport(CheckedMessage, kind="crash"):
 
 
 @dataclass(frozen=True)
-class LogRequest(CheckedMessage, kind="log_wanted"):
-    """A server's request for a board's log, after every birth with the ability `LOG` and whenever it has stored
-    lines."""
+class CrashStored(CheckedMessage, kind="crash_stored"):
+    """A crash is on the server's disk: the board sends it no more."""
 
-    lines: Annotated[int, whole(0, 100000)]
-    """Lines per hour; 0 for none."""
-    bytes: Annotated[int, whole(0, 2**31 - 1)]
-    """Bytes of their texts per hour."""
-    kept: Count | None = None
-    """The highest number of a line or crash that is on the server's disk; None for none yet."""
+    number: Count
+    """The crash's number."""
 
 
 RECONNECT = "reconnect"

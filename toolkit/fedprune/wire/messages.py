@@ -45,10 +45,9 @@ from fedprune.wire.fields import (
 from fedprune.wire.fleet_messages import (
     MAX_AUTHORITIES,
     CrashReport,
+    CrashStored,
     JoinAnswer,
     JoinRequest,
-    LogReport,
-    LogRequest,
     Reconnect,
     ReleaseFromServer,
     ReleaseReport,
@@ -476,7 +475,6 @@ FromDevice = (
     | UploadResult
     | JoinRequest
     | ReleaseReport
-    | LogReport
     | CrashReport
 )
 FromServer = (
@@ -491,7 +489,7 @@ FromServer = (
     | UploadRequest
     | JoinAnswer
     | ReleaseFromServer
-    | LogRequest
+    | CrashStored
     | Reconnect
 )
 BetweenServers = ServerQuery | ServerPresence

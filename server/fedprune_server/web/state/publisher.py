@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ProtocolError, StorageError
@@ -18,8 +19,9 @@ from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state import rows
+from fedprune_server.web.state.crashes import board_crashes
 from fedprune_server.web.state.details import coverage, details
-from fedprune_server.web.state.logs import BoardLogTap, LogTap
+from fedprune_server.web.state.logs import LogTap
 from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts, Site
 from fedprune_server.web.state.status import StatusWriter, encoded
 from fedprune_server.web.state.surroundings import Member, SurroundingsPoller
@@ -41,7 +43,7 @@ _UNWRITTEN = 1000
 
 
 class StatusPublisher:
-    """Publishes the status of jobs.
+    """Publishes the status of jobs. `folder` is the state folder, which has boards' crashes; None for none.
 
     Attributes:
         tap: Collects lines of the server's log.
@@ -55,7 +57,7 @@ class StatusPublisher:
         writer: StatusWriter,
         *,
         poller: SurroundingsPoller | None = None,
-        boards: BoardLogTap | None = None,
+        folder: Path | None = None,
         alerts: AlertBook | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -64,7 +66,7 @@ class StatusPublisher:
         self._views = {name: runner.view for name, runner in server.runners.items()}
         self._site, self._writer = dict(site), writer
         self._poller = poller or SurroundingsPoller()
-        self._boards, self._alerts = boards, alerts or AlertBook()
+        self._folder, self._alerts = folder, alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap(self._knows)
         self.faults: list[str] = []
@@ -116,8 +118,8 @@ class StatusPublisher:
 
     def add_details(self, device: str) -> None:
         self.add(details(self.view_with(device), device, self._clock()))
-        if self._boards is not None:
-            self.add(self._boards.of(device))
+        if self._folder is not None:
+            self.add(board_crashes(self._folder, device))
 
     def add_coverage(self, job: str) -> None:
         """Publish a job's coverage soon, unless it was a moment ago."""
@@ -165,8 +167,6 @@ class StatusPublisher:
             self.changed(view.state.devices.keys())
             self.changed(view.registry.names)
         self.changed(self._poller.names)
-        if self._boards is not None:
-            self.add(*self._boards.latest())
 
     def _look(self, now: float) -> None:
         if now >= self._sweep_at:
@@ -190,8 +190,6 @@ class StatusPublisher:
             self._add_changed(f"job {name}", _job(view))
         self._add_alerts()
         self.add(*self.tap.take(_LINES))
-        if self._boards is not None:
-            self.add(*self._boards.take(_LINES))
 
     def _add_alerts(self) -> None:
         # Closed ones first: an alert that has closed and opened again since is open.

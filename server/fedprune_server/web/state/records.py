@@ -111,11 +111,10 @@ class DeviceDetails(Record, kind="device", scope="name"):
 
 
 @dataclass(frozen=True)
-class BoardLog(Record, kind="board_log", scope="name"):
-    """A board's latest log lines and crashes, newest first."""
+class BoardCrashes(Record, kind="crashes", scope="name"):
+    """A board's latest crashes, newest first."""
 
     name: str
-    lines: tuple[Row, ...]
     crashes: tuple[Row, ...]
 
 
@@ -153,7 +152,7 @@ class AlertStatus(Record, kind="alert", key="id"):
 
 @dataclass(frozen=True)
 class LogLine(Record, kind="log"):
-    """A line of the server's log or, with `board`, of a board's."""
+    """A line of the server's log."""
 
     at: float
     level: str
@@ -161,4 +160,3 @@ class LogLine(Record, kind="log"):
     device: str | None = None
     job: str | None = None
     round: int | None = None
-    board: bool = False

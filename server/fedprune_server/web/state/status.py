@@ -41,7 +41,7 @@ COLUMNS = (
 _FILTERS = ("state", "profile", "job", "status", "online")
 _LINE_FILTERS = ("level", "device", "job")
 
-_KEPT = {"log": 5000, "alert": 1000, "device": 50, "board_log": 50}
+_KEPT = {"log": 5000, "alert": 1000, "device": 50, "crashes": 50}
 """Records that are kept of a kind; of more, the oldest are deleted, and closed alerts before open ones."""
 
 _KEPT_ROUNDS = 2000
@@ -262,9 +262,9 @@ class FleetView(Closing):
         """A device's details, if an operator asked for them lately, with their time as `at`."""
         return self._record("device", name)
 
-    def board_log(self, name: str) -> Row | None:
-        """A board's log lines and crashes, read with its details."""
-        return self._record("board_log", name)
+    def crashes(self, name: str) -> Row | None:
+        """A board's crashes, read with its details."""
+        return self._record("crashes", name)
 
     def coverage(self, job: str) -> Row | None:
         """A job's coverage with its time as `at`; None until an operator asks for it."""
@@ -343,7 +343,7 @@ class FleetView(Closing):
         query = "SELECT change, kind, body FROM records WHERE change > ? ORDER BY change LIMIT ?"
         for change, kind, text in self._rows(query, self._seen_records, _CHANGES):
             self._seen_records, body = change, json.loads(text)
-            if kind in ("device", "board_log"):
+            if kind in ("device", "crashes"):
                 found.append(("device", {"name": body["name"]}))
             elif kind == "coverage":
                 found.append((kind, {"job": body["job"], "round": body["round"]}))

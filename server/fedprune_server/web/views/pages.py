@@ -234,7 +234,7 @@ def install(app: FastAPI, console: Console) -> None:
             map=presentation.channel_map(details),
             history=details["history"] if details else (),
             charts=presentation.device_charts(details["history"]) if details else [],
-            told=view.board_log(name),
+            reported=view.crashes(name),
             log=view.lines(size=ROWS, only={"device": name}).items,
         )
 

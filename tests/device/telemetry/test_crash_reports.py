@@ -1,9 +1,8 @@
-"""What a board tells its server of its log and its crashes: little, private, once, and still there after a crash."""
+"""What a board tells its server of its crashes: little, private, once, and still there after a crash."""
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -18,14 +17,13 @@ from hypothesis import strategies as st
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
-from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
+from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, CrashReport, CrashStored
 from fedprune.wire.messages import parse
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.privacy.redaction import OTHER, module_at, module_of, private
+from fedprune_device.telemetry.crash_reporter import CrashReporter
 from fedprune_device.telemetry.crash_reports import CrashReports
-from fedprune_device.telemetry.log_buffer import KEPT, KEPT_BYTES, LogBuffer
-from fedprune_device.telemetry.reporter import LogReporter
 
 pytestmark = pytest.mark.board
 
@@ -47,15 +45,6 @@ class Wire:
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         self.said.append(parse(payload))
         return True
-
-
-def record(text: str, level: int = logging.WARNING) -> logging.LogRecord:
-    return logging.LogRecord("fedprune.device", level, "x.py", 1, text, (), None)
-
-
-def keeper(folder: Path, time: Time | None = None) -> LogBuffer:
-    clock = time or Time()
-    return LogBuffer(folder, "pi", clock, clock)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +71,7 @@ def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> No
     told = private(text, limit)
     assert len(told) <= limit
     assert told.isprintable()
-    LogReport("pi", ({"number": 0, "at": 0, "level": "error", "count": 1, "text": told},))
+    CrashReport("pi", 1, 1, "error", told, (), "fedprune", "")
 
 
 def test_modules_of_others_are_not_named() -> None:
@@ -92,68 +81,6 @@ def test_modules_of_others_are_not_named() -> None:
     assert module_at("/opt/slots/a/fedprune_device/api/http_server.py") == "fedprune_device.api.http_server"
     assert module_at("/usr/lib/python3/dist-packages/numpy/core.py") == "numpy"
     assert module_at("/home/anna/clinic/load.py") == OTHER
-
-
-def test_what_comes_again_is_counted_and_told_once_an_hour(tmp_path: Path) -> None:
-    time = Time()
-    log = keeper(tmp_path, time)
-    for _ in range(3):
-        log.emit(record("too hot"))
-    told = log.take(60, 9999)
-    assert [(x["text"], x["count"]) for x in told.lines] == [("too hot", 3)]
-    log.kept(told.lines[-1]["number"])
-    for _ in range(5):
-        log.emit(record("too hot"))
-    assert log.take(60, 9999) is None
-    time.now += 3601
-    again = log.take(60, 9999)
-    assert [(x["text"], x["count"]) for x in again.lines] == [("too hot", 5)]
-
-
-def test_no_more_lines_and_bytes_an_hour_than_the_server_takes(tmp_path: Path) -> None:
-    time = Time()
-    log = keeper(tmp_path, time)
-    sent = 0
-    for i in range(40):
-        log.emit(record(f"line {i:04d}"))
-        if (told := log.take(10, 10_000)) is not None:
-            sent += len(told.lines)
-            log.kept(told.lines[-1]["number"])
-    assert sent == 10
-    time.now += 3601
-    told = log.take(10, 35)
-    assert sum(len(x["text"]) for x in told.lines) <= 35
-    assert log.take(0, 10_000) is None
-
-
-def test_a_board_that_complains_for_ever_keeps_little_and_says_what_it_left_out(tmp_path: Path) -> None:
-    time = Time()
-    log = keeper(tmp_path, time)
-    for i in range(1000):
-        log.emit(record(f"{i} " + "x" * 400))
-    log.save(now=True)
-    assert (tmp_path / "log.json").stat().st_size < 2 * KEPT_BYTES + KEPT * 200
-    time.now += 3601
-    texts = []
-    while (told := log.take(1000, 10**6)) is not None:
-        texts += [(x["text"], x["count"]) for x in told.lines]
-        log.kept(told.lines[-1]["number"])
-    assert len(texts) <= KEPT + 1
-    assert sum(n for t, n in texts if "left out" in t) == 1000 - sum("left out" not in t for t, _ in texts)
-
-
-def test_lines_outlast_the_process_and_numbers_grow(tmp_path: Path) -> None:
-    first = keeper(tmp_path)
-    first.emit(record("before the crash", logging.ERROR))
-    first.save(now=True)
-    second = keeper(tmp_path)
-    second.emit(record("after it"))
-    told = second.take(60, 9999)
-    assert [x["text"] for x in told.lines] == ["before the crash", "after it"]
-    numbers = [x["number"] for x in told.lines]
-    assert numbers == sorted(set(numbers))
-    (tmp_path / "log.json").write_bytes(b"\x00torn")
-    assert keeper(tmp_path).take(60, 9999) is None
 
 
 def crash(folder: Path, error: BaseException) -> None:
@@ -166,7 +93,7 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
         ThermalGuard(10, 20)
     body = CrashReports(tmp_path).report
     assert body is not None
-    report = CrashReport("pi", 1, **body)
+    report = CrashReport("pi", **body)
     assert report.cause == "error"
     assert "ConfigError" in report.text
     assert report.frames[0]["module"] == "fedprune_device.hardware.thermal_guard"
@@ -242,7 +169,7 @@ def ended(folder: Path, how: str) -> dict[str, Any] | None:
 def test_a_fault_in_native_code_is_reported_at_the_next_start(tmp_path: Path) -> None:
     body = ended(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
     assert (body["cause"], body["text"]) == ("signal", "Segmentation fault")
-    CrashReport("pi", 1, **body)
+    CrashReport("pi", **body)
 
 
 def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> None:
@@ -266,45 +193,52 @@ def test_a_copy_of_a_running_boards_folder_reports_no_killed_run(tmp_path: Path)
         assert CrashReports(copy).report is None
 
 
-def test_nothing_is_told_to_a_server_that_does_not_ask(tmp_path: Path) -> None:
+def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Path) -> None:
     wire, time = Wire(), Time()
-    log = keeper(tmp_path, time)
-    link = LogReporter(Connection(wire, Channel("pi", "lab")), log, CrashReports(tmp_path, time), time)
-    log.emit(record("too hot"))
-    crash(tmp_path, ValueError("no"))
-    link.born()
-    for _ in range(10):
-        link.turn()
-        time.now += 100
+    crash(tmp_path, ValueError("no" * MAX_CRASH_TEXT))
+    reporter = CrashReporter(Connection(wire, Channel("pi", "lab")), CrashReports(tmp_path, time), time)
+    reporter.turn()
     assert wire.said == []
-
-
-def test_a_crash_and_lines_are_told_until_the_server_has_them(tmp_path: Path) -> None:
-    wire, time = Wire(), Time()
-    log, crashes = keeper(tmp_path, time), CrashReports(tmp_path, time)
-    crash(tmp_path, ValueError("no"))
-    log.emit(record("too hot"))
-    link = LogReporter(Connection(wire, Channel("pi", "lab")), log, crashes, time)
-    link.born()
-
-    def wanted(kept: int | None) -> None:
-        link.wanted(LogRequest(60, 9999, kept))
-        link.turn()
-
-    wanted(None)
-    assert isinstance(wire.said[-1], CrashReport)
+    reporter.born()
+    reporter.turn()
+    reporter.turn()
     time.now += 61
-    link.turn()
-    assert [type(m) for m in wire.said] == [CrashReport, CrashReport]
-    wanted(wire.said[-1].number)
-    assert crashes.report is None
-    time.now += 6
-    link.turn()
-    told = wire.said[-1]
-    assert isinstance(told, LogReport)
-    wanted(told.lines[-1]["number"])
-    said = len(wire.said)
+    reporter.turn()
+    first, again = wire.said
+    assert first == again
+    reporter.lost()
+    time.now += 61
+    reporter.turn()
+    assert len(wire.said) == 2
+    reporter.born()
+    reporter.on_stored(CrashStored(first.number))
     for _ in range(5):
+        reporter.turn()
         time.now += 61
-        link.turn()
-    assert len(wire.said) == said
+    assert len(wire.said) == 2
+
+
+def test_what_the_server_has_of_an_earlier_crash_leaves_a_later_one(tmp_path: Path) -> None:
+    wire, time = Wire(), Time()
+    crashes = CrashReports(tmp_path, time)
+    reporter = CrashReporter(Connection(wire, Channel("pi", "lab")), crashes, time)
+    for text in ("first", "second"):
+        crashes.exception(ValueError(text), "thread")
+        reporter.born()
+        reporter.turn()
+        time.now += 1
+    first, second = wire.said
+    reporter.on_stored(CrashStored(first.number))
+    assert crashes.report is not None
+    reporter.on_stored(CrashStored(second.number))
+    assert crashes.report is None
+
+
+def test_a_damaged_report_is_dropped(tmp_path: Path) -> None:
+    wire, crashes = Wire(), CrashReports(tmp_path)
+    atomic_file.write_document(tmp_path / "crash.json", {"number": -1, "text": 3})
+    reporter = CrashReporter(Connection(wire, Channel("pi", "lab")), crashes, Time())
+    reporter.born()
+    reporter.turn()
+    assert wire.said == []
+    assert crashes.report is None

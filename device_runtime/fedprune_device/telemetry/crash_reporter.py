@@ -1,0 +1,54 @@
+"""A board's last crash, for its server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.wire.fleet_messages import CrashReport, CrashStored
+from fedprune_device.network.connection import Connection
+from fedprune_device.telemetry.crash_reports import CrashReports
+
+_AGAIN_S = 60.0  # a crash that the server hasn't acknowledged by then is sent again
+
+
+class CrashReporter:
+    """Sends the last crash after every birth and then once a minute, until the server has stored it."""
+
+    def __init__(
+        self, connection: Connection, crashes: CrashReports, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._connection, self._crashes, self._clock = connection, crashes, clock
+        self._next: float | None = None
+        """When to look for a crash; None without a connection, before whose birth the server knows no board."""
+
+    def born(self) -> None:
+        self._next = self._clock()
+
+    def lost(self) -> None:
+        self._next = None
+
+    def on_stored(self, message: CrashStored) -> None:
+        """The server has a crash on its disk; another one may have happened since it was sent."""
+        crash = self._crashes.report
+        if crash is not None and crash.get("number") == message.number:
+            self._crashes.told()
+
+    def turn(self) -> None:
+        now = self._clock()
+        if self._next is None or now < self._next:
+            return
+        self._next = now + _AGAIN_S
+        body = self._crashes.report
+        if body is None:
+            return
+        try:
+            message = CrashReport(self._connection.device, **body)
+        except (ProtocolError, TypeError):
+            self._crashes.told()  # damaged
+            return
+        try:
+            self._connection.send(message)
+        except FedpruneError:
+            return  # it is sent again: nothing of this is worth a line

@@ -1,0 +1,45 @@
+"""Boards' crash reports for the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.errors import StorageError
+from fedprune.core.text import one_line
+from fedprune.core.validation import is_whole
+from fedprune_server.devices.crash_store import PER_BOARD, BoardCrash, frames_of, read_crashes
+from fedprune_server.web.state.records import BoardCrashes
+from fedprune_server.web.state.rows import number
+
+_FRAMES = 16
+
+
+def board_crashes(folder: Path, device: str) -> BoardCrashes:
+    """A board's latest crashes in a state folder; none if they can't be read, which `doctor` reports."""
+    try:
+        found = read_crashes(folder, device, most=PER_BOARD)[::-1]
+    except StorageError:
+        found = []
+    return BoardCrashes(device, tuple(map(_row, found)))
+
+
+def _row(crash: BoardCrash) -> dict[str, Any]:
+    body = crash.body
+    return {
+        "at": max(0.0, crash.at),
+        "received": max(0.0, crash.received),
+        "cause": one_line(str(body.get("cause", "")), 64),
+        "text": one_line(crash.text, 1000),
+        "release": one_line(str(body.get("release", "")), 150),
+        "slot": one_line(str(body.get("slot", "")), 64),
+        "uptime_s": number(body.get("uptime_s"), 0.0, 1e12),
+        "temperature_c": number(body.get("temperature_c"), -100.0, 300.0),
+        "memory_available": _count(body.get("memory_available")),
+        "memory_total": _count(body.get("memory_total")),
+        "frames": tuple(one_line(f, 290) for f in frames_of(crash)[:_FRAMES]),
+    }
+
+
+def _count(value: Any) -> int | None:
+    return value if is_whole(value) else None

@@ -1,0 +1,112 @@
+"""Crashes that boards report are kept once, bounded, and outlast the server."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from fedprune.core.errors import StorageError
+from fedprune.wire.fleet_messages import CrashReport, CrashStored
+from fedprune_server.devices import crash_store
+from fedprune_server.devices.crash_store import FILE, PER_BOARD, CrashStore, frames_of, read_crashes
+
+
+def crash(device: str, number: int, text: str = "ValueError: no", at: int = 9) -> CrashReport:
+    frames = ({"module": "fedprune_device.agent.agent", "line": 7, "function": "run"},)
+    return CrashReport(device, number, at, "exception", text, frames, "fedprune 0.1", "a", 3.0, 61.5, 10, 20)
+
+
+def test_crashes_are_kept_once_and_answered(tmp_path: Path) -> None:
+    with CrashStore(tmp_path) as store:
+        store.add(crash("a", 2))
+        store.add(crash("a", 2))
+        store.add(crash("b", 4))
+        assert store.save() == {"a": CrashStored(2), "b": CrashStored(4)}
+        assert store.save() == {}
+    with CrashStore(tmp_path) as again:
+        again.add(crash("a", 2))
+        assert again.save() == {"a": CrashStored(2)}
+        again.add(crash("a", 5, "KeyError: yes"))
+        again.save()
+    found = read_crashes(tmp_path)
+    assert [(r.device, r.text) for r in found] == [
+        ("a", "ValueError: no"),
+        ("b", "ValueError: no"),
+        ("a", "KeyError: yes"),
+    ]
+    assert frames_of(found[-1]) == ["fedprune_device.agent.agent:7 in run"]
+    assert [r.text for r in read_crashes(tmp_path, "a", most=1)] == ["KeyError: yes"]
+    assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
+
+
+def test_no_board_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crash_store, "IN_ALL", 20)
+    now = [0.0]
+    with CrashStore(tmp_path, monotonic=lambda: now[0]) as store:
+        for number in range(30):
+            store.add(crash("loud", number))
+        assert store.save() == {"loud": CrashStored(29)}  # so that it isn't sent again
+        assert read_crashes(tmp_path)[-1].id == PER_BOARD  # no more of an hour was ever written
+        now[0] += 3601
+        store.add(crash("loud", 30))
+        store.save()
+        assert len(read_crashes(tmp_path)) == PER_BOARD
+        for board in range(30):
+            store.add(crash(f"b{board}", 1))
+        store.save()
+        assert len(read_crashes(tmp_path)) == 20
+
+
+def test_nothing_that_steers_a_terminal_is_kept(tmp_path: Path) -> None:
+    with CrashStore(tmp_path) as store:
+        store.add(crash("a", 9, "no\n2026-01-01 00:00:00 b: forged\u202e"))
+        store.save()
+    (row,) = read_crashes(tmp_path)
+    assert row.text.isprintable()
+    assert "\n" not in str(row)
+
+
+def test_a_disk_that_fails_costs_no_crash_however_long_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise StorageError("no room")
+
+    with CrashStore(tmp_path) as store:
+        monkeypatch.setattr(store, "_write", fails)
+        for _ in range(2 * PER_BOARD):
+            store.add(crash("a", 1))
+            assert store.save() == {}
+        monkeypatch.undo()
+        store.add(crash("a", 1))  # the board tells it again
+        assert store.save() == {"a": CrashStored(1)}
+    assert len(read_crashes(tmp_path)) == 1
+
+
+def test_the_loop_goes_on_while_another_program_locks_the_file(tmp_path: Path) -> None:
+    with CrashStore(tmp_path) as store, closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as program:
+        program.execute("BEGIN IMMEDIATE")
+        store.add(crash("a", 1))
+        assert store.save() == {}
+        program.execute("ROLLBACK")
+        store.add(crash("a", 1))  # the board tells it again
+        assert store.save() == {"a": CrashStored(1)}
+
+
+def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"no database at all, but long enough to be one" * 100)
+    with pytest.raises(StorageError, match="may be deleted"):
+        read_crashes(tmp_path)
+    with pytest.raises(StorageError, match="may be deleted"):
+        CrashStore(tmp_path)
+
+
+def test_a_board_whose_clock_is_beyond_all_calendars_can_be_shown(tmp_path: Path) -> None:
+    with CrashStore(tmp_path) as store:
+        store.add(crash("a", 1, at=2**63 - 1))
+        store.save()
+    (found,) = read_crashes(tmp_path)
+    assert str(found).startswith("9999-12-3")
