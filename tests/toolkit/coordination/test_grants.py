@@ -179,6 +179,16 @@ def test_boards_that_tell_classes_apart_have_a_core_where_most_of_them_know_most
     assert not shares(1, 1, 1, 1, samples=10)
 
 
+@pytest.mark.parametrize(("narrowest", "has_core"), [(0.5, False), (0.75, True)])
+def test_boards_that_are_nearly_as_wide_as_each_other_have_a_core_whatever_their_labels(
+    narrowest: float, has_core: bool
+) -> None:
+    state = fleet({"a": 1.0, "b": narrowest, "c": narrowest})
+    grants = begun(Job(strategy="fedprune", rounds=10), state)
+    assert {grants.of(device).core for device in state.devices.values()} == {has_core}
+    assert grants.of(state.devices["a"]).density == (narrowest if has_core else 1.0)
+
+
 def test_what_boards_train_stays_as_it_was_when_the_job_began() -> None:
     even, skewed = labelled(EVEN), labelled(dict.fromkeys(FLEET, 1))
     for state in (even, skewed):

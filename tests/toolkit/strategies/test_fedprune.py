@@ -242,7 +242,7 @@ def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> N
     assert core(MSE) == core(Recipe(metric="perplexity")) == SharedCore(0.75)
     assert core(Recipe(), core=0.5) == SharedCore(0.5)
     assert core(MSE, core=0) == core(Recipe(), core=0) == SharedCore(until=0.0, work=1)
-    assert core(Recipe()) == SharedCore(0.75, evenness=0.85)
+    assert core(Recipe()) == SharedCore(0.75, evenness=0.85, nearness=0.75)
     for named in ({"dropout": [0.5]}, {"dropout": []}, {"mixup": 0.0}):
         assert core(Recipe(), **named) == SharedCore(until=0.0, work=1)
     assert core(Recipe(ordered_dropout=(0.5,))) == core(Recipe(mixup=0.2)) == SharedCore(until=0.0, work=1)

@@ -21,6 +21,7 @@ from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
 from fedprune.strategies import Strategy
+from fedprune.strategies.shared_core import SharedCore
 
 Widths = tuple[int, ...]
 
@@ -69,14 +70,14 @@ class Grants:
     def begin_round(self) -> None:
         """Decide what the fleet trains in the round that begins, of number `State.round`.
 
-        Boards that have grown, or were trained in another way, have no core again. Whether labels are even is decided
-        in the first round: boards that come later don't change how the job is trained. A nested start is given up
-        before that round where no width holds another, or where a core comes first.
+        Boards that have grown, or were trained in another way, have no core again. Whether the fleet suits a core is
+        decided in the first round: boards that come later don't change how the job is trained. A nested start is given
+        up before that round where no width holds another, or where a core comes first.
         """
         core, state = self._core, self._state
-        if core is not None and core.evenness and state.even_labels is None:
+        if core is not None and core.evenness and state.suits_core is None:
             first = state.round == 1 and state.untrained
-            state.even_labels = first and self._have_even_labels(core.evenness)
+            state.suits_core = first and self._suits_core(core)
         state.untrained = self._is_shared
         self._decide()
         plain, state.plain_model = state.plain_model, ""
@@ -110,7 +111,7 @@ class Grants:
     def _has_core(self) -> bool:
         """Whether the fleet shares a core, or has grown from one."""
         core = self._core
-        return core is not None and (core.unconditional or (core.until > 0 and bool(self._state.even_labels)))
+        return core is not None and (core.unconditional or (core.until > 0 and bool(self._state.suits_core)))
 
     @property
     def _is_shared(self) -> bool:
@@ -139,17 +140,22 @@ class Grants:
         if self._has_core:
             state.longest_s = self._longest()
 
-    def _have_even_labels(self, least: float) -> bool:
-        """Whether labels are even enough for a core: whether, of all classes or of as many as a board has samples, the
-        median board's labels are worth at least this share. Boards that don't say count as worth none."""
+    def _suits_core(self, core: SharedCore) -> bool:
+        """Whether a core is better than ordered dropout for boards that tell classes apart: where they are nearly as
+        wide as each other, or labels are even. They are where, of all classes or of as many as a board has samples, the
+        median board's labels are worth the core's `evenness`. Boards that don't say count as worth none."""
         devices = self._devices
         if self._job.privacy.on or self._job.secure_aggregation or not self._sees_fleet:
             return False
-        if len({(d.density, d.widths) for d in devices}) < 2:
+        kinds = Counter((d.density, d.widths) for d in devices)
+        if len(kinds) < 2 or not self._fit_whole_steps(devices):
             return False
+        (narrowest, _), (widest, _) = min(kinds), max(kinds)
+        if narrowest >= core.nearness * widest:
+            return True
         classes = self._architecture.classes
         shares = [(d.effective_classes or 0) / max(1, min(classes, d.samples)) for d in devices]
-        return statistics.median(shares) >= least and self._fit_whole_steps(devices)
+        return statistics.median(shares) >= core.evenness
 
     def _fit_whole_steps(self, devices: Iterable[Device]) -> bool:
         """Whether boards have time for steps as wide as themselves: plans go by those of ordered dropout."""

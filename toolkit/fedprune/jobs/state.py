@@ -298,8 +298,8 @@ class State:
         untrained: Whether the job began with a model that had just been made, and shares a core since.
         plain_model: Before the first round, digest of the model as it was imported, where the strategy made another of
             it: boards of one width begin with that, and boards that share a core.
-        even_labels: Whether boards' labels were even enough for a core when the first round began; None before, and
-            where the strategy doesn't ask.
+        suits_core: Whether a core suited the fleet when the first round began, by its widths or labels; None before,
+            and where the strategy doesn't ask.
         core_widths: The widths that the fleet shares in the present round; empty where each board trains all that it
             can hold.
         core_density: The share of the model that these are.
@@ -333,7 +333,7 @@ class State:
     spent_macs: int = 0
     untrained: bool = False
     plain_model: str = ""
-    even_labels: bool | None = None
+    suits_core: bool | None = None
     core_widths: list[int] = field(default_factory=list)
     core_density: float = 1.0
     mixed: bool = True

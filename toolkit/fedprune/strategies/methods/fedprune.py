@@ -71,6 +71,10 @@ CORE = 0.75
 EVENNESS = 0.85
 """Share of the classes that the median board's labels are worth where a core is better than ordered dropout."""
 
+NEARNESS = 0.75
+"""Share of the widest board's density from which the narrowest's is so near that boards lose little by training a
+core, while steps of ordered dropout would go to widths that no board has."""
+
 LEAST_CHANNELS = 4
 """A bottleneck as narrow as this is most of what a model knows of a sample, and next to nothing of its costs. With a
 core alone: with ordered dropout, whose steps cut every group, it has not been tried."""
@@ -238,7 +242,7 @@ def _core(job: Job, options: Options) -> SharedCore:
         share = CORE
     named = (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
     if share is None and not named:
-        return SharedCore(CORE, evenness=EVENNESS)
+        return SharedCore(CORE, evenness=EVENNESS, nearness=NEARNESS)
     return SharedCore(share) if share else SharedCore(until=0.0, work=1)
 
 
