@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 _KEYWORD = b"fedprune-data"
@@ -36,6 +37,15 @@ def curves_of_task(runs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: runs[name][min(runs[name])]["curve"] for name in _METHODS if runs.get(name)}
 
 
+def ends_of_tasks(runs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What the picture of all tasks shows: per task the mean last scores of methods, where the first seed has all."""
+    methods = ("fedavg", "one width", "heterofl int8", "fedprune")
+    full = {task: rows for task, rows in runs.items() if all(rows.get(m, {}).get("0", {}).get("at") for m in methods)}
+    return {
+        task: {m: fmean(run["curve"][-1] for run in rows[m].values()) for m in methods} for task, rows in full.items()
+    }
+
+
 def rows_of_swarm(rows: list[dict[str, Any]]) -> list[Any]:
     """What the swarm's picture shows of each size."""
     return [
@@ -61,6 +71,9 @@ SOURCES: dict[str, Source] = {
             "segmentation", "speech",
         )
     },
+    "docs/images/tasks-widths.png": Source(
+        "tasks.json", lambda body: ends_of_tasks(body["runs"]), "python -m benchmarks.tasks --pictures"
+    ),
     "docs/images/gallery-clothes-boards.png": _gallery("clothes_on_pis"),
     "docs/images/gallery-clothes-curves.png": _gallery("clothes_on_pis"),
     "docs/images/gallery-motion-people.png": _gallery("motion_on_zeros"),

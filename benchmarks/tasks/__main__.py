@@ -176,6 +176,7 @@ def _draw(names: Iterable[str], results: Results) -> int:
         task, runs = TASKS[name], results.body["runs"][name]
         weights = dict(tensorfile.decode(weights_path(name, 0).read_bytes()))
         print(pictures.draw(name, imported(task, 0)[0], weights, task.deal(0), runs, task.recipe.judged_by))
+    print(pictures.widths(results.body["runs"]))
     return 0
 
 

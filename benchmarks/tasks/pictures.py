@@ -12,14 +12,43 @@ import numpy as np
 from benchmarks.picture_style import FLEET, REFERENCE, save, styled
 from benchmarks.tasks import data
 from benchmarks.tasks.runs import outputs
+from benchmarks.tasks.tasks import TASKS
 from fedprune.core.metrics import METRICS
 from fedprune.model.selection import Tensors
 from fedprune_export.pruning.model import Model
-from manual.pictures import curves_of_task
+from manual.pictures import curves_of_task, ends_of_tasks
 
 Array = np.ndarray[Any, Any]
 FOLDER = Path("docs/images")
+_MOST = 30.0
+"""Percent of FedAvg's score at the edges of the picture of all tasks."""
+
 _COLOURS = {"torch": "#8C959F", "fedavg": REFERENCE, "fedprune": FLEET}
+
+
+def widths(runs: dict[str, Any]) -> Path:
+    """How far methods that give boards widths of their own, or one width to all, end from FedAvg, in all tasks."""
+    ends = ends_of_tasks(runs)
+    marks = {"one width": ("s", "#8C959F"), "heterofl int8": ("v", REFERENCE), "fedprune": ("o", FLEET)}
+    with styled():
+        figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(ends)), layout="constrained")
+        for method, (mark, colour) in marks.items():
+            gains = [_gain(task, scores[method], scores["fedavg"]) for task, scores in ends.items()]
+            axis.plot(gains, range(len(ends)), mark, color=colour, label=method)
+        axis.axvline(0, color="#24292F", linewidth=1)
+        axis.set_yticks(range(len(ends)), list(ends))
+        axis.invert_yaxis()
+        axis.set_xlim(-_MOST, _MOST)
+        axis.set_xlabel("score next to that of FedAvg at full width, % (right is better)")
+        axis.legend()
+        return save(figure, FOLDER / "tasks-widths.png", ends)
+
+
+def _gain(task: str, score: float, reference: float) -> float:
+    """By how many percent of it a score is better than another one."""
+    change = 100 * (score - reference) / abs(reference)
+    better = change if METRICS[TASKS[task].recipe.judged_by].higher else -change
+    return max(-_MOST, min(_MOST, better))
 
 
 def curves(axis: Any, runs: dict[str, Any], metric: str) -> None:
