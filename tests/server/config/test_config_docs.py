@@ -92,7 +92,7 @@ def test_the_other_tables_of_settings_are_valid(tmp_path: Path) -> None:
     pages = ("rounds.md", "several-jobs.md")
     blocks = [b for page in pages for b in re.findall(r"```toml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)]
     jobs = [parse_config(parsed(block), "example", tmp_path).job for block in blocks]
-    assert [(j.name, j.schedule.get("kind")) for j in jobs] == [("job", None), ("job", "semi-async"), ("birds", None)]
+    assert [(j.name, j.schedule.get("kind")) for j in jobs] == [("job", "semi-async"), ("birds", None)]
 
 
 def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:

@@ -103,7 +103,7 @@ def test_rounds_go_on_with_the_target_connected_and_reach_other_boards(make: Cal
     assert fleet.most <= 12  # two may come back between two looks
     asked = [set(r["devices"]) for r in state.history]
     assert all(set(done) == names for done, names in zip(folded(state), asked, strict=True))  # no board left a part
-    assert len(set().union(*asked)) > 20
+    assert len(set().union(*asked)) > 15  # more than are ever connected at a time
     assert all(d.failures == 0 and d.missed_rounds == 0 for d in state.devices.values())
 
 
