@@ -247,7 +247,7 @@ class _Job:
             self.folder.store,
             self.worker,
             opened.model.frozen,
-            keep=config.kept,
+            keep=config.keep,
             pulls=config.pulls,
             weight=config.weight,
             beside_others=beside_others,

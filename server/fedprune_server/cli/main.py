@@ -20,7 +20,6 @@ COMMANDS = {
     "aggregate": ("run", "be an aggregator: run the jobs of another server for a region's boards"),
     "status": ("status", "show devices and rounds of a state folder"),
     "export-model": ("export_model", "write the global model of a state folder"),
-    "replay": ("store", "recompute a job from its log, and compare"),
     "init": ("identity", "make this server's identity: its keys and certificate authority"),
     "identity": (
         "identity",

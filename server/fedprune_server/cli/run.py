@@ -52,7 +52,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "the model": ("model", "loss", "metric", "lora", "base"),
     "the server's samples": ("evaluation", "calibration"),
-    "what is kept, and where": ("state", "database", "blobs", "keep", "archive"),
+    "what is kept, and where": ("state", "database", "blobs", "keep"),
     "the broker, and the fleet at it": ("broker", "ca", "host", "port", "site", "profiles"),
     "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),
     "processes and aggregators": ("workers", "workers_url", "aggregators", "parent", "region"),
@@ -68,7 +68,7 @@ _OPTIONS: dict[tuple[str, ...], str] = {
     ("alerts", "webhook"): "alert-webhook",
     **{place: name for name, place in PLACES.items()},
 }
-_OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "archive", "track")
+_OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "track")
 """Settings of the server that an aggregator takes from its parent, or doesn't have."""
 
 _LAST_START, _DEFAULTS = "the last start", "the defaults"

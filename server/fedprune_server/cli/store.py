@@ -1,11 +1,10 @@
-"""`fedprune-server check`, `backup`, `restore` and `replay`: look after a server's state folder."""
+"""`fedprune-server check`, `backup` and `restore`: look after a server's state folder."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import Manifest, record_backup
 from fedprune_server.maintenance.finding import Finding
 from fedprune_server.maintenance.repair import repair
-from fedprune_server.maintenance.replay import replay
 from fedprune_server.maintenance.restoring import check_target, opened
 from fedprune_server.maintenance.state_check import check, size_of
 from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
@@ -58,13 +56,6 @@ def add_restore(restore: argparse.ArgumentParser) -> None:
     restore.add_argument("--dry-run", action="store_true", help="see whether the backup is whole, and write nothing")
     add_json(restore)
     restore.set_defaults(function=_restore)
-
-
-def add_replay(parser: argparse.ArgumentParser) -> None:
-    add_state(parser)
-    add_allow(parser)
-    add_json(parser)
-    parser.set_defaults(function=_replay)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -193,17 +184,6 @@ def _restore(arguments: argparse.Namespace) -> None:
 def _advise(arguments: argparse.Namespace, text: str) -> None:
     """Print what to do next: next to JSON on stderr."""
     print(text, file=sys.stderr if arguments.json else sys.stdout)
-
-
-def _replay(arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        print_json([asdict(step) for step in replay(arguments.state, arguments.allow)])
-        return
-    rounds = 0
-    for step in replay(arguments.state, arguments.allow):
-        rounds += 1
-        print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
-    print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
 
 
 def _facts(made: Manifest) -> dict[str, Any]:

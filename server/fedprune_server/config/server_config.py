@@ -20,7 +20,7 @@ from fedprune.wire.topics import check_name
 from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_url
-from fedprune_server.config.setting import SWITCH, check_settings, setting
+from fedprune_server.config.setting import check_settings, setting
 from fedprune_server.config.track_targets import (
     TRACK_METAVAR,
     TRACK_TEXT,
@@ -170,7 +170,6 @@ class ServerConfig:
     keep: int = setting(
         3, "How many of the latest global models are kept, beside the best by evaluation.", "N", within=(1, 10**6)
     )
-    archive: bool = setting(False, "Keep all models, updates and events instead, for `fedprune-server replay`.", SWITCH)
     weight: float = setting(
         1.0,
         "The job's share of the boards, relative to the server's other jobs; 0 pauses it next to them.",
@@ -242,11 +241,6 @@ class ServerConfig:
         _place(self.metrics, LOCAL[0], "metrics")
         _place(self.aggregators, self.host, "aggregators")
         self._check_parent()
-        if self.archive and self.aggregators != OFF:
-            raise ConfigError(
-                "server: archive", expected="no aggregators with it", got=f"aggregators = {self.aggregators!r}",
-                hint="Updates of a region stay at its aggregator, so that the job could not be replayed.",
-            )  # fmt: skip
         if self.traces != OFF and not _WEB.fullmatch(self.traces):
             raise ConfigError(
                 "server: traces",
@@ -266,11 +260,6 @@ class ServerConfig:
         if not words or not self.on_revocation.isprintable():
             raise ConfigError("server: on_revocation", expected=f"a command, or {OFF!r}", got=shown(self.on_revocation))
         check_name(self.site, "server: site", error=ConfigError)
-
-    @property
-    def kept(self) -> int | None:
-        """How many of the latest global models are kept, None for everything."""
-        return None if self.archive else self.keep
 
     @property
     def own_hosts(self) -> tuple[str, ...]:
@@ -331,11 +320,6 @@ class ServerConfig:
             raise ConfigError(
                 "server: workers", expected="1, and no cluster, at an aggregator", got=shown(self.workers_url),
                 hint="An aggregator makes its boards' submodels itself: for more of them start more aggregators.",
-            )  # fmt: skip
-        if self.archive:
-            raise ConfigError(
-                "server: archive", expected="no parent with it", got=f"parent = {shown(self.parent)}",
-                hint="The parent decides, so that the job could not be replayed here.",
             )  # fmt: skip
 
     def _check_console(self) -> None:

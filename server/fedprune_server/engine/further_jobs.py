@@ -19,7 +19,7 @@ from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.state_directory import stored_tables
 from fedprune_server.storage.state_folder import FOLDER, folders
 
-_OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "weight", "workers")
+_OWN = ("blobs", "cache_mib", "database", "keep", "pulls", "weight", "workers")
 """Keys of [server] that a further job has of its own."""
 
 

@@ -99,7 +99,7 @@ class RunnableJob:
     store: BlobStore
     worker: CommandExecutor
     frozen: Collection[str] = ()
-    keep: int | None = 3
+    keep: int = 3
     pulls: int = 4
     weight: float = 1.0
     beside_others: bool = False

@@ -135,8 +135,6 @@ class StateFolder(Closing):
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
         """
-        if config.archive:
-            self.storage.log.least = 0
         known, state = self.storage.settings(), self.storage.load()
         if known is not None:
             self._check_name(config, known, state)
@@ -174,7 +172,7 @@ class StateFolder(Closing):
             self._fit(state, model)
             if config.parent == OFF:
                 # Not a new job's folder: its worker has just put graphs there.
-                sweep(self.store, state, config.kept, config.job.recipe.judged_by)
+                sweep(self.store, state, config.keep, config.job.recipe.judged_by)
                 if (known or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
                     worker.check_recipe(state.round + 1)
         source = raw if known is None else None
@@ -199,9 +197,7 @@ class StateFolder(Closing):
             self._open.callback(self.store.close)
 
     def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
-        needed = state.references() | kept_models(state, config.kept, config.job.recipe.judged_by)
-        if config.archive:
-            needed |= set(reader(self.path, known).names())
+        needed = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
         move_in(self.path, self.store, known, needed)
 
     def _check_moved(self) -> None:

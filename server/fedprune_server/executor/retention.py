@@ -21,11 +21,11 @@ class BlobCollector:
     refers to; the others stay candidates.
 
     Args:
-        keep: How many of the latest global models stay; None for everything.
+        keep: How many of the latest global models stay.
         judged_by: The metric whose best model stays, too.
     """
 
-    def __init__(self, store: BlobStore, keep: int | None, judged_by: str) -> None:
+    def __init__(self, store: BlobStore, keep: int, judged_by: str) -> None:
         self._store = store
         self._keep = keep
         self._judged_by = judged_by
@@ -36,8 +36,6 @@ class BlobCollector:
 
     def note_state(self, state: State) -> None:
         """Mark what the state no longer refers to. Call it before `state.settle()`, which forgets what has changed."""
-        if self._keep is None:
-            return
         known = bool(self._references)
         self._note("state", "", state.own_references())
         entries: tuple[tuple[str, TrackedDict[Any]], ...] = (("device", state.devices), ("task", state.tasks))
@@ -57,8 +55,7 @@ class BlobCollector:
                 del self._uses[digest]
 
     def mark(self, digests: Iterable[str]) -> None:
-        if self._keep is not None:
-            self._candidates |= set(digests)
+        self._candidates |= set(digests)
 
     def keep_graphs(self, graphs: Iterable[str], round_: int) -> None:
         """Keep the graphs of an offer while `LatestGraphs` has them: the next rounds may offer them again."""
@@ -95,24 +92,20 @@ class BlobCollector:
         self._store.drop_partials(arriving)
 
 
-def kept_models(state: State, keep: int | None, judged_by: str) -> set[str]:
-    """Digests of the global models that stay on the disk: the latest `keep`, or all if that is None, and the best by
-    evaluation."""
+def kept_models(state: State, keep: int, judged_by: str) -> set[str]:
+    """Digests of the global models that stay on the disk: the latest `keep`, and the best by evaluation."""
     best = state.best_round(judged_by)
-    rows = [*state.history[-(keep or 0) :], *(() if best is None else (best,))]
+    rows = [*state.history[-keep:], *(() if best is None else (best,))]
     return {state.model, *(row["model"] for row in rows)}
 
 
-def sweep(
-    store: BlobStore, state: State, keep: int | None, judged_by: str, arriving: AbstractSet[str] = frozenset()
-) -> None:
+def sweep(store: BlobStore, state: State, keep: int, judged_by: str, arriving: AbstractSet[str] = frozenset()) -> None:
     """Delete all blobs, whole and partial, that nothing refers to and that don't arrive, such as a crash leaves behind.
 
-    Graphs are made again when they are needed. Whole blobs stay if `keep` is None. Raises `StorageError` if the disk
-    fails."""
+    Graphs are made again when they are needed. Raises `StorageError` if the disk fails."""
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
     kept = state.references() | kept_models(state, keep, judged_by) | updates | arriving
-    for digest in store.names() if keep is not None else ():
+    for digest in store.names():
         if digest not in kept:
             store.delete(digest)
     store.drop_partials(updates | arriving)

@@ -1,4 +1,4 @@
-"""A state folder checked, repaired, backed up, restored and replayed.
+"""A state folder checked, repaired, backed up and restored.
 
 Not here: anything that the running server needs (`storage`).
 """

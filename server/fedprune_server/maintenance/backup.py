@@ -132,8 +132,6 @@ class _Collected:
 
     def _needed(self, needs: Inventory) -> set[str]:
         there = set(self._store.names())
-        if needs.archive:
-            return set(there) | needs.references
         return set(needs.references | ((needs.kept | needs.models) & there))
 
     def _add_blob(self, digest: str) -> None:

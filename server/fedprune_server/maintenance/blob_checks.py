@@ -55,7 +55,7 @@ def check_file(
 def left_over_files(there: FoundFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
     """Files of a folder that the job doesn't need; a cache may hold any blob of its bucket."""
     if not running:
-        orphans = [] if needs.archive or cache else sorted(there.blobs.keys() - needs.needed)
+        orphans = [] if cache else sorted(there.blobs.keys() - needs.needed)
         for paths, what in (
             (
                 [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None],
@@ -109,7 +109,7 @@ def check_bucket(
                 doubled.append(key)
             good += 1
     sizes = {key: size for found in objects.values() for key, size in found.items()}
-    orphans = [] if running or needs.archive else sorted(objects.keys() - needs.needed)
+    orphans = [] if running else sorted(objects.keys() - needs.needed)
     orphaned = [key for digest in orphans for key in objects[digest]]
     again = [] if running else [key for key in doubled if key not in orphaned]
     for found, what in ((orphaned, "what nothing refers to"), (again, "blobs that are there twice")):

@@ -27,7 +27,6 @@ class Inventory:
         kept: What it refers to, wherever in a tier that is.
         models: Global models that `keep` promises.
         awaited: Updates that are on their way.
-        archive: Whether all blobs are kept.
     """
 
     settings: Mapping[str, Any]
@@ -36,7 +35,6 @@ class Inventory:
     kept: frozenset[str]
     models: frozenset[str]
     awaited: frozenset[str]
-    archive: bool
 
     @property
     def needed(self) -> frozenset[str]:
@@ -50,13 +48,13 @@ def inventory(storage: Storage) -> Inventory:
     if settings is None or state is None:
         raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")
     server = settings.get("server", {})
-    archive, keep = bool(server.get("archive")), server.get("keep", 1)
+    keep = server.get("keep", 1)
     if not is_whole(keep, -MAX_INT):
         raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
     updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
-    models = frozenset(kept_models(state, None if archive else keep, judging_metric(settings.get("job", {}))))
+    models = frozenset(kept_models(state, keep, judging_metric(settings.get("job", {}))))
     kept = frozenset(state.references())
-    return Inventory(settings, state, _references(state, server, kept), kept, models, updates, archive)
+    return Inventory(settings, state, _references(state, server, kept), kept, models, updates)
 
 
 def _references(state: State, server: Mapping[str, Any], kept: frozenset[str]) -> frozenset[str]:

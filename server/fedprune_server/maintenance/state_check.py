@@ -28,7 +28,7 @@ from fedprune_server.maintenance.blob_checks import (
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.maintenance.inventory import Inventory, find_files, inventory
-from fedprune_server.maintenance.replay import replayed_events
+from fedprune_server.maintenance.log_check import check_log
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
@@ -78,7 +78,7 @@ def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[
         yield from wrong
         yield from left_over_files(there, needs, running=running, cache=store is not None)
         if not running:
-            yield from replayed_events(folder, storage, needs, allowed)
+            yield from check_log(folder, storage, needs, allowed)
     yield from _other_files(folder, advance)
 
 

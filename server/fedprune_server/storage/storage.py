@@ -63,10 +63,10 @@ _COUNT = (
 
 
 class EventLog:
-    """The event log of a job's database, which keeps at least the latest `least` events; all with 0."""
+    """The event log of a job's database, which keeps at least the latest `least` events."""
 
     def __init__(self, database: Database, least: int = LOGGED_EVENTS) -> None:
-        self.least = least
+        self._least = least
         self._database = database
         self._number: int | None = None
 
@@ -83,14 +83,12 @@ class EventLog:
         if not rows:
             return
         connection.execute(_INSERT_EVENT, rows)
-        if not self.least:
-            return
         # Counted here: the database is asked once, and again only when rows are due to be deleted.
-        every = min(_PRUNE_EVERY, self.least)
+        every = min(_PRUNE_EVERY, self._least)
         number = self._last(connection) if self._number is None else self._number + len(rows)
         if number // every > (number - len(rows)) // every:
             number = self._last(connection)
-            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self.least))
+            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self._least))
         self._number = number
 
     def _last(self, connection: sql.Connection) -> int:
@@ -157,7 +155,7 @@ class Storage(Closing):
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
         create: Make what is missing; readers open it read-only instead.
-        logged: How many events the log keeps at least; 0 for all.
+        logged: How many events the log keeps at least.
 
     Attributes:
         url: The same without a password, for messages.

@@ -74,7 +74,7 @@ def test_the_command_line_wins(
 
 
 @pytest.mark.parametrize(
-    "command", ["status", "check", "backup --to x", "doctor", "crashes", "operators list", "init", "claim", "replay"]
+    "command", ["status", "check", "backup --to x", "doctor", "crashes", "operators list", "init", "claim"]
 )
 def test_a_boards_folder_is_called_one(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -200,7 +200,7 @@ def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: 
     config = ServerConfig(
         job=Job(name="leaves", strategy="fedprune", options={"mixup": 0.2}, precision=("int8",)),
         model="model.onnx", evaluation="a.b:c", broker="mqtts://u:p@b", ca=Path("system"), port=0, weight=0.5,
-        state=tmp_path, profiles=tmp_path, input_shape=(3, 8, 8), database="postgresql+psycopg://db/x", archive=True,
+        state=tmp_path, profiles=tmp_path, input_shape=(3, 8, 8), database="postgresql+psycopg://db/x",
     )  # fmt: skip
     assert parse_config(as_tables(config), "it", Path()) == config
     assert parse_config(as_tables(ServerConfig()), "it", Path()) == ServerConfig()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageFullError
 from fedprune.output.tables import silent
@@ -128,18 +127,6 @@ def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     shutil.rmtree(state / BLOBS)
     assert models(play_job(state)) == models(finished)
     assert wrong(state) == []
-
-
-def test_an_archive_moves_from_bucket_to_bucket_and_back(at_s3: S3, url: str, tmp_path: Path) -> None:
-    state, other = tmp_path / "state", f"s3://{at_s3.bucket()}"
-    play_job(state, events=2 * MIDDLE, archive=True, keep=1, blobs=url)
-    archived = keys(at_s3, url).keys()
-    shutil.rmtree(state / BLOBS)
-    play_job(state, events=1, archive=True, keep=1, blobs=other)
-    assert archived <= keys(at_s3, other).keys()
-    shutil.rmtree(state / BLOBS)
-    play_job(state, events=1, archive=True, keep=1)
-    assert archived <= set(BlobStore(state / BLOBS).names())
 
 
 def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:

@@ -184,11 +184,11 @@ def test_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> None:
-    first = ServerConfig(state=tmp_path / "state", max_devices=7, archive=True)
+    first = ServerConfig(state=tmp_path / "state", max_devices=7, keep=5)
     file = tmp_path / "birds.toml"
     file.write_text('[job]\nname = "birds"\nrounds = 4\n[model]\npath = "m.onnx"\n[server]\nweight = 2\n')
     (found,) = further(first, [file])
-    assert (found.job.name, found.job.rounds, found.weight, found.archive) == ("birds", 4, 2, False)
+    assert (found.job.name, found.job.rounds, found.weight, found.keep) == ("birds", 4, 2, 3)
     assert (found.state, found.max_devices, found.model) == (
         first.state / "jobs" / "birds",
         7,

@@ -34,18 +34,19 @@ from support.processes.postgres import Postgres
 
 
 @pytest.fixture(scope="module")
-def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An archived job in its third round, with identity and rollouts."""
-    state = tmp_path_factory.mktemp("archived") / "state"
-    play_job(state, events=17, archive=True)
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job in its third round, with identity and rollouts."""
+    state = tmp_path_factory.mktemp("kept") / "state"
+    play_job(state, events=17)
+    play_job(state, events=0)  # a start deletes what the rounds before have left
     IdentityFolder.make(state, "default").close()
     RolloutStore(state).close()
     return state
 
 
 @pytest.fixture
-def state(archived: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(archived, tmp_path / "state")
+def state(kept: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(kept, tmp_path / "state")
 
 
 def run(*arguments: object) -> int:
@@ -98,7 +99,9 @@ def test_a_job_is_healthy_after_each_of_its_events(tmp_path: Path, events: int) 
 
 @pytest.mark.postgresql
 def test_a_folder_whose_database_is_elsewhere_is_checked_too(tmp_path: Path, postgres: Postgres) -> None:
-    play_job(tmp_path / "state", events=9, archive=True, database=postgres.database())
+    database = postgres.database()
+    play_job(tmp_path / "state", events=9, database=database)
+    play_job(tmp_path / "state", events=0, database=database)
     assert found(tmp_path / "state") == []
     BlobStore(tmp_path / "state" / BLOBS).delete(saved(tmp_path / "state")[0])
     assert len(wrong(tmp_path / "state")) == 1
@@ -120,6 +123,20 @@ def edit(state: Path, statement: str) -> None:
 PAUSED = """UPDATE events SET type = 'Paused', body = '{"paused": true}'
             WHERE number = (SELECT max(number) FROM events)"""
 
+LOG_SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a device gone": (lambda s: edit(s, "DELETE FROM devices"), "log ends in another state: devices"),
+    "an event gone": (lambda s: edit(s, "DELETE FROM events WHERE number = 7"), "log (ends in another|can't be)"),
+    "an event of another version": (lambda s: edit(s, "UPDATE events SET type = 'Odd' WHERE number = 3"), "Odd"),
+    "the state changed": (
+        lambda s: edit(s, "UPDATE meta SET value = replace(value, '\"round\":3', '\"round\":2') WHERE key = 'state'"),
+        "log ends in another state: round",
+    ),
+    "a pause that the state has not": (
+        lambda s: edit(s, PAUSED),
+        "log ends in another state: .*paused",
+    ),
+}
+
 SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "model blob gone": (lambda s: BlobStore(s / BLOBS).delete(saved(s)[0]), "blob [0-9a-f]{64} is missing"),
     "model blob damaged": (lambda s: flip(BlobStore(s / BLOBS).path(saved(s)[0])), "blob .* is damaged"),
@@ -132,17 +149,6 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
         "participants of rounds are missing",
     ),
     "a round gone": (lambda s: edit(s, "DELETE FROM rounds WHERE round = 1"), "rounds are not 1 to"),
-    "a device gone": (lambda s: edit(s, "DELETE FROM devices"), "devices are not those of the state|log ends"),
-    "an event gone": (lambda s: edit(s, "DELETE FROM events WHERE number = 7"), "log (ends in another|can't be)"),
-    "an event of another version": (lambda s: edit(s, "UPDATE events SET type = 'Odd' WHERE number = 3"), "Odd"),
-    "the state changed": (
-        lambda s: edit(s, "UPDATE meta SET value = replace(value, '\"round\":3', '\"round\":2') WHERE key = 'state'"),
-        "log ends in another state: round",
-    ),
-    "a pause that the state has not": (
-        lambda s: edit(s, PAUSED),
-        "log ends in another state: .*paused",
-    ),
     "rollouts damaged": (
         lambda s: edit(
             s,
@@ -286,6 +292,13 @@ def test_what_is_wrong_is_named(state: Path, name: str, capsys: pytest.CaptureFi
     assert run("--state", state, "--repair") == ExitCode.STORAGE  # none of these can be mended from nothing
 
 
+@pytest.mark.parametrize("name", LOG_SPOILS)
+def test_a_log_that_leads_elsewhere_is_noted(state: Path, name: str) -> None:
+    spoil, words = LOG_SPOILS[name]
+    spoil(state)
+    assert [f.severity for f in found(state) if re.search(words, f.what)] == [Severity.NOTE]
+
+
 def test_a_damaged_database_is_one_error(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with sqlite3.connect(state / FILE) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -342,10 +355,10 @@ def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_what_is_lost(
-    archived: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    kept: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    state = shutil.copytree(archived, tmp_path_factory.mktemp("copy") / "state")
-    store, whole = BlobStore(state / BLOBS), BlobStore(archived / BLOBS)
+    state = shutil.copytree(kept, tmp_path_factory.mktemp("copy") / "state")
+    store, whole = BlobStore(state / BLOBS), BlobStore(kept / BLOBS)
     files = sorted(p for p in store.root.glob("??/*"))
     for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=4, unique=True)):
         if data.draw(st.booleans()):
@@ -360,7 +373,7 @@ def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_w
     assert hurt <= named
     assert run("--state", state, "--repair") == (ExitCode.STORAGE if hurt else ExitCode.OK)
     assert {d for d in needed if readable(store, d)} == needed - hurt
-    assert run("--state", state, "--repair", "--from", archived) == ExitCode.OK
+    assert run("--state", state, "--repair", "--from", kept) == ExitCode.OK
     for digest in needed:
         assert store.read(digest) == whole.read(digest)
         assert store.ref(digest) == whole.ref(digest)

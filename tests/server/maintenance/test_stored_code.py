@@ -14,7 +14,6 @@ from fedprune_server.cli.main import main
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.maintenance.finding import Severity
-from fedprune_server.maintenance.replay import replay
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.state_folder import FOLDER
 from fedprune_server.storage.storage import Storage
@@ -42,7 +41,7 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def plant(folder: Path, settings: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    play_job(folder, archive=True)
+    play_job(folder)
     with Storage.existing(folder) as storage:
         known = storage.settings()
     assert known is not None
@@ -71,14 +70,6 @@ def test_a_further_job_s_folder_names_no_code(settings: dict[str, Any], called: 
     plant(tmp_path / "state" / FOLDER / "second", settings)
     with pytest.raises(ConfigError):
         further(ServerConfig(state=tmp_path / "state"), [])
-    assert not called.exists()
-
-
-@pytest.mark.parametrize("settings", SETTINGS[:2])
-def test_replay_refuses_it(settings: dict[str, Any], called: Path, tmp_path: Path) -> None:
-    plant(tmp_path / "state", settings)
-    with pytest.raises(ConfigError):
-        next(replay(tmp_path / "state"))
     assert not called.exists()
 
 

@@ -29,7 +29,6 @@ def play_job(
     state: Path,
     *,
     events: int = 10**6,
-    archive: bool = False,
     keep: int = 3,
     database: str | None = None,
     blobs: str = "folder",
@@ -39,7 +38,6 @@ def play_job(
     Args:
         state: The state folder; made, with its model beside it, if missing.
         events: After how many events to stop.
-        archive: As the server's setting.
         keep: As the server's setting.
         database: Where the database is, if not in the folder.
         blobs: As the server's setting.
@@ -51,7 +49,7 @@ def play_job(
     if not model.exists():
         model.write_bytes(digits_model())
     known = (state / "model.onnx").exists() or (state / "server.db").exists()
-    config = ServerConfig(model=None if known else str(model), job=JOB, archive=archive, keep=keep, blobs=blobs)
+    config = ServerConfig(model=None if known else str(model), job=JOB, keep=keep, blobs=blobs)
     with StateFolder(state, database) as folder:
         opened = open_job(folder, config)
         coordinator = coordinate(opened.job, opened.model.architecture, opened.state)

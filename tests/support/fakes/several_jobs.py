@@ -77,7 +77,6 @@ class SeveralJobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
             storage, store = quick(path), self.open_store(path)
-            storage.log.least = 0
             worker = self.workers[job.name] = ToyWorker(store)
             state = storage.load()
             if state is None:
@@ -85,7 +84,7 @@ class SeveralJobs:
                 storage.save(state, (), 0.0)
             weight = self.weights.get(job.name, 1.0)
             made = RunnableJob(
-                job, ARCHITECTURE, state, storage, store, worker, keep=None, weight=weight, beside_others=True
+                job, ARCHITECTURE, state, storage, store, worker, keep=100, weight=weight, beside_others=True
             )
             jobs.append((made, {"blobs": self.web, **({} if jobs else first)}))
         server = server_of(jobs, self.air, lambda: self.air.now)

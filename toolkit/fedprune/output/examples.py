@@ -60,10 +60,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server export-model --state state --round 12 --out round-12.safetensors",
         "fedprune-server export-model --state state --out for-the-hub",
     ),
-    "fedprune-server replay": (
-        "fedprune-server replay --state state",
-        "fedprune-server replay --state backups/state --json",
-    ),
     "fedprune-server init": (
         "fedprune-server init --state state",
         "fedprune-server init --state state --site north --json",

@@ -1,0 +1,88 @@
+"""A job's log compared with its state: the same events, told to a new coordinator, lead to the same state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import coordinate
+from fedprune.coordination import events as on
+from fedprune.core.disk import read_file, storage_errors
+from fedprune.core.errors import ConfigError, FedpruneError, StorageError
+from fedprune.jobs.job import Job
+from fedprune_export.importing import import_onnx
+from fedprune_server.config.alert_settings import OFF
+from fedprune_server.config.server_config import parent_in
+from fedprune_server.config.stored_code import stored_job
+from fedprune_server.executor.worker import Worker
+from fedprune_server.maintenance.finding import Finding, Severity
+from fedprune_server.maintenance.inventory import Inventory
+from fedprune_server.storage.state_folder import MODEL
+from fedprune_server.storage.storage import Storage
+
+_KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}
+
+
+def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collection[str] = ()) -> Iterator[Finding]:
+    """Feed a job's log to a new coordinator, and find where it ends elsewhere than the job's state.
+
+    Workers' results are taken from the log, so that this is quick and needs no updates; it proves only that log and
+    state belong together.
+
+    Args:
+        folder: The state folder; no server runs on it.
+        allowed: Names of functions that may be called: the job's strategy, if it is the user's own.
+    """
+    if parent_in(needs.settings) != OFF:
+        return  # an aggregator's events lead to nothing here: its parent decides
+    log = storage.log.events()
+    first = next(log, None)
+    if first is None or first[0] != 1:
+        at = "is empty" if first is None else f"begins with event {first[0]}"
+        yield Finding(Severity.NOTE, f"the log {at}, so that it can't be compared with the state")
+        return
+    try:
+        job = stored_job(needs.settings, allowed, str(folder))
+    except ConfigError as error:
+        yield Finding(Severity.NOTE, f"the log isn't compared with the state: {error}")
+        return
+    try:
+        differing = _differing(folder, needs, job, chain([first], log))
+    except FedpruneError as error:
+        yield Finding(Severity.NOTE, f"the log can't be followed: {error}")
+        return
+    if differing:
+        advice = (
+            "That is so once the job's settings, as the log of a start says, or this program's version have changed. "
+            "If neither ever did, restore a backup."
+        )
+        yield Finding(Severity.NOTE, f"the log ends in another state: {', '.join(differing)}", advice)
+
+
+def _differing(
+    folder: Path, needs: Inventory, job: Job, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
+) -> list[str]:
+    path = folder / MODEL
+    with storage_errors(f"can't read {path}"):
+        raw = read_file(path)
+    model = import_onnx(raw, str(needs.settings["name"]))
+    with TemporaryDirectory(prefix="fedprune-check-") as scratch:
+        state = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).begin()
+    coordinator = coordinate(job, model.architecture, state, model.frozen)
+    for number, at, kind, body in log:
+        coordinator.handle(_event_of(number, kind, body), at)
+    told, saved = (json.loads(s.to_json()) for s in (state, needs.state))
+    return sorted(k for k in told.keys() | saved.keys() if told.get(k) != saved.get(k))
+
+
+def _event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
+    """A row of the log as the event that it was. Raises `StorageError` if this version knows no such event."""
+    try:
+        return _KINDS[kind](**body)
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error
