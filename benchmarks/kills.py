@@ -3,9 +3,6 @@
 `python benchmarks/kills.py [--kills 500]`: needs Mosquitto and a C compiler. Every job has two boards that train and
 goes through the rounds that one without any kill went through; each of its models must be that one's, bit for bit.
 
-`--tier` kills a server with PostgreSQL, two aggregators whose blobs are in a bucket of Ceph, their
-brokers, the database, the gateway and the boards (`--kills 300`).
-
 `--neighbours` kills a server's PostgreSQL, and another server's helpers, instead (`--kills 40` of each); the results of
 the other runs stay.
 """
@@ -14,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -27,11 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from synthetic_nets import RESULTS, setting, write
 
 from support.faults.kill_neighbours import BACKEND, HELPER, POSTMASTER, DoomedNeighbours, strike
-from support.faults.kill_points import BOARDS, Doomed, Kills, Mortal, check, run, undisturbed
-from support.faults.kill_tiers import REGIONS, DoomedTier
+from support.faults.kill_points import BOARDS, Doomed, Kills, check, run, undisturbed
 from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
-from support.processes.s3 import Ceph
 
 JOBS = 5
 NEIGHBOURS_ROUNDS = 150
@@ -42,9 +36,6 @@ def main() -> int:
     """Run the jobs; returns 1 where a ledger is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, metavar="N", help="processes to kill (default: 500, or 40 of each kind)")
-    parser.add_argument(
-        "--tier", action="store_true", help="kill a server, its aggregators, and their databases, brokers and buckets"
-    )
     parser.add_argument("--neighbours", action="store_true", help="kill the server's database and helpers")
     parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
     options = parser.parse_args()
@@ -53,9 +44,7 @@ def main() -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_material(folder, dict.fromkeys(BOARDS, 200))
-        if options.tier:
-            body["tier"] = tier(folder, options.kills or 300)
-        elif options.neighbours:
+        if options.neighbours:
             body["neighbours"] = neighbours(folder, options.kills or 40)
         else:
             body |= at_flushes(folder, options.kills or 500)
@@ -70,11 +59,11 @@ def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
     """Kill server, boards and broker."""
     sites = [_site(folder, f"job{job}", kills) for job in range(JOBS)]
     done = [_struck(site, kills, job) for job, site in enumerate(sites)]
-    jobs = [{"broker": d.neighbours["broker"], "lives": [vars(x) for x in d.lives]} for d in done]
+    jobs = [{"broker": d.brokers, "lives": [vars(x) for x in d.lives]} for d in done]
     return {"setting": _setting(), "jobs": jobs, "ledgers": _ledgers(sites, done, _site(folder, "calm", kills))}
 
 
-def _struck(site: Mortal, kills: int, job: int) -> Kills:
+def _struck(site: Doomed, kills: int, job: int) -> Kills:
     try:
         done = run(site, -(-kills // JOBS), seed=job)
     finally:
@@ -83,35 +72,10 @@ def _struck(site: Mortal, kills: int, job: int) -> Kills:
     return done
 
 
-def _ledgers(sites: list[Mortal], done: list[Kills], calm: Mortal) -> list[dict[str, Any]]:
+def _ledgers(sites: list[Doomed], done: list[Kills], calm: Doomed) -> list[dict[str, Any]]:
     """Compare jobs with an undisturbed one, of as many rounds as the longest of them."""
     undisturbed(calm, max(d.rounds for d in done) + 1)
     return [check(site, calm, 1) for site in sites]
-
-
-def tier(folder: Path, kills: int) -> dict[str, Any]:
-    """Kill a server, its aggregators, and their databases, brokers and buckets."""
-    sites: list[Mortal] = []
-    done = []
-    database, bucket = Postgres(), Ceph()
-    os.environ.update(bucket.environment)
-    try:
-        database.start()
-        for job in range(JOBS):
-            (folder / f"tier{job}").mkdir()
-            blobs = ("--blobs", f"s3://{bucket.bucket()}/{{region}}", "--uploads", "s3")
-            site = DoomedTier(
-                folder, folder / f"tier{job}", kills, database=database, settings=blobs, gateway=bucket.restart_gateway
-            )
-            sites.append(site)
-            done.append(_struck(site, kills, job))
-        ledgers = _ledgers(sites, done, _site(folder, "alone", kills))  # which reads the database
-    finally:
-        database.close()
-        bucket.close()
-    jobs = [{"neighbours": dict(d.neighbours), "lives": [vars(x) for x in d.lives]} for d in done]
-    about = _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}
-    return {"setting": about, "jobs": jobs, "ledgers": ledgers}
 
 
 def neighbours(folder: Path, kills: int) -> dict[str, Any]:
@@ -143,7 +107,7 @@ def neighbours(folder: Path, kills: int) -> dict[str, Any]:
     return {"setting": _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}, "jobs": jobs}
 
 
-def _site(folder: Path, name: str, rounds: int) -> Mortal:
+def _site(folder: Path, name: str, rounds: int) -> Doomed:
     """A site whose job has more rounds than it reaches: a round takes several lives."""
     (folder / name).mkdir()
     return Doomed(folder, folder / name, rounds)
@@ -161,7 +125,6 @@ def _commit() -> str:
 def page(body: dict[str, Any]) -> str:
     """The results as a page."""
     lines = ["# Kills", "", *(_flushes_page(body) if body["jobs"] else ())]
-    lines += _tier_page(body["tier"]) if "tier" in body else ()
     return "\n".join([*lines, *(_neighbours_page(body["neighbours"]) if "neighbours" in body else ())]) + "\n"
 
 
@@ -197,33 +160,6 @@ def _flushes_page(body: dict[str, Any]) -> list[str]:
     lines += ["| process | file being flushed | killed before | killed after |", "|---|---|---:|---:|", *kills, ""]
     lines += ["| job | rounds | updates counted | announced by boards | acceptances received |"]
     return [*lines, "|---:|---:|---:|---:|---:|", *jobs, "", why]
-
-
-def _tier_page(body: dict[str, Any]) -> list[str]:
-    about = body["setting"]
-    lives = [life for job in body["jobs"] for life in job["lives"]]
-    neighbours = sum((Counter(job["neighbours"]) for job in body["jobs"]), Counter[str]())
-    names = {"server": "server", **dict.fromkeys(REGIONS, "aggregator")}
-    places = Counter((names.get(x["who"], "board"), x["file"], x["after"]) for x in lives)
-    rows = sorted({(who, file) for who, file, _ in places})
-    what = (
-        f"A server with PostgreSQL, two aggregators with embedded brokers and with blobs in a bucket of Ceph, where "
-        f"boards put their updates, and a board of each: {len(lives) + neighbours.total()} processes were killed in "
-        f"{len(body['jobs'])} jobs. Every job's rounds are those of one server with SQLite, a folder and all boards, "
-        "which was not disturbed: the same models, bit for bit. No update was lost, none counted twice."
-    )
-    lines = ["", "## A tier of aggregators", ""]
-    versions = f"{_machine(about)}, psycopg {about['psycopg']}, commit {about['commit']}"
-    lines += [f"{versions}. `python benchmarks/kills.py --tier`", "", what, ""]
-    lines += ["| process | file being flushed | killed before | killed after |", "|---|---|---:|---:|"]
-    lines += [f"| {who} | {file} | {places[who, file, False]} | {places[who, file, True]} |" for who, file in rows]
-    lines += [f"| {who} | (any time) | {count} | |" for who, count in sorted(neighbours.items())]
-    lines += ["", "| job | rounds | updates counted | announced by boards | acceptances received |"]
-    lines += ["|---:|---:|---:|---:|---:|"]
-    return lines + [
-        f"| {n} | {x['rounds']} | {x['counted']} | {x['sent']} | {x['accepted']} |"
-        for n, x in enumerate(body["ledgers"], 1)
-    ]
 
 
 def _neighbours_page(body: dict[str, Any]) -> list[str]:

@@ -20,9 +20,7 @@ _UNIT = 2.0**-34
 """The server adds up whole multiples of about so much, which shows where a mean is almost 0."""
 
 
-def audit(
-    state: Path, offered: Path, ledger: Ledger, rounds: int, seed: int, asked: int | None = None
-) -> dict[str, Any]:
+def audit(state: Path, offered: Path, ledger: Ledger, rounds: int, seed: int) -> dict[str, Any]:
     """Compare a finished job with the devices' ledger.
 
     Args:
@@ -31,7 +29,6 @@ def audit(
         ledger: By device its samples and, by round, its part.
         rounds: How many rounds there were to be.
         seed: Of the devices' noise.
-        asked: How many devices each round was to ask; None for all.
 
     Returns:
         By round what was found, and `faults`: everything that is not as it should be, in words.
@@ -45,29 +42,22 @@ def audit(
     if len(summaries) != rounds:
         faults.append(f"{len(summaries)} rounds were finished, not {rounds}")
     store = BlobStore(state / "blobs", durable=False)
-    wanted = len(ledger) if asked is None else asked
-    found = [_round(s, ledger, wanted, store, offered, seed, faults) for s in summaries]
+    found = [_round(s, ledger, store, offered, seed, faults) for s in summaries]
     whole = bool(events) and events[0][0] == 1  # a long log's beginning is deleted
     logged = _logged([(kind, body) for _, kind, body in events], whole, ledger, faults)
     return {"rounds": found, "events": logged, "whole_log": whole, "faults": faults}
 
 
 def _round(
-    summary: Mapping[str, Any],
-    ledger: Ledger,
-    wanted: int,
-    store: BlobStore,
-    offered: Path,
-    seed: int,
-    faults: list[str],
+    summary: Mapping[str, Any], ledger: Ledger, store: BlobStore, offered: Path, seed: int, faults: list[str]
 ) -> dict[str, Any]:
     number = summary["round"]
     counted = {n for n, d in summary["devices"].items() if d["progress"] == "folded"}
     parts = {n: row["parts"].get(str(number)) for n, row in ledger.items()}
     told = {n for n, p in parts.items() if p is not None and p["weights"] in p["accepted"]}
     where = f"round {number}"
-    if len(counted) != wanted or counted != {n for n, p in parts.items() if p is not None}:
-        faults.append(f"{where}: {len(counted)} of {wanted} devices' updates count")
+    if counted != set(ledger):
+        faults.append(f"{where}: {len(counted)} of {len(ledger)} devices' updates count")
     if told != counted:
         faults.append(
             f"{where}: {len(told - counted)} accepted updates don't count, {len(counted - told)} count unaccepted"
@@ -106,7 +96,7 @@ def _model(
     wrong = model - expected
     # What one device's mark alone adds at its own coordinate; so each mark tells how often it is in there.
     shares = np.array([count / samples for _, count in parts])
-    times = 1 + wrong[[index % len(model) for index, _ in parts]] / shares
+    times = 1 + wrong[[index for index, _ in parts]] / shares
     last_place = np.spacing(np.abs(expected).astype(np.float32))
     error, ulps = float(np.abs(wrong).max()), float((np.abs(wrong) / last_place).max())
     if np.abs(times - 1).max() > 0.1:

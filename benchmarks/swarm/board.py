@@ -6,21 +6,17 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from benchmarks.swarm.mqtt import Session
-from benchmarks.swarm.puts import Uploader
 from benchmarks.swarm.shelf import Arriving, Shelf
-from benchmarks.swarm.signer import ServerKeys, Signer
 from benchmarks.swarm.updates import Remade, device_name
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.security.signed_channel import HEADER
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.messages import (
-    PUT,
     Accepted,
     Birth,
     BlobNotFound,
@@ -32,8 +28,6 @@ from fedprune.wire.messages import (
     Offer,
     Progress,
     Update,
-    UploadRequest,
-    UploadResult,
     parse,
 )
 from fedprune.wire.topics import Topics
@@ -66,16 +60,12 @@ class Works:
         shelf: What was fetched.
         updates: What is handed in.
         later: Calls a function after some seconds.
-        keys: Keys of the server; None for devices without an identity, whose messages aren't signed.
-        uploader: Uploads updates; None for devices that can't.
     """
 
     topics: Topics
     shelf: Shelf
     updates: Remade
     later: Callable[..., asyncio.TimerHandle]
-    keys: ServerKeys | None = None
-    uploader: Uploader | None = None
 
 
 class Board:
@@ -88,26 +78,17 @@ class Board:
         probe: What it says that it measured of itself.
         samples: Its training samples.
         train_s: How long its training takes.
-        signer: Signs its messages, if it has an identity.
     """
 
     __slots__ = (
-        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_signer", "_update",
-        "_uploaded", "_uploading", "_works", "finished", "index", "link", "name", "on_accepted", "parts",
-        "probe", "profile", "samples", "train_s",
+        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_works",
+        "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
     )  # fmt: skip
 
     def __init__(
-        self,
-        works: Works,
-        index: int,
-        profile: str,
-        probe: dict[str, Any],
-        samples: int,
-        train_s: float,
-        signer: Signer | None = None,
+        self, works: Works, index: int, profile: str, probe: dict[str, Any], samples: int, train_s: float
     ) -> None:
-        self._works, self._signer = works, signer
+        self._works = works
         self.index, self.name = index, device_name(index)
         self.profile, self.probe, self.samples, self.train_s = profile, probe, samples, train_s
         self.link: Session | None = None
@@ -119,8 +100,6 @@ class Board:
         self._pulls: dict[str, Pull] = {}
         self._update: Update | None = None
         self._last: Update | None = None
-        self._uploading: str | None = None  # digest of the update that is on its way by PUT
-        self._uploaded = ""  # address of the last update that was taken by PUT
         self._announced, self._announce_at = 0, 0.0
         self.on_accepted: Callable[[Accepted], None] | None = None
 
@@ -128,28 +107,15 @@ class Board:
         """A connection that isn't made yet."""
         topics = self._works.topics
         self._session = max(self._session + 1, time.time_ns() // 1_000_000)
-        will = topics.up(self.name), self._signed(topics.up(self.name), Death(self.name, self._session).to_bytes())
+        will = topics.up(self.name), Death(self.name, self._session).to_bytes()
         self.link = Session(self.name, topics.device_subscriptions(self.name), self._hear, will)
         return self.link
 
-    def leave(self) -> None:
-        """End the connection for good; the broker publishes the will."""
-        if self.link is not None:
-            self.link.ended = None
-            self.link.close()
-
     def birth(self) -> None:
         """Announce itself, and say again what the server may not have heard."""
-        if self._signer is not None:
-            self._signer.renew()  # a will is of an epoch before, and counts after any number of messages
         update = self._update
         held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
-        birth = Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held)
-        if self._works.uploader is not None:
-            birth = replace(birth, abilities=(PUT,))
-        if self._works.keys is not None:
-            birth = replace(birth, server_key=self._works.keys.signing, authorities=self._works.keys.authorities)
-        self._say(birth)
+        self._say(Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held))
         self.hurry()
 
     def hurry(self) -> None:
@@ -177,7 +143,7 @@ class Board:
         for pull in self._pulls.values():
             for want in pull.on_tick(now):
                 self._ask(want)
-        if self._update is not None and self._uploading is None and now >= self._announce_at:
+        if self._update is not None and now >= self._announce_at:
             self._announce()
 
     # What it hears.
@@ -186,8 +152,7 @@ class Board:
         if topic.endswith("/blob"):
             self._chunk(Chunk.parse(payload))
             return
-        # The server's signature isn't verified: this is the server's benchmark, and the swarm shares its processors.
-        message = parse(payload if self._signer is None else payload[HEADER:])
+        message = parse(payload)
         match message:
             case Hello():
                 self.birth()
@@ -198,8 +163,6 @@ class Board:
                 self._offered(message)
             case BlobRequest():
                 self._wanted(message)
-            case UploadRequest():
-                self._upload(message)
             case Accepted():
                 self._accepted(message)
             case Cancelled():
@@ -266,27 +229,6 @@ class Board:
         for raw in answer:
             self.link.publish(topic, raw, CHUNK_QOS)
 
-    def _upload(self, request: UploadRequest) -> None:
-        uploader, update = self._works.uploader, self._update
-        if uploader is None or update is None or update.weights.sha256 != request.sha256:
-            return
-        if self._uploading == request.sha256:
-            return  # it is on its way there
-        if self._uploaded == request.url:
-            self._say(UploadResult(request.sha256), update.job)  # the server has not read that yet
-            return
-
-        def over(reason: str | None) -> None:
-            if reason is None:
-                self._uploaded = request.url  # first: a request in between would upload it again
-            if self._uploading == request.sha256:
-                self._uploading = None
-            self._announce_at = max(self._announce_at, time.monotonic() + ANNOUNCE_S)
-            self._say(UploadResult(request.sha256, reason), update.job)
-
-        self._uploading = request.sha256
-        uploader.put(request.url, request.sha256, self._works.updates.read(request.sha256), over)
-
     def _accepted(self, message: Accepted) -> None:
         part = self.parts.get(message.round)
         if part is not None:
@@ -313,11 +255,7 @@ class Board:
     def _say(self, message: Any, job: str | None = None, qos: int = 1) -> None:
         if self.link is not None:
             topics = self._works.topics
-            topic = topics.up(self.name, job) if job else topics.up(self.name)
-            self.link.publish(topic, self._signed(topic, message.to_bytes()), qos)
-
-    def _signed(self, topic: str, payload: bytes) -> bytes:
-        return payload if self._signer is None else self._signer.seal(topic, payload)
+            self.link.publish(topics.up(self.name, job) if job else topics.up(self.name), message.to_bytes(), qos)
 
     def ledger(self) -> dict[str, Any]:
         """What became of its parts, as JSON."""

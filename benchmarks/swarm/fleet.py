@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -18,9 +17,7 @@ from typing import Any
 
 from benchmarks.fleet_mixture import SAMPLES, SHARES
 from benchmarks.swarm.board import Board, Works
-from benchmarks.swarm.puts import Uploader
 from benchmarks.swarm.shelf import Shelf
-from benchmarks.swarm.signer import ServerKeys, Signer, signing_key
 from benchmarks.swarm.updates import Remade
 from fedprune.core.rng import keyed
 from fedprune.planning.probe_report import ProbeReport
@@ -55,16 +52,13 @@ class Fleet:
 
     Args:
         spec: `host` and `port` of the broker, `site`, `indices` (first, and behind the last), `seed`, `scale` of the
-            training times, by profile the `seconds` that a sample takes, and a folder for what was `offered`; with
-            the server's `keys` devices have identities.
-        uploader: Uploads updates; None for devices that can't.
+            training times, by profile the `seconds` that a sample takes, and a folder for what was `offered`.
     """
 
-    def __init__(self, spec: dict[str, Any], uploader: Uploader | None = None) -> None:
+    def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
         loop = asyncio.get_running_loop()
-        keys = ServerKeys(**spec["keys"]) if "keys" in spec else None
-        self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later, keys, uploader)
+        self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later)
         kinds = [find(name) for name in SHARES]
         shares = list(SHARES.values())
         self.lost = 0
@@ -78,17 +72,16 @@ class Fleet:
             samples = int(chance.integers(*SAMPLES, endpoint=True))
             slow = profile.train_rate / (probe.train_rate or profile.train_rate)
             train_s = spec["seconds"][profile.name] * samples * slow * spec["scale"]
-            signer = None if keys is None else Signer(signing_key(index, spec["seed"]))
-            self.boards.append(Board(self.works, index, profile.name, probe.to_dict(), samples, train_s, signer))
+            self.boards.append(Board(self.works, index, profile.name, probe.to_dict(), samples, train_s))
 
-    async def connect(self, boards: Sequence[Board] | None = None) -> None:
-        """Connect devices, all by default, `arrivals` a second; each announces itself as soon as it listens."""
+    async def connect(self) -> None:
+        """Connect all devices, `arrivals` a second; each announces itself as soon as it listens."""
 
-        async def one(number: int, board: Board) -> None:
-            await asyncio.sleep(number / self._spec["arrivals"])
+        async def one(board: Board) -> None:
+            await asyncio.sleep((board.index - self.boards[0].index) / self._spec["arrivals"])
             await self._connect(board)
 
-        await asyncio.gather(*(one(i, b) for i, b in enumerate(self.boards if boards is None else boards)))
+        await asyncio.gather(*(one(b) for b in self.boards))
 
     async def _connect(self, board: Board) -> None:
         loop = asyncio.get_running_loop()
@@ -112,12 +105,10 @@ class Fleet:
                 await self._connect(board)
                 return
 
-    async def run(self, over: Callable[[], bool] | None = None) -> None:
-        """Keep the connections alive, and ask again for what is overdue, until the job has ended for every device or,
-        with `over`, until that is true."""
+    async def run(self) -> None:
+        """Keep the connections alive, and ask again for what is overdue, until the job has ended for every device."""
         turns, turn = round(KEEPALIVE * 0.5 / _BEAT_S), 0
-        over = over or (lambda: all(b.finished for b in self.boards))
-        while not over():
+        while not all(b.finished for b in self.boards):
             await asyncio.sleep(_BEAT_S)
             now, turn = time.monotonic(), (turn + 1) % turns
             for board in self.boards:

@@ -42,7 +42,7 @@ data = "evaluation.npz"
 site = "{site}"
 broker = "mqtt://127.0.0.1:{port}"
 state = "state"
-max_devices = {fleet}
+max_devices = {devices}
 pulls = {pulls}
 """
 
@@ -80,11 +80,8 @@ def small_cnn() -> bytes:
     return raw
 
 
-def write_job(
-    folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int, fleet: int | None = None
-) -> Path:
-    """Write a job's files into a folder; `fleet` is how many devices there are, where not all of them have to be
-    connected for a round.
+def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int) -> Path:
+    """Write a job's files into a folder.
 
     Returns:
         Path of the `fleet.toml`.
@@ -93,8 +90,7 @@ def write_job(
     hand = deal(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)
     path = folder / "fleet.toml"
-    names = {"rounds": rounds, "devices": devices, "port": port, "site": site, "pulls": pulls}
-    path.write_text(FLEET.format(**names, fleet=devices if fleet is None else fleet))
+    path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls))
     return path
 
 

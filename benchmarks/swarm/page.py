@@ -82,18 +82,18 @@ def _of_rounds(row: Row) -> list[str]:
         checked = found.get(each["round"], {})
         marks = f"{checked['least_times']:.4f}–{checked['most_times']:.4f}" if "least_times" in checked else "–"
         rate = each["accepted"] / each["updates_s"] if each.get("updates_s") else None
-        lasted = " | ".join(number(each.get(f"{name}_s"), digits) for name, digits in _LASTED.items())
+        lasted = " | ".join(_number(each.get(f"{name}_s"), digits) for name, digits in _LASTED.items())
         lines.append(
             f"| {row['devices']:,} | {each['round']} | {checked.get('counted', 0):,} | {marks} "
-            f"| {number(checked.get('ulps'), 2)} | {number(row['connect_s'], 1)} | {lasted} | {number(rate, 0)} |"
+            f"| {_number(checked.get('ulps'), 2)} | {_number(row['connect_s'], 1)} | {lasted} | {_number(rate, 0)} |"
         )
     return lines
 
 
 def _of_latencies(row: Row) -> list[str]:
     return [
-        f"| {row['devices']:,} | {each['round']} | {kind} | {found['count']} | {number(found.get('p50'), 3)} "
-        f"| {number(found.get('p95'), 3)} | {number(found.get('p99'), 3)} | {number(found.get('max'), 3)} "
+        f"| {row['devices']:,} | {each['round']} | {kind} | {found['count']} | {_number(found.get('p50'), 3)} "
+        f"| {_number(found.get('p95'), 3)} | {_number(found.get('p99'), 3)} | {_number(found.get('max'), 3)} "
         f"| {each['unanswered'] if kind == 'call off' else '–'} |"
         for each in row["rounds"]
         for kind, found in each.get("latency", {}).items()
@@ -107,7 +107,7 @@ def _of_processes(row: Row) -> list[str]:
     each_ms = 1e3 * (server["cpu_s"] - row["server_start_cpu_s"]) / updates if updates else None
     line = (
         f"| {row['devices']:,} | {server['peak'] / 1e6:.0f} | {server['shared_peak'] / 1e6:.0f} "
-        f"| {server['cpu_s']:.1f} | {number(each_ms, 1)} | {broker['peak'] / 1e6:.0f} | {broker['cpu_s']:.1f} "
+        f"| {server['cpu_s']:.1f} | {_number(each_ms, 1)} | {broker['peak'] / 1e6:.0f} | {broker['cpu_s']:.1f} "
         f"| {sum(s['peak'] for s in swarm) / 1e6:.0f} | {sum(s['cpu_s'] for s in swarm):.1f} "
         f"| {sum(row['traffic'].values()) / 1e6:,.0f} | {row['lost_connections']} | {row['wall_s']:.0f} |"
     )
@@ -119,5 +119,5 @@ def _faults(rows: list[Row]) -> list[str]:
     return ["## Not as it should be", "\n".join(lines)] if lines else []
 
 
-def number(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"

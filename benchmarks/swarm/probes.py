@@ -19,9 +19,7 @@ from typing import Any
 from benchmarks.swarm.board import Board
 from benchmarks.swarm.fleet import Fleet, fail_loudly, usage
 from benchmarks.swarm.mqtt import Session
-from benchmarks.swarm.signer import Signer
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.security.signed_channel import HEADER
 from fedprune.wire.messages import Accepted, Cancelled, Update, parse
 from fedprune.wire.topics import Topics
 
@@ -35,24 +33,20 @@ class Caller:
     Args:
         topics: The site's topics.
         log: Gets kind, time of asking and seconds until the answer of each question.
-        signer: Signs the questions, where devices have identities.
     """
 
-    def __init__(
-        self, topics: Topics, log: list[tuple[str, float, float]], name: str = "caller", signer: Signer | None = None
-    ) -> None:
-        self._topics, self._log, self._name, self._signer = topics, log, name, signer
+    def __init__(self, topics: Topics, log: list[tuple[str, float, float]]) -> None:
+        self._topics, self._log = topics, log
         self._asked: dict[int, tuple[float, float]] = {}
         self._round = 0
-        self.link = Session(name, topics.device_subscriptions(name), self._hear)
+        self.link = Session("caller", topics.device_subscriptions("caller"), self._hear)
 
     def ask(self) -> None:
         """Ask once more."""
         self._round += 1
-        update = Update(self._name, "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
+        update = Update("caller", "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
         self._asked[self._round] = time.time(), time.perf_counter()
-        topic, body = self._topics.up(self._name, "yesterday"), update.to_bytes()
-        self.link.publish(topic, body if self._signer is None else self._signer.seal(topic, body))
+        self.link.publish(self._topics.up("caller", "yesterday"), update.to_bytes())
 
     @property
     def open(self) -> list[float]:
@@ -60,7 +54,7 @@ class Caller:
         return [at for at, _ in self._asked.values()]
 
     def _hear(self, topic: str, payload: bytes) -> None:
-        message = parse(payload if self._signer is None else payload[HEADER:])
+        message = parse(payload)
         if isinstance(message, Cancelled) and message.round in self._asked:
             at, began = self._asked.pop(message.round)
             self._log.append(("call off", at, time.perf_counter() - began))

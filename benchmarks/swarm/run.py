@@ -77,7 +77,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         return {
             "devices": size.devices,
             "rounds": [
-                phases(r + 1, ledger, summaries, closed, asked, results["probes"]["open"]) for r in range(size.rounds)
+                _phases(r + 1, ledger, summaries, closed, asked, results["probes"]["open"]) for r in range(size.rounds)
             ],
             "connect_s": results["fleet"]["connected"] - results["fleet"]["began"],
             "wall_s": time.time() - began,
@@ -125,7 +125,7 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
     return {name: _result(place.folder, name) for name in PROCESSES}
 
 
-def phases(
+def _phases(
     number: int,
     ledger: dict[str, Any],
     summaries: list[dict[str, Any]],

@@ -107,16 +107,11 @@ class Site:
         """
         path = self.folder / "mosquitto.conf"
         path.write_text(MOSQUITTO.format(port=self.port))
-        self.broker_of("broker", binary or find_mosquitto(), path, self.port)
-
-    def broker_of(self, name: str, binary: str, config: Path, port: int) -> None:
-        """Start Mosquitto under a name, with a configuration that listens on a port. Raises `BrokerError` if it
-        doesn't."""
-        process = self.start(name, [binary, "-c", config])
+        process = self.start("broker", [binary or find_mosquitto(), "-c", path])
         until = time.monotonic() + _START_S
-        while not _listens(port):
+        while not _listens(self.port):
             if process.poll() is not None or time.monotonic() > until:
-                raise BrokerError(f"Mosquitto doesn't listen on port {port}", hint=self.said(name))
+                raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.said("broker"))
             time.sleep(0.05)
 
     def server(self, config: Path, profile: Path | None = None) -> None:
@@ -125,16 +120,13 @@ class Site:
         Raises:
             FedpruneError: It ends before it is connected.
         """
-        self.server_of("server", ["run", "--config", str(config), "--insecure"], profile)
-
-    def server_of(self, name: str, arguments: Sequence[str], profile: Path | None = None) -> None:
-        """Start `fedprune-server` under a name. Raises `FedpruneError` if it ends before it is connected."""
         python = [sys.executable, *([] if profile is None else ["-m", "cProfile", "-o", str(profile)])]
-        process = self.start(name, [*python, "-m", "fedprune_server.cli.main", *arguments])
+        module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), "--insecure"]
+        process = self.start("server", [*python, *module])
         until = time.monotonic() + _START_S
-        while "connected to the broker" not in self.said(name):
+        while "connected to the broker" not in self.said("server"):
             if process.poll() is not None or time.monotonic() > until:
-                raise FedpruneError(f"{name} doesn't come up", hint=self.said(name)[-2000:])
+                raise FedpruneError("the server doesn't come up", hint=self.said("server")[-2000:])
             time.sleep(0.05)
 
     def said(self, name: str) -> str:

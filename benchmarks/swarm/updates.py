@@ -1,8 +1,7 @@
 """What devices hand in: the weights that they were offered, noise that is keyed by device and round, and a mark.
 
-Every device adds 1 to a coordinate of its own; where the fleet has more devices than the model has numbers, some share
-one. So the global model shows of each single device how often its update was counted, and whoever knows the seeds can
-say what that model must be.
+Every device adds 1 to a coordinate of its own. So the global model shows of each single device how often its update
+was counted, and whoever knows the seeds can say what that model must be.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from fedprune.blobs.blob_ref import BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import BundleError
 from fedprune.core.rng import keyed
 
 NOISE = 0.01
@@ -40,10 +40,16 @@ def flat(raw: bytes) -> npt.NDArray[np.float32]:
 
 
 def trained(base: npt.NDArray[np.float32], index: int, round_: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """What a device makes of the weights that it was offered."""
+    """What a device makes of the weights that it was offered.
+
+    Raises:
+        BundleError: The model has fewer numbers than the fleet has devices.
+    """
+    if index >= base.size:
+        raise BundleError("model for a swarm", expected=f"more than {index} numbers", got=base.size)
     noise = keyed(seed, "swarm", index, round_).standard_normal(base.size, np.float32)
     out: npt.NDArray[np.float32] = base + np.float32(NOISE) * noise
-    out[index % base.size] += MARK
+    out[index] += MARK
     return out
 
 
@@ -110,10 +116,6 @@ class Remade(BlobStore):
     def open(self, sha256: str) -> io.BytesIO:
         """Its bytes, to be read in pieces."""
         return io.BytesIO(self._file(sha256))
-
-    def read(self, sha256: str) -> bytes:
-        """Its bytes."""
-        return self._file(sha256)
 
     def _file(self, sha256: str) -> bytes:
         raw = self._files.get(sha256)

@@ -10,31 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
 from fedprune.coordination import Phase
-from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
-from fedprune.jobs.job import Job
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.wire.topics import Topics
-from fedprune_server.aggregators.collecting_worker import CollectingWorker
-from fedprune_server.aggregators.connections import JobRegions, RegionConnections
-from fedprune_server.aggregators.dispatcher import ParentJob, RegionDispatcher
-from fedprune_server.aggregators.parent import ParentLink
-from fedprune_server.aggregators.place import admit, adopt, configurations, models, parent_of, regions_of
-from fedprune_server.aggregators.regional_job import FetchingWorker
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
-from fedprune_server.engine.server import Server, Tier
+from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
@@ -106,11 +98,6 @@ class App:
     connection: Connection
     until_finished: bool
 
-    @property
-    def outdated(self) -> bool:
-        """Whether this aggregator has to start again, with other jobs."""
-        return self.server.outdated
-
     def run(self) -> None:
         """Run the server until it is stopped. Raises as `Server.run`, and if another server does."""
         self.server.run(until_finished=self.until_finished)
@@ -156,16 +143,13 @@ def build_app(
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         crashes = stack.enter_context(CrashStore(config.state))
         alerts = AlertBook(read_recorded(config.state).alerts)
-        regions = stack.enter_context(regions_of(config, identity))
-        watch = _watchers(stack, config, folder, alerts, regions)
-        parent = None if config.parent == OFF else stack.enter_context(parent_of(config, identity))
-        configs = [config, *further(config, options.jobs)] if parent is None else configurations(config, parent)
+        watch = _watchers(stack, config, folder, alerts)
         jobs = []
-        for own in configs:
+        for own in (config, *further(config, options.jobs)):
             held = folder
             if own.state != config.state:
                 held = stack.enter_context(StateFolder(own.state, own.database, stopping=stopping))
-            jobs.append(_open(stack, own, held, regions, parent))
+            jobs.append(_open(stack, own, held))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker: %s on %s:%d", reached.broker.program, config.host, reached.broker.port)
@@ -181,7 +165,6 @@ def build_app(
             stack.enter_context(web_blobs(config, identity, reached.link.wake)),
         )
         site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
-        below = None if regions is None else RegionDispatcher(regions, _below(jobs, config), identity)
         runners = [
             JobRunner(
                 job.runnable(beside_others=len(jobs) > 1),
@@ -190,17 +173,10 @@ def build_app(
                 profiles=profiles,
                 max_devices=config.max_devices,
                 observers=[*_observers(job, watch, options, beside_others=len(jobs) > 1), *_tracked(stack, job)],
-                below=below,
             )
             for i, job in enumerate(jobs)
         ]
-        tier = Tier(below, parent, partial(admit, identity), partial(adopt, identity))
-        server = Server(runners, site, reached.broker, stopping, tier, config.connected)
-        stores = {job.opened.job.name: job.folder.store for job in jobs}
-        if regions is not None:
-            regions.serve(stores, reached.link.wake, None if parent is None else parent.fetch)
-        if parent is not None:
-            parent.serve(stores, reached.link.wake, None if regions is None else regions.find)
+        server = Server(runners, site, reached.broker, stopping, config.connected)
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
@@ -229,11 +205,6 @@ class _Job:
     folder: StateFolder
     opened: OpenJob
     worker: CommandExecutor
-    parent: ParentLink | None = None
-
-    def told(self) -> tuple[Job, str, bytes]:
-        """The job's initial data for aggregators."""
-        return self.opened.job, str(self.opened.settings["name"]), self.folder.model
 
     def runnable(self, *, beside_others: bool) -> RunnableJob:
         opened, config = self.opened, self.config
@@ -251,8 +222,6 @@ class _Job:
             pulls=config.pulls,
             weight=config.weight,
             beside_others=beside_others,
-            report=None if self.parent is None else partial(self.parent.report, opened.job.name),
-            moved=(lambda traffic: None) if self.parent is None else partial(self.parent.moved, opened.job.name),
         )
 
     def log_start(self) -> None:
@@ -292,42 +261,16 @@ class _NextSteps(Observer):
             )
 
 
-def _open(
-    stack: ExitStack,
-    config: ServerConfig,
-    folder: StateFolder,
-    regions: RegionConnections | None,
-    parent: ParentLink | None,
-) -> _Job:
+def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder) -> _Job:
     opened = folder.read_job(config)
     worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
-    name = opened.job.name
-    if regions is not None:
-        if opened.job.secure_aggregation:
-            raise ConfigError(
-                f"job {name}: secure_aggregation on a server with aggregators",
-                expected="a server to which all boards are connected",
-                got="aggregators in [server]",
-                hint="Leave out secure_aggregation, or the aggregators.",
-            )
-        worker = CollectingWorker(opened.worker, worker, JobRegions(regions, name))
-    if parent is not None:
-        worker = FetchingWorker(opened.worker, worker, partial(parent.fetch, name), opened.state)
-    return _Job(config, folder, opened, worker, parent)
-
-
-def _below(jobs: Sequence[_Job], config: ServerConfig) -> dict[str, ParentJob]:
-    """The jobs as aggregators begin them, by name."""
-    told = models({job.opened.job.name: job.told() for job in jobs}, config)
-    return {job.opened.job.name: ParentJob(told[job.opened.job.name], job.opened.state) for job in jobs}
+    return _Job(config, folder, opened, worker)
 
 
 def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:
     lines = beside_others or job.config.log_format == JSON
     display = Lines(of_several=beside_others) if lines else make_display()
     watched = [display, *watch(job.opened.job.name)]
-    if job.parent is not None:
-        return watched
     opened, config = job.opened, job.config
     uncalibrated = divergence.is_uncalibrated(
         opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
@@ -348,16 +291,14 @@ def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:
     return [tracker]
 
 
-def _watchers(
-    stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook, regions: RegionConnections | None
-) -> Watcher:
+def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Watcher:
     """The factory of a job's configured observers: metrics and spans."""
     makers: list[Callable[[str], Observer]] = []
     if config.metrics_place is not None:
         with _extra("metrics", "console"):
             from fedprune_server.monitoring.http import served
             from fedprune_server.monitoring.metrics import Metrics
-        metrics = Metrics(config.state, alerts.counts, regions=None if regions is None else regions.connected)
+        metrics = Metrics(config.state, alerts.counts)
         ready = {"database": folder.lease.trouble, "broker": lambda: "" if metrics.connected else "not connected"}
         stack.enter_context(served(config.metrics_place, metrics, ready, config.own_hosts))
         makers.append(metrics.watch)
@@ -392,7 +333,7 @@ def monitoring(
     views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
     here = server.count_connected if len(runners) > 1 else None
     monitor = Monitor(
-        config.state, config.server_settings(), views, here=here, tier=server.tier_status, book=alerts,
+        config.state, config.server_settings(), views, here=here, book=alerts,
         # Boards that come back in turn are away for most of the time.
         away_rounds=0 if config.connected else config.alerts.away_rounds, present=server.present,
         free=server.free,

@@ -13,7 +13,6 @@ _FOLDER = "its figures are in metrics.json in the folder that it writes"
 
 WITHOUT = {
     "fedprune-server run": _RUNS,
-    "fedprune-server aggregate": _RUNS,
     "fedprune-server claim": "it prints nothing but the claims, one on each line",
     "fedprune-server demo": _FOLDER,
     "fedprune-server service print": _TEXT,

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
-from support.faults.kill_tiers import DoomedTier
 from support.processes.real_site import write_material
 
 pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto]
@@ -33,22 +32,3 @@ def test_whoever_is_killed_at_a_flush_loses_no_update_and_counts_none_twice(tmp_
     finally:
         calm.stop_all()
         site.stop_all()
-
-
-# At every push `test_aggregators.py` kills all servers of a tier in the middle of a round.
-@pytest.mark.soak
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for what kills at a flush")
-@pytest.mark.parametrize("kills", [8, 60])
-def test_a_tier_of_which_everything_is_killed_makes_the_models_of_one_server(tmp_path: Path, kills: int) -> None:
-    write_material(tmp_path, dict.fromkeys(BOARDS, 200))
-    for name in ("calm", "tier"):
-        (tmp_path / name).mkdir()
-    rounds = ROUNDS if kills < 20 else kills
-    calm, tier = Doomed(tmp_path, tmp_path / "calm", rounds), DoomedTier(tmp_path, tmp_path / "tier", rounds)
-    try:
-        undisturbed(calm)
-        assert run(tier, kills).total >= kills
-        check(tier, calm, 1)
-    finally:
-        calm.stop_all()
-        tier.stop_all()

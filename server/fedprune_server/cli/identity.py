@@ -15,18 +15,15 @@ from typing import Any, TextIO
 
 from fedprune.core.cli import add_json, hours, options_of, print_json, whole_number
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, JoinError, ProtocolError, UsageError, meant
+from fedprune.core.errors import JoinError, ProtocolError, UsageError, meant
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_database, add_state, database_in
-from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import parent_in
 from fedprune_server.enrollment.approval import approve, revoke, revoked
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import KEY, Broker, write_broker
 from fedprune_server.storage.state_folder import folder_lock, keep, url_of
-from fedprune_server.storage.storage import Storage
 
 _ROTATE, _ROTATE_CA, _RETIRE_CA, _CERTIFICATE = "rotate", "rotate-ca", "retire-ca", "certificate"
 _FILES = (
@@ -223,16 +220,6 @@ def _identity_of(arguments: argparse.Namespace) -> IdentityFolder:
     return IdentityFolder(arguments.state, database=database_in(arguments))
 
 
-def _at_the_parent(arguments: argparse.Namespace) -> None:
-    """Refuse to change the members at an aggregator, whose parent says who they are."""
-    parent = parent_in(Storage.settings_in(arguments.state, database_in(arguments)))
-    if parent != OFF:
-        raise ConfigError(
-            f"{arguments.state} is an aggregator's, which learns the members from its parent",
-            hint=f"Do it at the server of {parent}.",
-        )
-
-
 def _facts(identity: IdentityFolder) -> dict[str, Any]:
     pin, key = identity.authority.pin.hex(), identity.key.verifying
     return {"site": identity.site, "pin": pin, "key": key.hex, "fingerprint": key.fingerprint}
@@ -245,7 +232,6 @@ def _describe(identity: IdentityFolder) -> None:
 
 def _claim(arguments: argparse.Namespace) -> None:
     _check_hours(arguments.hours)
-    _at_the_parent(arguments)
     if arguments.count > _MAX_CLAIMS:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
     if arguments.count > 1 and arguments.device is not None:
@@ -286,8 +272,6 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _devices(arguments: argparse.Namespace) -> None:
-    if arguments.action != "list":
-        _at_the_parent(arguments)
     with _identity_of(arguments) as identity:
         if arguments.action == "list":
             _list(identity, arguments)

@@ -17,7 +17,6 @@ from fedprune.core.errors import ExitCode
 
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
-    "aggregate": ("run", "be an aggregator: run the jobs of another server for a region's boards"),
     "status": ("status", "show devices and rounds of a state folder"),
     "export-model": ("export_model", "write the global model of a state folder"),
     "init": ("identity", "make this server's identity: its keys and certificate authority"),
@@ -52,7 +51,7 @@ _CONSOLE = ("operators", "pause", "resume")
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    with _ended_by_sigterm() if words[:1] in (["run"], ["aggregate"]) else nullcontext():
+    with _ended_by_sigterm() if words[:1] == ["run"] else nullcontext():
         return run_command("fedprune-server", lambda: build_parser(words[:1]), words)
 
 

@@ -19,8 +19,6 @@ from fedprune.core.errors import ConfigError, StorageError, UsageError
 from fedprune.wire.topics import as_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import parent_in
 from fedprune_server.storage.state_folder import LOCK
 from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
@@ -66,8 +64,6 @@ add_resume = add_pause
 def _give(arguments: argparse.Namespace) -> None:
     """Give a running server the order of the command's name, as its console does, and print the answer."""
     path = arguments.state / status.FILE
-    if parent_in(Storage.settings_in(arguments.state)) != OFF:
-        raise ConfigError(f"{arguments.state} is an aggregator's: its jobs are paused and resumed at its parent")
     if not held(arguments.state / LOCK):
         Storage.check_existing(arguments.state)
         raise ConfigError(

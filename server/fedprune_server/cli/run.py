@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, dataclass, fields, replace
 from functools import partial
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import setting_of
-from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
 from fedprune.runtime.session import run_by_child_process
 from fedprune_device.hardware.allocator import share_heaps
 from fedprune_server.app import StartOptions, build_app
-from fedprune_server.config.alert_settings import OFF, AlertSettings
+from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
@@ -55,7 +55,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "what is kept, and where": ("state", "database", "blobs", "keep"),
     "the broker, and the fleet at it": ("broker", "ca", "host", "port", "site", "profiles"),
     "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),
-    "processes and aggregators": ("workers", "workers_url", "aggregators", "parent", "region"),
+    "processes": ("workers", "workers_url"),
     "to see what happens": (
         "console", "alert_webhook", "metrics", "traces", "track", "log_format",
     ),
@@ -69,8 +69,6 @@ _OPTIONS: dict[tuple[str, ...], str] = {
     **{place: name for name, place in PLACES.items()},
 }
 _OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "track")
-"""Settings of the server that an aggregator takes from its parent, or doesn't have."""
-
 _LAST_START, _DEFAULTS = "the last start", "the defaults"
 
 
@@ -88,22 +86,15 @@ def add_run(run: argparse.ArgumentParser) -> None:
     run.set_defaults(function=_run)
 
 
-def add_aggregate(aggregate: argparse.ArgumentParser) -> None:
-    add_run_options(aggregate, jobs=False)
-    aggregate.usage = f"{aggregate.prog} [--config FILE] [--state DIR] [OPTION ...]"
-    aggregate.set_defaults(function=_aggregate, job=[])
-
-
-def add_run_options(run: argparse.ArgumentParser, *, jobs: bool = True) -> None:
+def add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
     run.add_argument(
         "--insecure", action="store_true", help="without identity, TLS and signatures: for trials on this machine alone"
     )
-    if jobs:
-        run.add_argument(
-            "--job", type=Path, action="append", default=[], metavar="FILE",
-            help="a further job on the same boards; may be given several times",
-        )  # fmt: skip
+    run.add_argument(
+        "--job", type=Path, action="append", default=[], metavar="FILE",
+        help="a further job on the same boards; may be given several times",
+    )  # fmt: skip
     run.add_argument(
         "--standby",
         action="store_true",
@@ -111,7 +102,7 @@ def add_run_options(run: argparse.ArgumentParser, *, jobs: bool = True) -> None:
     )
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="log more, such as each device's row per round")
-    _add_settings(run, jobs=jobs)
+    _add_settings(run)
 
 
 def run_options() -> argparse.ArgumentParser:
@@ -121,33 +112,30 @@ def run_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, *, jobs: bool) -> None:
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
     settings: dict[str, Callable[[Any], None]] = {}
 
     def offer(place: tuple[str, ...], add: Callable[[Any], None]) -> None:
         settings[_option(place).replace("-", "_")] = add
 
-    if jobs:
-        for f in fields(Job):
-            if f.name in _JOB:
-                metavar, text = _JOB[f.name]
-                read = setting_of(type(f.default))
-                offer(("job", f.name), partial(_add, place=("job", f.name), type=read, metavar=metavar, help=text))
-        text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
-        schedule = ("job", "schedule", "kind")
-        offer(schedule, partial(_add, place=schedule, metavar="KIND", help=text))
+    for f in fields(Job):
+        if f.name in _JOB:
+            metavar, text = _JOB[f.name]
+            read = setting_of(type(f.default))
+            offer(("job", f.name), partial(_add, place=("job", f.name), type=read, metavar=metavar, help=text))
+    text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
+    schedule = ("job", "schedule", "kind")
+    offer(schedule, partial(_add, place=schedule, metavar="KIND", help=text))
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
-            if setting.metadata.get("metavar") and (jobs or setting.name not in _OF_JOBS):
+            if setting.metadata.get("metavar"):
                 place = PLACES.get(setting.name, (table, setting.name))
                 offer(place, partial(_add_setting, setting=setting, place=place))
     for title, names in _GROUPS.items():
-        if any(name in settings for name in names):
-            group = parser.add_argument_group(title)
-            for name in names:
-                if name in settings:
-                    settings.pop(name)(group)
+        group = parser.add_argument_group(title)
+        for name in names:
+            settings.pop(name)(group)
     for add in settings.values():
         add(parser)
 
@@ -189,8 +177,6 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
         if below.name == _LAST_START:
             _check_stored_code(below, (above, command), tables)
         config = parse_config(tables, below.name, Path())
-    if config.parent != OFF:
-        _check_aggregator(layers, arguments.job)
     return Configured(config, layers)
 
 
@@ -201,18 +187,6 @@ def _check_stored_code(below: Layer, above: Sequence[Layer], tables: Mapping[str
         if stored.get(path) == name and not any(layer.has(path) for layer in above):
             hint = f"If this code is yours, add --{_option(path)} {name}, or give the configuration as --config."
             raise stored_code_error(path, name, below.name, hint)
-
-
-def _check_aggregator(layers: Iterable[Layer], further: Sequence[Path]) -> None:
-    """Raise `ConfigError` where an aggregator is given what it takes from its parent; the last start's has it all."""
-    tables = ("job", *dict.fromkeys(table for table, _ in PLACES.values()))
-    own = [layer for layer in layers if layer.name != _LAST_START]
-    given = [f"{layer.name}: [{table}]" for layer in own for table in tables if table in layer.tables]
-    if given or further:
-        raise ConfigError(
-            given[0] if given else "--job", expected="no job or model at an aggregator, which takes its parent's",
-            hint="Set it at the parent, and leave it out here.",
-        )  # fmt: skip
 
 
 def _add(parser: Any, place: tuple[str, ...], **details: Any) -> None:
@@ -245,15 +219,6 @@ def _last_start(server: Mapping[str, Any]) -> Layer:
     return Layer(_DEFAULTS) if tables is None else Layer(_LAST_START, tables)
 
 
-def _aggregate(arguments: argparse.Namespace) -> int:
-    if configured(arguments).config.parent == OFF:
-        raise ConfigError(
-            "an aggregator without a parent", expected="--parent wss://HOST:PORT and --region NAME",
-            hint="A server lets aggregators in with --aggregators [ADDRESS:]PORT (docs/aggregators.md).",
-        )  # fmt: skip
-    return _run(arguments)
-
-
 def _run(arguments: argparse.Namespace) -> int:
     share_heaps()
     config = configured(arguments).config
@@ -269,12 +234,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 )
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
-        while True:
-            with build_app(config, options, stopping, waited, pulse) as app, _stopped_by_signals(stopping) as signals:
-                app.run()
-            if signals or not app.outdated:
-                break
-            log.info("the parent's jobs have changed: this aggregator starts again with them")
+        with build_app(config, options, stopping, waited, pulse) as app, _stopped_by_signals(stopping) as signals:
+            app.run()
         interrupted = bool(signals) and not app.server.finished
         if interrupted:
             log.info("stopped: the same command continues with what %s holds", config.state)

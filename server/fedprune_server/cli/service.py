@@ -49,14 +49,14 @@ class ServerUnit:
         environment: A file with further settings, which may be missing.
         user: Runs the server, and owns the state folder.
         state: The state folder, in /var/lib.
-        config: Its configuration file; None for an aggregator without one.
-        arguments: Further options of `run`, or of `aggregate` if `--parent` is one of them.
+        config: Its configuration file.
+        arguments: Further options of `run`.
         credentials: Files with secrets by setting, such as `server.database`; root may own them alone.
         memory_max: Most memory, as systemd writes it (share or bytes).
     """
 
     program: str
-    config: str | None = _CONFIG
+    config: str = _CONFIG
     environment: str = "/etc/fedprune/server.env"
     user: str = "fedprune"
     state: str = "/var/lib/fedprune"
@@ -69,8 +69,6 @@ class ServerUnit:
             raise ConfigError("--user", expected="small letters, digits, - and _", got=shown(self.user))
         paths = {f"--{n}": getattr(self, n) for n in ("program", "config", "environment", "state")}
         for option, path in (*paths.items(), *(("--credential", p) for _, p in self.credentials)):
-            if path is None:
-                continue
             if not _PLAIN_PATH.fullmatch(path) or ".." in path.split("/"):
                 raise ConfigError(option, expected="an absolute path of letters, digits and _./@+-", got=shown(path))
         if not _PLAIN_NAME.fullmatch(self.state.removeprefix(_STATE_ROOT)) or not self.state.startswith(_STATE_ROOT):
@@ -93,7 +91,7 @@ class ServerUnit:
         """Make sure that the service sees what it names. Raises `ConfigError`."""
         further = [("arguments of a service", a.rpartition("=")[2]) for a in self.arguments]
         program = [("--program", path) for path in (self.program, *interpreters(Path(self.program)))]
-        for option, path in (*program, ("--config", self.config or ""), *further):
+        for option, path in (*program, ("--config", self.config), *further):
             place = os.path.realpath(path) if path.startswith("/") else path
             if path.startswith(_HIDDEN) or place.startswith(_HIDDEN):
                 raise ConfigError(
@@ -103,8 +101,7 @@ class ServerUnit:
                 )  # fmt: skip
 
     def text(self) -> str:
-        config = () if self.config is None else ("--config", self.config)
-        run = (_verb(self.arguments), *config, "--state", self.state, *self.arguments)
+        run = ("run", "--config", self.config, "--state", self.state, *self.arguments)
         secrets = []
         for setting, path in self.credentials:
             variable = f"FEDPRUNE_{setting.upper().replace('.', '_')}_FILE"
@@ -199,24 +196,18 @@ def interpreters(program: Path) -> list[str]:
     return places
 
 
-def _verb(arguments: Sequence[str]) -> str:
-    """The command that a service runs."""
-    return "aggregate" if any(a == "--parent" or a.startswith("--parent=") for a in arguments) else "run"
-
-
 def _check_arguments(arguments: Sequence[str]) -> None:
     """Make sure that a service's command understands these options. Raises `UsageError`."""
-    verb = _verb(arguments)
-    hint = f"See `fedprune-server {verb} --help`."
+    hint = "See `fedprune-server run --help`."
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    add_run_options(parser, jobs=verb == "run")
+    add_run_options(parser)
     try:
         found, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(str(error), hint=hint) from error
     if unknown:
         near = meant(unknown[0], option_names(parser))
-        raise UsageError(f"`{verb}` has no option {shown(unknown[0])}{near}", hint=hint)
+        raise UsageError(f"`run` has no option {shown(unknown[0])}{near}", hint=hint)
     if found.config is not None or vars(found)["server.state"] is not None:
         raise UsageError("--config and --state of a service", expected="them before --")
 
@@ -233,7 +224,7 @@ def add_service(service: argparse.ArgumentParser) -> None:
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (("print", "print the unit"), ("install", "write the unit, and let systemd read it")):
         action = actions.add_parser(name, help=text)
-        action.add_argument("--config", metavar="FILE", help=f"default: {_CONFIG}; none at an aggregator")
+        action.add_argument("--config", default=ServerUnit.config, metavar="FILE", help="default: %(default)s")
         action.add_argument(
             "--environment", default=ServerUnit.environment, metavar="FILE", help="default: %(default)s"
         )
@@ -251,9 +242,7 @@ def add_service(service: argparse.ArgumentParser) -> None:
             "--credential", action="append", default=[], dest="credentials", metavar="TABLE.KEY=FILE",
             help="a setting in a file that root owns, such as server.database=/etc/fedprune/database",
         )  # fmt: skip
-        action.add_argument(
-            "arguments", nargs="*", metavar="-- OPTION", help="further options of `run`; of `aggregate` with --parent"
-        )
+        action.add_argument("arguments", nargs="*", metavar="-- OPTION", help="further options of `run`")
         action.set_defaults(function=_service)
     actions.choices["install"].add_argument(
         "--units", type=Path, default=_UNITS, metavar="DIR", help="folder of the units (default: %(default)s)"
@@ -264,7 +253,6 @@ def _service(arguments: argparse.Namespace) -> None:
     unit = options_of(
         ServerUnit,
         arguments,
-        config=arguments.config or (_CONFIG if _verb(arguments.arguments) == "run" else None),
         program=arguments.program or str(program_of(Path(sys.argv[0]), Path(sys.prefix))),
         arguments=tuple(arguments.arguments),
         credentials=tuple(text.partition("=")[::2] for text in arguments.credentials),
@@ -289,7 +277,7 @@ def _install(unit: ServerUnit, folder: Path) -> None:
             hint=f"Make one: useradd --system --home-dir {unit.state} --shell /usr/sbin/nologin {unit.user}",
         ) from None  # fmt: skip
     for needed in (unit.program, unit.config, *(p for _, p in unit.credentials)):
-        if needed is not None and not Path(needed).is_file():
+        if not Path(needed).is_file():
             raise UsageError(needed, expected="a file that exists", got="none")
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}", hint="Name that of systemd's units with --units.")

@@ -21,8 +21,6 @@ from fedprune.jobs.state import Progress, outcome
 from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import parent_in
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
@@ -132,7 +130,6 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "server": str(identity or folder),
-        "parent": "" if (parent := parent_in(settings)) == OFF else parent,
         "running": running,
         "leader": leader,
         "heard_at": None if running else last,
@@ -225,8 +222,7 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
 
 
 def _early_end(job: dict[str, Any], state: State | None) -> str:
-    # An aggregator's copy of its parent's state has no history, and doesn't tell.
-    return "" if state is None or not state.history else early_end(Job.from_dict(job), state)
+    return "" if state is None else early_end(Job.from_dict(job), state)
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
@@ -254,7 +250,7 @@ def _phase(body: dict[str, Any]) -> str:
 
 def _stopped(body: dict[str, Any]) -> str:
     since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
-    command = f"fedprune-server {'aggregate' if body['parent'] else 'run'} --state {shlex.quote(body['server'])}"
+    command = f"fedprune-server run --state {shlex.quote(body['server'])}"
     if not body["job"]:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
     over = body["phase"] == Phase.FINISHED.value
@@ -270,7 +266,7 @@ def _connection(device: dict[str, Any]) -> str:
     if device["online"]:
         if "job" in device:
             return f"at work for {device['job']}" if device["job"] else "free"
-        return f"online at {device['region']}" if device["region"] else "online"
+        return "online"
     return "offline" if device["seen_at"] is None else f"offline, last heard from at {_clock(device['seen_at'])}"
 
 
@@ -325,12 +321,11 @@ def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_state(name: str, state: State | None) -> dict[str, Any]:
-    """The training unit of a device, whether it was measured, and the aggregators of its connection, as `north` or
-    `north/yard`."""
+    """The training unit of a device, and whether it was measured."""
     device = None if state is None else state.devices.get(name)
     if device is None:
-        return {"unit": "", "measured": False, "region": ""}
-    return {"unit": unit(device), "measured": device.probe is not None, "region": device.region}
+        return {"unit": "", "measured": False}
+    return {"unit": unit(device), "measured": device.probe is not None}
 
 
 def _last_part(name: str, state: State | None) -> dict[str, Any]:

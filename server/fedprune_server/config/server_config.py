@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ PLACE = "[ADDRESS:]PORT"
 MQTT, HTTPS, S3 = "mqtt", "https", "s3"
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
-_PARENT = re.compile(r"wss?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
 
@@ -130,20 +128,6 @@ class ServerConfig:
         choices=("none", "look", "all"),
     )
     console_releases: Path | None = setting(None, "A folder of releases that operators may roll out.")
-    aggregators: str = setting(
-        OFF,
-        "Where aggregators of regions connect, by default on `host`; `off` for nowhere.",
-        PLACE,
-    )
-    aggregator_patience_s: int = setting(
-        3600,
-        "Seconds for which the end of a round waits for an aggregator that is away and has updates of it.",
-        within=(1, 10**7),
-    )
-    parent: str = setting(
-        OFF, "The server for which this one is an aggregator, as `wss://host:port`; `off` for none.", "URL"
-    )
-    region: str = setting(OFF, "This aggregator's name, which no other aggregator of its parent has.", "NAME")
     site: str = setting("default", "First part of the topics: a server and its devices are of one site.", "NAME")
     profiles: Path | None = setting(None, "A folder of further hardware profiles.", "DIR")
     max_devices: int = setting(
@@ -239,19 +223,13 @@ class ServerConfig:
                 hint="Boards upload to the bucket of each job: --blobs s3://bucket/prefix.",
             )  # fmt: skip
         _place(self.metrics, LOCAL[0], "metrics")
-        _place(self.aggregators, self.host, "aggregators")
-        self._check_parent()
         if self.traces != OFF and not _WEB.fullmatch(self.traces):
             raise ConfigError(
                 "server: traces",
                 expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
                 got=shown(self.traces.rpartition("@")[2]),
             )
-        if self.tracked and self.parent != OFF:
-            raise ConfigError(
-                "server: track", expected=f"{OFF!r} at an aggregator", got=shown(self.track),
-                hint="The rounds are the parent's: set it there.",
-            )  # fmt: skip
+        track_targets(self.track, "server: track")
         self._check_console()
         try:
             words = shlex.split(self.on_revocation)
@@ -286,11 +264,6 @@ class ServerConfig:
         return _place(self.metrics, LOCAL[0], "metrics")
 
     @property
-    def aggregators_place(self) -> tuple[str, int] | None:
-        """Address and port where aggregators connect; None for nowhere."""
-        return _place(self.aggregators, self.host, "aggregators")
-
-    @property
     def console_place(self) -> tuple[str, int] | None:
         """Address and port of the console; None for none."""
         return _place(self.console, LOCAL[0], "console")
@@ -299,28 +272,6 @@ class ServerConfig:
     def tracked(self) -> tuple[TrackTarget, ...]:
         """The experiment trackers that get every round."""
         return track_targets(self.track, "server: track")
-
-    def _check_parent(self) -> None:
-        check_name(self.region, "server: region", error=ConfigError)
-        if self.parent == OFF and self.region != OFF:
-            raise ConfigError(
-                "server: region", expected=f"{OFF!r}, at a server without a parent", got=shown(self.region),
-                hint="An aggregator has both: --parent wss://HOST:PORT names its server (docs/aggregators.md).",
-            )  # fmt: skip
-        if self.parent == OFF:
-            return
-        if not _PARENT.fullmatch(self.parent) or int(self.parent.rpartition(":")[2]) > 65_535:
-            raise ConfigError("server: parent", expected=f"wss://host:port, or {OFF!r}", got=shown(self.parent))
-        if self.region == OFF:
-            raise ConfigError(
-                "server: region", expected="a name, at a server with a parent", got=repr(OFF),
-                hint="--region NAME says which of the parent's aggregators this one is (docs/aggregators.md).",
-            )  # fmt: skip
-        if self.workers_url != PROCESSES or self.workers > 1:
-            raise ConfigError(
-                "server: workers", expected="1, and no cluster, at an aggregator", got=shown(self.workers_url),
-                hint="An aggregator makes its boards' submodels itself: for more of them start more aggregators.",
-            )  # fmt: skip
 
     def _check_console(self) -> None:
         place = self.console_place
@@ -394,8 +345,3 @@ def _place(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] |
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
         raise ConfigError(f"server: {name}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
     return address.strip("[]") or host, int(port)
-
-
-def parent_in(settings: Mapping[str, Any] | None) -> str:
-    """The parent of the aggregator that a state folder is, by its stored settings; `off` for a server."""
-    return str((settings or {}).get("server", {}).get("parent", OFF))

@@ -157,13 +157,11 @@ class PaceSteering:
 
     def left(self, device: str, now: float) -> None:
         """A board has gone by itself, and is expected within a day."""
-        self._drop(device)
+        self._connected.discard(device)
+        self._able.discard(device)
+        self._here.pop(device, None)
+        self._busy.pop(device, None)
         self._away.setdefault(device, now + COUNTED_S)
-
-    def moved(self, device: str) -> None:
-        """A board is connected through an aggregator, which steers it."""
-        self._drop(device)
-        self._away.pop(device, None)
 
     def leaving(self, now: float, wall: float, demand: Demand, works: Callable[[str], bool]) -> list[tuple[str, float]]:
         """Boards that are to disconnect now, and the seconds for which.
@@ -211,9 +209,3 @@ class PaceSteering:
         if now - self._counted_at >= _COUNT_S:
             self._counted_at = now
             self._away = {name: until for name, until in self._away.items() if until > now}
-
-    def _drop(self, device: str) -> None:
-        self._connected.discard(device)
-        self._able.discard(device)
-        self._here.pop(device, None)
-        self._busy.pop(device, None)

@@ -95,8 +95,6 @@ class DeviceRegistry:
         self._parameters = lru_cache(_WIDTHS)(partial(parameters, architecture))
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from devices for which they have changed since they were saved."""
-        self.news: dict[str, tuple[int, int]] | None = None
-        """At an aggregator, payload bytes to and from devices that its parent doesn't know of yet."""
         self.prefix = ""
         """The prefix of a line about a device in one of several jobs."""
         self.clones = CloneDetector()
@@ -168,9 +166,6 @@ class DeviceRegistry:
             contact.up += up
             self.moved[device] = (contact.down, contact.up)
             self.total = self.total[0] + down, self.total[1] + up
-            if self.news is not None:
-                before = self.news.get(device, (0, 0))
-                self.news[device] = (before[0] + down, before[1] + up)
 
     def offered(self, device: str, now: float) -> None:
         contact = self[device]
@@ -196,7 +191,7 @@ class DeviceRegistry:
             if task.progress is not Part.OFFERED or now - self[name].heard_at < patience_s:
                 continue
             device = state.devices.get(name)
-            if state.awaits(task) and device is not None and device.online and not device.region:
+            if state.awaits(task) and device is not None and device.online:
                 self[name].heard_at = now
                 names.append(name)
                 self._unheard.add(name)
@@ -379,8 +374,6 @@ class DeviceRegistry:
             doing = f"{outcome(task.progress, task.kind)}: {task.reason}"
         else:
             doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
-        if device.region:
-            doing = f"{doing} ({device.region})"
         return DeviceRow(
             device=name,
             profile=str(device.profile.get("name", "?")),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fedprune.coordination.fair_scheduler import FairScheduler, JobDemand
 from fedprune.wire.messages import Birth
-from fedprune_server.aggregators.parent import ParentLink
 from fedprune_server.engine.job_runner import JobRunner
 
 
@@ -32,42 +31,6 @@ class SoleJob:
 
     def share(self, now: float, *, finished: bool) -> None:
         """Do nothing: no device waits for a job."""
-
-
-class ParentAssigns:
-    """Leaves the boards of an aggregator to its parent, which assigns them to its jobs.
-
-    Args:
-        connected: The boards that are connected, with their births.
-        region_of: The aggregator below this one through which a board is connected; empty for none.
-    """
-
-    def __init__(
-        self,
-        parent: ParentLink,
-        runners: Mapping[str, JobRunner],
-        connected: Mapping[str, Birth],
-        region_of: Callable[[str], str],
-    ) -> None:
-        self._parent, self._runners, self._connected, self._region_of = parent, runners, connected, region_of
-
-    def holder(self, device: str) -> str | None:
-        """Name of the job that awaits something of a device."""
-        return next((name for name, runner in self._runners.items() if runner.awaits_part_of(device)), None)
-
-    def came(self, device: str, *, reconnected: bool) -> None:
-        birth = self._connected[device]
-        for runner in self._runners.values():
-            runner.meet(birth)
-        self._parent.born(birth, self._region_of(device))
-
-    def left(self, device: str, session: int) -> None:
-        for runner in self._runners.values():
-            runner.unassign(device, session)
-        self._parent.died(device, session)
-
-    def share(self, now: float, *, finished: bool) -> None:
-        """Do nothing: the parent does."""
 
 
 class DeviceScheduler:

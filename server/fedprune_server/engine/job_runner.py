@@ -12,17 +12,15 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import Coordinator, Phase, State, coordinate
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.fair_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
-from fedprune.core.metrics import all_served
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
@@ -33,9 +31,6 @@ from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
 from fedprune.wire.messages import PUT, Birth, Finished
 from fedprune.wire.transfer import BlobSender
-from fedprune_server.aggregators.dispatcher import RegionDispatcher
-from fedprune_server.aggregators.messages import Steered
-from fedprune_server.aggregators.regional_job import RemoteCoordinator
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
@@ -45,7 +40,7 @@ from fedprune_server.engine.secure_sums import SecureSums
 from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
-from fedprune_server.executor.retention import BlobCollector, sweep
+from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.display import Lines
@@ -70,10 +65,6 @@ _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 """Phases without a deadline; asynchronous jobs have none in the first two only."""
 
 _TICK_S = 0.5
-_COPIED_EVERY_S = 5.0
-"""How often an aggregator saves its copy of the parent's state within a phase. The parent sends the state again after a
-crash, so the copy matters only to an aggregator that starts while its parent is away; and most parts have ended before
-a longer interval ends, so that their rows are written once."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +78,6 @@ class RunnableJob:
         pulls: From how many devices updates are pulled at a time.
         weight: Its share of the devices in comparison with other jobs; 0 to pause it.
         beside_others: Whether its server has further jobs.
-        report: Reports events to the parent of an aggregator, whose coordinator decides about the job; None for one
-            that is decided about here.
-        moved: Tells that parent how many bytes went to and from devices.
     """
 
     job: Job
@@ -103,8 +91,6 @@ class RunnableJob:
     pulls: int = 4
     weight: float = 1.0
     beside_others: bool = False
-    report: Callable[[on.Event], None] | None = None
-    moved: Callable[[Mapping[str, tuple[int, int]]], None] = lambda traffic: None
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,6 @@ class JobRunner:
         profiles: Folders of hardware profiles in addition to the shipped ones.
         max_devices: How many devices may ever take part.
         observers: Observers of the job; None for lines in the log. More may join before the start.
-        below: The aggregators below this server, if it has any.
     """
 
     def __init__(
@@ -145,17 +130,12 @@ class JobRunner:
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
         observers: Sequence[Observer] | None = None,
-        below: RegionDispatcher | None = None,
     ) -> None:
         self.job, self.state, self._weight = job.job, job.state, job.weight
         self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
         self._services = services
-        self._below = below
-        self.region_of: Callable[[str], str] = lambda device: ""
-        """The aggregator through which a device is connected; empty for none."""
-        self._remote = None if job.report is None else RemoteCoordinator(job.architecture, job.state, job.report)
         self._said = ""
-        self._coordinator = self._remote or coordinate(job.job, job.architecture, job.state, job.frozen)
+        self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
         self.observers = Observers([Lines()] if observers is None else observers)
         with log_context(job=job.job.name):
@@ -164,8 +144,6 @@ class JobRunner:
             job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders(),
             site.clock,
         )  # fmt: skip
-        self._moved = job.moved
-        self.registry.news = None if job.report is None else {}
         if job.beside_others:
             self.registry.prefix = f"{job.job.name}: "
         self._shipping = BucketSync(job.store)
@@ -203,11 +181,7 @@ class JobRunner:
             self.registry,
             self._dispatcher,
             site.monotonic,
-            (lambda: False) if self._remote is None else lambda: self._executor.busy,
-            _COPIED_EVERY_S if self._remote is not None and below is None else 0.0,
         )
-        self._sweep = partial(sweep, job.store, job.state, job.keep, job.job.recipe.judged_by)
-        self._swept = False
         self._timeless = _TIMELESS[:2] if self._schedule.asynchronous else _TIMELESS
         self._alarms: list[float] = []
         self._taken: list[on.Event] = []
@@ -308,9 +282,7 @@ class JobRunner:
 
     def pause(self, paused: bool) -> bool:
         """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Returns
-        False if the job is so already. Raises `ProtocolError` at an aggregator."""
-        if self._remote is not None:
-            raise ProtocolError(f"job {self.job.name} is the parent's: pause it, and let it go on, there")
+        False if the job is so already."""
         if self.state.paused is paused:
             return False
         self._begin()
@@ -359,11 +331,11 @@ class JobRunner:
         self._begin()
         events = []
         for birth in births:
-            if not self.meet(birth):
+            if not self._meet(birth):
                 continue
             with self._log_context(birth.device):
                 event = self._messages.described(birth)
-            events += [replace(event, region=self.region_of(birth.device))] if event is not None else []
+            events += [event] if event is not None else []
         self._collect_uploads()
         for i, event in enumerate(events):
             with self._log_context(event.device):
@@ -371,7 +343,7 @@ class JobRunner:
                 self.registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}
 
-    def meet(self, birth: Birth) -> bool:
+    def _meet(self, birth: Birth) -> bool:
         """Admit a device that is connected, and continue with what it was uploading here; returns whether it may take
         part."""
         try:
@@ -379,29 +351,10 @@ class JobRunner:
         except ProtocolError as error:
             log.warning("%s%s", self.registry.prefix, error)
             return False
-        if not self.region_of(birth.device):
-            born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
-            with self._log_context(birth.device):
-                self.outbox.ask(self._uploads.born(*born, uploads=PUT in birth.abilities))
+        born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
+        with self._log_context(birth.device):
+            self.outbox.ask(self._uploads.born(*born, uploads=PUT in birth.abilities))
         return True
-
-    def hear(self, event: on.Event) -> None:
-        """Handle what an aggregator reports."""
-        self._begin()
-        if isinstance(event, on.UpdateAnnounced):
-            self.registry[event.device].metrics = all_served(event.metrics) or self.registry[event.device].metrics
-        self._handle(event)
-
-    def follow(self, steered: Steered) -> None:
-        """Take over what the parent of this aggregator has decided."""
-        if self._remote is not None:
-            self._begin()
-            self._commands += self._remote.follow(steered)
-            if steered.whole and not self._swept:
-                self._swept = True
-                self._sweep(self._dispatcher.arriving())  # its earlier state, which a crash may have left, was a copy
-            self._taken.append(on.Ticked())
-            self.needs_assignment = True
 
     def unassign(self, device: str, session: int) -> None:
         """Take a device away from the job: its connection `session` has ended, or it works for another job."""
@@ -409,7 +362,7 @@ class JobRunner:
         event = self._messages.ended(device, session)
         known = self.state.devices.get(device)
         if known is not None and known.online:
-            if known.session == session and not known.region and self.awaits_part_of(device):
+            if known.session == session and self.awaits_part_of(device):
                 number = self.state.round_of(self.state.tasks[device])
                 log.info("%sdevice %s disconnected while it worked on round %d", self.registry.prefix, device, number)
             self._handle(event)
@@ -435,12 +388,7 @@ class JobRunner:
 
     def cancel_part(self, device: str, held: Mapping[str, Any]) -> None:
         """Cancel the part of a round that a device holds, if that can't count any more."""
-        region = self.region_of(device)
-        if not region:
-            self._messages.void(device, **held)
-        elif self._below is not None and (reason := self._messages.void_reason(device, held["job"], held["round"])):
-            command = do.Cancel(device, held["round"], held["attempt"], reason)
-            self._below.connections.order(region, self.job.name, command)
+        self._messages.void(device, **held)
 
     def send_finished(self, devices: Iterable[str]) -> None:
         for device in devices:
@@ -561,10 +509,7 @@ class JobRunner:
         while self._taken:
             events, self._taken = self._taken, []
             commands, self._commands = self._commands, []
-            devices, tasks = self.state.devices.changed, self.state.tasks.changed  # which saving replaces
             self._save(events)
-            if self._below is not None:
-                commands = self._below.route(self.job.name, devices, tasks, commands)
             self._carry_out(commands)
         self._database.flush()  # epochs that messages have begun, where no event was saved with them
         self.outbox.deliver()
@@ -593,7 +538,7 @@ class JobRunner:
                 case do.Score():
                     self._say_what_boards_train(command.round)
                     self._executor.order(command)
-                case do.Extract() | do.Fold() | do.Close() | do.Evaluate() | do.Measure():
+                case do.Extract() | do.Fold() | do.Close() | do.Evaluate():
                     self._executor.order(command)
                 case _:
                     for event in self._dispatcher.run(command):
@@ -601,8 +546,6 @@ class JobRunner:
 
     def _say_what_boards_train(self, number: int) -> None:
         """Log it where it is another than in the round before."""
-        if not isinstance(self._coordinator, Coordinator):  # an aggregator's parent says it
-            return
         said = self._coordinator.grants.describe()
         if said and said != self._said:
             log.info("%sround %d: %s", self.registry.prefix, number, said)
@@ -626,12 +569,9 @@ class JobRunner:
         return due
 
     def _tick(self, now: float) -> None:
-        self._journal.flush(self._now)
+        self._journal.save_outsiders()
         for device, size in self.served.taken().items():
             self.registry.sent(device, size)
-        if self.registry.news:
-            news, self.registry.news = self.registry.news, {}
-            self._moved(news)
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,9 +20,6 @@ class Journal:
     Args:
         registry: The devices, whose traffic is saved, too.
         dispatcher: Knows which updates are being received.
-        busy: Whether nothing may be deleted yet: at an aggregator, whose parent begins a round without waiting for the
-            command that runs here, and reads blobs of the last one.
-        every_s: Shortest time between two transactions within a phase: at an aggregator, whose state is a copy.
     """
 
     def __init__(
@@ -34,13 +30,9 @@ class Journal:
         registry: DeviceRegistry,
         dispatcher: CommandDispatcher,
         monotonic: Callable[[], float] = time.monotonic,
-        busy: Callable[[], bool] = lambda: False,
-        every_s: float = 0.0,
     ) -> None:
         self._state, self._storage, self._collector, self._registry = state, storage, collector, registry
         self._dispatcher, self._monotonic = dispatcher, monotonic
-        self._busy, self._due = busy, False
-        self._every_s, self._saved_at, self._unsaved = every_s, -math.inf, list[on.Event]()
         self._at = (state.round, state.phase)
         self._told = len(state.history)
 
@@ -50,8 +42,6 @@ class Journal:
             self._collector.note_offer(event.offer, self._state.round)
         if isinstance(event, on.UpdateStored):
             self._collector.mark([event.weights])  # it may have come too late for anybody to want it
-        if isinstance(event, on.AddedUp) and event.sums:
-            self._collector.mark([event.sums])  # which the parent fetches before it closes the round
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
         """Save events and what has changed with them.
@@ -66,11 +56,7 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         state = self._state
-        self._unsaved += events
         self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
-        if (state.round, state.phase) == self._at and self._monotonic() - self._saved_at < self._every_s:
-            return None
-        events, self._unsaved, self._saved_at = self._unsaved, [], self._monotonic()
         self._collector.note_state(state)
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         begun, took = self._monotonic(), None
@@ -79,18 +65,14 @@ class Journal:
             took = self._monotonic() - begun
         self._storage.put_outsiders(self._registry.outsiders)
         before, self._at = self._at, (state.round, state.phase)
-        self._due |= state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before)
-        if self._due and not self._busy():
-            self._due = False
+        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
             self._collector.collect(state, self._dispatcher.arriving())
         return took
 
-    def flush(self, now: float) -> None:
-        """Save what had to wait, and why boards take no part. Raises `StorageError` if the disk fails or is full."""
-        if self._unsaved:
-            self.save((), now)
+    def save_outsiders(self) -> None:
+        """Save why boards take no part. Raises `StorageError` if the disk fails or is full."""
         self._storage.put_outsiders(self._registry.outsiders)
 
     def ended(self) -> Iterator[dict[str, Any]]:

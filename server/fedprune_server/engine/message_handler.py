@@ -152,7 +152,7 @@ class MessageHandler:
             return []
         events: list[on.Event] = [self.ended(device, known.session)]
         if task is not None:
-            part = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind, known.region
+            part = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
             if task.progress is Part.OFFERED:
                 events.append(on.OfferRefused(*part))
             if task.progress is Part.PULLING:
@@ -212,11 +212,6 @@ class MessageHandler:
             self._known_profiles[name] = now, known
         return known
 
-    def _reported(self, device: str, update: Update) -> bool:
-        """Whether a board's update has been received and reported to the parent, which has not gone on yet."""
-        task = self._state.part(device, update.round, update.attempt)
-        return task is not None and task.progress is Part.PULLING and task.weights == update.weights.sha256
-
     def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
         """The event of a device's report on its part in a round."""
         if isinstance(message, Progress):
@@ -246,8 +241,6 @@ class MessageHandler:
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
             self._outbox.ask(self._uploads.heard(device, self._monotonic()))
             return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are
-        if self._reported(device, message):
-            return None  # a region's parent, which has not answered yet, would ask for it again
         return on.UpdateAnnounced(
             device,
             message.round,
@@ -261,17 +254,14 @@ class MessageHandler:
 
     def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
         """Cancel a device's part that can no longer count, so that it doesn't train in vain."""
-        if reason := self.void_reason(device, job, round):
-            self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
-
-    def void_reason(self, device: str, job: str, round: int) -> str:  # noqa: A002 - the message's own name
-        """Why a device's part can no longer count; empty if it can."""
         task = self._state.tasks.get(device)
         if job != self._job.name:
-            return "this server runs another job"
-        if task is None or round != self._state.round_of(task):
-            return "the round is over"  # an earlier attempt of this round may be going on as the present one
-        return ""
+            reason = "this server runs another job"
+        elif task is None or round != self._state.round_of(task):
+            reason = "the round is over"
+        else:
+            return  # an earlier attempt of this round may be going on as the present one
+        self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
 
     def readable(self, device: str) -> frozenset[str]:
         """Digests that a device may fetch: those of its own offer, and of the release that it is given."""

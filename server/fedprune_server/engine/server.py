@@ -9,13 +9,10 @@ part under way continue with it, and the others are free.
 from __future__ import annotations
 
 import logging
-import math
 import threading
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from fedprune.coordination import State
-from fedprune.coordination import events as on
 from fedprune.core.errors import BusyError, ConfigError, ProtocolError, UnknownMessageError
 from fedprune.core.lock_wait import wait_hook
 from fedprune.jobs.failure_kind import Failure, FailureKind
@@ -34,36 +31,20 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import NO_JOB
-from fedprune_server.aggregators.connections import (
-    BornBelow,
-    DiedBelow,
-    EventBelow,
-    RegionDown,
-    RegionUp,
-    TrafficBelow,
-)
-from fedprune_server.aggregators.connections import Item as ItemBelow
-from fedprune_server.aggregators.dispatcher import RegionDispatcher
-from fedprune_server.aggregators.messages import Steered, away_too_long, first
-from fedprune_server.aggregators.parent import Members, ParentLink, ParentUp, Register
 from fedprune_server.devices.pace_steering import Demand, PaceSteering
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released
 from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
-from fedprune_server.engine.device_scheduler import DeviceScheduler, ParentAssigns, SoleJob
+from fedprune_server.engine.device_scheduler import DeviceScheduler, SoleJob
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
-from fedprune_server.monitoring.snapshot import TierStatus
 
 log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
-
-_GATHERED_S = 0.05
-"""Least time between two transactions of what aggregators report: what comes meanwhile shares the next one."""
 
 _ASKED_AGAIN_S = 10.0
 """Seconds between two requests to a device that counts as offline, and sends messages, to announce itself."""
@@ -75,26 +56,6 @@ _STOP_PATIENCE_S = 5.0
 transaction, and half of the 10 s after which Docker kills it (systemd and Kubernetes wait longer)."""
 
 
-@dataclass(frozen=True)
-class Tier:
-    """A server's place among aggregators.
-
-    Attributes:
-        below: The aggregators below it, if it may have any.
-        parent: The server above it, if it is an aggregator itself.
-        admit: Stores the fleet's members that the parent sends.
-        adopt: Stores the register of certificates that the parent sends.
-    """
-
-    below: RegionDispatcher | None = None
-    parent: ParentLink | None = None
-    admit: Callable[[Members], None] = lambda members: None
-    adopt: Callable[[Register], None] = lambda register: None
-
-
-ALONE = Tier()
-
-
 class Server:
     """Runs jobs over one connection.
 
@@ -103,7 +64,6 @@ class Server:
             releases and logs.
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
-        tier: The aggregators below this server, and the parent above it.
         connected: Boards that are connected on average, while the others are away; 0 to keep all connected.
 
     Raises:
@@ -116,7 +76,6 @@ class Server:
         site: SiteLink,
         broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
-        tier: Tier = ALONE,
         connected: int = 0,
     ) -> None:
         self.runners = {r.job.name: r for r in runners}
@@ -132,20 +91,11 @@ class Server:
         self._presence = Presence(self._session)
         self._steering = PaceSteering(connected, self.first.job.seed, self.first.registry.names, site.monotonic())
         several = len(runners) > 1
-        self._tier = tier
-        self._paths: dict[str, str] = {}  # aggregators through which devices are connected
-        for runner in runners:
-            runner.region_of = self._region_of
-        self._scheduler: DeviceScheduler | SoleJob | ParentAssigns = (
-            ParentAssigns(tier.parent, self.runners, self._connected, self._region_of)
-            if tier.parent is not None
-            else DeviceScheduler(self.runners, self._connected)
-            if several
-            else SoleJob(self.first, self._connected)
+        self._scheduler: DeviceScheduler | SoleJob = (
+            DeviceScheduler(self.runners, self._connected) if several else SoleJob(self.first, self._connected)
         )
         self._several = several
         self._greet_at = self._ticked = self._caught_up = 0.0
-        self._heard_at = -math.inf
         self._asked: dict[str, float] = {}
         self._needs_assignment = True
         self._shutdown: GracefulShutdown | None = None
@@ -161,11 +111,6 @@ class Server:
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
         return any(r.busy for r in self.runners.values())
-
-    @property
-    def outdated(self) -> bool:
-        """Whether the parent of this aggregator runs other jobs now, so that it must start again."""
-        return self._tier.parent is not None and self._tier.parent.outdated
 
     def count_connected(self) -> int:
         return len(self._connected)
@@ -194,10 +139,7 @@ class Server:
                 for runner in self.runners.values():
                     runner.open()
                 self._ticked = self._site.monotonic()
-                if self._tier.below is not None:
-                    for runner in self.runners.values():
-                        self._tier.below.connections.expect(_regions_in(runner.state))
-                while not self._stopping.is_set() and not self.outdated:
+                while not self._stopping.is_set():
                     self._turn()
                     if until_finished and self.finished and not self._computing():
                         self._linger()
@@ -229,7 +171,7 @@ class Server:
     def _turn(self) -> None:
         """Take in what has come, let every job save what it leads to and act on it, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
-        item = self._link.get(self._pause_s())
+        item = self._link.get(min(r.pause_s for r in runners))
         until = clock() + TURN_S
         for runner in runners:
             runner.begin_turn()
@@ -241,7 +183,6 @@ class Server:
             item = self._link.get()
         if item is None:
             self._caught_up = clock()
-        self._hear_tier()
         now = clock()
         if now - self._ticked >= _TICK_S:
             self._ticked = now
@@ -255,13 +196,6 @@ class Server:
             self._share(now)
             for runner in runners:
                 runner.needs_assignment = False
-
-    def _pause_s(self) -> float:
-        """Seconds for which the next turn may wait for a message."""
-        longest, below = min(r.pause_s for r in self.runners.values()), self._tier.below
-        if below is None or not below.connections.waiting:
-            return longest
-        return max(0.0, min(longest, self._heard_at + _GATHERED_S - self._site.monotonic()))
 
     def _linger(self) -> None:
         """Send the last messages, and tell devices that come back now that the jobs are finished."""
@@ -281,8 +215,7 @@ class Server:
                 log.info("connected to the broker")
                 self._greet(now)
                 # Boards that have lost the broker, too, come back one after the other.
-                direct = self._connected.keys() - self._paths.keys()
-                self._presence.connected(now + self._steering.spread_s, direct)
+                self._presence.connected(now + self._steering.spread_s, self._connected)
                 for runner in self.runners.values():
                     runner.connection_changed(True)
             case ConnectionDown():
@@ -385,9 +318,8 @@ class Server:
             return
         self.first.device_born(birth, size, connected=known is not None)
         self._site.quarantine.born(device)
-        if known is not None and birth.session < known.session + (device in self._paths):
+        if known is not None and birth.session < known.session:
             return  # an earlier connection's, delivered late
-        self._paths.pop(device, None)
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
         able = RECONNECT in birth.abilities
@@ -395,7 +327,7 @@ class Server:
         if able and self._steering.spread_s >= 1:
             self.first.outbox.send(device, Reconnect(self._steering.spread_s))
         self._needs_assignment = True
-        if birth.held and self._tier.parent is None:  # whose rows may not be here yet
+        if birth.held:
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
         if self._shutdown is not None and self._several:
             for runner in self.runners.values():
@@ -411,106 +343,11 @@ class Server:
 
     def _gone(self, device: str) -> None:
         self._presence.left(device)
-        birth, below = self._connected.pop(device, None), self._paths.pop(device, "")
+        birth = self._connected.pop(device, None)
         self._needs_assignment = True
         if birth is not None:
-            if not below:
-                self._steering.left(device, self._site.monotonic())
+            self._steering.left(device, self._site.monotonic())
             self._scheduler.left(device, birth.session)
-
-    # Aggregators below this server, and the parent above it.
-
-    def _region_of(self, device: str) -> str:
-        return self._paths.get(device, "")
-
-    def tier_status(self) -> TierStatus:
-        """The state of the parent and of aggregators, for alerts."""
-        parent, below = self._tier.parent, self._tier.below
-        return TierStatus(
-            "" if parent is None else parent.url,
-            None if parent is None else parent.lost_since,
-            () if below is None else below.lost(self._site.clock()),
-        )
-
-    def _hear_tier(self) -> None:
-        parent, below = self._tier.parent, self._tier.below
-        for item in [] if parent is None else parent.collect():
-            match item:
-                case ParentUp():
-                    for device in self._connected:
-                        self._scheduler.came(device, reconnected=True)
-                    if below is not None:
-                        below.connections.waited(item.away_s)
-                case Steered():
-                    if item.job in self.runners:
-                        self._follow(self.runners[item.job], item)
-                case Members():
-                    self._tier.admit(item)
-                case Register():
-                    self._tier.adopt(item)
-        now = self._site.monotonic()
-        if below is not None and below.connections.waiting and now >= self._heard_at + _GATHERED_S:
-            self._heard_at = now
-            for found in below.connections.collect():
-                self._hear_below(below, found)
-
-    def _follow(self, runner: JobRunner, steered: Steered) -> None:
-        runner.follow(steered)
-        if steered.whole and (below := self._tier.below) is not None:
-            # The parent has repeated what it has ordered, also for regions that can't be reached from here.
-            below.connections.expect(_regions_in(runner.state))
-            for region in sorted(below.connections.absent()):
-                runner.hear(on.Disconnected(region, away_too_long(region) if below.connections.gone(region) else ""))
-
-    def _hear_below(self, below: RegionDispatcher, item: ItemBelow) -> None:
-        match item:
-            case RegionUp():
-                name = item.region.name
-                if not below.up(item.region):
-                    return
-                self._region_lost(name)  # an earlier connection's boards announce themselves again
-                log.info("the aggregator %s is connected", name)
-                for runner in self.runners.values():
-                    runner.hear(on.Reconnected(name))
-            case RegionDown():
-                if below.down(item.region):
-                    log.warning("the aggregator %s is no longer connected", item.region.name)
-                    self._region_lost(item.region.name)
-                    for runner in self.runners.values():
-                        runner.hear(on.Disconnected(item.region.name))
-            case BornBelow():
-                if below.is_member(item.birth.device):
-                    self._born_below(item.path, item.birth)
-            case DiedBelow():
-                known, path = self._connected.get(item.device), self._region_of(item.device)
-                if known is not None and known.session == item.session and first(path) == item.region:
-                    self._gone(item.device)
-            case TrafficBelow():
-                if item.job in self.runners:
-                    for device, (down, up) in item.devices.items():
-                        self.runners[item.job].registry.count(device, down, up)
-            case EventBelow():
-                if item.job in self.runners:
-                    with log_context(device=getattr(item.event, "device", None)):
-                        self.runners[item.job].hear(item.event)
-
-    def _born_below(self, path: str, birth: Birth) -> None:
-        device, known = birth.device, self._connected.get(birth.device)
-        if known is not None and birth.session < known.session + (self._region_of(device) != path):
-            return  # it is connected elsewhere since
-        for runner in self.runners.values():
-            runner.readmit(device)
-        self._presence.left(device)
-        self._steering.moved(device)
-        self._paths[device], self._connected[device] = path, birth
-        self._needs_assignment = True
-        self._assign(birth, known)
-        if birth.held and self._tier.parent is None:
-            self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
-
-    def _region_lost(self, name: str) -> None:
-        for device in [d for d, path in self._paths.items() if first(path) == name]:
-            self._gone(device)
 
     def _ask(self, device: str) -> None:
         """Ask a device to announce itself, if it is there."""
@@ -534,25 +371,18 @@ class Server:
             self._gone(device)
         self._steer(now)
         self._site.quarantine.save()
-        if (below := self._tier.below) is not None:
-            below.tick()
-            for region in below.connections.given_up():
-                for runner in self.runners.values():
-                    runner.hear(on.Disconnected(region, away_too_long(region)))
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 
     def _steer(self, now: float) -> None:
-        """Let boards of this server's own broker that have no part disconnect for a time; from now on they are gone."""
+        """Let boards that have no part disconnect for a time; from now on they are gone."""
         if not self._link.connected:
             return
         for device in self._steering.told():
             self.first.outbox.send(device, Reconnect(self._steering.spread_s))
         runners = [r for r in self.runners.values() if not r.finished]
-        # Rounds need boards of the whole tier: an aggregator doesn't know how many of them are to be its own.
-        needed = sum(r.job.devices for r in runners) if self._tier.parent is None else 0
         demand = Demand(
-            max(0, needed - len(self._paths)),
+            sum(r.job.devices for r in runners),
             max((r.job.deadline_s for r in runners), default=self.first.job.deadline_s),
             waiting=any(r.short_of_devices for r in runners),
         )
@@ -571,27 +401,10 @@ class Server:
         if self.finished and self._shutdown is None:
             self._shutdown = self._begin_shutdown()
             for runner in self.runners.values():
-                runner.send_finished(self._connected.keys() - self._paths.keys())
+                runner.send_finished(self._connected.keys())
 
     def _begin_shutdown(self) -> GracefulShutdown:
         """Wait for devices that take part in a job, as far as is known, or have announced themselves."""
-        states = [r.state for r in self.runners.values()]
-        known = self.first.registry.names | {n for state in states for n in state.devices}
-        below = {n for state in states for n, device in state.devices.items() if device.region} | self._paths.keys()
-        known -= below  # aggregators tell theirs
+        known = self.first.registry.names | {n for r in self.runners.values() for n in r.state.devices}
         away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
-        tier, regions = self._tier.below, {first(d.region) for state in states for d in state.devices.values()} - {""}
-        here, names = self._connected.keys() - below, [] if tier is None else tier.connections.names
-
-        def there(name: str) -> bool:
-            return name in self._connected or (tier is not None and name[1:] in tier.connections.names)
-
-        # Aggregators that are away are waited for as boards are: they tell theirs.
-        absent = {f"/{region}" for region in regions.difference(names)} if tier is not None else set()
-        return GracefulShutdown(here, {*away, *absent}, there, self._site.monotonic())
-
-
-def _regions_in(state: State) -> set[str]:
-    """The aggregators with which a job has to do."""
-    paths = {device.region for device in state.devices.values()} | {task.region for task in state.tasks.values()}
-    return {first(path) for path in paths if path}
+        return GracefulShutdown(self._connected, away, self.present, self._site.monotonic())

@@ -25,8 +25,7 @@ from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, is_called
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, parent_in, without_password
+from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.engine.job_inputs import changed_inputs, check_model, input_digests, read_model
 from fedprune_server.enrollment.store import IdentityStore
@@ -118,11 +117,6 @@ class StateFolder(Closing):
             self._open = stack.pop_all()
         self._raw = b""
 
-    @property
-    def model(self) -> bytes:
-        """The model with which the job began, once it is read."""
-        return self._raw
-
     def close(self) -> None:
         self._open.close()
 
@@ -167,14 +161,12 @@ class StateFolder(Closing):
             state = worker.begin()
         else:
             self._move_in(config, known or {}, state)
-            if config.parent == OFF:  # an aggregator's state is its parent's, which sends it again
-                self._check_blobs(state)
+            self._check_blobs(state)
             self._fit(state, model)
-            if config.parent == OFF:
-                # Not a new job's folder: its worker has just put graphs there.
-                sweep(self.store, state, config.keep, config.job.recipe.judged_by)
-                if (known or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
-                    worker.check_recipe(state.round + 1)
+            # Not a new job's folder: its worker has just put graphs there.
+            sweep(self.store, state, config.keep, config.job.recipe.judged_by)
+            if (known or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
+                worker.check_recipe(state.round + 1)
         source = raw if known is None else None
         self._raw = raw
         return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)
@@ -227,17 +219,8 @@ class StateFolder(Closing):
         )
 
     def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
-        """A job of another name is another job; so is that of a server for an aggregator, which has copies."""
-        name, above = known["job"]["name"], parent_in(known)
-        if (above == OFF) != (config.parent == OFF):
-            whose = "a server's own job" if above == OFF else f"copies that an aggregator of {above} has"
-            raise ConfigError(
-                f"{self.path} holds {whose}",
-                expected="a folder of its own for an aggregator" if above == OFF else f"--parent {above}",
-                hint="Copy only identity/ of the server into an aggregator's new folder."
-                if above == OFF
-                else "The parent's folder has the job itself.",
-            )
+        """A job of another name is another job."""
+        name = known["job"]["name"]
         if config.job.name != name:
             raise ConfigError(
                 f"{self.path} holds {_described(known, state)}",
@@ -357,10 +340,6 @@ def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) ->
         earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
     if known is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
-    if (parent := parent_in(known)) != OFF:
-        raise StorageError(
-            f"{folder} is an aggregator's, which need not have the global model", hint=f"Take it out at {parent}."
-        )
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
     store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
-ANY = ("0.0.0.0", "::", "")  # noqa: S104  # nosec B104  # compared with, not listened on
+_ANY = ("0.0.0.0", "::", "")  # noqa: S104  # nosec B104  # compared with, not listened on
 """Hosts of a listener at all addresses of this machine."""
 
 
 def names_of(host: str) -> list[str]:
     """Host names for a listener's certificate: its address, or all names of this machine if it listens on any."""
     names = {"127.0.0.1", "localhost"}
-    if host in ANY:
+    if host in _ANY:
         name = socket.gethostname()
         names |= {name, f"{name.partition('.')[0]}.local", *addresses_of(name)}
     else:

@@ -9,7 +9,6 @@
     server.key, server.pem    what it connects to the broker with
     broker.key, broker.pem    of the embedded broker, if there is one
     web.key, web.pem          of the web server of blobs, if there is one
-    tier.key, tier.pem        of what aggregators connect to, if there is any
     console.key, console.pem  for the console, once `identity certificate` has issued it
     site            the site's name; written last, so that a folder with it is whole
 
@@ -66,7 +65,6 @@ _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
-_TIER_KEY, _TIER_CERTIFICATE = "tier.key", "tier.pem"
 _CONSOLE_KEY, CONSOLE_CERTIFICATE = "console.key", "console.pem"
 
 
@@ -316,10 +314,6 @@ class IdentityFolder(Closing):
     def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """The same for a web server of blobs."""
         return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
-
-    def tier(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """The same for what aggregators connect to."""
-        return self._listening(_TIER_CERTIFICATE, _TIER_KEY, hosts)
 
     def console(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of a new certificate for the console, its key, which the server's user can read, and the authority's

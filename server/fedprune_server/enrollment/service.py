@@ -18,14 +18,10 @@ log = logging.getLogger("fedprune.server")
 
 
 class EnrollmentService:
-    """Answers requests to join. The same request gets the same certificate again.
+    """Answers requests to join. The same request gets the same certificate again."""
 
-    Args:
-        aggregator: Whether the server is one: members then get certificates, and others join at its parent.
-    """
-
-    def __init__(self, identity: IdentityFolder, *, aggregator: bool = False) -> None:
-        self._identity, self._aggregator = identity, aggregator
+    def __init__(self, identity: IdentityFolder) -> None:
+        self._identity = identity
         self._topics = Topics(identity.site)
 
     def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
@@ -82,13 +78,6 @@ class EnrollmentService:
             raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
         if request.device == SERVER:
             raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
-        if self._aggregator:
-            if self._identity.store.key_of(request.device) == request.key:
-                return True
-            raise JoinError(
-                "this server is an aggregator, and boards join at its parent",
-                hint="Give the address of its broker (--join mqtts://HOST:PORT), and a claim made at the parent.",
-            )
         now = self._identity.authority.now()
         if request.claim is not None:
             self._identity.authority.check_device(request.device, request.csr)

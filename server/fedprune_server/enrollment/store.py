@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -231,35 +231,6 @@ class IdentityStore:
         if not version or version != self._known[0]:
             self._known = version, MemberKeys() if self._database is None else self._read(_member_keys)
         return self._known[1]
-
-    def mirror(self, added: Mapping[str, str], removed: Collection[str], *, whole: bool, now: int) -> None:
-        """Take over members that another server has let in or revoked.
-
-        Args:
-            added: Their keys by name.
-            removed: Names of those who are no longer members.
-            whole: Nobody else is a member.
-        """
-
-        def take(connection: sql.Connection) -> None:
-            approved = sql.select(_M.device, _M.key).where(_M.status == APPROVED)
-            known = {row.device: row.key for row in connection.execute(approved)}
-            gone = known.keys() - added.keys() if whole else known.keys() & set(removed)
-            lost = [
-                {"_device": d, "_key": known[d]}
-                for d in gone | {d for d in added if known.get(d, added[d]) != added[d]}
-            ]
-            if lost:
-                which = (_M.device == sql.bindparam("_device"), _M.key == sql.bindparam("_key"))
-                connection.execute(MEMBERS.update().where(*which).values(status=REVOKED, decided=now), lost)
-            new = {d: key for d, key in added.items() if known.get(d) != key}
-            upsert(
-                connection,
-                MEMBERS,
-                [{"device": d, "key": key, "status": APPROVED, "asked": now, "decided": now} for d, key in new.items()],
-            )
-
-        self._change(take)
 
     def version(self, *, followed: bool = False) -> str:
         """A text that changes with the members and, with `followed`, with the server's keys that they know."""

@@ -12,7 +12,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.output.log_lines import log_context
 
-Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate | do.Measure | do.AddUp
+Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Result = on.Event | BaseException
 
 

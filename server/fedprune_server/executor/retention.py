@@ -99,13 +99,13 @@ def kept_models(state: State, keep: int, judged_by: str) -> set[str]:
     return {state.model, *(row["model"] for row in rows)}
 
 
-def sweep(store: BlobStore, state: State, keep: int, judged_by: str, arriving: AbstractSet[str] = frozenset()) -> None:
-    """Delete all blobs, whole and partial, that nothing refers to and that don't arrive, such as a crash leaves behind.
+def sweep(store: BlobStore, state: State, keep: int, judged_by: str) -> None:
+    """Delete all blobs, whole and partial, that nothing refers to, such as a crash leaves behind.
 
     Graphs are made again when they are needed. Raises `StorageError` if the disk fails."""
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
-    kept = state.references() | kept_models(state, keep, judged_by) | updates | arriving
+    kept = state.references() | kept_models(state, keep, judged_by) | updates
     for digest in store.names():
         if digest not in kept:
             store.delete(digest)
-    store.drop_partials(updates | arriving)
+    store.drop_partials(updates)

@@ -46,8 +46,6 @@ class StoredUpdates:
         self._strategy = strategy
         self._store = store
         self._withheld = withheld
-        self.bring: Callable[[do.Contribution], None] = lambda found: None
-        """Fetches an update that an aggregator has, before it is read."""
 
     def scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
         return Scene(
@@ -105,8 +103,6 @@ class StoredUpdates:
     def report(self, found: do.Contribution) -> Report:
         """A stored update, whole. What doesn't travel is the server's own, whatever a device sent. Raises
         `FedpruneError` if it can't be read, or holds squared gradients that were not asked for or are none."""
-        if found.region:
-            self.bring(found)
         cut = self.cut(found.basis, found.part)
         selection = self._selection(found)
         mask = self.archive.mask(found.mask, selection)

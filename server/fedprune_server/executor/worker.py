@@ -15,15 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation import sums_file
-from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.limits import UpdateLimits
 from fedprune.coordination.round import Round, RoundResult
 from fedprune.core import tensorfile
-from fedprune.jobs.failure_kind import Failure
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import State
 from fedprune.model.nested_widths import just_made
@@ -155,10 +152,6 @@ class Worker:
                 return self._close(command)
             case do.Evaluate():
                 return self._evaluate(command)
-            case do.AddUp():
-                return self._add_up(command)
-            case do.Measure():
-                return self._measure(command)
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Nothing is done ahead in one process: helpers do that (`DistributedWorker`)."""
@@ -240,7 +233,7 @@ class Worker:
 
     # Updates come in, and a round ends.
 
-    def round_of(self, command: do.Fold | do.Close | do.Measure | do.Basis) -> Round:
+    def round_of(self, command: do.Fold | do.Close | do.Basis) -> Round:
         """The round that a command belongs to; a new one if it isn't the one of the command before."""
         key = (command.round, command.model, command.memory)
         if self._round is None or self._round[0] != key:
@@ -256,18 +249,6 @@ class Worker:
             part = found.part.device, found.basis.round, found.part.attempt
             return on.UpdateRejected(*part, failure.reason, failure.kind)
         return on.Folded(found.part.device, found.basis.round, found.part.attempt)
-
-    def _measure(self, command: do.Measure) -> on.Measured:
-        found = self.round_of(command).measured([self.updates.update(c) for c in command.contributions])
-        failed = {device: how.reason for device, how in found.items() if isinstance(how, Failure)}
-        lengths = {device: dict(how) for device, how in found.items() if not isinstance(how, Failure)}
-        return on.Measured(command.round, command.number, lengths, failed)
-
-    def _add_up(self, command: do.AddUp) -> on.AddedUp:
-        found = self.round_of(command).partial([self.updates.update(c) for c in command.contributions])
-        if not isinstance(found, PartialSums):
-            return on.AddedUp(command.round, command.number, failed={d: f.reason for d, f in found.items()})
-        return on.AddedUp(command.round, command.number, self.store.put(sums_file.encode(found)).sha256)
 
     def _close(self, command: do.Close) -> on.Closed:
         if self._masked_sums is None:
@@ -333,7 +314,7 @@ class Worker:
         return on.Evaluated(command.round, metrics | private)
 
 
-def _parts_of(command: do.Fold | do.Close | do.Measure | do.Basis) -> tuple[do.Part, ...]:
+def _parts_of(command: do.Fold | do.Close | do.Basis) -> tuple[do.Part, ...]:
     """The parts whose updates a command brings, as far as it tells."""
     if isinstance(command, do.Fold):
         return (command.contribution.part,)

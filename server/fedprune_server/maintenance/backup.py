@@ -132,7 +132,7 @@ class _Collected:
 
     def _needed(self, needs: Inventory) -> set[str]:
         there = set(self._store.names())
-        return set(needs.references | ((needs.kept | needs.models) & there))
+        return set(needs.references | (needs.models & there))
 
     def _add_blob(self, digest: str) -> None:
         path = self._store.path(digest)

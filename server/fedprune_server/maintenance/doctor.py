@@ -26,7 +26,6 @@ from fedprune.security.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
-from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import EMBEDDED, LOCAL, without_password
 from fedprune_server.devices.crash_store import read_crashes
 from fedprune_server.devices.quarantine import read_rows
@@ -43,7 +42,7 @@ from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, c
 from fedprune_server.monitoring.monitor import Recorded, read_live
 from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import Snapshot, TierStatus, suspended_server
+from fedprune_server.monitoring.snapshot import Snapshot, suspended_server
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
@@ -134,7 +133,6 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
     except FedpruneError:  # a database that can't be read is a finding below
         has_identity = False
     monitor_record = read_live(folder)
-    away = frozenset(region.name for region in monitor_record.regions)
     leader = ""
     with suppress(FedpruneError):  # here, too
         leader = run_within(timeout_s, lambda: leader_elsewhere(folder))
@@ -142,7 +140,7 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
     events: list[float] = []
     alerted = frozenset(a.device for a in monitor_record.current_alerts if a.device is not None)
     for job_folder in (folder, *folders(folder)):
-        load = partial(_load_case, job_folder, revoked_boards, away, leader)
+        load = partial(_load_case, job_folder, revoked_boards, leader)
         try:
             case, event_at = run_within(timeout_s, load)
         except FedpruneError as error:
@@ -209,9 +207,7 @@ def run_within(seconds: float, work: Callable[[], _T]) -> _T:
     return result  # type: ignore[no-any-return]
 
 
-def _load_case(
-    folder: Path, revoked_boards: frozenset[str], away: frozenset[str], leader: str
-) -> tuple[Case, float | None]:
+def _load_case(folder: Path, revoked_boards: frozenset[str], leader: str) -> tuple[Case, float | None]:
     """A job as it is stored, and the time of its last event."""
     if Storage.settings_in(folder) is None:  # commands have begun the database, or a server that couldn't start
         return Case(folder, {}, State(model=""), {}, held(folder / LOCK)), None
@@ -219,7 +215,7 @@ def _load_case(
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last_event_at = storage.outsiders(), storage.log.last_at()
     running = held(folder / LOCK) or bool(leader)
-    case = Case(folder, settings, state or State(model=""), outsiders, running, revoked=revoked_boards, away=away)
+    case = Case(folder, settings, state or State(model=""), outsiders, running, revoked=revoked_boards)
     if (model := _load_model(folder)) is None:
         return case, last_event_at
     architecture, recipe = model.architecture, Recipe.from_dict(case.job.get("recipe", {}))
@@ -246,7 +242,6 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     record = site.monitor_record
     rows = sorted(read_rows(site.folder).items()) if site.is_running else []
     absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
-    parent = str(site.settings.get("parent", OFF))
     snapshot = Snapshot(
         site.folder,
         [case.status for case in site.cases],
@@ -254,7 +249,6 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
         site.is_running or bool(site.leader),
         None if record.turned_at is None else max(0.0, site.now - record.turned_at),
         suspended_server(site.folder) if site.is_running else None,
-        tier=TierStatus(parent if parent != OFF else "", record.parent_lost, record.regions),
         absences=absences,
         site=site_facts(site.folder, site.settings, members=site.has_identity),
     )

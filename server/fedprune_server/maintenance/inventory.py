@@ -12,7 +12,6 @@ from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import MAX_INT, is_digest, is_whole
-from fedprune_server.config.alert_settings import OFF
 from fedprune_server.executor.retention import kept_models
 from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.storage.storage import Storage
@@ -23,8 +22,7 @@ class Inventory:
     """The needs of a job.
 
     Attributes:
-        references: Digests without which it can't go on. In a tier of aggregators that is what no other server has.
-        kept: What it refers to, wherever in a tier that is.
+        references: Digests without which it can't go on.
         models: Global models that `keep` promises.
         awaited: Updates that are on their way.
     """
@@ -32,14 +30,13 @@ class Inventory:
     settings: Mapping[str, Any]
     state: State
     references: frozenset[str]
-    kept: frozenset[str]
     models: frozenset[str]
     awaited: frozenset[str]
 
     @property
     def needed(self) -> frozenset[str]:
         """All that the next start would keep."""
-        return self.kept | self.models | self.awaited
+        return self.references | self.models | self.awaited
 
 
 def inventory(storage: Storage) -> Inventory:
@@ -53,17 +50,7 @@ def inventory(storage: Storage) -> Inventory:
         raise StorageError(f"{storage.url}: its settings are damaged", expected="a whole number keep", got=repr(keep))
     updates = frozenset(str(t.update["sha256"]) for t in state.tasks.values() if t.update)
     models = frozenset(kept_models(state, keep, judging_metric(settings.get("job", {}))))
-    kept = frozenset(state.references())
-    return Inventory(settings, state, _references(state, server, kept), kept, models, updates)
-
-
-def _references(state: State, server: Mapping[str, Any], kept: frozenset[str]) -> frozenset[str]:
-    aggregator = server.get("parent", OFF) != OFF
-    regions = {device.region for device in state.devices.values()} | {task.region for task in state.tasks.values()}
-    if not aggregator and regions <= {""}:
-        return kept
-    own = set() if aggregator else state.own_references()
-    return frozenset(own | {t.weights for t in state.tasks.values() if t.weights and not t.region})
+    return Inventory(settings, state, frozenset(state.references()), models, updates)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ class Case:
         names: Names of the groups.
         revoked: Revoked devices without another key.
         uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
-        away: Aggregators that are away.
         alerted: Boards that an open alert of the running server names.
     """
 
@@ -55,7 +54,6 @@ class Case:
     names: Sequence[str] = ()
     revoked: frozenset[str] = frozenset()
     uncalibrated: bool = False
-    away: frozenset[str] = frozenset()
     alerted: frozenset[str] = frozenset()
 
     @property
@@ -139,8 +137,7 @@ def _deadline(case: Case) -> Iterator[Finding]:
         )
         return
     for row in case.state.history[-1:]:
-        reachable = [n for n in row["devices"] if not _is_cut_off(case, n)]
-        late = sorted(n for n in reachable if _is_late(row["devices"][n]))
+        late = sorted(n for n, part in row["devices"].items() if _is_late(part))
         if len(row["devices"]) > 1 and len(late) >= _LATE * len(row["devices"]):
             yield wrong(
                 "deadline-too-short",
@@ -249,12 +246,6 @@ def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
     figures = (plan or {}).get("prediction", {})
     found = [figures.get(k) for k in ("train_s", "transfer_s")]
     return sum(map(float, found)) if all(isinstance(v, (int, float)) for v in found) else None
-
-
-def _is_cut_off(case: Case, name: str) -> bool:
-    """Whether a board's aggregator is away, which is a finding of its own."""
-    device = case.state.devices.get(name)
-    return device is not None and device.region.partition("/")[0] in case.away
 
 
 def _is_late(part: Mapping[str, Any]) -> bool:

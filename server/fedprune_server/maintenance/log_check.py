@@ -16,8 +16,6 @@ from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, StorageError
 from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
-from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import parent_in
 from fedprune_server.config.stored_code import stored_job
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
@@ -38,8 +36,6 @@ def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collect
         folder: The state folder; no server runs on it.
         allowed: Names of functions that may be called: the job's strategy, if it is the user's own.
     """
-    if parent_in(needs.settings) != OFF:
-        return  # an aggregator's events lead to nothing here: its parent decides
     log = storage.log.events()
     first = next(log, None)
     if first is None or first[0] != 1:

@@ -78,7 +78,6 @@ class AuthenticatedLink(Relay):
         joins: A connection subscribed to `Topics.join_subscription`, so that a flood of join requests delays no
             member; by default `link` has that subscription, too.
         quarantine: Learns the members.
-        aggregator: Whether the server is one, whose parent knows the members.
     """
 
     def __init__(
@@ -89,17 +88,15 @@ class AuthenticatedLink(Relay):
         *,
         joins: Link | None = None,
         quarantine: Quarantine | None = None,
-        aggregator: bool = False,
     ) -> None:
         super().__init__(link)
-        self._aggregator = aggregator
         self._joining = joins
         self._quarantine = quarantine or Quarantine(clock)
         self._dropped, self._flooder = 0, ""
         self._identity, self._store = identity, identity.store
         self._time = identity.authority.now
         self._topics = Topics(identity.site)
-        self._desk = EnrollmentService(identity, aggregator=aggregator)
+        self._desk = EnrollmentService(identity)
         self._sealer = Sealer(identity.key, identity.epochs)
         self._key = identity.key
         self._successions = identity.successions
@@ -212,16 +209,10 @@ class AuthenticatedLink(Relay):
                 return
             device, _, channel = self._topics.parse(topic)
             if device not in self._look():
-                place = (
-                    "One that has just joined at this aggregator's parent is known here within seconds. At the parent, "
-                    if self._aggregator
-                    else ""
-                )
-                joins = "--broker mqtts://HOST:PORT " if self._aggregator else ""
                 hint = (
-                    f"{place}`fedprune-server devices` lists the members, and `fedprune-server claim --device "
-                    f"{device}` makes a claim for it. After a revocation it joins again with a new key: "
-                    f"`fedprune-device join --new-key {joins}--claim FILE` on the board."
+                    f"`fedprune-server devices` lists the members, and `fedprune-server claim --device {device}` makes "
+                    "a claim for it. After a revocation it joins again with a new key: `fedprune-device join --new-key "
+                    "--claim FILE` on the board."
                 )
                 raise SignatureError(f"{device} is not a member", hint=hint)
             self._opened.append((device, item if channel != "up" else (topic, self._open(device, topic, payload))))

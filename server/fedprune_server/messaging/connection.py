@@ -14,7 +14,6 @@ from fedprune.wire.link import Link
 from fedprune.wire.queues import Inbox
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
-from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import LOCAL, ServerConfig
 from fedprune_server.devices.quarantine import FILE as QUARANTINE
 from fedprune_server.devices.quarantine import Quarantine
@@ -106,7 +105,6 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 identity,
                 joins=joins,
                 quarantine=quarantine,
-                aggregator=config.parent != OFF,
             )
         stack.callback(link.close)
         yield Connection(wire, link, joins, broker, site, quarantine, url)
@@ -132,10 +130,7 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
     if not (config.state / FOLDER).is_dir():
         raise IdentityError(
             f"{config.state} has no identity, by which boards know their server",
-            hint=f"Copy the folder {FOLDER} of the parent's state folder into it. For a trial on this machine alone: "
-            f"--insecure.{looked_for(config.state)}"
-            if config.parent != OFF
-            else f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
+            hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
             f"For a trial on this machine alone: --insecure.{looked_for(config.state)}",
         )
     with IdentityFolder(config.state, database=config.database) as identity:

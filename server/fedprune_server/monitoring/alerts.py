@@ -29,7 +29,7 @@ from fedprune_server.monitoring.participation import (
     Absence,
     format_minute,
 )
-from fedprune_server.monitoring.snapshot import DELAY_S, JobStatus, RolloutStatus, SiteFacts, Snapshot
+from fedprune_server.monitoring.snapshot import JobStatus, RolloutStatus, SiteFacts, Snapshot
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
 SEVERITIES = (INFO, WARNING, CRITICAL)
@@ -40,8 +40,6 @@ ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = {
     "server-hangs": (CRITICAL,),
     "database-waits": (CRITICAL,),
     "broker": (CRITICAL,),
-    "aggregator": (CRITICAL, WARNING),
-    "parent": (WARNING,),
     "no-devices": (CRITICAL, WARNING),
     "too-few-devices": (WARNING,),
     "no-progress": (CRITICAL,),
@@ -112,7 +110,7 @@ class Alert:
         todo: What to do about it, with a command where there is one.
         job: The job that it is about; None for the whole server.
         device: The board that it is about; None for no single one.
-        subject: The file, server or region that it is about; empty for none.
+        subject: The file or server that it is about; empty for none.
         delay_s: Seconds for which it has to hold before it opens, and to be gone before it closes.
     """
 
@@ -140,7 +138,7 @@ class Alert:
 
 def evaluate_alerts(seen: Snapshot, now: float) -> list[Alert]:
     """All alerts that a snapshot justifies at a time in seconds since 1970."""
-    alerts = [*_server_alerts(seen, now), *_tier_alerts(seen)]
+    alerts = [*_server_alerts(seen, now)]
     for job in seen.jobs:
         if not job.finished and job.begun:
             alerts += _board_alerts(seen, job, now)
@@ -204,14 +202,13 @@ def _server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
                 delay_s=delay,
             )  # fmt: skip
         return
-    verb = "aggregate" if seen.tier.parent else "run"
     for job in seen.jobs:
         if not job.begun:
-            more = () if seen.tier.parent else ("--model", "MODEL")
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
                 "a server that couldn't start, or was never started, gives boards nothing to do",
-                f"{command(verb, *state_args(job.folder), *more)}; its messages at the start tell what it lacks",
+                f"{command('run', *state_args(job.folder), '--model', 'MODEL')}; its messages at the start tell what "
+                "it lacks",
                 job=job.name,
             )  # fmt: skip
         elif not job.finished:
@@ -219,39 +216,8 @@ def _server_alerts(seen: Snapshot, now: float) -> Iterator[Alert]:
                 "server-not-running", CRITICAL, now,
                 f"no server runs on {job.folder}, and job {job.name} is in round {job.round} of {job.rounds or '?'}",
                 "boards wait for it, and train nothing meanwhile",
-                command(verb, *state_args(job.folder)), job=job.name,
+                command("run", *state_args(job.folder)), job=job.name,
             )  # fmt: skip
-
-
-def _tier_alerts(seen: Snapshot) -> Iterator[Alert]:
-    delay_s = min([DELAY_S, *(j.deadline_s / 2 for j in seen.jobs)])
-    active = [j for j in seen.jobs if not j.finished and not j.paused]
-    deserted = bool(active) and not seen.here
-    idle = deserted or any(j.phase is Phase.WAITING and seen.here < j.needed for j in active)
-    for region in seen.tier.regions[:MAX_ALERTS_OF_KIND]:
-        yield Alert(
-            "aggregator", CRITICAL if region.waited or deserted else WARNING, region.since,
-            f"the aggregator {region.name}, which has {quantity(region.boards, 'board')}, has not been connected since "
-            f"{format_minute(region.since)}",
-            "no round can begin until its boards, or others, are back"
-            if idle
-            else "rounds close without its boards, and without updates that only it has"
-            if region.waited
-            else "its boards take no further part, and a round with updates that only it has doesn't close yet "
-            "(aggregator_patience_s)",
-            "see its log and its network, and start it again with its state folder (fedprune-server aggregate --region "
-            f"{region.name} --state DIR, and its other options); if it is lost for good, let its boards connect to "
-            f"another aggregator, or revoke them: {command('devices', 'revoke', 'NAME', *state_args(seen.folder))}",
-            subject=region.name, delay_s=0.0 if region.waited else delay_s,
-        )  # fmt: skip
-    if (since := seen.tier.parent_lost) is not None and not all(j.finished for j in seen.jobs):
-        yield Alert(
-            "parent", WARNING, since,
-            f"the parent of this aggregator, {seen.tier.parent}, has not been connected since {format_minute(since)}",
-            "boards go on with what they were given, and get nothing new until it is back",
-            "see whether its server runs, its log, and the network between; this aggregator connects again by itself",
-            subject=seen.tier.parent, delay_s=delay_s,
-        )  # fmt: skip
 
 
 def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
@@ -259,8 +225,6 @@ def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]
         return  # they are missing for the reason that its own alert has
     if not job.known and not seen.here:
         claim = f"let a board in: {command('claim', '--device', 'NAME', *state_args(seen.folder))}; then on the board: "
-        if seen.tier.parent:
-            claim = f"make a claim at the parent, {seen.tier.parent}; then, with --join to its broker, on the board: "
         yield Alert(
             "no-devices", WARNING, now, f"no device has announced itself to job {job.name} yet",
             "a round can't begin without boards",
@@ -271,9 +235,7 @@ def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
-    # Boards that come back with an aggregator are missing for the reason that its own alert has.
-    expected = seen.here + sum(region.boards for region in seen.tier.regions)
-    if not seen.running or job.paused or (expected and (job.phase is not Phase.WAITING or expected >= job.needed)):
+    if not seen.running or job.paused or (seen.here and (job.phase is not Phase.WAITING or seen.here >= job.needed)):
         return
     away = f"; away: {some(job.away)}" if job.away else ""
     revoked = f"; revoked: {some(job.revoked)}" if job.revoked else ""
@@ -292,8 +254,6 @@ def _board_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
-    if seen.tier.parent:
-        return  # the parent begins rounds, with boards of other regions
     more = f"let more boards in ({command('claim', '--device', 'NAME', *state_args(seen.folder))})"
     if job.away:
         more = (
@@ -332,8 +292,8 @@ def _progress_alerts(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Ale
 
 def _stall_alerts(seen: Snapshot, job: JobStatus) -> Iterator[Alert]:
     """A round that waits for boards that are offline, and for nothing else."""
-    # Where no board is connected, or an aggregator is away, an alert of that has the reason; a parent alone waits.
-    if not job.awaited or job.paused or seen.broker or not seen.here or seen.tier.regions or seen.tier.parent:
+    # Where no board is connected an alert of that has the reason.
+    if not job.awaited or job.paused or seen.broker or not seen.here:
         return
     since, until = min(job.awaited.values()), ""
     if job.closes_at is not None:
@@ -417,8 +377,8 @@ def _approval_alerts(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Al
 
 
 def _unheard_board_alerts(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
-    """Boards that could join, and of which the server hears nothing else; an aggregator's are heard by their own."""
-    if not seen.running or seen.tier.parent or seen.tier.regions:
+    """Boards that could join, and of which the server hears nothing else."""
+    if not seen.running:
         return
     for name, joined in islice(site.unannounced.items(), MAX_ALERTS_OF_KIND):
         if now - joined >= _ANNOUNCEMENT_TIMEOUT_S:

@@ -49,7 +49,6 @@ class Metrics:
         folder: The state folder, whose blobs are measured; None for none.
         alerts: Counts open alerts by kind and severity; called from any thread.
         clock: Monotonic clock.
-        regions: Returns whether each aggregator is connected; called from any thread. None without aggregators.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Metrics:
         folder: Path | None = None,
         alerts: Callable[[], Mapping[tuple[str, str], int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        regions: Callable[[], Mapping[str, bool]] | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
         self.clock = clock
@@ -97,8 +95,6 @@ class Metrics:
             gauge("blobs_bytes", "Bytes of blobs in the state folder").set_function(lambda: self._measured(folder))
         if alerts is not None:
             self.registry.register(_Alerts(alerts))
-        if regions is not None:
-            self.registry.register(_Regions(regions))
 
     def watch(self, job: str) -> JobMetrics:
         return JobMetrics(self, job)
@@ -226,18 +222,6 @@ class _Alerts(Collector):
         found = GaugeMetricFamily("fedprune_alerts", "Alerts that have not gone", labels=["kind", "severity"])
         for (kind, severity), count in self._alerts().items():
             found.add_metric([kind, severity], count)
-        return [found]
-
-
-class _Regions(Collector):
-    def __init__(self, regions: Callable[[], Mapping[str, bool]]) -> None:
-        self._regions = regions
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        text = "Whether an aggregator is connected"
-        found = GaugeMetricFamily("fedprune_aggregator_connected", text, labels=["region"])
-        for region, connected in self._regions().items():
-            found.add_metric([region], connected)
         return [found]
 
 

@@ -51,7 +51,7 @@ from fedprune_server.monitoring.participation import (
 )
 from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import JobStatus, LostRegion, SiteFacts, Snapshot, TierStatus
+from fedprune_server.monitoring.snapshot import JobStatus, SiteFacts, Snapshot
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.storage.state_folder import LOCK, run_id
 
@@ -170,7 +170,6 @@ class Monitor(Observer):
     Args:
         server: Settings of the table [server].
         here: Counts the boards that can take part; None to count those of the only job.
-        tier: Returns the state of the servers above and below.
         book: Open alerts; None for what the last run left open.
         away_rounds: Rounds that end without a board that isn't connected until it is an alert; 0 for never.
         present: Whether a board is connected, at whatever job; None to go by the jobs alone.
@@ -189,7 +188,6 @@ class Monitor(Observer):
         views: Sequence[tuple[JobView, Path]],
         *,
         here: Callable[[], int] | None = None,
-        tier: Callable[[], TierStatus] = TierStatus,
         book: AlertBook | None = None,
         away_rounds: int = 0,
         present: Callable[[str], bool] | None = None,
@@ -201,8 +199,7 @@ class Monitor(Observer):
         self._run_id = run_id(folder)
         self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
         self._here = here or (lambda: self._view.state.devices.count(True))
-        self._tier, self._free = tier, free
-        self._tier_seen = TierStatus()
+        self._free = free
         self._free_seen: list[str] = []
         self._free_at = 0.0
         self.notified: Callable[[], Sequence[Alert]] = tuple
@@ -325,13 +322,11 @@ class Monitor(Observer):
             self._complain(error)
 
     def _snapshot(self) -> Snapshot:
-        self._tier_seen = self._tier()
         return Snapshot(
             self._folder,
             [watch.status(self.participation[name].awaited_offline()) for name, watch in self.watches.items()],
             self._here(),
             broker="" if self._view.link.connected else "there is no connection to the broker",
-            tier=self._tier_seen,
             absences=find_absent_boards(list(self.participation.values()), self._view, self._clock()),
             floods_joins=self._view.quarantine.floods_joins(),
             site=self._site,
@@ -350,11 +345,9 @@ class Monitor(Observer):
 
     def _write(self) -> None:
         alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))
-        regions = [asdict(region) for region in self._tier_seen.regions]
         body = {
             "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
-            "regions": regions, "parent_lost": self._tier_seen.parent_lost, "run": self._run_id,
-            "closing": sorted(self.book.closing),
+            "run": self._run_id, "closing": sorted(self.book.closing),
         }  # fmt: skip
         try:
             write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
@@ -380,8 +373,6 @@ class Recorded:
         alerts: Its open alerts.
         notified: Alerts whose opening was notified, but not their end.
         free: The boards that are connected and at none of its jobs.
-        regions: Its aggregators that are away.
-        parent_lost: Since when its parent isn't connected, in seconds since 1970; None if it is, or without a parent.
         closing: Keys of open alerts whose cause has gone, and which close unless it comes again.
     """
 
@@ -389,8 +380,6 @@ class Recorded:
     alerts: Sequence[Alert] = ()
     notified: Sequence[Alert] = ()
     free: frozenset[str] = frozenset()
-    regions: Sequence[LostRegion] = ()
-    parent_lost: float | None = None
     run: str = ""
     closing: frozenset[str] = frozenset()
 
@@ -416,8 +405,6 @@ def read_recorded(folder: Path) -> Recorded:
             _alerts(body["alerts"]),
             _alerts(body.get("notified", ())),
             frozenset(body.get("free", ())),
-            [LostRegion(**row) for row in body.get("regions", ())],
-            None if (lost := body.get("parent_lost")) is None else float(lost),
             str(body.get("run", "")),
             frozenset(body.get("closing", ())),
         )

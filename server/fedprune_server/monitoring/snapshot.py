@@ -131,37 +131,6 @@ class SiteFacts:
 
 
 @dataclass(frozen=True)
-class LostRegion:
-    """An aggregator that is away while boards of a job that isn't finished are its own.
-
-    Attributes:
-        since: When its connection ended or, if it has not been connected since, when this server started, in seconds
-            since 1970.
-        waited: Whether it has been away for so long that rounds no longer wait for it.
-    """
-
-    name: str
-    since: float
-    boards: int
-    waited: bool
-
-
-@dataclass(frozen=True)
-class TierStatus:
-    """The servers above and below this one.
-
-    Attributes:
-        parent: Address of the parent, at an aggregator; empty for none.
-        parent_lost: Since when the parent isn't connected, in seconds since 1970; None if it is, or without a parent.
-        regions: Aggregators of this server that are away.
-    """
-
-    parent: str = ""
-    parent_lost: float | None = None
-    regions: Sequence[LostRegion] = ()
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """A server and its fleet at one moment.
 
@@ -187,7 +156,6 @@ class Snapshot:
     suspended: LockHolder | None = None
     waits_for: str = ""
     broker: str = ""
-    tier: TierStatus = TierStatus()
     absences: Mapping[str, Absence] = field(default_factory=dict)
     floods_joins: str | None = None
     site: SiteFacts | None = None

@@ -76,7 +76,7 @@ def web_blobs(
         insecure_allowed(host, "server: serve_blobs")
     else:
         said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
-        context = contexts(identity, identity.web(sorted({*names_of(host), *said})))
+        context = _contexts(identity, identity.web(sorted({*names_of(host), *said})))
         context()  # what is wrong with it is better known now than when a board comes
     with BlobServer(host, port, context) as server:
         url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
@@ -92,7 +92,7 @@ def _to_server(url: str, wake: Callable[[], None], shipping: BucketSync) -> Http
     return HttpUploads(shipping.near, url, shut, wake)
 
 
-def contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
+def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
     """Gives TLS for a connection that asks for a certificate: with the list of revoked ones as it is then.
 
     Args:

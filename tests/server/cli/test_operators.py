@@ -16,7 +16,6 @@ from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode, StorageError
 from fedprune_server.cli import operators
 from fedprune_server.cli.main import main
-from fedprune_server.storage.storage import Storage
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
@@ -85,20 +84,12 @@ def running(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def test_a_job_that_no_server_runs_or_its_parent_decides_is_not_paused_here(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_that_no_server_runs_is_not_paused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "state"
     assert main(["pause", "--state", str(state)]) == ExitCode.STORAGE
     play_job(state)
     assert main(["pause", "--state", str(state)]) == ExitCode.CONFIG
     assert f"no server runs on {state}" in capsys.readouterr().err
-    with Storage(f"sqlite:///{state / 'server.db'}") as storage:
-        known = storage.settings()
-        assert known is not None
-        storage.put_settings(known | {"server": known["server"] | {"parent": "wss://above:1"}})
-    assert main(["resume", "--state", str(state)]) == ExitCode.CONFIG
-    assert "paused and resumed at its parent" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "said"), [("pause", "job trial is paused"), ("resume", "job trial goes on")])

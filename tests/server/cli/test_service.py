@@ -157,28 +157,12 @@ def test_it_is_printed_and_installed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "systemctl enable --now fedprune-server" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("unhidden")
-def test_an_aggregator_needs_no_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program = tmp_path / "fedprune-server"
-    program.write_text("")
-    tier = ["--parent", "wss://fleet.example:8885", "--region", "north"]
-    options = ["--program", str(program), "--user", "root", "--units", str(tmp_path)]
-    assert main(["service", "install", *options, "--", *tier]) == ExitCode.OK
-    text = (tmp_path / "fedprune-server.service").read_text()
-    words = re.findall(rf"^ExecStart={program} (.*)$", text, re.MULTILINE)[0].split()
-    assert words == ["aggregate", "--state", "/var/lib/fedprune", *tier]
-    assert vars(build_parser().parse_args(words))["server.region"] == "north"
-    assert main(["service", "print", *options[:4], "--config", "/etc/north.toml", "--", *tier]) == ExitCode.OK
-    assert " aggregate --config /etc/north.toml --state " in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--agregators", "8885"], "`run` has no option '--agregators' (did you mean '--aggregators'?)"),
-        (["aggregate"], "`run` has no option 'aggregate'"),
+        (["--roundz", "9"], "`run` has no option '--roundz' (did you mean '--rounds'?)"),
+        (["status"], "`run` has no option 'status'"),
         (["--rounds"], "--rounds: expected one argument"),
-        (["--parent", "wss://h:1", "--rounds", "9"], "`aggregate` has no option '--rounds'"),
         (["--state", "/var/lib/other"], "--config and --state"),
     ],
     ids=str,

@@ -20,7 +20,7 @@ from fedprune_server.monitoring.participation import EXCLUDED, Absence
 from fedprune_server.monitoring.snapshot import Snapshot
 from fedprune_server.storage.storage import Storage
 
-OTHERWISE = {"aggregate", "alerts", "run", "config", "restore", "service"}
+OTHERWISE = {"alerts", "run", "config", "restore", "service"}
 """Commands that read settings in layers, make a new folder or write a unit."""
 
 

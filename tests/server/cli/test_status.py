@@ -122,21 +122,6 @@ def test_status_shows_what_trains_and_the_energy_of_a_round(tmp_path: Path, caps
     assert ", trains on its GPU, " in capsys.readouterr().out
 
 
-def test_status_shows_the_aggregator_of_each_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    regions = {"a": "north/yard", "b": ""}
-    boards = {n: Device(1, True, {"name": "pi"}, None, 9, widths=(1,), region=r) for n, r in regions.items()}
-    with Storage.at(tmp_path) as storage:
-        storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
-        storage.save(State(model="0" * 64, devices=boards), (), 1.0)
-    with locked(tmp_path / "lock", "busy", "wait"):
-        assert main(["status", "--state", str(tmp_path)]) == ExitCode.OK
-        text = capsys.readouterr().out
-        assert main(["status", "--json", "--state", str(tmp_path)]) == ExitCode.OK
-    assert "device a (pi): online at north/yard, 9 samples" in text
-    assert "device b (pi): online, 9 samples" in text
-    assert [d["region"] for d in json.loads(capsys.readouterr().out)["devices"]] == ["north/yard", ""]
-
-
 @pytest.mark.parametrize(("options", "first"), [(["--rounds", "2"], 11), (["--rounds", "50"], 1)])
 def test_status_shows_as_many_rounds_as_asked(
     fleet_state: Path, options: list[str], first: int, capsys: pytest.CaptureFixture[str]

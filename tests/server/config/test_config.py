@@ -50,11 +50,6 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     assert (config.site, config.broker, config.keep) == ("greenhouse", "mqtts://broker.example", 5)
 
 
-def test_a_region_without_a_parent_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"server: region: .* without a parent.* 'north'.*--parent"):
-        ServerConfig(region="north")
-
-
 def test_paths_count_from_the_folder_of_the_file(tmp_path: Path) -> None:
     config = read(tmp_path, WHOLE)
     assert config.model == str(tmp_path / "model.onnx")

@@ -63,8 +63,3 @@ def test_a_folder_with_a_comma_is_refused_by_name(tmp_path: Path) -> None:
     file.write_text('[simulation]\ntrack = "mlflow,tensorboard:events"\n')
     with pytest.raises(ConfigError, match=rf"fleet\.toml:2:1: \[simulation\] {expected}"):
         read_tables(file)
-
-
-def test_an_aggregator_has_no_rounds_to_track() -> None:
-    with pytest.raises(ConfigError, match="server: track"):
-        ServerConfig(parent="wss://here:8443", region="north", track="mlflow")

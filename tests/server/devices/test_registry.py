@@ -61,14 +61,6 @@ def test_a_plan_is_one_line_and_only_other_widths_are_another(caplog: pytest.Log
     assert len(caplog.records) == 2
 
 
-def test_a_device_that_is_connected_through_an_aggregator_is_shown_with_it() -> None:
-    devices = {"a": Device(1, True, {"name": "pi"}, None, 10), "b": Device(1, True, {"name": "pi"}, None, 10)}
-    devices["b"].region = "north/valley"
-    state = State(model="m" * 64, devices=devices)  # type: ignore[arg-type]
-    rows = DeviceRegistry(JOB, ARCHITECTURE, state, {}).snapshot(0.0, True, {}).rows
-    assert [row.state for row in rows] == ["ready", "ready (north/valley)"]
-
-
 def test_the_bytes_of_all_devices_are_summed_as_they_come() -> None:
     registry = DeviceRegistry(JOB, ARCHITECTURE, State(model="m" * 64), {"a": (5, 6), "b": (1, 2)})
     registry.admit("c", "1.0", 10)
@@ -76,18 +68,6 @@ def test_the_bytes_of_all_devices_are_summed_as_they_come() -> None:
     registry.received("c", 3)
     registry.received("stranger", 9)
     assert registry.total == tuple(map(sum, zip(*registry.traffic.values(), strict=True))) == (10, 21)
-
-
-def test_bytes_since_the_last_report_are_kept_for_the_parent() -> None:
-    registry = DeviceRegistry(JOB, ARCHITECTURE, State(model="m" * 64), {"a": (5, 6)})
-    registry.received("a", 3)
-    assert registry.news is None
-    registry.news = {}
-    registry.sent("a", 4)
-    registry.received("a", 3)
-    registry.received("stranger", 9)
-    assert registry.news == {"a": (4, 3)}
-    assert registry.traffic == {"a": (9, 12)}
 
 
 @pytest.mark.parametrize("end", ["gone", "born"])

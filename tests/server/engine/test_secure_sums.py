@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +30,7 @@ from fedprune.strategies.presets import PRESETS
 from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server import app
 from fedprune_server.cli.status import describe, status
-from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.secure_sums import SecureSums, _session
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.simulation.digits import digits_model
@@ -530,32 +526,12 @@ def _composes(settings: dict[str, Any]) -> bool:
     return True
 
 
-def with_aggregators(job: Job, model: Model) -> None:
-    opened = SimpleNamespace(job=job, worker=None)
-    folder: Any = SimpleNamespace(read_job=lambda config: opened)
-    regions: Any = SimpleNamespace()
-    with ExitStack() as stack:
-        app._open(stack, ServerConfig(), folder, regions, None)
-
-
-def simulated(job: Job, model: Model) -> None:
+def test_a_simulation_of_boards_that_would_mask_is_refused_by_name(model: Model) -> None:
+    job = Job.from_dict({"name": "t", "devices": len(NAMES), "secure_aggregation": True})
     devices: Any = [SimpleNamespace(name=name) for name in NAMES]
-    Simulation(Experiment("t", job, model, devices), BlobStore(Path("never-written"), durable=False))
-
-
-@pytest.mark.parametrize(
-    ("begin", "problem", "remedy"),
-    [
-        (with_aggregators, "job t: secure_aggregation on a server with aggregators", "Leave out secure_aggregation"),
-        (simulated, "simulation: job.secure_aggregation", "Simulate the job without it, with move_limit = 0"),
-    ],
-)
-def test_where_boards_can_t_mask_is_refused_by_name(
-    model: Model, begin: Callable[[Job, Model], None], problem: str, remedy: str
-) -> None:
-    with pytest.raises(ConfigError, match=problem) as caught:
-        begin(Job.from_dict({"name": "t", "devices": len(NAMES), "secure_aggregation": True}), model)
-    assert remedy in caught.value.hint
+    with pytest.raises(ConfigError, match=r"simulation: job\.secure_aggregation") as caught:
+        Simulation(Experiment("t", job, model, devices), BlobStore(Path("never-written"), durable=False))
+    assert "Simulate the job without it, with move_limit = 0" in caught.value.hint
 
 
 SIGMA, CLIP = 3.0, 0.1

@@ -88,22 +88,6 @@ def answer(identity: IdentityFolder, request: JoinRequest) -> tuple[str, str]:
     return given.status, given.reason
 
 
-def test_at_an_aggregator_only_members_get_certificates(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
-    claim = Claim.parse(identity.claim(None, HOUR).text)
-    device = board(tmp_path / "board")
-    device.admit(ask(device, claim), claim.pin)
-    aggregator = EnrollmentService(identity, aggregator=True)
-    assert aggregator.answer(device.request(None)).status == APPROVED  # a renewal
-    unused = Claim.parse(identity.claim(None, HOUR).text)
-    for request in (bare(unused, "pi-2"), bare(None, "pi-2"), bare(None)):
-        given = aggregator.answer(request)
-        assert (given.status, given.certificate) == (REFUSED, None)
-        assert "boards join at its parent" in given.reason
-        assert "--join" in given.reason
-    assert identity.store.waiting() == []
-    assert answer(identity, bare(unused, "pi-2"))[0] == APPROVED  # the claim was not used
-
-
 def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
     identity: IdentityFolder, ask: Ask, tmp_path: Path
 ) -> None:

@@ -20,11 +20,12 @@ def test_members_are_held_once_and_read_again_when_any_server_has_changed_them(t
     (first, ours), (second, theirs) = opened(tmp_path), opened(tmp_path)
     with first, second:
         assert ours.members() == {}
-        ours.mirror({"pi-1": A}, (), whole=True, now=1)
+        ours.approve("pi-1", A, 1)
         known = ours.members()
         assert known == {"pi-1": A}
         assert ours.members() is known
-        theirs.mirror({"pi-2": B}, ("pi-1",), whole=False, now=2)
+        theirs.revoke("pi-1", 2)
+        theirs.approve("pi-2", B, 2)
         assert ours.members() == {"pi-2": B}
         assert known == {"pi-1": A}, "what was handed out has changed"
 
@@ -32,7 +33,8 @@ def test_members_are_held_once_and_read_again_when_any_server_has_changed_them(t
 def test_only_members_that_knew_a_key_of_the_server_are_named(tmp_path: Path) -> None:
     database, store = opened(tmp_path)
     with database:
-        store.mirror({"pi-1": A, "pi-2": B}, (), whole=True, now=1)
+        store.approve("pi-1", A, 1)
+        store.approve("pi-2", B, 1)
         assert store.followed() == {}
         store.hear((), [(A, "ab" * 8, None)])
         database.flush()

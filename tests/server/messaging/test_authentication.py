@@ -246,17 +246,6 @@ def test_who_is_not_let_in_is_not_heard(lab: Lab, tmp_path: Path, caplog: pytest
     assert stranger.hears((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
 
 
-def test_an_aggregator_names_its_parent_for_who_is_no_member(
-    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILT + 30 * DAY)) as other:
-        stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
-    lab.server.link = server_side.AuthenticatedLink(lab.server.end, lab.identity, lambda: lab.now, aggregator=True)
-    assert lab.server.hears(stranger.say(birth("pi-9"))) == []
-    assert "At the parent, `fedprune-server devices` lists the members" in caplog.text
-    assert "--broker mqtts://HOST:PORT --claim FILE" in caplog.text
-
-
 def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
     old = pi.say(birth("pi-1"))

@@ -36,15 +36,13 @@ from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import ALERT_SEVERITIES, MAX_ALERTS_OF_KIND, Alert, evaluate_alerts
 from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, Recorded, off_by_far, read_recorded
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.participation import Absence, Participation, format_minute
+from fedprune_server.monitoring.participation import Absence, Participation
 from fedprune_server.monitoring.snapshot import (
     CertificateDates,
     JobStatus,
-    LostRegion,
     RolloutStatus,
     SiteFacts,
     Snapshot,
-    TierStatus,
 )
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, ToyDevice
@@ -89,10 +87,6 @@ def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), si
     return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
 
 
-def without_north(away_s: float, *, waited: bool = False, seen: Snapshot = CALM) -> Snapshot:
-    return replace(seen, tier=TierStatus(regions=[LostRegion("north", NOW - away_s, 40, waited)]))
-
-
 def without_a(kind: str) -> Snapshot:
     return replace(CALM, absences={"a": Absence(kind, "doesn't take part", NOW - DAY)})
 
@@ -104,8 +98,6 @@ def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Sn
     ]
 
 
-PARENT = "wss://fleet.example:8885"
-
 CASES: dict[str, tuple[Snapshot, str, str]] = {
     "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
     "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
@@ -114,16 +106,6 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
         replace(CALM, waits_for="server.db is locked by process 7"), "database-waits", "critical",
     ),
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
-    "an aggregator that is away": (without_north(61), "aggregator", "warning"),
-    "an aggregator for which no round waits": (without_north(3601, waited=True), "aggregator", "critical"),
-    "an aggregator with all boards": (without_north(61, seen=with_job(0)), "aggregator", "critical"),
-    "an aggregator with the boards that are missing": (
-        without_north(61, seen=with_job(1, phase=Phase.WAITING, away=["b"])), "aggregator", "warning",
-    ),
-    "a parent that is away": (replace(CALM, tier=TierStatus(PARENT, NOW - 61)), "parent", "warning"),
-    "an aggregator without boards yet": (
-        replace(with_job(0, known=0), tier=TierStatus(PARENT)), "no-devices", "warning",
-    ),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
@@ -188,48 +170,14 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
         with_job(0, phase=Phase.FINISHED),
         with_job(0, paused=True, missed=3),
         with_job(paused=True, awaited={"a": NOW - 9}),
-        replace(with_job(awaited={"a": NOW - 9}), tier=TierStatus(PARENT)),
         with_job(1),
         replace(CALM, turned_s=59.0),
         with_site(certificates=[ending(31)]),
         rollout(RolloutPhase.RUNNING),
-        replace(with_job(1, phase=Phase.WAITING, away=["b"]), tier=TierStatus(PARENT)),
-        replace(with_job(phase=Phase.FINISHED), tier=TierStatus(PARENT, NOW - 61)),
     ],
 )
 def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
     assert evaluate_alerts(calm, NOW) == []
-
-
-def test_an_alert_about_an_aggregator_names_it_and_since_when_and_what_to_do() -> None:
-    (away,) = evaluate_alerts(without_north(61), NOW)
-    assert away.key == "aggregator:north"
-    assert away.since == NOW - 61
-    assert f"north, which has 40 boards, has not been connected since {format_minute(NOW - 61)}" in away.what
-    assert "fedprune-server aggregate --region north" in away.todo
-    (waiting,) = evaluate_alerts(without_north(61, seen=with_job(1, phase=Phase.WAITING)), NOW)
-    assert "no round can begin" in waiting.why
-    paused = evaluate_alerts(without_north(61, seen=with_job(0, paused=True)), NOW)
-    assert [(a.kind, a.severity) for a in paused] == [("aggregator", "warning")]
-    (given_up,) = evaluate_alerts(without_north(3601, waited=True), NOW)
-    assert given_up.key == away.key
-    assert "rounds close without" in given_up.why
-    assert away.delay_s > given_up.delay_s == 0
-
-
-def test_boards_of_an_aggregator_that_is_away_are_no_reason_for_others_that_are_missing() -> None:
-    seen = without_north(61, seen=with_job(1, phase=Phase.WAITING, away=["b"], needed=50))
-    assert {a.kind for a in evaluate_alerts(seen, NOW)} == {"aggregator", "too-few-devices"}
-
-
-def test_claims_are_made_at_the_parent() -> None:
-    for parent, said in (
-        ("", "fedprune-server claim --device NAME --state state"),
-        (PARENT, f"at the parent, {PARENT}"),
-    ):
-        (found,) = evaluate_alerts(replace(with_job(0, known=0), tier=TierStatus(parent)), NOW)
-        assert said in found.todo
-        assert ("--join" in found.todo) == bool(parent)
 
 
 def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:
@@ -454,7 +402,7 @@ def test_changes_that_nobody_reads_do_not_pile_up() -> None:
 def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
     left = raised(delay_s=10.0)
     (tmp_path / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
-    assert read_recorded(tmp_path) == Recorded(NOW, [left], [], frozenset(), [])
+    assert read_recorded(tmp_path) == Recorded(NOW, [left], [], frozenset())
     book = AlertBook([left])
     assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
     assert [a.since for a in book.open] == [NOW]
@@ -625,15 +573,6 @@ def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path:
     assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
 
 
-def test_an_aggregator_that_has_just_gone_is_in_the_file_before_its_alert_opens(tmp_path: Path) -> None:
-    tier = without_north(1).tier
-    monitor = Monitor(tmp_path, {}, [(Fleet(tmp_path, JOB).daemon().first.view, tmp_path)], tier=lambda: tier)
-    monitor.look()
-    monitor._write()
-    assert read_recorded(tmp_path).regions == tier.regions
-    assert not [a for a in monitor.book.open if a.kind == "aggregator"]
-
-
 def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -779,7 +718,7 @@ def test_members_are_not_read_where_only_boards_that_wait_count(
 ) -> None:
     key = SigningKey.make().verifying
     with IdentityFolder.make(tmp_path, "lab") as identity:
-        identity.store.mirror({"pi": "11" * 32}, (), whole=True, now=1)
+        identity.store.approve("pi", "11" * 32, 1)
         identity.store.ask("attic", key.hex, 2)
 
     def read(_: IdentityStore) -> list[Device]:

@@ -154,14 +154,8 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
         pass
 
 
-def test_aggregators_are_named_whether_they_are_connected_or_not() -> None:
-    text = Metrics(regions=lambda: {"north": False, "south": True}).text().decode()
-    assert 'fedprune_aggregator_connected{region="north"} 0.0' in text
-    assert 'fedprune_aggregator_connected{region="south"} 1.0' in text
-
-
 def exposed() -> set[str]:
-    metrics = Metrics(Path("/nowhere"), AlertBook().counts, regions=lambda: {"north": True})
+    metrics = Metrics(Path("/nowhere"), AlertBook().counts)
     watch = metrics.watch("toy")
     watch.turned(lambda: 0.1, StillJob())
     watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
@@ -191,7 +185,7 @@ def labels_on_the_page() -> dict[str, set[str]]:
 
 
 def test_the_page_lists_the_labels_that_figures_have() -> None:
-    metrics = Metrics(Path("/nowhere"), AlertBook().counts, regions=lambda: {"north": True})
+    metrics = Metrics(Path("/nowhere"), AlertBook().counts)
     watch = metrics.watch("toy")
     watch.turned(lambda: 0.1, StillJob())
     watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())

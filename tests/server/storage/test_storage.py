@@ -151,7 +151,7 @@ def test_devices_can_be_queried(storage: Storage) -> None:
 def test_the_body_of_a_row_is_the_whole_device() -> None:
     rows, profile = DeviceRows(), {"name": "pi", "memory": [1, 2]}
     for plan in (None, {"density": 0.5}):
-        device = Device(1, True, profile, {"speed": 2.5}, 10, widths=(3,), region="north", plan=plan)
+        device = Device(1, True, profile, {"speed": 2.5}, 10, widths=(3,), plan=plan)
         assert json.loads(rows.row("ant", device)["body"]) == json.loads(json.dumps(device.to_dict()))
 
 

@@ -72,8 +72,7 @@ class Shell(ABC):
                     "widths": list(part.widths),
                     "recipe": self.recipe,
                 }
-                region = self.coordinator.region_of(part.device)
-                return on.Extracted(command.basis.round, part.device, part.attempt, offer, region)
+                return on.Extracted(command.basis.round, part.device, part.attempt, offer)
             case do.SendOffer():
                 return on.UpdateAnnounced(
                     command.device,
@@ -85,8 +84,7 @@ class Shell(ABC):
                     2,
                 )
             case do.PullUpdate():
-                sha256, region = str(command.weights["sha256"]), self.coordinator.region_of(command.device)
-                return on.UpdateStored(command.device, command.round, command.attempt, sha256, region)
+                return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
             case do.Fold():
                 found = command.contribution
                 return on.Folded(found.part.device, found.basis.round, found.part.attempt)

@@ -66,39 +66,35 @@ class Kills:
 
     Attributes:
         lives: Those that ended as they should.
-        neighbours: How often what servers and boards work with was killed, by what it was.
+        brokers: How often the broker was killed.
         rounds: Rounds that were finished.
         seconds: How long it took.
     """
 
     lives: list[Life] = field(default_factory=list)
-    neighbours: Counter[str] = field(default_factory=Counter)
+    brokers: int = 0
     rounds: int = 0
     seconds: float = 0.0
 
     @property
     def total(self) -> int:
         """Processes killed."""
-        return len(self.lives) + self.neighbours.total()
+        return len(self.lives) + self.brokers
 
 
-class Mortal(Site):
-    """A site of which every process can be told when to die.
+class Doomed(Site):
+    """One server, one broker and two boards: the broker is killed at any time, the others when they are told to die.
 
-    Attributes:
-        servers: Names of its servers, the one that decides first.
+    Args:
+        material: What `write_material` wrote for `BOARDS`.
+        folder: The processes' own.
         rounds: Rounds of the job.
-        between_s: The shortest and the longest time between two kills of neighbours.
-        comes_back: Exit codes with which a process may end by itself, and is started again as a service does.
+        patience_s: How long a job may go without a finished round.
     """
 
-    servers: tuple[str, ...] = ("server",)
-    rounds: int
-    between_s: tuple[float, float] = (2.0, 20.0)
-    comes_back: tuple[int, ...] = ()
-
-    def make_shim(self) -> None:
-        """Compile what kills processes at flushes."""
+    def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
+        super().__init__(material, folder, CONFIG.format(rounds=rounds), BOARDS, patience_s, mosquitto=True)
+        self.rounds = rounds
         self.shim = self.folder / "death.so"
         compiler = shutil.which("cc") or "cc"
         subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", self.shim, SHIM, "-ldl"], check=True)
@@ -107,14 +103,8 @@ class Mortal(Site):
     def live_all(self, life: Callable[[str], Life]) -> None:
         """Start all processes, with what `life` gives for each."""
         self.start("broker")
-        for who in (*self.servers, *self.devices):
+        for who in ("server", *self.devices):
             self.live(life(who))
-
-    def kill_neighbour(self, chance: random.Random) -> str:
-        """kill -9 of something that servers and boards work with, at any time; returns what it was, empty for
-        nothing."""
-        self.kill("broker")
-        return "broker"
 
     def command(self, name: str) -> list[str]:
         command = super().command(name)
@@ -141,8 +131,6 @@ class Mortal(Site):
     def file(self, who: str) -> str:
         """What kind of file a process was flushing when it died."""
         note = self.folder / f"{who}.death"
-        if not note.exists():
-            return "(any time)"
         path = Path(note.read_text())
         note.unlink()
         if path.is_dir():
@@ -152,23 +140,7 @@ class Mortal(Site):
         return "state" if path.parent.name in self.devices else path.parent.name.rstrip("0123456789abcdef") or "blob"
 
 
-class Doomed(Mortal):
-    """One server, one broker and two boards, all of them mortal.
-
-    Args:
-        material: What `write_material` wrote for `BOARDS`.
-        folder: The processes' own.
-        rounds: Rounds of the job.
-        patience_s: How long a job may go without a finished round.
-    """
-
-    def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
-        super().__init__(material, folder, CONFIG.format(rounds=rounds), BOARDS, patience_s, mosquitto=True)
-        self.rounds = rounds
-        self.make_shim()
-
-
-def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
+def run(site: Doomed, kills: int, seed: int = 0) -> Kills:
     """Run a job until so many processes have been killed, or it is over; then let it finish a round in peace.
 
     Args:
@@ -180,7 +152,7 @@ def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
         LedgerError: The job doesn't get on, or a process failed by itself.
     """
     chance, done, began = random.Random(seed), Kills(), time.monotonic()
-    next_at = dict.fromkeys((*site.servers, *site.devices), 0)
+    next_at = dict.fromkeys(("server", *site.devices), 0)
 
     def next_life(who: str) -> Life:
         if done.total >= kills:
@@ -199,14 +171,14 @@ def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
             if code == -signal.SIGKILL and life.at:
                 life.file = site.file(who)
                 done.lives.append(life)
-            elif code is not None and code != 0 and code not in site.comes_back:
+            elif code is not None and code != 0:
                 raise LedgerError(f"{who} ended by itself with {code}: {site.logs()}")
-            if code is not None and (code != 0 or who not in site.servers):
+            if code is not None and (code != 0 or who != "server"):
                 site.live(next_life(who))
         if done.total < kills and now > broker_at:
-            if killed := site.kill_neighbour(chance):
-                done.neighbours[killed] += 1
-            broker_at = now + chance.uniform(*site.between_s)
+            site.kill("broker")
+            done.brokers += 1
+            broker_at = now + chance.uniform(2.0, 20.0)
         if now - moved > 0.5 or site.processes["server"].poll() == 0:
             done.rounds = len(finished_rounds(site))
             moved, last, stuck = now, done.rounds, now - moved > site.patience_s and last == done.rounds
@@ -221,7 +193,7 @@ def run(site: Mortal, kills: int, seed: int = 0) -> Kills:
     return done
 
 
-def check(site: Mortal, calm: Mortal, rounds: int) -> dict[str, Any]:
+def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     """Compare what the server counted with what its boards say that they sent, and with a job that nobody disturbed.
 
     Args:
@@ -290,7 +262,7 @@ def _counted(site: Site) -> dict[tuple[int, str], str]:
     return closed
 
 
-def undisturbed(site: Mortal, rounds: int = 0) -> None:
+def undisturbed(site: Doomed, rounds: int = 0) -> None:
     """Run the job without any kill, to its end or until this many of its rounds are over."""
     site.live_all(lambda who: Life(who, 0, after=False))
     try:
@@ -302,7 +274,7 @@ def undisturbed(site: Mortal, rounds: int = 0) -> None:
         site.stop_all()
 
 
-def wait_for_rounds(site: Mortal, rounds: int) -> None:
+def wait_for_rounds(site: Doomed, rounds: int) -> None:
     """Wait until this many rounds are over. Raises `LedgerError` if none has ended for the site's patience."""
     seen, moved = 0, time.monotonic()
     while (found := len(finished_rounds(site))) < rounds:

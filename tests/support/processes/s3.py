@@ -156,14 +156,6 @@ class Ceph(S3):
         trusted = dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE"), str(self.authority))
         return self.environment | {"AWS_ENDPOINT_URL": self.secure_endpoint} | trusted
 
-    def restart_gateway(self) -> None:
-        """kill -9 of the gateway, and start it again."""
-        gateway = self._processes.pop()
-        gateway.kill()
-        gateway.wait()
-        self._daemon("radosgw", "-n", "client.rgw.a")
-        self._wait()
-
     def _run(self, program: str, *arguments: str) -> None:
         command = [program, "-c", str(self._settings), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=self._folder, check=False)

@@ -90,7 +90,7 @@ def test_a_board_that_comes_again_is_offered_its_round_once_more(returned: Retur
 def test_a_board_that_stayed_connected_is_only_asked_for_the_update_that_it_announced(
     shell: coordinator_shell.Shell,
 ) -> None:
-    """It was taken for gone, by the server or with the link of its aggregator, and its pull may have ended."""
+    """The server took it for gone, and its pull may have ended."""
     returned = Returned(shell, reconnects=False)
     assert pull_of(returned.first) in returned.answers
     assert not returned.offers

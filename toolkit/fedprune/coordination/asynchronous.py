@@ -60,7 +60,7 @@ class AsynchronousCoordinator(Coordinator):
             task.offered_at = None
             task.deadline = None if task.deadline is None else now + self.deadline_s
             if task.progress is Progress.EXTRACTING:
-                commands += self._extracts([name], now)
+                commands.append(self._extract(name, task))
             elif task.progress is Progress.PULLING and task.update is not None:
                 commands.append(do.PullUpdate(name, state.round_of(task), task.attempt, task.update))
         if state.phase is Phase.SCORING:
@@ -89,7 +89,7 @@ class AsynchronousCoordinator(Coordinator):
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
             return [] if event.more else self._open_if_able(now)
-        commands = self._make_here(event.device, before) or self._resume_part(event.device, before)
+        commands = self._resume_part(event.device, before)
         return commands if event.more else commands + self._offers(now)
 
     # A round begins.
@@ -154,11 +154,7 @@ class AsynchronousCoordinator(Coordinator):
             again = last is not None and state.round_of(last) == state.round
             attempt = last.attempt + 1 if last is not None and again else 1
             state.tasks[name] = self._new_task(device, attempt, basis=basis)
-        return self._extracts(idle, now)
-
-    @property
-    def _own_deadlines(self) -> bool:
-        return True
+        return self._extracts(idle)
 
     def _turn(self, name: str) -> float:
         """Number that orders a device in the queue for offers: the round of its last offer, and its lot among those of
@@ -171,8 +167,7 @@ class AsynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.offer, task.progress = event.offer, Progress.OFFERED
-        if task.offered_at is None:  # else it has moved, and what it was offered before is the same
-            self.privacy_budget.offered(event.device)
+        self.privacy_budget.offered(event.device)
         task.offered_at, task.deadline = now, now + self.deadline_s
         self.state.devices[event.device].last_offered_round = event.round
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]

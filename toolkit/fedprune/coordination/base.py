@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
-from operator import itemgetter
 from typing import Any
 
 from fedprune.coordination import commands as do
@@ -100,12 +99,9 @@ class Coordinator(ABC):
             case on.UpdateRejected():
                 return self._rejected(event, now)
             case on.OfferRefused():
-                task = (
-                    self._task(event, Progress.OFFERED)
-                    or self._task(event, Progress.EXTRACTING)
-                    or self._task(event, Progress.PULLING)  # it has lost its update, and can't make another
-                )
-                return self._give_up(task, event, now) + self._clocked(now)
+                # One whose update is being pulled has lost it, and can't make another.
+                task = self._task(event, Progress.OFFERED) or self._task(event, Progress.PULLING)
+                return self._give_up(task, event, now)
             case on.Folded():
                 return self._folded(event, now)
             case on.Closed():
@@ -121,10 +117,6 @@ class Coordinator(ABC):
                 return self._paused(event, now)
             case on.Resumed():
                 return self.resume(now)
-            case on.Reconnected():
-                return self._repeat(event)
-            case on.Disconnected():
-                return self._parted(event, now)
         raise TypeError(f"unknown event {type(event).__name__}")
 
     @abstractmethod
@@ -176,10 +168,6 @@ class Coordinator(ABC):
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         """An update is here: acknowledge it, so that the device lets go of it, and add it while sums are open."""
-
-    @abstractmethod
-    def _fold_again(self, name: str, task: Task) -> do.Fold:
-        """The command to add a stored update to the open sums, as `_stored` gave it."""
 
     @abstractmethod
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
@@ -254,8 +242,6 @@ class Coordinator(ABC):
         task = self.state.part(event.device, event.round, event.attempt)
         if task is None or not self.state.awaits(task):
             return None
-        if isinstance(event, on.Located) and event.region != self._place_of(event.device, task):
-            return None  # the device has moved since, and its part goes on where it is now
         return task if task.progress is progress else None
 
     def _admit(self, event: on.DeviceBorn) -> bool:
@@ -276,7 +262,6 @@ class Coordinator(ABC):
             event.probe,
             event.samples,
             codecs=codecs,
-            region=event.region,
             effective_classes=event.effective_classes,
         )
         if known is None:
@@ -300,92 +285,15 @@ class Coordinator(ABC):
             "it has spoilt sums of masked updates: each sum with it was false, and those of others were not"
         )
 
-    def _repeat(self, event: on.Reconnected) -> Commands:
-        """Send an aggregator again what it may have missed; boards and its own messages repeat the rest."""
-        commands: Commands = []
-        for name, task in self._parts_in(event.region):
-            if self.state.awaits(task) and _not_made(task):
-                task.progress = Progress.EXTRACTING
-                commands.append(self._extract(name, task))
-            elif self.state.awaits(task) and task.progress is Progress.PULLING and task.update is not None:
-                commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))
-            elif task.progress is Progress.STORED and self.state.phase is Phase.TRAINING:
-                commands.append(self._fold_again(name, task))
-        return commands
-
-    def _place_of(self, name: str, task: Task) -> str:
-        """The region where a part's update is stored or, before that, where its device is connected."""
-        return task.region if task.progress in (Progress.STORED, Progress.FOLDED) else self.region_of(name)
-
-    def _parts_in(self, region: str) -> list[tuple[str, Task]]:
-        """Parts whose update is stored in a region or below it or, before that, whose device is connected there."""
-        found = []
-        for name, task in self.state.tasks.items():
-            path = self._place_of(name, task)
-            if path == region or path.startswith(f"{region}/"):
-                found.append((name, task))
-        return sorted(found, key=itemgetter(0))
-
-    def _parted(self, event: on.Disconnected, now: float) -> Commands:
-        """Parts that a region would have to make count as offered, so that the round's deadline comes; they are made
-        when the region is back."""
-        refused = False
-        for _, task in self._parts_in(event.region):
-            if not self.state.awaits(task):
-                continue
-            if task.progress is Progress.EXTRACTING:
-                self._postpone(task, now)
-            elif event.given_up and task.progress is Progress.STORED:
-                task.refuse(event.given_up, FailureKind.LATE)
-                refused = True
-        return self._go_on(now) if refused else self._clocked(now)
-
-    def _extracts(self, names: Iterable[str], now: float) -> Commands:
-        """Commands for parts that begin; those of a region that is away wait for it."""
-        commands: Commands = []
-        for name in names:
-            task, device = self.state.tasks[name], self.state.devices[name]
-            if device.region and not device.online:
-                self._postpone(task, now)
-            else:
-                commands.append(self._extract(name, task))
-        return commands
-
-    def _postpone(self, task: Task, now: float) -> None:
-        task.progress, task.offered_at = Progress.OFFERED, None
-        task.deadline = now + self.deadline_s if self._own_deadlines else None
-
-    @property
-    @abstractmethod
-    def _own_deadlines(self) -> bool:
-        """Whether each part has a deadline of its own."""
-
-    def _clocked(self, now: float) -> Commands:
-        """React once all parts are made: start the deadline of a round that has one."""
-        return []
-
-    def _make_here(self, name: str, before: Device | None) -> Commands:
-        """What a device was offered is made in the region where it is now, if that isn't the one before, or wasn't
-        there."""
-        task = self.state.tasks.get(name)
-        if task is None or not self.state.awaits(task):
-            return []
-        under_way = task.progress in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
-        postponed = task.progress is Progress.OFFERED and task.offer is None
-        has_moved = before is None or self.state.devices[name].region != before.region
-        if not postponed and not (under_way and has_moved):
-            return []
-        if task.progress is Progress.OFFERED:
-            task.progress, task.offer = Progress.EXTRACTING, None
-        return [self._extract(name, task)]
+    def _extracts(self, names: Iterable[str]) -> Commands:
+        return [self._extract(name, self.state.tasks[name]) for name in names]
 
     def _resume_part(self, name: str, before: Device | None) -> Commands:
         """What a device that has come again needs for its part, before its update is here: the offer or a pull.
 
         On the same connection it still has what it announced: that is pulled once more, which changes nothing while it
-        is under way, as where only the link of its aggregator was away. On a new one it may have missed the offer or,
-        with its storage, have lost the update: then nobody else would tell it to train. A device that still has the
-        update answers with the same announcement.
+        is under way. On a new one it may have missed the offer or, with its storage, have lost the update: then nobody
+        else would tell it to train. A device that still has the update answers with the same announcement.
         """
         task = self.state.tasks.get(name)
         if task is None or not task.offer or task.progress not in (Progress.OFFERED, Progress.PULLING):
@@ -408,7 +316,7 @@ class Coordinator(ABC):
         task = self._task(event, Progress.PULLING)
         if task is None or event.weights != (task.update or {}).get("sha256"):  # another update has replaced that one
             return None
-        task.progress, task.weights, task.region = Progress.STORED, event.weights, event.region
+        task.progress, task.weights = Progress.STORED, event.weights
         task.seconds = None if task.offered_at is None else now - task.offered_at
         return task
 
@@ -443,10 +351,6 @@ class Coordinator(ABC):
             **more,
         )
 
-    def region_of(self, device: str) -> str:
-        known = self.state.devices.get(device)
-        return "" if known is None else known.region
-
     def _basis(self) -> do.Basis:
         state = self.state
         return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
@@ -475,7 +379,6 @@ class Coordinator(ABC):
             tuple(offer["widths"]),
             offer.get("ranking"),
             offer.get("codec"),
-            region=task.region,
         )
 
     def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
@@ -490,14 +393,13 @@ class Coordinator(ABC):
             sent = self._contribution(name, task, task.weight)
             ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
             base = sent.sent if sent.codec else None
-            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base, task.region)
+            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, task: Task, event: on.UpdateRejected | on.OfferRefused) -> None:
-        """A device's part came to nothing: by its own fault or, if it wasn't offered yet, by its aggregator's."""
+        """A device's part came to nothing."""
         device = self.state.devices[event.device]
-        if task.progress is not Progress.EXTRACTING:
-            device.failures += 1
+        device.failures += 1
         task.refuse(event.reason, event.kind)
         if device.failures >= MAX_FAILURES:
             device.excluded_by = task.kind
@@ -576,8 +478,3 @@ def steps_of(event: on.UpdateAnnounced | on.Trained, task: Task) -> int:
     """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
     recipe = Recipe.from_dict((task.offer or {})["recipe"])
     return max(1, min(event.steps, recipe.steps(task.samples)))
-
-
-def _not_made(task: Task) -> bool:
-    """Whether a part's submodel is still to be made, or waits for the region that makes it."""
-    return task.progress is Progress.EXTRACTING or (task.progress is Progress.OFFERED and task.offer is None)

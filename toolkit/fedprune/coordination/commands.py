@@ -22,7 +22,6 @@ class Past:
         mask: Digest of its element mask, or None.
         codec: What it is encoded in, or None.
         sent: Where it is encoded, digest of the weights that the device was sent.
-        region: The aggregator that has it; empty for the server itself.
     """
 
     round: int
@@ -32,7 +31,6 @@ class Past:
     mask: str | None = None
     codec: str | None = None
     sent: str | None = None
-    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Past:
@@ -226,7 +224,6 @@ class Contribution:
         codec: What the update is encoded in, or None.
         shares: By tensor the share of the update's change that counts, where that is less than all of it; the worker
             decides it when a round closes.
-        region: The aggregator that has it; empty for the server itself.
     """
 
     basis: Basis
@@ -240,7 +237,6 @@ class Contribution:
     ranking: str | None = None
     codec: str | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
-    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Contribution:
@@ -339,22 +335,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """Find how far stored updates moved, for a server that closes the round; answered by `Measured`."""
-
-    round: int
-    number: int
-    model: str
-    memory: dict[str, str]
-    contributions: tuple[Contribution, ...]
-
-
-@dataclass(frozen=True)
-class AddUp(Measure):
-    """Add up stored updates, for a server that closes the round; answered by `AddedUp`."""
-
-
-@dataclass(frozen=True)
 class Wake:
     """Send `Ticked` at this time (seconds on the shell's clock)."""
 
@@ -388,8 +368,6 @@ Command = (
     | SumMasked
     | Close
     | Evaluate
-    | Measure
-    | AddUp
     | Wake
     | Finish
     | TellFinished

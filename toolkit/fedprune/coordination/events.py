@@ -17,7 +17,6 @@ class DeviceBorn:
         profile: Its hardware profile, as JSON.
         probe: What it measured of itself, as JSON.
         codecs: Names of the codecs that it knows.
-        region: The aggregator through which it is connected; empty for the server itself.
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
         more: Whether events of further devices follow: a round doesn't begin before the last of them.
     """
@@ -29,7 +28,6 @@ class DeviceBorn:
     probe: dict[str, Any] | None = None
     codecs: tuple[str, ...] = ()
     more: bool = False
-    region: str = ""
     effective_classes: int | None = None
 
 
@@ -58,13 +56,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A device's submodel is stored; `offer` is all that its offer needs. With a `region`, that aggregator has it."""
+    """A device's submodel is stored; `offer` is all that its offer needs."""
 
     round: int
     device: str
     attempt: int
     offer: dict[str, Any]
-    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,43 +113,34 @@ class Unmasked:
 
 @dataclass(frozen=True)
 class UpdateStored:
-    """An announced update's weights are on the disk of the server or, with a `region`, of that aggregator."""
+    """An announced update's weights are on the server's disk."""
 
     device: str
     round: int
     attempt: int
     weights: str
-    region: str = ""
 
 
 @dataclass(frozen=True)
 class UpdateRejected:
-    """An update can't be received, or failed its checks, and must not count. `kind` is a `FailureKind`, `region` the
-    aggregator that reports it; empty for the server itself."""
+    """An update can't be received, or failed its checks, and must not count. `kind` is a `FailureKind`."""
 
     device: str
     round: int
     attempt: int
     reason: str
     kind: str = FailureKind.OTHER
-    region: str = ""
 
 
 @dataclass(frozen=True)
 class OfferRefused:
-    """A device can't carry out its offer, or its aggregator can't make it. `kind` is a `FailureKind`, `region` that
-    aggregator; empty for the server itself."""
+    """A device can't carry out its offer. `kind` is a `FailureKind`."""
 
     device: str
     round: int
     attempt: int
     reason: str
     kind: str = FailureKind.OTHER
-    region: str = ""
-
-
-Located = Extracted | UpdateStored | UpdateRejected | OfferRefused
-"""Events that count only from where the part is: another region's are of the time before its device moved."""
 
 
 @dataclass(frozen=True)
@@ -201,47 +189,6 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """How far updates moved: by device the lengths of `fedprune.coordination.limits`; `failed` can't be read, and
-    why."""
-
-    round: int
-    number: int
-    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class AddedUp:
-    """The sums of some updates are stored under `sums`; with `failed`, by device the reason, there are none."""
-
-    round: int
-    number: int
-    sums: str = ""
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Reconnected:
-    """The aggregator of a region is connected again, which may have missed what parts there need."""
-
-    region: str
-
-
-@dataclass(frozen=True)
-class Disconnected:
-    """The aggregator of a region is away: what parts there need can't be made until it is back.
-
-    Attributes:
-        region: Its path.
-        given_up: It is no longer waited for, and why: updates that it has and that aren't in the sums don't count.
-    """
-
-    region: str
-    given_up: str = ""
-
-
-@dataclass(frozen=True)
 class Ticked:
     """Time has passed."""
 
@@ -272,10 +219,6 @@ Event = (
     | Folded
     | Closed
     | Evaluated
-    | Measured
-    | AddedUp
-    | Reconnected
-    | Disconnected
     | Ticked
     | Paused
     | Resumed

@@ -330,20 +330,9 @@ class UpdateLimits:
         if self._times and update.key not in self._lengths:
             self._lengths[update.key] = lengths(known) if isinstance(known, Report) else known
 
-    @property
-    def compare(self) -> bool:
-        """Whether limits depend on how far updates moved."""
-        return bool(self._times)
-
     def keep(self, updates: Sequence[RoundUpdate]) -> None:
         """Forget other updates than these."""
         self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
-
-    def lengths(self, update: RoundUpdate) -> Lengths:
-        """How far an update moved; errors are those of reading it."""
-        if self._times and update.key not in self._lengths:
-            self.learn(update, update.read())
-        return self._lengths.get(update.key, {})
 
     def apply(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.fold import Fold
 from fedprune.aggregation.update_sums import PartialSums
-from fedprune.coordination.limits import Lengths, LimitedUpdates, RoundUpdate, UpdateLimits
+from fedprune.coordination.limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind, of_update
@@ -96,26 +96,6 @@ class Round:
             self.reset()
             raise
         self.included |= {u.device: u for u in updates}
-
-    def partial(self, updates: Sequence[RoundUpdate]) -> PartialSums | dict[str, Failure]:
-        """The sums of exactly these updates, for another process to merge; or, by device, why an update can't be
-        added. The round starts again. Raises `BundleError` if the strategy's sums can't be split."""
-        failed = self._include_exactly(updates)
-        try:
-            return failed or self.fold.partial()
-        finally:
-            self.reset()
-
-    def measured(self, updates: Sequence[RoundUpdate]) -> dict[str, Lengths | Failure]:
-        """How far each update moved, by device, or why it can't be read; others are forgotten."""
-        self._limits.keep(updates)
-        found: dict[str, Lengths | Failure] = {}
-        for update in updates:
-            try:
-                found[update.device] = self._limits.lengths(update)
-            except Exception as error:  # noqa: BLE001, PERF203 - what is wrong with one must cost this update only
-                found[update.device] = self._failure(update.device, error)
-        return found
 
     def limited(self, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Updates under the job's limits, as `close` applies them."""

@@ -57,10 +57,8 @@ class SynchronousCoordinator(Coordinator):
         super().__init__(job, architecture, state, frozen)
         self._stragglers = Stragglers(state)
         self._queue: WaitQueue | None = None
-        self._now = 0.0
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        self._now = now
         return super().handle(event, now) + self._look_again(now)
 
     def resume(self, now: float) -> Commands:
@@ -84,13 +82,12 @@ class SynchronousCoordinator(Coordinator):
                 task.offered_at = None  # on the clock of the shell that has ended
                 task.deadline = None if task.deadline is None else now + self.deadline_s
                 if task.progress is Progress.EXTRACTING:
-                    commands += self._extracts([name], now)
+                    commands.append(self._extract(name, task))
                 elif task.progress is Progress.PULLING and task.update is not None:
                     # The announcement will be repeated, too; pulling is resumed from what is on disk.
                     commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
                 elif task.progress in (Progress.STORED, Progress.FOLDED) and not self.job.secure_aggregation:
                     commands.append(self._fold(name, task, task.weight))
-            commands += self._start_clock(now)
             return commands + self._next_turns(self._tally()) + self._look_again(now)
         if state.phase is Phase.CLOSING:
             return [self._close()]
@@ -114,9 +111,7 @@ class SynchronousCoordinator(Coordinator):
         before = state.devices.get(event.device)
         if not self._admit(event):
             return []
-        commands = self._make_here(event.device, before)
-        if state.phase is Phase.TRAINING and not commands:
-            commands = self._resume_part(event.device, before)
+        commands = self._resume_part(event.device, before) if state.phase is Phase.TRAINING else []
         if state.phase is Phase.FINISHED:
             commands.append(do.TellFinished(event.device, state.model))
         return commands if event.more else commands + self._begin(now)
@@ -203,14 +198,7 @@ class SynchronousCoordinator(Coordinator):
                 task.progress = Progress.QUEUED
             self._queue = None
             return self._next_turns(self._tally())
-        return self._extracts(sorted(state.tasks), now) + self._start_clock(now)
-
-    @property
-    def _own_deadlines(self) -> bool:
-        return bool(self.job.in_flight)
-
-    def _clocked(self, now: float) -> Commands:
-        return self._start_clock(now) if self.state.phase is Phase.TRAINING else []
+        return self._extracts(sorted(state.tasks))
 
     def _next_turns(self, tally: Counter[Progress]) -> Commands:
         """Parts for those who waited, as many as may work at a time."""
@@ -223,7 +211,7 @@ class SynchronousCoordinator(Coordinator):
         names = self._queue.next(room)
         for name in names:
             tasks[name].progress = Progress.EXTRACTING
-        return self._extracts(names, self._now)
+        return self._extracts(names)
 
     def _tally(self) -> Counter[Progress]:
         """How many of the round's parts are how far."""
@@ -234,8 +222,7 @@ class SynchronousCoordinator(Coordinator):
         if task is None:
             return []
         task.offer = event.offer
-        if task.offered_at is None:  # else it has moved, and what it was offered before is the same
-            self.privacy_budget.offered(event.device)
+        self.privacy_budget.offered(event.device)
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
         return [do.SendOffer(event.device, event.round, event.attempt, task.offer), *self._start_clock(now)]
@@ -331,11 +318,8 @@ class SynchronousCoordinator(Coordinator):
             return []
         return [
             do.Acknowledge(event.device, event.round, event.attempt, event.weights),
-            self._fold_again(event.device, task),
+            self._fold(event.device, task, task.weight),
         ]
-
-    def _fold_again(self, name: str, task: Task) -> do.Fold:
-        return self._fold(name, task, task.weight)
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = (
@@ -352,7 +336,7 @@ class SynchronousCoordinator(Coordinator):
         if state.phase is not Phase.TRAINING:
             return []
         over = state.deadline is not None and now >= state.deadline
-        if not over and not self._own_deadlines:
+        if not over and not self.job.in_flight:
             return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
         late, number = self._stragglers.late(now, over=over), state.round
         for name, task in late:
@@ -366,7 +350,7 @@ class SynchronousCoordinator(Coordinator):
         """Ask for the next look at the devices, unless that was asked for."""
         state, until = self.state, now + self.deadline_s / LOOKS
         if (
-            not self._own_deadlines
+            not self.job.in_flight
             or state.phase is not Phase.TRAINING
             or any(now < at <= until for at in state.wake_times)
         ):

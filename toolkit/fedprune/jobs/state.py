@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -89,7 +88,6 @@ class Device(TrackedEntry):
             (`fedprune.coordination.commands.Held`).
         releases: Under differential privacy, how many releases contain its samples, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
-        region: The aggregator through which it is connected; empty for the server itself.
         effective_classes: How many classes its labels are worth (`fedprune.wire.messages.Birth`); None if unknown.
     """
 
@@ -114,7 +112,6 @@ class Device(TrackedEntry):
     codecs: list[str] = field(default_factory=list)
     held: dict[str, Any] | None = None
     releases: dict[str, int] = field(default_factory=lambda: _NOTHING)
-    region: str = ""
     effective_classes: int | None = None
 
     @classmethod
@@ -195,7 +192,6 @@ class Task(TrackedEntry):
         deadline: Its own deadline, if tasks have individual ones; for a refused task of an asynchronous job, when it
             may be offered again.
         in_summary: Asynchronous jobs: whether a finished round's summary includes it already.
-        region: The aggregator that has its update; empty for the server itself.
     """
 
     attempt: int
@@ -223,7 +219,6 @@ class Task(TrackedEntry):
     in_summary: bool = False
     accumulate: int = 1
     kind: str = ""
-    region: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Task:
@@ -489,7 +484,6 @@ def _sharing(device: Mapping[str, Any], shared: dict[str, Any]) -> Mapping[str, 
         **device,
         "profile": known if known == profile else profile,
         "codecs": shared.setdefault(f"codecs {codecs}", codecs),
-        "region": sys.intern(device.get("region", "")),
     }
 
 

@@ -47,10 +47,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server run --model model.onnx --evaluation test.npz --strategy fedprune --rounds 20",
         "fedprune-server run --config fleet.toml --state state --host 0.0.0.0 --console 8470",
     ),
-    "fedprune-server aggregate": (
-        "fedprune-server aggregate --parent wss://fleet.example:8885 --region north --state state",
-        "fedprune-server aggregate --config region.toml --state state",
-    ),
     "fedprune-server status": (
         "fedprune-server status --state state --rounds 3",
         "fedprune-server status --state state --json",

@@ -131,7 +131,7 @@ def insecure_allowed(host: str, setting: str = "") -> None:
         raise ConfigError(
             f"{setting or 'a broker'} without TLS and identity", expected="127.0.0.1, ::1 or localhost",
             got=repr(host)[:80],
-            hint="Leave --insecure out: a fleet has an identity from `fedprune-server init`, and an aggregator a copy."
+            hint="Leave --insecure out: a fleet has an identity from `fedprune-server init`."
             if setting
             else "Use mqtts://, with the certificates that `fedprune-server init` and joining give.",
         )  # fmt: skip
