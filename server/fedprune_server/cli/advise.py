@@ -11,8 +11,8 @@ from fedprune.core.text import quantity
 from fedprune.output.tables import progress
 from fedprune_server.cli.sweep_runs import carry_out_variants, failure_rows, output_folder, print_remarks
 
-# Four fifths of eight rounds leave a core two in which boards have grown, and one seed can't show what is noise.
-ADVISED_ROUNDS, ADVISED_SEEDS = 8, 2
+# Four fifths of ten rounds leave a core two in which boards have grown, and one seed can't show what is noise.
+ADVISED_ROUNDS, ADVISED_SEEDS = 10, 2
 
 
 def build_advise_parser() -> argparse.ArgumentParser:
@@ -87,6 +87,7 @@ def _advise(options: argparse.Namespace) -> int:
         )
         print("\n".join((advice.reason, *advice.doubts)))
         if advice.taken is not None:
+            print("\nPut these lines in place of the job's strategy, codecs and [job.options]:")
             print(f"\n{advice.taken.toml()}")
         print(f"\nReport: {page}")
     print_remarks(done, failed, out)

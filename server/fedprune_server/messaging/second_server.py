@@ -167,7 +167,7 @@ class SecondServerGuard:
         nonce = secrets.token_hex(16)
         with self._lock:
             self._nonces.append(nonce)
-        self._say(ServerQuery(self._instance, nonce, self._lease))
+        self._say(ServerQuery(self._instance, nonce, self._serves_since, self._lease))
 
     def _say(self, message: ServerQuery | ServerPresence) -> None:
         self._link.publish(self._topic, seal(self._key, self._topic, 0, 0, message.to_bytes()))
@@ -182,19 +182,32 @@ class SecondServerGuard:
         elif isinstance(message, ServerPresence) and message.instance != self._instance:
             self._give_way(message)
 
+    @property
+    def _serves_since(self) -> int:
+        """0 while this server begins; at its own broker a server has the word from the start."""
+        return self._since or (int(time.time()) if self._embedded else 0)
+
     def _answer(self, query: ServerQuery) -> None:
-        """Tell a server that asks that this one is there; while both ask, only the one with the smaller id does."""
-        asks = self._since is None or self._clock() < self._asked_at + _ANSWER_S
-        if asks and not self._embedded and query.instance < self._instance:
+        """Tell a server that asks that this one is there. One that begins leaves the word to one that serves; of two
+        that both begin, or that both come back, only the one with the smaller id answers."""
+        since = self._serves_since
+        if bool(since) == bool(query.since):
+            asks = not since or self._clock() < self._asked_at + _ANSWER_S
+            first = not asks or self._embedded or query.instance > self._instance
+        else:
+            first = bool(since)
+        if first:
+            place = (self._host, self._folder, since, self._lease)
+            self._say(ServerPresence(query.nonce, self._instance, *place))
+        else:
             self._ask()  # its answer shows that it lives: the question may be a repeated one
-            return
-        since = int(time.time()) if self._since is None else self._since
-        self._say(ServerPresence(query.nonce, self._instance, self._host, self._folder, since, self._lease))
 
     def _give_way(self, other: ServerPresence) -> None:
         with self._lock:
             if other.nonce not in self._nonces or self._shares(other.lease):
                 return
+            if self._since is not None and not other.since:
+                return  # it answered before this one served, and hears of it now
             self._others[other.instance] = other
             if self._since is None or self._successor is not None:
                 return
@@ -216,8 +229,10 @@ class SecondServerGuard:
 
 
 def described(server: ServerPresence) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(server.since))
-    return f"on {server.host}, state folder {server.folder}, since {since}"
+    since = "which begins now"
+    if server.since:
+        since = time.strftime("since %Y-%m-%d %H:%M:%S", time.localtime(server.since))
+    return f"on {server.host}, state folder {server.folder}, {since}"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import RoundNotes
 
-FORMAT = "fedprune.simulation/5"
+FORMAT = "fedprune.simulation/6"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 

@@ -153,6 +153,7 @@ def test_a_second_server_is_refused_and_the_first_goes_on(lab: Lab) -> None:
 
 def test_who_only_looks_finds_a_server_and_answers_none(lab: Lab) -> None:
     doctor, _ = lab.server("doctor", looks_only=True)
+    lab.hub.settle()
     first, _ = lab.serving("first")
     assert [Path(o.folder).name for o in lab.server("doctor", looks_only=True)[0].others()] == ["first"]
     assert not ended(first)
@@ -197,6 +198,18 @@ def test_one_that_was_cut_off_gives_way_to_the_one_that_serves(lab: Lab) -> None
         first.confirm()
     lab.hub.settle()
     assert not ended(second)
+
+
+@pytest.mark.parametrize("number", range(6))  # ids are random: each may be the smaller one
+def test_one_that_comes_back_while_another_begins_stays(lab: Lab, number: int) -> None:
+    first, end = lab.serving("first")
+    end.connected = False
+    second, _ = lab.server("second")
+    lab.hub.settle()
+    end.connect()
+    lab.hub.settle()
+    assert refused(second)
+    assert not ended(first)
 
 
 def test_one_that_was_cut_off_alone_goes_on(lab: Lab) -> None:

@@ -184,6 +184,6 @@ EXAMPLES: list[Message] = [
     ),
     CrashStored(7),
     Reconnect(50.0, 3600.0),
-    ServerQuery(DIGEST[:32], DIGEST[:32], None),
+    ServerQuery(DIGEST[:32], DIGEST[:32], 0, None),
     ServerPresence(DIGEST[:32], DIGEST[:32], "yard", "/var/lib/fedprune", 1_800_000_000, None),
 ]

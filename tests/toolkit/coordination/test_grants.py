@@ -311,6 +311,20 @@ def test_work_takes_about_as_long_as_the_whole_model_on_the_slowest_board() -> N
     assert [grant.work for grant in granted(state, 9).values()] == [1, 1, 1, 3]
 
 
+@pytest.mark.parametrize("samples", [(5, 500), (500, 5)])
+def test_work_does_not_depend_on_which_board_of_a_kind_comes_first(samples: tuple[int, int]) -> None:
+    def works(order: tuple[str, str]) -> dict[str, int]:
+        state = fleet({"a": 1.0, "c": 0.25, "d": 0.25}, untrained=False)
+        for device in state.devices.values():
+            device.profile = PI.to_dict()
+        for name, count in zip("cd", samples, strict=True):
+            state.devices[name].samples = count
+        grants = begun(Job(strategy="fedprune", rounds=10, recipe=MSE), state, 9)
+        return {name: grants.of(state.devices[name]).work for name in order}
+
+    assert works(("c", "d")) == works(("d", "c"))
+
+
 def test_boards_of_a_secure_sum_train_the_same() -> None:
     assert granted(fleet(FLEET), 1, secure_aggregation=True)["d"].work == 1
 

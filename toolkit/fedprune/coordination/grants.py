@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedprune.coordination.width_planner import forget_first, predict_round
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import ProfileError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share
@@ -64,7 +64,7 @@ class Grants:
         # Asynchronous jobs begin with few of their boards, which say little of the others.
         self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
         self._macs: dict[Widths, int] = {}
-        self._steps: dict[tuple[str, Widths], float] = {}
+        self._steps: dict[tuple[str, Widths], tuple[Mapping[str, Any], float]] = {}
         self._repeats: dict[tuple[Mapping[str, Any], Widths], float] = {}
 
     def begin_round(self) -> None:
@@ -151,7 +151,7 @@ class Grants:
         if len(kinds) < 2 or not self._fit_whole_steps(devices):
             return False
         (narrowest, _), (widest, _) = min(kinds), max(kinds)
-        if narrowest >= core.nearness * widest:
+        if core.nearness and narrowest >= core.nearness * widest - 1e-9:
             return True
         classes = self._architecture.classes
         shares = [(d.effective_classes or 0) / max(1, min(classes, d.samples)) for d in devices]
@@ -204,14 +204,18 @@ class Grants:
         there is no such profile. Boards' own measurements are left out: reading them all would take a large fleet
         longer than it gains."""
         key = (str(device.profile.get("name")), widths)
-        if key not in self._steps:
-            like_it = Device(session=0, online=True, profile=device.profile, probe=None, samples=device.samples)
+        profile, step_s = self._steps.get(key, (None, 0.0))
+        if profile != device.profile:
+            # A step of a whole batch, whatever samples the device has: boards of a kind are alike in any order.
+            samples = self._job.training.batch_size
+            like_it = Device(session=0, online=True, profile=device.profile, probe=None, samples=samples)
             try:
-                self._steps[key] = self._predicted(like_it, widths).step_s
-            except FedpruneError:
-                self._steps[key] = 0.0
+                step_s = self._predicted(like_it, widths).step_s
+            except ProfileError:
+                step_s = 0.0
+            self._steps[key] = (device.profile, step_s)
             forget_first(self._steps)
-        return self._steps[key] * self._job.training.steps(device.samples)
+        return step_s * self._job.training.steps(device.samples)
 
     def _predicted(self, device: Device, widths: Widths) -> Prediction:
         density = kept_share(self._architecture, widths)

@@ -15,7 +15,7 @@ from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.failure_kind import ABSENT, FailureKind
 from fedprune.jobs.packed_json import PackedJson
 
-FORMAT = "fedprune.state/2"
+FORMAT = "fedprune.state/3"
 
 PUT_AWAY = ("plan", "probe")
 """Attributes of a device that only its next connection or part needs: most of its size."""
@@ -395,6 +395,7 @@ class State:
         Updates trained in it no longer count, because the old ranking chose their channels.
         """
         self.ranking = self.order = self.closing = None
+        self.core_widths, self.core_density = [], 1.0  # of an architecture that is another now
         for device in self.devices.values():
             device.past = device.buffer = device.held = None
         if any(t.basis is not None for t in self.tasks.values()):

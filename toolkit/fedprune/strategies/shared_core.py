@@ -24,14 +24,14 @@ class SharedCore:
         evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
             whatever the labels are.
         nearness: The share of the widest board's density that the narrowest must have for a core whatever the labels
-            are.
+            are; 0 for none by widths.
     """
 
     board_share: float = bounded(0.75, 0, 1, above=True)
     until: float = bounded(0.8, 0, 1)
     work: int = bounded(4, 1, 100)
     evenness: float = bounded(0.0, 0, 1)
-    nearness: float = bounded(1.0, 0, 1)
+    nearness: float = bounded(0.0, 0, 1)
 
     def __post_init__(self) -> None:
         check_fields(self, "core: {}")

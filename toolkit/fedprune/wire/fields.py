@@ -199,12 +199,6 @@ def _check_metric_name(where: str, value: object) -> str:
     return validation.matching(where, value, _METRIC, "letters, digits and _.:/-", error=ProtocolError)
 
 
-def _check_true(where: str, value: object) -> bool:
-    if value is not True:
-        raise ProtocolError(where, expected="true", got=shown(value))
-    return True
-
-
 def _check_free_object(where: str, value: object) -> dict[str, Any]:
     return _free_items(where, validation.table(where, value, error=ProtocolError), MAX_DEPTH)
 
@@ -277,7 +271,6 @@ Count = Annotated[int, whole()]
 Round = Annotated[int, _defined("count", whole().check, "The round.")]
 Attempt = Annotated[int, _defined("count", whole().check, "The attempt.")]
 Real = Annotated[float, number()]
-TrueOrAbsent = Annotated[bool, FieldType(_check_true, {"const": True})]
 Blob = Annotated[BlobRef, _defined("blob", _check_blob)]
 MetricName = Annotated[str, FieldType(_check_metric_name, {"pattern": f"^{_METRIC.pattern}$"})]
 Metrics = Annotated[dict[MetricName, Real], Items(MAX_METRICS, "numbers")]

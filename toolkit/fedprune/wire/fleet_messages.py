@@ -225,13 +225,15 @@ class ServerQuery(CheckedMessage, kind="server-query"):
     """Random id of the querying process."""
     nonce: Random
     """Random; answers repeat it, so that older answers are ignored."""
+    since: Count
+    """As in `ServerPresence`."""
     lease: Random | None
     """As in `ServerPresence`."""
 
 
 @dataclass(frozen=True)
 class ServerPresence(CheckedMessage, kind="server-presence"):
-    """A server's answer to a `ServerQuery`: it serves this site."""
+    """A server's answer to a `ServerQuery`: it serves this site, or begins to."""
 
     nonce: Random
     """The query's."""
@@ -242,7 +244,7 @@ class ServerPresence(CheckedMessage, kind="server-presence"):
     folder: Annotated[str, text(4096)]
     """Its state folder."""
     since: Count
-    """When it began to serve, in seconds since 1970."""
+    """When it began to serve, in seconds since 1970; 0 while it only begins."""
     lease: Random | None
     """Id of the database whose lease it holds; null where that is a file of its own. Between two servers of one
     database the lease decides."""

@@ -299,12 +299,10 @@ def _keys(path: tuple[str, ...], tables: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's tables with changes. Another strategy doesn't get the options of the file's own."""
+    """A file's tables with changes. If these name a strategy, be it the same one, the file's options don't count."""
     job, other = body.get("job"), changes.get("job")
-    if isinstance(job, Mapping) and isinstance(other, Mapping):
-        strategy = job.get("strategy", Job().strategy)
-        if other.get("strategy", strategy) != strategy:
-            body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
+    if isinstance(job, Mapping) and isinstance(other, Mapping) and "strategy" in other:
+        body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
     return merged(body, changes)
 
 

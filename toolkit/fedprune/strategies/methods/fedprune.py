@@ -10,8 +10,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - ordered dropout, so that wide boards train the narrow models, too (FjORD, Horvath et al. 2021, Alg. 1), where boards
-  of several widths tell classes apart; elsewhere a core that the fleet shares before each board trains all that it can
-  hold (`fedprune.strategies.shared_core`), and neither where boards are alike;
+  whose widths differ much tell classes apart, and know few of them; elsewhere a core that the fleet shares before each
+  board trains all that it can hold (`fedprune.strategies.shared_core`), and neither where boards are alike;
 - filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
 - self-distillation on unlabelled samples of the server, if it has any: every width learns from the mean of all widths'
   outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al., NeurIPS 2020), as the
@@ -80,7 +80,7 @@ LEAST_CHANNELS = 4
 core alone: with ordered dropout, whose steps cut every group, it has not been tried."""
 
 WIDTHS = (0.25, 0.5, 0.75)
-"""Widths of ordered dropout where boards of several widths tell classes apart, of which each may see few."""
+"""Widths of ordered dropout where boards whose widths differ much tell classes apart, of which each sees few."""
 
 MIXUP = 0.2
 """α of mixup there."""
@@ -235,8 +235,8 @@ def fedprune(job: Job) -> Strategy:
 
 
 def _core(job: Job, options: Options) -> SharedCore:
-    """The core that the options ask for. By default boards that tell classes apart have one where their labels are
-    even, unless the job itself says how ordered dropout or mixup shall be."""
+    """The core that the options ask for. By default boards that tell classes apart have one where their widths are
+    near each other or their labels even, unless the job itself says how ordered dropout or mixup shall be."""
     share = options.core
     if share is None and not _adjusts(job.recipe):
         share = CORE
