@@ -163,7 +163,8 @@ def test_a_part_of_more_work_trains_the_recipes_epochs_as_often(model: Model, tm
     once, thrice = (w.execute(do.Extract(basis, replace(part("a", widths), work=n))) for n in (1, 3))
     assert isinstance(once, on.Extracted)
     assert isinstance(thrice, on.Extracted)
-    assert thrice.offer["recipe"]["epochs"] == 3 * once.offer["recipe"]["epochs"] == 3 * RECIPE.epochs
+    epochs = [Recipe.from_dict(found.offer["recipe"]).epochs for found in (once, thrice)]
+    assert epochs == [RECIPE.epochs, 3 * RECIPE.epochs]
 
 
 def test_a_job_notes_whether_it_begins_with_a_model_that_was_just_made(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("fedprune", {}),
+        ("fedprune", {"core": 0}),  # with a core steps are of another width than plans think
         ("subflot", {"planned": True}),
         ("heterofl", {"planned": True}),
         ("history", {"mu": 1.0}),

@@ -222,14 +222,15 @@ def test_results_of_files_that_were_edited_since_are_not_shown(fleet: Path, what
         carry_out(simulate_run, read_sweep(fleet / "sweep.toml"), out)
 
 
-def test_another_strategy_has_none_of_the_files_options(tmp_path: Path) -> None:
+def test_changes_that_name_a_strategy_have_none_of_the_files_options(tmp_path: Path) -> None:
     config = tmp_path / "fleet.toml"
     config.write_text(
         CONFIG.replace('name = "yard"', 'name = "yard"\nstrategy = "fedprune"\noptions = { dropout = [] }')
     )
     assert read_tables(config, {"job": {"strategy": "local"}}).config.job.options == {}
-    kept = read_tables(config, {"job": {"strategy": "fedprune", "options": {"mixup": 0.0}}}).config.job
-    assert kept.options == {"dropout": [], "mixup": 0.0}
+    changes = {"options": {"mixup": 0.0}}
+    assert read_tables(config, {"job": {"strategy": "fedprune", **changes}}).config.job.options == {"mixup": 0.0}
+    assert read_tables(config, {"job": changes}).config.job.options == {"dropout": [], "mixup": 0.0}
     with pytest.raises(ConfigError, match="'local' has no option 'dropout'"):
         read_tables(config, {"job": {"strategy": "local", "options": {"dropout": []}}})
 
