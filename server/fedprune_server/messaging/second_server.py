@@ -35,6 +35,9 @@ _CONNECT_S = 10.0
 _ANSWER_S = 1.0
 """Time that other servers have to answer, once this one has heard its own question."""
 
+ASK_INTERVAL_S = 60.0
+"""How often a server that serves asks: two that don't know of each other do harm with every round."""
+
 _HEARD_PER_S = 20.0
 """Limit of messages that are read: each costs a signature check, and servers send few."""
 
@@ -159,9 +162,14 @@ class SecondServerGuard:
                     self._hear(item[1])
                 except ProtocolError as error:
                     log.debug("%s: %s", self._topic, error)
-            elif isinstance(item, ConnectionUp) and not self._embedded:
+            elif not self._embedded and (isinstance(item, ConnectionUp) or self._has_to_ask_again()):
                 self._asked_at = self._clock()
                 self._ask()
+
+    def _has_to_ask_again(self) -> bool:
+        """Whether it is time to ask while this server serves: where it was suspended when another one began, or brokers
+        were parted without a connection that ended, both would serve and not know of it."""
+        return self._since is not None and self._clock() >= self._asked_at + ASK_INTERVAL_S
 
     def _ask(self) -> None:
         nonce = secrets.token_hex(16)

@@ -17,7 +17,7 @@ from fedprune.wire.messages import parse
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_server.messaging import second_server
-from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard, ServerInstance
+from fedprune_server.messaging.second_server import ASK_INTERVAL_S, OtherServerError, SecondServerGuard, ServerInstance
 from support.waiting import until
 
 TOPIC = Topics("lab").servers()
@@ -210,6 +210,19 @@ def test_one_that_comes_back_while_another_begins_stays(lab: Lab, number: int) -
     lab.hub.settle()
     assert refused(second)
     assert not ended(first)
+
+
+def test_two_that_were_parted_without_losing_a_connection_find_each_other(lab: Lab) -> None:
+    _, end = lab.serving("first")
+    end.connected = False
+    lab.serving("second")
+    end.connected = True  # as after a bridge between two brokers has come back
+    lab.hub.settle()
+    assert not any(map(ended, lab.made))
+    lab.now += ASK_INTERVAL_S
+    until(lambda: any(map(ended, lab.made)))
+    lab.hub.settle()
+    assert sorted(map(ended, lab.made)) == [False, True]
 
 
 def test_one_that_was_cut_off_alone_goes_on(lab: Lab) -> None:
