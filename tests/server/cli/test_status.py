@@ -240,7 +240,7 @@ def test_an_alert_whose_cause_has_gone_is_not_shown_while_it_stays_open(
     stopped_state: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     view = Fleet(tmp_path_factory.mktemp("fleet"), toy.JOB).daemon().first.view
-    full = Alert("disk", "warning", 1.0, "no place is left", "why", "do", job=toy.JOB.name, delay_s=60.0)
+    full = Alert("quarantine", "warning", 1.0, "no place is left", "why", "do", job=toy.JOB.name, delay_s=60.0)
     with folder_lock(stopped_state):
         monitor = Monitor(stopped_state, {}, [(view, stopped_state)], here=lambda: 3, book=AlertBook([full]))
         monitor.start()
