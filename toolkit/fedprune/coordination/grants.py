@@ -61,6 +61,7 @@ class Grants:
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, state: State) -> None:
         self._job, self._strategy, self._architecture, self._state = job, strategy, architecture, state
         self._core = strategy.core
+        self._recipe = job.training  # made anew whenever a job is asked, and needed for every device of a round
         # Asynchronous jobs begin with few of their boards, which say little of the others.
         self._sees_fleet = strategy.schedule is None or not strategy.schedule.asynchronous
         self._macs: dict[Widths, int] = {}
@@ -138,7 +139,7 @@ class Grants:
         alike = len(trained) == 1 and self._sees_fleet
         state.mixed = not (alike and self._fit_whole_steps(devices))
         if self._has_core:
-            state.longest_s = self._longest()
+            state.longest_s = self._longest(devices)
 
     def _suits_core(self, core: SharedCore) -> bool:
         """Whether a core is better than ordered dropout for boards that tell classes apart: where they are nearly as
@@ -163,10 +164,11 @@ class Grants:
 
     def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
         """The lesser of what a device can hold and the core."""
-        least = tuple(map(min, widths, self.core)) if self.core else widths
+        core = self.core
+        least = tuple(map(min, widths, core)) if core else widths
         if least == widths:
             return widths, density
-        return least, self._state.core_density if least == self.core else kept_share(self._architecture, least)
+        return least, self._state.core_density if least == core else kept_share(self._architecture, least)
 
     def _work(self, device: Device, widths: Widths) -> int:
         # What boards are to train is part of what those of a secure sum agree on.
@@ -174,7 +176,7 @@ class Grants:
             return 1
         whole_steps = WHOLE_STEPS if self._core.evenness else 1.0
         wanted = round(WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths))
-        most = min(self._core.work, wanted, MOST_EPOCHS // self._job.training.epochs)
+        most = min(self._core.work, wanted, MOST_EPOCHS // self._recipe.epochs)
         if most <= 1:
             return 1
         seconds, longest = self._seconds(device, widths), self._state.longest_s
@@ -194,10 +196,10 @@ class Grants:
             forget_first(self._repeats)
         return self._repeats[key]
 
-    def _longest(self) -> float:
+    def _longest(self, devices: Iterable[Device]) -> float:
         """How long the whole model would take the slowest board, in seconds: a round of FedAvg. Small nets' steps take
         as long at any width, and as many of them as of large ones would make rounds longer than that."""
-        return max((self._seconds(d, self._architecture.sizes) for d in self._devices), default=0.0)
+        return max((self._seconds(d, self._architecture.sizes) for d in devices), default=0.0)
 
     def _seconds(self, device: Device, widths: Widths) -> float:
         """Time of the recipe's training at these widths on a board of the device's kind, as its profile has it; 0 where
@@ -207,15 +209,16 @@ class Grants:
         profile, step_s = self._steps.get(key, (None, 0.0))
         if profile != device.profile:
             # A step of a whole batch, whatever samples the device has: boards of a kind are alike in any order.
-            samples = self._job.training.batch_size
-            like_it = Device(session=0, online=True, profile=device.profile, probe=None, samples=samples)
+            like_it = Device(
+                session=0, online=True, profile=device.profile, probe=None, samples=self._recipe.batch_size
+            )
             try:
                 step_s = self._predicted(like_it, widths).step_s
             except ProfileError:
                 step_s = 0.0
             self._steps[key] = (device.profile, step_s)
             forget_first(self._steps)
-        return step_s * self._job.training.steps(device.samples)
+        return step_s * self._recipe.steps(device.samples)
 
     def _predicted(self, device: Device, widths: Widths) -> Prediction:
         density = kept_share(self._architecture, widths)
