@@ -5,6 +5,7 @@ Not here: writing models back out (`bundles.conversion`).
 
 from fedprune_export.importing.comparison import compare_models, drawn_tensors
 from fedprune_export.importing.load import (
+    ImportChoices,
     check_input,
     import_onnx,
     is_called,
@@ -18,6 +19,7 @@ from fedprune_export.importing.torch_export import export_torch
 
 __all__ = [
     "PARAMETERS_KEY",
+    "ImportChoices",
     "check_input",
     "compare_models",
     "drawn_tensors",

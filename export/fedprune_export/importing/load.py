@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -45,34 +45,25 @@ from fedprune_export.pruning.frozen_base import check_precision
 from fedprune_export.pruning.frozen_base import chosen as chosen_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
 
-__all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
+__all__ = [
+    "PARAMETERS_KEY",
+    "ImportChoices",
+    "check_input",
+    "export_torch",
+    "import_onnx",
+    "load",
+    "read_source",
+    "torch_module",
+]
 
 Prefer = Literal["coarse", "fine"]
 
 
-def load(
-    source: str | Path | object,
-    *,
-    name: str | None = None,
-    input_shape: Sequence[int | str] | None = None,
-    token_ids: bool = False,
-    output: str | None = None,
-    parameters: Sequence[str] | None = None,
-    prefer: Prefer | None = None,
-    loss: object = None,
-    metric: object = None,
-    lora: Lora | str | None = None,
-    base: str | None = None,
-) -> Model:
-    """Import a model.
+@dataclass(frozen=True, kw_only=True)
+class ImportChoices:
+    """What a user may choose when a model is imported; all of it that shapes the graph travels in the model's file.
 
-    Raises `ModelError` if there is no such model, it is damaged, or it uses what can't be handled; `MissingExtraError`
-    if torch or timm is needed and not installed.
-
-    Args:
-        source: An ONNX file; a folder in the Hugging Face hub's layout; a torch module; `package.module:factory` of
-            one; or `timm:NAME`.
-        name: The architecture's name; by default that of the file, factory, network or module's class.
+    Attributes:
         input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
             be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
             free axis.
@@ -91,19 +82,47 @@ def load(
         base: The precision in which frozen weights are stored, sent and loaded: "float16", or "int8" with a scale per
             output channel; by default they are tensors like all others.
     """
+
+    input_shape: Sequence[int | str] | None = None
+    token_ids: bool = False
+    output: str | None = None
+    parameters: Sequence[str] | None = None
+    prefer: Prefer | None = None
+    loss: object = None
+    metric: object = None
+    lora: Lora | str | None = None
+    base: str | None = None
+
+
+NO_CHOICES = ImportChoices()
+
+
+def load(source: str | Path | object, *, name: str | None = None, **choices: Any) -> Model:
+    """Import a model.
+
+    Raises `ModelError` if there is no such model, it is damaged, or it uses what can't be handled; `MissingExtraError`
+    if torch or timm is needed and not installed.
+
+    Args:
+        source: An ONNX file; a folder in the Hugging Face hub's layout; a torch module; `package.module:factory` of
+            one; or `timm:NAME`.
+        name: The architecture's name; by default that of the file, factory, network or module's class.
+        choices: Fields of `ImportChoices`, such as `input_shape=(3, 32, 32)` or `lora="8"`.
+    """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
+    chosen = ImportChoices(**choices)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
-        raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
-        return import_onnx(with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name)
+        raw = export_torch(source, input_shape=chosen.input_shape, token_ids=chosen.token_ids, name=name)
+        return import_onnx(raw, name, chosen)
     text = str(source)
     default = _name_of(text)
-    raw = _read(source, input_shape, token_ids)
+    raw = _read(source, chosen)
     try:
-        model = import_onnx(with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name or default)
+        model = import_onnx(raw, name or default, chosen)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
-    check_input(text, model, input_shape)
+    check_input(text, model, chosen.input_shape)
     if _is_folder(source):
         return replace(model, class_names=class_names(Path(source), model.architecture.classes))
     return model
@@ -126,31 +145,19 @@ def check_input(source: str, model: Model, input_shape: Sequence[int | str] | No
         )
 
 
-def read_source(
-    source: str | Path,
-    *,
-    input_shape: Sequence[int | str] | None = None,
-    token_ids: bool = False,
-    output: str | None = None,
-    parameters: Sequence[str] | None = None,
-    prefer: Prefer | None = None,
-    loss: object = None,
-    metric: object = None,
-    lora: Lora | str | None = None,
-    base: str | None = None,
-) -> bytes:
-    """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
+def read_source(source: str | Path, choices: ImportChoices = NO_CHOICES) -> bytes:
+    """A model as the bytes of one ONNX file, which `import_onnx` takes; choices are written into it.
 
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora, base)
+    return with_choices(_read(source, choices), choices)
 
 
-def _read(source: str | Path, input_shape: Sequence[int | str] | None, token_ids: bool) -> bytes:
+def _read(source: str | Path, choices: ImportChoices) -> bytes:
     text = str(source)
     network = timm_name(text)
-    shape: Shape | None = None if input_shape is None else read_shape(input_shape)
+    shape: Shape | None = None if choices.input_shape is None else read_shape(choices.input_shape)
     if network or text.startswith(PREFIX):
         sizes = None if shape is None else [size for size in shape if isinstance(size, int)]
         if shape is not None and free_axis(shape) is not None:
@@ -158,7 +165,7 @@ def _read(source: str | Path, input_shape: Sequence[int | str] | None, token_ids
         module, found = timm_model(network, sizes)
         return export_torch(module, input_shape=found, name=text)
     if _is_factory(text):
-        return export_torch(factory_product(text), input_shape=shape, token_ids=token_ids, name=text)
+        return export_torch(factory_product(text), input_shape=shape, token_ids=choices.token_ids, name=text)
     raw = read_hub_folder(Path(source)) if _is_folder(source) else read_model_file(Path(source))
     if shape is None or free_axis(shape) is None:
         return raw
@@ -178,19 +185,11 @@ def _is_folder(source: str | Path) -> bool:
     return is_there(Path(source)) and Path(source).is_dir()
 
 
-def with_choices(
-    raw: bytes,
-    output: str | None = None,
-    parameters: Sequence[str] | None = None,
-    prefer: Prefer | None = None,
-    loss: object = None,
-    metric: object = None,
-    lora: Lora | str | None = None,
-    base: str | None = None,
-) -> bytes:
-    """A model's file with a user's choices in it, as for `load`. Raises `ModelError` if they don't fit the model."""
-    if not (output is parameters is prefer is None):
-        raw = _edited(raw, lambda proto: _choose(proto, output, parameters, prefer))
+def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
+    """A model's file with a user's choices in it. Raises `ModelError` if they don't fit the model."""
+    loss, metric, lora, base = choices.loss, choices.metric, choices.lora, choices.base
+    if not (choices.output is choices.parameters is choices.prefer is None):
+        raw = _edited(raw, lambda proto: _choose(proto, choices))
     if loss is not None or metric is not None:
         model = _imported(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
@@ -234,21 +233,14 @@ def torch_module(source: str) -> Any:
     return made[0] if isinstance(made, tuple) else made
 
 
-def import_onnx(
-    raw: bytes,
-    name: str,
-    *,
-    output: str | None = None,
-    parameters: Sequence[str] | None = None,
-    prefer: Prefer | None = None,
-) -> Model:
+def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> Model:
     """Import an ONNX model from memory, as `load` does; the same bytes and name always give the same architecture.
 
     Models below opset 13 are raised by onnx, which may name values another way in another version: then the same
     architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
     handled.
     """
-    return _imported(with_choices(raw, output, parameters, prefer), name)
+    return _imported(with_choices(raw, choices), name)
 
 
 def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
@@ -351,19 +343,17 @@ def _preferred(text: str) -> Prefer:
     raise ModelError("which channels to prefer", expected="coarse or fine", got=shown(text))
 
 
-def _choose(
-    proto: onnx.ModelProto, output: str | None, parameters: Sequence[str] | None, prefer: Prefer | None
-) -> None:
-    """Write choices into a model."""
-    if output is not None:
-        _choose_output(proto, output)
-    if parameters is not None:
+def _choose(proto: onnx.ModelProto, choices: ImportChoices) -> None:
+    """Write into a model which output, parameters and channels were chosen."""
+    if choices.output is not None:
+        _choose_output(proto, choices.output)
+    if choices.parameters is not None:
         held = _tensors(proto)
-        listed = texts("parameters", parameters, error=ModelError)
+        listed = texts("parameters", choices.parameters, error=ModelError)
         checked = metadata.checked(listed, held, "the list of parameters")
         metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})
-    if prefer is not None:
-        metadata.write(proto, {metadata.PREFER_KEY: prefer})
+    if choices.prefer is not None:
+        metadata.write(proto, {metadata.PREFER_KEY: choices.prefer})
 
 
 def _choose_output(proto: onnx.ModelProto, output: str) -> None:

@@ -21,7 +21,7 @@ from fedprune.core.errors import ConfigError, MissingExtraError, ModelError
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as profile_names
 from fedprune.strategies.user_strategies import own_code
-from fedprune_export.importing import compare_models, drawn_tensors, is_called, read_source, with_choices
+from fedprune_export.importing import ImportChoices, compare_models, drawn_tensors, is_called, read_source, with_choices
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.executor.evaluator import Evaluation
 
@@ -46,14 +46,10 @@ def read_model(config: ServerConfig) -> bytes:
     if is_called(source):
         log.info("reading the model %s: torch exports it, which may take minutes", source)
     try:
-        return read_source(
-            source,
-            input_shape=config.input_shape,
-            loss=config.loss,
-            metric=config.metric,
-            lora=config.lora,
-            base=config.base,
+        choices = ImportChoices(
+            input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora, base=config.base
         )
+        return read_source(source, choices)
     except ModelError as error:
         if "--input-shape" not in error.hint:
             raise
@@ -114,7 +110,7 @@ def _read_again(config: ServerConfig, raw: bytes) -> bytes | None:
     if config.model is None:
         if config.loss is config.metric is config.base is None:
             return None
-        return with_choices(raw, loss=config.loss, metric=config.metric, base=config.base)
+        return with_choices(raw, ImportChoices(loss=config.loss, metric=config.metric, base=config.base))
     try:
         return read_model(config)
     except (MissingExtraError, ModelError) as error:

@@ -22,7 +22,7 @@ from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.cli.main import main
-from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.importing import ImportChoices, import_onnx, read_source
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph
 from support.nets.small_nets import Reader
@@ -169,8 +169,8 @@ def test_a_recipe_trains_more_than_adapters() -> None:
 
 def test_a_file_with_adapters_is_read_again(tmp_path: Path) -> None:
     onnx.save(onnx.load_from_string(fx.load(net()).graph.to_bytes()), tmp_path / "net.onnx")
-    raw = read_source(tmp_path / "net.onnx", lora="4:q.weight,v.*")
-    assert raw == read_source(tmp_path / "net.onnx", lora=fx.Lora(4, ("q.weight", "v.*")))
+    raw = read_source(tmp_path / "net.onnx", ImportChoices(lora="4:q.weight,v.*"))
+    assert raw == read_source(tmp_path / "net.onnx", ImportChoices(lora=fx.Lora(4, ("q.weight", "v.*"))))
     model = import_onnx(raw, "net")
     assert model.architecture.sizes == (4, 4)
     again = import_onnx(model.graph.to_bytes(), "net")

@@ -10,7 +10,7 @@ import pytest
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import distance, outputs
@@ -116,6 +116,6 @@ def test_what_only_resembles_probabilities_is_trained() -> None:
 
 
 def test_the_value_before_a_sigmoid_can_be_the_output() -> None:
-    model = import_onnx(raw(REFUSED["sigmoid"][0]), "net", output="l")
+    model = import_onnx(raw(REFUSED["sigmoid"][0]), "net", ImportChoices(output="l"))
     assert [n.op for n in model.graph.nodes] == ["MatMul"]
     training_graph(model, Features(loss="bce"))

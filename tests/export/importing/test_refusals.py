@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import distance, outputs
@@ -93,7 +93,7 @@ def test_an_output_of_whole_numbers_or_truths_is_named(op: str) -> None:
     kind = np.bool_ if op == "Greater" else np.int64
     file = raw(build, {"w": random(6, 4)}, out=("N", 1 if op == "ArgMax" else 4), kind=kind)
     refused(file, op, "--output l ")
-    training_graph(import_onnx(file, "net", output="l"), Features())
+    training_graph(import_onnx(file, "net", ImportChoices(output="l")), Features())
 
 
 FIXED: dict[str, tuple[Callable[[Graph], str], tuple[int, ...]]] = {
@@ -203,4 +203,7 @@ def test_some_weights_in_constant_nodes_are_named_and_can_be_listed() -> None:
     model = import_onnx(proto.SerializeToString(), "net")
     assert set(model.tensors) == {"v"}
     assert any(": w." in note for note in model.notes)
-    assert set(import_onnx(proto.SerializeToString(), "net", parameters=["w", "v"]).tensors) == {"w", "v"}
+    assert set(import_onnx(proto.SerializeToString(), "net", ImportChoices(parameters=["w", "v"])).tensors) == {
+        "w",
+        "v",
+    }

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedprune.core.errors import MissingExtraError, ModelError
 from fedprune.runtime.session import Session
-from fedprune_export.importing import export_torch, import_onnx, load, read_source
+from fedprune_export.importing import ImportChoices, export_torch, import_onnx, load, read_source
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write
 from fedprune_export.importing.timm_models import timm_name
 from fedprune_export.ir.graph import Graph, Port
@@ -115,8 +115,8 @@ def _two_outputs() -> bytes:
 def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
     (tmp_path / "two.onnx").write_bytes(_two_outputs())
     chosen = [
-        import_onnx(_two_outputs(), "two", output="scores"),
-        import_onnx(read_source(tmp_path / "two.onnx", output="scores"), "two"),
+        import_onnx(_two_outputs(), "two", ImportChoices(output="scores")),
+        import_onnx(read_source(tmp_path / "two.onnx", ImportChoices(output="scores")), "two"),
         load(tmp_path / "two.onnx", output="scores"),
     ]
     assert [m.architecture.classes for m in chosen] == [2, 2, 2]
@@ -127,13 +127,13 @@ def test_several_outputs_without_a_choice_or_with_another_one_are_listed() -> No
     with pytest.raises(ModelError, match=r"got 1 and 2 \(features, scores\).*output"):
         import_onnx(_two_outputs(), "two")
     with pytest.raises(ModelError, match="no such output: expected features, scores, got 'logits'"):
-        import_onnx(_two_outputs(), "two", output="logits")
+        import_onnx(_two_outputs(), "two", ImportChoices(output="logits"))
 
 
 @pytest.mark.parametrize("choice", [{"prefer": 3}, {"output": ["logits"]}])
 def test_choices_that_no_file_can_hold_are_errors_of_the_model(choice: dict[str, Any]) -> None:
     with pytest.raises(ModelError):
-        import_onnx(_two_outputs(), "two", **choice)
+        import_onnx(_two_outputs(), "two", ImportChoices(**choice))
 
 
 def test_parameters_can_be_listed(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_parameters_can_be_listed(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(graph.to_bytes())
     assert set(load(tmp_path / "net.onnx").tensors) == {"a", "b"}
     assert set(load(tmp_path / "net.onnx", parameters=["b"]).tensors) == {"b"}
-    assert set(import_onnx(read_source(tmp_path / "net.onnx", parameters=["b"]), "net").tensors) == {"b"}
+    assert set(import_onnx(read_source(tmp_path / "net.onnx", ImportChoices(parameters=["b"])), "net").tensors) == {"b"}
     with pytest.raises(ModelError, match="the list of parameters names a tensor that isn't there: got 'c'"):
         load(tmp_path / "net.onnx", parameters=["c"])
 

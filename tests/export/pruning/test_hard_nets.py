@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedprune.model.architecture import Segment
-from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.importing import ImportChoices, export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from support.marks import marked
 from support.nets import hard_nets
@@ -48,7 +48,7 @@ def exported(name: str) -> bytes:
 
 @cache
 def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
-    return import_onnx(exported(name), name, prefer=prefer)
+    return import_onnx(exported(name), name, ImportChoices(prefer=prefer))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,7 @@ from fedprune.core.errors import ConfigError, DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.importing import export_torch, import_onnx, read_source
+from fedprune_export.importing import ImportChoices, export_torch, import_onnx, read_source
 from fedprune_export.importing.user_graphs import read_loss
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import outputs
@@ -186,7 +186,7 @@ def test_a_model_keeps_its_loss_in_its_file(net: Pixels, tmp_path: Path, monkeyp
     (tmp_path / "error.onnx").write_bytes(read_loss(LOSSES["focal"], (K, SIDE, SIDE)))
     monkeypatch.syspath_prepend(tmp_path)
     for source, operator in (("losses_of_this_test:error", "Abs"), (str(tmp_path / "error.onnx"), "Softplus")):
-        model = import_onnx(read_source(tmp_path / "net.onnx", loss=source), "net")
+        model = import_onnx(read_source(tmp_path / "net.onnx", ImportChoices(loss=source)), "net")
         assert model.loss is not None
         assert operator in {n.op for n in model.loss.graph.nodes}
         again = import_onnx(model.graph.to_bytes(), "net")

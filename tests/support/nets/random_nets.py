@@ -7,7 +7,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import ImportChoices, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 
@@ -163,7 +163,7 @@ def mixing_nets(draw: st.DrawFn) -> Model:
     graph.outputs = [Port(out, F32, ("N", 3))]
     prefer = draw(st.sampled_from(["coarse", "fine"]))
     try:
-        return import_onnx(graph.to_bytes(opset=21), "mixing", prefer=prefer)
+        return import_onnx(graph.to_bytes(opset=21), "mixing", ImportChoices(prefer=prefer))
     except ModelError as error:
         assume("computes something else" not in str(error))  # norms of next to nothing: any rounding shows
         raise

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fedprune_export as fx
-from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.importing import ImportChoices, export_torch, import_onnx
 from fedprune_export.importing.packing import INPUTS_KEY, pieces
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
@@ -228,7 +228,7 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
 def _imported(name: str, prefer: Literal["coarse", "fine"]) -> Model:
     if MODELS[name].values:
         return fx.load(MODELS[name].make(), name=name, prefer=prefer, loss=squared)
-    return import_onnx(exported(name), name, prefer=prefer)
+    return import_onnx(exported(name), name, ImportChoices(prefer=prefer))
 
 
 def squared(*given: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find
 from fedprune_device.data.dataset import LocalData
-from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.importing import ImportChoices, import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import ServerConfig
@@ -171,14 +171,11 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         if config.model is None:
             raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
         with named(f"{path}: [model] path"):
-            raw = read_source(
-                config.model,
-                input_shape=config.input_shape,
-                loss=config.loss,
-                metric=config.metric,
-                lora=config.lora,
+            choices = ImportChoices(
+                input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora,
                 base=config.base,
-            )
+            )  # fmt: skip
+            raw = read_source(config.model, choices)
             model = import_onnx(raw, Path(config.model).stem)
     fits = partial(check_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
     devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
