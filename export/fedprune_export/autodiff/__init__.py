@@ -1,24 +1,8 @@
-"""Reverse-mode differentiation over ONNX graphs: the tape, and one gradient rule per operator.
+"""Reverse-mode differentiation over ONNX graphs: the tape, and what the rules of several operators need.
 
-Not here: losses and optimisers (`training`). Importing the package registers all rules.
+Not here: the rules of operators (`operators`), losses and optimisers (`training`).
 """
 
-from fedprune_export.autodiff.rules import (  # noqa: F401 (they register)
-    arithmetic,
-    convolutions,
-    dropout,
-    elementwise,
-    indexing,
-    layer_norms,
-    norms,
-    pooling,
-    products,
-    recurrent,
-    reductions,
-    resampling,
-    sampling,
-    shapes,
-)
 from fedprune_export.autodiff.tape import RULES, Tape
 
 __all__ = ["RULES", "Tape"]

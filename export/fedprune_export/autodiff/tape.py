@@ -26,7 +26,19 @@ from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.trace import sample_sizes
 from fedprune_export.pruning.model import Model
 
-__all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe", "port", "rule", "sample_shape"]
+__all__ = [
+    "BATCH",
+    "RULES",
+    "Dim",
+    "Pull",
+    "Rule",
+    "Shape",
+    "Tape",
+    "describe",
+    "gradient_rule",
+    "port",
+    "sample_shape",
+]
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +49,7 @@ Rule = Callable[["Tape", Node], "Pull | None"]
 
 RULES: dict[str, Rule] = {}  # rules by operator
 
-rule = registrar(RULES, "gradient")  # register a rule for operators
+gradient_rule = registrar(RULES, "gradient")  # register a rule for operators
 
 
 _FINITE_SLOPES = frozenset(

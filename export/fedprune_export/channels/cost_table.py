@@ -13,28 +13,11 @@ from fedprune.model.architecture import Activation, Axis, Layer, Volume
 from fedprune.model.step_contract import LOGITS, X
 from fedprune_export.ir.dropout import is_dropout, mask_axes
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import ELEMENTWISE, REARRANGEMENTS, VIEWS
+from fedprune_export.ir.operators import BOTH, ELEMENTWISE, GRADIENT_READS, INPUT, OUTPUT, REARRANGEMENTS, VIEWS
 from fedprune_export.ir.trace import Trace
 
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
 """Per value its axes at full width; None for an axis that follows the batch."""
-
-READS_INPUT = frozenset(
-    {
-        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"),
-        *("BatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"),
-        *("InstanceNormalization", "Mul", "Div", "Pow", "Clip", "Abs", "Log", "Erf", "Gelu", "Mish", "Softplus"),
-        *("HardSigmoid", "HardSwish", "PRelu", "MaxPool", "LpPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"),
-        *("ReduceProd", "ReduceL2", "Max", "Min"),
-    }
-)
-READS_OUTPUT = frozenset(
-    {
-        *("Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal"),
-        *("Softmax", "LogSoftmax", "MaxPool"),
-    }
-)
-"""Operators whose gradients need what they read, or what they made."""
 
 _UNCOUNTED = VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout", "Range"}
 """Operators that take no time worth a row."""
@@ -176,11 +159,11 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
     dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
     kept: set[str] = set()
     for node in graph.nodes:
-        unknown = bool(node.domain)
-        if node.op in READS_INPUT or unknown:
+        read = BOTH if node.domain else GRADIENT_READS.get(node.op)
+        if read in (INPUT, BOTH):
             reads = node.inputs[:1] if node.op in ("Clip", "BatchNormalization") else node.inputs
             kept.update(home(i) for i in reads if i)
-        if node.op in READS_OUTPUT or unknown:
+        if read in (OUTPUT, BOTH):
             kept.update(home(o) for o in node.outputs if o)
     for name in (X, *(o for n in graph.nodes for o in n.outputs if o)):
         axes = values[name]

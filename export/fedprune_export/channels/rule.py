@@ -1,8 +1,7 @@
 """How each operator carries and ties atoms: one small function per operator.
 
 A rule reads the atoms of a node's inputs, ties what must be cut together, and says the atoms of the outputs. To support
-an operator, write its rule in the module of its family (and, if it has arguments that depend on widths, one in
-`rewrites`).
+an operator, write its rule in its file in `operators`.
 
 Operators whose channels can be cut in more than one way are *choices*, of which only one fits a rectangular tensor. An
 axis of heads × dims loses whole heads, or the same dims of every head; a grouped convolution whole groups, or the same
@@ -27,6 +26,9 @@ from fedprune_export.ir.trace import Trace
 Prefer = Literal["coarse", "fine"]  # which option comes first: whole heads and groups, or positions within all of them
 
 Option = TypeVar("Option", bound=Hashable)
+
+GROUPS, POSITIONS = "groups", "positions"
+"""The channels that a grouped operator can lose: whole groups, or the same positions of every group."""
 
 _LIVES = 2
 
@@ -230,7 +232,7 @@ class Channels:
 Rule = Callable[[Channels, Node], None]
 RULES: dict[str, Rule] = {}  # rules by operator
 
-rule = registrar(RULES, "channel")  # register a rule for operators
+channel_rule = registrar(RULES, "channel")  # register a rule for operators
 
 
 def walk(channels: Channels) -> list[str]:

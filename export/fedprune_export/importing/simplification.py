@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 
 from fedprune.core.errors import ModelError
-from fedprune_export.channels.reshapes import common_factors, extents
+from fedprune_export.channels.factors import common_factors, extents
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
 from fedprune_export.ir.shape_arithmetic import SOURCES

@@ -22,6 +22,15 @@ REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Fla
 VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 """Operators whose output is the input's memory."""
 
+INPUT, OUTPUT, BOTH = "input", "output", "both"
+GRADIENT_READS: dict[str, str] = {}
+"""Per operator which of its arrays its gradient reads, so that a step keeps them; none where it isn't listed."""
+
+
+def gradient_reads(what: str, *operators: str) -> None:
+    """Register what the gradients of these operators read: `INPUT`, `OUTPUT` or `BOTH`."""
+    GRADIENT_READS.update(dict.fromkeys(operators, what))
+
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 

@@ -13,9 +13,9 @@ import numpy as np
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model import step_contract
 from fedprune.model.recipe import DISTILL, MULTI, Features, labels_of, terms
-from fedprune_export.autodiff.rules.reductions import elements_of
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape, port
 from fedprune_export.ir.graph import Graph
+from fedprune_export.operators.reductions import elements_of
 from fedprune_export.pruning.model import Model
 
 

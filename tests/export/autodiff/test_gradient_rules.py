@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import RULES, rule
+from fedprune_export.autodiff.tape import RULES, gradient_rule
 from support.oracles.differentiation import Dims, Oracle, Rows, check, differentiated, floats, ints, node, normal
 
 pytestmark = pytest.mark.torch
@@ -569,5 +569,5 @@ def test_what_has_no_gradient_is_refused_by_name(op: str, shapes: dict[str, Dims
 def test_an_operator_has_one_rule() -> None:
     before = RULES["Relu"]
     with pytest.raises(ModelError, match=r"Relu has two gradient rules"):
-        rule("Relu")(lambda tape, node: None)
+        gradient_rule("Relu")(lambda tape, node: None)
     assert RULES["Relu"] is before

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.runtime.session import Session
-from fedprune_export.autodiff import conv_geometry
+from fedprune_export.autodiff import conv_geometry, dense_convolution, depthwise_convolution
 from fedprune_export.autodiff.conv_geometry import Window
-from fedprune_export.autodiff.rules import dense, depthwise
-from fedprune_export.autodiff.rules.dense import Formulation
+from fedprune_export.autodiff.dense_convolution import Formulation
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -177,7 +176,7 @@ def test_every_formulation_of_a_convolution(weight_gradient: Any, case: dict[str
         chosen = Formulation(input_gradient, weight_gradient)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(conv_geometry, "SMALL_MAP", 0)
-            patch.setattr(dense, "formulation", lambda *_, chosen=chosen: chosen)
+            patch.setattr(dense_convolution, "formulation", lambda *_, chosen=chosen: chosen)
             check_convolution(case)
 
 
@@ -195,9 +194,9 @@ def test_convolution_of_a_small_map(case: dict[str, Any]) -> None:
 def test_depthwise_convolution_of_any_width(lines: tuple[int, int], case: dict[str, Any]) -> None:
     channels = case["inputs"] + 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depthwise, "_TINY_MAP", lines[0])
-        patch.setattr(depthwise, "_WHOLE_LINE", lines[1])
-        patch.setattr(depthwise, "_BLOCK", 4)
+        patch.setattr(depthwise_convolution, "_TINY_MAP", lines[0])
+        patch.setattr(depthwise_convolution, "_WHOLE_LINE", lines[1])
+        patch.setattr(depthwise_convolution, "_BLOCK", 4)
         check_convolution({**case, "inputs": channels, "outputs": channels}, channels, "c", "c", 1)
 
 
@@ -252,8 +251,8 @@ def test_layers_of_common_shapes_keep_their_formulations() -> None:
         out = (size + 2 * pad - k) // stride + 1
         return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
 
-    assert dense.formulation(square(32, 3, 1), 16) == Formulation("flipped", "taps")
-    assert dense.formulation(square(6, 3, 1), 64) == Formulation("flipped", "columns")
-    assert dense.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
-    assert dense.formulation(square(14, 5, 2), 32) == Formulation("transposed", "taps")
-    assert dense.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"
+    assert dense_convolution.formulation(square(32, 3, 1), 16) == Formulation("flipped", "taps")
+    assert dense_convolution.formulation(square(6, 3, 1), 64) == Formulation("flipped", "columns")
+    assert dense_convolution.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
+    assert dense_convolution.formulation(square(14, 5, 2), 32) == Formulation("transposed", "taps")
+    assert dense_convolution.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"

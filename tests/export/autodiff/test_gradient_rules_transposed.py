@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import Session
-from fedprune_export.autodiff.rules import depthwise
+from fedprune_export.autodiff import depthwise_convolution
 from fedprune_export.ir.graph import Graph, Port
 from support.oracles.differentiation import Symbols, check, differentiated, node, normal
 
@@ -100,9 +100,9 @@ def test_transposed_convolution(case: dict[str, Any], inputs: int, outputs: int)
 @given(case=cases(), channels=st.integers(2, 5))
 def test_depthwise_transposed_convolution(lines: tuple[int, int], case: dict[str, Any], channels: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depthwise, "_TINY_MAP", lines[0])
-        patch.setattr(depthwise, "_WHOLE_LINE", lines[1])
-        patch.setattr(depthwise, "_BLOCK", 4)
+        patch.setattr(depthwise_convolution, "_TINY_MAP", lines[0])
+        patch.setattr(depthwise_convolution, "_WHOLE_LINE", lines[1])
+        patch.setattr(depthwise_convolution, "_BLOCK", 4)
         check_transposed(case, channels, drawn(case, channels, 1, channels), ("c", 1, "c"))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_export.channels.atoms import ANCHORED, Atoms, still
-from fedprune_export.channels.reshapes import assignments, factored, runs
+from fedprune_export.channels.factors import assignments, factored, runs
 
 
 @settings(deadline=None)

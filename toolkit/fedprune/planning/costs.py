@@ -332,10 +332,10 @@ def layer_macs(
 def unrolled_elements(layer: Layer, channels: int, kernel: Sequence[int]) -> int:
     """Elements of the lines that the outputs of a depthwise or grouped convolution read, for one sample.
 
-    A training graph multiplies these lines by matrices (`fedprune_export.autodiff.rules.depthwise`) and keeps them for
-    the gradient of the kernel. Lines up to `_WHOLE_LINE` are whole; longer ones are cut into blocks, and a block of
-    outputs reads all blocks that its window touches. Rows of the cost table have areas, so that maps are taken as
-    square. `channels` are those of the input, `kernel` the sizes of the window.
+    A training graph multiplies these lines by matrices (`fedprune_export.autodiff.depthwise_convolution`) and keeps
+    them for the gradient of the kernel. Lines up to `_WHOLE_LINE` are whole; longer ones are cut into blocks, and a
+    block of outputs reads all blocks that its window touches. Rows of the cost table have areas, so that maps are
+    taken as square. `channels` are those of the input, `kernel` the sizes of the window.
     """
     areas = layer.reads.positions, layer.positions, layer.stride
     size, made, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)

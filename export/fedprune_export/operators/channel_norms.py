@@ -1,12 +1,13 @@
-"""Gradient rules of batch normalisation: in training mode, and by frozen statistics.
+"""Norms with statistics per channel or per group of channels: batch, instance and group normalisation.
 
-Group and instance normalisation have one number per sample and group, or per sample and channel. Those are written as
-a batch normalisation of a single sample with as many channels: onnxruntime's operator does in one pass over memory what
-a product and a sum do in two.
+Group and instance normalisation have one number per sample and group, or per sample and channel. Their training forms
+are written as a batch normalisation of a single sample with as many channels: onnxruntime's operator does in one pass
+over memory what a product and a sum do in two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -15,12 +16,194 @@ import numpy as np
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.planning.probe_report import CPU
-from fedprune_export.autodiff.rules.reductions import count_of, divided, summed
-from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, port, rule
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule, port
+from fedprune_export.channels.atoms import AtomRow
+from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.operators.reductions import count_of, divided, summed
+from fedprune_export.pruning.masked_reference import Mask, Masks, mask_rule
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+gradient_reads(INPUT, "BatchNormalization", "GroupNormalization", "InstanceNormalization")
 
 
-@rule("BatchNormalization")
+def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:
+    """Tie a norm's vectors to the axes of its input; a constant with equal entries fits any width (`rewrites` shortens
+    it)."""
+    held = False
+    for i in indices:
+        if not channels.has(node, i) or channels.uniform(node.inputs[i]):
+            continue
+        own = channels.of(node, i)
+        for row, along in zip(own[::-1], rows[::-1], strict=False):
+            if row.size == along.size:
+                held = held or (channels.constant(node.inputs[i]) and bool(along.any()))
+                channels.atoms.tie(row, along)
+    if held:
+        channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
+
+
+@channel_rule("BatchNormalization")
+def batch_norm_channels(channels: Channels, node: Node) -> None:
+    """Scale, shift, mean and variance along the channels; each channel keeps its own statistics."""
+    x = channels.of(node, 0)
+    tie_vectors(channels, node, (1, 2), x[1:2])
+    held = False
+    for i in (3, 4):
+        held = held or (channels.constant(node.inputs[i]) and bool(x[1].any()))
+        channels.atoms.tie(channels.of(node, i)[0], x[1])
+    if held:
+        channels.notes.append(f"{node.op} {node.name} has constant statistics: its channels stay.")
+    channels.out(node, x)
+    for i in range(1, len(node.outputs)):
+        channels.out(node, [x[1]], i)
+
+
+@channel_rule("InstanceNormalization")
+def instance_norm_channels(channels: Channels, node: Node) -> None:
+    """Scale and shift along the channels; each channel is normalised over its own positions."""
+    x = channels.of(node, 0)
+    tie_vectors(channels, node, (1, 2), x[1:2])
+    channels.out(node, x)
+
+
+@channel_rule("GroupNormalization")
+def group_norm_channels(channels: Channels, node: Node) -> None:
+    """Whole norm groups are cut, or the same positions of every group; places, over which it averages, too, stay."""
+    x = channels.of(node, 0)
+    if any(r.any() for r in x[2:]):
+        channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+    channels.fix(x[2:])
+    row = x[1]
+    groups = int(node.attrs["num_groups"])
+    blocks = row.reshape(groups, -1)
+    options = ([GROUPS] if groups > 1 else []) + ([POSITIONS] if blocks.shape[1] > 1 else [])
+    if row.any():
+        option = channels.choices.pick(node.outputs[0], options) if len(options) > 1 else options[0]
+        if option == GROUPS:
+            channels.atoms.tie(blocks, blocks[:, :1])
+            row = np.repeat(blocks[:, 0], blocks.shape[1])
+        elif option == POSITIONS:
+            channels.atoms.tie(blocks, blocks[:1])
+            row = np.tile(blocks[0], groups)
+        else:
+            channels.atoms.fix(row)
+            row = np.zeros_like(row)
+        if len(options) > 1 and option is not None:
+            channels.choices.watch(node.outputs[0], option, [row])
+    tie_vectors(channels, node, (1, 2), [row])
+    channels.out(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
+
+
+@rewrite("BatchNormalization", "InstanceNormalization")
+def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """A constant that scales or shifts all channels alike is as long as there are channels left."""
+    over_last = node.op in ("LayerNormalization", "RMSNormalization")
+    for i in (1, 2):
+        constant = graph.initializers.get(node.inputs[i]) if len(node.inputs) > i else None
+        if constant is None:
+            continue
+        first = len(sizes.before(node.inputs[0])) - constant.ndim if over_last else 1
+        shape = [
+            after if n == before and after is not None else n
+            for n, before, after in zip(
+                constant.shape, sizes.before(node.inputs[0])[first:], sizes.after(node.inputs[0])[first:], strict=False
+            )
+        ]
+        if shape != list(constant.shape):
+            node.inputs[i] = graph.constant(np.full(shape, constant.reshape(-1)[0]), constant.dtype)
+
+
+@rewrite("GroupNormalization")
+def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """As many norm groups as something is left of; what is left of each is equally much."""
+    shorten_vectors(graph, node, sizes)
+    if sizes.changed(node.inputs[0], 1):
+        channels = sizes.before(node.inputs[0])[1] or 0
+        kept = sizes.kept(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
+        found, counts = np.unique(kept, return_counts=True)
+        if np.any(counts != counts[0]):
+            raise ModelError(f"{node.op} {node.name}: norm groups of unequal size are left", got=counts.tolist())
+        node.attrs["num_groups"] = int(found.size)
+
+
+@mask_rule("InstanceNormalization")
+def mask_instance_norm(masks: Masks, node: Node) -> bool:
+    rank = masks.rank(node.inputs[0])
+    axes = range(2, rank)
+    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None})
+
+
+def mask_norm(masks: Masks, node: Node, axes: Sequence[int], found: dict[int, Mask]) -> bool:
+    """A norm over axes some of whose indices are lost, written out.
+
+    Returns whether it was: False where nothing is lost.
+    """
+    if not found:
+        return False
+    graph, rank = masks.graph, masks.rank(node.inputs[0])
+    x, mask = node.inputs[0], ""
+    for axis, kept in found.items():
+        own = masks.spread(kept, axis, rank)
+        mask = graph.emit("Mul", mask, own) if mask else own
+    count = graph.scalar(math.prod(float(found[a].sum()) if a in found else masks.length(x, a) for a in axes))
+
+    def mean(value: str) -> str:
+        total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), graph.ints(*axes), attrs={"keepdims": 1})
+        return graph.emit("Div", total, count)
+
+    y = x if node.op == "RMSNormalization" else graph.emit("Sub", x, mean(x))
+    spread = graph.emit("Add", mean(graph.emit("Mul", y, y)), graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
+    y = graph.emit("Div", y, graph.emit("Sqrt", spread))
+    vectors = [name for name in node.inputs[1:] if name]
+    if node.op == "InstanceNormalization":
+        vectors = [_column(graph, name, rank) for name in vectors]
+    _write_affine(graph, node, y, vectors)
+    return True
+
+
+def _column(graph: Graph, vector: str, rank: int) -> str:
+    """A vector along the second of `rank` axes."""
+    return graph.emit("Reshape", vector, graph.ints(1, -1, *[1] * (rank - 2)))
+
+
+def _write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> None:
+    """Scale and shift, under the node's own name."""
+    for op, vector in zip(("Mul", "Add"), vectors, strict=False):
+        y = graph.emit(op, y, vector)
+    graph.emit("Identity", y, out=node.outputs[0])
+
+
+@mask_rule("GroupNormalization")
+def mask_group_norm(masks: Masks, node: Node) -> bool:
+    """Statistics of every norm group over its kept channels; those of a group that is lost as a whole don't matter."""
+    graph, x = masks.graph, node.inputs[0]
+    kept = masks.of(x, 1)
+    if kept is None:
+        return False
+    groups, rank = int(node.attrs["num_groups"]), masks.rank(x)
+    shape = graph.emit("Shape", x)
+    inside = kept.reshape(groups, -1)
+    rows = graph.emit("Reshape", x, graph.ints(0, groups, inside.shape[1], *([-1] if rank > 2 else [])))
+    tail = [1] * (rank > 2)
+    mask = graph.constant(inside.reshape(1, *inside.shape, *tail), np.float32)
+    places = math.prod(masks.length(x, a) for a in range(2, rank))
+    count = graph.constant(np.maximum(inside.sum(1), 1).reshape(1, -1, 1, *tail) * places, np.float32)
+    axes = graph.ints(*[2, 3][: 1 + len(tail)])
+
+    def mean(value: str) -> str:
+        total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), axes, attrs={"keepdims": 1})
+        return graph.emit("Div", total, count)
+
+    y = graph.emit("Sub", rows, mean(rows))
+    spread = graph.emit("Add", mean(graph.emit("Mul", y, y)), graph.scalar(float(node.attrs.get("epsilon", 1e-5))))
+    y = graph.emit("Reshape", graph.emit("Div", y, graph.emit("Sqrt", spread)), shape)
+    _write_affine(graph, node, y, [_column(graph, name, rank) for name in node.inputs[1:] if name])
+    return True
+
+
+@gradient_rule("BatchNormalization")
 def batch_norm(tape: Tape, node: Node) -> Pull:
     """Normalise by the batch; the running statistics become outputs, with torch's unbiased variance.
 
@@ -221,7 +404,7 @@ def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
     return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))
 
 
-@rule("GroupNormalization", "InstanceNormalization")
+@gradient_rule("GroupNormalization", "InstanceNormalization")
 def group_norm(tape: Tape, node: Node) -> Pull:
     """Normalised over positions and the channels of a group, whether groups or channels in them are cut.
 

@@ -1,4 +1,4 @@
-"""Gradient rules of convolutions and transposed convolutions.
+"""Convolutions and transposed convolutions.
 
 One is the other's pull-back, so both need the same three maps, in other roles.
 """
@@ -8,14 +8,116 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import numpy as np
+
 from fedprune.core.errors import ModelError
 from fedprune.planning.probe_report import CUDA
 from fedprune_export.autodiff import conv_geometry
 from fedprune_export.autodiff.conv_geometry import Window, window
-from fedprune_export.autodiff.rules.dense import ON_CUDA, Dense, formulation
-from fedprune_export.autodiff.rules.depthwise import Depthwise
-from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, rule
-from fedprune_export.ir.graph import Node
+from fedprune_export.autodiff.dense_convolution import ON_CUDA, Dense, formulation
+from fedprune_export.autodiff.depthwise_convolution import Depthwise
+from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+gradient_reads(INPUT, "Conv", "ConvTranspose")
+
+
+@channel_rule("Conv")
+def conv_channels(channels: Channels, node: Node) -> None:
+    """Plain, depthwise (channels tied one to one, or one to several), or grouped."""
+    x, weight = channels.of(node, 0)[1], channels.of(node, 1)
+    groups = int(node.attrs.get("group", 1))
+    if groups == 1:
+        channels.atoms.tie(weight[1], x)
+        produced = weight[0]
+    else:
+        produced = _grouped(channels, node, x, weight[0], weight[1], groups)
+    _produce(channels, node, produced)
+
+
+@channel_rule("ConvTranspose")
+def conv_transpose_channels(channels: Channels, node: Node) -> None:
+    """Its weight has the input's channels first, then the outputs of one group."""
+    x, weight = channels.of(node, 0)[1], channels.of(node, 1)
+    groups = int(node.attrs.get("group", 1))
+    channels.atoms.tie(weight[0], x)
+    produced = weight[1] if groups == 1 else _grouped(channels, node, weight[0], None, weight[1], groups)
+    _produce(channels, node, produced)
+
+
+def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
+    """Tie the bias, fix the kernel's places and those that it moves over, set the output."""
+    x = channels.of(node, 0)
+    if channels.has(node, 2):
+        channels.atoms.tie(channels.of(node, 2)[0], produced)
+    if any(row.any() for row in x[2:]):
+        channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+    channels.fix([*x[2:], *channels.of(node, 1)[2:]])
+    channels.out(node, [x[0], produced, *(still(n) for n in channels.shape(node.outputs[0])[2:])])
+
+
+def _grouped(
+    channels: Channels, node: Node, taken: AtomRow, made: AtomRow | None, inside: AtomRow, groups: int
+) -> AtomRow:
+    """Tie what a grouped convolution can only lose together.
+
+    Args:
+        made: Output channels of all groups, where the weight has an axis of them (Conv).
+        inside: The weight's axis of one group's channels: inputs (Conv) or outputs (ConvTranspose).
+
+    Returns:
+        The output's channels.
+    """
+    blocks = taken.reshape(groups, -1)
+    outputs = made.reshape(groups, -1) if made is not None else np.tile(inside, (groups, 1))
+    options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
+    # Positions of a group of one channel read would keep all channels that are read.
+    option = channels.choices.pick(node.outputs[0], options, ranked=blocks.shape[1] == 1)
+    if option == GROUPS:
+        whole = blocks[:, :1]
+        channels.atoms.tie(blocks, whole)
+        channels.atoms.fix(inside)
+        if made is not None:
+            channels.atoms.tie(outputs, whole)
+        produced = np.repeat(whole[:, 0], outputs.shape[1])
+        kept = [whole[:, 0]]
+    elif option == POSITIONS:
+        channels.atoms.tie(blocks, blocks[:1])
+        if made is not None:
+            channels.atoms.tie(inside, blocks[0])
+            channels.atoms.tie(outputs, outputs[:1])
+        produced = np.tile(outputs[0], groups)
+        kept = [blocks[0], outputs[0]]
+    else:
+        channels.fix([taken, inside, outputs.reshape(-1)])
+        return still(outputs.size)
+    if len(options) > 1:
+        channels.choices.watch(node.outputs[0], option, kept)
+    return produced
+
+
+@rewrite("Conv")
+def conv_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """As many groups as the channels that are read fill."""
+    if int(node.attrs.get("group", 1)) > 1:
+        node.attrs["group"] = (sizes.after(node.inputs[0])[1] or 0) // (sizes.after(node.inputs[1])[1] or 1)
+
+
+@rewrite("ConvTranspose")
+def conv_transpose_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """As many groups as make the channels that come out."""
+    if int(node.attrs.get("group", 1)) > 1:
+        node.attrs["group"] = (sizes.after(node.outputs[0])[1] or 0) // (sizes.after(node.inputs[1])[1] or 1)
+
+
+@mask_rule("Conv", "ConvTranspose")
+def mask_contracted(masks: Masks, node: Node) -> None:
+    masks.apply(node, 0, [1])
 
 
 class Convolution(Protocol):
@@ -48,7 +150,7 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     return conv_geometry.Columns(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
 
 
-@rule("Conv")
+@gradient_rule("Conv")
 def conv(tape: Tape, node: Node) -> Pull:
     """y = x ∗ w + b in one or more dimensions, in any number of groups.
 
@@ -73,7 +175,7 @@ def conv(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("ConvTranspose")
+@gradient_rule("ConvTranspose")
 def conv_transpose(tape: Tape, node: Node) -> Pull:
     """The pull-back of a convolution as a layer: its own pull-back is that convolution.
 

@@ -1,4 +1,4 @@
-"""The gradient rule of Dropout."""
+"""Dropout, whose masks are inputs of the training graph."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 
 from fedprune.core.errors import ModelError
 from fedprune.model.step_contract import DROPOUT, dropout_mask
-from fedprune_export.autodiff.tape import Pull, Tape, describe, port, rule
+from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule, port
 from fedprune_export.ir.dropout import mask_axes, ratio_of
 from fedprune_export.ir.graph import Node
 
 
-@rule("Dropout")
+@gradient_rule("Dropout")
 def dropout(tape: Tape, node: Node) -> Pull:
     """y = x · mask, an input of the graph that holds 0 or 1 / (1 − ratio); dx = dy · mask."""
     name, graph = node.inputs[0], tape.graph

@@ -1,4 +1,4 @@
-"""Gradient rules of poolings."""
+"""Pooling."""
 
 from __future__ import annotations
 
@@ -8,9 +8,28 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs, window
-from fedprune_export.autodiff.rules.elementwise import where_positive
-from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, rule
+from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import still
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import BOTH, INPUT, gradient_reads
+from fedprune_export.operators.elementwise import where_positive
+
+gradient_reads(INPUT, "LpPool", "GlobalMaxPool")
+gradient_reads(BOTH, "MaxPool")
+
+
+@channel_rule("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool")
+def pooling_channels(channels: Channels, node: Node) -> None:
+    """Channels pass, places stay; so do channels that a maximum's index counts."""
+    x = channels.of(node, 0)
+    places = any(row.any() for row in x[2:])
+    if places or (len(node.outputs) > 1 and node.outputs[1]):
+        channels.fix(x)
+        channels.still_outputs(node)
+        return
+    shape = channels.shape(node.outputs[0])
+    channels.out(node, [x[0], x[1], *(still(n) for n in shape[2:])])
 
 
 def _kernel(node: Node) -> tuple[int, ...]:
@@ -24,7 +43,7 @@ def _upsampled(g: Graph, value: str, factors: tuple[int, ...]) -> str:
     return g.emit("Resize", value, "", scales, attrs=attrs)
 
 
-@rule("MaxPool")
+@gradient_rule("MaxPool")
 def max_pool(tape: Tape, node: Node) -> Pull:
     """The gradient goes to the first maximum of each window, as torch does it, in flat regions, too."""
     if len(node.outputs) > 1 and node.outputs[1]:
@@ -86,7 +105,7 @@ def tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
     return g.emit("Where", g.emit("Equal", mark, best), _upsampled(g, dy, w.kernel), g.scalar(0))
 
 
-@rule("GlobalMaxPool")
+@gradient_rule("GlobalMaxPool")
 def global_max_pool(tape: Tape, node: Node) -> Pull:
     """The gradient goes to the first maximum of each map, as torch does it."""
     name, g = node.inputs[0], tape.graph
@@ -104,7 +123,7 @@ def global_max_pool(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("AveragePool")
+@gradient_rule("AveragePool")
 def average_pool(tape: Tape, node: Node) -> Pull:
     """The gradient is spread evenly over each window (over what is not padding, if padding doesn't count).
 
@@ -136,7 +155,7 @@ def average_pool(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("LpPool")
+@gradient_rule("LpPool")
 def lp_pool(tape: Tape, node: Node) -> Pull:
     """y = (Σ |x|ᵖ)^(1/p) over each window; dx = sign(x) · |x|ᵖ⁻¹ · Σ dy / yᵖ⁻¹ over the windows, 0 where y is 0."""
     name = node.inputs[0]
@@ -155,7 +174,7 @@ def lp_pool(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("GlobalLpPool")
+@gradient_rule("GlobalLpPool")
 def global_lp_pool(tape: Tape, node: Node) -> Pull:
     """The same over the whole map."""
     name, g, power = node.inputs[0], tape.graph, int(node.attrs.get("p", 2))

@@ -1,15 +1,106 @@
-"""Gradient rules of matrix products."""
+"""Matrix products: MatMul, Gemm, Einsum."""
 
 from __future__ import annotations
 
 import string
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.pruning.masked_reference import Masks, mask_rule
+
+gradient_reads(INPUT, "Gemm", "MatMul", "Einsum")
 
 
-@rule("Gemm")
+@channel_rule("MatMul")
+def matmul_channels(channels: Channels, node: Node) -> None:
+    """The contracted axes are tied, the others carried; leading axes broadcast."""
+    a, b = channels.of(node, 0), channels.of(node, 1)
+    channels.atoms.tie(a[-1], b[-2] if len(b) > 1 else b[0])
+    rank = max(len(a), len(b)) - 2
+    lead: list[AtomRow] = []
+    for axis in range(max(rank, 0)):
+        rows = [r[axis - (rank - len(r) + 2)] for r in (a, b) if axis - (rank - len(r) + 2) >= 0]
+        longest = max(rows, key=lambda r: r.size)
+        for other in rows:
+            if other.size == longest.size:
+                channels.atoms.tie(longest, other)
+        lead.append(longest)
+    out = lead + ([a[-2]] if len(a) > 1 else []) + ([b[-1]] if len(b) > 1 else [])
+    channels.out(node, out)
+
+
+@channel_rule("Gemm")
+def gemm_channels(channels: Channels, node: Node) -> None:
+    """A matrix product with optional transposition and an addend that may broadcast."""
+    a, b = channels.of(node, 0), channels.of(node, 1)
+    if node.attrs.get("transA"):
+        a = a[::-1]
+    if node.attrs.get("transB"):
+        b = b[::-1]
+    channels.atoms.tie(a[1], b[0])
+    if channels.has(node, 2):
+        addend = channels.of(node, 2)
+        if addend and addend[-1].size == b[1].size:
+            channels.atoms.tie(addend[-1], b[1])
+        channels.fix(addend[:-1])
+    channels.out(node, [a[0], b[1]])
+
+
+def einsum_terms(equation: str, inputs: int) -> tuple[list[str], str] | None:
+    """The letters of an explicit equation's inputs and output; None where it is implicit or takes a diagonal."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    letters = "".join([*terms, right])
+    if not arrow or "." in letters or len(terms) != inputs or any(len(set(t)) != len(t) for t in [*terms, right]):
+        return None
+    return terms, right
+
+
+@channel_rule("Einsum")
+def einsum_channels(channels: Channels, node: Node) -> None:
+    """Axes of the same letter are tied; a letter that is repeated from length 1 is not."""
+    found = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
+    if found is None:
+        channels.fix_inputs(node)
+        channels.still_outputs(node)
+        channels.notes.append(f"Einsum {node.name} is implicit or takes a diagonal: its channels stay.")
+        return
+    terms, right = found
+    held: dict[str, AtomRow] = {}
+    for name, term in zip(node.inputs, terms, strict=True):
+        for letter, row in zip(term, channels.rows[name], strict=True):
+            first = held.setdefault(letter, row)
+            if first.size == row.size:
+                channels.atoms.tie(first, row)
+            elif row.size > first.size:
+                held[letter] = row
+    channels.out(node, [held[letter] for letter in right])
+
+
+@mask_rule("MatMul")
+def mask_matmul(masks: Masks, node: Node) -> None:
+    masks.apply(node, 0, [-1])
+
+
+@mask_rule("Gemm")
+def mask_gemm(masks: Masks, node: Node) -> None:
+    masks.apply(node, 0, [0 if node.attrs.get("transA") else 1])
+
+
+@mask_rule("Einsum")
+def mask_einsum(masks: Masks, node: Node) -> None:
+    found = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
+    if found is not None:
+        terms, right = found
+        for i, term in enumerate(terms):
+            masks.apply(node, i, [axis for axis, letter in enumerate(term) if letter not in right])
+
+
+@gradient_rule("Gemm")
 def gemm(tape: Tape, node: Node) -> Pull:
     """y = alpha · A' · B' + beta · C, where ' may transpose."""
     left, right = node.inputs[:2]
@@ -37,7 +128,7 @@ def gemm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("MatMul")
+@gradient_rule("MatMul")
 def matmul(tape: Tape, node: Node) -> Pull:
     """y = A · B over broadcast batch axes; a vector is a row on the left and a column on the right."""
     left, right = node.inputs
@@ -81,7 +172,7 @@ def matmul(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Einsum")
+@gradient_rule("Einsum")
 def einsum(tape: Tape, node: Node) -> Pull:
     """A sum of products by an equation; each factor's gradient is the sum of products of dy and the other factors."""
     g, names = tape.graph, node.inputs

@@ -1,15 +1,48 @@
-"""Gradient rules of element-wise operators of several values: arithmetic, extremes, choices, comparisons."""
+"""Element-wise operators of several values: arithmetic, extremes, choices, comparisons."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import Pull, Tape, describe, rule
+from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
+from fedprune_export.ir.operators import INPUT, MANY_TO_ONE, gradient_reads
+
+gradient_reads(INPUT, "Mul", "Div", "Pow", "PRelu", "Max", "Min")
+
+_TOGETHER = (
+    *("And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Greater", "GreaterOrEqual", "Less"),
+    *("LessOrEqual", "Mod", "Or", "Where", "Xor"),
+)
 
 
-@rule("Add", "Sub", "Mul", "Div")
+@channel_rule(*dict.fromkeys([*MANY_TO_ONE, *_TOGETHER]))
+def broadcast_channels(channels: Channels, node: Node) -> None:
+    """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
+    shape = channels.shape(node.outputs[0])
+    out: list[AtomRow] = []
+    held = False
+    for axis, size in enumerate(shape):
+        rows = []
+        for name in node.inputs:
+            place = axis - (len(shape) - len(channels.rows[name]))
+            if place >= 0 and channels.rows[name][place].size == size:
+                rows.append(channels.rows[name][place])
+        first = rows[0]
+        for other in rows[1:]:
+            channels.atoms.tie(first, other)
+        held = held or bool(any(r.any() for r in rows) and any(not r.any() for r in rows))
+        # Any of several tied atoms represents all; the fixed one is preferred.
+        out.append(np.minimum.reduce(rows) if size > 1 else still(size))
+    if held and any(channels.constant(name) for name in node.inputs):
+        channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
+    channels.out(node, out)
+
+
+@gradient_rule("Add", "Sub", "Mul", "Div")
 def arithmetic(tape: Tape, node: Node) -> Pull:
     """The four binary operators with broadcasting."""
     left, right = node.inputs
@@ -44,7 +77,7 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Sum", "Mean")
+@gradient_rule("Sum", "Mean")
 def sums(tape: Tape, node: Node) -> Pull:
     """The sum or mean of any number of values; each gets dy, or its share of it."""
     g, names = tape.graph, node.inputs
@@ -60,7 +93,7 @@ def sums(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Max", "Min")
+@gradient_rule("Max", "Min")
 def extremes(tape: Tape, node: Node) -> Pull:
     """The larger or smaller of two or more values, which gets dy; equals share it, as in torch.
 
@@ -98,7 +131,7 @@ def extremes(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Pow")
+@gradient_rule("Pow")
 def power(tape: Tape, node: Node) -> Pull:
     """dx = dy · p · x^(p − 1), dp = dy · y · log x; both 0 where the power is constant there."""
     left, right = node.inputs
@@ -131,7 +164,7 @@ def power(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Mod")
+@gradient_rule("Mod")
 def remainder(tape: Tape, node: Node) -> Pull:
     """X less a multiple of the divisor, which must not train: dx = dy."""
     left, right = node.inputs
@@ -143,7 +176,7 @@ def remainder(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(left, tape.reduced(dy, shape, tape.shape(left)))
 
 
-@rule("Where")
+@gradient_rule("Where")
 def choice(tape: Tape, node: Node) -> Pull:
     """The first value where the condition holds, else the second; each gets dy where it was taken."""
     condition, left, right = node.inputs
@@ -160,7 +193,7 @@ def choice(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Greater", "Less", "Equal", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Xor")
+@gradient_rule("Greater", "Less", "Equal", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Xor")
 def comparison(tape: Tape, node: Node) -> None:
     """Comparisons and logic: no gradient passes."""
     shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])

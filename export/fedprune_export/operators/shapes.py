@@ -1,168 +1,115 @@
-"""Gradient rules of operators that move elements about: reshape, transpose, concat, pad, slice."""
+"""Operators that move elements about or measure sizes: Transpose, Concat, Split, Expand, Tile, Shape."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, rule
-from fedprune_export.ir.graph import Node
+from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, channel_rule
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 
-@rule("Flatten")
-def flatten(tape: Tape, node: Node) -> Pull:
-    """Two axes out of many."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    axis = int(node.attrs.get("axis", 1))
-    axis = axis + len(shape) if axis < 0 else axis
-    out = (tape.product(shape[:axis]), tape.product(shape[axis:]))
-    tape.enter(node.outputs[0], tape.graph.emit("Flatten", x, attrs={"axis": axis}), out)
-    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+@channel_rule("Concat")
+def concat_channels(channels: Channels, node: Node) -> None:
+    """Rows one after the other along the axis; the other axes are tied."""
+    parts = [channels.rows[name] for name in node.inputs]
+    axis = int(node.attrs["axis"]) % len(parts[0])
+    out = list(parts[0])
+    for other in parts[1:]:
+        for i, row in enumerate(other):
+            if i != axis:
+                channels.atoms.tie(out[i], row)
+                out[i] = np.minimum(out[i], row)
+    out[axis] = np.concatenate([p[axis] for p in parts])
+    channels.out(node, out)
 
 
-@rule("Reshape")
-def reshape(tape: Tape, node: Node) -> Pull:
-    """Any reshape; sizes that vary are computed at run time where 0 and -1 can't express them."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    known = tape.known(node.outputs[0])
-    if known is not None:
-        out = _filled(tape, node, known, shape)
-    else:
-        target = tape.target_shape(node, 1)
-        if target is None:
-            raise ModelError(f"{describe(node)}: no target shape")
-        out = reshaped(tape, node, shape, [int(t) for t in target.reshape(-1)])
-    if any(d == 0 for d in out):
-        raise ModelError(f"{describe(node)}: an empty dimension", got=list(out))
-    if tape.product(out) != tape.product(shape):
-        raise ModelError(f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(out)}")
-    tape.enter(node.outputs[0], tape.reshape(x, shape, out), out)
-    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+@channel_rule("Split")
+def split_channels(channels: Channels, node: Node) -> None:
+    """Rows in parts along the axis."""
+    x = list(channels.of(node, 0))
+    axis = int(node.attrs.get("axis", 0)) % len(x)
+    sizes = [channels.shape(name)[axis] if name else 0 for name in node.outputs]
+    if channels.seen.dims(node.inputs[0])[axis] is None or sum(sizes) != x[axis].size:
+        channels.fix([x[axis]])
+        for i, n in enumerate(sizes):
+            channels.out(node, [*x[:axis], still(n), *x[axis + 1 :]], i)
+        return
+    for i, taken in enumerate(np.split(np.arange(x[axis].size), np.cumsum(sizes)[:-1])):
+        channels.out(node, [*x[:axis], channels.pick(x[axis], taken), *x[axis + 1 :]], i)
 
 
-def _filled(tape: Tape, node: Node, known: Sequence[Dim | None], shape: Shape) -> Shape:
-    """The analysed shape of a reshape's output with the axes that follow the batch filled in."""
-    free = [i for i, d in enumerate(known) if d is None]
-    if not free:
-        return tuple(d for d in known if d is not None)
-    if len(free) == 1:
-        rest = tape.quotient(tape.product(shape), tape.product([d for d in known if d is not None]))
-        if rest is None:
-            raise ModelError(
-                f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(known)}"
-            )
-        return tuple(rest if d is None else d for d in known)
-    traced = tape.traced_shape(node.outputs[0])
-    return tuple(t if d is None else d for d, t in zip(known, traced, strict=True))
+@channel_rule("Transpose")
+def transpose_channels(channels: Channels, node: Node) -> None:
+    """Axes change places."""
+    x = channels.of(node, 0)
+    order = node.attrs.get("perm") or list(range(len(x)))[::-1]
+    channels.out(node, [x[i] for i in order])
 
 
-def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
-    """The symbolic shape that a reshape of `shape` to `target` (at full width, with 0 and -1) gives.
+@channel_rule("Expand")
+def expand_channels(channels: Channels, node: Node) -> None:
+    """Axes pass; those that are made of one index get as many as are needed."""
+    x = channels.of(node, 0)
+    shape = channels.shape(node.outputs[0])
+    lead = len(shape) - len(x)
+    rows = [x[i - lead] if i >= lead and x[i - lead].size == n else None for i, n in enumerate(shape)]
+    channels.out(node, fresh_axes(channels, node.outputs[0], rows))
 
-    Raises `ModelError` if a channel or batch dimension would be split.
-    """
-    sizes = [tape.extent(d) for d in shape]
-    whole = 1
-    for s in sizes:
-        whole *= s
-    if int(node.attrs.get("allowzero", 0)) == 0:
-        wanted = [sizes[i] if t == 0 else int(t) for i, t in enumerate(target)]
-    else:
-        wanted = [int(t) for t in target]
-    rest = 1
-    for w in wanted:
-        rest *= w if w != -1 else 1
-    wanted = [whole // rest if w == -1 else w for w in wanted]
-    out: list[Dim] = []
-    i = 0
-    j = 0
-    while j < len(wanted) or i < len(sizes):
-        if i < len(sizes) and j < len(wanted) and sizes[i] == wanted[j]:
-            out.append(shape[i])
-            i, j = i + 1, j + 1
-            continue
-        start, first = i, j
-        left = right = 1
-        while True:
-            if left <= right and i < len(sizes) and (left < right or i == start):
-                left *= sizes[i]
-                i += 1
-            elif j < len(wanted) and (right < left or j == first):
-                right *= wanted[j]
-                j += 1
-            else:
-                break
-            if left == right and (i > start or j > first) and (i == len(sizes) or j > first):
-                break
-        block = shape[start:i]
-        if left != right:
-            raise ModelError(f"{describe(node)}: shapes don't fit", expected=list(shape), got=list(target))
-        if j - first == 1:
-            out.append(tape.product(block))
-        elif all(isinstance(d, int) for d in block):
-            out.extend(wanted[first:j])
-        elif (rest_of_block := _rest(tape, block, target[first:j])) is not None:
-            out.extend(rest_of_block if t == -1 else w for t, w in zip(target[first:j], wanted[first:j], strict=True))
+
+@channel_rule("Tile")
+def tile_channels(channels: Channels, node: Node) -> None:
+    """Rows one after the other as often as is said."""
+    x, shape = channels.of(node, 0), channels.shape(node.outputs[0])
+    repeats = channels.number(node, 1)
+    out = []
+    for i, row in enumerate(x):
+        if repeats is None and row.size != shape[i]:
+            channels.atoms.fix(row)
+            out.append(still(shape[i]))
         else:
-            # Ones around a whole dimension (C -> 1, C, 1) leave it whole.
-            large = [d for d in block if d != 1]
-            if len(large) != 1 or [w for w in wanted[first:j] if w != 1] != [tape.extent(large[0])]:
-                raise ModelError(
-                    f"{describe(node)} splits a dimension whose size varies",
-                    got=f"{list(shape)} to {list(target)}",
-                    hint="A training graph for all widths can't do that.",
-                )
-            out.extend(large[0] if w != 1 else 1 for w in wanted[first:j])
-    return tuple(out)
+            out.append(row if repeats is None else np.tile(row, int(repeats[i])))
+    channels.out(node, out)
 
 
-def _rest(tape: Tape, block: Shape, target: Sequence[int]) -> Dim | None:
-    """The value of -1 if the other sizes divide a block at every width, else None."""
-    others = [t for t in target if t != -1]
-    if len(others) != len(target) - 1 or 0 in others:
-        return None
-    return tape.quotient(tape.product(block), tape.product(others))
+@channel_rule("Shape", "Size", "Range")
+def size_channels(channels: Channels, node: Node) -> None:
+    """Sizes are not channels: the inputs may be cut, the outputs are plain numbers."""
+    channels.still_outputs(node)
 
 
-def _axes(tape: Tape, node: Node) -> list[int]:
-    """Axes of Squeeze and Unsqueeze: an input since opset 13, an attribute before."""
-    values = tape.number(node, 1)
-    raw = node.attrs.get("axes", []) if values is None else values.reshape(-1)
-    return [int(a) for a in raw]
+@channel_rule("ConstantOfShape")
+def constant_of_shape_channels(channels: Channels, node: Node) -> None:
+    """Every index holds the same number: as many are made as are needed."""
+    name = node.outputs[0]
+    channels.out(node, fresh_axes(channels, name, [None] * len(channels.shape(name))))
 
 
-@rule("Squeeze")
-def squeeze(tape: Tape, node: Node) -> Pull:
-    """Axes of size 1 out."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    axes = [a % len(shape) for a in _axes(tape, node)] or [i for i, d in enumerate(shape) if d == 1]
-    if any(shape[a] != 1 for a in axes):
-        raise ModelError(f"{describe(node)}: an axis isn't 1", got=list(shape))
-    out = tuple(d for i, d in enumerate(shape) if i not in axes)
-    tape.enter(node.outputs[0], tape.graph.emit("Squeeze", x, tape.graph.ints(*axes)), out)
-    return lambda dy: tape.add(name, tape.graph.emit("Unsqueeze", dy, tape.graph.ints(*axes)))
+def fresh_axes(channels: Channels, name: str, rows: list[AtomRow | None]) -> list[AtomRow]:
+    """Rows of a value: new atoms for an axis without a row, unless it follows the batch."""
+    shape, dims = channels.shape(name), channels.seen.dims(name)
+    return [
+        row if row is not None else (channels.atoms.fresh(n) if dim is not None else still(n))
+        for row, n, dim in zip(rows, shape, dims, strict=True)
+    ]
 
 
-@rule("Unsqueeze")
-def unsqueeze(tape: Tape, node: Node) -> Pull:
-    """Axes of size 1 in."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    axes = _axes(tape, node)
-    rank = len(shape) + len(axes)
-    axes = sorted(a % rank for a in axes)
-    rest = iter(shape)
-    out: Shape = tuple(1 if i in axes else next(rest) for i in range(rank))
-    tape.enter(node.outputs[0], tape.graph.emit("Unsqueeze", x, tape.graph.ints(*axes)), out)
-    return lambda dy: tape.add(name, tape.graph.emit("Squeeze", dy, tape.graph.ints(*axes)))
+@rewrite("Split")
+def split_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """The parts are as long as what is left of each."""
+    axis = int(node.attrs.get("axis", 0))
+    if sizes.changed(node.inputs[0], axis):
+        parts = [sizes.after(name)[axis] if name else None for name in node.outputs]
+        if None in parts:
+            raise ModelError(f"Split {node.name} has a part without a name")
+        node.inputs[1:] = [graph.ints(*(n or 0 for n in parts))]
+        node.attrs.pop("num_outputs", None)
 
 
-@rule("Transpose")
+@gradient_rule("Transpose")
 def transpose(tape: Tape, node: Node) -> Pull:
     """A permutation of axes; the gradient takes the inverse one."""
     name = node.inputs[0]
@@ -174,7 +121,7 @@ def transpose(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(name, tape.graph.emit("Transpose", dy, attrs={"perm": back}))
 
 
-@rule("Expand")
+@gradient_rule("Expand")
 def expand(tape: Tape, node: Node) -> Pull:
     """Repeated along axes of 1; the gradient is summed over them."""
     name = node.inputs[0]
@@ -219,7 +166,7 @@ def multiple_of_batch(tape: Tape, size: int) -> Dim:
     return tape.product([BATCH, times]) if times and not rest else size
 
 
-@rule("ConstantOfShape")
+@gradient_rule("ConstantOfShape")
 def constant_of_shape(tape: Tape, node: Node) -> None:
     """Equal numbers, as many as there are channels: no gradient passes."""
     known = tape.known(node.outputs[0])
@@ -234,7 +181,7 @@ def constant_of_shape(tape: Tape, node: Node) -> None:
     tape.enter(node.outputs[0], y, tuple(out))
 
 
-@rule("Tile")
+@gradient_rule("Tile")
 def tile(tape: Tape, node: Node) -> Pull:
     """Repeated whole along axes; the gradient is summed over the repetitions."""
     name = node.inputs[0]
@@ -264,7 +211,7 @@ def tile(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Concat")
+@gradient_rule("Concat")
 def concat(tape: Tape, node: Node) -> Pull:
     """Pieces side by side; the gradient is cut where they meet, at run time where widths vary."""
     shapes = [tape.shape(i) for i in node.inputs]
@@ -289,7 +236,7 @@ def concat(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Split")
+@gradient_rule("Split")
 def split(tape: Tape, node: Node) -> Pull:
     """Pieces apart, along channels, too; the gradient joins theirs, with zeros for pieces that nothing reads."""
     name = node.inputs[0]

@@ -1,4 +1,4 @@
-"""Gradient rules of softmax and of per-sample normalisations.
+"""Softmax and normalisations of each sample.
 
 Statistics are computed from centred values, so that a mean far from zero costs no precision. If a statistic runs over
 channels, its element count is computed at run time.
@@ -8,13 +8,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.rules.reductions import divided, summed
-from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, rule
+from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
+from fedprune_export.ir.operators import INPUT, OUTPUT, gradient_reads
+from fedprune_export.operators.channel_norms import mask_norm, shorten_vectors, tie_vectors
+from fedprune_export.operators.reductions import divided, summed
+from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.pruning.rewrites import rewrite
+
+gradient_reads(INPUT, "LayerNormalization", "RMSNormalization")
+gradient_reads(OUTPUT, "Softmax", "LogSoftmax")
 
 
-@rule("Softmax")
+@channel_rule("LayerNormalization", "RMSNormalization")
+def layer_norm_channels(channels: Channels, node: Node) -> None:
+    """Scale and shift along the last axes, over which it averages."""
+    x = channels.of(node, 0)
+    axis = int(node.attrs.get("axis", -1)) % len(x)
+    tie_vectors(channels, node, (1, 2), x[axis:])
+    channels.out(node, x)
+    for i in range(1, len(node.outputs)):
+        if node.outputs[i]:
+            channels.out(node, [*x[:axis], *(np.zeros(1, np.int64) for _ in x[axis:])], i)
+
+
+@channel_rule("LRN")
+def local_response_channels(channels: Channels, node: Node) -> None:
+    """Channels are averaged with their neighbours: they stay."""
+    _hold(channels, node, [1], "averages over neighbouring channels")
+
+
+@channel_rule("LpNormalization", "Softmax", "LogSoftmax", "Hardmax")
+def softmax_channels(channels: Channels, node: Node) -> None:
+    """The axis over which numbers are compared or added up stays; the others pass."""
+    _hold(channels, node, [int(node.attrs.get("axis", -1))], "compares or averages channels")
+
+
+@channel_rule("MeanVarianceNormalization")
+def mean_variance_channels(channels: Channels, node: Node) -> None:
+    """The axes over which it averages stay."""
+    _hold(channels, node, [int(a) for a in node.attrs.get("axes", [0, 2, 3])], "averages over channels")
+
+
+def _hold(channels: Channels, node: Node, axes: Sequence[int], why: str) -> None:
+    x = list(channels.of(node, 0))
+    gone = {a % len(x) for a in axes}
+    if any(x[a].any() for a in gone):
+        channels.notes.append(f"{node.op} {node.name} {why}: they stay.")
+    for a in gone:
+        channels.atoms.fix(x[a])
+        x[a] = np.zeros_like(x[a])
+    channels.out(node, x)
+
+
+rewrite("LayerNormalization", "RMSNormalization")(shorten_vectors)
+
+
+@mask_rule("LayerNormalization", "RMSNormalization")
+def mask_layer_norm(masks: Masks, node: Node) -> bool:
+    rank = masks.rank(node.inputs[0])
+    first = int(node.attrs.get("axis", -1)) % rank
+    axes = range(first, rank)
+    return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None})
+
+
+@gradient_rule("Softmax")
 def softmax(tape: Tape, node: Node) -> Pull:
     """dx = y · (dy − Σ dy · y) along the axis."""
     name, axis, y = _along(tape, node)
@@ -28,7 +90,7 @@ def softmax(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("LogSoftmax")
+@gradient_rule("LogSoftmax")
 def log_softmax(tape: Tape, node: Node) -> Pull:
     """dx = dy − e^y · Σ dy along the axis."""
     name, axis, y = _along(tape, node)
@@ -80,7 +142,7 @@ def normalised(
     return z, pull
 
 
-@rule("LayerNormalization")
+@gradient_rule("LayerNormalization")
 def layer_norm(tape: Tape, node: Node) -> Pull:
     """Normalised over the last axes (element count at run time if channels are among them), with a scale and bias per
     element.
@@ -116,7 +178,7 @@ def layer_norm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("RMSNormalization")
+@gradient_rule("RMSNormalization")
 def rms_norm(tape: Tape, node: Node) -> Pull:
     """Divided by the root of the mean square over the last axes; dx = s · (dz − z · Σ(dz · z)/n)."""
     name, gamma = node.inputs[:2]
@@ -142,7 +204,7 @@ def rms_norm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("LpNormalization")
+@gradient_rule("LpNormalization")
 def lp_norm(tape: Tape, node: Node) -> Pull:
     """X divided by its length (p = 2) or sum of absolutes (p = 1) along an axis; 0 stays 0."""
     name, g = node.inputs[0], tape.graph
@@ -164,7 +226,7 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
 _MVN_EPSILON = 1e-18  # the operator adds 1e-9 to the standard deviation; here its square is added to the variance
 
 
-@rule("MeanVarianceNormalization")
+@gradient_rule("MeanVarianceNormalization")
 def standardised(tape: Tape, node: Node) -> Pull:
     """Minus the mean, divided by the standard deviation over the given axes."""
     name = node.inputs[0]
@@ -175,7 +237,7 @@ def standardised(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(name, pull(dy))
 
 
-@rule("LRN")
+@gradient_rule("LRN")
 def local_response(tape: Tape, node: Node) -> Pull:
     """x · s^−β with s from squares of neighbouring channels; dx = dy · s^−β − 2αβ/n · x · Σ dy·x·s^(−β−1)."""
     name, g = node.inputs[0], tape.graph

@@ -10,11 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from fedprune_export.channels.atoms import AtomRow, still
-from fedprune_export.channels.rule import Channels, Rows, rule
-from fedprune_export.ir.graph import Node
+from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
 
 Assignment = tuple[int | None, ...]  # per old axis the new axis that takes its atoms
@@ -33,22 +29,6 @@ class Run:
     factors: list[int]
     of_old: list[range]
     of_new: list[range]
-
-
-@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-def reshape(channels: Channels, node: Node) -> None:
-    """Atoms go along with the factors of their axes."""
-    x, target = channels.of(node, 0), channels.shape(node.outputs[0])
-    out: list[AtomRow] = [still(n) for n in target]
-    if any(row.any() for row in x):
-        old, new = extents(channels.seen, node.inputs[0]), extents(channels.seen, node.outputs[0])
-        free = [d is None for d in channels.seen.dims(node.outputs[0])]
-        if old is None or new is None:
-            _mixed(channels, node, x)
-        else:
-            for olds, news in runs(old, new):
-                _carry(channels, node, x, out, factored(olds, news, old, new), olds, free)
-    channels.out(node, out)
 
 
 def extents(seen: Trace, name: str) -> list[int] | None:
@@ -117,51 +97,6 @@ def common_factors(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], l
     return factors, spans
 
 
-def _carry(
-    channels: Channels, node: Node, x: Rows, out: list[AtomRow], run: Run | None, olds: list[int], free: Sequence[bool]
-) -> None:
-    """Carry the atoms of a run's old axes to its new ones."""
-    if not any(x[i].any() for i in olds):
-        return
-    if run is None:
-        _mixed(channels, node, [x[i] for i in olds])
-        return
-    sizes = [f // BATCH_EXTENT * BATCHES[0] if f % BATCH_EXTENT == 0 else f for f in run.factors]
-    grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
-    options = assignments(run, grids, free)
-    if len(options) > 1:
-        unit = channels.atoms.units()
-        grids = [unit[g] for g in grids]
-        options = assignments(run, grids, free)
-    if not options:
-        _mixed(channels, node, grids)
-        return
-    key = f"{node.outputs[0]}:{run.olds[0]}"
-    option = options[0] if len(options) == 1 else channels.choices.pick(key, options)
-    if option is None:
-        if channels.follows_data(node):
-            _mixed(channels, node, grids)
-        channels.fix([g.reshape(-1) for g in grids])
-        return
-    kept = []
-    for grid, span, to in zip(grids, run.of_old, option, strict=True):
-        if to is None:
-            channels.atoms.fix(grid.reshape(-1))
-            continue
-        target = run.of_new[run.news.index(to)]
-        lost = tuple(place for place, f in enumerate(span) if f not in target)
-        held = grid
-        for place in lost:
-            held = held.take([0], axis=place)
-        channels.atoms.tie(grid, held)
-        view = [grid.shape[f - span.start] if f in span else 1 for f in target]
-        row = np.broadcast_to(held.reshape(view), [sizes[f] for f in target]).reshape(-1)
-        out[to] = row
-        kept.append(row)
-    if len(options) > 1:
-        channels.choices.watch(key, option, kept)
-
-
 def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> list[Assignment]:
     """Ways to give the atoms of old axes to new ones, leading axes first; none where no axis can take any.
 
@@ -188,10 +123,3 @@ def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> lis
             continue
         found.append(option)
     return found
-
-
-def _mixed(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
-    unit = channels.atoms.units()
-    if any(unit[row].any() for row in rows):
-        channels.notes.append(f"{node.op} {node.name} mixes channels with other axes: they stay.")
-    channels.fix([row.reshape(-1) for row in rows])

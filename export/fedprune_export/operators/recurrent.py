@@ -1,4 +1,4 @@
-"""Gradient rules of recurrent layers: LSTM, GRU and plain ones, in one direction or both, of any width.
+"""Recurrent layers: LSTM, GRU and plain ones, in one direction or both, of any width.
 
 The operators have the number of hidden units as an attribute, and give none of the gates that the gradient needs: what
 the training graph holds of a layer is written out. Products with the input are one matrix product over the whole
@@ -14,8 +14,58 @@ from dataclasses import dataclass, field
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, rule
+from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.pruning.masked_reference import Masks, mask_rule
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+gradient_reads(INPUT, "LSTM", "GRU", "RNN")
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+@channel_rule(*_GATES)
+def recurrent_channels(channels: Channels, node: Node) -> None:
+    """Both directions of a layer have the same number of hidden units, so that they lose the same ones."""
+    if node.attrs.get("layout", 0):
+        channels.fix_inputs(node)
+        channels.still_outputs(node)
+        channels.notes.append(f"{node.op} {node.name} has the batch first: its channels stay.")
+        return
+    gates = _GATES[node.op]
+    x, weight, recurrence = (channels.of(node, i) for i in range(3))
+    hidden = recurrence[2]
+    channels.atoms.tie(weight[2], x[2])
+    channels.atoms.tie(weight[1].reshape(gates, -1), hidden)
+    channels.atoms.tie(recurrence[1].reshape(gates, -1), hidden)
+    # Bias, lengths of the sequences, first states, peepholes: what is left are directions, steps and samples.
+    for i, rows in ((3, 2 * gates), (5, 1), (6, 1), (7, 3)):
+        if channels.has(node, i):
+            *others, units = channels.of(node, i)
+            channels.atoms.tie(units.reshape(rows, -1), hidden)
+            channels.fix(others)
+    channels.fix([weight[0], recurrence[0], x[0], x[1]])
+    for i, name in enumerate(node.outputs):
+        if name:
+            lead: list[AtomRow] = [still(n) for n in channels.shape(name)[:-1]]
+            channels.out(node, [*lead, hidden], i)
+
+
+@rewrite("LSTM", "GRU", "RNN")
+def recurrent_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """As many hidden units as the recurrence has columns."""
+    node.attrs["hidden_size"] = sizes.after(node.inputs[2])[2]
+
+
+@mask_rule("LSTM", "GRU", "RNN")
+def mask_recurrent(masks: Masks, node: Node) -> None:
+    """The input's channels, and the hidden units that the recurrence reads."""
+    masks.apply(node, 0, [2])
+    masks.apply(node, 2, [2])
+
 
 Step = Callable[[Graph, list[str], list[str]], tuple[list[str], list[str]]]
 """Writes one step into the graph it is given: from states and slices to the next states and the slices that go out.
@@ -126,9 +176,6 @@ def turned(g: Graph, matrix: str) -> str:
     return g.emit("Transpose", matrix, attrs={"perm": [1, 0]})
 
 
-# -- LSTM: gates in the order input, output, forget, cell -----------------------------------------------------------
-
-
 def _lstm_forward(d: Direction, x: str) -> tuple[str, list[str]]:
     """i, o, f = σ, g = tanh of the gates; c' = f · c + i · g; h' = o · tanh(c')."""
     across = turned(d.g, d.recurrence)
@@ -172,9 +219,6 @@ def _lstm_backward(d: Direction, dy: str, last: list[str]) -> Backward:
     sliced = [through, slopes, k["f"], *([dy] if dy else [])]
     states, (gates,) = scan(g, last, sliced, step, backwards=not d.turned)
     return Backward(gates, [(gates, before_h)], states)
-
-
-# -- GRU: gates in the order update, reset, hidden ------------------------------------------------------------------
 
 
 def _gru_forward(d: Direction, x: str) -> tuple[str, list[str]]:
@@ -267,9 +311,6 @@ def _two_and_one(g: Graph, value: str, axis: int) -> tuple[str, str]:
     return g.emit("Concat", first, second, attrs={"axis": axis}), third
 
 
-# -- plain ----------------------------------------------------------------------------------------------------------
-
-
 def _plain_forward(d: Direction, x: str) -> tuple[str, list[str]]:
     """h' = tanh or ReLU of the sum of both parts."""
     across = turned(d.g, d.recurrence)
@@ -325,7 +366,7 @@ CELLS = {
 _ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
 
 
-@rule(*_ACTIVATIONS)
+@gradient_rule(*_ACTIVATIONS)
 def recurrent(tape: Tape, node: Node) -> Pull:
     """A recurrent layer over [steps, N, inputs].
 

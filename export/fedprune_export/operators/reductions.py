@@ -1,15 +1,105 @@
-"""Gradient rules of operators that reduce axes or accumulate along them."""
+"""Operators that reduce axes, accumulate along them, or find the place of an extreme."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.planning.probe_report import CUDA
-from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import still
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import INPUT, gradient_reads
+from fedprune_export.operators.indexing import added_at
+from fedprune_export.pruning.masked_reference import Masks, mask_rule
+
+gradient_reads(INPUT, "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
+
+ADDING = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
+"""Reductions to which a channel that is zero adds nothing: cutting it is the same as masking it."""
+
+
+@channel_rule(
+    *ADDING,
+    *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin"),
+)
+def reduction_channels(channels: Channels, node: Node) -> None:
+    """The axes that are left pass. Of those reduced away channels stay, because cutting them would change the result,
+
+    unless the result is a sum (the channels that are lost are those that add nothing to it) or normalises weights: a
+    weight's mean or length is taken over what is kept of it, as a layer norm's is.
+    """
+    x = channels.of(node, 0)
+    gone = reduced_axes(channels, node)
+    if node.op not in ADDING and (node.op != "ReduceMean" or channels.follows_data(node)):
+        if any(x[a].any() for a in gone):
+            channels.notes.append(f"{node.op} {node.name} reduces over channels: they stay.")
+        channels.fix([x[a] for a in gone])
+    if node.attrs.get("keepdims", 1):
+        channels.out(node, [still(1) if a in gone else x[a] for a in range(len(x))])
+    else:
+        channels.out(node, [x[a] for a in range(len(x)) if a not in gone])
+
+
+def reduced_axes(channels: Channels, node: Node) -> set[int]:
+    """Which axes a reduction takes away."""
+    rank = len(channels.of(node, 0))
+    if node.op in ("ArgMax", "ArgMin"):
+        return {int(node.attrs.get("axis", 0)) % rank}
+    axes = node.attrs.get("axes")
+    if axes is None and channels.has(node, 1):
+        number = channels.number(node, 1)
+        axes = number.tolist() if number is not None else None
+    return {int(a) % rank for a in (axes if axes else range(rank))}
+
+
+@channel_rule("CumSum", "TopK")
+def along_one_axis_channels(channels: Channels, node: Node) -> None:
+    """Channels that are added up one after the other, or sorted, stay; other axes pass."""
+    x = list(channels.of(node, 0))
+    if node.op == "TopK":
+        axis: int | None = int(node.attrs.get("axis", -1))
+    else:
+        number = channels.number(node, 1)
+        axis = int(number[0]) if number is not None else None
+    gone = set(range(len(x))) if axis is None else {axis % len(x)}
+    if any(x[a].any() for a in gone):
+        channels.notes.append(f"{node.op} {node.name} works along channels: they stay.")
+    channels.fix([x[a] for a in gone])
+    for i, name in enumerate(node.outputs):
+        if name:
+            shape = channels.shape(name)
+            channels.out(node, [still(shape[a]) if a in gone else row for a, row in enumerate(x)], i)
+
+
+@mask_rule(*ADDING)
+def mask_sum(masks: Masks, node: Node) -> None:
+    rank = masks.rank(node.inputs[0])
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1 and node.inputs[1]:
+        axes = masks.graph.initializers[node.inputs[1]].reshape(-1).tolist()
+    masks.apply(node, 0, [int(a) % rank for a in (axes or range(rank))])
+
+
+@mask_rule("ReduceMean")
+def mask_mean(masks: Masks, node: Node) -> bool:
+    """A mean over what is kept of a weight; over data no channels are lost."""
+    rank = masks.rank(node.inputs[0])
+    axes = sorted({int(a) % rank for a in node.attrs.get("axes", range(rank))})
+    found = {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None}
+    if not found:
+        return False
+    count = math.prod(float(found[a].sum()) if a in found else masks.length(node.inputs[0], a) for a in axes)
+    masks.apply(node, 0, axes)
+    attrs = {"keepdims": node.attrs.get("keepdims", 1)}
+    total = masks.graph.emit("ReduceSum", node.inputs[0], masks.graph.ints(*axes), attrs=attrs)
+    masks.graph.emit("Div", total, masks.graph.scalar(count), out=node.outputs[0])
+    return True
+
 
 _AXES_BY_INPUT = frozenset({"ReduceSum"})
 """Opset 17 takes axes of these as an input, those of other reductions as an attribute."""
@@ -124,7 +214,7 @@ def _reduction(*operators: str, kept: bool = False) -> Callable[[Gradient], Grad
             return lambda dy: tape.add(r.name, gradient(r, y, dy))
 
         function.__doc__ = gradient.__doc__
-        rule(*operators)(function)
+        gradient_rule(*operators)(function)
         return gradient
 
     return register
@@ -136,7 +226,7 @@ def _total(r: Reduction, y: str, dy: str) -> str:
     return r.spread(r.opened(dy))
 
 
-@rule("ReduceMean", "GlobalAveragePool")
+@gradient_rule("ReduceMean", "GlobalAveragePool")
 def mean(tape: Tape, node: Node) -> Pull:
     """The mean over any axes, channels as well (counted at run time); the gradient is spread evenly."""
     pooled = node.op == "GlobalAveragePool"
@@ -195,7 +285,7 @@ def _logarithm_of_sum(r: Reduction, y: str, dy: str) -> str:
     return r.spread(r.g.emit("Div", r.opened(dy), r.reduced("ReduceSum", r.x)))
 
 
-@rule("ReduceLogSumExp")
+@gradient_rule("ReduceLogSumExp")
 def log_sum_exp(tape: Tape, node: Node) -> Pull:
     """The logarithm of a sum of exponentials, less the largest first; dx = dy · e^(x − y)."""
     r = Reduction(tape, node)
@@ -208,7 +298,7 @@ def log_sum_exp(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(r.name, g.emit("Mul", r.opened(dy), g.emit("Exp", g.emit("Sub", r.x, y))))
 
 
-@rule("CumSum")
+@gradient_rule("CumSum")
 def running_sum(tape: Tape, node: Node) -> Pull:
     """A running sum along an axis; the gradient is the running sum from the other end."""
     name, g = node.inputs[0], tape.graph
@@ -221,7 +311,7 @@ def running_sum(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(name, g.emit("CumSum", dy, where, attrs=back))
 
 
-@rule("ArgMax", "ArgMin")
+@gradient_rule("ArgMax", "ArgMin")
 def place_of_extreme(tape: Tape, node: Node) -> None:
     """The place of the largest or smallest number: no gradient passes."""
     name = node.inputs[0]
@@ -234,3 +324,27 @@ def place_of_extreme(tape: Tape, node: Node) -> None:
 
 def summed(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
     return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": int(keep)})
+
+
+@gradient_rule("TopK")
+def largest(tape: Tape, node: Node) -> Pull:
+    """The largest or smallest elements along a fixed axis; each one's gradient goes back to its place."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    axis = int(node.attrs.get("axis", -1)) % len(shape)
+    count = tape.number(node, 1)
+    if count is None:
+        raise ModelError(f"{describe(node)}: no count")
+    tape.static(node, [shape[axis]])
+    g, k = tape.graph, int(count.reshape(-1)[0])
+    values, places = g.emit_many("TopK", x, g.ints(k), outputs=2, attrs=node.attrs)
+    out = (*shape[:axis], k, *shape[axis + 1 :])
+    for output, value in zip(node.outputs, (values, places), strict=False):
+        if output:
+            tape.enter(output, value, out)
+
+    def pull(dy: str | None, *_: object) -> None:
+        if dy:
+            tape.add(name, added_at(tape, x, places, dy, axis))
+
+    return pull

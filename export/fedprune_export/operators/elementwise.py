@@ -1,4 +1,4 @@
-"""Gradient rules of functions that act on each number by itself."""
+"""Functions that act on each number by itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,32 @@ from collections.abc import Callable
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import Pull, Tape, describe, rule
+from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
+from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.composites import GELU_CUBE
 from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.operators import INPUT, ONE_TO_ONE, OUTPUT, gradient_reads
+
+gradient_reads(INPUT, "Clip", "Abs", "Log", "Erf", "Gelu", "Mish", "Softplus", "HardSigmoid", "HardSwish")
+gradient_reads(OUTPUT, "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal")
+
+_ALONE = (
+    *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Ceil", "Cos", "Cosh", "Floor", "Gelu"),
+    *("IsInf", "IsNaN", "Mish", "Not", "Round", "Shrink", "Sign", "Sin", "Sinh", "Swish", "Tan"),
+)
+
+
+@channel_rule(*dict.fromkeys([*ONE_TO_ONE, *_ALONE]))
+def elementwise_channels(channels: Channels, node: Node) -> None:
+    """One value in, one of the same shape out; bounds and the like stay."""
+    channels.fix_inputs(node, 1)
+    for i in range(len(node.outputs)):
+        channels.out(node, channels.of(node, 0), i)
+
 
 Gradient = Callable[[Graph, Node, str, str, str], str]
 """Writes dx, given the graph, the node, its input x, its output y, and dy."""
+
 
 Slope = Callable[[Graph, str, str], str]  # writes the derivative at every number, given the graph, x and y
 
@@ -35,7 +55,7 @@ def _unary(*operators: str) -> Callable[[Gradient], Gradient]:
             return lambda dy: tape.add(node.inputs[0], gradient(tape.graph, node, x, y, dy))
 
         function.__doc__ = gradient.__doc__
-        rule(*operators)(function)
+        gradient_rule(*operators)(function)
         return gradient
 
     return register
@@ -85,30 +105,66 @@ def _where(g: Graph, condition: str, dy: str) -> str:
 
 
 _smooth("Sigmoid", "dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y)))
+
+
 _smooth("Tanh", "dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y)))
+
+
 _smooth("Exp", "dx = dy · y.", lambda g, x, y: y)
+
+
 # onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
 _smooth("Softplus", "dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _more(g, g.emit("Exp", g.emit("Neg", x)))))
+
+
 _smooth("Abs", "dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x))
+
+
 _smooth("Sin", "dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x))
+
+
 _smooth("Cos", "dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x)))
+
+
 _smooth("Tan", "dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y)))
+
+
 _smooth("Atan", "dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x))))
+
+
 _smooth("Asin", "dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
+
+
 _smooth("Acos", "dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))))
+
+
 _smooth("Sinh", "dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x))
+
+
 _smooth("Cosh", "dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x))
+
+
 _smooth("Asinh", "dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
+
+
 _smooth("Atanh", "dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x))))
+
+
 _smooth(
     "Acosh", "dx = dy / √(x² − 1).", lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1))))
 )
+
+
 _smooth("Reciprocal", "dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y)))
+
+
 _smooth(
     "Erf",
     "dx = dy · 2/√π · e^(−x²).",
     lambda g, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
 )
+
+
 _smooth("Softsign", "dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
 
 
@@ -144,7 +200,7 @@ def _thresholded_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     return _where(g, g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0))), dy)
 
 
-@rule("Shrink")
+@gradient_rule("Shrink")
 def shrink(tape: Tape, node: Node) -> Pull | None:
     """dx = dy where |x| > lambd; 0 where lambd and bias are 0, which is how torch's `detach` is exported."""
     name, g, threshold = node.inputs[0], tape.graph, _number(node, "lambd", 0.5)
@@ -188,7 +244,7 @@ def _hard_swish(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     return g.emit("Mul", dy, slope)
 
 
-@rule("Identity")
+@gradient_rule("Identity")
 def identity(tape: Tape, node: Node) -> Pull:
     """y = x."""
     name = node.inputs[0]
@@ -199,7 +255,7 @@ def identity(tape: Tape, node: Node) -> Pull:
 _FLOATS, _FLOAT32 = {1, 10, 11, 16}, 1
 
 
-@rule("Cast")
+@gradient_rule("Cast")
 def cast(tape: Tape, node: Node) -> Pull | None:
     """Between floats nothing, because all of them train as float32; whole numbers and truths have no gradient."""
     name = node.inputs[0]
@@ -212,7 +268,7 @@ def cast(tape: Tape, node: Node) -> Pull | None:
     return lambda dy: tape.add(name, dy)
 
 
-@rule("Relu")
+@gradient_rule("Relu")
 def relu(tape: Tape, node: Node) -> Pull:
     """dx = dy where y > 0."""
     _, y = _emit_unary(tape, node)
@@ -234,7 +290,7 @@ def where_positive(tape: Tape, dy: str, y: str) -> str:
     return _where(g, g.emit("Greater", y, g.scalar(0)), dy)
 
 
-@rule("PRelu")
+@gradient_rule("PRelu")
 def parametric_relu(tape: Tape, node: Node) -> Pull:
     """dx = dy where x > 0, else slope · dy; dslope = Σ dy · x where x ≤ 0."""
     left, right = node.inputs
@@ -254,7 +310,7 @@ def parametric_relu(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Gelu")
+@gradient_rule("Gelu")
 def gelu(tape: Tape, node: Node) -> Pull:
     """y = x · Φ(x), exact by the error function or approximated by tanh; dx = dy · (Φ + x · Φ′)."""
     name = node.inputs[0]
@@ -288,7 +344,7 @@ def _tanh_gelu(tape: Tape, node: Node, x: str) -> Pull:
     return pull
 
 
-@rule("Mish")
+@gradient_rule("Mish")
 def mish(tape: Tape, node: Node) -> Pull:
     """y = x · t with t = tanh(softplus(x)); dx = dy · (t + x · (1 − t²) · sigmoid(x))."""
     name = node.inputs[0]
@@ -303,7 +359,7 @@ def mish(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Clip")
+@gradient_rule("Clip")
 def clip(tape: Tape, node: Node) -> Pull:
     """dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
 
@@ -337,7 +393,7 @@ def clip(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Floor", "Ceil", "Round", "Sign", "Hardmax", "IsNaN", "IsInf", "Not")
+@gradient_rule("Floor", "Ceil", "Round", "Sign", "Hardmax", "IsNaN", "IsInf", "Not")
 def steps(tape: Tape, node: Node) -> None:
     """Constant between jumps: no gradient passes."""
     if any(i and i != node.inputs[0] for i in node.inputs[1:]):

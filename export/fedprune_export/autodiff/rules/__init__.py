@@ -1,1 +1,0 @@
-"""Gradient rules of the operators, one family of operators per module."""

@@ -1,0 +1,329 @@
+"""Operators that look up or write elements by index: gathers, scatters, one-hot, the largest, triangles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, channel_rule
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.operators.slicing import indices_after_cut, put_back, scattered
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+
+@channel_rule("Gather")
+def gather_channels(channels: Channels, node: Node) -> None:
+    """Constant indices take channels; a table that is looked up by data, or indices that repeat, keep theirs."""
+    x, indices = channels.of(node, 0), channels.of(node, 1)
+    axis = int(node.attrs.get("axis", 0)) % len(x)
+    row = x[axis]
+    constant = channels.graph.initializers.get(node.inputs[1])
+    channels.fix(indices)
+    middle: list[AtomRow] = [np.zeros_like(r) for r in indices]
+    if row.any():
+        if constant is None or constant.ndim > 1 or constant.size > row.size:
+            channels.atoms.fix(row)
+        elif constant.ndim == 0:
+            channels.atoms.fix(row[constant.reshape(1)])
+        else:
+            middle = [channels.pick(row, constant % row.size)]
+    channels.out(node, [*x[:axis], *middle, *x[axis + 1 :]])
+
+
+@channel_rule("GatherND")
+def gather_nd_channels(channels: Channels, node: Node) -> None:
+    """Axes that are looked up stay, those behind them pass."""
+    x, indices = channels.of(node, 0), channels.of(node, 1)
+    looked = int(node.attrs.get("batch_dims", 0)) + channels.shape(node.inputs[1])[-1]
+    channels.fix([*x[:looked], *indices])
+    channels.out(node, [*(np.zeros_like(r) for r in indices[:-1]), *x[looked:]])
+
+
+@channel_rule("ScatterND")
+def scatter_nd_channels(channels: Channels, node: Node) -> None:
+    """Axes that are looked up stay, those behind them are tied to what is put there."""
+    x, indices, updates = (channels.of(node, i) for i in range(3))
+    looked = channels.shape(node.inputs[1])[-1]
+    passed = x[looked:]
+    channels.fix([*x[:looked], *indices, *updates[: len(updates) - len(passed)]])
+    for row, other in zip(passed, updates[len(updates) - len(passed) :], strict=True):
+        channels.atoms.tie(row, other)
+    channels.out(node, [*(np.zeros_like(r) for r in x[:looked]), *passed])
+
+
+@channel_rule("NonMaxSuppression")
+def suppression_channels(channels: Channels, node: Node) -> None:
+    """Boxes, classes and their scores stay; the places of what is kept are plain numbers."""
+    channels.fix_inputs(node)
+    channels.still_outputs(node)
+
+
+@channel_rule("ScatterElements", "GatherElements")
+def elements_channels(channels: Channels, node: Node) -> None:
+    """The axis that is looked up stays; along others of equal length values and indices are tied."""
+    axis = int(node.attrs.get("axis", 0)) % len(channels.of(node, 0))
+    out: list[AtomRow] = []
+    for i, column in enumerate(zip(*(channels.of(node, k) for k in range(len(node.inputs))), strict=True)):
+        passes = i != axis and len({row.size for row in column}) == 1
+        for row in column if passes else ():
+            channels.atoms.tie(column[0], row)
+        channels.fix([] if passes else column)
+        size = channels.shape(node.outputs[0])[i]
+        # Any of several tied atoms represents all; the fixed one is preferred.
+        out.append(np.minimum.reduce(column) if passes else still(size))
+    channels.out(node, out)
+
+
+@channel_rule("Trilu")
+def triangle_channels(channels: Channels, node: Node) -> None:
+    """The axes of its matrices stay."""
+    x = list(channels.of(node, 0))
+    channels.fix(x[-2:])
+    channels.out(node, [*x[:-2], *(np.zeros_like(r) for r in x[-2:])])
+
+
+@rewrite("Gather")
+def gather_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """Along an axis that is cut, the places that are left of those taken."""
+    axis = int(node.attrs.get("axis", 0)) % len(sizes.before(node.inputs[0]))
+    constant = graph.initializers.get(node.inputs[1])
+    if constant is None or not sizes.changed(node.inputs[0], axis):
+        return
+    taken = constant % (sizes.before(node.inputs[0])[axis] or 1)
+    if constant.ndim == 1:
+        node.inputs[1] = graph.ints(*indices_after_cut(sizes, node, taken, axis, axis).tolist())
+    else:
+        (place,) = np.flatnonzero(sizes.kept(node.inputs[0], axis) == taken)
+        node.inputs[1] = graph.constant(int(place), np.int64)
+
+
+Array = npt.NDArray[Any]
+
+
+@gradient_rule("ScatterND", "ScatterElements")
+def scatter(tape: Tape, node: Node) -> Pull:
+    """Updates written or added at places; they get dy from there, the data gets it elsewhere, or everywhere."""
+    data, index, updates = node.inputs
+    x, places, new = (tape.value(n) for n in node.inputs)
+    reduction = str(node.attrs.get("reduction", "none"))
+    if reduction not in ("none", "add"):
+        raise ModelError(f"{describe(node)}: how it scatters", expected=["none", "add"], got=reduction)
+    if node.op == "ScatterElements":
+        axis = int(node.attrs.get("axis", 0)) % len(tape.shape(data))
+        tape.static(node, [tape.shape(data)[axis]])
+        where = {"axis": axis}
+    else:
+        depth = tape.shape(index)[-1]
+        looked = tape.shape(data)[: depth if isinstance(depth, int) else 0]
+        tape.static(node, [depth, *(d for d in looked if d != BATCH)])
+        where = {}
+    g = tape.graph
+    tape.enter(node.outputs[0], g.emit(node.op, x, places, new, attrs=node.attrs), tape.shape(data))
+
+    def pull(dy: str) -> None:
+        if tape.wants(data):
+            zeros = g.emit("ConstantOfShape", tape.shape_of(new))
+            tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, places, zeros, attrs=where))
+        if tape.wants(updates):
+            read = "GatherElements" if node.op == "ScatterElements" else "GatherND"
+            tape.add(updates, g.emit(read, dy, places, attrs=where))
+
+    return pull
+
+
+@gradient_rule("Trilu")
+def triangle(tape: Tape, node: Node) -> Pull:
+    """A triangle of each matrix, zeros elsewhere; dy in the same triangle."""
+    name, g = node.inputs[0], tape.graph
+    offset = [tape.value(i) for i in node.inputs[1:] if i]
+    tape.enter(node.outputs[0], g.emit("Trilu", tape.value(name), *offset, attrs=node.attrs), tape.shape(name))
+    return lambda dy: tape.add(name, g.emit("Trilu", dy, *offset, attrs=node.attrs))
+
+
+@gradient_rule("OneHot")
+def one_hot(tape: Tape, node: Node) -> None:
+    """A vector per place: no gradient passes."""
+    name = node.inputs[0]
+    depth = tape.number(node, 1)
+    if depth is None:
+        raise ModelError(f"{describe(node)}: no depth")
+    shape = tape.shape(name)
+    axis = int(node.attrs.get("axis", -1)) % (len(shape) + 1)
+    y = tape.graph.emit("OneHot", *[tape.value(i) for i in node.inputs], attrs={"axis": axis})
+    tape.enter(node.outputs[0], y, (*shape[:axis], int(depth.reshape(-1)[0]), *shape[axis:]))
+
+
+@gradient_rule("Gather")
+def gather(tape: Tape, node: Node) -> Pull:
+    """Rows by constant indices, or an embedding by data; the gradients of equal indices add up."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    axis = int(node.attrs.get("axis", 0)) % len(shape)
+    constant = tape.constant(node, 1)
+    if constant is None:
+        tape.static(node, [shape[axis]])
+        return _embedding(tape, node, axis)
+    size = tape.extent(shape[axis])
+    if not isinstance(shape[axis], int):
+        return _channels(tape, node, axis, np.where(constant < 0, constant + size, constant))
+    picked = np.where(constant < 0, constant + size, constant).astype(np.int64)
+    g = tape.graph
+    out = (*shape[:axis], *picked.shape, *shape[axis + 1 :])
+    y = g.emit("Gather", x, g.constant(picked, np.int64), attrs={"axis": axis})
+    tape.enter(node.outputs[0], y, out)
+
+    def pull(dy: str) -> None:
+        flat = (*shape[:axis], picked.size, *shape[axis + 1 :])
+        dy = g.emit("Unsqueeze", dy, g.ints(axis)) if picked.ndim == 0 else tape.reshape(dy, out, flat)
+        tape.add(name, scattered(tape, dy, flat, axis, picked.reshape(-1), size))
+
+    return pull
+
+
+def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
+    """Runs of channels in another order, or fixed indices among channels: as slices side by side."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
+    where = g.ints(axis)
+    parts = [g.emit("Slice", x, tape.size(begin), tape.size(stop), where) for begin, stop in runs]
+    lengths = [tape.difference(stop, begin) for begin, stop in runs]
+    y = g.emit("Concat", *parts, attrs={"axis": axis}) if len(parts) > 1 else parts[0]
+    out: Shape = (*shape[:axis], tape.total(lengths), *shape[axis + 1 :])
+    if picked.ndim == 0:
+        y, out = g.emit("Squeeze", y, where), (*shape[:axis], *shape[axis + 1 :])
+    elif picked.ndim > 1:
+        raise ModelError(f"{describe(node)}: indices into channels", expected="a vector", got=picked.shape)
+    tape.enter(node.outputs[0], y, out)
+
+    def pull(dy: str) -> None:
+        dy = g.emit("Unsqueeze", dy, where) if picked.ndim == 0 else dy
+        own = [dy]
+        if len(runs) > 1:
+            own = g.emit_many("Split", dy, tape.sizes(lengths), outputs=len(runs), attrs={"axis": axis})
+        for part, (begin, stop) in zip(own, runs, strict=True):
+            tape.add(name, put_back(tape, part, shape, [(axis, begin, stop)]))
+
+    return pull
+
+
+def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
+    """Indices as runs that begin and stop between channel groups."""
+    found = tape.axis(node.inputs[0], axis)
+    out: list[tuple[Dim, Dim]] = []
+    at = 0
+    while at < len(picked):
+        length = 1
+        while at + length < len(picked) and picked[at + length] == picked[at] + length:
+            length += 1
+        begin = tape.prefix(found, picked[at]) if found is not None else None
+        stop = None
+        while found is not None and length and stop is None:
+            stop = tape.prefix(found, picked[at] + length)
+            length -= stop is None
+        if begin is None or stop is None or not length:
+            raise ModelError(
+                f"{describe(node)} picks single channels", expected="whole channel groups", got=f"index {picked[at]}"
+            )
+        out.append((begin, stop))
+        at += length
+    return out
+
+
+def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
+    """Rows by indices that are data."""
+    name, index = node.inputs
+    x, shape, places = tape.value(name), tape.shape(name), tape.value(index)
+    where = tape.shape(index)
+    g = tape.graph
+    out = (*shape[:axis], *where, *shape[axis + 1 :])
+    tape.enter(node.outputs[0], g.emit("Gather", x, places, attrs={"axis": axis}), out)
+
+    def pull(dy: str) -> None:
+        # With the indexed axis first, rows are added to zeros where they came from.
+        inner = list(range(axis, axis + len(where)))
+        order = inner + [i for i in range(len(out)) if i not in inner]
+        rows = g.emit("Transpose", dy, attrs={"perm": order}) if axis else dy
+        first = [axis, *(i for i in range(len(shape)) if i != axis)]
+        zeros = g.emit("ConstantOfShape", tape.sizes([shape[i] for i in first]))
+        at = g.emit("Unsqueeze", places, g.ints(-1))
+        total = g.emit("ScatterND", zeros, at, rows, attrs={"reduction": "add"})
+        tape.add(name, g.emit("Transpose", total, attrs={"perm": np.argsort(first).tolist()}) if axis else total)
+
+    return pull
+
+
+@gradient_rule("GatherElements")
+def gather_elements(tape: Tape, node: Node) -> Pull:
+    """One element per index along a fixed axis; the gradients of equal indices add up."""
+    name, index = node.inputs
+    x, shape, places = tape.value(name), tape.shape(name), tape.value(index)
+    axis = int(node.attrs.get("axis", 0)) % len(shape)
+    tape.static(node, [shape[axis]])
+    g = tape.graph
+    y = g.emit("GatherElements", x, places, attrs={"axis": axis})
+    tape.enter(node.outputs[0], y, tape.shape(index))
+    return lambda dy: tape.add(name, added_at(tape, x, places, dy, axis))
+
+
+def added_at(tape: Tape, x: str, places: str, dy: str, axis: int) -> str:
+    """Zeros like a value, with gradients added where they came from along an axis."""
+    g = tape.graph
+    zeros = g.emit("ConstantOfShape", tape.shape_of(x))
+    return g.emit("ScatterElements", zeros, places, dy, attrs={"axis": axis, "reduction": "add"})
+
+
+@gradient_rule("GatherND")
+def gather_nd(tape: Tape, node: Node) -> Pull:
+    """Slices by tuples of indices into the leading axes; the gradients of equal tuples add up."""
+    name, index = node.inputs
+    x, shape, places = tape.value(name), tape.shape(name), tape.value(index)
+    where = tape.shape(index)
+    batches = int(node.attrs.get("batch_dims", 0))
+    depth = where[-1]
+    if not isinstance(depth, int):
+        raise ModelError(f"{describe(node)}: length of an index", expected="a number", got=depth)
+    tape.static(node, [d for d in shape[batches : batches + depth] if d != BATCH])
+    g = tape.graph
+    out = (*where[:-1], *shape[batches + depth :])
+    tape.enter(node.outputs[0], g.emit("GatherND", x, places, attrs={"batch_dims": batches}), out)
+
+    def pull(dy: str) -> None:
+        at = places
+        for axis in reversed(range(batches)):
+            # Scattering has no batch axes: an index includes its place in them, too.
+            numbers = counted(tape, shape[axis])
+            ones = [1] * len(where)
+            ones[axis] = -1
+            column = g.emit("Reshape", numbers, g.ints(*ones))
+            head = tape.sizes([*where[:-1], 1])
+            at = g.emit("Concat", g.emit("Expand", column, head), at, attrs={"axis": -1})
+        zeros = g.emit("ConstantOfShape", tape.shape_of(x))
+        tape.add(name, g.emit("ScatterND", zeros, at, dy, attrs={"reduction": "add"}))
+
+    return pull
+
+
+def counted(tape: Tape, dim: Dim) -> str:
+    """0, 1, 2 and so on up to a dimension's size."""
+    g = tape.graph
+    if isinstance(dim, int):
+        return g.ints(*range(dim))
+    ones = g.emit("ConstantOfShape", tape.size(dim), attrs={"value": np.ones(1, np.int64)})
+    return g.emit("CumSum", ones, g.constant(0, np.int64), attrs={"exclusive": 1})
+
+
+_KEPT = 100_003  # stands for how many boxes are kept: a prime, which no other size is by chance
+
+
+@gradient_rule("NonMaxSuppression")
+def suppression(tape: Tape, node: Node) -> None:
+    """Places of the boxes that are kept: no gradient passes."""
+    inputs = [tape.value(i) if i else "" for i in node.inputs]
+    kept = tape.symbol(node.outputs[0], _KEPT)
+    tape.enter(node.outputs[0], tape.graph.emit("NonMaxSuppression", *inputs, attrs=node.attrs), (kept, 3))

@@ -1,0 +1,252 @@
+"""Resizing of maps, sampling at computed places, and exchange of space and channels.
+
+Every way of resizing is linear along each axis on its own, so its gradient is a product with the transposed matrix of
+each axis. The matrices are measured by running the operator on unit vectors, so they are right for every mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, channel_rule
+from fedprune_export.ir.axis_matrix import Matrix, axis_matrix
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.operators.indexing import counted
+
+
+@channel_rule("Resize", "Upsample", "GridSample")
+def resample_channels(channels: Channels, node: Node) -> None:
+    """Batch and channels pass, places stay."""
+    x = channels.of(node, 0)
+    channels.fix_inputs(node, 1)
+    shape = channels.shape(node.outputs[0])
+    resized = node.op == "Resize" and node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    passed = [i < 2 and not resized and row.size == n for i, (row, n) in enumerate(zip(x, shape, strict=True))]
+    channels.fix([row for row, passes in zip(x, passed, strict=True) if not passes])
+    channels.out(node, [row if passes else still(n) for row, n, passes in zip(x, shape, passed, strict=True)])
+
+
+@channel_rule("DepthToSpace")
+def depth_to_space_channels(channels: Channels, node: Node) -> None:
+    """A channel is a block of neighbours, or the same place of every part, by mode."""
+    x = channels.of(node, 0)
+    times = int(node.attrs["blocksize"]) ** 2
+    channels.fix(x[2:])
+    crd = node.attrs.get("mode", "DCR") == "CRD"
+    blocks = x[1].reshape(-1, times) if crd else x[1].reshape(times, -1).T
+    channels.atoms.tie(blocks, blocks[:, :1])
+    _spatial(channels, node, blocks[:, 0])
+
+
+@channel_rule("SpaceToDepth")
+def space_to_depth_channels(channels: Channels, node: Node) -> None:
+    """All channels once for every place of a block."""
+    x = channels.of(node, 0)
+    channels.fix(x[2:])
+    _spatial(channels, node, np.tile(x[1], int(node.attrs["blocksize"]) ** 2))
+
+
+def _spatial(channels: Channels, node: Node, row: AtomRow) -> None:
+    shape: Sequence[int] = channels.shape(node.outputs[0])
+    channels.out(node, [still(shape[0]), row, *(still(n) for n in shape[2:])])
+
+
+@gradient_rule("Resize")
+def resize(tape: Tape, node: Node) -> Pull:
+    """Nearest, linear and cubic resizing of axes whose size is fixed.
+
+    Raises `ModelError` if a region is cropped, or the batch or channels are resized.
+    """
+    name = node.inputs[0]
+    x, shape, g = tape.value(name), tape.shape(name), tape.graph
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise ModelError(f"{describe(node)} crops a region", expected="resizing of the whole map")
+    scales, sizes = tape.number(node, 2), tape.target_shape(node, 3)
+    scales = scales if scales is not None and scales.size else None
+    matrices: dict[int, Matrix] = {}
+    for axis in range(len(shape)):
+        factor = float(scales[axis]) if scales is not None else None
+        wanted = int(sizes[axis]) if sizes is not None else 0
+        if factor == 1 or (factor is None and wanted in (0, tape.extent(shape[axis]))):
+            continue
+        (size,) = tape.static(node, shape[axis : axis + 1])
+        matrices[axis] = axis_matrix(node.attrs, size, factor, wanted)
+    out: Shape = tuple(matrices[a].shape[0] if a in matrices else d for a, d in enumerate(shape))
+    amounts = ["", g.constant(scales, np.float32)] if scales is not None else ["", "", tape.sizes(out)]
+    tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
+
+    def pull(dy: str) -> None:
+        tape.add(name, _gathered(tape, dy, out, shape, matrices))
+
+    return pull
+
+
+def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:
+    """The gradient of the resized input: each axis multiplied by its transposed matrix."""
+    g, rank = tape.graph, len(shape)
+    repeats = [_repeats(matrices[a]) if a in matrices else 1 for a in range(2, rank)]
+    if rank > 2 and not {0, 1} & set(matrices) and all(repeats):
+        # Integer upsampling by repetition: a pooling sums each block.
+        window = {"kernel_shape": repeats, "strides": repeats}
+        return g.emit("Mul", g.emit("AveragePool", dy, attrs=window), g.scalar(float(np.prod(repeats))))
+    value, now = dy, list(out)
+    for axis, matrix in sorted(matrices.items(), key=lambda item: item[1].shape[1] / item[1].shape[0]):
+        before, after = tape.product(now[:axis]), tape.product(now[axis + 1 :])
+        tall: Shape = (before, now[axis], after)
+        value = tape.reshape(value, tuple(now), tall if after != 1 else tall[:2])
+        now[axis] = matrix.shape[1]
+        if after == 1:
+            value = g.emit("MatMul", value, g.constant(matrix, np.float32))
+            value = tape.reshape(value, (before, now[axis]), tuple(now))
+        else:
+            value = g.emit("MatMul", g.constant(matrix.T, np.float32), value)
+            value = tape.reshape(value, (before, now[axis], after), tuple(now))
+    return value
+
+
+def _repeats(matrix: Matrix) -> int:
+    """The repetition factor if the matrix repeats every position equally often; else 0."""
+    times, rest = divmod(matrix.shape[0], matrix.shape[1])
+    same = not rest and np.array_equal(matrix, np.repeat(np.eye(matrix.shape[1], dtype=np.float32), times, axis=0))
+    return times if same else 0
+
+
+@gradient_rule("DepthToSpace", "SpaceToDepth")
+def space_and_depth(tape: Tape, node: Node) -> Pull:
+    """Moves blocks of channels to spatial blocks, or the reverse; each is the other's gradient."""
+    name = node.inputs[0]
+    x, shape, g = tape.value(name), tape.shape(name), tape.graph
+    size, deep = int(node.attrs["blocksize"]), node.op == "SpaceToDepth"
+    height, width = tape.static(node, shape[2:])
+    if deep:
+        out: Shape = (shape[0], tape.product([shape[1], size * size]), height // size, width // size)
+    else:
+        channels: Dim | None = tape.quotient(shape[1], size * size)
+        if channels is None:
+            raise ModelError(f"{describe(node)}: its blocks of channels are cut unevenly", got=shape[1])
+        out = (shape[0], channels, height * size, width * size)
+    tape.enter(node.outputs[0], g.emit(node.op, x, attrs=node.attrs), out)
+
+    def pull(dy: str) -> None:
+        if deep:
+            dx = g.emit("DepthToSpace", dy, attrs={"blocksize": size})
+        elif node.attrs.get("mode", "DCR") == "DCR":
+            dx = g.emit("SpaceToDepth", dy, attrs={"blocksize": size})
+        else:
+            apart = g.emit("Reshape", dy, g.ints(0, 0, height, size, width, size))
+            apart = g.emit("Transpose", apart, attrs={"perm": [0, 1, 3, 5, 2, 4]})
+            dx = g.emit("Reshape", apart, g.ints(0, -1, height, width))
+        tape.add(name, dx)
+
+    return pull
+
+
+@gradient_rule("GridSample")
+def grid_sample(tape: Tape, node: Node) -> Pull:
+    """Bilinear or nearest samples of maps; dy goes back to where they were taken, and moves the grid if bilinear.
+
+    Raises `ModelError` if samples are cubic or of volumes, or places outside of a map are reflected into it.
+    """
+    name, grid = node.inputs
+    x, places, shape, where, g = tape.value(name), tape.value(grid), tape.shape(name), tape.shape(grid), tape.graph
+    mode, padding = str(node.attrs.get("mode", "bilinear")), str(node.attrs.get("padding_mode", "zeros"))
+    for what, found, known in (("mode", mode, ["bilinear", "nearest"]), ("padding", padding, ["zeros", "border"])):
+        if found not in known:
+            raise ModelError(f"{describe(node)}: {what}", expected=known, got=found)
+    if len(shape) != 4:
+        raise ModelError(f"{describe(node)}: what it samples", expected="maps [N, C, H, W]", got=list(shape))
+    height, width = tape.static(node, shape[2:])
+    tape.static(node, where[1:])
+    out = (*shape[:2], *where[1:3])
+    tape.enter(node.outputs[0], g.emit("GridSample", x, places, attrs=node.attrs), out)
+    rows, maps = tape.product(where[:3]), tape.product([shape[0], height * width])
+
+    def by_row(value: str, dims: tuple[int | str, ...]) -> str:
+        """Maps [N, C, H, W] as rows [N·H·W, C]."""
+        last = g.emit("Transpose", value, attrs={"perm": [0, 2, 3, 1]})
+        return tape.reshape(last, (dims[0], dims[2], dims[3], dims[1]), (tape.product([dims[0], *dims[2:]]), dims[1]))
+
+    def pull(dy: str) -> None:
+        flat = tape.reshape(places, where, (rows, 2))
+        across, down = g.emit_many("Split", flat, g.ints(1, 1), outputs=2, attrs={"axis": 1})
+        aligned = bool(node.attrs.get("align_corners", 0))
+        along = [_ends(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
+        number = g.emit("Mul", counted(tape, shape[0]), g.ints(height * width))
+        first = g.emit("Expand", g.emit("Unsqueeze", number, g.ints(1)), tape.sizes([1, tape.product(where[1:3])]))
+        first = tape.reshape(first, (shape[0], tape.product(where[1:3])), (rows, 1))
+        corners = list(product(*along))
+        places_of = [
+            g.emit("Add", first, g.emit("Add", g.emit("Mul", j.place, g.ints(width)), i.place)) for j, i in corners
+        ]
+        slopes = by_row(dy, out)
+        if tape.wants(name):
+            parts = [g.emit("Mul", slopes, g.emit("Mul", j.weight, i.weight)) for j, i in corners]
+            at, added = (g.emit("Concat", *v, attrs={"axis": 0}) if len(v) > 1 else v[0] for v in (places_of, parts))
+            zeros = g.emit("ConstantOfShape", tape.sizes([maps, shape[1]]))
+            total = g.emit("ScatterND", zeros, at, added, attrs={"reduction": "add"})
+            total = tape.reshape(total, (maps, shape[1]), (shape[0], height, width, shape[1]))
+            tape.add(name, g.emit("Transpose", total, attrs={"perm": [0, 3, 1, 2]}))
+        if tape.wants(grid) and mode == "bilinear":
+            values, moved = by_row(x, shape), ["", ""]
+            for (j, i), at in zip(corners, places_of, strict=True):
+                value = g.emit("Gather", values, g.emit("Squeeze", at, g.ints(1)), attrs={"axis": 0})
+                each = g.emit("ReduceSum", g.emit("Mul", slopes, value), g.ints(1), attrs={"keepdims": 1})
+                for k, factor in enumerate((g.emit("Mul", j.weight, i.slope), g.emit("Mul", j.slope, i.weight))):
+                    part = g.emit("Mul", each, factor)
+                    moved[k] = g.emit("Add", moved[k], part) if moved[k] else part
+            tape.add(grid, tape.reshape(g.emit("Concat", *moved, attrs={"axis": 1}), (rows, 2), where))
+
+    return pull
+
+
+@dataclass(frozen=True)
+class _End:
+    """One of the neighbours of samples along an axis.
+
+    `place`: its index, within the map; `weight`: its share of the sample, 0 outside; `slope`: the derivative of that
+    by the grid.
+    """
+
+    place: str
+    weight: str
+    slope: str
+
+
+def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned: bool) -> list[_End]:
+    """The neighbours of samples along an axis whose ends are -1 and 1: middles of places if `aligned`, else borders."""
+    scale = (size - 1) / 2 if aligned else size / 2
+    # In the order of onnxruntime and torch, so that a sample near a place is on the same side of it.
+    at = g.emit("Mul", g.emit("Add", coordinate, g.scalar(1)), g.scalar(scale))
+    if not aligned:
+        at = g.emit("Sub", at, g.scalar(0.5))
+    slope = g.scalar(scale)
+    if padding == "border":
+        within = _both(g, g.emit("Greater", at, g.scalar(0)), g.emit("Less", at, g.scalar(size - 1)))
+        slope = g.emit("Mul", within, slope)
+        at = g.emit("Clip", at, g.scalar(0), g.scalar(size - 1))
+    if mode == "nearest":
+        return [_end(g, g.emit("Round", at), size, g.scalar(1), "")]
+    low = g.emit("Floor", at)
+    share = g.emit("Sub", at, low)
+    return [
+        _end(g, low, size, g.emit("Sub", g.scalar(1), share), g.emit("Neg", slope)),
+        _end(g, g.emit("Add", low, g.scalar(1)), size, share, slope),
+    ]
+
+
+def _end(g: Graph, place: str, size: int, weight: str, slope: str) -> _End:
+    there = _both(g, g.emit("Greater", place, g.scalar(-0.5)), g.emit("Less", place, g.scalar(size - 0.5)))
+    index = g.emit("Cast", g.emit("Clip", place, g.scalar(0), g.scalar(size - 1)), attrs={"to": 7})
+    return _End(index, g.emit("Mul", weight, there), g.emit("Mul", slope, there) if slope else "")
+
+
+def _both(g: Graph, one: str, other: str) -> str:
+    """1 where both hold, else 0."""
+    return g.emit("Cast", g.emit("And", one, other), attrs={"to": 1})

@@ -1,0 +1,262 @@
+"""Reshape, Flatten, Squeeze and Unsqueeze: axes that are split into factors and put together from others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedprune.core.errors import ModelError
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.factors import Run, assignments, extents, factored, runs
+from fedprune_export.channels.rule import TARGETS, Channels, Rows, channel_rule
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+
+@channel_rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def reshape_channels(channels: Channels, node: Node) -> None:
+    """Atoms go along with the factors of their axes."""
+    x, target = channels.of(node, 0), channels.shape(node.outputs[0])
+    out: list[AtomRow] = [still(n) for n in target]
+    if any(row.any() for row in x):
+        old, new = extents(channels.seen, node.inputs[0]), extents(channels.seen, node.outputs[0])
+        free = [d is None for d in channels.seen.dims(node.outputs[0])]
+        if old is None or new is None:
+            _mixed(channels, node, x)
+        else:
+            for olds, news in runs(old, new):
+                _carry(channels, node, x, out, factored(olds, news, old, new), olds, free)
+    channels.out(node, out)
+
+
+def _carry(
+    channels: Channels, node: Node, x: Rows, out: list[AtomRow], run: Run | None, olds: list[int], free: Sequence[bool]
+) -> None:
+    """Carry the atoms of a run's old axes to its new ones."""
+    if not any(x[i].any() for i in olds):
+        return
+    if run is None:
+        _mixed(channels, node, [x[i] for i in olds])
+        return
+    sizes = [f // BATCH_EXTENT * BATCHES[0] if f % BATCH_EXTENT == 0 else f for f in run.factors]
+    grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
+    options = assignments(run, grids, free)
+    if len(options) > 1:
+        unit = channels.atoms.units()
+        grids = [unit[g] for g in grids]
+        options = assignments(run, grids, free)
+    if not options:
+        _mixed(channels, node, grids)
+        return
+    key = f"{node.outputs[0]}:{run.olds[0]}"
+    option = options[0] if len(options) == 1 else channels.choices.pick(key, options)
+    if option is None:
+        if channels.follows_data(node):
+            _mixed(channels, node, grids)
+        channels.fix([g.reshape(-1) for g in grids])
+        return
+    kept = []
+    for grid, span, to in zip(grids, run.of_old, option, strict=True):
+        if to is None:
+            channels.atoms.fix(grid.reshape(-1))
+            continue
+        target = run.of_new[run.news.index(to)]
+        lost = tuple(place for place, f in enumerate(span) if f not in target)
+        held = grid
+        for place in lost:
+            held = held.take([0], axis=place)
+        channels.atoms.tie(grid, held)
+        view = [grid.shape[f - span.start] if f in span else 1 for f in target]
+        row = np.broadcast_to(held.reshape(view), [sizes[f] for f in target]).reshape(-1)
+        out[to] = row
+        kept.append(row)
+    if len(options) > 1:
+        channels.choices.watch(key, option, kept)
+
+
+def _mixed(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
+    unit = channels.atoms.units()
+    if any(unit[row].any() for row in rows):
+        channels.notes.append(f"{node.op} {node.name} mixes channels with other axes: they stay.")
+    channels.fix([row.reshape(-1) for row in rows])
+
+
+@rewrite(*TARGETS)
+def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """A target shape: known sizes as numbers, one batch-dependent entry as -1, several as computed before."""
+    place = TARGETS[node.op]
+    if len(node.inputs) <= place or not node.inputs[place]:
+        return
+    before, after = sizes.before(node.outputs[0]), sizes.after(node.outputs[0])
+    if before == after:
+        return
+    free = [i for i, n in enumerate(after) if n is None]
+    if len(free) <= 1 and node.op == "Reshape":
+        node.inputs[place] = graph.ints(*(-1 if n is None else n for n in after))
+        return
+    old = node.inputs[place]
+    # An expansion's target may be shorter than its output: it is aligned at the end.
+    known = graph.initializers.get(old)
+    lead = len(after) - (known.size if known is not None else sizes.before(old)[0] or 0)
+    if not free:
+        node.inputs[place] = graph.ints(*(n or 0 for n in after[lead:]))
+        return
+    parts = [
+        graph.ints(n) if n is not None else graph.emit("Gather", old, graph.ints(i), attrs={"axis": 0})
+        for i, n in enumerate(after[lead:])
+    ]
+    node.inputs[place] = graph.emit("Concat", *parts, attrs={"axis": 0})
+
+
+@gradient_rule("Flatten")
+def flatten(tape: Tape, node: Node) -> Pull:
+    """Two axes out of many."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    axis = int(node.attrs.get("axis", 1))
+    axis = axis + len(shape) if axis < 0 else axis
+    out = (tape.product(shape[:axis]), tape.product(shape[axis:]))
+    tape.enter(node.outputs[0], tape.graph.emit("Flatten", x, attrs={"axis": axis}), out)
+    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+
+
+@gradient_rule("Reshape")
+def reshape(tape: Tape, node: Node) -> Pull:
+    """Any reshape; sizes that vary are computed at run time where 0 and -1 can't express them."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    known = tape.known(node.outputs[0])
+    if known is not None:
+        out = _filled(tape, node, known, shape)
+    else:
+        target = tape.target_shape(node, 1)
+        if target is None:
+            raise ModelError(f"{describe(node)}: no target shape")
+        out = reshaped(tape, node, shape, [int(t) for t in target.reshape(-1)])
+    if any(d == 0 for d in out):
+        raise ModelError(f"{describe(node)}: an empty dimension", got=list(out))
+    if tape.product(out) != tape.product(shape):
+        raise ModelError(f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(out)}")
+    tape.enter(node.outputs[0], tape.reshape(x, shape, out), out)
+    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+
+
+def _filled(tape: Tape, node: Node, known: Sequence[Dim | None], shape: Shape) -> Shape:
+    """The analysed shape of a reshape's output with the axes that follow the batch filled in."""
+    free = [i for i, d in enumerate(known) if d is None]
+    if not free:
+        return tuple(d for d in known if d is not None)
+    if len(free) == 1:
+        rest = tape.quotient(tape.product(shape), tape.product([d for d in known if d is not None]))
+        if rest is None:
+            raise ModelError(
+                f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(known)}"
+            )
+        return tuple(rest if d is None else d for d in known)
+    traced = tape.traced_shape(node.outputs[0])
+    return tuple(t if d is None else d for d, t in zip(known, traced, strict=True))
+
+
+def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
+    """The symbolic shape that a reshape of `shape` to `target` (at full width, with 0 and -1) gives.
+
+    Raises `ModelError` if a channel or batch dimension would be split.
+    """
+    sizes = [tape.extent(d) for d in shape]
+    whole = 1
+    for s in sizes:
+        whole *= s
+    if int(node.attrs.get("allowzero", 0)) == 0:
+        wanted = [sizes[i] if t == 0 else int(t) for i, t in enumerate(target)]
+    else:
+        wanted = [int(t) for t in target]
+    rest = 1
+    for w in wanted:
+        rest *= w if w != -1 else 1
+    wanted = [whole // rest if w == -1 else w for w in wanted]
+    out: list[Dim] = []
+    i = 0
+    j = 0
+    while j < len(wanted) or i < len(sizes):
+        if i < len(sizes) and j < len(wanted) and sizes[i] == wanted[j]:
+            out.append(shape[i])
+            i, j = i + 1, j + 1
+            continue
+        start, first = i, j
+        left = right = 1
+        while True:
+            if left <= right and i < len(sizes) and (left < right or i == start):
+                left *= sizes[i]
+                i += 1
+            elif j < len(wanted) and (right < left or j == first):
+                right *= wanted[j]
+                j += 1
+            else:
+                break
+            if left == right and (i > start or j > first) and (i == len(sizes) or j > first):
+                break
+        block = shape[start:i]
+        if left != right:
+            raise ModelError(f"{describe(node)}: shapes don't fit", expected=list(shape), got=list(target))
+        if j - first == 1:
+            out.append(tape.product(block))
+        elif all(isinstance(d, int) for d in block):
+            out.extend(wanted[first:j])
+        elif (rest_of_block := _rest(tape, block, target[first:j])) is not None:
+            out.extend(rest_of_block if t == -1 else w for t, w in zip(target[first:j], wanted[first:j], strict=True))
+        else:
+            # Ones around a whole dimension (C -> 1, C, 1) leave it whole.
+            large = [d for d in block if d != 1]
+            if len(large) != 1 or [w for w in wanted[first:j] if w != 1] != [tape.extent(large[0])]:
+                raise ModelError(
+                    f"{describe(node)} splits a dimension whose size varies",
+                    got=f"{list(shape)} to {list(target)}",
+                    hint="A training graph for all widths can't do that.",
+                )
+            out.extend(large[0] if w != 1 else 1 for w in wanted[first:j])
+    return tuple(out)
+
+
+def _rest(tape: Tape, block: Shape, target: Sequence[int]) -> Dim | None:
+    """The value of -1 if the other sizes divide a block at every width, else None."""
+    others = [t for t in target if t != -1]
+    if len(others) != len(target) - 1 or 0 in others:
+        return None
+    return tape.quotient(tape.product(block), tape.product(others))
+
+
+def _axes(tape: Tape, node: Node) -> list[int]:
+    """Axes of Squeeze and Unsqueeze: an input since opset 13, an attribute before."""
+    values = tape.number(node, 1)
+    raw = node.attrs.get("axes", []) if values is None else values.reshape(-1)
+    return [int(a) for a in raw]
+
+
+@gradient_rule("Squeeze")
+def squeeze(tape: Tape, node: Node) -> Pull:
+    """Axes of size 1 out."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    axes = [a % len(shape) for a in _axes(tape, node)] or [i for i, d in enumerate(shape) if d == 1]
+    if any(shape[a] != 1 for a in axes):
+        raise ModelError(f"{describe(node)}: an axis isn't 1", got=list(shape))
+    out = tuple(d for i, d in enumerate(shape) if i not in axes)
+    tape.enter(node.outputs[0], tape.graph.emit("Squeeze", x, tape.graph.ints(*axes)), out)
+    return lambda dy: tape.add(name, tape.graph.emit("Unsqueeze", dy, tape.graph.ints(*axes)))
+
+
+@gradient_rule("Unsqueeze")
+def unsqueeze(tape: Tape, node: Node) -> Pull:
+    """Axes of size 1 in."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    axes = _axes(tape, node)
+    rank = len(shape) + len(axes)
+    axes = sorted(a % rank for a in axes)
+    rest = iter(shape)
+    out: Shape = tuple(1 if i in axes else next(rest) for i in range(rank))
+    tape.enter(node.outputs[0], tape.graph.emit("Unsqueeze", x, tape.graph.ints(*axes)), out)
+    return lambda dy: tape.add(name, tape.graph.emit("Squeeze", dy, tape.graph.ints(*axes)))

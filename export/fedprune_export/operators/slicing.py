@@ -1,0 +1,336 @@
+"""Slices and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ModelError
+from fedprune.model.architecture import FIXED
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
+from fedprune_export.channels.atoms import still
+from fedprune_export.channels.rule import Channels, channel_rule
+from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.pruning.rewrites import Sizes, rewrite
+
+Array = npt.NDArray[Any]
+
+
+@channel_rule("Pad")
+def pad_channels(channels: Channels, node: Node) -> None:
+    """Added indices stay; reflecting or repeating padding of a channel axis fixes it."""
+    x = channels.of(node, 0)
+    given = channels.number(node, 1)
+    channels.fix_inputs(node, 1)
+    if given is None:
+        channels.fix(x)
+        channels.still_outputs(node)
+        return
+    amounts = given.tolist()
+    out = []
+    for i, row in enumerate(x):
+        before, after = int(amounts[i]), int(amounts[i + len(x)])
+        if before < 0 or after < 0 or ((before or after) and node.attrs.get("mode", "constant") != "constant"):
+            channels.atoms.fix(row)
+            row = still(row.size + before + after)
+            before = after = 0
+        out.append(np.concatenate([still(before), row, still(after)]))
+    channels.out(node, out)
+
+
+def sliced(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
+    """The indices that a Slice takes along each of its axes; None where that isn't constant."""
+    constants = [graph.initializers.get(name) if name else None for name in node.inputs[1:]]
+    count = len(node.inputs) - 1
+    if count < 2 or constants[0] is None or constants[1] is None:
+        return None
+    if any(node.inputs[i + 1] and constants[i] is None for i in range(2, count)):
+        return None
+    starts, ends = (constants[i].reshape(-1).tolist() for i in (0, 1))  # type: ignore[union-attr]
+    axes = constants[2].reshape(-1).tolist() if count > 2 and constants[2] is not None else range(len(starts))
+    steps = constants[3].reshape(-1).tolist() if count > 3 and constants[3] is not None else [1] * len(starts)
+    out = {}
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        # Backwards, an end at the very bottom means that index 0 is included.
+        stop = None if step < 0 and end < -(2**30) else int(end)
+        out[int(axis) % rank] = slice(int(start), stop, int(step))
+    return out
+
+
+@channel_rule("Slice")
+def slice_channels(channels: Channels, node: Node) -> None:
+    """Indices that are taken pass; where each of a few neighbours is taken, the neighbours are kept or cut together."""
+    x = channels.of(node, 0)
+    shape, dims = channels.shape(node.outputs[0]), channels.seen.dims(node.inputs[0])
+    taken = sliced(channels.graph, node, len(x))
+    out = list(x)
+    if taken is None:
+        axes = list(range(channels.shape(node.inputs[1])[0]))
+        if channels.has(node, 3):
+            given = channels.number(node, 3)
+            axes = list(range(len(x))) if given is None else [int(a) % len(x) for a in given]
+        channels.fix([x[a] for a in axes])
+        for axis in axes:
+            out[axis] = still(shape[axis])
+    else:
+        for axis, part in taken.items():
+            row, step = x[axis], part.step
+            if dims[axis] is None or row[part].size != shape[axis]:
+                channels.atoms.fix(row)
+                out[axis] = still(shape[axis])
+                continue
+            if row.any() and step > 1 and row.size % step == 0:
+                blocks = row.reshape(-1, step)
+                channels.atoms.tie(blocks, blocks[:, :1])
+            out[axis] = channels.pick(row, np.arange(row.size)[part])
+    channels.out(node, out)
+
+
+def indices_after_cut(
+    sizes: Sizes, node: Node, taken: npt.NDArray[np.int64], axis: int, out_axis: int
+) -> npt.NDArray[np.int64]:
+    """Indices of an axis after the cut for what is left of those taken before it."""
+    kept = sizes.kept(node.inputs[0], axis)
+    place = np.full(int(max(kept.max(), taken.max())) + 1, -1, np.int64)
+    place[kept] = np.arange(kept.size)
+    moved = place[taken[sizes.kept(node.outputs[0], out_axis)]]
+    if np.any(moved < 0):
+        raise ModelError(f"{node.op} {node.name} takes channels that are cut")
+    return moved
+
+
+@rewrite("Slice")
+def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
+    """Along an axis that is cut, what is left of the indices: as a slice where they follow each other."""
+    rank = len(sizes.before(node.inputs[0]))
+    taken = sliced(graph, node, rank) or {}
+    cut = [axis for axis in taken if sizes.changed(node.inputs[0], axis)]
+    if not cut:
+        return
+    parts = dict(taken)
+    for axis in cut:
+        full = np.arange(sizes.before(node.inputs[0])[axis] or 0)
+        moved = indices_after_cut(sizes, node, full[taken[axis]], axis, axis)
+        if np.all(np.diff(moved) == 1):
+            parts[axis] = slice(int(moved[0]), int(moved[-1]) + 1, 1)
+        else:
+            node.inputs[0] = graph.emit("Gather", node.inputs[0], graph.ints(*moved.tolist()), attrs={"axis": axis})
+            del parts[axis]
+    if not parts:
+        node.op, node.inputs = "Identity", node.inputs[:1]
+        return
+    starts = [p.start for p in parts.values()]
+    stops = [-(2**62) if p.stop is None else p.stop for p in parts.values()]
+    steps = [p.step for p in parts.values()]
+    node.inputs[1:] = [graph.ints(*starts), graph.ints(*stops), graph.ints(*parts), graph.ints(*steps)]
+
+
+_FEW = 4  # up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix
+
+
+@gradient_rule("Slice")
+def cut_out(tape: Tape, node: Node) -> Pull:
+    """Ranges with any step along fixed axes, and whole runs of channels; the gradient is put back among zeros."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    starts, ends, chosen, strides = (tape.number(node, i) for i in (1, 2, 3, 4))
+    if starts is None or ends is None:
+        raise ModelError(f"{describe(node)}: no range")
+    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(starts)))
+    steps = [int(s) for s in strides] if strides is not None else [1] * len(axes)
+    g = tape.graph
+    out = list(shape)
+    runs: list[tuple[int, Dim, Dim]] = []
+    picks: list[tuple[int, range]] = []
+    regular: list[tuple[int, range]] = []
+    for a, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        size = tape.extent(shape[a])
+        picked = range(size)[int(start) : int(end) : step]
+        if not picked:
+            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{start}:{end}:{step} of {shape[a]}")
+        if picked == range(size):
+            continue
+        if step == 1:
+            begin, stop = taken_run(tape, node, a, picked)
+            runs.append((a, begin, stop))
+            out[a] = tape.difference(stop, begin)
+        elif isinstance(shape[a], int):
+            picks.append((a, picked))
+            out[a] = len(picked)
+        else:
+            regular.append((a, picked))
+            out[a] = _every(tape, node, a, picked)
+    y = x
+    if runs:
+        where = g.ints(*[r[0] for r in runs])
+        y = g.emit("Slice", y, tape.sizes([r[1] for r in runs]), tape.sizes([r[2] for r in runs]), where)
+    for a, picked in picks:
+        last = picked.stop if picked.stop >= 0 else -(2**31)
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(a), g.ints(picked.step))
+    for a, picked in regular:
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(2**62), g.ints(a), g.ints(picked.step))
+    tape.enter(node.outputs[0], y, tuple(out))
+
+    def pull(dy: str) -> None:
+        now = list(out)
+        for a, picked in regular:
+            apart = g.emit("Unsqueeze", dy, g.ints(a + 1))
+            pads = [0] * (2 * len(shape) + 2)
+            pads[a + 1], pads[a + len(shape) + 2] = picked.start, picked.step - picked.start - 1
+            between = (*now[: a + 1], picked.step, *now[a + 1 :])
+            now[a] = shape[a]
+            dy = tape.reshape(g.emit("Pad", apart, g.ints(*pads)), between, tuple(now))
+        for a, picked in picks:
+            dy = scattered(tape, dy, tuple(now), a, np.array(picked), tape.extent(shape[a]))
+            now[a] = shape[a]
+        if runs:
+            dy = put_back(tape, dy, shape, runs)
+        tape.add(name, dy)
+
+    return pull
+
+
+def put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, Dim]]) -> str:
+    """The gradient of runs along some axes, among zeros."""
+    before: list[Dim] = [0] * len(shape)
+    after: list[Dim] = [0] * len(shape)
+    for a, begin, stop in runs:
+        before[a], after[a] = begin, tape.difference(shape[a], stop)
+    return tape.graph.emit("Pad", dy, tape.sizes(before + after))
+
+
+def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
+    """How many elements a step along channels takes, where each channel has as many indices as several steps."""
+    name = node.inputs[0]
+    whole, found = tape.shape(name)[axis], tape.axis(name, axis)
+    size, step = tape.extent(whole), picked.step
+    count = tape.quotient(whole, step) if step > 0 else None
+    even = found is not None and all((s.length if s.group == FIXED else s.inner) % step == 0 for s in found.segments)
+    if count is None or not even or picked.start >= step or len(picked) != size // step:
+        raise ModelError(
+            f"{describe(node)}: a step that is not within each channel", expected="a run of channels", got=picked
+        )
+    return count
+
+
+def taken_run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
+    """Where a run of indices begins and stops at every width."""
+    name = node.inputs[0]
+    if isinstance(tape.shape(name)[axis], int):
+        return picked.start, picked.stop
+    found = tape.axis(name, axis)
+    ends = [tape.prefix(found, n) if found is not None else None for n in (picked.start, picked.stop)]
+    if ends[0] is None or ends[1] is None:
+        raise ModelError(
+            f"{describe(node)} cuts a run of channels, or the batch",
+            expected="bounds between channel groups",
+            got=f"{picked.start} to {picked.stop} of {tape.shape(name)[axis]}",
+        )
+    return ends[0], ends[1]
+
+
+def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size: int) -> str:
+    """The gradient of a value of which elements were picked along an axis.
+
+    Args:
+        picked: Which indices were picked, in order; some maybe several times or never.
+        size: How many indices the axis had before.
+    """
+    g, count = tape.graph, len(picked)
+    if np.array_equal(picked, np.arange(picked[0], picked[0] + count)):
+        pads = [0] * (2 * len(shape))
+        pads[axis], pads[len(shape) + axis] = int(picked[0]), size - int(picked[-1]) - 1
+        return g.emit("Pad", dy, g.ints(*pads)) if any(pads) else dy
+    uses = np.bincount(picked, minlength=size)
+    if uses.max() > _FEW:
+        last = len(shape) - 1
+        order = [*(i for i in range(len(shape)) if i != axis), axis]
+        moved = g.emit("Transpose", dy, attrs={"perm": order}) if axis != last else dy
+        matrix = (picked[:, None] == np.arange(size)).astype(np.float32)
+        spread = g.emit("MatMul", moved, g.constant(matrix, np.float32))
+        return g.emit("Transpose", spread, attrs={"perm": np.argsort(order).tolist()}) if axis != last else spread
+    whole = dy
+    if uses.min() < uses.max():
+        pads = [0] * (2 * len(shape))
+        pads[len(shape) + axis] = 1  # an index of a zero, for elements that were picked less often
+        whole = g.emit("Pad", dy, g.ints(*pads))
+    total = ""
+    places = np.argsort(picked, kind="stable")
+    first = np.concatenate([[0], np.cumsum(uses)])[:-1]
+    for turn in range(int(uses.max())):
+        at = np.where(uses > turn, places[np.minimum(first + turn, count - 1)], count)
+        part = g.emit("Gather", whole, g.constant(at, np.int64), attrs={"axis": axis})
+        total = g.emit("Add", total, part) if total else part
+    return total
+
+
+@gradient_rule("Pad")
+def pad(tape: Tape, node: Node) -> Pull:
+    """A constant around any axes (negative pads cut), or fixed axes reflected or their edges repeated."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    mode = str(node.attrs.get("mode", "constant"))
+    given, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
+    if given is None:
+        raise ModelError(f"{describe(node)}: no pads")
+    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(shape)))
+    half = len(given) // 2
+    pads = np.zeros((2, len(shape)), np.int64)
+    for k, a in enumerate(axes):
+        pads[0, a], pads[1, a] = given[k], given[half + k]
+    if mode != "constant":
+        return _mirrored(tape, node, pads, mode)
+    for a in range(len(shape)):
+        if (pads[:, a] < 0).any():
+            tape.static(node, [shape[a]])
+    out = tuple(tape.total([d, int(pads[:, a].sum())]) for a, d in enumerate(shape))
+    g = tape.graph
+    fill = [g.scalar(float(value.reshape(-1)[0]))] if value is not None and value.size else []
+    y = g.emit("Pad", x, g.ints(*pads.reshape(-1).tolist()), *fill)
+    tape.enter(node.outputs[0], y, out)
+    return lambda dy: tape.add(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
+
+
+_MIRRORS: tuple[Literal["reflect", "edge", "wrap"], ...] = ("reflect", "edge", "wrap")
+
+
+def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
+    """Padding with elements of the value itself: axis by axis they are picked."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    how = next((m for m in _MIRRORS if m == mode), None)
+    if how is None:
+        raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_MIRRORS], got=mode)
+    padded = [a for a in range(len(shape)) if pads[:, a].any()]
+    picks = {}
+    for a in padded:
+        (size,) = tape.static(node, [shape[a]])
+        picks[a] = _indices(node, np.arange(size), int(pads[0, a]), int(pads[1, a]), how)
+    g = tape.graph
+    steps: list[tuple[int, Shape]] = []
+    now, y = list(shape), x
+    for a in padded:
+        y = g.emit("Gather", y, g.constant(picks[a], np.int64), attrs={"axis": a})
+        now[a] = len(picks[a])
+        steps.append((a, tuple(now)))
+    tape.enter(node.outputs[0], y, tuple(now))
+
+    def pull(dy: str) -> None:
+        for a, after in reversed(steps):
+            dy = scattered(tape, dy, after, a, picks[a], tape.extent(shape[a]))
+        tape.add(name, dy)
+
+    return pull
+
+
+def _indices(node: Node, own: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
+    kept = own[max(0, -before) : len(own) - max(0, -after)]
+    before, after = max(0, before), max(0, after)
+    if mode == "reflect" and max(before, after) >= len(kept):
+        wrong = max(before, after)
+        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(kept)}", got=wrong)
+    picked: Array = np.pad(kept, (before, after), mode=mode)
+    return picked
