@@ -1,10 +1,9 @@
-"""Random augmentation of the samples of a step, by the graphs in a training graph's metadata."""
+"""Random augmentation of the samples of a step, by the plan in a training graph's metadata."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,53 +12,146 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.core.rng import keyed
-from fedprune.model.step_contract import AUGMENT_X, AUGMENT_Y, AUGMENTED, NUMBERS, X, Y
-from fedprune.runtime.session import Session
+from fedprune.model.augmentation import AugmentPlan, AugmentStep
+from fedprune.model.step_contract import AUGMENT
 from fedprune_device.data.batches import Part
 
 Array = npt.NDArray[Any]
 
 
 class Augmentation:
-    """The graphs of a recipe's augmentations, by the contract of `step_contract.AUGMENT_X`.
+    """A recipe's augmentations. Raises `TrainingError` if the metadata has none, or they can't be read."""
 
-    Raises `TrainingError` if the metadata has none, or they can't be loaded.
-    """
-
-    def __init__(self, metadata: Mapping[str, str], threads: int = 1) -> None:
-        if AUGMENT_X not in metadata:
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        if AUGMENT not in metadata:
             raise TrainingError(
                 "training graph and recipe don't fit each other",
-                expected="a graph of the recipe's augmentations",
+                expected="a plan of the recipe's augmentations",
                 got="none",
             )
-        self._graphs = {
-            name: _session(metadata[key], threads) for name, key in ((X, AUGMENT_X), (Y, AUGMENT_Y)) if key in metadata
-        }
-        count = self._graphs[X].inputs[NUMBERS][1][-1]
-        if not isinstance(count, int):
-            raise TrainingError("augmentation", expected=f"a fixed size of {NUMBERS}", got=count)
-        self._count = count
+        try:
+            self.plan = AugmentPlan.from_json(metadata[AUGMENT])
+        except ModelError as error:
+            raise TrainingError(f"the training graph's augmentation: {error}") from error
 
     def __call__(self, part: Part, seed: int, *key: object) -> Part:
         """The part with its samples augmented when they are requested, by random numbers that `seed` and `key` decide;
         its labels move along where they are places."""
 
-        def augmented(name: str, values: Array) -> Array:
-            numbers = keyed(seed, *key).random((len(values), self._count), np.float32)
-            try:
-                return self._graphs[name].run({name: values, NUMBERS: numbers})[AUGMENTED]
-            except ModelError as error:
-                raise TrainingError(f"augmentation failed: {error}") from error
+        def numbers() -> Array:
+            return keyed(seed, *key).random((len(part.y), self.plan.numbers), np.float32)
 
-        y = augmented(Y, part.y) if Y in self._graphs else part.y
-        return replace(part, make=lambda: augmented(X, part.x), y=y)
+        y = part.y if self.plan.fill is None else augment_labels(self.plan, part.y, numbers())
+        return replace(part, make=lambda: augment_samples(self.plan, part.x, numbers()), y=y)
 
 
-def _session(text: str, threads: int) -> Session:
-    try:
-        return Session(base64.b64decode(text, validate=True), threads=threads)
-    except (binascii.Error, ValueError) as error:
-        raise TrainingError("the training graph's augmentation", expected="an ONNX file in base64") from error
-    except ModelError as error:
-        raise TrainingError(f"the training graph's augmentation: {error}") from error
+def augment_samples(plan: AugmentPlan, x: Array, numbers: Array) -> Array:
+    """Samples [N, ...] after all steps in their order; `numbers` [N, k] are random, from 0 to below 1.
+
+    Raises `TrainingError` if a step is of other samples than these.
+    """
+    out = np.array(x)
+    row = out.reshape(len(out), -1)
+    for step in plan.steps:
+        if step.begin + step.size > row.shape[1]:
+            raise TrainingError(
+                f"augmentation {step.name}", expected=f"{step.begin + step.size} numbers a sample", got=row.shape[1]
+            )
+        values = row[:, step.begin : step.begin + step.size].reshape(len(row), *step.shape)
+        own = numbers[:, step.first : step.first + step.numbers]
+        values = _move(values, step, step.axes, own, 0) if step.moves else _CHANGES[step.name](values, step, own)
+        row[:, step.begin : step.begin + step.size] = values.reshape(len(row), -1)
+    return out
+
+
+def augment_labels(plan: AugmentPlan, y: Array, numbers: Array) -> Array:
+    """Labels of places [N, ...], moved as the samples are."""
+    for step in plan.steps:
+        if step.moves:
+            axes = step.axes if len(step.shape) == 3 else (-1,)
+            y = _move(y, step, axes, numbers[:, step.first : step.first + step.numbers], plan.fill or 0)
+    return y
+
+
+def _move(values: Array, step: AugmentStep, axes: tuple[int, ...], numbers: Array, fill: int) -> Array:
+    """Values [N, ...], each sample moved along these axes; what comes in from outside is `fill`."""
+    if step.name == "flip":
+        return np.where(_spread(numbers[:, 0] < 0.5, values), values, np.flip(values, axes[0]))
+    out = np.full_like(values, fill)
+    rank = values.ndim - 1
+    for sample, own in enumerate(numbers):
+        target: list[slice] = [slice(None)] * rank
+        source = target.copy()
+        for axis, u in zip(axes, own, strict=True):
+            length = values.shape[axis]
+            most = int(step.values[0]) if step.name == "crop" else max(1, round(step.values[0] * length))
+            offset = int(_below(u, 2 * most + 1)) - most
+            target[axis] = slice(max(0, -offset), max(0, length - max(0, offset)))
+            source[axis] = slice(max(0, offset), max(0, length + min(0, offset)))
+        out[sample][tuple(target)] = values[sample][tuple(source)]
+    return out
+
+
+def _below(u: Any, bound: Any) -> Any:
+    """Random numbers from 0 to below 1 as whole numbers from 0 to below a bound."""
+    return np.floor(u * np.float32(1) * bound).astype(np.int64)
+
+
+def _spread(numbers: Array, values: Array) -> Array:
+    """One number a sample [N], along samples of these values' rank."""
+    spread: Array = numbers.reshape(-1, *[1] * (values.ndim - 1))
+    return spread
+
+
+def _mean(values: Array) -> Array:
+    means: Array = values.mean(tuple(range(1, values.ndim)), keepdims=True, dtype=np.float32)
+    return means
+
+
+def _factor(values: Array, step: AugmentStep, numbers: Array) -> Array:
+    """A random number from -SHARE to SHARE for every sample."""
+    return _spread((numbers[:, 0] - np.float32(0.5)) * np.float32(2 * step.values[0]), values)
+
+
+def _brighten(values: Array, step: AugmentStep, numbers: Array) -> Array:
+    """x + a·σ, with the deviation σ of the sample: the same whatever values are normalised by."""
+    deviation = np.sqrt(_mean(np.square(values - _mean(values))))
+    changed: Array = values + _factor(values, step, numbers) * deviation
+    return changed
+
+
+def _contrast(values: Array, step: AugmentStep, numbers: Array) -> Array:
+    """µ + (1 + a)·(x − µ), with the mean µ of the sample."""
+    changed: Array = values + _factor(values, step, numbers) * (values - _mean(values))
+    return changed
+
+
+def _noise(values: Array, step: AugmentStep, numbers: Array) -> Array:
+    """x + DEVIATION · normal numbers, two from two uniform ones (Box and Muller 1958, eq. 1)."""
+    first, second = np.split(numbers, 2, axis=1)
+    radius = np.sqrt(np.log(1 - first) * np.float32(-2)) * np.float32(step.values[0])
+    angle = second * np.float32(2 * math.pi)
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, : step.size]
+    changed: Array = values + normal.reshape(values.shape)
+    return changed
+
+
+def _mask_bands(values: Array, step: AugmentStep, numbers: Array) -> Array:
+    """One band of frequencies and one of steps, each of a limited width, filled with the sample's mean (Park et al.,
+    "SpecAugment", Interspeech 2019, Sec. 2: masks of width f ~ U[0, F] from f0 ~ U[0, ν − f) on)."""
+    out: Array = values.copy()
+    means = _mean(values)
+    for number, (axis, most) in enumerate(zip(step.axes, step.values, strict=True)):
+        widths = _below(numbers[:, 2 * number], int(most) + 1)
+        begins = _below(numbers[:, 2 * number + 1], values.shape[axis] - widths)
+        for sample, (width, begin) in enumerate(zip(widths, begins, strict=True)):
+            np.moveaxis(out[sample], axis, 0)[begin : begin + width] = means[sample].reshape(())
+    return out
+
+
+_CHANGES: dict[str, Callable[[Array, AugmentStep, Array], Array]] = {
+    "brightness": _brighten,
+    "contrast": _contrast,
+    "noise": _noise,
+    "specaugment": _mask_bands,
+}

@@ -202,7 +202,7 @@ class StepGraph:
 
     def augmentation(self, recipe: Recipe) -> Augmentation | None:
         """The augmentation of samples, if the recipe asks for it. Raises `TrainingError` if the graph lacks it."""
-        return Augmentation(self._session.metadata, self._threads) if recipe.augment else None
+        return Augmentation(self._session.metadata) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
         """The part of the graph after the model's outputs; the last one is kept, as loading it takes some hundredths of

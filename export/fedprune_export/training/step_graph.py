@@ -17,7 +17,7 @@ from fedprune_export.ir.probabilities import maker_of_probabilities
 from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
-from fedprune_export.training.augmentation import embedded_augmentation
+from fedprune_export.training.augmentation import augment_plan
 from fedprune_export.training.loss_graphs import LOSS_GRAPHS, ctc
 from fedprune_export.training.losses import target_shape, write_loss
 from fedprune_export.training.metrics import embedded_metric
@@ -105,7 +105,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     if features.augment and LENGTH in model.graph.metadata:
         raise ConfigError("recipe: augment with samples of different lengths", expected="one of the two")
     if features.augment:
-        graph.metadata |= embedded_augmentation(model, labels, features)
+        graph.metadata[step_contract.AUGMENT] = augment_plan(model, labels, features).to_json()
     graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH}
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -541,9 +542,16 @@ def test_a_graph_that_mixes_and_a_recipe_that_does_not_are_no_pair(
 def test_a_recipe_that_augments_needs_a_graph_that_does(graphs: Path, weights: Tensors, data: LocalData) -> None:
     with pytest.raises(TrainingError, match="augmentations"):
         train(graphs / "plain.onnx", weights, data, Recipe(augment=("noise:0.1",)))
-    for damaged in ("*", "AAAA"):
+    step = {"name": "flip", "values": [], "begin": 0, "shape": [3, 4, 4], "first": 0, "axes": [-1]}
+    assert Augmentation({step_contract.AUGMENT: json.dumps({"steps": [step], "fill": None})}).plan.numbers == 1
+    wrong: tuple[dict[str, Any], ...] = (
+        {"name": "rotate"}, {"shape": [0]}, {"shape": [2**20, 2**20]}, {"axes": [0]}, {"axes": []}, {"first": -1},
+        {"begin": True}, {"name": "noise"}, {"values": ["a"]},
+    )  # fmt: skip
+    bodies = [json.dumps({"steps": [step | change], "fill": None}) for change in wrong]
+    for damaged in ("*", "[]", '{"steps": 1, "fill": 0}', '{"steps": [], "fill": -1}', *bodies):
         with pytest.raises(TrainingError, match="augmentation"):
-            Augmentation({step_contract.AUGMENT_X: damaged})
+            Augmentation({step_contract.AUGMENT: damaged})
 
 
 def test_the_state_of_a_round_begins_at_zero(graphs: Path, weights: Tensors, data: LocalData) -> None:

@@ -1,8 +1,7 @@
-"""Augmentations as graphs: against numpy and torch with the same random numbers; what moves, what stays, refusals."""
+"""Augmentations: against numpy and torch with the same random numbers; what moves, what stays, refusals."""
 
 from __future__ import annotations
 
-import base64
 import functools
 import math
 from collections.abc import Callable
@@ -19,10 +18,11 @@ from torch.nn import functional
 import fedprune_export as fx
 from fedprune.core.errors import ConfigError
 from fedprune.core.rng import keyed
+from fedprune.model.augmentation import AugmentPlan
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import AUGMENT_X, AUGMENT_Y, AUGMENTED, NUMBERS, X, Y
-from fedprune.runtime.session import Session
+from fedprune.model.step_contract import AUGMENT
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.augmentation import augment_labels, augment_samples
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
@@ -101,19 +101,15 @@ def model_of(net: str) -> Model:
 
 
 @functools.lru_cache
-def sessions(model: str, *augment: str, **recipe: Any) -> dict[str, Session]:
-    metadata = training_graph(model_of(model), Recipe(augment=augment, **recipe).features).metadata
-    return {k: Session(base64.b64decode(metadata[k])) for k in (AUGMENT_X, AUGMENT_Y) if k in metadata}
+def plan_of(model: str, *augment: str, **recipe: Any) -> AugmentPlan:
+    """The plan of a training graph, as a board reads it."""
+    features = Recipe(augment=augment, **recipe).features
+    return AugmentPlan.from_json(training_graph(model_of(model), features).metadata[AUGMENT])
 
 
-def augmented(session: Session, values: Array, numbers: Array) -> Array:
-    return session.run({X if X in session.inputs else Y: values, NUMBERS: numbers})[AUGMENTED]
-
-
-def drawn(shape: tuple[int, ...], session: Session, seed: int, n: int = 7) -> tuple[Array, Array]:
+def drawn(shape: tuple[int, ...], plan: AugmentPlan, seed: int, n: int = 7) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
-    (_, (_, count)) = session.inputs[NUMBERS]
-    return rng.standard_normal((n, *shape)).astype(np.float32), rng.random((n, count), np.float32)
+    return rng.standard_normal((n, *shape)).astype(np.float32), rng.random((n, plan.numbers), np.float32)
 
 
 def flip(x: Array, u: Array) -> Array:
@@ -175,10 +171,10 @@ ORACLES: list[tuple[str, str, Any]] = [
 
 @pytest.mark.parametrize(("entry", "model", "wanted"), ORACLES)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_a_graph_computes_what_numpy_does_with_its_numbers(entry: str, model: str, wanted: Any, seed: int) -> None:
-    session = sessions(model, entry)[AUGMENT_X]
-    x, u = drawn(model_of(model).architecture.input_shape, session, seed)
-    got = augmented(session, x, u)
+def test_a_step_computes_what_its_formula_says(entry: str, model: str, wanted: Any, seed: int) -> None:
+    plan = plan_of(model, entry)
+    x, u = drawn(model_of(model).architecture.input_shape, plan, seed)
+    got = augment_samples(plan, x, u)
     assert (got.shape, got.dtype) == (x.shape, np.float32)
     for one, numbers, found in zip(x, u, got, strict=True):
         np.testing.assert_allclose(found, wanted(one.astype(np.float64), numbers), rtol=1e-5, atol=5e-6)
@@ -192,18 +188,18 @@ def test_a_graph_computes_what_numpy_does_with_its_numbers(entry: str, model: st
     ],
 )
 def test_neutral_numbers_change_no_bit(entry: str, neutral: float) -> None:
-    session = sessions("whole", entry)[AUGMENT_X]
-    x, u = drawn(IMAGE, session, 0)
-    assert augmented(session, x, np.full_like(u, neutral)).tobytes() == x.tobytes()
-    assert augmented(session, x, u).tobytes() != x.tobytes()
+    plan = plan_of("whole", entry)
+    x, u = drawn(IMAGE, plan, 0)
+    assert augment_samples(plan, x, np.full_like(u, neutral)).tobytes() == x.tobytes()
+    assert augment_samples(plan, x, u).tobytes() != x.tobytes()
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_entries_follow_each_other_in_the_recipes_order(seed: int) -> None:
     """What a crop has cut off, a shift doesn't bring back; noise before a crop is none where the crop pads."""
-    session = sessions("whole", "crop:2", "noise:0.5", "flip", "crop:2", "shift:0.25")[AUGMENT_X]
-    x, u = drawn(IMAGE, session, seed)
-    for one, numbers, found in zip(x, u, augmented(session, x, u), strict=True):
+    plan = plan_of("whole", "crop:2", "noise:0.5", "flip", "crop:2", "shift:0.25")
+    x, u = drawn(IMAGE, plan, seed)
+    for one, numbers, found in zip(x, u, augment_samples(plan, x, u), strict=True):
         v, at = crop(one.astype(np.float64), numbers[:2]), 2 + one.size
         v = flip(noise(v, numbers[2:at]), numbers[at : at + 1])
         v = shift(crop(v, numbers[at + 1 : at + 3]), numbers[at + 3 :])
@@ -212,11 +208,11 @@ def test_entries_follow_each_other_in_the_recipes_order(seed: int) -> None:
 
 @given(st.integers(0, 2**32 - 1))
 def test_a_flip_twice_is_none_and_a_crop_only_moves_values(seed: int) -> None:
-    twice, cropped = sessions("whole", "flip", "flip")[AUGMENT_X], sessions("whole", "crop:3")[AUGMENT_X]
+    twice, cropped = plan_of("whole", "flip", "flip"), plan_of("whole", "crop:3")
     x, u = drawn(IMAGE, twice, seed)
-    assert augmented(twice, x, np.repeat(u[:, :1], 2, 1)).tobytes() == x.tobytes()
+    assert augment_samples(twice, x, np.repeat(u[:, :1], 2, 1)).tobytes() == x.tobytes()
     _, u = drawn(IMAGE, cropped, seed)
-    for one, found in zip(x, augmented(cropped, x, u), strict=True):
+    for one, found in zip(x, augment_samples(cropped, x, u), strict=True):
         for before, after in zip(one, found, strict=True):
             assert not set(after[after != 0]) - set(before.flat)
 
@@ -225,14 +221,14 @@ def test_a_flip_twice_is_none_and_a_crop_only_moves_values(seed: int) -> None:
 def test_labels_move_with_the_pixels_that_they_describe(seed: int, masks: bool) -> None:
     """An image whose values are its labels stays one; places from outside count for nothing."""
     recipe: dict[str, Any] = {"loss": "dice"} if masks else {"ignore_label": VOID}
-    found = sessions("pixels", "flip", "crop:2", "brightness:0.1", "shift:0.2", **recipe)
-    alone = sessions("pixels", "flip", "crop:2", "shift:0.2", **recipe)
+    found = plan_of("pixels", "flip", "crop:2", "brightness:0.1", "shift:0.2", **recipe)
+    alone = plan_of("pixels", "flip", "crop:2", "shift:0.2", **recipe)
     rng = np.random.default_rng(seed)
     y = rng.integers(1, 4, (5, H, W))
     x, u = np.repeat(y[:, None], 3, 1).astype(np.float32), rng.random((5, 4), np.float32)
     labels = (y[:, None] == np.arange(K)[:, None, None]).astype(np.float32) if masks else y
-    moved = augmented(alone[AUGMENT_X], x, u)[:, 0]
-    got = augmented(alone[AUGMENT_Y], labels, u)
+    moved = augment_samples(alone, x, u)[:, 0]
+    got = augment_labels(alone, labels, u)
     assert (got.dtype, got.shape) == (labels.dtype, labels.shape)
     if masks:
         wanted = (moved[:, None] == np.arange(K)[:, None, None]) & (moved[:, None] > 0)
@@ -240,30 +236,30 @@ def test_labels_move_with_the_pixels_that_they_describe(seed: int, masks: bool) 
     else:
         assert np.array_equal(got, np.where(moved == 0, VOID, moved))
     more = np.concatenate([u[:, :3], rng.random((5, 1), np.float32), u[:, 3:]], 1)  # a number for brightness
-    assert np.array_equal(augmented(found[AUGMENT_Y], labels, more), got)
+    assert np.array_equal(augment_labels(found, labels, more), got)
 
 
 def test_labels_of_steps_move_in_time() -> None:
-    found = sessions("steps", "shift:0.25", ignore_label=VOID)
+    found = plan_of("steps", "shift:0.25", ignore_label=VOID)
     y = np.arange(16).reshape(2, 8) % 8
     u = np.array([[0.1], [0.9]], np.float32)
-    moved = augmented(found[AUGMENT_Y], y, u)
+    moved = augment_labels(found, y, u)
     assert np.array_equal(moved[0], [VOID, VOID, 0, 1, 2, 3, 4, 5])
     assert np.array_equal(moved[1], [2, 3, 4, 5, 6, 7, VOID, VOID])
     x = np.repeat(y[:, None], 2, 1).astype(np.float32)
-    assert np.array_equal(augmented(found[AUGMENT_X], x, u)[:, 0], np.where(moved == VOID, 0, moved))
+    assert np.array_equal(augment_samples(found, x, u)[:, 0], np.where(moved == VOID, 0, moved))
 
 
 @pytest.mark.parametrize(
     ("model", "entry"), [("several", "flip"), ("twins", "flip@other"), ("several", "noise:1@other")]
 )
 def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
-    session = sessions(model, entry)[AUGMENT_X]
-    x, u = drawn(model_of(model).architecture.input_shape, session, 0)
+    plan = plan_of(model, entry)
+    x, u = drawn(model_of(model).architecture.input_shape, plan, 0)
     u[:] = 0.6
     image = np.s_[:, : math.prod(IMAGE)]
     other = np.s_[:, math.prod(IMAGE) : -5]
-    got, changed = augmented(session, x, u), other if "@" in entry else image
+    got, changed = augment_samples(plan, x, u), other if "@" in entry else image
     still = np.ones(x.shape, bool)
     still[changed] = False
     assert np.array_equal(got[still], x[still])
@@ -307,8 +303,8 @@ def test_what_has_no_meaning_is_refused(model: str, augment: str, recipe: dict[s
         ("steps", ["specaugment:1:2"], {"loss": "ctc"}),
     ],
 )
-def test_labels_that_stay_have_no_graph(model: str, augment: list[str], recipe: dict[str, Any]) -> None:
-    assert list(sessions(model, *augment, **recipe)) == [AUGMENT_X]
+def test_labels_that_stay_have_no_fill(model: str, augment: list[str], recipe: dict[str, Any]) -> None:
+    assert plan_of(model, *augment, **recipe).fill is None
 
 
 @pytest.mark.parametrize("extra", [{}, {"accumulate": 3}, {"loss": "bce"}, {"mixup": 0.4, "ignore_label": None}])
@@ -332,13 +328,13 @@ def test_a_board_trains_on_augmented_samples_and_labels(extra: dict[str, Any]) -
     data = LocalData(x, y, x[:0], y[:0])
     got = Trainer(graph.to_bytes()).train(tensors, data, task)
     assert got.loss_first == Trainer(graph.to_bytes()).train(tensors, data, task).loss_first
-    found = {k: Session(base64.b64decode(graph.metadata[k])) for k in (AUGMENT_X, AUGMENT_Y) if k in graph.metadata}
-    order, count = keyed(7, 1, "d", "batches", 0).permutation(8), found[AUGMENT_X].inputs[NUMBERS][1][1]
+    plan = AugmentPlan.from_json(graph.metadata[AUGMENT])
+    order, count = keyed(7, 1, "d", "batches", 0).permutation(8), plan.numbers
     samples, labels = [], []
     for number, rows in enumerate(np.array_split(order, recipe.accumulate)):
         u = keyed(7, 1, "d", "augment", 1, number).random((len(rows), count), np.float32)
-        samples.append(augmented(found[AUGMENT_X], x[rows], u))
-        labels.append(augmented(found[AUGMENT_Y], y[rows], u) if AUGMENT_Y in found else y[rows])
+        samples.append(augment_samples(plan, x[rows], u))
+        labels.append(y[rows] if plan.fill is None else augment_labels(plan, y[rows], u))
     a, b = torch.tensor(np.concatenate(samples)), torch.tensor(np.concatenate(labels))
     net = Pixels(whole=model == "whole")
     net.load_state_dict({n: torch.tensor(v) for n, v in tensors.items()})

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, ModelError, shown
 
 MOST = 16
 """Augmentations of a recipe."""
@@ -84,3 +88,98 @@ def checked(value: object) -> tuple[str, ...]:
     for entry in entries:
         Augmentation.parse(entry)
     return entries
+
+
+MAX_NUMBERS = 2**28
+"""Numbers of a sample: beyond these an index of them is no size of real data."""
+
+
+@dataclass(frozen=True)
+class AugmentStep:
+    """One augmentation of a training graph's samples.
+
+    Attributes:
+        begin: Where its input begins in a row of several inputs; 0 for the only one.
+        shape: One sample of that input.
+        first: The first of its random numbers in those of a sample.
+        axes: Axes that it moves or masks, from the last one: -1, -2, -3.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    begin: int
+    shape: tuple[int, ...]
+    first: int
+    axes: tuple[int, ...]
+
+    @property
+    def moves(self) -> bool:
+        """Whether values get to other places."""
+        return self.name in GEOMETRIC
+
+    @property
+    def size(self) -> int:
+        """Numbers in one sample of its input."""
+        return math.prod(self.shape)
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers that it needs for a sample."""
+        return {"flip": 1, "crop": 2, "noise": 2 * -(-self.size // 2), "specaugment": 4}.get(self.name, 1)
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> AugmentStep:
+        """Read a step. Raises `ModelError` if it isn't one."""
+        what = "an augmentation of the training graph"
+
+        def whole(value: object, low: int = 0, high: int = MAX_NUMBERS) -> int:
+            return validation.whole(what, value, low, high, error=ModelError)
+
+        try:
+            name = validation.word(what, body["name"], tuple(_FORMS), error=ModelError)
+            values = tuple(validation.number(what, value, error=ModelError) for value in body["values"])
+            shape = tuple(whole(size, 1) for size in body["shape"])
+            axes = tuple(whole(axis, -len(shape), -1) for axis in body["axes"])
+            step = cls(name, values, whole(body["begin"]), shape, whole(body["first"]), axes)
+        except (KeyError, TypeError) as error:
+            raise ModelError(what, expected="name, values, begin, shape, first, axes", got=shown(body)) from error
+        count = 2 if name in ("crop", "specaugment") else 1
+        enough = len(values) >= len(_LIMITS[name]) - _OPTIONAL.get(name, 0)
+        if step.begin + step.size > MAX_NUMBERS or len(axes) != count or not enough:
+            raise ModelError(what, expected=f"{_FORMS[name]} with {count} axes", got=shown(body))
+        return step
+
+
+@dataclass(frozen=True)
+class AugmentPlan:
+    """All augmentations of a training graph's samples.
+
+    Attributes:
+        fill: The label of places that come in from outside; None where labels are of whole samples and don't move.
+    """
+
+    steps: tuple[AugmentStep, ...]
+    fill: int | None = None
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers for each sample."""
+        return max((step.first + step.numbers for step in self.steps), default=0)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> AugmentPlan:
+        """Read a plan. Raises `ModelError` if it isn't one."""
+        try:
+            body = json.loads(text)
+            steps, fill = body["steps"], body["fill"]
+            validation.items("augmentations", steps, MOST, "steps", error=ModelError)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                "augmentations of the training graph", expected="steps and fill", got=shown(text)
+            ) from error
+        if fill is not None:
+            validation.whole("label of places from outside", fill, error=ModelError)
+        return cls(tuple(AugmentStep.from_dict(step) for step in steps), fill)

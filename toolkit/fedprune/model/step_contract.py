@@ -110,15 +110,9 @@ Its inputs are `logits` and `y`; its outputs `SUMS` [k] (float32), which add up 
 
 SUMS, VALUE = "sums", "value"
 
-AUGMENT_X, AUGMENT_Y = "fedprune.augment_x", "fedprune.augment_y"
-"""Keys of a training graph's metadata that hold, on demand, how samples are augmented, and labels that are places of
-them: ONNX files in base64.
-
-The inputs are `x`, or `y`, and `NUMBERS` [N, k] (float32), random numbers from 0 to below 1, the same for both. The
-output is `AUGMENTED`, of the shape of `x` or `y`. Labels of whole samples have no such graph.
-"""
-
-NUMBERS, AUGMENTED = "numbers", "augmented"
+AUGMENT = "fedprune.augment"
+"""Key of a training graph's metadata that holds, on demand, how samples are augmented, and labels that are places of
+them (`fedprune.model.augmentation.AugmentPlan`, as JSON)."""
 
 DROPOUT = "fedprune.dropout"
 """Key of a training graph's metadata that holds the ratio of each dropout, by the name of its mask, as JSON."""

@@ -71,7 +71,7 @@ LOSS_COPIES = {
 
 `infonce` and `triplet` need arrays of all pairs of a batch's rows, `ctc` of all states of a sequence at all steps."""
 
-AUGMENT_COPIES, NOISE_COPIES = 6.0, 4.0
+AUGMENT_COPIES, NOISE_COPIES = 3.0, 2.0
 """Arrays of the size of the samples of a step (or of a part of it) that augmentation needs, and how many more with
 noise. Measured with batches of 64 colour images of 224 × 224."""
 
