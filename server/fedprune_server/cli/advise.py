@@ -56,7 +56,9 @@ def _advise(options: argparse.Namespace) -> int:
         variants, job_rounds = choose_variants(options.config, plan), plan.job.rounds
         rounds = options.rounds or min(ADVISED_ROUNDS, job_rounds)
         seeds = range(plan.job.seed, plan.job.seed + options.seeds)
-        rows = [{"name": v.name, "job": {**v.job, "rounds": rounds}} for v in variants]
+        # A total is the whole job's: these runs are short by their rounds.
+        short = {"rounds": rounds, "total_bytes": 0, "total_macs": 0, "total_hours": 0}
+        rows = [{"name": v.name, "job": {**v.job, **short}} for v in variants]
         runs = variant_runs(options.config.resolve(), rows, seeds, str(options.config))
     records, failed = carry_out_variants(runs, out, workers=options.workers)
     trials = [Trial(v, tuple(records[v.name])) for v in variants if len(records.get(v.name, ())) == len(seeds)]
@@ -82,7 +84,7 @@ def _advise(options: argparse.Namespace) -> int:
         print_rows(advice_rows(trials, job_rounds))
         print(
             f"\nScores after {quantity(rounds, 'round')}, as means over {quantity(len(seeds), 'seed')}. "
-            f"MACs are a share of {trials[0].variant.name}'s; MB and hours are those of the job's "
+            f"MACs are a share of {trials[0].variant.name}'s; MB and time are those of the job's "
             f"{quantity(job_rounds, 'round')} at this pace.\n"
         )
         print("\n".join((advice.reason, *advice.doubts)))

@@ -274,11 +274,15 @@ def advice_figures(trials: Sequence[Trial], rounds: int) -> list[dict[str, Any]]
 def advice_rows(trials: Sequence[Trial], rounds: int) -> list[tuple[str, ...]]:
     """The same as a table; the first row is the header."""
     measure, metric, sides = trials[0].runs[0].measure, trials[0].runs[0].metric, ("global", "local")
-    costs: tuple[str, ...] = ("MACs", "MB", "hours")
+    costs: tuple[str, ...] = ("MACs", "MB", "time")
     rows = [("variant", *(f"{side} {measure}" for side in sides), *costs, "why not")]
     for row in advice_figures(trials, rounds):
         scores = (shown(row[f"{side}_{measure}"], metric) for side in sides)
         share = "–" if row["macs_share"] is None else f"{row['macs_share']:.0%}"
-        costs = (share, f"{row['bytes'] / 1e6:,.2f}", f"{row['hours']:.3g}")
+        costs = (share, f"{row['bytes'] / 1e6:,.2f}", _time(row["hours"]))
         rows.append((row["variant"], *scores, *costs, row["why_not"]))
     return rows
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.3g} min"

@@ -96,7 +96,22 @@ def test_boards_that_have_grown_have_no_core_again_when_the_job_is_extended() ->
 @pytest.mark.parametrize(("rounds", "shared"), [(1, 0), (2, 1), (3, 2), (4, 3), (10, 8), (12, 10)])
 def test_the_last_round_is_never_the_cores(rounds: int, shared: int) -> None:
     core = SharedCore()
-    assert sum(core.shared_in(number, rounds) for number in range(1, rounds + 1)) == shared
+    assert sum(core.shared_in(number, rounds, spent=0) for number in range(1, rounds + 1)) == shared
+
+
+@pytest.mark.parametrize(
+    "total",
+    [{"total_bytes": 1000}, {"total_macs": 1000}, {"total_hours": 1}, {"total_bytes": 1000, "total_hours": 100}],
+)
+def test_boards_grow_when_most_of_a_total_is_spent_however_many_rounds_there_may_be(total: dict[str, float]) -> None:
+    state, shared = fleet(FLEET), []
+    state.began_at = 0.0
+    for number in range(1, 11):  # each round takes a tenth of the total
+        job = Job(strategy="fedprune", rounds=1000, recipe=MSE, **total)
+        shared.append(bool(begun(job, state, number).core))
+        state.spent_bytes = state.spent_macs = 100 * number
+        state.history.append({"at": 360.0 * number})
+    assert shared == [True] * 8 + [False] * 2
 
 
 def test_strategies_without_a_core_grant_what_boards_can_hold() -> None:

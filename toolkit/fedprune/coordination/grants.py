@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fedprune.coordination.job_end import spent_after
 from fedprune.coordination.width_planner import forget_first, predict_round
 from fedprune.core.errors import ProfileError
 from fedprune.jobs.job import Job
@@ -118,7 +119,9 @@ class Grants:
     def _is_shared(self) -> bool:
         """Whether the fleet shares a core in the present round."""
         core, state = self._core, self._state
-        return core is not None and self._has_core and state.untrained and core.shared_in(state.round, self._job.rounds)
+        if core is None or not self._has_core or not state.untrained:
+            return False
+        return core.shared_in(state.round, self._job.rounds, spent_after(self._job, state))
 
     @property
     def _devices(self) -> list[Device]:

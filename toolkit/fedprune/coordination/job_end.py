@@ -26,9 +26,7 @@ def spent_total(job: Job, state: State, now: float | None = None) -> str:
         now: The end of the round, on the shell's clock; None for that of the last finished one. Time after it doesn't
             count, so that a finished job stays finished, and no other is ended by a pause between its rounds.
     """
-    if now is None and state.history:
-        now = state.history[-1]["at"]
-    hours = 0.0 if now is None or state.began_at is None else (now - state.began_at) / 3600
+    hours = _hours(state, now)
     if job.total_bytes and state.spent_bytes >= job.total_bytes:
         return f"{amount(state.spent_bytes, 'bytes')} have been sent, of total_bytes = {job.total_bytes}"
     if job.total_macs and state.spent_macs >= job.total_macs:
@@ -36,6 +34,20 @@ def spent_total(job: Job, state: State, now: float | None = None) -> str:
     if job.total_hours and hours >= job.total_hours:
         return f"{hours:.4g} hours have passed, of total_hours = {job.total_hours:g}"
     return ""
+
+
+def spent_after(job: Job, state: State) -> float:
+    """The share of a total that will be spent after the present round, if that takes as much as the finished ones did;
+    the greatest where a job has several, 0 in a first round and without a total."""
+    hours, finished = _hours(state, None), max(1, state.round - 1)
+    spent = ((state.spent_bytes, job.total_bytes), (state.spent_macs, job.total_macs), (hours, job.total_hours))
+    return max((used / total for used, total in spent if total), default=0.0) * (finished + 1) / finished
+
+
+def _hours(state: State, now: float | None) -> float:
+    if now is None and state.history:
+        now = state.history[-1]["at"]
+    return 0.0 if now is None or state.began_at is None else (now - state.began_at) / 3600
 
 
 def _spent_privacy(job: Job, state: State) -> str:

@@ -19,7 +19,8 @@ class SharedCore:
 
     Attributes:
         board_share: The share of boards that can hold the core; the others train what they can hold.
-        until: The share of the job's rounds after which each board trains all that it can hold; 0 for no core.
+        until: The share of the job, by its rounds and its totals, after which each board trains all that it can hold; 0
+            for no core.
         work: How many times the recipe's epochs boards train at most, where the whole model's would take them more.
         evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
             whatever the labels are.
@@ -41,9 +42,12 @@ class SharedCore:
         """Whether fleets begin with the core whatever their labels are."""
         return self.until > 0 and not self.evenness
 
-    def shared_in(self, number: int, rounds: int) -> bool:
-        """Whether boards train the core in a round of this number, from 1; never in a job's last."""
-        return number <= min(math.ceil(self.until * rounds - 1e-9), rounds - 1)
+    def shared_in(self, number: int, rounds: int, spent: float) -> bool:
+        """Whether boards train the core in a round of this number, from 1; never in a job's last.
+
+        `spent` is the share of the job's totals that will be spent after it, if it takes as much as those before it.
+        """
+        return spent <= self.until + 1e-9 and number <= min(math.ceil(self.until * rounds - 1e-9), rounds - 1)
 
     def of(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
         """The core, as its share of the model and its widths.

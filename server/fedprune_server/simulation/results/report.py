@@ -283,7 +283,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
         f"{quantity(len(run.devices), 'device')}, {quantity(run.last.round, 'round')}. "
         + (f"The run {run.ended_early}. " if run.ended_early else "")
         + f"Figures of {run.metric.title} in the summary are means over the last "
-        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. {_local_note(run)}"
+        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. {_local_note(run)}{_trained_note(run)}"
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
@@ -312,6 +312,23 @@ def _local_note(run: Record) -> str:
         f"Local {run.measure} is that of the model that a device serves, on its own test data, as measured last; its "
         f"mean is over the {len(run.latest)} of {len(run.devices)} devices that delivered."
     )
+
+
+def _trained_note(run: Record) -> str:
+    """Which shares of the channels boards trained in which rounds, where that changed: beside a core they train less
+    than the plans say."""
+    phases: list[tuple[int, str]] = []
+    for row in run.rounds:
+        if not row.density:
+            continue
+        low, high = min(row.density.values()), max(row.density.values())
+        share = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        if not phases or phases[-1][1] != share:
+            phases.append((row.round, share))
+    if not 1 < len(phases) <= TAIL:
+        return ""
+    said = some([f"{share} from round {number} on" for number, share in phases], most=TAIL)
+    return f" Boards trained these shares of the channels: {said}."
 
 
 def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
