@@ -14,7 +14,7 @@ from manual.command_pages import _commands, _parsers
 
 _FILES = frozenset(
     {"FILE", "FILE.npz", "FILE.safetensors", "FILE.json", "FILE.html", "DIR", "SRC", "MODEL", "FOLDER", "PLACE"}
-    | {"BUNDLE", "SOURCE", "OUT", "OUT.onnx", "INVENTORY", "PROFILE"}
+    | {"BUNDLE", "SOURCE", "OUT", "OUT.onnx", "PROFILE"}
 )
 """Names of values that are files or folders."""
 

@@ -20,9 +20,9 @@ import numpy as np
 from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
 from fedprune.core.imports import program_code
-from fedprune.core.line_process import MARK, LineProcess, StrayLinesError
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version
+from fedprune_device.hardware.line_process import MARK, LineProcess, StrayLinesError
 from fedprune_device.hardware.probe import probe, reference_net, reference_predictor
 from fedprune_device.hardware.readings import memory, own_memory
 from fedprune_device.serving.model_slots import ModelSlots

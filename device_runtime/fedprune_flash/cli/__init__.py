@@ -1,4 +1,4 @@
-"""The commands of `fedprune-flash`, one module per verb: kits, images, cards, boards over SSH.
+"""The commands of `fedprune-flash`, one module per verb: kits, images, cards, Jetsons.
 
-Not here: what the commands do (`kit`, `image`, `card`, `ssh`).
+Not here: what the commands do (`kit`, `image`, `card`).
 """

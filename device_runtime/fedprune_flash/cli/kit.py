@@ -15,7 +15,7 @@ from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
 _CLAIM = "FEDPRUNE_CLAIM"
 NO_CLAIM = (
     "It has no claim, and no board joins without one: give one to the kit (--claim-file), or to each board "
-    "(fedprune-flash ssh --claims, or install.pyz --claim there)."
+    "(install.pyz --claim there, as deploy/ansible does)."
 )
 
 

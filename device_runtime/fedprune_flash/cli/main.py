@@ -11,7 +11,6 @@ from fedprune.core.cli import run_command
 from fedprune_flash.cli.image import add_image_command
 from fedprune_flash.cli.jetson import add_jetson_command
 from fedprune_flash.cli.kit import add_kit_command
-from fedprune_flash.cli.ssh import add_ssh_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_kit_command(commands)
     add_image_command(commands)
     add_jetson_command(commands)
-    add_ssh_command(commands)
     return parser
 
 

@@ -193,7 +193,7 @@ def check(contents: ImageContents, kit: Kit) -> None:
     if target.jetson:
         raise KitError(
             f"a kit for a Jetson in an image of {system.title or 'a Raspberry Pi'}",
-            hint="Make the kit without --jetson; on a Jetson install from a stick or over SSH.",
+            hint="Make the kit without --jetson; on a Jetson install from a stick or with Ansible.",
         )
     for what, there, wanted, option in (
         ("Python", system.python, target.python, "python"),

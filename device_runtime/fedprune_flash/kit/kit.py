@@ -1,4 +1,4 @@
-"""A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or a copy over SSH.
+"""A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or Ansible.
 
 install.pyz       the installer, which needs nothing but Python
 kit.json          the kind of board, sha256 and size of every file, and the server's signature of all that
@@ -31,6 +31,7 @@ from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageErro
 from fedprune.output import extras
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import Lineage
+from fedprune.wire import topics
 from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases import wheel
@@ -100,17 +101,15 @@ class Kit:
     """A kit whose files were checked.
 
     `files` are all but the manifest, sorted by path, the claim only while it exists; `digest` is the manifest's sha256.
-    `key` signed it, as hex, empty if it is not signed; `contents` is the digest of its unpacked wheels.
+    `key` signed it, as hex, empty if it is not signed.
     """
 
     folder: Path
     target: Target
     board: BoardSettings
     files: tuple[KitFile, ...]
-    fedprune: str
     digest: str
     key: str
-    contents: str
 
     @property
     def bytes(self) -> int:
@@ -166,7 +165,8 @@ def build_kit(
             wheelhouse.check(sorted(wheels.iterdir()), target)
             (new / INSTALLER).write_bytes(installer_archive())
             write_launcher(new / LAUNCHER)
-            for name, text in _told(board, target).items():
+            settings = {BOARD: board.to_json(), ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
+            for name, text in settings.items():
                 (new / name).write_text(text, encoding="utf-8")
             if authorities is not None:
                 (new / AUTHORITY).write_bytes(checked_authorities(authorities, pin))
@@ -179,27 +179,6 @@ def build_kit(
             (new / MANIFEST).write_text(_manifest(files, target, board, contents, signer), encoding="utf-8")
             new.rename(out)
     return open_kit(out)
-
-
-def files_for_board(
-    kit: Kit, board: BoardSettings, claim: str | None, signer: Signer | None = None
-) -> dict[str, bytes]:
-    """Contents by path of a kit's files that differ for another board of the same kind: all but wheels and programs.
-
-    Raises `ConfigError` if the board is to trust authorities that the kit doesn't have, or the claim is invalid.
-    """
-    if board.authority != kit.board.authority:
-        raise ConfigError("certificates of authorities", expected=f"as in {kit.folder}: {kit.board.authority}")
-    made = {name: text.encode() for name, text in _told(board, kit.target).items()}
-    if claim is not None:
-        made[CLAIM] = checked_claim(claim).encode("ascii")
-    files = [f for f in kit.files if f.path not in (CLAIM, *made)]
-    files += [KitFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in made.items()]
-    return {**made, MANIFEST: _manifest(files, kit.target, board, kit.contents, signer, kit.fedprune).encode()}
-
-
-def _told(board: BoardSettings, target: Target) -> dict[str, str]:
-    return {BOARD: board.to_json(), ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
 
 
 def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
@@ -216,7 +195,7 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
         target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
         rows = [*body["files"], *([body["claim"]] if found.claimed else [])]
         files = tuple(sorted(map(_row, rows), key=lambda f: f.path))
-        contents = validation.digest("contents", body.get("contents"), error=ProtocolError)
+        validation.digest("contents", body.get("contents"), error=ProtocolError)
     except (ConfigError, ProtocolError) as error:
         raise KitError(f"{folder / MANIFEST}: {error}") from error
     if sum(f.bytes for f in files) > MAX_BYTES:
@@ -227,7 +206,7 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
     except (ValueError, RecursionError, ConfigError) as error:
         raise KitError(f"{folder / BOARD}: {error}") from error
     digest = hashlib.sha256(found.read(MANIFEST)).hexdigest()
-    kit = Kit(folder, target, board, files, str(body["fedprune"])[:40], digest, key, contents)
+    kit = Kit(folder, target, board, files, digest, key)
     if signer is not None:
         signer.check(kit)
     return kit
@@ -239,13 +218,12 @@ def _manifest(
     board: BoardSettings,
     contents: str,
     signer: Signer | None,
-    version: str = __version__,
 ) -> str:
     rows = {f.path: asdict(f) for f in sorted(files, key=lambda f: f.path)}
     claim = rows.pop(CLAIM, None)
     body: dict[str, Any] = {
         "version": VERSION,
-        "fedprune": version,
+        "fedprune": __version__,
         "python": target.python,
         "architecture": target.architecture,
         "jetson": target.jetson,
@@ -302,7 +280,7 @@ def environment(board: BoardSettings) -> str:
 INSTALLER = "install.pyz"
 
 _MODULES = (
-    *(errors, text, extras, ed25519, slot_store, state, wheel),
+    *(errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),
     *(board_files, install, installation, kit_folder, runtime_slot, service_control),
 )
 _MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(main())\n"

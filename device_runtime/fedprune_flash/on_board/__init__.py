@@ -1,4 +1,4 @@
-"""Programs that run on a board and not on the PC: the installer of kits, and the remote end of `fedprune-flash ssh`.
+"""The installer of kits, which runs on the board and not on the PC.
 
 Not here: anything that needs more than the standard library.
 """

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="see the service run within S seconds")
     parser.add_argument("--key", metavar="KEY", help="the server's key, or its file (default: as this board knows it)")
     parser.add_argument("--claim", metavar="FILE", help="the board's one-time claim (default: the kit's; - for stdin)")
+    parser.add_argument("--device", metavar="NAME", help="the board's name (default: the kit's)")
     parser.add_argument("--unsigned", action="store_true", help="install a kit that no server has signed")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="for trials: all paths begin here")
     arguments, unknown = parser.parse_known_args(argv)
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             key = trusted_key(kit, place, arguments.key, unsigned=arguments.unsigned)
             kit.check()
             print(f"signed with key {fingerprint(kit.key)}" if key else "not signed", flush=True)
-            work = Installation(kit, place, start=not arguments.no_start, key=key, claim=claim)
+            work = Installation(kit, place, start=not arguments.no_start, key=key, claim=claim, device=arguments.device)
             install(work, dry=arguments.dry_run, wait=arguments.wait)
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

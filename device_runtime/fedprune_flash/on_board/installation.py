@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from fedprune.core.errors import JoinError, KitError, UsageError, shown
+from fedprune.core.errors import BoardError, JoinError, KitError, UsageError, shown
 from fedprune.core.text import decode_text
+from fedprune.wire.topics import check_device
 from fedprune_device.launcher.slot_store import KEY, sync_folder
 from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
@@ -35,6 +36,7 @@ _MOST_OF_CLAIM = 400  # bytes that are read of a claim, which may be in UTF-16
 _JOINED = f"{STATE}/identity/tls.key"  # the last file of an identity that a board writes as it joins
 _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
+_NAME = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)  # the board's name in its environment
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
@@ -146,13 +148,21 @@ def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsign
 class Installation:
     """A kit and the board that it is installed on.
 
-    `key` is the trusted one, None for a kit that is not signed. `claim` is one that didn't come with the kit.
+    `key` is the trusted one, None for a kit that is not signed. `claim` is one that didn't come with the kit. `device`
+    is the board's name, None for the kit's.
     """
 
     def __init__(
-        self, kit: KitFolder, place: BoardSystem, *, start: bool, key: bytes | None = None, claim: bytes | None = None
+        self,
+        kit: KitFolder,
+        place: BoardSystem,
+        *,
+        start: bool,
+        key: bytes | None = None,
+        claim: bytes | None = None,
+        device: str | None = None,
     ) -> None:
-        self.kit, self.place, self.key, self.claim = kit, place, key, claim
+        self.kit, self.place, self.key, self.claim, self.device = kit, place, key, claim, device
         self.start = start and place.control.there
         self.changed = False
         self._stopped = False
@@ -166,6 +176,7 @@ class Installation:
     def check(self) -> None:
         if self.kit.claimed and self.claim is not None:
             raise UsageError("this kit has a claim of its own", hint="Leave --claim out.")
+        self._check_name()
         wanted, found = self.kit.manifest.get("python"), self._python()
         if wanted != found:
             raise KitError(
@@ -182,6 +193,19 @@ class Installation:
                 hint="On a Jetson JetPack's own packages must not be hidden: `fedprune-flash kit --jetson`.",
             )
         self.runtime.check()
+
+    def _check_name(self) -> None:
+        """Keep one board's name from a board that has another: who installs many may have mixed up their addresses."""
+        if self.device is None:
+            return
+        check_device(self.device, "--device", error=UsageError)
+        environment = self.place.at(SETTINGS) / ENVIRONMENT
+        name = _NAME.search(environment.read_text(encoding="utf-8", errors="replace")) if environment.exists() else None
+        if name is not None and name[1] != self.device:
+            raise BoardError(
+                "this board is installed under another name", expected=self.device, got=name[1],
+                hint="Is its address right? To give it another name, undo its installation first: --remove --purge.",
+            )  # fmt: skip
 
     def _python(self) -> str:
         if not self.place.live:
@@ -219,7 +243,7 @@ class Installation:
             InstallStep(
                 f"write {SETTINGS}/{ENVIRONMENT}",
                 f"rm -r {SETTINGS}",
-                lambda: all(holds(place.at(SETTINGS) / name, self.kit.read(name), 0o644) for name in settings),
+                lambda: all(holds(place.at(SETTINGS) / name, self._setting(name), 0o644) for name in settings),
                 lambda: self._configure(settings),
             ),
         ]
@@ -278,9 +302,16 @@ class Installation:
         self._state.mkdir(parents=True, exist_ok=True)
         give(self._given(), self.place.owner)
 
+    def _setting(self, name: str) -> bytes:
+        """A file of settings: the kit's, in which a name that was given takes the place of the kit's."""
+        content = self.kit.read(name)
+        if name == ENVIRONMENT and self.device is not None:
+            content = _NAME.sub(f"FEDPRUNE_DEVICE={self.device}", content.decode()).encode()
+        return content
+
     def _configure(self, names: list[str]) -> None:
         for name in names:
-            write(self.place.at(SETTINGS) / name, self.kit.read(name), 0o644)
+            write(self.place.at(SETTINGS) / name, self._setting(name), 0o644)
 
     def _handed_over(self) -> bool:
         joined = os.path.lexists(self.place.at(_JOINED))  # a board that has joined needs no claim

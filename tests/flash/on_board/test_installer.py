@@ -268,6 +268,25 @@ def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, root
     assert "FEDPRUNE_JOIN=mqtts://other.example:99\n" in (root / "etc/fedprune/device.env").read_text()
 
 
+def test_a_kit_for_many_boards_is_given_each_board_s_name(make_kit: MakeKit, root: Path) -> None:
+    kit, environment = make_kit().folder, root / "etc/fedprune/device.env"
+    for name in ("all", "a b", "../x", "a\nFEDPRUNE_SITE=x"):
+        assert run(kit, root, "--device", name).returncode == ExitCode.USAGE
+    assert not list(root.iterdir())
+
+    assert run(kit, root, "--device", "cellar").returncode == 0
+
+    assert environment.read_text() == "".join(
+        f"FEDPRUNE_{row}\n" for row in ("BROKER=mqtts://broker.example:8883", "SITE=lab", "DEVICE=cellar")
+    )
+    before = snapshot(root)
+    again = run(kit, root, "--device", "cellar")
+    assert (again.returncode, "now:" in again.stdout) == (0, False)
+    mixed_up = run(kit, root, "--device", "shed")
+    assert (mixed_up.returncode, "cellar" in mixed_up.stderr) == (ExitCode.BOARD, True)
+    assert snapshot(root) == before
+
+
 def test_links_in_the_slots_are_not_followed(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     """They belong to the service's user, and the installer is root."""
     root, mine = tmp_path / "root", tmp_path / "mine"

@@ -1,4 +1,4 @@
-"""Parsers of what boards are set up from: claims, inventories, drives, kits, disk images."""
+"""Parsers of what boards are set up from: claims, drives, kits, disk images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import plistlib
 import shutil
 import struct
 import subprocess
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
-from fedprune.core.errors import BoardError
-from fedprune.core.line_process import LineProcess
 from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
 from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
@@ -26,11 +23,7 @@ from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.partitions import Region, read_partitions
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
 from fedprune_flash.kit.kit import open_kit
-from fedprune_flash.on_board import remote_agent
 from fedprune_flash.on_board.kit_folder import KitFolder
-from fedprune_flash.ssh.connection import BoardLink
-from fedprune_flash.ssh.inventory import read_inventory
-from fedprune_flash.ssh.journal import read_claims
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
 
 _FILES = 2 * 2**20  # bytes that hashing and unpacking may take for any file
@@ -46,19 +39,6 @@ def _told() -> tuple[Target, ...]:
     claim = Claim(b"i" * 5, b"s" * 15, b"p" * 12).text
     authority = Authority.make(scratch() / "board authority", "lab").pem.encode()
     board = {"server": "mqtts://broker.example:8883", "device": "attic", "site": "lab", "data": "/data/set.npz"}
-    inventory = b"""
-[defaults]
-user = "pi"
-[[board]]
-host = "192.0.2.1"
-device = "a"
-board = "raspberry-pi-5"
-port = 22
-[[board]]
-host = "b.example"
-device = "b"
-board = "raspberry-pi-5"
-"""
     drives = {
         "blockdevices": [
             {
@@ -83,7 +63,6 @@ board = "raspberry-pi-5"
         "AllDisksAndPartitions": [{"DeviceIdentifier": "disk4", "Partitions": [{"MountPoint": "/x"}]}],
     }
     plists = tuple(plistlib.dumps({**info, **listed}, fmt=fmt) for fmt in (plistlib.FMT_XML, plistlib.FMT_BINARY))
-    answers = tuple(remote_agent.MARK.encode() + raw + b"\n" for raw in dumped({"put": True}, {"x": [1]}))
 
     def mac(raw: bytes) -> object:
         return disk_names(raw), from_diskutil(raw, raw)
@@ -95,27 +74,11 @@ board = "raspberry-pi-5"
             (claim.encode(), claim.lower().encode() + b"\n"),
             text=True,
         ),
-        Target("told.claims", as_file(read_claims, "claims.txt"), (f"{claim}\n\n".encode(),), text=True),
         Target("told.board file", as_object(BoardSettings.from_dict), dumped(board), text=True),
         Target("told.authorities", checked_authorities, (authority, authority * 2), text=True, share=0.5),
-        Target(
-            "told.inventory", as_file(read_inventory, "boards.toml"), (inventory,), text=True, factor=200, share=0.3
-        ),
         Target("told.drives of Linux", lambda raw: from_lsblk(raw, lambda _: ""), dumped(drives), text=True),
         Target("told.drives of a Mac", mac, plists, text=True, factor=200, share=0.5),
-        Target("told.answer of a board", _answered, answers, text=True, errors=(BoardError,), share=0.5),
     )
-
-
-def _answered(raw: bytes) -> object:
-    """What a board says to its installer, without ssh."""
-    process = LineProcess.__new__(LineProcess)
-    process.late, process._out = False, io.BytesIO(raw)
-    process._within = lambda _: nullcontext()  # type: ignore[method-assign, assignment, return-value]
-    link = BoardLink.__new__(BoardLink)
-    link._process = process
-    link._lost = lambda _: BoardError("it is gone")  # type: ignore[method-assign]
-    return link._answer(1.0)
 
 
 def _kits() -> tuple[Target, ...]:

@@ -5,8 +5,8 @@ They run as whoever runs the tests and let nobody else in. What a board's system
 
 from __future__ import annotations
 
+import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 
 from support.processes.machine import free_port, listens
-
-PROFILE = f"generic-{platform.machine().replace('_', '-')}"
 
 SYSTEMCTL = """\
 #!/bin/sh
@@ -52,6 +50,7 @@ KbdInteractiveAuthentication no
 PidFile none
 LogLevel ERROR
 SetEnv PATH={path}
+Subsystem sftp internal-sftp
 """
 
 
@@ -89,13 +88,13 @@ class Board:
 class Boards:
     """Some boards, and what is needed to reach them."""
 
-    def __init__(self, folder: Path, names: Sequence[str], *, path: str = "") -> None:
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder = folder
         program = sshd()
         for name in ("host", "user"):
             key = str(folder / name)
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", key], check=True)
-        path = path or f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+        path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
         self.boards = [self._start(program, name, path) for name in names]
         key_text = " ".join((folder / "host.pub").read_text().split()[:2])
         lines = [f"[127.0.0.1]:{board.port} {key_text}\n" for board in self.boards]
@@ -114,20 +113,25 @@ class Boards:
         process = subprocess.Popen([program, "-D", "-e", "-f", str(config)], stderr=subprocess.DEVNULL)
         return Board(name, port, root, process)
 
-    def inventory(self, name: str = "boards.toml", **changes: str) -> Path:
-        """An inventory of them all; what is named is said for each of them, as TOML."""
-        defaults = {
-            "key": f'"{self.folder / "user"}"',
-            "known_hosts": f'"{self.folder / "known_hosts"}"',
-            "board": f'"{PROFILE}"',
-            **changes,
+    def inventory(self, **variables: object) -> Path:
+        """An inventory of them all for Ansible, with further variables of all boards."""
+        login = {
+            "ansible_host": "127.0.0.1",
+            "ansible_ssh_private_key_file": str(self.folder / "user"),
+            "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder / 'known_hosts'} -o IdentitiesOnly=yes",
+            "ansible_become": False,
+            "ansible_python_interpreter": sys.executable,
         }
-        text = "[defaults]\n" + "".join(f"{k} = {v}\n" for k, v in defaults.items())
-        for board in self.boards:
-            text += f'\n[[board]]\ndevice = "{board.name}"\nhost = "127.0.0.1"\nport = {board.port}\n'
-            text += f'root = "{board.root}"\n'
-        out = self.folder / name
-        out.write_text(text)
+        hosts = {
+            board.name: {
+                "ansible_port": board.port,
+                "ansible_remote_tmp": str(board.root / "tmp"),
+                "fedprune_root": str(board.root),
+            }
+            for board in self.boards
+        }
+        out = self.folder / "boards.json"
+        out.write_text(json.dumps({"boards": {"hosts": hosts, "vars": {**login, **variables}}}))
         return out
 
     def stop(self) -> None:

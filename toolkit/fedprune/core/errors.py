@@ -376,6 +376,6 @@ class ReleaseError(FedpruneError):
 
 
 class BoardError(FedpruneError):
-    """A board is not the one that was meant, can't be reached, or its service doesn't run."""
+    """A board is not the one that was meant, or its service doesn't run."""
 
     exit_code = ExitCode.BOARD

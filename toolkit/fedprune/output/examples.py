@@ -235,10 +235,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-flash jetson jetson-orin-nano --release 36.4.3 --storage nvme",
         "fedprune-flash jetson jetson-thor --release 38.4 --user ann",
     ),
-    "fedprune-flash ssh": (
-        "fedprune-flash ssh boards.toml --kit pi-kit --signing-key signing.key --claims claims",
-        "fedprune-flash ssh boards.toml --kit pi-kit --unsigned --only attic --dry-run",
-    ),
     "fedprune-simulate": (
         "fedprune-simulate --config fleet.toml --out sim --reference",
         "fedprune-simulate --demo --rounds 5 --out quick --json",

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 from fedprune.core.closing import Closing
 
 MARK = "fedprune: "
-"""The beginning of an answer, since libraries and login shells print lines of their own."""
+"""The beginning of an answer, since libraries print lines of their own."""
 
 _CLOSE_S = 5.0
 _KEPT = 2**16
