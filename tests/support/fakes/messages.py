@@ -132,7 +132,8 @@ messages = st.one_of(
         st.none() | hexes,
     ),
     st.builds(
-        ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:32]),
+        ServerQuery, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), counts,
+        st.none() | hexes.map(lambda h: h[:32]),
     ),
     st.builds(
         ServerPresence, hexes.map(lambda h: h[:32]), hexes.map(lambda h: h[:32]), texts, texts, counts,
