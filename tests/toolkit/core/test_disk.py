@@ -7,10 +7,9 @@ import stat
 
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked, make_private_folder, read_file, storage_errors
-from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
+from fedprune.core.disk import locked, make_private_folder, read_file
+from fedprune.core.errors import BusyError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
 
@@ -53,30 +52,6 @@ def test_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, mon
     assert done == [("file", False), ("folder", True)]
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path):
-    with pytest.raises(StorageError, match="nowhere"):
-        write_whole(tmp_path / "nowhere" / "state.json", b"x")
-
-
-@pytest.mark.parametrize(
-    ("number", "what"),
-    [
-        (errno.ENOENT, "Check the path"),
-        (errno.EACCES, "choose another place"),
-        (errno.ENOTDIR, "choose another folder"),
-        (errno.EROFS, "that can be written to"),
-    ],
-)
-def test_an_error_says_what_to_do(number, what):
-    with pytest.raises(StorageError, match=rf"^can't make /x: .+\. .*{what}"), storage_errors("can't make /x"):
-        raise OSError(number, os.strerror(number))
-
-
-def test_a_blob_that_is_lost_comes_with_what_to_do(tmp_path):
-    with pytest.raises(StorageError, match=r"is not in .*Restore a backup"):
-        BlobStore(tmp_path).read("0" * 64)
-
-
 def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypatch):
     path, lock = tmp_path / "lock", fcntl.flock
 
@@ -114,18 +89,6 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     (tmp_path / "link").symlink_to("file")
     assert read_file(tmp_path / "link", 10) == bytes(10)
     assert read_file("/proc/self/status")  # its size is reported as 0
-
-
-@pytest.mark.parametrize("hint", ["", "Is this a bundle's folder?"])
-def test_a_missing_file_is_reported_with_the_place_where_it_was_looked_for(tmp_path, monkeypatch, hint):
-    monkeypatch.chdir(tmp_path)
-    for name, place in (("gone", f" It was looked for at {tmp_path / 'gone'}."), (str(tmp_path / "gone"), "")):
-        with pytest.raises(FileNotFoundError) as caught:
-            read_file(name)
-        assert remedy(caught.value, hint) == (hint or "Check the path, or choose another.") + place
-    with pytest.raises(IsADirectoryError) as caught:
-        read_file(".")
-    assert "looked for" not in remedy(caught.value, hint)
 
 
 def test_a_private_folder_and_those_that_it_needs_are_for_this_user_alone(tmp_path):

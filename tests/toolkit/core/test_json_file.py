@@ -8,18 +8,10 @@ import pytest
 
 from fedprune.core.errors import ProtocolError
 from fedprune.core.json_file import decode_json
-from fedprune.core.validation import MAX_INT, is_number, is_whole, whole_text
+from fedprune.core.validation import MAX_INT, whole_text
 from fedprune.wire.messages import Death, parse
 
 HUGE = (str(MAX_INT + 1), str(-MAX_INT - 1), "9" * 23, "-" + "9" * 23, "9" * 500)
-
-
-@pytest.mark.parametrize("text", HUGE, ids=lambda text: f"{len(text)} characters")
-def test_a_whole_number_beyond_64_bits_is_none_that_a_check_accepts(text: str) -> None:
-    found = decode_json(f'{{"a": {{"b": [0, {text}]}}}}')["a"]["b"]
-    assert found[0] == 0
-    assert not is_whole(found[1], -MAX_INT)
-    assert not is_number(found[1])
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "9" * 5000])
@@ -41,7 +33,7 @@ def test_a_message_with_such_a_number_is_refused_by_the_name_of_its_field(number
     assert "session" in raised.value.what
 
 
-@pytest.mark.parametrize("text", ["", "x", "1.5", "-1", " 1", "+1", "1_0", "٣", str(MAX_INT + 1), "9" * 5000, "0x1"])
+@pytest.mark.parametrize("text", ["", "1.5", "-1", "٣", str(MAX_INT + 1), "9" * 5000])
 def test_a_number_in_an_address_is_a_plain_one(text: str) -> None:
     with pytest.raises(ProtocolError) as raised:
         whole_text("page", text, error=ProtocolError)

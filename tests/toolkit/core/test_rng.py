@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -32,17 +31,6 @@ def test_different_keys_give_different_numbers(
 ) -> None:
     assume([str(k) for k in (seed, *key)] != [str(k) for k in (other_seed, *other_key)])
     assert words(seed, key) != words(other_seed, other_key)
-
-
-def test_parts_of_a_key_do_not_run_together() -> None:
-    assert words(1, ["ab", "c"]) != words(1, ["a", "bc"])
-
-
-def test_drawing_from_one_leaves_another_alone() -> None:
-    first, second = keyed(1, "a"), keyed(1, "b")
-    expected = keyed(1, "b").random(3)
-    first.random(100)
-    assert np.array_equal(second.random(3), expected)
 
 
 def test_another_process_draws_the_same() -> None:

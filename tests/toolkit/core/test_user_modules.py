@@ -25,20 +25,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def test_a_module_of_the_current_folder_and_its_neighbours_are_found(here: Path) -> None:
-    (here / "ours_a.py").write_text("import ours_b\ndef late():\n    import ours_c\n    return ours_c.N\n")
-    (here / "ours_b.py").write_text("")
-    (here / "ours_c.py").write_text("N = 3\n")
-    (here / "ours_p").mkdir()
-    (here / "ours_p" / "__init__.py").write_text("")
-    (here / "ours_p" / "m.py").write_text("N = 4\n")
-    (here / "ours_n").mkdir()
-    (here / "ours_n" / "m.py").write_text("N = 5\n")
-    assert own_module("ours_a").late() == 3
-    assert own_module("ours_p.m").N == 4
-    assert own_module("ours_n.m").N == 5
-
-
 def test_a_module_goes_before_an_installed_one_of_its_name_where_it_is_named(here: Path) -> None:
     (here / "elsewhere").mkdir()
     (here / "elsewhere" / "ours_d.py").write_text("N = 1\n")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,14 +13,8 @@ from hypothesis import strategies as st
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import restored
-from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import Schedule
-from fedprune.strategies import compose
-from fedprune.strategies.methods.robust import Robustness
 
 pytestmark = pytest.mark.board
-
-LONG = "k" * 100_000
 
 
 @dataclass(frozen=True)
@@ -48,14 +40,11 @@ def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: 
     ("above", "below", "high", "said"),
     [
         (False, False, 1, "a number from 0 to 1"),
-        (False, True, 1, "a number from 0 to below 1"),
-        (True, False, 1, "a number above 0 and at most 1"),
         (True, True, 1, "a number above 0 and below 1"),
         (False, False, math.inf, "a number from 0 up"),
-        (True, False, math.inf, "a number above 0"),
     ],
 )
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 10**400, True, "1", None, [1]])
+@pytest.mark.parametrize("value", [-1, math.nan, 10**400, True, "1"])
 def test_what_is_no_such_number_is_told_the_range(
     above: bool, below: bool, high: float, said: str, value: object
 ) -> None:
@@ -65,7 +54,7 @@ def test_what_is_no_such_number_is_told_the_range(
     assert len(caught.value.got) <= 80
 
 
-@pytest.mark.parametrize("value", [0, 10, 2.0, True, "3", None, math.nan])
+@pytest.mark.parametrize("value", [0, 10, 2.0, True])
 def test_whole_numbers_are_whole_and_in_range(value: object) -> None:
     assert validation.whole("a", 9, 1, 9) == 9
     with pytest.raises(ConfigError, match=r"^a: expected a whole number from 1 to 9"):
@@ -78,23 +67,6 @@ def test_tables_may_have_less_but_no_more() -> None:
         validation.known(Shape, {"high": 3, "long": 1}, "shape")
     with pytest.raises(ConfigError, match=r"^file: unknown table 'shop': expected one of shape, size$"):
         validation.only(("shape", "size"), {"shop": {}}, "file", "table")
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        Job.from_dict,
-        Schedule.from_dict,
-        Robustness.from_dict,
-        lambda body: compose(Job(strategy="fedavg", options=body)),
-    ],
-    ids=["job", "schedule", "robust", "options"],
-)
-def test_long_keys_make_no_long_messages(read: Callable[[dict[str, Any]], object]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read({LONG: 1})
-    assert "'kkk" in str(caught.value)
-    assert len(str(caught.value)) < 1000
 
 
 @dataclass(frozen=True)
@@ -114,23 +86,3 @@ class Outer:
 def test_a_dataclass_is_restored_from_its_json(count: int, inner: list[Inner]) -> None:
     for whole in (Outer(count, tuple(inner)), Outer(count, (), inner[0] if inner else None)):
         assert restored(Outer, json.loads(json.dumps(asdict(whole))) | {"newer": 1}) == whole
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        None,
-        [],
-        {"count": 1, "inner": []},
-        {"count": 1.5, "inner": [], "more": None},
-        {"count": True, "inner": [], "more": None},
-        {"count": 2**63, "inner": [], "more": None},
-        {"count": 1, "inner": "ab", "more": None},
-        {"count": 1, "inner": [{"name": "x"}], "more": None},
-        {"count": 1, "inner": [{"name": 1, "share": None}], "more": None},
-        {"count": 1, "inner": [], "more": {"name": "x", "share": float("nan")}},
-    ],
-)
-def test_what_is_no_such_dataclass_is_not_restored(body: object) -> None:
-    with pytest.raises((ValueError, KeyError)):
-        restored(Outer, body)

@@ -8,14 +8,9 @@ import pytest
 from fedprune.aggregation.fixed_point import check_range
 from fedprune.core.errors import (
     BundleError,
-    DataError,
-    DivergedError,
     ExitCode,
-    FedpruneError,
     ProtocolError,
-    StorageFullError,
     StrategyError,
-    TrainingError,
 )
 from fedprune.core.tensorfile import decode
 from fedprune.jobs.failure_kind import FailureKind, of_exit_code, of_update
@@ -43,19 +38,6 @@ def test_a_damaged_file_is_malformed_and_a_strategy_that_fails_is_not() -> None:
         decode(b"short")
     assert of_update(error.value) is FailureKind.MALFORMED
     assert of_update(StrategyError("x")) is FailureKind.OTHER
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (DivergedError, FailureKind.DIVERGED),
-        (TrainingError, FailureKind.OTHER),
-        (StorageFullError, FailureKind.NO_ROOM),
-        (DataError, FailureKind.DATA),
-    ],
-)
-def test_a_board_reports_the_kind_by_its_exit_code(error: type[FedpruneError], kind: FailureKind) -> None:
-    assert of_exit_code(int(error.exit_code)) is kind
 
 
 def test_exit_codes_of_newer_boards_are_of_another_kind() -> None:

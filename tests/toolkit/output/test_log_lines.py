@@ -37,12 +37,6 @@ def test_no_message_begins_a_line_of_its_own(text: str) -> None:
     assert json.loads(raw)["message"] == text
 
 
-def test_plain_text_is_as_it_was() -> None:
-    time, _, rest = written(TEXT, "round 1 of 2: 70.0 % → ρ").partition(" ")
-    assert len(time.split(":")) == 3
-    assert rest == "round 1 of 2: 70.0 % → ρ\n"
-
-
 @pytest.mark.parametrize("form", [TEXT, JSON])
 def test_a_traceback_cannot_pass_for_a_record(form: str) -> None:
     stream = io.StringIO()
@@ -82,10 +76,3 @@ def test_a_record_says_what_it_is_about_and_threads_do_not_mix() -> None:
         "outside": {},
     }
     assert {"at", "level", "logger"} <= rows["outside"].keys()
-
-
-def test_the_logger_is_given_back() -> None:
-    logger = logging.getLogger("fedprune")
-    before = logger.handlers[:], logger.level, logger.propagate
-    written(JSON, "x", verbose=True)
-    assert (logger.handlers, logger.level, logger.propagate) == before

@@ -12,7 +12,6 @@ import pytest
 from packaging.requirements import Requirement
 
 import fedprune_start
-from fedprune import __version__
 from fedprune.core.errors import ExitCode
 from fedprune.core.toml_file import parse_toml
 from support.paths import ROOT
@@ -32,60 +31,12 @@ def test_an_interruption_while_a_command_is_imported_is_no_traceback(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_a_command_says_its_version(
-    entry: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedprune", "--version"])
-    with pytest.raises(SystemExit) as ended:
-        entry()
-    assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith("fedprune ")
-
-
-def test_the_beginning_imports_nothing_that_takes_long() -> None:
-    folder = Path(fedprune_start.__file__).parent.parent
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import fedprune_start; print('numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
-@pytest.mark.parametrize("name", ["device", "export", "server", "simulate"])
-def test_the_umbrella_command_runs_the_same_code(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        fedprune_start.main([name, "--help"])
-    assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: fedprune-{name} ")
-
-
-def test_the_umbrella_command_lists_all_and_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = fedprune_start.importlib.util.find_spec
-    monkeypatch.setattr(
-        fedprune_start.importlib.util, "find_spec", lambda name: None if name == "sqlalchemy" else found(name)
-    )
-    assert fedprune_start.main(["--help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for name in ("export", "simulate", "server", "device", "flash"):
-        (line,) = (line for line in lines if line.startswith(f"  {name} "))
-        if name in ("server", "simulate"):
-            assert line.endswith("[needs the extra server]")
-        elif name == "device":  # wherever tests run
-            assert "needs" not in line
-
-
 def test_what_a_command_needs_comes_with_its_extra() -> None:
     project = parse_toml((ROOT / "pyproject.toml").read_text())["project"]
     sources = packages_distributions()
     for name, command in fedprune_start._COMMANDS.items():
         extra = {Requirement(text).name.lower() for text in project["optional-dependencies"][command.extra]}
         assert {source.lower() for package in command.needs for source in sources[package]} <= extra, name
-
-
-def test_the_umbrella_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fedprune_start.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"fedprune {__version__}\n"
 
 
 def test_a_wrong_subcommand_is_one_line_that_says_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
