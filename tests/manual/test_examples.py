@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import fedprune_start
-from fedprune.output.examples import EXAMPLES, add_examples
+from fedprune.output.examples import EXAMPLES
 from manual.command_pages import _commands, _parsers
 
 
@@ -24,28 +23,6 @@ TOPS = dict(_parsers())
 """The parsers that command lines begin with: a whole program's, or one command's of `fedprune-export`."""
 
 PARSERS = {inner.prog: inner for top in TOPS.values() for inner in walked(top)}
-
-
-@pytest.mark.parametrize("prog", sorted(PARSERS))
-def test_help_ends_with_two_examples_or_more(prog: str) -> None:
-    parser = PARSERS[prog]
-    add_examples(parser)
-    text = parser.format_help()
-    shown = text[text.rindex("examples:\n") :].partition("\n\n")[0].splitlines()[1:]
-    assert len(shown) >= 2
-    assert len(set(shown)) == len(shown)
-    assert all(line.startswith(f"  {prog}") for line in shown)
-
-
-def test_the_umbrella_command_has_two_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    fedprune_start.main(["--help"])
-    text = capsys.readouterr().out
-    lines = text[text.index("examples:\n") :].partition("\n\n")[0].splitlines()[1:]
-    assert len(lines) >= 2
-    for line in lines:
-        umbrella, name, words = line.strip().split(" ", 2)
-        assert umbrella == "fedprune"
-        parses(f"fedprune-{name} {words}")
 
 
 def test_examples_are_of_commands_that_exist() -> None:
@@ -66,8 +43,3 @@ def parses(line: str) -> None:
     else:  # the command's parser takes what comes after its name
         words = words[1:]
     parser.parse_args(words)
-
-
-@pytest.mark.parametrize(("prog", "lines"), EXAMPLES.items())
-def test_an_example_is_of_its_command_and_fits_a_terminal(prog: str, lines: tuple[str, ...]) -> None:
-    assert all(line.startswith(prog) and len(line) <= 118 for line in lines)

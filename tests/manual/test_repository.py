@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from support.paths import ROOT
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").iterdir())
-FORMS = sorted((GITHUB / "ISSUE_TEMPLATE").iterdir())
 PROJECT = parse_toml((ROOT / "pyproject.toml").read_text())["project"]
 
 MAKE = re.compile(r"\bmake((?: +-\S+)*)((?: +[a-z][\w-]*)+)")
@@ -83,33 +81,6 @@ def test_a_workflow_may_do_little(path: Path) -> None:
     assert [text for text in said if not re.fullmatch(r" # v\d+\.\d+\.\d+", text)] == []
 
 
-@pytest.mark.parametrize("path", FORMS, ids=lambda p: p.stem)
-def test_a_form_has_what_github_wants(path: Path) -> None:
-    form = read(path)
-    assert {"name", "description", "body"} <= form.keys() <= {"name", "description", "body", "labels"}
-    assert all(field["type"] in ("markdown", "textarea", "input", "checkboxes") for field in form["body"])
-    asked = [field for field in form["body"] if field["type"] != "markdown"]
-    assert all(field["attributes"]["label"] for field in asked)
-    assert len({field["id"] for field in asked}) == len(asked)
-    assert any(field.get("validations", {}).get("required") for field in asked)
-    for field in form["body"]:
-        if field["type"] == "checkboxes":
-            assert all(option["label"] for option in field["attributes"]["options"])
-        elif field["type"] == "markdown":
-            assert field["attributes"]["value"]
-
-
-def test_packages_are_updated_by_hand() -> None:
-    assert [update["package-ecosystem"] for update in read(GITHUB / "dependabot.yml")["updates"]] == ["github-actions"]
-
-
-def test_pages_that_github_s_texts_name_exist() -> None:
-    texts = [p.read_text(encoding="utf-8") for p in (*FORMS, *WORKFLOWS, GITHUB / "pull_request_template.md")]
-    named = {name for text in texts for name in re.findall(r"\b(?:docs/)?[\w-]+\.md\b", text)} - {"NOTES.md"}
-    assert {"SECURITY.md", "CHANGELOG.md", "docs/add-a-board.md"} <= named
-    assert [name for name in named if not (ROOT / name).is_file()] == []
-
-
 def test_one_version_is_named_everywhere() -> None:
     citation = read(ROOT / "CITATION.cff")
     assert PROJECT["version"] == __version__
@@ -123,29 +94,3 @@ def test_one_version_is_named_everywhere() -> None:
         text = (ROOT / "docs" / f"{page}.md").read_text()
         shown = re.findall(r"(?:\bfedprune(?:-server|-board)?[:@-]v?|\bv)(\d+\.\d+\.\d+)", text)
         assert set(shown) == {__version__}, page
-
-
-def test_the_notes_are_the_introduction_of_the_version_s_changes() -> None:
-    done = subprocess.run(["make", "--silent", "notes"], cwd=ROOT, capture_output=True, text=True, check=True)
-    notes, changes = done.stdout.strip(), (ROOT / "CHANGELOG.md").read_text()
-    assert notes
-    assert notes in changes
-    section = changes.partition(f"## {__version__}")[2].partition("\n")[2].lstrip()
-    assert section.startswith(notes)
-    assert "](docs/" not in notes  # a release's page is elsewhere
-    assert not re.search(r"^- ", notes, re.MULTILINE)
-
-
-def test_badges_are_files_that_say_what_is_so() -> None:
-    shown = re.findall(r"!\[([^\]]+)\]\((docs/images/badges/[\w-]+\.svg)\)", (ROOT / "README.md").read_text())
-    assert {Path(path).name for _, path in shown} == {p.name for p in (ROOT / "docs" / "images" / "badges").iterdir()}
-    said = {}
-    for text, path in shown:
-        name, value = text.split(": ")
-        drawn = re.findall(r"<text[^>]*>([^<]+)</text>", (ROOT / path).read_text())
-        assert [part.lower() for part in drawn] == [name.lower(), value.lower()]
-        said[name] = value
-    assert said["Licence"] == PROJECT["license"]
-    assert said["Python"] == PROJECT["requires-python"].removeprefix(">=") + "+"
-    assert said["Types"] == "mypy strict"
-    assert "Typing :: Typed" in PROJECT["classifiers"]

@@ -56,33 +56,3 @@ def test_a_job_on_a_page_is_that_of_the_figures(page: Path, benchmark: Any, tmp_
     named = re.findall(r'"(benchmarks\.\S+):(\w+)"', block)
     wanted = set() if page.name == OWN_MODEL else {task.net, *task.own.values()}
     assert {getattr(own_module(module), name) for module, name in named} == wanted
-
-
-def fleet_run(at: list[float], curve: list[float], costs: list[int]) -> dict[str, Any]:
-    return {"at": at, "curve": curve, "macs": costs, "bytes": costs, "served": curve[-1]}
-
-
-def test_a_budget_pays_for_rounds_of_what_a_round_costs(benchmark: Any) -> None:
-    from benchmarks.tasks import runs
-
-    task = benchmark.TASKS["detection"]  # ten rounds with a core, then two that cost five times as much
-    default = fleet_run([], [0.0], [*range(1, 11), 15, 20])
-    reference = {"macs": [100], "bytes": [100]}
-
-    rounds = runs.affordable_rounds(task, reference, default)
-
-    core = runs.compose(runs.job_of(task, runs.DEFAULT, devices=1, seed=0)).core
-    assert core is not None
-    spent = [sum(1 if core.shared_in(n, r, spent=0) else 5 for n in range(1, r + 1)) for r in (rounds, rounds + 1)]
-    assert spent[0] <= runs.BYTES_SHARE * 100 < spent[1]
-
-
-def test_methods_are_compared_when_the_first_is_through(benchmark: Any) -> None:
-    slow = fleet_run([4.0, 8.0, 12.0], [0.1, 0.2, 0.9], [1, 2, 3])
-    fast = fleet_run([3.0, 6.0, 9.0], [0.3, 0.4, 0.5], [1, 2, 3])
-    runs = {"fedavg int8": {"0": fast}, "fedprune": {"0": slow}}
-
-    lines = benchmark.table(benchmark.TASKS["detection"], runs)
-
-    [row] = [line for line in lines if line.startswith("| fedprune")]
-    assert row.endswith("| 0.2 / 0.5 |")

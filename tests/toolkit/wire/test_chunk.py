@@ -70,7 +70,7 @@ def test_a_payload_falls_into_leaves() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "leaves"),
-    [(48 * 1024, 1), (64 * 1024, 1), (128 * 1024, 3), (256 * 1024, 7), (2_000_000, 32), (2**28, 32)],
+    [(48 * 1024, 1), (256 * 1024, 7), (2**28, 32)],
 )
 def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> None:
     assert leaves_per_chunk(limit) == leaves

@@ -18,56 +18,9 @@ from fedprune.wire.transfer import MAX_PATIENCE, PATIENCE, BlobSender, Pull, Res
 pytestmark = pytest.mark.board
 
 
-def askings(store: BlobStore, pull: Pull, answers_take: float, begin: float = 0.0) -> int:
-    """How many leaves are asked for, all in all, until a blob is here over a way that loses nothing."""
-    asked, now = 0, begin
-    way: list[tuple[float, bytes]] = []
-
-    def ask(wants: list[BlobRequest]) -> None:
-        nonlocal asked
-        for want in wants:
-            asked += want.count
-            answer = BlobSender(store).answer(want)
-            assert not hasattr(answer, "sha256")
-            way.extend((now + answers_take, raw) for raw in answer)
-
-    ask(pull.start(now))
-    while not pull.done:
-        now += 0.5
-        due, way[:] = [raw for at, raw in way if at <= now], [entry for entry in way if entry[0] > now]
-        for raw in due:
-            ask(pull.on_chunk(Chunk.parse(raw), now))
-        ask(pull.on_tick(now))
-        assert now < begin + 10_000
-    return asked
-
-
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[BlobStore, BlobStore]:
     return BlobStore(tmp_path / "there", durable=False), BlobStore(tmp_path / "here", durable=False)
-
-
-@pytest.mark.parametrize("took", [0.0, 2.0, 6.0, 20.0])
-def test_nothing_is_asked_for_twice_where_answers_take_what_the_connection_lets_expect(
-    stores: tuple[BlobStore, BlobStore], took: float
-) -> None:
-    there, here = stores
-    answers = ResponseTime()
-    answers.connected(took)
-    for number, leaves in enumerate((1, 40)):
-        ref = there.put(bytes([number]) * (leaves * LEAF))
-        table = ref.piece_count if leaves > 1 else 0
-        pull = Pull(ref, here.partial(ref), answers=answers)
-        assert askings(there, pull, max(PATIENCE - 1, 3.5 * took)) == leaves + table
-
-
-def test_what_one_blob_taught_the_next_one_knows(stores: tuple[BlobStore, BlobStore]) -> None:
-    there, here = stores
-    answers = ResponseTime()
-    first, second = there.put(b"a" * (40 * LEAF)), there.put(b"b" * LEAF)
-    alone = askings(there, Pull(first, here.partial(first), answers=answers), 9.0)
-    assert alone > first.leaf_count + first.piece_count  # nobody had told it
-    assert askings(there, Pull(second, here.partial(second), answers=answers), 9.0) == 1
 
 
 def test_an_answer_to_one_of_two_askings_says_nothing_about_the_time(stores: tuple[BlobStore, BlobStore]) -> None:

@@ -33,7 +33,6 @@ from support.waiting import attempts
 
 TOPICS = Topics("lab")
 USUAL = leaves_per_chunk(MAX_PACKET)
-LOW = LEAF + PACKET_OVERHEAD
 DIGEST = "ab" * 32
 
 
@@ -70,26 +69,6 @@ def test_where_such_chunks_have_come_silence_means_nothing() -> None:
     limit.silent()
     assert limit.leaves == USUAL
     assert limit.wanted is None
-
-
-def test_a_want_says_how_many_leaves_a_chunk_may_hold_where_that_is_less_than_usual(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "a", durable=False)
-    ref = store.put(bytes(9 * LEAF))
-    pull = Pull(ref, BlobStore(tmp_path / "b", durable=False).partial(ref), limit=ChunkLimit(LOW))
-
-    (want,) = pull.start(0.0)
-    assert want.most == 1
-    assert parse(want.to_bytes()) == want
-
-    assert [len(c.payload) for c in chunks(BlobSender(store), BlobRequest(ref.sha256, "data", 0, 9, most=1))] == [
-        LEAF
-    ] * 9
-    assert [len(c.payload) for c in chunks(BlobSender(store), BlobRequest(ref.sha256, "data", 0, 9, most=900))] == [
-        3 * LEAF
-    ] * 3
-    assert [len(c.payload) for c in chunks(BlobSender(store), BlobRequest(ref.sha256, "data", 0, 9, most=2), LOW)] == [
-        LEAF
-    ] * 9
 
 
 def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:

@@ -93,28 +93,3 @@ def test_a_slow_reader_gets_a_blob_whole_and_the_broker_never_holds_more_than_ab
     assert target.read(ref.sha256) == data
     assert count == ref.leaf_count + 1  # one leaf per message at a limit of 64 KiB, and the table: nothing came twice
     assert mosquitto.memory("VmHWM") - before < 2 * window * LEAF + 2 * MB
-
-
-def test_without_a_window_a_default_mosquitto_loses_messages_it_has_acknowledged(mosquitto: Any) -> None:
-    count, payload = 1900, bytes(8 * 1024)
-    before = mosquitto.memory()
-    with connected(mosquitto.url, "pi", ["chunks"]) as reader, connected(mosquitto.url, "server", []) as sender:
-        got = threading.Event()
-        received = 0
-
-        # The reader is slow on the network, as a board is that hashes and writes while it receives.
-        def slow(*_: object) -> None:
-            nonlocal received
-            received += 1
-            got.set()
-            time.sleep(READING_S)
-
-        reader._client.on_message = slow  # type: ignore[union-attr]
-        for _ in range(count):
-            assert sender.publish("chunks", payload)
-        assert sender.flush(30)
-        while got.wait(1):
-            got.clear()
-
-    assert received < 0.8 * count
-    assert mosquitto.memory("VmHWM") - before > 6 * MB
