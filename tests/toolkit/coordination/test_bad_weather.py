@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
@@ -295,44 +295,3 @@ def test_devices_vanish_in_every_phase(phase: str, away: str) -> None:
     shell.run()
     assert [h["round"] for h in shell.state.history] == [1, 2, 3]
     assert shell.counted()[-1] == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_no_decision_goes_by_a_devices_clock(job: Job) -> None:
-    """An event has no time of a device's in it; what its metrics say of times changes no round."""
-    fields = {f for kind in (on.UpdateAnnounced, on.DeviceBorn) for f in kind.__dataclass_fields__}
-    assert not {f for f in fields if "time" in f or f in ("at", "clock", "seconds")}
-    told = []
-    for times in (1e-9, 1e9):
-        shell = begun(job, {n: Board() for n in NAMES})
-        feed = shell.feed
-
-        def lying(event: on.Event, feed: Any = feed, times: float = times) -> list[do.Command]:
-            if isinstance(event, on.UpdateAnnounced):
-                event = replace(event, metrics={"train_seconds": times, "step_seconds": times})
-            return list(feed(event))
-
-        shell.feed = lying  # type: ignore[method-assign]
-        shell.run()
-        told.append([(h["round"], h["at"], h["model"]) for h in shell.state.history])
-    assert told[0] == told[1]
-
-
-def test_yesterdays_update_of_another_attempt_or_base_never_counts() -> None:
-    shell = begun(replace(JOB, devices=3), {n: Board() for n in "abc"})
-    while not shell.offered or shell.inbox:
-        shell.step()
-    for stale in (
-        on.UpdateAnnounced("a", 1, 2, "0", {"sha256": "x"}, 10, 2),
-        on.UpdateAnnounced("a", 0, 1, "0", {"sha256": "x"}, 10, 2),
-        on.UpdateAnnounced("a", 1, 1, "another model", {"sha256": "x"}, 10, 2),
-    ):
-        shell.feed(stale)
-        assert shell.cancelled.pop()[0] == "a"
-        assert shell.state.tasks["a"].progress is Progress.OFFERED
-    shell.run()
-    assert shell.counted()[0] == ["a", "b", "c"]
-
-
-def test_coordinate_makes_the_coordinator_that_these_tests_mean() -> None:
-    assert type(coordinate(JOBS[0], ARCHITECTURE, State(model="m0"))) is SynchronousCoordinator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import AsynchronousCoordinator, Phase, State, SynchronousCoordinator, coordinate
+from fedprune.coordination import AsynchronousCoordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from support.fakes.asynchronous_shell import ALL, KINDS, ONE, TWO, WINDOW, Shell, history, job_of, summed
-from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
+from support.fakes.tiny_job import ARCHITECTURE, NAMES
 
 pytestmark = pytest.mark.board
 
@@ -29,20 +28,6 @@ def reference(job: Job) -> list[tuple[int, str]]:
     shell.run()
     assert shell.state.phase is Phase.FINISHED
     return history(shell)
-
-
-def test_the_schedule_chooses_the_coordinator() -> None:
-    assert isinstance(coordinate(JOB, ARCHITECTURE, State("m0")), SynchronousCoordinator)
-    assert isinstance(coordinate(ALL, ARCHITECTURE, State("m0")), AsynchronousCoordinator)
-
-
-@pytest.mark.parametrize("job", [JOB, ALL], ids=["synchronous", "asynchronous"])
-def test_what_is_no_event_is_refused_and_changes_nothing(job: Job) -> None:
-    coordinator = coordinate(job, ARCHITECTURE, State("m0"))
-    before = coordinator.state.to_json()
-    with pytest.raises(TypeError, match="unknown event Wake"):
-        coordinator.handle(do.Wake(1.0), 0.0)  # type: ignore[arg-type]
-    assert coordinator.state.to_json() == before
 
 
 @pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
@@ -207,15 +192,6 @@ def test_the_same_events_give_the_same_commands_and_states(job: Job, seed: int) 
     assert again.state == shell.state
 
 
-@pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
-def test_the_shell_is_asked_for_few_wakes(job: Job) -> None:
-    shell = Shell(replace(job, rounds=30))
-    shell.come()
-    shell.run()
-    assert len([1 for _, _, commands in shell.log for c in commands if isinstance(c, do.Wake)]) <= 3 * 30
-    assert len(shell.state.wake_times) <= 2
-
-
 def test_whoever_is_idle_is_offered_the_current_model_at_once() -> None:
     shell = Shell(ONE)
     shell.come()
@@ -279,16 +255,6 @@ def test_a_late_device_gets_a_new_offer_and_its_old_update_is_void() -> None:
     assert shell.cancelled[-1] == ("c", 1, "another offer took this one's place")
 
 
-def test_who_is_late_and_asked_for_the_same_once_more_is_not_cancelled() -> None:
-    shell = Shell(ALL)
-    shell.come()
-    shell.until(on.UpdateAnnounced, "c")
-    shell.run()
-    assert [o for o in shell.offered if o[0] == "c"][:2] == [("c", 1, 1), ("c", 1, 2)]
-    assert not [c for c in shell.cancelled if c[0] == "c"]
-    assert shell.state.phase is Phase.FINISHED
-
-
 def test_too_stale_work_is_stopped() -> None:
     shell = Shell(job_of(arrivals=1, rounds=5, max_staleness=1))
     shell.come()
@@ -296,58 +262,6 @@ def test_too_stale_work_is_stopped() -> None:
     shell.run()
     assert ("c", 1, "the model has moved more than 1 times since") in shell.cancelled
     assert ("c", 3, 1) in shell.offered
-
-
-def test_no_more_work_at_a_time_than_may() -> None:
-    shell = Shell(job_of(arrivals=1, rounds=12, concurrent=1))
-    shell.come()
-    shell.run()
-    offered = [n for n, _, _ in shell.offered]
-    assert len(offered) == 12
-    assert set(offered) == set(NAMES), "nobody is left out"
-
-
-def few_at_a_time(seed: int, rounds: int) -> Shell:
-    """A job of nine devices, two of which work at a time, whose devices have come."""
-    shell = Shell(replace(job_of(arrivals=2, rounds=rounds, devices=9, concurrent=2), seed=seed))
-    shell.sessions = {f"d{i}": 0 for i in range(9)}
-    shell.come(*shell.sessions)
-    return shell
-
-
-def test_of_those_that_wait_the_ones_offered_longest_ago_come_first() -> None:
-    shell = few_at_a_time(0, 30)
-    compared, devices = 0, shell.state.devices
-    while shell.inbox:
-        shell.now += 0.01  # no two updates arrive at the same time
-        parts = [c.part.device for c in shell.feed(shell.inbox.pop(0)) if isinstance(c, do.Extract)]
-        waiting = [devices[n].last_offered_round for n in devices if n not in shell.state.tasks]
-        assert all(devices[n].last_offered_round <= min(waiting, default=30) for n in parts)
-        compared += len(parts) * bool(waiting)
-    assert compared > 50
-    assert {n: d.last_offered_round for n, d in devices.items()} == {n: number for n, number, _ in shell.offered}
-    counts = Counter(name for name, _, _ in shell.offered)
-    assert (len(counts), max(counts.values()) - min(counts.values()) <= 2) == (9, True)
-
-
-def test_lots_decide_between_devices_that_wait_equally_long() -> None:
-    shells = [few_at_a_time(seed, 1) for seed in range(200)]
-    for shell in shells:
-        shell.run()
-    seen = Counter(name for shell in shells for name, _, _ in shell.offered[:2])
-    assert len(seen) == 9
-    assert max(seen.values()) < 80, "44 each are expected, with a standard deviation of 6"
-
-
-def test_the_order_of_offers_is_that_of_a_state_that_was_loaded() -> None:
-    whole, stopped = (Shell(job_of(arrivals=1, rounds=20, concurrent=1)) for _ in range(2))
-    for shell in (whole, stopped):
-        shell.come()
-    whole.run()
-    while stopped.state.phase is not Phase.FINISHED:
-        stopped.coordinator = coordinate(stopped.job, ARCHITECTURE, State.from_json(stopped.state.to_json()))
-        stopped.feed(stopped.inbox.pop(0))
-    assert stopped.offered == whole.offered
 
 
 def test_a_window_takes_what_has_come_and_what_is_kept() -> None:
@@ -396,48 +310,6 @@ def test_a_refusal_is_tried_again_when_its_time_is_over() -> None:
     lonely.tick()
     lonely.until(on.UpdateAnnounced, "a")
     assert lonely.offered == [("a", 1, 1), ("a", 1, 2)]
-
-
-def test_a_refusal_is_told_in_one_round_only() -> None:
-    shell = Shell(job_of(arrivals=1, rounds=6))
-    shell.come()
-    shell.until(on.UpdateAnnounced, "c")
-    shell.feed(on.OfferRefused("c", 1, 1, "no room"))
-    shell.run()
-    assert shell.now < 100, "c is not asked again before its time is over"
-    assert [h["round"] for h in shell.state.history if "c" in h["devices"]] == [1]
-
-
-def test_where_all_stand_out_they_are_asked_again_when_their_time_is_over() -> None:
-    shell = Shell(ALL)
-    shell.come()
-    shell.until(on.Closed)
-    shell.now = 7.0
-    shell.feed(on.Closed(1, "m1", rejected=dict.fromkeys(NAMES, "stands out")))
-    while shell.inbox:
-        shell.feed(shell.inbox.pop(0))
-    assert (shell.state.phase, shell.state.model) == (Phase.TRAINING, "m0")
-    assert {attempt for _, _, attempt in shell.offered} == {1}
-    assert {t.deadline for t in shell.state.tasks.values()} == {107.0}
-    shell.run()
-    assert [o for o in shell.offered if o[1] == 1][3:] == [(n, 1, 2) for n in NAMES]
-    assert shell.now == 107.0
-    assert shell.state.phase is Phase.FINISHED
-
-
-def test_away_devices_are_waited_for_and_not_for_ever() -> None:
-    shell = Shell(ALL)
-    shell.come()
-    while not isinstance(shell.inbox[0], on.UpdateAnnounced):
-        shell.feed(shell.inbox.pop(0))
-    shell.feed(on.DeviceDied("c", 1))
-    shell.inbox = [e for e in shell.inbox if getattr(e, "device", "") != "c"]
-    while shell.inbox:
-        shell.feed(shell.inbox.pop(0))
-    assert not shell.closes
-    shell.tick()
-    assert [c.part.device for c in shell.closes[0].contributions] == ["a", "b"]
-    assert shell.now == 100.0
 
 
 def test_rankings_and_evaluations_can_be_rare() -> None:

@@ -60,18 +60,6 @@ def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
     assert shell.state.devices["a"].session == 1
 
 
-def test_a_round_without_any_update_is_offered_again() -> None:
-    shell = Shell()
-    shell.arrive()
-    shell.run_silently()
-    shell.now = shell.wakes[-1]
-    shell.feed(on.Ticked())
-    shell.run()
-
-    assert shell.state.phase is Phase.FINISHED
-    assert {t["attempt"] for t in shell.state.history[0]["devices"].values()} == {2}
-
-
 def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
     shell = Shell()
     shell.arrive()
@@ -103,18 +91,6 @@ def test_yesterdays_update_is_declined() -> None:
     shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
 
     assert shell.cancelled[-1] == ("a", 1, "the round is over")
-
-
-def test_an_update_for_an_earlier_attempt_is_declined() -> None:
-    shell = Shell()
-    shell.arrive()
-    for _ in range(7):
-        shell.feed(shell.inbox.pop(0))
-    shell.state.tasks["a"].attempt = 2
-    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
-
-    assert shell.cancelled[-1][:2] == ("a", 1)
-    assert "another offer" in shell.cancelled[-1][2]
 
 
 def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
@@ -158,19 +134,6 @@ def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> N
     assert shell.state.devices["c"].widths
 
 
-def test_a_device_that_refuses_now_and_then_stays() -> None:
-    shell = Shell(replace(JOB, rounds=8, devices=2))
-    shell.arrive()
-    while shell.inbox:
-        event = shell.inbox.pop(0)
-        if isinstance(event, on.UpdateAnnounced) and event.device == "c" and event.round % 3:
-            event = on.OfferRefused("c", event.round, event.attempt, "no room")
-        shell.feed(event)
-
-    assert shell.state.phase is Phase.FINISHED
-    assert not shell.state.devices["c"].excluded
-
-
 def test_a_device_that_returns_is_offered_its_round_again() -> None:
     shell = Shell()
     shell.arrive()
@@ -203,13 +166,6 @@ def test_participation_asks_a_keyed_share() -> None:
     assert chosen[0] == chosen[1]
     assert all(len(c) == 2 for c in chosen[0])
     assert len(set(chosen[0])) > 1
-
-
-def test_exploration_asks_everybody_and_later_rounds_a_share() -> None:
-    shell = Shell(replace(JOB, strategy="autoflip", participation=0.5))
-    shell.arrive()
-    shell.run()
-    assert [len(h["devices"]) for h in shell.state.history] == [3, 2, 2]
 
 
 def test_a_device_without_a_plan_is_left_out() -> None:

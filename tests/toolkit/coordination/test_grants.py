@@ -80,20 +80,7 @@ def test_a_board_without_widths_or_excluded_does_not_count_for_the_core() -> Non
     assert densities(granted(state, 1))[:4] == [0.5, 0.5, 0.5, 0.25]
 
 
-def test_a_model_that_was_trained_before_has_no_core() -> None:
-    assert densities(granted(fleet(FLEET, untrained=False), 1)) == list(FLEET.values())
-
-
-def test_boards_that_have_grown_have_no_core_again_when_the_job_is_extended() -> None:
-    state = fleet(FLEET)
-    granted(state, 9)
-    assert densities(granted(state, 5)) == list(FLEET.values())
-    trained_otherwise = fleet(FLEET)
-    granted(trained_otherwise, 1, {"core": 0})
-    assert densities(granted(trained_otherwise, 2)) == list(FLEET.values())
-
-
-@pytest.mark.parametrize(("rounds", "shared"), [(1, 0), (2, 1), (3, 2), (4, 3), (10, 8), (12, 10)])
+@pytest.mark.parametrize(("rounds", "shared"), [(1, 0), (2, 1), (3, 2), (10, 8)])
 def test_the_last_round_is_never_the_cores(rounds: int, shared: int) -> None:
     core = SharedCore()
     assert sum(core.shared_in(number, rounds, spent=0) for number in range(1, rounds + 1)) == shared
@@ -118,36 +105,6 @@ def test_strategies_without_a_core_grant_what_boards_can_hold() -> None:
     state = fleet(FLEET)
     job = Job(strategy="heterofl", rounds=10)
     assert begun(job, state).of(state.devices["a"]) == Grant(NET.sizes, 1.0)
-
-
-def test_boards_of_one_width_are_not_mixed() -> None:
-    assert not any(g.mixed for g in granted(fleet({"a": 1.0, "b": 1.0}), 1).values())
-    assert not any(g.mixed for g in granted(fleet(FLEET), 1, {"core": 1}).values())
-    assert all(g.mixed for g in granted(fleet(FLEET), 1).values())
-
-
-def test_a_line_says_what_boards_train() -> None:
-    def said(densities: dict[str, float], number: int, recipe: Recipe) -> str:
-        state, job = fleet(densities), Job(strategy="fedprune", rounds=10, recipe=recipe)
-        return begun(job, state, number).describe()
-
-    assert "at most 0.5 of the model's channels, which 75% of them can hold" in said(FLEET, 1, MSE)
-    assert "all that it can hold" in said(FLEET, 9, MSE)
-    assert "the same width" in said({"a": 1.0, "b": 1.0}, 1, Recipe())
-    assert said(FLEET, 1, Recipe()) == ""
-
-
-def test_what_a_round_trains_is_decided_when_it_begins_and_asking_changes_nothing() -> None:
-    state, job = fleet(FLEET), Job(strategy="fedprune", rounds=10, recipe=MSE)
-    grants = begun(job, state, 8)
-    state.plain_model = "imported"
-    state.devices["a"].excluded = state.devices["b"].excluded = "they spoil"
-    assert [grants.of(device).density for device in state.devices.values()] == [0.5, 0.5, 0.5, 0.25]
-
-    again = State.from_json(state.to_json())  # as after a restart
-    restarted = Grants(job, compose(job), NET, again)
-    assert [restarted.of(device) for device in again.devices.values()] == [grants.of(d) for d in state.devices.values()]
-    assert (state.plain_model, state.model, state.untrained) == ("imported", "m", True)
 
 
 def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
@@ -231,42 +188,6 @@ def test_private_and_asynchronous_jobs_and_those_that_say_otherwise_look_at_no_l
         assert not cored(labelled(EVEN), job=Job(strategy="fedprune", rounds=10, **settings)), settings
 
 
-def test_trained_models_and_boards_of_one_width_have_no_core_of_even_labels() -> None:
-    trained, alike = labelled(EVEN), labelled(EVEN)
-    trained.untrained = False
-    for device in alike.devices.values():
-        device.density, device.widths = 0.5, widths_at(NET, 0.5)
-    grant = begun(Job(strategy="fedprune", rounds=10), alike).of(alike.devices["a"])
-    assert not cored(trained)
-    assert (grant.core, grant.mixed, grant.work) == (False, False, 1)
-
-
-def test_boards_of_even_labels_have_time_for_whole_steps_and_work_no_more_than_fits() -> None:
-    job = Job(strategy="fedprune", rounds=10)
-    recipe = compose(job).planned_recipe(job, "d", widths_at(NET, 0.25), 0.25, 100)
-    free = plan(NET, PI, recipe, 100, densities=(0.25,))
-
-    def grant(spare: float) -> Grant:
-        state = labelled(EVEN)
-        seconds = free.prediction.transfer_s + spare * free.prediction.train_s
-        made = plan(NET, PI, recipe, 100, densities=(0.25,), deadline_s=seconds)
-        state.devices["d"].plan = PackedJson(made.to_dict())
-        return begun(job, state).of(state.devices["d"])
-
-    made = [(g.core, g.work) for g in map(grant, (1.5, 2.5, 4.5, 100.0))]
-    assert made == [(False, 1), (True, 1), (True, 2), (True, 3)]
-
-
-def test_what_a_board_says_of_its_labels_reaches_the_decision() -> None:
-    job = Job(strategy="fedprune", options={"densities": [1.0, 0.5, 0.5, 0.25]}, devices=4, rounds=10)
-    coordinator = SynchronousCoordinator(job, NET, State(model="m0", untrained=True))
-    for number, name in enumerate(FLEET):
-        coordinator.handle(on.DeviceBorn(name, number, PI.to_dict(), 100, effective_classes=3), 0.0)
-    assert [(t.density, t.core) for t in coordinator.state.tasks.values()] == [
-        (density, True) for density in (0.5, 0.5, 0.5, 0.25)
-    ]
-
-
 def test_narrow_boards_work_as_much_as_half_of_the_whole_model_takes_up_to_four_times() -> None:
     grants = granted(fleet(FLEET), 9)
     whole = costs_at(NET, NET.sizes).training_macs
@@ -316,49 +237,6 @@ def test_work_at_a_core_that_is_narrower_than_the_plan_fits_what_was_planned_for
     assert work(100.0) == 4
 
 
-def test_work_takes_about_as_long_as_the_whole_model_on_the_slowest_board() -> None:
-    """Steps of small nets take as long at any width."""
-    state = fleet(FLEET)
-    for device in state.devices.values():
-        device.profile = PI.to_dict()
-    assert [grant.work for grant in granted(state, 9).values()] == [1, 1, 1, 1]
-    state.devices["a"].profile = profile_store.find("raspberry-pi-zero-2w").to_dict()
-    assert [grant.work for grant in granted(state, 9).values()] == [1, 1, 1, 3]
-
-
-@pytest.mark.parametrize("samples", [(5, 500), (500, 5)])
-def test_work_does_not_depend_on_which_board_of_a_kind_comes_first(samples: tuple[int, int]) -> None:
-    def works(order: tuple[str, str]) -> dict[str, int]:
-        state = fleet({"a": 1.0, "c": 0.25, "d": 0.25}, untrained=False)
-        for device in state.devices.values():
-            device.profile = PI.to_dict()
-        for name, count in zip("cd", samples, strict=True):
-            state.devices[name].samples = count
-        grants = begun(Job(strategy="fedprune", rounds=10, recipe=MSE), state, 9)
-        return {name: grants.of(state.devices[name]).work for name in order}
-
-    assert works(("c", "d")) == works(("d", "c"))
-
-
-def test_boards_of_a_secure_sum_train_the_same() -> None:
-    assert granted(fleet(FLEET), 1, secure_aggregation=True)["d"].work == 1
-
-
-def test_boards_that_are_alike_keep_shorter_steps_where_their_time_is_short() -> None:
-    job = Job(strategy="fedprune")
-    recipe = compose(job).planned_recipe(job, "a", NET.sizes, 1.0, 10)
-    free = plan(NET, PI, recipe, 10, densities=(1.0,))
-
-    def mixed(spare: float) -> bool:
-        state = fleet({"a": 1.0})
-        seconds = free.prediction.transfer_s + spare * free.prediction.train_s
-        made = plan(NET, PI, recipe, 10, densities=(1.0,), deadline_s=seconds)
-        state.devices["a"].plan = PackedJson(made.to_dict())
-        return begun(job, state).of(state.devices["a"]).mixed
-
-    assert (mixed(1.5), mixed(2.5)) == (True, False)
-
-
 def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
     job = Job(strategy="fedprune", options={"densities": [1.0, 0.5, 0.5, 0.25]}, devices=4, rounds=10, recipe=MSE)
     coordinator = SynchronousCoordinator(job, WIDE, State(model="m0", untrained=True))
@@ -372,18 +250,3 @@ def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
         n: (t.widths, t.work, t.mixed) for n, t in tasks.items()
     }
     assert coordinator.state.devices["a"].widths == WIDE.sizes, "what it can hold stays as it is"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "recipe", "widths"),
-    [("fedprune", MSE, (4, 4)), ("fedprune", Recipe(), (2, 1)), ("heterofl", MSE, (2, 1))],
-)
-@pytest.mark.parametrize("dealt", [True, False], ids=["dealt", "planned"])
-def test_jobs_with_a_core_cut_no_group_below_four_channels(
-    strategy: str, recipe: Recipe, widths: tuple[int, ...], dealt: bool
-) -> None:
-    density: dict[str, Any] = {"options": {"densities": [0.25]}} if dealt else {"density": 0.25}
-    job = Job(strategy=strategy, devices=1, rounds=10, recipe=recipe, **density)
-    coordinator = SynchronousCoordinator(job, NET, State(model="m0", untrained=True))
-    coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 10), 0.0)
-    assert coordinator.state.devices["a"].widths == widths

@@ -35,15 +35,6 @@ def test_no_more_work_at_a_time_and_all_count(count: int, in_flight: int) -> Non
     assert shell.most == min(count, in_flight or count)
 
 
-def test_the_line_changes_when_and_not_what() -> None:
-    models = []
-    for in_flight in (0, 1, 3):
-        shell = shell_of(fleet(7), in_flight)
-        shell.run()
-        models.append([h["model"] for h in shell.state.history])
-    assert models[0] == models[1] == models[2]
-
-
 def test_everybody_has_the_deadline_for_its_own_offer() -> None:
     boards = fleet(9)
     for name in list(boards)[:3]:
@@ -54,20 +45,6 @@ def test_everybody_has_the_deadline_for_its_own_offer() -> None:
     assert set(shell.reasons(1).values()) == {"the deadline has passed"}
     # The three in front are given up at their own deadline, which is not the others'.
     assert JOB.deadline_s < shell.now <= JOB.deadline_s + 2 * 11 + JOB.deadline_s / 20
-
-
-def test_a_round_of_nobody_but_silent_devices_is_offered_anew() -> None:
-    boards = fleet(4)
-    for board in boards.values():
-        board.stalls = 0.0
-    shell = shell_of(boards, 2, rounds=1)
-    while shell.now < 1.5 * JOB.deadline_s:
-        shell.step()
-    for board in boards.values():
-        board.stalls = 2.0
-    shell.run()
-    assert shell.counted() == [sorted(boards)]
-    assert {d["attempt"] for d in shell.state.history[0]["devices"].values()} == {2}
 
 
 def test_who_is_away_lets_the_others_go_first() -> None:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.coordination import limits as limit_settings
 from fedprune.coordination.limits import (
     REJECT_FACTOR,
     WHOLE,
@@ -65,15 +64,6 @@ def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density
     assert found[WHOLE] == pytest.approx(float(np.sqrt(np.mean(whole**2))), rel=1e-4)
 
 
-def test_a_length_does_not_depend_on_the_blocks_that_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = NET.trainable[0].name
-    active = DICE.random(BASE[name].shape) < 0.5
-    found = [report(0.25), report(0.5, mask=ElementMask({name: active}))]
-    whole = [lengths(each) for each in found]
-    monkeypatch.setattr(limit_settings, "_BLOCK", 7)
-    assert [lengths(each) for each in found] == whole
-
-
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
     name = NET.trainable[0].name
@@ -81,13 +71,6 @@ def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
     active.reshape(-1)[0] = True
     masked = lengths(report(0.5, density, ElementMask({name: active})))
     assert masked[name] == pytest.approx(lengths(report(0.5, density))[name], rel=1e-4)
-
-
-def test_updates_within_the_limit_count_as_they_are() -> None:
-    found = limits({"a": 0.1, "b": 0.2, "c": 0.29, "d": 0.1})
-    assert not any(found.shares.values())
-    assert not found.reasons
-    assert not found.rejected
 
 
 def test_a_long_update_is_shortened_to_a_multiple_of_the_median_and_named() -> None:
@@ -199,12 +182,6 @@ def test_boards_count_in_full_ten_rounds_after_their_moves_are_usual_again(
     assert not any(found.shares.values())
 
 
-def test_bounds_depend_on_no_order() -> None:
-    moves = {"a": 0.1, "b": 0.3, "c": 0.05, "far": 1.0}
-    one, other = limits(moves), limits(dict(reversed(moves.items())))
-    assert (one.shares, one.reasons) == (other.shares, other.reasons)
-
-
 def test_a_board_counts_for_a_multiple_of_the_median_at_most() -> None:
     samples = {"a": 100, "b": 120, "c": 90, "d": 110, "boast": 10**15}
     assert capped(samples, 4.0) == {**samples, "boast": 440}
@@ -222,25 +199,10 @@ def test_no_board_has_more_than_an_equal_share_of_the_upper_half_whatever_it_say
     assert weights["hostile"] * (count // 2 + 1) <= sum(weights.values())
 
 
-def test_two_boards_have_no_majority() -> None:
-    assert weight_limit([10, 10**6], 4.0) == 2**62
-    assert weight_limit([10, 10**6], 4.0, 500) == 500
-
-
 @given(st.lists(st.integers(0, 40), min_size=3), st.floats(1, 5), st.integers(0, 100))
 def test_the_median_of_samples_limits_weights(samples: list[int], times: float, most: int) -> None:
     limit = math.ceil(times * max(1, statistics.median_low(samples)))
     assert weight_limit(samples, times, most) == limit_of(Counter(samples), times, most) == min(limit, most or limit)
-
-
-def test_an_update_without_shares_keeps_its_bits() -> None:
-    one = report(0.3)
-    assert shortened(one, {}).trained.tensors.keys() == one.trained.tensors.keys()
-    name = NET.trainable[0].name
-    other = shortened(one, {name: 0.5})
-    for spec in NET.tensors:
-        same = np.array_equal(one.trained.tensors[spec.name], other.trained.tensors[spec.name])
-        assert same == (spec.name != name)
 
 
 def learning(rounds: int, last: float = 0.1) -> list[dict[str, float]]:

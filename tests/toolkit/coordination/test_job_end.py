@@ -68,61 +68,6 @@ def run_until(shell: Any, phase: Phase, number: int) -> None:
         shell.feed(shell.inbox.pop(0))
 
 
-def disconnect_all(shell: Any) -> None:
-    for name, device in shell.state.devices.items():
-        shell.feed(on.DeviceDied(name, device.session))
-
-
-@pytest.mark.parametrize("total", TOTALS, ids=str)
-def test_a_total_that_was_lowered_between_two_rounds_ends_the_job_at_once(total: dict[str, Any]) -> None:
-    shell = shell_of(replace(JOB, rounds=9))
-    shell.arrive()
-    run_until(shell, Phase.EVALUATING, 2)
-    disconnect_all(shell)  # so that no round follows
-    shell.run()
-    assert shell.state.phase is Phase.WAITING
-    shell.job = replace(shell.job, **total)
-    shell.crash()
-    assert (shell.state.phase, shell.state.round) == (Phase.FINISHED, 2)
-    assert next(iter(total)) in early_end(shell.job, shell.state)
-    shell.run()
-    assert (shell.state.round, set(shell.told)) == (2, set(shell.state.devices))
-
-
-def test_a_total_that_was_lowered_within_a_round_ends_the_job_with_it_or_when_it_is_abandoned() -> None:
-    for abandoned in (False, True):
-        shell = shell_of(replace(JOB, rounds=9))
-        shell.arrive()
-        run_until(shell, Phase.TRAINING, 3)
-        shell.job = replace(shell.job, total_bytes=2000)
-        shell.crash()
-        if abandoned:
-            shell.run_silently()
-            disconnect_all(shell)
-            shell.now += 2 * shell.job.deadline_s
-            shell.feed(on.Ticked())
-        shell.run()
-        assert (shell.state.phase, len(shell.state.history)) == (Phase.FINISHED, 2 if abandoned else 3)
-
-
-def test_a_total_that_was_lowered_within_a_first_round_of_unusable_updates_ends_the_job_when_it_is_abandoned() -> None:
-    shell = shell_of(replace(JOB, rounds=9))
-    shell.arrive()
-    run_until(shell, Phase.CLOSING, 1)
-    [closed] = [event for event in shell.inbox if isinstance(event, on.Closed)]
-    shell.inbox.clear()
-    shell.feed(replace(closed, rejected=dict.fromkeys(shell.state.tasks, "not finite")))
-    shell.job = replace(shell.job, total_bytes=500)
-    shell.crash()
-    shell.run_silently()
-    disconnect_all(shell)
-    shell.now += 2 * shell.job.deadline_s
-    shell.feed(on.Ticked())
-    shell.run()
-    assert (shell.state.phase, shell.state.round, shell.state.history) == (Phase.FINISHED, 0, [])
-    assert "total_bytes" in early_end(shell.job, shell.state)
-
-
 @pytest.mark.parametrize("job", [replace(JOB, rounds=2), job_of(arrivals=3, rounds=2)], ids=lambda job: job.strategy)
 def test_rounds_that_were_taken_back_before_they_began_are_not_trained(job: Job) -> None:
     shell = shell_of(job)
@@ -159,18 +104,6 @@ def ended(budget: float = 0.0, foreseen: float = 0.0, rounds: int = 4) -> tuple[
     privacy = Privacy(clip=1.0, noise_multiplier=1.0, epsilon_budget=budget)
     history = [{"metrics": {"epsilon_next": foreseen}, "at": 9.0}]
     return Job(rounds=rounds, privacy=privacy), State("m", round=2, phase=Phase.FINISHED, history=history)
-
-
-@pytest.mark.parametrize(
-    ("end", "reason"),
-    [
-        (ended(8.0, 8.39), "another round would cost ε 8.39 > 8, the budget of a board's privacy"),
-        (ended(9.0, 8.39), "the updates that came in the next round would have cost more than the budget of ε 9"),
-        (ended(), "the strategy ended the job"),
-    ],
-)
-def test_a_job_that_ended_early_says_why(end: tuple[Job, State], reason: str) -> None:
-    assert early_end(*end) == f"ended after round 2 of 4: {reason}"
 
 
 def test_a_job_of_all_its_rounds_or_under_way_did_not_end_early() -> None:

@@ -45,12 +45,6 @@ def test_more_are_asked_and_the_round_closes_with_enough() -> None:
     assert shell.now < 60
 
 
-def test_who_was_not_needed_has_not_failed() -> None:
-    shell = shell_of(fleet(10, slow=3), rounds=12)
-    shell.run()
-    assert all(d.failures == 0 and not d.excluded for d in shell.state.devices.values())
-
-
 def test_an_update_that_comes_when_enough_are_in_is_cancelled_and_the_device_is_free() -> None:
     shell = shell_of(fleet(10, slow=3))
     shell.run(rounds=1)
@@ -68,45 +62,11 @@ def test_who_is_let_go_again_and_again_is_waited_for() -> None:
     assert MAX_CUTS == 3
 
 
-def test_a_slow_device_that_is_waited_for_has_no_more_than_the_deadline() -> None:
-    boards = fleet(4)
-    boards["d0"] = Board(stalls=0.5)
-    shell = shell_of(boards, rounds=8, participation=0.75, over_selection=0.4)
-    shell.run()
-    assert all("d0" not in c for c in shell.counted())
-    late = [r for r in range(1, 9) if shell.reasons(r).get("d0") == "the deadline has passed"]
-    assert late == [4, 8]
-
-
 def test_everybody_counts_now_and_then_however_slow_and_whatever_the_lot() -> None:
     shell = shell_of(fleet(12, slow=4), rounds=60)
     shell.run()
     counts = {n: sum(n in c for c in shell.counted()) for n in shell.boards}
     assert min(counts.values()) >= 4
-
-
-def test_what_is_on_the_disk_when_enough_are_in_counts_too() -> None:
-    shell = shell_of(fleet(4), participation=0.5, over_selection=1)
-    while not any(t.progress.value == "offered" for t in shell.state.tasks.values()) or shell.inbox:
-        shell.feed(shell.inbox.pop(0))
-    events = [e for _, _, e in sorted(shell.later, key=lambda x: x[:2]) if isinstance(e, on.UpdateAnnounced)]
-    for event in events[:3]:
-        shell.feed(event)
-    stored = [e for e in shell.inbox if isinstance(e, on.UpdateStored)]
-    shell.inbox = []
-    for stored_event in stored:
-        shell.feed(stored_event)
-    shell.run(rounds=1)
-    assert len(shell.counted()[0]) == 3
-
-
-def test_asking_more_is_nothing_where_all_are_asked() -> None:
-    models = []
-    for more in (0.0, 0.5):
-        shell = begun(replace(JOB, participation=0.99, over_selection=more), {n: Board() for n in "abc"})
-        shell.run()
-        models.append([h["model"] for h in shell.state.history])
-    assert models[0] == models[1]
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.board
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize("after", [3, 9, 20])
+@pytest.mark.parametrize("after", [3, 20])
 def test_an_asynchronous_job_offers_nothing_while_it_is_paused(kind: str, after: int) -> None:
     shell = asynchronous_shell.Shell(KINDS[kind])
     shell.arrive()

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator
-from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import (
-    Activation,
     Architecture,
     kept_share,
     widths_at,
@@ -26,7 +24,7 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET
-from support.fakes.tiny_job import ARCHITECTURE, WIDE, WIDE_B
+from support.fakes.tiny_job import ARCHITECTURE, WIDE
 
 pytestmark = pytest.mark.board
 
@@ -59,29 +57,6 @@ def limited(memory: int, storage: int) -> HardwareProfile:
         memory=replace(PI.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0),
         storage=replace(PI.storage, budget_bytes=storage),
     )
-
-
-def test_each_board_gets_as_many_parts_of_a_batch_as_its_memory_needs() -> None:
-    net = replace(WIDE, activations=(Activation("second", WIDE_B, 2**10, True),))
-    job = Job(devices=2, rounds=2, recipe=Recipe(batch_size=16, accumulate=2))
-    needs = {n: predict(net, net.sizes, PI, replace(job.recipe, accumulate=n), 100).memory_bytes for n in (2, 8)}
-    coordinator = SynchronousCoordinator(job, net, State(model="m0"))
-    for name, memory in (("small", needs[8]), ("large", needs[2])):
-        coordinator.handle(on.DeviceBorn(name, 1, limited(memory, 10**9).to_dict(), 100), 0.0)
-    asked = coordinator.handle(on.Scored(1, "r"), 0.0)
-    assert {c.part.device: c.accumulate for c in asked if isinstance(c, do.Extract)} == {"small": 8, "large": 2}
-    assert {d.widths for d in coordinator.state.devices.values()} == {net.sizes}
-
-
-def test_what_the_author_froze_leaves_room_for_more_of_the_model() -> None:
-    job, still = Job(devices=1, rounds=2), ("second.weight",)
-    frozen = predict(WIDE, WIDE.sizes, PI, job.recipe, 10, frozen=still)
-    made = []
-    for known in ((), still):
-        coordinator = SynchronousCoordinator(job, WIDE, State(model="m0"), known)
-        coordinator.handle(on.DeviceBorn("a", 1, limited(frozen.memory_bytes, 10**9).to_dict(), 10), 0.0)
-        made.append(coordinator.state.devices["a"].widths)
-    assert made[0] < made[1] == WIDE.sizes
 
 
 @pytest.mark.parametrize("limit", ["memory", "storage"])

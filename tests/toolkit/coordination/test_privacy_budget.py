@@ -249,11 +249,6 @@ def test_a_model_that_is_evaluated_before_any_release_has_cost_nothing(devices: 
     assert (budget.spent(), budget.foreseen()) == (0.0, 1 / LOCAL.noise_multiplier**2)
 
 
-def test_releases_add_up() -> None:
-    assert spent({}) == 0
-    assert spent({"2.0": 3, "0.5": 1}) == 3 / 4 + 4
-
-
 @given(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=5), st.data())
 def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
     widths: list[tuple[int, ...]], data: st.DataObject

@@ -105,16 +105,6 @@ def test_a_kept_update_that_no_longer_fits_is_forgotten() -> None:
     assert shell.state.devices["b"].buffer is not None
 
 
-def test_a_new_update_at_fault_stands_in_the_history_and_nothing_of_it_is_kept() -> None:
-    shell = Faulty({1: {"b"}})
-    shell.come()
-    shell.run()
-    assert shell.state.phase is Phase.FINISHED
-    assert shell.state.history[0]["devices"]["b"]["reason"] == "out of bounds"
-    later = [c for close in shell.closes[1:] for c in close.contributions if c.part.device == "b"]
-    assert {c.basis.round for c in later}.isdisjoint({1})
-
-
 @pytest.mark.parametrize("job", [ALL, WINDOW], ids=["all", "window"])
 def test_a_round_in_which_nobody_is_left_goes_on_collecting(job: Job) -> None:
     shell = Faulty({1: {"a", "b", "c"}}, job)

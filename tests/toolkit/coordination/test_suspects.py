@@ -75,16 +75,6 @@ def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, da
     assert all(len(cohort) >= MIN_BOARDS for cohort in cohorts)
 
 
-def test_boards_without_suspects_are_one_cohort() -> None:
-    assert divide_into_cohorts(names(5), [], np.random.default_rng(0)) == ([tuple(names(5))], [])
-
-
-def test_a_true_sum_clears_its_boards() -> None:
-    groups, at_fault = narrow_suspects([names(6)], [names(3)], [names(6)[3:]])
-    assert groups == [names(6)[3:]]
-    assert not at_fault
-
-
 SECURE_FORM = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=1).to_json()
 
 
