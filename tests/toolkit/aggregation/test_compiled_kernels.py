@@ -22,7 +22,7 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
-from support.nets.drawn_models import Update, architectures, model, rounds, trained
+from support.nets.drawn_models import Update, rounds
 
 SPAN = Range(3)
 Given = tuple[Architecture, Tensors, list[Update]]
@@ -197,46 +197,6 @@ def test_tensors_of_no_numbers_are_folded_like_others(quick: bool) -> None:
         found, _ = fold.close()
     assert {name: value.shape for name, value in found.items()} == shapes
     assert found["e"][1, 1] == 1
-
-
-@pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
-def test_a_model_keeps_no_memory_but_its_own(quick: bool, order: tuple[int, ...]) -> None:
-    tensors = (
-        TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(9))),
-        TensorSpec("b", TensorKind.BIAS, (Axis.fixed(2),)),
-    )
-    architecture = Architecture("two", (ChannelGroup("c", 4),), tensors, (), (), (3,), (2,))
-    base = model(architecture, 0)
-    with nullcontext() if quick else Numpy():
-        fold = Fold(architecture, base)
-        selection = Selection.of(architecture, (4,), [np.array(order)])
-        fold.add(selection, selection.gather(base), 1)
-        found, _ = fold.close()
-
-    def root(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return value if value.base is None else root(value.base)
-
-    roots = {id(root(value)): root(value).nbytes for value in found.values()}
-    assert sum(roots.values()) == sum(value.nbytes for value in found.values())
-
-
-@given(architectures(), st.data())
-def test_an_update_that_is_not_finite_changes_nothing(architecture: Architecture, data: st.DataObject) -> None:
-    base = model(architecture, 0)
-    selection = Selection.full(architecture)
-    part = trained(selection, base, 1)
-    fold = Fold(architecture, base)
-    fold.add(selection, part, 3)
-    name = data.draw(st.sampled_from([n for n, v in part.items() if v.size]))
-    bad = {n: v.copy() for n, v in part.items()}
-    bad[name].reshape(-1)[-1] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
-    with pytest.raises(ProtocolError, match="not finite"):
-        fold.add(selection, bad, 3)
-    alone = Fold(architecture, base)
-    alone.add(selection, part, 3)
-    mine, other = fold.close()[0], alone.close()[0]
-    assert all(mine[n].tobytes() == other[n].tobytes() for n in other)
 
 
 def test_loops_are_for_large_models_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:

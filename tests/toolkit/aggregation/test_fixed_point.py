@@ -97,48 +97,14 @@ def test_many_devices_at_the_bound_do_not_overflow() -> None:
     assert total.value()[0] == 0.25 * MAX_WEIGHT
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4), (3, 4, 2, 2), (2, 70_000), (200_000,)])
-def test_shapes_of_all_kinds_are_added_as_a_whole(shape: tuple[int, ...]) -> None:
-    value = np.asarray(np.random.default_rng(0).normal(size=shape), np.float32).reshape(shape)
-    total = FixedSum(shape, Range(3))
-    total.add(value, 3)
-    total.add(value, 4)
-    assert total.value().shape == shape
-    assert np.allclose(total.value(), 7 * value.astype(np.float64), rtol=0, atol=total.span.unit * 7 / 2 * 1.01)
-
-
-@pytest.mark.parametrize(
-    "at", [(slice(1, 3), slice(0, 2)), np.ix_([2, 0], [1, 3]), (slice(0, 2), ...), (slice(None), slice(1, 5, 2))]
-)
-@pytest.mark.parametrize("limbs", [1, 2])
-def test_parts_are_added_at_their_place_only(at: tuple[object, ...], limbs: int) -> None:
-    total, plain = FixedSum((4, 5), Range(3, limbs)), np.zeros((4, 5))
-    value = np.ones(plain[at].shape, np.float32)
-    total.add(value, 2, at)
-    plain[at] += 2
-    assert np.array_equal(total.value(), plain)
-
-
-def test_values_need_not_be_contiguous() -> None:
-    value = np.arange(12, dtype=np.float32).reshape(3, 4).T / 4
-    total = FixedSum((4, 3), Range(3))
-    total.add(value, 1)
-    assert np.array_equal(total.value(), value)
-
-
-def test_a_unit_is_2_to_the_38_finer_than_the_bound() -> None:
-    assert Range(3).bound / Range(3).unit == 2**38
-    assert Range(3, 2).bound / Range(3, 2).unit == 2**76
-
-
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1))
 def test_a_range_has_room_for_eight_times_its_reference(values: list[float]) -> None:
     reference = np.array(values, np.float32)
     assert Range.around(reference).bound >= max(8.0, 8 * float(np.abs(reference).max()))
 
 
-@pytest.mark.parametrize("quiet", [0.0, 0.01, 0.04, 0.1, 7.9])
-@pytest.mark.parametrize("at", [0, 8_191, 8_192, 131_071, 131_072, 399_999])
+@pytest.mark.parametrize("quiet", [0.01, 7.9])
+@pytest.mark.parametrize("at", [0, 8_192, 131_072, 399_999])
 def test_a_value_out_of_range_is_found_however_large_the_others_are(quiet: float, at: int) -> None:
     values = np.full(400_000, quiet, np.float32)
     check_range("w", values, 8.0)
@@ -151,11 +117,6 @@ def test_a_value_out_of_range_is_found_however_large_the_others_are(quiet: float
 @pytest.mark.parametrize("values", [[8.0, -8.0], [], [7.9] * 100_000])
 def test_values_in_range_are_accepted_however_many(values: list[float]) -> None:
     check_range("conv1", np.array(values, np.float32), 8.0)
-
-
-def test_what_was_found_is_told() -> None:
-    with pytest.raises(ProtocolError, match="got 12"):
-        check_range("fc", np.array([[1, -12]], np.float32), 8.0)
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32)))

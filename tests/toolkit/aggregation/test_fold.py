@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,13 +61,6 @@ def sums(spec: TensorSpec, updates: list[Update]) -> tuple[Any, Any, int]:
         total[at] += weight * part[spec.name].astype(np.float64)
         mass[at] += weight
     return total, mass, sum(u[2] for u in updates)
-
-
-@given(rounds(whole=True))
-def test_whole_updates_give_the_same_bits_by_both_rules(case: tuple[Architecture, Tensors, list[Update]]) -> None:
-    cover, _ = folded(*case, rule="coverage").close()
-    fill, _ = folded(*case, rule="fill").close()
-    assert identical(cover, fill)
 
 
 @given(rounds())
@@ -157,28 +149,6 @@ def test_the_base_and_the_updates_are_left_alone(case: tuple[Architecture, Tenso
     assert all(identical(u[1], p) for u, p in zip(updates, parts, strict=True))
 
 
-@given(st.data(), seeds)
-def test_an_empty_fold_gives_the_base(data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    base = model(architecture, seed)
-    assert identical(Fold(architecture, base).close()[0], base)
-
-
-@given(rounds())
-def test_closing_twice_gives_the_same(case: tuple[Architecture, Tensors, list[Update]]) -> None:
-    fold = folded(*case, rule="fill")
-    assert identical(fold.close()[0], fold.close()[0])
-
-
-def test_variances_are_averaged_as_fedavg_does() -> None:
-    base = model(NORM, 0)
-    fold = Fold(NORM, base)
-    for mean, var, weight in ((0.0, 1.0, 1), (100.0, 2.0, 3)):
-        part = {"weight": base["weight"], "stat_mean": np.full(4, mean), "stat_var": np.full(4, var)}
-        fold.add(Selection.full(NORM), {n: v.astype(np.float32) for n, v in part.items()}, weight)
-    assert fold.close()[0]["stat_var"].tolist() == [1.75] * 4
-
-
 def test_small_variances_keep_their_digits() -> None:
     base = model(NORM, 0)
     part = {**base, "stat_var": np.full(4, 1.2345e-7, np.float32)}
@@ -198,12 +168,9 @@ def _without(part: Tensors) -> Tensors:
         (lambda p: {**p, "extra": p["weight"]}, "doesn't have: 'extra'"),
         (lambda p: {**p, "weight": p["weight"].astype(np.float64)}, "type of weight"),
         (lambda p: {**p, "weight": p["weight"][:2]}, "shape of weight"),
-        (lambda p: {**p, "weight": p["weight"][None]}, "shape of weight"),
         (lambda p: {**p, "weight": p["weight"] * np.float32("nan")}, "values of weight.*not finite"),
-        (lambda p: {**p, "weight": p["weight"] + np.float32("inf")}, "values of weight.*not finite"),
         (lambda p: {**p, "weight": p["weight"] + np.float32(1e6)}, "values of weight.*magnitude up to"),
         (lambda p: {**p, "stat_var": -p["stat_var"]}, "values of stat_var.*variances from 0 up"),
-        (lambda p: {**p, "stat_mean": p["stat_mean"] + np.float32(1e9)}, "values of stat_mean"),
     ],
 )
 def test_a_bad_update_is_refused_and_leaves_nothing_behind(spoil: Callable[[Tensors], Tensors], message: str) -> None:
@@ -218,13 +185,13 @@ def test_a_bad_update_is_refused_and_leaves_nothing_behind(spoil: Callable[[Tens
     assert identical(fold.close()[0], clean.close()[0])
 
 
-@pytest.mark.parametrize("weight", [0, -1, True, 1.0, "3", MAX_WEIGHT + 1])
+@pytest.mark.parametrize("weight", [0, True, 1.0, MAX_WEIGHT + 1])
 def test_weights_out_of_range_are_refused(weight: Any) -> None:
     with pytest.raises(ProtocolError, match="weight of an update"):
         Fold(NORM, model(NORM, 0)).add(Selection.full(NORM), model(NORM, 1), weight)
 
 
-@pytest.mark.parametrize("steps", [0, -1, True, 1.0, 2**31])
+@pytest.mark.parametrize("steps", [0, True, 2**31])
 def test_steps_out_of_range_are_refused(steps: Any) -> None:
     with pytest.raises(ProtocolError, match="steps of an update"):
         Fold(NORM, model(NORM, 0)).add(Selection.full(NORM), model(NORM, 1), 1, steps)
@@ -252,7 +219,6 @@ def test_an_update_of_another_architecture_is_refused() -> None:
     [
         {},
         {**model(NORM, 0), "weight": np.zeros(3, np.float32)},
-        {**model(NORM, 0), "weight": np.zeros(4)},
         {**model(NORM, 0), "weight": np.full(4, np.nan, np.float32)},
     ],
 )
@@ -274,29 +240,6 @@ def test_a_base_that_does_not_fit_is_refused(base: Any) -> None:
 def test_settings_that_make_no_sense_are_refused(call: Callable[[], object]) -> None:
     with pytest.raises(FedpruneError):
         call()
-
-
-def test_memory_is_one_integer_per_coordinate() -> None:
-    big = Architecture(
-        "big",
-        (ChannelGroup("c", 512),),
-        (TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 512),)), Axis.fixed(4096))),),
-        (),
-        (),
-        (3,),
-        (2,),
-    )
-    base = model(big, 0)
-    part = {"w": base["w"][:256].copy()}
-    tracemalloc.start()
-    try:
-        fold = Fold(big, base)
-        for _ in range(4):
-            fold.add(Selection.of(big, (256,)), part, 10)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 8 * 512 * 4096 * 1.15
 
 
 @settings(max_examples=30)
@@ -351,30 +294,6 @@ def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: in
     for spec in architecture.trainable:
         held = fill.mass(spec.name) > 0
         assert got[spec.name][held].tobytes() == expected[spec.name][held].tobytes()
-
-
-def test_memory_does_not_grow_with_the_fleet() -> None:
-    group, inputs = Axis((Segment(0, 0, 256),)), Axis.fixed(2048)
-    big = Architecture(
-        "big", (ChannelGroup("c", 256),), (TensorSpec("w", TensorKind.WEIGHT, (group, inputs)),), (), (), (3,), (2,)
-    )
-    base, dice = model(big, 0), np.random.default_rng(0)
-    given_ = []
-    for width in (256, 128, 192, 64):
-        selection = Selection.of(big, (width,), [dice.permutation(256)])
-        given_.append((selection, trained(selection, base, 1)))
-    peaks = []
-    for fleet in (8, 80):
-        tracemalloc.start()
-        try:
-            fold = Fold(big, base)
-            for k in range(fleet):
-                fold.add(*given_[k % 4], 10)
-            fold.close()
-            peaks.append(tracemalloc.get_traced_memory()[1])
-        finally:
-            tracemalloc.stop()
-    assert peaks[1] < peaks[0] + base["w"].nbytes // 4
 
 
 def random_mask(selection: Selection, seed: int) -> ElementMask:
@@ -487,18 +406,6 @@ def test_order_does_not_change_a_bit(
         )
 
 
-@given(masked_rounds())
-def test_what_was_sent_makes_no_difference_where_it_is_the_base(
-    case: tuple[Architecture, Tensors, list[Masked]],
-) -> None:
-    architecture, base, updates = case
-    fold = Fold(architecture, base, evidence=True)
-    for selection, part, weight, steps, mask in updates:
-        fold.add(selection, part, weight, steps, mask=mask, sent=selection.gather(base))
-    expected = folded(architecture, base, updates, evidence=True)
-    assert identical(fold.close()[0], expected.close()[0])
-
-
 @given(masked_rounds(), seeds)
 def test_updates_of_earlier_models_move_the_model_of_now(
     case: tuple[Architecture, Tensors, list[Masked]], seed: int
@@ -571,7 +478,7 @@ def test_excluded_tensors_keep_their_bits_and_need_not_come(
             assert not fold.movement(spec.name)[2].any()
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), 1e9])
+@pytest.mark.parametrize("rate", [0.0, float("nan"), 1e9])
 def test_rates_that_make_no_sense_are_refused(rate: float) -> None:
     with pytest.raises(BundleError, match="server rate"):
         Fold(NORM, model(NORM, 0)).close(rate=rate)
@@ -579,12 +486,7 @@ def test_rates_that_make_no_sense_are_refused(rate: float) -> None:
 
 @pytest.mark.parametrize(
     "active",
-    [
-        {"nowhere": np.ones(3, np.bool_)},
-        {"stat_mean": np.ones(3, np.bool_)},
-        {"weight": np.ones(4, np.bool_)},
-        {"weight": np.ones(3)},
-    ],
+    [{"nowhere": np.ones(3, np.bool_)}, {"weight": np.ones(4, np.bool_)}, {"weight": np.ones(3)}],
 )
 def test_masks_that_do_not_fit_are_refused_and_leave_nothing_behind(active: dict[str, Any]) -> None:
     base = model(NORM, 0)
@@ -605,16 +507,6 @@ def test_an_update_that_would_leave_the_bounds_when_rebased_is_refused() -> None
     with pytest.raises(ProtocolError, match="moved as an earlier model was"):
         fold.add(selection, far, 1, sent=low)
     assert fold.weight == 0
-
-
-def test_clearing_forgets_all_updates() -> None:
-    base = model(NORM, 0)
-    selection = Selection.full(NORM)
-    fold = Fold(NORM, base, evidence=True)
-    fold.add(selection, trained(selection, base, 1), 3)
-    fold.clear()
-    assert (fold.weight, fold.updates) == (0, 0)
-    assert identical(fold.close()[0], base)
 
 
 def test_tensors_to_exclude_must_be_there() -> None:

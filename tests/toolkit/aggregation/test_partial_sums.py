@@ -79,14 +79,6 @@ def _case() -> tuple[Fold, Selection, Tensors]:
     return Fold(architecture, base), Selection.full(architecture), base
 
 
-def test_blocks_are_even_and_hold_each_tensor_once() -> None:
-    fold, _, _ = _case()
-    names = [t.name for t in fold.shared]
-    assert sorted(n for block in blocks(fold.shared, 2, 1) for n in block) == sorted(names)
-    assert len(blocks(fold.shared, 8, 10**9)) == 1
-    assert len(blocks(fold.shared, 8, 1)) == len(names)
-
-
 def test_sums_that_do_not_make_up_a_round_are_refused() -> None:
     fold, selection, base = _case()
     parts = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.client_update import ClientUpdate, norm
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
-from fedprune.aggregation.robust import Direction, centre, clipped, slabs, standing_out
+from fedprune.aggregation.robust import Direction, centre, clipped, standing_out
 from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
@@ -23,7 +23,7 @@ from fedprune.strategies.methods.robust import Robust, Robustness, robust
 from fedprune.strategies.values import Report, Scene
 from support.fakes.strategy_reports import close, close_fold, report, scene
 from support.fakes.strategy_rounds import NET
-from support.nets.drawn_models import architectures, model, ranks, seeds, selections, trained, widths
+from support.nets.drawn_models import architectures, model, ranks, seeds, trained, widths
 
 pytestmark = pytest.mark.board
 
@@ -132,7 +132,7 @@ def test_memory_for_medians_changes_no_bit(case: tuple[Scene, list[Report]], kin
     )
 
 
-@pytest.mark.parametrize("how", [Robustness(centre="median"), Robustness(centre="trimmed"), Robustness(clip=1e-3)])
+@pytest.mark.parametrize("how", [Robustness(centre="median"), Robustness(clip=1e-3)])
 def test_memory_does_not_grow_with_the_fleet(how: Robustness) -> None:
     channels = Axis((Segment(0, 0, 64),))
     kind = TensorSpec("w", TensorKind.WEIGHT, (channels, Axis.fixed(4096)))
@@ -155,17 +155,6 @@ def test_memory_does_not_grow_with_the_fleet(how: Robustness) -> None:
             tracemalloc.stop()
     assert peaks[1] < peaks[0] + base["w"].nbytes // 4
     assert peaks[1] < 12 * base["w"].nbytes
-
-
-@pytest.mark.parametrize("kind", CENTRES)
-@given(data=st.data(), seed=seeds)
-def test_the_centre_of_one_is_that_one(kind: str, data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    base = model(architecture, seed)
-    at, selection = scene(architecture, base), data.draw(selections(architecture))
-    given_ = [report(at, selection, trained(selection, base, seed + 1), 7)]
-    got = close(Robust(Mean(), Robustness(centre=kind)), at, given_).model
-    assert identical(got, close(Mean(), at, given_).model)
 
 
 @pytest.mark.parametrize("rule", ["coverage", "fill"])
@@ -309,17 +298,6 @@ def test_clipping_to_the_median_leaves_the_shorter_half() -> None:
     assert all(np.allclose(got[n], base[n] + (0.01 + 0.02 + 0.02) / 3, atol=1e-6) for n in base)
 
 
-def test_the_median_that_clips_is_of_those_that_count() -> None:
-    architecture = _net()
-    base = model(architecture, 0)
-    at, whole = scene(architecture, base), Selection.full(architecture)
-    sizes = {"a": 0.01, "b": 0.02, "c": 0.03, "far": 5.0}
-    reports = [report(at, whole, {n: v + np.float32(s) for n, v in base.items()}, device=d) for d, s in sizes.items()]
-    closing = close(Robust(Mean(), Robustness(clip="median", check="norm")), at, reports)
-    assert set(closing.rejected) == {"far"}
-    assert all(np.allclose(closing.model[n], base[n] + (0.01 + 0.02 + 0.02) / 3, atol=1e-6) for n in base)
-
-
 def test_whom_the_inner_aggregator_rejects_is_told_so_too() -> None:
     base = model(_net(), 0)
     spoil = {d: {n: np.full_like(v, s) for n, v in base.items()} for d, s in (("far", 1.0), ("back", -0.01))}
@@ -342,18 +320,6 @@ def test_tiny_statistics_that_nobody_holds_keep_their_bits(kind: str) -> None:
         assert got[name][out].tobytes() == base[name][out].tobytes()
 
 
-def test_rate_and_momentum_follow_the_median() -> None:
-    at, reports = _fleet({})
-    memory = {"velocity": {n: np.ones_like(v) for n, v in at.model.items()}}
-    at = scene(at.architecture, at.model, memory)
-    middle = close(Robust(Mean(), Robustness(centre="median")), at, reports).model
-    got = close(Robust(Mean(server_momentum=0.5), Robustness(centre="median")), at, reports, rate=0.1)
-    for name, base in at.model.items():
-        expected = base + 0.5 + 0.1 * (middle[name].astype(np.float64) - base)
-        assert np.allclose(got.model[name], expected, atol=1e-5)
-    assert set(got.memories) == {"velocity"}
-
-
 @given(st.lists(st.floats(0.5, 1.5), min_size=3, max_size=9), st.floats(50, 1e6))
 def test_one_far_value_stands_out_and_two_values_never_do(values: list[float], far: float) -> None:
     named = {f"d{i}": v for i, v in enumerate(values)}
@@ -361,25 +327,6 @@ def test_one_far_value_stands_out_and_two_values_never_do(values: list[float], f
     assert standing_out({**named, "far": -far}, 3.5, low=True, what="x").keys() >= {"far"}
     assert standing_out({"a": values[0], "far": far}, 3.5, low=False, what="x") == {}
     assert standing_out(dict.fromkeys(named, 1.0), 3.5, low=False, what="x") == {}
-
-
-@given(st.data(), st.integers(1, 6), st.integers(1, 2000))
-def test_slabs_cover_every_row_once_within_the_budget(data: st.DataObject, updates: int, budget: int) -> None:
-    specs = data.draw(architectures()).tensors
-    seen = {t.name: np.zeros(t.shape, np.int64) for t in specs}
-    for batch in slabs(specs, updates, budget):
-        for slab in batch:
-            at: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
-            assert seen[slab.spec.name][at].shape == slab.shape
-            seen[slab.spec.name][at] += 1
-        size = sum(4 * updates * int(np.prod(s.shape)) for s in batch)
-        assert size <= budget or len(batch) == 1
-    assert all((v == 1).all() for v in seen.values())
-
-
-@pytest.mark.parametrize("kind", CENTRES)
-def test_the_centre_of_nothing_is_infinite(kind: Any) -> None:
-    assert np.isinf(centre(np.full((3, 2), np.inf, np.float32), kind, 0.3)).all()
 
 
 @given(st.integers(1, 40), st.integers(1, 200), seeds, st.sampled_from(CENTRES), st.sampled_from([0.0, 0.1, 0.45]))
@@ -408,12 +355,8 @@ def test_without_the_option_the_aggregator_stays_as_it_is() -> None:
     ("body", "message"),
     [
         ({"clip": -1}, "robust: clip"),
-        ({"clip": "mean"}, "robust: clip"),
         ({"centre": "krum"}, "robust: centre"),
         ({"trim": 0.5}, "robust: trim"),
-        ({"check": "all"}, "robust: check"),
-        ({"tolerance": True}, "robust: tolerance"),
-        ({"norm": 1}, "unknown key 'norm'"),
         ([], "option robust"),
     ],
 )

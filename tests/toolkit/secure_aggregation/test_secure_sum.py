@@ -131,19 +131,6 @@ def test_a_fifth_of_a_hundred_boards_may_drop_out_at_every_step() -> None:
     assert same(total, summed([inputs[n] for n in cohort.collector.boards], session))
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.at_push(2)
-def test_a_fifth_may_drop_out_on_a_chosen_circle(step: str) -> None:
-    session = Session.choose(b"circle", 100, 2, 2)
-    assert session.degree < 60
-    names = NAMES[:100]
-    absent = {step: set(np.random.default_rng(2).permutation(names)[:20].tolist())}
-    inputs, cohort = vectors(session, names), MaskedCohort(session, names)
-    total = cohort.carry_out(inputs, absent)
-    assert len(cohort.collector.boards) == (100 if step == "unmask" else 80)
-    assert same(total, summed([inputs[n] for n in cohort.collector.boards], session))
-
-
 # What the server's transcript tells
 
 

@@ -51,11 +51,6 @@ def _connected(graph: dict[str, tuple[str, ...]], left: set[str]) -> bool:
     return reached == left
 
 
-def test_boards_are_placed_at_random() -> None:
-    session = Session(b"x", 4, 3, 1, 0)
-    assert session.neighbours(names(20), Random(1)) != session.neighbours(names(20), Random(2))
-
-
 def test_a_chosen_degree_grows_slowly_and_holds_what_it_promises() -> None:
     degrees = [Session.choose(b"x", boards, 1, 0).degree for boards in (100, 1000, 10_000)]
     assert degrees == sorted(degrees)
@@ -65,11 +60,6 @@ def test_a_chosen_degree_grows_slowly_and_holds_what_it_promises() -> None:
         graph = session.neighbours(names(100), random)
         absent = set(random.sample(names(100), 20))
         assert all(len(set(around) - absent) >= session.threshold for around in graph.values())
-
-
-def test_five_boards_are_all_neighbours() -> None:
-    graph = Session.choose(b"x", 5, 1, 0).neighbours(names(5), Random(1))
-    assert all(len(around) == 4 for around in graph.values())
 
 
 def test_no_degree_is_enough_where_half_may_drop_out() -> None:
@@ -83,13 +73,9 @@ def test_no_degree_is_enough_where_half_may_drop_out() -> None:
     ("change", "problem"),
     [
         ({"context": b""}, "bytes of the context"),
-        ({"context": bytes(1025)}, "bytes of the context"),
         ({"degree": 5}, "an even number"),
-        ({"degree": 0}, "degree"),
         ({"threshold": 2}, "threshold.*from 3 to 4"),
-        ({"threshold": 5}, "threshold.*from 3 to 4"),
         ({"narrow": -1}, "narrow numbers"),
-        ({"wide": 2**32}, "wide numbers"),
         ({"wide": True}, "wide numbers"),
     ],
 )

@@ -48,10 +48,6 @@ def _basis(points: dict[int, int], at: int, x: int) -> int:
     return out
 
 
-def test_shares_differ_every_time() -> None:
-    assert split(bytes(SECRET), 3, 2) != split(bytes(SECRET), 3, 2)
-
-
 def test_the_field_s_prime_is_one() -> None:
     """Miller and Rabin's test; a composite number passes a base with a probability of at most 1/4."""
     odd, twos = PRIME - 1, 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,20 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, State, Task
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
-from fedprune.strategies.aggregators import DeltaMean, Mean
-from fedprune.strategies.allocation import Fixed, Fleet, Tiers
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.allocation import Fixed, Tiers
 from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import Ladder, TimeDriven
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.methods import asynchronous, pr_fl
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 from support.fakes.tiny_job import ARCHITECTURE, JOB
-from support.paths import ROOT
 
 pytestmark = pytest.mark.board
-
-PAPERS = ("fedasync", "fedbuff", "fedfix", "pr-fl")
 
 
 def strategy_of(name: str, **options: Any) -> Strategy:
@@ -88,22 +82,6 @@ def test_staleness_weighs_only_those_that_hold_a_weight() -> None:
     assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1], rate=0.5) == pytest.approx(9 + 0.5 * (1.25 - 9))
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_presets_are_asynchronous_and_of_the_whole_model(name: str) -> None:
-    strategy = strategy_of(name)
-    assert strategy.schedule is not None
-    assert strategy.schedule.asynchronous
-    start = strategy.allocator.start if isinstance(strategy.allocator, Ladder) else strategy.allocator
-    assert start == Fixed(1.0, elements=name == "pr-fl")
-
-
-def test_each_aggregates_what_its_paper_does() -> None:
-    assert type(strategy_of("fedasync").aggregator) is Mean
-    assert type(strategy_of("fedbuff").aggregator) is DeltaMean
-    assert type(strategy_of("fedfix").aggregator) is DeltaMean
-    assert type(strategy_of("fedfix", mixing="share").aggregator) is Mean
-
-
 def test_schedules_are_what_the_options_say() -> None:
     fedasync, fedbuff, fedfix, pr_fl = (
         strategy_of("fedasync", rate=0.9, staleness="hinge", a=10, b=4, max_staleness=16, concurrent=5),
@@ -138,21 +116,6 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     turn = turn_in(50)
     assert not channels.recipe(recipe, turn).report_squares
     assert not strategy_of("pr-fl", importance="taylor").recipe(recipe, turn).report_squares
-
-
-@pytest.mark.parametrize(("masks", "density"), [("elements", 0.25), ("channels", 0.5)])
-def test_channels_go_with_the_square_of_a_density_and_elements_with_it(masks: str, density: float) -> None:
-    """Of two devices one takes four times as long: a quarter of the elements, or half of both widths of a product."""
-    allocator = strategy_of("pr-fl", masks=masks, interval=1).allocator
-    fleet = Fleet(JOB, ARCHITECTURE, State("m", round=1))
-    for name in ("a", "b"):
-        fleet.state.devices[name] = Device(1, True, {}, None, 10)
-        allocator.admit(fleet, name, None)
-    for name, seconds in (("a", 1.0), ("b", 4.0)):
-        device = fleet.state.devices[name]
-        allocator.learn(fleet, name, Task(1, device.widths, device.density), seconds)
-    allocator.review(fleet, {})
-    assert [fleet.state.devices[n].density for n in ("a", "b")] == [1.0, pytest.approx(density)]
 
 
 @given(st.lists(st.integers(1, 130), min_size=1, max_size=60), st.sampled_from([0.0, 0.1]))
@@ -196,15 +159,10 @@ def test_ablations_are_settings_of_pr_fl() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("fedasync", {"alpha": 1}, "alpha"),
         ("fedbuff", {"buffer": 5, "concurrent": 3}, "at most concurrent"),
-        ("fedfix", {"max_staleness": -1}, "max_staleness"),
         ("pr-fl", {"floor": 0.0}, "floor"),
-        ("pr-fl", {"patience": 0}, "patience"),
-        ("pr-fl", {"least": 0}, "least"),
         ("pr-fl", {"synchronous": True, "rate": 0.5}, "rate"),
         ("pr-fl", {"synchronous": True, "window_s": 2, "masks": "channels"}, "window_s"),
-        ("pr-fl", {"synchronous": True, "evaluate_every": 5}, "evaluate_every"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:
@@ -217,20 +175,3 @@ def test_a_jobs_own_density_is_where_devices_begin() -> None:
     allocator = compose(job).allocator
     assert isinstance(allocator, TimeDriven)
     assert allocator.start == Fixed(0.4, elements=True)
-
-
-OPTIONS = {
-    "fedasync": asynchronous.OneByOne,
-    "fedbuff": asynchronous.Buffers,
-    "fedfix": asynchronous.Windows,
-    "pr-fl": pr_fl.Options,
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_page_has_a_row_for_every_option(name: str) -> None:
-    text = (ROOT / "docs" / "strategies" / f"{name}.md").read_text()
-    assert f'strategy = "{name}"' in text
-    rows = [line.split("|")[1] for line in text.partition("## Options")[2].splitlines() if line.startswith("| `")]
-    named = [word for row in rows for word in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == sorted(f.name for f in fields(OPTIONS[name]))

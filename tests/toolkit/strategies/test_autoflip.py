@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors, mesh
+from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.element_masks import Masked, global_mask
@@ -47,44 +47,6 @@ def masks(play: Play, device: str) -> dict[str, np.ndarray[Any, np.dtype[np.bool
     mask = play.sent[device].mask
     assert mask is not None
     return mask.active
-
-
-def test_exploring_moves_guidance_and_not_the_model() -> None:
-    start = model(NET, 1)
-    play = Play(autoflip(), start, DEVICES)
-    assert identical(play.play(), start)
-    assert set(play.memory) == {"guidance/a", "guidance/b", "guidance/c"}
-    for name in RANKED:
-        want = (play.past["b"].tensors[name].astype(np.float64) - start[name]) ** 2
-        np.testing.assert_allclose(play.memory["guidance/b"][name], want, rtol=1e-6)
-    assert play.sent["a"].mask is None
-
-
-def test_what_is_kept_of_an_explorer_is_as_large_as_its_submodel() -> None:
-    devices = {f"d{i}": Device(widths=widths) for i, widths in enumerate([(6, 4), (3, 2), (1, 1), (3, 2)])}
-    start = model(NET, 1)
-    play = Play(autoflip(pruned_share=0.5), start, devices)
-    play.play()
-    sizes = {d: sum(play.past[d].tensors[n].size for n in RANKED) for d in devices}
-    for device, size in sizes.items():
-        kept = sum(v.nbytes for v in play.memory[f"guidance/{device}"].values())
-        assert kept <= 4 * size + 8 * len(NET.groups), f"{device} keeps {kept} bytes of {size} elements"
-    play.play()
-    sums, counts = ({n: np.zeros(start[n].shape) for n in RANKED} for _ in range(2))
-    explored = Play(autoflip(), start, devices)
-    explored.play()
-    for device in devices:
-        past = explored.past[device]
-        for name in RANKED:
-            at = mesh(past.selection.maps(name))
-            sums[name][at] += (past.tensors[name].astype(np.float64) - start[name][at]) ** 2
-            counts[name][at] += 1
-    scaled = {n: sums[n] / counts[n] for n in RANKED}
-    scaled = {n: (v - v.min()) / (v.max() - v.min()) for n, v in scaled.items()}
-    limit = np.quantile(np.concatenate([v.ravel() for v in scaled.values()]), 0.5)
-    for name in RANKED:
-        sure = np.abs(scaled[name] - limit) > 1e-6  # guidance is kept as float32
-        np.testing.assert_array_equal(masks(play, "d0")[name][sure], (scaled[name] > limit)[sure])
 
 
 def test_an_explorer_that_stands_out_says_nothing_of_what_is_masked() -> None:
@@ -164,16 +126,6 @@ def test_momentum_takes_masked_elements_to_zero() -> None:
     assert np.abs(weight).max() < np.abs(model(NET, 1)["second.weight"]).max()
 
 
-def test_a_pruned_start_is_zero_where_masked_from_the_first_round_on() -> None:
-    play = Play(autoflip(), model(NET, 1), {"a": Device(), "b": Device()})
-    play.play()
-    for _ in range(3):
-        play.play()
-        for name, active in masks(play, "a").items():
-            assert not play.model[name][~active].any()
-            assert play.model[name][active].all()
-
-
 def test_masked_elements_can_be_kept_instead() -> None:
     start = model(NET, 1)
     play = Play(autoflip(pruned="keep"), start, {"a": Device(), "b": Device()})
@@ -181,31 +133,6 @@ def test_masked_elements_can_be_kept_instead() -> None:
     for name, active in masks(play, "a").items():
         np.testing.assert_array_equal(play.model[name][~active], start[name][~active])
         assert (play.model[name][active] != start[name][active]).all()
-
-
-def test_who_has_not_explored_follows_those_who_have() -> None:
-    start = model(NET, 1)
-    late = {**DEVICES, "late": Device(absent=frozenset({1}))}
-    play = Play(autoflip(), start, late)
-    play.play(2)
-    assert "guidance/late" not in play.memory
-    assert all(np.array_equal(m, masks(play, "a")[n]) for n, m in masks(play, "late").items())
-    alone = Play(autoflip(), start, {n: replace(d, absent=d.absent | {2}) for n, d in DEVICES.items()} | {
-        "late": Device(absent=frozenset({1}))
-    })  # fmt: skip
-    alone.play(2)
-    assert all(np.array_equal(m, masks(play, "a")[n]) for n, m in masks(alone, "late").items())
-
-
-def test_what_no_explorer_held_is_not_masked() -> None:
-    play = Play(autoflip(pruned_share=0.5), model(NET, 1), {"a": Device((3, 2)), "b": Device((3, 1))})
-    play.play(2)
-    play.devices = {"a": Device(), "b": Device((3, 1))}
-    play.play()
-    active = masks(play, "a")
-    assert active["second.weight"][:, 3:].all()
-    assert active["second.weight"][2:].all()
-    assert not active["second.weight"][:2, :3].all()
 
 
 @pytest.mark.parametrize("scaling", ["minmax", "robust"])
@@ -224,22 +151,6 @@ def test_where_nothing_moved_nothing_is_masked() -> None:
     play = Play(autoflip(pruned_share=0.5), start, {"a": Device()}, move=lambda sent, *_: dict(sent.tensors))
     assert identical(play.play(2), start)
     assert play.sent["a"].mask is None
-
-
-def test_robust_scaling_is_by_median_and_quartiles() -> None:
-    start = model(NET, 1)
-    play = Play(autoflip(scaling="robust", pruned_share=0.4), start, {"a": Device()})
-    play.play()
-    scaled = {}
-    for name in RANKED:
-        square = (play.past["a"].tensors[name].astype(np.float64) - start[name]) ** 2
-        first, middle, third = np.quantile(square, (0.25, 0.5, 0.75))
-        scaled[name] = (square - middle) / (third - first)
-    limit = np.quantile(np.concatenate([v.ravel() for v in scaled.values()]), 0.4)
-    play.play()
-    for name, active in masks(play, "a").items():
-        sure = np.abs(scaled[name] - limit) > 1e-5
-        np.testing.assert_array_equal(active[sure], (scaled[name] > limit)[sure])
 
 
 def test_a_warm_start_is_the_mean_of_what_explorers_found() -> None:
@@ -296,11 +207,3 @@ def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_
         np.testing.assert_array_equal(sent.mask.active[name], bits)
     assert full.selection.whole
     assert identical(cut.model, whole.model)
-
-
-def test_cut_channels_stay_cut_where_devices_are_narrower() -> None:
-    play = Play(autoflip(structured=True, pruned_share=0.5), model(NET, 1), {"a": Device((5, 3))}, move=dead_rows)
-    play.play(3)
-    sent = play.sent["a"].selection
-    assert sent.widths[0] <= 4
-    assert np.array_equal(sent.ranks[0], play.reports["a"].cut.selection.ranks[0])

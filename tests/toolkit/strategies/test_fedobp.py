@@ -43,24 +43,6 @@ def test_at_q_1_it_is_fedavg_bit_for_bit(devices: dict[str, Device]) -> None:
     assert identical(Play(fedobp(q=1.0), model(NET, 1), devices).play(4), want)
 
 
-def test_nothing_is_a_devices_own_in_the_first_round() -> None:
-    start = model(NET, 1)
-    play = Play(fedobp(q=0.0), start, DEVICES)
-    play.play()
-    assert not any(m.any() for m in own(play, "a", start).values())
-
-
-def test_at_q_0_all_is_own_but_the_least_score() -> None:
-    play = Play(fedobp(q=0.0), model(NET, 1), DEVICES)
-    before, past = play.play(2), play.past["a"].tensors
-    play.play()
-    found = own(play, "a", before)
-    assert sum(int(found[n].sum()) for n in TRAINED) == SIZE - 1
-    least = min(float(np.abs(past[n] - before[n]).min()) for n in TRAINED)
-    kept = next(n for n in TRAINED if not found[n].all())
-    assert np.abs(past[kept] - before[kept])[~found[kept]].tolist() == [least]
-
-
 @given(seeds, st.floats(0.001, 0.999))
 def test_own_are_the_elements_that_are_furthest_away(seed: int, q: float) -> None:
     """(θ_i − θ_g)² ranks as |θ_i − θ_g|; about (1 − q) of all elements are own, as they were handed in last."""
@@ -74,17 +56,6 @@ def test_own_are_the_elements_that_are_furthest_away(seed: int, q: float) -> Non
     assert chosen.sum() == SIZE - 1 - int(q * (SIZE - 1))
     for name in TRAINED:
         np.testing.assert_array_equal(play.sent["b"].tensors[name][found[name]], past[name][found[name]])
-
-
-def test_a_late_device_is_compared_by_the_initial_model() -> None:
-    start = model(NET, 1)
-    play = Play(fedobp(q=0.9), start, {**DEVICES, "late": Device(absent=frozenset({1, 2, 3}))})
-    before = play.play(3)
-    play.play()
-    found = own(play, "late", before)
-    assert sum(int(found[n].sum()) for n in TRAINED) == SIZE - 1 - int(0.9 * (SIZE - 1))
-    for name in TRAINED:
-        np.testing.assert_array_equal(play.sent["late"].tensors[name][found[name]], start[name][found[name]])
 
 
 def test_own_elements_are_uploaded_and_averaged_like_all_others() -> None:
@@ -102,12 +73,6 @@ def test_statistics_are_always_the_global_ones() -> None:
     play.play()
     statistics = [t.name for t in NET.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)]
     assert not any(own(play, "a", before)[n].any() for n in statistics)
-
-
-@given(seeds, st.floats(0, 1))
-def test_stretching_all_scores_together_changes_no_choice(seed: int, q: float) -> None:
-    plain, stretched = (Play(fedobp(q=q, normalisation=n), model(NET, seed), DEVICES) for n in ("none", "global"))
-    assert identical(plain.play(3), stretched.play(3))
 
 
 def test_stretching_tensor_by_tensor_gives_every_tensor_its_best() -> None:
@@ -147,8 +112,8 @@ def test_the_other_score_weighs_a_difference_by_what_would_be_lost() -> None:
 
 @pytest.mark.parametrize(
     "widths",
-    [[(6, 4)] * 5, [(3, 2), (6, 4), (6, 4), (3, 2), (6, 4)], [(6, 4), (3, 2), (3, 2), (6, 4), (6, 4)]],
-    ids=["whole", "narrow first", "wide first"],
+    [[(3, 2), (6, 4), (6, 4), (3, 2), (6, 4)], [(6, 4), (3, 2), (3, 2), (6, 4), (6, 4)]],
+    ids=["narrow first", "wide first"],
 )
 def test_scores_are_averaged_over_a_devices_visits(widths: list[tuple[int, int]]) -> None:
     """Ī = I at the first visit, then (1 − α)·I + α·Ī, and only where the device takes part and can be compared."""

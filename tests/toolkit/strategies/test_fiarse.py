@@ -46,17 +46,6 @@ def test_a_device_gets_the_largest_weights_of_the_whole_model(seed: int, density
         np.testing.assert_array_equal(sent.tensors[name], weights[name])
 
 
-def test_small_submodels_lie_inside_large_ones() -> None:
-    play = Play(fiarse(), model(NET, 1), TIERS)
-    play.play(3)
-    assert play.sent["a"].mask is None
-    b, c = play.sent["b"].mask, play.sent["c"].mask
-    assert b is not None
-    assert c is not None
-    assert not any((bits & ~b.active[name]).any() for name, bits in c.active.items())
-    assert c.count < b.count
-
-
 def test_a_move_is_averaged_over_the_devices_that_moved() -> None:
     """w ← w + Σ Δ_k / |{k: Δ_k ≠ 0}|, whatever devices' samples; what nobody moved stays."""
     start = model(NET, 1)

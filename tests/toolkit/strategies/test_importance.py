@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.rng import keyed
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies.importance.element_ranking import prunable, top
+from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.methods.pr_fl import Importance, Kind, PrFl
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Submodel
@@ -96,16 +96,6 @@ def test_an_update_that_comes_again_from_a_buffer_counts_once() -> None:
         np.testing.assert_array_equal((play.memory | again)["importance/sum"][n], total[n])
 
 
-def test_rounds_that_bring_no_squares_store_nothing() -> None:
-    play = Play(strategy(interval=4), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
-    play.play()
-    known = dict(play.memory)
-    play.squares = lambda submodel, device, round_: {}
-    play.play()
-    assert play.memory.keys() == known.keys()
-    assert all(play.memory[n] is known[n] for n in known)
-
-
 def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
     device = Device(density=0.4)
     play = Play(strategy(interval=3), model(NET, 1), {"a": device}, squares=squares)
@@ -122,17 +112,6 @@ def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
     assert masks[5].count > masks[4].count
 
 
-def test_the_first_order_is_that_of_sizes() -> None:
-    start = model(NET, 1)
-    play = Play(strategy(), start, {"a": Device(density=0.5)}, squares=squares)
-    play.play()
-    mask = play.sent["a"].mask
-    assert mask is not None
-    want = top({n: np.abs(start[n]) for n in NAMES}, 0.5)
-    assert within(mask, want)
-    assert within(want, mask)
-
-
 def test_what_devices_do_not_hold_keeps_what_was_known() -> None:
     play = Play(strategy(interval=1), model(NET, 1), {"a": Device()}, squares=squares)
     play.play()
@@ -143,13 +122,6 @@ def test_what_devices_do_not_hold_keeps_what_was_known() -> None:
         np.testing.assert_array_equal(play.memory["importance"][n][2:], first[n][2:])
         np.testing.assert_array_equal(play.memory["importance"][n][:, 2:], first[n][:, 2:])
         assert (play.memory["importance"][n][:2, :2] != first[n][:2, :2]).any()
-
-
-def test_without_squares_only_sizes_order() -> None:
-    play = Play(strategy(interval=1), model(NET, 1), {"a": Device(density=0.5)})
-    play.play(2)
-    for n in NAMES:
-        np.testing.assert_array_equal(play.memory["order"][n], np.abs(play.reports["a"].cut.scene.model[n]))
 
 
 def test_taylor_is_the_product_of_a_weight_and_its_move_since_the_last_interval() -> None:

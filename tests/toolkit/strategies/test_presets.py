@@ -50,25 +50,13 @@ def test_every_preset_composes_and_takes_robust_means(name: str) -> None:
     assert strategy.aggregator.inner == compose(job(name)).aggregator
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_settings_that_are_unknown_are_named(name: str) -> None:
-    with pytest.raises(ConfigError, match="nonsense"):
-        compose(job(name, nonsense=1))
-    with pytest.raises(ConfigError, match="densities"):
-        compose(job(name, densities=["wide"]))
-    with pytest.raises(ConfigError, match="densities"):
-        compose(job(name, densities=[1.5]))
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("heterofl", {"milestones": ["late"]}),
         ("heterofl", {"shares": [1], "densities": [1, 0.5]}),
-        ("heterofl", {"shares": [10**400, 1], "densities": [1, 0.5]}),
         ("heterofl", {"densities": [1.0, 0.0005]}),
         ("fedper", {"personal": []}),
-        ("fedper", {"personal": [3]}),
     ],
 )
 def test_settings_out_of_range_are_named(name: str, options: dict[str, Any]) -> None:
@@ -115,14 +103,6 @@ def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
     strategy = Job(strategy="support.fakes.tiny_job:scheduled", options={"schedule": {}, "weighting": "sample"})
     with pytest.raises(ConfigError, match=r"weighting of its aggregator.*'sample'"):
         SynchronousCoordinator(strategy, ARCHITECTURE, State(model="m"))
-
-
-def test_the_widest_settings_that_a_preset_takes_make_recipes_that_boards_take() -> None:
-    """Recipes check themselves against the limits that boards keep; at these the limits are just reached."""
-    scaled = compose(job("heterofl", densities=[0.001])).recipe(Recipe(), turn(0.001))
-    pulled = compose(job("subflot", sar=5e5, sar_scale="literal")).recipe(Recipe(), turn(0.001))
-    assert scaled.scale == pytest.approx(1000)
-    assert pulled.proximal == pytest.approx(999_000)
 
 
 @pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
@@ -190,13 +170,6 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     for name, value in got.items():
         own = mask.active.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
-
-
-def test_history_pulls_by_what_was_pruned() -> None:
-    objective = compose(job("history", mu=2.0))
-    assert objective.recipe(Recipe(), turn(0.25)).proximal == 1.5
-    assert objective.recipe(Recipe(), turn(1.0)).proximal == 0
-    assert compose(job("history")).keeps_past
 
 
 def test_own_parts_are_named_to_the_boards_and_kept_from_the_sums() -> None:

@@ -15,12 +15,11 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.allocation import Fixed, Tiers
-from fedprune.strategies.methods.subflot import RATES, SubFlot
+from fedprune.strategies.methods.subflot import SubFlot
 from fedprune.strategies.optimal_transport import Transport
 from fedprune.strategies.presets import compose
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Past, Submodel, Turn
+from fedprune.strategies.values import Cut, Past, Turn
 from support.fakes.strategy_reports import report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
@@ -83,12 +82,6 @@ def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_la
             want = plain if past is None else Transport().prune(before, past.tensors, at, 0.5)
             assert identical(sent.tensors, want)
             assert identical(sent.tensors, plain) == (past is None)
-
-
-def test_an_absent_device_s_history_is_what_it_last_handed_in() -> None:
-    play = Play(subflot(), model(NET, 1), FLEET)
-    play.play(3)
-    assert play.past["b"].round == 1
 
 
 def test_the_next_model_is_the_weighted_mean_of_models_at_full_width() -> None:
@@ -166,46 +159,10 @@ def test_a_history_that_shrinks_has_a_share_of_every_channel_and_one_that_grows_
         assert more[name].tobytes() == np.concatenate([own[name], whole[name][k:]]).tobytes()
 
 
-def test_a_device_with_other_widths_goes_on_from_its_history() -> None:
-    fleet = dict(FLEET)
-    play = Play(subflot(), model(NET, 1), fleet)
-    play.play(3)
-    fleet["a"], fleet["c"] = Device((2, 1), 0.25), Device((6, 4))
-    play.play(2)
-    assert {n: s.selection.widths for n, s in play.sent.items()} == {"a": (2, 1), "b": (3, 2), "c": (6, 4)}
-
-
-def test_options_reach_the_strategy() -> None:
-    strategy = subflot(alpha=0.3, maps="preserving", plans="group", ota_fuse=0.7, weighting="uniform")
-    assert isinstance(strategy, SubFlot)
-    assert (strategy.transport, strategy.alpha, strategy.fuse) == (Transport("preserving", "group"), 0.3, 0.7)
-    assert strategy.aggregator.weighting == "uniform"
-    assert strategy.keeps_past
-    assert subflot().allocator == Tiers(RATES)
-    assert subflot(densities=[1, 0.5]).allocator == Tiers((1, 0.5))
-    assert subflot(planned=True).allocator is None
-    assert subflot(by="chance", every=5).allocator == Tiers(RATES, (), "chance", 5)
-    assert compose(Job(strategy="subflot", density=0.5)).allocator == Fixed(0.5)
-    recipe = Recipe(proximal=0.1)
-    assert subflot(sar=0).recipe(recipe, turn(0.5)) == recipe
-
-
 @pytest.mark.parametrize("key", ["frozen", "trainable", "personal"])
 def test_tensors_that_must_stay_apart_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         compose(Job(strategy="subflot", recipe=Recipe(**{key: ("first*",)})))
-
-
-def test_a_submodel_s_own_coordinates_are_kept() -> None:
-    """Ranks may be any: a history is laid out by them, and so is what is sent."""
-    at = Selection.of(NET, (3, 2), ([5, 1, 3, 0, 2, 4], [3, 0, 1, 2]))
-    whole = model(NET, 0)
-    sent = SubFlot(inputs="updates", alpha=0.5).extract(
-        Cut(scene(NET, whole), turn(0.5), at, past=Past(at, at.gather(whole)))
-    )
-    assert isinstance(sent, Submodel)
-    assert sent.selection is at
-    assert identical(sent.tensors, Transport().prune(whole, at.gather(whole), at))
 
 
 def test_a_server_without_its_extra_says_so_before_a_board_is_asked() -> None:

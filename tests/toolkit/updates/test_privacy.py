@@ -149,7 +149,7 @@ def test_a_key_gives_the_same_deviates_and_another_one_others() -> None:
     assert not np.array_equal(source.draw(9), source.draw(9))
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000])
+@pytest.mark.parametrize("count", [0, 3])
 def test_as_many_are_drawn_as_are_asked_for(count: int) -> None:
     drawn = GaussianNoise.keyed(count).draw(count)
     assert drawn.shape == (count,)
@@ -163,8 +163,8 @@ def test_a_short_key_is_refused() -> None:
 
 @pytest.mark.once  # boards don't have the library
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("cost", [1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0, 500.0])
-@pytest.mark.parametrize("at", [0.1, 1e-5, 1e-9])
+@pytest.mark.parametrize("cost", [1e-9, 1e-3, 1.0, 100.0, 500.0])
+@pytest.mark.parametrize("at", [0.1, 1e-9])
 def test_it_says_what_dp_accounting_says(cost: float, at: float) -> None:
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
     assert epsilon(cost, at) == pytest.approx(library.get_epsilon_gaussian(cost**-0.5, at), rel=1e-6, abs=1e-12)
@@ -176,17 +176,6 @@ def test_where_floats_end_it_says_too_much_and_not_too_little(cost: float) -> No
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
     exact = library.get_epsilon_gaussian(cost**-0.5, 1e-5)
     assert exact <= epsilon(cost, 1e-5) <= exact + 1
-
-
-@pytest.mark.once
-def test_subsampling_would_cost_less_and_is_never_claimed() -> None:
-    """Opacus and others count Poisson sampling (Mironov et al. 2019); without it their bound is no less than ours."""
-    library = pytest.importorskip("dp_accounting", exc_type=ImportError)
-    for share in (1.0, 0.1):
-        known = library.rdp.RdpAccountant()
-        event = library.GaussianDpEvent(1.0)
-        known.compose(event if share == 1 else library.PoissonSampledDpEvent(share, event), 100)
-        assert (epsilon(100.0, 1e-5) <= known.get_epsilon(1e-5)) == (share == 1)
 
 
 def test_it_is_below_the_bounds_by_moments_that_are_published() -> None:
