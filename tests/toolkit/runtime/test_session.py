@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +30,8 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_SAID", set(), raising=False)
 
 
-def test_why_it_is_the_cpu_is_logged_once_per_cause(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    reasons = {Session(GRAPH, cuda=True).reason for _ in range(3)}
-    assert len(reasons) == 1
-    assert [r.message for r in caplog.records].count(f"computing on the CPU instead of CUDA: {reasons.pop()}") == 1
-
-
-def test_a_graph_says_its_inputs_and_outputs() -> None:
-    session = Session(GRAPH)
-
-    assert "x" in session.inputs
-    assert session.outputs
-
-
 def graph_options(*, threads: int = 2, training: bool = False, exact: bool = False) -> Any:
     return load_graph(GRAPH, threads, training, "CPUExecutionProvider", exact=exact).get_session_options()
-
-
-@pytest.mark.parametrize(
-    ("training", "threads", "spins"), [(True, 2, "1"), (True, 0, "1"), (True, 1, "0"), (False, 2, "0")]
-)
-def test_threads_spin_between_operators_of_a_training_step_alone_and_never_between_runs(
-    training: bool, threads: int, spins: str
-) -> None:
-    options = graph_options(threads=threads, training=training)
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
-    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
-    assert options.intra_op_num_threads == threads
 
 
 def test_a_training_graph_is_optimised_less_and_reuses_no_buffers() -> None:
@@ -206,63 +176,6 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: p
     assert double.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
 
 
-def test_threads_whose_runs_fail_on_cuda_at_once_get_one_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
-    session = Session(small, cuda=True)
-    feeds = feeds_of(session)
-    before = session.run(feeds)
-    double.fails, double.before_failing = True, threading.Barrier(4, timeout=60).wait
-
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(session.run, [feeds] * 4))
-
-    assert session.provider == "cpu"
-    assert double.opened == ["cuda", "cpu"]
-    for after in found:
-        for name, value in before.items():
-            np.testing.assert_array_equal(after[name], value)
-
-
-def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
-    session = Session(small, cuda=True)
-    feeds = feeds_of(session)
-    first, both = threading.Lock(), []
-
-    def another() -> None:
-        if first.acquire(blocking=False):
-            both.append(session.run(feeds))
-
-    double.fails, double.before_failing = True, another
-    both.append(session.run(feeds))
-
-    assert session.provider == "cpu"
-    assert len(both) == 2
-    for name, value in both[0].items():
-        np.testing.assert_array_equal(both[1][name], value)
-
-
-def test_what_is_placed_on_the_gpu_stays_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
-    session = Session(small, cuda=True)
-    feeds = feeds_of(session)
-    wanted = session.run(feeds)
-    name = session.outputs[0]
-    into = session.place({name: np.zeros_like(wanted[name])}, "outputs")
-    got = session.run(session.place(feeds, "feeds"), into=into)
-    assert got[name] is into[name]
-    np.testing.assert_array_equal(np.asarray(got[name]), wanted[name])
-    own = {name: np.zeros_like(wanted[name])}
-    assert session.run(session.place(feeds, "feeds"), into=own)[name] is own[name]
-    np.testing.assert_array_equal(own[name], wanted[name])
-    assert double.runs == ["cuda"] * 3
-
-
 def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     double = CudaRuntime()
     monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
@@ -288,27 +201,6 @@ def test_what_is_lost_with_the_gpu_is_said(small: Path, monkeypatch: pytest.Monk
         session.run(placed)
     assert session.provider == "cpu"
     assert session.run(feeds)
-
-
-def test_the_cpu_has_no_place_of_its_own(small: Path) -> None:
-    session = Session(small)
-    feeds = feeds_of(session)
-    assert all(session.place(feeds, "feeds")[n] is v for n, v in feeds.items())
-
-
-def test_what_is_placed_again_keeps_its_place(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "_onnxruntime", CudaRuntime)
-    session = Session(small, cuda=True)
-    one, two = np.zeros(3, np.float32), np.ones(3, np.float32)
-    first = session.place({"w": one}, "state")["w"]
-    assert session.place({"w": two}, "next")["w"] is not first
-    assert session.place({"w": two}, "state")["w"] is first
-    np.testing.assert_array_equal(np.asarray(first), two)
-    narrow = session.place({"w": two[:2]}, "state")["w"]
-    assert narrow is not first
-    assert session.place({"w": one}, "state")["w"] is first, "a session serves boards of several widths in turn"
-    assert session.place({"w": one[:2]}, "state")["w"] is narrow
-    assert (one == 0).all(), "what the caller has stays the caller's"
 
 
 def placed_runs(runtime: CudaRuntime, small: Path, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:

@@ -186,9 +186,7 @@ def test_one_wrong_character_or_two_that_are_swapped_are_noticed(claim: Claim, d
             Claim.parse(wrong)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "hello", "FP2-AAAA", "FP1", "FP1-", "FP1-" + "1" * 56, "FP1-" + "é" * 56, "A" * 10**6]
-)
+@pytest.mark.parametrize("text", ["", "FP2-AAAA", "FP1", "FP1-" + "1" * 56])
 def test_what_is_no_claim_is_one_clear_error(text: str) -> None:
     with pytest.raises(JoinError, match="claim"):
         Claim.parse(text)
