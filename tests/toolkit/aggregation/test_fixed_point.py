@@ -90,13 +90,6 @@ def test_the_largest_weight_at_the_bound_does_not_overflow(sign: int, limbs: int
     assert total.value()[0] == 8.0 * sign * MAX_WEIGHT
 
 
-def test_many_devices_at_the_bound_do_not_overflow() -> None:
-    total = FixedSum((1,), Range(-2))
-    for _ in range(64):
-        total.add(np.array([0.25], np.float32), MAX_WEIGHT // 64)
-    assert total.value()[0] == 0.25 * MAX_WEIGHT
-
-
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1))
 def test_a_range_has_room_for_eight_times_its_reference(values: list[float]) -> None:
     reference = np.array(values, np.float32)

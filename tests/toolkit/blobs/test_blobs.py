@@ -75,16 +75,6 @@ def test_a_mapped_blob_holds_what_was_put(tmp_path: Path, size: int) -> None:
         store.map(ref.sha256)
 
 
-def test_a_blob_cut_short_is_written_again(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path)
-    ref = store.put(b"abcdef")
-    os.truncate(store.path(ref.sha256), 3)
-
-    store.put(b"abcdef")
-
-    assert store.read(ref.sha256) == b"abcdef"
-
-
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a" * 63, "", ".." + "a" * 62])
 def test_only_digests_are_names(tmp_path: Path, name: str) -> None:
     store = BlobStore(tmp_path)

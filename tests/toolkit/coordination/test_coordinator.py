@@ -194,23 +194,3 @@ def test_all_that_an_offer_names_is_kept() -> None:
     offer = {"weights": refs["weights"], "lowered": {"int8": refs["y"]}, "widths": [1]}
     state.tasks["a"] = Task(1, (1,), offer=offer)
     assert state.references() >= {ref["sha256"] for ref in refs.values()}
-
-
-def test_devices_that_come_together_all_take_part_in_the_round_that_begins_with_them() -> None:
-    shell = Shell(replace(JOB, devices=1))
-    for name in NAMES:
-        assert not shell.state.tasks
-        shell.feed(replace(on.DeviceBorn(name, 1, {"name": "toy"}, 10), more=name != NAMES[-1]))
-    assert set(shell.state.tasks) == set(NAMES)
-
-
-def test_a_round_that_all_refuse_for_thousands_of_attempts_goes_on_being_tried() -> None:
-    shell = Shell()
-    shell.arrive()
-    while shell.inbox and not isinstance(shell.inbox[0], on.UpdateAnnounced):
-        shell.feed(shell.inbox.pop(0))
-    for task in shell.state.tasks.values():
-        task.attempt = 5000
-    for name in NAMES:
-        shell.feed(on.OfferRefused(name, 1, 5000, "no room"))
-    assert shell.wakes[-1] == shell.now + JOB.deadline_s

@@ -131,22 +131,6 @@ def test_a_board_that_no_width_fits_trains_the_narrowest_with_a_warning() -> Non
     assert "more memory than the board has" in devices[-1].plan["warning"]
 
 
-def test_measurements_in_other_parts_than_the_plans_teach_nothing() -> None:
-    coordinator = planned_fleet()
-    before = coordinator.state.devices["a"].plan
-    assert before is not None
-    coordinator.state.devices["a"].plan = {**before, "accumulate": 2}
-    play(coordinator, 3.0)
-    assert coordinator.state.devices["a"].correction == {}
-
-
-def test_a_plan_that_was_nearly_right_stays_as_it_is() -> None:
-    coordinator = planned_fleet()
-    before = coordinator.state.devices["a"].plan
-    play(coordinator, 1.1)
-    assert coordinator.state.devices["a"].plan == before
-
-
 def test_times_at_other_widths_than_the_plans_are_compared_with_what_it_would_have_said_of_those() -> None:
     """The device came again, as a board that may send less, after its part in the round was settled."""
     coordinator = planned_fleet()

@@ -39,15 +39,6 @@ def test_an_update_cannot_say_what_it_counts_for() -> None:
     assert max(p.steps for p in shell.closes[1][0].contributions) <= JOB.recipe.steps(10)
 
 
-def test_only_the_one_who_comes_late_is_told_that_it_is_over() -> None:
-    shell = Shell()
-    shell.arrive()
-    shell.run()
-    shell.feed(on.DeviceBorn("b", 9, {"name": "toy"}, 10))
-
-    assert shell.told == ["b"]
-
-
 def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
     shell = Shell(replace(JOB, devices=4))
     shell.feed(on.DeviceBorn("a", 17, {"name": "toy"}, 10))
@@ -82,15 +73,6 @@ def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
 
     assert set(shell.state.tasks) == {"a", "c"}
     assert [n for n, _, _ in shell.cancelled] == ["b"]
-
-
-def test_yesterdays_update_is_declined() -> None:
-    shell = Shell()
-    shell.arrive()
-    shell.run()
-    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
-
-    assert shell.cancelled[-1] == ("a", 1, "the round is over")
 
 
 def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:

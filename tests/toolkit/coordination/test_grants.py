@@ -16,7 +16,6 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
-from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.strategies.shared_core import SharedCore
@@ -186,13 +185,6 @@ def test_private_and_asynchronous_jobs_and_those_that_say_otherwise_look_at_no_l
     ]
     for settings in several:
         assert not cored(labelled(EVEN), job=Job(strategy="fedprune", rounds=10, **settings)), settings
-
-
-def test_narrow_boards_work_as_much_as_half_of_the_whole_model_takes_up_to_four_times() -> None:
-    grants = granted(fleet(FLEET), 9)
-    whole = costs_at(NET, NET.sizes).training_macs
-    assert 2.5 < whole / 2 / costs_at(NET, grants["d"].widths).training_macs < 3.5
-    assert [grant.work for grant in grants.values()] == [1, 1, 1, 3]
 
 
 def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:

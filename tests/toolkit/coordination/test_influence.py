@@ -87,13 +87,6 @@ def test_an_update_far_beyond_the_limit_does_not_count_at_all() -> None:
     assert found.shares.keys() == {"a", "b", "c"}
 
 
-def test_one_tensor_alone_has_a_limit_of_its_own() -> None:
-    name = min(NET.trainable, key=lambda t: int(np.prod(t.shape))).name
-    odd = report(0.1, **{name: 1.0})
-    found = bounded({n: lengths(report(0.1)) for n in "abc"} | {"odd": lengths(odd)}, {}, 3.0)
-    assert lengths(shortened(odd, found.shares["odd"]))[name] == pytest.approx(0.6, rel=1e-3)
-
-
 def test_boards_without_anything_new_silence_nobody() -> None:
     found = limits({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.2})
     assert not any(found.shares.values())
@@ -134,13 +127,6 @@ def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
         out.append(bounded(found, remembered, times))
         remembered = out[-1].reference
     return out
-
-
-def test_a_fleet_that_moves_again_after_quiet_rounds_is_rejected_in_no_round() -> None:
-    boards = [f"d{i}" for i in range(5)]
-    found = played([*[dict.fromkeys(boards, 1e-5)] * 9, *[dict.fromkeys(boards, 0.1)] * 10])
-    assert not any(f.rejected for f in found)
-    assert not any(found[-1].shares.values())
 
 
 def test_one_of_two_boards_can_not_have_those_that_join_later_rejected() -> None:

@@ -93,13 +93,6 @@ def test_what_a_round_has_seen_stays_spent() -> None:
     assert (shell.state.round, shell.state.spent_bytes, shell.state.spent_macs) == (1, 5000, 10)
 
 
-def test_the_round_that_a_total_makes_the_last_is_evaluated() -> None:
-    shell = shell_of(replace(job_of(arrivals=3, rounds=9, evaluate_every=4), total_hours=1.5))
-    shell.arrive()
-    shell.run()
-    assert [bool(h["metrics"]) for h in shell.state.history] == [False, False, True]
-
-
 def ended(budget: float = 0.0, foreseen: float = 0.0, rounds: int = 4) -> tuple[Job, State]:
     privacy = Privacy(clip=1.0, noise_multiplier=1.0, epsilon_budget=budget)
     history = [{"metrics": {"epsilon_next": foreseen}, "at": 9.0}]

@@ -62,13 +62,6 @@ def test_who_is_let_go_again_and_again_is_waited_for() -> None:
     assert MAX_CUTS == 3
 
 
-def test_everybody_counts_now_and_then_however_slow_and_whatever_the_lot() -> None:
-    shell = shell_of(fleet(12, slow=4), rounds=60)
-    shell.run()
-    counts = {n: sum(n in c for c in shell.counted()) for n in shell.boards}
-    assert min(counts.values()) >= 4
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.permutations(range(7)))
 def test_the_model_follows_from_who_counted_alone(order: list[int]) -> None:

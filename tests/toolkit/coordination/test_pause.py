@@ -35,13 +35,3 @@ def test_an_asynchronous_job_offers_nothing_while_it_is_paused(kind: str, after:
     assert State.from_json(shell.state.to_json()).paused
     shell.feed(on.Paused(False))
     assert shell.inbox or shell.state.phase is Phase.FINISHED or shell.wakes
-
-
-def test_a_pause_that_is_said_twice_changes_nothing() -> None:
-    shell = asynchronous_shell.Shell()
-    shell.feed(on.Paused(True))
-    shell.arrive()
-    assert shell.feed(on.Paused(True)) == []
-    assert shell.state.phase is Phase.WAITING
-    assert shell.feed(on.Paused(False)) != []
-    assert shell.feed(on.Paused(False)) == []

@@ -68,13 +68,6 @@ class Fleet(Shell):
         return {n: d.releases for n, d in self.state.devices.items()}
 
 
-def test_without_privacy_nothing_is_noted() -> None:
-    fleet = Fleet(toy.JOB)
-    fleet.run()
-    assert set(map(str, fleet.releases.values())) == {"{}"}
-    assert {(c.spent, c.foreseen) for c in fleet.said} == {(None, None)}
-
-
 @pytest.mark.parametrize("schedule", [{}, {"kind": "async", "arrivals": 3}])
 def test_local_noise_counts_with_every_offer(schedule: dict[str, Any]) -> None:
     job = replace(toy.JOB, strategy="fedavg", density=0.0, options={"densities": [1.0]}, schedule=schedule)

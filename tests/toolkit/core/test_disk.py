@@ -14,14 +14,6 @@ from fedprune.core.errors import BusyError, StorageError, StorageFullError
 pytestmark = pytest.mark.board
 
 
-def test_a_written_file_has_the_new_content_and_nothing_lies_beside_it(tmp_path):
-    path = tmp_path / "state.json"
-    write_whole(path, b"old")
-    write_whole(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFullError), (errno.EIO, StorageError)])
 def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch, call, number, kind):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from fedprune.core.errors import ConfigError, FedpruneError, ProfileError
-from fedprune.core.settings import _declared, bounded, check_fields
+from fedprune.core.settings import _declared
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.recipe import Recipe
@@ -100,19 +100,6 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type[Any], name
     for value in given(kind, name):
         with pytest.raises(error, match=name):
             PLAIN[kind](**{name: value})
-
-
-@dataclass(frozen=True)
-class Optional:
-    rate: float | None = bounded(None, 0, 1)
-    kind: Literal["one", "other"] | None = None
-
-
-def test_nothing_is_a_value_of_a_field_whose_type_allows_it() -> None:
-    check_fields(Optional(), "{}")
-    check_fields(Optional(0.5, "other"), "{}")
-    with pytest.raises(ConfigError, match="kind: expected one or other"):
-        check_fields(Optional(kind="third"), "{}")
 
 
 @pytest.mark.parametrize(("strategy", "name"), OF_PRESETS)

@@ -8,17 +8,9 @@ from hypothesis import strategies as st
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import decode_text, one_line, sentences
+from fedprune.core.text import decode_text, one_line
 
 pytestmark = pytest.mark.board
-
-
-@pytest.mark.parametrize("end", ["", "."])
-def test_a_sentence_ends_once_and_another_follows_after_a_space(end: str) -> None:
-    assert sentences(f"it failed{end}", "", "See the log") == f"it failed{end or '.'} See the log"
-    assert str(ConfigError(f"it failed{end}", hint="See the log")) == f"it failed{end or '.'} See the log"
-    assert sentences(f"it failed{end}", "") == f"it failed{end}"
-    assert sentences("") == ""
 
 
 @pytest.mark.parametrize("code", [27, 0x9B, 0xD800])

@@ -17,12 +17,6 @@ from fedprune.core.validation import restored
 pytestmark = pytest.mark.board
 
 
-@dataclass(frozen=True)
-class Shape:
-    wide: int = 1
-    high: int = 1
-
-
 @given(st.integers(-10, 10) | st.floats(-10, 10, allow_nan=False), st.booleans(), st.booleans())
 def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: bool) -> None:
     low, high = -3, 4.5
@@ -52,21 +46,6 @@ def test_what_is_no_such_number_is_told_the_range(
         validation.number("a", value, 0, high, above=above, below=below)
     assert caught.value.expected == said
     assert len(caught.value.got) <= 80
-
-
-@pytest.mark.parametrize("value", [0, 10, 2.0, True])
-def test_whole_numbers_are_whole_and_in_range(value: object) -> None:
-    assert validation.whole("a", 9, 1, 9) == 9
-    with pytest.raises(ConfigError, match=r"^a: expected a whole number from 1 to 9"):
-        validation.whole("a", value, 1, 9)
-
-
-def test_tables_may_have_less_but_no_more() -> None:
-    assert validation.known(Shape, {"high": 3}, "shape") == {"high": 3}
-    with pytest.raises(ConfigError, match=r"^shape: unknown key 'long': expected one of wide, high$"):
-        validation.known(Shape, {"high": 3, "long": 1}, "shape")
-    with pytest.raises(ConfigError, match=r"^file: unknown table 'shop': expected one of shape, size$"):
-        validation.only(("shape", "size"), {"shop": {}}, "file", "table")
 
 
 @dataclass(frozen=True)

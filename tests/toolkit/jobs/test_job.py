@@ -59,14 +59,6 @@ def test_a_budget_that_a_density_would_ignore_is_refused(budget: str) -> None:
         Job(density=0.5, **{budget: 1000})
 
 
-@pytest.mark.parametrize("total", ["total_bytes", "total_macs", "total_hours"])
-@pytest.mark.parametrize("wrong", [-1, float("nan"), "9"])
-def test_a_total_is_a_number_that_can_be_spent(total: str, wrong: object) -> None:
-    assert Job.from_dict(Job(**{total: 9}).to_dict()) == Job(**{total: 9})
-    with pytest.raises(ConfigError, match=f"job: {total}"):
-        Job.from_dict({total: wrong})
-
-
 def test_a_learning_rate_falls_over_the_rounds_of_the_job_unless_others_are_given() -> None:
     cosine = Recipe(lr_schedule="cosine")
     job = Job(rounds=7, recipe=cosine)

@@ -22,13 +22,6 @@ LOCAL = Privacy(clip=2.0, noise_multiplier=1.5)
 SHARED = Privacy(clip=2.0, noise_multiplier=1.5, noise="shared", boards=9)
 
 
-def test_a_job_without_privacy_says_nothing_of_it() -> None:
-    assert Job().to_dict()["privacy"] == {}
-    assert Job.from_dict({"privacy": {}}) == Job()
-    recipe = Recipe(lr=0.1)
-    assert Privacy().asked_of(recipe) is recipe
-
-
 @pytest.mark.parametrize("privacy", [LOCAL, SHARED])
 def test_json_round_trip(privacy: Privacy) -> None:
     job = Job(privacy=privacy)

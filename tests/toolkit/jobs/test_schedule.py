@@ -59,25 +59,9 @@ def test_a_buffer_is_averaged_as_in_fedbuff() -> None:
         assert share == pytest.approx(0.7 * (update.staleness + 1) ** -0.5 / 3, rel=3 * 3 * 2**-24)
 
 
-def test_whole_windows_are_not_one_more_by_rounding() -> None:
-    """3·0.1 s is 3 windows of 0.1 s, though the floating-point quotient lies above 3."""
-    schedule = Schedule("asynchronous", window_s=0.1, mixing="unbiased")
-    assert 3 * 0.1 / 0.1 > 3
-    assert schedule.weights([Arrival(0, 10, 3 * 0.1)], 10) == [30]
-    assert schedule.step([Arrival(0, 10, 3 * 0.1)], []) == 3.0
-    assert schedule.weights([Arrival(0, 10, 0.3001)], 10) == [40]
-
-
 def test_all_that_is_normalised_goes_the_whole_way() -> None:
     schedule = Schedule("asynchronous", window_s=1.0, staleness=Staleness("hinge", a=1, b=2))
     assert schedule.step([Arrival(9, 10), Arrival(0, 10)], [Arrival(30, 99)]) == 1.0
-
-
-def test_a_share_is_of_the_whole_fleet() -> None:
-    """PR-FL's FedAsync: (1 − c)·w + c·w_i with c = s_i / Σ_j s_j over all devices."""
-    schedule = Schedule("asynchronous", arrivals=1, mixing="share", staleness=Staleness("polynomial", a=1))
-    step = schedule.step([Arrival(1, 7)], [Arrival(0, 9), Arrival(3, 2)], uniform=True)
-    assert step == pytest.approx(0.5 / (0.5 + 1 + 0.25), rel=1e-15)
 
 
 def test_frozen_staleness_is_that_of_the_arrival() -> None:

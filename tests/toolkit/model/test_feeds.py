@@ -7,7 +7,7 @@ import pytest
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import anchors, first_step, numbers
+from fedprune.model.step_contract import first_step, numbers
 
 pytestmark = pytest.mark.board
 
@@ -39,11 +39,3 @@ def test_samples_are_whole_until_a_step_mixes_them() -> None:
     assert set(numbers(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
     found = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, np.zeros(9, np.int64), 4)
     assert found == {step_contract.Y_SHARE: np.float32(1)}  # labels and their partners are the samples'
-
-
-def test_only_trained_tensors_are_pulled() -> None:
-    tensors = {"w": np.ones((2, 3), np.float32), "mean": np.ones(2, np.float32)}
-    assert anchors(Recipe(), tensors, ["w"]) == {}
-    found = anchors(Recipe(proximal=0.5), tensors, ["w"])
-    assert set(found) == {step_contract.anchor("w"), step_contract.strength("w")}
-    assert np.array_equal(found[step_contract.anchor("w")], tensors["w"])

@@ -110,13 +110,6 @@ def test_a_wrong_augmentation_is_refused(entry: object) -> None:
             Recipe.from_dict({"augment": wrong})
 
 
-def test_patterns_with_separators_have_keys_of_their_own() -> None:
-    asked = [{"frozen": ("a,b",)}, {"frozen": ("a", "b")}, {"frozen": ("a+trainable=b",)}]
-    asked.append({"frozen": ("a",), "trainable": ("b",)})
-
-    assert len({Features(**chosen).key for chosen in asked}) == len(asked)
-
-
 @pytest.mark.parametrize(
     ("setting", "features"),
     [

@@ -56,13 +56,6 @@ def test_no_weights_are_larger_than_planned(down: str) -> None:
     assert foreseen.round_bytes == max(foreseen.first_bytes, foreseen.down_bytes) + foreseen.up_bytes
 
 
-def test_transfers_go_at_the_links_rates_and_wait_for_two_round_trips_each() -> None:
-    link = replace(PI.link, down_bytes_s=4000.0, up_bytes_s=1000.0, latency_s=0.25)
-    foreseen = predict(NET, NET.sizes, replace(PI, link=link), RECIPE, 10, codecs=("int8", None))
-    assert foreseen.up_bytes != foreseen.down_bytes
-    assert foreseen.transfer_s == pytest.approx(foreseen.down_bytes / 4000 + foreseen.up_bytes / 1000 + 2 * (2 * 0.25))
-
-
 def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
     tight = replace(
         PI, link=replace(PI.link, bytes_per_round=predict(WIDE, WIDE.sizes, PI, RECIPE, 10).round_bytes // 2)

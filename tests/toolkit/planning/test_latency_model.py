@@ -29,7 +29,7 @@ from fedprune.planning.costs import costs_at, memory_seconds
 from fedprune.planning.kernel_workload import FEATURES, KINDS, workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted, typical_table
 from fedprune.planning.plan import DENSITIES
-from fedprune.planning.width_candidates import Rung, equal_work, rungs, snapped
+from fedprune.planning.width_candidates import Rung, equal_work, rungs
 
 pytestmark = pytest.mark.board
 
@@ -82,15 +82,6 @@ def test_the_work_of_a_step_by_hand() -> None:
     assert counted(row, "linear", "move") == 4 * (20 + 10)
     assert counted(row, "cheap", "move") == 4 * 2 * 8 * 256
     assert [counted(row, k, "call") for k in ("conv", "depthwise", "conv1x1", "linear", "run")] == [1] * 5
-
-
-def test_odd_channels_take_plain_kernels() -> None:
-    even, odd = workload(NET).inference([[20, 64], [21, 64]], 1, 16)
-    assert counted(even, "depthwise", "call") == counted(even, "conv1x1", "call") == 1
-    assert counted(odd, "depthwise-plain", "call") == counted(odd, "conv1x1-plain", "call") == 1
-    assert counted(odd, "conv1x1", "call") == counted(odd, "depthwise", "call") == 0
-    # Three input channels have a kernel of their own; its output fills whole blocks.
-    assert counted(odd, "conv", "mac") == 32 * 27 * 256
 
 
 def test_an_activation_after_a_convolution_is_no_kernel_of_its_own() -> None:
@@ -180,13 +171,6 @@ def test_a_table_survives_json() -> None:
 def test_a_table_from_outside_is_checked(change: dict[str, Any]) -> None:
     with pytest.raises(ProfileError, match="latency table"):
         LatencyTable.from_dict({**made_up().to_dict(), **change})
-
-
-def test_snapped_widths_are_multiples_that_groups_have_room_for() -> None:
-    assert snapped(net(32, 64), 0.5, 16) == (16, 32)
-    assert snapped(net(24, 100), 0.3, 16) == (8, 32)
-    assert snapped(net(6, 15), 0.5, 16) == (3, 8)
-    assert snapped(net(6, 15), 0.01, 16) == (1, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -290,14 +290,6 @@ def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
-def test_a_warning_names_smaller_parts_where_batch_norm_forbids_them() -> None:
-    large = replace(NORMALISED, activations=(Activation("conv", MAPS, 2**18, True),))
-    board = memory_of(need(large, 16))
-    made = plan(large, board, RECIPE, 500)
-    assert "recipe.accumulate = 16" in made.warning
-    assert plan(large, board, replace(RECIPE, accumulate=16), 500).widths == large.sizes
-
-
 def test_labels_of_every_output_take_memory() -> None:
     many, one = (predict(NET, NET.sizes, BOARD, replace(RECIPE, loss=loss), 500) for loss in ("bce", "cross_entropy"))
     assert many.memory.samples - one.memory.samples == 500 * NET.classes * (4 + 4)
@@ -313,13 +305,6 @@ def test_augmentation_takes_memory_for_the_samples_of_a_part() -> None:
     assert beyond(1, "flip", "crop:4") == int(AUGMENT_COPIES * part)
     assert beyond(1, "noise:0.1") == int((AUGMENT_COPIES + NOISE_COPIES) * part)
     assert beyond(2, "flip") == int(AUGMENT_COPIES * part / 2)
-
-
-def test_tensors_that_the_author_froze_take_less_memory() -> None:
-    room = FULL.memory_bytes - FULL.memory.weights // 4
-    made = plan(NET, memory_of(room), RECIPE, 500, frozen=("conv", "fc"))
-    assert made.widths == NET.sizes
-    assert made.prediction.memory.weights < FULL.memory.weights
 
 
 def test_own_densities_are_kept_to() -> None:
@@ -350,13 +335,6 @@ def test_a_board_with_less_memory_than_its_reserve_gets_an_error() -> None:
     probe = replace(PROBE, memory_total=10**8, memory_available=10**8)
     with pytest.raises(PlanError, match="memory"):
         plan(NET, BOARD, RECIPE, 500, probe=probe)
-
-
-def test_a_slow_probe_narrows_a_plan() -> None:
-    deadline = FULL.round_s * 1.1
-    probe = replace(PROBE, train_rate=BOARD.train_rate / 10)
-    assert plan(NET, BOARD, RECIPE, 500, deadline_s=deadline).bound == NOTHING
-    assert plan(NET, BOARD, RECIPE, 500, deadline_s=deadline, probe=probe).bound == "time"
 
 
 def test_samples_fewer_than_a_batch_cost_less_memory() -> None:

@@ -33,13 +33,6 @@ def test_a_report_survives_json_types() -> None:
     assert ProbeReport.from_dict(REPORT.to_dict()) == REPORT
 
 
-def test_a_report_without_unit_is_of_a_processor() -> None:
-    body = REPORT.to_dict()
-    assert ProbeReport.from_dict({**body, "unit": "cuda"}).unit == "cuda"
-    del body["unit"]
-    assert ProbeReport.from_dict(body).unit == "cpu"
-
-
 @pytest.mark.parametrize("name", ["clock_hz"])
 def test_what_was_not_measured_is_none(name: str) -> None:
     assert getattr(ProbeReport.from_dict({**REPORT.to_dict(), name: None}), name) is None

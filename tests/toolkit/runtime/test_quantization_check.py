@@ -40,15 +40,6 @@ def test_lost_answers_decide(n: int, lost: int) -> None:
     assert (found.refusal == "") == (lost <= max(1, MOST_LOST * n + 1e-6))
 
 
-def test_better_answers_are_no_harm() -> None:
-    y = np.array([1] * 3 + [0] * 97)
-
-    found = agreement("cross_entropy", classes([0] * 100), classes([1] * 3 + [0] * 97), y)
-
-    assert found.right == pytest.approx((0.97, 1.0))
-    assert found.refusal == ""
-
-
 def test_a_label_is_decided_at_even_odds() -> None:
     reference, outputs = np.array([[0.3, -0.3]]), np.array([[-0.3, -0.3]])
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from fedprune.core.errors import ModelError
@@ -32,13 +31,6 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def graph_options(*, threads: int = 2, training: bool = False, exact: bool = False) -> Any:
     return load_graph(GRAPH, threads, training, "CPUExecutionProvider", exact=exact).get_session_options()
-
-
-def test_a_training_graph_is_optimised_less_and_reuses_no_buffers() -> None:
-    training, inference = graph_options(training=True), graph_options()
-    assert training.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    assert inference.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    assert (training.enable_mem_reuse, inference.enable_mem_reuse) == (False, True)
 
 
 def test_a_quantised_graph_computes_in_integers_unless_it_is_to_be_exact() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.state import Device, State, Task
-from fedprune.model.architecture import widths_at
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural
 from fedprune.strategies.growth import Ladder, Recovery, TimeDriven, balanced
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -38,13 +36,6 @@ def densities(fleet: Fleet) -> list[float]:
 def deliver(allocator: Allocator, fleet: Fleet, name: str, seconds: float | None, **metrics: float) -> None:
     device = fleet.state.devices[name]
     allocator.learn(fleet, name, Task(1, device.widths, device.density, metrics=metrics), seconds)
-
-
-def test_a_density_becomes_widths_unless_elements_are_masked() -> None:
-    fleet = fleet_of(Fixed(0.3, named={"b": 0.7}), "a", "b")
-    assert [d.widths for d in fleet.state.devices.values()] == [widths_at(ARCHITECTURE, x) for x in (0.3, 0.7)]
-    masked = fleet_of(Fixed(0.3, elements=True), "a")
-    assert (masked.state.devices["a"].widths, masked.state.devices["a"].density) == (ARCHITECTURE.sizes, 0.3)
 
 
 def test_tiers_are_dealt_in_the_order_of_names() -> None:
@@ -110,27 +101,6 @@ def test_times_move_densities_within_their_bounds(parts: list[tuple[float, float
         expected = min(1.0, max(floor, whole / (seconds / old)))
         assert new == pytest.approx(old if abs(1 - whole / seconds) <= 0.05 else expected)
     assert changed == (densities(fleet) != before)
-
-
-def play(allocator: TimeDriven, fleet: Fleet, rounds: int, seconds: Callable[[int, str], float]) -> list[list[float]]:
-    """Rounds whose times go with densities, `seconds` being those of the whole model."""
-    out = []
-    for _ in range(rounds):
-        fleet.state.round += 1
-        for name, device in fleet.state.devices.items():
-            deliver(allocator, fleet, name, seconds(fleet.state.round, name) * device.density**allocator.power)
-        allocator.review(fleet, {})
-        out.append(densities(fleet))
-    return out
-
-
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_a_density_comes_back_when_a_slow_link_has_recovered(power: float) -> None:
-    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.1, power=power)
-    fleet = fleet_of(allocator, "a", "b")
-    path = play(allocator, fleet, 4, lambda number, name: 50.0 if (number, name) == (2, "a") else 10.0)
-    assert path[0] == pytest.approx([0.2 ** (1 / power), 1.0])
-    assert path[1:] == [[1.0, 1.0]] * 3
 
 
 def test_times_of_another_density_say_nothing() -> None:

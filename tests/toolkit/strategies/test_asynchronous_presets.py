@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
-from fedprune.jobs.job import Job
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.allocation import Fixed, Tiers
+from fedprune.strategies.allocation import Tiers
 from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import Ladder, TimeDriven
@@ -168,10 +167,3 @@ def test_ablations_are_settings_of_pr_fl() -> None:
 def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         strategy_of(name, **options)
-
-
-def test_a_jobs_own_density_is_where_devices_begin() -> None:
-    job = Job(name="toy", density=0.4, strategy="pr-fl")
-    allocator = compose(job).allocator
-    assert isinstance(allocator, TimeDriven)
-    assert allocator.start == Fixed(0.4, elements=True)

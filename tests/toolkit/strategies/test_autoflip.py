@@ -153,14 +153,6 @@ def test_where_nothing_moved_nothing_is_masked() -> None:
     assert play.sent["a"].mask is None
 
 
-def test_a_warm_start_is_the_mean_of_what_explorers_found() -> None:
-    play = Play(autoflip(warm_start="explored_mean"), model(NET, 1), DEVICES)
-    after = play.play()
-    want = Play(compose(Job(scorer="ordered")), model(NET, 1), DEVICES).play()
-    assert identical(after, want)
-    assert "velocity" not in play.memory
-
-
 def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
     objective = autoflip(exploration_epochs=20, patience=4, lr_decay=0.9)
     recipe = Recipe(epochs=2, lr=0.1, max_steps=5)

@@ -14,7 +14,7 @@ from fedprune.model.architecture import TensorKind
 from fedprune.model.selection import Selection, Tensors, mesh
 from fedprune.strategies import compose
 from fedprune.strategies.strategy import Strategy
-from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
+from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.nets.drawn_models import model, seeds
 
 pytestmark = pytest.mark.board
@@ -158,12 +158,3 @@ def test_a_submodel_is_compared_where_old_and_new_one_overlap(seed: int, q: floa
     for name in TRAINED:
         held = past.selection.covered(name)[np.ix_(*play.sent["a"].selection.maps(name))]
         assert not found[name][~held].any()
-
-
-def test_a_device_alone_goes_on_from_where_it_was() -> None:
-    """Its model is the global one: nothing differs, and nothing is own."""
-    play = Play(fedobp(q=0.0), model(NET, 1), {"a": Device()})
-    before = play.play(2)
-    play.play()
-    assert sum(int(own(play, "a", before)[n].sum()) for n in TRAINED) <= 5  # what the sums round
-    assert identical(play.reports["a"].trained.tensors, moved(play.sent["a"], "a", 3))

@@ -160,13 +160,6 @@ def test_with_a_core_narrower_submodels_take_larger_steps() -> None:
     assert rates(Recipe(lr=0.1)) == [0.1] * 3
 
 
-def test_a_core_of_even_labels_is_trained_as_any_core() -> None:
-    strategy, turn = compose(job()), Turn(0, 1, "a", (3,), 0.5)
-    skewed, even = (strategy.recipe(Recipe(lr=0.1), replace(turn, core=core)) for core in (False, True))
-    assert (skewed.ordered_dropout, skewed.mixup, skewed.lr) == ((0.25, 0.5, 0.75), 0.2, 0.1)
-    assert (even.ordered_dropout, even.mixup, even.lr) == ((), 0.0, pytest.approx(0.1 * 2**0.6))
-
-
 def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_is_an_average() -> None:
     def made(recipe: Recipe, **options: Any) -> Recipe:
         return compose(job(options)).recipe(recipe, Turn(0, 1, "a", (3,)))
@@ -216,13 +209,6 @@ def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> N
     for named in ({"dropout": [0.5]}, {"dropout": []}, {"mixup": 0.0}):
         assert core(Recipe(), **named) == SharedCore(until=0.0, work=1)
     assert core(Recipe(ordered_dropout=(0.5,))) == core(Recipe(mixup=0.2)) == SharedCore(until=0.0, work=1)
-
-
-def test_what_is_switched_off_is_off() -> None:
-    off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0, "clip_norm": 0}
-    off["mixup"] = 0.0
-
-    assert compose(job(off)).recipe(Recipe(), Turn(0, 1, "a", (3,))) == Recipe()
 
 
 @pytest.mark.parametrize(

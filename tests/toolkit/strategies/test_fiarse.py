@@ -77,14 +77,6 @@ def test_whole_devices_give_fedavg_of_equal_weights_bit_for_bit() -> None:
     assert identical(Play(fiarse(), model(NET, 2), whole).play(3), want)
 
 
-def test_biases_are_ranked_with_the_weights_if_so_asked() -> None:
-    play = Play(fiarse(biases=True), model(NET, 1), {"a": Device(density=0.3)})
-    play.play()
-    mask = play.sent["a"].mask
-    assert mask is not None
-    assert set(mask.active) == {*NAMES, "second.bias", "head.bias"}
-
-
 def test_boards_train_through_the_threshold_or_a_hard_mask() -> None:
     turn = Turn(0, 1, "a", NET.sizes)
     assert fiarse().recipe(Recipe(), turn) == Recipe(mask="threshold")

@@ -49,15 +49,6 @@ def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
         assert (compose(job_of(kind, name)).schedule is None) == (kind == "sync")
 
 
-def test_keys_of_the_schedule_win_over_defaults() -> None:
-    more = {"window_s": 7, "least": 2, "staleness": {"decay": "hinge", "b": 3}, "max_staleness": 4, "concurrent": 5}
-    schedule = compose(job_of("semi-async", **more)).schedule
-    assert schedule is not None
-    assert schedule.staleness == Staleness("hinge", 0.5, 3)
-    found = (schedule.window_s, schedule.least, schedule.max_staleness, schedule.concurrent)
-    assert found == (7, 2, 4, 5)
-
-
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [

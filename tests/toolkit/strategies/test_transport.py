@@ -94,14 +94,6 @@ def test_equal_widths_give_the_permutation_that_rows_were_moved_by(n: int, seed:
     assert plan.shares.tolist() == [1.0] * n
 
 
-@pytest.mark.parametrize(
-    "cost", [np.array([[np.nan, 1.0]]), np.zeros((0, 3)), np.zeros(3)], ids=["nan", "empty", "row"]
-)
-def test_costs_that_are_none_are_refused(cost: Floats) -> None:
-    with pytest.raises(BundleError, match="costs of a transport plan"):
-        exact_plan(cost)
-
-
 def test_plans_without_uniform_marginals_are_refused() -> None:
     with pytest.raises(BundleError, match="marginals"):
         Coupling.of(2, 2, [0, 0], [0, 1], [1, 1])

@@ -60,14 +60,6 @@ def test_payloads_are_neither_empty_nor_above_the_limit() -> None:
         Chunk.parse(full.to_bytes()[:44])
 
 
-def test_a_payload_falls_into_leaves() -> None:
-    payload = b"a" * LEAF + b"b" * LEAF + b"c" * 7
-
-    leaves = [(i, bytes(p)) for i, p in Chunk(DIGEST, "data", 5, payload).leaves()]
-
-    assert leaves == [(5, b"a" * LEAF), (6, b"b" * LEAF), (7, b"c" * 7)]
-
-
 @pytest.mark.parametrize(
     ("limit", "leaves"),
     [(48 * 1024, 1), (256 * 1024, 7), (2**28, 32)],

@@ -43,15 +43,6 @@ def test_floods_leave_half_of_it_to_who_sends_little(floods: int, size: int, lit
     assert inbox.offer(SITE.up("honest"), bytes(little))
 
 
-def test_topics_and_channels_of_one_device_share() -> None:
-    inbox = Inbox[str](LIMIT)
-    taken = [inbox.offer(topic, bytes(10_000)) for _ in range(60) for topic in (SITE.up("a"), SITE.up_blob("a", "job"))]
-
-    assert inbox.size < LIMIT // 2 + 10_000 + MESSAGE_BYTES
-    assert not all(taken)
-    assert inbox.offer(SITE.up("b"), bytes(100_000))
-
-
 def test_there_is_always_room_for_an_event() -> None:
     inbox = Inbox[str](LIMIT)
     while inbox.offer(SITE.up("a"), bytes(10_000)):

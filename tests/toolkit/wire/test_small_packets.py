@@ -63,14 +63,6 @@ def test_where_smaller_chunks_don_t_come_either_the_size_was_not_the_reason() ->
     assert seen == [1, USUAL, 1, USUAL]
 
 
-def test_where_such_chunks_have_come_silence_means_nothing() -> None:
-    limit = ChunkLimit()
-    limit.arrived(USUAL)
-    limit.silent()
-    assert limit.leaves == USUAL
-    assert limit.wanted is None
-
-
 def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:
     store, target = (BlobStore(tmp_path / name, durable=False) for name in "ab")
     limit, now, stalls = ChunkLimit(), 0.0, []
