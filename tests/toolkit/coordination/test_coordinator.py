@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError
@@ -31,17 +31,6 @@ def reference() -> list[tuple[int, str]]:
     shell.arrive()
     shell.run()
     return finished_history(shell)
-
-
-def test_a_job_runs_its_rounds_with_every_device_once() -> None:
-    shell = Shell()
-    shell.arrive()
-    shell.run()
-
-    assert [r for r, _ in finished_history(shell)] == [1, 2, 3]
-    for closes in shell.closes.values():
-        assert [p.part.device for p in closes[-1].contributions] == list(NAMES)
-    assert sorted(shell.acknowledged) == sorted((n, r) for n in NAMES for r in (1, 2, 3))
 
 
 @settings(max_examples=80, deadline=None)
@@ -168,18 +157,6 @@ def test_a_job_that_its_allocator_ended_stays_finished(synchronous: bool) -> Non
         do.Finish("m7", "ended after round 7 of 100: the strategy ended the job")
     ]
     assert state.phase is Phase.FINISHED
-
-
-def test_new_settings_hold_after_a_restart() -> None:
-    shell = Shell(replace(JOB, density=1.0))
-    shell.arrive()
-    shell.feed(shell.inbox.pop(0))
-    shell.coordinator = SynchronousCoordinator(
-        replace(JOB, density=0.25), ARCHITECTURE, State.from_json(shell.state.to_json())
-    )
-    shell.coordinator.resume(0.0)
-
-    assert shell.state.devices["a"].widths == (2,)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": "fedprune.state/0"}'])

@@ -30,16 +30,6 @@ def reference(job: Job) -> list[tuple[int, str]]:
     return history(shell)
 
 
-@pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
-def test_a_job_runs_its_rounds(job: Job) -> None:
-    shell = Shell(job)
-    shell.come()
-    shell.run()
-    assert [r for r, _ in history(shell)] == list(range(1, job.rounds + 1))
-    assert len({m for _, m in history(shell)}) == job.rounds
-    assert shell.state.tasks == {}
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_where_all_are_awaited_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -14,13 +13,12 @@ from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
-from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, predict
 from fedprune.planning.latency_model import typical_table
 from fedprune.planning.plan import DENSITIES, MEMORY, Plan
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.strategies import Strategy, compose
+from fedprune.strategies import compose
 from support.fakes.coordinator_shell import digest
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -202,23 +200,6 @@ def test_devices_that_are_alike_share_a_plan_until_their_rounds_teach_otherwise(
     assert coordinator.state.devices["a"].plan != before
     assert second.plan == before
     assert born(coordinator, "d").plan is second.plan
-
-
-def test_a_plan_is_not_shared_with_a_device_that_trains_by_another_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = replace(JOB, density=0.0)
-    strategy = compose(job)
-    planner = WidthPlanner(job, strategy, ARCHITECTURE)
-    asked = type(strategy).planned_recipe
-
-    def own(self: Strategy, job: Job, device: str, *others: Any) -> Recipe:
-        return replace(asked(self, job, device, *others), epochs=7 if device == "b" else 1)
-
-    monkeypatch.setattr(type(strategy), "planned_recipe", own)
-    devices = {name: Device(1, True, PI.to_dict(), None, 100) for name in "abc"}
-    for name, device in devices.items():
-        planner.plan(name, device)
-    steps = {name: Plan.from_dict(device.plan).prediction.steps for name, device in devices.items()}
-    assert steps["b"] == 7 * steps["a"] == 7 * steps["c"]
 
 
 def test_a_board_is_made_a_submodel_for_the_unit_that_it_measured() -> None:

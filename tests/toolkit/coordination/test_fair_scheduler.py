@@ -105,14 +105,6 @@ def test_jobs_that_need_all_devices_have_them_for_times_by_weight(weights: tuple
     assert jobs[0].time / jobs[1].time == pytest.approx(weights[0] / weights[1], rel=0.05)
 
 
-def test_jobs_that_need_few_devices_each_have_their_share_at_a_time() -> None:
-    jobs = [Job("one", 3.0, 1, (5,)), Job("two", 1.0, 1, (5,))]
-    log = play(jobs, [f"d{i}" for i in range(8)], 100)
-    assert max(len(got) for _, name, got in log if name == "one") == 6
-    assert max(len(got) for _, name, got in log if name == "two") == 2
-    assert {d for _, name, got in log if name == "two" for d in got} == {f"d{i}" for i in range(8)}
-
-
 def test_a_job_that_comes_later_has_no_claim_on_the_time_before() -> None:
     lending = FairScheduler()
     old, new = JobDemand("old", 1.0, 2, 9), JobDemand("new", 1.0, 2, 9)

@@ -143,11 +143,3 @@ def test_a_synchronous_round_in_which_nobody_is_left_starts_anew_when_its_time_i
     assert shell.state.phase is Phase.FINISHED
     assert ("a", 1, 2) in shell.offered
     assert [h["round"] for h in shell.state.history] == [1, 2, 3]
-
-
-def test_a_synchronous_round_goes_on_with_whoever_is_left() -> None:
-    shell = Faulty({1: {"b"}}, JOB)
-    shell.come()
-    shell.run()
-    assert [h["devices"]["b"]["progress"] for h in shell.state.history] == ["refused", "folded", "folded"]
-    assert shell.state.devices["b"].failures == 0

@@ -57,14 +57,3 @@ def test_a_budget_that_a_density_would_ignore_is_refused(budget: str) -> None:
     assert getattr(Job(**{budget: 1000}), budget) == 1000
     with pytest.raises(ConfigError, match=f"job: {budget} with density 0.5: expected one of the two, got 1000"):
         Job(density=0.5, **{budget: 1000})
-
-
-def test_a_learning_rate_falls_over_the_rounds_of_the_job_unless_others_are_given() -> None:
-    cosine = Recipe(lr_schedule="cosine")
-    job = Job(rounds=7, recipe=cosine)
-    assert (job.training.lr_rounds, job.recipe.lr_rounds) == (7, 0)
-    assert Job.from_dict(job.to_dict()) == job
-    assert Job(rounds=7, recipe=Recipe(lr_schedule="cosine", lr_rounds=5)).training.lr_rounds == 5
-    assert Job(rounds=7).training == Recipe()
-    with pytest.raises(ConfigError, match="recipe: lr_warmup"):
-        Job(rounds=2, recipe=Recipe(lr_schedule="cosine", lr_warmup=3))

@@ -111,22 +111,6 @@ def test_a_wrong_augmentation_is_refused(entry: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "features"),
-    [
-        ({"logit_adjustment": True}, "logit_offset"),
-        ({"proximal": 0.1}, "proximal"),
-        ({"ordered_dropout": [0.5]}, "ordered_dropout"),
-        ({"average": 0.85}, "axes"),
-        ({"mixup": 0.2}, "mixup"),
-        ({"mask": "hard"}, "element_mask axes"),
-        ({"mask": "threshold", "mask_threshold": 0.1}, "threshold axes"),
-    ],
-)
-def test_a_setting_asks_for_its_input(setting: dict[str, Any], features: str) -> None:
-    assert Recipe.from_dict(setting).features == Features(**dict.fromkeys(features.split(), True))
-
-
-@pytest.mark.parametrize(
     "setting",
     [
         {"optimizer": ["sgd"]},

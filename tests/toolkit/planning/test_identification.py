@@ -8,7 +8,7 @@ import pytest
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning import profile_store
-from fedprune.planning.identification import Facts, identify, jetpack, l4t_release
+from fedprune.planning.identification import Facts, identify, l4t_release
 
 pytestmark = pytest.mark.board
 
@@ -111,15 +111,6 @@ def test_a_jetpack_that_is_too_old_for_a_first_tier_board_is_said() -> None:
 )
 def test_the_release_file_is_read(text: str, release: str) -> None:
     assert l4t_release(text) == release
-
-
-@pytest.mark.parametrize(
-    ("l4t", "name"),
-    [("32.7.6", "4.6.1"), ("36.4.4", "6.2"), ("36.5", "6.2"), ("24.2.1", None)],
-)
-def test_a_release_belongs_to_the_newest_jetpack_of_its_line(l4t: str, name: str | None) -> None:
-    found = jetpack(l4t)
-    assert (found.name if found else None) == name
 
 
 @pytest.mark.parametrize("l4t", ["36.x", "36.4.3.2.1", "9" * 50])

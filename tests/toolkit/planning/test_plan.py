@@ -217,14 +217,6 @@ def test_parts_that_the_recipe_asks_for_are_the_least() -> None:
     assert plan(WIDE, memory_of(need(WIDE, 5)), replace(RECIPE, accumulate=3), 500).accumulate == 6
 
 
-def test_a_model_without_batch_norm_goes_down_to_single_samples() -> None:
-    made = plan(WIDE, memory_of(need(WIDE, 16)), RECIPE, 500)
-    assert (made.widths, made.accumulate) == (WIDE.sizes, 16)
-    mixed = plan(WIDE, memory_of(need(WIDE, 8, mixup=0.2)), replace(RECIPE, mixup=0.2), 500)
-    assert mixed.accumulate == 8
-    assert plan(WIDE, memory_of(need(WIDE, 16)), replace(RECIPE, mixup=0.2), 500).widths < WIDE.sizes
-
-
 @given(
     st.sampled_from([WIDE, NORMALISED]),
     st.integers(1, 64),
@@ -251,15 +243,6 @@ def test_more_memory_never_gives_a_narrower_model_nor_more_parts(
 def test_batch_norm_with_frozen_statistics_does_not_mind_small_parts() -> None:
     still = replace(RECIPE, frozen=("norm.*",))
     assert plan(NORMALISED, memory_of(need(NORMALISED, 16)), still, 500).accumulate == 16
-
-
-@pytest.mark.parametrize(("batch", "parts", "sizes"), [(50, 8, {7: 2, 6: 6}), (10, 4, {3: 2, 2: 2})])
-def test_every_part_of_a_batch_is_charged_at_its_own_size(batch: int, parts: int, sizes: dict[int, int]) -> None:
-    def step_s(size: int, accumulate: int = 1) -> float:
-        recipe = replace(RECIPE, batch_size=size, accumulate=accumulate)
-        return predict(WIDE, WIDE.sizes, BOARD, recipe, 500).step_s
-
-    assert step_s(batch, parts) == pytest.approx(sum(count * step_s(size) for size, count in sizes.items()))
 
 
 def test_batch_norm_counts_the_parts_of_a_board_with_few_samples() -> None:

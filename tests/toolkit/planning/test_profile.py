@@ -83,21 +83,6 @@ def test_a_missing_table_is_named(section: str) -> None:
         HardwareProfile.from_dict(bad)
 
 
-@pytest.mark.parametrize("section", ["accelerator", "power"])
-def test_a_board_may_have_no(section: str) -> None:
-    less = body()
-    del less[section], less["sources"][section]
-    assert getattr(HardwareProfile.from_dict(less), section) is None
-
-
-@pytest.mark.parametrize("key", ["name"])
-def test_a_missing_name_is_named(key: str) -> None:
-    bad = body()
-    del bad[key]
-    with pytest.raises(ProfileError, match=f"{key} is missing"):
-        HardwareProfile.from_dict(bad)
-
-
 @pytest.mark.parametrize("name", ["", "Raspberry Pi", "a/b", 4])
 def test_a_name_must_suit_files_and_topics(name: object) -> None:
     with pytest.raises(ProfileError, match=r"name"):

@@ -40,15 +40,6 @@ def test_lost_answers_decide(n: int, lost: int) -> None:
     assert (found.refusal == "") == (lost <= max(1, MOST_LOST * n + 1e-6))
 
 
-def test_a_label_is_decided_at_even_odds() -> None:
-    reference, outputs = np.array([[0.3, -0.3]]), np.array([[-0.3, -0.3]])
-
-    found = agreement("bce", reference, outputs, np.array([[0.4, 0.6]]))
-
-    assert found.same == 0.5
-    assert found.right == (0.0, 0.5)
-
-
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.1])
 def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) -> None:

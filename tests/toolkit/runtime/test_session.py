@@ -122,16 +122,6 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "inference.onnx"
 
 
-def test_cuda_computes_where_onnxruntime_has_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
-    session = Session(small, cuda=True)
-    assert (session.provider, session.reason) == ("cuda", "")
-    session.run(feeds_of(session))
-    assert double.runs == ["cuda"]
-    assert Session(small).provider == "cpu"
-
-
 @pytest.mark.parametrize(
     ("lacks", "reason"),
     [("offers", "has no CUDA provider"), ("accepts", "driver too old"), ("loads", "can't be loaded")],

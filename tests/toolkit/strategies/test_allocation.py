@@ -123,17 +123,6 @@ def test_times_of_another_density_say_nothing() -> None:
     assert densities(fleet) == [1.0, 0.125], "twice as long as a, whose 15 seconds are of the whole model"
 
 
-def test_round_times_that_are_partly_fixed_converge_to_equal_ones() -> None:
-    """A round takes its density's share of a time plus some that no density changes: the rule is applied again."""
-    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.01, band=0.0)
-    fleet = fleet_of(allocator, "a", "b")
-    for _ in range(200):
-        deliver(allocator, fleet, "a", 10.0)
-        deliver(allocator, fleet, "b", 5.0 + 20.0 * fleet.state.devices["b"].density)
-        allocator.review(fleet, {})
-    assert densities(fleet) == pytest.approx([1.0, 0.25], rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("recovery", "path"),
     [

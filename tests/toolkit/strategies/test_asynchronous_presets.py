@@ -81,25 +81,6 @@ def test_staleness_weighs_only_those_that_hold_a_weight() -> None:
     assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1], rate=0.5) == pytest.approx(9 + 0.5 * (1.25 - 9))
 
 
-def test_schedules_are_what_the_options_say() -> None:
-    fedasync, fedbuff, fedfix, pr_fl = (
-        strategy_of("fedasync", rate=0.9, staleness="hinge", a=10, b=4, max_staleness=16, concurrent=5),
-        strategy_of("fedbuff", buffer=7, rate=0.3),
-        strategy_of("fedfix", window_s=12),
-        strategy_of("pr-fl", window_s=0.5, a=0.6, interval=10),
-    )
-    one, many, window, kept = (s.schedule for s in (fedasync, fedbuff, fedfix, pr_fl))
-    assert one is not None
-    assert many is not None
-    assert window is not None
-    assert kept is not None
-    assert (one.arrivals, one.rate, one.staleness(5), one.max_staleness, one.concurrent) == (1, 0.9, 1 / 11, 16, 5)
-    assert (many.arrivals, many.rate, many.staleness(3), many.mixing) == (7, 0.3, 0.5, "damped")
-    assert (window.window_s, window.staleness(9), window.mixing) == (12, 1.0, "unbiased")
-    assert (kept.window_s, kept.keep, kept.mixing, kept.score_every) == (0.5, True, "normalised", 10)
-    assert kept.staleness(2) == pytest.approx(3**-0.6)
-
-
 def test_pr_fl_by_elements_and_by_channels() -> None:
     elements, channels = strategy_of("pr-fl"), strategy_of("pr-fl", masks="channels")
     assert isinstance(elements, Masked)

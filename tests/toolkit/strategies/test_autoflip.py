@@ -126,15 +126,6 @@ def test_momentum_takes_masked_elements_to_zero() -> None:
     assert np.abs(weight).max() < np.abs(model(NET, 1)["second.weight"]).max()
 
 
-def test_masked_elements_can_be_kept_instead() -> None:
-    start = model(NET, 1)
-    play = Play(autoflip(pruned="keep"), start, {"a": Device(), "b": Device()})
-    play.play(4)
-    for name, active in masks(play, "a").items():
-        np.testing.assert_array_equal(play.model[name][~active], start[name][~active])
-        assert (play.model[name][active] != start[name][active]).all()
-
-
 @pytest.mark.parametrize("scaling", ["minmax", "robust"])
 def test_a_tensor_that_did_not_move_keeps_all_its_elements(scaling: str) -> None:
     def still(submodel: Any, device: str, round_: int) -> Tensors:

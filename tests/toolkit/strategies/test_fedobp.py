@@ -90,15 +90,6 @@ def test_stretching_tensor_by_tensor_gives_every_tensor_its_best() -> None:
         np.testing.assert_array_equal(found[name], score > limit)
 
 
-def test_only_the_last_layer_may_be_own_if_so_asked() -> None:
-    play = Play(fedobp(q=0.0, scope="classifier"), model(NET, 1), DEVICES)
-    before = play.play(2)
-    play.play()
-    found = own(play, "a", before)
-    assert {n for n, m in found.items() if m.any()} == {"head.weight", "head.bias"}
-    assert sum(int(m.sum()) for m in found.values()) == 3 * 4 + 3 - 1
-
-
 def test_the_other_score_weighs_a_difference_by_what_would_be_lost() -> None:
     play = Play(fedobp(q=0.8, score="diff_times_local"), model(NET, 1), DEVICES)
     before, past = play.play(2), play.past["a"].tensors

@@ -11,7 +11,6 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import Staleness
 from fedprune.strategies import PRESETS, compose
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from support.fakes.asynchronous_shell import Shell
@@ -25,18 +24,6 @@ KINDS = ("semi-async", "async")
 def job_of(kind: str, strategy: str = "plain", **more: Any) -> Job:
     settings = {"density": 0.5} if strategy == "plain" else {}
     return Job(strategy=strategy, devices=6, deadline_s=100, schedule={"kind": kind, **more}, **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("strategy", ["plain", "fedavg", "fedprune"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_strategy_that_averages_may_be_moved(strategy: str, kind: str) -> None:
-    still, moved = compose(Job(strategy=strategy)), compose(job_of(kind, strategy))
-    assert moved.schedule is not None
-    assert moved.schedule.asynchronous
-    assert type(moved.aggregator) is DeltaMean
-    assert vars(moved.aggregator) == vars(still.aggregator)
-    assert moved.schedule.staleness == Staleness("polynomial", 0.5)
-    assert (moved.schedule.window_s, moved.schedule.arrivals) == ((10, 0) if kind == "semi-async" else (0, 3))
 
 
 @pytest.mark.parametrize("name", PRESETS)

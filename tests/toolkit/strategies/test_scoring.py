@@ -122,14 +122,6 @@ def test_without_gradient_the_literal_score_is_h_w_squared(data: st.DataObject, 
         assert np.allclose(a, 2 * c)
 
 
-def test_bias_and_norm_count_for_curvature_only() -> None:
-    full = model(NET, 0)
-    other = {**full, "bias": full["bias"] + 1, "gamma": full["gamma"] + 1}
-    evidence = evidence_of(NET, model(NET, 1), model(NET, 2))
-    assert np.array_equal(magnitude(NET, full)[0], magnitude(NET, other)[0])
-    assert not np.array_equal(curvature(NET, full, evidence)[0], curvature(NET, other, evidence)[0])
-
-
 def test_a_transposed_weight_is_scored_over_its_output_axis() -> None:
     turned = replace(
         NET,

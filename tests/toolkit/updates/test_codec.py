@@ -202,15 +202,6 @@ def test_indices_come_back_from_either_form(indices: list[int], more: int) -> No
     assert packing.from_bitmap(packing.to_bitmap(found, size), len(found), size, "w").tolist() == indices
 
 
-@pytest.mark.parametrize(("share", "form"), [(0.01, "w::gaps"), (0.05, "w::gaps"), (0.5, "w::bitmap")])
-def test_the_smaller_form_of_indices_travels(share: float, form: str) -> None:
-    sent, trained = pair(3)
-    chosen = codec(f"top-k:{share}")
-    parts = packing.unpack(encode(chosen, trained, sent, TRAINED)[0], 10**6)
-    assert form in parts
-    assert {"w::gaps", "w::bitmap"} & set(parts) == {form}
-
-
 def test_sorted_bytes_shrink_and_noise_stays_as_it_is() -> None:
     sent, trained = pair(1)
     assert len(encode(codec("zlib"), trained, sent, TRAINED)[0]) < 0.95 * len(tensorfile.encode(trained))

@@ -79,13 +79,6 @@ def test_whatever_is_no_such_address_is_refused(wrong: object) -> None:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
-def test_this_machine_is_reached_without_tls(host: str) -> None:
-    url = BlobUrl.parse(f"http://{host}:8080")
-    assert (url.tls, url.port) == (False, 8080)
-    assert BlobUrl.parse(f"http://{host}").port == 80
-
-
 def test_blobs_lie_as_in_a_stores_folder() -> None:
     url = BlobUrl.parse("https://Models.example/fleet/")
     assert str(url) == "https://models.example/fleet"

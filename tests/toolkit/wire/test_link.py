@@ -16,7 +16,7 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
 from fedprune.wire import queues
-from fedprune.wire.link import Link, longest_pause, tls_context
+from fedprune.wire.link import Link, tls_context
 from fedprune.wire.queues import ConnectionDown, ConnectionUp, Inbox
 from support.waiting import attempts, until
 
@@ -78,16 +78,6 @@ def test_publishing_while_offline_is_declined() -> None:
     assert not link.publish("a", b"b")
     assert link.get() is None
     link.close()
-
-
-@pytest.mark.board
-def test_pauses_grow_up_to_a_minute_and_are_spread_over_more_where_many_share_a_broker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.undo()
-    assert [longest_pause(n) for n in (0, 1, 6, 7, 99)] == [0.5, 1.0, 32.0, 60.0, 60.0]
-    assert [longest_pause(n, 40.0) for n in (0, 1, 6, 7, 99)] == [40.0, 40.0, 40.0, 60.0, 60.0]
-    assert longest_pause(0, 100.0) == longest_pause(99, 100.0) == 100.0
 
 
 @pytest.mark.board

@@ -74,13 +74,6 @@ def test_many_senders_that_send_little_are_no_flood_and_one_that_sends_much_is()
     assert inbox.flooder() == SITE.up("flood").rpartition("/-/")[0]
 
 
-def test_what_is_no_topic_of_ours_has_a_place_too() -> None:
-    inbox = Inbox[str](LIMIT)
-    for topic in ("", "/", "x", "a/b/c/d/e/f"):
-        assert inbox.offer(topic, b"x")
-        assert inbox.get(0) == (topic, b"x")
-
-
 class Message:
     published = False
 

@@ -54,15 +54,6 @@ def test_a_limit_is_found_out_by_halving(limit: int, told: int) -> None:
     assert min(told, max(1, limit // 2)) <= known.leaves <= min(told, limit)
 
 
-def test_where_smaller_chunks_don_t_come_either_the_size_was_not_the_reason() -> None:
-    limit = ChunkLimit()
-    seen = []
-    for _ in range(4):
-        limit.silent()
-        seen.append(limit.leaves)
-    assert seen == [1, USUAL, 1, USUAL]
-
-
 def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:
     store, target = (BlobStore(tmp_path / name, durable=False) for name in "ab")
     limit, now, stalls = ChunkLimit(), 0.0, []
