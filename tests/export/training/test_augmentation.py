@@ -206,17 +206,6 @@ def test_entries_follow_each_other_in_the_recipes_order(seed: int) -> None:
         np.testing.assert_allclose(found, v, rtol=1e-5, atol=5e-6)
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_a_flip_twice_is_none_and_a_crop_only_moves_values(seed: int) -> None:
-    twice, cropped = plan_of("whole", "flip", "flip"), plan_of("whole", "crop:3")
-    x, u = drawn(IMAGE, twice, seed)
-    assert augment_samples(twice, x, np.repeat(u[:, :1], 2, 1)).tobytes() == x.tobytes()
-    _, u = drawn(IMAGE, cropped, seed)
-    for one, found in zip(x, augment_samples(cropped, x, u), strict=True):
-        for before, after in zip(one, found, strict=True):
-            assert not set(after[after != 0]) - set(before.flat)
-
-
 @given(seed=st.integers(0, 2**32 - 1), masks=st.booleans())
 def test_labels_move_with_the_pixels_that_they_describe(seed: int, masks: bool) -> None:
     """An image whose values are its labels stays one; places from outside count for nothing."""
@@ -273,20 +262,14 @@ def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
     ("model", "augment", "recipe"),
     [
         ("words", "noise:0.1", {}),
-        ("several", "noise:0.1@words", {}),
-        ("several", "noise:0.1", {}),  # of which input?
-        ("twins", "flip", {}),
+        ("several", "noise:0.1", {}),
         ("twins", "flip@elsewhere", {}),
         ("whole", "crop:5", {}),
-        ("whole", "shift:0.1:0", {}),
-        ("whole", "specaugment:7:1", {}),
         ("series", "flip", {}),
-        ("series", "contrast:0.1", {}),
-        ("pixels", "crop:2", {}),  # without ignore_label
+        ("pixels", "crop:2", {}),
         ("pixels", "flip", {"loss": "mse"}),
         ("steps", "shift:0.1:0", {"ignore_label": VOID}),
-        ("whole", "flip", {"loss": "huber"}),  # several values, which may be places
-        ("steps", "shift:0.1", {"loss": "ctc"}),
+        ("whole", "flip", {"loss": "huber"}),
     ],
 )
 def test_what_has_no_meaning_is_refused(model: str, augment: str, recipe: dict[str, Any]) -> None:

@@ -152,13 +152,6 @@ def test_masks_have_one_number_for_what_is_dropped_together() -> None:
         assert (mask == 0).mean() == pytest.approx(ratio, abs=0.1)
 
 
-def test_masks_depend_on_nothing_but_their_key() -> None:
-    masks, tensors = masks_of(step_of(model_of("spatial"))), model_of("spatial").tensors
-    one, same, other = (masks.draw(tensors, 4, 5, *key) for key in ((1, "a"), (1, "a"), (2, "a")))
-    assert all(np.array_equal(one[n], same[n]) for n in one)
-    assert any(not np.array_equal(one[n], other[n]) for n in one)
-
-
 @pytest.mark.parametrize("kind", NETS)
 def test_nothing_is_dropped_in_inference(kind: str) -> None:
     model = model_of(kind)
@@ -289,10 +282,6 @@ def test_a_dropout_that_is_off_in_training_mode_stays_off() -> None:
     assert not model.notes
 
 
-def test_a_dropout_that_is_on_in_evaluation_is_noted() -> None:
-    assert any("Rows" in note and "evaluation" in note for note in model_of("rows").notes)
-
-
 class Labelled(nn.Module):
     """A module that can't be run without labels in training mode."""
 
@@ -394,9 +383,7 @@ def onnx_model(opset: int, ratio: float = 0.5, *, mode: bool = False, masks: boo
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=7).SerializeToString()
 
 
-@pytest.mark.parametrize(
-    ("opset", "options"), [(9, {}), (13, {}), (13, {"mode": True}), (17, {"masks": True, "mode": True})]
-)
+@pytest.mark.parametrize(("opset", "options"), [(9, {}), (17, {"masks": True, "mode": True})])
 def test_the_dropout_of_a_file_keeps_its_ratio_in_every_form(opset: int, options: dict[str, bool]) -> None:
     model = import_onnx(onnx_model(opset, 0.3, **options), "file")
     assert list(masks_of(step_of(model)).ratios.values()) == [0.3]
@@ -410,7 +397,7 @@ def test_a_dropout_that_drops_nothing_is_none() -> None:
     assert not model.notes
 
 
-@pytest.mark.parametrize("text", ["3", "{", '{"d": ["a"]}'])
+@pytest.mark.parametrize("text", ["3", '{"d": ["a"]}'])
 def test_axes_of_a_damaged_file_are_refused(text: str) -> None:
     proto = onnx.load_from_string(onnx_model(13))
     onnx.helper.set_model_props(proto, {"fedprune.dropout_axes": text})
@@ -430,7 +417,7 @@ def test_sizes_are_solved_from_the_shapes_of_weights() -> None:
         sized(("g9",), sizes)
 
 
-@pytest.mark.parametrize("ratios", ["", "[]", '{"d::keep": 2}', '{"d::keep": "x"}', "{}"])
+@pytest.mark.parametrize("ratios", ["[]", '{"d::keep": 2}'])
 def test_masks_without_ratios_are_refused(ratios: str) -> None:
     with pytest.raises(TrainingError):
         DropoutMasks.of({"d::keep": ("tensor(float)", ("N", 3))}, {step_contract.DROPOUT: ratios})

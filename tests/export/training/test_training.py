@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -148,11 +147,14 @@ def far(got: Arrays, exact: Arrays, usual: Arrays) -> list[str]:
 
 
 ALL = Features(True, True, True, True, True, True)
-COMBINATIONS = [Features(*flags, gradients=True) for flags in itertools.product([False, True], repeat=5)]
+COMBINATIONS = [
+    Features(a, b, c, a != b, a != c, gradients=True) for a, b, c in itertools.product([False, True], repeat=3)
+]
+"""Every pair of features in each of its four ways."""
 
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids=lambda f: f.key)
-def test_a_step_with_every_combination_of_features(model: Model, features: Features) -> None:
+def test_a_step_with_features_in_every_pair(model: Model, features: Features) -> None:
     session = Session(training_graph(model, features).to_bytes(), training=True)
     fed = feeds(model, features, batch=9)
     exact, usual = (oracle(model, features, fed, t) for t in (torch.float64, torch.float32))
@@ -238,7 +240,7 @@ def test_the_axes_of_tensors_are_written_only_for_ordered_dropout(model: Model) 
     assert training_graph(model, replace(EVERYTHING, ordered_dropout=False)).metadata == {}
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7, 33])
+@pytest.mark.parametrize("batch", [1, 3, 33])
 def test_one_graph_takes_any_batch(model: Model, batch: int) -> None:
     session = Session(training_graph(model, ALL).to_bytes(), training=True)
     fed = feeds(model, ALL, batch)
@@ -289,7 +291,7 @@ class Repeated(Normalised):
 
 
 @pytest.mark.parametrize("kind", [Normalised, Repeated])
-@pytest.mark.parametrize(("first", "second"), [(0.5, 0.01), (0.1, 1.0), (0.0, 0.3)])
+@pytest.mark.parametrize(("first", "second"), [(0.1, 1.0), (0.0, 0.3)])
 def test_statistics_move_by_the_modules_momentum(first: float, second: float, kind: type[Normalised]) -> None:
     net = seeded(kind(first, second)).double().train()
     normalised = import_onnx(export_torch(seeded(kind(first, second))), "normalised")
@@ -304,18 +306,12 @@ def test_statistics_move_by_the_modules_momentum(first: float, second: float, ki
             )
 
 
-def test_statistics_that_never_move_are_noted() -> None:
-    moving, still = (import_onnx(export_torch(seeded(Normalised(m, 0.1))), "normalised").notes for m in (0.1, None))
-    assert [n for n in moving if "never updated" in n] == []
-    assert len([n for n in still if "never updated" in n]) == 1
-
-
 @pytest.fixture(scope="module")
 def normalised() -> bytes:
     return export_torch(seeded(Normalised(0.1, 0.1)))
 
 
-@pytest.mark.parametrize("momentum", [-0.5, 1.5, float("nan")])
+@pytest.mark.parametrize("momentum", [-0.5, float("nan")])
 def test_a_momentum_that_is_no_share_is_refused(normalised: bytes, momentum: float) -> None:
     proto = onnx.load_model_from_string(normalised)
     norm = next(n for n in proto.graph.node if n.op_type == "BatchNormalization")
@@ -324,7 +320,7 @@ def test_a_momentum_that_is_no_share_is_refused(normalised: bytes, momentum: flo
         import_onnx(proto.SerializeToString(), "normalised")
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("density", [1.0, 0.1])
 def test_one_graph_gives_the_bits_of_a_graph_of_fixed_width(model: Model, density: float) -> None:
     arch = model.architecture
     tensors = Selection.of(arch, widths_at(arch, density)).gather(model.tensors)
@@ -378,15 +374,6 @@ def test_the_gradient_of_the_input_is_not_computed(model: Model) -> None:
 
 def test_the_same_model_gives_the_same_bytes(model: Model) -> None:
     assert training_graph(model, ALL).to_bytes() == training_graph(model, ALL).to_bytes()
-
-
-def test_a_graph_is_built_in_fifty_milliseconds(model: Model) -> None:
-    times = []
-    for _ in range(3):
-        start = time.thread_time()  # of this processor's: what others do meanwhile is not the graph's fault
-        training_graph(model, ALL)
-        times.append(time.thread_time() - start)
-    assert min(times) < 0.05
 
 
 def test_a_model_whose_output_has_no_axis_is_refused(model: Model) -> None:
