@@ -22,7 +22,7 @@ from fedprune.runtime.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WE
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.bundles.verification import verify
-from fedprune_export.checks.parity import moved_tensors, parity, try_step
+from fedprune_export.checks.parity import parity, try_step
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
@@ -78,14 +78,10 @@ def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: M
     [
         Recipe(proximal=0.1, logit_adjustment=True, mask_absent_classes=True, balance_classes=True),
         Recipe(loss="bce"),
-        Recipe(loss="mse"),
-        Recipe(loss="huber", huber_delta=0.3),
         Recipe(label_smoothing=0.2, optimizer="adam", clip_norm=1.0),
         Recipe(optimizer="lion", clip_norm=1.0, keep_optimizer_state=True),
         Recipe(optimizer="adamw", accumulate=2, frozen=("conv1.*", "bn1.*")),
-        Recipe(ordered_dropout=(0.5,), trainable=("fc.*",)),
         Recipe(mixup=0.3, label_smoothing=0.1, accumulate=2),
-        Recipe(mixup=0.3, loss="bce"),
     ],
     ids=lambda r: r.features.key,
 )
@@ -116,13 +112,6 @@ def test_a_recipe_without_a_rate_is_no_reason_to_complain(model: Model, half: Se
     still = Recipe(lr=0.0)
     write_bundle(tmp_path / "b", bundle_files(model, half, still), half, still, "raspberry-pi-5")
     assert [c.name for c in verify(tmp_path / "b")][-1] == "agreement"
-
-
-def test_weights_of_another_width(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
-    wider = half.narrowed([w + 1 for w in half.widths])
-    raw = tensorfile.encode(wider.gather(model.tensors))
-    with pytest.raises(BundleError, match=r"conv1.weight.*expected F32 \[16, 1, 3, 3\], got F32 \[17, 1, 3, 3\]"):
-        written(tmp_path / "b", {**files, WEIGHTS: raw}, half)
 
 
 def not_finite(files: dict[str, bytes], model: Model, half: Selection) -> dict[str, bytes]:
@@ -204,11 +193,6 @@ def test_damage_that_the_manifest_agrees_with_is_found(
     assert said in str(error)
 
 
-def test_a_step_that_fails_is_named_as_its_file(model: Model) -> None:
-    with pytest.raises(TrainingError, match=r"another\.onnx"):
-        moved_tensors({step_contract.LOSS: np.array(np.nan)}, model.architecture, {}, "another.onnx")
-
-
 def test_an_export_tries_the_step_at_its_own_widths(
     files: dict[str, bytes], model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -264,16 +248,6 @@ def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, m
     assert "other weights than the model: expected 17 equal tensors, got 1 others, such as fc.weight" in str(error)
 
 
-def test_the_command_says_what_it_checked(
-    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = written(tmp_path / "b", files, half)
-    (tmp_path / "renamed.onnx").write_bytes(digits_model())
-    assert main(["verify", str(folder), "--model", str(tmp_path / "renamed.onnx")]) == ExitCode.OK
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [*CHECKS, "model"]
-
-
 def test_the_command_speaks_json_also_of_what_is_wrong(
     files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,11 +262,6 @@ def test_the_command_speaks_json_also_of_what_is_wrong(
     assert (bad["ok"], bad["passed"]) == (False, [])
     assert ARCHITECTURE in bad["error"]
     assert said.err.count("\n") == 1
-
-
-def test_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
-    assert "Is this a bundle's folder?" in capsys.readouterr().err
 
 
 def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:
@@ -356,7 +325,7 @@ def test_a_step_that_learns_nothing_is_no_fine_export(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(("loss", "outputs"), [("infonce", 300), ("triplet", 300), ("bce", 1), ("cross_entropy", 300)])
+@pytest.mark.parametrize(("loss", "outputs"), [("infonce", 300), ("bce", 1), ("cross_entropy", 300)])
 def test_what_is_exported_is_verified(loss: str, outputs: int, tmp_path: Path) -> None:
     model = linear(outputs)
     fx.export(model, fx.plan(model, "raspberry-pi-5", recipe=Recipe(loss=loss)), tmp_path / "b")

@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.output.extras import install_command
 from fedprune.planning import profile_store
 from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_export.autodiff.tape import RULES
 from fedprune_export.cli.main import main
 from fedprune_export.importing import read_source
-from fedprune_export.pruning.model import Model
 
 pytestmark = pytest.mark.torch
 
-Imported = Callable[[str], Model]
 
 REPORTS = ("report.html", "report.json", "report.md")
 
@@ -66,26 +62,6 @@ def test_a_board_with_tensorrt_gets_a_plan_for_its_engine(lenet_file: Path, tmp_
     assert open_bundle(tmp_path / "b").engine == EnginePlan()
     names = {p.name for p in (tmp_path / "b").iterdir()}
     assert names == {*FILES, MANIFEST, *REPORTS, "engine.json"}
-
-
-X86 = "generic-x86-64"
-
-
-def test_every_target_says_what_its_training_step_takes_of_a_limit(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--density", "0.5", "--memory-limit", "1GB")
-    assert export(lenet_file, tmp_path / "b", *options, target=f"raspberry-pi-5,{X86}") == ExitCode.OK
-    lines = capsys.readouterr().out.splitlines()
-    for name in ("raspberry-pi-5", X86):
-        assert len([x for x in lines if x.startswith(f"{name}: memory of a training step: ")]) == 1
-
-
-def test_an_energy_that_cannot_be_limited_is_said(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(lenet_file, tmp_path / "b", "--joules-per-round", "1e-6", target=X86) == ExitCode.OK
-    assert f"\nwarning: energy isn't limited: {X86} has no power.idle_w" in capsys.readouterr().out
 
 
 def test_an_energy_that_no_width_keeps_names_the_option_that_does(
@@ -205,23 +181,8 @@ def test_an_operator_that_can_not_be_trained_is_named(
         ("none.onnx", (), ExitCode.MODEL, "No such file"),
         ("", ("--target", "toaster"), ExitCode.PROFILE, "toaster"),
         ("", ("--bytes-per-round", "10"), ExitCode.PLAN, "bytes"),
-        ("", ("--class-names", "a,b"), ExitCode.USAGE, "--class-names: expected 10 names, got 2"),
         ("", ("--input-shape", "3,28,28"), ExitCode.MODEL, "expected [1, 28, 28], got [3, 28, 28]"),
-        ("", ("--input-shape", "784"), ExitCode.MODEL, "--input-shape"),
-        ("", ("--memory-limit", "10MB"), ExitCode.PLAN, "doesn't fit its memory limit"),
         ("", ("--memory-limit", "100"), ExitCode.PLAN, "expected at most 100 bytes, got"),
-        (
-            "support.nets.small_nets:lenet",
-            ("--input-shape", "3,28,28"),
-            ExitCode.MODEL,
-            "torch can't export it for input [n, 3, 28, 28] (",
-        ),
-        (
-            "support.nets.small_nets:lenett",
-            (),
-            ExitCode.MODEL,
-            "has no lenett (did you mean 'lenet'?). It was read from",
-        ),
     ],
 )
 def test_what_can_not_be_exported_is_one_line(
@@ -239,7 +200,7 @@ def test_what_can_not_be_exported_is_one_line(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("recipe", ["{", "[1]", '{"learning": 1}', '{"lr": "fast"}'])
+@pytest.mark.parametrize("recipe", ["{", '{"learning": 1}'])
 def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str) -> None:
     (tmp_path / "recipe.json").write_text(recipe)
     assert export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json")) == ExitCode.CONFIG
@@ -250,12 +211,8 @@ def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.Captu
     ("option", "value", "said"),
     [
         *(("--density", v, f"above 0 and at most 1, or auto, got '{v}'") for v in ("0", "1.5", "wide", "nan")),
-        ("--samples", "-4", "got '-4'"),
         ("--bytes-per-round", "0", "expected bytes, such as 200MB or 1.5GB, got '0'"),
-        ("--deadline", "-1", "got '-1'"),
         ("--compression", "int9", "top-k:0.05, got 'int9'"),
-        ("--input-shape", "3,a", "such as 3,32,32, got '3,a'"),
-        ("--scorer", "curvature", "magnitude"),
     ],
 )
 def test_a_strange_option_is_a_usage_error(
@@ -269,45 +226,12 @@ def test_a_strange_option_is_a_usage_error(
     assert said in last
 
 
-def test_a_file_as_the_folder_is_a_usage_error(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(lenet_file, lenet_file) == ExitCode.USAGE
-    assert "lenet.onnx is a file" in one_line(capsys)
-
-
-def test_the_report_says_that_the_density_was_asked_for(lenet_file: Path, tmp_path: Path) -> None:
-    export(lenet_file, tmp_path / "b", "--density", "0.5")
-    assert "density 0.5, as asked" in (tmp_path / "b" / "report.md").read_text()
-
-
 def without(package: str, model: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """An export in a process that doesn't have a package."""
     words = [str(model), "--target", "raspberry-pi-5", "--out", str(out)]
     code = f"import sys\nsys.modules[{package!r}] = None\n"
     code += f"from fedprune_export.cli.main import main\nsys.exit(main({words!r}))\n"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.system
-def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> None:
-    done = without("onnx", lenet_file, tmp_path / "b")
-    assert done.returncode == ExitCode.MISSING_EXTRA
-    assert install_command("export") in done.stderr
-
-
-def test_a_terminal_sees_what_is_being_done(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Names in square brackets are names, not styles."""
-    told: list[str] = []
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("rich.status.Status.update", lambda self, text: told.append(text))
-    odd = tmp_path / "[bold]lenet.onnx"
-    odd.write_bytes(lenet_file.read_bytes())
-    assert export(odd, tmp_path / "b", "--density", "0.5") == ExitCode.OK
-    assert told[0] == f"importing {tmp_path}/\\[bold]lenet.onnx"
-    assert told[-1] == "exporting for raspberry-pi-5 (1 of 1)"
 
 
 @pytest.mark.system
@@ -329,7 +253,7 @@ def test_a_memory_limit_is_kept(lenet_file: Path, tmp_path: Path, capsys: pytest
     assert (tmp_path / "tight" / "training.onnx").read_bytes() != (tmp_path / "free" / "training.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["", "MB", "0", "-1MB", "1TB", "1e9", "200 pounds", "²MB"])
+@pytest.mark.parametrize("text", ["", "0", "1TB", "200 pounds"])
 def test_a_memory_limit_is_an_amount(lenet_file: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(SystemExit) as ended:
         export(lenet_file, tmp_path / "b", f"--memory-limit={text}")

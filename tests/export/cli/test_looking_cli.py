@@ -12,11 +12,6 @@ from fedprune_export.autodiff.tape import RULES as GRADIENTS
 from fedprune_export.channels.rule import RULES as CHANNELS
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.control_flow import CONTROL_FLOW
-from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
-from fedprune_export.importing.translation import TRANSLATED
-from fedprune_export.ir.composites import NATIVE
-from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
 
 
 def test_groups_are_printed_with_what_stays(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,33 +55,3 @@ def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixtu
     for row in rows.values():
         for said in (row["channels"], row["gradient"], row["forms"]):
             assert said is None or (said.strip() and "\n" not in said)
-
-
-def test_forms_are_named_for_what_the_import_and_the_writer_change(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["operators", "--json"])
-    forms = {r["operator"]: r["forms"] for r in json.loads(capsys.readouterr().out) if r["forms"]}
-    assert {*TRANSLATED, *CONTROL_FLOW, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
-    for name, since in NATIVE.items():
-        assert f"below opset {since}" in forms[name]
-    for name, since in (*LATER_FORMS.items(), *EARLIER_FORMS.items()):
-        assert f"from opset {since} on" in forms[name]
-
-
-def test_the_table_of_operators_has_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["operators"]) == ExitCode.OK
-    header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert header == ["operator", "channels", "gradient", "forms"]
-    assert {r[0] for r in rows} >= {*CHANNELS, *GRADIENTS}
-    assert {len(r) for r in rows} == {4}
-
-
-@pytest.mark.parametrize("command", ["groups", "operators", "verify", "to-onnx", "to-torch", "profiles"])
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
-    assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"usage: fedprune-export {command}")
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert f"\n  {command} " in capsys.readouterr().out

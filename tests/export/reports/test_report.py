@@ -11,10 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
-from fedprune import __version__
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ExitCode
-from fedprune.core.text import amount
 from fedprune.runtime.session import Session
 from fedprune_export.checks import labelled_data
 from fedprune_export.cli.main import main
@@ -112,25 +110,6 @@ def test_the_page_needs_nothing_else(bundle: Path) -> None:
     assert page.tags["li"] >= len(json.loads((bundle / "report.json").read_text())["groups"])
 
 
-def test_the_page_says_what_was_exported_how_and_what_the_json_says(bundle: Path) -> None:
-    body, html = json.loads((bundle / "report.json").read_text()), (bundle / "report.html").read_text()
-    use, text = body["plan"]["prediction"]["memory"], " ".join(Page(html).text)
-    for fact in ("Model digits", "Board raspberry-pi-5", "Batch size 32", "Samples on the board 1,000", "sgd"):
-        assert fact in text
-    assert f"fedprune {__version__}" in text
-    for side in ("before", "after"):
-        assert f"{body[side]['parameters']:,}" in text
-        assert amount(body[side]["weights_bytes"], "bytes") in text
-        assert f"{body[side]['memory_bytes']:,}" not in text
-    for group in body["groups"]:
-        assert f"{group['kept']} of {group['channels']}" in text
-    for kind in ("process", "weights", "activations", "samples"):
-        assert f"{kind} {amount(use[kind], 'bytes')}" in html
-    assert body["plan"]["bound"] == "nothing"
-    assert "nothing binds: " in text
-    assert "weights and optimiser state" not in text  # the memory is drawn as bars alone
-
-
 def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:
     proto = onnx.load(digits)
     evil = "</pre><script>alert(1)</script>"
@@ -184,13 +163,9 @@ HOLED[2, 0, 1, 5] = np.inf
     [
         ({"x": X}, "expected arrays x_test and y_test, or x and y, got x"),
         ({"x": X[:, :, :7], "y": Y}, r"shape of x: expected \[n, 1, 8, 8\], got \[4, 1, 7, 8\]"),
-        ({"x": X[:0], "y": Y[:0]}, "shape of x"),
         ({"x": HOLED, "y": Y}, "x holds numbers that are not finite: got sample 2"),
         ({"x": X.astype(complex), "y": Y}, "x: expected numbers, got complex128"),
-        ({"x": X, "y": Y[:3]}, "y: expected 4 labels"),
         ({"x": X, "y": Y + 10}, "a label is out of range: expected 0 to 9, got 10"),
-        ({"x": X, "y": Y - 1}, "a label is out of range: expected 0 to 9, got -1"),
-        ({"x": X, "y": Y.astype(float)}, r"whole numbers \[4\]"),
         ({"x": X, "y": np.array([{}] * 4, object)}, r"not an \.npz file of plain arrays \(it holds objects"),
     ],
 )
@@ -224,7 +199,7 @@ def test_a_file_that_was_cut_short_is_called_that(digits: Path, tmp_path: Path) 
             labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
 
 
-@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])
+@pytest.mark.parametrize("raw", [b"", b"\x93NUMPY"])
 def test_a_file_that_is_no_data_ends_with_the_code_of_data(
     digits: Path, tmp_path: Path, raw: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:

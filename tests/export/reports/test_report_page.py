@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
@@ -38,10 +36,6 @@ def only_strip(bar: Bar) -> Strip:
     return strip
 
 
-def ends(bar: Bar) -> Sequence[float]:
-    return [float(part[2]) for part in bar.parts if not isinstance(part, Strip)]
-
-
 @pytest.mark.parametrize("sizes", [(7, 16, 64, 3, 100), (5,) * 120])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_filled_part_of_a_bar_is_the_kept_share(sizes: tuple[int, ...], seed: int) -> None:
@@ -57,30 +51,12 @@ def test_the_filled_part_of_a_bar_is_the_kept_share(sizes: tuple[int, ...], seed
         assert row.note == f"{width} of {size}"
 
 
-def test_kept_channels_are_filled_where_they_are() -> None:
-    selection = Selection.of(architecture((8,)), [3], [[6, 1, 7, 0, 2, 3, 4, 5]])
-    (row,) = channel_bars(selection)
-    assert [(run.x, run.width) for run in only_strip(row).runs if run.level] == [(1, 1), (6, 2)]
-
-
 def test_a_bar_of_many_channels_stays_small() -> None:
     arch = architecture((4096,))
     every_second = Selection.of(arch, [2048], [[*range(0, 4096, 2), *range(1, 4096, 2)]])
     (row,) = channel_bars(every_second)
     assert len(bars([row], "one")) < 12_000
     assert only_strip(row).mean == pytest.approx(0.5, abs=0.02)
-
-
-def test_layers_are_as_long_as_they_have_channels() -> None:
-    rows = layer_bars(architecture((10, 40, 20)), (5, 10, 20))
-    assert [ends(row) for row in rows] == [[0.25, 0.125], [1, 0.25], [0.5, 0.5]]
-    assert [row.note for row in rows] == ["10 → 5", "40 → 10", "20"]
-
-
-def test_a_long_name_is_shown_from_its_beginning_to_its_end() -> None:
-    name = "backbone.stages.1.blocks.0.downsample.projection.conv"
-    rows = layer_bars(architecture((4,), name=name), (2,))
-    assert f">{name}0<" in bars(rows, "layers")
 
 
 def test_names_are_text() -> None:
