@@ -77,10 +77,6 @@ def test_one_step_equals_torchs(module: Plain, model: Model, density: float) -> 
     assert max(distances(got, exact, parts(arch)).values()) < 1e-5
 
 
-def test_an_import_of_an_import_is_the_same(model: Model) -> None:
-    assert import_onnx(model.graph.to_bytes(), "plain").architecture.digest == model.architecture.digest
-
-
 def _scaled(scale: list[float], shift: list[float]) -> Model:
     """A network whose norm has these constants."""
     rng = np.random.default_rng(0)

@@ -167,18 +167,6 @@ def filled_to_a_shape(graph: Graph, value: str) -> str:
     return graph.emit("Add", value, filled)
 
 
-@net(8, 6)
-def filled_beside_the_batch(graph: Graph, value: str) -> str:
-    shape = graph.emit("Concat", batch(graph, value), graph.ints(8, 1, 1), attrs={"axis": 0})
-    return graph.emit("Add", value, graph.emit("ConstantOfShape", shape, attrs={"value": np.full(1, 0.3, np.float32)}))
-
-
-@net(8, 6)
-def resized_by_sizes(graph: Graph, value: str) -> str:
-    sizes = graph.emit("Concat", batch(graph, value), graph.ints(8, 4, 9), attrs={"axis": 0})
-    return graph.emit("Resize", value, "", "", sizes, attrs={"mode": "linear"})
-
-
 @net(6)
 def indices_of_a_pool(graph: Graph, value: str) -> str:
     pooled, where = graph.emit_many("MaxPool", value, outputs=2, attrs={"kernel_shape": [2, 2]})
@@ -192,23 +180,11 @@ def split_unevenly(graph: Graph, value: str) -> str:
     return graph.emit("Concat", graph.emit("Tanh", c), a, b, attrs={"axis": 1})
 
 
-@net(4, 4, 4, 6)
-def split_of_a_concatenation(graph: Graph, value: str) -> str:
-    both = graph.emit("Concat", value, conv(graph, value, "other", 8, 8), attrs={"axis": 1})
-    return graph.emit("Slice", both, graph.ints(4), graph.ints(12), graph.ints(1))
-
-
 @net(8, 6)
 def sliced_at_other_places(graph: Graph, value: str) -> str:
     blocks = graph.emit("Conv", value, weight(graph, "blocks", 8, 4, 1, 1), attrs={"group": 2})
     some = graph.emit("Slice", blocks, graph.ints(1), graph.ints(7), graph.ints(1))
     return conv(graph, some, "other", 6, 8)
-
-
-@net(8, 6)
-def sliced_by_the_shape(graph: Graph, value: str) -> str:
-    end = graph.emit("Slice", graph.emit("Shape", value), graph.ints(1), graph.ints(2))
-    return graph.emit("Slice", value, graph.ints(0), end, graph.ints(1))
 
 
 @net(4, 6)
@@ -270,23 +246,11 @@ def energy_of_channels(graph: Graph, value: str) -> str:
 
 
 @net(8, 6)
-def sum_over_all(graph: Graph, value: str) -> str:
-    total = graph.emit("ReduceSum", value, graph.ints(1, 2, 3), attrs={"keepdims": 1})
-    return graph.emit("Add", value, graph.emit("Mul", total, graph.scalar(0.01)))
-
-
-@net(8, 6)
 def comparisons(graph: Graph, value: str) -> str:
     other = graph.emit("Tanh", conv(graph, value, "other", 8, 8))
     either = graph.emit("Or", graph.emit("Less", value, other), graph.emit("Not", graph.emit("Greater", value, other)))
     both = graph.emit("And", either, graph.emit("GreaterOrEqual", value, graph.scalar(0.1)))
     return graph.emit("Where", both, graph.emit("Mod", value, graph.scalar(0.7), attrs={"fmod": 1}), other)
-
-
-@net(8, 6)
-def one_map_for_many(graph: Graph, value: str) -> str:
-    one = graph.emit("Conv", value, weight(graph, "one", 1, 8, 1, 1))
-    return graph.emit("Where", graph.emit("Greater", one, graph.scalar(0)), value, graph.emit("Neg", value))
 
 
 def steps(graph: Graph, value: str) -> str:
@@ -365,12 +329,6 @@ def rms_norm(graph: Graph, value: str) -> str:
 def layer_norm(graph: Graph, value: str) -> str:
     ones = graph.constant(np.full((8, 6, 6), 1.5), np.float32)
     return graph.emit("LayerNormalization", value, ones, attrs={"axis": 1})
-
-
-@net(8, 6)
-def instance_norm(graph: Graph, value: str) -> str:
-    vectors = (graph.constant(np.ones(8), np.float32), graph.constant(np.zeros(8), np.float32))
-    return graph.emit("InstanceNormalization", value, *vectors)
 
 
 @net(2, 6)

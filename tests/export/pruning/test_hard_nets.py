@@ -8,7 +8,6 @@ from typing import Literal
 import pytest
 import torch
 
-from fedprune.model.architecture import Segment
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from support.marks import marked
@@ -37,7 +36,6 @@ LONG = (
 NAMES = marked(hard_nets.NETS, soak=(*LONG, "FusedAttention", "TiedWeights", "Unfolded"))
 """The last ones have the wiring of others: of the vision transformer and the tied language model, and of Overlaps."""
 
-HEADS = {"MultiheadAttention": [12, 3], "TwoLSTMs": [12, 7, 7]}
 """Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
 
 
@@ -67,13 +65,6 @@ def test_what_can_be_cut_is_found(name: str) -> None:
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
 
 
-# At every push the test above finds the channels of other networks.
-@pytest.mark.soak
-@pytest.mark.parametrize("name", HEADS)
-def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
-    assert [g.size for g in imported(name).architecture.groups] == HEADS[name]
-
-
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
@@ -88,11 +79,3 @@ def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
     assert [g.size for g in model.architecture.groups] == FINE[name]
     for density, batch in ((0.25, 2), (0.5, 7), (0.75, 2), (0.001, 7)):
         assert cut_error(model, random_selection(model, density, seed=batch), batch) < 1e-5
-
-
-def test_heads_groups_and_dims_of_one_network() -> None:
-    """The same layers: whole heads, or the same dims of every head."""
-    coarse, fine = (imported("FusedAttention", how).architecture for how in ("coarse", "fine"))
-    assert coarse.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 3, 4),) * 3
-    assert fine.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 4),) * 9
-    assert coarse.members(1) == fine.members(1) == ("qkv.weight[0]", "qkv.bias[0]", "out.weight[1]")

@@ -81,19 +81,6 @@ def test_so_much_can_be_cut(name: str) -> None:
     assert kept <= least.kept
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_stays_is_named(name: str) -> None:
-    """Where a layer's channels stay, other than classes and places, a note says why."""
-    model = whole_models.imported(name)
-    architecture = model.architecture
-    made = {n.weight: architecture.by_name[n.weight].axes[n.output_axis] for n in architecture.layers if n.weight}
-    made = {n: axis for n, axis in list(made.items())[:-1] if n not in {*MODELS[name].places, *model.frozen}}
-    stays = [axis for axis in made.values() if not axis.groups and axis.length > 1]
-    assert not stays or any("stay" in note for note in model.notes)
-    for text in MODELS[name].stays:
-        assert any(text in note for note in model.notes), text
-
-
 @pytest.mark.parametrize(
     ("name", "prefer"),
     marked(

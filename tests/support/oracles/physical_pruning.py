@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -106,50 +106,6 @@ def maker(architecture: Architecture, modules: dict[str, Any], group: int) -> tu
                 found.append((len(tensor.axes[out].groups), layer, tensor.name, out))
     assert found, f"no layer makes group {group}"
     return min(found, key=lambda f: f[0])[1:]
-
-
-def verdicts(make: Callable[[], nn.Module], x: np.ndarray[Any, Any], near: float = 1e-5) -> dict[str, str]:
-    """What becomes of a network when Torch-Pruning cuts one channel of one of its groups, by group as text.
-
-    "fails": it can't be pruned, or doesn't run any more. "differs": it computes something else than the whole network
-    in which everything that makes the pruned channels is zero. (With a normalisation across channels it may.) "equal":
-    it computes the same.
-    """
-    out = {}
-    for place, (group, _) in enumerate(list(_groups(make()))):
-        (text,) = lines(Counter([group]))
-        out[text] = _verdict(make, x, place, near)
-    return out
-
-
-def _verdict(make: Callable[[], nn.Module], x: np.ndarray[Any, Any], place: int, near: float) -> str:
-    module = make()
-    _, graph = dependency_graph(module)
-    (_, size), found = list(_groups(module))[place]
-    first = found[0]
-    try:
-        group = graph.get_pruning_group(first.dep.target.module, first.dep.handler, idxs=[size // 3])
-        names = {part: name for name, part in module.named_modules()}
-        made = [
-            (names[item.dep.target.module], list(item.idxs))
-            for item in group
-            if item.dep.target.module in names and graph.is_out_channel_pruning_fn(item.dep.handler)
-        ]
-        group.prune()
-        result = outputs_of(module, x)
-    except Exception:  # noqa: BLE001 - whatever torch says to shapes that don't fit
-        return "fails"
-    whole = make()
-    parts = dict(whole.named_modules())
-    with torch.no_grad():
-        for name, rows in made:
-            for tensor in parts[name].parameters(recurse=False):
-                if isinstance(parts[name], TRANSPOSED) and tensor.ndim > 1:
-                    tensor[:, rows] = 0
-                else:
-                    tensor[rows] = 0
-    expected = outputs_of(whole, x)
-    return "equal" if np.abs(result - expected).max() <= near * np.abs(expected).max() else "differs"
 
 
 def lines(groups: Counter[LayerGroup]) -> list[str]:
