@@ -6,7 +6,6 @@ import json
 import os
 import plistlib
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +107,6 @@ def test_a_card_that_is_too_small_is_refused() -> None:
         chosen("/dev/sdb", known, 31914983425)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b'{"blockdevices": [1]}', b'{"blockdevices": 3}'])
-def test_what_is_not_lsblks_is_an_error(raw: bytes) -> None:
-    with pytest.raises(CardError):
-        from_lsblk(raw)
-
-
 LISTED = plistlib.dumps(
     {
         "WholeDisks": ["disk0", "disk4"],
@@ -142,12 +135,6 @@ def test_drives_are_read_from_diskutil() -> None:
     assert (card.removable, card.system, card.mounts) == (True, False, ("/Volumes/bootfs",))
     with pytest.raises(CardError, match="is in use"):
         chosen("/dev/disk4", [card], 1)
-
-
-@pytest.mark.parametrize("raw", [b"", b"<plist>", b"text", plistlib.dumps([]), plistlib.dumps({})])
-def test_what_is_not_diskutils_is_an_error(raw: bytes) -> None:
-    with pytest.raises(CardError):
-        from_diskutil(raw, LISTED)
 
 
 @pytest.fixture
@@ -202,11 +189,6 @@ def test_a_card_that_was_pulled_out_has_no_partition_table(
     assert card.read_bytes()[:512] == bytes(512)
 
 
-def test_a_card_that_is_not_there_is_an_error(image: Path, tmp_path: Path) -> None:
-    with pytest.raises(CardError, match="can't write to"):
-        write_card(image, tmp_path / "none", lambda *_: None)
-
-
 @pytest.mark.parametrize(("typed", "confirmed"), [("{}\n", True), ("yes\n", False), ("\n", False), ("", False)])
 def test_only_the_devices_name_confirms(
     typed: str,
@@ -228,26 +210,6 @@ def test_only_the_devices_name_confirms(
             _write_card(image, str(card), None)
         assert card.read_bytes() == before
     assert "Test Card, 0.0 GB" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("change", ["size", "name", "gone", "mounted"])
-def test_a_drive_that_changes_while_somebody_is_asked_is_not_written_to(
-    change: str, image: Path, card: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drive = Drive(str(card), 10_000_000, "Test Card", removable=True, read_only=False)
-    later = {
-        "size": [replace(drive, size=10_000_001)],
-        "name": [replace(drive, name="Backup")],
-        "gone": [],
-        "mounted": [replace(drive, mounts=("/media/x",))],
-    }[change]
-    answers = iter([[drive], later])
-    monkeypatch.setattr("fedprune_flash.card.drives.drives", lambda: next(answers))
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{card}\n"))
-    before = card.read_bytes()
-    with pytest.raises(CardError):
-        _write_card(image, str(card), None)
-    assert card.read_bytes() == before
 
 
 def test_yes_must_name_the_same_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

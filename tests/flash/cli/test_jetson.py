@@ -39,12 +39,9 @@ def test_what_is_printed_is_a_script(board: str, capsys: pytest.CaptureFixture[s
     ("arguments", "code"),
     [
         (["jetson-nano", "--release", "32.7.1"], ExitCode.CONFIG),
-        (["jetson-orin-nano", "--release", "35.2.1"], ExitCode.CONFIG),
         (["jetson-orin-nano", "--release", "38.4"], ExitCode.CONFIG),
-        (["jetson-orin-nano", "--release", "36.2"], ExitCode.CONFIG),
         (["jetson-thor", "--release", "36.4"], ExitCode.CONFIG),
         (["jetson-thor", "--release", "38.4", "--storage", "sd"], ExitCode.CONFIG),
-        (["jetson-agx-orin", "--release", "39.2.1", "--storage", "nvme"], ExitCode.CONFIG),
         (["jetson-orin-nano", "--release", "36.4;reboot"], ExitCode.PROFILE),
         (["jetson-orin-nano", "--release", "36.4", "--user", "a b"], ExitCode.CONFIG),
     ],
