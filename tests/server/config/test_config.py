@@ -105,9 +105,3 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_simulations_tables_are_left_to_the_simulation(tmp_path: Path) -> None:
     body = {"job": {"name": "leaves"}, "devices": [{"name": "a"}], "dropouts": {"share": 0.1}}
     assert parse_config(body, "fleet.toml", tmp_path) == parse_config({"job": body["job"]}, "fleet.toml", tmp_path)
-
-
-def test_an_option_that_only_the_allocator_checks_is_named_as_an_option() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_config({"job": {"strategy": "fedprune", "options": {"densities": [2]}}}, "fleet.toml", Path())
-    assert str(caught.value).startswith("fleet.toml: [job] option densities of fedprune: expected a number")

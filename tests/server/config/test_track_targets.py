@@ -31,7 +31,6 @@ def test_each_tracker_may_have_a_destination() -> None:
         ("neptune", "neptune"),
         ("tensorboard,", "''"),
         ("mlflow:", "mlflow:"),
-        ("wandb,wandb", "wandb,wandb"),
         ("mlflow:http://ann:secret@here:5000", "here:5000"),
     ],
 )

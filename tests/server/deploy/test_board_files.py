@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -61,13 +60,6 @@ def test_the_board_s_container_runs_the_program_s_command() -> None:
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
 
 
-@pytest.mark.parametrize("missing", sorted(ENVIRONMENT))
-def test_the_board_s_container_names_what_it_wants(missing: str) -> None:
-    given = {k: v for k, v in ENVIRONMENT.items() if k != missing}
-    with pytest.raises(KeyError, match=missing):
-        read_compose(given, BOARD)
-
-
 def started(tmp_path: Path, **environment: str) -> tuple[int, list[str], str]:
     """What balena's start runs: the exit code, the program's arguments, and what it reads on standard input."""
     python = tmp_path / "python3"
@@ -105,20 +97,6 @@ def test_balena_s_start_names_the_variable_that_is_missing(tmp_path: Path) -> No
     code, (said,), _ = started(tmp_path, FEDPRUNE_BROKER="mqtts://fleet.example")
     assert code != 0
     assert "FEDPRUNE_PROFILE: is the hardware profile" in said
-
-
-def test_balena_s_files_fit_together() -> None:
-    body = yaml.safe_load((BALENA / "balena.yml").read_text())
-    assert body["version"] == __version__
-    given = {name for row in body["data"]["applicationEnvironmentVariables"] for name in row}
-    text = (BALENA / "start.sh").read_text() + (BOARD / "compose.yaml").read_text()
-    assert given <= set(re.findall(r"FEDPRUNE_\w+", text))
-    assert body["data"]["defaultDeviceType"] in body["data"]["supportedDeviceTypes"]
-    template = (BALENA / "Dockerfile.template").read_text()
-    assert f"FROM registry.example/fedprune-board:{__version__}\n" in template
-    copied = re.findall(r"^COPY (\S+) (\S+)$", template, re.MULTILINE)
-    assert all((BALENA / source).is_file() for source, _ in copied)
-    assert f'ENTRYPOINT ["sh", "{copied[0][1]}"]' in template
 
 
 def test_hadolint_finds_nothing() -> None:

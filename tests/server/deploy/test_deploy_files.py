@@ -15,16 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from fedprune import __version__
 from fedprune.core.toml_file import parse_toml
 from fedprune_device.cli.main import build_parser as build_board_parser
 from fedprune_server.cli.main import build_parser
 from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.tables import parse_config
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker.broker_files import CONFIG as MOSQUITTO_CONF
 from fedprune_server.monitoring.health import FILE as PULSE
-from support.processes.compose_file import DEPLOY, mounts, read_compose
+from support.processes.compose_file import DEPLOY, read_compose
 
 PINNED = re.compile(r"[\w./-]+:\d+\.\d+(\.\d+)?(-[\w.-]+)?")
 ENVIRONMENT = {"FEDPRUNE_HOST": "fleet.example"}
@@ -44,11 +42,6 @@ def manifests() -> dict[tuple[str, str], dict[str, Any]]:
     found = {(p["kind"], p["metadata"]["name"]): p for p in parts}
     assert len(found) == len(parts)
     return found
-
-
-def templates() -> dict[str, dict[str, Any]]:
-    """Of pods, by the name of what makes them."""
-    return {name: m["spec"]["template"] for (_, name), m in manifests().items() if "template" in m.get("spec", {})}
 
 
 def pods() -> list[tuple[str, dict[str, Any]]]:
@@ -74,34 +67,6 @@ def check_environment(given: dict[str, str]) -> None:
     environment_layer({k: v for k, v in given.items() if not k.endswith("_FILE")})
 
 
-def test_what_compose_says_holds_together() -> None:
-    body = read_compose(ENVIRONMENT)
-    services = body["services"]
-    for name, service in services.items():
-        assert PINNED.fullmatch(service["image"]), name
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert all(s in body["secrets"] for s in service.get("secrets", []))
-        for target, source in mounts(body, name, Path("x")).items():
-            assert target.startswith("/")
-            assert source.parent.name != "volumes" or source.name in body["volumes"]
-        for other, wanted in service.get("depends_on", {}).items():
-            needs = (
-                "healthcheck" in services[other]
-                if wanted["condition"] == "service_healthy"
-                else services[other]["restart"] == "no"
-            )
-            assert needs, (name, other)
-        check_environment(service.get("environment", {}))
-    assert all(re.fullmatch(r"\d+:\d+", port) for s in services.values() for port in s.get("ports", []))
-    assert services["server"]["image"].endswith(f":{__version__}")
-
-
-def test_compose_wants_the_host_by_which_boards_come() -> None:
-    with pytest.raises(KeyError, match="FEDPRUNE_HOST"):
-        read_compose({})
-
-
 def test_the_commands_of_containers_are_commands_of_the_program() -> None:
     services = read_compose(ENVIRONMENT)["services"]
     script = services["prepare"]["command"][0].replace("$FEDPRUNE_SITE", "lab")
@@ -118,22 +83,6 @@ def test_the_commands_of_containers_are_commands_of_the_program() -> None:
         build_parser().parse_args(words)
     (words,) = re.findall(r"CMD (\[.*\])", board)
     assert build_board_parser().parse_args(json.loads(words)).patient is True
-
-
-def test_both_hand_the_broker_the_file_that_broker_config_writes() -> None:
-    broker = read_compose(ENVIRONMENT)["services"]["broker"]
-    (pod,) = (c for name, _, c in containers() if name == "broker")
-    assert broker["command"] == pod["command"]
-    folder = str(Path(broker["command"][-1]).parent)
-    assert broker["command"][-1] == f"{folder}/{MOSQUITTO_CONF}"
-    assert f"broker:{folder}:ro" in broker["volumes"]
-    assert pod["volumeMounts"][0]["mountPath"] == folder
-    assert f"--out {folder}\n" in read_compose(ENVIRONMENT)["services"]["prepare"]["command"][0]
-
-
-def test_the_images_are_the_same_for_both() -> None:
-    compose = {s["image"] for s in read_compose(ENVIRONMENT)["services"].values()}
-    assert {c["image"].removeprefix("registry.example/") for _, _, c in containers()} == compose
 
 
 def test_the_fleets_of_both_are_valid() -> None:
@@ -161,45 +110,6 @@ def test_a_container_may_do_little() -> None:
             assert {"livenessProbe", "readinessProbe"} <= container.keys()
             assert {"requests", "limits"} <= container["resources"].keys()
         check_environment({e["name"]: e["value"] for e in container.get("env", [])})
-
-
-def test_what_manifests_name_is_there() -> None:
-    found = manifests()
-    secrets = {"identity", "broker", "database"}  # made by hand: docs/deploy.md
-    for _, pod, container in containers():
-        volumes = {v["name"]: v for v in pod["volumes"]}
-        for mount in container["volumeMounts"]:
-            volume = volumes.get(mount["name"], {})
-            if "configMap" in volume:
-                assert ("ConfigMap", volume["configMap"]["name"]) in found
-            elif "persistentVolumeClaim" in volume:
-                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in found
-            elif "secret" in volume:
-                assert volume["secret"]["secretName"] in secrets
-            else:
-                assert "emptyDir" in volume or mount["name"] == "data"
-        mounted = [m["mountPath"] for m in container["volumeMounts"]]
-        for e in container.get("env", []):
-            if e["value"].startswith("/"):
-                assert any(Path(e["value"]).is_relative_to(m) for m in mounted), e
-
-
-def test_services_and_policies_find_their_pods() -> None:
-    found = manifests()
-    labels = {
-        n: m["spec"]["template"]["metadata"]["labels"] for (_, n), m in found.items() if "template" in m.get("spec", {})
-    }
-    ports = {n: {p["name"] for c in pod["containers"] for p in c.get("ports", [])} for n, pod in pods()}
-    for (kind, name), manifest in found.items():
-        spec = manifest.get("spec", {})
-        if "selector" in spec and kind != "Service":
-            assert spec["selector"]["matchLabels"] == labels[name]
-        if kind == "Service":
-            assert spec["selector"] == labels[name]
-            assert {p["targetPort"] for p in spec["ports"]} <= ports[name]
-        if kind == "NetworkPolicy" and name != "nobody":
-            assert spec["podSelector"]["matchLabels"] == labels[name]
-            assert {p["port"] for rule in spec.get("ingress", []) for p in rule["ports"]} <= ports[name]
 
 
 def kustomized(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -235,25 +145,6 @@ def test_kubectl_takes_them() -> None:
     assert kustomized(DEPLOY / "kubernetes").keys() == manifests().keys()
 
 
-@pytest.mark.soak
-def test_a_fleet_does_without_what_is_elsewhere(tmp_path: Path) -> None:
-    found = elsewhere(tmp_path)
-    assert {name for _, name in found} == {"fedprune", "nobody", "server", "fleet", "state"}
-    assert found["ConfigMap", "fleet"]["data"] == {"fleet.toml": '[job]\nname = "leaves"\n'}
-    spec = found["Deployment", "server"]["spec"]
-    pod = spec["template"]["spec"]
-    (server,) = pod["containers"]
-    assert {c["image"] for c in (*pod["initContainers"], server)} == {"registry.example.org/leaves:7"}
-    given = {e["name"]: e["value"] for e in server["env"]}
-    check_environment(given)
-    (own,) = (c for name, _, c in containers() if name == "server" and c["name"] == "server")
-    assert {e["name"] for e in own["env"]} | {"FEDPRUNE_SERVER_KEEP"} == given.keys()
-    assert given["FEDPRUNE_SERVER_BROKER"] == "mqtts://broker.example"
-    assert spec["replicas"] == 1
-    egress = found["NetworkPolicy", "server"]["spec"]["egress"]
-    assert [p["port"] for rule in egress for p in rule["ports"]] == [443, 5432, 8883, 53, 53]
-
-
 @pytest.mark.soak  # its package is of 108 MB
 def test_the_schemas_of_kubernetes_know_every_word(tmp_path: Path) -> None:
     schemas = pytest.importorskip("kubernetes_validate")
@@ -272,22 +163,6 @@ def test_hadolint_finds_nothing() -> None:
         pytest.skip("hadolint is not installed")
     done = subprocess.run([hadolint, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_the_image_is_built_of_files_that_are_there_and_sent() -> None:
-    text = (DEPLOY / "Dockerfile").read_text()
-    sent = {line[1:] for line in (DEPLOY.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {w for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for w in line.split()[:-1]}
-    assert copied == sent
-    assert all((DEPLOY.parent / name).exists() for name in copied)
-    assert re.search(r"^ARG BASE=python:3\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
-    installs = re.findall(r"pip (?:--python \S+ )?install (.*?)(?:&&|$)", text.replace("\\\n", " "), re.MULTILINE)
-    assert len(installs) == 5
-    assert all({"--require-hashes", "--no-index"} & set(words.split()) for words in installs)
-    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"] * 2
-    assert text.rindex(" AS board") < text.rindex(" AS server\n")  # which is built where no target is named
-    assert {"HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"} <= {line.split(" ")[0] for line in text.splitlines()}
-    check_environment(dict(re.findall(r"(FEDPRUNE_\w+)=(\S+)", text)))
 
 
 def test_the_first_pod_takes_the_identity_of_the_secret_and_later_ones_leave_it(tmp_path: Path) -> None:

@@ -126,11 +126,6 @@ def test_a_lock_has_the_versions_of_the_tests(lock: Lock) -> None:
         assert {name: locked[name] for name in shared} == {name: expected[name] for name in shared}, "make pins"
 
 
-def test_no_mlflow_is_installed_over_files_of_another_version() -> None:
-    tested = pins(rows(ROOT / "constraints.txt"), *TARGETS[-1])
-    assert tested["mlflow"] == tested["mlflow-skinny"]
-
-
 @pytest.mark.parametrize("lock", [lock for lock in FILES if lock.hashed], ids=lambda lock: lock.path.name)
 def test_every_package_of_a_lock_has_a_sha256(lock: Lock) -> None:
     for row in rows(lock.path):
@@ -146,9 +141,3 @@ def test_the_image_of_a_server_has_the_versions_that_a_release_lists() -> None:
 def test_a_release_lists_every_extra_of_users() -> None:
     extras = parse_toml((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(listed()) == extras.keys() - NOT_LISTED
-
-
-def test_the_makefile_locks_what_is_compared_here() -> None:
-    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    (line,) = re.findall(r"^\t\$\(COMPILE\).*-o deploy/locks/server\.txt$", text, re.MULTILINE)
-    assert tuple(re.findall(r"--extra (\w+)", line)) == IMAGE
