@@ -13,7 +13,7 @@ from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation import runs as simulated_runs
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.runs import DONE, RunResult
+from fedprune_server.simulation.runs import RunResult
 from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
 
 PI = "raspberry-pi-4b"
@@ -88,17 +88,6 @@ def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(
     assert advice["advice"]["reason"] in said
     assert taken["toml"] in said
     assert (out / "comparison.html").exists()
-
-
-@pytest.mark.soak
-def test_finished_runs_are_not_done_again(tmp_path):
-    path, out = fleet_of(tmp_path / "fleet", STARTERS[:2], rounds=1, max_steps=1), tmp_path / "out"
-    command = ["advise", "--config", str(path), "--out", str(out), "--workers", "2", "--seeds", "1"]
-    assert main(command) == ExitCode.OK
-    finished = {place: place.read_bytes() for place in out.glob(f"*/{DONE}")}
-    assert main(command) == ExitCode.OK
-    assert {place: place.read_bytes() for place in out.glob(f"*/{DONE}")} == finished
-    assert len(finished) >= 3
 
 
 @pytest.mark.parametrize(

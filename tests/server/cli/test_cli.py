@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,12 +20,10 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, ExitCode, ModelError
+from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import Recipe
 from fedprune.runtime import session
 from fedprune.runtime.session import Session
-from fedprune.strategies import Strategy
 from fedprune.strategies.channel_ranking import places_of
 from fedprune.strategies.methods.fedprune import RANKS
 from fedprune_export import load
@@ -37,7 +33,6 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.executor import settled_ranks
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard
 from fedprune_server.simulation.digits import digits_model
@@ -97,14 +92,6 @@ def closed_port() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        held.listen()
-        yield held.getsockname()[1]
-
-
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The error, which must be one line."""
     lines = capsys.readouterr().err.strip().splitlines()
@@ -119,16 +106,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "{model}", "--broker", "mqtt://127.0.0.1:{port}"], ExitCode.BROKER, "127.0.0.1:{port}"),
         (["--model", "{folder}/wrong.onnx"], ExitCode.MODEL, "wrong.onnx"),
         ([], ExitCode.CONFIG, "--model"),
-        (
-            ["--port", "http"],
-            ExitCode.CONFIG,
-            "--port: [server] port: expected a whole number from 0 to 65535, got 'http'",
-        ),
         (["--devices", "x"], ExitCode.CONFIG, "--devices: [job] devices: expected a whole number from 1 to"),
-        (["--model", "{model}", "--schedule", "weekly"], ExitCode.CONFIG, "sync or semi-async or async, got 'weekly'"),
         (["--model", "{model}", "--evaluation", "{folder}/e.npz"], ExitCode.DATA, "e.npz"),
     ],
-    ids=["broker", "model", "no model", "port", "devices", "schedule", "evaluation"],
+    ids=["broker", "model", "no model", "devices", "evaluation"],
 )
 def test_a_start_that_fails_ends_with_one_clear_error(
     model: Path, tmp_path: Path, closed_port: int, options: list[str], code: ExitCode, words: str,
@@ -142,33 +123,6 @@ def test_a_start_that_fails_ends_with_one_clear_error(
     assert words.format(**known) in one_line(capsys)
 
 
-def test_a_taken_port_ends_with_one_clear_error(
-    model: Path,
-    tmp_path: Path,
-    taken_port: int,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("fedprune_server.messaging.broker.embedded._PORT_PATIENCE_S", 0.0)
-    command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
-    assert main(command) == ExitCode.BROKER
-    assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)
-
-
-def test_a_model_cut_short_can_be_replaced_by_the_whole_one(model: Path, tmp_path: Path, closed_port: int) -> None:
-    cut = tmp_path / "cut.onnx"
-    cut.write_bytes(model.read_bytes()[:-40])
-    url = f"mqtt://127.0.0.1:{closed_port}"
-    assert (
-        main(["run", "--insecure", "--model", str(cut), "--state", str(tmp_path / "s"), "--broker", url])
-        == ExitCode.MODEL
-    )
-    assert (
-        main(["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url])
-        == ExitCode.BROKER
-    )
-
-
 def test_another_model_is_refused_by_a_folder_that_has_one(
     state: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,15 +133,6 @@ def test_another_model_is_refused_by_a_folder_that_has_one(
         main(["run", "--insecure", "--model", str(tmp_path / "other.onnx"), "--state", str(state)]) == ExitCode.CONFIG
     )
     assert "is not the model with which the job" in one_line(capsys)
-
-
-def test_a_folder_goes_on_without_its_model_file(state: Path, closed_port: int) -> None:
-    assert (
-        main(["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"])
-        == ExitCode.BROKER
-    )
-    with StateFolder(state) as folder:
-        assert folder.storage.settings()["job"]["name"] == "leaves"  # type: ignore[index]
 
 
 def test_a_restart_with_the_folder_alone_uses_the_broker_of_before(
@@ -244,35 +189,6 @@ def test_another_job_is_refused_by_a_folder_that_has_one(
     assert f"nets:make is not the model with which the job in {state} began, which holds {there}" in line
 
 
-def test_a_device_s_folder_is_no_server_s(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "device.json").write_text("{}")
-    for command in (["run", "--insecure", "--model", str(model)], ["init"]):
-        assert main([*command, "--state", str(tmp_path)]) == ExitCode.STORAGE
-        assert "is the state directory of a device" in one_line(capsys)
-
-
-def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path) -> None:
-    with StateFolder(state) as folder:
-        job = Job(name="leaves", rounds=5)
-        opened = open_job(folder, ServerConfig(job=job, broker="mqtt://me:geheim@host", keep=4))
-    assert opened.changed == ["broker: 'embedded' is now 'mqtt://host'", "keep: 3 is now 4"]
-
-
-def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def read(source: str, *, input_shape: object, **others: object) -> bytes:
-        assert input_shape is None
-        raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
-
-    monkeypatch.setattr("fedprune_server.engine.job_inputs.read_source", read)
-    assert main(["run", "--insecure", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
-    line = one_line(capsys)
-    assert "--input-shape" not in line
-    assert "attribute input_shape" in line
-    assert "[model] input_shape" in line
-
-
 @pytest.mark.parametrize(
     ("number", "finished", "code"),
     [
@@ -311,41 +227,6 @@ def test_a_server_that_is_still_starting_ends_at_sigterm_as_one_that_runs(
         main(["run", "--insecure", "--state", str(state)])
     assert (ended.value.code, signal.getsignal(signal.SIGTERM)) == (ExitCode.OK, before)
     assert "stopped by SIGTERM" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("stays", [True, False])
-def test_a_server_whose_job_is_finished_says_what_next(
-    state: Path, stays: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with StateFolder(state) as folder:
-        done = folder.storage.load()
-        assert done is not None
-        done.phase, done.round = Phase.FINISHED, 5
-        folder.storage.save(done, (), 2.0)
-    if stays:
-        share = Server._share
-
-        def and_stop(server: Server, now: float) -> None:
-            share(server, now)
-            server.stop()
-
-        monkeypatch.setattr(Server, "_share", and_stop)
-    assert (
-        main(["run", "--insecure", "--state", str(state), "--port", "0", *([] if stays else ["--until-finished"])])
-        == ExitCode.OK
-    )
-    out = capsys.readouterr().out
-    assert out.count(f"fedprune-server export-model --state {state} --out") == 1
-    assert out.count("Ctrl-C ends it; with --until-finished") == stays
-
-
-def test_a_broken_profile_of_ones_own_is_an_error_at_the_start(
-    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "my-board.toml").write_text("name = ")
-    assert main(["run", "--insecure", "--state", str(state), "--profiles", str(tmp_path / "own")]) == ExitCode.PROFILE
-    assert "my-board.toml" in one_line(capsys)
 
 
 def test_a_copy_that_is_refused_has_reached_nobody(
@@ -405,12 +286,6 @@ def test_settings_are_wrong_before_the_server_enters_its_site(
     assert not entered
 
 
-def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with StateFolder(state):
-        assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
-    assert "another server runs" in one_line(capsys)
-
-
 def test_a_damaged_model_file_in_the_folder_is_noticed(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (state / "model.onnx").write_bytes(b"x")
     assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
@@ -453,32 +328,11 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
     assert opened.changed == ["rounds: 5 is now 9"]
 
 
-def test_a_changed_recipe_is_told_by_what_differs(state: Path) -> None:
-    with StateFolder(state) as folder:
-        opened = open_job(folder, ServerConfig(job=Job(name="leaves", recipe=Recipe(lr=0.0123))))
-    (line,) = [line for line in opened.changed if line.startswith("recipe.lr: ")]
-    assert line.endswith(" is now 0.0123")
-    assert not [line for line in opened.changed if line.startswith("recipe: ")]
-
-
 def test_blobs_that_a_crash_left_behind_are_swept(state: Path) -> None:
     with StateFolder(state) as folder:
         stray = folder.store.put(b"stray").sha256
         open_job(folder, ServerConfig(job=Job(name="leaves", rounds=5)))
         assert not folder.store.has(stray)
-
-
-def test_status_shows_rounds_and_reasons(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--state", str(state)]) == ExitCode.OK
-    text = capsys.readouterr().out
-    assert "job leaves: round 1 of 5, stopped while waiting" in text
-    assert "round 1: 0 of 1 device, accuracy 50.0%" in text
-    assert "pi: refused: no room" in text
-
-
-def test_status_speaks_json(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--json", "--state", str(state)]) == ExitCode.OK
-    assert json.loads(capsys.readouterr().out)["rounds"][0]["metrics"] == {"accuracy": 0.5}
 
 
 def test_status_of_a_folder_without_a_job_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -501,13 +355,6 @@ def test_the_exported_model_computes_with_the_current_weights(
     assert (body["file"], body["bytes"]) == (str(out), out.stat().st_size)
     assert 0 <= body["difference"] < 1e-5
     assert body["round"] == 1
-
-
-def test_exported_weights_are_the_stored_bytes(state: Path, tmp_path: Path) -> None:
-    out = tmp_path / "weights.safetensors"
-    assert main(["export-model", "--state", str(state), "--out", str(out), "--round", "1"]) == ExitCode.OK
-    with StateFolder(state) as folder:
-        assert tensorfile.digest(out.read_bytes()) == folder.storage.load().model  # type: ignore[union-attr]
 
 
 def test_a_model_is_exported_in_the_layout_of_the_hub(
@@ -544,22 +391,6 @@ def test_an_exported_model_has_the_ranks_that_its_job_settled(model: Path, tmp_p
     found = load(tmp_path / "m.onnx").ranks
     assert found is not None
     assert all(map(np.array_equal, found, backwards))
-
-
-def test_a_model_is_exported_without_ranks_where_its_strategy_cannot_tell_them(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
-        opened.state.round = 1
-        folder.storage.save(opened.state, [on.Ticked()], 1.0)
-
-    def lost(job: Job) -> Strategy:
-        raise ConfigError("job.strategy", got="'mine:compose', which isn't here")
-
-    monkeypatch.setattr(settled_ranks, "compose", lost)
-    assert main(["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]) == ExitCode.OK
-    assert load(tmp_path / "m.onnx").ranks is None
 
 
 def test_a_model_is_exported_while_its_server_begins_another_round(
@@ -677,27 +508,3 @@ def test_torch_loads_the_exported_weights(state: Path, tmp_path: Path) -> None:
 )
 def test_what_can_not_be_exported_is_an_error(state: Path, arguments: list[str], code: ExitCode) -> None:
     assert main(["export-model", "--state", str(state), *arguments]) == code
-
-
-def test_a_missing_package_names_the_extra(
-    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in (
-        "fedprune_server.cli.status",
-        "fedprune_server.storage.storage",
-        "fedprune_server.engine.state_directory",
-        "fedprune_server.engine.server",
-    ):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
-    assert main(["status", "--state", str(state)]) == ExitCode.MISSING_EXTRA
-    assert "sqlalchemy, which is not installed" in one_line(capsys)
-
-
-def test_help_lists_a_few_options_under_each_heading(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["run", "--help"])
-    _, *sections = re.split(r"^(?=\S.*:$)", capsys.readouterr().out, flags=re.MULTILINE)
-    counts = [len(re.findall(r"^  -", section, re.MULTILINE)) for section in sections]
-    assert sum(counts) > 20
-    assert max(counts) <= 10

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 pytest.importorskip("argon2", reason="the extra console is not installed")
 
 from fedprune.core.disk import locked
-from fedprune.core.errors import ExitCode, StorageError
+from fedprune.core.errors import ExitCode
 from fedprune_server.cli import operators
 from fedprune_server.cli.main import main
 from fedprune_server.web.audit import Audit
@@ -59,22 +57,6 @@ def test_what_is_done_at_the_terminal_is_in_the_audit_log(tmp_path: Path, monkey
         "remove operator ann", "change the password of ann", "add operator ann as admin",
     ]  # fmt: skip
     assert all((e["address"], e["outcome"]) == ("terminal", "done") and e["operator"] for e in entries)
-
-
-def test_a_user_without_a_name_is_in_the_audit_log_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user often has no entry in the list of users."""
-    tmp_path.chmod(0o700)
-    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 54321)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a long horse, a battery\n"))
-    assert main(["operators", "add", "ann", "--state", str(tmp_path)]) == 0
-
-    database = ConsoleDatabase(tmp_path / FILE)
-    entries = Audit(database).page().items
-    database.close()
-
-    assert [e["operator"] for e in entries] == ["uid 54321"]
 
 
 @pytest.fixture(autouse=True)
@@ -160,54 +142,6 @@ def test_an_order_that_the_server_has_taken_is_not_withdrawn(
     assert entry["outcome"] == "done: job trial is paused"
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_an_answer_is_shown_where_nothing_can_be_written_any_more(
-    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tmp_path.chmod(0o700)
-    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
-        ConsoleFleet(2, 1).publish(writer)
-        queue = OrderQueue(database)
-
-        def serve() -> None:
-            queue.take(1)
-            queue.answer(Answer(1, True, "job trial is paused"))
-            queue.flush()
-            monkeypatch.setattr(ConsoleDatabase, "transaction", refuse)
-            if interrupted:
-                raise KeyboardInterrupt
-
-        def refuse(_: ConsoleDatabase) -> NoReturn:
-            raise StorageError("the disk is full")
-
-        monkeypatch.setattr(operators, "time", Clock(serve))
-        code = main(["pause", "--state", str(tmp_path)])
-    assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.OK)
-    said = capsys.readouterr()
-    assert (said.out, said.err) == (
-        ("", "interrupted: job trial is paused\n") if interrupted else ("job trial is paused\n", "")
-    )
-
-
-def test_an_interruption_whose_order_cannot_be_withdrawn_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tmp_path.chmod(0o700)
-
-    def refuse(_: ConsoleDatabase) -> NoReturn:
-        raise StorageError("the disk is full")
-
-    def interrupt() -> NoReturn:
-        monkeypatch.setattr(ConsoleDatabase, "transaction", refuse)
-        raise KeyboardInterrupt
-
-    with StatusWriter(tmp_path / status.FILE) as writer:
-        ConsoleFleet(2, 1).publish(writer)
-        monkeypatch.setattr(operators, "time", Clock(interrupt))
-        assert main(["pause", "--state", str(tmp_path)]) == ExitCode.INTERRUPTED
-    assert "interrupted: the server may still take the order within 30 s (the disk is full)" in capsys.readouterr().err
-
-
 def test_an_order_of_a_terminal_that_was_killed_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
     monkeypatch.setattr(operators, "_withdrawn", lambda *_: None)  # SIGKILL leaves no time for it
@@ -223,16 +157,3 @@ def test_an_order_of_a_terminal_that_was_killed_expires(tmp_path: Path, monkeypa
             OrderService(view, Audit(database), database, lambda: later + 60.0).expire()
         (entry,) = Audit(database).page().items
     assert (entry["action"], entry["outcome"]) == ("pause", EXPIRED)
-
-
-def test_the_status_of_a_server_that_has_ended_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed, close = list[FleetView](), FleetView.close
-
-    def note(view: FleetView) -> None:
-        closed.append(view)
-        close(view)
-
-    monkeypatch.setattr(FleetView, "close", note)
-    with StatusWriter(tmp_path / status.FILE):
-        assert main(["pause", "--state", str(tmp_path)]) == ExitCode.CONFIG
-    assert len(closed) == 1

@@ -77,18 +77,3 @@ def test_a_server_takes_the_examples_fleet() -> None:
     assert (config.job.strategy, config.job.devices) == ("fedprune", 3)
     with StateFolder(Path("state")) as folder:
         assert open_job(folder, config).state.round == 0
-
-
-@pytest.mark.usefixtures("_demo")
-def test_the_export_that_readme_shows_prints_what_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text()
-    export_section = text.partition("### Export")[2].partition("### ")[0]
-    (shown,) = (b.splitlines() for b in re.findall(r"(?:^    .*\n)+", export_section, re.MULTILINE) if "density" in b)
-    (command,) = (words for prog, *words in commands() if "--bytes-per-round" in words)
-
-    assert export.main(command) == ExitCode.OK
-
-    # The last digits of the parity are the machine's own.
-    wanted = [line[4:] for line in shown if line.strip() != "..." and "parity" not in line]
-    printed = capsys.readouterr().out.splitlines()
-    assert [line for line in printed if line in wanted] == wanted

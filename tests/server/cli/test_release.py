@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
@@ -69,48 +68,6 @@ def test_a_board_is_set_up_updated_taken_back_and_tells_what_it_runs(
     assert device([*update, str(one)]) == 65
     assert device([*update, str(released(tmp_path, 3, state, again=one))]) == 0
     assert (home.root / "a" / "app" / "__init__.py").read_text() == "VERSION = 1\n"
-
-
-def test_a_release_is_reported_as_json(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    key = key_of(state, capsys, tmp_path)
-    one = tmp_path / "first" / "release-1"
-    words = ["release", "--state", str(state), "--number", "2", "--again", str(one), "--out", str(tmp_path / "two")]
-    assert server([*words, "--json"]) == 0
-    body = json.loads(capsys.readouterr().out)
-    assert (body["release"], body["version"], body["wheels"], body["key"]) == (2, "1", 3, key)
-
-
-def test_what_is_refused_ends_with_its_code(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    key = key_of(state, capsys, tmp_path)
-    root = ["--root", str(tmp_path / "board")]
-    common = [*root, "--key", key, "--release", str(released(tmp_path, 1, state))]
-    assert device(["slots", *root]) == 31
-    assert device(["update", *common]) == 31
-    assert device(["install", *common]) == 0
-    capsys.readouterr()
-    assert device(["slots", *root]) == 0
-    assert capsys.readouterr().out.splitlines() == ["a: release 1 (1), stable", "b: empty, not in use"]
-    assert device(["update", *root, "--key", "800c-1234", "--release", "x"]) == 14
-    assert "--key: expected 64 hex digits, or a file with them, got '800c-1234'" in capsys.readouterr().err
-    assert device(["update", *common]) == 65
-    assert "expected a number above 1" in capsys.readouterr().err
-    assert server(["init", "--state", str(tmp_path / "other")]) == 0
-    other = released(tmp_path, 2, tmp_path / "other")
-    assert device(["update", *root, "--key", key, "--release", str(other)]) == 65
-    assert "signature is not the server's" in capsys.readouterr().err
-    assert device(["update", *root, "--key", str(tmp_path / "nowhere"), "--release", str(other)]) == 31
-    (tmp_path / "no-key").write_text("-----BEGIN PUBLIC KEY-----")
-    assert device(["update", *root, "--key", str(tmp_path / "no-key"), "--release", str(other)]) == 14
-    assert "expected 64 hex digits" in capsys.readouterr().err
-
-
-def test_a_folder_without_wheels_makes_no_release(tmp_path: Path, state: Path) -> None:
-    command = ["release", "--number", "1", "--state", str(state), "--out", str(tmp_path / "out")]
-    assert server([*command, "--wheels", str(tmp_path)]) == 65
-    assert server([*command, "--wheels", str(tmp_path / "nowhere")]) == 31
-    assert server([*command, "--again", str(tmp_path / "nowhere")]) == 31
-    (tmp_path / "broken.whl").write_bytes(b"PK")
-    assert server([*command, "--wheels", str(tmp_path)]) == 65
 
 
 def test_a_server_without_an_identity_signs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

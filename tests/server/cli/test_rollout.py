@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -14,14 +13,12 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.releases.release import Release
 from fedprune.security.keys import SigningKey
-from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
+from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ReleaseReport
 from fedprune_server.cli.main import main
-from fedprune_server.cli.rollout import add_rollout
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.runtime_releases import make_release
-from support.paths import ROOT
 from support.processes.postgres import Postgres
 
 NAMES = [f"board-{i}" for i in range(20)]
@@ -95,11 +92,6 @@ def test_a_rollout_is_stopped_from_another_machine_by_its_database(
     assert not (second / "server.db").exists()
 
 
-def test_stages_without_boards_are_not_listed(release: Path, read: Read) -> None:
-    lines = read("start", release, "--devices", "board-3").splitlines()
-    assert [x for x in lines if x.startswith("  stage")] == ["  stage 1: 1 board: board-3"]
-
-
 def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, read: Read) -> None:
     assert read("status") == "no release has been rolled out yet\n"
     assert json.loads(read("status", "--json")) is None
@@ -128,30 +120,6 @@ def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, re
     assert "no rollout is under way" in read("stop", code=14)
 
 
-def test_a_rollout_is_paused_resumed_and_taken_back(state: Path, release: Path, read: Read, tmp_path: Path) -> None:
-    read("start", release, "--groups", "100%")
-    desk(state, [ReleaseReport(name, 7, COMMITTED, "", 0, 0) for name in NAMES])
-    assert "no board of release 7 had one of this server's before" in read("back", code=14)
-    with IdentityFolder(state) as identity:
-        second = make_release(tmp_path / "second", 8, key=identity.key)
-    read("start", second, "--devices", "board-3,board-5", "--groups", "50%,100%")
-    assert "no further boards get the release" in read("pause", "--reason", "a storm")
-    assert "running, stage 1 of 2, to be paused" in read("status").replace("not begun", "stage 1 of 2")
-    desk(state, [])
-    assert "paused, not begun" in read("status")
-    assert "paused: a storm" in read("status")
-    assert json.loads(read("status", "--json"))["pausing"] == "a storm"
-    assert "rollout 2 continues" in read("resume")
-    assert "isn't paused" in read("resume", code=14)
-    desk(state, [])
-    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
-    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
-    assert "expected above 8" in read("back", "--number", 8, code=65)
-    told = "rollout 3: back from release 8 to what release 7 (0.7.0) holds, as release 20, for 2 boards"
-    assert read("back", "--number", 20, "--reason", "too hot").splitlines()[0] == told
-    assert "it rolls boards back from release 8" in read("status")
-
-
 def test_every_order_prints_the_rollout_as_json(state: Path, release: Path, read: Read, tmp_path: Path) -> None:
     begun = json.loads(read("start", release, "--groups", "100%", "--json"))
     assert (begun["number"], begun["release"], begun["version"]) == (1, 7, "0.7.0")
@@ -165,19 +133,6 @@ def test_every_order_prints_the_rollout_as_json(state: Path, release: Path, read
     back = json.loads(read("back", "--number", 20, "--json"))
     assert (back["number"], back["release"], back["leaves"]) == (3, 20, 8)
     assert json.loads(read("stop", "--reason", "enough", "--json"))["stopping"] == "enough"
-
-
-def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: Read) -> None:
-    read("start", release, "--groups", "25%,100%", "--success", "80%", "--errors", "0%")
-    with RolloutStore(state) as store:
-        entry = store.latest()
-        assert entry is not None
-        first = sorted(n for n, b in entry.rollout.boards.items() if b.stage == 0)
-    assert len(first) == 5
-    desk(state, [ReleaseReport(first[2], 7, ROLLED_BACK, "killed by SIGILL", 0, 0)])
-    text = read("status")
-    assert "stopped" in text
-    assert f"  {first[2]}: failed: rolled back: killed by SIGILL" in text
 
 
 def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
@@ -206,18 +161,6 @@ def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
     assert "is under way" in read("start", other, code=14)
 
 
-def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, release: Path, read: Read) -> None:
-    read("start", release, "--groups", "100%")
-    with IdentityFolder(state) as identity:
-        identity.revoke("board-3")
-        with RolloutStore(state) as store:
-            RolloutCoordinator(store, lambda *_: None, identity.store.members).connected(True)
-    text = read("status")
-    assert "0 updated, 19 updating, 0 failed, 0 pending, of 19" in text
-    assert "1 left the fleet, and don't count: board-3" in text
-    assert json.loads(read("status", "--json"))["boards"]["board-3"]["fate"] == "gone"
-
-
 def test_the_same_seed_and_no_other_chooses_the_same_boards(state: Path, release: Path, read: Read) -> None:
     said = []
     for seed in (1, 1, 2):
@@ -225,15 +168,6 @@ def test_the_same_seed_and_no_other_chooses_the_same_boards(state: Path, release
         read("stop")
         desk(state, [])
     assert said[0] == said[1] != said[2]
-
-
-def test_chosen_boards_alone(state: Path, release: Path, read: Read) -> None:
-    said = read("start", release, "--devices", "board-3, board-5", "--groups", "100%")
-    assert "to 2 boards, those that were named" in said
-    assert "is under way" in read("start", release, code=14)
-    read("stop")
-    desk(state, [])
-    assert "got board-x" in read("start", release, "--devices", "board-3,board-x", code=14)
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_kept(
@@ -270,30 +204,3 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
         own = make_release(tmp_path / "own", 1, key=identity.key)
     assert main(["rollout", "start", str(own), "--state", str(tmp_path / "new")]) == 14
     assert "no board has joined yet" in capsys.readouterr().err
-
-
-def test_the_page_names_every_option_and_every_state() -> None:
-    docs = ROOT / "docs"
-    page, protocol = (docs / "update-the-fleet.md").read_text(), (docs / "protocol.md").read_text()
-    rollout = argparse.ArgumentParser()
-    add_rollout(rollout)
-    (actions,) = (a for a in rollout._actions if isinstance(a, argparse._SubParsersAction))
-    options = {o for p in actions.choices.values() for a in p._actions for o in a.option_strings if o.startswith("--")}
-    assert len(options) > 10
-    assert [o for o in sorted(options - {"--help"}) if f"`{o}" not in page and f" {o} " not in page] == []
-    assert [s for s in STATES if f"`{s}`" not in protocol] == []
-
-
-def test_all_rollouts_are_listed_the_latest_first(state: Path, read: Read, tmp_path: Path) -> None:
-    for number in (7, 8, 9):
-        with IdentityFolder(state) as identity:
-            made = make_release(tmp_path / f"release-{number}", number, key=identity.key)
-        read("start", made)
-        read("stop")
-        desk(state, [])
-    lines = [line.split("\t") for line in read("list").splitlines()]
-    assert lines[0][:3] == ["rollout", "release", "state"]
-    assert [(row[0], row[1].split()[0], row[2]) for row in lines[1:]] == [
-        ("3", "9", "stopped"), ("2", "8", "stopped"), ("1", "7", "stopped"),
-    ]  # fmt: skip
-    assert [e["release"] for e in json.loads(read("list", "--json"))] == [9, 8, 7]

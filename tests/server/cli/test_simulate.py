@@ -1,7 +1,6 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
 import csv
-import errno
 import json
 import re
 import shutil
@@ -13,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ExitCode, StorageError
+from fedprune.core.errors import ExitCode
 from fedprune.output.extras import install_command
-from fedprune_server.cli.simulate import build_parser, main
+from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.fleet import simulated_fleet
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
-from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import TAIL
 from support.fakes.opened_job import read_config
@@ -147,25 +145,6 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert (tmp_path / "both" / "again.csv").read_bytes() == written
 
 
-@pytest.mark.parametrize("place", ["missing/all.csv", "."])
-def test_a_table_without_a_place_is_found_before_the_runs(tmp_path, capsys, place):
-    command = ["sweep", str(tmp_path / "sweep.toml"), "--out", str(tmp_path / "out"), "--csv", str(tmp_path / place)]
-    assert main(command) == ExitCode.USAGE
-    assert "--csv" in capsys.readouterr().err
-
-
-def test_a_table_that_can_not_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    def torn(writer, rows):
-        raise OSError(errno.ENOSPC, "full")
-
-    (tmp_path / "all.csv").write_text("earlier")
-    monkeypatch.setattr(csv.DictWriter, "writerows", torn)
-    with pytest.raises(StorageError):
-        run_folder.write_csv(tmp_path / "all.csv", ())
-    assert (tmp_path / "all.csv").read_text() == "earlier"
-    assert [path.name for path in tmp_path.iterdir()] == ["all.csv"]
-
-
 def test_a_simulation_without_pyarrow_has_its_numbers_and_names_the_extra_of_its_tables(
     config, tmp_path, monkeypatch, capsys
 ):
@@ -178,16 +157,6 @@ def test_a_simulation_without_pyarrow_has_its_numbers_and_names_the_extra_of_its
     monkeypatch.undo()
     assert main(arguments) == ExitCode.OK, "the finished run gets them later"
     assert list((tmp_path / "out").glob("*.parquet"))
-
-
-def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):
-    arguments = ["--config", config(), "--out", str(tmp_path / "out"), "--rounds", "1"]
-    assert main(arguments) == ExitCode.OK
-    capsys.readouterr()
-    assert main([*arguments, "--seed", "9"]) in (ExitCode.CONFIG, ExitCode.STORAGE)
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -220,20 +189,6 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["FedAvg", "run", "metrics.json", *(pytest.param(n, marks=pytest.mark.soak) for n in ("fedavg", "reference"))],
-)
-def test_no_name_of_a_job_collides_with_what_lies_in_the_folder(config, tmp_path, name):
-    out = tmp_path / "out"
-    text = CONFIG.replace('"yard"', f'"{name}"').replace("rounds = 2", "rounds = 1")
-    assert main(["--config", config(text), "--out", str(out), "--reference"]) == ExitCode.OK
-    run, reference = (Record.load(out / f"metrics{end}.json") for end in ("", "-reference"))
-    assert (run.title, reference.title) == (name, "FedAvg")
-    assert {d.density for d in run.devices} == {0.25}
-    assert {d.density for d in reference.devices} == {1.0}
-
-
-@pytest.mark.parametrize(
     ("line", "devices", "noted"), [("", 2, False), ("devices = 1\n", 1, False), ("devices = 5\n", 2, True)]
 )
 def test_rounds_wait_for_as_many_devices_as_the_configuration_says(config, tmp_path, capsys, line, devices, noted):
@@ -260,47 +215,25 @@ def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):
     assert (plan.job.devices, plan.dropouts.probability) == (2, 0.1)
 
 
-def test_the_docs_list_every_option():
-    options = {o for action in build_parser()._actions for o in action.option_strings} - {"-h", "--help"}
-    rows = "\n".join(line.split("|")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `--"))
-    assert set(re.findall(r"--[a-z]+", rows)) == options
-
-
 @pytest.mark.parametrize(
     ("old", "new", "code", "named"),
     [
         ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "[[devices]] 1: data: "),
-        ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "nothing.npz"),
         (
             'profile = "jetson-orin-nano"',
             'profile = "toaster"',
             ExitCode.PROFILE,
             "[[devices]] 2: profile: there is no",
         ),
-        (
-            'profile = "jetson-orin-nano"',
-            'profile = "./toaster.toml"',
-            ExitCode.PROFILE,
-            "[[devices]] 2: profile: can't",
-        ),
-        ('name = "dock"\n', "", ExitCode.CONFIG, "[[devices]] 2: name is missing"),
         ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "[[devices]] 2: name: expected another"),
-        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "got 'barn' as 1"),
         ('name = "dock"\n', 'name = "dock"\nsamples = 3\n', ExitCode.CONFIG, "[[devices]] 2: unknown key 'samples'"),
-        ('name = "dock"\n', "name = 3\n", ExitCode.CONFIG, "[[devices]] 2: name: expected a text, got 3"),
-        ("rounds = 2", "rounds = 0", ExitCode.CONFIG, "rounds"),
-        ("[evaluation]", "[evaluations]", ExitCode.CONFIG, "evaluations"),
         (
             "[evaluation]",
             "[dropouts]\nprobability = 1.0\n[evaluation]",
             ExitCode.CONFIG,
             "[dropouts] probability: expected",
         ),
-        ("[evaluation]", '[dropouts]\nprobability = "often"\n[evaluation]', ExitCode.CONFIG, "[dropouts] probability"),
-        ("[evaluation]", "[dropouts]\naway_s = 0\n[evaluation]", ExitCode.CONFIG, "[dropouts] away_s: expected"),
-        ("[evaluation]", "[dropouts]\naway = 9\n[evaluation]", ExitCode.CONFIG, "[dropouts]: unknown key 'away'"),
         ('path = "model.onnx"', 'path = "server.npz"', ExitCode.MODEL, "[model] path: "),
-        ('data = "server.npz"', 'data = "model.onnx"', ExitCode.DATA, "[evaluation] data: "),
         ("[evaluation]", '[calibration]\ndata = "no.npz"\n[evaluation]', ExitCode.DATA, "[calibration] data: "),
     ],
 )
@@ -339,27 +272,6 @@ def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config,
     assert f"fleet.toml: [data]: device-000: {said}" in capsys.readouterr().err
 
 
-def test_the_keys_for_images_of_other_colours_and_sizes_are_named(config, tmp_path, capsys):
-    np.savez(tmp_path / "all.npz", x=np.zeros((60, 3, 9, 8), np.float32), y=np.arange(60) % 10)
-    dealt = CONFIG.partition("[[devices]]")[0] + (
-        '[data]\nsource = "all.npz"\ndevices = 3\npartition = "iid"\n[[devices]]\nprofile = "jetson-orin-nano"\n'
-    )
-    assert main(["--config", config(dealt), "--out", str(tmp_path / "out")]) == ExitCode.DATA
-    err = capsys.readouterr().err
-    assert "shape of one sample: expected (1, 8, 8), got (3, 9, 8)" in err
-    assert "set colour = false and size = [8, 8] in [data]" in err
-    np.savez(tmp_path / "all.npz", x=np.zeros((60, 1, 8, 9), np.float32), y=np.arange(60) % 10)
-    assert main(["--config", config(dealt), "--out", str(tmp_path / "out")]) == ExitCode.DATA
-    assert "column, set size = [8, 8] in [data]" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["at tic", "all", "x" * 65])
-def test_a_name_that_no_device_may_have_is_named(config, tmp_path, capsys, name):
-    text = CONFIG.replace('"dock"', f'"{name}"', 1)
-    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.CONFIG
-    assert "[[devices]] 2: name: expected a" in capsys.readouterr().err
-
-
 def test_a_device_that_is_lost_on_the_way_is_told_of(config, tmp_path, capsys):
     file = config()
     with np.load(tmp_path / "dock.npz") as hand:
@@ -381,15 +293,6 @@ def test_one_file_serves_simulator_and_server(config, tmp_path):
     assert read_config(tmp_path / "fleet.toml").job.name == "yard"
 
 
-def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["--config", config(), "--out", str(out), "--reference", "--rounds", "1"]) == ExitCode.OK
-    for text in (capsys.readouterr().out, (out / "report.md").read_text(), (out / "report.html").read_text()):
-        assert "FedAvg" in text
-        assert "PASS" not in text
-        assert "FAIL" not in text
-
-
 def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for enough, judged in ((1, True), (2, False)):  # the second only judges: all rounds are done
@@ -399,11 +302,6 @@ def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch,
         assert ("Too few rounds to judge accuracies and bytes by: 1;" in said) is not judged
         for text in (said, (out / "report.md").read_text(), (out / "report.html").read_text()):
             assert (re.search("PASS|FAIL", text) is not None) is judged
-
-
-def test_a_file_as_the_folder_is_a_usage_error(config, tmp_path, capsys):
-    assert main(["--config", config(), "--out", str(tmp_path / "barn.npz")]) == ExitCode.USAGE
-    assert "barn.npz is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--version"], ["--help"]])
@@ -431,21 +329,6 @@ def without_onnx(arguments):
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_torch_model_without_torch_is_a_missing_extra(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    path = config(CONFIG.replace("model.onnx", "support.nets.small_nets:lenet"))
-    arguments = ["--config", str(path), "--out", str(tmp_path / "out")]
-
-    assert main(arguments) == ExitCode.MISSING_EXTRA
-    said = capsys.readouterr().err
-    assert "[model] path: " in said
-    assert install_command("torch") in said
-    assert main([*arguments, "--track", "tensorbord"]) == ExitCode.CONFIG, "settings come before the model"
-    said = capsys.readouterr().err
-    assert "--track: expected" in said
-    assert "got 'tensorbord' (did you mean 'tensorboard'?)" in said
-
-
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):
     out = tmp_path / "mine"
     out.mkdir()
@@ -463,11 +346,6 @@ def test_a_folder_whose_state_was_deleted_begins_anew(config, tmp_path):
     assert main(command) == ExitCode.OK
 
 
-def test_a_misspelt_command_is_named(capsys):
-    assert main(["swep", "sweep.toml"]) == ExitCode.USAGE
-    assert "there is no command swep (did you mean 'sweep'?)" in capsys.readouterr().err
-
-
 def test_a_budget_of_energy_that_no_device_keeps_names_device_and_setting(config, tmp_path, capsys):
     text = CONFIG.replace("density = 0.25", "energy_budget = 1e-6")
     assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.PLAN
@@ -475,29 +353,6 @@ def test_a_budget_of_energy_that_no_device_keeps_names_device_and_setting(config
     assert "standstill. Device barn (and 1 other): no width of " in said
     assert "more energy per round (energy_budget = " in said
     assert "--joules" not in said
-
-
-def test_a_budget_of_energy_that_cannot_be_kept_to_is_in_the_report(config, tmp_path):
-    text = CONFIG.replace("density = 0.25", "energy_budget = 1e9").replace("jetson-orin-nano", "jetson-thor")
-    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.OK
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "- dock: energy isn't limited: jetson-thor has no power.idle_w." in report
-    assert "| trains on |" in report
-
-
-@pytest.mark.parametrize("wrong", [("--rounds", "-1"), ("--rounds", "many"), ("--seed", "x")])
-@pytest.mark.parametrize("fleet", ["file", "demo"])
-def test_a_wrong_setting_ends_as_it_would_in_the_file(config, tmp_path, fleet, wrong, capsys):
-    source = ["--demo"] if fleet == "demo" else ["--config", config()]
-    assert main([*source, "--out", str(tmp_path / "out"), *wrong]) == ExitCode.CONFIG
-    assert f"{wrong[0][2:]}: expected a whole number from" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("lr", "code"), [("0", ExitCode.OK), ("0.0", ExitCode.OK), ("-0.1", ExitCode.CONFIG)])
-def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, capsys):
-    text = CONFIG.replace("max_steps = 2", f"max_steps = 2, lr = {lr}").replace("rounds = 2", "rounds = 1")
-    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == code
-    assert ("lr: expected a number from 0 to 1000, got -0.1" in capsys.readouterr().err) is (code != ExitCode.OK)
 
 
 def test_the_examples_in_python_run(config, tmp_path, monkeypatch, capsys):

@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.wire.fleet_messages import CrashReport
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import VARIABLE
-from fedprune_server.devices.crash_store import CrashStore
-from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, evaluate_alerts
-from fedprune_server.monitoring.participation import EXCLUDED, Absence
-from fedprune_server.monitoring.snapshot import Snapshot
-from fedprune_server.storage.storage import Storage
 
 OTHERWISE = {"alerts", "run", "config", "restore", "service"}
 """Commands that read settings in layers, make a new folder or write a unit."""
@@ -54,15 +48,6 @@ def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
     assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
 
 
-@pytest.mark.parametrize("command", ["check", "devices", "crashes", "rollout status", "status"])
-def test_a_folder_that_is_not_there_is_reported_with_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*command.split(), "--state", "nowhere"]) in (ExitCode.STORAGE, ExitCode.IDENTITY)
-    assert f"It was looked for at {tmp_path / 'nowhere'}." in " ".join(capsys.readouterr().err.split())
-
-
 def test_the_command_line_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,9 +58,7 @@ def test_the_command_line_wins(
     assert f"{tmp_path / 'two'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(
-    "command", ["status", "check", "backup --to x", "doctor", "crashes", "operators list", "init", "claim"]
-)
+@pytest.mark.parametrize("command", ["status", "backup --to x", "init"])
 def test_a_boards_folder_is_called_one(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,35 +81,3 @@ def test_a_folder_is_its_owner_s_alone_and_knows_its_boards(tmp_path: Path, caps
     assert main(["claim", "--state", str(state)]) == ExitCode.OK
     assert main(["crashes", "--state", str(state), "--device", "nope"]) == ExitCode.JOIN
     assert "no board is called nope" in " ".join(capsys.readouterr().err.split())
-
-
-def test_of_a_board_that_can_t_start_it_is_told_why_and_where_its_own_log_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trouble = "it can't start: its samples are gone."
-    with Storage.at(tmp_path) as storage:
-        storage.put_settings({"job": {}, "server": {}})
-        storage.put_outsiders({"attic": {"excluded": trouble, "cannot_start": True}, "cellar": {"excluded": ""}})
-    said = {}
-    for name in ("attic", "cellar"):
-        assert main(["crashes", "--state", str(tmp_path), "--device", name]) == ExitCode.OK
-        said[name] = capsys.readouterr().out
-        assert name in said[name]
-        assert BOARD_LOG_COMMAND in said[name]
-    assert trouble in said["attic"]
-    assert ".." not in said["attic"]
-    assert main(["crashes", "--state", str(tmp_path), "--device", "attic", "--json"]) == ExitCode.OK
-    assert capsys.readouterr().out == ""
-    with CrashStore(tmp_path) as crashes:  # of when it could start still
-        crashes.add(CrashReport("attic", 1, 5, "error", "its label is 7", (), "fedprune", ""))
-        crashes.save()
-    for options in ([], ["--device", "attic"]):
-        assert main(["crashes", "--state", str(tmp_path), *options]) == ExitCode.OK
-        out = capsys.readouterr().out
-        assert out.index("its label is 7") < out.index(trouble)
-        assert BOARD_LOG_COMMAND in out
-        assert "cellar" not in out
-    seen = Snapshot(tmp_path, absences={"attic": Absence(EXCLUDED, trouble, 0.0)})
-    (alert,) = evaluate_alerts(seen, 1.0)
-    assert BOARD_LOG_COMMAND in alert.todo
-    assert "fedprune-server crashes" in alert.todo

@@ -91,25 +91,6 @@ def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replace
     assert max(seconds.values()) <= 10 * target / STAY_S + 6 * math.sqrt(10 * target / STAY_S) + 1
 
 
-@pytest.mark.parametrize(
-    ("boards", "target", "needed"),
-    [(1_000, 20, 100), (10_000, 50, 400), pytest.param(100_000, 500, 2_000, marks=pytest.mark.soak)],
-)
-def test_where_a_round_needs_more_than_the_target_boards_meet(boards: int, target: int, needed: int) -> None:
-    demand = Demand(needed, STAY_S)
-    plan, fleet = Plan(target, demand), VirtualFleet(boards, target, demand)
-    first, meetings = 2, 8
-    fleet.run(first * plan.period_s - 2 * TICK_S)
-    fleet.forget()
-    fleet.run((first + meetings) * plan.period_s - 2 * TICK_S)
-    came = Counter(int(at // plan.period_s) for at in fleet.arrivals)
-    assert sorted(came) == list(range(first, first + meetings))
-    assert all(at % plan.period_s <= 0.1 * STAY_S for at in fleet.arrivals)
-    assert within(len(fleet.arrivals), meetings * plan.crowd)
-    assert sum(n >= needed for n in came.values()) >= meetings - 1
-    assert sum(fleet.levels) / len(fleet.levels) == pytest.approx(target, rel=0.05)
-
-
 def test_over_days_boards_take_part_about_equally_often() -> None:
     """A round every visit draws 1 % of the boards, of the tenth that is connected."""
     boards, asked, rounds = 1_000, 10, 3 * 144
@@ -169,16 +150,6 @@ def test_without_a_target_every_board_stays() -> None:
     fleet = VirtualFleet(500, 0, Demand(10, STAY_S))
     fleet.run(10 * STAY_S)
     assert fleet.levels == [500] * len(fleet.levels)
-
-
-def test_boards_that_can_not_leave_stay_and_do_not_displace_others() -> None:
-    steering = PaceSteering(2, 0, (), 0.0)
-    for i in range(4):
-        steering.came(f"old{i}", 0.0, able=False)
-        steering.came(f"new{i}", 1.0 + i, able=True)
-    leaving = steering.leaving(9.0, 9.0, Demand(4, STAY_S), lambda device: False)
-    assert [n for n, _ in leaving] == ["new0", "new1"]
-    assert steering.leaving(10.0, 10.0, Demand(4, STAY_S), lambda device: False) == []
 
 
 def test_the_time_is_drawn_by_a_key_and_no_order_of_boards_changes_it() -> None:

@@ -17,7 +17,7 @@ from fedprune.planning.cost_prediction import NO_CORRECTION, predict
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
-from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table, unit
+from fedprune_server.devices.plan_vs_actual import compared, described, predicted
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import foresight_rows
 from support.fakes import tiny_job as toy
@@ -75,18 +75,6 @@ def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
     assert predicted("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None
 
 
-def test_a_device_trains_on_its_gpu_unless_it_fell_back() -> None:
-    pi = state(METRICS).devices["pi"]
-    orin = replace(pi, profile=profile_store.find("jetson-orin-nano").to_dict())
-    measured = {"cores": 6, "memory_total": 2**32, "memory_available": 2**31, "seconds": 1.0}
-    assert [unit(d) for d in (pi, orin, replace(orin, probe=measured), replace(pi, profile={}))] == [
-        "CPU",
-        "GPU",
-        "CPU",
-        "",
-    ]
-
-
 def test_the_record_has_what_a_round_takes() -> None:
     (row,) = record_of("run", JOB, toy.ARCHITECTURE, state(METRICS)).devices
     assert (row.unit, row.train_j, row.warning) == ("CPU", MADE.prediction.train_j, "")
@@ -108,9 +96,3 @@ def test_a_record_keeps_the_comparison_and_a_report_shows_it() -> None:
     assert row[0] == "pi"
     assert row[3] == "-50%"
     assert row[8] == amount(METRICS["peak_memory_bytes"], "bytes"), "plans write the same amounts alike"
-
-
-@pytest.mark.parametrize("seen", [None, 0.0])
-def test_what_was_not_measured_is_a_dash(seen: float | None) -> None:
-    assert table([("pi", {"step_seconds": (1.5, seen)})])[1][1] == "1.5 s"
-    assert table([("pi", {"step_seconds": (1.5, seen)})])[1][3:] == ("–",) * 7

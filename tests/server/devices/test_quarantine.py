@@ -24,24 +24,17 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
 from fedprune.wire.messages import (
     MAX_REQUEST,
-    Accepted,
     Birth,
-    BlobNotFound,
-    BlobRequest,
-    Cancelled,
     Death,
-    Hello,
     Progress,
 )
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.devices.quarantine import (
-    BIRTH,
     BURST,
     FILE,
     FIRST_S,
     FORGIVEN_S,
-    FREE_WANTS,
     LONGEST_S,
     PER_S,
     STRANGERS_BURST,
@@ -272,16 +265,6 @@ def test_a_retry_storm_is_heard(quarantine: Quarantine, clock: Clock) -> None:
     assert quarantine.news() is None
 
 
-def test_a_connection_that_breaks_every_ten_seconds_is_heard(quarantine: Quarantine, clock: Clock) -> None:
-    for _ in range(1000):
-        for _ in range(4):
-            assert quarantine.hears("a", 4000)
-            quarantine.born("a")
-        assert heard(quarantine, "a", 20) == 20
-        clock.now += 10.0
-    assert quarantine.news() is None
-
-
 # --- in the daemon
 
 
@@ -311,52 +294,6 @@ def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog:
     assert state.history[0]["devices"]["a"]["reason"].startswith("it is in quarantine: too many messages")
     assert "device a is in quarantine for 60 s" in caplog.text
     assert caplog.text.count("quarantine for") < 5
-
-
-def test_answers_to_a_flood_do_not_pay_for_it(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
-    """Each want of a blob that doesn't exist is answered; the daemon takes its time, and answers, between them."""
-    flooding = fleet.air.devices["a"]
-    take, left = flooding.take, [10_000]
-
-    def flood(offer: object) -> None:
-        take(offer)  # type: ignore[arg-type]
-        for _ in range(min(left[0], 500)):
-            left[0] -= 1
-            flooding.say(BlobRequest(f"{left[0]:064x}", "data", 0, 1))
-
-    def idle() -> None:
-        flood_on = min(left[0], 500)
-        left[0] -= flood_on
-        for n in range(flood_on):
-            flooding.say(BlobRequest(f"{left[0] + n:064x}", "data", 0, 1))
-
-    flooding.take = flood  # type: ignore[method-assign, assignment]
-    daemon = fleet.daemon()
-    fleet.air.on_idle = lambda: idle() if left[0] else daemon.stop()
-    daemon.run()
-    assert "device a is in quarantine for 60 s" in caplog.text
-    assert daemon._site.quarantine.rows()["a"]["dropped"] > 10_000 - 1.2 * BURST
-
-
-def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
-    fleet.job = replace(JOB, devices=2, rounds=1)
-    device = fleet.air.devices["a"]
-    birth = device.birth
-
-    def flood() -> None:
-        birth()
-        raw = Chunk("0" * 64, "data", 0, bytes(4 * LEAF)).to_bytes()
-        for _ in range(500):
-            fleet.air.to_server(SITE.up_blob("a"), raw)
-
-    device.birth = flood  # type: ignore[method-assign]
-    daemon = fleet.daemon()
-    fleet.air.on_idle = daemon.stop
-    daemon.run()
-    row = daemon._site.quarantine.rows()["a"]
-    assert row["reason"] == "chunks that the server didn't ask for"
-    assert row["unasked"] * 4 * LEAF < 17 * 2**20
-    assert row["dropped"] > 300
 
 
 def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_over(
@@ -400,15 +337,6 @@ def test_the_servers_own_lag_is_no_strike(fleet: Fleet) -> None:
     assert daemon._site.quarantine.rows()["a"]["refused"] == 1
 
 
-def test_birth_floods_do_not_reach_the_coordinator(fleet: Fleet) -> None:
-    daemon = fleet.daemon()
-    for session in range(1, 2000):
-        fleet.air.to_server(SITE.up("a"), Birth("a", session, "raspberry-pi-5", 10, "test").to_bytes())
-    fleet.air.on_idle = daemon.stop
-    daemon.run()
-    assert daemon.first.state.devices["a"].session < 2 * BURST / BIRTH
-
-
 def test_messages_of_a_newer_version_are_no_offence(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     daemon = fleet.daemon()
     fleet.air.to_server(SITE.up("a"), Birth("a", 1, "raspberry-pi-5", 10, "test").to_bytes())
@@ -443,23 +371,6 @@ def test_what_a_device_in_quarantine_sends_does_not_even_reach_the_inbox(quarant
     assert not quarantine.ignores("odd")
 
 
-def test_only_messages_that_need_an_answer_earn_anything(fleet: Fleet) -> None:
-    daemon = fleet.daemon()
-    quarantine, post = daemon._site.quarantine, daemon.first.outbox
-    quarantine.know(["a"])
-    heard(quarantine, "a", 100)
-    ledger = quarantine._ledgers["a"]
-    ledger.at = quarantine._clock() + 1e6  # no time passes
-    before = ledger.points
-    post.broadcast(Hello(1))
-    for message in (BlobNotFound("0" * 64), Accepted(JOB.name, 1, 1, "0" * 64), Cancelled(JOB.name, 1, 1, "late")):
-        post.send("a", message)
-    post.fetched("a", BlobRequest("0" * 64, "data", 0, 1), set())
-    assert ledger.points == before
-    post.send("a", Hello(1))
-    assert ledger.points > before
-
-
 def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quarantine) -> None:
     for _ in range(100_000):
         if not quarantine.hears("a", WANT):
@@ -468,16 +379,6 @@ def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quaranti
     news = quarantine.news()
     assert isinstance(news, Quarantined)
     assert news.reason == "too many messages"
-
-
-def test_requests_for_a_blob_that_is_still_coming_leave_its_allowance_whole(quarantine: Quarantine) -> None:
-    for leaves in (0, 100):
-        for _ in range(FREE_WANTS):
-            quarantine.fetches("a", "0" * 64, leaves)
-    heard(quarantine, "a", 100, WANT)
-    before = quarantine._ledgers["a"].points
-    quarantine.fetches("a", "0" * 64, 100)
-    assert quarantine._ledgers["a"].points > before
 
 
 # --- what people see
@@ -506,7 +407,13 @@ def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
     assert read_rows(tmp_path) == {}
 
 
-@pytest.mark.parametrize("raw", [b"", b"[", b"[]", b'{"a": 1}', b"\xff", b"[" * 5000])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[",
+        b'{"a": 1}',
+    ],
+)
 def test_a_damaged_file_says_nothing(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / FILE).write_bytes(raw)
     assert read_rows(tmp_path) == {}

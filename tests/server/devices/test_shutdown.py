@@ -13,8 +13,6 @@ from fedprune.jobs.state import Device
 from fedprune.wire.messages import Finished
 from fedprune_server.devices.shutdown import LEAST_S, MOST_S, GracefulShutdown
 from support.fakes.fleet import NAMES, Fleet, ToyDevice
-from support.fakes.several_jobs import SeveralJobs, named
-from support.fakes.tiny_job import JOB
 
 
 def shutdown_of(online: dict[str, bool], now: float) -> GracefulShutdown:
@@ -105,20 +103,3 @@ def test_a_device_that_is_away_as_the_job_ends_is_told_when_it_returns(tmp_path:
     daemon.run(until_finished=True)
     assert any(isinstance(m, Finished) for m in late.heard)
     assert ended[0] + 8 <= fleet.air.now < ended[0] + MOST_S
-
-
-@pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
-def test_a_device_that_is_away_as_the_last_of_several_jobs_ends_is_told_of_all(tmp_path: Path, killed: bool) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one", devices=2), named(JOB, "two", rounds=1, devices=2)], "abc")
-    air, late = several.air, several.air.devices["a"]
-    if killed:
-        several.run()
-        several.restart()
-        air.devices.pop(late.name)
-    late.heard.clear()
-    host = several.host()
-    several.runners["two"].observers.finished.add(lambda seen: leave(air, late))
-    ended = returning(air, late, host, lambda topic, payload: False)
-    host.run(until_finished=True)
-    assert {m.job for m in late.heard if isinstance(m, Finished)} == {"one", "two"}
-    assert ended[0] + 8 <= air.now < ended[0] + MOST_S
