@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError, ReleaseError, StorageError
+from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.releases.release import FILES, Release, read_release
 from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.fleet_messages import (
@@ -30,8 +29,6 @@ from fedprune.wire.fleet_messages import (
 from fedprune.wire.messages import parse
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.state_folder import FILE
-from fedprune_server.storage.storage import database_of
 from support.fakes.runtime_releases import KEY, make_release
 
 NAMES = [f"board-{i}" for i in range(10)]
@@ -228,15 +225,6 @@ def test_a_board_that_comes_back_hears_its_offer_again_and_a_new_one_is_in_the_l
     assert site.rollout.boards["newcomer"].stage == 2
 
 
-def test_a_rollout_to_chosen_boards_stays_with_them(site: Site) -> None:
-    site.begin(Stage(1.0), names=NAMES[:2], joins=False)
-    site.live(hours=2 / 60)
-    assert site.coordinator is not None
-    site.coordinator.born("newcomer")
-    assert site.live().phase is RolloutPhase.DONE
-    assert sorted(site.offered) == NAMES[:2]
-
-
 def test_files_are_for_the_boards_that_are_given_the_release(site: Site) -> None:
     site.usual = HANGS
     site.begin()
@@ -300,32 +288,6 @@ def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> 
     site.coordinator.tick()
     assert site.rollout.failures() == {}, "each has its time anew"
     assert site.live().phase is RolloutPhase.DONE
-
-
-def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
-    site.usual = SILENT
-    site.begin()
-    site.live(hours=0.5)
-    assert site.coordinator is not None
-    site.coordinator.connected(False)
-    site.now += 86_400
-    site.coordinator.connected(True)
-    site.live(hours=59 / 60)
-    assert site.rollout.phase is RolloutPhase.RUNNING
-    site.live(hours=2 / 60)
-    assert site.rollout.phase is RolloutPhase.STOPPED
-
-
-def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: Path) -> None:
-    site = Site(tmp_path, release)
-    site.begin()
-    coordinator = RolloutCoordinator(site.store, site.send, None, lambda: site.wall, lambda: site.now)
-    for _ in range(3):
-        site.now += 7200
-        coordinator.tick()
-    assert site.offered == {}
-    coordinator.connected(True)
-    assert (list(site.offered), site.rollout.failures()) == (site.stage(0), {})
 
 
 @pytest.mark.parametrize("jump", [2 * 3600, -2 * 3600, -1.6e9])
@@ -438,18 +400,6 @@ def test_one_rollout_at_a_time_and_never_a_lower_number(site: Site) -> None:
         site.store.stop("nothing")
 
 
-def test_a_damaged_database_is_named(site: Site) -> None:
-    site.begin()
-    with closing(sqlite3.connect(site.folder / FILE)) as connection, connection:
-        connection.execute("UPDATE rollouts SET rollout = '{}'")
-    with pytest.raises(StorageError, match="rollout"):
-        site.store.latest()
-    site.store.close()
-    (site.folder / FILE).write_bytes(b"something else " * 100)
-    with pytest.raises(StorageError, match=FILE):
-        RolloutStore(site.folder)
-
-
 said = st.tuples(
     st.sampled_from([*NAMES, "stranger"]), st.sampled_from([*GOOD, ROLLED_BACK, REFUSED]), st.integers(6, 8)
 )
@@ -503,20 +453,3 @@ def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
     site.store.stop("elsewhere")
     site.live(0.1)
     assert site.rollout.phase is RolloutPhase.STOPPED
-
-
-def test_a_report_writes_its_own_board_alone(site: Site) -> None:
-    site.begin(Stage(1.0, success=0.5, errors=0.5))
-    site.start()
-    first, second = NAMES[:2]
-    site.report(first, STAGED)
-    site.report(second, STAGED)
-    assert {name: row["state"] for name, row in site.reports.items()} == {first: STAGED, second: STAGED}
-    with database_of(site.folder) as database:
-        with database.transaction() as connection:
-            connection.exec_driver_sql("DELETE FROM rollout_boards")  # so that what is written is seen
-        site.report(first, TRIAL)
-        with database.reading() as connection:
-            rows = connection.exec_driver_sql("SELECT device FROM rollout_boards").scalars().all()
-    assert rows == [first]
-    assert {name: row["state"] for name, row in site.reports.items()} == {first: TRIAL}

@@ -8,7 +8,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,12 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core import lock_wait
 from fedprune.core.errors import BusyError
-from fedprune.core.lock_wait import LockWait, call_wait_hook, command_text, file_lock_holders, wait_hook, wait_reason
+from fedprune.core.lock_wait import command_text, file_lock_holders, wait_hook
 from fedprune.security.register import Register
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
 from fedprune_server.storage.database import Database, translated
-from fedprune_server.storage.sqlite_file import execute_when_free
 from fedprune_server.storage.storage import FILE, Storage, database_of
 from support.processes.postgres import Postgres
 
@@ -197,67 +195,11 @@ def test_a_lock_in_postgresql_is_waited_for_and_its_session_named(
             assert again.exec_driver_sql("SHOW lock_timeout").scalar() != "0"
 
 
-@pytest.mark.postgresql
-@pytest.mark.usefixtures("quick")
-def test_a_session_that_stops_within_a_transaction_loses_its_locks(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "TRANSACTION_IDLE_S", 1)
-    url = postgres.database()
-    with Storage(url) as storage, Database(url) as frozen:
-        storage.put_settings({"n": 1})
-        holder = frozen.engine.connect()
-        holder.exec_driver_sql("SELECT * FROM meta FOR UPDATE")  # and then its process does nothing more
-        storage.put_settings({"n": 2})
-        assert storage.settings() == {"n": 2}
-        holder.invalidate()
-        holder.close()
-
-
 def test_who_waits_for_a_database_that_is_away_shows_that_it_lives_and_can_be_stopped() -> None:
     pytest.importorskip("psycopg")
     nowhere = "postgresql+psycopg://fedprune@127.0.0.1:1/none"
     with Database(nowhere) as away, wait_hook(fail), pytest.raises(EndedError):
         away.read(lambda connection: connection.exec_driver_sql("SELECT 1"))
-
-
-def test_what_a_hook_waits_for_calls_no_hook() -> None:
-    reasons: list[str] = []
-
-    def hook() -> None:
-        reasons.append(wait_reason())
-        call_wait_hook("within")
-
-    with wait_hook(hook):
-        call_wait_hook("first")
-        call_wait_hook("second")
-    assert reasons == ["first", "second"]
-
-
-def test_many_attempts_look_for_the_holder_once_a_second() -> None:
-    looks: list[int] = []
-    calls: list[int] = []
-
-    def holders() -> list[str]:
-        looks.append(1)
-        return []
-
-    with wait_hook(lambda: calls.append(1)):
-        wait = LockWait("it", holders)
-        for _ in range(100):
-            wait.note()
-    assert (len(looks), len(calls)) == (1, 1)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_lock_at_which_sqlite_fails_at_once_keeps_no_processor_busy(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-    began = time.monotonic()
-    with locked(path), wait_hook(after(5, fail)), pytest.raises(EndedError):
-        execute_when_free(connection, "BEGIN IMMEDIATE")
-    connection.close()
-    assert time.monotonic() - began > 4 * 0.02
 
 
 @pytest.mark.parametrize(("device", "sure"), [("own", True), ("another", False)])
@@ -278,9 +220,6 @@ def test_a_holder_is_named_for_sure_where_device_and_number_of_the_file_fit(
     assert holder.startswith("process") is sure
 
 
-PROGRAM, STATE = "/root/.pyenv/versions/3.11.7/bin/python3.11", "/var/lib/fedprune/fleet-of-the-north"
-
-
 @pytest.mark.parametrize(
     "secret", ["postgresql://ann:hunter2@db/fleet", "--alert-webhook=https://hooks/hunter2", "host=h password=hunter2"]
 )
@@ -289,25 +228,3 @@ def test_a_command_is_shown_without_secrets(before: list[str], secret: str) -> N
     text = command_text(["psql", *before, secret])
     assert text.startswith("psql ")
     assert "hunter2" not in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["fedprune-server", "claim"], ["fedprune-server claim"]),
-        (
-            [PROGRAM, f"{STATE}/venv/bin/fedprune-server", "claim", "--device", "attic", "--state", STATE],
-            ["python3.11 fedprune-server claim ", f" --state {STATE}"],
-        ),
-        ([PROGRAM, "-c", "import sqlite3\n" * 99, f"{STATE}/server.db"], ["python3.11 -c ", f" {STATE}/server.db"]),
-        (["sqlite3", f"/{'deep/' * 99}server.db"], ["sqlite3 ", "/server.db"]),
-        ([f"/{'p' * 999}", "x"], ["ppp", " x"]),
-        (["p" * 999], ["ppp"]),
-    ],
-)
-def test_of_a_long_command_program_and_last_arguments_are_shown(arguments: list[str], parts: list[str]) -> None:
-    text = command_text(arguments)
-    assert text.isprintable()
-    assert len(text) < 150
-    assert text.startswith(parts[0])
-    assert text.endswith(parts[-1]) or len(arguments) == 1

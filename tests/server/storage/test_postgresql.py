@@ -60,13 +60,6 @@ def test_a_database_that_is_not_there_is_one_error_without_the_password(url: str
     assert "hushhush" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["mysql://user:hushhush@host/name", "hushhush", "sqlite://", "sqlite:///:memory:"])
-def test_what_is_no_database_for_a_server_is_named(url: str) -> None:
-    with pytest.raises(ConfigError, match="server: database: expected postgresql") as raised:
-        Storage(url)
-    assert "hushhush" not in str(raised.value)
-
-
 # A database that is started again.
 
 

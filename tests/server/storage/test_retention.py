@@ -144,22 +144,6 @@ def test_the_best_model_stays_beside_the_latest(
     assert sorted(store.names()) == sorted(models[number - 1] for number in kept)
 
 
-def test_a_model_that_is_no_longer_the_best_is_deleted_also_after_a_restart(tmp_path: Path) -> None:
-    store, state = BlobStore(tmp_path, durable=False), State(model="")
-    models = [store.put(b"model %d" % n).sha256 for n in range(3)]
-    rows = [
-        {"round": n, "at": 0.0, "model": model, "metrics": {"accuracy": score}, "devices": {}}
-        for n, (model, score) in enumerate(zip(models, (0.6, 0.5, 0.9), strict=True), 1)
-    ]
-    state.history, state.model, state.round = rows[:2], models[1], 2
-    collector = BlobCollector(store, 1, "accuracy")  # of a server that begins here
-    collector.collect(state, frozenset())
-    assert store.has(models[0])
-    state.history, state.model, state.round = rows, models[2], 3
-    collector.collect(state, frozenset())
-    assert store.names() == [models[2]]
-
-
 def test_a_backup_needs_the_best_model_too(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"round": n, "at": 0.0, "model": f"{n:064}", "metrics": {"accuracy": score}, "devices": {}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +19,7 @@ from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.jobs.state import Device
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.storage.storage import FILE, Storage
-from fedprune_server.storage.tables import DeviceRows
-from support.fakes.stored_job import TO_THE_SECOND_ROUND, born, filled
+from support.fakes.stored_job import born, filled
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
@@ -96,26 +93,6 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
         assert len(list(other.log.events())) == logged + changes
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_events_may_be_saved_by_the_handful(tmp_path_factory: pytest.TempPathFactory, handfuls: list[int]) -> None:
-    folder = tmp_path_factory.mktemp("db")
-    state = State(model="m" * 64)
-    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
-    events = list(TO_THE_SECOND_ROUND)
-    with Storage.at(folder) as storage:
-        while events:
-            now, events = events[: handfuls[0]], events[handfuls[0] :]
-            handfuls = handfuls[1:] + handfuls[:1]
-            for event in now:
-                coordinator.handle(event, 1.0)
-            assert storage.save(state, now, 1.0)
-            with Storage.at(folder) as other:
-                assert other.load() == state
-        assert not storage.save(state, [on.Ticked()], 2.0)
-        assert [kind for _, _, kind, _ in storage.log.events()] == [type(e).__name__ for e in TO_THE_SECOND_ROUND]
-
-
 def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, url: str) -> None:
     storage.save(filled(), (), 1.0)
     state = State(model="o" * 64, history=filled().history)
@@ -142,32 +119,11 @@ def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
         assert other.rounds() == whole
 
 
-def test_devices_can_be_queried(storage: Storage) -> None:
-    storage.save(filled(), (), 1.0, {"a": (7, 8)})
-    row = storage.devices()[0]
-    assert (row["name"], row["profile"], row["widths"], row["bytes_down"], row["bytes_up"]) == ("a", "board", [4], 7, 8)
-
-
-def test_the_body_of_a_row_is_the_whole_device() -> None:
-    rows, profile = DeviceRows(), {"name": "pi", "memory": [1, 2]}
-    for plan in (None, {"density": 0.5}):
-        device = Device(1, True, profile, {"speed": 2.5}, 10, widths=(3,), plan=plan)
-        assert json.loads(rows.row("ant", device)["body"]) == json.loads(json.dumps(device.to_dict()))
-
-
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
     state = filled()
     storage.save(state, [born("a")], 1.0, {"a": (1, 1)})
     storage.save(state, [on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5)], 2.0, {"a": (1, 900)})
     assert [kind for _, _, kind, _ in storage.log.events()] == ["DeviceBorn"]
-
-
-def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
-    state = filled()
-    storage.save(state, (), 1.0, {"a": (1, 1)})
-    state.devices["b"].online = False
-    storage.save(state, [on.DeviceDied("b", 1)], 2.0, {"a": (1, 900)})
-    assert storage.traffic()["a"] == (1, 900)
 
 
 def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
@@ -247,16 +203,6 @@ def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, mon
     monkeypatch.setattr("os.access", lambda *_, **__: False)
     with pytest.raises(StorageError, match=r"server\.db: permission denied.*as the server's user"):
         Storage.existing(tmp_path)
-
-
-def test_looking_at_an_empty_database_makes_no_tables(url: str, tmp_path: Path) -> None:
-    if url.startswith("sqlite"):
-        (tmp_path / FILE).touch()
-    with pytest.raises(StorageError, match="holds no job yet"):
-        Storage(url, create=False)
-    engine = sql.create_engine(url)
-    assert sql.inspect(engine).get_table_names() == []
-    engine.dispose()
 
 
 def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:

@@ -71,27 +71,6 @@ def ask(
             return answer.status, answer.read(), answer.headers
 
 
-def test_a_mistake_of_the_server_is_logged_with_its_traceback_and_a_client_that_goes_is_not(
-    server: BlobServer, store: BlobStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(device: str | None, sha256: str) -> bool:
-        raise KeyError("a mistake")
-
-    server.jobs = [ServedJob(store, broken)]
-    with pytest.raises((http.client.HTTPException, OSError)):
-        ask(server, place(REF))
-    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert record.exc_info is not None
-    assert "a mistake" in str(record.exc_info[1])
-    caplog.clear()
-    with closing(socket.create_connection(("127.0.0.1", server.port), 10)) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset, not ended
-        client.sendall(b"GET ")
-    with suppress(OSError, http.client.HTTPException):
-        ask(server, "/x")
-    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
-
-
 def test_a_blob_its_table_and_parts_of_them(server: BlobServer, store: BlobStore) -> None:
     assert ask(server, place(REF))[:2] == (200, BLOB)
     table = ask(server, place(REF, ".leaves"))
@@ -104,11 +83,6 @@ def test_a_blob_its_table_and_parts_of_them(server: BlobServer, store: BlobStore
     assert ask(server, f"/any/prefix{place(REF)}")[:2] == (200, BLOB)
     status, body, headers = ask(server, place(REF), "HEAD")
     assert (status, body, headers["Content-Length"]) == (200, b"", str(len(BLOB)))
-
-
-@pytest.mark.parametrize("range_", ["bytes=0-1,5-6", "bytes=-5", "leaves=0-1", "bytes=a-b", "bytes=" + "9" * 30 + "-"])
-def test_other_ranges_are_as_none(server: BlobServer, range_: str) -> None:
-    assert ask(server, place(REF), Range=range_)[:2] == (200, BLOB)
 
 
 def test_a_range_beyond_the_end_is_refused(server: BlobServer) -> None:
@@ -316,10 +290,3 @@ def test_a_wrong_address_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="blob_url") as caught:
         ServerConfig(blob_url=wrong)
     assert "u:p" not in str(caught.value)
-
-
-def test_places() -> None:
-    assert ServerConfig().web_place is None
-    assert ServerConfig(serve_blobs="8443").web_place == ("127.0.0.1", 8443)
-    assert ServerConfig(serve_blobs="8443", host="10.0.0.1").web_place == ("10.0.0.1", 8443)
-    assert ServerConfig(serve_blobs="[::1]:8443").web_place == ("::1", 8443)

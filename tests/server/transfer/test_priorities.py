@@ -11,7 +11,7 @@ import pytest
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
-from fedprune.wire.messages import BlobRequest, Cancelled, Progress, Update, parse
+from fedprune.wire.messages import BlobRequest, Cancelled, Update, parse
 from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
@@ -110,23 +110,6 @@ def outbox(link: Slow, store: BlobStore) -> Uplink:
 
 def update(store: BlobStore, digest: str) -> Update:
     return Update("pi", "job", 1, 1, "ab" * 32, store.ref(digest), 1, 1)
-
-
-def test_a_board_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
-    link = Slow()
-    board, pending = outbox(link, store), update(store, digest)
-    for first in range(0, LEAVES, 50):
-        board.answer(BlobRequest(digest, "data", first, 50), pending, 0.0)
-    for _ in range(1000):
-        board.send_chunks()
-    board.send(Progress("pi", "job", 1, 1, "train", 1, 2), "job")
-
-    assert 0 < link.ahead(Progress) < HIGH_WATER + MAX_PACKET
-
-    while link.queue:
-        link.send()
-        board.send_chunks()
-    assert link.leaves() == {("pi", i) for i in range(LEAVES)}
 
 
 def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStore, digest: str) -> None:

@@ -24,13 +24,12 @@ from fedprune.wire.messages import PUT, UploadRequest
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.http_upload import HttpUpload
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.server import Server
 from fedprune_server.storage.s3 import bucket as patience
 from fedprune_server.storage.s3.bucket import BLOBS, BucketError, parse
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import s3_uploads
-from fedprune_server.transfer.http import WebBlobs, web_blobs
+from fedprune_server.transfer.http import WebBlobs
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import EXPIRES_S, S3Uploads
 from fedprune_server.transfer.upload_place import UploadEnd
@@ -182,13 +181,6 @@ def test_other_bytes_are_not_counted_and_deleted(at_s3: S3, url: str, bench: Ben
     assert bench.uploads.taken() == {}
 
 
-def test_nothing_at_all_is_not_counted(bench: Bench) -> None:
-    bench.asked()
-    assert not bench.end()
-    bench.uploads.reported("a stranger")
-    assert bench.uploads.ended() == []
-
-
 def test_who_is_asked_again_gets_the_same_address_while_it_lasts(bench: Bench) -> None:
     first = bench.asked()
     bench.now = EXPIRES_S / 2 - 1
@@ -209,28 +201,6 @@ def test_the_right_one_of_several_is_found_and_the_others_are_deleted(at_s3: S3,
     bench.deleted()
     assert list(objects(at_s3, url).values()) == [len(UPDATE)]
     assert bench.store.fetch(REF.sha256) == UPDATE
-
-
-def test_the_bucket_is_searched_only_for_what_is_not_where_it_was_asked_for(
-    at_s3: S3, url: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searched, listed = list[str](), bench.store.bucket.list
-
-    def listing(prefix: str = "") -> Iterator[tuple[str, int]]:
-        searched.append(prefix)
-        return listed(prefix)
-
-    monkeypatch.setattr(bench.store.bucket, "list", listing)
-    first = bench.asked()
-    put(bench.asked_later())
-    assert bench.end()
-    assert searched == []
-    bench.store.delete(REF.sha256)
-    bench.deleted()
-    put(first)
-    assert bench.end()
-    assert searched == [f"{BLOBS}{REF.sha256}."]
-    assert len(objects(at_s3, url)) == 1
 
 
 def test_what_is_put_too_late_is_deleted(at_s3: S3, url: str, bench: Bench) -> None:
@@ -317,15 +287,6 @@ def test_a_bucket_that_boards_may_not_reach_is_one_clear_error(
     assert "minio.example:9000" in str(caught.value)
 
 
-@pytest.mark.parametrize("region", ["us-west-2", "eu-central-1"])
-def test_amazon_s_addresses_name_the_region(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
-    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": region}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    url = UploadUrl.parse(patience.Bucket("s3://my-bucket/fleet").upload_url("x", REF.sha256, REF.size, 60))
-    assert (url.host, url.path) == (f"my-bucket.s3.{region}.amazonaws.com", "/fleet/x")
-
-
 # A job whose boards put their updates into the bucket.
 
 
@@ -394,14 +355,6 @@ def test_all_jobs_of_a_server_have_their_buckets(tmp_path: Path, at_s3: S3) -> N
     assert [sum(f"/{bucket}/{name}/" in path for path in paths) for name in ("one", "two")] == [9, 6]
 
 
-def test_a_further_job_without_a_bucket_is_one_clear_error(tmp_path: Path) -> None:
-    file = tmp_path / "second.toml"
-    file.write_text('[job]\nname = "second"\n')
-    first = ServerConfig(state=tmp_path / "state", uploads="s3", blobs="s3://bucket/first")
-    with pytest.raises(ConfigError, match=r"server: uploads.*blobs = 's3://"):
-        further(first, [file])
-
-
 def test_a_job_whose_boards_upload_to_the_bucket_ends_in_the_same_models(fleet: Direct, expected: list[str]) -> None:
     state = fleet.run()
     assert models(state) == expected
@@ -425,44 +378,3 @@ def test_messages_that_come_twice_count_once(fleet: Direct, expected: list[str])
     state = fleet.run()
     assert models(state) == expected
     assert folded(state) == [["a", "b", "c"]] * 3
-
-
-@pytest.mark.parametrize(
-    ("moved", "at"),
-    [
-        (False, 1),
-        (True, 4),
-        (False, 9),
-        *(pytest.param(*row, marks=pytest.mark.soak) for row in ((True, 1), (False, 4), (True, 9))),
-    ],
-)
-def test_a_server_that_dies_as_an_update_is_in_the_bucket_counts_it_once(
-    fleet: Direct, expected: list[str], at: int, moved: bool, tmp_path: Path
-) -> None:
-    def die(count: int) -> None:
-        if count == at:
-            raise KeyboardInterrupt
-
-    fleet.on_upload = die
-    with pytest.raises(KeyboardInterrupt):
-        fleet.run()
-    fleet.store.close()
-    fleet.restart()
-    if moved:  # to a machine with an empty folder
-        (fleet.folder / "blobs").rename(tmp_path / "lost")
-    fleet.open()
-    for digest in fleet.store.objects().keys() - fleet.digests:  # the clock doesn't wait for what boards ask for
-        fleet.store.read(digest)
-    state = fleet.run()
-    assert models(state) == expected
-    assert folded(state) == [["a", "b", "c"]] * 3
-    assert fleet.uploaded == 9  # what is in the bucket isn't wanted again
-
-
-def test_the_setting_makes_the_place(store: BucketStore, url: str) -> None:
-    with web_blobs(ServerConfig(uploads="s3", blobs=url), None) as web:
-        assert isinstance(web.uploads(BucketSync(store)), S3Uploads)
-        assert (web.url, web.server) == (None, None)
-    with web_blobs(ServerConfig(uploads="s3", blobs=url, serve_blobs="127.0.0.1:0"), None) as web:
-        assert isinstance(web.uploads(BucketSync(store)), S3Uploads)
-        assert web.server is not None

@@ -340,17 +340,6 @@ def test_what_can_t_be_uploaded_is_pulled_in_the_same_place(web: Web, reason: st
     assert kinds(web.uploads.add("a", 2, 1, web.ref("b"), 3.0)) == [("a", "upload")]  # but the next one
 
 
-def test_reports_of_something_else_change_nothing(web: Web) -> None:
-    web.announce("a")
-    web.announce("B")
-    for device, name in (("a", "b"), ("B", "B"), ("c", "c")):
-        assert web.uploads.reported(device, UploadResult(web.ref(name).sha256, "no"), 1.0) == []
-    web.place.end(UploadEnd("a", web.ref("c"), stored=True))
-    web.place.end(UploadEnd("c", web.ref("c"), stored=False))
-    assert web.uploads.collect(1.0) == []
-    assert web.uploads.outcomes() == []
-
-
 def test_who_has_heard_nothing_is_asked_again(web: Web) -> None:
     web.announce("a")
     assert web.uploads.heard("a", ASK_AGAIN_S - 1) == []
@@ -444,10 +433,3 @@ def test_uploads_that_don_t_pass_through_the_server_need_no_place_and_pulls_do(w
     web.uploads.interrupted(2 * STALLED_S)
     assert "d" not in [device for device, _ in web.uploads.born("d", 2, 0.0, 3 * STALLED_S, uploads=True)]
     assert kinds(web.uploads.heard("d", 3 * STALLED_S)) == [("d", "upload")]
-
-
-def test_an_upload_past_the_server_leaves_its_place_to_a_pull(web: Web) -> None:
-    web.place.direct = True
-    for name in "ABC":
-        web.announce(name)
-    assert kinds(web.uploads.born("A", 1, 0.0, 1.0, uploads=True)) == [("A", "upload"), ("C", "want")]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
-import os
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_ref import LEAF, SUFFIX, BlobRef
+from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, ProtocolError, StorageFullError
+from fedprune.core.errors import StorageFullError
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import pinned_context
-from fedprune.wire.messages import PUT, UploadRequest, UploadResult
+from fedprune.wire.messages import PUT, UploadRequest
 from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.http_upload import HttpUpload
 from fedprune_export.importing import import_onnx
@@ -43,8 +40,6 @@ from fedprune_server.transfer.upload_place import UploadEnd
 from fedprune_server.transfer.web_uploads import HttpUploads
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
 from support.fakes.secure_fleet import SecureFleet
-from support.fakes.several_jobs import SeveralJobs
-from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
 from support.waiting import until
 
@@ -278,16 +273,6 @@ def test_a_full_disk_is_the_server_s_fault(
     assert put(server) == 201
 
 
-def test_a_report_of_what_went_elsewhere_is_no_upload(server: BlobServer, uploads: HttpUploads) -> None:
-    uploads.reported("pi")
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
-    uploads.reported("a stranger")
-    assert uploads.ended() == []
-    assert put(server) == 201
-    uploads.reported("pi")  # which is what the device says a moment later
-    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
-
-
 def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) -> None:
     jobs = []
     for ref in (REF, OTHER):
@@ -304,33 +289,6 @@ def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) ->
             connection.request("GET", path_of(ref))
             with connection.getresponse() as answer:
                 assert (answer.status, answer.read()) == (200, body)
-
-
-def test_a_cache_keeps_no_leaf_table_of_a_streamed_blob_and_can_make_it(store: BlobStore) -> None:
-    for cached in (True, False):
-        with StreamedBlob(store, REF, cached=cached) as blob:
-            blob.write(UPDATE)
-            blob.finish()
-        files = [path.name for path in store.path(REF.sha256).parent.iterdir()]
-        assert sorted(files) == [REF.sha256, *([] if cached else [REF.sha256 + SUFFIX])]
-        assert store.ref(REF.sha256) == REF
-        store.delete(REF.sha256)
-
-
-def test_a_streamed_blob_takes_no_more_than_was_announced(store: BlobStore) -> None:
-    with StreamedBlob(store, REF) as blob:
-        blob.write(UPDATE[:100])
-        with pytest.raises(ProtocolError, match="at most"):
-            blob.write(UPDATE)
-        with pytest.raises(ProtocolError, match="not the blob"):
-            blob.finish()
-    with StreamedBlob(store, REF) as blob:
-        for at in range(0, len(UPDATE), 1000):
-            blob.write(UPDATE[at : at + 1000])
-        assert not store.has(REF.sha256)
-        blob.finish()
-    assert store.ref(REF.sha256) == REF
-    assert left_over(store) == []
 
 
 def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: BlobStore) -> None:
@@ -377,59 +335,6 @@ def test_without_the_setting_nothing_is_uploaded(store: BlobStore) -> None:
         assert web.uploads(BucketSync(store)) is None
     with web_blobs(ServerConfig(), None) as web:
         assert web.uploads(BucketSync(store)) is None
-
-
-@pytest.mark.parametrize("more", [{}, {"blob_url": "https://models.example"}])
-def test_uploads_need_a_web_server_of_the_server_s_own(more: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="serve_blobs"):
-        ServerConfig(uploads="https", **more)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="uploads"):
-        ServerConfig(uploads="ftp")
-
-
-def test_uploads_of_many_boards_at_a_time(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
-    bodies = {f"pi-{i}": os.urandom(3 * LEAF) for i in range(12)}
-    for device, body in bodies.items():
-        uploads.ask(device, BlobRef.of(body))
-    threads = [threading.Thread(target=put, args=(server, body, path_of(BlobRef.of(body)))) for body in bodies.values()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert sorted(end.device for end in uploads.ended()) == sorted(bodies)
-    assert store.names() == sorted(hashlib.sha256(body).hexdigest() for body in bodies.values())
-
-
-def connected(server: BlobServer) -> bool:
-    """Whether one that connects now is served."""
-    return put(server, path=path_of(OTHER)) == 404
-
-
-def test_uploads_have_connections_of_their_own(
-    store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refs = [BlobRef.of(bytes([n]) * len(UPDATE)) for n in range(6)]
-    with BlobServer("127.0.0.1", 0, None, connections=2) as server, ExitStack() as stack:
-        for n, ref in enumerate(refs):
-            uploads.ask(f"pi-{n}", ref)
-
-        def begin(*numbers: int) -> None:
-            for n in numbers:
-                stack.enter_context(begun(server, ref=refs[n]))
-                until(lambda n=n: uploads.arrived(f"pi-{n}") == 2 * LEAF)  # type: ignore[misc]
-
-        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
-        begin(0, 1)
-        assert connected(server)
-        begin(2, 3)
-        assert not connected(server)  # those that are at work are left alone
-        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1000)]
-        monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 5)
-        begin(4)
-        assert not connected(server)
-        server.jobs = [ServedJob(store, lambda device, sha256: True, None, 1000)]
-        uploads.drop("pi-0")
-        assert not connected(server)
 
 
 # A job whose boards upload.
@@ -501,25 +406,6 @@ def test_masked_updates_may_be_uploaded_and_nothing_else_is(tmp_path: Path, serv
     assert not any(topic.endswith("blob") for topic, _ in fleet.said), "nothing has come over MQTT"
 
 
-def jobs_of(folder: Path) -> SeveralJobs:
-    return SeveralJobs(folder, [replace(JOB, name="one"), replace(JOB, name="two", seed=1, rounds=2)], "abc")
-
-
-def test_all_jobs_of_a_server_take_uploads(tmp_path: Path, server: BlobServer) -> None:
-    over_mqtt = jobs_of(tmp_path / "mqtt").run()
-    jobs = jobs_of(tmp_path / "https")
-    url = f"http://127.0.0.1:{server.port}"
-    jobs.web = WebBlobs(url, server, lambda shipping: HttpUploads(shipping.near, url, shut))
-    for device in jobs.air.devices.values():
-        device.abilities, device.upload = (PUT,), sent
-    host = jobs.host()
-    server.jobs = [runner.served for runner in host.runners.values()]
-    assert {name: models(state) for name, state in jobs.run(host).items()} == {
-        name: models(state) for name, state in over_mqtt.items()
-    }
-    assert server.received == 15
-
-
 def test_uploads_to_the_server_are_brought_into_the_bucket(
     tmp_path: Path, server: BlobServer, expected: list[str], at_s3: S3
 ) -> None:
@@ -582,31 +468,6 @@ def test_wrong_bytes_are_pulled_and_then_count(fleet: Uploading, expected: list[
     fleet.air.devices["c"].upload = lambda request, body: sent(request, bytes(len(body)))
     assert models(fleet.run()) == expected
     assert fleet.server.received == 6
-
-
-def test_a_board_that_never_hears_the_request_is_asked_again(fleet: Uploading, expected: list[str]) -> None:
-    missed = set()
-
-    def upload(request: UploadRequest, body: bytes) -> str | None:
-        if request.sha256 not in missed:
-            missed.add(request.sha256)
-            return "it hears nothing"
-        return sent(request, body)
-
-    device = fleet.air.devices["a"]
-    device.upload = upload
-    say = device.say
-
-    def mute(message: object) -> None:
-        if not isinstance(message, UploadResult) or message.reason is None:
-            say(message)
-
-    device.say = mute  # type: ignore[method-assign]
-    daemon = fleet.daemon()
-    tick = daemon._tick
-    daemon._tick = lambda now: (device.repeat(), tick(now))[1]  # type: ignore[method-assign]
-    assert models(fleet.run_daemon(daemon)) == expected
-    assert fleet.server.received == 9
 
 
 @pytest.mark.parametrize("at", [1, 4, 9])
