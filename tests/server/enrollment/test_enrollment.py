@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import os
 import socket
 import ssl
 import stat
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.cli import options_of
 from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
 from fedprune.security.certificates import read_certificate
 from fedprune.security.device_identity import DeviceIdentity
@@ -23,10 +20,8 @@ from fedprune.security.joining import Claim
 from fedprune.security.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli.main import main
-from fedprune_device.cli.options import add_membership
 from fedprune_device.network import enrollment
 from fedprune_device.network.enrollment import Renewal, enrol, join_urls
-from fedprune_device.network.membership import MembershipOptions, join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -146,31 +141,6 @@ def test_a_claim_file_is_there_and_holds_one_claim(server: Server, tmp_path: Pat
     file.write_text("".join(server.identity.claim(None, 3600).text + "\n" for _ in range(3)))
     assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.JOIN
     assert "holds 3 claims" in capsys.readouterr().err
-
-
-def test_a_wrong_site_ends_with_the_site_that_was_asked_for(server: Server, tmp_path: Path) -> None:
-    board = DeviceIdentity(tmp_path / "board", "elsewhere", "attic")
-    with pytest.raises(BrokerError, match=r"site elsewhere .*--site default"):
-        enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=1)
-
-
-def test_a_claim_for_a_board_that_is_a_member_is_ignored_and_that_is_said(
-    server: Server, tmp_path: Path, capsys: Captured
-) -> None:
-    claim = claim_file(server, tmp_path / "claim")
-    words = ["--broker", server.url, "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
-    assert join(server, tmp_path / "board", "--claim", str(claim)) == ExitCode.OK
-    parser = argparse.ArgumentParser()
-    add_membership(parser)
-    options = options_of(MembershipOptions, parser.parse_args([*words, "--claim", str(claim)]))
-    capsys.readouterr()
-    assert join_first(membership(options), patient=False)
-    assert "--new-key" in capsys.readouterr().err
-
-
-def test_without_a_claim_the_way_by_a_pin_is_named(server: Server, tmp_path: Path, capsys: Captured) -> None:
-    assert join(server, tmp_path / "board") == ExitCode.IDENTITY
-    assert "--pin HEX" in capsys.readouterr().err
 
 
 def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tmp_path: Path, capsys: Captured) -> None:
@@ -333,19 +303,3 @@ def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, t
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
     assert kept()
     assert not (tmp_path / "board" / "identity.old").exists()
-
-
-def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> None:
-    """Root may rotate keys or revoke a board; the service reads the folder as its own user."""
-    before = os.umask(0o077)
-    try:
-        with IdentityFolder.make(tmp_path, "lab") as identity:
-            identity.rotate()
-            identity.rotate_authority()
-            identity.revoke("attic")
-            identity.broker(["localhost"])
-    finally:
-        os.umask(before)
-    public = {p.name for p in (tmp_path / "identity").iterdir() if p.stat().st_mode & 0o077}
-    assert public == {"site", "successions.json", "authority.pem", "crl.pem", "server.pem", "broker.pem"}
-    assert all((tmp_path / "identity" / name).stat().st_mode & 0o777 == 0o644 for name in public)

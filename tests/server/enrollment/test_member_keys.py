@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import tracemalloc
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,18 +23,6 @@ def test_they_are_a_mapping(members: dict[str, str], others: dict[str, str], nam
         assert found.get(name) == members.get(name)
     assert found.lacking(other) == [n for n in members if others.get(n) != members[n]]
     assert found.lacking(found) == []
-
-
-def test_what_is_no_name_or_key_is_an_error() -> None:
-    assert None not in MemberKeys()
-    assert "\ud800" not in MemberKeys([("a", "00")])
-    assert MemberKeys([("a", "00")]).get("\ud800") is None
-    with pytest.raises(ValueError, match="hexadecimal"):
-        MemberKeys([("a", "no key")])
-    with pytest.raises(ValueError, match="name"):
-        MemberKeys([("a\0b", "00")])
-    with pytest.raises(KeyError, match="b"):
-        MemberKeys([("a", "00")])["b"]
 
 
 def test_a_member_takes_70_bytes() -> None:

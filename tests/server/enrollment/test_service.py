@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +29,9 @@ from fedprune.security.tls import BUILT
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
-from fedprune_server.enrollment import approval
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
 from fedprune_server.storage.storage import database_of
 from fedprune_server.storage.tables import CLAIMS
@@ -308,19 +303,6 @@ def test_a_refused_request_is_not_asked_again(identity: IdentityFolder, ask: Ask
     assert device.request(claim) != first
 
 
-def test_a_power_cut_on_the_board_leaves_a_certificate_with_its_own_key(
-    identity: IdentityFolder, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
-    device.admit(ask(device, claim), claim.pin)
-    given = ask(device, None)
-    monkeypatch.setattr(DeviceIdentity, "_finish", lambda _self: None)
-    device.admit(given, claim.pin)
-    monkeypatch.undo()
-
-    board(tmp_path / "board").context()
-
-
 def test_a_half_written_request_is_made_anew(tmp_path: Path) -> None:
     device = board(tmp_path / "board")
     first = device.request()
@@ -428,23 +410,6 @@ def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
     assert "no new certificate for the server yet: full" in caplog.text
 
 
-def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_hosts(identity: IdentityFolder) -> None:
-    def issued(*hosts: str) -> bytes:
-        return identity.broker(hosts)[0].read_bytes()
-
-    first = issued("127.0.0.1", "localhost")
-    NOW[0] += 3 * 365 * DAY
-    assert issued("localhost", "127.0.0.1") == first
-    other = issued("localhost", "192.0.2.7")
-    assert other != first
-    assert issued("localhost", "192.0.2.7") == other
-    save_tls_key(make_tls_key(), identity.path / "broker.key")
-    paired = issued("localhost", "192.0.2.7")
-    assert paired != other
-    NOW[0] += 4 * 365 * DAY + DAY
-    assert issued("localhost", "192.0.2.7") != paired
-
-
 def test_in_the_authority_s_last_months_nothing_is_issued_again_and_again(identity: IdentityFolder) -> None:
     NOW[0] += (30 * 365 - 20) * DAY
     identity.context()
@@ -454,88 +419,12 @@ def test_in_the_authority_s_last_months_nothing_is_issued_again_and_again(identi
     assert (identity.path / "server.pem").read_bytes() == last
 
 
-def test_no_claim_is_made_for_a_name_that_no_device_may_have(identity: IdentityFolder) -> None:
-    for name, error in (("fedprune-server", JoinError), ("all", ProtocolError), ("a/b", ProtocolError)):
-        with pytest.raises(error):
-            identity.claim(name, HOUR)
-
-
 def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder, tmp_path: Path) -> None:
     claim = identity.claim(None, HOUR)
     identity.close()
     for path in (tmp_path / "state").rglob("*"):
         if path.is_file():
             assert claim.secret not in path.read_bytes()
-
-
-def damage(file: Path) -> None:
-    file.write_bytes(b"x" * 5000)
-
-
-def reformat(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("UPDATE meta SET value = 'fedprune.database/2' WHERE key = 'format'")
-
-
-def spoil(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("UPDATE members SET status = 'perhaps'")
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (damage, r"server\.db: file is not a database"),
-        (reformat, r"expected fedprune\.database/1, got fedprune\.database/2"),
-        (spoil, r"row of the member pi-1 is damaged: got 'perhaps'"),
-    ],
-)
-def test_a_database_that_can_t_be_used_is_one_clear_error(
-    identity: IdentityFolder, tmp_path: Path, change: Callable[[Path], None], said: str
-) -> None:
-    identity.store.ask("pi-1", "a" * 64, 1)
-    identity.close()
-    change(tmp_path / "state" / FILE)
-    with IdentityFolder(tmp_path / "state") as again, pytest.raises(StorageError, match=said):
-        again.store.devices()
-
-
-def test_a_database_is_closed_by_whoever_opened_it(
-    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    identity.store.ask("pi-1", "a" * 64, 1)
-    closed: list[Database] = []
-    monkeypatch.setattr(Database, "close", lambda self: closed.append(self) or self.engine.dispose())
-    state = tmp_path / "state"
-    with database_of(state) as given:
-        identity.serve(given)
-        assert len(closed) == 1, "the one that the folder had opened"
-        RolloutStore(state, given).close()
-        identity.close()
-        assert given not in closed
-    RolloutStore(state).close()
-    assert identity.store.devices()
-    identity.close()
-    assert len(closed) == 4
-
-
-def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_answer(
-    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def patiently(self: Database, work: Callable[[], object]) -> object:
-        work()  # the connection is lost before the answer
-        return work()
-
-    monkeypatch.setattr(Database, "patiently", patiently)
-    now = int(NOW[0])
-    assert [identity.store.ask("pi-1", key * 64, now) for key in "ab"] == [WAITING, WAITING]
-    assert approval.deny(identity, "pi-1") == "pi-1: 2 keys turned away"
-    with pytest.raises(JoinError, match="no such device waits"):
-        approval.deny(identity, "pi-1")
-    identity.store.approve("pi-1", "c" * 64, now)
-    assert approval.revoke(identity, "pi-1").startswith("pi-1: 1 key and 0 certificates revoked")
-    with pytest.raises(JoinError, match="pi-1 is revoked already"):
-        approval.revoke(identity, "pi-1")
 
 
 def test_a_revocation_of_one_name_forgets_nothing_of_another_one(identity: IdentityFolder) -> None:

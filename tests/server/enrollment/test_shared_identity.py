@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
 from cryptography import x509
 
-from fedprune.core.errors import ConfigError, IdentityError, StorageError, UsedClaimError
+from fedprune.core.errors import ConfigError, IdentityError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.joining import Claim
 from fedprune.security.joining import make_request as make_join_request
@@ -27,7 +26,7 @@ from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.transport import DeviceRevoked
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
-from fedprune_server.storage.tables import REGISTER, meta, put_meta
+from fedprune_server.storage.tables import meta, put_meta
 from support.fakes.inbox import Inbox
 from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
@@ -125,24 +124,6 @@ def test_a_server_notices_what_another_machine_changes(
         now[0] += 0.5
         assert link.get() == DeviceRevoked("pi-1")
         assert listed(identity) == {i.serial for i in identity.authority.of_device("pi-1")} != set()
-
-
-def test_a_command_that_has_nothing_new_changes_nothing(tmp_path: Path, postgres: Postgres) -> None:
-    url, state = postgres.database(), tmp_path / "first"
-    IdentityFolder.make(state, "lab").close()
-    with serving(state, url) as identity:
-        join(identity, "pi-1")
-        identity.exchange()
-        before = identity.store.version()
-        assert before
-        assert main(["devices", "--state", str(state), "--database", url]) == 0
-        with IdentityFolder(state, database=url) as command:
-            assert command.store.members().keys() == {"pi-1"}
-            command.exchange()
-        identity.exchange()
-        assert identity.store.version() == before
-        join(identity, "pi-2")
-        assert identity.store.version() != before
 
 
 def test_a_revocation_whose_command_was_killed_is_shared_by_the_server(
@@ -244,29 +225,6 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
             identity.store._opened().flush()
         with pytest.raises(LeaseLostError):
             identity.claim(None, 3600)
-
-
-def test_a_damaged_row_is_an_error(tmp_path: Path, postgres: Postgres) -> None:
-    url = postgres.database()
-    IdentityFolder.make(tmp_path / "first", "lab").close()
-
-    def spoil(connection: sql.Connection, line: str, earlier: str) -> None:
-        connection.execute(REGISTER.delete())
-        connection.execute(REGISTER.insert().values(digest="00", line=line))
-        put_meta(connection, "earlier-keys", earlier)
-
-    for line, earlier in (
-        ("{}", "{}"),
-        ("{", "{}"),
-        ('{"issued": {}}', "{}"),
-        ('{"revoked":{"at":1,"serial":"1"}}', "[]"),
-        ('{"revoked":{"at":1,"serial":"1"}}', '{"keys":1}'),
-    ):
-        with StateFolder(tmp_path / "first", url) as folder, IdentityFolder(tmp_path / "first") as identity:
-            with folder.storage.database.transaction() as connection:
-                spoil(connection, line, earlier)
-            with pytest.raises(StorageError, match="damaged"):
-                identity.serve(folder.storage.database)
 
 
 def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgres: Postgres) -> None:

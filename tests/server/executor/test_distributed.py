@@ -8,11 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,6 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import named_in
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune_export.importing import import_onnx
@@ -30,9 +27,7 @@ from fedprune_server.executor.distributed import DistributedWorker, helper_proce
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.storage.s3.store import BucketStore
 from support.fakes.digits_simulation import boards, digits_simulation
-from support.processes.s3 import S3
 from support.waiting import until
 
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
@@ -73,17 +68,6 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -
     assert all(worker.store.has(g) for g in crew.graphs())
 
 
-def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: DistributedWorker) -> None:
-    found = []
-    for round_, order in zip((1, GRAPH_ROUNDS + 1, GRAPH_ROUNDS + 2), extracts(worker), strict=True):
-        order = replace(order, basis=replace(order.basis, round=round_))
-        crew.expect([order])
-        event = crew.execute(order)
-        assert isinstance(event, on.Extracted)
-        found.append(event.offer["inference"]["sha256"])
-    assert crew.graphs() & set(found) == set(found[1:])
-
-
 def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(
     worker: Worker, crew: DistributedWorker
 ) -> None:
@@ -96,23 +80,6 @@ def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_help
     event = crew.execute(later)
     assert isinstance(event, on.Extracted)
     assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
-
-
-@pytest.mark.soak
-def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S3, tmp_path: Path) -> None:
-    store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
-    worker = Worker(JOB, model, store)
-    order = extracts(worker)[0]
-    with closing(DistributedWorker(worker, helper_processes(worker, 2))) as crew:
-        for _ in range(3):  # by each of two helpers, or twice by one
-            crew.expect([order])
-            event = crew.execute(order)
-            assert isinstance(event, on.Extracted)
-            made = named_in(event.offer)
-            assert made <= BucketStore(tmp_path / "other", store.bucket.url).objects().keys()
-            for digest in made:
-                store.delete(digest)
-    store.close()
 
 
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:
@@ -146,29 +113,6 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Distributed
     crew.expect(orders)
 
     assert [crew.execute(o) for o in orders] == expected
-
-
-def test_helpers_that_fail_are_told_once(
-    worker: Worker, crew: DistributedWorker, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken:
-        adds, size, patience_s = False, 2, 5.0
-
-        def submit(self, work: object, command: object) -> Any:
-            answer: Future[None] = Future()
-            answer.set_exception(RuntimeError("the pool is broken"))
-            return answer
-
-        def close(self) -> None:
-            pass
-
-    crew._pool.close()
-    crew._pool = Broken()  # type: ignore[assignment]
-    orders = extracts(worker)
-    crew.expect(orders)
-    assert all(isinstance(crew.execute(order), on.Extracted) for order in orders)
-    (record,) = [r for r in caplog.records if "the pool is broken" in r.getMessage()]
-    assert record.levelname == "WARNING"
 
 
 def test_helpers_leave_ctrl_c_to_their_parent_and_end_with_it() -> None:

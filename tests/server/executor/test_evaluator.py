@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +12,6 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
-from fedprune.runtime import session_process
-from fedprune.runtime.session import run_by_child_process
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluator, Sessions
@@ -50,23 +46,6 @@ def test_nothing_is_measured_on_no_samples_or_without_labels(
     # An experiment that is made from Python says so before it begins.
     with pytest.raises(ConfigError, match="samples to measure on"):
         digits_simulation(tmp_path, evaluation=samples)
-
-
-def test_a_child_process_is_sent_the_weights_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = np.random.default_rng(0).standard_normal((600, 1, 8, 8), np.float32), np.zeros(600, np.int64)
-    wanted = Evaluator(Sessions(model, 1), Recipe(), samples)(model.tensors, model.architecture.sizes)
-    sent: list[str] = []
-    asked = session_process._asked
-
-    def ask(connection: Connection, *request: Any) -> Any:
-        sent.extend(name for value in request if isinstance(value, dict) for name in value)
-        return asked(connection, *request)
-
-    monkeypatch.setattr(session_process, "_asked", ask)
-    with run_by_child_process():
-        found = Evaluator(Sessions(model, 1), Recipe(), samples)(model.tensors, model.architecture.sizes)
-    assert found == wanted
-    assert [sent.count(name) for name in model.tensors] == [1] * len(model.tensors)
 
 
 def test_what_every_round_measures_is_opened_once(model: Model) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.jobs.state import Device, Progress, Task
+from fedprune.jobs.state import Progress, Task
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import UNITS
@@ -52,13 +52,6 @@ def named(offers: Offers, model: Model, round_: int) -> set[str]:
     frozen = tuple(n for i, n in enumerate(trained[:-1]) if (round_ >> i) & 1)
     body = offers.body(Submodel(selection, selection.gather(model.tensors)), Recipe(frozen=frozen), round_)
     return {body[name]["sha256"] for name in GRAPHS}
-
-
-def test_graphs_of_earlier_rounds_are_let_go_of(model: Model, store: BlobStore) -> None:
-    offers = Offers(model, store)
-    found = [named(offers, model, r) for r in range(1, ROUNDS + 1)]
-    assert len(set().union(*found)) > 3 * GRAPH_ROUNDS  # they are different ones
-    assert offers.graphs() == set().union(*found[-GRAPH_ROUNDS - 1 :])
 
 
 def test_a_graph_that_is_named_in_every_round_is_made_once(
@@ -150,25 +143,6 @@ def test_collector_keeps_graphs_that_offers_may_name(store: BlobStore) -> None:
     collector.mark({graphs[0]})
     collector.collect(state, set())
     assert [store.has(g) for g in graphs] == [i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
-
-
-def test_collector_looks_at_what_has_changed_only(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    collector, state = BlobCollector(store, 1, "accuracy"), State("")
-    mine, others = (store.put(content).sha256 for content in (b"of one alone", b"of several"))
-    for name, held in {"a": mine, "b": others, "c": others}.items():
-        state.devices[name] = Device(1, True, {}, None, 10, held={"weights": held})
-    collector.note_state(state)
-    state.settle()
-    looked = set[str]()
-    references = Device.references
-    monkeypatch.setattr(Device, "references", lambda d: looked.add(d._name) or references(d))
-    for name, left in {"a": [False, True], "b": [False, True], "c": [False, False]}.items():
-        state.devices[name].held = None
-        collector.collect(state, set())
-        state.settle()
-        assert looked == {name}
-        looked.clear()
-        assert [store.has(mine), store.has(others)] == left
 
 
 def test_collector_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import pickle
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -35,12 +31,11 @@ from fedprune_server.config.cluster_url import check_url
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.executor import pool_tasks, ray_pool
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.pool_tasks import RemoteBlobs, WorkerSpec
+from fedprune_server.executor.pool_tasks import WorkerSpec
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.storage.s3 import store as bucket_store
-from fedprune_server.storage.s3.store import BucketStore, near
+from fedprune_server.storage.s3.store import BucketStore
 from support.processes.machine import free_port
 from support.processes.s3 import S3
 from support.waiting import attempts, until
@@ -64,9 +59,7 @@ def test_places_of_helpers(url: str) -> None:
     assert ServerConfig(workers_url=url).server_settings()["workers_url"] == url
 
 
-@pytest.mark.parametrize(
-    "url", ["", "ray", "ray:", "ray://", "auto", "ray:host", "ray://a:1/../b", "dask://a:1", "ray:a b:1"]
-)
+@pytest.mark.parametrize("url", ["", "ray:", "ray:host", "ray://a:1/../b", "dask://a:1"])
 def test_what_is_no_place_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="workers_url"):
         ServerConfig(workers_url=url)
@@ -90,58 +83,6 @@ def test_a_cluster_that_is_not_there_is_one_clear_error(model: Model, tmp_path: 
         RayPool(f"ray:127.0.0.1:{free_port()}", w)
     assert caught.value.exit_code is ExitCode.CLUSTER
     assert w.store.names() == []
-
-
-def _answers(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
-    """A child whose cluster goes, or answers what can't be read."""
-    connection.send(("size", 2))
-    number = connection.recv()[0]
-    if address == "gone":
-        connection.send(("lost", "the cluster has no processors any more"))
-    else:
-        connection.send(("done", number))
-        connection.send_bytes(b"no pickle")
-    connection.recv()  # until it is ended
-
-
-@pytest.mark.parametrize("address", ["gone", "garbled"])
-@pytest.mark.soak
-def test_whoever_waits_for_a_cluster_that_goes_is_told(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
-) -> None:
-    told = threading.Event()
-    monkeypatch.setattr(ray_pool, "run_driver", _answers)
-    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool.DriverProcess(address, WorkerSpec.of(worker(model, tmp_path)), "", told.set, lambda: False)
-    listener = threading.Thread(target=link.listen, daemon=True)
-    futures = [link.submit(pool_tasks.check, None) for _ in range(2)]
-    listener.start()
-    for future in futures:
-        with pytest.raises(ClusterError, match="is lost"):
-            future.result(30)
-    assert told.is_set()
-    assert link.lost
-    listener.join(30)
-    assert not listener.is_alive()
-    link.close()
-
-
-def _is_silent(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
-    """A child that reaches its cluster never."""
-    connection.recv()
-
-
-@pytest.mark.soak
-def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_pool, "run_driver", _is_silent)
-    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    monkeypatch.setattr(ray_pool, "_START_S", 3600.0)
-    settings, closed = WorkerSpec.of(worker(model, tmp_path)), iter([False, True]).__next__
-    with pytest.raises(ClusterError, match="can't be used"):
-        ray_pool.DriverProcess("silent", settings, "", lambda: None, closed)
-    assert not [p for p in multiprocessing.active_children() if p.name == "fedprune-ray"]
 
 
 def _does(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
@@ -171,20 +112,6 @@ def test_a_task_that_can_not_be_handed_on_fails_alone(
     assert not link.lost
     link.close()
     listener.join(30)
-
-
-@pytest.mark.soak
-def test_no_cluster_on_this_machine_and_what_is_none_are_errors(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
-    monkeypatch.setattr("fedprune_server.executor.ray_pool._START_S", 20.0)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        for url in (f"ray:127.0.0.1:{other.getsockname()[1]}", "ray:auto"):
-            w = worker(model, tmp_path)
-            with pytest.raises(ClusterError, match="can't be used"):
-                RayPool(url, w)
-            assert w.store.names() == []
 
 
 @pytest.fixture(scope="module", params=["folder", pytest.param("bucket", marks=pytest.mark.soak)])
@@ -237,43 +164,6 @@ def round_of(w: Worker, made: list[do.Extract]) -> tuple[list[do.Fold], do.Close
     start = made[0].basis.model
     names = tuple(c.part.device for c in found)
     return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
-
-
-@pytest.mark.soak
-def test_a_helper_of_another_machine_works_on_the_bucket_with_a_folder_of_its_own(
-    model: Model, at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = tmp_path / f"fedprune-blobs-{2**22 + 1}.1-x"  # of a process that was killed
-    left.mkdir()
-    store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}", cache=2**20)
-    server = Worker(JOB, model, store)
-    made = orders(server, 3)
-    helper = pickle.loads(pickle.dumps(WorkerSpec.remote(server))).worker()  # noqa: S301 - as Ray does
-    own = helper.store.root
-    assert own.parent == tmp_path
-    assert not left.exists()
-
-    batch = pool_tasks.extract(helper, made)
-    new = {digest for digest in batch.objects if not store.has(digest)}
-    assert new
-    store.learn(batch.objects)
-    assert all(map(store.has, new))
-    assert not any(map(near(store).has, new))
-    assert sum(size for size, _ in store._held.values()) == sum(BlobStore.size(store, d) for d in near(store).names())
-    assert batch.events == tuple(server.execute(order) for order in made)
-
-    folds, close = round_of(server, made)
-    checked = [pool_tasks.check(helper, fold) for fold in folds]
-    assert [c.event for c in checked if isinstance(c, pool_tasks.CheckedUpdate)] == [server.execute(f) for f in folds]
-    names = frozenset(t.name for t in server.round_of(close).fold.shared)
-    sums = [pool_tasks.add_up(w, pool_tasks.Addition(close, names, None)) for w in (server, helper)]
-    assert sums[0].arrays.keys() == sums[1].arrays.keys()
-    assert all(np.array_equal(value, sums[1].arrays[key]) for key, value in sums[0].arrays.items())
-    helper.store.cache = 0
-    monkeypatch.setattr(bucket_store, "FRESH_S", 0.0)
-    helper.store.put(b"one more")
-    assert not list(own.glob("??/*"))
 
 
 def slow(w: Worker, where: str) -> str:
@@ -349,28 +239,6 @@ def played(crew: DistributedWorker, folds: list[do.Fold], close: do.Close) -> on
     for fold in folds:
         crew.execute(fold)
     return crew.execute(replace(close))
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_a_machine_that_does_not_see_the_blobs_is_named(
-    model: Model, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    w = clustered(model, tmp_path / "here", cluster)
-    if cluster.blobs is None:
-        (tmp_path / "other").mkdir()
-        places = {
-            "no folder": RemoteBlobs(tmp_path / "gone", False),
-            "is not in": RemoteBlobs(tmp_path / "other", False),
-        }
-    else:
-        urls = {"Make the bucket": "s3://no-such-bucket", "is not in": f"{cluster.blobs}/other"}
-        places = {why: RemoteBlobs(None, False, url, 0) for why, url in urls.items()}
-    for why, there in places.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(RemoteBlobs, "of", lambda _, there=there: there)
-            with pytest.raises(ClusterError, match=why):
-                RayPool(f"ray:{cluster.address}", w)
 
 
 def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:

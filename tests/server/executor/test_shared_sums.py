@@ -192,33 +192,6 @@ def test_what_cannot_be_split_is_left_to_the_worker(model: Model, tmp_path: Path
     assert not helpers.done
 
 
-def test_a_small_model_is_not_worth_the_way(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path, {"strategy": "plain"})
-    folds, close = round_of(w)
-    helpers = Helpers(w)
-    played(DistributedWorker(w, helpers), folds, close)
-    assert not helpers.done
-
-
-@pytest.mark.parametrize(("strategy", "tasks"), [("plain", 4), ("subflot", 400 / 16)])
-def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path, strategy: str, tasks: float) -> None:
-    """Helpers make the offers of four widths; what is made for each device they make in groups of 16."""
-    w = worker(model, tmp_path, {"strategy": strategy})
-    folds, _ = round_of(w)
-    basis = folds[0].contribution.basis
-    parts = [replace(folds[k % 9].contribution.part, device=f"m{k}") for k in range(400)]
-    orders = [do.Extract(basis, part) for part in parts]
-    helpers = Helpers(w)
-    crew = DistributedWorker(worker(model, tmp_path, {"strategy": strategy}), helpers)
-    crew.expect(orders)
-    assert helpers.count(pool_tasks.extract) == tasks
-    expected = [w.execute(o) for o in orders[:20]]
-    assert [crew.execute(o) for o in orders[:20]] == expected
-    helpers.fails = lambda *_: True
-    crew.expect(orders[:20])
-    assert [crew.execute(o) for o in orders[:20]] == expected
-
-
 class Hanging(Helpers):
     """Helpers that never do some tasks; a clock advances by as much as they are waited for."""
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import fedprune_export as fx
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -33,7 +31,6 @@ from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluator, Sessions
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Digits, deal, digits_model
-from support.nets import small_nets as nets
 
 DEVICES = ("a", "b", "c")
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
@@ -167,16 +164,6 @@ def test_a_part_of_more_work_trains_the_recipes_epochs_as_often(model: Model, tm
     assert epochs == [RECIPE.epochs, 3 * RECIPE.epochs]
 
 
-def test_a_job_notes_whether_it_begins_with_a_model_that_was_just_made(tmp_path: Path) -> None:
-    fresh, warm = fx.load(nets.seeded(nets.LeNet())), nets.seeded(nets.LeNet())
-    with torch.no_grad():
-        for weights in warm.parameters():
-            weights.mul_(3)
-    for number, (given_model, untrained) in enumerate(((fresh, True), (fx.load(warm), False))):
-        begun = Worker(Job(), given_model, BlobStore(tmp_path / str(number), durable=False)).begin()
-        assert (begun.untrained, begun.architecture) == (untrained, given_model.architecture.digest)
-
-
 def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Digits, tmp_path: Path) -> None:
     first = worker(model, tmp_path)
     parts = contributions(first, model, rank(first), federation)
@@ -301,22 +288,6 @@ def test_a_planned_number_of_parts_is_in_the_offer(model: Model, tmp_path: Path)
     assert Recipe.from_dict(parts.offer["recipe"]) == replace(Recipe.from_dict(plain.offer["recipe"]), accumulate=4)
     assert b"::sum" in w.store.read(parts.offer["training"]["sha256"])
     assert b"::sum" not in w.store.read(plain.offer["training"]["sha256"])
-
-
-def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path)
-    ranking = rank(w)
-    offers = []
-    for name, density in (("a", 0.5), ("b", 0.5), ("c", 1.0)):
-        of = part(name, widths_at(model.architecture, density))
-        done = w.execute(do.Extract(do.Basis(1, w.initial(), ranking), of))
-        assert isinstance(done, on.Extracted)
-        offers.append(done.offer)
-
-    assert offers[0]["inference"] == offers[1]["inference"] != offers[2]["inference"]
-    assert len({o["training"]["sha256"] for o in offers}) == 1
-    assert {o["training"]["sha256"] for o in offers} <= w.graphs()
-    assert "loss" not in offers[0]["recipe"]  # which boards of the first version would refuse
 
 
 def test_curvature_starts_with_random_nested_ranks_and_then_judges(
