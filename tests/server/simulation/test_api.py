@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import fedprune_export as fx
-import fedprune_server
-from fedprune import Strategy, compose
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune_export.bundles.conversion import with_weights
 from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
-from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-from fedprune_server.simulation.results import runs_progress
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.starter import STARTERS, write_starter
 from support.paths import ROOT
@@ -64,23 +57,6 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     np.savez("digits.npz", x=x[:400], y=y[:400])
     Path("model.onnx").write_bytes(digits_model())
     return FLEET
-
-
-@pytest.mark.parametrize("notebook", [False, True])
-def test_progress_is_shown_where_a_person_sees_it_unless_it_is_turned_off(
-    fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, notebook: bool
-) -> None:
-    simulate(fleet, rounds=1)
-    assert capsys.readouterr().err == ""
-    if notebook:
-        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-        monkeypatch.setattr(runs_progress, "LINE_S", 0.0)
-    else:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-    simulate(fleet, rounds=1, title="seen")
-    assert "seen" in capsys.readouterr().err
-    simulate(fleet, rounds=1, progress=False)
-    assert capsys.readouterr().err == ""
 
 
 def test_tables_give_the_run_that_a_file_of_them_gives(fleet: dict[str, Any]) -> None:
@@ -128,25 +104,6 @@ def test_a_table_has_a_row_per_round_or_per_round_and_device(fleet: dict[str, An
         for name, value in row.items()
         if name not in ("round", "device", "time_s") and value is not None
     }
-
-
-def test_a_frame_is_the_table(fleet: dict[str, Any]) -> None:
-    pytest.importorskip("pandas")
-    run = simulate(fleet, rounds=1)
-
-    assert run.frame().to_dict("records") == run.table().to_pylist()
-    assert len(run.frame(devices=True)) == 2
-
-
-def test_a_frame_without_pandas_is_an_error_that_says_what_to_do(
-    fleet: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = simulate(fleet, rounds=1)
-    monkeypatch.setitem(sys.modules, "pandas", None)
-
-    with pytest.raises(MissingExtraError, match=r"needs pandas, which is not installed.*pip install pandas") as caught:
-        run.frame()
-    assert caught.value.__suppress_context__
 
 
 def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path) -> None:
@@ -231,52 +188,3 @@ def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:
     assert [row[0] for row in compared.table] == ["run", "mine", "mine", "mine"]
     assert str(run) == str(run.compare())
     assert str(run).endswith("|\n\nFigures of accuracy in the table are means over the last 2 rounds.")
-
-
-def test_runs_are_called_by_their_job_and_told_apart_by_strategy(fleet: dict[str, Any]) -> None:
-    named = {**fleet, "job": {**fleet["job"], "name": "yard", "strategy": "heterofl"}}
-    ours, plain = (simulate(named, rounds=1, **changes) for changes in ({}, {"strategy": "fedavg"}))
-    assert [run.record.title for run in (ours, plain)] == ["yard", "yard"]
-    assert [run.title for run in ours.compare(plain).runs] == ["yard (heterofl)", "yard (fedavg)"]
-    assert simulate(fleet, rounds=1, strategy="fedavg").record.title == "fedavg"
-
-
-def test_a_wrong_setting_is_named(fleet: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="rounds"):
-        simulate({**fleet, "job": {"rounds": 0}})
-    with pytest.raises(ConfigError, match=r"settings: \[model\] path is missing"):
-        simulate({k: v for k, v in fleet.items() if k != "model"})
-
-
-@pytest.mark.parametrize("workers", [0, -1, True, 1.5])
-def test_a_wrong_number_of_processes_is_refused(fleet: dict[str, Any], workers: Any) -> None:
-    with pytest.raises(ConfigError, match="workers"):
-        simulate(fleet, workers=workers)
-
-
-def test_settings_that_a_plan_has_already_are_refused(fleet: dict[str, Any]) -> None:
-    plan = read_plan(Path("settings"), tables=fleet)
-    others: dict[str, Any] = {
-        "model": plan.model,
-        "strategy": "fedavg",
-        "seed": 0,
-        "rounds": 1,
-        "title": "mine",
-        "reference": True,
-    }
-    for name, value in others.items():
-        with pytest.raises(ConfigError, match=f"to set {name}, got a plan"):
-            simulate(plan, **{name: value})
-
-
-@pytest.mark.parametrize("strategy", [partial(compose), Strategy(inputs="sum"), Strategy, lambda job: compose(job), 5])
-def test_a_strategy_of_another_kind_is_named(fleet: dict[str, Any], strategy: Any) -> None:
-    with pytest.raises(ConfigError, match="strategy: expected a name, or a module's function"):
-        simulate(fleet, strategy=strategy)
-
-
-def test_public_names_are_there_and_others_are_not() -> None:
-    assert all(getattr(fedprune_server, name) is not None for name in fedprune_server.__all__)
-    assert set(fedprune_server.__all__) <= set(dir(fedprune_server))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        fedprune_server.nothing  # noqa: B018

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune_device.training.step_graph import StepGraph
-from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
-from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import Trained
-from support.fakes.digits_simulation import KINDS, boards, boards_that_validate, digits, digits_simulation
+from support.fakes.digits_simulation import KINDS, boards, boards_that_validate, digits_simulation
 
 
 class Run:
@@ -118,32 +114,6 @@ def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "options", "rate", "beta"),
-    [
-        ("fedbuff", {"buffer": 2, "rate": 0.8, "server_momentum": 0.9}, 0.8, 0.9),
-        pytest.param(
-            "fedprune", {"arrivals": 2, "densities": [1.0], "ranking": "ordered"}, 1.0, 0.5, marks=pytest.mark.soak
-        ),
-    ],
-)
-def test_stale_moves_enter_the_server_s_velocity(
-    run: Build, strategy: str, options: dict[str, Any], rate: float, beta: float
-) -> None:
-    """v ← β·v + η·Σ p_i·s(k_i)·(w_i − w_sent) / Σ p_i, w ← w + v."""
-    found = run(strategy, rounds=6, options=options, compression="none", compression_down="none")
-    velocity = {n: np.zeros(1) for n in trainable(found)}
-    for close, before, after in found.steps():
-        importance = [1 if strategy == "fedbuff" else c.part.samples for c in close.contributions]
-        velocity = {n: beta * v for n, v in velocity.items()}
-        for c, p in zip(close.contributions, importance, strict=True):
-            share = rate * p / sum(importance) * (close.round - c.basis.round + 1) ** -0.5
-            new, sent = found.tensors(c.weights), found.tensors(c.basis.model)
-            velocity = {n: v + share * (new[n].astype(float) - sent[n]) for n, v in velocity.items()}
-        close_to(after, {n: before[n] + v for n, v in velocity.items()})
-    assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
-
-
 def test_fedfix_weighs_by_how_many_windows_a_device_takes(run: Build) -> None:
     """w ← w + η·Σ ceil(τ_i / Δt)·p_i·(w_i − w_sent), p_i = 1/M."""
     found = run("fedfix", rounds=9, options={"window_s": 0.1, "rate": 0.9})
@@ -182,7 +152,6 @@ def masked_mean(found: Run, close: do.Close, before: Tensors, schedule: Schedule
 
 
 PR_FL = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2}
-IN_STEP = {"interval": 2, "patience": 1, "floor": 0.2, "synchronous": True}
 
 
 def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
@@ -199,23 +168,6 @@ def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
     assert {p.part.widths for p in masked} == {found.simulation.model.architecture.sizes}
 
 
-@pytest.mark.soak  # forty rounds; at every push `test_asynchronous_presets.py` has who is asked when
-def test_pr_fl_hears_of_every_device_in_every_interval_however_slow_it_is(run: Build) -> None:
-    options = {"interval": 10, "window_s": 0.02, "least": 1, "stage1": False, "recovery": False, "evaluate_every": 100}
-    found = run("pr-fl", rounds=40, recipe=Recipe(max_steps=2, batch_size=16), options=options)
-    counted: dict[str, dict[int, bool]] = {kind: {} for kind in KINDS}
-    for close in found.closes:
-        for part in close.contributions:
-            number, known = part.basis.round, counted[part.part.device]
-            assert part.part.last_counted_round == max((n for n in known if n < number), default=0)
-            known[number] = any("::squares" in n for n in found.tensors(part.weights))
-    assert len(counted["jetson-orin-nano"]) > 2 * len(counted["raspberry-pi-zero-2w"])
-    for known in counted.values():
-        heard = {(n - 1) // 10 for n, squares in known.items() if squares}
-        assert heard == {(n - 1) // 10 for n in known}
-    assert sum(counted["jetson-orin-nano"].values()) <= 2 * 4, "the first and the last of each, not all"
-
-
 def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Build) -> None:
     found = run("pr-fl", rounds=16, options={**PR_FL, "masks": "channels"})
     parts = [(c.round, p.part) for c in found.closes for p in c.contributions]
@@ -226,23 +178,6 @@ def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Buil
     for _, part in parts:
         assert (part.widths == found.simulation.model.architecture.sizes) == (part.density == 1.0)
     assert not any(p.mask for c in found.closes for p in c.contributions)
-
-
-@pytest.mark.soak
-def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
-    in_step = run("pr-fl", rounds=3, options=IN_STEP)
-    assert all(len(c.contributions) == 3 for c in in_step.closes)
-    bare = run("pr-fl", rounds=5, options={**PR_FL, "keep": False, "recovery": False, "importance": "taylor"})
-    seen = [(p.part.device, p.basis.round) for c in bare.closes for p in c.contributions]
-    assert len(seen) == len(set(seen))
-
-
-def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
-    options = {**IN_STEP, "masks": "channels", "interval": 3, "stage1": False, "recovery": False, "densities": [0.5]}
-    found = run("pr-fl", rounds=6, recipe=Recipe(max_steps=8, batch_size=16, lr=0.1), options=options)
-    rankings = [{p.basis.ranking for p in close.contributions} for close in found.closes]
-    assert rankings == [rankings[0]] * 3 + [rankings[3]] * 3
-    assert rankings[0] != rankings[3]
 
 
 def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
@@ -301,49 +236,3 @@ def test_fast_devices_do_not_wait_for_slow_ones(scheduled: Simulate) -> None:
         for name, part in row["devices"].items():
             counts[name] = counts.get(name, 0) + (part["progress"] == "folded")
     assert max(counts.values()) > 2 * min(counts.get(k, 0) for k in FIVE)
-
-
-def test_notes_are_of_what_entered_the_model(scheduled: Simulate) -> None:
-    schedule = {"window_s": 0.2, "least": 2, "keep": True}
-    measure = Measure(digits().x, digits().y, densities=(0.25,), every=3)
-    simulation = scheduled(schedule, measure=measure)
-    history = simulation.run()
-    rounds = simulation.record().rounds
-    assert [bool(r.measured) for r in rounds] == [r.round % 3 == 0 for r in rounds]
-    assert all(
-        r.updates >= sum(d["progress"] == "folded" for d in h["devices"].values())
-        for r, h in zip(rounds, history, strict=True)
-    )
-    assert rounds[-1].updates == len(FIVE)  # kept ones count, too
-    last = simulation.measured[9]
-    assert last["global"] == pytest.approx(history[-1]["metrics"]["accuracy"])
-
-
-@pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
-def test_learning_rates_fall_with_the_rounds_of_offers(
-    run: Build, strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates: dict[int, set[float]] = {}
-    advance = StepGraph.advance
-
-    def watched(self: StepGraph, feeds: Any, *others: Any) -> Any:
-        rates.setdefault(rounds[-1], set()).add(float(feeds["lr"]))
-        return advance(self, feeds, *others)
-
-    rounds: list[int] = []
-    train = Trainer.train
-
-    def noted(self: Trainer, tensors: Any, data: Any, task: TrainingTask, control: Any = None) -> Any:
-        rounds.append(task.round)
-        with monkeypatch.context() as only:
-            only.setattr(StepGraph, "advance", watched)
-            return train(self, tensors, data, task, control)
-
-    monkeypatch.setattr(Trainer, "train", noted)
-    recipe = Recipe(max_steps=3, batch_size=16, lr=0.1, lr_warmup=1, lr_schedule="cosine")
-    run(strategy, recipe=recipe)
-
-    wanted = replace(recipe, lr_rounds=4)
-    assert set(rates) == {1, 2, 3, 4}
-    for round_, found in rates.items():
-        assert sorted(found) == pytest.approx(sorted(wanted.rate(round_, (s - 0.5) / 3) for s in (1, 2, 3)))

@@ -1,7 +1,6 @@
 """Files of data sets: what others write is read exactly, and what is damaged or dangerous is refused."""
 
 import io
-import runpy
 import zipfile
 
 import numpy as np
@@ -18,20 +17,14 @@ from fedprune_server.simulation.datasets.source import (
     npz_arrays,
     read_image_folder,
     read_npz,
-    read_samples,
 )
 from support.fakes.data_set_files import (
     images,
     labels,
     most_memory,
-    write_cifar10,
     write_images,
-    write_mnist,
 )
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
-from support.paths import ROOT
-
-to_npz = runpy.run_path(str(ROOT / "examples" / "to_npz.py"))["main"]
 
 # --- npz
 
@@ -82,15 +75,6 @@ def test_an_npz_with_objects_is_refused(tmp_path):
         read_npz(tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("missing", ["x_train", "y_train", "y_test"])
-def test_a_missing_array_is_named(tmp_path, missing):
-    arrays = {"x_train": images(4, 8, 8), "y_train": labels(4), "x_test": images(2, 8, 8), "y_test": labels(2)}
-    del arrays[missing]
-    np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(DataError, match=missing):
-        read_npz(tmp_path / "a.npz")
-
-
 @given(st.data())
 def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
     file = io.BytesIO()
@@ -108,25 +92,6 @@ def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
     except DataError:
         return
     assert len(read) == sum(map(len, read.parts))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_examples_converter_writes_mnist_as_npz(tmp_path, packed):
-    x, y = write_mnist(tmp_path, packed=packed)
-    to_npz(tmp_path, tmp_path / "mnist.npz")
-    read = read_npz(tmp_path / "mnist.npz")
-    assert np.array_equal(read.take(np.arange(30)), x)
-    assert np.array_equal(read.labels, y)
-    assert read.testing.sum() == 10
-
-
-def test_the_examples_converter_writes_cifar_as_npz(tmp_path):
-    rows = np.concatenate(write_cifar10(tmp_path))
-    to_npz(tmp_path, tmp_path / "cifar10.npz")
-    read = read_npz(tmp_path / "cifar10.npz")
-    assert np.array_equal(read.take(np.arange(42)), rows[:, 1:].reshape(-1, 3, 32, 32))
-    assert read.labels.tolist() == rows[:, 0].tolist()
-    assert np.flatnonzero(read.testing).tolist() == list(range(35, 42))
 
 
 # --- folders of images
@@ -160,13 +125,6 @@ def test_images_of_different_sizes_need_a_size(tmp_path):
     assert read_image_folder(tmp_path, size=(4, 5)).shape == (4, 5, 3)
 
 
-def test_what_is_no_image_is_named(tmp_path):
-    write_images(tmp_path, ["a/1.png"])
-    (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"a/2\.png"):
-        read_image_folder(tmp_path)
-
-
 def test_a_file_that_programs_would_run_on_is_no_image_whatever_its_name(tmp_path, monkeypatch):
     from PIL import EpsImagePlugin
 
@@ -197,61 +155,7 @@ def test_an_image_is_the_same_to_a_simulation_as_to_a_board(tmp_path, kind, mode
     np.testing.assert_array_equal(found.reshape(board.shape), board)
 
 
-def test_an_animation_is_no_image(tmp_path):
-    (tmp_path / "a").mkdir()
-    frames = [Image.fromarray(frame) for frame in images(2, 6, 6, 3)]
-    frames[0].save(tmp_path / "a" / "1.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(DataError) as error:
-        read_image_folder(tmp_path)
-    assert "1.gif" in str(error.value)
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "gif", "ppm", "pgm", "webp"])
-def test_images_of_every_kind_are_read(tmp_path, suffix):
-    write_images(tmp_path, [f"a/1.{suffix}"], colour=suffix != "pgm")
-    assert read_image_folder(tmp_path).shape == (6, 6, 3)
-
-
 # --- which reader, and what becomes of the samples
-
-
-def test_sources_are_told_apart(tmp_path, monkeypatch):
-    write_images(tmp_path / "pets", ["a/1.png", "b/1.png"])
-    np.savez(tmp_path / "own.npz", x=images(4, 8, 8), y=labels(4))
-    monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))
-    lengths = {name: len(read_samples(name)) for name in ("pets", "own", "own.npz")}
-    assert lengths == {"pets": 2, "own": 4, "own.npz": 4}
-    with pytest.raises(DataError, match="nothing at"):
-        read_samples("unknown")
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"x_train": np.zeros((4, 3)), "y_train": labels(3)},
-        {"x": np.zeros((4, 3)), "y": labels(4), "is_test": np.zeros(3, bool)},
-        {"x": np.zeros(4), "y": labels(4)},
-        {"x": np.zeros((4, 3)), "y": labels(4) - 1},
-        {"x": np.zeros((4, 3)), "y": np.arange(4.0)},
-        {"z": np.zeros(4)},
-    ],
-)
-def test_every_error_names_the_file_once(tmp_path, arrays):
-    np.savez(tmp_path / "own.npz", **arrays)
-    with pytest.raises(DataError) as caught:
-        read_samples(tmp_path / "own.npz")
-    assert str(caught.value).count("own.npz") == 1
-
-
-def test_preparation_of_images():
-    raw = images(3, 4, 4, 3)
-    prepared = Preparation(pool=2)(raw)
-    assert prepared.shape == (3, 3, 2, 2)
-    assert np.allclose(prepared[1, 2, 0, 1], raw[1, 0:2, 2:4, 2].mean() / 255)
-    assert Preparation()(images(3, 4, 4)).shape == (3, 1, 4, 4)
-    assert Preparation()(np.arange(6).reshape(2, 3)).dtype == np.int64
-    with pytest.raises(DataError, match="divisible by 3"):
-        Preparation(pool=3)(raw)
 
 
 def test_standardised_channels_have_mean_0_and_deviation_1():
@@ -293,13 +197,6 @@ def write_npz(path, **members):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, raw in members.items():
             archive.writestr(f"{name}.npy", raw)
-
-
-def test_an_npz_that_claims_more_than_it_has_is_refused(tmp_path):
-    cut = npy_header(2**50) + bytes(1000)
-    write_npz(tmp_path / "a.npz", x=cut, y=cut)
-    with pytest.raises(DataError):
-        read_npz(tmp_path / "a.npz")
 
 
 def test_arrays_that_nobody_reads_are_not_unpacked(tmp_path):

@@ -9,8 +9,6 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
-from time import sleep
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import fedprune_export as fx
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, DataError, ModelError
+from fedprune.core.errors import BundleError, DataError
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
@@ -31,7 +29,6 @@ from fedprune_device.data.array_source import load_data
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.objective import Objective
 from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
@@ -102,29 +99,9 @@ def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_p
     assert virtual.samples == data.samples
 
 
-def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
-    measure = Objective.__call__
-    monkeypatch.setattr(
-        Objective, "__call__",
-        lambda self, outputs, y, terms=None: measure(self, outputs, y, terms)._replace(
-            **{"loss": float("nan")} if terms is None else {}
-        ),
-    )  # fmt: skip
-    assert "loss_after" not in DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
-
-
 def test_weights_that_a_board_refuses_are_refused(store, offer, tmp_path):
     offer["weights"] = store.put(tensorfile.encode(WEIGHTS, {"made": "elsewhere" * 9})).to_dict()
     with pytest.raises(BundleError, match="canonical"):
-        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
-
-
-def test_a_model_that_contradicts_its_training_graph_is_refused(store, offer, tmp_path):
-    raw = tensorfile.encode(WEIGHTS)
-    start = tensorfile.offsets(raw)["b"][2]
-    graph = (GRAPHS / "inference.onnx").read_bytes().replace(str(start).encode(), str(start - 16).encode())
-    offer["inference"] = store.put(graph).to_dict()
-    with pytest.raises(ModelError, match="training graph"):
         DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
 
 
@@ -176,12 +153,6 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
         assert runner.boards["d"] == saved[number]
     assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
     assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
-
-
-def test_nothing_is_kept_where_nothing_is_asked_for(store, offer, tmp_path):
-    runner = DeviceRunner(store, tmp_path / "scratch")
-    runner.carry_out(DEVICE, offer, 1)
-    assert runner.boards == {}
 
 
 def test_weights_that_a_board_can_decode_come_encoded():
@@ -312,27 +283,6 @@ def slow(store: BlobStore, tmp_path: Path) -> tuple[DeviceRunner, Slow, list[Wor
     return runner, pool, work
 
 
-def test_few_samples_wait_for_a_process(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
-    """Those of devices that no process will work on soon are not read yet; one that is asked for goes first."""
-    runner, pool, work = slow
-    assert list(pool.futures) == ["d00", "d01", "d02", "d03"]
-    pool.end("d00")
-    assert runner.carry_out(*work[0]).weights.sha256 == "a" * 64
-    assert list(pool.futures)[4:] == ["d04"]
-    asked = Thread(target=runner.carry_out, args=work[9])
-    asked.start()
-    while "d09" not in pool.futures:
-        sleep(0.001)
-    assert list(pool.futures)[5:] == ["d09"]
-    pool.end("d01")  # the one that was asked for takes its place
-    pool.end("d02")
-    while len(pool.futures) == 6 and asked.is_alive():
-        sleep(0.001)
-    pool.end("d09")
-    asked.join()
-    assert list(pool.futures)[6] == "d05"
-
-
 def test_cancelled_trainings_are_dropped(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
     runner, pool, work = slow
     runner.cancel("d04")
@@ -347,16 +297,6 @@ def test_cancelled_trainings_are_dropped(slow: tuple[DeviceRunner, Slow, list[Wo
     assert runner.carry_out(*work[2]).samples == 1
     assert not pool.futures.keys() & {"d04", "d05"}
     assert "d06" in pool.futures
-
-
-def test_a_newer_offer_takes_the_place_of_an_older_one(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
-    runner, pool, work = slow
-    before = pool.futures["d00"]
-    runner.prepare(*work[0])
-    assert before.cancelled()
-    pool.ends = True
-    assert runner.carry_out(*work[0]).samples == 1
-    assert pool.futures["d00"] is not before
 
 
 def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

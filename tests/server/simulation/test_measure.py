@@ -1,22 +1,16 @@
 """What is measured and noted in a simulation's rounds, and what a run leaves behind."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import helper, numpy_helper
 
-from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError
-from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
-from fedprune_export.importing import import_onnx
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.fleet import virtual_device
 from fedprune_server.simulation.fleet.virtual_device import StoredData
@@ -41,13 +35,6 @@ def test_samples_are_read_when_a_device_trains_and_give_the_same_bits(build):
     held, read = build("held"), build("read", fleet=stored)
     assert held.run() == read.run()
     assert sorted(loads) == sorted(list(KINDS) * 2)
-
-
-def test_where_samples_lie_does_not_matter_to_a_saved_run(build):
-    build().run()
-    stored = [replace(d, data=StoredData.of(lambda d=d: d.data)) for d in boards()]
-    again = build(fleet=stored)
-    again.run(lambda _: pytest.fail("something was trained again"))
 
 
 def test_other_samples_are_noticed():
@@ -110,41 +97,6 @@ def test_statistics_are_measured_anew_at_a_submodel_s_widths():
     assert all(np.array_equal(found[n], again[n]) for n in found)
 
 
-def test_one_measure_serves_models_of_the_same_widths():
-    """Each is measured with its own graph, and with statistics of its own."""
-    rng = np.random.default_rng(0)
-    models = [import_onnx(dense(kind, rng), "net") for kind in ("Relu", "Tanh")]
-    samples = DATA.x.reshape(len(DATA.x), -1)[:, :8]
-    moments = [
-        SimpleNamespace(round=1, job=Job(rounds=1), imported=m, architecture=m.architecture, model=models[0].tensors)
-        for m in models
-    ]
-    shared = Measure(samples, DATA.y)
-    found = [shared(m) for m in moments]
-    assert found == [Measure(samples, DATA.y)(m) for m in moments]
-    assert found[0] != found[1]
-
-
-def dense(kind, rng):
-    """Two layers with an activation between."""
-    weights = {"a.weight": (6, 8), "b.weight": (10, 6)}
-    nodes = [
-        helper.make_node("Gemm", ["x", "a.weight"], ["h"], transB=1),
-        helper.make_node(kind, ["h"], ["g"]),
-        helper.make_node("Gemm", ["g", "b.weight"], ["logits"], transB=1),
-    ]
-    tensors = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in weights.items()]
-    values = [helper.make_tensor_value_info(n, 1, ["N", s]) for n, s in (("x", 8), ("logits", 10))]
-    graph = helper.make_graph(nodes, "net", values[:1], values[1:], tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
-
-
-@pytest.mark.parametrize("sets", [{}, {"few": (np.zeros((0, 1, 8, 8), np.float32), np.zeros(0, np.int64))}])
-def test_nothing_is_measured_on_no_samples(sets):
-    with pytest.raises(ConfigError, match="measure"):
-        Measure(DATA.x[: len(sets) * 9], DATA.y[: len(sets) * 9], sets=sets)
-
-
 def test_measurements_may_be_any_function(build):
     seen = []
 
@@ -156,12 +108,6 @@ def test_measurements_may_be_any_function(build):
     simulation.run()
     assert seen == [(1, True, True), (2, True, True)]
     assert simulation.measured == {1: {"parts": 3.0}, 2: {"parts": 3.0}}
-
-
-def test_rounds_between_are_not_measured(build):
-    simulation = build(rounds=5, measure=Measure(DATA.x, DATA.y, every=2))
-    simulation.run()
-    assert [bool(simulation.measured[r]) for r in range(1, 6)] == [False, True, False, True, True]
 
 
 def test_a_checkpoint_is_the_global_model_of_its_round(build, tmp_path):
@@ -211,10 +157,3 @@ def test_coverage_counts_the_updates_that_held_a_channel(build):
         for (_, size), counts in zip(simulation.record().groups, row.coverage, strict=True):
             kept = -(-size // 4)
             assert counts == [3] * kept + [0] * (size - kept)  # ordered: the first channels, on every device
-
-
-def test_weights_of_a_checkpoint_are_canonical(build, tmp_path):
-    simulation = build(rounds=1, checkpoints=1)
-    simulation.run()
-    (file,) = (tmp_path / "run" / "checkpoints").glob("*/weights.safetensors")
-    assert set(tensorfile.decode(file.read_bytes())) == set(simulation.model.tensors)

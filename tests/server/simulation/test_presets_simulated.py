@@ -13,20 +13,17 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.core import tensorfile
-from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Selection
 from fedprune.planning.cost_prediction import predict
 from fedprune.strategies.values import Submodel
 from fedprune_device.data.dataset import LocalData
-from fedprune_export.pruning.cut import at_widths
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Hook, Moment
 from fedprune_server.simulation.simulation import Simulation
-from support.fakes.digits_simulation import KINDS, boards, digits, digits_net, digits_simulation, final_weights
-from support.oracles.cutting import outputs
+from support.fakes.digits_simulation import KINDS, boards, digits_net, digits_simulation, final_weights
 
 TIERS = [1.0, 0.5, 0.25]
 Build = Callable[..., Simulation]
@@ -53,10 +50,7 @@ BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0
     [
         ("fedavg", {}, "ordered"),
         ("fedavg", {"robust": {"clip": 1e6}}, "ordered"),
-        ("fedprox", {"mu": 0.0}, "ordered"),
         ("heterofl", {**BARE, "densities": [1.0]}, "ordered"),
-        ("history", {"densities": [1.0], "alpha": 1.0}, "ordered"),
-        ("ca-hfp", {"densities": [1.0], "score": "l1"}, "magnitude"),
     ],
 )
 @pytest.mark.at_push(2)
@@ -66,20 +60,6 @@ def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(
     plain = final_weights(build("plain", density=1.0, scorer=scorer))
     got = final_weights(build(strategy, options=options))
     assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "options", "within"),
-    [("ca-hfp", {"score": score}, 1e-6) for score in ("curvature", "l1", "random")] + [("fedrolex", BARE, 1e-4)],
-)
-@pytest.mark.at_push(1)
-def test_at_density_one_it_is_fedavg_in_another_order(
-    build: Build, strategy: str, options: dict[str, Any], within: float
-) -> None:
-    """Boards add up the same products in the order of the ranks, or of a rolling window: nothing else differs."""
-    got = final_weights(build(strategy, options={**options, "densities": [1.0]}))
-    for name, value in final_weights(build("fedavg")).items():
-        np.testing.assert_allclose(got[name], value, rtol=0, atol=within, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -278,18 +258,6 @@ def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> No
     assert whole["recipe"]["mask"] == "threshold"
 
 
-def test_a_board_gets_a_narrower_model_where_masks_leave_no_weights(elements: Build) -> None:
-    run = elements("autoflip", exploration_epochs=2, patience=0, structured=True, pruned_share=0.8)
-    for offer in offers(run).values():
-        assert sum(offer["widths"]) < sum(run.model.architecture.sizes)
-        bits = tensorfile.decode(run.store.read(offer["mask"]["sha256"]))
-        shapes = run.model.architecture.shapes(offer["widths"])
-        assert 0 < ElementMask.from_tensors(bits, shapes).density < 1
-    explored, masked = run.record().rounds[0], run.record().rounds[-1]
-    assert explored.active_macs == explored.macs
-    assert 0 < masked.active_macs < masked.macs
-
-
 @pytest.mark.parametrize("strategy", ["others", "emergent"])
 def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
@@ -318,44 +286,3 @@ def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from
 
 
 # SubFLOT.
-
-FAST_FIRST = KINDS[::-1]
-
-
-def test_rounds_lead_histories_and_repeat_their_bits(build: Build) -> None:
-    one, again, other = (
-        build("subflot", options={"densities": TIERS, "maps": maps}) for maps in ("literal", "literal", "preserving")
-    )
-    assert one.state.model == again.state.model != other.state.model
-    for name, density in zip(FAST_FIRST, TIERS, strict=True):
-        past = one.state.devices[name].past
-        at = Selection.of(one.model.architecture, past["widths"])
-        assert (past["round"], at.widths) == (2, widths_at(one.model.architecture, density))
-        own = tensorfile.decode(one.store.read(past["weights"]))
-        assert {n: v.shape for n, v in own.items()} == at.shapes()
-
-
-def handed_in(simulation: Simulation, name: str) -> Tensors:
-    return tensorfile.decode(simulation.store.read(simulation.state.devices[name].past["weights"]))
-
-
-def test_local_accuracy_is_of_each_device_s_own_model_on_its_own_test_data(build: Build) -> None:
-    simulation = build("subflot", options={"densities": TIERS})
-    (row,) = [r for r in simulation.record().rounds if r.round == 2]
-    for name in KINDS:
-        net = at_widths(simulation.model, simulation.state.devices[name].past["widths"])
-        net.initializers |= handed_in(simulation, name)
-        mine = digits().devices[name]
-        right = float((outputs(net, mine.x_test).argmax(1) == mine.y_test).mean())
-        assert row.own["accuracy_after"][name] == pytest.approx(right)
-
-
-def test_without_the_global_model_s_share_it_is_its_baseline_without_transport(build: Build) -> None:
-    """α = 0: every device continues from its own last model, as with `history`; with a share, transport matters."""
-    for alpha, same in ((0.0, True), (0.5, False)):
-        shared = {"densities": TIERS, "alpha": alpha}
-        moved = build("subflot", rounds=3, options={**shared, "sar": 0.0})
-        remembered = build("history", rounds=3, options=shared)
-        for name in KINDS:
-            one, other = handed_in(moved, name), handed_in(remembered, name)
-            assert all(np.allclose(one[n], other[n], atol=1e-5) for n in one) == same

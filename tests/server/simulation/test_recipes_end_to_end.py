@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, DataError, PlanError
+from fedprune.core.errors import PlanError
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.executor.evaluator import load_evaluation
 from fedprune_server.simulation.results.report import summary, summary_text, write_report
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits, digits_net, digits_simulation
@@ -109,30 +108,9 @@ def test_frozen_tensors_of_the_global_model_keep_their_bits(tmp_path: Path) -> N
         assert (after[name].tobytes() == value.tobytes()) == (not name.startswith(last)), name
 
 
-def test_a_pattern_of_nothing_is_refused_before_the_first_device_comes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"recipe: frozen: no tensor is called 'backbone\.\*'"):
-        simulation(tmp_path, {"frozen": ["backbone.*"]}).run()
-
-
 def test_devices_whose_labels_do_not_fit_refuse_with_a_reason(tmp_path: Path) -> None:
     run = simulation(tmp_path, {"loss": "mse"})
     for device in run._devices.values():
         object.__setattr__(device, "data", digits(NAMES).devices[device.name])
     with pytest.raises(PlanError, match=r"labels for loss mse: expected numbers \[n, 10\]"):
         run.run()
-
-
-def test_evaluation_samples_are_checked_against_the_loss(tmp_path: Path) -> None:
-    data = digits(NAMES)
-    source = str(tmp_path / "e.npz")
-    np.savez(source, x=data.x, y=data.y)
-    assert load_evaluation(source, digits_net(), Recipe())[1].dtype == np.int64
-    with pytest.raises(DataError, match=r"e\.npz: labels for loss bce.*is it the loss that you mean"):
-        load_evaluation(source, digits_net(), Recipe(loss="bce"))
-
-
-@pytest.mark.parametrize("evaluated", [True, False])
-def test_an_augmentation_that_would_move_what_labels_describe_is_refused(tmp_path: Path, evaluated: bool) -> None:
-    settings = {} if evaluated else {"evaluation": None}
-    with pytest.raises(ConfigError, match="recipe: augment 'flip'"):
-        simulation(tmp_path, {"loss": "mse", "augment": ["flip"]}, **settings).run()

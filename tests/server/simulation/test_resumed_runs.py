@@ -14,26 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import commands as do
-from fedprune.coordination import events as on
 from fedprune.core.errors import PlanError, StorageError, StorageFullError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation import state as simulation_state
 from fedprune_server.simulation.digits import asset
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
-from fedprune_server.simulation.measure import Measure, Moment, RoundRecorder
+from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.run_folder import is_run, simulate
-from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.simulation import MAX_ATTEMPTS, Simulation
 from fedprune_server.simulation.state import FILE
 from support.fakes.digits_simulation import (
@@ -41,7 +36,6 @@ from support.fakes.digits_simulation import (
     KillError,
     assert_resumes,
     boards,
-    boards_that_validate,
     digits,
     digits_experiment,
     digits_simulation,
@@ -139,15 +133,6 @@ def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, sched
     assert [row["round"] for row in whole.state.history] == list(range(1, 10))
 
 
-@pytest.mark.soak
-def test_a_killed_run_of_pr_fl_goes_on_to_the_same_model(build: Build) -> None:
-    """Its densities follow from devices' times."""
-    options = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2, "delta": 0.3}
-    recipe, limits = Recipe(max_steps=3, batch_size=16), {"move_limit": 0.0, "weight_limit": 0.0}
-    settings = {"density": 0.0, "scorer": "magnitude", "recipe": recipe, "rounds": 5, **limits}
-    assert_resumes(build, 2, 5, fleet=boards_that_validate(), strategy="pr-fl", options=options, **settings)
-
-
 @pytest.mark.usefixtures("saves_often")
 def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
     link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
@@ -155,39 +140,6 @@ def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
     turns = {"in_flight": 2, "participation": 0.75}
     weather = {"dropouts": DropOuts(0.3, 5.0), "weather": Weather(links_sigma=0.5)}
     assert_resumes(build, 5, fleet=fleet, rounds=4, deadline_s=60.0, **turns, **weather)
-
-
-SHORT = {"exploration_epochs": 2, "patience": 0}
-ELEMENTS: list[tuple[str, str, dict[str, Any]]] = [
-    ("fedobp", "fedobp", {"q": 0.9}),
-    ("fiarse", "fiarse", {"densities": [1.0, 0.2]}),
-    ("hard masks", "fiarse", {"densities": [0.2], "mask": "hard"}),
-    ("autoflip", "autoflip", SHORT),
-    ("structured", "autoflip", {**SHORT, "structured": True, "pruned_share": 0.8}),
-]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "options"),
-    [pytest.param(s, o, id=n, marks=() if n == "fedobp" else pytest.mark.soak) for n, s, o in ELEMENTS],
-)
-def test_every_update_of_an_element_strategy_counts_also_after_a_kill(
-    build: Build, strategy: str, options: dict[str, Any]
-) -> None:
-    whole = assert_resumes(
-        build,
-        5,  # in the second round, with memories and devices' last updates behind it
-        same_blobs=strategy != "autoflip",
-        fleet=boards(KINDS[1:]),
-        rounds=3,
-        density=0.0,
-        scorer="magnitude",
-        strategy=strategy,
-        options=options,
-        recipe=Recipe(max_steps=4, lr=0.03),
-        deadline_s=1e6,
-    )
-    assert [t["progress"] for row in whole.state.history for t in row["devices"].values()] == ["folded"] * 6
 
 
 @pytest.fixture
@@ -361,38 +313,6 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
         simulate(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
 
 
-def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Experiment, tmp_path: Path) -> None:
-    simulate(experiment, tmp_path)
-    first, second = experiment.devices
-    linked = replace(first, profile=find("raspberry-pi-4b"))
-    job = replace(JOB, rounds=4, recipe=replace(JOB.recipe, lr=0.1))
-    with pytest.raises(StorageError, match="other settings") as caught:
-        simulate(replace(experiment, job=job, devices=(linked, second)), tmp_path)
-    said = str(caught.value)
-    for part in (
-        "job.recipe.lr (stored 0.05, given 0.1)",
-        "job.rounds (stored 3, given 4)",
-        "devices.a.profile (stored 'raspberry-pi-5', given 'raspberry-pi-4b')",
-    ):
-        assert part in said
-    assert "move_limit" not in said
-    assert "privacy" not in said
-    assert "momentum" not in said
-    assert "devices.b" not in said
-    with pytest.raises(StorageError, match="the server's samples or a strategy's own code"):
-        simulate(replace(experiment, evaluation=(DATA.x, (DATA.y + 1) % 10)), tmp_path)
-
-
-def test_differences_of_any_two_tables() -> None:
-    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == ""
-    assert differences({"a": 1, "b": {}}, {"b": {"c": 2}}) == (
-        "a (stored 1, given nothing), b.c (stored nothing, given 2)"
-    )
-    assert differences({"a": 1}, {"a": 2}, ignored="a") == ""
-    many = {str(i): i for i in range(9)}
-    assert differences(many, {}).endswith(" and 4 more")
-
-
 @pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl"])
 def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
     whole = simulate(experiment, tmp_path)
@@ -402,12 +322,6 @@ def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, t
     shutil.rmtree(tmp_path / "run")
     assert is_run(tmp_path)  # so that the command line takes it
     assert simulate(experiment, tmp_path).rounds == whole.rounds
-
-
-def test_a_record_says_what_the_strategy_gave(experiment: Experiment, tmp_path: Path) -> None:
-    job = Job(rounds=1, devices=2, strategy="heterofl", options={"densities": [1.0, 0.25]}, recipe=JOB.recipe)
-    record = simulate(replace(experiment, job=job), tmp_path / "run")
-    assert [d.density for d in record.devices] == [1.0, 0.25]
 
 
 def test_a_run_does_not_go_on_with_other_code(
@@ -441,64 +355,6 @@ def test_what_is_measured_belongs_to_a_run(
     with pytest.raises(StorageError, match="other settings"):
         simulate(replace(first, measure=other), tmp_path)
     assert all(row.measured for row in simulate(first, tmp_path).rounds)
-
-
-def test_a_measurement_that_is_not_finite_is_left_out(experiment: Experiment, tmp_path: Path) -> None:
-    def wild(moment: Moment) -> dict[str, float]:
-        return {"nan": float("nan"), "far": -np.inf, "round": moment.round}
-
-    record = simulate(replace(experiment, measure=wild), tmp_path)
-    assert [row.measured for row in record.rounds] == [{"round": 1.0}, {"round": 2.0}, {"round": 3.0}]
-
-
-def at_first_close(experiment: Experiment, folder: Path, look: Callable[[do.Close, BlobStore], None]) -> None:
-    """Look at what closes the first round, while its blobs exist."""
-    simulation = Simulation(experiment, BlobStore(folder))
-    execute, closes = simulation._worker.execute, list[do.Close]()
-
-    def watched(command: do.Command) -> on.Event:
-        if isinstance(command, do.Close) and not closes:
-            closes.append(command)
-            look(command, simulation.store)
-        return execute(command)  # type: ignore[arg-type]
-
-    simulation._worker.execute = watched  # type: ignore[method-assign]
-    simulation.run()
-    assert closes
-
-
-def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_path: Path) -> None:
-    """Nor is a round without any update left unmeasured."""
-    seen: list[tuple[int, str]] = []
-
-    def look(close: do.Close, store: BlobStore) -> None:
-        def measure(moment: Moment) -> dict[str, float]:
-            seen.append((len(moment.parts), moment.basis.ranking))
-            return {}
-
-        recorder, basis = RoundRecorder(JOB, experiment.model, store, measure), close.contributions[0].basis
-        for rejected in ((), ("a",), NAMES):
-            notes, event = RoundNotes(), on.Closed(1, basis.model, {}, dict.fromkeys(rejected, "far"))
-            recorder.close(notes, close, event, basis, 1.0, 0.0)
-            assert notes.updates == 2 - len(rejected)
-            assert max((max(g) for g in notes.coverage), default=0) == notes.updates
-        assert seen == [(parts, basis.ranking) for parts in (2, 1, 0)]
-
-    at_first_close(experiment, tmp_path, look)
-
-
-def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp_path: Path) -> None:
-    """An extractor may cut more than a device's part says."""
-
-    def look(close: do.Close, store: BlobStore) -> None:
-        one, other = close.contributions
-        narrow = tuple(max(1, w // 2) for w in one.part.widths)
-        close, notes = replace(close, contributions=(replace(one, widths=narrow), other)), RoundNotes()
-        event = on.Closed(1, one.basis.model)
-        RoundRecorder(JOB, experiment.model, store, None).close(notes, close, event, one.basis, 1.0, 0.0)
-        assert [sum(g) for g in notes.coverage] == [n + w for n, w in zip(narrow, other.part.widths, strict=True)]
-
-    at_first_close(experiment, tmp_path, look)
 
 
 def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:

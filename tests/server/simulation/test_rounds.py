@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination.stragglers import ENOUGH
 from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Offer, Progress
-from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.simulation.fleet.virtual_device import with_link
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
@@ -132,15 +130,6 @@ def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
     assert folded(fleet.run()) == [list(NAMES)]
 
 
-def test_an_offer_whose_device_was_let_go_meanwhile_leaves_no_blob(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, durable=False)
-    made, model = store.put(b"weights"), store.put(b"model").sha256
-    collector = BlobCollector(store, 1, "accuracy")
-    collector.note_offer({"weights": made.to_dict(), "ranking": store.put(b"ranking").sha256}, 1)
-    collector.collect(State(model=model, round=2), set())
-    assert store.names() == [model]
-
-
 # In simulation.
 
 Simulate = Callable[..., Simulation]
@@ -167,12 +156,6 @@ def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
     slowest = [r for r, c in enumerate(folded(run.state), 1) if len(c) == 4]
     assert slowest == [4]
     assert run.state.devices[KINDS[0]].failures == 0
-
-
-def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Simulate) -> None:
-    plain, watched = simulated(), simulated(in_flight=9)
-    plain.run(), watched.run()
-    assert [r["model"] for r in plain.state.history] == [r["model"] for r in watched.state.history]
 
 
 @pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])

@@ -11,26 +11,19 @@ import pytest
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
 from fedprune.jobs.job import Job
 from fedprune.planning.profile_store import find
-from fedprune_server.cli.simulate import build_compare_parser, main
-from fedprune_server.config.setting import read_table
-from fedprune_server.config.tables import parse_config
-from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.datasets.federation import DataPlan
+from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-from fedprune_server.simulation.fleet.virtual_device import HELD, StoredData, read_devices
+from fedprune_server.simulation.fleet.virtual_device import HELD, StoredData
 from fedprune_server.simulation.network_model import (
     PR_FL,
     Availability,
     Weather,
-    read_weather,
 )
-from fedprune_server.simulation.results import parquet_tables
-from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
+from fedprune_server.simulation.results.comparison import read_runs, target_rows
 from fedprune_server.simulation.results.parquet_tables import SPENT
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.sweep import read_sweep
 from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -116,28 +109,6 @@ def test_data_is_dealt_out_to_the_devices(write):
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
 
 
-def test_settings_tell_how_data_were_dealt(write):
-    plan = read_plan(write(DATA + "devices = 4\nmost = 400\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
-    told = plan.settings()["data"]
-    assert (told["source"], told["partition"], told["devices"], told["most"]) == ("all.npz", "iid", 4, 400)
-    assert told.keys() == {f.name for f in fields(DataPlan)}
-    assert plan.partition.described == "all, devices 4, partition iid, most 400"
-    assert read_plan(write(ROW)).settings()["data"] == {}
-
-
-def test_devices_without_test_samples_leave_nothing_to_measure_on(write):
-    text = DATA + "devices = 4\nserver = 0.1\ntest = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"
-    plan = read_plan(write(text + "[simulation]\ndensities = [0.5]\n"))
-    assert not plan.measure.sets
-    assert len(plan.measure.y)
-
-
-def test_a_mistake_in_dealt_data_names_file_and_table_once(write):
-    with pytest.raises(ConfigError) as caught:
-        read_plan(write(DATA + "devices = 4\nalpha = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
-    assert str(caught.value).count("fleet.toml") == str(caught.value).count("[data]") == 1
-
-
 def test_the_example_has_the_paper_s_links(write, tmp_path):
     np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
     plan = read_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))
@@ -161,32 +132,19 @@ def test_tables_of_the_simulator_s_own_are_read(write):
     assert plan.devices[0].profile.link.down_bytes_s == 20e6
 
 
-def test_a_simulation_counts_macs(write):
-    assert read_plan(write(ROW, HEAD.replace("[job]\n", "[job]\ntotal_macs = 1_000_000\n"))).job.total_macs == 10**6
-
-
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         (ROW + "count = 0\n", "[[devices]] 1: count"),
         (ROW + "count = 2\n" + ROW.replace('"barn"', '"barn-001"', 1), "[[devices]] 2: name: expected another"),
         (ROW + "link = { up = 3 }\n", "[[devices]] 1: link: unknown key 'up'"),
-        (ROW + "link = { up_mb_s = 0 }\n", "[[devices]] 1: link: up_mb_s"),
-        (ROW + "link = 3\n", "[[devices]] 1: link"),
         (ROW + "validation = []\n", "[[devices]] 1: validation"),
         (ROW + "[weather]\nlike = 'rain'\n", "[weather] like"),
-        (ROW + "[weather]\nlike = ['pr-fl']\n", "[weather] like"),
-        (ROW + "[weather]\nwind = 1\n", "[weather]: unknown key 'wind'"),
         (ROW + "[weather]\ndraws = 1.5\n", "[weather] draws"),
-        (ROW + "[weather]\nlinks_sigma = true\n", "[weather] links_sigma"),
         (ROW + "[availability]\nperiod_s = 9\nleast = 0.9\nmost = 0.5\n", "[availability]"),
-        (ROW + "[availability]\nmost = 2\n", "[availability] most"),
         (ROW + "[simulation]\nworkers = 0\n", "[simulation] workers"),
-        (ROW + "[simulation]\ncuda = 3\n", "[simulation] cuda"),
         (ROW + "[simulation]\ndensities = [0]\n", "[simulation] densities"),
-        (ROW + "[simulation]\ndensities = [0.5]\n", "[simulation] densities: expected samples"),
         (DATA + ROW, "[[devices]] 1: unknown key 'data'"),
-        (DATA + "devices = 3\n[[devices]]\nname = 'a'\nprofile = 'raspberry-pi-4b'\n", "as many devices as [data]"),
         ("[[devices]]\ncount = 2\nprofile = 'raspberry-pi-4b'\ndata = 'barn.npz'\n", "name is missing"),
     ],
 )
@@ -196,29 +154,6 @@ def test_what_is_wrong_is_named(write, text, named):
     assert named in str(caught.value)
     assert re.search(r"fleet\.toml:\d+:\d+: \[", str(caught.value))
     assert isinstance(caught.value, ConfigError)
-
-
-LONG = {"k" * 100_000: 1}
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda path: parse_config(LONG, "fleet.toml", path),
-        lambda path: parse_config({"server": LONG}, "fleet.toml", path),
-        lambda path: DataPlan.from_dict({"source": "a", **LONG}),
-        lambda path: read_devices([LONG], 0, path),
-        lambda path: read_weather({"weather": LONG}, path),
-        lambda path: read_table(Availability, LONG, "[availability]"),
-        lambda path: read_sweep(path),
-    ],
-)
-def test_long_keys_make_no_long_messages(read, tmp_path):
-    (tmp_path / "sweep.toml").write_text(f"{next(iter(LONG))} = 1\n")
-    with pytest.raises(ConfigError) as caught:
-        read(tmp_path / "sweep.toml")
-    assert "'kkk" in str(caught.value)
-    assert len(str(caught.value)) < 1000
 
 
 def test_whatever_the_strategy_is_the_reference_is_fedavg():
@@ -264,24 +199,6 @@ def test_parquet_has_what_the_record_has(run):
     assert json.loads(wide.schema.metadata[b"fedprune.job"]) == record.job
 
 
-def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
-    rows = [
-        RoundRow(r, r / 2, "m", {"accuracy": 0.5}, {}, 3, r, 1, own={"a": {"x": r / 7, "y": 1.0}}) for r in range(1, 10)
-    ]
-    record = Record("long", {"name": "yard"}, (), (), tuple(rows))
-    tables = []
-    for name, piece in (("whole", 50_000), ("parts", 4)):
-        monkeypatch.setattr(parquet_tables, "_PIECE", piece)
-        (tmp_path / name).mkdir()
-        parquet_tables.write_metrics(tmp_path / name, record)
-        tables.append(pq.ParquetFile(tmp_path / name / "metrics.parquet"))
-    assert [t.num_row_groups for t in tables] == [1, 5]
-    found = [t.read() for t in tables]
-    assert found[0].to_pylist() == found[1].to_pylist()
-    assert len(found[0]) == 27
-    assert found[0].schema.metadata[b"fedprune.title"] == b"long"
-
-
 def test_what_decides_a_run_is_in_its_folder(run):
     settings = json.loads((run("out") / "config.json").read_text())
     assert settings["job"]["density"] == 0.25
@@ -293,23 +210,6 @@ def test_what_decides_a_run_is_in_its_folder(run):
     assert settings["fingerprint"] != other["fingerprint"]
 
 
-def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
-    one, other = run("one"), run("other", "--seed", "8", "--rounds", "1")
-    words = ["compare", str(one), str(other / "metrics.json"), "--out", str(tmp_path / "both"), "--target", "0.05"]
-    assert main(words) == ExitCode.OK
-    page = (tmp_path / "both" / "comparison.html").read_text()
-    assert "means over the last 2 rounds" in page
-    assert '<div data-charts id="curves">' in page
-    assert page.count("Channels over the rounds: ") == 2
-    assert "://" not in page
-    runs = read_runs([one, other])
-    assert [r.title for r in runs] == ["one (yard)", "other (yard)"]
-    rows = final_rows(runs)
-    assert [r[1] for r in rows[1:]] == ["2", "1"]
-    assert all(cell in page for row in rows for cell in row)
-    assert "other (yard)" in capsys.readouterr().out
-
-
 def test_what_a_target_cost_is_read_off_the_first_round_that_reaches_it(run):
     (record,) = read_runs([run("one")])
     values = record.global_values()
@@ -318,15 +218,3 @@ def test_what_a_target_cost_is_read_off_the_first_round_that_reaches_it(run):
     first = record.rounds[values.index(best)]
     assert row[1:5] == (str(first.round), f"{first.at:.0f}", "1.00", f"{(first.down + first.up) / 1e6:.2f}")
     assert target_rows([record], 1.01)[1][1:3] == ("never", "–")
-
-
-def test_runs_that_are_not_there_are_named(tmp_path, capsys):
-    assert main(["compare", str(tmp_path / "no"), "--out", str(tmp_path / "both")]) == ExitCode.STORAGE
-    assert "no: No such file or directory. Check the path, or choose another." in capsys.readouterr().err
-
-
-def test_the_docs_say_how_to_compare():
-    text = (EXAMPLES.parent / "docs" / "simulate.md").read_text()
-    options = {o for a in build_compare_parser()._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
-    assert "fedprune-simulate compare" in text
-    assert all(o in text for o in options)

@@ -8,21 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError, PlanError
 from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.virtual_device import with_link
-from fedprune_server.simulation.network_model import ALWAYS, PR_FL, PR_FL_LINKS, Availability, Weather, transfer
+from fedprune_server.simulation.network_model import PR_FL, PR_FL_LINKS, Availability, Weather, transfer
 from support.fakes.digits_simulation import boards, digits_simulation
 
 DEVICES = [f"d{i}" for i in range(400)]
-
-
-def test_without_weather_nothing_varies():
-    calm = Weather()
-    assert {calm.link(0, 1, d, "up") for d in DEVICES} == {1.0}
-    assert calm.compute(0, 1, "d") == 1.0
-    assert calm.server(0, 1, "down") == math.inf
 
 
 @pytest.mark.parametrize("draws", [1, 20])
@@ -84,11 +76,6 @@ def test_devices_have_their_own_place_and_share():
     assert here == pytest.approx(0.5, abs=0.1)
 
 
-def test_devices_without_windows_are_always_there():
-    assert Availability().window(0, "d", 12.5) == (12.5, ALWAYS)
-    assert Availability(100.0).window(0, "d", 12.5) == (12.5, ALWAYS)
-
-
 @given(
     st.lists(st.tuples(st.floats(0, 10), st.integers(1, 10**7), st.floats(1e3, 1e9)), min_size=1, max_size=20),
     st.floats(1e3, 1e9),
@@ -105,26 +92,6 @@ def test_a_server_s_link_carries_no_more_than_it_can(transfers, limit):
         assert arrived >= free * (1 - 1e-12)  # nothing is there before the server has sent it
         assert arrived >= now + size / min(rate, limit) * (1 - 1e-12)
     assert free == pytest.approx(idle + sent / limit)
-
-
-def test_without_a_limit_transfers_do_not_wait_for_each_other():
-    arrived, free = transfer(3.0, 2.0, 500, 100.0, math.inf)
-    assert (arrived, free) == (8.0, 3.0)
-    assert transfer(3.0, free, 100, 100.0, math.inf)[0] == 4.0
-
-
-@pytest.mark.parametrize(
-    "change", [{"links_sigma": -1}, {"draws": 0}, {"compute_sigma": math.nan}, {"server_up_bytes_s": -1}]
-)
-def test_weather_that_cannot_be_is_refused(change):
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        Weather(**change)
-
-
-@pytest.mark.parametrize("values", [(-1, 0.5, 0.5), (10, 0, 0.5), (10, 0.6, 0.5), (10, 0.5, 1.5), (math.inf, 0.5, 1)])
-def test_windows_that_cannot_be_are_refused(values):
-    with pytest.raises(ConfigError, match="availability"):
-        Availability(*values)
 
 
 # In simulated fleets.
@@ -162,23 +129,6 @@ def test_the_virtual_clock_follows_the_weather(build):
     down, up = (weather.link(3, 1, zero.name, way) for way in ("down", "up"))
     expected = sent.down / (link.down_bytes_s * down) + sent.up / (link.up_bytes_s * up) + 2 * link.latency_s
     assert simulation.clock == pytest.approx(expected + trained / weather.compute(3, 1, zero.name))
-
-
-def test_a_server_s_link_is_shared(build):
-    """On links that are no limit, a round takes as long as the server needs for all that it sends and receives."""
-    rate, fast = 20_000.0, [on_link(d, down_mb_s=1e5, up_mb_s=1e5, latency_s=0) for d in boards()]
-    weather = Weather(server_up_bytes_s=rate, server_down_bytes_s=2 * rate)
-    shared = build("shared", fleet=fast, rounds=1, weather=weather)
-    alone = build("alone", fleet=fast, rounds=1)
-    shared.run(), alone.run()
-    last = shared.record().last
-    slowest = max(
-        d.train_s(shared.model.architecture, tuple(shared.state.devices[d.name].widths), shared.job.recipe)
-        for d in boards()
-    )
-    assert alone.clock == pytest.approx(slowest, rel=1e-3)
-    assert shared.clock >= last.down / rate + last.up / 3 / (2 * rate)
-    assert shared.clock <= (last.down / rate + last.up / (2 * rate) + slowest) * 1.001
 
 
 def test_a_device_s_own_link_takes_the_profile_s_place(build):
@@ -224,9 +174,3 @@ def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build, 
     assert [h["devices"][device.name]["progress"] for h in history] == ["folded"] * 3
     assert len(trained) == 1 + 3  # never again only because an upload was cut off
     assert late.record().last.up > 3 * size  # what was cut off was sent twice
-
-
-def test_windows_in_which_nothing_can_be_done_end_with_an_error(build):
-    slow = [on_link(d, down_mb_s=1e-4, up_mb_s=1e-4) for d in boards()]
-    with pytest.raises(PlanError, match="none of them ever trains"):
-        build(fleet=slow, deadline_s=1e6, availability=Availability(5.0, 0.1, 0.1)).run()

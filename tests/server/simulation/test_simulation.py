@@ -7,14 +7,13 @@ import onnx
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.core.errors import PlanError, StorageError
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import DropOuts
-from fedprune_server.simulation.results.parquet_tables import rounds_table
 from support.fakes.digits_simulation import boards, digits_experiment, digits_simulation, run_killed
 
 
@@ -39,18 +38,6 @@ def test_the_seed_decides_bits_and_times(build, settings):
     assert first.run() == second.run()
     other.run()
     assert first.state.model != other.state.model
-
-
-def test_a_round_notes_how_many_updates_were_limited(build):
-    recipe = Recipe(max_steps=1)
-    limited = build("limited", rounds=1, recipe=recipe, move_limit=1.0, weight_limit=0.0)
-    free = build("free", rounds=1, recipe=recipe, move_limit=0.0, weight_limit=0.0)
-    limited.run(), free.run()
-    assert limited.state.model != free.state.model
-    found, none = limited.record(), free.record()
-    assert 0 < found.rounds[0].limited <= found.rounds[0].updates
-    assert none.rounds[0].limited == 0
-    assert rounds_table(found)["limited"].to_pylist() == [found.rounds[0].limited]
 
 
 @pytest.mark.parametrize(
@@ -130,15 +117,6 @@ def test_helpers_make_what_is_each_devices_own(build):
     ]
 
 
-def test_a_run_is_not_cut_to_fewer_rounds_than_it_has_come_to(build):
-    run_killed(build(), 4)  # in the second round
-    with pytest.raises(StorageError, match="has come to round 2"):
-        build(rounds=1)
-    build(rounds=2).run()
-    with pytest.raises(StorageError, match="has come to round 2"):
-        build(rounds=1)
-
-
 @pytest.mark.parametrize("strategy", ["fedbuff", "own_rounds:compose"])
 def test_a_run_that_depends_on_its_rounds_is_not_extended(build, strategy, tmp_path, monkeypatch):
     (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.methods.plain import plain as compose\n")
@@ -187,15 +165,6 @@ def test_whatever_decides_a_run_is_in_its_fingerprint(change):
     experiment = digits_experiment(model=leaky(0.1))
     assert replace(experiment).fingerprint == experiment.fingerprint
     assert change(experiment).fingerprint != experiment.fingerprint
-
-
-def test_a_fingerprint_is_worked_out_once(monkeypatch):
-    experiment = digits_experiment()
-    found = experiment.fingerprint
-    monkeypatch.setattr(type(experiment.model.graph), "to_bytes", None)
-    assert experiment.settings()["fingerprint"] == experiment.fingerprint == found
-    with pytest.raises(TypeError):
-        replace(experiment).settings()  # another experiment has another one
 
 
 def test_partial_participation_asks_the_share_of_the_devices(build):
@@ -282,23 +251,6 @@ def test_what_all_devices_refuse_ends_with_their_reason(build):
 def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(build):
     with pytest.raises(PlanError, match="even the narrowest breaks bytes"):
         build(rounds=1, density=0.0, byte_budget=1000).run()
-
-
-@pytest.mark.parametrize("names", [[], ["a", "a"]])
-def test_wrong_devices_are_refused(build, names):
-    with pytest.raises(ConfigError, match="devices"):
-        build(fleet=[replace(boards()[0], name=n) for n in names], devices=1)
-
-
-def test_more_devices_than_there_are_cannot_be_waited_for(build):
-    with pytest.raises(ConfigError, match="at most the 3"):
-        build(devices=4)
-
-
-@pytest.mark.parametrize(("probability", "away"), [(1.0, 1.0), (-0.1, 1.0), (0.5, 0.0), (np.nan, 1.0)])
-def test_wrong_drop_outs_are_refused(probability, away):
-    with pytest.raises(FedpruneError):
-        DropOuts(probability, away)
 
 
 @pytest.mark.parametrize("stored", [False, True])

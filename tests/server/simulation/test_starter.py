@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.errors import ExitCode
 from fedprune.planning import profile_store
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import load_digits
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
+from fedprune_server.simulation.starter import STARTERS, write_starter
 from support.paths import ROOT
 
 
@@ -75,13 +75,3 @@ def test_boards_that_are_none_are_refused_before_anything_is_written(
     assert code != ExitCode.OK
     assert what in capsys.readouterr().err
     assert not (tmp_path / "fleet").exists()
-
-
-@pytest.mark.parametrize("place", ["file", "full"])
-def test_a_place_that_is_taken_is_left_alone(place: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "fleet.toml").write_text("mine")
-    with pytest.raises(ConfigError, match="holds something already"):
-        write_starter(tmp_path / place, [StarterBoard("pi", "raspberry-pi-5")])
-    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "fleet.toml").read_text() == "mine"

@@ -30,9 +30,7 @@ from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.monitoring.trackers import TrackedRun, Tracker
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.results.runs_progress import RunDisplay
-from fedprune_server.simulation.runs import RunSpec
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.sweep import simulate_run
 from support.fakes.stored_job import TO_THE_SECOND_ROUND
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -184,26 +182,7 @@ def test_an_interrupted_run_writes_each_round_once(
     assert only(shown).ends == [False, True]
 
 
-def test_runs_of_a_sweep_are_tracked(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
-    Path("fleet.toml").write_text(
-        "[job]\nrounds = 1\n[model]\npath = 'model.onnx'\n[data]\nsource = 'digits.npz'\n"
-        "[[devices]]\ncount = 2\nname = 'pi'\nprofile = 'raspberry-pi-4b'\n[simulation]\ntrack = 'mlflow'\n"
-    )
-
-    settings = {"config": "fleet.toml", "seed": 0, "changes": {}}
-    simulate_run(RunSpec("ours-0", settings), Path("runs/ours-0"), lambda share, note: None)
-
-    assert only(shown).title == "ours-0"
-    assert len(only(shown).rounds) == 1
-
-
-def test_the_reference_is_a_run_of_its_own(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
-    simulate(fleet, folder="out", rounds=1, reference=True, track="mlflow")
-
-    assert [run.title for run in shown.values()] == ["plain", "FedAvg"]
-
-
-@pytest.mark.parametrize("tool", ["tensorboard", "mlflow", "wandb"])
+@pytest.mark.parametrize("tool", ["mlflow"])
 def test_a_missing_library_is_named_with_its_extra(
     fleet: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,

@@ -536,8 +536,3 @@ def calls(folder: Path) -> list[str]:
     """What was called, in order; `built ...` and `refitted` say more."""
     path = folder / "calls.txt"
     return path.read_text().splitlines() if path.exists() else []
-
-
-def names_used(text: str) -> list[str]:
-    """The classes of TensorRT that a module of ours names."""
-    return re.findall(r"\btrt\.([A-Z]\w*(?:\.[A-Z_0-9]+\b)?)", text)
