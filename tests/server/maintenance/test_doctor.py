@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.coordination import Phase, State
 from fedprune.core.closing import Closing
@@ -51,7 +45,6 @@ from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.snapshot import SiteFacts, Snapshot
 from fedprune_server.storage.storage import Storage
-from support.paths import ROOT
 
 NOW = 1_800_000_000.0
 PROFILE = {"name": "pi"}
@@ -129,32 +122,11 @@ def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
     assert all(found[0].to_dict().values())
 
 
-def test_a_folder_in_which_no_job_has_begun_is_said_so_and_nothing_else() -> None:
-    (found,) = found_in(replace(HEALTHY, settings={}, running=False))
-    assert found.kind == "server-not-running"
-    assert "no job has begun" in found.what
-
-
-def test_a_board_that_was_shut_out_is_not_called_away() -> None:
-    (found,) = found_in(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
-    assert "; revoked: b" in found.what
-    assert "away" not in found.what
-    assert "devices replace" in found.advice
-
-
 def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
     late = with_state(history=[row(1, {"a": ("folded", "", ""), "b": ("refused", "x", "late")})])
     (found,) = found_in(late)
     assert found.kind == "deadline-too-short"
     assert found.advice.startswith("stop the server, then fedprune-server run ")
-
-
-def test_a_loss_that_rose_for_want_of_calibration_is_told_so() -> None:
-    part = {"progress": "folded", "reason": "", "metrics": {}, "density": 0.5}
-    history = [{**row(n, {}, loss=float(n), samples=9), "devices": {"a": part}} for n in (1, 2)]
-    for uncalibrated in (True, False):
-        (finding,) = findings(replace(with_state(history=history), uncalibrated=uncalibrated))
-        assert ("[calibration]" in finding.advice) == uncalibrated
 
 
 def scored(
@@ -194,10 +166,6 @@ def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: Case, c
     assert cause in finding.what.rpartition(":")[2]
     done = replace(case, state=replace(case.state, phase=Phase.FINISHED))
     assert kinds(findings(done)) == {"model-stalls"}
-
-
-def test_a_loss_that_rises_on_boards_that_learn_nothing_is_training_that_diverges() -> None:
-    assert kinds(found_in(scored([(0.1, 0.1, 0.1)] * 8, risen=True))) == {"training-diverges"}
 
 
 HEALTHY_SCORES = {
@@ -263,18 +231,6 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     assert "identity" in kinds(doctor.check_server_identity(tmp_path))
 
 
-@pytest.mark.parametrize("place", [".", "identity"])
-def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path, place: str) -> None:
-    path = tmp_path / place / "own.pem"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(short_certificate(days=20))
-    server = {"console": "8470", "console_certificate": str(path)}
-    (alert,) = evaluate_alerts(Snapshot(tmp_path, site=replace(site_facts(tmp_path, server), disk=None)), time.time())
-    assert (alert.kind, alert.severity, alert.subject) == ("certificate", "warning", str(path))
-    assert site_facts(tmp_path, {**server, "console": "off"}).certificates == ()
-    assert "put a new one and its key there" in alert.todo
-
-
 def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path, "lab") as identity:
         path, _, _ = identity.console(["192.0.2.7", "fleet.example"])
@@ -288,15 +244,6 @@ def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_
     assert main(shlex.split(issue)) == ExitCode.OK
     issued = hosts_of(x509.load_pem_x509_certificate(path.read_bytes()))
     assert issued == {"192.0.2.7", "fleet.example"}
-
-
-def short_certificate(days: float) -> bytes:
-    """A self-signed certificate that ends soon."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fleet")])
-    now = datetime.now(timezone.utc)
-    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=days))
-    return made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def test_crashes(tmp_path: Path) -> None:
@@ -325,13 +272,6 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
         )
     )
     assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
-
-
-@pytest.mark.usefixtures("roomy")
-def test_beside_another_server_none_is_told_to_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = doctor.wrong("second-server", "another server runs this fleet: on yard", "boards follow it", "look there")
-    monkeypatch.setattr(doctor, "CHECKS", (*doctor.CHECKS, lambda _: [other]))
-    assert [f.kind for f in doctor.diagnose(folder)] == ["second-server"]
 
 
 _SERVER = """
@@ -414,10 +354,6 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytes
     assert kinds(broker_findings(tmp_path, server | {"max_packet": 50_000})) == set()
 
 
-def test_no_broker_is_guessed_where_settings_cant_be_read(tmp_path: Path) -> None:
-    assert list(broker_findings(tmp_path, {})) == []
-
-
 def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hangs:
         def __init__(self, url: str) -> None:
@@ -489,23 +425,6 @@ def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
 
 
 @pytest.mark.usefixtures("roomy")
-def test_a_database_without_a_job_is_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Storage.at(tmp_path).close()
-    record_backup(tmp_path)
-    assert main(["doctor", "--state", str(tmp_path), "--json"]) == ExitCode.FOUND
-    (found,) = json.loads(capsys.readouterr().out)["findings"]
-    assert found["kind"] == "server-not-running"
-    assert "--model" in found["todo"]
-
-
-def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--state", str(tmp_path)]) == ExitCode.STORAGE
-    assert main(["crashes", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE
-    assert main(["crashes", "--state", str(tmp_path)]) == ExitCode.STORAGE
-    assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("roomy")
 def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "server.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
     assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
@@ -524,23 +443,6 @@ def test_a_database_that_is_away_is_a_finding_of_a_fleet_with_members(
     found = json.loads(capsys.readouterr().out)["findings"]
     assert [f["kind"] for f in found].count("database") == 1
     assert {f["kind"] for f in found} - {"database"} <= set(before)
-
-
-@pytest.mark.usefixtures("roomy")
-def test_who_keeps_the_databases_lock_is_named(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "LOCK_TIMEOUT_S", 0.05)
-
-    def kinds_found() -> list[str]:
-        main(["doctor", "--state", str(folder), "--json"])
-        return [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]]
-
-    with closing(sqlite3.connect(folder / "server.db", isolation_level=None)) as other, running(folder):
-        other.execute("BEGIN IMMEDIATE")
-        assert kinds_found() == ["database-locked"]
-        other.execute("ROLLBACK")
-        assert kinds_found() == []
 
 
 HOLDER = """
@@ -569,21 +471,3 @@ def test_who_keeps_the_databases_lock_is_named_where_no_server_runs(
         (what,) = findings_of_locks()
     assert f"process {holder.pid} " in what
     assert findings_of_locks() == []
-
-
-@pytest.mark.parametrize("progress", ["folded", "refused"])
-def test_a_boards_reason_is_told_to_its_end(progress: str) -> None:
-    reason = "its update stands out: tensor bn3.weight: it moved 6.85 times as far as is usual; 0.48 of that counted"
-    case = with_state(history=[row(1, {"a": (progress, reason, "" if progress == "folded" else "outlier")})])
-    assert any(f.what.endswith(f": {reason}") for f in findings(case))
-
-
-def test_every_kind_is_on_the_page() -> None:
-    page = (ROOT / "docs" / "observe.md").read_text()
-    here = Path(doctor.__file__).parent
-    named: Callable[[str], list[str]] = re.compile(r"(?:wrong|note)\(\s*\"([a-z-]+)\"").findall
-    kinds_ = {k for f in (*here.glob("doctor.py"), *here.glob("job_checks.py")) for k in named(f.read_text())} | {
-        "identity"
-    }
-    assert len(kinds_) > 12
-    assert {k for k in kinds_ if f"`{k}`" not in page} == set()
