@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from support.processes.machine import listens
 from support.processes.real_site import write_material
-from support.processes.watched_site import SERVER, Hook, Watched, doctor, shown
+from support.processes.watched_site import Hook, Watched, doctor, shown
 
 pytestmark = pytest.mark.system
 
@@ -28,7 +24,6 @@ devices = 2
 density = 0.5
 deadline_s = {DEADLINE_S}
 """
-MIB = 2**20
 
 
 @pytest.fixture
@@ -118,61 +113,5 @@ def test_a_broker_that_dies_is_told_everywhere_and_so_is_its_return(tmp_path: Pa
         site.wait_for(lambda: f"the alert is over: {what}" in site.log(), "it is over")
         site.wait_for(
             lambda: "broker" not in shown(ann) and Hook.posted("resolved", "broker") == [what],
-            "console and webhook report the end",
-        )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a full disk needs a file system of its own: this user can't mount a tmpfs")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.soak
-def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
-    tmp_path: Path, small_disk: Path
-) -> None:
-    write_material(tmp_path, {"north": 60, "south": 60})
-    with Watched(tmp_path, tmp_path, CONFIG, ("north", "south"), 90) as site:
-        site.state = small_disk / "server"
-        filler = small_disk / "filler"
-        site.start_all()
-        site.wait_for(lambda: rounds(site) > 1, "rounds go by")
-        ann = site.operator()
-        assert "disk" not in shown(ann)
-
-        with filler.open("wb", buffering=0) as file, suppress(OSError):  # until it is full
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - 4 * MIB)
-            while True:
-                file.write(bytes(MIB))
-        assert site.processes.pop("server").wait(DEADLINE_S) == ExitCode.STORAGE_FULL, site.logs()
-        what = f"the disk of {site.state} has "
-        assert f"alert: {what}" in site.log()
-        assert Hook.posted("opened", "disk", "critical")[0].startswith(what)
-        code, findings = doctor(site.state)
-        assert (code, findings.keys()) == (ExitCode.FOUND, {"disk", "server-not-running"})
-        assert findings["disk"]["what"].startswith(what)
-
-        os.truncate(filler, filler.stat().st_size - 100 * MIB)
-        before = rounds(site)
-        site.start("server")
-        site.wait_for(lambda: rounds(site) > before + 1, "the job continues")
-        site.wait_for(ann.ready, "the console is ready")
-        site.wait_for(lambda: "B left" in shown(ann).get("disk", ""), "the console shows it")
-        assert site.counted("disk") == 1
-        status = subprocess.run([*SERVER, "status", "--state", str(site.state)], capture_output=True, check=True)
-        assert b"B left" in status.stdout
-        assert doctor(site.state)[1].keys() == {"disk"}
-
-        filler.unlink()
-        site.wait_for(lambda: "the alert is over: the disk" in site.log(), "it is over")
-        site.wait_for(
-            lambda: "disk" not in shown(ann) and bool(Hook.posted("resolved", "disk")),
             "console and webhook report the end",
         )

@@ -1,6 +1,5 @@
 """The demo as a user starts it: real processes that end well, end together, and stay lean."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.errors import ConfigError
-from fedprune_server.cli.demo import DemoFolder
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.storage.storage import Storage
@@ -123,18 +120,3 @@ def test_nothing_is_left_when_the_demo_is_ended(demo, number):
     demo.wait(30)
     assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 4)
     until(lambda: not any(Path(f"/proc/{pid}").exists() and maps(pid) for pid in family))
-
-
-def test_demo_folder_of_an_earlier_run_is_cleared(tmp_path):
-    folder = DemoFolder.prepare(tmp_path / "run", 0)
-    (folder.root / "fleet").mkdir()
-    DemoFolder.prepare(tmp_path / "run", 1)
-    assert not (folder.root / "fleet").exists()
-    assert json.loads((folder.root / "demo.json").read_text())["seed"] == 1
-
-
-def test_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(ConfigError, match="not a demo's"):
-        DemoFolder.prepare(tmp_path, 0)
-    assert (tmp_path / "thesis.tex").exists()

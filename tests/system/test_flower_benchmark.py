@@ -59,12 +59,3 @@ def test_both_sides_are_told_the_same_job(tmp_path: Path) -> None:
     assert (ours.recipe, ours.rounds, ours.devices) == (job.recipe, 2, 3)
     assert (theirs["recipe"], theirs["seed"]) == (ours.recipe.to_dict(), ours.seed)
     assert all(load_data(str(tmp_path / "job" / f"{n}.npz")).samples for n in job.names)
-
-
-def test_what_the_command_may_be_told() -> None:
-    from benchmarks.flower.__main__ import arguments
-    from benchmarks.flower.kills import KINDS, OURS, THEIRS
-
-    given = arguments().parse_args(["--clients", "3", "--kinds", "server", "--sides", "fedprune"])
-    assert (given.clients, given.kinds, given.sides) == ([3], ["server"], ["fedprune"])
-    assert {*OURS, *THEIRS} == set(KINDS)

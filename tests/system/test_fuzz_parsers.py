@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.faults.parser_fuzzer import case, fuzz
+from support.faults.parser_fuzzer import fuzz
 from support.faults.parser_target import Target
 from support.faults.parsers_of_boards import board_targets
 from support.faults.parsers_of_files import file_targets
@@ -48,13 +48,6 @@ def test_a_damaged_input_is_taken_or_refused_in_bounded_memory(name: str, inputs
 
     assert tally.findings == {}
     assert tally.inputs == inputs == tally.taken + sum(tally.refused.values())
-
-
-def test_an_input_is_known_by_its_number() -> None:
-    target = TARGETS["wire.message"]
-
-    assert case(target, 7) == case(target, 7)
-    assert len({case(target, n) for n in range(50)}) > 40
 
 
 def test_whatever_else_happens_is_a_finding() -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.bundle import WEIGHTS, open_bundle
-from fedprune.runtime.precision import Agreement
 from fedprune_device.cli.main import main as device
 from fedprune_export.cli.main import main as export
 from fedprune_server.simulation.digits import digits_model, load_digits
@@ -56,18 +55,3 @@ def test_a_folder_of_images_trains_and_is_predicted(
     after = next(line.split()[2].rstrip(",") for line in said.splitlines() if line.startswith("after: "))
     assert float(after) > 0.8
     assert f"accuracy {after} on" in capsys.readouterr().err  # the same test samples
-
-
-def test_a_precision_that_decides_otherwise_is_left_out(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    x, y = samples()
-    np.savez(tmp_path / "d.npz", x=x, y=y)
-    monkeypatch.setattr(Agreement, "refusal", "it decides otherwise")
-
-    assert (
-        device(["train", "--bundle", str(bundle), "--data", str(tmp_path / "d.npz"), "--out", str(tmp_path / "b")]) == 0
-    )
-
-    assert open_bundle(tmp_path / "b").precisions == ()
-    assert "int8 is left out: it decides otherwise" in capsys.readouterr().err

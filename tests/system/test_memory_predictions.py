@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import lora
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.state import Device
 from fedprune.model.recipe import Features
-from fedprune.planning.costs import AGENT_BYTES, Costs
+from fedprune.planning.costs import Costs
 from fedprune.planning.plan import Plan
 from fedprune.planning.profile_store import find
 from fedprune.strategies import compose
@@ -69,34 +67,6 @@ def test_memory_of_training_nets_that_no_constant_was_fitted_to_is_predicted() -
     assert max(errors) <= HIGH
     assert min(errors) >= -0.07  # fasternet_t0 and resnet10t: docs/planner.md
     assert sum(e >= LOW for e in errors) >= 0.9 * len(errors)
-
-
-def test_memory_of_training_adapters_is_predicted() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "lora.json").read_text())["rows"]
-    assert {r["base"] for r in rows} == {"float16", "int8"}
-    for row in rows:
-        use = Costs(**row["costs"]).training_memory(row["batch"], Features(), row["samples"])
-        within(use.total, row)
-
-
-# At every push the test above compares predictions with recorded measurements.
-@pytest.mark.soak
-@pytest.mark.torch
-@pytest.mark.parametrize(("base", "batch"), [("int8", 2), ("float16", 16)])
-def test_memory_of_training_adapters_is_predicted_here(
-    base: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("LAYERS", 3), ("WORDS", 2000), ("BATCH", batch)):
-        monkeypatch.setattr(lora, name, value)
-    lora.write_samples(tmp_path)
-    row = lora.measure(lora.LanguageModel(), base, tmp_path)
-    within(row["predicted_bytes"], row)
-
-
-def within(expected: int, row: dict[str, Any]) -> None:
-    """Compare what adapters are predicted to need with a measured process, which had no agent."""
-    error = expected / (row["peak_bytes"] + AGENT_BYTES) - 1
-    assert LOW <= error <= HIGH, (error, row)
 
 
 def predicted(row: dict[str, Any], rows: list[dict[str, Any]]) -> int:

@@ -7,16 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from fedprune.model.recipe import Recipe
-from fedprune.planning import profile_store
-from fedprune.planning.plan import plan
 from fedprune_export.cli.main import main as export
-from fedprune_export.importing import load
 
 pytestmark = pytest.mark.torch
 
@@ -28,22 +23,6 @@ code = main(sys.argv[1:])
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)
 """
-
-
-@pytest.mark.parametrize(
-    ("net", "settings", "parts"),
-    [
-        ("unet", {"loss": "bce"}, range(2, 33)),
-        ("unet_bn", {"loss": "bce"}, range(2, 5)),  # parts of at least eight samples
-        pytest.param("gru_net", {"batch_size": 64}, range(2, 65), marks=pytest.mark.soak),
-    ],
-)
-def test_a_small_board_keeps_the_whole_net(net: str, settings: dict[str, Any], parts: range) -> None:
-    architecture = load(f"support.nets.small_nets:{net}").architecture
-    made = plan(architecture, profile_store.find(ZERO), Recipe(**settings), 200)
-    assert made.widths == architecture.sizes
-    assert made.accumulate in parts
-    assert made.warning == ""
 
 
 def test_training_stays_within_the_plans_memory(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.releases.release import Release, read_release, write_release
+from fedprune.releases.release import Release, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource
@@ -38,14 +37,6 @@ name = "waits"
 rounds = 1
 devices = 3
 density = 0.5
-"""
-BUSY = """
-[job]
-name = "trains"
-rounds = 100000
-devices = 2
-density = 0.5
-deadline_s = 20
 """
 FOREVER = 'while :; do "$@"; sleep 0.2; done'
 """What the service manager does."""
@@ -201,50 +192,3 @@ def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_agai
     back = site.rollout(site.folder / "release-5", "--groups", "100%")
     assert (back["phase"], {site.runs(n) for n in BOARDS}) == ("done", {5}), site.logs()
     assert all(p.poll() is None for p in site.processes.values()), "nobody had to be started again"
-
-
-# At every push `tests/device/releases/test_release_updates.py` cuts downloads off, and `tests/server/ota` a server's.
-@pytest.mark.soak
-def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: UpdatedSite) -> None:
-    noise = random.Random(0).randbytes(30_000_000)
-    large = make_wheel(site.folder / "large-1-py3-none-any.whl", {"large/noise.bin": noise})
-    release = site.release(6, large)
-    size, before = read_release(release, site.key.verifying)[0].size, site.runs("south")
-    at_first = site.bytes_down()
-    site.line.most = site.line.passed + int(0.6 * size)  # else all of it may be there before anybody looks
-    site.command_line("rollout", "start", release, "--devices", "north", "--groups", "100%")
-    pulled = site.folder / "north-home" / "incoming" / "partial"
-
-    def most() -> bool:
-        with suppress(OSError):
-            return max((p.stat().st_size for p in pulled.iterdir()), default=0) > 0.5 * size
-        return False
-
-    site.wait_for(most, "most of it is there")
-    site.kill("broker")
-    site.kill("server")
-    site.line.most = None
-    ended = site.ended()
-    assert (ended["phase"], site.runs("north"), site.runs("south")) == ("done", 6, before), site.logs()
-    down = {name: count - at_first[name] for name, count in site.bytes_down().items()}
-    assert down["north"] < 1.3 * size, "what was there is not sent again"
-    assert down["south"] < 0.1 * size, "it was not asked to"
-
-
-# At every push `tests/device/releases/test_release_updates.py` shows that boards finish their round first.
-@pytest.mark.soak
-@pytest.mark.parametrize("site", [BUSY], indirect=True, ids=["busy"])
-def test_boards_that_train_round_after_round_are_updated_between_two_of_them(site: UpdatedSite) -> None:
-    def rounds() -> int:
-        state = site.saved()
-        return 0 if state is None else len(state.history)
-
-    site.wait_for(lambda: rounds() > 3, "boards train")
-    ended = site.rollout(site.release(2), "--groups", "1,100%")
-    assert (ended["phase"], {site.runs(n) for n in BOARDS}) == ("done", {2}), site.logs()
-    then = rounds()
-    site.wait_for(lambda: rounds() > then + 3, "they go on training")
-    state = site.saved()
-    assert state is not None
-    latest = state.history[-1]["devices"]
-    assert {n: latest[n]["progress"] for n in latest} == dict.fromkeys(BOARDS, "folded")

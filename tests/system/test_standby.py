@@ -16,7 +16,6 @@ from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.fleet import models
-from support.processes.machine import free_port
 from support.processes.postgres import Postgres
 from support.processes.real_site import Site, write_material
 from support.processes.s3 import S3, Ceph
@@ -127,36 +126,6 @@ def ends_as(pair: Pair, undisturbed: State, state: Path) -> None:
     assert models(pair.finish()) == models(undisturbed)
     command = [sys.executable, "-m", "fedprune_server.cli.main", "check", "--state", str(state)]
     assert subprocess.run(command, check=False).returncode == ExitCode.OK
-
-
-# At every push `test_lease.py` shows who gets a folder, and `test_crashes.py` models after a kill.
-@pytest.mark.soak
-def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
-    pair.settings = ("--serve-blobs", f"127.0.0.1:{free_port()}", "--uploads", "https")
-    start_both(pair)
-    kill_the_first(pair)
-    ends_as(pair, undisturbed, pair.state)
-    assert "it goes over MQTT" not in pair.logs_in_full()
-
-
-# At every push the last test has a standby at PostgreSQL, and `test_lease.py` and `test_postgresql.py` kill the latter.
-@pytest.mark.soak
-@pytest.mark.postgresql
-def test_a_standby_at_postgresql_outlasts_server_and_database(
-    database: Postgres, pair: Pair, undisturbed: State
-) -> None:
-    pair.database = database.database()
-    (pair.folder / "blobs").mkdir()
-    for name in ("server", "second"):
-        (pair.folder / name).mkdir()
-        (pair.folder / name / "blobs").symlink_to(pair.folder / "blobs")
-    start_both(pair)
-    database.kill()
-    pair.wait_for(lambda: "waiting up to" in pair.logs_in_full(), "somebody misses the database")
-    database.start()
-    kill_the_first(pair)
-    ends_as(pair, undisturbed, pair.folder / "second")
-    assert "taking over from" in pair.logs_in_full()
 
 
 @pytest.mark.soak

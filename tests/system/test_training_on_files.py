@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,18 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, open_bundle
 from fedprune_device.cli.main import main as device
-from fedprune_device.data.reservoir import Limits
-from fedprune_device.data.sample_store import SampleStore
-from fedprune_device.data.splits import SplitShares
 from fedprune_export.cli.main import main as export
-from support.fakes.agent_fleet import MemoryServer
 from support.fakes.sample_files import wav
-from support.processes.device_process import running
 
 pytestmark = [pytest.mark.system, pytest.mark.torch]
 
@@ -132,14 +123,6 @@ def pictures(root: Path, count: int) -> None:
         Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(root / name, **how)
 
 
-def test_all_files_without_labels_are_predicted(tmp_path: Path) -> None:
-    made = bundle(tmp_path / "bundle", "autoencoder", "--labels", "values")
-    pictures(tmp_path / "data", 9)
-    out = ["--output", str(tmp_path / "out.npy")]
-    assert device(["predict", "--bundle", str(made), "--input", str(tmp_path / "data"), *out]) == ExitCode.OK
-    assert np.load(tmp_path / "out.npy").shape == (9, 3, 96, 96)
-
-
 def recordings(root: Path, count: int, least: int = 16_000) -> None:
     rng = np.random.default_rng(0)
     for n in range(count):
@@ -224,41 +207,4 @@ def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
         assert f"trained: {-(-training // BATCH)} steps" in run.stdout
         kilobytes = dict(re.findall(r"(VmHWM|VmPeak):\s+(\d+)", run.stdout))
         peaks[count], room = 1024 * int(kilobytes["VmHWM"]), 1024 * int(kilobytes["VmPeak"]) + limit
-    assert peaks[many] - peaks[100] < limit
-
-
-@pytest.mark.parametrize("local", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["file", "set"])
-def test_a_round_on_ten_times_a_boards_memory_is_carried_out_in_it(local: bool, tmp_path: Path) -> None:
-    """A board that is offered a round, on a file and on samples that an application added."""
-    limit = 12 * MB
-    many = 10 * limit // (4 * 16_000)
-    made = open_bundle(bundle(tmp_path / "bundle", "listener"))
-    graphs = tmp_path / "graphs"
-    graphs.mkdir()
-    for name, file in (("plain", TRAINING), ("full", TRAINING), ("inference", INFERENCE)):
-        shutil.copy(made.path(file), graphs / f"{name}.onnx")
-    peaks = {}
-    for count in (100, many):
-        root = tmp_path / f"{count}"
-        root.mkdir()
-        rng = np.random.default_rng(0)
-        x, y = rng.random((count, 1, 16_000), np.float32), rng.integers(0, 2, count)
-        if local:
-            with SampleStore(
-                root / "state" / "samples", Limits(2 * many, 32 * limit), SplitShares(device="d")
-            ) as store:
-                for one, label in zip(x, y, strict=True):
-                    store.add(one, int(label))
-        else:
-            np.savez(root / "data.npz", x=x, y=y)
-        del x
-        server = MemoryServer(root / "server", graphs, tensorfile.load(made.path(WEIGHTS)), time.monotonic)
-        server.plan = [server.offer(1, Recipe(), widths=made.selection.widths, classes=2)]
-        with running(root, server) as field:
-            options = ("--samples-most", str(2 * many), "--samples-bytes", str(32 * limit))
-            assert field.start(local=local, options=options).wait(120) == 0, (root / "log").read_text()[-3000:]
-        update = server.updates[1]
-        assert update.samples + update.metrics["samples_test"] == count
-        assert update.steps == -(-update.samples // BATCH)
-        peaks[count] = update.metrics["peak_memory_bytes"]
     assert peaks[many] - peaks[100] < limit

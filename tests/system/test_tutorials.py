@@ -53,13 +53,6 @@ def test_try_a_strategy(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_the_example_of_secure_aggregation(tmp_path: Path) -> None:
-    with reader(tmp_path / "clone", 120) as new:
-        new.follow(ROOT / "docs" / "secure-aggregation.md")
-        assert new.left_out == 0
-
-
-@pytest.mark.soak
 def test_from_a_bare_clone_to_a_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that the page installs: needs a package index."""
     find_mosquitto()

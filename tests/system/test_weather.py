@@ -85,50 +85,6 @@ def test_repeats_and_swaps_lose_nothing_and_touch_publishes_alone(weather: tuple
     assert [p for p in out if p[0] >> 4 == 3] != said[1:-2]
 
 
-def test_what_is_asked_for_sent_and_fetched_is_told_apart(weather: tuple[Any, Any]) -> None:
-    proxy, _ = weather
-    digest, key = "ab" * 32, ("here", "up", "ab" * 32)
-
-    def publish(channel: str, payload: bytes) -> bytes:
-        body = b"\0%c" % len(channel) + channel.encode() + payload
-        length = bytes((len(body) & 127 | 128, len(body) >> 7 & 127 | 128, len(body) >> 14))
-        return b"\x30" + length + body
-
-    def chunk(first: int, size: int) -> bytes:
-        return publish("a/up/blob", proxy.Chunk(digest, "data", first, bytes(size)).to_bytes())
-
-    leaf = proxy.LEAF
-    said = [CONNECT, chunk(0, leaf), chunk(1, 100), chunk(1, 100), b"\xe0\0"]
-    _, tally = asyncio.run(passed(proxy, proxy.Weather(repeats=1.0), said))
-    tally.asked[key] = Counter({0: 1, 1: 3, 2: 1})  # the last one reaches beyond the end
-    whole = leaf + 100
-    assert tally.arrived[key] == tally.sent[key] == tally.doubled[key] == whole + 100
-    assert tally.table() == {
-        "down asked for": [1.0, 1.0],
-        "down sent": [1.0, 1.0],
-        "down arrived": [1.0, 1.0],
-        "down arrived, with repetitions": [1.0, 1.0],
-        "up asked for": [(whole + 200) / whole] * 2,
-        "up sent": [(whole + 100) / whole] * 2,
-        "up arrived": [(whole + 100) / whole] * 2,
-        "up arrived, with repetitions": [2 * (whole + 100) / whole] * 2,
-    }
-    want = proxy.BlobRequest(digest, "data", 2, 4)
-    _, tally = asyncio.run(passed(proxy, proxy.Weather(), [CONNECT, publish("a/up", want.to_bytes()), b"\xe0\0"]))
-    assert tally.asked == {("here", "down", digest): Counter([2, 3, 4, 5])}
-
-
-@pytest.mark.soak
-@pytest.mark.mosquitto
-def test_boards_in_a_squall_come_to_the_same_models(weather: tuple[Any, Any], tmp_path: Path) -> None:
-    find_mosquitto()
-    _, run = weather
-    found = run.compare(tmp_path, 2, 25.0, run.SQUALL)
-    assert run.verdict(found, 0.0, 4.0) == []  # of a few blobs alone, one that was cut off weighs much
-    assert all(found["same_model"])
-    assert found["restarts"] >= 1
-
-
 @pytest.mark.soak
 @pytest.mark.mosquitto
 @pytest.mark.timeout(4 * 3600)

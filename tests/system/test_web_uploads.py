@@ -4,8 +4,6 @@ fails."""
 from __future__ import annotations
 
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,21 +99,6 @@ def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
         relay.close()
 
 
-# At every push `tests/server/transfer/test_web_uploads.py` pulls from boards in memory that can't upload.
-@pytest.mark.soak
-def test_boards_that_can_t_reach_the_web_server_send_over_mqtt_by_themselves(
-    material: Path, tmp_path: Path, over_mqtt: list[str]
-) -> None:
-    settings = (
-        f'serve_blobs = "127.0.0.1:{free_port()}"\nblob_url = "https://127.0.0.1:{free_port()}"\nuploads = "https"\n'
-    )
-    with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True) as site:
-        site.start_all()
-        assert models(site.complete()) == over_mqtt
-        assert taken_in(site) == 0
-        assert len(failed(site)) == 4  # one line for each update
-
-
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ceph]:
     made = Ceph()
@@ -160,63 +143,3 @@ def test_updates_go_into_the_bucket_to_the_same_models_over_a_kill(
         assert "bytes came from https://127.0.0.1" in site.logs_in_full()
         assert failed(site) == []
         assert "X-Amz" not in site.logs_in_full()
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that a cluster adds up, too."""
-    folder = tmp_path_factory.mktemp("large")
-    write_material(folder, dict.fromkeys(DEVICES, 100), hidden=2**18)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def in_one_process(large: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    with Site(large, tmp_path_factory.mktemp("one"), CONFIG, DEVICES, 120) as site:
-        site.start_all()
-        return models(site.complete())
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize(("uploads", "blobs"), [("https", "folder"), ("https", "bucket"), ("s3", "bucket")])
-def test_a_ray_cluster_adds_up_what_came_over_https_or_into_the_bucket(
-    large: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    in_one_process: list[str],
-    s3: Ceph,
-    monkeypatch: pytest.MonkeyPatch,
-    uploads: str,
-    blobs: str,
-) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
-    from ray.cluster_utils import Cluster
-
-    temporary = tmp_path_factory.getbasetemp().parent / secrets.token_hex(2)  # short, as Ray's sockets need it
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 10**8},
-    )
-    settings = (
-        f'serve_blobs = "127.0.0.1:{free_port()}"\nuploads = "{uploads}"\nworkers_url = "ray:{cluster.address}"\n'
-    )
-    if blobs == "bucket":
-        settings += f'blobs = "s3://{s3.bucket()}/fleet"\n'
-    try:
-        with Site(large, tmp_path, CONFIG + settings, DEVICES, 180, secure=True) as site:
-            site.start_all()
-            ended = site.complete()
-            logs = (site.folder / "server.log").read_text()
-            read = {path.name for path in temporary.glob("fedprune-blobs-*/??/*")}
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
-    assert models(ended) == in_one_process
-    assert "2 processors" in logs
-    assert "by the server itself" not in logs
-    assert (uploaded(site, s3), taken_in(site)) == ((4, 0) if uploads == "s3" else (0, 4))
-    assert failed(site) == []
-    # Only blobs of a bucket are copied to folders of the helpers' own.
-    assert bool(read) == (blobs == "bucket")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,36 +65,6 @@ def test_every_file_of_the_packages_is_inside(unpacked: Path) -> None:
     inside = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
 
     assert expected - inside == set()
-
-
-@pytest.mark.soak  # four builds; what `make release` says of its bytes is not for every push
-def test_the_same_files_make_the_same_bytes_anywhere(tmp_path: Path) -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    made = []
-    for name, umask, zone in (("one", 0o022, "UTC"), ("another/place", 0o077, "Asia/Tokyo")):
-        folder = tmp_path / name
-        for path in map(Path, tracked):
-            if (ROOT / path).exists() and path.parts[0] not in (
-                "tests",
-                "benchmarks",
-            ):  # they are many
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / path, folder / path)
-                (folder / path).chmod((0o777 if os.access(ROOT / path, os.X_OK) else 0o666) & ~umask)
-        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "TZ": zone, "PYTHONHASHSEED": str(umask)}
-        subprocess.run(
-            [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder)],
-            check=True, capture_output=True, env=environment, umask=umask,
-        )  # fmt: skip
-        made.append({p.name: p.read_bytes() for p in (folder / "dist").iterdir()})
-    assert sorted(n.rpartition(".")[2] for n in made[0]) == ["gz", "whl"]
-    assert made[0] == made[1]
-    (source,) = (n for n in made[0] if n.endswith(".gz"))
-    command = ["tar", "-tzf", str(folder / "dist" / source)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    inside = {name.partition("/")[2] for name in listed.splitlines()}
-    wanted = {p for p in tracked if (ROOT / p).exists() and Path(p).parts[0] not in ("tests", "benchmarks")}
-    assert inside == wanted | {"PKG-INFO"}
 
 
 def test_types_are_marked(unpacked: Path) -> None:
