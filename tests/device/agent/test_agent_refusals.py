@@ -169,18 +169,3 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     with bench.reopened() as store:
         serving = store.slots.current()
         assert serving.round == 1
-
-
-def test_a_refused_offer_that_comes_again_is_refused_again(bench: Bench) -> None:
-    bench.server.plan = [bench.server.offer(1, recipe={"epochs": 0})]
-    times = []
-
-    def react(message: Any) -> None:
-        if isinstance(message, Refusal):
-            times.append(message)
-            if len(times) == 3:
-                bench.agent.stop()
-
-    bench.server.react = react
-    bench.run(until_finished=False)
-    assert len(set(map(str, times))) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from fedprune.aggregation.fixed_point import Range
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, StorageFullError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -28,10 +26,8 @@ from fedprune.wire.messages import (
     Trained,
     Update,
 )
-from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.privacy.budget import PrivacyPolicy
-from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.agent_harness import LONG, Bench, expected, same
 
 pytestmark = pytest.mark.board
@@ -188,35 +184,6 @@ def test_another_attempt_while_pulling_asks_for_nothing_twice(bench: Bench) -> N
     assert len(wants) == 1
 
 
-def test_another_attempt_at_other_work_begins_anew(bench: Bench, weights: Tensors) -> None:
-    server = bench.server
-    other = server.blobs.put(tensorfile.encode({n: v + 1 for n, v in weights.items()}))
-    server.plan = [server.offer(1, LONG)]
-
-    def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and message.attempt == 0:
-            server.plan = [server.offer(1, attempt=1, weights=other)]
-            server.say(server.plan[0])
-
-    server.react = react
-    bench.run()
-    assert (server.updates[1].attempt, server.updates[1].base) == (1, other.sha256)
-
-
-def test_a_server_that_lost_its_state_can_begin_again(bench: Bench, weights: Tensors) -> None:
-    server = bench.server
-    server.plan, server.ends = [server.offer(1), server.offer(2)], False
-    bench.stop_on(Update, round=2)
-    bench.run(until_finished=False)
-    before = {u.weights for u in server.of(Update)}
-    other = server.blobs.put(tensorfile.encode({n: v + 1 for n, v in weights.items()}))
-    server.react, server.ends = lambda _: None, True
-    server.updates.clear()
-    server.plan = [server.offer(1, weights=other)]
-    bench.run()
-    assert server.updates[1].weights not in before
-
-
 def test_an_offer_that_comes_late_again_changes_nothing(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1), server.offer(2, Recipe(epochs=40, batch_size=1, lr=1e-3))]
@@ -247,15 +214,6 @@ def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
         assert not store.blobs.has(server.weights.sha256)
 
 
-def test_what_a_refused_offer_pulled_is_cleared_away(bench: Bench) -> None:
-    server = bench.server
-    server.plan = [server.offer(1, classes=2)]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    with bench.reopened() as store:
-        assert not store.blobs.has(server.weights.sha256)
-
-
 def test_what_nobody_refers_to_is_cleared_away_at_the_start(bench: Bench) -> None:
     with bench.reopened() as store:
         left = store.blobs.put(b"of a process that was killed").sha256
@@ -266,18 +224,6 @@ def test_what_nobody_refers_to_is_cleared_away_at_the_start(bench: Bench) -> Non
         assert not store.blobs.has(left)
 
 
-def test_room_that_an_offer_will_free_counts_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = bench.server
-    server.plan = [server.offer(1, attempt=3)]
-    free = 3 * server.weights.size + 2 * max(b.size for b in server.graphs.values())
-    with bench.reopened() as store:
-        store.blobs.put(bytes(free))
-    monkeypatch.setattr(DeviceStore, "free_bytes", lambda s: free - sum(map(s.blobs.size, s.blobs.names())))
-    monkeypatch.setattr(OfferHandler, "resume", lambda *_: None)  # or it would be gone by then
-    bench.run()
-    assert not server.of(Refusal)
-
-
 @pytest.mark.parametrize("blob", ["weights", "plain", "inference"])
 def test_a_blob_that_the_disk_damaged_is_pulled_again(
     bench: Bench, graphs: Path, weights: Tensors, data: LocalData, blob: str
@@ -286,38 +232,6 @@ def test_a_blob_that_the_disk_damaged_is_pulled_again(
     bench.damage({"weights": server.weights, **server.graphs}[blob])
     server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
     bench.run()
-    assert same(server.result(1), expected(graphs, weights, data, 1))
-
-
-def test_what_the_disk_damaged_is_not_deleted_once_another_attempt_pulls_it(
-    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, damaged = bench.server, bench.damage()
-    listens, remove = threading.current_thread(), Path.unlink
-    offered, pulled, deleted = threading.Event(), threading.Event(), threading.Event()
-
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        """Offer the other attempt just as the damaged file is gone, and let it be pulled before anything else is."""
-        remove(path, missing_ok=missing_ok)
-        if path == damaged and not offered.is_set():
-            offered.set()
-            server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
-            server.say(server.plan[0])
-            if threading.current_thread() is not listens:
-                pulled.wait(30)
-        elif offered.is_set() and path.name == damaged.name:
-            deleted.set()
-
-    def react(message: Any) -> None:
-        if isinstance(message, BlobRequest) and message.sha256 == damaged.name:
-            pulled.set()
-            deleted.wait(30)
-
-    monkeypatch.setattr(Path, "unlink", unlink)
-    server.react = react
-    bench.run()
-    assert offered.is_set()
-    assert not server.of(Refusal)
     assert same(server.result(1), expected(graphs, weights, data, 1))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from fedprune.updates import CODECS
 from fedprune.wire.messages import Birth, parse
 from fedprune_device.agent.agent import AGAIN_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
@@ -40,17 +39,6 @@ def test_a_private_board_does_not_say_how_even_its_labels_are() -> None:
     assert greeting.birth(1, None, 0.0).effective_classes == 2
     private[0] = True
     assert greeting.birth(2, None, 0.0).effective_classes is None
-
-
-def test_a_long_or_strange_reason_still_makes_a_message() -> None:
-    birth = births("jetson-thor", lambda: "onnxruntime (\x1b[31m\n" + "x" * 4000).birth(1, None, 0.0)
-    assert isinstance(parse(birth.to_bytes()), Birth)
-
-
-def test_a_board_without_engines_says_nothing_of_them_and_names_all_codecs() -> None:
-    birth = births("raspberry-pi-5").birth(1, None, 0.0)
-    assert "predicts" not in birth.software
-    assert birth.codecs == CODECS
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,9 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.model.selection import Tensors
 from fedprune.updates import Codec, weights
-from fedprune.wire.messages import BlobRequest, Finished, Hello, Offer, Refusal
-from fedprune_device.agent.agent import Agent
+from fedprune.wire.messages import BlobRequest, Offer, Refusal
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.state_directory import DeviceStore
-from support.fakes.agent_fleet import MemoryLink
-from support.fakes.agent_harness import Bench, agent_on
+from support.fakes.agent_harness import Bench
 
 pytestmark = pytest.mark.board
 
@@ -84,21 +80,3 @@ def test_what_leads_to_other_weights_costs_a_pull_and_no_round(rounds: Rounds, w
     assert set(named(rounds.server.plan[1])) <= rounds.pulled
     assert rounds.trained_on() == named(rounds.server.plan[1])[0]
     assert not rounds.server.of(Refusal)
-
-
-def test_weights_are_kept_for_as_long_as_the_next_ones_may_need_them(rounds: Rounds) -> None:
-    """Of a job that sends no differences nothing is kept."""
-    plan, rounds.server.ends = rounds.server.plan, False
-    for offer, kept in ((plan[0], True), (replace(plan[0], round=2, weights_codec=None), False)):
-        rounds.server.plan = [offer]
-        with DeviceStore(rounds.root / "state") as store:
-            agent = agent_on(store, MemoryLink(rounds.server), rounds.data)
-
-            def watch(agent: Agent = agent, number: int = offer.round) -> None:
-                if agent.quiet and number in rounds.server.updates:
-                    agent.stop()
-
-            rounds.server.watch = watch
-            agent.run()
-            assert store.blobs.has(offer.weights.sha256) == kept
-    assert not {Finished, Hello} & {type(m) for m in rounds.server.seen}

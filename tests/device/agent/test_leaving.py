@@ -76,16 +76,6 @@ def test_a_board_whose_release_is_under_way_stays(bench: Bench, monkeypatch: pyt
     assert server.link.left == []
 
 
-@pytest.mark.parametrize(("most", "expected"), [(60.0, 60.0), (7200.0, 3600.0)])
-def test_the_owner_says_how_long_a_board_is_away_at_most(bench: Bench, most: float, expected: float) -> None:
-    server = bench.server
-    server.react = lambda message: server.say(Reconnect(0.0, 3600.0)) if isinstance(message, Birth) else None
-    server.watch = lambda: bench.agent.stop() if server.link.left else None
-    server.ends = False
-    bench.run(until_finished=False, most_away_s=most)
-    assert server.link.left == [expected]
-
-
 @pytest.mark.parametrize(("most", "able"), [(0.0, False), (60.0, True)])
 def test_a_board_that_must_stay_says_so(bench: Bench, most: float, able: bool) -> None:
     bench.stop_on(Birth)

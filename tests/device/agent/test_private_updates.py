@@ -103,7 +103,7 @@ def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -
     assert vector == form.encode(tensorfile.decode(noised), SENT)[0].to_bytes()
 
 
-@pytest.mark.parametrize("text", ["zlib", "float16", "int8", "int4", "ternary", "top-k:0.25"])
+@pytest.mark.parametrize("text", ["zlib", "int8", "ternary", "top-k:0.25"])
 def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
     raw, _, own = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))

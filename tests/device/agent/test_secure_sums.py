@@ -169,7 +169,7 @@ def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
     assert not bench.server.of(Update)
 
 
-@pytest.mark.parametrize("weight", [0, 2, 16, 2**20, -1, "1"])
+@pytest.mark.parametrize("weight", [0, 2**20, -1, "1"])
 def test_a_board_refuses_a_weight_of_the_server_s_choice(bench: Bench, weights: Tensors, weight: object) -> None:
     offer = masked_offer(bench, weights)
     bench.server.plan = [replace(offer, secure={**offer.secure, "weight": weight})]

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import os
 import socket
 import stat
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,59 +30,31 @@ ALLOWED = {200, 201, 400, 403, 404, 405, 409, 411, 413, 414, 415, 422, 431, 503,
 # The protocol
 
 
-def test_a_connection_is_for_one_request(served: LocalBoard) -> None:
-    assert [status for status, _ in parsed(served.exchange(GOOD + GOOD))] == [200]
-
-
-def test_who_asks_before_a_body_is_told_to_go_on(served: LocalBoard) -> None:
-    body = npy(X)
-    head = request("POST", "/v1/predict", body, Content_Type=NPY, Expect="100-continue", Connection="close")
-    with served.connect() as connection:
-        connection.sendall(head[: -len(body)])
-        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        connection.sendall(body)
-        assert parsed(received(connection))[0][0] == 200
-
-
 @pytest.mark.parametrize(
     ("raw", "status"),
     [
         (b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         (b"GET /v1/samples/../status HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-        (b"GET /v1/health?x=1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-        (b"GET /v1/health?x HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
         (b"GET /v1/health?x=%ff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-        (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
         (b"PUT /v1/predict HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
-        (b"GET /v1/predict HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
         (b"GET /v1/health HTTP/1.1\r\n\r\n", 403),
-        (b"GET /v1/health\r\n\r\n", 403),
         (b"GET /v1/health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
-        (b"GET /v1/health HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n", 403),
         (b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://a\r\n\r\n", 403),
-        (b"GET /v1/health HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
         (b"GET / /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
-        (b"GET / HTTP/1.1\r\nHost: " + b"a" * 70_000 + b"\r\n\r\n", 431),
         (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
         (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 411),
-        (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n", 411),
         (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 411),
         (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
         (b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n", 413),
         (request("POST", "/v1/predict", b'{"x": [' + b"1," * 2**19 + b"1]}", Content_Type="application/json"), 413),
-        (request("POST", "/v1/predict", b"abc"), 415),
         (request("POST", "/v1/predict", b"abc", Content_Type="text/plain"), 415),
         (request("POST", "/v1/predict?top=0", b"abc", Content_Type=NPY), 422),
-        (request("POST", f"/v1/samples/{'0' * 32}/label", b"{", Content_Type="application/json"), 400),
         (request("POST", f"/v1/samples/{'0' * 32}/label", b"[" * 4000, Content_Type="application/json"), 400),
         (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"label":NaN}', Content_Type="application/json"), 400),
-        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"labels":1}', Content_Type="application/json"), 400),
-        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"label":true}', Content_Type="application/json"), 422),
-        (request("POST", f"/v1/samples/{'0' * 32}/label", b'{"label":1e999}', Content_Type="application/json"), 422),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_request_of_this_interface_is_answered_with_its_status(
     open_board: LocalBoard, raw: bytes, status: int
 ) -> None:
@@ -117,32 +87,6 @@ TOKENS = [*WORDS.encode().split(), b" ", b": ", b"\r\n", b"\n", b"\0", b"\xff", 
 def test_any_bytes_are_answered_or_the_connection_is_closed(open_board: LocalBoard, raw: bytes) -> None:
     check(open_board, raw)
     check(open_board, raw + b"\r\n\r\n")
-
-
-@FUZZ
-@given(st.data())
-def test_damaged_requests_do_no_harm(open_board: LocalBoard, data: st.DataObject) -> None:
-    label, json = f"/v1/samples/{'0' * 32}/label", "application/json"
-    image = b"\x89PNG\r\n\x1a\n" + bytes(40)
-    raw = bytearray(
-        data.draw(
-            st.sampled_from(
-                [
-                    request("POST", "/v1/predict", npy(X), Content_Type=NPY),
-                    request("POST", "/v1/samples?label=1", npy(X[0]), Content_Type=NPY),
-                    request("POST", "/v1/predict", image, Content_Type="image/png"),
-                    request("DELETE", f"/v1/samples/{'0' * 32}"),
-                    request("POST", label, b'{"label": "ant"}', Content_Type=json),
-                ]
-            )
-        )
-    )
-    for _ in range(data.draw(st.integers(1, 6))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-        if not raw:
-            break
-    check(open_board, bytes(raw))
 
 
 @pytest.mark.parametrize("cut", range(0, 320, 13))
@@ -195,32 +139,12 @@ def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, mo
         connection.close()
 
 
-def test_the_kernel_says_who_has_connected(tmp_path: Path) -> None:
-    one, other = socket.socketpair(socket.AF_UNIX)
-    with one, other:
-        assert http_server._user(one) == os.getuid()
-    with socket.socket(socket.AF_INET) as port:
-        assert http_server._user(port) == -1
-
-
 def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
         with served.connect() as connection:
             connection.sendall(raw)
             assert received(connection) == b""
-
-
-def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
-
-    def drip(connection: socket.socket) -> None:
-        for _ in range(3000):
-            connection.sendall(b"G")
-            time.sleep(0.01)
-
-    with served.connect() as connection, pytest.raises(OSError, match=r"Broken pipe|reset"):
-        drip(connection)
 
 
 def test_a_client_that_never_reads_costs_nobody_else_anything(
@@ -324,9 +248,7 @@ def test_an_address_that_the_network_could_reach_is_refused(text: str) -> None:
         Address.parse(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "unix:", "unix:rel", "unix:/" + "a" * 200, "127.0.0.1", "127.0.0.1:99999", ":80", "a:b"]
-)
+@pytest.mark.parametrize("text", ["", "unix:rel", "unix:/" + "a" * 200, "127.0.0.1:99999"])
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         Address.parse(text)

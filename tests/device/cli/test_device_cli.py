@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import signal
 import socket
@@ -23,7 +21,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
-from fedprune_device.cli import main, options
+from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
 from fedprune_device.hardware.runtime_process import RuntimeProcess
@@ -97,19 +95,6 @@ def test_a_file_that_trains_is_predicted(
     assert f" on {samples} samples" in said
 
 
-def test_without_test_samples_all_are_predicted_or_those_that_training_sets_aside(
-    tmp_path: Path, state: Path, data: LocalData, capsys: Capture
-) -> None:
-    np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
-    np.savez(tmp_path / "unlabelled.npz", x_train=data.x_train)
-    assert predicted(tmp_path / "d.npz", state, capsys)[0] == 70
-    assert predicted(tmp_path / "d.npz", state, capsys, "--split", "test")[0] == 14
-    assert predicted(tmp_path / "d.npz", state, capsys, "--split", "train")[0] == 56
-    found, said = predicted(tmp_path / "unlabelled.npz", state, capsys)
-    assert found == 70
-    assert "accuracy" not in said
-
-
 def test_a_function_that_trains_is_predicted(
     tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -130,47 +115,12 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path, state: Path, data: L
     assert "no val samples" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY garbage"])
-def test_an_input_that_is_no_array_is_one_line_and_an_exit_code(
-    tmp_path: Path, state: Path, content: bytes, capsys: Capture
-) -> None:
-    (tmp_path / "x.npy").write_bytes(content)
-    code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy")])
-    error = capsys.readouterr().err
-    assert code == ExitCode.DATA
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert "x.npy" in error
-    assert "pickle" not in error
-
-
 @pytest.mark.parametrize("shape", [(0, 6), ()])
 def test_no_samples_are_an_error(tmp_path: Path, state: Path, shape: tuple[int, ...], capsys: Capture) -> None:
     np.savez(tmp_path / "empty.npz", x=np.zeros(shape, np.float32))
     code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "empty.npz")])
     assert code == ExitCode.DATA
     assert "empty.npz holds no samples" in capsys.readouterr().err
-
-
-def test_predict_names_the_boards_folders_inside_the_one_that_was_given(tmp_path: Path, capsys: Capture) -> None:
-    for name in ("attic", "yard"):
-        (tmp_path / name).mkdir()
-        DirectoryOwner(name, "home").claim(tmp_path / name)
-    np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32))
-    arguments = ["predict", "--state", str(tmp_path), "--input", str(tmp_path / "d.npz")]
-    assert main.main(arguments) == ExitCode.STORAGE
-    assert "isn't a board's state folder: expected one of those in it: attic, yard" in capsys.readouterr().err
-
-
-def test_a_state_folder_that_may_not_be_read_is_a_storage_error(
-    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    def refuse(self: Path, *_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    assert main.main(["predict", "--state", str(state), "--input", "x.npy"]) == ExitCode.STORAGE
-    assert "serving.json: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", [["--input", "nothing.npy"], ["--state", "nowhere"]])
@@ -225,20 +175,6 @@ def test_a_probe_is_printed_for_people_and_as_json(monkeypatch: pytest.MonkeyPat
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)) == report
 
 
-@pytest.mark.parametrize(("tier", "cuda"), [("onnxruntime-cpu", False), ("onnxruntime-cuda", True), ("tensorrt", True)])
-def test_a_probe_measures_the_unit_of_its_tier(monkeypatch: pytest.MonkeyPatch, tier: str, cuda: bool) -> None:
-    asked: list[bool] = []
-    report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=1.0)
-
-    def probe(threads: int, *, cuda: bool, begin: object) -> ProbeReport:
-        asked.append(cuda)
-        return report
-
-    monkeypatch.setattr("fedprune_device.cli.measure.probe", probe)
-    assert main.main(["probe", "--tier", tier]) == ExitCode.OK
-    assert asked == [cuda]
-
-
 def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes: str) -> int:
     np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32), y=np.zeros(5, int))
     values = {
@@ -285,17 +221,6 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
     made.clear()
     monkeypatch.setattr("fedprune_device.board.RuntimeProcess", Runtime)
     return made
-
-
-def test_a_record_of_the_log_is_one_line_and_its_traceback_is_indented() -> None:
-    try:
-        raise ValueError("first\nsecond")
-    except ValueError:
-        record = logging.LogRecord("fedprune.device", logging.ERROR, "", 1, "a\nb", (), sys.exc_info())
-    first, *others = options.log_handler().format(record).splitlines()
-    assert first.endswith("ERROR fedprune.device: a b")
-    assert others
-    assert all(line.startswith("    ") for line in others)
 
 
 def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() -> None:
@@ -346,30 +271,6 @@ def test_a_stop_during_a_measurement_is_no_crash(
     assert not (tmp_path / "state" / "crash.json").exists()
 
 
-def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
-    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[ProbeReport] = []
-
-    def agent(*made: Any, **__: object) -> None:
-        told.append(made[3].probe)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fedprune_device.board.build_agent", agent)
-    monkeypatch.setattr("fedprune_device.board.process_memory", lambda: 90_000_000)
-    assert run(tmp_path) == ExitCode.INTERRUPTED
-    (report,) = told
-    assert (report.memory_available, report.process_bytes) == (100_000_000, 90_000_000 - (5 * 6 * 4 + 5 * 8))
-
-
-def test_without_a_broker_there_is_nothing_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.delenv("FEDPRUNE_BROKER", raising=False)
-    assert run(tmp_path, broker="") == ExitCode.CONFIG
-    assert "--broker" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -394,22 +295,6 @@ def test_a_name_that_is_none_is_a_usage_error(tmp_path: Path, changes: dict[str,
         run(tmp_path, **changes)
     assert caught.value.code == ExitCode.USAGE
     assert next(iter(changes.values())) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("host", "name"),
-    [
-        ("raspberrypi", "raspberrypi"),
-        ("Küche 2.local", "K-che-2"),
-        ("all", "board"),
-        ("", "board"),
-        ("x" * 70, "x" * 64),
-    ],
-)
-def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host: str, name: str) -> None:
-    monkeypatch.setattr("socket.gethostname", lambda: host)
-    arguments = main.build_parser().parse_args(["run", "--data", "d.npz", "--state", "s"])
-    assert arguments.device == name
 
 
 def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
@@ -450,11 +335,6 @@ def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[Ru
     assert run(tmp_path) == ExitCode.STORAGE
     assert not any(p.asked for p in probed)
     assert "expected device d of site default, got device shed of site default" in capsys.readouterr().err
-
-
-def test_a_start_that_fails_leaves_the_state_folder_to_another_name(tmp_path: Path, probed: list[Runtime]) -> None:
-    assert run(tmp_path, device="atic") == ExitCode.BROKER
-    assert run(tmp_path) == ExitCode.BROKER
 
 
 def test_a_password_is_never_shown(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:

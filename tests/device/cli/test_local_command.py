@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ExitCode, StorageFullError
-from fedprune_device.api import http_server
+from fedprune.core.errors import ExitCode
 from fedprune_device.cli import main
 from fedprune_device.client import Board
 from support.fakes.local_board import NAMES, LocalBoard
@@ -72,10 +71,7 @@ def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_pa
     ("more", "code"),
     [
         (["--local", "0.0.0.0:80"], ExitCode.CONFIG),
-        (["--local", "unix:relative"], ExitCode.CONFIG),
         (["--test-share", "2"], ExitCode.CONFIG),
-        (["--local", "--image-deviation", "0"], ExitCode.CONFIG),
-        (["--samples-bytes", "1"], ExitCode.CONFIG),
         (["--local", "unix:/no/such/folder/s"], ExitCode.STORAGE),
         (["--data", "no-such-folder"], ExitCode.DATA),
     ],
@@ -85,16 +81,6 @@ def test_a_mistake_is_one_line_and_an_exit_code(
 ) -> None:
     assert main.main([*arguments(tmp_path), *more]) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-
-
-@pytest.mark.parametrize(
-    "more", [["--class-names", "a,a"], ["--class-names", "1,2"], ["--image-mean", "x"], ["--train-alone", "0"]]
-)
-def test_an_option_that_makes_no_sense_is_a_usage_error(tmp_path: Path, more: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main.main([*arguments(tmp_path), *more])
-    assert caught.value.code == ExitCode.USAGE
-    assert more[0] in capsys.readouterr().err
 
 
 def test_files_are_handed_in(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
@@ -110,44 +96,6 @@ def test_files_are_handed_in(tmp_path: Path, served: LocalBoard, capsys: Capture
     counts = served.board.samples()
     assert {c: row["kept"] for c, row in counts["classes"].items()} == {"0": 2, "1": 2, "2": 1}
     assert counts["unlabelled"] == 5
-
-
-def test_a_file_that_is_divided_already_gives_its_training_samples(
-    tmp_path: Path, served: LocalBoard, capsys: Capture
-) -> None:
-    np.savez(tmp_path / "d.npz", x_train=X[:3], y_train=[0, 1, 2], x_test=X[3:], y_test=[0, 1])
-    assert main.main(["collect", "--local", served.address, str(tmp_path / "d.npz")]) == ExitCode.OK
-    assert [c["kept"] for c in served.board.samples()["classes"].values()] == [1, 1, 1]
-    assert capsys.readouterr().out == "3 kept, 0 known, 0 not kept, 0 left out\n"
-
-
-def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
-    np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 3, 1])
-    assert main.main(["collect", "--local", served.address, str(tmp_path / "d.npz")]) == ExitCode.DATA
-    said = capsys.readouterr()
-    assert said.out == "4 kept, 0 known, 0 not kept, 1 left out\n"
-    assert f"sample 3 of {tmp_path / 'd.npz'} is left out: label: expected a whole number from 0 to 2" in said.err
-
-
-def test_what_the_board_refuses_is_told_by_what_it_is(
-    tmp_path: Path, served: LocalBoard, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 0, 1])
-    command = ["collect", "--local", served.address, str(tmp_path / "d.npz")]
-    with monkeypatch.context() as patch:
-        patch.setattr(http_server, "BODY_BYTES", 20)
-        assert main.main(command) == ExitCode.DATA
-    said = capsys.readouterr()
-    assert said.out == "0 kept, 0 known, 0 not kept, 5 left out\n"
-    assert "size of the body" in said.err
-
-    def full(*_: object) -> None:
-        raise StorageFullError("no room for samples")
-
-    assert served.samples is not None
-    monkeypatch.setattr(served.samples, "add", full)
-    assert main.main(command) == ExitCode.STORAGE_FULL
-    assert "no room for samples" in capsys.readouterr().err
 
 
 def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:

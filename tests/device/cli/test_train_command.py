@@ -42,24 +42,6 @@ def accuracy(folder: Path, data: LocalData) -> float:
     return float(np.mean(np.argmax(Predictor(folder).predict(data.x_test), axis=1) == data.y_test))
 
 
-def test_copies_of_samples_are_on_the_disk_of_the_result_and_disappear(
-    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    places: list[Path] = []
-
-    def load(*_: object, spool: Path) -> LocalData:
-        assert spool.is_dir()
-        places.append(spool)
-        return LocalData(np.zeros((4, 6), np.float32), np.zeros(4, np.int64), np.zeros((0, 6)), np.zeros(0, np.int64))
-
-    monkeypatch.setattr("fedprune_device.data.sources.load_data", load)
-    (tmp_path / "some.npz").touch()
-    assert train(bundle, tmp_path / "some.npz", tmp_path / "not" / "yet" / "out", "--epochs", "1") == ExitCode.OK
-    [spool] = places
-    assert spool.parent == tmp_path
-    assert not spool.exists()
-
-
 def test_a_trained_bundle_has_the_weights_that_training_gives(
     tmp_path: Path, bundle: Path, samples: Path, data: LocalData, weights: Tensors, capsys: Capture
 ) -> None:
@@ -101,14 +83,6 @@ def test_a_folder_that_may_not_be_written_is_refused_before_training(
     said, error = capsys.readouterr()
     assert (said, error.count("can't write a bundle to")) == ("", 1)
     assert "Let this user read and write there" in error
-
-
-def test_a_bundle_is_trained_in_place(bundle: Path, samples: Path, data: LocalData) -> None:
-    before = (bundle / WEIGHTS).read_bytes()
-    (bundle / "report.md").write_text("what was cut")
-    assert train(bundle, samples, bundle) == ExitCode.OK
-    assert (open_bundle(bundle).path(WEIGHTS)).read_bytes() != before
-    assert (bundle / "report.md").read_text() == "what was cut"
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, when: int) -> None:
@@ -156,16 +130,6 @@ def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(
     assert error.startswith("error: ")
     assert said in error
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("more", [("--lr", "-1"), ("--lr", "nan"), ("--epochs", "0")])
-def test_numbers_that_no_training_can_have_are_wrong_usage(
-    tmp_path: Path, bundle: Path, samples: Path, more: tuple[str, ...], capsys: Capture
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        train(bundle, samples, tmp_path / "out", *more)
-    assert ended.value.code == ExitCode.USAGE
-    assert f"argument {more[0]}" in capsys.readouterr().err
 
 
 def test_samples_of_another_shape_are_refused_before_training(tmp_path: Path, bundle: Path, capsys: Capture) -> None:

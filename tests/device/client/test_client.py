@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -43,49 +42,6 @@ def inputs(folder: Path) -> None:
     np.save(folder / "sample.npy", X[0])
     np.save(folder / "another.npy", X[1])
     (folder / "sample.raw").write_bytes(X[2].tobytes())
-
-
-def test_where_many_connect_the_client_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, begun = str(tmp_path / "s"), threading.Event()
-    real = client._Connection.connect
-
-    def connect(self: client._Connection) -> None:
-        begun.set()
-        real(self)
-
-    monkeypatch.setattr(client._Connection, "connect", connect)
-    found: list[object] = []
-    waiting: list[socket.socket] = []
-
-    def ask() -> None:
-        try:
-            found.append(Board(f"unix:{path}", tries=1).status())
-        except BoardError as error:
-            found.append(error)
-
-    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
-        listener.bind(path)
-        listener.listen(0)
-        with pytest.raises(BlockingIOError):  # noqa: PT012 - until no more may wait
-            while True:
-                other = stack.enter_context(socket.socket(socket.AF_UNIX))
-                waiting.append(other)
-                other.setblocking(False)
-                other.connect(path)
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        assert begun.wait(30)
-        thread.join(0.2)
-        assert not found, "it waits"
-        for other in waiting:
-            other.close()
-        while thread.is_alive():
-            accepted = stack.enter_context(listener.accept()[0])
-            accepted.settimeout(30)
-            if accepted.recv(10_000):
-                accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-                thread.join(30)
-    assert found == [{}]
 
 
 def test_the_curl_examples_do_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
@@ -180,13 +136,6 @@ def test_a_busy_or_broken_board_is_asked_again(tmp_path: Path) -> None:
     answers = [http(503, b'{"error": {"what": "busy"}}'), b"", b"nonsense\r\n\r\n", http(200, b'{"phase": "idle"}')]
     thread = answering(tmp_path / "s", *answers)
     assert Board(f"unix:{tmp_path}/s").status() == {"phase": "idle"}
-    thread.join()
-
-
-def test_after_the_last_try_the_error_is_the_boards(tmp_path: Path) -> None:
-    thread = answering(tmp_path / "s", *[http(503, b'{"error": {"what": "busy"}}')] * 2)
-    with pytest.raises(BoardError, match="busy"):
-        Board(f"unix:{tmp_path}/s", tries=2).status()
     thread.join()
 
 

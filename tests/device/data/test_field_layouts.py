@@ -96,7 +96,6 @@ LABEL_IMG = {
     "b.txt": b"",
     "c.png": picture(3),
 }
-NUMPY = {"images/a.png": picture(1), "labels/a.txt": b"1.000000e+00 0.5 0.5 1.000001 -1e-9\n".replace(b"-1e-9", b"0.5")}
 
 
 @pytest.mark.parametrize("files", [ULTRALYTICS, ROBOFLOW, LABEL_STUDIO, LABEL_IMG])
@@ -117,27 +116,6 @@ def test_a_box_of_a_class_that_the_fleet_lacks_is_refused(tmp_path: Path) -> Non
     with pytest.raises(DataError) as error:
         snapshot(tmp_path, BOXES, names=("ant", "cat"))
     assert "--class-names" in str(error.value)
-
-
-def test_whole_numbers_with_a_point_and_rounded_shares_are_boxes(tmp_path: Path) -> None:
-    assert boxes(snapshot(put(tmp_path, NUMPY), BOXES)) == {1: 1}
-
-
-@pytest.mark.parametrize(
-    "missing",
-    [
-        ("labels/train/a.txt", "labels/train/b.txt", "labels/val/d.txt", "labels/train.cache"),
-        ("labels/train/a.txt", "labels/train/b.txt"),
-    ],
-)
-def test_images_of_a_folder_without_any_labels_are_no_backgrounds(tmp_path: Path, missing: tuple[str, ...]) -> None:
-    put(tmp_path, {name: body for name, body in ULTRALYTICS.items() if name not in missing})
-    with pytest.raises(DataError):
-        snapshot(tmp_path, BOXES)
-    (tmp_path / "labels").mkdir(exist_ok=True)
-    with pytest.raises(DataError) as error:
-        snapshot(tmp_path, BOXES)
-    assert "labels" in str(error.value)
 
 
 def test_a_folder_whose_labels_go_between_two_rounds_is_no_folder_of_backgrounds(tmp_path: Path) -> None:
@@ -167,13 +145,6 @@ def test_the_parts_of_a_divided_folder_are_kept(tmp_path: Path) -> None:
             assert sorted([*seeds(data.x_train), *seeds(data.x_test)]) == list(range(40))
 
 
-def test_a_class_may_have_folders(tmp_path: Path) -> None:
-    put(tmp_path, {"ant/a.png": picture(1), "ant/monday/b.png": picture(2), "bee/1/2/c.png": picture(3)})
-    data = snapshot(tmp_path, CLASSES)
-    assert seeds(data.x_train) == [1, 2, 3]
-    assert sorted(data.y_train) == [0, 0, 1]
-
-
 @pytest.mark.parametrize(
     ("files", "way_out"), [(("train/ant", "runs/x"), "parts"), (("export/images", "export/labels"), "itself")]
 )
@@ -186,14 +157,6 @@ def test_a_folder_that_is_no_class_is_named_with_what_it_rather_is(
         snapshot(tmp_path, CLASSES)
     assert error.value.got in {name.partition("/")[0] for name in files}
     assert way_out in error.value.hint
-
-
-def test_a_class_may_be_called_like_a_part_or_a_system_folder(tmp_path: Path) -> None:
-    names = ("train", "val", "@eaDir")
-    for n, name in enumerate(names):
-        put(tmp_path, {f"{name}/{n}.png": picture(n)})
-    data = snapshot(tmp_path, Targets("cross_entropy", 3), names=names)
-    assert sorted(data.y_train) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("part", ["images/train", "images"])
@@ -231,13 +194,6 @@ def test_what_operating_systems_put_between_samples_is_none(
     assert not caplog.text
 
 
-def test_system_folders_between_images_are_passed_over(tmp_path: Path) -> None:
-    put(tmp_path, LABEL_STUDIO)
-    for name in SYSTEM:
-        put(tmp_path, {f"images/{name}/a.png/thumb.png": picture(9), f"images/{name}/b.png": picture(8)})
-    assert seeds(snapshot(tmp_path, BOXES).x_train) == [1, 2, 3]
-
-
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
@@ -259,32 +215,12 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
     assert reason in str(error.value)
 
 
-def test_all_that_is_held_out_is_told(tmp_path: Path) -> None:
-    put(tmp_path, {"ant/a.png": picture(1)})
-    with pytest.raises(DataError, match="testing"):
-        snapshot(tmp_path, CLASSES, SplitShares(0.999))
-
-
-def test_files_that_are_not_read_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = SampleFolder(
-        put(tmp_path, {"ant/a.png": picture(1), "ant/b.webp": b"", "ant/c.webp": b""}),
-        (Pixels(),),
-        SplitShares(0.0),
-        9,
-        NAMES,
-    )
-    found.snapshot(SHAPE)
-    assert caplog.text.count(".webp") == 1
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("classes.txt", "a b\nc\n\n"),
-        ("obj.names", "a b\nc"),
         ("data.yaml", "names: ['a b', c]"),
         ("data.yaml", 'nc: 2\nnames: [ "a b" ,\n  c ]\nother: [x]\n'),
-        ("data.yaml", "names: {0: a b, 1: 'c'}\n"),
         ("data.yaml", "# names\nnames:\n- a b\n- c\nroboflow:\n  x: y\n"),
         ("dataset.yaml", "names:\n  # all\n  0: a b  # first\n\n  1: 'c'\ndownload: |\n  2: d\n"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -83,19 +82,3 @@ def test_a_sample_alone_mixes_with_itself(seed: int) -> None:
     for part, new in zip(parts, mixed(parts, 1.0, keyed(seed))[0], strict=True):
         np.testing.assert_allclose(new.x, part.x, rtol=1e-6, atol=1e-7)
         assert np.array_equal(new.y, new.partner)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_only_a_part_that_is_worked_on_takes_memory(loss: str) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((32, 20_000)).astype(np.float32)
-    y = rng.integers(0, 9, 32) if loss == "cross_entropy" else rng.random((32, 3)).astype(np.float32)
-    tracemalloc.start()
-    try:
-        parts = [Part.of(x, y, rows) for rows in np.array_split(rng.permutation(32), 16)]
-        for part in mixed(parts, 1.0, rng)[0]:
-            assert part.x.shape == (2, 20_000)
-        most = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert most < 4 * x.nbytes / 16

@@ -75,23 +75,6 @@ def test_bytes_are_bounded_whatever_the_sizes(rows: list[tuple[int, int]], seed:
             assert reservoir.held(unlabelled=unlabelled)[1] <= reservoir.most(unlabelled=unlabelled)[1]
 
 
-def test_the_same_samples_are_dealt_with_alike_whatever_happened_to_the_order_of_storage() -> None:
-    labels = [0, 1, 2] * 40
-    one, again = fed(labels, 20, 5), fed(labels, 20, 5)
-    assert one.kept() == again.kept()
-    assert one.kept() != fed(labels, 20, 6).kept()
-    other = Reservoir(Limits(20, 10**9), 5)  # as when a set is read again
-    for label, names in one.kept().items():
-        for name in reversed(names):
-            other.restore(name, label, 1)
-    for label, seen in one.seen.items():
-        other.set_seen(label, seen)
-    for reservoir in (one, other):
-        for number in range(50):
-            reservoir.apply(reservoir.decide(f"x{number}", number % 3, 1))
-    assert one.kept() == other.kept()
-
-
 def test_of_samples_that_wait_for_a_label_the_newest_stay() -> None:
     reservoir = fed([UNLABELLED] * 50 + [0] * 50, 40)
     assert list(reservoir.unlabelled()) == [f"{n:06}" for n in range(40, 50)]

@@ -11,7 +11,6 @@ import pytest
 from fedprune.core.errors import ConfigError, DataError, StorageError
 from fedprune_device.data import image_decoding, sample_folder
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
 
@@ -106,42 +105,6 @@ def test_a_pipe_or_a_link_that_is_called_like_an_image_is_left_out_by_name(
         assert f"{name}.jpg is left out" in caplog.text
 
 
-def test_what_became_another_kind_of_file_since_it_was_listed_is_left_out(tmp_path: Path) -> None:
-    put(tmp_path, "ant/a.png", 1)
-    put(tmp_path, "ant/b.png", 2)
-    found = folder(tmp_path)
-    path = tmp_path / "ant" / "b.png"
-    look = found._look
-
-    def swap() -> Any:
-        layout = look()
-        path.unlink()
-        os.mkfifo(path)
-        return layout
-
-    found._look = swap  # type: ignore[method-assign]
-    assert found.snapshot(SHAPE).samples == 1
-
-
-def test_a_file_that_goes_between_two_looks_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    put(tmp_path, "ant/a.png", 1)
-    gone = tmp_path / "ant" / "b.png"
-    put(tmp_path, "ant/b.png", 2)
-    real = Path.iterdir
-
-    def listed(self: Path) -> Any:
-        found = list(real(self))
-        if self.name == "ant":
-            gone.unlink(missing_ok=True)
-        return iter(found)
-
-    monkeypatch.setattr(Path, "iterdir", listed)
-    assert folder(tmp_path).snapshot(SHAPE).samples == 1
-    assert not caplog.text
-
-
 def test_of_more_files_than_are_looked_at_each_class_has_its_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,16 +116,6 @@ def test_of_more_files_than_are_looked_at_each_class_has_its_share(
     data = folder(tmp_path).snapshot(SHAPE)
     assert np.bincount(data.y_train).tolist() == [4, 3]
     assert "holds 12 files; 7 are looked at" in caplog.text
-
-
-def test_the_number_of_training_images_is_counted_when_they_are_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for n in range(20):
-        put(tmp_path, f"ant/{n}.png", n)
-    found = folder(tmp_path, test=0.3)
-    monkeypatch.setattr(SplitShares, "part", lambda *_: pytest.fail("it is known already"))
-    assert 0 < found.samples < 20
 
 
 def test_folders_that_are_classes_tell_how_many_their_files_are_worth(tmp_path: Path) -> None:
@@ -265,23 +218,3 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
     assert len(unlimited.y_train) == 24
     held = {x.tobytes() for x in np.asarray(unlimited.x_train)}
     assert all(x.tobytes() in held for x in np.asarray(data.x_train))
-
-
-def test_images_that_are_replaced_round_after_round_stay_within_their_room(tmp_path: Path) -> None:
-    found = SampleFolder(tmp_path, (Pixels(),), SplitShares(0.0), 100, NAMES, room=8 * (4 * 5 * 3 + 8))
-    for turn in range(5):
-        wanted = {put(tmp_path, f"ant/{n}.png", 10 * turn + n).tobytes() for n in range(6)}
-        data = found.snapshot(SHAPE)
-        assert {x.tobytes() for x in np.asarray(data.x_train)} == wanted
-
-
-@pytest.mark.parametrize("inside", ["", "images/"])
-def test_files_without_labels_are_their_own(tmp_path: Path, inside: str) -> None:
-    wanted = {put(tmp_path, f"{inside}{n}.png", n).tobytes() for n in range(20)}
-    data = folder(tmp_path, test=0.3).snapshot(SHAPE, Targets("mse", 3, SHAPE))
-    data.check(Targets("mse", 3, SHAPE), SHAPE)
-    assert data.unlabelled
-    assert {x.tobytes() for part in (data.y_train, data.y_test) for x in np.asarray(part)} == wanted
-    np.testing.assert_array_equal(np.asarray(data.x_train), np.asarray(data.y_train))
-    with pytest.raises(DataError, match="the samples have no labels"):
-        data.check(Targets("cross_entropy", 2), SHAPE)

@@ -3,10 +3,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,45 +173,6 @@ def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
         assert {**again.counts(), **counts} == again.counts()
 
 
-def test_a_request_that_clears_away_many_small_samples_syncs_a_few_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    syncs = [0]
-
-    def fsync(_: int) -> None:
-        syncs[0] += 1
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    counts = []
-    with opened(tmp_path, samples=1000, room=4 * 2**20) as samples:
-        for n in range(700):
-            samples.add(x_of(n), 0)
-        large = samples.add(x_of(1, 30_000), 0).id
-        for n in range(100):
-            syncs[0] = 0
-            samples.label(large, 1 + n % 2)
-            counts.append(syncs[0])
-        before = held(samples)
-        cleared = samples.counts()["disk_bytes"]
-    assert cleared < 100 * 120_000, "much was cleared away"
-    assert max(counts) <= 12
-    assert len(before) == 700  # the large one has another shape than the rest
-    with opened(tmp_path, samples=1000, room=4 * 2**20) as again:
-        assert held(again) == before
-
-
-def test_the_number_of_training_samples_waits_for_nobody_who_writes(samples: SampleStore) -> None:
-    for n in range(20):
-        samples.add(x_of(n), n % 2)
-    found: list[int] = []
-    with samples._lock:
-        ask = lambda: found.extend([samples.samples, samples.effective_classes or 0])  # noqa: E731
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(10)
-        assert found == [samples.counts()["parts"]["train"], 2]
-
-
 @given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
 def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tuple[str, int, int]]) -> None:
     with tempfile.TemporaryDirectory() as root, opened(Path(root), samples=12) as samples:
@@ -248,61 +207,12 @@ def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeyp
         assert sum(c["seen"] for c in samples.counts()["classes"].values()) == 9
 
 
-def test_a_label_that_was_taken_back_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_store, "_LABELS", 0)
-    with opened(tmp_path, samples=8) as samples:
-        name = samples.add(x_of(0), 0).id
-        for label in range(1, 100):
-            assert samples.label(name, label).label == label
-        assert samples.counts()["classes"] == {"99": {"kept": 1, "seen": 1}}
-        for n in range(100):
-            samples.delete(samples.add(x_of(1), n).id)
-        assert samples.counts()["classes"] == {"99": {"kept": 1, "seen": 1}}
-
-
 def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
     with opened(tmp_path, samples=40) as samples:
         for n in range(30):
             samples.add(x_of(n), n % 2)
     with opened(tmp_path, samples=16) as again:
         assert [c["kept"] for c in again.counts()["classes"].values()] == [6, 6]
-
-
-def test_a_flood_of_samples_that_are_declined_is_counted_and_hardly_written(tmp_path: Path) -> None:
-    with opened(tmp_path, samples=4) as samples:
-        for n in range(2000):
-            samples.add(x_of(n), 0)
-        counts, written = samples.counts(), samples.counts()["disk_bytes"]
-    assert written < 10_000
-    with opened(tmp_path, samples=4) as again:
-        assert again.counts()["classes"] == counts["classes"] == {"0": {"kept": 3, "seen": 2000}}
-
-
-@pytest.mark.parametrize("held", [0, 2**30])
-def test_a_snapshot_stays_as_it_is(samples: SampleStore, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
-    """Also where it is read from segments that are cleared away meanwhile."""
-    monkeypatch.setattr("fedprune_device.data.stored_samples.HELD_BYTES", held)
-    for n in range(10):
-        samples.add(x_of(n), 0)
-    data = samples.snapshot()
-    assert isinstance(data.x_train, np.ndarray) == (held > 0)
-    before = np.asarray(data.x_train).tobytes(), data.y_train.tobytes()
-    for n in range(10, 400):
-        samples.add(x_of(n), n % 4)
-    assert (np.asarray(data.x_train).tobytes(), data.y_train.tobytes()) == before
-    added = {x_of(n).tobytes() for n in range(10)}
-    assert {x.tobytes() for x in np.asarray(data.x_train)} <= added
-
-
-def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleStore) -> None:
-    for n in range(12):
-        samples.add(x_of(n), 0)
-        samples.add(x_of(n, 7), 0)
-        samples.add(np.arange(n, n + 6), 0)
-    assert samples.snapshot((6,)).x_train.shape[1:] == (6,)
-    assert samples.snapshot((7,)).x_train.shape[1:] == (7,)
-    with pytest.raises(DataError, match="nothing to train on"):
-        samples.snapshot((8,))
 
 
 def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,33 +229,6 @@ def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path, monk
         parts = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
         wanted = [padded(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
         assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
-
-
-def test_without_labels_there_is_nothing_to_train_on(samples: SampleStore) -> None:
-    samples.add(x_of(1))
-    assert samples.samples == 0
-    with pytest.raises(DataError, match="nothing to train on"):
-        samples.snapshot()
-
-
-ITSELF, CLASSES = Targets("mse", 6, (6,)), Targets("cross_entropy", 3)
-
-
-def test_a_model_of_its_own_inputs_trains_on_samples_without_labels(tmp_path: Path) -> None:
-    with opened(tmp_path, samples=400) as samples:
-        for n in range(30):
-            samples.add(x_of(n), 0 if n % 3 == 0 else None)
-        waiting = samples.samples
-        data = samples.snapshot((6,), ITSELF)
-        assert data.unlabelled
-        data.check(ITSELF, (6,), token_ids=False)
-        found = [float(x[0]) for part in (data.x_train, data.x_test, data.x_val) for x in part]
-        assert sorted(found) == list(range(30))
-        assert waiting < samples.samples == data.samples == samples.counts()["parts"]["train"]
-        counts = samples.counts()
-    with opened(tmp_path, samples=400) as again:  # the server hears of all of them at once
-        assert (again.samples, again.counts(), again.input) == (data.samples, counts, (6,))
-        assert again.snapshot((6,), CLASSES).samples == waiting == again.samples
 
 
 def test_what_a_model_takes_is_known_from_a_round_that_found_no_samples(tmp_path: Path) -> None:

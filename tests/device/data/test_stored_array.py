@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.costs import HELD_BYTES
-from fedprune_device.data.array_source import load_data, load_inputs
+from fedprune_device.data.array_source import load_data
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -27,20 +23,7 @@ from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board
 
-TYPES = ("<f4", ">f4", "<f2", "<f8", "<i4", "<i8")
-LABELS = ("<f4", "<f8", "?", "u1", "<i2", "<i8")
 MANY, ONE = 4000, (3, 64, 64)  # samples that take 197 MB as float32, and half of that in a file of float16
-
-
-@contextmanager
-def peak_below(most: int) -> Iterator[None]:
-    """At no moment more memory is allocated meanwhile."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < most
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.fixture
@@ -69,32 +52,6 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
         load_data(str(path))
 
 
-def test_only_chosen_samples_cost_memory(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"")
-    many = StoredArray(tmp_path / "x", None, 0, np.dtype(np.float32), (10**12, 0))
-    assert many[:3].shape == many[[0, 5, -1]].shape == (3, 0)
-    with pytest.raises(IndexError):
-        many[[10**12]]
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("compressed", [False, True])
-def test_samples_that_are_large_on_the_disk_take_hardly_any_memory(tmp_path: Path, compressed: bool) -> None:
-    write = np.savez_compressed if compressed else np.savez
-    masks = np.ones((MANY, *ONE[1:]), np.uint8)
-    write(tmp_path / "d.npz", x=np.ones((MANY, *ONE), np.float16), y=masks)
-    with peak_below(16 * 2**20):
-        data = load_data(str(tmp_path / "d.npz"), validation_share=0.1, spool=tmp_path / "state")
-        order = np.random.default_rng(0).permutation(data.samples)
-        for start in range(0, data.samples, 32):
-            rows = order[start : start + 32]
-            assert data.x_train[rows].all()
-            assert data.y_train[rows].all()
-        assert data.bytes < HELD_BYTES
-    assert data.samples + len(data.y_test) + len(data.y_val) == MANY
-    assert list((tmp_path / "state").rglob("*")) == []  # a copy has no name, and goes with the process
-
-
 @pytest.mark.once
 def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "many.py").write_text(
@@ -107,34 +64,6 @@ def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypa
     tracemalloc.stop()
     assert held < HELD_BYTES
     assert data.x_train[np.array([3, 1])].sum() == 3 * data.y_train[np.array([3, 1])].sum() == 2 * 3 * 64 * 64
-
-
-@pytest.mark.usefixtures("nothing_held")
-@given(kind=st.sampled_from(TYPES), labels=st.sampled_from(LABELS), compressed=st.booleans(), seed=st.integers(0, 99))
-def test_batches_from_the_disk_are_those_from_memory(
-    kind: str, labels: str, compressed: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(seed)
-    x = (100 * rng.random((41, 3, 5))).astype(kind)
-    write = np.savez_compressed if compressed else np.savez
-    y = (3 * rng.random((41, 4))).astype(labels)
-    write(folder / "d.npz", x=x, y=y, x_val=x[:4], y_val=y[:4])
-    data = load_data(str(folder / "d.npz"), seed, "d", spool=folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 2**30)
-        wanted = load_data(str(folder / "d.npz"), seed, "d")
-    for name in ("x_train", "x_test", "x_val", "y_train", "y_test", "y_val"):
-        found, whole = getattr(data, name), getattr(wanted, name)
-        assert isinstance(found, StoredArray)
-        assert isinstance(whole, np.ndarray)
-        if name[0] == "y":
-            whole = whole.astype(np.int64 if whole.dtype.kind in "iu" else np.float32)
-        assert (found.dtype, found.shape, len(found)) == (whole.dtype, whole.shape, len(whole))
-        rows = rng.integers(0, len(whole), 9)
-        for chosen in (rows, np.sort(rows), slice(1, 3), slice(None), rows[:0], 2):
-            assert np.array_equal(found[chosen], whole[chosen])
-            assert found[chosen].dtype == whole.dtype
-        assert np.array_equal(np.asarray(found.select(rows)), whole[rows])
 
 
 CLASSES = np.arange(60) % 3
@@ -232,11 +161,3 @@ def test_samples_that_are_damaged_on_the_disk_are_refused(tmp_path: Path) -> Non
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"not an \.npz file"):
         load_data(str(path))
-
-
-@pytest.mark.usefixtures("nothing_held")
-def test_inputs_without_labels_stay_on_the_disk(tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", x=np.ones((20, 2), np.float64))
-    x: Any = load_inputs(str(tmp_path / "d.npz"))
-    assert isinstance(x, StoredArray)
-    assert x[:2].dtype == np.float32

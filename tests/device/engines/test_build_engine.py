@@ -13,7 +13,6 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
@@ -22,7 +21,7 @@ from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
-from support.fakes.engine_board import EngineBoard, X
+from support.fakes.engine_board import EngineBoard
 from support.fakes.hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 from support.fakes.local_board import LocalBoard
 from support.waiting import until
@@ -46,26 +45,12 @@ def test_the_engine_of_what_serves_is_built_and_reported(board: EngineBoard, sta
     assert (state / "engines" / "engine.plan").is_file()
 
 
-def test_the_report_can_be_read_by_programs(board: EngineBoard, state: Path, capsys: Capture) -> None:
-    assert main.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
-    body = json.loads(capsys.readouterr().out)
-    assert body["way"] == "build"
-    assert body["deviation"] <= 1e-3
-    assert body["board"]["sm"] == "8.7"
-
-
 def test_an_engine_that_cant_be_built_is_one_line_and_an_exit_code(
     board: EngineBoard, state: Path, capsys: Capture
 ) -> None:
     board.set(out_of_memory=True)
     assert main.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_plan_that_makes_no_sense_is_refused(board: EngineBoard, state: Path, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text('{"format": "fedprune.engine/1", "precision": "int3"}')
-    command = ["build-engine", "--state", str(state), "--plan", str(tmp_path / "plan.json")]
-    assert main.main(command) == ExitCode.CONFIG
 
 
 @pytest.mark.parametrize("options", [["--bundle", "b"], ["--state", "s", "--out", "o"]])
@@ -118,27 +103,6 @@ def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state:
     assert main.main(["build-engine", "--state", str(state)]) == ExitCode.OK
 
 
-def test_predictions_go_on_while_an_engine_takes_over(board: EngineBoard, tmp_path: Path, graphs: Path) -> None:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
-    with LiveModel(tmp_path / "state" / "serving", selector=board.selector()) as model:
-        first = model.serving()
-        wanted = first.predictor.predict(X)
-        _look(model, f"TensorRT {board.version}, float32")
-        assert model.serving() is not first
-        np.testing.assert_allclose(model.serving().predictor.predict(X), wanted, rtol=1e-6)
-        np.testing.assert_allclose(first.predictor.predict(X), wanted, rtol=1e-6)
-        # A new model answers at once, in onnxruntime, whatever its engine does.
-        board.set(wrong=True)
-        weights = local.install(2)
-        model.look()
-        assert model.serving().record.round == 2
-        expected = X @ weights["w"].T + weights["b"]
-        np.testing.assert_allclose(model.serving().predictor.predict(X), expected, atol=1e-5)
-        _look(model, "onnxruntime (the engine contradicts onnxruntime")
-        np.testing.assert_allclose(model.serving().predictor.predict(X), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_beside_a_lowered_model_engines_are_held_to_float32(
     board: EngineBoard, tmp_path: Path, graphs: Path, data: LocalData, capsys: Capture, precision: str
@@ -151,22 +115,6 @@ def test_beside_a_lowered_model_engines_are_held_to_float32(
         _look(model, f"TensorRT {board.version}, float32")
         found = model.serving().predictor.predict(data.x_test)
     np.testing.assert_allclose(found, Predictor(folder).predict(data.x_test), rtol=1e-6)
-
-
-def test_a_lowered_graph_becomes_an_engine_with_its_own_weights(
-    board: EngineBoard, tmp_path: Path, graphs: Path, data: LocalData, capsys: Capture
-) -> None:
-    state = _lowered(tmp_path / "state", graphs, data, "float16")
-    (tmp_path / "plan.json").write_text(EnginePlan(graph="float16.onnx", precision="float16").to_json())
-    command = ["build-engine", "--state", str(state), "--plan", str(tmp_path / "plan.json"), "--json"]
-    assert main.main(command) == ExitCode.OK
-    assert 0 < json.loads(capsys.readouterr().out)["deviation"] < 3e-2
-
-
-def test_what_answers_is_told_to_the_application(local: LocalBoard) -> None:
-    local.install(1)
-    with local.serving():
-        assert local.board.status()["serving"]["by"] == "onnxruntime"
 
 
 def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:

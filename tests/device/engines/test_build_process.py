@@ -84,10 +84,3 @@ def test_a_program_that_cant_be_started_is_named(cache: EngineCache, monkeypatch
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(EngineError, match="can't start /no/such/python: No such file or directory"):
         BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json()), 60.0)
-
-
-def test_a_child_whose_parent_has_ended_makes_nothing(cache: EngineCache) -> None:
-    making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json(), parent=0), 60.0)
-    making._child.wait()
-    with pytest.raises(EngineError, match="the process that requested an engine has ended"):
-        making.poll()

@@ -11,9 +11,9 @@ from fedprune.core.errors import EngineError, StorageFullError
 from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import engine_selector as engines_keeper
-from fedprune_device.engines.bindings import Bindings
-from fedprune_device.engines.build_process import BuildProcess, BuildRequest
-from fedprune_device.engines.engine_cache import ENGINE, CachedEngine, EngineCache
+from fedprune_device.engines.bindings import TensorRTErrors, find
+from fedprune_device.engines.build import build
+from fedprune_device.engines.engine_cache import CachedEngine
 from fedprune_device.engines.engine_selector import (
     BUILD,
     MOST_FAILURES,
@@ -21,7 +21,6 @@ from fedprune_device.engines.engine_selector import (
     REFIT,
     CheckedSession,
     EngineRequest,
-    EngineSelector,
 )
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.engine_board import EngineBoard, X
@@ -62,15 +61,6 @@ def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: E
     assert all((" REFIT " in b) == refits for b in board.builds)
 
 
-def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> None:
-    assert board.answering(board.selector(), board.model(1))
-    selector, wanted = board.selector(), board.model(1, 1 + 1e-4)
-    found = board.answering(selector, wanted)
-    assert found is not None
-    assert selector.facts["way"] == REFIT
-    agree(found, wanted)
-
-
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("place", "plan"),
@@ -90,26 +80,6 @@ def test_an_engine_of_another_board_system_or_plan_is_built_anew(
     assert board.answering(board.selector(), wanted)
     assert board.answering(board.selector(plan, **place), wanted)
     assert len(board.builds) == 2
-
-
-def test_another_power_mode_measures_anew_but_keeps_the_engine(board: EngineBoard) -> None:
-    wanted = board.model(1)
-    plan = EnginePlan(batch=(1, 1, 4), refit=False)
-    assert board.answering(board.selector(plan), wanted)
-    assert board.answering(board.selector(plan, power=2), wanted)
-    assert len(board.builds) == 1
-    assert board.answering(board.selector(plan, power=2), board.model(2))
-    assert board.answering(board.selector(plan, power=2), board.model(3))
-    assert [b.partition("known=")[2].split()[0] for b in board.builds] == ["0", "0", "1"]
-
-
-def test_the_timing_cache_of_another_device_is_not_bent(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    selector = board.selector()
-    assert board.answering(selector, board.model(1))
-    # The key says that it fits; TensorRT looks at the device itself.
-    monkeypatch.setenv("DOUBLE_SM", "11.0")
-    assert board.answering(board.selector(), board.model(1), rebuild=True), selector.status
-    assert all("known=0" in b for b in board.builds)
 
 
 @pytest.mark.once
@@ -148,24 +118,6 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
         assert selector.facts["way"] == REBUILD
     tries = board.calls().count("OnnxParserRefitter.refit_from_file")
     assert tries == (0 if setting == "no_refitter" else 1)
-
-
-def test_a_refit_that_only_the_agent_has_no_memory_for_is_a_failure_but_no_bad_refit(
-    board: EngineBoard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    selector = board.selector()
-    assert board.answering(selector, board.model(1))
-    key = str(selector.facts["key"])
-    with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "Engine", _no_memory)
-        assert board.answering(selector, board.model(2)) is None
-        assert "no memory to run the engine in" in selector.status
-    assert len(board.builds) == 1
-    record = selector.cache.record(key)
-    assert (record.refits, record.failures) == (True, 1)
-    assert board.answering(selector, board.model(3)), selector.status
-    assert selector.facts["way"] == REFIT
-    assert selector.cache.record(key).failures == 0
 
 
 def test_where_refittable_engines_compute_something_else_plain_ones_are_built(board: EngineBoard) -> None:
@@ -230,6 +182,14 @@ def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineB
     assert "contradicts" in selector.status
 
 
+def test_a_graph_that_tensorrt_does_not_take_is_an_error(board: EngineBoard, tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "inference.onnx").write_bytes(b"no graph")
+    plan, errors = EnginePlan(), TensorRTErrors()
+    with pytest.raises(EngineError, match="doesn't take the graph"):
+        build(find(), errors, tmp_path / "inference.onnx", plan, refittable=False, timings=b"", tell=lambda _: None)
+
+
 def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -> None:
     board.set(out_of_memory=True)
     for seed in range(MOST_FAILURES + 2):
@@ -241,20 +201,6 @@ def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -
     assert board.answering(selector, board.model(9)) is None
     assert board.answering(selector, board.model(9), rebuild=True)
     assert board.answering(selector, board.model(10))
-
-
-def test_engines_that_only_a_child_can_load_are_given_up_too(
-    board: EngineBoard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "Engine", _no_memory)
-        for seed in range(MOST_FAILURES + 2):
-            selector = board.selector()
-            assert board.answering(selector, board.model(seed)) is None
-            assert "no memory to run the engine in" in selector.status
-        assert len(board.builds) + board.calls().count("refitted") == MOST_FAILURES
-    assert board.answering(selector, board.model(9), rebuild=True)
-    assert selector.cache.record(str(selector.facts["key"])).failures == 0
 
 
 def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,20 +232,6 @@ def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) 
     assert len(board.builds) + board.calls().count("refitted") == 2
 
 
-def test_the_same_engine_may_be_loaded_once_it_was_made_anew_and_tried(board: EngineBoard) -> None:
-    plan, wanted = EnginePlan(refit=False, batch=(1, 1, 4)), board.model(1)
-    selector = board.selector(plan)
-    assert board.answering(selector, wanted)
-    sha256 = str(selector.facts["sha256"])
-    with selector.cache.loading(sha256):
-        marker = (board.engines / "loading.json").read_bytes()
-    (board.engines / "loading.json").write_bytes(marker)  # as a crash leaves it
-    selector = board.selector(plan)
-    assert board.answering(selector, wanted), selector.status
-    assert selector.facts["sha256"] == sha256
-    assert len(board.builds) == 2
-
-
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["engine.plan", "engine.json", "record.json", "timing.cache", "timing.json"])
 def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> None:
@@ -311,18 +243,6 @@ def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> N
     path.write_bytes(raw)
     found = board.answering(board.selector(), wanted)
     agree(found, wanted)
-
-
-def test_one_bit_is_damage_even_where_it_changes_no_answer(board: EngineBoard) -> None:
-    selector = board.selector()
-    assert board.answering(selector, board.model(1))
-    path, key = board.engines / "engine.plan", str(selector.facts["key"])
-    selector.cache.read(ENGINE, key)
-    raw = bytearray(path.read_bytes())
-    raw[-4] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(EngineError, match="damaged"):
-        selector.cache.read(ENGINE, key)
 
 
 @pytest.mark.parametrize("setting", ["no_builder", "no_runtime"])
@@ -354,19 +274,6 @@ def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, se
     assert board.calls()[before:] == []
 
 
-def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBoard) -> None:
-    board.set(sleep=600)
-    for _ in range(MOST_FAILURES):
-        selector = board.selector()
-        selector.want(board.model(1))
-        selector.turn()
-        selector._job.making.stop()
-        selector._lock.close()  # with the process goes the lock, and nothing else is said
-    selector = board.selector()
-    assert board.answering(selector, board.model(1)) is None
-    assert "it was interrupted" in selector.status
-
-
 def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
     board: EngineBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,26 +283,6 @@ def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
             selector = board.selector()
             assert board.answering(selector, board.model(1)) is None
             assert "no room" in selector.status
-    assert board.answering(selector, board.model(1)), selector.status
-
-
-def test_a_build_that_cant_be_counted_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[BuildProcess] = []
-
-    class Seen(BuildProcess):
-        def __init__(self, cache: EngineCache, order: BuildRequest, timeout_s: float) -> None:
-            super().__init__(cache, order, timeout_s)
-            started.append(self)
-
-    board.set(sleep=600)
-    with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "BuildProcess", Seen)
-        patch.setattr(EngineCache, "keep", _full)
-        selector = board.selector()
-        assert board.answering(selector, board.model(1)) is None
-        assert "no room" in selector.status
-    assert [making._child.returncode for making in started] == [-signal.SIGKILL]
-    board.set()
     assert board.answering(selector, board.model(1)), selector.status
 
 
@@ -474,47 +361,5 @@ def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: Engine
         np.testing.assert_allclose(out, expected[:count], rtol=1e-6)
 
 
-def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(
-    board: EngineBoard, caplog: pytest.LogCaptureFixture
-) -> None:
-    def find() -> Bindings:
-        raise ZeroDivisionError("nobody thought of this")
-
-    selector = EngineSelector(board.engines, EnginePlan(), find, lambda _: board.place)
-    assert board.answering(selector, board.model(1)) is None
-    assert selector.turn() is None
-    assert "nobody thought of this" in selector.status
-    assert caplog.text.count("Traceback") == 1
-
-
-def test_progress_is_told(board: EngineBoard) -> None:
-    board.set(sleep=600)
-    selector: EngineSelector = board.selector()
-    selector.want(board.model(1))
-    selector.turn()
-    until(lambda: selector.progress == "Building: 1 of 2")
-    selector.close()
-
-
-def _no_memory(*_: object) -> None:
-    raise EngineError("there is no memory to run the engine in")
-
-
 def _full(*_: object) -> None:
     raise StorageFullError("there is no room")
-
-
-def test_engines_leave_nothing_but_what_the_shelf_names(board: EngineBoard, tmp_path: Path) -> None:
-    assert board.answering(board.selector(), board.model(1))
-    names = {p.name for p in board.engines.iterdir()}
-    assert names == {
-        "lock",
-        "loading.lock",
-        "engine.plan",
-        "engine.json",
-        "base.plan",
-        "base.json",
-        "timing.cache",
-        "timing.json",
-        "record.json",
-    }

@@ -6,15 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
-from fedprune.planning.latency_model import LatencyTable, Measurement, typical_table
+from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.session import Session
 from fedprune_device.hardware import runtime_process
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
 from fedprune_device.hardware.probe import probe
@@ -64,28 +62,6 @@ print(peak_memory() - before)
 def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, kept: bool) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK.format(made_by)], capture_output=True, text=True, check=True)
     assert (float(done.stdout) < 10e6) is kept
-
-
-def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
-    file = tmp_path / "layer_times.json"
-    with RuntimeProcess() as runtime:
-        report = runtime.probe(seconds=0.05, layer_seconds=0.5, memory_file=file)
-    assert report.latency == LatencyTable.from_dict(json.loads(file.read_text())["latency"])
-    assert report.memory_total == memory()[0]
-
-
-def test_the_processor_is_measured_where_the_gpus_probe_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = RuntimeProcess._ask
-
-    def killed(runtime: RuntimeProcess, request: dict[str, Any], *more: Any) -> Any:
-        if request.get("probe", {}).get("cuda"):
-            runtime.check()
-            runtime._process.process.kill()
-        return ask(runtime, request, *more)
-
-    monkeypatch.setattr(RuntimeProcess, "_ask", killed)
-    with RuntimeProcess() as runtime:
-        assert runtime.probe(seconds=0.05, layer_seconds=0, cuda=True).unit == "cpu"
 
 
 def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
@@ -169,27 +145,6 @@ def test_where_cuda_does_not_work_the_report_is_of_the_processor() -> None:
         assert runtime.probe(seconds=0.05, layer_seconds=0, cuda=True).unit == "cpu"
 
 
-def test_a_gpus_times_are_kept_apart_from_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu(Session):
-        provider = "cuda"
-
-    asked = list[bool]()
-
-    def timed(threads: int, seconds: float, *, cuda: bool) -> list[Measurement]:
-        asked.append(cuda)
-        net = LayerNets().architecture("rows")
-        return [Measurement(net, net.sizes, 1, 0.001, training) for training in (True, False)]
-
-    monkeypatch.setattr("fedprune_device.hardware.probe.measure", timed)
-    file = tmp_path / "layer_times.json"
-    processor = probe(seconds=0.05, layer_seconds=0.1, memory_file=file)
-    monkeypatch.setattr("fedprune_device.hardware.probe.Session", OnGpu)
-    first, again = (probe(seconds=0.05, layer_seconds=0.1, memory_file=file, cuda=True) for _ in range(2))
-    assert (processor.unit, first.unit, again.unit) == ("cpu", "cuda", "cuda")
-    assert asked == [False, True], "each unit is measured once"
-    assert first.latency == again.latency != processor.latency
-
-
 def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) -> None:
     table, asked = typical_table(1e10), list[str]()
 
@@ -215,17 +170,6 @@ def test_memory_is_what_the_kernel_says_within_the_control_groups_limit(tmp_path
     assert memory(tmp_path) == (1_024_000_000, 409_600_000)
     put(tmp_path, "sys/fs/cgroup/memory.max", "300000000\n")
     assert memory(tmp_path) == (300_000_000, 200_000_000)
-
-
-def test_the_clock_is_the_fastest_cores(tmp_path: Path) -> None:
-    for core, khz in enumerate((1_250_000, 1_800_000)):
-        put(tmp_path, f"sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", f"{khz}\n")
-    assert clock_hz(tmp_path) == 1_800_000_000
-
-
-def test_the_clock_comes_from_cpuinfo_where_there_is_no_cpufreq(tmp_path: Path) -> None:
-    put(tmp_path, "proc/cpuinfo", "processor\t: 0\ncpu MHz\t\t: 2596.132\ncpu MHz\t\t: odd\n")
-    assert clock_hz(tmp_path) == 2_596_132_000
 
 
 def test_what_cannot_be_read_is_unknown(tmp_path: Path) -> None:
@@ -290,18 +234,6 @@ def test_a_peak_can_begin_again_and_a_process_knows_what_it_takes() -> None:
     assert 15e6 < rose < 30e6
     assert 30e6 < first < 200e6
     assert abs(again - first) < 5e6
-
-
-def test_an_orin_on_a_foreign_carrier(tmp_path: Path) -> None:
-    put(tmp_path, "proc/device-tree/model", "ACME Vision Box\0")
-    put(tmp_path, "proc/device-tree/compatible", "acme,box\0nvidia,p3767-0000\0nvidia,tegra234\0")
-    put(tmp_path, "proc/meminfo", "MemTotal: 15800000 kB\nMemAvailable: 14000000 kB\n")
-    put(tmp_path, "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n")
-    put(tmp_path, "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq", "1984000\n")
-    read = facts(tmp_path)
-    assert (read.model, read.l4t, read.clock_hz) == ("ACME Vision Box", "36.4.3", 1_984_000_000)
-    assert read.compatible == ("acme,box", "nvidia,p3767-0000", "nvidia,tegra234")
-    assert read.memory_total == 15_800_000 * 1024
 
 
 def test_a_device_tree_of_nonsense_is_bounded(tmp_path: Path) -> None:

@@ -60,8 +60,6 @@ def test_a_start_that_waits_asks_for_more_time_again_and_again() -> None:
     assert len(told) == count
 
 
-@pytest.mark.parametrize(
-    ("said", "seconds"), [("30000000", 30.0), ("", None), ("0", None), ("x", None), ("-5", None), (None, None)]
-)
+@pytest.mark.parametrize(("said", "seconds"), [("30000000", 30.0), ("0", None), ("x", None), (None, None)])
 def test_how_often_to_feed_the_watchdog(said: str | None, seconds: float | None) -> None:
     assert watchdog_seconds({} if said is None else {"WATCHDOG_USEC": said}) == seconds

@@ -21,7 +21,7 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import tls_context
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune.wire.urls import BlobUrl
-from fedprune_device.network import http_download, http_transfer
+from fedprune_device.network import http_transfer
 from fedprune_device.network.http_download import HttpFetch
 from support.fakes.web_server import Handler, WebPlace
 from support.waiting import attempts, until
@@ -133,16 +133,6 @@ def test_a_cut_connection_is_resumed_where_it_ended(store: BlobStore, web: WebPl
     assert web.asked[-1][1] == f"bytes={8 * LEAF}-{len(BLOB) - 1}"  # leaves are taken eight at a time
 
 
-def test_who_cuts_again_and_again_is_left(store: BlobStore, web: WebPlace) -> None:
-    web.behave = lambda handler, data: len(data) > LEAF and not handler.give(data, until=8 * LEAF - 1)
-    fetch = fetched(store, web.url)
-    assert "IncompleteRead" in fetch.failure
-    assert not store.has(REF.sha256)
-    web.behave = lambda handler, data: len(data) > LEAF and not handler.give(data, until=LEAF * 8)
-    fetched(store, web.url)
-    assert len(web.asked) <= 8
-
-
 BAD: dict[str, tuple[Callable[[Handler, bytes], object], str]] = {
     "404": (lambda h, data: h.say(404, b""), "answers 404"),
     "500": (lambda h, data: h.say(500, b"sorry"), "answers 500"),
@@ -222,37 +212,6 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace) -> None:
     fetch.join(60)
     assert fetch.failure == "it stalls"
     assert store.partial(REF).count == 8
-
-
-def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
-    store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_transfer, "STALL_S", 1.0)
-    monkeypatch.setattr(http_download, "LEAST_BYTES_PER_S", 1000.0 * LEAF)
-    first, dripped = 8, 0
-
-    def drip(handler: Handler, data: bytes) -> bool:
-        nonlocal dripped
-        if handler.path.endswith(".leaves"):
-            return False
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data[: first * LEAF])
-        for at in range(first * LEAF, len(data), LEAF):  # no leaf takes as long as one may
-            if web.closing.wait(0.3):
-                break
-            handler.wfile.write(data[at : at + LEAF])
-            dripped += 1
-        return True
-
-    web.behave = drip
-    fetch = fetched(store, web.url)
-    assert fetch.failure == "it stalls"
-    assert store.partial(REF).count >= first
-    assert dripped < REF.leaf_count - first
-    assert rest_over_mqtt(store, web) > 0
-    assert store.read(REF.sha256) == BLOB
 
 
 def test_who_never_ends_the_head_of_an_answer_is_left(

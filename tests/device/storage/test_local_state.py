@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core import atomic_file, tensorfile
+from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
 from fedprune.model.architecture import Axis, Segment
 from fedprune.model.element_mask import ElementMask
@@ -23,10 +21,10 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
+from fedprune_device.storage.local_state import FolderStateStore, LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import averaged
-from fedprune_device.training.trainer import Trainer, TrainingTask, batch_norm_statistics
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,
@@ -81,17 +79,6 @@ def test_the_average_of_all_rounds_serves_and_the_update_is_what_was_trained(boa
         assert update.metrics["accuracy_before"] == np.mean(logits(weights, x).argmax(1) == y)
 
 
-def test_a_round_that_is_done_twice_gives_the_same_average(board: HiddenBoard) -> None:
-    """Whether its update was lost, or it came again as another attempt, whatever was trained in between."""
-    first = board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))[2]
-    again = board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept")
-    two = board.carry_out(again)[2]
-    assert equal(board.carry_out(again)[2], two)
-    board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=3), graph="kept"))
-    assert equal(board.carry_out(again)[2], two)
-    assert equal(two, mean(first, trained(board, 2, hidden_weights(seed=2))))
-
-
 @pytest.mark.parametrize("blend", [0.25, 1.0])
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
@@ -129,21 +116,6 @@ def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
         assert update.metrics["loss_average"] != plain.metrics["loss_average"]
 
 
-def test_personal_and_frozen_tensors_are_not_blended(board: HiddenBoard, tmp_path: Path) -> None:
-    still = {"frozen": ("w1", "gamma", "mean", "var"), "personal": ("b2",)}
-    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, blend=0.5, **still)
-    without = HiddenBoard(tmp_path / "without", board.graphs, board.data)
-    for number in (1, 2):
-        weights = hidden_weights(seed=number)
-        _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph="still"))
-        _, _, plain = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="still"))
-        for name, value in serves.items():
-            if name in ("beta", "w2"):
-                np.testing.assert_allclose(value, (plain[name] + weights[name]) / 2, rtol=1e-6)
-            else:
-                np.testing.assert_array_equal(value, plain[name])
-
-
 @pytest.mark.parametrize(
     "other", [{"job": "another"}, {"seed": 8}, {"architecture": "e" * 64}, {"selection": "e" * 64}]
 )
@@ -165,13 +137,6 @@ def test_at_another_width_what_both_have_is_carried_over(board: HiddenBoard, fir
         wanted = sent[name].copy()
         wanted[part] = np.float32(DECAY) * old[name][part] + np.float32(1 - DECAY) * sent[name][part]
         np.testing.assert_array_equal(value, wanted)
-
-
-def test_at_another_width_of_another_order_the_average_begins_anew(board: HiddenBoard) -> None:
-    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
-    narrow = board.offer(2, AVERAGE, hidden_weights(HIDDEN // 2, 2), graph="kept", ranking="d" * 64)
-    _, sent, serves = board.carry_out(narrow)
-    assert equal(serves, sent)
 
 
 def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_begins_anew() -> None:
@@ -202,15 +167,6 @@ def record(number: int, fill: float = 1.0) -> LocalState:
     return LocalState("job", 7, "a" * 64, "b" * 64, "c" * 64, (3,), number, tensors, {"head": np.float32([fill])}, mask)
 
 
-def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
-    one = record(3)
-    two = LocalState.from_bytes(one.to_bytes())
-    assert (two.job, two.seed, two.round, two.widths, two.ranking) == ("job", 7, 3, (3,), "c" * 64)
-    assert equal(two.average, one.average)
-    assert equal(two.personal, one.personal)
-    np.testing.assert_array_equal(two.mask.active["w"], one.mask.active["w"])
-
-
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=4))
 def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
     """A header's padding and the order of its keys mean nothing."""
@@ -224,33 +180,6 @@ def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
         assert "damaged" in error.what  # noqa: PT017 - either this or nothing
         return
     assert read.to_bytes() == whole.to_bytes()
-
-
-def test_damage_of_any_array_is_noticed() -> None:
-    raw = record(3).to_bytes()
-    for _, _, start, end in tensorfile.offsets(raw).values():
-        for at in (start, end - 1):
-            with pytest.raises(StorageError, match="damaged"):
-                LocalState.from_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenBoard, in_memory: bool) -> None:
-    states: Any = MemoryStateStore() if in_memory else FolderStateStore(board.root / "own")
-    if not in_memory:
-        states.prepare()
-
-    def offer(number: int) -> Offer:
-        return board.offer(number, AVERAGE, hidden_weights())
-
-    for number in (1, 2, 5):
-        kept = RoundState(states, offer(number))
-        kept.stage(LocalState.of(offer(number), {"w": np.float32([number])}, {}, None))
-        kept.commit()
-    rounds = {LocalState.from_bytes(raw).round for raw in states.read().values()}
-    assert rounds == {2, 5}
-    bases = {n: RoundState(states, offer(n)).base for n in (1, 2, 3, 5, 6)}
-    assert {n: b and b.round for n, b in bases.items()} == {1: None, 2: None, 3: 2, 5: 2, 6: 5}
 
 
 def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
@@ -276,42 +205,9 @@ def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board:
         assert not store.own.read()
 
 
-def test_it_waits_while_the_board_works_for_another_job(board: HiddenBoard) -> None:
-    first = board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept")
-    with DeviceStore(board.root) as store:
-        store.accept(first)
-    board.carry_out(first)
-    other = replace(first, job="other")
-    with DeviceStore(board.root) as store:
-        kept = store.own.read()
-        assert kept
-        for offer in (other, first, other):
-            store.accept(offer)
-            assert store.own.read() == (kept if offer == first else {})
-    with DeviceStore(board.root) as store:
-        store.accept(first)
-        assert store.own.read() == kept
-
-
 def put(own: FolderStateStore, record: bytes, beside: str | None) -> None:
     own.stage(record)
     own.commit(beside)
-
-
-def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> None:
-    own = FolderStateStore(tmp_path / "own")
-    own.prepare()
-    for i in range(MOST_OTHERS + 2):
-        own.turn_to(f"job{i}", f"job{i - 1}")
-        put(own, bytes([i]), None)
-        time.sleep(0.01)
-    for i in range(1, MOST_OTHERS + 1):
-        own.turn_to(f"job{i}")
-        assert list(own.read().values()) == [bytes([i])]
-    own.forget("job1")
-    for job in ("job0", "job1"):
-        own.turn_to(job)
-        assert not own.read()
 
 
 def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
@@ -410,33 +306,6 @@ def test_statistics_are_the_mean_of_what_the_batches_say(board: HiddenBoard, bat
     assert all(np.array_equal(got[n], weights[n]) for n in weights if n not in ("mean", "var"))
 
 
-def test_statistics_that_are_frozen_or_cannot_be_measured_stay(board: HiddenBoard) -> None:
-    weights = hidden_weights()
-    still = Trainer(board.graphs / "still.onnx").calibrated(weights, board.data, PLAIN, seed=SEED, device=DEVICE)
-    assert equal(still, weights)
-    one = LocalData(board.data.x_train[:1], board.data.y_train[:1], board.data.x_test[:0], board.data.y_test[:0])
-    got = Trainer(board.graphs / "kept.onnx").calibrated(weights, one, PLAIN, seed=SEED, device=DEVICE)
-    assert np.isfinite(np.concatenate([v.reshape(-1) for v in got.values()])).all()
-
-
-def test_measuring_statistics_takes_the_memory_of_a_batch() -> None:
-    x, old = np.ones((64, 10_000), np.float32), {"mean": np.zeros(3, np.float32)}
-    tracemalloc.start()
-    try:
-        batch_norm_statistics(
-            lambda feeds, outputs: {n: feeds["x"].mean() + 0.9 * feeds["mean"] for n in outputs},
-            ["mean"],
-            {},
-            x,
-            np.array_split(np.arange(64), 32),
-            old,
-        )
-        most = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert most < 4 * x.nbytes / 32
-
-
 @pytest.mark.parametrize("average", [0.0, DECAY])
 def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, average: float) -> None:
     recipe = Recipe(epochs=1, batch_size=16, average=average, calibrate=True)
@@ -456,44 +325,3 @@ def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, ave
                 continue
             fresh = {n: v.astype(np.float32) for n, v in measured_statistics(tensors, board.data.x_train, 16).items()}
             assert update.metrics[f"accuracy_{when}"] == np.mean(logits(tensors | fresh, x).argmax(1) == y)
-
-
-def test_a_board_judges_its_model_as_it_was_trained(tmp_path: Path, graphs: Path, data: LocalData) -> None:
-    """On a board that lacks a class, whose logit masked training never pushed down."""
-    kept, tested = data.y_train != 1, data.y_test != 1
-    lacking = LocalData(data.x_train[kept], data.y_train[kept], data.x_test[tested], data.y_test[tested])
-    board = HiddenBoard(tmp_path, graphs, lacking)
-    recipe = Recipe(epochs=1, batch_size=16, mask_absent_classes=True)
-    update, _, serves = board.carry_out(board.offer(1, recipe, hidden_weights(), graph="masked_classes"))
-    outputs = logits(serves, lacking.x_test)
-    outputs[:, 1] = 0
-    assert update.metrics["accuracy_after"] == np.mean(outputs.argmax(1) == lacking.y_test)
-
-
-def test_validation_samples_are_measured_beside_test_samples(board: HiddenBoard) -> None:
-    board.data = board.data.with_validation(0.2, 1, DEVICE)
-    weights = hidden_weights(seed=1)
-    update, sent, _ = board.carry_out(board.offer(1, PLAIN, weights, graph="kept"))
-    x, y = board.data.x_val, board.data.y_val
-    assert update.metrics["samples_validation"] == len(y) == 14
-    assert update.metrics["accuracy_validation"] == np.mean(logits(sent, x).argmax(1) == y)
-    assert update.metrics["accuracy_validation_before"] == np.mean(logits(weights, x).argmax(1) == y)
-    assert {"loss_validation", "loss_validation_before", "loss_after", "accuracy_after"} <= set(update.metrics)
-    assert "accuracy_average" not in update.metrics
-
-
-@pytest.mark.parametrize("average", [0.0, DECAY])
-def test_rounds_without_measurements_give_the_same_models(
-    tmp_path: Path, graphs: Path, data: LocalData, average: float
-) -> None:
-    always, rarely = (HiddenBoard(tmp_path / name, graphs, data) for name in ("always", "rarely"))
-    for number in (1, 2):
-        weights = hidden_weights(seed=number)
-        every = Recipe(epochs=1, batch_size=16, average=average)
-        other = replace(every, evaluate_every=2)
-        one, *models = always.carry_out(always.offer(number, every, weights, graph="kept"))
-        two, *same = rarely.carry_out(rarely.offer(number, other, weights, graph="kept"))
-        assert all(equal(a, b) for a, b in zip(models, same, strict=True))
-        judged = {n for n in one.metrics if n.startswith(("accuracy", "loss_"))} - {"loss_first", "loss_last"}
-        assert {"accuracy_before", "accuracy_after"} <= judged
-        assert judged & set(two.metrics) == (judged if number == 2 else set())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,12 +168,6 @@ def test_a_directory_belongs_to_one_device_of_one_site(tmp_path: Path) -> None:
     DeviceStore(tmp_path, owner=attic).close()
 
 
-def test_a_directory_that_nobody_has_claimed_is_free(tmp_path: Path) -> None:
-    DeviceStore(tmp_path, owner=DirectoryOwner("atic", "home")).close()
-    with DeviceStore(tmp_path, owner=DirectoryOwner("attic", "home")):
-        DirectoryOwner("attic", "home").claim(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["server.db", "identity/authority.key"])
 def test_a_servers_folder_is_no_device_s(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -262,29 +255,3 @@ def test_session_numbers_grow_over_restarts(tmp_path: Path, times: tuple[float, 
         with DeviceStore(tmp_path, clock=lambda now=now: now) as store:
             given.append(store.next_session())
     assert tuple(given) == numbers
-
-
-def test_a_board_whose_directory_was_deleted_still_counts_on(tmp_path: Path) -> None:
-    given = []
-    for folder in ("first", "second"):
-        with DeviceStore(tmp_path / folder) as store:
-            given.append(store.next_session())
-        time.sleep(0.002)
-    assert given[0] < given[1]
-
-
-def test_a_clock_that_is_far_off_uses_up_no_numbers(tmp_path: Path) -> None:
-    with DeviceStore(tmp_path, clock=lambda: 1e300) as store:
-        assert [store.next_session(), store.next_session()] == [2**53, 2**53 + 1]
-
-
-def test_a_model_of_another_job_than_the_chosen_one_does_not_serve(tmp_path: Path, graphs: Path) -> None:
-    life = Life(tmp_path, graphs)
-    store = life.open()
-    (tmp_path / "graph").write_bytes(life.graph)
-    for job, serves in (("other", False), (life.record(1).job, True)):
-        store.slots.job = job
-        store.slots.stage(tmp_path / "graph", weights_of(11))
-        store.slots.install(life.record(1))
-        assert (store.slots.current() is not None) == serves
-    life.close()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core import atomic_file
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import MAX_CRASH_TEXT, CrashReport, CrashStored
 from fedprune.wire.messages import parse
@@ -132,27 +129,6 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
     assert (body["cause"], body["text"]) == ("thread", "ValueError: in a thread")
 
 
-def test_threads_that_die_at_once_write_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    crashes, inside, most = CrashReports(tmp_path), list[int](), list[int]()
-    write = atomic_file.write_document
-
-    def slow(path: Path, body: dict[str, Any]) -> None:
-        inside.append(1)
-        most.append(len(inside))
-        sleep(0.05)
-        write(path, body)
-        inside.pop()
-
-    monkeypatch.setattr(atomic_file, "write_document", slow)
-    threads = [threading.Thread(target=crashes.exception, args=(ValueError(str(n)), "thread")) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1, 1, 1]
-    assert crashes.report is not None
-
-
 def ended(folder: Path, how: str) -> dict[str, Any] | None:
     """What the next run knows of one that ended so."""
     script = (
@@ -183,16 +159,6 @@ def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> N
     assert CrashReports(tmp_path).report is None
 
 
-def test_a_copy_of_a_running_boards_folder_reports_no_killed_run(tmp_path: Path) -> None:
-    original, copy = tmp_path / "original", tmp_path / "copy"
-    original.mkdir()
-    with CrashReports(original, boot=lambda: "b").watched():
-        shutil.copytree(original, copy)
-    assert CrashReports(original).report is None
-    with CrashReports(copy, boot=lambda: "b").watched():
-        assert CrashReports(copy).report is None
-
-
 def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Path) -> None:
     wire, time = Wire(), Time()
     crash(tmp_path, ValueError("no" * MAX_CRASH_TEXT))
@@ -216,29 +182,3 @@ def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Pat
         reporter.turn()
         time.now += 61
     assert len(wire.said) == 2
-
-
-def test_what_the_server_has_of_an_earlier_crash_leaves_a_later_one(tmp_path: Path) -> None:
-    wire, time = Wire(), Time()
-    crashes = CrashReports(tmp_path, time)
-    reporter = CrashReporter(Connection(wire, Channel("pi", "lab")), crashes, time)
-    for text in ("first", "second"):
-        crashes.exception(ValueError(text), "thread")
-        reporter.born()
-        reporter.turn()
-        time.now += 1
-    first, second = wire.said
-    reporter.on_stored(CrashStored(first.number))
-    assert crashes.report is not None
-    reporter.on_stored(CrashStored(second.number))
-    assert crashes.report is None
-
-
-def test_a_damaged_report_is_dropped(tmp_path: Path) -> None:
-    wire, crashes = Wire(), CrashReports(tmp_path)
-    atomic_file.write_document(tmp_path / "crash.json", {"number": -1, "text": 3})
-    reporter = CrashReporter(Connection(wire, Channel("pi", "lab")), crashes, Time())
-    reporter.born()
-    reporter.turn()
-    assert wire.said == []
-    assert crashes.report is None

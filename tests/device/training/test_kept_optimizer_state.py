@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedprune.core import tensorfile
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
@@ -62,14 +61,6 @@ def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) ->
     assert equal(board.carry_out(replace(again, attempt=1))[1], one)
 
 
-def test_by_default_every_round_begins_at_zero(board: HiddenBoard) -> None:
-    board.carry_out(board.offer(1, KEEPS, hidden_weights(seed=1), graph="kept"))
-    weights = hidden_weights(seed=2)
-    plain = replace(KEEPS, keep_optimizer_state=False)
-    _, sent, _ = board.carry_out(board.offer(2, plain, weights, graph="kept"))
-    assert equal(sent, trained(board, 2, weights, None).tensors)
-
-
 BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
 NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
 KEPT = [0, 2, 3]  # places now of channels 7, 4 and 1; channel 5 is new
@@ -114,11 +105,3 @@ def test_a_state_that_means_nothing_now_is_left_behind(board: HiddenBoard) -> No
     assert found(board, left("adamw")) == ({}, 0)
     assert found(board, left(), moved_from="d" * 64) == ({}, 0)
     assert found(board, left(), moved=None, moved_from=None) == ({}, 0)
-
-
-def test_a_record_with_a_state_is_read_back() -> None:
-    base = left()
-    read = LocalState.from_bytes(base.to_bytes())
-    assert equal(read.moments, base.moments)
-    assert (read.optimizer, read.steps) == ("adam", 9)
-    assert tensorfile.decode(base.to_bytes()).keys() == {"record", "sha256", *(f"moments/{n}" for n in base.moments)}

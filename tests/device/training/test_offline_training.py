@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
@@ -137,24 +136,6 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
     assert not same(served[0], expected(graphs, weights, data, 1))
 
 
-def test_what_serves_while_the_server_is_away_is_trained_further(board: Board, data: LocalData, soon: None) -> None:
-    board.server.plan = [board.server.offer(1)]
-
-    def script(link: MemoryLink, agent: Agent) -> None:
-        until(lambda: 1 in board.server.updates)
-        link.drop()
-        until(lambda: times(board) >= 3)
-
-    board.live(script, every=0.2)
-    before, after = board.server.result(1), board.served()
-    losses = []
-    for tensors in (before, after):
-        logits = data.x_train @ tensors["w"].T + tensors["b"]
-        shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        losses.append(-np.log(shares[np.arange(len(data.y_train)), data.y_train]).mean())
-    assert losses[1] < losses[0]
-
-
 def test_an_update_that_waits_is_kept_and_handed_in_as_it_was(
     board: Board, graphs: Path, weights: Tensors, data: LocalData, soon: None
 ) -> None:
@@ -205,6 +186,9 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
     assert times(board) == 0
 
 
+# When
+
+
 def test_threads_that_train_have_the_lowest_priority(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(round_runner, "NICENESS", NICENESS)
     board.server.plan = [board.server.offer(1)]
@@ -219,9 +203,6 @@ def test_threads_that_train_have_the_lowest_priority(board: Board, monkeypatch: 
     board.live(lambda *_: until(lambda: 1 in board.server.updates), guard=Noting())
     assert found == {19}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
-
-
-# When
 
 
 class Silent(MemoryLink):
@@ -354,60 +335,6 @@ def test_what_validation_samples_call_worse_does_not_serve(
     at.turn()
     assert at.goes_by(DAY)
     assert at.store.slots.current() != before
-
-
-def test_a_failure_is_logged_and_tried_again_when_it_is_time(
-    at: At, data: LocalData, caplog: pytest.LogCaptureFixture
-) -> None:
-    at.alone = at.made(replace(data, y_train=data.y_train + 2, y_test=data.y_test + 2))
-    at.turn()
-    assert at.goes_by(DAY)
-    assert "offline training failed" in caplog.text
-    assert not at.goes_by(DAY - 60)
-    assert at.goes_by(120)
-
-
-@pytest.mark.parametrize("error", [StorageFullError("no room"), RuntimeError("nobody thought of it")])
-def test_what_fails_after_training_is_logged_too(
-    at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
-) -> None:
-    before = at.store.slots.current()
-
-    def fails(*_: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(at.store.slots, "install", fails)
-    assert at.goes_by(DAY)
-    assert "offline training failed" in caplog.text
-    assert str(error) in caplog.text
-    assert at.store.slots.current() == before
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_the_training(
-    at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stopped: bool
-) -> None:
-    task = at.store.task
-    graph = task.offer.training.sha256
-    at.store.blobs.path(graph).write_bytes(b"rot")
-    read, begun = at.store.blobs.read, threading.Event()
-
-    def reads(sha256: str) -> bytes:
-        assert begun.wait(60)
-        return read(sha256)
-
-    monkeypatch.setattr(at.store.blobs, "read", reads)
-    at.wall, at.now = at.wall + DAY, at.now + DAY
-    at.turn()
-    worker = at.alone._worker
-    if stopped:
-        at.alone._halt()
-    begun.set()
-    worker.join(60)
-    at.turn()
-    assert at.alone._worker is None, "it has ended"
-    assert (f"{graph} is damaged" in caplog.text) == (not stopped)
-    assert at.store.blobs.has(graph) == stopped
 
 
 def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError
-from fedprune.core.metrics import BLEND, METRICS
-from fedprune.model.recipe import METRICS_OF, Recipe
+from fedprune.core.metrics import BLEND
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
-from fedprune_device.serving.predictor import Predictor
-from fedprune_device.storage.local_state import LocalState
-from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.evaluation import Evaluation, clearly_better
+from fedprune_device.training.evaluation import Evaluation
 from fedprune_device.training.objective import Objective
 from support.fakes.hidden_board import FEATURES, HiddenBoard, hidden_weights, logits
 
@@ -118,27 +110,6 @@ def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tm
     assert served(6) == 0.5
 
 
-def test_without_validation_samples_a_board_blends_again(board: HiddenBoard, tmp_path: Path) -> None:
-    one, two = candidates(board, tmp_path, 2)
-    plain = board.data
-    assert play(board, validated(board, one, 0.0, 0.0), 1)[0].metrics[BLEND] == 0.0
-    assert equal(play(board, plain, 2)[1], two[0.5])
-
-
-def test_a_record_has_the_choice_between_blend_and_average(board: HiddenBoard, tmp_path: Path) -> None:
-    either = candidates(board, tmp_path, 2)
-    play(board, validated(board, either[0], 0.0, 0.0), 1)
-    play(board, validated(board, either[1], 0.5, 0.5), 2)
-    with DeviceStore(board.root) as store:
-        records = list(store.own.read().values())
-    assert {state.round: state.alone for state in map(LocalState.from_bytes, records)} == {1: True, 2: False}
-
-
-def test_a_validated_blend_needs_a_blend() -> None:
-    with pytest.raises(ConfigError, match="validate_blend"):
-        Recipe(average=0.5, validate_blend=True)
-
-
 def evaluation(recipe: Recipe, values: list[dict[str, float]]) -> Evaluation:
     """With an objective that gives these metrics of the samples, in turn."""
     left = iter(values)
@@ -156,35 +127,3 @@ def evaluation(recipe: Recipe, values: list[dict[str, float]]) -> Evaluation:
     x, y = np.zeros((len(values), 2), np.float32), np.zeros((len(values), 2), np.float32)
     own = cast(LogitAdjustment, lambda outputs: outputs)
     return Evaluation(LocalData(x, y, x, y, x, y), recipe, 2, own, cast(Objective, Fake()))
-
-
-@pytest.mark.parametrize(
-    ("loss", "metric"),
-    [(loss, m) for loss in ("cross_entropy", "bce", "mse") for m in ("", *METRICS_OF[{"cross_entropy": "classes",
-     "bce": "multi", "mse": "values"}[loss]])],
-)  # fmt: skip
-def test_more_is_better_by_every_metric(loss: str, metric: str) -> None:
-    recipe = Recipe(loss=loss, metric=metric, batch_size=2)
-    judge = METRICS[recipe.judged_by]
-    values = [{"loss": 4.0 - i, "accuracy": 0.1 * i, judge.name: float(i if judge.higher else 4 - i)} for i in range(3)]
-    values[1] = {}
-    predicts = cast(Predictor, SimpleNamespace(predict=lambda x, batch: x))
-    found = evaluation(recipe, values).of_each(predicts)
-    assert found[2] > found[0]
-    assert math.isnan(found[1])
-
-
-@given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=30), st.integers(0, 2**32 - 1))
-def test_one_of_two_is_clearly_better_at_most(values: list[float], seed: int) -> None:
-    mine = np.array(values, np.float64)
-    others = np.random.default_rng(seed).permutation(mine)
-    assert not (clearly_better(mine, others) and clearly_better(others, mine))
-    assert not clearly_better(mine, mine)
-    assert clearly_better(mine[:1], others[:1]) is False
-
-
-@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
-def test_right_and_wrong_samples_are_counted(wins: int, losses: int, ties: int) -> None:
-    mine = np.repeat([1.0, 0.0, 1.0], [wins, losses, ties])
-    others = np.repeat([0.0, 1.0, 1.0], [wins, losses, ties])
-    assert clearly_better(mine, others) == (wins > losses and (wins - losses) ** 2 > wins + losses)

@@ -433,3 +433,10 @@ def test_uploads_that_don_t_pass_through_the_server_need_no_place_and_pulls_do(w
     web.uploads.interrupted(2 * STALLED_S)
     assert "d" not in [device for device, _ in web.uploads.born("d", 2, 0.0, 3 * STALLED_S, uploads=True)]
     assert kinds(web.uploads.heard("d", 3 * STALLED_S)) == [("d", "upload")]
+
+
+def test_an_upload_past_the_server_leaves_its_place_to_a_pull(web: Web) -> None:
+    web.place.direct = True
+    for name in "ABC":
+        web.announce(name)
+    assert kinds(web.uploads.born("A", 1, 0.0, 1.0, uploads=True)) == [("A", "upload"), ("C", "want")]

@@ -8,7 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +273,16 @@ def test_a_full_disk_is_the_server_s_fault(
     assert put(server) == 201
 
 
+def test_a_report_of_what_went_elsewhere_is_no_upload(server: BlobServer, uploads: HttpUploads) -> None:
+    uploads.reported("pi")
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=False)]
+    uploads.reported("a stranger")
+    assert uploads.ended() == []
+    assert put(server) == 201
+    uploads.reported("pi")  # which is what the device says a moment later
+    assert uploads.ended() == [UploadEnd("pi", REF, stored=True)]
+
+
 def test_each_job_takes_and_gives_its_own(server: BlobServer, tmp_path: Path) -> None:
     jobs = []
     for ref in (REF, OTHER):
@@ -338,6 +348,38 @@ def test_without_the_setting_nothing_is_uploaded(store: BlobStore) -> None:
 
 
 # A job whose boards upload.
+
+
+def connected(server: BlobServer) -> bool:
+    """Whether one that connects now is served."""
+    return put(server, path=path_of(OTHER)) == 404
+
+
+def test_uploads_have_connections_of_their_own(
+    store: BlobStore, uploads: HttpUploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = [BlobRef.of(bytes([n]) * len(UPDATE)) for n in range(6)]
+    with BlobServer("127.0.0.1", 0, None, connections=2) as server, ExitStack() as stack:
+        for n, ref in enumerate(refs):
+            uploads.ask(f"pi-{n}", ref)
+
+        def begin(*numbers: int) -> None:
+            for n in numbers:
+                stack.enter_context(begun(server, ref=refs[n]))
+                until(lambda n=n: uploads.arrived(f"pi-{n}") == 2 * LEAF)  # type: ignore[misc]
+
+        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1) for _ in range(2)]
+        begin(0, 1)
+        assert connected(server)
+        begin(2, 3)
+        assert not connected(server)  # those that are at work are left alone
+        server.jobs = [ServedJob(store, lambda device, sha256: True, uploads, 1000)]
+        monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 5)
+        begin(4)
+        assert not connected(server)
+        server.jobs = [ServedJob(store, lambda device, sha256: True, None, 1000)]
+        uploads.drop("pi-0")
+        assert not connected(server)
 
 
 def sent(request: UploadRequest, body: bytes) -> str | None:
