@@ -388,43 +388,6 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     assert answer.status == APPROVED
 
 
-def test_many_boards_that_join_at_once_are_all_answered_and_none_is_blamed(
-    lab: Lab, caplog: pytest.LogCaptureFixture
-) -> None:
-    joining, quarantine = Joining(), Quarantine(lambda: lab.now + 1)
-    server = lab.new_server()
-    server.link = server_side.AuthenticatedLink(
-        server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
-    )
-    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
-    requests = [device.request() for _ in range(40)]
-    joining.inbox.extend(map(asking, requests))
-    joining.dropped = 1
-    for _ in range(2):
-        server.hears()
-        lab.now += 1
-    assert {topic for topic, _ in server.end.sent} == {TOPICS.joined(r.nonce) for r in requests}
-    assert quarantine.rows() == {}
-    assert "more boards ask to join" in caplog.text
-
-
-def test_requests_to_join_that_approve_nobody_do_not_read_the_members_again(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
-    asked = asking(device.request())
-    lab.server.hears()
-    reads: list[int] = []
-    members = lab.identity.store.members
-    monkeypatch.setattr(lab.identity.store, "members", lambda: (reads.append(1), members())[1])
-    before = len(lab.server.end.sent)
-    for _ in range(10):
-        lab.now += 0.05
-        lab.server.hears(asked)
-    assert len(lab.server.end.sent) == before + 10
-    assert reads == []
-
-
 def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     joining, server = Joining(), lab.new_server()
     server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
@@ -531,19 +494,6 @@ def test_a_board_that_nobody_answers_says_what_to_do_once(lab: Lab, caplog: pyte
     assert "the broker drops" in caplog.text
 
 
-def test_a_board_that_hears_a_server_which_does_not_answer_it_blames_the_broker(
-    lab: Lab, caplog: pytest.LogCaptureFixture
-) -> None:
-    board = lab.boards["pi-1"]
-    board.say(birth("pi-1"))
-    assert lab.server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
-    assert board.hears(lab.server.end.sent[-1]) != []
-    lab.now = ANSWER_S
-    assert board.connection.receive() is None
-    (line,) = [r.getMessage() for r in caplog.records if "the broker drops" in r.getMessage()]
-    assert "it is off" not in line
-
-
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
     server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     will = pi.sealed(Death("pi-1", 1))
@@ -571,16 +521,6 @@ def test_a_board_learns_the_time_from_its_server_alone(lab: Lab) -> None:
     assert pi.identity.times.floor == before
     assert pi.hears(lab.server.say("pi-1", Hello(BUILT + 60 * DAY))) != []
     assert pi.identity.times.floor == BUILT + 60 * DAY
-
-
-def test_requests_to_join_are_answered_while_a_job_runs(lab: Lab) -> None:
-    claim = Claim.parse(lab.identity.claim(None, DAY).text)
-    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
-    answer = lab.answer(device.request(claim))
-    assert answer.status == APPROVED
-    assert device.admit(answer, claim.pin) is not None
-    pi = Board(device, lambda: lab.now)
-    assert lab.server.hears(pi.say(birth("pi-3"))) != []  # at once, not a second later
 
 
 def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(

@@ -169,29 +169,6 @@ def test_an_address_that_is_not_ours_is_named() -> None:
             EmbeddedBroker("192.0.2.1", port).start()
 
 
-def test_starting_and_stopping_twice_is_harmless() -> None:
-    broker = EmbeddedBroker(port=0)
-    broker.stop()
-    broker.start()
-    pid = broker.pid
-    broker.start()
-    assert broker.pid == pid
-    broker.stop()
-    broker.stop()
-    assert not broker.alive
-
-
-def test_it_survives_the_thread_that_started_it(program: Program) -> None:
-    broker = EmbeddedBroker(port=0, candidates=[program])
-    thread = threading.Thread(target=broker.start)
-    thread.start()
-    thread.join()
-    time.sleep(0.3)
-
-    assert broker.alive
-    broker.stop()
-
-
 PARENT = """
     import os, sys, time
     from fedprune_server.messaging.broker.embedded import EmbeddedBroker
@@ -253,15 +230,6 @@ def test_it_dies_with_a_parent_that_is_killed_and_of_no_other_signal(program: Pr
 
     assert gone(pid)
     until(lambda: not listens(port))  # a process's threads may outlive its first one by a moment
-
-
-def test_nothing_is_printed_from_start_to_end() -> None:
-    process, pid, _ = parent(0.1, Amqtt())
-
-    out, err = process.communicate(timeout=60)
-
-    assert (process.returncode, out, err) == (0, b"", b"")
-    assert gone(pid)
 
 
 @pytest.mark.mosquitto

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import threading
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.maintenance import doctor
 from fedprune_server.messaging.broker import revocations
-from fedprune_server.messaging.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering
+from fedprune_server.messaging.broker.revocations import RevocationCommandError, deliver, delivered, delivering
 from support.waiting import until
 
 
@@ -81,24 +80,6 @@ def test_a_command_that_leaves_a_process_behind_has_succeeded(
     assert delivered(tmp_path, crl)
 
 
-def test_a_command_that_keeps_failing_is_run_less_and_less_often_and_logged_once_for_each_cause(
-    crl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pauses: list[float] = []
-    failing = command(f"test -e {tmp_path}/changed && echo other; exit 1")
-
-    class Closed(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            pauses.append(timeout or 0.0)
-            if len(pauses) == 9:
-                (tmp_path / "changed").touch()
-            return len(pauses) > 10
-
-    _watch(failing, tmp_path, crl, Closed())
-    assert pauses == [0, 30, 60, 120, 240, 480, 600, 600, 600, 600, 600]
-    assert [": other" in r.getMessage() for r in caplog.records if r.levelname == "ERROR"] == [False, True]
-
-
 def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: Path) -> None:
     assert list(doctor.check_revocations(doctor.CheckedSite(folder=tmp_path))) == []  # no command does that here
     deliver("true", tmp_path, crl)
@@ -118,7 +99,3 @@ def test_the_doctor_says_that_the_command_never_worked_until_there_is_none(crl: 
 def test_what_is_no_command_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="on_revocation"):
         ServerConfig(on_revocation=wrong)
-
-
-def test_the_command_is_not_kept_where_others_could_change_it() -> None:
-    assert "on_revocation" not in ServerConfig(on_revocation="true").server_settings()

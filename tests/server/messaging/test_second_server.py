@@ -242,18 +242,6 @@ def test_of_two_that_start_at_once_one_stays(lab: Lab) -> None:
     assert not any(map(ended, servers))
 
 
-def test_of_two_that_come_back_at_once_one_stays(lab: Lab) -> None:
-    _, cut_off = lab.serving("first")
-    cut_off.connected = False
-    _, end = lab.serving("second")
-    end.connected = False
-    cut_off.connect()
-    end.connect()
-    until(lambda: any(map(ended, lab.made)))
-    lab.hub.settle()
-    assert sorted(map(ended, lab.made)) == [False, True]
-
-
 def test_between_servers_of_one_database_its_lease_decides(lab: Lab) -> None:
     first, _ = lab.serving("first", lease="ab" * 16)
     second, _ = lab.serving("second", lease="ab" * 16)
