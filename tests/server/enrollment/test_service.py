@@ -410,6 +410,23 @@ def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
     assert "no new certificate for the server yet: full" in caplog.text
 
 
+def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_hosts(identity: IdentityFolder) -> None:
+    def issued(*hosts: str) -> bytes:
+        return identity.broker(hosts)[0].read_bytes()
+
+    first = issued("127.0.0.1", "localhost")
+    NOW[0] += 3 * 365 * DAY
+    assert issued("localhost", "127.0.0.1") == first
+    other = issued("localhost", "192.0.2.7")
+    assert other != first
+    assert issued("localhost", "192.0.2.7") == other
+    save_tls_key(make_tls_key(), identity.path / "broker.key")
+    paired = issued("localhost", "192.0.2.7")
+    assert paired != other
+    NOW[0] += 4 * 365 * DAY + DAY
+    assert issued("localhost", "192.0.2.7") != paired
+
+
 def test_in_the_authority_s_last_months_nothing_is_issued_again_and_again(identity: IdentityFolder) -> None:
     NOW[0] += (30 * 365 - 20) * DAY
     identity.context()

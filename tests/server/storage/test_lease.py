@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -50,6 +51,28 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def url(postgres: Postgres) -> str:
     return postgres.database()
+
+
+def test_who_asks_whether_a_server_can_write_locks_nothing_and_asks_the_database_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StateFolder(tmp_path) as folder:
+        save(folder, 1)
+        writer = sqlite3.connect(tmp_path / "server.db", isolation_level=None)
+        writer.execute("BEGIN IMMEDIATE")  # a long transaction of the server's own
+        assert folder.lease.trouble() == "", "it doesn't ask for the lock"
+        asked: list[object] = []
+        read = lease._read
+        monkeypatch.setattr(lease, "_read", lambda *given, **more: asked.append(given) or read(*given, **more))
+        assert {folder.lease.trouble() for _ in range(50)} == {""}
+        assert len(asked) <= 1
+        body = json.dumps({"holder": "elsewhere:/two:1", "token": 7, "expires": None})
+        writer.execute("UPDATE meta SET value = ? WHERE key = 'lease'", (body,))
+        writer.execute("COMMIT")
+        until(lambda: "another server" in folder.lease.trouble())
+        writer.execute("DROP TABLE meta")
+        writer.close()
+        until(lambda: "no such table" in folder.lease.trouble())
 
 
 @pytest.mark.postgresql

@@ -79,6 +79,32 @@ def test_putting_twice_writes_one_object(at_s3: S3, url: str, tmp_path: Path) ->
     assert len(objects(at_s3, url)) == 1
 
 
+def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: Path) -> None:
+    name, prefix = parse(url)
+    client = at_s3.client()
+    for n in range(7):
+        client.put_object(Bucket=name, Key=f"{prefix}{BLOBS}{digest(bytes([n]))}.{'0' * 16}", Body=bytes([n]))
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.list_objects_v2
+    store.bucket._client.list_objects_v2 = lambda **options: real(MaxKeys=3, **options)
+    assert [size for _, size in store.bucket.list(BLOBS)] == [1] * 7
+
+
+def test_an_object_is_read_in_one_request_and_boto3_is_asked_about_what_fails(url: str) -> None:
+    found, asked = Bucket(url), list[object]()
+    found.put("there", b"here" * LEAF, digest(b"here" * LEAF))
+    found._client.meta.events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request))
+    assert b"".join(found.stream("there")) == found.get("there", 2**20) == b"here" * LEAF
+    assert found.get("there", 5) is None
+    assert not asked
+    assert found.get("missing", 5) is None
+    assert not list(found.stream("missing"))
+    assert len(asked) == 2
+    found._base = f"{found._base}-of-another/"  # where this server may not read
+    assert found.get("there", 2**20) == b"here" * LEAF
+    assert len(asked) == 3
+
+
 def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url)
     ref = store.put(b"good" * LEAF)
@@ -198,6 +224,24 @@ def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: 
     assert all(store.has(r.sha256) for r in refs)
     assert store.read(refs[0].sha256) == bytes(1000)
     assert sum(p.stat().st_size for p in tmp_path.glob("??/*")) <= 2500
+
+
+def test_what_was_used_lately_stays_unless_the_disk_is_full(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_store, "FRESH_S", 60.0)
+    store = BucketStore(tmp_path, url, cache=10)
+    ref = store.put(b"x" * 100)
+    assert BlobStore.has(store, ref.sha256)
+    free = [50]
+    monkeypatch.setattr(bucket_store.BlobStore, "check_room", lambda *_: free.pop() and full())
+
+    def full() -> None:
+        free.append(0)
+        raise StorageFullError("full")
+
+    store.check_room(60)
+    assert not BlobStore.has(store, ref.sha256)
 
 
 def test_what_has_no_room_in_the_folder_is_not_downloaded_in_vain(
@@ -475,6 +519,24 @@ def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url
         two.claim("2" * 32, "second", b"another")
     one.check_owner("1" * 32)
     assert two.model() == b"model of the first"
+
+
+def test_a_bucket_that_knows_no_conditions_is_claimed_without(url: str, tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.put_object
+
+    def put_object(**options: Any) -> object:
+        if "IfNoneMatch" in options:
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, "PutObject")
+        return real(**options)
+
+    store.bucket._client.put_object = put_object
+    store.claim("1" * 32, "leaves", b"a model")
+    store.check_owner("1" * 32)
+    with pytest.raises(ConfigError):
+        store.check_owner("2" * 32)
 
 
 @pytest.mark.parametrize("key", ["blobs/x", f"blobs/{'a' * 64}.", f"blobs/{'A' * 64}.{'0' * 16}"])
