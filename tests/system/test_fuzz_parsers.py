@@ -1,4 +1,4 @@
-"""Damaged inputs are taken or refused with one of our errors: a short run of what `benchmarks/` runs for long."""
+"""Damaged inputs are taken or refused with one of our errors; soaks try many more."""
 
 from __future__ import annotations
 

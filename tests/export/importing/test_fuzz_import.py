@@ -1,4 +1,4 @@
-"""Damaged models are imported or refused with one of our errors: a short run of what `benchmarks/` runs for long."""
+"""Damaged models are imported or refused with one of our errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Whole networks: imported right, cut right at every density, differentiated right, and cut where they can be.
 
-Those that take longest soak; `benchmarks/whole_models.py` has all of these, and
-`benchmarks/timm_models.py` many more of timm's, with their gradients.
+Those that take longest soak.
 """
 
 from __future__ import annotations

@@ -12,40 +12,7 @@ from fedprune.model.architecture import Architecture
 from fedprune_export.pruning.model import Model
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-NETS = ("lenet", "vgg11_bn", "resnet20_bn")
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
-
-FLIPPED = 1e-4  # from this relative distance of the gradient on, a sign has flipped
-
-
-def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    return rng.standard_normal(shape)
-
-
-def blocks(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """A flat patch on a zero background: nearly every pooling window has several maxima."""
-    x = np.zeros(shape)
-    for image in x:
-        top, left = rng.integers(2, shape[2] // 2, 2)
-        image[:, top : top + shape[2] // 3, left : left + shape[3] // 3] = rng.integers(1, 256) / 255
-    return x
-
-
-def photographs(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Smooth patches with grain, in 256 steps."""
-    coarse = rng.integers(0, 256, (*shape[:2], shape[2] // 4, shape[3] // 4)).repeat(4, 2).repeat(4, 3)
-    return (coarse + rng.integers(-8, 9, shape)).clip(0, 255) / 255
-
-
-KINDS = (normal, blocks, photographs)
-
-
-def batch(kind: Any, seed: int, architecture: Architecture) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Three or five samples and their labels."""
-    rng = np.random.default_rng([seed, len(kind.__name__)])
-    size = 5 if seed % 4 else 3
-    x = kind(rng, (size, *architecture.input_shape)).astype(np.float32)
-    return x, rng.integers(0, architecture.classes, size)
 
 
 def feeds(architecture: Architecture, tensors: Arrays, x: Any, y: Any) -> Arrays:

@@ -1,7 +1,4 @@
-"""The programs that can be the embedded broker: the system's Mosquitto, or amqtt, which the extra `server` brings.
-
-`benchmarks/results/brokers.md` compares them.
-"""
+"""The programs that can be the embedded broker: the system's Mosquitto, or amqtt, which the extra `server` brings."""
 
 from __future__ import annotations
 
