@@ -31,7 +31,7 @@ AT_ONCE := -n $(or $(WORKERS),auto) --dist loadfile --no-loadscope-reorder
 UNSYNCED := $(shell command -v eatmydata)
 
 # Examples of each property: with `make test-all`, with `make test`, and under Python 3.10; `make soak` tries all.
-QUICK := not slow and not soak and not arm64
+QUICK := not slow and not soak and not arm64 and not acceptance
 EXAMPLES := 10
 QUICK_EXAMPLES := 3
 BOARD_EXAMPLES := 5
@@ -119,12 +119,12 @@ release: $(TOOLS)/installed
 # Two releases of the latest commit, byte by byte, then its wheel and demo in bare Debian userlands: needs mmdebstrap. Some
 # twenty minutes.
 release-check: $(DEV)/installed
-	$(DEV)/bin/python -m benchmarks.release
+	$(DEV)/bin/pytest -m acceptance tests/acceptance/test_release.py $(ARGS)
 
 # The container images, built and run without a registry: needs root, buildah, mmdebstrap, qemu-user-static and proot. Some
 # ten minutes.
 image-check: $(DEV)/installed
-	$(DEV)/bin/python -m benchmarks.images
+	$(DEV)/bin/pytest -m acceptance tests/acceptance/test_images.py $(ARGS)
 
 # A release's text for its tag and its page: the introduction of its section in the changelog, up to the first topic.
 notes:
@@ -166,7 +166,7 @@ acceptance: test-arm64 release-check image-check first-boot
 # An image's first boot, in a virtual machine: needs what test-arm64 does, and qemu-system-arm, mtools, fdisk, e2fsprogs,
 # dosfstools, fakechroot and fakeroot. Some minutes.
 first-boot: $(DEV)/installed
-	$(DEV)/bin/python benchmarks/first_boot.py
+	$(DEV)/bin/pytest -m acceptance tests/acceptance/test_first_boot.py $(ARGS)
 
 # On a terminal pip shows what it fetches.
 $(VENV)/installed: $(SOURCES)

@@ -1,4 +1,4 @@
-"""What a console costs the server's loop: `python benchmarks/console_publisher.py [--devices 10000] [--write]`.
+"""What a console costs the server's loop: `python -m benchmarks.console_publisher`.
 
 A job with a round under way and 10,000 devices, published to `status.db` in a temporary folder. Each turn's time is the
 loop's: nothing else of the server runs meanwhile on its thread.
@@ -6,34 +6,26 @@ loop's: nothing else of the server runs meanwhile on its thread.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from console import processor, quantile  # noqa: E402
-
-from fedprune.blobs.blob_store import BlobStore  # noqa: E402
-from fedprune.coordination import Phase, State  # noqa: E402
-from fedprune.jobs.state import Device, Progress, Task  # noqa: E402
-from fedprune.planning.profile_store import find  # noqa: E402
-from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
-from fedprune_server.devices.registry import DeviceRegistry  # noqa: E402
-from fedprune_server.monitoring.view import JobView  # noqa: E402
-from fedprune_server.web.observer import EVERY_S  # noqa: E402
-from fedprune_server.web.state.publisher import BUDGET_S, StatusPublisher  # noqa: E402
-from fedprune_server.web.state.status import FILE, StatusWriter  # noqa: E402
-from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402 - next to the tests
+from benchmarks.console import quantile
+from benchmarks.harness import parser, save, setting
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State
+from fedprune.jobs.state import Device, Progress, Task
+from fedprune.planning.profile_store import find
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.web.observer import EVERY_S
+from fedprune_server.web.state.publisher import BUDGET_S, StatusPublisher
+from fedprune_server.web.state.status import FILE, StatusWriter
+from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 SITE = {
     "version": "1", "site": "default", "started_at": 5.0, "broker": "mqtt://h", "database": "sqlite", "blobs": "folder",
@@ -135,49 +127,21 @@ def measure(devices: int) -> tuple[dict[str, list[float]], int]:
     return found, size
 
 
-def report(found: dict[str, list[float]], size: int, devices: int, load: float) -> str:
-    """The results as a page."""
+def main() -> None:
+    command = parser(__doc__)
+    command.add_argument("--devices", type=int, default=10_000)
+    options = command.parse_args()
+    ms, size = measure(options.devices)
     rows = [
-        f"| {what} | {len(v)} | {quantile(v, 0.5):.1f} | {quantile(v, 0.95):.1f} | {max(v):.1f} | "
-        f"{quantile(v, 0.5) / EVERY_S / 10:.1f} % |"
-        for what, v in found.items()
-    ]
-    return "\n".join(
-        [
-            "# What a console costs the server's loop",
-            "",
-            f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores (load {load:.1f} at the start).",
-            "`python benchmarks/console_publisher.py --write`",
-            "",
-            f"{devices:,} devices of one job, a round under way. The publisher works every {EVERY_S:g} s at most and",
-            f"stops collecting devices after {1e3 * BUDGET_S:g} ms; what is left waits for the next turn.",
-            "Milliseconds of a turn in which it does something, on the loop's thread; in all others it costs one",
-            f"comparison. The share is that of the thread's time. The file has {size / 1e6:.1f} MB after that.",
-            "",
-            "| | turns | p50 | p95 | most | share |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=10_000)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/console_publisher.*")
-    args = parser.parse_args()
-    load = os.getloadavg()[0]
-    found, size = measure(args.devices)
-    text = report(found, size, args.devices, load)
-    if args.write:
-        folder = ROOT / "benchmarks" / "results"
-        (folder / "console_publisher.md").write_text(text)
-        body = {"devices": args.devices, "bytes": size, "ms": {k: [round(x, 2) for x in v] for k, v in found.items()}}
-        (folder / "console_publisher.json").write_text(json.dumps(body) + "\n")
-    print(text)
-    return 0
+        {
+            "what": what, "turns": len(v), "p50": quantile(v, 0.5), "p95": quantile(v, 0.95), "most": max(v),
+            "share": quantile(v, 0.5) / 1e3 / EVERY_S,
+        }
+        for what, v in ms.items()
+    ]  # fmt: skip
+    body = {"setting": setting(), "devices": options.devices, "bytes": size, "every_s": EVERY_S, "budget_s": BUDGET_S}
+    save(options.out or "console_publisher", {**body, "rows": rows})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

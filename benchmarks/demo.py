@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic_nets import setting
+from benchmarks.harness import setting
 from fedprune_server.simulation.results.record import Record
 from manual import demo, written
 

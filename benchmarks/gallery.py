@@ -9,7 +9,6 @@ taken from the copies. With `--work FOLDER` the copies stay there, and the same 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -20,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import parser, save, setting
 from benchmarks.screens import shoot
-from benchmarks.synthetic_nets import setting, write
 from manual.pictures import stamp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,17 +35,8 @@ PICTURES = {
 }
 """What docs/gallery.md shows, by where a run leaves it."""
 
-FIRST = ("fedprune-0", "shared-0", "frozen-0")
-"""The runs of what an example shows; the others are there to be compared with."""
-
 LAST = 3
 """Accuracies of global models are means over so many of the last rounds."""
-
-_ABOUT = """
-Accuracies in percent: *global*, of the server's model on the server's samples, mean of the last {last} rounds; *local*,
-of the boards' own models on their own test samples, each as measured last, mean over those that delivered; *worst*, the
-least of these. MB: both ways, all boards and rounds. s: simulated. `docs/gallery.md` says what all of it means.
-"""
 
 
 def blocks(page: str) -> list[str]:
@@ -142,60 +132,20 @@ def measured(example: str, work: Path) -> dict[str, Any]:
     return {"said": told, "runs": runs}
 
 
-def page(body: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    at = body["setting"]
-    lines = [
-        "# The gallery's examples",
-        "",
-        f"{at['date']}, {at['cpu']}, {at['cores']} cores (one used; load {at['load']} at the end),",
-        f"Python {at['python']}, numpy {at['numpy']}, onnxruntime {at['onnxruntime']}, torch {at['torch']}.",
-        "`python -m benchmarks.gallery`: the simulations of the examples' pages, one seed.",
-        _ABOUT.format(last=LAST).rstrip(),
-    ]
-    for example, found in body["examples"].items():
-        lines += ["", f"## {example}", "", *_runs(found["runs"]), "", *_boards(found["runs"])]
-    return "\n".join(lines) + "\n"
-
-
-def _runs(runs: dict[str, Any]) -> list[str]:
-    lines = ["| run | rounds | boards that delivered | global | local | worst | MB | s |", "|---" * 8 + "|"]
-    for name, row in runs.items():
-        shares = " | ".join(f"{100 * row[k]:.1f}" for k in ("global", "local", "worst"))
-        boards = f"{row['delivered']} of {len(row['devices'])}"
-        lines.append(f"| {name} | {row['rounds']} | {boards} | {shares} | {row['mb']:.1f} | {row['seconds']:.0f} |")
-    return lines
-
-
-def _boards(runs: dict[str, Any]) -> list[str]:
-    """Every board's plan in the example's own run, and its accuracy in all."""
-    titles = ["board", "profile", "samples", "density", "bound by", "memory, MB", *runs]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    own = next(runs[name] for name in FIRST if name in runs)
-    for place, device in enumerate(own["devices"]):
-        planned = [device["name"], device["profile"], device["samples"], f"{device['density']:.2f}", device["bound"]]
-        accuracies = [run["devices"][place]["accuracy"] for run in runs.values()]
-        shown = ["–" if a is None else f"{100 * a:.1f}" for a in accuracies]
-        memory = f"{device['memory_mb']:.0f}"
-        lines.append(f"| {' | '.join(map(str, [*planned, memory, *shown]))} |")
-    return lines
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Run the gallery's examples and write what came of them.")
-    parser.add_argument("examples", nargs="*", default=EXAMPLES, help=f"of {', '.join(EXAMPLES)}; all by default")
-    parser.add_argument("--work", type=Path, help="keep the copies there, and continue with what it holds")
-    chosen = parser.parse_args()
+def main() -> None:
+    command = parser(__doc__)
+    command.add_argument("examples", nargs="*", default=EXAMPLES, help=f"of {', '.join(EXAMPLES)}; all by default")
+    command.add_argument("--work", type=Path, help="keep the copies there, and continue with what it holds")
+    options = command.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    where = ROOT / "benchmarks" / "results" / "gallery.json"
-    kept = json.loads(where.read_text())["examples"] if where.exists() else {}
+    stored = ROOT / "benchmarks" / "results" / "gallery.json"
+    kept = json.loads(stored.read_text())["examples"] if stored.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        for example in chosen.examples:
-            kept[example] = measured(example, chosen.work or Path(scratch))
+        for example in options.examples:
+            kept[example] = measured(example, options.work or Path(scratch))
             body = {"setting": setting("onnxruntime", "torch"), "examples": {e: kept[e] for e in EXAMPLES if e in kept}}
-            write("gallery", body, page(body))
-    return 0
+            save(options.out or "gallery", body)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

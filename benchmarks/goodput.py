@@ -1,6 +1,6 @@
 """What a board gets of a model through a broker, beside what bare paho gets through the same broker.
 
-    python benchmarks/goodput.py [--output benchmarks/results/goodput.json] [--repeats 9]
+    python -m benchmarks.goodput [--repeats 9]
 
 A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Outbox` and `Downloads` of the server
 answer the wants of the board's `BlobDownloads` and `Uplink`, through a `Link` each; each leaf is verified and written,
@@ -12,7 +12,6 @@ and which of them begins, in a broker that is new each time.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import random
 import statistics
@@ -23,10 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bare_paho import bare
-from mosquitto import mosquitto, needed
-from synthetic_nets import RESULTS, setting, write
-
+from benchmarks.bare_paho import bare
+from benchmarks.harness import parser, save, setting
+from benchmarks.mosquitto import mosquitto, needed
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
@@ -174,53 +172,15 @@ def row(name: str, leaves: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    about = result["setting"]
-    machine = f"{about['cpu']}, {about['cores']} cores, load {about['load']} before, {about['system']}"
-    versions = f"Mosquitto {result['mosquitto']}, Python {about['python']}, paho-mqtt {about['paho-mqtt']}"
-    heads = (
-        "Mosquitto", "chunk, KiB", "ours, MB/s", "bare, MB/s", "ours to bare", "lowest, highest", "stored, MB/s",
-        "ours to stored", "memory, MiB", "bare, MiB",
-    )  # fmt: skip
-    lines = [
-        "# Goodput of a model of 46 MB to one device",
-        "",
-        f"{about['date']}, {machine}; {versions}.",
-        f"Medians of {result['repeats']} turns. Server, board and broker share the machine, and other work may have",
-        "run beside them: the ratios say more than the rates. *Ours* asks, verifies, stores and flushes; *bare* is",
-        "paho publishing as much in chunks as large at QoS 0, and counting; *stored* is bare paho that also hashes",
-        "every leaf, writes it to a file and flushes that. The ratios are medians of the turns'; *memory* is how much",
-        "a new broker grew at most. Written by `python benchmarks/goodput.py`.",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|---" + "|---:" * (len(heads) - 1) + "|",
-    ]
-    form = (
-        "| {broker} | {chunk_kib} | {mb_per_s} | {bare_mb_per_s} | **{ratio}** | {low}, {high} | {stored_mb_per_s} "
-        "| {stored_ratio} | {growth} | {bare_growth} |"
-    )
-    for r in result["rows"]:
-        grown = {k: "not seen" if r[f"{k}_mib"] is None else r[f"{k}_mib"] for k in ("growth", "bare_growth")}
-        lines.append(form.format(**r, **grown, low=r["ratios"][0], high=r["ratios"][-1]))
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "goodput.json")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="leaves of a chunk")
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--repeats", type=int, default=9)
+    options = command.parse_args()
     multiprocessing.set_start_method("spawn")
     binary, its_version = needed("goodput")
-    result = {
-        "setting": setting("paho-mqtt"),
-        "mosquitto": its_version,
-        "repeats": arguments.repeats,
-        "rows": measure(arguments.repeats, tuple(arguments.chunks), binary),
-    }
-    write(arguments.output, result, table(result))
+    rows = measure(options.repeats, CHUNKS, binary)
+    body = {"setting": setting("paho-mqtt"), "mosquitto": its_version, "repeats": options.repeats, "rows": rows}
+    save(options.out or "goodput", body)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training and predictions on an NVIDIA GPU against eager torch on the same one: `python benchmarks/gpu.py`.
+"""Training and predictions on an NVIDIA GPU against eager torch on the same one: `python -m benchmarks.gpu`.
 
 It needs onnxruntime-gpu and a torch with CUDA, no network, and at most eight minutes; what the machine lacks is
 skipped, by name. Steps run in turn in one process. Weights and the optimiser's state stay on the card, and steps are
@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from measured_steps import Step, session_step, step_feeds, torch_step
-from step import BATCH, DENSITIES, batch, mean
-from step_nets import NETS, network
-from synthetic_nets import setting, write
 
+from benchmarks.harness import in_turns, save, setting
+from benchmarks.measured_steps import Step, batch, session_step, step_feeds, torch_step
+from benchmarks.step import DENSITIES
+from benchmarks.step_nets import NETS, network
 from fedprune.core import tensorfile
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Features
@@ -50,14 +50,8 @@ PROVIDER = "CUDAExecutionProvider"
 
 def timed(steps: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Median milliseconds of steps that run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + turns):
-        for name, run in steps.items():
-            began = time.perf_counter()
-            run()
-            if turn >= WARM_UP:
-                times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
+    seconds = in_turns(steps, turns, WARM_UP, time.perf_counter)
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
 def placement(graph: bytes, feeds: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -133,44 +127,6 @@ def card() -> dict[str, str]:
     return {"card": name, "driver": driver, "cuda": str(torch.version.cuda)}
 
 
-def page(about: dict[str, Any], rows: list[dict[str, Any]], skipped: list[str]) -> str:
-    ours = [r for r in rows if r["provider"] == CUDA]
-    ratios = [r["ms"]["ours"] / r["ms"]["torch"] for r in ours]
-    said = f"{mean(ratios):.2f}, the worst {max(ratios):.2f}" if ratios else "no net trained on the card"
-    table = "\n".join(
-        f"| {r['net']} | {r['density']:g} | {r['provider']} | {r['ms']['ours']:.2f} "
-        f"| {r['ms']['torch']:.2f} | {r['away']['ours']:.1e} "
-        f"| {r['away']['torch']:.1e} | {r['prediction']['ms'].get(CUDA, float('nan')):.2f} "
-        f"| {r['prediction']['ms'][CPU]:.2f} |"
-        for r in rows
-    )
-    left = "\n".join(
-        f"- {r['net']}: {sum(r['placement']['operators'].values())} operators, of these on the processor "
-        f"{r['placement']['on_the_processor'] or 'none'}; copies {r['placement']['copies'] or 'none'}"
-        for r in rows
-        if "placement" in r
-    )
-    return f"""# On a GPU
-
-{about["date"]}, {about["card"]} (driver {about["driver"]}, CUDA {about["cuda"]}), {about["cpu"]}, {about["cores"]}
-cores, Python {about["python"]}, onnxruntime-gpu {about["onnxruntime"]}, torch {about["torch"]}, both in float32 without
-TF32. `python benchmarks/gpu.py`
-
-SGD with momentum and weight decay, batch {BATCH}; medians of {TURNS} turns, ms. *Away*: the largest distance of the
-first {STEPS} losses from the processor's. Predictions are of one sample.
-
-Geometric mean of the ratio to torch's: {said}.
-
-| net | width | unit | ours | torch | away | torch's | prediction, GPU | processor |
-|---|---|---|---|---|---|---|---|---|
-{table}
-
-{left}
-
-Skipped: {", ".join(skipped) or "nothing"}.
-"""
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="on the processor, one net, nothing written")
@@ -194,7 +150,7 @@ def main() -> int:
     except ImportError:
         skipped.append("TensorRT (not installed; `examples/jetson_acceptance.py` tries it)")
     about = setting("torch") | {"onnxruntime": onnxruntime.__version__} | card()
-    write("gpu", {"setting": about, "rows": rows, "skipped": skipped}, page(about, rows, skipped))
+    save("gpu", {"setting": about, "rows": rows, "skipped": skipped})
     return 0
 
 

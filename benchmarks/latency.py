@@ -1,6 +1,6 @@
 """Predicted beside measured: step time and latency of random width plans, and of planned widths beside uniform ones.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency.py [--plans 50]
+    OMP_NUM_THREADS=1 python -m benchmarks.latency
 
 All times are processor time on one thread (`time.process_time`), medians over several runs, so that neighbours on the
 machine disturb them little; plans are visited in turn. The table of layers' times is the probe's own, measured with the
@@ -9,8 +9,6 @@ same clock before each net; no net of this page is among the probe's. The networ
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import in_turns, parser, save, setting
 from fedprune.core import tensorfile
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
@@ -37,7 +36,6 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH = 16
 LEARNT_AT = 0.5
 """The uniform share at which one measured round teaches the correction."""
@@ -50,9 +48,7 @@ STEPS, PREDICTIONS = 5, 15
 
 def nets() -> dict[str, Any]:
     """Torch modules by name."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from planner import nets as planned
-
+    from benchmarks.planner import nets as planned
     from support.nets import published_nets as zoo
     from support.nets import small_nets as shared
 
@@ -96,47 +92,19 @@ class Bench:
 
     def prediction(self, widths: Sequence[int]) -> Callable[[], object]:
         """A prediction of one sample to be timed."""
-        return prediction(self.model, widths, self.tensors(widths))
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            (folder / GRAPH).write_bytes(inference_model(self.model, widths))
+            (folder / WEIGHTS).write_bytes(tensorfile.encode(self.tensors(widths)))
+            predictor = Predictor(folder, threads=1)
+        x = np.random.default_rng(1).standard_normal((1, *self.architecture.input_shape)).astype(np.float32)
+        return lambda: predictor.predict(x)
 
 
-def prediction(model: Model, widths: Sequence[int], tensors: dict[str, Any]) -> Callable[[], object]:
-    """A prediction of one sample at some widths, to be timed."""
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / GRAPH).write_bytes(inference_model(model, widths))
-        (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
-        predictor = Predictor(folder, threads=1)
-    x = np.random.default_rng(1).standard_normal((1, *model.architecture.input_shape)).astype(np.float32)
-    return lambda: predictor.predict(x)
-
-
-def seconds(run: Callable[[], object], times: int) -> float:
-    """Median processor time of a run, without the first."""
-    run()
-    taken = []
-    for _ in range(times):
-        began = time.process_time()
-        run()
-        taken.append(time.process_time() - began)
-    return statistics.median(taken)
-
-
-def pair_seconds(runs: Sequence[Callable[[], object]], times: int) -> list[float]:
+def medians(runs: Sequence[Callable[[], object]], times: int) -> list[float]:
     """Median processor time of several runs that take turns."""
-    for run in runs:
-        run()
-    taken: list[list[float]] = [[] for _ in runs]
-    for _ in range(times):
-        for place, run in enumerate(runs):
-            began = time.process_time()
-            run()
-            taken[place].append(time.process_time() - began)
-    return [statistics.median(t) for t in taken]
-
-
-def measured_plans(bench: Bench, plans: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-    """Step time and latency of every plan."""
-    return [(seconds(bench.step(widths), STEPS), seconds(bench.prediction(widths), PREDICTIONS)) for widths in plans]
+    taken = in_turns({str(place): run for place, run in enumerate(runs)}, times)
+    return [statistics.median(seconds) for seconds in taken.values()]
 
 
 def random_plans(architecture: Architecture, count: int, seed: int) -> list[tuple[int, ...]]:
@@ -172,8 +140,8 @@ def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
         rung = min(ladder, key=lambda r: abs(r.density - share))
         uniform = equal_work(architecture, rung.widths)
         both = (rung.widths, uniform.widths)
-        step_s = pair_seconds([bench.step(w) for w in both], STEPS + 2)
-        latency_s = pair_seconds([bench.prediction(w) for w in both], 2 * PREDICTIONS)
+        step_s = medians([bench.step(w) for w in both], STEPS + 2)
+        latency_s = medians([bench.prediction(w) for w in both], 2 * PREDICTIONS)
         macs = workload(architecture).forward_macs(both)
         predicted = predictions(table, architecture, both)
         rows.append(
@@ -198,7 +166,7 @@ def measure_net(name: str, module: Any, count: int, probed: list[Measurement]) -
     probed += measure(threads=1, seconds=20.0, clock=time.process_time)
     print(f"{name}: measuring {count} plans", file=sys.stderr)
     plans = [widths_at(model.architecture, LEARNT_AT), *random_plans(model.architecture, count, 1)]
-    seen = measured_plans(bench, plans)
+    seen = [(medians([bench.step(w)], STEPS)[0], medians([bench.prediction(w)], PREDICTIONS)[0]) for w in plans]
     return {"name": name, "bench": bench, "plans": plans, "seen": seen}
 
 
@@ -221,86 +189,25 @@ def result_of(net: dict[str, Any], table: LatencyTable) -> dict[str, Any]:
     return out
 
 
-def page(about: dict[str, Any], result: dict[str, Any]) -> str:
-    """The results as a page."""
-    lines, planned = [], []
-    for net in result["nets"]:
-        for what in ("step", "latency"):
-            row = net[what]
-            cells = [net["net"], what, "{:.2f} to {:.2f}".format(*(1e3 * row["seconds"][i] for i in (0, 2)))]
-            for kind in ("table", "corrected"):
-                e = row[kind]
-                cells += [f"{e['median']:.1%}", f"{e['quarter']:.0%} to {e['three_quarters']:.0%}", f"{e['worst']:.0%}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        for row in net["planned"]:
-            cells = [net["net"], f"{row['density']:.2f}", str(row["multiple"]), f"{row['macs']:.3f}"]
-            for what in ("step", "latency"):
-                mine, its = row[f"{what}_s"]
-                expected = row[f"predicted_{what}_s"]
-                cells += [f"{1e3 * mine:.2f}", f"{1e3 * its:.2f}", f"{mine / its:.2f}"]
-                cells.append(f"{expected[0] / expected[1]:.2f}")
-            planned.append("| " + " | ".join(cells) + " |")
-    worst = result["worst_planned"]
-    nl = "\n"
-    names = ["step ms", "uniform", "ratio", "predicted", "latency ms", "uniform", "ratio", "predicted"]
-    header = " | ".join(["net", "share", "multiple", "MACs", *names])
-    return f"""# How far predicted times are off
-
-{about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the start),
-Python {about["python"]}, onnxruntime {about["onnxruntime"]}. `python benchmarks/latency.py`
-
-Processor time on one thread. A step has {BATCH} samples, a prediction one. Each net at {result["count"]} width plans,
-random in every channel group (a tenth to the whole); the table is what the probe measured on its own small nets
-({result["table"]["points"]} measurements, median error {result["table"]["error"]:.1%} on them, blocks of
-{result["table"]["block"]} channels). "Corrected" is the same table times one factor per net, learnt from one round at
-half width, as a server does when a device reports its first round. Errors are absolute and relative.
-
-| net | time | ms | median | quartiles | worst | corrected: median | quartiles | worst |
-|---|---|---|---|---|---|---|---|---|
-{nl.join(lines)}
-
-Planned widths (the rung of the planner's ladder that is nearest to a share) beside the narrowest uniform widths with at
-least as many MACs, in turns; `predicted` is the ratio that the table expects. Longest planned over uniform:
-step {worst["step"]:.2f}, latency {worst["latency"]:.2f}. Where the two are the same widths (multiple 1, MACs
-1.000), the ratio shows how well two measurements of one thing agree.
-
-| {header} |
-|---|---|---|---|---|---|---|---|---|---|---|---|
-{nl.join(planned)}
-"""
-
-
 def main() -> None:
-    """Measure, compare, write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--plans", type=int, default=50, help="random width plans of each net (default: 50)")
-    parser.add_argument("--nets", nargs="*", help="only these nets; nothing is written then")
-    arguments = parser.parse_args()
-    from synthetic_nets import setting, write
-
-    about = setting("onnxruntime")
-    probed: list[Measurement] = []
-    chosen = {n: m for n, m in nets().items() if not arguments.nets or n in arguments.nets}
-    measured = [measure_net(name, module, arguments.plans, probed) for name, module in chosen.items()]
+    command = parser(__doc__)
+    command.add_argument("--plans", type=int, default=50, help="random width plans of each net (default: 50)")
+    options = command.parse_args()
+    wanted, probed = dict(options.only).get("net"), list[Measurement]()
+    chosen = {name: module for name, module in nets().items() if wanted in (None, name)}
+    measured = [measure_net(name, module, options.plans, probed) for name, module in chosen.items()]
     table = fitted(probed)
     rows = [result_of(net, table) for net in measured]
-    worst = {
-        what: max(r[f"{what}_s"][0] / r[f"{what}_s"][1] for net in rows for r in net["planned"])
-        for what in ("step", "latency")
-    }
+    worst = {w: max(r[f"{w}_s"][0] / r[f"{w}_s"][1] for n in rows for r in n["planned"]) for w in ("step", "latency")}
     shown = {"block": table.block, "points": table.points, "error": table.error}
-    result = {
-        "setting": about,
-        "count": arguments.plans,
-        "table": shown,
-        "worst_planned": worst,
-        "nets": rows,
-    }
-    if arguments.nets:
-        print(page(about, result))
-        Path(tempfile.gettempdir(), "latency.json").write_text(json.dumps(result))
-    else:
-        write("latency", result, page(about, result))
+    body = {"setting": setting("onnxruntime"), "count": options.plans, "table": shown, "worst_planned": worst}
+    errors = [
+        {"net": net["net"], "what": what, **{k: net[what][k] for k in ("seconds", "table", "corrected")}}
+        for net in rows
+        for what in ("step", "latency")
+    ]
+    planned = [{"net": net["net"], **row} for net in rows for row in net["planned"]]
+    save(options.out or "latency", {**body, "nets": rows, "errors": errors, "planned": planned})
 
 
 if __name__ == "__main__":

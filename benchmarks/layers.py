@@ -1,4 +1,4 @@
-"""Layers alone against torch eager: `OMP_NUM_THREADS=1 python benchmarks/layers.py`.
+"""Layers alone against torch eager: `OMP_NUM_THREADS=1 python -m benchmarks.layers`.
 
 Forward and backward, with the gradients of all inputs, in the form that serves every width of an architecture. Steps of
 both run in turn in one process and one thread; CPU time, so that neighbours on the machine count for less.
@@ -7,15 +7,12 @@ both run in turn in one process and one thread; CPU time, so that neighbours on 
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from benchmarks.harness import in_turns, ratio, run_cases
 
 PAIRS, WARM_UP = 11, 2
 
@@ -86,17 +83,9 @@ def compared(node: Any, data: Arrays, shapes: Shapes, oracle: Callable[..., Any]
     worst = max(float(np.abs(a - b.numpy()).max() / np.abs(b.numpy()).max()) for a, b in pairs)
     if worst > 1e-4:
         raise SystemExit(f"{node.name}: the results differ by {worst:.1e}")
-    rows = []
-    for _ in range(WARM_UP + PAIRS):
-        row = []
-        for run in (ours, theirs):
-            start = time.process_time()
-            run()
-            row.append(1e3 * (time.process_time() - start))
-        rows.append(row)
-    kept = rows[WARM_UP:]
-    ms, torch_ms = (statistics.median(r[i] for r in kept) for i in (0, 1))
-    return {"cpu_ms": ms, "torch_cpu_ms": torch_ms, "ratio": statistics.median(a / b for a, b in kept)}
+    seconds = in_turns({"ours": ours, "torch": theirs}, PAIRS, WARM_UP)
+    ms, torch_ms = (1e3 * statistics.median(seconds[name]) for name in ("ours", "torch"))
+    return {"cpu_ms": ms, "torch_cpu_ms": torch_ms, "ratio": ratio(seconds["ours"], seconds["torch"])}
 
 
 def convolution(batch: int, groups: int, inside: int, size: int, k: int, stride: int, cut: str) -> dict[str, float]:
@@ -121,60 +110,65 @@ def convolution(batch: int, groups: int, inside: int, size: int, k: int, stride:
 
 def recurrent(op: str, batch: int, steps: int, inputs: int, hidden: int) -> dict[str, float]:
     """A recurrent layer in one direction."""
-    from test_gradients_recurrent import dims, tensors, torchs
+    import torch
 
     from support.oracles.differentiation import node
 
-    case = {"direction": "forward", "steps": steps, "inputs": inputs, "hidden": hidden, "bias": True, "states": False}
-    data = tensors(op, case)
-    data = {**data, "x": normal(steps, batch, inputs)}
-    layer, attrs = torchs(op, case), {"linear_before_reset": 1} if op == "GRU" else {}
-    one = node(op, "x", "w", "r", "b", hidden_size=hidden, **attrs)
-    return compared(one, data, {n: dims(op, case)[n] for n in data}, lambda **leaves: layer(**leaves)[0])
+    gates = 4 if op == "LSTM" else 3
+    data = {
+        "x": normal(steps, batch, inputs),
+        "w": normal(1, gates * hidden, inputs) / np.float32(hidden**0.5),
+        "r": normal(1, gates * hidden, hidden) / np.float32(hidden**0.5),
+        "b": normal(1, 2 * gates * hidden) / np.float32(hidden**0.5),
+    }
+    shapes: Shapes = {
+        "x": (steps, "N", "i"), "w": (1, f"{gates}*h", "i"), "r": (1, f"{gates}*h", "h"), "b": (1, f"{2 * gates}*h"),
+    }  # fmt: skip
+    order = (0, 2, 3, 1) if op == "LSTM" else (1, 0, 2)  # of the gates: ONNX has iofc and zrh, torch ifgo and rzn
+
+    def sorted_gates(value: Any) -> Any:
+        parts = value.reshape(gates, hidden, -1)
+        return torch.cat([parts[i] for i in order]).squeeze(-1)
+
+    def oracle(x: Any, w: Any, r: Any, b: Any) -> Any:
+        both = b[0].reshape(2, gates * hidden)
+        flat = [sorted_gates(w[0]), sorted_gates(r[0]), sorted_gates(both[0]), sorted_gates(both[1])]
+        state = torch.zeros(1, batch, hidden)
+        states = (state, state) if op == "LSTM" else state
+        run = torch._VF.lstm if op == "LSTM" else torch._VF.gru  # type: ignore[attr-defined]
+        return run(x, states, flat, True, 1, 0.0, True, False, False)[0].unsqueeze(1)
+
+    attrs = {"linear_before_reset": 1} if op == "GRU" else {}
+    return compared(node(op, "x", "w", "r", "b", hidden_size=hidden, **attrs), data, shapes, oracle)
+
+
+def cases() -> list[dict[str, Any]]:
+    made = []
+    for batch, channels, size, k, stride in DEPTHWISE:
+        layer = f"{k}×{k}, stride {stride}, {channels} channels of {size}×{size}, batch {batch}"
+        made.append({"kind": "depthwise", "layer": layer, "shape": (batch, channels, 1, size, k, stride, "groups")})
+    for batch, groups, inside, size, k, stride in GROUPED:
+        layer = f"{k}×{k}, stride {stride}, {groups} groups of {inside} channels of {size}×{size}, batch {batch}"
+        for cut in ("groups", "positions"):
+            shape = (batch, groups, inside, size, k, stride, cut)
+            made.append({"kind": f"in groups, {cut} cut", "layer": layer, "shape": shape})
+    for op, batch, steps, inputs, hidden in RECURRENT:
+        layer = f"{op}, {steps} steps, {inputs} inputs, {hidden} units, batch {batch}"
+        made.append({"kind": "recurrent", "layer": layer, "shape": (op, batch, steps, inputs, hidden)})
+    return made
+
+
+def measure(kind: str, layer: str) -> dict[str, float]:
+    shape = next(case["shape"] for case in cases() if (case["kind"], case["layer"]) == (kind, layer))
+    return recurrent(*shape) if kind == "recurrent" else convolution(*shape)
 
 
 def main() -> None:
     import torch
-    from synthetic_nets import setting, write
 
     torch.set_num_threads(1)
-    about = setting("onnxruntime", "torch")
-    rows: list[dict[str, Any]] = []
-
-    def add(kind: str, layer: str, times: dict[str, float]) -> None:
-        rows.append({"kind": kind, "layer": layer, **times})
-        print(rows[-1], flush=True)
-
-    for batch, channels, size, k, stride in DEPTHWISE:
-        layer = f"{k}×{k}, stride {stride}, {channels} channels of {size}×{size}, batch {batch}"
-        add("depthwise", layer, convolution(batch, channels, 1, size, k, stride, "groups"))
-    for batch, groups, inside, size, k, stride in GROUPED:
-        layer = f"{k}×{k}, stride {stride}, {groups} groups of {inside} channels of {size}×{size}, batch {batch}"
-        for cut in ("groups", "positions"):
-            add(f"in groups, {cut} cut", layer, convolution(batch, groups, inside, size, k, stride, cut))
-    for op, batch, steps, inputs, hidden in RECURRENT:
-        layer = f"{op}, {steps} steps, {inputs} inputs, {hidden} units, batch {batch}"
-        add("recurrent", layer, recurrent(op, batch, steps, inputs, hidden))
-    write("layers", {"setting": about, "pairs": PAIRS, "rows": rows}, page(about, rows))
-
-
-def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    table = "\n".join(
-        f"| {r['kind']} | {r['layer']} | {r['cpu_ms']:.1f} | {r['torch_cpu_ms']:.1f} | {r['ratio']:.2f} |" for r in rows
-    )
-    return f"""# Layers alone
-
-{about["date"]}, {about["cpu"]}, {about["cores"]} cores (load {about["load"]} from neighbours),
-Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/layers.py`
-
-Forward and backward of one layer with all gradients, one thread, CPU time; medians of {PAIRS} pairs of runs in turn;
-*ratio* is the median ratio within a pair, below 1 where ours is faster. Our graph serves every width: the number of
-channels of a depthwise layer varies, and of a layer in groups either the number of groups or their length.
-
-| kind | layer | ms | torch ms | ratio |
-|---|---|---|---|---|
-{table}
-"""
+    wanted = [{k: case[k] for k in ("kind", "layer")} for case in cases()]
+    run_cases("layers", __doc__, wanted, measure, "onnxruntime", "torch", pairs=PAIRS)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@ process, whose peak (VmHWM) is read when it ends. Weights and samples are random
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import fedprune_export as fx
+from benchmarks.harness import run_cases
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import memory_use
-from fedprune.planning.costs import AGENT_BYTES, costs_at
+from fedprune.planning.costs import costs_at
 
 LAYERS, WIDTH, HEADS, WORDS, LENGTH = 12, 768, 12, 8000, 32
 RANK, BATCH, STEPS = 8, 2, 4
-RESULTS = Path(__file__).parent / "results" / "lora.json"
 
 _CHILD = """
 import sys
@@ -85,8 +81,15 @@ def write_samples(folder: Path) -> None:
     np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
 
 
-def measure(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
-    """One precision's row."""
+def measure(base: str) -> dict[str, Any]:
+    """One precision's record."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        write_samples(Path(name))
+        return trained(LanguageModel(), base, Path(name))
+
+
+def trained(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     model = fx.load(module, lora=fx.Lora(RANK), base=base)
     recipe = Recipe(batch_size=BATCH, epochs=1, lr=0.01)
     samples = BATCH * STEPS
@@ -110,7 +113,6 @@ def measure(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     adapters = 4 * sum(v.size for n, v in model.tensors.items() if ".lora_" in n)
     return {
-        "base": base,
         "parameters": sum(p.numel() for p in module.parameters()),
         "adapter_bytes": adapters,
         "base_bytes": files.get("base.safetensors", 0),
@@ -125,51 +127,5 @@ def measure(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def report(rows: list[dict[str, Any]], machine: str) -> str:
-    """The results as Markdown."""
-    half = 2 * rows[0]["parameters"]
-    limit = 1.5 * half + 150e6
-    text = f"""# Adapters beside a frozen base in low precision
-
-`python -m benchmarks.lora`, {machine}.
-
-A decoder of {rows[0]["parameters"] / 1e6:.1f} million parameters ({LAYERS} layers of {WIDTH}, {WORDS} words, {LENGTH}
-tokens), adapters of rank {RANK} in all linear layers but the last, {STEPS} steps of {BATCH} samples on one thread. The
-peak is VmHWM of `fedprune-device train`, which predicts before and after training and writes the new bundle. The
-prediction is the planner's, of a process that has the agent, too
-({AGENT_BYTES / 1e6:.1f} MB). The file that is sent in every round holds the
-adapters alone. (As float32 weights the same model needs 1,036 MB and 790 MB per round by the planner, and a Raspberry
-Pi 5's profile refuses it.)
-
-Limit: 1.5 times the weights at float16 plus 150 MB, {limit / 1e6:.0f} MB.
-
-| base | sent once, MB | every round's file, MB | adapters, MB | peak, MB | predicted, MB | within the limit |
-|---|---|---|---|---|---|---|
-"""
-    keys = ("base_bytes", "weights_bytes", "adapter_bytes", "peak_bytes", "predicted_bytes")
-    for r in rows:
-        within = "yes" if r["peak_bytes"] <= limit else "no"
-        text += f"| {r['base']} | {' | '.join(f'{r[k] / 1e6:.1f}' for k in keys)} | {within} |\n"
-    return text
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    module = LanguageModel()
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_samples(folder)
-        for base in ("float16", "int8"):
-            rows.append(measure(module, base, folder))
-            print(rows[-1], flush=True)
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, onnxruntime "
-        f"{version('onnxruntime')}, numpy {version('numpy')}, {dt.datetime.now(dt.UTC).date()}"
-    )
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(rows, machine))
-
-
 if __name__ == "__main__":
-    main()
+    run_cases("lora", __doc__, [{"base": base} for base in ("float16", "int8")], measure, "onnxruntime")

@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+BATCH = 32
 
 Step = Callable[[], float]
+
+
+def batch(shape: tuple[int, ...], size: int = BATCH) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Random samples and labels of ten classes."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((size, *shape)).astype(np.float32), rng.integers(0, 10, size)
 
 
 def step_feeds(inputs: Iterable[str], tensors: Mapping[str, Any], x: Any, y: Any) -> dict[str, Any]:
@@ -54,7 +61,8 @@ def our_step(graph: Path, tensors: Mapping[str, Any], x: Any, y: Any, threads: i
 def torch_step(name: str, tensors: Mapping[str, Any], x: Any, y: Any, threads: int, device: str = "cpu") -> Step:
     """Eager torch on one of its devices; the module takes the width of the tensors that are put in."""
     import torch
-    from step_nets import loss, network
+
+    from benchmarks.step_nets import loss, network
 
     torch.set_num_threads(threads)
     net = network(name)

@@ -1,9 +1,8 @@
-"""A day of the coordinator with up to a million boards, on a virtual clock: `python benchmarks/million.py`.
+"""A day of the coordinator with up to a million boards, on a virtual clock: `python -m benchmarks.million`.
 
 The coordinator is the server's own. Its shell here is a fleet without tensors: boards connect and leave, train and
 send for as long as their profiles predict, and a worker answers at once with digests, which are all that a coordinator
-sees. Every case runs in a process of its own; what was interrupted continues with the next case, `--anew` forgets
-earlier runs.
+sees. Every case runs in a process of its own.
 
 - A board is of one of seven kinds, in the shares of the swarm. Its training takes what the planner predicts for its
   kind's profile and its 50 to 500 samples, times a factor of its own (log-normal, σ = 0.1) and one per round (σ =
@@ -15,30 +14,22 @@ earlier runs.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import heapq
 import json
-import math
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fleet_mixture import SAMPLES, SHARES
-from kept_runs import kept_runs
-from synthetic_nets import setting, write
 
-from fedprune.coordination import State, coordinate, width_planner
+from benchmarks.fleet_mixture import SAMPLES, SHARES
+from benchmarks.harness import in_fresh_process, peak_bytes, run_cases
+from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.rng import keyed
@@ -67,8 +58,6 @@ TIMED = 53
 """One event of this many of a kind is timed; those that come once a round always are."""
 
 RARE = ("Scored", "Closed", "Evaluated")
-
-ARCHITECTURE = "FEDPRUNE_ARCHITECTURE"
 
 
 @dataclass(frozen=True)
@@ -99,24 +88,12 @@ ASYNCHRONOUS = tuple(Case(n, hours=2.0, asynchronous=True) for n in (1_000, 10_0
 CASES = (*SIZES, *SHARES_ASKED, *PROBED, *ASYNCHRONOUS)
 
 
-def architecture() -> Architecture:
-    """The net's, written down by the parent process, so that a run's memory holds no compiler."""
-    return Architecture.from_json(Path(os.environ[ARCHITECTURE]).read_bytes())
+def architecture() -> str:
+    """The net's, made by another process, so that a run's memory holds no compiler."""
+    from benchmarks.step_nets import network
+    from fedprune_export.importing import export_torch, import_onnx
 
-
-def exported(folder: Path) -> Path:
-    """A file with the net's architecture."""
-    import torch
-    from step_nets import network
-
-    from fedprune_export.importing import import_onnx
-
-    path, example = folder / "net.onnx", (torch.zeros(1, 3, 32, 32),)
-    options: dict[str, Any] = {"opset_version": 17, "dynamo": False, "input_names": ["x"]}
-    torch.onnx.export(network(NET).eval(), example, str(path), dynamic_axes={"x": {0: "n"}}, **options)
-    described = folder / "architecture.json"
-    described.write_text(import_onnx(path.read_bytes(), NET).architecture.to_json())
-    return described
+    return import_onnx(export_torch(network(NET)), NET).architecture.to_json()
 
 
 def digest(*parts: object) -> str:
@@ -203,8 +180,7 @@ class Fleet:
 class Shell:
     """Drives a coordinator on the virtual clock, and takes its time."""
 
-    def __init__(self, case: Case) -> None:
-        net = architecture()
+    def __init__(self, case: Case, net: Architecture) -> None:
         at_work = max(10, round(case.participation * case.boards))
         schedule = {"kind": "async", "arrivals": at_work // 10, "concurrent": at_work}
         job = Job(
@@ -219,18 +195,7 @@ class Shell:
         )
         self.case, self.fleet = case, Fleet(case, net)
         self.state = State(model=digest("initial"), architecture=net.digest)
-        self.planned = self.plans = self.collected = self.collections = 0
-        planner = getattr(width_planner, "plan")  # noqa: B009 - it isn't the module's own
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time_ns() - self.collected
-            try:
-                return planner(*args, **kwargs)
-            finally:
-                self.planned += time.thread_time_ns() - self.collected - began
-                self.plans += 1
-
-        setattr(width_planner, "plan", timed)  # noqa: B010
+        self.collected = self.collections = 0
         self.coordinator = coordinate(job, net, self.state)
         self.now = 0.0
         self.later: list[tuple[float, int, on.Event, int]] = []
@@ -300,9 +265,9 @@ class Shell:
         """The coordinator's answer to an event; what it takes is measured now and then, since clocks take time, too."""
         if self.counted[kind] % TIMED and kind not in RARE:
             return self.coordinator.handle(event, self.now)
-        gone, began = self.planned + self.collected, time.thread_time_ns()
+        gone, began = self.collected, time.thread_time_ns()
         commands = self.coordinator.handle(event, self.now)
-        self.spent[kind] += time.thread_time_ns() - began - (self.planned + self.collected - gone)
+        self.spent[kind] += time.thread_time_ns() - began - (self.collected - gone)
         self.timed[kind] += 1
         return commands
 
@@ -410,34 +375,30 @@ def encoded(entry: Any) -> str:
     return json.dumps(entry.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
-def peak_mb() -> float:
-    """This process's largest memory; `getrusage` would begin with that of its parent."""
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def measure(**case: Any) -> dict[str, Any]:
+    """Run a case in a process of its own."""
+    net = in_fresh_process(architecture)
+    return in_fresh_process(simulated, Case(**case), net)  # type: ignore[no-any-return]
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Run a case in this process."""
-    base, began, cpu = peak_mb(), time.time(), time.process_time()
-    shell = Shell(case)
-    fleet = peak_mb()
+def simulated(case: Case, net: str) -> dict[str, Any]:
+    base, began, cpu = peak_bytes() / 2**20, time.time(), time.process_time()
+    shell = Shell(case, Architecture.from_json(net))
+    fleet = peak_bytes() / 2**20
     gc.callbacks.append(shell._collecting)
     shell.run()
     gc.callbacks.clear()
     cpu = time.process_time() - cpu
-    state, peak = shell.state, peak_mb()
+    state, peak = shell.state, peak_bytes() / 2**20
     counted = shell.counted
     each = {k: shell.spent[k] / shell.timed[k] / 1e3 for k in counted if shell.timed[k]}
     events, spent = sum(counted.values()), sum(each[k] * counted[k] for k in each)
     ended = [r for r in shell.rounds if "ended" in r]
     lasted = [r["ended"] - r["began"] for r in ended]
     return {
-        **asdict(case),
         "wall_s": round(time.time() - began, 1),
         "cpu_s": round(cpu, 1),
         "coordinator_s": round(spent / 1e6, 2),
-        "plans": shell.plans,
-        "plans_s": round(shell.planned / 1e9, 2),
         "collections": shell.collections,
         "collections_s": round(shell.collected / 1e9, 2),
         "events": events,
@@ -463,140 +424,5 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Run a case in a process of its own."""
-    found = subprocess.run(
-        [sys.executable, __file__, "--case", json.dumps(asdict(case))], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return {**json.loads(found.stdout), **setting()}
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    found = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in rows}
-    sizes, asked, probed, other = (
-        [found[c] for c in cases if c in found] for cases in (SIZES, SHARES_ASKED, PROBED, ASYNCHRONOUS)
-    )
-    first, kinds = rows[0], sorted({k for row in sizes for k in row["us_of"]})
-    lines = [
-        "# A day of the coordinator with up to a million boards",
-        "",
-        f"{first['date']}, {first['cpu']}, one of {first['cores']} cores, which other work shared (load",
-        f"{first['load']}), Python {first['python']}, numpy {first['numpy']}. `python benchmarks/million.py`",
-        "",
-        *(__doc__ or "").splitlines()[2:],
-        "",
-        "All times are CPU times. *Coordinator* is the time of `handle(event, now)`, without plans and without",
-        "Python's collections of the whole heap, which have columns of their own. *All* is that of the process; what",
-        "remains is the simulated fleet's. *Peak* is the process's memory, with the fleet.",
-        "",
-        "## Sizes",
-        "",
-        f"A round asks {1 + SIZES[0].over_selection:.1f} % of the boards that are there, and closes with 1 %.",
-        "",
-        *table(
-            ("boards", "events", "updates", "rounds", "coordinator s", "µs per event", "µs per update", "plans",
-             "plans s", "collections s", "all s", "events per s", "peak MB", "of it the fleet", "state MB"),
-            [
-                (f"{r['boards']:,}", f"{r['events']:,}", f"{r['updates']:,}", r["rounds"], f"{r['coordinator_s']:.0f}",
-                 r["us_per_event"], r["us_per_update"], f"{r['plans']:,}", f"{r['plans_s']:.0f}",
-                 f"{r['collections_s']:.1f}", f"{r['cpu_s']:.0f}", f"{r['events'] / r['cpu_s']:,.0f}", r["peak_mb"],
-                 r["fleet_mb"], f"{r['state_bytes'] / 1e6:,.0f}")
-                for r in sizes
-            ],
-        ),
-        "",
-        "*State* is what the tables of boards and tasks hold as text, profiles included. A turn saves what it changed:",
-        "",
-        *table(
-            ("boards", "rows per turn", "bytes per turn", "µs to encode them"),
-            [
-                (f"{r['boards']:,}", f"{s['rows'] / s['turns']:.2f}", f"{s['bytes'] / s['turns']:,.0f}",
-                 f"{s['cpu_ns'] / s['turns'] / 1e3:.0f}")
-                for r in sizes
-                for s in [r["saved"]]
-            ],
-        ),
-        "",
-        "Microseconds per event; `Evaluated` begins the next round:",
-        "",
-        *table(
-            ("boards", *(f"`{k}`" for k in kinds)),
-            [
-                (f"{r['boards']:,}", *(f"{r['us_of'][k]:,.0f}" if k in r["us_of"] else "–" for k in kinds))
-                for r in sizes
-            ],
-        ),
-        "",
-        "## Duration of rounds",
-        "",
-        "Virtual seconds, of 100,000 boards. Without asking for more than are needed, a round waits for boards that",
-        f"have left, at most for {DEADLINE_S:.0f} s.",
-        "",
-        *table(
-            ("participation", "asked beyond", "asked", "rounds", "shortest tenth", "median", "longest tenth",
-              "updates per hour", "boards asked", "most often", "µs per event"),
-            [
-                (f"{r['participation']:.1%}", f"{r['over_selection']:.0%}", f"{r['asked']:,}",
-                 r["rounds"], *(f"{q:,.0f}" for q in r["round_s"] or [math.nan] * 3),
-                 f"{r['updates'] / r['hours']:,.0f}", f"{r['offered_boards']:,}", r["offered_most"],
-                 r["us_per_event"])
-                for r in asked
-            ],
-        ),
-        "",
-        "## Boards that have measured themselves",
-        "",
-        "Boards of one kind with as many samples share a plan. One that has measured itself has a plan of its own.",
-        "",
-        *table(
-            ("boards that connected", "probes", "plans", "ms per plan", "kB per board"),
-            [
-                (f"{r['known']:,}", "yes" if r["probes"] else "no", f"{r['plans']:,}",
-                 f"{r['plans_s'] / r['plans'] * 1e3:.2f}",
-                 f"{(r['peak_mb'] - r['base_mb'] - r['fleet_mb']) * 1000 / r['known']:.1f}")
-                for r in probed
-            ],
-        ),
-        "",
-        "## Asynchronous",
-        "",
-        "1 % of the boards work at a time, and the model moves whenever a tenth of these have delivered. `Evaluated`",
-        "ends a round and begins the next: it notes the round's updates, and names all boards to the scorer.",
-        "",
-        *table(
-            ("boards", "updates", "rounds", "µs per event", "µs per `Evaluated`", "µs per other event"),
-            [
-                (f"{r['boards']:,}", f"{r['updates']:,}", r["rounds"], r["us_per_event"],
-                 f"{r['us_of']['Evaluated']:,.0f}", f"{others_us(r, 'Evaluated'):.0f}")
-                for r in other
-            ],
-        ),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def others_us(row: dict[str, Any], kind: str) -> float:
-    """Microseconds per event of all kinds but one."""
-    rest = {k: n for k, n in row["events_of"].items() if k != kind}
-    return float(sum(n * row["us_of"].get(k, 0.0) for k, n in rest.items()) / sum(rest.values()))
-
-
-def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    """A table in Markdown, with numbers to the right."""
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (heads, ("---:",) * len(heads), *rows)]
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[ARCHITECTURE] = str(exported(Path(folder)))
-        rows = kept_runs("million", __doc__, CASES, run)
-    write("million", {"rows": rows}, page(rows))
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--case"]:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--case", type=json.loads)
-        print(json.dumps(measure(Case(**parser.parse_args().case))))
-    else:
-        main()
+    run_cases("million", __doc__, [asdict(case) for case in CASES], measure)

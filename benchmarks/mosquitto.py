@@ -12,18 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from benchmarks.harness import peak_bytes
 from fedprune_server.messaging.broker.programs import find_mosquitto
 
 
-def found() -> tuple[str, str] | None:
-    """Its program and version; None where it isn't installed."""
-    mosquitto = find_mosquitto()
-    return None if mosquitto is None else (mosquitto.path, mosquitto.version)
-
-
 def needed(who: str) -> tuple[str, str]:
-    """The same for a benchmark that ends without it."""
-    return found() or sys.exit(f"{who}: needs mosquitto; install it, or put it into /usr/local/sbin")
+    """Its program and version; a benchmark ends without it."""
+    mosquitto = find_mosquitto()
+    if mosquitto is None:
+        sys.exit(f"{who}: needs mosquitto; install it, or put it into /usr/local/sbin")
+    return mosquitto.path, mosquitto.version
 
 
 class Mosquitto:
@@ -46,10 +44,7 @@ class Mosquitto:
 
     def memory(self, row: str = "VmRSS") -> int:
         """Bytes that it holds, or with VmHWM held at most."""
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith(row + ":"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"no {row}")
+        return peak_bytes(self._process.pid, row)
 
     def close(self) -> None:
         """End it."""

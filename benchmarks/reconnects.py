@@ -1,4 +1,4 @@
-"""The cost to a server of its whole fleet reconnecting: `python benchmarks/reconnects.py [--boards 10000] [--write]`.
+"""The cost to a server of its whole fleet reconnecting: `OMP_NUM_THREADS=1 python -m benchmarks.reconnects`.
 
 A server that was restarted reads the signed births of all boards, one after the other, as they would wait in its inbox.
 It stores their epochs, its coordinator's events and its state on the disk, and answers. What boards, broker and network
@@ -7,42 +7,37 @@ do is not measured: the births are signed beforehand, and what the server sends 
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import sqlalchemy as sql
 
-import sqlalchemy as sql  # noqa: E402
-from synthetic_nets import setting, write  # noqa: E402
-
-from benchmarks.swarm.fleet import probe_of  # noqa: E402
-from fedprune.coordination import State  # noqa: E402
-from fedprune.planning.profile_store import find  # noqa: E402
-from fedprune.security.keys import SigningKey  # noqa: E402
-from fedprune.security.signed_channel import seal  # noqa: E402
-from fedprune.wire.fleet_messages import RECONNECT  # noqa: E402
-from fedprune.wire.messages import PUT, Birth  # noqa: E402
-from fedprune.wire.queues import ConnectionUp  # noqa: E402
-from fedprune.wire.topics import Topics  # noqa: E402
-from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
-from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob  # noqa: E402
-from fedprune_server.engine.server import Server  # noqa: E402
-from fedprune_server.engine.state_directory import StateFolder  # noqa: E402
-from fedprune_server.enrollment.pki import IdentityFolder  # noqa: E402
-from fedprune_server.enrollment.store import APPROVED  # noqa: E402
-from fedprune_server.messaging.authentication import AuthenticatedLink  # noqa: E402
-from fedprune_server.messaging.rate_limit import RateLimitedLink  # noqa: E402
-from fedprune_server.messaging.transport import SiteLink  # noqa: E402
-from fedprune_server.storage.tables import MEMBERS  # noqa: E402
-from support.fakes.fleet import ToyWorker  # noqa: E402 - next to the tests
-from support.fakes.inbox import Inbox  # noqa: E402
-from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402
+from benchmarks.harness import parser, save, setting
+from benchmarks.swarm.fleet import probe_of
+from fedprune.coordination import State
+from fedprune.planning.profile_store import find
+from fedprune.security.keys import SigningKey
+from fedprune.security.signed_channel import seal
+from fedprune.wire.fleet_messages import RECONNECT
+from fedprune.wire.messages import PUT, Birth
+from fedprune.wire.queues import ConnectionUp
+from fedprune.wire.topics import Topics
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.store import APPROVED
+from fedprune_server.messaging.authentication import AuthenticatedLink
+from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.storage.tables import MEMBERS
+from support.fakes.fleet import ToyWorker
+from support.fakes.inbox import Inbox
+from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 TOPICS = Topics("default")
 PROFILE = find("raspberry-pi-5")
@@ -109,36 +104,14 @@ WAITING_JOB = replace(JOB, devices=1_000_000)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--boards", type=int, default=10_000, metavar="N")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/reconnects")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--boards", type=int, default=10_000, metavar="N")
+    options = command.parse_args()
     with tempfile.TemporaryDirectory() as name:
         fleet = Fleet(Path(name) / "state", options.boards)
         rows = [{"births": what, **measure(fleet, fleet.births())} for what in ("first", "after a restart")]
-    about = setting("SQLAlchemy")
-    table = "\n".join(
-        f"| {r['births']} | {r['cpu_s']:.1f} | {r['wall_s']:.1f} | {r['turns']:,} | {r['commits']:,} | {r['sent']:,} |"
-        for r in rows
-    )
-    page = PAGE.format(boards=options.boards, table=table, **about)
-    if options.write:
-        write("reconnects", {"setting": about, "rows": rows}, page)
-    else:
-        print(page)
+    save(options.out or "reconnects", {"setting": setting("SQLAlchemy"), "boards": options.boards, "rows": rows})
 
-
-PAGE = """# Reconnections
-
-{date}, {cpu}, {cores} cores, Python {python}, SQLAlchemy {SQLAlchemy}. `python benchmarks/reconnects.py`.
-
-All {boards:,} boards of a fleet announce themselves to a server that has just started: CPU and wall time of its process
-from the first birth to the last, turns of its loop, transactions, messages to boards.
-
-| births | CPU s | wall s | turns | commits | sent |
-|---|---:|---:|---:|---:|---:|
-{table}
-"""
 
 if __name__ == "__main__":
     main()

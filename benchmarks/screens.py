@@ -24,16 +24,14 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from benchmarks.shown_fleet import ShownFleet, made_up_run  # noqa: E402
-from fedprune_export.cli.main import main as export  # noqa: E402
-from fedprune_server.simulation.digits import digits_model  # noqa: E402
-from fedprune_server.simulation.results.comparison import write_comparison  # noqa: E402
-from fedprune_server.simulation.results.record import Record  # noqa: E402
-from fedprune_server.simulation.results.report import write_report  # noqa: E402
-from support.fakes.served_console import ServedConsole  # noqa: E402 - next to the tests
+from benchmarks.harness import ROOT
+from benchmarks.shown_fleet import ShownFleet, made_up_run
+from fedprune_export.cli.main import main as export
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.results.comparison import write_comparison
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.report import write_report
+from support.fakes.served_console import ServedConsole
 
 MARGIN = 6
 WIDTHS = {"desk": 1280, "tablet": 768, "phone": 390}

@@ -1,6 +1,6 @@
 """Secure sums of a hundred boards, and whole rounds of six: what masks, keys and shares cost boards and the server.
 
-    OMP_NUM_THREADS=1 python benchmarks/secure_sums.py
+    OMP_NUM_THREADS=1 python -m benchmarks.secure_sums
 
 The hundred boards and their server run their own code in one process, without a network. Every board has the same
 number of numbers; the sum is compared with the one without masks. The six are the demo's boards, a process each, with a
@@ -9,7 +9,6 @@ server and a broker; jobs with and without masks take turns, and their models ar
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -23,8 +22,8 @@ from random import Random
 from typing import Any, TypeVar
 
 import numpy as np
-from synthetic_nets import setting, write
 
+from benchmarks.harness import arguments, save, setting
 from fedprune.secure_aggregation.collector import Collector
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.participant import Participant
@@ -160,74 +159,13 @@ def fleet_rounds(folder: Path) -> list[dict[str, Any]]:
     return [row | {"round_s": statistics.median(seconds[name])} for name, row in found.items()]
 
 
-def page(about: dict[str, Any], rows: list[dict[str, Any]], rounds: list[dict[str, Any]]) -> str:
-    """The results as a page."""
-    lines = []
-    for row in rows:
-        vector = row["up"]["mask"]
-        around = sum(row["up"].values()) + sum(row["down"].values()) - vector
-        board = [f"{row['board_ms'][step]:.1f}" for step in STEPS]
-        server = [f"{row['server_ms'] / 1e3:.2f}", f"{row['unmasking_ms'] / 1e3:.2f}"]
-        head = [str(row[key]) for key in ("neighbours", "threshold", "bits", "dropped")]
-        cells = [*head, "yes" if row["exact"] else "**no**", f"{vector / 1e3:,.0f}", f"{around / 1e3:.1f}"]
-        lines.append("| " + " | ".join([*cells, *board, *server]) + " |")
-    table = "\n".join(lines)
-    first = rows[1]
-    steps = "\n".join(f"| {step} | {first['down'][step]:,.0f} | {first['up'][step]:,.0f} |" for step in STEPS)
-    fleet = "\n".join(
-        f"| {row['job']} | {row['counted']} | {row['up'] / 1e3:.1f} | {row['down'] / 1e3:.1f} | {row['round_s']:.2f} |"
-        for row in rounds
-    )
-    same = "the same, bit for bit" if rounds[0]["model"] == rounds[1]["model"] else "**not the same**"
-    titles = (
-        *("neighbours", "threshold", "bits", "dropped", "exact", "vector, kB", "other bytes, kB"),
-        *("keys, ms", "shares, ms", "masks, ms", "answer, ms", "server: messages, s", "server: unmasking, s"),
-    )
-    return f"""# Secure sums
-
-{about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the start),
-Python {about["python"]}, numpy {about["numpy"]}, cryptography {about["cryptography"]}.
-`OMP_NUM_THREADS=1 python benchmarks/secure_sums.py`
-
-{BOARDS} boards with {NUMBERS:,} numbers each, in one process without a network. Dropped boards have sent their
-shares but no vector, the most expensive moment for the server. As float32 such an update has
-{4 * NUMBERS / 1e3:,.0f} kB, in the codec `int8` about {NUMBERS / 1e3:,.0f} kB. Bytes and milliseconds are medians
-over boards, milliseconds processor time of this machine. A Raspberry Pi 4, whose processor has no instructions for
-AES, was not measured.
-
-| {" | ".join(titles)} |
-|{"---|" * len(titles)}
-{table}
-
-Bytes of a board in the second row:
-
-| step | to the board | from the board |
-|---|---|---|
-{steps}
-
-## Rounds of a fleet
-
-The demo's {len(DEMO_BOARDS)} boards at full width, a process each, with a server and its broker on this machine.
-Jobs took turns, {TURNS} times; a job has {ROUNDS} rounds, and the first is left out: there boards fetch graphs, and
-`int8` with masks has no step yet. Bytes are a board's in a round, of all messages and files; seconds are the median
-of all rounds, with the time to train.
-
-| job | boards that counted, at least | up, kB | down, kB | round, s |
-|---|---|---|---|---|
-{fleet}
-
-The models of `plain` and `masked` are {same}.
-"""
-
-
 def main() -> None:
-    """Measure and write the results."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    about = setting("cryptography")
-    rows = [measured(*case) for case in CASES]
+    options = arguments(__doc__)
+    rows = [measured(*case) for case in CASES[: 1 if options.only else None]]
     with tempfile.TemporaryDirectory() as folder:
-        rounds = fleet_rounds(Path(folder))
-    write("secure_sums", {"setting": about, "rows": rows, "rounds": rounds}, page(about, rows, rounds))
+        rounds = [] if options.only else fleet_rounds(Path(folder))
+    body = {"setting": setting("cryptography"), "boards": BOARDS, "numbers": NUMBERS, "rows": rows, "rounds": rounds}
+    save(options.out or "secure_sums", body)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A round's updates added up by the server alone, and by a Ray cluster of two processors on the same machine.
 
-    OMP_NUM_THREADS=1 python benchmarks/shared_sums.py
+    OMP_NUM_THREADS=1 python -m benchmarks.shared_sums
 
 The cluster shares the machine's cores, so that seconds show what the way there costs; what a cluster takes off the
 server are the seconds of its process.
@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from synthetic_nets import setting, write
 
+from benchmarks.harness import arguments, save, setting
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -31,7 +31,7 @@ from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.executor.worker import Worker
 
-MODEL = "shared_sums:vgg"
+MODEL = "benchmarks.shared_sums:vgg"
 UPDATES = 32
 PROCESSORS = 2
 DISTINCT = 8
@@ -105,6 +105,7 @@ def _own() -> float:
 
 
 def main() -> None:
+    options = arguments(__doc__)
     model: Model = load(MODEL)
     size = sum(v.size for v in model.tensors.values())
     rows = []
@@ -129,35 +130,8 @@ def main() -> None:
         assert event == expected, "other bits"
         rows.append({"way": f"a cluster of {PROCESSORS} processors", **row})
         print(rows[-1], flush=True)
-    about = setting("ray")
-    where = (
-        f"{about['date']}, {about['cpu']}, {about['cores']} cores (load {about['load']} from neighbours), "
-        f"Python {about['python']}, numpy {about['numpy']}, ray {about['ray']}. "
-        "`OMP_NUM_THREADS=1 python benchmarks/shared_sums.py`"
-    )
-    what = (
-        f"{UPDATES} whole updates of a VGG-11 ({size / 1e6:.1f} M numbers, {size * 4 / 1e6:.0f} MB each), checked "
-        "as they come and added up; the next model has the same bits in all rows. Server and cluster share the cores: "
-        "seconds are no speed-up of a cluster with cores of its own. The server's CPU is that of the process in "
-        "which its loop runs."
-    )
-    lines = [
-        "# A round's sums, by the server alone and by a cluster",
-        "",
-        where,
-        "",
-        what,
-        "",
-        "| who adds up | s, while they come | s, at the end | server's CPU s, while they come | at the end |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['way']} | {r['coming_s']:.2f} | {r['closing_s']:.2f} | {r['server_cpu_coming_s']:.2f} "
-        f"| {r['server_cpu_closing_s']:.2f} |"
-        for r in rows
-    ]
-    body = {"setting": about, "parameters": size, "updates": UPDATES, "rows": rows}
-    write("shared_sums", body, "\n".join(lines) + "\n")
+    body = {"setting": setting("ray"), "parameters": size, "updates": UPDATES, "rows": rows}
+    save(options.out or "shared_sums", body)
 
 
 if __name__ == "__main__":

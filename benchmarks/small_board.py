@@ -1,4 +1,4 @@
-"""Memory and first prediction of a board of 512 MB: `python benchmarks/small_board.py`.
+"""Memory and first prediction of a board of 512 MB: `python -m benchmarks.small_board`.
 
 A real server, Mosquitto and one `fedprune-device run` with the profile of a Raspberry Pi Zero 2 W, in a control group
 with what that board leaves to programs (needs root and the memory controller of cgroup v1; without them the limit is
@@ -8,9 +8,7 @@ Cortex-A53 (needs what `make test-arm64` needs).
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+from benchmarks.harness import run_cases
 
 BOARD = "raspberry-pi-zero-2w"
 NETS = {"lenet": (1, 28, 28), "mobilenetv2_100": (3, 96, 96)}
@@ -34,10 +31,6 @@ BATCH = 8
 SAMPLES = 64
 ROUNDS = 3
 IDLE_S = 8.0
-CLOCK_HZ = 1e9
-PER_CYCLE = 0.5
-"""Instructions per cycle that a Cortex-A53 is taken to reach at least."""
-
 GROUP = Path("/sys/fs/cgroup/memory/fedprune-small-board")
 
 FLEET = """\
@@ -81,7 +74,7 @@ sys.exit(code)
 def module(net: str) -> Any:
     """A net by name."""
     if net == "lenet":
-        from step_nets import network
+        from benchmarks.step_nets import network
 
         return network(net)
     from support.nets.published_nets import timm_model
@@ -118,7 +111,7 @@ def memory(pid: int) -> tuple[int, int]:
     return total, loaded
 
 
-def measure(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
+def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
     """One job on one board, and the board afterwards."""
     from benchmarks.swarm.site import find_mosquitto, site
     from fedprune.planning.profile_store import find
@@ -157,7 +150,7 @@ def measure(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
         plan = [line for line in log if "memory:" in line or "density" in line]
         place.stop("zero")
     return {
-        "net": net, "shape": shape, "limit_bytes": limit, "training_bytes": profile.training_bytes,
+        "shape": shape, "limit_bytes": limit, "training_bytes": profile.training_bytes,
         "idle_before_bytes": before, "idle_after_bytes": after, "peak_bytes": peak, "loaded": loaded,
         "reclaimed": failed, "plan": [" ".join(line.split()[1:]) for line in plan],
     }  # fmt: skip
@@ -199,7 +192,7 @@ def first_prediction(folder: Path) -> dict[str, Any]:
 
 def counted_prediction(folder: Path) -> int:
     """Instructions of the same on an emulated Cortex-A53, the interpreter's start included."""
-    from arm.counting import CACHE, SITE, board
+    from benchmarks.arm.counting import CACHE, SITE, board
 
     CACHE.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=CACHE, prefix=".small.") as place:
@@ -217,61 +210,11 @@ def counted_prediction(folder: Path) -> int:
     return int(counts[0])
 
 
-def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The table."""
-    lines = []
-    for row in rows:
-        mb = [f"{row[k] / 1e6:.0f}" for k in ("idle_before_bytes", "peak_bytes", "idle_after_bytes")]
-        mb.insert(1, f"{float(re.findall(r'memory: ([0-9.]+) MB', ' '.join(row['plan']))[0]):.0f}")
-        within = "" if row["reclaimed"] is None else f"{row['reclaimed']:,}"
-        cells = [row["net"], "×".join(map(str, row["shape"])), *mb, f"{row['limit_bytes'] / 1e6:.0f}", within]
-        cells += [str(row["loaded"]), f"{row['first']['cpu_s']:.2f}", f"{row['arm'] / 1e9:.2f}"]
-        cells.append(f"{row['arm'] / CLOCK_HZ / PER_CYCLE:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    packages = rows[0]["first"]["packages"]
-    imports = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in packages.items())
-    table, plans = "\n".join(lines), "\n".join(f"- {r['net']}: {'; '.join(r['plan'])}" for r in rows)
-    return f"""# A board of 512 MB
-
-{about["date"]}, {about["cpu"]}, Python {about["python"]}, onnxruntime {about["onnxruntime"]}, numpy {about["numpy"]}.
-`python benchmarks/small_board.py`
-
-`fedprune-device run` with the profile of a Raspberry Pi Zero 2 W, {ROUNDS} rounds of one epoch with {SAMPLES} samples
-in batches of {BATCH}, on this machine: libraries for Arm differ by some megabytes. Memory in MB: *idle* is the agent's
-(PSS, with all processes below it) when it is connected, and {IDLE_S:g} s after the job; *peak* its high-water mark
-(VmHWM), next to what the plan expects. The control group's *limit* is the board's memory less what its system takes;
-*reached* is how often the kernel had to take back pages at it. *Loaded* is how many processes had onnxruntime loaded
-at most.
-
-*First*: a fresh process that loads the serving model and predicts, as after a boot. CPU seconds here, and
-instructions (10⁹) on an emulated Cortex-A53; *A53* are the seconds that these take at 1 GHz and {PER_CYCLE}
-instructions per cycle, an estimate.
-
-| net | input | idle | planned | peak | idle after | limit | reached | loaded | first, s | instructions | A53, s |
-|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
-{table}
-
-The plans:
-
-{plans}
-
-Imports of the first prediction ({1e3 * rows[0]["first"]["imports_s"]:.0f} ms here): {imports}.
-"""
-
-
-def main() -> None:
-    """The command."""
-    from synthetic_nets import setting, write
-
-    rows: list[dict[str, Any]] = []
-    for net, shape in NETS.items():
-        with TemporaryDirectory(prefix="fedprune-small-") as scratch:
-            row = measure(net, shape, Path(scratch))
-            rows.append(row | {"first": first_prediction(Path(scratch)), "arm": counted_prediction(Path(scratch))})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    about = setting("onnxruntime")
-    write("small_board", {**about, "rows": rows}, page(rows, about))
+def measure(net: str) -> dict[str, Any]:
+    with TemporaryDirectory(prefix="fedprune-small-") as scratch:
+        row = job_on_board(net, NETS[net], Path(scratch))
+        return {**row, "first": first_prediction(Path(scratch)), "arm": counted_prediction(Path(scratch))}
 
 
 if __name__ == "__main__":
-    main()
+    run_cases("small_board", __doc__, [{"net": net} for net in NETS], measure, "onnxruntime")

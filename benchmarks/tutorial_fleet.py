@@ -4,22 +4,21 @@
 
 FedAvg trains the same width everywhere: what the poorest link can carry, in float32 or in int8, or the whole model on
 the boards whose links carry that. All three also get as many bytes as `fedprune`. Every seed deals the digits out again
-and draws other batches. Writes `benchmarks/results/tutorial_fleet.json` and its page.
+and draws other batches.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.synthetic_nets import setting, write
+from benchmarks.harness import run_cases
 from fedprune_server.simulation.starter import STARTERS, write_starter
 
 
@@ -53,40 +52,6 @@ WAYS = (
 )
 
 
-def main() -> None:
-    """Run all ways with all seeds, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="default: 2")
-    seeds = range(parser.parse_args().seeds)
-    found: dict[Way, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            write_starter(Path(folder), STARTERS, seed)
-            for way in WAYS:
-                found[way].append(run(Path(folder), way, seed))
-                print(seed, way.title, found[way][-1], file=sys.stderr, flush=True)
-    about = setting("onnxruntime")
-    lines = [
-        "# The tutorials' fleet on unequal links",
-        "",
-        f"{about['date']}, {about['cpu']}, Python {about['python']}, onnxruntime {about['onnxruntime']}, fedprune",
-        f"{about['fedprune']}. Written by `python -m benchmarks.tutorial_fleet`.",
-        "",
-        "Global accuracy on the server's samples, the mean of the last five rounds, by seed, and payload bytes of all",
-        "boards in both directions.",
-        "",
-        f"| | MB | {' | '.join(f'seed {s}' for s in seeds)} | mean |",
-        f"| --- | --- |{' --- |' * (len(seeds) + 1)}",
-    ]
-    rows = []
-    for way, results in found.items():
-        shares, sizes = [accuracy for accuracy, _ in results], [mb for _, mb in results]
-        rows.append({**asdict(way), "accuracies": shares, "megabytes": sizes})
-        cells = " | ".join(f"{a:.1%}" for a in (*shares, float(np.mean(shares))))
-        lines.append(f"| {way.title} | {np.mean(sizes):.1f} | {cells} |")
-    write("tutorial_fleet", {**about, "ways": rows}, "\n".join(lines) + "\n")
-
-
 def run(folder: Path, way: Way, seed: int) -> tuple[float, float]:
     """Global accuracy at the end, and megabytes."""
     devices = "".join(
@@ -108,5 +73,13 @@ def run(folder: Path, way: Way, seed: int) -> tuple[float, float]:
     return float(np.mean(accuracies)), (rounds[-1]["down"] + rounds[-1]["up"]) / 1e6
 
 
+def measure(title: str, seed: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_starter(Path(folder), STARTERS, seed)
+        accuracy, megabytes = run(Path(folder), next(way for way in WAYS if way.title == title), seed)
+    return {"accuracy": accuracy, "megabytes": megabytes}
+
+
 if __name__ == "__main__":
-    main()
+    wanted = [{"title": way.title, "seed": seed} for seed in (0, 1) for way in WAYS]
+    run_cases("tutorial_fleet", __doc__, wanted, measure, "onnxruntime")

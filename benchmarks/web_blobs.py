@@ -1,8 +1,8 @@
 """What a board gets of a model over HTTPS from its server, beside what it gets over MQTT: both as in the field.
 
-    python benchmarks/web_blobs.py [--output benchmarks/results/web_blobs.json] [--repeats 8]
+    python -m benchmarks.web_blobs [--repeats 8]
 
-A run is a transfer of 46 MB to one device: over MQTT as in `goodput.py`, which has what bare paho takes, too; over
+A run is a transfer of 46 MB to one device: over MQTT as in `benchmarks.goodput`, which has what bare paho takes; over
 HTTPS by `BlobServer` and `HttpFetch`, in processes of their own, with certificates on both sides; and over HTTP without
 them. Every leaf is verified and written, and what is whole is flushed to the disk. The three take turns, and which of
 them begins.
@@ -10,7 +10,6 @@ them begins.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import random
 import ssl
@@ -23,10 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from goodput import SIZE, ours
-from mosquitto import mosquitto, needed
-from synthetic_nets import RESULTS, setting, write
-
+from benchmarks.goodput import SIZE, ours
+from benchmarks.harness import parser, save, setting
+from benchmarks.mosquitto import mosquitto, needed
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
@@ -128,45 +126,15 @@ def measure(repeats: int, binary: str) -> list[dict[str, Any]]:
     ]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    about = result["setting"]
-    machine = f"{about['cpu']}, {about['cores']} cores, load {about['load']} before, {about['system']}"
-    versions = (
-        f"Mosquitto {result['mosquitto']}, OpenSSL {result['openssl']}, Python {about['python']}, "
-        f"fedprune {about['fedprune']}, paho-mqtt {about['paho-mqtt']}"
-    )
-    lines = [
-        "# A model of 46 MB to one device, over MQTT and from the server's web server",
-        "",
-        f"{about['date']}, {machine}; {versions}.",
-        f"Medians of {result['repeats']} runs of each way that take turns. Server, board and (for MQTT) broker share",
-        "the machine and its loopback with other work, which moves all of these figures; what links do is not in them.",
-        "MQTT and HTTP are not encrypted; HTTPS is TLS 1.3 with certificates on both sides, the handshake included.",
-        "All verify every leaf and wait for the disk. Written by `python benchmarks/web_blobs.py`.",
-        "",
-        "| way | MB/s | lowest, highest |",
-        "|---|---:|---:|",
-    ]
-    lines += [f"| {r['way']} | {r['mb_per_s']} | {r['all'][0]}, {r['all'][-1]} |" for r in result["rows"]]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "web_blobs.json")
-    parser.add_argument("--repeats", type=int, default=8)
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--repeats", type=int, default=8)
+    options = command.parse_args()
     multiprocessing.set_start_method("spawn")
     binary, its_version = needed("web_blobs")
-    result = {
-        "setting": setting("paho-mqtt"),
-        "mosquitto": its_version,
-        "openssl": ssl.OPENSSL_VERSION.split()[1],
-        "repeats": arguments.repeats,
-        "rows": measure(arguments.repeats, binary),
-    }
-    write(arguments.output, result, table(result))
+    rows = measure(options.repeats, binary)
+    about = {"mosquitto": its_version, "openssl": ssl.OPENSSL_VERSION.split()[1], "repeats": options.repeats}
+    save(options.out or "web_blobs", {"setting": setting("paho-mqtt"), **about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ SOURCES: dict[str, Source] = {
     "docs/images/gallery-motion-people.png": _gallery("motion_on_zeros"),
     "docs/images/gallery-vit-curves.png": _gallery("vit_on_orins"),
     "benchmarks/results/privacy.png": Source(
-        "privacy.json", lambda body: body["rows"], "python benchmarks/privacy.py"
+        "privacy.json", lambda body: body["rows"], "python -m benchmarks.privacy"
     ),
     "benchmarks/results/swarm.png": Source(
         "swarm.json", lambda body: rows_of_swarm(body["rows"]), "python -m benchmarks.swarm"

@@ -1,9 +1,10 @@
-"""The files that are made from the code, and whether those that lie here are."""
+"""The files that are made from the code and from measured numbers, and whether those that lie here are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks import tables
 from manual import asyncapi, command_pages, demo, grammar, message_schemas, python_page, rooms, setting_pages
 
 SCHEMAS = "docs/schemas"
@@ -23,6 +24,7 @@ def files() -> dict[str, str]:
         **{f"{SCHEMAS}/{name}": text for name, text in schemas.items()},
         **rooms.files(_ROOT),
         **demo.files(_ROOT),
+        **tables.files(_ROOT),
     }
 
 

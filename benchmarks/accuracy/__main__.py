@@ -1,11 +1,10 @@
 """Accuracy of strategies on real data, one command a table: `python -m benchmarks.accuracy TABLE`.
 
-Every run (a method and a seed) is a process of its own. A run that was killed continues from where it was,
-and a finished one is not repeated unless its settings or its network have changed; its numbers lie under
-`build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
-every run; in another checkout the runs of that file count as finished. A run whose code or settings have changed since
-stays on the page, marked, until it was run again. Where only code has changed, `--replay 3` repeats its first three
-rounds, and the run counts again if no digit differs. `summary` puts the verdicts of `EIGHT` on one page.
+Every run (a method and a seed) is a process of its own. A run that was killed continues from where it was, and a
+finished one is not repeated unless its settings have changed; its numbers lie under `build/accuracy`. The numbers of
+all finished runs, and what they come to, are written to `benchmarks/results/accuracy` after every run, and fill the
+tables of the pages; in another checkout the runs of that file count as finished. `summary` puts the verdicts of `EIGHT`
+together.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.page import page
+from benchmarks import tables
+from benchmarks.accuracy import report
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
-from benchmarks.accuracy.verdicts import summary
 from fedprune.core.cli import run_command, with_extra
 from fedprune.core.errors import ConfigError, TrainingError
 
@@ -65,7 +62,7 @@ def table(options: argparse.Namespace) -> int:
         print(f"\n{f'the {len(EIGHT)} of the summary':28} {_budget(EIGHT)}")
         return 0
     if options.table == "summary":
-        print(summarised(EIGHT, options))
+        summarise(EIGHT)
         return 0
     if options.table not in PROTOCOLS:
         names = ", ".join(PROTOCOLS)
@@ -73,55 +70,23 @@ def table(options: argparse.Namespace) -> int:
     protocol = changed(PROTOCOLS[options.table], options)
     methods = [m for m in protocol.methods if not options.methods or m.name in options.methods.split(",")]
     if unknown := set(filter(None, options.methods.split(","))) - {m.name for m in methods}:
-        rows_there = ", ".join(m.name for m in protocol.methods)
-        raise ConfigError(f"rows of {protocol.name}", expected=rows_there, got=", ".join(sorted(unknown)))
+        names = ", ".join(m.name for m in protocol.methods)
+        raise ConfigError(f"rows of {protocol.name}", expected=names, got=", ".join(sorted(unknown)))
     if options.one:
-        one(protocol, methods[0], options.seeds[0], options)
+        from benchmarks.accuracy.run import run
+
+        folder = options.runs / protocol.name
+        run(protocol, methods[0], options.seeds[0], folder, workers=options.processes, cuda=options.cuda)
         return 0
     if protocol.changes:  # a look takes the place of no result
         options.runs = options.runs / "changed"
-    options.output = options.output or (options.runs if protocol.changes else RESULTS)
-    if not protocol.changes:
+    else:
         restore(protocol, options)
-    failed = [] if options.page else everything(protocol, methods, options)
-    if failed:
+    if failed := everything(protocol, methods, options):
         names = ", ".join(f"{name} seed {seed}" for name, seed in failed)
         raise TrainingError(f"{len(failed)} runs failed: {names}", hint="What they say is above.")
-    report(protocol, options)
+    save(protocol, options)
     return 0
-
-
-def _budget(protocols: Sequence[Protocol]) -> str:
-    """Runs of tables and their CPU time, by recorded runs of any code, or else by those of similar rows."""
-    runs = [len(p.methods) * len(p.seeds) for p in protocols]
-    minutes = sum(len(p.seeds) * _minutes(p, m) for p in protocols for m in p.methods)
-    return f"{sum(runs)} runs, {f'{minutes / 60:.1f} CPU hours' if minutes > 300 else f'{minutes:.0f} CPU minutes'}"
-
-
-def _minutes(protocol: Protocol, method: Method) -> float:
-    """CPU minutes of one run of a row, by the committed results."""
-    runs = stored(protocol)["runs"]
-    like = (method.name, "fedavg" if method.name in (FULL, SAME_LOSS) else "")
-    found = next(filter(None, ([r["cpu_s"] / 60 for r in runs if r["method"] == name] for name in like)), None)
-    return sum(found) / len(found) if found else protocol.minutes
-
-
-def summarised(protocols: Sequence[Protocol], options: argparse.Namespace) -> str:
-    """The page of several tables' verdicts, which is written, too."""
-    from benchmarks.accuracy.run import commit, unpublished
-
-    tables = {}
-    for protocol in protocols:
-        restore(protocol, options)
-        tables[protocol.name] = (protocol, results(protocol, options))
-    code = commit()
-    runs = [run for protocol, runs in tables.values() for run in runs]
-    made = f"{time.strftime('%Y-%m-%d')}, code: {code}."
-    text = summary(tables, f"{made} {unpublished([code, *(run.get('code', '') for run in runs)])}".strip())
-    folder = options.output or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.md").write_text(text)
-    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,19 +101,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU")
-    parser.add_argument("--page", action="store_true", help="run nothing, write the page of what there is")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--again", action="store_true", help="run finished runs again")
-    again.add_argument(
-        "--replay",
-        type=int,
-        default=0,
-        metavar="N",
-        help="repeat only the first N rounds of runs of other code; runs that they equal count again",
-    )
-    parser.add_argument(
-        "--output", type=Path, help=f"folder of the page; {RESULTS}, or with a changed protocol {RUNS}/changed"
-    )
+    parser.add_argument("--again", action="store_true", help="run finished runs again")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of runs")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=with_extra("torch", table))
@@ -167,7 +120,7 @@ def seeds(text: str) -> tuple[int, ...]:
 
 
 def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
-    """The protocol with what the command line says instead; further seeds join its own on the page."""
+    """The protocol with what the command line says instead; further seeds join its own."""
     protocol = replace(protocol, seeds=tuple(sorted({*protocol.seeds, *options.seeds})))
     changes = [f"--{name} {getattr(options, name)}" for name in ("rounds", "most", "steps") if getattr(options, name)]
     if options.rounds:
@@ -178,6 +131,21 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
     if options.steps:
         protocol = replace(protocol, recipe=replace(protocol.recipe, max_steps=options.steps))
     return replace(protocol, changes=" ".join(changes))
+
+
+def _budget(protocols: Sequence[Protocol]) -> str:
+    """Runs of tables and their CPU time, by recorded runs of any code, or else by those of similar rows."""
+    runs = sum(len(p.methods) * len(p.seeds) for p in protocols)
+    minutes = sum(len(p.seeds) * _minutes(p, m) for p in protocols for m in p.methods)
+    return f"{runs} runs, {f'{minutes / 60:.1f} CPU hours' if minutes > 300 else f'{minutes:.0f} CPU minutes'}"
+
+
+def _minutes(protocol: Protocol, method: Method) -> float:
+    """CPU minutes of one run of a row, by the committed results."""
+    runs = stored(protocol)["runs"]
+    like = (method.name, "fedavg" if method.name in (FULL, SAME_LOSS) else "")
+    found = next(filter(None, ([r["cpu_s"] / 60 for r in runs if r["method"] == name] for name in like)), None)
+    return sum(found) / len(found) if found else protocol.minutes
 
 
 def everything(protocol: Protocol, methods: list[Method], options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -197,19 +165,8 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
         for method, seed in wanted:
             forget(protocol, method, seed, options)
     left = [(m, s) for m, s in wanted if not finished(protocol, m, s, options)]
-    done = [r["cpu_s"] / 60 for r in results(protocol, options)]
-    each = sum(done) / len(done) if done else protocol.minutes
-    basis = "as those that are finished took" if done else "a guess"
-    if options.replay:
-        left = [(m, s) for m, s in left if result_of(protocol, m, s, options).exists()]
-        each *= min(1.0, options.replay / protocol.rounds)
-    print(
-        f"{protocol.name}: {len(left)} of {len(wanted)} runs to do, about {len(left) * each:.0f} CPU minutes "
-        f"({each:.1f} each, {basis}), {options.workers} at a time",
-        flush=True,
-    )
-    if options.replay:
-        return replay_all(protocol, left, options)
+    minutes = sum(_minutes(protocol, method) for method, _ in left)
+    print(f"{protocol.name}: {len(left)} of {len(wanted)} runs to do, about {minutes:.0f} CPU minutes", flush=True)
     running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
     failed = []
     try:
@@ -224,41 +181,10 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
                     failed.append(name)
                     print(f"{name[0]} seed {name[1]}: FAILED with exit code {process.returncode}", flush=True)
                 else:
-                    report(protocol, options, quiet=True)
+                    save(protocol, options)
     finally:
         for process in running:
             process.terminate()
-    return failed
-
-
-def replay_all(
-    protocol: Protocol, runs: Sequence[tuple[Method, int]], options: argparse.Namespace
-) -> list[tuple[str, int]]:
-    """Repeat the first rounds of runs, many in one process: reading data and importing torch takes longer than they do.
-
-    Returns:
-        Row and seed of those that failed.
-    """
-    from benchmarks.accuracy.replay import replay
-
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which read it on import
-    folder = options.runs / protocol.name
-    failed = []
-    pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
-    try:
-        waiting = {
-            pool.submit(replay, protocol, method, seed, folder, options.replay, cuda=options.cuda): (method.name, seed)
-            for method, seed in runs
-        }
-        for future in as_completed(waiting):
-            name, seed = waiting[future]
-            error = future.exception()
-            if error is not None:
-                failed.append((name, seed))
-            found = f"FAILED: {error}" if error is not None else future.result() or "the same"
-            print(f"{name} seed {seed}: {found}", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
     return failed
 
 
@@ -268,12 +194,6 @@ def start(protocol: Protocol, method: Method, seed: int, options: argparse.Names
     command += ["--runs", str(options.runs), "--rounds", str(options.rounds), "--most", str(options.most)]
     command += ["--steps", str(options.steps), *(["--cuda"] if options.cuda else [])]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
-    from benchmarks.accuracy.run import run
-
-    run(protocol, method, seed, options.runs / protocol.name, workers=options.processes, cuda=options.cuda)
 
 
 def result_of(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> Path:
@@ -299,7 +219,7 @@ def finished(protocol: Protocol, method: Method, seed: int, options: argparse.Na
 
 
 def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All finished runs of the table's rows and seeds; those of other code or settings are marked `stale`."""
+    """All finished runs of the table's rows and seeds; those of other settings are marked `stale`."""
     found = []
     for method in protocol.methods:
         for seed in protocol.seeds:
@@ -320,23 +240,18 @@ def stored(protocol: Protocol) -> dict[str, Any]:
 
 
 def restore(protocol: Protocol, options: argparse.Namespace) -> None:
-    """Put runs of the committed results where this checkout has none of that row and seed, or has a stale one."""
+    """Put runs of the committed results where this checkout has none of that row and seed."""
     committed = stored(protocol)
     rows = {m.name: m for m in protocol.methods}
     for run in whole(committed["runs"]):
-        run.setdefault("machine", committed["machine"])
-        method, seed = rows.get(run["method"]), run["seed"]
-        if method is None:
-            continue
-        target = result_of(protocol, method, seed, options)
-        fresh = run["key"] == protocol.key(method, seed, cuda=options.cuda)
-        if not target.exists() or (fresh and not finished(protocol, method, seed, options)):
+        target = result_of(protocol, rows[run["method"]], run["seed"], options) if run["method"] in rows else None
+        if target is not None and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(run))
+            target.write_text(json.dumps({"machine": committed["machine"], **run}))
 
 
-def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = False) -> None:
-    """Write the page of what there is, if there is anything."""
+def save(protocol: Protocol, options: argparse.Namespace) -> None:
+    """Write the runs that there are and what they come to: a table's results, or what a look has found."""
     from benchmarks.accuracy.run import commit
 
     runs = results(protocol, options)
@@ -344,12 +259,21 @@ def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = Fal
         return
     machines = " and ".join(sorted({r["machine"] for r in runs}))
     header = {"date": time.strftime("%Y-%m-%d"), "machine": machines, "versions": versions(), "code": commit()}
-    options.output.mkdir(parents=True, exist_ok=True)
-    text = page(protocol, runs, header)
-    (options.output / f"{protocol.name}.md").write_text(text)
-    (options.output / f"{protocol.name}.json").write_text(json.dumps({**header, "runs": slim(runs)}) + "\n")
-    if not quiet:
-        print(text)
+    body = {**header, "changes": protocol.changes, **report.figures(protocol, runs), "runs": slim(runs)}
+    path = (options.runs if protocol.changes else RESULTS) / f"{protocol.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body) + "\n")
+    if protocol.changes:
+        print(json.dumps(body["table"], indent=1))
+    else:
+        tables.write(tables.ROOT)
+
+
+def summarise(protocols: Sequence[Protocol]) -> None:
+    """Write the verdicts of several tables' committed results."""
+    found = {p.name: (p, whole(stored(p)["runs"])) for p in protocols}
+    (RESULTS / "summary.json").write_text(json.dumps(report.summary(found), indent=1) + "\n")
+    tables.write(tables.ROOT)
 
 
 def slim(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks.accuracy.code_digest import code_digest
 from benchmarks.accuracy.nets import definition
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
@@ -40,8 +39,6 @@ class Method:
         densities: Whether the strategy gets the protocol's densities.
         elements: Whether its submodels are made of elements: for densities it gets the shares of elements that weigh
             what submodels of the protocol's densities weigh (`benchmarks.accuracy.shares`).
-        paper: The paper's figure, where it has one for this row.
-        note: What to know about the row.
         serves: What a board predicts with by this method: `after`, the model that it trained last, or `average`.
         samples: Whether the server has the `CALIBRATION` samples, as one with the table `[calibration]`.
     """
@@ -53,8 +50,6 @@ class Method:
     job: Mapping[str, Any] = field(default_factory=dict)
     densities: bool = True
     elements: bool = False
-    paper: str = ""
-    note: str = ""
     serves: str = "after"
     samples: bool = False
 
@@ -95,7 +90,6 @@ class Protocol:
     Attributes:
         name: What the command calls the table.
         title: Its heading.
-        keeps: What it keeps of a paper's protocol and what it changes, for the page.
         source: The data set.
         data: Settings of `DataPlan`, without source and seed.
         net: The network.
@@ -118,13 +112,11 @@ class Protocol:
         minutes: CPU minutes of one run, roughly, on the machine of the results.
         reads: The rounds, as shares of all, whose mean is a run's figure.
         full: Whether it is a paper's full protocol, made for a GPU.
-        paper: The paper's figures that no row has.
         changes: What a command line has changed, for the page; such a run is a look, no result.
     """
 
     name: str
     title: str
-    keeps: str
     source: str
     data: Mapping[str, Any]
     net: str
@@ -147,7 +139,6 @@ class Protocol:
     minutes: float = 4.0
     reads: tuple[float, ...] = (0.5, 0.75, 1.0)
     full: bool = False
-    paper: str = ""
     changes: str = ""
 
     def method(self, name: str) -> Method:
@@ -160,18 +151,16 @@ class Protocol:
         return replace(self, rounds=rounds, methods=methods)
 
     def key(self, method: Method, seed: int, *, cuda: bool = False) -> str:
-        """Digest of all that decides a run's numbers, code included: results of others are not mixed in."""
+        """Digest of the settings that decide a run's numbers: results of others are not mixed in."""
         parts = asdict(self)
         for name in (
             "title",
-            "keeps",
             "methods",
             "seeds",
             "reference",
             "target",
             "minutes",
             "reads",
-            "paper",
             "name",
             "changes",
         ):
@@ -180,10 +169,9 @@ class Protocol:
             parts.pop("ends_at_target")
         parts["recipe"] = self.recipe.to_dict()
         row = asdict(method)
-        for name in ("paper", "note", "name", "serves"):
+        for name in ("name", "serves"):
             row.pop(name)
         boards = [{k: v for k, v in find(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
         trainer = "cuda" if cuda else "onnxruntime"
-        code = [definition(self.net), code_digest(method.strategy, samples=method.samples)]
-        what = [parts, row, seed, trainer, boards, code, AVERAGE, CALIBRATION]
+        what = [parts, row, seed, trainer, boards, definition(self.net), AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -316,21 +316,8 @@ def commit() -> str:
     return f"{found}-dirty" if found and _git("status", "--porcelain", "-uno", "--", "*.py") else found
 
 
-def unpublished(codes: Iterable[str]) -> str:
-    """A sentence about commits that aren't in this repository's history; empty if there are none."""
-    commits = {code.removesuffix("-dirty").rpartition("-g")[2] for code in codes if code}
-    lost = sorted(c for c in commits if _asked("merge-base", "--is-ancestor", c, "HEAD").returncode)
-    if not lost:
-        return ""
-    return f"These commits are not in the published history and can't be checked out: {', '.join(lost)}."
-
-
 def _git(*arguments: str) -> str:
-    return _asked(*arguments).stdout.strip()
-
-
-def _asked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> str:

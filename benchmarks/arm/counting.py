@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "tests")]
+from support.processes.arm_board import Board, copied
+from support.processes.arm_userland import BOOKWORM, CACHE, tool, userland
 
-from support.processes.arm_board import Board, copied  # noqa: E402
-from support.processes.arm_userland import BOOKWORM, CACHE, tool, userland  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn", "resnet18_gn", "mobilenet_v2")
 DENSITIES = (1.0, 0.5, 0.25)
@@ -41,8 +40,7 @@ Count = Mapping[str, int]
 
 def prepare(folder: Path, nets: Sequence[str], densities: Sequence[float]) -> None:
     """Write the files that a server sends and those that torch needs, a folder for each net and width."""
-    from step_nets import network
-
+    from benchmarks.step_nets import network
     from fedprune.core import tensorfile
     from fedprune.model.architecture import widths_at
     from fedprune.model.recipe import Features
@@ -104,8 +102,10 @@ def board(folder: Path, engines: Iterable[str]) -> Board:
     unpack(wheels, made.root / SITE[1:])
     if "torch" in engines:
         unpack(torch_wheels(), made.root / TORCH_SITE[1:])
-    for file in (HERE / "on_board.py", HERE.parent / "measured_steps.py", HERE.parent / "step_nets.py"):
-        shutil.copy(file, made.root / SITE[1:])
+    package = made.root / SITE[1:] / "benchmarks"
+    (package / "arm").mkdir(parents=True)
+    for file in ("arm/on_board.py", "measured_steps.py", "step_nets.py"):
+        shutil.copy(HERE.parent / file, package / file)
     return replace(made, plugin=counter(folder))
 
 
@@ -138,7 +138,7 @@ def count(machine: Board, engine: str, rows: Sequence[str], batch: int, timeout:
     found: dict[str, Count] = {}
     # qemu 7.2 ends with a fault where a process has translated too much: another one goes on with the next row.
     while waiting := [r for r in rows if r not in found]:
-        words = ["/usr/bin/python3", f"{SITE}/on_board.py", FILES, str(batch), engine, *waiting]
+        words = ["/usr/bin/python3", "-m", "benchmarks.arm.on_board", FILES, str(batch), engine, *waiting]
         done = machine.run(*words, timeout=timeout)
         marks = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("counted ")]
         totals = {int(number): (int(instructions), int(moved)) for number, instructions, moved in marks}

@@ -1,4 +1,7 @@
-"""Runs on the emulated board: `python on_board.py FOLDER ENGINE ROW...` marks where each row's work begins and ends."""
+"""Runs on the emulated board, and marks where each row's work begins and ends.
+
+python -m benchmarks.arm.on_board FOLDER BATCH ENGINE ROW...
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measured_steps import our_step, torch_step
+
+from benchmarks.measured_steps import our_step, torch_step
 
 
 def mark(number: int) -> None:

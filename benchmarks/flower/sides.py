@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -14,13 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.flower.material import Job, write_fleet
-from benchmarks.swarm.site import Site, family, find_mosquitto, free_port
+from benchmarks.harness import ROOT
+from benchmarks.swarm.site import Site, find_mosquitto, free_port
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune_server.storage.storage import Storage
 
-_ROOT = Path(__file__).parents[2]
 _START_S = 120.0
 _POLL_S = 0.1
 
@@ -36,14 +35,12 @@ class Round:
         at: When it was over, seconds since 1970.
         accuracy: Of the global model on the server's samples.
         counted: Updates that are in it.
-        run: Which run of the job it belongs to.
     """
 
     number: int
     at: float
     accuracy: float
     counted: int = 0
-    run: str = ""
 
 
 class Side(Protocol):
@@ -72,9 +69,6 @@ class Side(Protocol):
     def rounds(self) -> list[Round]:
         """Rounds that are over, the beginning as round 0."""
 
-    def trains(self, name: str, number: int) -> bool:
-        """Whether a client trains for a round right now."""
-
     def model(self) -> Model:
         """The global model of the last round that is over."""
 
@@ -95,14 +89,9 @@ class Fedprune:
         return self._place.port
 
     def start_server(self) -> None:
-        """Broker, if it doesn't run yet, and server."""
-        if "broker" not in self._place.watched:
-            self.start_broker()
-        self._place.server(self._config)
-
-    def start_broker(self) -> None:
-        """Mosquitto alone."""
+        """Broker and server."""
         self._place.broker(self._binary)
+        self._place.server(self._config)
 
     def start_client(self, name: str, port: int, *, watch: bool = False) -> None:
         """A device."""
@@ -138,10 +127,6 @@ class Fedprune:
             for r in done
         ]
 
-    def trains(self, name: str, number: int) -> bool:
-        """Whether its own log says so."""
-        return f"round {number} of job side-by-side: training" in self._place.said(name)
-
     def model(self) -> Model:
         """Of the last round."""
         state = self._place.folder / "state"
@@ -163,16 +148,14 @@ class Flower:
         place: Where it runs.
         job: What to do.
         environment: Flower's own virtual environment.
-        database: Whether the SuperLink keeps its state in a file; in memory by default, as Flower does.
     """
 
     title = "Flower"
     servers: tuple[str, ...] = ("superlink",)
 
-    def __init__(self, place: Site, job: Job, environment: Path, *, database: bool = False) -> None:
+    def __init__(self, place: Site, job: Job, environment: Path) -> None:
         self._place, self._job, self._bin = place, job, environment.resolve() / "bin"
         self._ports = {n: free_port() for n in ("http", "control", "fleet", *job.names)}
-        self._database = database
         home = place.folder / "flower-home"
         home.mkdir()
         where = f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
@@ -190,16 +173,13 @@ class Flower:
             FedpruneError: It doesn't come up.
         """
         others = [f"--{n}-api-address=127.0.0.1:{self._ports[n]}" for n in ("control", "fleet")]
-        kept = ["--database", str(self._place.folder / "superlink.db")] if self._database else []
-        before = self._place.folder / "superlink.log"
-        told = before.stat().st_size if before.exists() else 0
         self._start(
             "superlink",
-            [*_SUPERLINK, *others, *kept, "--host", "127.0.0.1", "--port", str(self.port)],
+            [*_SUPERLINK, *others, "--host", "127.0.0.1", "--port", str(self.port)],
             watch=True,
         )
         until = time.monotonic() + _START_S
-        while "Uvicorn running" not in self._place.said("superlink")[told:]:
+        while "Uvicorn running" not in self._place.said("superlink"):
             if not self._place.alive("superlink") or time.monotonic() > until:
                 raise FedpruneError("the SuperLink doesn't come up", hint=self._place.said("superlink")[-2000:])
             time.sleep(_POLL_S)
@@ -217,41 +197,14 @@ class Flower:
         """`flwr run`."""
         job, folder = self._job, self._place.folder
         config = f'folder="{folder}" clients={job.clients} rounds={job.rounds} timeout={job.deadline_s}'
-        app = Path(__file__).parent / "app"
+        app = ROOT / "benchmarks/flower/app"
         self._start("submit", ["flwr", "run", str(app), "here", "--run-config", config], watch=False)
 
     def rounds(self) -> list[Round]:
         """From what its ServerApp writes."""
         path = self._place.folder / "flower_rounds.jsonl"
         lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-        return [Round(x["round"], x["at"], x["accuracy"], x["counted"], str(x["run"])) for x in lines]
-
-    def trains(self, name: str, number: int) -> bool:
-        """Whether it got so many messages, and a ClientApp runs below it."""
-        got = self._place.said(name).count("Receiving: train message")
-        return got >= number and self.app("flwr-clientapp", name) is not None
-
-    def app(self, program: str, name: str) -> int | None:
-        """The process of an app below a process of ours."""
-        for pid in family(self._place.pid(name)):
-            command = Path(f"/proc/{pid}/cmdline")
-            if command.exists() and program.encode() in command.read_bytes():
-                return pid
-        return None
-
-    def status(self) -> str:
-        """What `flwr ls` says of the runs."""
-        listed = subprocess.run(
-            ["env", *self._given(), "flwr", "ls", "here", "--format", "json"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        try:
-            runs = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"]
-        except (ValueError, KeyError):
-            return f"fails: {(listed.stderr or listed.stdout).strip()[:200]}"
-        return ", ".join(f"run {str(r['run-id'])[:6]} {r['status']}" for r in runs) or "no runs"
+        return [Round(x["round"], x["at"], x["accuracy"], x["counted"]) for x in lines]
 
     def model(self) -> Model:
         """Of the last round."""
@@ -265,5 +218,5 @@ class Flower:
         """Variables of its processes' environment."""
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         own = {"FLWR_HOME": str(self._place.folder / "flower-home"), "PATH": f"{self._bin}:/usr/bin:/bin"}
-        own["PYTHONPATH"] = f"{_ROOT / 'toolkit'}:{_ROOT / 'device_runtime'}"
+        own["PYTHONPATH"] = f"{ROOT / 'toolkit'}:{ROOT / 'device_runtime'}"
         return [f"{k}={v}" for k, v in {**quiet, **own}.items()]

@@ -9,11 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from synthetic_nets import RESULTS, setting, write
-
-from benchmarks.swarm.page import page
+from benchmarks.harness import RESULTS, save, setting
 from benchmarks.swarm.picture import draw
 from benchmarks.swarm.run import Size, measure
 from benchmarks.swarm.site import find_mosquitto
@@ -32,34 +28,23 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="run the server under cProfile, and write FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder, and leave everything there")
-    parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")
     options = parser.parse_args()
     rows = []
     for devices in options.devices:
         profile = None if options.profile is None else options.profile.resolve()
         size = Size(
-            devices,
-            options.rounds,
-            options.scale,
-            options.arrivals,
-            options.pulls,
-            options.limit,
-            profile=profile,
+            devices, options.rounds, options.scale, options.arrivals, options.pulls, options.limit, profile=profile
         )
-        if options.keep is not None:
-            folder = (options.keep / str(devices)).resolve()
-            folder.mkdir(parents=True)
+        with TemporaryDirectory() as name:
+            folder = Path(name) if options.keep is None else (options.keep / str(devices)).resolve()
+            folder.mkdir(parents=True, exist_ok=True)
             rows.append(measure(size, folder))
-        else:
-            with TemporaryDirectory() as name:
-                rows.append(measure(size, Path(name)))
         print(json.dumps(rows[-1]), flush=True)
     about = setting("paho-mqtt", "SQLAlchemy") | {"broker": broker_version()}
-    text = page(rows, about, vars(options))
-    if options.no_page:
-        print(text)
-    else:
-        write("swarm", {"setting": about, "rows": rows}, text)
+    settings = {name: getattr(options, name) for name in ("devices", "scale", "arrivals", "pulls")}
+    save(options.out or "swarm", {"setting": about, "settings": settings, "rows": rows})
+    if options.out is None:
         draw(rows, RESULTS / "swarm.png")
     return int(any(row["audit"]["faults"] for row in rows))
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.picture_style import FLEET, REFERENCE, save, styled
-from benchmarks.swarm.page import Row
 from manual.pictures import rows_of_swarm
 
 _QUESTIONS = {"call off": ("o", "-"), "say again": ("s", "--")}
 
 
-def draw(rows: list[Row], path: Path, memory_bar: float = 500, latency_bar: float = 0.25) -> Path:
+def draw(rows: list[dict[str, Any]], path: Path, memory_bar: float = 500, latency_bar: float = 0.25) -> Path:
     """Draw seconds of a round, the server's memory and the latency of control messages by the fleet's size.
 
     Args:

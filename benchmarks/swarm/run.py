@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fleet_mixture import SHARES
+from benchmarks.harness import ROOT
 from benchmarks.swarm.audit import audit
 from benchmarks.swarm.job import seconds_per_sample, write_job
 from benchmarks.swarm.site import Site, find_mosquitto, site
@@ -117,7 +118,7 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
         path = place.folder / f"{name}.json"
         path.write_text(json.dumps(spec | {"indices": part}))
         result = place.folder / f"{name}-result.json"
-        processes[name] = place.start(name, [sys.executable, "-m", f"benchmarks.swarm.{name}", path, result])
+        processes[name] = place.start(name, [sys.executable, "-m", f"benchmarks.swarm.{name}", path, result], cwd=ROOT)
     for name, process in processes.items():
         process.wait(size.limit_s + _END_S)
         if process.returncode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune.core.errors import BrokerError, FedpruneError
+from fedprune_server.messaging.broker import programs
 
-_ROOT = Path(__file__).parents[2]
 _EVERY_S = 1.0
 _START_S = 30.0
 _STOP_S = 60.0
@@ -87,12 +86,12 @@ class Site:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
-    def start(self, name: str, command: Sequence[str | Path], *, watch: bool = True) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: Sequence[str | Path], *, watch: bool = True, cwd: Path | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start a process; what it says goes to `{name}.log`. To watch hundreds takes more time than they leave."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [str(c) for c in command], stdout=log, stderr=log, cwd=self.folder, env=_environment()
-            )
+            process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=cwd or self.folder)
         with self._lock:
             self._processes[name] = process
             if watch:
@@ -187,11 +186,11 @@ class Site:
 
 
 @contextmanager
-def site(folder: Path, kind: type[Site] = Site) -> Iterator[Site]:
+def site(folder: Path) -> Iterator[Site]:
     """A site in a folder, with room for as many connections as the system lets a process have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    made = kind(folder)
+    made = Site(folder)
     try:
         yield made
     finally:
@@ -204,16 +203,10 @@ def find_mosquitto() -> str:
     Raises:
         BrokerError: It isn't installed.
     """
-    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
-    if found is None:
+    mosquitto = programs.find_mosquitto()
+    if mosquitto is None:
         raise BrokerError("Mosquitto is not installed", hint="Debian and Ubuntu: apt-get install mosquitto.")
-    return found
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with which a child finds this package, too."""
-    before = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *([before] if before else [])])}
+    return mosquitto.path
 
 
 def free_port() -> int:

@@ -81,9 +81,7 @@ class Found:
     restarts: int = 0
 
 
-def compare(
-    folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0, kind: type[Site] = Site
-) -> dict[str, Any]:
+def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0) -> dict[str, Any]:
     """Both runs, side by side.
 
     Args:
@@ -92,7 +90,6 @@ def compare(
         seconds: After so long the round that continues is the last one in bad weather.
         weather: How bad it is.
         seed: Keys the weather.
-        kind: Says which broker it is.
 
     Raises:
         FedpruneError: A process died that should live, or the last round doesn't end in four times that time and ten
@@ -106,8 +103,8 @@ def compare(
     np.savez(material / "evaluation.npz", x=hands.x, y=hands.y)
     for name in names:
         write_hand(material / f"{name}.npz", hands.devices[name])
-    stormy = _run(folder / "storm", material, names, weather, seconds, None, seed, kind)
-    calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed, kind)
+    stormy = _run(folder / "storm", material, names, weather, seconds, None, seed)
+    calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed)
     same = [a["model"] == b["model"] for a, b in zip(stormy.rounds, calm.rounds, strict=True)]
     counted = [sum(d["progress"] == "folded" for d in r["devices"].values()) for r in stormy.rounds]
     accuracy = {
@@ -136,12 +133,11 @@ def _run(
     seconds: float,
     rounds: int | None,
     seed: int,
-    kind: type[Site],
 ) -> Found:
     folder.mkdir()
     for path in material.iterdir():
         (folder / path.name).symlink_to(path)
-    with site(folder, kind) as place:
+    with site(folder) as place:
         return asyncio.run(_weathered(place, names, weather, seconds, rounds, seed))
 
 

@@ -9,23 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.flower.material import Job, write_fleet, write_material
+from benchmarks.flower.meter import meter
 from fedprune_device.data.array_source import load_data
 from support.fakes.opened_job import read_config
-from support.paths import ROOT
 
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(autouse=True)
-def found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmarks can be imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def test_the_meter_passes_on_and_counts_both_ways() -> None:
-    from benchmarks.flower.meter import meter
-
     said, answer = b"u" * 700_001, b"d" * 300_003
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -50,8 +42,6 @@ def test_the_meter_passes_on_and_counts_both_ways() -> None:
 
 
 def test_both_sides_are_told_the_same_job(tmp_path: Path) -> None:
-    from benchmarks.flower.material import Job, write_fleet, write_material
-
     job = Job(3, rounds=2, epochs=1)
     write_material(tmp_path / "job", job)
     ours = read_config(write_fleet(tmp_path / "job", job, 1883)).job

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.paths import ROOT
+from benchmarks.swarm import audit, run
 from support.processes.machine import find_mosquitto
 
 pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto]
@@ -20,10 +20,6 @@ DEVICES, ROUNDS = 60, 2
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path, dict[str, Any]]:
     """The benchmark's modules, the folder of a run, and what it found."""
     find_mosquitto()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        from benchmarks.swarm import audit, run
-
     folder = tmp_path_factory.mktemp("swarm")
     return audit, run, folder, run.measure(run.Size(DEVICES, ROUNDS, limit_s=120), folder)
 

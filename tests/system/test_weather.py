@@ -9,21 +9,12 @@ from typing import Any
 
 import pytest
 
-from support.paths import ROOT
+from benchmarks.weather import proxy, run
 from support.processes.machine import find_mosquitto
 
 pytestmark = pytest.mark.system
 
 CONNECT = bytes.fromhex("1010 00044d515454 04 02 001e 0004") + b"here"
-
-
-@pytest.fixture
-def weather(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """The benchmark's modules."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.weather import proxy, run
-
-    return proxy, run
 
 
 def message(number: int, qos: int = 0) -> bytes:
@@ -32,7 +23,7 @@ def message(number: int, qos: int = 0) -> bytes:
     return bytes((0x30 | qos << 1, len(body))) + body
 
 
-async def passed(proxy: Any, weather: Any, said: list[bytes]) -> tuple[list[bytes], Any]:
+async def passed(weather: proxy.Weather, said: list[bytes]) -> tuple[list[bytes], Any]:
     """What comes out at the broker's end of all that a board says."""
     heard, enough = bytearray(), asyncio.Event()
 
@@ -63,19 +54,17 @@ async def passed(proxy: Any, weather: Any, said: list[bytes]) -> tuple[list[byte
     return out, between.tally
 
 
-def test_loss_and_delay_change_no_byte(weather: tuple[Any, Any]) -> None:
-    proxy, _ = weather
+def test_loss_and_delay_change_no_byte() -> None:
     said = [CONNECT, *(message(n) for n in range(300)), b"\xe0\0"]
-    out, tally = asyncio.run(passed(proxy, proxy.Weather(round_trip_s=0.002, loss=0.3, bytes_s=1e6), said))
+    out, tally = asyncio.run(passed(proxy.Weather(round_trip_s=0.002, loss=0.3, bytes_s=1e6), said))
     assert out == said
     assert tally.events["connections"] == 1
     assert tally.events["lost"] > 0
 
 
-def test_repeats_and_swaps_lose_nothing_and_touch_publishes_alone(weather: tuple[Any, Any]) -> None:
-    proxy, _ = weather
+def test_repeats_and_swaps_lose_nothing_and_touch_publishes_alone() -> None:
     said = [CONNECT, *(message(n, n % 2) for n in range(400)), b"\xc0\0", b"\xe0\0"]
-    out, tally = asyncio.run(passed(proxy, proxy.Weather(round_trip_s=0.002, repeats=0.2, swaps=0.2), said))
+    out, tally = asyncio.run(passed(proxy.Weather(round_trip_s=0.002, repeats=0.2, swaps=0.2), said))
     # A repeated packet of QoS 1 says so in its header; take that off again.
     plain = Counter(bytes((p[0] & ~0x08, *p[1:])) if p[0] >> 4 == 3 else p for p in out)
     assert plain.keys() == set(said)
@@ -88,9 +77,8 @@ def test_repeats_and_swaps_lose_nothing_and_touch_publishes_alone(weather: tuple
 @pytest.mark.soak
 @pytest.mark.mosquitto
 @pytest.mark.timeout(4 * 3600)
-def test_a_fleet_in_a_storm_comes_to_the_same_models(weather: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_fleet_in_a_storm_comes_to_the_same_models(tmp_path: Path) -> None:
     find_mosquitto()
-    _, run = weather
     found = run.compare(tmp_path, 20, 1800.0)
     assert run.verdict(found, 0.03, 1.3) == []
     assert found["rounds"] >= 1

@@ -1,0 +1,191 @@
+"""What all benchmarks share: cases are run one by one, and each leaves a record of what was measured, where and when.
+
+A benchmark is run as `python -m benchmarks.NAME` in the repository's root. Its records are in
+`benchmarks/results/NAME.json`; people write its page, and `benchmarks.tables` fills the page's tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Record = dict[str, Any]
+Case = Mapping[str, Any]
+
+
+def run_cases(
+    name: str,
+    title: str | None,
+    cases: Iterable[Case],
+    run: Callable[..., Record],
+    *packages: str,
+    fresh: bool = False,
+    **constants: Any,
+) -> list[Record]:
+    """Run all cases that have no record yet, and write each record at once: an interrupted benchmark continues.
+
+    Args:
+        name: Name of the results' file.
+        title: The benchmark's docstring; `--help` shows its first line.
+        cases: The arguments of `run`; a record begins with those of its case.
+        run: Measures a case; returns the rest of its record.
+        packages: Distributions whose versions matter.
+        fresh: Whether every case runs in a process of its own, so that its peak memory is its own.
+        constants: What is the same for all cases, for the page.
+
+    Returns:
+        The records of all cases, in their order.
+    """
+    options = arguments(title, parser(title))
+    wanted = [case for case in cases if all(str(case.get(k)) == v for k, v in options.only)]
+    out = options.out or RESULTS / f"{name}.json"
+    records = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
+    began = time.monotonic()
+    for number, case in enumerate(wanted, start=1):
+        if record_of(case, records) is not None:
+            continue
+        if time.monotonic() - began > 60 * options.minutes:
+            print(f"{number - 1} of {len(wanted)} cases are done; the same command continues", file=sys.stderr)
+            break
+        said = ", ".join(f"{k} {v}" for k, v in case.items())
+        print(f"{name}, case {number} of {len(wanted)}: {said}", file=sys.stderr, flush=True)
+        measured = in_fresh_process(run, **case) if fresh else run(**case)
+        records.append({**case, **measured, "made": setting(*packages)})
+        save(out, {"setting": setting(*packages), **constants, "rows": records})
+    return [found for case in wanted if (found := record_of(case, records)) is not None]
+
+
+def record_of(case: Case, records: Sequence[Record]) -> Record | None:
+    """The record of a case; None where it was not run yet."""
+    plain = json.loads(json.dumps(dict(case))).items()
+    return next((record for record in records if plain <= {k: record.get(k) for k in case}.items()), None)
+
+
+def parser(title: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    made = argparse.ArgumentParser(description=(title or "").partition("\n")[0])
+    made.add_argument("--anew", action="store_true", help="forget earlier records")
+    made.add_argument("--minutes", type=float, default=60.0, help="start no case after so many minutes (default: 60)")
+    made.add_argument("--only", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="only these cases")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")
+    return made
+
+
+def arguments(title: str | None, made: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The command line of a benchmark."""
+    return (made or parser(title)).parse_args()
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def in_fresh_process(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of a module in a process that has run nothing else."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(run, *args, **kwargs).result()
+
+
+def setting(*packages: str) -> Record:
+    """Machine, versions, date and code of a run; versions of further packages where they are installed."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "date": dt.date.today().isoformat(),
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "fedprune": __version__,
+        "code": commit,
+        **{name: package_version(name) for name in packages},
+    }
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def package_version(name: str) -> str:
+    """Version of an installed distribution."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def save(path: Path | str, body: Mapping[str, Any]) -> None:
+    """Write results, and fill the tables of their page.
+
+    Args:
+        path: A file, or the name of a benchmark.
+        body: What was measured.
+    """
+    from benchmarks import tables
+
+    out = path if isinstance(path, Path) else RESULTS / f"{path}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(body, indent=1) + "\n")
+    if out.parent == RESULTS:
+        tables.write(ROOT)
+    print(json.dumps(body if len(json.dumps(body)) < 4000 else {"written": str(out)}), flush=True)
+
+
+def peak_bytes(pid: int | str = "self", field: str = "VmHWM") -> int:
+    """Largest resident memory of a process so far; with `VmRSS` that of now."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]],
+    turns: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """Seconds of several functions that run in turn, so that neighbours on the machine disturb all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warm_up + turns):
+        for name, run in runs.items():
+            began = clock()
+            run()
+            if turn >= warm_up:
+                seconds[name].append(clock() - began)
+    return seconds
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median of the ratios within a turn."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
