@@ -1,1 +1,0 @@
-"""The same federated job by fedprune and by Flower, side by side: `python -m benchmarks.flower`."""
