@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import getpass
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.harness import peak_bytes
 from fedprune_server.messaging.broker.programs import find_mosquitto
+from support.processes.machine import free_port, listens
+from support.waiting import until
 
 
 def needed(who: str) -> tuple[str, str]:
@@ -28,19 +28,12 @@ class Mosquitto:
     """A broker of its own for a pair of runs."""
 
     def __init__(self, binary: str, lines: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
         config = folder / "mosquitto.conf"
-        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{lines}")
-        self.port = port
-        self.url = f"mqtt://127.0.0.1:{port}"
+        config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{lines}")
         self._process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
-        for _ in range(100):
-            time.sleep(0.05)
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return
-        raise RuntimeError("Mosquitto doesn't start")
+        until(lambda: listens(self.port), "Mosquitto listens")
 
     def memory(self, row: str = "VmRSS") -> int:
         """Bytes that it holds, or with VmHWM held at most."""

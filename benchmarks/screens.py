@@ -1,11 +1,7 @@
-"""Pictures of every report and of every console page, and among them those of the documentation.
+"""The documentation's pictures of reports and of the console: `python -m benchmarks.screens [--only REGEX]`.
 
-    python -m benchmarks.screens [--only REGEX] [--demo FOLDER] [--docs]
-
-Every page is taken as a whole at the widths of a desk, a tablet and a phone, light and dark, with 3 and with 100
-boards whose numbers are made up, into `build/screens`. `--docs` writes those that the documentation shows into
-docs/images, cut at the bottom. `--demo` redraws the report of a finished demo from its records. It needs the extra
-`dev` and a chromium.
+Numbers of 100 boards are made up. Every page is taken as a whole, cut at the bottom, and written into docs/images. It
+needs the extra `dev` and a chromium.
 """
 
 from __future__ import annotations
@@ -14,9 +10,8 @@ import argparse
 import io
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,45 +23,34 @@ from benchmarks.harness import ROOT
 from benchmarks.shown_fleet import ShownFleet, made_up_run
 from fedprune_export.cli.main import main as export
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.results.comparison import write_comparison
-from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from support.fakes.served_console import ServedConsole
 
-MARGIN = 6
-WIDTHS = {"desk": 1280, "tablet": 768, "phone": 390}
-SCHEMES = ("light", "dark")
-FLEETS = (3, 100)
+MARGIN, BOARDS = 6, 100
+IMAGES = ROOT / "docs" / "images"
+SCREENS = {"": (1280, "light"), "-tablet": (768, "dark"), "-phone": (390, "light")}
+"""Width in pixels and colour scheme, by what pictures' names end with."""
+
 CONSOLE = {
-    "login": "/login", "overview": "/", "fleet": "/fleet", "device": "/devices/{busy}", "waiting": "/devices/{waiting}",
-    "rounds": "/rounds", "rollouts": "/rollouts", "alerts": "/alerts", "audit": "/audit", "missing": "/devices/nobody",
+    "login": ("/login", (420, 520, 520)), "overview": ("/", (800, 900, 640)), "fleet": ("/fleet", (760, 760, 640)),
+    "device": ("/devices/{busy}", (1100, 1100, 900)), "rounds": ("/rounds", (1440, 900, 900)),
+    "rollouts": ("/rollouts", (520, 620, 640)), "alerts": ("/alerts", (620, 700, 640)),
+    "audit": ("/audit", (420, 520, 640)),
 }  # fmt: skip
-"""Pages of the console."""
+"""Pages of the console, with the heights of their pictures."""
+
+REPORTS = {
+    "report-export": ("export", 1280, "light", 1600), "report-export-phone": ("export", 390, "dark", 1000),
+    "report-simulation": ("simulation", 1280, "dark", 1600),
+    "report-simulation-phone": ("simulation", 390, "light", 1000),
+}  # fmt: skip
+"""Pictures of reports: of which, width, colour scheme and height."""
 
 AUDITED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("login", {}, "ok"),
     ("approve", {"device": "mill-02", "key": "ab12-cd34-ef56-7890"}, "mill-02 is approved"),
     ("rollout_start", {"release": "release-12"}, "rollout 2 begins"),
 )
-
-DOCS = {
-    **{
-        f"console-{page}{suffix}": (f"console-{page}-100-{screen}", height)
-        for page, heights in {
-            "login": (420, 520, 520), "overview": (800, 900, 640), "fleet": (760, 760, 640),
-            "device": (1100, 1100, 900),
-            "rounds": (1440, 900, 900), "rollouts": (520, 620, 640),
-            "alerts": (620, 700, 640), "audit": (420, 520, 640),
-        }.items()
-        for (suffix, screen), height in zip(
-            (("", "desk-light"), ("-tablet", "tablet-dark"), ("-phone", "phone-light")), heights, strict=True
-        )
-    },
-    "report-export": ("report-export-1-desk-light", 1600), "report-export-phone": ("report-export-1-phone-dark", 1000),
-    "report-simulation": ("report-simulation-100-desk-dark", 1600),
-    "report-simulation-phone": ("report-simulation-100-phone-light", 1000),
-}  # fmt: skip
-"""Pictures that docs/console.md, docs/export.md and docs/simulate.md show: of which page, and how much of it."""
 
 
 def shoot(
@@ -126,87 +110,55 @@ def logged_in(
     return context.new_page()
 
 
-def console_screens(browser: Browser, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
-    """Pictures of the console's pages, by name."""
-    for devices in FLEETS:
-        fleet = ShownFleet(devices)
-        waiting = [n for n, row in fleet.rows.items() if row["status"] == "waiting"]
-        names = {"busy": list(fleet.rows)[min(devices - 1, 8)], "waiting": waiting[0] if waiting else ""}
-        pages = [page for page in CONSOLE if waiting or page != "waiting"]
-        shots = [s for s in _screens("console", pages, devices) if wanted.search(s[0])]
-        if not shots:
-            continue
-        with tempfile.TemporaryDirectory() as place, ServedConsole(Path(place), fleet) as served:
-            for action, order, outcome in AUDITED:
-                served.console.audit.note("ann", "192.0.2.7", action, order, outcome)
-            for name, what, width, scheme in shots:
+def console_screens(browser: Browser, wanted: re.Pattern[str]) -> None:
+    """Take pictures of the console's pages."""
+    fleet = ShownFleet(BOARDS)
+    with tempfile.TemporaryDirectory() as place, ServedConsole(Path(place), fleet) as served:
+        for action, order, outcome in AUDITED:
+            served.console.audit.note("ann", "192.0.2.7", action, order, outcome)
+        for what, (path, heights) in CONSOLE.items():
+            for (suffix, (width, scheme)), height in zip(SCREENS.items(), heights, strict=True):
+                name = f"console-{what}{suffix}"
+                if not wanted.search(name):
+                    continue
                 page = logged_in(served, browser, width, 800, scheme, what != "login")
                 served.write()  # else, on a slow machine, the server seems to be silent
-                page.goto(served.url + CONSOLE[what].format(**names))
-                if what not in ("login", "missing"):
+                page.goto(served.url + path.format(busy=list(fleet.rows)[8]))
+                if what != "login":
                     page.wait_for_selector("#live[data-state=open]")
                 expect(page.get_by_text("Asking the server")).to_have_count(0)
                 page.wait_for_timeout(300)
-                yield name, page.screenshot(full_page=True)
+                save(page.screenshot(full_page=True), IMAGES / f"{name}.png", height)
                 page.context.close()
 
 
-def report_screens(browser: Browser, wanted: re.Pattern[str], demo: Path | None) -> Iterator[tuple[str, bytes]]:
-    """Pictures of the reports, by name."""
+def report_screens(browser: Browser, wanted: re.Pattern[str]) -> None:
+    """Take pictures of the reports."""
     with tempfile.TemporaryDirectory() as place:
-        for (what, devices), path in reports(Path(place), demo).items():
-            for name, _, width, scheme in _screens("report", (what,), devices):
-                if wanted.search(name):
-                    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-                    page.goto(path.as_uri())
-                    yield name, page.screenshot(full_page=True)
-                    page.close()
+        folder = Path(place)
+        (folder / "digits.onnx").write_bytes(digits_model())
+        words = ["--target", "raspberry-pi-zero-2w", "--bytes-per-round", "300000", "--out", str(folder / "bundle")]
+        if export([str(folder / "digits.onnx"), *words]):
+            raise SystemExit("the export failed")
+        run, reference = made_up_run("fedprune", BOARDS), made_up_run("FedAvg", BOARDS, whole=True)
+        simulation = write_report(folder / "run", run, reference).html
+        pages = {"export": folder / "bundle" / "report.html", "simulation": simulation}
+        for name, (what, width, scheme, height) in REPORTS.items():
+            if wanted.search(name):
+                page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+                page.goto(pages[what].as_uri())
+                save(page.screenshot(full_page=True), IMAGES / f"{name}.png", height)
+                page.close()
 
 
-def reports(folder: Path, demo: Path | None) -> dict[tuple[str, int], Path]:
-    """Every kind of report, by kind and number of boards."""
-    (folder / "digits.onnx").write_bytes(digits_model())
-    words = ["--target", "raspberry-pi-zero-2w", "--bytes-per-round", "300000", "--out", str(folder / "bundle")]
-    if export([str(folder / "digits.onnx"), *words]):
-        raise SystemExit("the export failed")
-    made = {("export", 1): folder / "bundle" / "report.html"}
-    for devices in FLEETS:
-        run, whole = made_up_run("fedprune", devices), made_up_run("FedAvg", devices, whole=True)
-        made["simulation", devices] = write_report(folder / f"run-{devices}", run, whole).html
-        made["single", devices] = write_report(folder / f"single-{devices}", run).html
-        runs = [run, whole, *(made_up_run(f"{n}, seed {s}", devices) for n in ("HeteroFL", "FedRolex") for s in (0, 1))]
-        made["comparison", devices] = write_comparison(folder / f"all-{devices}", runs, (0.5, 0.8))
-    if demo is not None:
-        run, whole = Record.load(demo / "metrics.json"), Record.load(demo / "metrics-reference.json")
-        made["demo", len(run.devices)] = write_report(folder / "demo", run, whole).html
-    return made
-
-
-def _screens(kind: str, pages: Iterable[str], devices: int) -> Iterator[tuple[str, str, int, Any]]:
-    for what in pages:
-        for screen, width in WIDTHS.items():
-            for scheme in SCHEMES:
-                yield f"{kind}-{what}-{devices}-{screen}-{scheme}", what, width, scheme
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="pictures whose names match this regular expression")
-    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
-    parser.add_argument("--docs", action="store_true", help="only the documentation's, into docs/images")
-    args = parser.parse_args()
-    folder = ROOT / "build" / "screens"
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = {of: (ROOT / "docs" / "images" / f"{name}.png", most) for name, (of, most) in DOCS.items()}
-    wanted = re.compile("|".join(f"^{of}$" for of in shown) if args.docs else args.only)
+    parser.add_argument("--only", type=re.compile, default="", help="pictures whose names match this expression")
+    wanted = re.compile(parser.parse_args().only)
     with chromium() as browser:
-        for screens in (console_screens(browser, wanted), report_screens(browser, wanted, args.demo)):
-            for name, picture in screens:
-                to, most = shown[name] if args.docs else (folder / f"{name}.png", None)
-                save(picture, to, most)
-                print(f"{to}: {to.stat().st_size:,} bytes", flush=True)
-    return 0
+        console_screens(browser, wanted)
+        report_screens(browser, wanted)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

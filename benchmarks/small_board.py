@@ -113,7 +113,7 @@ def memory(pid: int) -> tuple[int, int]:
 
 def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
     """One job on one board, and the board afterwards."""
-    from benchmarks.swarm.site import find_mosquitto, site
+    from benchmarks.swarm.site import site
     from fedprune.planning.profile_store import find
     from fedprune_export.importing import export_torch
 
@@ -127,7 +127,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
     with site(folder) as place, control_group(limit) as within:
         config = folder / "fleet.toml"
         config.write_text(FLEET.format(rounds=ROUNDS, batch=BATCH, port=place.port))
-        place.broker(find_mosquitto())
+        place.broker()
         run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
         run += ["--profile", BOARD, "--threads", "1", "--broker", f"mqtt://127.0.0.1:{place.port}", "--device", "zero"]
         board = place.start("zero", [*within, *run, "--data", folder / "samples.npz", "--state", folder / "zero"])

@@ -15,7 +15,7 @@ from benchmarks.fleet_mixture import SHARES
 from benchmarks.harness import ROOT
 from benchmarks.swarm.audit import audit
 from benchmarks.swarm.job import seconds_per_sample, write_job
-from benchmarks.swarm.site import Site, find_mosquitto, site
+from benchmarks.swarm.site import Site, site
 from fedprune_server.storage.storage import Storage
 
 CALLERS = 2
@@ -61,7 +61,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     with site(folder) as place:
         config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls)
         began = time.time()
-        place.broker(find_mosquitto())
+        place.broker()
         place.server(config, size.profile)
         place.look()
         before = place.watched["server"].cpu_s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedprune.core.errors import BrokerError, FedpruneError
-from fedprune_server.messaging.broker import programs
+from support.processes.machine import find_mosquitto, free_port, listens
 
 _EVERY_S = 1.0
 _START_S = 30.0
@@ -39,16 +38,12 @@ class Watch:
     Attributes:
         peak: Largest memory of the process itself, in bytes (VmHWM).
         shared_peak: Largest memory of it and its children together, pages that several hold counted in parts (PSS).
-        children: Processes below it, at most.
         cpu_s: CPU seconds, those of its children included.
-        own_cpu_s: CPU seconds of the process itself.
     """
 
     peak: int = 0
     shared_peak: int = 0
-    children: int = 0
     cpu_s: float = 0.0
-    own_cpu_s: float = 0.0
     _cpu_s: dict[int, float] = field(default_factory=dict)
 
     def look(self, pid: int) -> None:
@@ -60,9 +55,7 @@ class Watch:
         pids = family(pid)
         self.peak = max(self.peak, _kib(pid, "status", "VmHWM"))
         self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in pids))
-        self.children = max(self.children, len(pids) - 1)
         self._cpu_s |= {each: _cpu_seconds(each) for each in pids}
-        self.own_cpu_s = self._cpu_s[pid]
         self.cpu_s = sum(self._cpu_s.values())
 
 
@@ -86,29 +79,26 @@ class Site:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
-    def start(
-        self, name: str, command: Sequence[str | Path], *, watch: bool = True, cwd: Path | None = None
-    ) -> subprocess.Popen[bytes]:
-        """Start a process; what it says goes to `{name}.log`. To watch hundreds takes more time than they leave."""
+    def start(self, name: str, command: Sequence[str | Path], cwd: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a process; what it says goes to `{name}.log`."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=cwd or self.folder)
         with self._lock:
             self._processes[name] = process
-            if watch:
-                self.watched[name] = self.watched.get(name, Watch())
+            self.watched[name] = self.watched.get(name, Watch())
         return process
 
-    def broker(self, binary: str | None = None) -> None:
-        """Start Mosquitto: a program, or the system's.
+    def broker(self) -> None:
+        """Start Mosquitto.
 
         Raises:
-            BrokerError: It doesn't listen, or there is none.
+            BrokerError: It doesn't listen.
         """
         path = self.folder / "mosquitto.conf"
         path.write_text(MOSQUITTO.format(port=self.port))
-        process = self.start("broker", [binary or find_mosquitto(), "-c", path])
+        process = self.start("broker", [find_mosquitto(), "-c", path])
         until = time.monotonic() + _START_S
-        while not _listens(self.port):
+        while not listens(self.port):
             if process.poll() is not None or time.monotonic() > until:
                 raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.said("broker"))
             time.sleep(0.05)
@@ -156,19 +146,6 @@ class Site:
         self._processes[name].kill()
         self._processes[name].wait()
 
-    def cut(self, name: str) -> None:
-        """End a process and all below it at once, as a power cut does."""
-        process = self._processes[name]
-        if process.poll() is None:  # its number may be another's by now
-            for pid in family(process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-    def pid(self, name: str) -> int:
-        """A process's id."""
-        return self._processes[name].pid
-
     def alive(self, name: str) -> bool:
         """Whether a process runs."""
         return self._processes[name].poll() is None
@@ -177,8 +154,12 @@ class Site:
         """End all processes."""
         self._done.set()
         self._watcher.join()
-        for name in self._processes:
-            self.cut(name)
+        for process in self._processes.values():
+            if process.poll() is None:  # its number may be another's by now
+                for pid in family(process.pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            process.wait()
 
     def _watch(self) -> None:
         while not self._done.wait(_EVERY_S):
@@ -195,29 +176,6 @@ def site(folder: Path) -> Iterator[Site]:
         yield made
     finally:
         made.close()
-
-
-def find_mosquitto() -> str:
-    """Path of Mosquitto; Debian keeps it where not every user looks.
-
-    Raises:
-        BrokerError: It isn't installed.
-    """
-    mosquitto = programs.find_mosquitto()
-    if mosquitto is None:
-        raise BrokerError("Mosquitto is not installed", hint="Debian and Ubuntu: apt-get install mosquitto.")
-    return mosquitto.path
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def family(pid: int) -> list[int]:
