@@ -56,7 +56,7 @@ def run_cases(
     Returns:
         The records of all cases, in their order.
     """
-    options = arguments(title, parser(title))
+    options = arguments(title)
     wanted = [case for case in cases if all(str(case.get(k)) == v for k, v in options.only)]
     out = options.out or RESULTS / f"{name}.json"
     records = [] if options.anew or not out.exists() else json.loads(out.read_text())["rows"]
@@ -91,9 +91,9 @@ def parser(title: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def arguments(title: str | None, made: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """The command line of a benchmark."""
-    return (made or parser(title)).parse_args()
+def arguments(title: str | None) -> argparse.Namespace:
+    """The command line of a benchmark that has no options of its own."""
+    return parser(title).parse_args()
 
 
 def _pair(text: str) -> tuple[str, str]:

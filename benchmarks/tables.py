@@ -30,7 +30,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment
+from jinja2 import ChainableUndefined, Environment, UndefinedError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
@@ -108,7 +108,7 @@ def line(template: str, record: Any, body: Mapping[str, Any]) -> str:
         if field is not None:
             try:
                 value = expression(field)(**{**names, "row": record, "body": body})
-            except TypeError:  # arithmetic with what the record lacks
+            except (TypeError, UndefinedError):  # arithmetic with what the record lacks
                 value = None
             out.append("–" if value is None else format(value, form or ""))
     return "".join(out)
