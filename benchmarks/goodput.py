@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks.bare_paho import bare
 from benchmarks.harness import parser, save, setting
-from benchmarks.mosquitto import mosquitto, needed
+from benchmarks.swarm.__main__ import broker_version
+from benchmarks.swarm.site import site
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
@@ -46,7 +47,6 @@ TOPICS = Topics("bench")
 CHUNKS = (1, 3)
 """Leaves of a chunk: what brokers with a limit of 64 KiB let through, and what is usual."""
 
-SETTINGS = {"default": "", "set_tcp_nodelay": "set_tcp_nodelay true\n"}
 DEVICE = "pi"
 KINDS = ("ours", "bare", "stored")
 
@@ -124,31 +124,33 @@ def ours(url: str, store: BlobStore, refs: tuple[BlobRef, BlobRef], leaves: int)
     return took
 
 
-def measure(repeats: int, chunks: tuple[int, ...], binary: str) -> list[dict[str, Any]]:
-    """All rows; the repeats of different settings take turns, so that a busy moment hits all of them."""
-    pairs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """All rows; chunks of different sizes take turns, so that a busy moment hits all of them."""
+    turns: dict[int, list[dict[str, Any]]] = {leaves: [] for leaves in CHUNKS}
     with tempfile.TemporaryDirectory() as folder:
         store = BlobStore(Path(folder))
         refs = store.put(random.Random(7).randbytes(SIZE)), store.put(b"graph")
         for turn in range(repeats):
-            for name, lines in SETTINGS.items():
-                for leaves in chunks:
+            for leaves, found in turns.items():
+                with tempfile.TemporaryDirectory() as scratch, site(Path(scratch)) as place:
+                    place.broker()
+                    place.look()
+                    url, before = f"mqtt://127.0.0.1:{place.port}", place.watched["broker"].peak
                     pair: dict[str, Any] = {}
-                    with mosquitto(binary, lines) as broker:
-                        before = broker.memory()
-                        for which in KINDS[turn % len(KINDS) :] + KINDS[: turn % len(KINDS)]:
-                            if which == "ours":
-                                pair[which] = ours(broker.url, store, refs, leaves)
-                            else:
-                                pair[which] = bare(broker.url, SIZE, leaves, QOS, stored=which == "stored")
-                            # What comes second finds memory that the first one left: its growth says nothing.
-                            pair.setdefault("growth", {which: broker.memory("VmHWM") - before})
-                    pairs.setdefault((name, leaves), []).append(pair)
+                    for which in KINDS[turn % len(KINDS) :] + KINDS[: turn % len(KINDS)]:
+                        if which == "ours":
+                            pair[which] = ours(url, store, refs, leaves)
+                        else:
+                            pair[which] = bare(url, SIZE, leaves, QOS, stored=which == "stored")
+                        place.look()
+                        # What comes second finds memory that the first one left: its growth says nothing.
+                        pair.setdefault("growth", {which: place.watched["broker"].peak - before})
+                    found.append(pair)
             print(f"turn {turn + 1} of {repeats}: done", file=sys.stderr)
-    return [row(name, leaves, found) for (name, leaves), found in pairs.items()]
+    return [row(leaves, found) for leaves, found in turns.items()]
 
 
-def row(name: str, leaves: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+def row(leaves: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table."""
     whole = [p for p in pairs if None not in (p["bare"], p["stored"])]
     if not whole:
@@ -164,7 +166,7 @@ def row(name: str, leaves: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         return max((round(p["growth"][which] / 2**20, 1) for p in pairs if which in p["growth"]), default=None)
 
     return {
-        "broker": name, "chunk_kib": leaves * 32, "turns": len(whole), "lost": len(pairs) - len(whole),
+        "broker": "set_tcp_nodelay", "chunk_kib": leaves * 32, "turns": len(whole), "lost": len(pairs) - len(whole),
         "mb_per_s": rate("ours"), "bare_mb_per_s": rate("bare"), "stored_mb_per_s": rate("stored"),
         "ratio": round(statistics.median(ratios("bare")), 2), "ratios": ratios("bare"),
         "stored_ratio": round(statistics.median(ratios("stored")), 2), "stored_ratios": ratios("stored"),
@@ -177,10 +179,9 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=9)
     options = command.parse_args()
     multiprocessing.set_start_method("spawn")
-    binary, its_version = needed("goodput")
-    rows = measure(options.repeats, CHUNKS, binary)
-    body = {"setting": setting("paho-mqtt"), "mosquitto": its_version, "repeats": options.repeats, "rows": rows}
-    save(options.out or "goodput", body)
+    rows = measure(options.repeats)
+    about = setting("paho-mqtt") | {"broker": broker_version()}
+    save(options.out or "goodput", {"setting": about, "repeats": options.repeats, "rows": rows})
 
 
 if __name__ == "__main__":

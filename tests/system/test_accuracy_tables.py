@@ -383,7 +383,7 @@ def test_verdicts_are_computed_from_paired_runs():
     assert report.verdicts(TABLES["ca-hfp-scores"], []) == []
 
 
-def test_a_run_is_kept_and_shown(accuracy, tmp_path, monkeypatch):
+def test_a_run_gives_a_page(accuracy, tmp_path, monkeypatch):
     table = small(TABLES["fedprune-ablation"])
     run = check(accuracy, table, tmp_path / "runs" / table.name) | {"machine": "here"}
     assert report.figures(table, command.whole(command.slim([run]))) == report.figures(table, [run])
