@@ -57,6 +57,9 @@ class Uncounted:
     def sent(self, device: str, size: int) -> None:
         """Bytes went to a device."""
 
+    def note_request_of(self, device: str, want: BlobRequest, now: float) -> None:
+        """A device asked for a part of a blob."""
+
 
 def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
     """A server's part, as the daemon's loop does it."""
