@@ -93,18 +93,12 @@ def traffic(site: Site) -> dict[str, tuple[int, int]]:
         return storage.traffic()
 
 
-# At every push `test_will_trial.py` has brokers that refuse wills, and `test_leaf_reuse.py` pulls only what changes.
+# At every push `test_leaf_reuse.py` pulls only what changes.
 @pytest.mark.soak
-def test_boards_connect_without_a_will_where_it_is_refused_and_pull_what_changes_alone(
-    make: Callable[..., Site],
-) -> None:
+def test_boards_pull_what_changes_alone(make: Callable[..., Site]) -> None:
     """Of three rounds' weights, two thirds are frozen."""
     site = make(rounds=3, frozen='["w1", "b1"]')
-    with closing(WillBroker(site.port, "refuse")) as one, closing(WillBroker(site.port, "hang up")) as other:
-        site.board_ports = {"north": one.port, "south": other.port}
-        complete(site)
-    assert one.wills == [True, False]
-    assert other.wills == [True, True, False, True, False]
+    complete(site)
     for down, up in traffic(site).values():
         assert WEIGHTS < down < 1.9 * WEIGHTS, site.logs()  # it would be three times as much
         assert up < WEIGHTS
@@ -132,7 +126,7 @@ def test_a_board_that_vanishes_without_its_will_is_found_out_by_silence(material
         state = site.saved()
         return state is not None and name in state.devices and state.devices[name].online
 
-    with closing(WillBroker(site.port, "drop")) as broker:
+    with closing(WillBroker(site.port)) as broker:
         site.board_ports = {"south": broker.port}
         try:
             site.start("broker")

@@ -1,4 +1,4 @@
-"""Brokers that don't do wills: a relay in front of a real one that refuses them, hangs up at one, or takes it out."""
+"""A broker that never publishes wills: a relay in front of a real one that takes them out of connections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 from contextlib import suppress
 
 _WILL_BITS = 0x3C
-SERVER_UNAVAILABLE, NOT_AUTHORIZED = 3, 5
 
 
 class WillBroker:
@@ -15,24 +14,16 @@ class WillBroker:
 
     Args:
         broker: The broker's port.
-        habit: `refuse` a connection with a will by a return code, `hang up` without a word, or `drop` the will unsaid.
-        code: The return code.
     """
 
-    def __init__(self, broker: int, habit: str, code: int = SERVER_UNAVAILABLE) -> None:
-        self._broker, self.habit, self._code = broker, habit, code
-        self.then = habit
-        """Its habit from the first connection without a will on."""
+    def __init__(self, broker: int) -> None:
+        self._broker = broker
         self.wills: list[bool] = []
         """Whether each connection had one, as it came."""
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"mqtt://127.0.0.1:{self.port}"
 
     def close(self) -> None:
         """Listen no more."""
@@ -60,15 +51,9 @@ class WillBroker:
                     return
                 connect += data
             self.wills.append(has_will(connect))
-            if not self.wills[-1]:
-                self.habit = self.then
-            if self.wills[-1] and self.habit == "refuse":
-                board.sendall(bytes((0x20, 2, 0, self._code)))
-            if self.wills[-1] and self.habit in ("refuse", "hang up"):
-                return
             with socket.create_connection(("127.0.0.1", self._broker)) as broker:
                 self._open += [board, broker]
-                broker.sendall(without_will(connect) if self.habit == "drop" else connect)
+                broker.sendall(without_will(connect))
                 back = threading.Thread(target=_pass, args=(broker, board), daemon=True)
                 back.start()
                 _pass(board, broker)

@@ -224,6 +224,11 @@ class TestWithMosquitto:
         with pytest.raises(BrokerError, match=r"it refuses the connection .*do user name and password fit\?$"):
             Link(broker.url.replace("//", "//user:wrong@"), "a").start()
 
+    def test_a_refused_connection_names_the_topic_of_its_will(self, start_mosquitto: Start) -> None:
+        broker = start_mosquitto(settings="listener {port} 127.0.0.1\nallow_anonymous false\n")
+        with pytest.raises(BrokerError, match=r"it refuses the connection .* a will on wills/board\."):
+            Link(broker.url, "board", will=("wills/board", b"gone")).start()
+
     # paho leaves the socket of a failed handshake to the garbage collector.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_tls_verifies_the_broker(self, start_mosquitto: Start, certificate: tuple[Path, Path]) -> None:

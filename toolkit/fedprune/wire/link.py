@@ -27,7 +27,6 @@ from fedprune.core.closing import Closing
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
 from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, Unsent
 from fedprune.wire.urls import BrokerUrl
-from fedprune.wire.will_trial import WillTrial
 
 _NO_TLS = "TLS failed"
 
@@ -137,6 +136,7 @@ _AT_ONCE = 64
 """Messages that are read at most before the network thread writes again."""
 
 _REFUSED = "it refuses the connection"
+_BAD_CREDENTIALS = 134  # return code 4 of MQTT 3.1.1, as paho numbers it
 _DROPPED = "it ends the TLS connection without an answer"
 _ANSWER_S = 5.0
 """Seconds that a broker may take for each answer, in addition to those for connecting."""
@@ -148,7 +148,7 @@ class Link(Closing):
     Args:
         client_id: The client's name at the broker, which disconnects an earlier client of the same name.
         will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
-            function that returns them for each connection. A broker that refuses wills gets none (`WillTrial`).
+            function that returns them for each connection.
         keepalive: Seconds of silence before a ping; a dead connection is detected after about twice that.
         tls: Returns the TLS context for each connection, so that certificates can be renewed.
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
@@ -185,7 +185,7 @@ class Link(Closing):
         self._wake = wake
         self._ignores = ignores
         self._will = will
-        self._trial = None if will is None else WillTrial()
+        self._will_topic = ""  # of this connection's will
         self._keepalive = keepalive
         self._tls = tls
         self._inbox = inbox or Inbox[Event]()
@@ -215,9 +215,8 @@ class Link(Closing):
         self._thread.start()
         if patient:
             return
-        trial = self._trial
         with self._state:
-            self._state.wait_for(lambda: self._up or (self._failure and not (trial and trial.pending)), timeout)
+            self._state.wait_for(lambda: bool(self._up or self._failure), timeout)
             if self._up:
                 return
             reason = self._failure or f"no answer within {timeout:g} s"
@@ -348,8 +347,6 @@ class Link(Closing):
                 self._paused = False
                 self._closing.wait(self._pause_s)
                 continue
-            if self._trial is not None and self._trial.at_once:
-                continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
             attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
             self._closing.wait(SystemRandom().uniform(0, longest_pause(attempt, self.spread_s)))
@@ -384,8 +381,6 @@ class Link(Closing):
         finally:
             with self._state:
                 failure = self._failure
-                if self._trial is not None:
-                    self._trial.ended()
             with suppress(OSError, ValueError):
                 client.disconnect()
             if (sock := client.socket()) is not None:
@@ -419,7 +414,8 @@ class Link(Closing):
         if self.url.tls:
             client.tls_set_context(self._tls())
         will = self._will() if callable(self._will) else self._will
-        if will is not None and self._trial is not None and self._trial.begin():
+        if will is not None:
+            self._will_topic = will[0]
             client.will_set(will[0], will[1], qos=1, retain=False)
         client.on_socket_open = lambda _client, _user, sock: send_promptly(sock)
         # With this callback paho writes in the network thread instead of in `publish`.
@@ -434,13 +430,9 @@ class Link(Closing):
             self._heard_at = time.monotonic()
             if reason.is_failure:
                 self._failure = f"{_REFUSED} ({str(reason).lower()})"
-                if self._trial is not None:
-                    self._trial.refused(reason.value)
+                if self._will_topic and reason.value != _BAD_CREDENTIALS:  # some brokers refuse wills, or this topic
+                    self._failure += f"; it must allow a will on {self._will_topic}"
             else:
-                if self._trial is not None and not self._trial.accepted():
-                    self._failure = "the will is tried once more"
-                    client.disconnect()
-                    return
                 self._failure = ""
                 self._subscriptions.request(client)
                 if not self._subscriptions.awaited:
