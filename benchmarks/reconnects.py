@@ -50,8 +50,7 @@ class Fleet:
         self.state = state
         self.keys = {f"board-{i:05d}": SigningKey.make() for i in range(boards)}
         self._epoch = 0
-        with IdentityFolder.make(state, "default") as identity:
-            self._knows = identity.key.verifying.id.hex(), (identity.authority.pin.hex(),)
+        IdentityFolder.make(state, "default").close()
         rows = [
             {"device": name, "key": key.verifying.hex, "status": APPROVED, "asked": 1, "decided": 1}
             for name, key in self.keys.items()
@@ -64,11 +63,8 @@ class Fleet:
         self._epoch += 1
         found = []
         for i, (name, key) in enumerate(self.keys.items()):
-            probe, (server_key, authorities) = probe_of(PROFILE, i, 0).to_dict(), self._knows
-            birth = Birth(
-                name, 7, PROFILE.name, 600, "fedprune 0.1.0", probe, abilities=(PUT, RECONNECT), server_key=server_key,
-                authorities=authorities,
-            )  # fmt: skip
+            probe = probe_of(PROFILE, i, 0).to_dict()
+            birth = Birth(name, 7, PROFILE.name, 600, "fedprune 0.1.0", probe, abilities=(PUT, RECONNECT))
             found.append((TOPICS.up(name), seal(key, TOPICS.up(name), self._epoch, 0, birth.to_bytes())))
         return found
 

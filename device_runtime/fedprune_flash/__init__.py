@@ -1,7 +1,7 @@
 """Putting the runtime on boards: kits, images of Raspberry Pi OS, cards."""
 
 from fedprune_flash.kit.board_settings import BoardSettings
-from fedprune_flash.kit.kit import Kit, Signer, build_kit, open_kit
+from fedprune_flash.kit.kit import Kit, build_kit, open_kit
 from fedprune_flash.kit.target import Target
 
-__all__ = ["BoardSettings", "Kit", "Signer", "Target", "build_kit", "open_kit"]
+__all__ = ["BoardSettings", "Kit", "Target", "build_kit", "open_kit"]

@@ -368,7 +368,7 @@ def _console(
     members = releases = executor = None
     if identity is not None:
         reader = stack.enter_context(database_of(config.state, config.database, read_only=True))
-        members = Members(IdentityStore(reader), identity.behind)
+        members = Members(IdentityStore(reader))
         executor = AdminExecutor(config.state, config.console_releases)
         releases = ReleaseWatch(RolloutStore(config.state, reader, read_only=True))
     poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from fedprune.model.architecture import widths_at
+from fedprune.security.keys import SigningKey
 from fedprune_export.importing import import_onnx
-from fedprune_flash import BoardSettings, Signer, Target, build_kit
+from fedprune_flash import BoardSettings, Target, build_kit
 from fedprune_server.simulation.digits import digits_model
 from support.processes.arm_board import copied
 from support.processes.arm_installation import install, program, service
@@ -35,7 +36,7 @@ def test_a_board_installs_offline_joins_trains_and_counts(system: System, own_wh
         Target(system.python),
         wheel=own_wheel,
         claim=site.claim(),
-        signer=Signer.load(site.state / "identity/signing.key"),
+        signer=SigningKey.load(site.state / "identity/signing.key"),
     )
     said = install(board, kit.folder)
     assert "make the system user fedprune" in said

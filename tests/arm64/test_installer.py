@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
-from fedprune_flash import BoardSettings, Signer, Target, build_kit
+from fedprune_flash import BoardSettings, Target, build_kit
 from fedprune_flash.kit.kit import INSTALLER
 from support.fakes.tiny_wheels import fleet_of_wheels, wheel
 from support.processes.arm_board import copied
@@ -31,7 +31,7 @@ def test_a_kit_that_the_processor_can_t_run_is_refused(
         wheel(wheels, name)
     told = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     kit = build_kit(
-        tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels], signer=Signer(SigningKey.make())
+        tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels], signer=SigningKey.make()
     )
     board = copied(userland(BOOKWORM), tmp_path / "board", processor=processor)
     shutil.copytree(kit.folder, board.root / STICK[1:])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit, open_kit
+from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
 from support.fakes.runtime_releases import KEY
 from support.fakes.tiny_wheels import fleet_of_wheels
 
@@ -38,7 +38,7 @@ def plain_kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     board = BoardSettings("mqtts://broker.example:8883", "attic", "lab")
     own = next(wheels.glob("fedprune-*.whl"))
     out = tmp_path_factory.mktemp("kit") / "kit"
-    return build_kit(out, board, Target(HERE, platform.machine()), wheel=own, links=[wheels], signer=Signer(KEY)).folder
+    return build_kit(out, board, Target(HERE, platform.machine()), wheel=own, links=[wheels], signer=KEY).folder
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def make_kit(tmp_path: Path, wheels: Path) -> Callable[..., Kit]:
             tmp_path / name,
             board or BoardSettings("mqtts://broker.example:8883", "attic", "lab"),
             target or Target(HERE, platform.machine()),
-            **{"wheel": next(wheels.glob("fedprune-*.whl")), "links": [wheels], "signer": Signer(KEY), **changes},
+            **{"wheel": next(wheels.glob("fedprune-*.whl")), "links": [wheels], "signer": KEY, **changes},
         )
 
     return make

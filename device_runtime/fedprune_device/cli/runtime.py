@@ -42,8 +42,7 @@ def update(arguments: argparse.Namespace) -> None:
 def _updater(arguments: argparse.Namespace) -> Any:
     from fedprune_device.releases.installer import KEPT, ReleaseInstaller
 
-    key, identity = _server_key(arguments.key), Path(arguments.key).parent if Path(arguments.key).exists() else None
-    return ReleaseInstaller(arguments.root, key, identity=identity, keep=KEPT if arguments.jetson else ())
+    return ReleaseInstaller(arguments.root, _server_key(arguments.key), keep=KEPT if arguments.jetson else ())
 
 
 def _server_key(given: str) -> Any:

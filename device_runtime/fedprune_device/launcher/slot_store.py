@@ -11,11 +11,9 @@ import hashlib
 import json
 import os
 import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,7 @@ KEY = "server.pub"
 PURPOSE = b"fedprune release 1\n"
 """The beginning of what is signed of a release, as in `fedprune.releases.release`, which the launcher can't import."""
 
-SUCCESSION = b"fedprune succession 1\0"
-"""The beginning of what is signed of a succession, as in `fedprune.security.succession`."""
-
 _KEY_BYTES = 32
-_MOST_SUCCESSIONS = 32
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -48,9 +42,6 @@ class SlotRecord:
         system: Modules that it takes from the board's own Python; None if they were not recorded.
         manifest: The signed manifest that it was installed from; empty if it is not signed.
         signature: The manifest's signature, as hex.
-        site: The fleet's name; empty if the server's key was never replaced.
-        successions: How the key that signed the manifest replaced earlier ones (`fedprune.security.succession`), as
-            hex.
         wheels: Paths of the files that each wheel brought, by the wheel's sha256. Nothing is started by them: the next
             release copies the files of wheels that it shares, and is checked as a whole.
     """
@@ -62,8 +53,6 @@ class SlotRecord:
     system: tuple[str, ...] | None = None
     manifest: str = ""
     signature: str = ""
-    site: str = ""
-    successions: tuple[str, ...] = ()
     wheels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -125,10 +114,9 @@ class SlotStore:
             own = body.get("system")
             system = None if own is None else tuple(map(str, own))
             proof = str(body.get("manifest", "")), str(body.get("signature", ""))
-            lineage = str(body.get("site", "")), tuple(map(str, body.get("successions", ())))
             wheels = {str(sha256): tuple(map(str, paths)) for sha256, paths in body.get("wheels", {}).items()}
             made = SlotRecord(
-                int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, *lineage, wheels
+                int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, wheels
             )
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
@@ -197,31 +185,11 @@ def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]:
-    """A key and those that replaced it, each signed by the one before: oldest first, up to the first invalid one."""
-    found = [key]
-    for text in islice(successions, _MOST_SUCCESSIONS):
-        try:
-            raw = bytes.fromhex(text)
-        except ValueError:
-            break
-        before, after, signature = raw[:_KEY_BYTES], raw[_KEY_BYTES : 2 * _KEY_BYTES], raw[2 * _KEY_BYTES :]
-        if before != found[-1]:
-            continue  # older than the trusted key
-        parts = ((b"t", site.encode()), (b"b", before), (b"b", after))
-        signed = SUCCESSION + b"".join(kind + struct.pack("<I", len(part)) + part for kind, part in parts)
-        if not verify(before, signature, signed):
-            break
-        found.append(after)
-    return found
-
-
 def _signed(record: SlotRecord, key: bytes) -> bool:
-    """Whether the owner of a key, or of a successor of it, signed the manifest of a record."""
+    """Whether the owner of a key signed the manifest of a record."""
     try:
         signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
-        keys = successors(key, record.site, record.successions)
-        body = json.loads(manifest) if any(verify(k, signature, PURPOSE + manifest) for k in reversed(keys)) else {}
+        body = json.loads(manifest) if verify(key, signature, PURPOSE + manifest) else {}
         told = body["number"], body["entry"], body["contents"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import SystemRandom
 
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
 from fedprune.core.text import decode_text, one_line
@@ -38,7 +37,6 @@ _WAITING_S = 20.0
 _LOOK_S = 600.0
 _DAY_S = 24 * 3600.0
 _PATIENCE_S = 60.0
-_SPREAD_S = 10.0  # seconds over which boards spread their requests when an authority is replaced
 
 
 def join_urls(broker: str) -> list[str]:
@@ -178,8 +176,8 @@ def _asked(
 class Renewal:
     """Requests a new certificate in time, in a thread; it counts from the next connection.
 
-    It is also requested when the server has named another authority than the certificate's, and at most once a day
-    while the broker refuses the board, because the clock of a board that was switched off may be wrong.
+    It is also requested at most once a day while the broker refuses the board, because the clock of a board that was
+    switched off may be wrong.
     """
 
     def __init__(
@@ -205,21 +203,14 @@ class Renewal:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._identity.renew_now.set()
         self._thread.join(10)
 
     def _run(self) -> None:
-        asked = self._identity.renew_now
-        while True:
-            if asked.wait(_LOOK_S):
-                asked.clear()
-                self._stopped.wait(SystemRandom().uniform(0, _SPREAD_S))
-            if self._stopped.is_set():
-                return
+        while not self._stopped.wait(_LOOK_S):
             try:
                 if self.due():
                     self.renew()
-            except Exception as error:  # noqa: BLE001 - nothing may end what keeps the board a member
+            except Exception as error:  # noqa: BLE001, PERF203 - nothing may end what keeps the board a member
                 _LOG.warning("no new certificate yet: %s", error)
 
     def due(self) -> bool:
@@ -230,7 +221,7 @@ class Renewal:
     def renew(self, patience_s: float = _PATIENCE_S) -> None:
         """Request a new certificate; if none comes, an error is raised and the old one stays."""
         enrol(
-            self._identity, self._urls, None, self._identity.pins[0], authority=self._authority,
+            self._identity, self._urls, None, self._identity.pin, authority=self._authority,
             patience_s=patience_s, stopped=self._stopped, tell=_LOG.debug,
         )  # fmt: skip
         self._renewed_at = self._clock()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 
 from fedprune.core.errors import FedpruneError, StaleEpochError
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import Envelope, Opener, Sealer
-from fedprune.security.succession import Succession, follow
+from fedprune.security.signed_channel import Opener, Sealer
 from fedprune.wire.messages import Birth, Hello, Message, parse
 from fedprune_device.network.connection import Channel
 
@@ -42,8 +40,8 @@ class SignedChannel(Channel):
 
     @property
     def birth_due(self) -> bool:
-        """Whether the server has restarted or doubts this board, or awaits its new certificate in a rotation."""
-        return self._born and (self._disbelieved or self._identity.renewed.is_set())
+        """Whether the server has restarted or doubts this board."""
+        return self._born and self._disbelieved
 
     def seal(self, topic: str, message: Message) -> bytes:
         """A signed payload; a birth begins a new epoch. Raises `StorageError` if that can't be written."""
@@ -52,13 +50,10 @@ class SignedChannel(Channel):
             # The server may have restarted: only an epoch that is new to it is sure to count.
             self._sealer.renew(topic)
             self._born = True
-            self._identity.renewed.clear()
-            message = replace(message, server_key=self._opener.key.id.hex(), authorities=self._identity.authorities())
         return self._sealer.seal(topic, message.to_bytes())
 
     def open(self, topic: str, payload: bytes) -> Message:
         """The message in a payload that the server signed, the first time it arrives; else `ProtocolError`."""
-        self._follow(topic, payload)
         try:
             body = self._opener.open(topic, payload)
         except StaleEpochError:
@@ -76,40 +71,15 @@ class SignedChannel(Channel):
             "--new-key --claim FILE, with the same --broker and --state), "
         )
 
-    def _follow(self, topic: str, payload: bytes) -> None:
-        """Learn a hello's key if the known key leads to it; ask for such a hello where another key signed a message."""
-        envelope = Envelope.parse(payload)
-        known = self._opener.key
-        if envelope.key_id == known.id:
-            return
-        message = parse(envelope.body)
-        if isinstance(message, Hello) and message.successions:
-            successions = [Succession.from_hex(text) for text in message.successions]
-            key = follow(self._identity.site, known, successions)
-            if key.id == envelope.key_id:
-                envelope.verify(key, topic)
-                self._identity.succeed(key, successions)
-                self._opener = Opener(key, self._identity.heard(), self._identity.hear)
-                _LOG.info("the server's signing key was replaced: %s follows %s", key.fingerprint, known.fingerprint)
-                return
-        self._doubt()
-
     def _learn(self, topic: str, hello: Hello) -> None:
         if topic == self.topics.down(self.device):
             # Sent to this board alone: what it sends now must count, even if a copy of its disk was heard meanwhile.
             self._sealer.leap()
-        if hello.successions:
-            self._identity.keep_successions(hello.successions)  # a board may have joined under the latest key
-        if authorities := hello.authorities:
-            self._guarded(lambda: self._identity.follow_authorities(authorities))
         if (seconds := hello.time) is not None:
-            self._guarded(lambda: self._identity.times.learn(seconds))
-
-    def _guarded(self, step: Callable[[], object]) -> None:
-        try:
-            step()
-        except FedpruneError as error:  # the server repeats it
-            _LOG.warning("%s", error)
+            try:
+                self._identity.times.learn(seconds)
+            except FedpruneError as error:  # the server repeats it
+                _LOG.warning("%s", error)
 
     def _doubt(self) -> None:
         """Note, at most once per pause, that the server may not know of this board's restart, or of its own."""

@@ -24,11 +24,10 @@ from fedprune.core.disk import locked, read_file, storage_errors
 from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.releases.release import FILES, MANIFEST, MAX_FILE, SIGNATURE, Release, ReleaseFile, opened
 from fedprune.security.keys import VerifyingKey
-from fedprune.security.succession import kept_successions
 from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device import launcher
 from fedprune_device.launcher.launcher import VERSION
-from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, successors, write_file
+from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, write_file
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.wheel import (
     InstalledWheel,
@@ -74,31 +73,21 @@ _MARGIN = 32 * 2**20
 class ReleaseInstaller:
     """Installs releases. Methods raise `StorageError` if the disk fails, and `StorageFullError` if there is no room.
 
-    `key` may be a function, since the server may replace its key; `identity` is the folder of the board's identity,
-    which keeps how that key replaced earlier ones. `keep` are packages of the board's own Python that no release may
-    hide.
+    The server's `key` must have signed them. `keep` are packages of the board's own Python that no release may hide.
     """
 
     def __init__(
         self,
         root: Path,
-        key: VerifyingKey | Callable[[], VerifyingKey],
+        key: VerifyingKey,
         *,
-        identity: Path | None = None,
         keep: Collection[str] = (),
     ) -> None:
         self.home = SlotStore(root)
         self._incoming = root / "incoming"
-        self._known_key, self._identity = key, identity
+        self._key = key
         self._keep = frozenset(keep)
         self._damaged = set[str]()
-
-    @property
-    def _key(self) -> VerifyingKey:
-        return self._known_key() if callable(self._known_key) else self._known_key
-
-    def _successions(self) -> tuple[str, tuple[str, ...]]:
-        return ("", ()) if self._identity is None else kept_successions(self._identity)
 
     def install(self, source: ReleaseSource) -> Release:
         """Set a board up with the launcher and a first release, which needs no trial; else `ReleaseError`."""
@@ -227,12 +216,12 @@ class ReleaseInstaller:
             known = self.home.key()
         except DamagedError as error:
             raise ReleaseError(str(error), hint="Write the server's key there, as root.") from error
-        if known is not None and self._key.raw not in successors(known, *self._successions()):
+        if known is not None and self._key.raw != known:
             raise ReleaseError(
                 "the launcher starts only what another key has signed",
-                expected=f"key {VerifyingKey(known).fingerprint}, or one that it leads to",
+                expected=f"key {VerifyingKey(known).fingerprint}",
                 got=f"key {self._key.fingerprint}",
-                hint="On a board that moved to another server install the runtime again (docs/update-the-fleet.md).",
+                hint="Where the server has a new key, install the runtime again (docs/update-the-fleet.md).",
             )
 
     def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
@@ -259,7 +248,7 @@ class ReleaseInstaller:
                 raise ReleaseError(
                     "the unpacked files are not those of the release's manifest", hint="Have the release made again."
                 )
-            proof = source.manifest.decode(), source.signature.hex(), *self._successions()
+            proof = source.manifest.decode(), source.signature.hex()
             return SlotRecord(release.number, release.version, release.entry, files, release.system, *proof, paths)
 
         install_wheels(self.home, slot, wheels, recorded)

@@ -59,10 +59,7 @@ def board_installer(
         return NO_LAUNCHER
     if identity is None:
         return NO_IDENTITY
-    joined = identity
-    return ReleaseInstaller(
-        Path(root), lambda: joined.server, identity=joined.folder, keep=KEPT if TEGRA.exists() else ()
-    )
+    return ReleaseInstaller(Path(root), identity.server, keep=KEPT if TEGRA.exists() else ())
 
 
 class ReleaseAgent:

@@ -47,8 +47,8 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _kit(arguments: argparse.Namespace) -> None:
-    from fedprune.security.keys import VerifyingKey
-    from fedprune_flash.kit.kit import Signer, build_kit
+    from fedprune.security.keys import SigningKey, VerifyingKey
+    from fedprune_flash.kit.kit import build_kit
     from fedprune_flash.kit.target import Target
 
     authorities = None if arguments.ca is None else read_bytes(arguments.ca)
@@ -72,7 +72,7 @@ def _kit(arguments: argparse.Namespace) -> None:
             authorities=authorities,
             pin=arguments.ca_sha256,
             claim=claim,
-            signer=None if arguments.signing_key is None else Signer.load(arguments.signing_key),
+            signer=None if arguments.signing_key is None else SigningKey.load(arguments.signing_key),
             tell=tell,
         )
     if arguments.json:

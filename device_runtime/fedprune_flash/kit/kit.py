@@ -29,8 +29,7 @@ from fedprune.core import errors, text, validation
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageError, looked_for
 from fedprune.output import extras
-from fedprune.security.keys import VerifyingKey
-from fedprune.security.succession import Lineage
+from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire import topics
 from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import PURPOSE
@@ -62,21 +61,7 @@ BOARD = "board.json"
 MAX_BYTES = 2**31  # the most bytes of a kit; a boot partition holds less
 
 
-class Signer(Lineage):
-    """The server's signing key, which signs kits; kits that an earlier key of the server signed are its own, too."""
-
-    def check(self, kit: Kit) -> None:
-        signed = None if not kit.key else VerifyingKey.from_hex(kit.key)
-        if signed is None or not self.includes(signed):
-            raise KitError(
-                f"{kit.folder} is not signed by this server",
-                expected=f"key {self.key.verifying.fingerprint}",
-                got=f"key {signed.fingerprint}" if signed else "no signature",
-                hint="Make it with the --signing-key of this server, or take it with --unsigned.",
-            )
-
-
-def server_signer(key: Path | None, *, unsigned: bool) -> Signer | None:
+def server_signer(key: Path | None, *, unsigned: bool) -> SigningKey | None:
     """The server's signing key, which kits are checked against; None with `--unsigned`. Exactly one must be given."""
     if (key is None) is not unsigned:
         raise UsageError(
@@ -84,7 +69,7 @@ def server_signer(key: Path | None, *, unsigned: bool) -> Signer | None:
             expected="one of them",
             hint="The key is identity/signing.key in the server's state folder.",
         )
-    return None if key is None else Signer.load(key)
+    return None if key is None else SigningKey.load(key)
 
 
 @dataclass(frozen=True)
@@ -130,7 +115,7 @@ def build_kit(
     authorities: bytes | None = None,
     pin: str | None = None,
     claim: str | None = None,
-    signer: Signer | None = None,
+    signer: SigningKey | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Kit:
     """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
@@ -181,7 +166,7 @@ def build_kit(
     return open_kit(out)
 
 
-def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
+def open_kit(folder: Path, signer: SigningKey | None = None) -> Kit:
     """Read a kit and check its signature, if it has one, and every file of it; raises `KitError`.
 
     The server of `signer` must have signed it; None takes any kit, signed or not.
@@ -207,8 +192,13 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
         raise KitError(f"{folder / BOARD}: {error}") from error
     digest = hashlib.sha256(found.read(MANIFEST)).hexdigest()
     kit = Kit(folder, target, board, files, digest, key)
-    if signer is not None:
-        signer.check(kit)
+    if signer is not None and key != signer.verifying.hex:
+        raise KitError(
+            f"{folder} is not signed by this server",
+            expected=f"key {signer.verifying.fingerprint}",
+            got=f"key {VerifyingKey.from_hex(key).fingerprint}" if key else "no signature",
+            hint="Make it with the --signing-key of this server, or take it with --unsigned.",
+        )
     return kit
 
 
@@ -217,7 +207,7 @@ def _manifest(
     target: Target,
     board: BoardSettings,
     contents: str,
-    signer: Signer | None,
+    signer: SigningKey | None,
 ) -> str:
     rows = {f.path: asdict(f) for f in sorted(files, key=lambda f: f.path)}
     claim = rows.pop(CLAIM, None)
@@ -234,12 +224,10 @@ def _manifest(
         "number": NUMBER,
         "entry": ENTRY,
         "contents": contents,
-        "key": None if signer is None else signer.key.verifying.hex,
-        "site": "" if signer is None else signer.site,
-        "successions": [] if signer is None else [s.hex for s in signer.successions],
+        "key": None if signer is None else signer.verifying.hex,
     }
     if signer is not None:
-        body["signature"] = signer.key.sign(PURPOSE + signed_text(body).encode()).hex()
+        body["signature"] = signer.sign(PURPOSE + signed_text(body).encode()).hex()
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
 

@@ -128,13 +128,12 @@ def read_claim(given: str) -> bytes:
 def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
 
-    Unless the operator names a key, the known one stays if the kit's successions lead from it to the kit's own. Raises
-    `KitError` if the kit is not signed, or not by a trusted key.
+    Raises `KitError` if the kit is not signed, or by another key than the one that the operator names or the board
+    knows.
     """
     known = place.server_key() if given is None else read_key(given)
     if kit.signature or (known is not None and not unsigned):
-        signed_by = kit.authenticate(known)
-        return signed_by if known is None else known
+        return kit.authenticate(known)
     if not unsigned:
         raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
     if place.at(f"{HOME}/{KEY}").exists():

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedprune.core.errors import KitError, remedy, shown
 from fedprune_device.launcher.ed25519 import verify
-from fedprune_device.launcher.slot_store import PURPOSE, digest, successors, sync_folder
+from fedprune_device.launcher.slot_store import PURPOSE, digest, sync_folder
 from fedprune_flash.on_board.board_files import blacken
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")  # paths that a kit may have
@@ -33,8 +33,7 @@ class KitFolder:
     """A kit on the board; raises `KitError` if its manifest is missing or invalid.
 
     `runtime` is the name of its release: fedprune's version, and a digest of the wheels. `signed` is the text that is
-    signed, `signature` as hex, empty without one. `successions` are how the key that signed it replaced earlier
-    ones, as hex, the oldest first; `site` is empty if it never did.
+    signed, `signature` as hex, empty without one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,7 +41,6 @@ class KitFolder:
         self.manifest = _manifest(self.read(MANIFEST))
         self.signature = str(self.manifest.pop("signature", ""))
         self.signed = signed_text(self.manifest)
-        self.site, self.successions = str(self.manifest["site"]), tuple(map(str, self.manifest["successions"]))
         rows = sorted((str(row["path"]), str(row["sha256"])) for row in self.manifest["files"])
         wheels = [row for row in rows if row[0].endswith(".whl")]
         self.names = {path for path, _ in rows}
@@ -88,7 +86,7 @@ class KitFolder:
             key, signature = self.key, bytes.fromhex(self.signature)
         except ValueError:
             key = signature = b""
-        if known is not None and not self.follows(known, key):
+        if known is not None and key != known:
             raise KitError(
                 "the kit is not signed by the server that this board knows",
                 expected=f"key {fingerprint(known or b'')}",
@@ -98,10 +96,6 @@ class KitFolder:
         if not verify(key, signature, PURPOSE + self.signed.encode()):
             raise KitError("the kit's manifest is not what was signed", hint="Copy or make the kit again.")
         return key
-
-    def follows(self, known: bytes, key: bytes) -> bool:
-        """Whether a key is a known one, or replaced it by the kit's successions."""
-        return key in successors(known, self.site, self.successions)
 
     def check(self) -> None:
         """Make sure that every file matches the manifest, and that there is no other; raises `KitError`.
@@ -166,8 +160,6 @@ def _manifest(raw: bytes) -> dict[str, Any]:
                 raise ValueError("a row is none")
         if not all(isinstance(n, str) and isinstance(v, str) for n, v in body["imports"].items()):
             raise ValueError("imports")
-        if not isinstance(body["site"], str) or not isinstance(body["successions"], list):
-            raise ValueError("successions")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError("kit.json is not that of a kit for this installer", hint="Make the kit again.") from error
     made: dict[str, Any] = body

@@ -38,7 +38,7 @@ class RuntimeSlot:
     """The runtime of a kit, and the folder that it is installed in.
 
     `owner` is the service's user, as whom the kit's modules are tested; None for the installing user. The launcher is
-    to trust `key`: it or a successor of it signed the kit. None for an unsigned kit. `folders` belong to the service's
+    to trust `key`, which signed the kit. None for an unsigned kit. `folders` belong to the service's
     user, whose updates write there; the launcher stays root's.
     """
 
@@ -128,7 +128,7 @@ class RuntimeSlot:
             self._probe(self.home.root / slot, module, oldest)
         # With the same wheels in it, the first release over the air is only what has changed.
         wheels = {digest(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
-        proof = kit.signed, kit.signature, kit.site, kit.successions
+        proof = kit.signed, kit.signature
         return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, *proof, wheels)
 
     def _state(self) -> LauncherState | None:

@@ -25,18 +25,13 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import KEY, Broker, write_broker
 from fedprune_server.storage.state_folder import folder_lock, keep, url_of
 
-_ROTATE, _ROTATE_CA, _RETIRE_CA, _CERTIFICATE = "rotate", "rotate-ca", "retire-ca", "certificate"
-_FILES = (
+_REPLACE, _CERTIFICATE = "replace", "certificate"
+_AFTER_REPLACE = (
     "back the identity up, give the broker the files that `fedprune-server broker-config` writes now and restart it "
-    "(the embedded broker needs none), then start the server"
+    "(the embedded broker needs none), then start the server. No board is a member any more: make a claim for each "
+    "(`fedprune-server claim`), and let it join again with that: fedprune-device join --new-key --claim FILE"
 )
-_NEXT = {
-    _ROTATE: "back the identity up before the server starts: boards that know this key won't hear a copy without it",
-    _ROTATE_CA: f"{_FILES}: boards get new certificates by themselves. When `fedprune-server identity` lists none "
-    "any more, stop the server and end it: fedprune-server identity retire-ca",
-    _RETIRE_CA: f"{_FILES}. Unused claims from before are void: make new ones",
-}
-"""The next steps after an action."""
+"""The next steps after `replace`."""
 
 _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
@@ -57,14 +52,10 @@ def add_identity(identity: argparse.ArgumentParser) -> None:
     add_database(identity)
     identity.add_argument(
         "action", nargs="?", default="show", metavar="ACTION",
-        choices=("show", _CERTIFICATE, _ROTATE, _ROTATE_CA, _RETIRE_CA),
-        help="show (default); certificate: issue one for the console, by the names of --host; of a stopped server, "
-        "rotate: replace the signing key; rotate-ca: begin to replace the certificate authority; "
-        "retire-ca: end that, when all boards have certificates of the new one",
+        choices=("show", _CERTIFICATE, _REPLACE),
+        help="show (default); certificate: issue one for the console, by the names of --host; replace: other keys and "
+        "another certificate authority for a stopped server, as after a theft. All its boards must join again",
     )  # fmt: skip
-    identity.add_argument(
-        "--force", action="store_true", help="retire-ca also while boards have none: they must join again with a claim"
-    )
     identity.add_argument(
         "--host", dest="hosts", action="append", default=[], metavar="HOST",
         help="of certificate: a name or address by which browsers reach the console; may be repeated",
@@ -166,41 +157,24 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _identity(arguments: argparse.Namespace) -> None:
     action: str = arguments.action
-    if arguments.force and action != _RETIRE_CA:
-        raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
     if bool(arguments.hosts) != (action == _CERTIFICATE):
         raise UsageError("--host", expected=f"with {_CERTIFICATE}, and only with it", got=f"identity {action}")
     if action == _CERTIFICATE:
         _issue(arguments)
         return
-    if action != "show":
+    if action == _REPLACE:
         IdentityFolder(arguments.state, read_only=True).close()  # there is one
-        # A server that runs would continue with the old key.
+        # A server that runs would continue with the old keys.
         with folder_lock(arguments.state), _identity_of(arguments) as identity:
-            if action == _ROTATE:
-                identity.rotate()
-            elif action == _ROTATE_CA:
-                identity.rotate_authority()
-            else:
-                identity.retire_authority(force=arguments.force)
+            identity.replace().close()
     with IdentityFolder(arguments.state, database=database_in(arguments), read_only=True) as identity:
-        rotating = identity.authority.rotating
-        left = list(identity.without_new_certificate()) if rotating else []
-        later = identity.authority.pins[-1].hex() if rotating else None
-        earlier = len(identity.successions)
         if arguments.json:
-            more = {"next_pin": later, "without_new_certificate": left, "earlier_keys": earlier}
-            print_json({**_facts(identity), **more})
+            print_json(_facts(identity))
         else:
             print(f"site:                 {identity.site}")
             _describe(identity)
-            if later is not None:
-                print(f"about to replace it:  {grouped(later)}")
-                names = "".join(f"\n  {name}" for name in left)
-                print(f"boards without a certificate of that one: {len(left)}{names}")
-            print(f"earlier keys that boards can follow to it: {earlier}")
-    if action in _NEXT:
-        print(_NEXT[action], file=sys.stderr if arguments.json else sys.stdout)
+    if action == _REPLACE:
+        print(_AFTER_REPLACE, file=sys.stderr if arguments.json else sys.stdout)
 
 
 def _issue(arguments: argparse.Namespace) -> None:
@@ -303,7 +277,6 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
             "status": d.status,
             "key": VerifyingKey.from_hex(d.key).fingerprint,
             "asked": d.asked,
-            "behind": identity.behind(d),
             "certificate_ends": max((i.ends for i in identity.authority.of_device(d.device)), default=None),
         }
         for d in identity.store.devices()
@@ -316,8 +289,7 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2, sort_keys=True))
         return
     for row in rows:
-        note = f"  at an earlier {' and '.join(row['behind'])}" if row["behind"] else ""
-        print(f"{row['device']:<24} {row['status']:<9} {row['key']}{note}")
+        print(f"{row['device']:<24} {row['status']:<9} {row['key']}")
     if not rows:
         print("no device has asked yet")
 

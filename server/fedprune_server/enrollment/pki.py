@@ -1,10 +1,7 @@
 """A server's identity: its authority and its keys in `<state>/identity`, mode 0700, and its members in the database.
 
     authority.key, authority.pem, register.jsonl, crl.pem    the certificate authority (`fedprune.security.authority`)
-    authority.key.new    its successor's key, while that one replaces it
     signing.key     what the server signs its messages with
-    signing.key.new its successor, while it is being replaced
-    successions.json    by which boards follow from earlier keys to that one (`fedprune.security.succession`)
     epoch           its latest epoch
     server.key, server.pem    what it connects to the broker with
     broker.key, broker.pem    of the embedded broker, if there is one
@@ -19,8 +16,9 @@ so that each of its servers can revoke what another one has issued.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -29,10 +27,12 @@ from pathlib import Path
 from cryptography import x509
 
 from fedprune.core.closing import Closing
+from fedprune.core.disk import storage_errors, sync_folder
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, looked_for, remedy
-from fedprune.core.text import quantity, some
+from fedprune.core.text import quantity
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, KEY, SERVER, Authority
 from fedprune.security.certificates import (
+    issued_by,
     key_digest,
     load_certificate,
     load_tls_key,
@@ -45,13 +45,10 @@ from fedprune.security.joining import Claim
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import give_to_owner_of, write_public
 from fedprune.security.signed_channel import EpochFile
-from fedprune.security.succession import FILE as _SUCCESSIONS
-from fedprune.security.succession import NEW, Succession, load_signing_key, read_successions
 from fedprune.security.tls import PinnedContext, pinned_context
-from fedprune.wire.messages import MAX_SUCCESSIONS
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.enrollment.store import APPROVED, REVOKED, Device, IdentityStore
+from fedprune_server.enrollment.store import APPROVED, REVOKED, IdentityStore
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import database_of
@@ -60,7 +57,9 @@ log = logging.getLogger("fedprune.server")
 
 FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _SITE = "signing.key", "epoch", "server.key", "server.pem", "site"
-_NEW_SIGNING = _SIGNING + NEW
+_REPLACED = "identity.replaced"
+"""The folder of an identity while another one is made in its place."""
+
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
@@ -78,7 +77,6 @@ class IdentityFolder(Closing):
 
     Attributes:
         key: What the server signs its messages with.
-        successions: Of the signing key, the oldest first.
 
     Raises:
         IdentityError: There is none, or a file of it is damaged or open to other users.
@@ -113,8 +111,7 @@ class IdentityFolder(Closing):
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
         self._clock = clock
         self.authority = Authority(self.path, clock, read_only=read_only)
-        self.successions = read_successions(self.path, self.site)
-        self.key = load_signing_key(self.path / _SIGNING, self.successions, read_only=read_only)
+        self.key = SigningKey.load(self.path / _SIGNING)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self._issuing = threading.Lock()
         self._state, self._url, self._read_only = state, database, read_only
@@ -135,34 +132,22 @@ class IdentityFolder(Closing):
         """Use the database of the server that serves with this identity from now on; its owner closes it.
 
         Raises:
-            IdentityError: A server of this database had a later signing key or authority.
+            IdentityError: The members in it are another identity's.
             StorageError: The database or the register is damaged.
         """
         self.close()
-        store = self._opened(database)
-        earlier = store.earlier_keys()
-        keys, authorities = (set(earlier.get(kind, ())) for kind in ("keys", "authorities"))
-        if self.key.verifying.id.hex() in keys:
-            raise IdentityError(
-                f"{self.path} has an earlier signing key than the server that had the job: boards would not hear it",
-                hint="Copy signing.key and successions.json of that server's identity into this one's.",
-            )
-        if self.authority.pins[-1].hex() in authorities:
-            raise IdentityError(
-                f"{self.path} has an earlier certificate authority than the server that had the job",
-                hint="Copy authority.* of that server's identity into this one's.",
-            )
-        keys |= {s.before.id.hex() for s in self.successions}
-        authorities |= {pin.hex() for pin in self.authority.pins[:-1]}
-        found = {"keys": sorted(keys), "authorities": sorted(authorities)}
-        if found != earlier:
-            store.note_earlier_keys(found)
+        self._opened(database)
 
     def _opened(self, database: Database | None) -> IdentityStore:
         self._store = store = IdentityStore(database)
         if self._read_only:
             return store
         try:
+            if not store.claim_identity(f"{self.authority.pin.hex()} {self.key.verifying.hex}"):
+                raise IdentityError(
+                    f"the members in this database are another identity's than that in {self.path}",
+                    hint="It was replaced, or made a second time. Copy the folder of the server that has the members.",
+                )
             self.exchange()
             self.revoke_again()
         except BaseException:
@@ -189,60 +174,26 @@ class IdentityFolder(Closing):
                 end = last_byte
         self._shared, self._adopted = end, last
 
-    def rotate(self) -> None:
-        """Replace the signing key; boards follow by the succession that the old key signs.
+    def replace(self) -> IdentityFolder:
+        """A new identity in place of this one: other keys, another authority. Whoever has the old one is nobody any
+        more, and every board must join again, with a new claim.
 
-        No server may run on the folder. A crash leaves the old key, or the new one with its succession.
+        No server may run on the folder. After an error or a crash it can be done again; where the folder is gone by
+        then, `make` completes it.
         """
-        new = SigningKey.make()
-        new.save(self.path / _NEW_SIGNING)
-        give_to_owner_of(self.path / _NEW_SIGNING, self.path / _SIGNING)
-        made = Succession.make(self.site, self.key, new.verifying)
-        kept = (*self.successions, made)[-MAX_SUCCESSIONS:]
-        write_public(self.path / _SUCCESSIONS, json.dumps([s.hex for s in kept], indent=1).encode())  # now it counts
-        self.successions = kept
-        self.key = load_signing_key(self.path / _SIGNING, kept)
-
-    def rotate_authority(self) -> None:
-        """Begin to replace the certificate authority: boards and server get certificates of the new one.
-
-        No server may run on the folder. Raises `IdentityError` if it is being replaced already.
-        """
-        self.authority.begin_rotation(self.site)
-        self.authority = Authority(self.path, self._clock)
-
-    def retire_authority(self, *, force: bool = False) -> None:
-        """End the replacement of the certificate authority: the old one counts no more.
-
-        No server may run on the folder. Raises `IdentityError` if the authority is not being replaced, or, without
-        `force`, if boards have no certificate of the new one yet: they would have to join again.
-        """
-        if (left := self.without_new_certificate()) and not force:
-            raise IdentityError(
-                f"{quantity(len(left), 'board')} would be locked out: no certificate of the new authority yet",
-                expected="certificates for all boards",
-                got=f"none for {some(left)}",
-                hint="Let them connect while the server runs. Revoke boards that are gone; with --force the others "
-                "must join again, with a claim.",
-            )
-        self.authority.end_rotation()
-        self.authority = Authority(self.path, self._clock)
-
-    def behind(self, device: Device) -> list[str]:
-        """Keys of this server of which an approved device knew an earlier one when it connected last."""
-        present = {
-            "signing key": (device.server_key, self.key.verifying.id.hex()),
-            "certificate authority": (device.authority, self.authority.pins[-1].hex()),
-        }
-        earlier = [what for what, (known, latest) in present.items() if known not in (None, latest)]
-        return earlier if device.status == APPROVED else []
-
-    def without_new_certificate(self) -> list[str]:
-        """Approved boards that have not reported a certificate of the authority that replaces the old one."""
-        if not self.authority.rotating:
-            return []
-        latest = self.authority.pins[-1].hex()
-        return [d.device for d in self.store.devices() if d.status == APPROVED and d.authority != latest]
+        if (owner := self.path.stat().st_uid) != os.geteuid():  # who could not read the new one
+            raise IdentityError(f"{self.path} belongs to user {owner}", hint="Run the command as the server's user.")
+        self.store.void(self.authority.now())
+        self.close()
+        old = self._state / _REPLACED
+        with storage_errors(f"can't replace {self.path}"):
+            if old.exists():
+                shutil.rmtree(old)
+            self.path.rename(old)
+            sync_folder(self._state)
+            made = IdentityFolder.make(self._state, self.site, self._clock, database=self._url)
+            shutil.rmtree(old)
+        return made
 
     def revoke_again(self) -> None:
         """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation."""
@@ -255,7 +206,9 @@ class IdentityFolder(Closing):
                 )
 
     @classmethod
-    def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:
+    def make(
+        cls, state: Path, site: str, clock: Callable[[], float] = time.time, *, database: str | None = None
+    ) -> IdentityFolder:
         """A new identity; one that was begun is completed. Raises `IdentityError` if there is one already."""
         check_name(site, "site")
         path = state / FOLDER
@@ -274,7 +227,7 @@ class IdentityFolder(Closing):
         if not (path / _EPOCH).exists():
             EpochFile.make(path / _EPOCH)
         write_public(path / _SITE, site.encode())
-        return cls(state, clock)
+        return cls(state, clock, database=database)
 
     def close(self) -> None:
         if self._database is not None:
@@ -327,7 +280,7 @@ class IdentityFolder(Closing):
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
-        found = self._lasting(certificate, private, _BROKER_LASTS_S, client=False)
+        found = self._lasting(certificate, private, _BROKER_LASTS_S)
         if found is None or set(wanted) != hosts_of(found):
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
@@ -348,24 +301,24 @@ class IdentityFolder(Closing):
         """Paths of what `context` is made of: the authority, the server's certificate and that one's key."""
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
         with self._issuing:  # several connections may want it at once
-            if self._lasting(certificate, key, _SERVER_LASTS_S, client=True) is None:
+            if self._lasting(certificate, key, _SERVER_LASTS_S) is None:
                 try:
                     _issue_server(self.authority, self.path)
                 except StorageError as error:  # the old one may do until there is room
                     log.warning("no new certificate for the server yet: %s", error)
         return authority or self.path / CERTIFICATE, certificate, key
 
-    def _lasting(self, certificate: Path, key: Path, seconds: int, *, client: bool) -> x509.Certificate | None:
-        """A certificate that is the current authority's and for this key, and lasts long enough."""
+    def _lasting(self, certificate: Path, key: Path, seconds: int) -> x509.Certificate | None:
+        """A certificate that is the authority's and for this key, and lasts long enough."""
         try:
             found = load_certificate(certificate, "certificate")
             if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
                 return None
-            if not self.authority.is_current(found, client=client):
+            if not issued_by(found, self.authority.certificate):
                 return None
         except (IdentityError, ProtocolError):
             return None
-        least = min(self.authority.now() + seconds, self.authority.ends(client=client))
+        least = min(self.authority.now() + seconds, self.authority.ends)
         return found if seconds_of(found.not_valid_after_utc) >= least else None
 
 

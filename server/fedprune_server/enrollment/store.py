@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,8 +34,6 @@ from fedprune_server.storage.tables import (
     MEMBERS,
     META,
     REGISTER,
-    decoded,
-    encoded,
     insert_new,
     meta,
     put_meta,
@@ -60,9 +58,8 @@ KEPT_CLAIMS_S = 30 * 86_400
 _MOST_ASKED = _PAGE = 1000
 """Digests in one query, and members that are read at a time."""
 
-_VERSION, _FOLLOWED, _EARLIER = "members", "members-followed", "earlier-keys"
-"""Rows of `meta`: random texts that a change of the members, or of the server's keys that they know, replaces; and ids
-of keys that were replaced."""
+_VERSION, _IDENTITY = "members", "identity"
+"""Rows of `meta`: a random text that a change of the members replaces, and the identity whose members they are."""
 
 _M, _C = MEMBERS.c, CLAIMS.c
 _Result = TypeVar("_Result")
@@ -76,16 +73,12 @@ class Device:
         key: Its verifying key, as hex.
         status: `waiting`, `approved` or `revoked`.
         asked: When it asked first, in seconds since 1970.
-        server_key: Id of the signing key by which the device knew this server at its latest birth, as hex.
-        authority: Pin of the certificate authority whose certificate it had then, as hex.
     """
 
     device: str
     key: str
     status: str
     asked: int
-    server_key: str | None = None
-    authority: str | None = None
 
 
 class IdentityStore:
@@ -200,7 +193,7 @@ class IdentityStore:
 
     def devices(self) -> list[Device]:
         """All keys that asked or were approved, by name."""
-        query = sql.select(_M.device, _M.key, _M.status, _M.asked, _M.server_key, _M.authority)
+        query = sql.select(_M.device, _M.key, _M.status, _M.asked)
         found = [Device(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
         for device in found:
             if device.status not in (APPROVED, WAITING, REVOKED):
@@ -217,8 +210,9 @@ class IdentityStore:
         return [(row.device, row.key) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
 
     def unannounced_members(self) -> dict[str, int]:
-        """Members whose announcement has never come, and when they asked to join, in seconds since 1970."""
-        query = sql.select(_M.device, _M.asked).where(_M.status == APPROVED, _M.server_key.is_(None))
+        """Members that have never sent a message, and when they asked to join, in seconds since 1970."""
+        silent = _M.key.not_in(sql.select(EPOCHS.c.key))
+        query = sql.select(_M.device, _M.asked).where(_M.status == APPROVED, silent)
         return {row.device: int(row.asked) for row in self._rows(query.order_by(_M.asked, _M.device))}
 
     def key_of(self, device: str) -> str | None:
@@ -232,17 +226,10 @@ class IdentityStore:
             self._known = version, MemberKeys() if self._database is None else self._read(_member_keys)
         return self._known[1]
 
-    def version(self, *, followed: bool = False) -> str:
-        """A text that changes with the members and, with `followed`, with the server's keys that they know."""
-        rows = self._rows(sql.select(META.c.value).where(META.c.key.in_((_VERSION, _FOLLOWED)[: 1 + followed])))
-        return " ".join(sorted(row.value for row in rows))
-
-    def followed(self) -> dict[str, tuple[str | None, str | None]]:
-        """By key what devices knew of this server at their latest birth, `server_key` and `authority` as in `Device`;
-        without those that knew nothing."""
-        query = sql.select(_M.key, _M.server_key, _M.authority)
-        known = sql.or_(_M.server_key.is_not(None), _M.authority.is_not(None))
-        return {key: (server_key, authority) for key, server_key, authority in self._rows(query.where(known))}
+    def version(self) -> str:
+        """A text that changes with the members."""
+        rows = self._rows(sql.select(META.c.value).where(META.c.key == _VERSION))
+        return str(rows[0].value) if rows else ""
 
     def heard(self) -> dict[str, dict[str, int]]:
         """The latest epoch of each sender, by its key and by stream (`fedprune.security.signed_channel`), as `hear`
@@ -252,26 +239,14 @@ class IdentityStore:
             found.setdefault(key, {})[stream] = int(epoch)
         return found
 
-    def hear(
-        self, begun: Sequence[tuple[str, str, int]], followed: Iterable[tuple[str, str | None, str | None]] = ()
-    ) -> None:
+    def hear(self, begun: Sequence[tuple[str, str, int]]) -> None:
         """Store which epochs of senders have begun, with the next transaction of the server (`Database.defer`).
 
         Args:
             begun: Verifying key, stream and epoch of each.
-            followed: Verifying key of each device, and its `server_key` and `authority` as in `Device`.
         """
-        known = [{"_key": key, "_server": server, "_pin": pin} for key, server, pin in followed]
-
-        def write(connection: sql.Connection) -> None:
-            upsert(connection, EPOCHS, [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in begun])
-            if known:
-                change = MEMBERS.update().where(_M.key == sql.bindparam("_key"))
-                new: dict[str, Any] = {"server_key": sql.bindparam("_server"), "authority": sql.bindparam("_pin")}
-                connection.execute(change.values(new), known)
-                put_meta(connection, _FOLLOWED, secrets.token_hex(8))
-
-        self._opened().defer(write)
+        rows = [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in begun]
+        self._opened().defer(lambda connection: upsert(connection, EPOCHS, rows))
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""
@@ -329,19 +304,28 @@ class IdentityStore:
         # Writers wait for each other, so that no line gets a lower number than one that was read before it.
         return self._change(share) if new else (there, last)
 
-    def earlier_keys(self) -> dict[str, list[str]]:
-        """Ids of signing keys (`keys`) and pins of authorities (`authorities`) that servers of this database have
-        replaced."""
+    def claim_identity(self, identity: str) -> bool:
+        """Whether the members are an identity's, given by a text; where none has any yet, they are from now on."""
         if self._database is None:
-            return {}
-        database = self._database
-        found = decoded(self._read(lambda connection: meta(connection, _EARLIER)) or "{}", database.url)
-        if not isinstance(found, dict) or not all(isinstance(ids, list) for ids in found.values()):
-            raise StorageError(f"{database.url}: the row {_EARLIER} is damaged", hint="Restore the server's backup.")
-        return found
+            return True
 
-    def note_earlier_keys(self, found: dict[str, list[str]]) -> None:
-        self._write(lambda connection: put_meta(connection, _EARLIER, encoded(found)))
+        def claim(connection: sql.Connection) -> str | None:
+            insert_new(connection, META, [{"key": _IDENTITY, "value": identity}])
+            return meta(connection, _IDENTITY)
+
+        known = self._read(lambda connection: meta(connection, _IDENTITY)) or self._write(claim)
+        return known == identity
+
+    def void(self, now: int) -> None:
+        """Revoke every member, and delete claims, answers, certificates and epochs: the identity is to be replaced."""
+
+        def void(connection: sql.Connection) -> None:
+            connection.execute(MEMBERS.update().where(_M.status != REVOKED).values(status=REVOKED, decided=now))
+            for table in (CLAIMS, ANSWERS, REGISTER, EPOCHS):
+                connection.execute(table.delete())
+            connection.execute(META.delete().where(META.c.key == _IDENTITY))
+
+        self._change(void)
 
     def _rows(self, query: sql.Select[Any]) -> list[Any]:
         if self._database is None:

@@ -41,9 +41,8 @@ _AGAIN = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
 _OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
 _IDENTITY = (  # after the database: a certificate of a device that it has is in the register
-    "authority.key", "authority.key.new", "authority.pem", "register.jsonl", "crl.pem", "signing.key",
-    "signing.key.new", "successions.json", "epoch", "server.key", "server.pem", "broker.key", "broker.pem",
-    "site",
+    "authority.key", "authority.pem", "register.jsonl", "crl.pem", "signing.key", "epoch", "server.key", "server.pem",
+    "broker.key", "broker.pem", "site",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedprune.coordination import State
 from fedprune.core.disk import held, read_file
 from fedprune.core.errors import FedpruneError
-from fedprune.core.text import quantity, some
+from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
 from fedprune.security.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
@@ -266,45 +266,6 @@ def check_server_identity(folder: Path) -> Iterator[Finding]:
             yield replace(finding, kind="identity", why=why, advice=advice)
 
 
-def check_rotation(site: CheckedSite) -> Iterator[Finding]:
-    """Boards that don't know the server's present keys, and a replacement of the authority that can end."""
-    folder = site.folder
-    if not site.has_identity:
-        return
-    with IdentityFolder(folder, read_only=True) as identity:
-        behind = {d.device: d.server_key for d in identity.store.devices() if "signing key" in identity.behind(d)}
-        chain = {s.before.id.hex() for s in identity.successions}
-        rotating, uncertified = identity.authority.rotating, identity.without_new_certificate()
-    if names := [name for name, key in behind.items() if key not in chain]:
-        yield wrong(
-            "foreign-key",
-            f"{quantity(len(names), 'board')} last knew the server by a signing key that successions.json doesn't lead "
-            f"from: {some(names)}",
-            "they don't hear this server",
-            "restore signing.key and successions.json from the latest backup; or let these boards join again, with "
-            + command("devices", "replace", "NAME", *state_args(folder)),
-        )
-    if names := [name for name, key in behind.items() if key in chain]:
-        yield note(
-            "signing-key",
-            f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {some(names)}",
-            "they follow when they connect; a stolen old key deceives them until then",
-            command("devices", *state_args(folder)),
-        )
-    if rotating:
-        waits = ""
-        if uncertified:
-            waits = f"{quantity(len(uncertified), 'board')} without a certificate of the new one: {some(uncertified)}"
-        yield note(
-            "authority",
-            f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",
-            "the old authority counts until that ends",
-            "let these boards connect, or revoke them"
-            if uncertified
-            else command("identity", "retire-ca", *state_args(folder)),
-        )
-
-
 def check_lock(site: CheckedSite) -> Iterator[Finding]:
     """Whether somebody keeps the lock that a server needs for each change."""
     path = site.folder / FILE
@@ -508,7 +469,6 @@ CHECKS: tuple[Callable[[CheckedSite], Iterable[Finding]], ...] = (
     check_leader,
     check_other_servers,
     check_revocations,
-    check_rotation,
     check_bucket,
     check_crashes,
     check_backups,

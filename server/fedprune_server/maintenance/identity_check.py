@@ -8,8 +8,8 @@ from pathlib import Path
 from fedprune.core.errors import FedpruneError, IdentityError
 from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
+from fedprune.security.keys import SigningKey
 from fedprune.security.signed_channel import EpochFile
-from fedprune.security.succession import Lineage
 from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
 from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.maintenance.finding import Finding, Severity
@@ -40,7 +40,7 @@ def check_identity(identity: Path) -> Iterator[Finding]:
     if not missing & {KEY, CERTIFICATE, REGISTER}:
         yield from _failure(lambda: _authority(identity, crl=CRL not in missing))
     if "signing.key" not in missing:
-        yield from _failure(lambda: Lineage.load(identity / "signing.key"))
+        yield from _failure(lambda: SigningKey.load(identity / "signing.key"))
     yield from _failure(lambda: EpochFile(identity / "epoch"))
     if not missing & {"server.key", "server.pem"}:
         yield from _failure(lambda: _server(identity))

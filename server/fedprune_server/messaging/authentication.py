@@ -12,21 +12,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
-from fedprune.core.errors import (
-    IdentityError,
-    ProtocolError,
-    ReleaseError,
-    SignatureError,
-    StaleEpochError,
-    TwoSignersError,
-)
-from fedprune.releases.release import is_signed, signed
-from fedprune.security.keys import VerifyingKey, grouped
+from fedprune.core.errors import ProtocolError, SignatureError, StaleEpochError, TwoSignersError
+from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Opener, Sealer, unseal
-from fedprune.wire.fleet_messages import APPROVED, ReleaseOffer
+from fedprune.wire.fleet_messages import APPROVED
 from fedprune.wire.link import Link
 from fedprune.wire.messages import Birth, Death, Hello, RejectedMessageLog, parse
 from fedprune.wire.queues import ConnectionUp
@@ -52,9 +43,6 @@ _LOOK_S = 1.0
 
 _HELLO_S = 10.0
 """Shortest time between two hellos that tell one device of this server's restart."""
-
-_COMPLETED = (Hello.kind.encode(), ReleaseOffer.kind.encode())
-"""A text in the payloads of messages that the connection extends; other messages are not parsed here."""
 
 _ASKED = 3
 """Hellos to a device whose answers are awaited: some are lost."""
@@ -98,14 +86,6 @@ class AuthenticatedLink(Relay):
         self._topics = Topics(identity.site)
         self._desk = EnrollmentService(identity)
         self._sealer = Sealer(identity.key, identity.epochs)
-        self._key = identity.key
-        self._successions = identity.successions
-        self._unsigned: set[int] = set()  # stored releases whose signature is none of this server's
-        authority = identity.authority
-        self._authorities = tuple(p.hex() for p in authority.pins) if authority.ever_rotated else None
-        self._followed = identity.store.followed()
-        self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet stored
-        self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}  # by key, as a key may have two names
         self._floors = identity.store.heard()  # of keys without an opener yet
         self._members = MemberKeys()
@@ -128,14 +108,8 @@ class AuthenticatedLink(Relay):
         if address.device != EVERYONE and address.device not in self._look():
             return False
         if address.channel == "down":
-            message = parse(payload) if any(kind in payload for kind in _COMPLETED) else None
-            if isinstance(message, Hello):
-                if address.device != EVERYONE:
-                    self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
-                successions = tuple(s.hex for s in self._successions) or None
-                payload = replace(message, successions=successions, authorities=self._authorities).to_bytes()
-            elif isinstance(message, ReleaseOffer) and self._successions:  # its rollout may be older than the key
-                payload = self._signed_again(message).to_bytes()
+            if address.device != EVERYONE and Hello.kind.encode() in payload and isinstance(parse(payload), Hello):
+                self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
@@ -157,24 +131,6 @@ class AuthenticatedLink(Relay):
                 return opened
         return DroppedMessage()
 
-    def _signed_again(self, offer: ReleaseOffer) -> ReleaseOffer:
-        """A stored release with the present key's signature.
-
-        Where its signature is by none of this server's keys it stays as it is: the board refuses it and reports why.
-        """
-        manifest, signature = offer.manifest.encode(), bytes.fromhex(offer.signature)
-        keys = (self._key.verifying, *(s.before for s in self._successions))
-        if any(is_signed(manifest, signature, key) for key in keys):
-            return replace(offer, signature=signed(manifest, self._key).hex())
-        if offer.number not in self._unsigned:
-            self._unsigned.add(offer.number)
-            error = ReleaseError(
-                f"the stored release {offer.number} is not signed by this server, and boards will refuse it",
-                hint="Make the release again, with `fedprune-server release`, and start another rollout.",
-            )
-            log.error("%s", error)
-        return offer
-
     def _read(self, item: Item | DroppedMessage | None) -> None:
         """Open the waiting messages, for a turn's time at most.
 
@@ -186,13 +142,9 @@ class AuthenticatedLink(Relay):
             if not isinstance(item, DroppedMessage):
                 self._take(item)
             item = self._link.get() if self._clock() < until and len(self._opened) < _READ_AHEAD else None
-        if self._begun or self._to_follow:
-            self._store.hear(
-                [(key, stream, epoch) for (key, stream), epoch in self._begun.items()],
-                [(key, *known) for key, known in self._to_follow.items()],
-            )
+        if self._begun:
+            self._store.hear([(key, stream, epoch) for (key, stream), epoch in self._begun.items()])
             self._begun.clear()
-            self._to_follow.clear()
 
     def _take(self, item: Item) -> None:
         if isinstance(item, ConnectionUp):
@@ -275,13 +227,6 @@ class AuthenticatedLink(Relay):
         if maybe and topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
             self._compare(device, birth.session, opener.epoch(topic) - before)
-            known = birth.server_key, birth.authorities[-1] if birth.authorities else None
-            if self._followed.get(opener.key.hex, (None, None)) != known:
-                self._followed[opener.key.hex] = self._to_follow[opener.key.hex] = known
-            self._offer_successions(device, birth.server_key)
-            if self._authorities is not None and birth.authorities != self._authorities:
-                self._repeat_hello(device)  # it names the authorities that the device is to trust from now on
-            return replace(birth, server_key=None, authorities=None).to_bytes()  # the board's link added them
         return body
 
     def _compare(self, device: str, session: int, step: int) -> None:
@@ -301,23 +246,6 @@ class AuthenticatedLink(Relay):
             self._news.append(DuplicateIdentity(device))
         else:
             self._repeat_hello(device)
-
-    def _offer_successions(self, device: str, known: str | None) -> None:
-        """Greet a device that knows an earlier key of this server; log one that knows a key that is none of them."""
-        if known is None or known == self._key.verifying.id.hex():
-            return
-        if known in self._earlier:
-            log.info("%s knows an earlier signing key of this server and is offered the present one", device)
-            self._repeat_hello(device)
-            return
-        error = IdentityError(
-            f"{device} knows the server by another signing key and won't hear it",
-            expected=grouped(self._key.verifying.id.hex()),
-            got=grouped(known),
-            hint="Was this identity restored from a backup, or copied, before the key was replaced? Then restore "
-            "signing.key and successions.json from a later one.",
-        )
-        self._complaints.about(self._topics.up(device), error, device)
 
     def _look(self) -> MemberKeys:
         """The members' keys by name; a member that is gone or has another key now is reported as revoked."""

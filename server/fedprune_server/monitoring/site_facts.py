@@ -11,7 +11,7 @@ from cryptography import x509
 
 from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune.releases.rollout import Fate
-from fedprune.security.certificates import load_authorities, load_certificate, seconds_of
+from fedprune.security.certificates import load_certificate, seconds_of
 from fedprune.security.keys import VerifyingKey
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import CONSOLE_CERTIFICATE, hosts_of
@@ -56,12 +56,11 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
             continue
         todo = f"start the server again, which makes a new one: {command('run', *state_args(folder))}"
         try:
-            found = load_authorities(path) if name.startswith("authority") else (load_certificate(path, "certificate"),)
+            found = load_certificate(path, "certificate")
             if name.startswith("authority"):
-                verb = "rotate-ca" if len(found) == 1 else "retire-ca"
-                todo = "replace the authority while the server is stopped: "
-                todo += command("identity", verb, *state_args(folder))
-            yield _dates(path, found[0], todo)
+                todo = "let all boards join again, after " + command("identity", "replace", *state_args(folder))
+                todo += " (docs/runbook.md#the-servers-keys-are-stolen)"
+            yield _dates(path, found, todo)
         except FedpruneError as error:
             yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
 

@@ -7,7 +7,7 @@ import sqlalchemy as sql
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.tables import META, TABLES, meta, put_meta
 
-FORMAT = "fedprune.database/1"
+FORMAT = "fedprune.database/2"
 
 _ROW = "format"
 """Row of `meta` with the format of the tables."""

@@ -111,8 +111,6 @@ MEMBERS = sql.Table(
     sql.Column("status", sql.String(16), nullable=False),
     sql.Column("asked", sql.BigInteger, nullable=False),
     sql.Column("decided", sql.BigInteger),
-    sql.Column("server_key", sql.String(64)),
-    sql.Column("authority", sql.String(64)),
 )
 """Keys that asked to be devices of the site (`fedprune_server.enrollment.store`), in the database of a server's first
 job, as are the next four tables."""

@@ -9,7 +9,6 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,10 @@ from fedprune.releases.release import (
     signed,
     write_again,
 )
-from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.security.succession import Succession, follow
 from fedprune.wire.fleet_messages import MAX_MANIFEST
-from fedprune_device.launcher.slot_store import SlotStore, successors
-from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
+from fedprune_device.launcher.slot_store import SlotStore
+from fedprune_device.launcher.state import STABLE, STAGED, TRIAL
 from fedprune_device.releases.installer import ReleaseInstaller, own_packages
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel, source, versions_in
@@ -235,43 +232,6 @@ def test_a_release_that_the_launcher_would_not_start_is_refused_before_it_is_pul
         updater.examine(folder)
     (board.home.root / "server.pub").write_text(other.verifying.hex)
     updater.stage(folder)
-
-
-def test_a_release_by_the_key_that_replaced_the_launchers_is_installed_and_started(
-    board: ReleaseInstaller, tmp_path: Path
-) -> None:
-    keys = [KEY, SigningKey.make(), SigningKey.make()]
-    chain = [Succession.make("site", a, b.verifying) for a, b in pairwise(keys)]
-    identity = tmp_path / "identity"
-    DeviceIdentity(identity, "site", "d").succeed(keys[-1].verifying, chain)
-    folder = source(make_release(tmp_path / "two", 2, key=keys[-1]))
-    updater = ReleaseInstaller(board.home.root, keys[-1].verifying, identity=identity)
-    updater.stage(folder)
-    slot = board.home.load().other  # type: ignore[union-attr]
-    record = board.home.whole(slot)
-    assert (record.version, record.site, record.successions) == (2, "site", tuple(s.hex for s in chain))
-    assert (board.home.root / "server.pub").read_text() == PUBLIC.hex
-    thief = Succession.make("site", SigningKey.make(), keys[-1].verifying)
-    for wrong in (
-        {"successions": ()},
-        {"successions": (chain[1].hex,)},
-        {"successions": (chain[0].hex, thief.hex)},
-        {"successions": (chain[0].hex, "no hex")},
-        {"successions": (chain[0].hex[:-2] + "ff", chain[1].hex)},
-        {"site": "another"},
-    ):
-        board.home.write_record(slot, replace(record, **wrong))
-        with pytest.raises(DamagedError, match="the server's key has not signed"):
-            board.home.whole(slot)
-
-
-def test_the_launcher_follows_successions_as_boards_do() -> None:
-    keys = [SigningKey.make() for _ in range(4)]
-    chain = [Succession.make("north-field", a, b.verifying) for a, b in pairwise(keys)]
-    for first, key in enumerate(keys):
-        found = successors(key.verifying.raw, "north-field", [s.hex for s in chain])
-        assert found == [k.verifying.raw for k in keys[first:]]
-        assert follow("north-field", key.verifying, chain).raw == found[-1]
 
 
 def test_packages_of_the_board_are_never_hidden(board: ReleaseInstaller, tmp_path: Path) -> None:

@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from fedprune.core.errors import ConfigError, ExitCode, IdentityError, KitError, UsageError
+from fedprune.core.errors import ConfigError, ExitCode, KitError, UsageError
 from fedprune.security.keys import SigningKey
-from fedprune.security.succession import FILE, Succession
 from fedprune_device.releases.unit import HIDDEN, ServiceUnit
-from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit, open_kit
+from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
-from fedprune_flash.on_board.kit_folder import KitFolder
 from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC
 
@@ -64,28 +62,20 @@ def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
     assert make_kit("a").digest == make_kit("b").digest
 
 
-def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone(
-    make_kit: MakeKit, tmp_path: Path
-) -> None:
-    identity = tmp_path / "identity"
-    identity.mkdir()
-    latest = SigningKey.make()
-    latest.save(identity / "signing.key")
-    with pytest.raises(KitError, match=latest.verifying.fingerprint):
-        Signer.load(identity / "signing.key").check(make_kit("earlier"))
-    (identity / "site").write_text("lab")
-    (identity / FILE).write_text(json.dumps([Succession.make("lab", KEY, latest.verifying).hex]))
-    signer = Signer.load(identity / "signing.key")
-    signer.check(make_kit("before"))
-    kit = make_kit("after", signer=signer)
-    signer.check(kit)
-    assert KitFolder(kit.folder).follows(KEY.verifying.raw, latest.verifying.raw)
-    for foreign in (make_kit("foreign", signer=Signer(SigningKey.make())), make_kit("plain", signer=None)):
+def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
+    kit = make_kit(claim=CLAIM)
+    (kit.folder / "claim.txt").unlink()
+    assert not open_kit(kit.folder).claimed
+    (kit.folder / "device.env").unlink()
+    with pytest.raises(KitError, match=r"device\.env"):
+        open_kit(kit.folder)
+
+
+def test_a_kit_is_taken_from_its_server_alone(make_kit: MakeKit) -> None:
+    assert open_kit(make_kit("own").folder, KEY).key == KEY.verifying.hex
+    for foreign in (make_kit("foreign", signer=SigningKey.make()), make_kit("plain", signer=None)):
         with pytest.raises(KitError, match="not signed by this server"):
-            signer.check(foreign)
-    SigningKey.make().save(identity / "other.key")
-    with pytest.raises(IdentityError, match="successions"):
-        Signer.load(identity / "other.key")
+            open_kit(foreign.folder, KEY)
 
 
 @pytest.mark.parametrize("claim", ["with\0zero", "claim.txt", f"{CLAIM[:-1]}A"])
@@ -293,4 +283,4 @@ def test_the_command_makes_a_kit(
     body, kit = json.loads(capsys.readouterr().out), open_kit(tmp_path / "third")
     assert (body["folder"], body["sha256"], body["bytes"]) == (str(kit.folder), kit.digest, kit.bytes)
     assert (body["claimed"], body["key"]) == (False, PUBLIC.hex)
-    assert open_kit(tmp_path / "signed", Signer(KEY)).key == PUBLIC.hex
+    assert open_kit(tmp_path / "signed", KEY).key == PUBLIC.hex

@@ -10,12 +10,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.security.certificates import load_certificate
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.joining import Claim
 from fedprune_server.cli.main import main
@@ -271,53 +269,74 @@ def test_an_identity_is_shown_as_json(state: str, tmp_path: Path, capsys: Captur
     with IdentityFolder(Path(state), read_only=True) as identity:
         assert before["pin"] == identity.authority.pin.hex()
         assert before["key"] == identity.key.verifying.hex
-    after = shown("identity", "rotate", "--state", state)
-    assert (before["earlier_keys"], after["earlier_keys"], after["next_pin"]) == (0, 1, None)
-    assert after["key"] != before["key"]
-    board = asks(state, tmp_path / "1", "pi-1", Claim.parse(claimed(state, capsys)))[1]
-    rotating = shown("identity", "rotate-ca", "--state", state)
-    assert (board, rotating["without_new_certificate"]) == ("approved", ["pi-1"])
-    with IdentityFolder(Path(state), read_only=True) as identity:
-        assert rotating["next_pin"] == identity.authority.pins[-1].hex() != before["pin"]
+    after = shown("identity", "replace", "--state", state)
+    assert after.keys() == before.keys()
+    assert {after[name] != before[name] for name in ("pin", "key")} == {True}
+    assert after["site"] == before["site"]
 
 
-def test_the_authority_is_replaced_in_two_steps(state: str, tmp_path: Path, capsys: Captured) -> None:
-    def run(action: str, *more: str) -> tuple[int, str]:
-        code = main(["identity", action, "--state", state, *more])
-        read = capsys.readouterr()
-        return code, read.out + read.err
+def test_keys_and_authority_are_replaced_while_no_server_runs(state: str, tmp_path: Path, capsys: Captured) -> None:
+    def shown(*words: str) -> str:
+        capsys.readouterr()
+        assert main([*words, "--state", state]) == ExitCode.OK
+        return capsys.readouterr().out
 
-    board, _ = asks(state, tmp_path / "1", "pi-1", Claim.parse(claimed(state, capsys)))
-    assert run("retire-ca") == (ExitCode.IDENTITY, ANY)
+    assert asks(state, tmp_path / "1", "pi-1", Claim.parse(claimed(state, capsys)))[1] == "approved"
+    before, left = shown("identity"), claimed(state, capsys)
     with folder_lock(Path(state)):
-        assert run("rotate-ca")[0] == ExitCode.STORAGE
-    code, said = run("rotate-ca")
-    assert (code, "boards without a certificate of that one: 1\n  pi-1\n" in said) == (ExitCode.OK, True), said
-    assert "broker-config" in said
-    assert run("rotate-ca") == (ExitCode.IDENTITY, ANY)
-    assert stat.S_IMODE((Path(state) / "identity" / "authority.key.new").stat().st_mode) == 0o600
+        assert main(["identity", "replace", "--state", state]) == ExitCode.STORAGE
+    assert shown("identity") == before
+    said = shown("identity", "replace")
+    assert "back the identity up" in said
+    assert "fedprune-device join --new-key" in said
+    assert shown("identity") != before
+    assert stat.S_IMODE((Path(state) / "identity" / "signing.key").stat().st_mode) == 0o600
+    assert not list(Path(state).glob("identity.*")), "a copy of the old keys was left"
+    assert shown("devices").split()[:2] == ["pi-1", "revoked"]
+    assert asks(state, tmp_path / "2", "pi-2", Claim.parse(left))[1] == "refused"
+    assert asks(state, tmp_path / "3", "pi-1", Claim.parse(claimed(state, capsys)))[1] == "approved"
 
-    out = tmp_path / "broker"
-    assert main(["broker-config", "mosquitto", "--state", state, "--host", "localhost", "--out", str(out)]) == 0
-    with IdentityFolder(Path(state)) as identity:
-        old, new = identity.authority.pins
-        assert (out / "authority.pem").read_text() == identity.authority.pem
-        assert identity.authority.is_current(load_certificate(out / "broker.pem", "broker"), client=False)
-        identity.store.hear([], [(board.key.verifying.hex, identity.key.verifying.id.hex(), old.hex())])
-        identity.store._opened().flush()
-    capsys.readouterr()
-    assert main(["devices", "--state", state]) == ExitCode.OK
-    assert "at an earlier certificate authority" in capsys.readouterr().out
-    code, said = run("retire-ca")
-    assert (code, "pi-1" in said) == (ExitCode.IDENTITY, True)
-    assert run("rotate", "--force")[0] == ExitCode.USAGE
-    code, said = run("retire-ca", "--force")
-    assert (code, "claims from before are void" in said) == (ExitCode.OK, True), said
+
+def test_where_the_replacement_broke_off_another_one_completes_it(
+    state: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    before = identity_of(state)
+    for broken in ("rename", "make"):
+        with monkeypatch.context() as patch, IdentityFolder(Path(state)) as identity:
+            patch.setattr(Path if broken == "rename" else IdentityFolder, broken, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                identity.replace()
+    assert main(["init", "--state", state]) == ExitCode.OK  # as the error says, where there is no identity
+    between = identity_of(state)
+    assert main(["identity", "replace", "--state", state]) == ExitCode.OK
+    assert len({before, between, identity_of(state)}) == 3
+    assert not list(Path(state).glob("identity.*")), "a copy of the old keys was left"
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def identity_of(state: str) -> tuple[str, str]:
     with IdentityFolder(Path(state), read_only=True) as identity:
-        assert identity.authority.pins == (new,)
+        return identity.key.verifying.hex, identity.authority.pin.hex()
+
+
+def test_a_brokers_files_are_listed_as_json(state: str, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "broker"
+    capsys.readouterr()
+    words = ["broker-config", "mosquitto", "--state", state, "--host", "localhost", "--out", str(out), "--json"]
+    assert main(words) == ExitCode.OK
+    assert {Path(name) for name in json.loads(capsys.readouterr().out)} == set(out.iterdir())
 
 
 def claimed(state: str, capsys: Captured) -> str:
     capsys.readouterr()
     assert main(["claim", "--state", state]) == ExitCode.OK
     return capsys.readouterr().out.strip()
+
+
+def test_without_an_identity_there_is_no_key_to_replace(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["identity", "replace", "--state", str(tmp_path)]) == ExitCode.IDENTITY
+    assert "fedprune-server init" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import socket
 import ssl
 import stat
@@ -258,7 +259,7 @@ def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Pat
     if who == "with an authority":
         authority = server.identity.path / "authority.pem"
     stranger = Stranger(tmp_path / "stranger")
-    pin = board.pins[0] if who == "member" else None
+    pin = board.pin if who == "member" else None
     with pytest.raises(BrokerError):
         enrol(board, [stranger.url], None if pin else claim, pin, authority=authority, patience_s=3)
     stranger.listener.close()
@@ -303,3 +304,17 @@ def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, t
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
     assert kept()
     assert not (tmp_path / "board" / "identity.old").exists()
+
+
+def test_public_files_stay_readable_whatever_umask_root_has(tmp_path: Path) -> None:
+    """Root may revoke a board; the service reads the folder as its own user."""
+    before = os.umask(0o077)
+    try:
+        with IdentityFolder.make(tmp_path, "lab") as identity:
+            identity.revoke("attic")
+            identity.broker(["localhost"])
+    finally:
+        os.umask(before)
+    public = {p.name for p in (tmp_path / "identity").iterdir() if p.stat().st_mode & 0o077}
+    assert public == {"site", "authority.pem", "crl.pem", "server.pem", "broker.pem"}
+    assert all((tmp_path / "identity" / name).stat().st_mode & 0o777 == 0o644 for name in public)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +31,12 @@ from fedprune.security.tls import BUILT
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
+from fedprune_server.enrollment import approval
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
 from fedprune_server.storage.storage import database_of
 from fedprune_server.storage.tables import CLAIMS
@@ -442,6 +447,76 @@ def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder
     for path in (tmp_path / "state").rglob("*"):
         if path.is_file():
             assert claim.secret not in path.read_bytes()
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(b"x" * 5000)
+
+
+def reformat(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE meta SET value = 'fedprune.database/0' WHERE key = 'format'")
+
+
+def spoil(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE members SET status = 'perhaps'")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (damage, r"server\.db: file is not a database"),
+        (reformat, r"expected fedprune\.database/2, got fedprune\.database/0"),
+        (spoil, r"row of the member pi-1 is damaged: got 'perhaps'"),
+    ],
+)
+def test_a_database_that_can_t_be_used_is_one_clear_error(
+    identity: IdentityFolder, tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    identity.store.ask("pi-1", "a" * 64, 1)
+    identity.close()
+    change(tmp_path / "state" / FILE)
+    with IdentityFolder(tmp_path / "state") as again, pytest.raises(StorageError, match=said):
+        again.store.devices()
+
+
+def test_a_database_is_closed_by_whoever_opened_it(
+    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity.store.ask("pi-1", "a" * 64, 1)
+    closed: list[Database] = []
+    monkeypatch.setattr(Database, "close", lambda self: closed.append(self) or self.engine.dispose())
+    state = tmp_path / "state"
+    with database_of(state) as given:
+        identity.serve(given)
+        assert len(closed) == 1, "the one that the folder had opened"
+        RolloutStore(state, given).close()
+        identity.close()
+        assert given not in closed
+    RolloutStore(state).close()
+    assert identity.store.devices()
+    identity.close()
+    assert len(closed) == 4
+
+
+def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_answer(
+    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patiently(self: Database, work: Callable[[], object]) -> object:
+        work()  # the connection is lost before the answer
+        return work()
+
+    monkeypatch.setattr(Database, "patiently", patiently)
+    now = int(NOW[0])
+    assert [identity.store.ask("pi-1", key * 64, now) for key in "ab"] == [WAITING, WAITING]
+    assert approval.deny(identity, "pi-1") == "pi-1: 2 keys turned away"
+    with pytest.raises(JoinError, match="no such device waits"):
+        approval.deny(identity, "pi-1")
+    identity.store.approve("pi-1", "c" * 64, now)
+    assert approval.revoke(identity, "pi-1").startswith("pi-1: 1 key and 0 certificates revoked")
+    with pytest.raises(JoinError, match="pi-1 is revoked already"):
+        approval.revoke(identity, "pi-1")
 
 
 def test_a_revocation_of_one_name_forgets_nothing_of_another_one(identity: IdentityFolder) -> None:

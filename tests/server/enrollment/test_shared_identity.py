@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedprune.core.errors import ConfigError, IdentityError, UsedClaimError
+from fedprune.core.errors import ConfigError, IdentityError, StorageError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.joining import Claim
 from fedprune.security.joining import make_request as make_join_request
@@ -26,7 +26,7 @@ from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.transport import DeviceRevoked
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
-from fedprune_server.storage.tables import meta, put_meta
+from fedprune_server.storage.tables import REGISTER, meta, put_meta
 from support.fakes.inbox import Inbox
 from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
@@ -152,65 +152,6 @@ def test_a_revocation_whose_command_was_killed_is_shared_by_the_server(
         assert listed(other) == {i.serial for i in other.authority.of_device(asked.device)} != set()
 
 
-def test_a_standby_with_an_earlier_signing_key_is_refused_until_it_has_the_present_one(
-    tmp_path: Path, postgres: Postgres
-) -> None:
-    url = postgres.database()
-    first, second = tmp_path / "first", tmp_path / "second"
-    IdentityFolder.make(first, "lab").close()
-    with serving(first, url) as identity:
-        join(identity, "pi-1")
-    copied(first, second)
-    with serving(second, url):
-        pass
-    for _ in range(2):
-        with IdentityFolder(first) as identity:
-            identity.rotate()
-    with serving(first, url):  # boards follow it from here on
-        pass
-    with pytest.raises(IdentityError, match=r"earlier signing key.*successions\.json"), serving(second, url):
-        pass
-    for name in ("signing.key", "successions.json"):
-        shutil.copy2(first / "identity" / name, second / "identity" / name)
-    with serving(second, url) as identity, IdentityFolder(first, read_only=True) as other:
-        assert identity.key.verifying == other.key.verifying
-        assert identity.store.members().keys() == {"pi-1"}
-    with IdentityFolder(second) as identity:
-        identity.rotate()
-    with serving(second, url):
-        pass
-    with pytest.raises(IdentityError, match="earlier signing key"), serving(first, url):
-        pass
-    with IdentityFolder.make(tmp_path / "third", "lab"), serving(tmp_path / "third", url):
-        pass  # a new identity, as after the loss of all others
-
-
-def test_a_standby_with_an_earlier_authority_is_refused(tmp_path: Path, postgres: Postgres) -> None:
-    url = postgres.database()
-    first, second = tmp_path / "first", tmp_path / "second"
-    with IdentityFolder.make(first, "lab"):
-        pass
-    with serving(first, url):
-        pass
-    copied(first, second)
-    with IdentityFolder(first) as identity:
-        identity.rotate_authority()
-    with serving(first, url):
-        pass
-    with pytest.raises(IdentityError, match="earlier certificate authority"), serving(second, url):
-        pass
-    with IdentityFolder(first) as identity:
-        identity.retire_authority(force=True)
-    with serving(first, url):
-        pass
-    with pytest.raises(IdentityError, match="earlier certificate authority"), serving(second, url):
-        pass
-    shutil.rmtree(second / "identity")
-    copied(first, second)
-    with serving(second, url):
-        pass
-
-
 def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Postgres) -> None:
     url = postgres.database()
     IdentityFolder.make(tmp_path / "first", "lab").close()
@@ -227,6 +168,19 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
             identity.claim(None, 3600)
 
 
+def test_a_damaged_row_is_an_error(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    IdentityFolder.make(tmp_path / "first", "lab").close()
+
+    for line in ("{}", "{", '{"issued": {}}'):
+        with StateFolder(tmp_path / "first", url) as folder, IdentityFolder(tmp_path / "first") as identity:
+            with folder.storage.database.transaction() as connection:
+                connection.execute(REGISTER.delete())
+                connection.execute(REGISTER.insert().values(digest="00", line=line))
+            with pytest.raises(StorageError, match="damaged"):
+                identity.serve(folder.storage.database)
+
+
 def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgres: Postgres) -> None:
     url, state = postgres.database(), tmp_path / "first"
     with IdentityFolder.make(state, "lab") as identity:
@@ -239,3 +193,26 @@ def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgr
     assert main(["claim", "--state", str(tmp_path / "other")]) == 0
     with StateFolder(tmp_path / "other", url) as folder:
         assert not IdentityStore(folder.storage.database).empty
+
+
+def test_a_standby_with_a_replaced_identity_is_refused_until_it_has_the_present_one(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    IdentityFolder.make(first, "lab").close()
+    with serving(first, url) as identity:
+        join(identity, "pi-1")
+    copied(first, second)
+    with serving(second, url) as identity:
+        assert identity.store.members().keys() == {"pi-1"}
+    with IdentityFolder(first, database=url) as identity:
+        identity.replace().close()
+    with serving(first, url) as identity:
+        assert identity.store.members() == {}
+    with pytest.raises(IdentityError, match="another identity's"), serving(second, url):
+        pass
+    shutil.rmtree(second / "identity")
+    copied(first, second)
+    with serving(second, url):
+        pass

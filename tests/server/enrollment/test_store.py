@@ -30,12 +30,12 @@ def test_members_are_held_once_and_read_again_when_any_server_has_changed_them(t
         assert known == {"pi-1": A}, "what was handed out has changed"
 
 
-def test_only_members_that_knew_a_key_of_the_server_are_named(tmp_path: Path) -> None:
+def test_a_member_is_unannounced_until_its_first_message(tmp_path: Path) -> None:
     database, store = opened(tmp_path)
     with database:
         store.approve("pi-1", A, 1)
         store.approve("pi-2", B, 1)
-        assert store.followed() == {}
-        store.hear((), [(A, "ab" * 8, None)])
+        assert store.unannounced_members() == {"pi-1": 1, "pi-2": 1}
+        store.hear([(A, "fedprune/1/lab/pi-1", 7)])
         database.flush()
-        assert store.followed() == {A: ("ab" * 8, None)}
+        assert store.unannounced_members() == {"pi-2": 1}

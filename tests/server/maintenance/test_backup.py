@@ -49,7 +49,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = tmp_path_factory.mktemp("begun") / "state"
     play_job(state, events=11)
     with IdentityFolder.make(state, "default") as identity:
-        identity.rotate()
         identity.claim("attic", 3600)
     with RolloutStore(state) as rollouts:
         rollouts.blobs.put(b"a wheel" * 1000)
@@ -129,7 +128,6 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
     for path in (
         "model.onnx",
         "identity/signing.key",
-        "identity/successions.json",
         "identity/authority.key",
         "identity/register.jsonl",
     ):

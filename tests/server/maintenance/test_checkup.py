@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,6 @@ from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ExitCode, FedpruneError, IdentityError
 from fedprune.output.tables import silent
-from fedprune.security.keys import SigningKey
-from fedprune.security.succession import Succession
 from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import BLOBS, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -147,16 +144,11 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
         "rollout 1 is damaged",
     ),
     "list of revocations damaged": ((lambda s: flip(s / "identity" / "crl.pem")), "crl.pem is damaged.* devices list"),
-    "successions damaged": (
-        lambda s: (s / "identity" / "successions.json").write_text("[]"),
-        r"successions\.json is damaged.*Restore",
+    "server's key another one": (
+        lambda s: shutil.copy(s / "identity" / "authority.key", s / "identity" / "server.key"),
+        "don't belong together.*next start",
     ),
-    "successions of another key": (
-        lambda s: (s / "identity" / "successions.json").write_text(
-            json.dumps([Succession.make("default", SigningKey.make(), SigningKey.make().verifying).hex])
-        ),
-        r"signing\.key is not the key that .*successions\.json ends in.*same backup",
-    ),
+    "signing key damaged": (lambda s: (s / "identity" / "signing.key").write_bytes(b"x"), "signing.key"),
 }
 
 

@@ -5,39 +5,29 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy.event import listen
 
-from fedprune.core.disk import sync_folder
-from fedprune.core.errors import IdentityError, SignatureError, StorageError
-from fedprune.releases.release import signed
-from fedprune.security import authority as authority_module
-from fedprune.security import device_identity, succession
+from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
+from fedprune.security.joining import Claim, answer_text
 from fedprune.security.keys import SigningKey
-from fedprune.security.signed_channel import seal
-from fedprune.security.succession import SUCCESSIONS, Succession, kept_successions
+from fedprune.security.signed_channel import Envelope, seal
 from fedprune.security.tls import BUILT
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import APPROVED, JoinAnswer, JoinRequest, ReleaseOffer
+from fedprune.wire.fleet_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_device.network import signed_channel as device_side
 from fedprune_device.network.connection import ANSWER_S, Connection, Received
 from fedprune_server.devices.quarantine import BURST, Quarantine
-from fedprune_server.enrollment import pki as folder_module
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.maintenance.doctor import CheckedSite, check_rotation
-from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.messaging import authentication as server_side
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
 
@@ -286,7 +276,13 @@ def test_a_birth_is_recognised_however_its_type_is_escaped(lab: Lab) -> None:
     plain = birth("attic").to_bytes()
     body = plain.replace(b'"birth"', b'"b\\u0069rth"')
     assert body != plain
-    assert lab.server.hears((topic, seal(key, topic, 5, 0, body))) == [(topic, plain)]
+
+    def epoch() -> int:
+        return Envelope.parse(lab.server.say("attic", Finished("job"))[1]).epoch
+
+    before = epoch()
+    assert lab.server.hears((topic, seal(key, topic, 5, 0, body))) == [(topic, body)]
+    assert epoch() > before
 
 
 def test_what_was_said_before_a_restart_of_the_board_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
@@ -583,437 +579,33 @@ def hears_its_server(lab: Lab, board: Board) -> bool:
     return board.hears(said) != []
 
 
-def test_boards_follow_the_server_to_new_keys_also_those_that_missed_two_of_them(lab: Lab) -> None:
+def test_after_its_keys_were_replaced_a_server_is_heard_by_boards_that_joined_again_alone(lab: Lab) -> None:
     one, two = lab.boards["pi-1"], lab.boards["pi-2"]
-    first = lab.identity.key.verifying
-    lab.identity.rotate()
-    lab.new_server()
-    assert not hears_its_server(lab, one)  # it has not met the server yet, and asks
-    meet(lab.server, one)
-    assert hears_its_server(lab, one)
-    assert one.identity.server == lab.identity.key.verifying != first
-
-    lab.identity.rotate()
-    lab.new_server()
-    lab.now += 60
-    for board in (one, two):
-        meet(lab.server, board)
-        assert hears_its_server(lab, board)
-        assert lab.new_board(board.identity.device).identity.server == lab.identity.key.verifying
-    assert lab.server.doubled == []
-
-
-def test_a_board_that_joined_under_the_latest_key_keeps_the_successions_for_its_launcher(lab: Lab) -> None:
-    one = lab.boards["pi-1"]
-    lab.identity.rotate()
-    lab.new_server()
-    meet(lab.server, one)
-    (one.identity.folder / SUCCESSIONS).unlink()
-    assert one.hears(lab.server.say("pi-1", Hello())) != []
-    assert kept_successions(one.identity.folder) == (one.identity.site, tuple(s.hex for s in lab.identity.successions))
-    (one.identity.folder / SUCCESSIONS).write_text("")  # a damaged card
-    assert kept_successions(one.identity.folder) == ("", ())
-
-
-def test_a_hello_to_everybody_carries_the_succession(lab: Lab) -> None:
-    lab.identity.rotate()
-    lab.new_server()
-    lab.server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
-    assert lab.boards["pi-1"].hears(lab.server.end.sent[-1]) != []
-    assert hears_its_server(lab, lab.boards["pi-1"])
-
-
-def test_a_succession_by_a_wrong_key_counts_for_nothing(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pi, right, forger = lab.boards["pi-1"], lab.identity.key, SigningKey.make()
-    forged = Succession.make("lab", forger, forger.verifying)
-    other_site = Succession.make("other", right, forger.verifying)
-    for bad in (Succession(right.verifying, forger.verifying, forged.signature), forged, other_site):
-        monkeypatch.setattr(lab.identity, "key", forger)
-        monkeypatch.setattr(lab.identity, "successions", (bad,))
-        lab.new_server()
-        assert pi.hears(lab.server.say("pi-1", Hello())) == []
-        assert pi.identity.server == right.verifying
-    # The right succession for which somebody without the new key signs.
-    lab.identity.successions = (Succession.make("lab", right, SigningKey.make().verifying),)
-    lab.new_server()
-    assert pi.hears(lab.server.say("pi-1", Hello())) == []
-    assert pi.identity.server == right.verifying
-
-
-def test_an_older_succession_that_is_repeated_takes_no_board_back(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
-    pi = lab.boards["pi-1"]
-    first = lab.identity.key
-    lab.identity.rotate()
-    second, shorter = lab.identity.key, lab.identity.successions
-    lab.new_server()
-    old = lab.server.say("pi-1", Hello())
-    lab.identity.rotate()
-    lab.new_server()
-    meet(lab.server, pi)
-    newest = pi.identity.server
-    assert pi.hears(old) == []
-    assert pi.identity.server == newest
-
-    for key, successions in ((second, shorter), (first, ())):  # a server restored from a backup that is older
-        lab.identity.key, lab.identity.successions = key, successions
-        lab.new_server()
-        caplog.clear()
-        lab.now += 60
-        meet(lab.server, pi)
-        assert not hears_its_server(lab, pi)
-        assert pi.identity.server == newest
-        assert "pi-1 knows the server by another signing key" in caplog.text
-        pi.end.sent.clear()
-
-
-def answered_again(lab: Lab, rotate: Callable[[], None]) -> DeviceIdentity:
-    """A device that asked before a rotation, and takes the answer to the same request after it."""
     claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
-    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
-    request = device.request(claim)
-    lab.answer(request)
-    rotate()
+    lab.identity = lab.identity.replace()
     lab.new_server()
-    assert device.admit(lab.answer(request), claim.pin) is not None
-    return device
-
-
-def test_an_answer_that_was_kept_from_before_takes_no_board_back(lab: Lab) -> None:
-    assert answered_again(lab, lab.identity.rotate).server == lab.identity.key.verifying
-
-
-Breaking = Callable[[Callable[..., object]], Callable[..., object]]
-
-
-def crash_after(calls: int) -> Breaking:
-    """Makes functions of which, all together, so many calls succeed before one is interrupted."""
-    left = iter(range(calls))
-
-    def broken(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*given: object, **words: object) -> object:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return function(*given, **words)
-
-        return call
-
-    return broken
-
-
-def torn(broken: Breaking) -> Callable[[Path, Path], None]:
-    """A durable rename that may break off before it, and before it is on the disk."""
-
-    def move(source: Path, path: Path) -> None:
-        broken(source.replace)(path)
-        broken(sync_folder)(path.parent)
-
-    return move
-
-
-@pytest.mark.parametrize("writes", range(5))
-def test_a_rotation_that_a_crash_breaks_off_leaves_a_server_that_every_board_hears(
-    lab: Lab, writes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, broken = lab.identity.key.verifying, crash_after(writes)
-    with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "write_public", broken(folder_module.write_public))
-        patch.setattr(SigningKey, "save", broken(SigningKey.save))
-        patch.setattr(succession, "move", torn(broken))
-        if writes < 4:
-            with pytest.raises(KeyboardInterrupt):
-                lab.identity.rotate()
-        else:
-            lab.identity.rotate()
-    with IdentityFolder(lab.folder / "state", read_only=True) as seen:
-        looked = seen.key.verifying
-    with IdentityFolder(lab.folder / "state", clock=lambda: float(BUILT + 30 * DAY)) as identity:
-        assert identity.key.verifying == looked
-        assert (looked == before) == (writes < 2)
-        lab.identity = identity
-        lab.new_server()
-        for board in lab.boards.values():
-            meet(lab.server, board)
-            assert hears_its_server(lab, board)
-        identity.rotate()  # can be done again
-    with IdentityFolder(lab.folder / "state", read_only=True) as seen:
-        assert seen.key.verifying not in (looked, before)
-
-
-def test_files_of_two_backups_are_refused(lab: Lab) -> None:
-    path = lab.folder / "state" / "identity"
-    old = (path / "signing.key").read_bytes()
-    lab.identity.rotate()
-    (path / "signing.key").write_bytes(old)
-    with pytest.raises(IdentityError, match="not the key"):
-        IdentityFolder(lab.folder / "state", read_only=True)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '["00"]', "[1]", '["' + "0" * 256 + '"]'])
-def test_a_damaged_file_of_successions_is_refused(lab: Lab, text: str) -> None:
-    (lab.folder / "state" / "identity" / "successions.json").write_text(text)
-    with pytest.raises(IdentityError, match="is damaged"):
-        IdentityFolder(lab.folder / "state", read_only=True)
-
-
-def signature_of(offer: ReleaseOffer, lab: Lab) -> str:
-    """The signature with which an offer reaches a board."""
-    assert lab.server.link.publish(TOPICS.down("pi-1"), offer.to_bytes())
-    [(_, raw)] = lab.boards["pi-1"].hears(lab.server.end.sent[-1])
-    found = parse(raw)
-    assert isinstance(found, ReleaseOffer)
-    return found.signature
-
-
-def test_a_release_from_before_is_offered_with_the_new_key_s_signature(lab: Lab) -> None:
-    offer = ReleaseOffer(7, "{}", signed(b"{}", lab.identity.key).hex(), ("ab" * 32,), 3, 600.0)
-    lab.identity.rotate()
-    lab.new_server()
-    meet(lab.server, lab.boards["pi-1"])
-    assert signature_of(offer, lab) == signed(b"{}", lab.identity.key).hex() != offer.signature
-
-
-def test_a_stored_release_that_no_key_of_the_server_signed_is_not_signed_anew(
-    lab: Lab, caplog: pytest.LogCaptureFixture
-) -> None:
-    good, forger = signed(b"{}", lab.identity.key).hex(), SigningKey.make()
-    lab.identity.rotate()
-    lab.identity.rotate()
-    lab.new_server()
-    meet(lab.server, lab.boards["pi-1"])
-
-    def arrives(manifest: str, signature: str) -> str:
-        return signature_of(ReleaseOffer(7, manifest, signature, ("ab" * 32,), 3, 600.0), lab)
-
-    assert arrives("{}", good) == arrives("{}", signed(b"{}", lab.identity.key).hex())
-    assert caplog.text == ""
-    for manifest, signature in (('{"other": 1}', good), ("{}", signed(b"{}", forger).hex()), ("{}", "00" * 64)):
-        assert arrives(manifest, signature) == signature
-    assert caplog.text.count("is not signed by this server") == 1
-
-
-def test_messages_by_a_foreign_key_cause_ever_fewer_births(lab: Lab) -> None:
-    pi, forger = lab.boards["pi-1"], SigningKey.make()
-    meet(lab.server, pi)
-    topic = TOPICS.down("pi-1")
-    births = []
-    for n in range(6 * 360):  # six hours, every ten seconds
-        lab.now += 10
-        pi.hears((topic, seal(forger, topic, n, 0, Finished("job").to_bytes())), lab.server.say("pi-1", Hello()))
-        if pi.end.sent:
-            births.append(lab.now)
-            pi.end.sent.clear()
-    assert births[0] == 10  # a board that missed a rotation asks at once
-    assert len(births) < 16
-
-    lab.identity.rotate()
-    lab.new_server()
-    assert pi.hears(lab.server.say("pi-1", Hello())) != []  # that is no obstacle to following
-    assert pi.identity.server == lab.identity.key.verifying
-
-
-def renew(lab: Lab, board: Board) -> None:
-    """A board asks for a new certificate, and meets its server again."""
-    answer = lab.answer(board.identity.request())
-    assert board.identity.admit(answer, board.identity.pins[0]) is not None
-    lab.now += 60
-    meet(lab.server, board)
-
-
-def test_a_server_that_does_not_know_the_new_authority_takes_it_from_no_board(lab: Lab) -> None:
-    """As one on an old copy of the identity, which names the old authority alone."""
-    board = lab.boards["pi-1"]
-    old = lab.identity.authority.pin
-    lab.identity.rotate_authority()
-    both = lab.identity.authority.pins
-    lab.new_server()
-    meet(lab.server, board)
-    renew(lab, board)
-    assert board.identity.pins == both
-    board.identity.follow_authorities([old.hex()])
-    assert board.identity.pins == both
-    board.identity.follow_authorities([both[-1].hex()])
-    assert board.identity.pins == both[1:]
-
-
-def test_a_renewal_and_a_retired_authority_at_once_leave_the_renewal_s_authorities(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The certificate is renewed in a thread, while the loop forgets authorities that the server no longer names."""
-    board = lab.boards["pi-1"].identity
-    lab.identity.rotate_authority()
-    lab.new_server()
-    meet(lab.server, lab.boards["pi-1"])
-    renew(lab, lab.boards["pi-1"])
-    middle = board.pins[-1]
-    lab.identity.retire_authority(force=True)
-    lab.identity.rotate_authority()
-    lab.new_server()
-    answer = lab.answer(board.request())
-    renewal = threading.Thread(target=board.admit, args=(answer, board.pins[0]))
-    load = device_identity.load_authorities
-
-    def interrupted(path: Path) -> list[Any]:
-        known = load(path)
-        monkeypatch.setattr(device_identity, "load_authorities", load)
-        renewal.start()
-        renewal.join(0.3)
-        return known
-
-    monkeypatch.setattr(device_identity, "load_authorities", interrupted)
-    board.follow_authorities([middle.hex()])
-    renewal.join(20)
-    assert board.pins == lab.identity.authority.pins
-
-
-def test_a_new_authority_replaces_the_old_one_when_all_boards_have_its_certificates(lab: Lab) -> None:
-    one, two = lab.boards["pi-1"], lab.boards["pi-2"]
-    old = lab.identity.authority.pin
-    lab.identity.rotate_authority()
-    both, new = lab.identity.authority.pins, lab.identity.authority.pins[-1]
-    assert both[0] == old != new
-    lab.new_server()
-    meet(lab.server, one)
-    assert one.identity.renew_now.is_set()
-    assert one.identity.pins == (old,)  # only an answer that the old authority signs can add another one
-    assert one.identity.renewal_due()
-    renew(lab, one)
-    assert not one.identity.renewal_due()
-    assert (one.identity.pins, one.identity.authorities()) == (both, (old.hex(), new.hex()))
-    assert lab.identity.without_new_certificate() == ["pi-2"]
-    with pytest.raises(IdentityError, match=r"1 board would be locked out.*none for pi-2"):
-        lab.identity.retire_authority()
-
-    three = lab.let_in("pi-3", "pi-3")  # a claim's pin is still the old authority's
-    assert three.identity.authorities()[-1] == new.hex()
-    for board in (two, three):
-        meet(lab.server, board)
-    assert two.identity.renewal_due()
-    renew(lab, two)
-    lab.identity.retire_authority()
-    assert lab.identity.authority.pins == (new,)
-    lab.new_server()
-    for board in (one, two, three):
-        lab.now += 60
-        meet(lab.server, board)
-        assert board.identity.pins == (new,)
-        assert not board.identity.renewal_due()
-        assert hears_its_server(lab, board)
-    assert lab.let_in("pi-4", "pi-4").identity.pins == (new,)
-    assert lab.server.doubled == []
-    lab.identity.rotate_authority()  # can be done again
-    assert lab.identity.authority.pins[0] == new
-
-
-def test_an_answer_from_before_the_rotation_is_not_given_again(lab: Lab) -> None:
-    device = answered_again(lab, lab.identity.rotate_authority)
-    assert device.pins == lab.identity.authority.pins
-    board = Board(device, lambda: lab.now)
-    meet(lab.server, board)  # its TLS key has a certificate of the old authority, which it replaces
-    assert device.renewal_due()
-    renew(lab, board)
-    assert lab.identity.without_new_certificate() == ["pi-1", "pi-2"]
-
-
-def test_a_board_that_was_left_behind_joins_again_with_a_claim(lab: Lab) -> None:
-    pi = lab.boards["pi-1"]
-    lab.identity.rotate_authority()
-    lab.identity.retire_authority(force=True)
-    lab.new_server()
-    answer = lab.answer(pi.identity.request())
-    with pytest.raises(SignatureError, match="another server"):
-        pi.identity.admit(answer, pi.identity.pins[0])
-    lab.identity.revoke("pi-1")
-    lab.now += 2
+    for board in (one, two):
+        assert lab.server.hears(board.say(birth(board.identity.device))) == []  # its key is revoked
+        assert lab.answer(board.identity.request()).status == REFUSED
+    stranger = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    assert lab.answer(stranger.request(claim)).status == REFUSED  # a thief may have it
     again = lab.let_in("pi-1", "again")
     meet(lab.server, again)
     assert hears_its_server(lab, again)
+    assert not one.hears(lab.server.say("pi-1", Finished("job")))  # signed by a key that it doesn't know
+    assert set(lab.identity.store.members()) == {"pi-1"}
 
 
-def test_a_board_keeps_its_authority_where_a_server_names_none_that_it_knows(lab: Lab) -> None:
-    pi = lab.boards["pi-1"]
-    before = pi.identity.pins
-    lab.identity.rotate_authority()
-    lab.identity.retire_authority(force=True)
-    lab.new_server()
-    assert pi.hears(lab.server.say("pi-1", Hello())) != []
-    assert pi.identity.pins == before
-    assert pi.identity.renewal_due()
-
-
-@pytest.mark.parametrize("end", [False, True])
-@pytest.mark.parametrize("writes", range(4))
-def test_a_rotation_of_the_authority_that_a_crash_breaks_off_can_go_on(
-    lab: Lab, writes: int, end: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def boards_come() -> None:
-        lab.new_server()
-        for board in lab.boards.values():
-            lab.now += 60
-            meet(lab.server, board)
-            if board.identity.renewal_due():
-                renew(lab, board)
-            assert hears_its_server(lab, board)
-
-    if end:
-        lab.identity.rotate_authority()
-        boards_come()
-    old, broken = lab.identity.authority.pin, crash_after(writes)
-    with monkeypatch.context() as patch:
-        for name in ("write_public", "save_tls_key"):
-            patch.setattr(authority_module, name, broken(getattr(authority_module, name)))
-        patch.setattr(authority_module, "move", torn(broken))
-        with suppress(KeyboardInterrupt):
-            (lab.identity.retire_authority if end else lab.identity.rotate_authority)()
-    with IdentityFolder(lab.folder / "state", read_only=True) as seen:
-        looked = seen.authority.pins
-    assert all(
-        "crl.pem" in f.what for f in check_identity(lab.folder / "state" / "identity")
-    )  # written at the next use
-    with IdentityFolder(lab.folder / "state", clock=lambda: float(BUILT + 30 * DAY)) as identity:
-        lab.identity = identity
-        assert identity.authority.pins == looked
-        assert list(check_identity(lab.folder / "state" / "identity")) == []
-        assert len(looked) == (2 if (writes < 1 if end else writes > 1) else 1)
-        if not identity.authority.rotating and identity.authority.pin == old:
-            identity.rotate_authority()
-        boards_come()
-        if identity.authority.rotating:
-            identity.retire_authority()
-        boards_come()
-        assert old not in identity.authority.pins
-    assert not (lab.folder / "state" / "identity" / "authority.key.new").exists()
-
-
-def test_the_server_keeps_which_of_its_keys_a_board_knew_last(lab: Lab) -> None:
-    def behind() -> dict[str, list[str]]:
-        with IdentityFolder(lab.folder / "state", read_only=True) as seen:
-            return {d.device: seen.behind(d) for d in seen.store.devices()}
-
-    for board in lab.boards.values():
-        meet(lab.server, board)
-    assert behind() == {"pi-1": [], "pi-2": []}
-    lab.identity.rotate()
-    lab.identity.rotate_authority()
-    both = ["signing key", "certificate authority"]
-    assert behind() == {"pi-1": both, "pi-2": both}
-    lab.new_server()
-    for _ in range(2):  # it follows, and answers the hello
-        meet(lab.server, lab.boards["pi-1"])
-    assert behind() == {"pi-1": ["certificate authority"], "pi-2": both}
-    site = CheckedSite(folder=lab.folder / "state", has_identity=True)
-    assert [a.kind for a in check_rotation(site)] == ["signing-key", "authority"]
-    path = lab.folder / "state" / "identity" / "successions.json"
-    chain = path.read_bytes()
-    path.unlink()
-    assert [(a.kind, "pi-2" in a.what) for a in check_rotation(site) if a.wrong] == [("foreign-key", True)]
-    path.write_bytes(chain)
-    renew(lab, lab.boards["pi-1"])
-    assert behind() == {"pi-1": [], "pi-2": both}
-    lab.now += 60
-    meet(lab.server, lab.boards["pi-2"])
-    renew(lab, lab.boards["pi-2"])
-    assert [(a.kind, "all boards" in a.what, "retire-ca" in a.advice) for a in check_rotation(site)] == [
-        ("authority", True, True)
-    ]
+def test_a_renewal_that_names_another_key_of_the_server_is_not_taken(lab: Lab) -> None:
+    pi = lab.boards["pi-1"].identity
+    request, key = pi.request(), SigningKey.make().verifying.hex
+    genuine = lab.answer(request)
+    forged = replace(genuine, server_key=key)
+    text = answer_text(
+        forged.request, forged.status, forged.reason, forged.time, forged.authority, forged.certificate, key
+    )
+    before = pi.server
+    with pytest.raises(SignatureError, match="another key"):
+        pi.admit(replace(forged, signature=lab.identity.authority.sign(text).hex()), pi.pin)
+    assert pi.server == before
+    assert pi.admit(genuine, pi.pin) is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import re
 import secrets
+import shlex
 import signal
-import socket
 import ssl
 import subprocess
 import threading
@@ -41,6 +41,7 @@ from fedprune_server.messaging.broker.broker_files import (
     mosquitto,
     write_broker,
 )
+from fedprune_server.messaging.broker.revocations import delivering
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import attempts, until
 
@@ -286,41 +287,15 @@ def test_revoked_devices_are_refused_each_time_the_broker_has_loaded_the_list_ag
 
 
 @pytest.mark.mosquitto
-def test_a_broker_takes_certificates_of_both_authorities_from_its_new_files_on(tmp_path: Path) -> None:
-    site = Site(tmp_path, find_mosquitto())
-    try:
-        old, lost = site.device("old"), site.device("lost")
-        site.identity.rotate_authority()
-        assert site.refuses(site.identity.context())  # a server whose broker hasn't got its files gives out nothing
-        assert not site.refuses(old.context())
-
-        site.stop()
-        site.start()
-        new, lost_too = site.device("new"), site.device("lost-too")
-        for context in (site.identity.context(), old.context(), new.context(), lost.context(), lost_too.context()):
-            assert not site.refuses(context)
-        for name in ("lost", "lost-too"):
-            site.identity.revoke(name)
-        site.stop()
-        site.start()
-        assert site.refuses(lost.context())
-        assert site.refuses(lost_too.context())
-        assert not site.refuses(old.context())
-
-        site.identity.retire_authority(force=True)
-        site.stop()
-        site.start()
-        for context in (site.identity.context(), new.context()):
-            assert not site.refuses(context)
-        assert site.refuses(lost_too.context())
-        left_behind = old.context()  # it doesn't believe the broker
-        with (
-            socket.create_connection(("127.0.0.1", site.broker.port)) as raw,
-            pytest.raises(ssl.SSLCertVerificationError),
-        ):
-            left_behind.wrap_socket(raw, server_hostname="127.0.0.1")
-    finally:
-        site.close()
+def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) -> None:
+    lost, kept = site.device("stolen"), site.device("at-home")
+    assert not site.refuses(lost.context())
+    reload = f'cp "$FEDPRUNE_CRL" {site.folder / "broker" / "crl.pem"} && kill -HUP {site.process.pid}'
+    folder, crl = site.folder / "state", site.identity.authority.crl_path
+    with delivering(shlex.join(["sh", "-c", reload]), folder, crl):
+        site.identity.revoke("stolen")
+        until(lambda: site.refuses(lost.context()))
+    assert not site.refuses(kept.context())
 
 
 @pytest.mark.mosquitto

@@ -22,7 +22,7 @@ def test_tables_of_another_program_are_let_alone(url: str) -> None:
     engine.dispose()
 
 
-@pytest.mark.parametrize("found", ["fedprune.database/2", None])
+@pytest.mark.parametrize("found", ["fedprune.database/0", None])
 def test_a_database_of_another_version_is_refused_and_left_alone(url: str, found: str | None) -> None:
     with Storage(url) as storage:
         storage.put_settings({"job": {"name": "job"}})

@@ -78,21 +78,6 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
     assert other.fingerprint != key.fingerprint
 
 
-def test_a_board_at_an_earlier_signing_key_is_known_to_be(state: Path, executor: AdminExecutor) -> None:
-    key = asks(state, "attic")
-    assert ordered(executor, "approve", device="attic", key=key.fingerprint).ok
-    with IdentityFolder(state) as identity:
-        earlier = identity.key.verifying.id.hex()
-        identity.rotate()
-        members = Members(identity.store, identity.behind)
-        for known, behind in ((earlier, "signing key"), (identity.key.verifying.id.hex(), None)):
-            with IdentityFolder(state) as other:  # another connection, as the server's
-                other.store.hear([], [(key.hex, known, identity.authority.pins[-1].hex())])
-                other.store._opened().flush()
-            members.look()
-            assert members.status("attic") == Member("member", None, behind)
-
-
 def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, executor: AdminExecutor) -> None:
     key = asks(state, "attic")
     assert ordered(executor, "approve", device="attic", key=key.fingerprint).ok

@@ -117,11 +117,11 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
 
 def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    member = Member("waiting", "ab12", "signing key")
+    member = Member("waiting", "ab12")
     view = fleet.daemon().first.view
     row = rows.device_row(view, "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
-    assert (row["key"], row["behind"]) == ("ab12", "signing key")
+    assert row["key"] == "ab12"
 
 
 def test_a_board_s_temperature_is_the_last_that_it_has_reported(tmp_path: Path) -> None:

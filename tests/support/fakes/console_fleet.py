@@ -214,7 +214,7 @@ class ConsoleFleet:
             "bytes_down": chance.randrange(10**9), "bytes_up": chance.randrange(10**9),
             "seconds": round(chance.uniform(10, 300), 1), "measured": round(chance.uniform(0.5, 0.95), 4),
             "staleness": chance.randrange(4), "quarantine": None,
-            "status": status, "key": "ab12-cd34-ef56-7890" if status == "waiting" else None, "behind": None,
+            "status": status, "key": "ab12-cd34-ef56-7890" if status == "waiting" else None,
             "excluded": None,
         }  # fmt: skip
         row["metrics"] = {"accuracy": row["measured"], "loss": round(chance.uniform(0.1, 2.0), 4)}

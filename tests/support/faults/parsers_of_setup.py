@@ -93,7 +93,7 @@ def _kits() -> tuple[Target, ...]:
     manifest = {
         "version": 4, "fedprune": "0.1", "python": "3.11", "architecture": "aarch64", "jetson": False, "data": "local",
         "imports": {"numpy": "numpy"}, "claim": None, "files": rows,
-        "number": 0, "entry": "app:main", "contents": "0" * 64, "key": None, "site": "lab", "successions": [],
+        "number": 0, "entry": "app:main", "contents": "0" * 64, "key": None,
     }  # fmt: skip
 
     def made(raw: bytes) -> object:

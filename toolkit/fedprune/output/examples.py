@@ -62,8 +62,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-server identity": (
         "fedprune-server identity --state state",
-        "fedprune-server identity rotate --state state",
-        "fedprune-server identity rotate-ca --state state",
+        "fedprune-server identity replace --state state",
     ),
     "fedprune-server claim": (
         "fedprune-server claim --state state --device attic --out attic.claim",

@@ -4,13 +4,8 @@ A folder holds it:
 
     authority.key    its ECDSA key, mode 0600
     authority.pem    its own certificate, which boards and brokers trust
-    authority.key.new    its successor's key, while that one replaces it; authority.pem then has both certificates
     register.jsonl   every certificate that was issued, and every one revoked (`fedprune.security.register`)
     crl.pem          the list of revoked certificates that a broker loads (`fedprune.security.register`)
-
-A rotation replaces the authority. From its begin to its end both are trusted: the old one still signs answers to
-requests to join and brokers' certificates, since boards may know no other; the new one issues the certificates that
-clients show. At its end the old key is deleted.
 
 Every certificate is valid from 1970 on, because a board's or broker's clock may say so.
 """
@@ -22,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +25,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedprune.core.atomic_file import move, write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, StorageError, shown
 from fedprune.security.certificates import (
@@ -41,9 +35,8 @@ from fedprune.security.certificates import (
     common_name,
     device_uri,
     host_name,
-    issued_by,
     key_digest,
-    load_authorities,
+    load_certificate,
     load_tls_key,
     make_tls_key,
     moment_of,
@@ -54,12 +47,11 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.private_file import give_to_owner_of, write_public
+from fedprune.security.private_file import write_public
 from fedprune.security.register import Register, RevocationList
 from fedprune.security.tls import BUILT
 from fedprune.wire.topics import check_device, check_name
 
-NEW_KEY = "authority.key.new"
 KEY, CERTIFICATE, REGISTER, CRL = "authority.key", "authority.pem", "register.jsonl", "crl.pem"
 
 SERVER = "fedprune-server"
@@ -70,7 +62,7 @@ DEVICE, CLIENT, BROKER = "device", "server", "broker"
 
 AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
 MAX_LIVE = 64
-"""Certificates of one device, by the authorities that the fleet trusts, that have not ended."""
+"""Certificates of one device that have not ended."""
 
 _DAY = 24 * 3600
 _LONGEST_DAYS = 30 * 365
@@ -78,8 +70,7 @@ _LONGEST_DAYS = 30 * 365
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate in the register: `key` is the hex sha256 of its public key, `ends` is in seconds since 1970, and
-    `authority` identifies the issuing authority's key."""
+    """A certificate in the register: `key` is the hex sha256 of its public key, `ends` is in seconds since 1970."""
 
     serial: int
     kind: str
@@ -87,7 +78,6 @@ class Issued:
     key: str
     ends: int
     pem: str
-    authority: bytes
 
 
 class Authority:
@@ -100,10 +90,9 @@ class Authority:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
         self._clock = clock
-        self._folder = folder
-        self._signers = _signers(folder, read_only=read_only)
-        self.certificate = self._signers[0].certificate
-        self._list = RevocationList(folder / CRL, self._signers)
+        self._signer = _load_signer(folder)
+        self.certificate = self._signer.certificate
+        self._list = RevocationList(folder / CRL, self._signer)
         self._issued: dict[int, Issued] = {}
         self._by_key: dict[str, Issued] = {}
         self._revoked: dict[int, int] = {}
@@ -135,58 +124,18 @@ class Authority:
         write_public(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
         return cls(folder, clock)
 
-    def begin_rotation(self, site: str) -> None:
-        """Make a successor, which issues clients' certificates from the next `Authority` of this folder on.
-
-        A crash leaves one authority, or both. Raises `IdentityError` if it is being replaced already.
-        """
-        if self.rotating:
-            raise IdentityError("the authority is being replaced already", hint="End that first: identity retire-ca.")
-        key = make_tls_key()
-        certificate = _self_signed(key, _successor(site, key), self._clock)
-        save_tls_key(key, self._folder / NEW_KEY)
-        give_to_owner_of(self._folder / NEW_KEY, self._folder / KEY)
-        write_public(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
-
-    def end_rotation(self) -> None:
-        """Trust only the successor, from the next `Authority` of this folder on; the old key is deleted. Raises
-        `IdentityError` if it is not being replaced."""
-        if not self.rotating:
-            raise IdentityError("the authority is not being replaced", hint="Begin that first: identity rotate-ca.")
-        write_public(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
-        _signers(self._folder, read_only=False)
-
-    def ends(self, *, client: bool) -> int:
-        """End of the authority that now issues such certificates, in seconds since 1970."""
-        return seconds_of(self._signers[-1 if client else 0].certificate.not_valid_after_utc)
-
     @property
-    def rotating(self) -> bool:
-        return len(self._signers) > 1
-
-    @property
-    def ever_rotated(self) -> bool:
-        """Whether it is being replaced, or has replaced another authority that issued a certificate."""
-        known = {_identifier(s) for s in self._signers}
-        return self.rotating or any(i.authority not in known for i in self._issued.values())
-
-    def is_current(self, certificate: x509.Certificate, *, client: bool) -> bool:
-        """Whether the authority that issues such certificates now has issued this one."""
-        return issued_by(certificate, self._signers[-1 if client else 0].certificate)
+    def ends(self) -> int:
+        """When the authority's own certificate ends, in seconds since 1970."""
+        return seconds_of(self.certificate.not_valid_after_utc)
 
     @property
     def pem(self) -> str:
-        """The certificates of the authorities that the fleet trusts, the oldest first."""
-        return "".join(pem_of(s.certificate) for s in self._signers)
+        return pem_of(self.certificate)
 
     @property
     def pin(self) -> bytes:
-        return self.pins[0]
-
-    @cached_property
-    def pins(self) -> tuple[bytes, ...]:
-        """Pins of the authorities that the fleet trusts, the oldest first."""
-        return tuple(pin_of(s.certificate) for s in self._signers)
+        return pin_of(self.certificate)
 
     @property
     def crl_path(self) -> Path:
@@ -194,7 +143,7 @@ class Authority:
 
     def sign(self, data: bytes) -> bytes:
         """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with its domain."""
-        return self._signers[0].key.sign(data, ec.ECDSA(hashes.SHA256()))
+        return self._signer.key.sign(data, ec.ECDSA(hashes.SHA256()))
 
     def now(self) -> int:
         """The time in seconds since 1970, never before this software was built."""
@@ -202,7 +151,7 @@ class Authority:
 
     def made_for(self, site: str) -> bool:
         """Whether it was made for this site, as far as its certificate tells: names are cut there."""
-        return self.certificate.subject in (_subject(site), _successor(site, self._signers[0].key))
+        return self.certificate.subject == _subject(site)
 
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
         """A client certificate for a device (PEM); the existing one if its key has one already.
@@ -310,21 +259,19 @@ class Authority:
 
     def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
         """The valid certificate of a device's key; None if it may get one."""
-        trusted = {_identifier(s) for s in self._signers}
         known = self._by_key.get(key_digest(key).hex())
         if known is not None:
             if (known.kind, known.name) != (DEVICE, device):
                 raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
             if known.serial in self._revoked:
                 raise IdentityError(f"the certificate of {device}'s TLS key is revoked", hint="Make a new key.")
-            if known.authority in trusted:  # a retired authority's certificate is void, however long it would last
-                if known.ends <= self.now():
-                    raise IdentityError(f"the certificate of {device}'s TLS key is over", hint="Make a new key.")
-                return known
+            if known.ends <= self.now():
+                raise IdentityError(f"the certificate of {device}'s TLS key is over", hint="Make a new key.")
+            return known
         live = [
             issued
             for issued in self.of_device(device)
-            if issued.authority in trusted and issued.serial not in self._revoked and issued.ends > self.now()
+            if issued.serial not in self._revoked and issued.ends > self.now()
         ]
         if len(live) >= MAX_LIVE:
             raise IdentityError(f"{device} has {len(live)} certificates", hint="Revoke or replace the device.")
@@ -341,7 +288,7 @@ class Authority:
     ) -> str:
         if not 1 <= days <= _LONGEST_DAYS:
             raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
-        signer = self._signers[0 if kind == BROKER else -1]
+        signer = self._signer
         ends = min(moment_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
         serial = x509.random_serial_number()
         usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
@@ -386,39 +333,22 @@ def _parsed(entry: dict[str, Any]) -> Issued | tuple[int, int]:
         raise ValueError(str(error)) from error
     ends = seconds_of(certificate.not_valid_after_utc)
     digest = key_digest(certificate.public_key()).hex()
-    try:
-        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except x509.ExtensionNotFound:
-        issuer = None
-    return Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"], issuer or b"")
+    return Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"])
 
 
 def _revocation(serial: int, at: int) -> dict[str, Any]:
     return {"revoked": {"serial": f"{serial:x}", "at": at}}
 
 
-def _signers(folder: Path, *, read_only: bool) -> tuple[Signer, ...]:
-    """The authorities that a folder's certificates name, the oldest first; completes an interrupted end of a
-    rotation."""
-    path, new = folder / KEY, folder / NEW_KEY
-    certificates = load_authorities(folder / CERTIFICATE)
-    keys = [load_tls_key(path, "the authority's key")]
-    latest = certificates[-1].public_key()
-    if latest != keys[0].public_key() and new.exists():
-        keys.append(load_tls_key(new, "the new authority's key"))
-    if len(certificates) == 1 and len(keys) == 2 and latest == keys[1].public_key():
-        keys = keys[1:]
-        if not read_only:
-            move(new, path)
-    if [k.public_key() for k in keys] != [c.public_key() for c in certificates]:
+def _load_signer(folder: Path) -> Signer:
+    path = folder / KEY
+    certificate = load_certificate(folder / CERTIFICATE, "the authority's certificate")
+    key = load_tls_key(path, "the authority's key")
+    if key.public_key() != certificate.public_key():
         raise IdentityError(
             f"{path} and {folder / CERTIFICATE} don't belong together", hint="Restore both from the same backup."
         )
-    return tuple(Signer(key, certificate) for key, certificate in zip(keys, certificates, strict=True))
-
-
-def _identifier(signer: Signer) -> bytes:
-    return x509.SubjectKeyIdentifier.from_public_key(signer.key.public_key()).digest
+    return Signer(key, certificate)
 
 
 def _self_signed(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x509.Certificate:
@@ -456,8 +386,3 @@ def _builder(
 
 def _subject(site: str) -> x509.Name:
     return common_name(f"fedprune {site[:40]} authority")
-
-
-def _successor(site: str, key: TlsKey) -> x509.Name:
-    """Another name than its predecessor's, by which some brokers look for an issuer."""
-    return common_name(f"fedprune {site[:32]} authority {key_digest(key.public_key()).hex()[:8]}")

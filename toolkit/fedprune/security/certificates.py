@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -18,10 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, remedy, shown
 from fedprune.security.private_file import read_private, write_private
-from fedprune.wire.fleet_messages import MAX_AUTHORITIES
 
 PIN = 12
 """Bytes of an authority's pin: with 96 bits a second authority with the same one can't be made."""
@@ -31,8 +28,6 @@ MAX_PEM = 8192
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 """The clock of a board without the time."""
-
-_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 TlsKey = ec.EllipticCurvePrivateKey
 _BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
@@ -128,31 +123,6 @@ def load_certificate(path: Path, what: str) -> x509.Certificate:
         return read_certificate(path.read_bytes(), f"{what} {path}")
     except OSError as error:
         raise IdentityError(f"{what}: can't read {path} ({error.strerror})", hint=remedy(error)) from error
-    except ProtocolError as error:
-        raise IdentityError(error.what, expected=error.expected, got=error.got) from error
-
-
-def read_authorities(pem: str | bytes, what: str = "the authorities' certificates") -> tuple[x509.Certificate, ...]:
-    """The authorities that a fleet trusts, the oldest first: one, or two while one replaces the other. Raises
-    `ProtocolError` if it is invalid, too long, or too many."""
-    raw = pem.encode() if isinstance(pem, str) else pem
-    found = tuple(read_certificate(part, what) for part in _CERTIFICATE.findall(raw[: MAX_PEM + 1])) or (
-        read_certificate(raw, what),
-    )
-    if len(raw) > MAX_PEM or len(found) > MAX_AUTHORITIES:
-        raise ProtocolError(
-            what, expected=f"at most {MAX_AUTHORITIES}, of at most {MAX_PEM} bytes", got=f"{len(found)} in {len(raw)}"
-        )
-    return found
-
-
-def load_authorities(path: Path) -> tuple[x509.Certificate, ...]:
-    """Read authorities from a file, as `read_authorities`. Raises `IdentityError` if the file is missing or damaged."""
-    what = "the authority's certificate"
-    load_certificate(path, what)  # names the file
-    try:
-        with storage_errors(f"can't read {path}"):
-            return read_authorities(path.read_bytes(), f"{what} {path}")
     except ProtocolError as error:
         raise IdentityError(error.what, expected=error.expected, got=error.got) from error
 

@@ -6,7 +6,7 @@
     tls.key.new       the TLS key of that request
     tls.key           the key of its certificate
     device.pem        its certificate
-    authority.pem     the authorities that it trusts, the oldest first: one, or two while one replaces the other
+    authority.pem     the fleet's authority
     server.pub        the server's verifying key, as hex
     admitted          the server's time when the certificate was issued
     time              its time floor
@@ -18,23 +18,19 @@ Files are replaced in an order in which a power cut leaves either the old certif
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import make_private_folder, storage_errors, sync_folder
-from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, SignatureError, StorageError, remedy
 from fedprune.security.certificates import (
-    issued_by,
     key_digest,
-    load_authorities,
     load_certificate,
     load_tls_key,
     make_request,
     make_tls_key,
-    pem_of,
     pin_of,
     request_key,
     save_tls_key,
@@ -45,7 +41,6 @@ from fedprune.security.joining import make_request as make_join_request
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.private_file import write_public
 from fedprune.security.signed_channel import MAX_NUMBER, EpochFile
-from fedprune.security.succession import SUCCESSIONS, Succession
 from fedprune.security.tls import PinnedContext, TrustedTime, pinned_context
 from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse
@@ -69,10 +64,6 @@ class DeviceIdentity:
     """A device's keys, certificate and knowledge of its server.
 
     Raises `IdentityError` if a file is damaged or open to other users.
-
-    Attributes:
-        renew_now: Set when the server has named another authority than the certificate's; cleared by the renewal.
-        renewed: Set by a new certificate; cleared once the server knows.
     """
 
     def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:
@@ -87,9 +78,6 @@ class DeviceIdentity:
         self.epochs = EpochFile(folder / _EPOCH, clock)
         self._finish()
         self._time: TrustedTime | None = None
-        self._issuer: str | None = None
-        self.renew_now, self.renewed = threading.Event(), threading.Event()
-        self._admitting = threading.Lock()  # a thread renews the certificate while the loop follows authorities
 
     @property
     def joined(self) -> bool:
@@ -103,21 +91,6 @@ class DeviceIdentity:
             return VerifyingKey.from_hex((self.folder / _SERVER).read_text().strip(), "the server's key")
         except (OSError, UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
-
-    def keep_successions(self, successions: Sequence[str]) -> None:
-        """Store the successions of the server's key for the launcher, as `Succession.hex`, unless they are stored."""
-        text, path = "\n".join([self.site, *successions]).encode(), self.folder / SUCCESSIONS
-        with storage_errors(f"can't read {path}"):
-            known = path.read_bytes() if path.exists() else b""
-        if known != text:
-            write_public(path, text)
-
-    def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
-        """Replace the server's key by its successor, and store all successions for the launcher, which follows them
-        from the key that it was installed with."""
-        self._forget()  # an answer that is still to come names the old key
-        self.keep_successions([s.hex for s in successions])
-        write_public(self.folder / _SERVER, key.hex.encode())
 
     def request(self, claim: Claim | None = None) -> JoinRequest:
         """A request to join, or, once joined, for a new certificate; the same until it is answered. A claim replaces a
@@ -135,35 +108,37 @@ class DeviceIdentity:
         """Accept an answer to the pending request, after which the device has `joined`.
 
         Args:
-            pin: The authority's pin, of the claim or configured. A joined device also accepts those that it knows.
+            pin: The authority's pin: of the claim, configured, or `pin` of a joined device.
 
         Returns:
             The admission; None if the device must wait for the operator and repeat the request.
 
         Raises:
-            SignatureError: The answer is not to the pending request, or not by the authority.
+            SignatureError: The answer is not to the pending request, not by the authority, or names another server.
             JoinError: The device is refused; the next request is a new one.
         """
         pending = self._pending()
         if pending is None:
             raise IdentityError(f"{self.device} has no pending request")
         try:
-            admission = check_answer(answer, pending, pin, *(self.pins if self.joined else ()))
+            admission = check_answer(answer, pending, pin)
         except JoinError:
             self._forget()
             raise
         if admission is None:
             return None
-        with self._admitting:
-            write_public(self.folder / _AUTHORITY, admission.authority.encode())
-            if self.joined and self.server.hex != admission.server.hex:
-                with storage_errors(f"can't write {self.folder}"):
-                    (self.folder / _HEARD).unlink(missing_ok=True)  # another sender's
-            write_public(self.folder / _SERVER, admission.server.hex.encode())
-            write_whole(self.folder / _ADMITTED, str(admission.time).encode())
-            write_public(self.folder / _CERTIFICATE, admission.certificate.encode())
-            self._finish()
-        self.renewed.set()
+        if self.joined and self.server != admission.server:  # a server has one key, so that this isn't this server
+            raise SignatureError(
+                "the answer names another key than this board's server has",
+                expected=self.server.fingerprint,
+                got=admission.server.fingerprint,
+                hint="If its identity was replaced, let the board join again: fedprune-device join --new-key.",
+            )
+        write_public(self.folder / _AUTHORITY, admission.authority.encode())
+        write_public(self.folder / _SERVER, admission.server.hex.encode())
+        write_whole(self.folder / _ADMITTED, str(admission.time).encode())
+        write_public(self.folder / _CERTIFICATE, admission.certificate.encode())
+        self._finish()
         self.times.learn(admission.time)
         return admission
 
@@ -180,39 +155,9 @@ class DeviceIdentity:
         return seconds_of(certificate.not_valid_after_utc)
 
     @property
-    def pins(self) -> tuple[bytes, ...]:
-        """Pins of the trusted authorities, the oldest first. Raises `IdentityError` if the device has none yet."""
-        return tuple(map(pin_of, load_authorities(self.folder / _AUTHORITY)))
-
-    def follow_authorities(self, pins: Sequence[str]) -> None:
-        """Drop authorities older than those that the server names, and have a certificate of another one renewed.
-
-        A new authority comes with the answer to that renewal, signed by a known one. An authority newer than those
-        named stays trusted: a server with an old copy of its identity doesn't know it. The last of `pins` (hex) issues
-        certificates.
-        """
-        with self._admitting:
-            known = load_authorities(self.folder / _AUTHORITY)
-            older = next((i for i, authority in enumerate(known) if pin_of(authority).hex() in pins), 0)
-            if older:
-                write_public(self.folder / _AUTHORITY, "".join(map(pem_of, known[older:])).encode())
-        self._issuer = pins[-1] if pins else None
-        if self._is_replaced():
-            self.renew_now.set()
-
-    def _is_replaced(self) -> bool:
-        """Whether another authority than the one that the server named has issued the certificate."""
-        return self._issuer is not None and self.authorities()[-1:] != (self._issuer,)
-
-    def authorities(self) -> tuple[str, ...]:
-        """Pins, as hex, of the trusted authorities up to the one that issued the certificate; empty without one."""
-        try:
-            certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
-            trusted = load_authorities(self.folder / _AUTHORITY)
-        except IdentityError:
-            return ()
-        last = next((i for i, authority in enumerate(trusted) if issued_by(certificate, authority)), -1)
-        return tuple(pin_of(authority).hex() for authority in trusted[: last + 1])
+    def pin(self) -> bytes:
+        """The authority's pin. Raises `IdentityError` if the device has none yet."""
+        return pin_of(load_certificate(self.folder / _AUTHORITY, "the authority's certificate"))
 
     def heard(self) -> dict[str, int]:
         """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as `hear` wrote it. Raises
@@ -238,9 +183,7 @@ class DeviceIdentity:
         write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
 
     def renewal_due(self) -> bool:
-        """Whether to renew the certificate: by the time floor, or because its authority is being replaced."""
-        if self._is_replaced():
-            return True
+        """Whether to renew the certificate, by the time floor."""
         certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         try:
             begun = int((self.folder / _ADMITTED).read_text())

@@ -17,7 +17,6 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -35,7 +34,6 @@ from fedprune.security.certificates import (
     name_of,
     pem_of,
     pin_of,
-    read_authorities,
     read_certificate,
     request_key,
 )
@@ -47,8 +45,7 @@ _REQUEST, _PROOF, _ANSWER = "fedprune join 1", "fedprune join proof 1", "fedprun
 
 @dataclass(frozen=True)
 class Admission:
-    """An approved device's certificate, the authorities that the fleet trusts (PEM, the oldest first), the server's key
-    and its time."""
+    """An approved device's certificate, the fleet's authority (both PEM), the server's key and its time."""
 
     certificate: str
     authority: str
@@ -106,26 +103,24 @@ def answer_text(
     return transcript(_ANSWER, request, status, reason, time, authority, certificate, server_key)
 
 
-def check_answer(answer: JoinAnswer, request: JoinRequest, *pins: bytes) -> Admission | None:
-    """Verify the answer to a request by an authority with one of these pins: the claim's, a configured one, or known
-    ones.
+def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admission | None:
+    """Verify the answer to a request by the authority with this pin: the claim's, a configured one, or the known one.
 
     Returns:
         The admission; None if the device must wait for the operator and repeat the request.
 
     Raises:
-        SignatureError: The answer is to another request, or not by an authority with one of the pins.
+        SignatureError: The answer is to another request, or not by the authority with the pin.
         JoinError: The device is refused.
         ProtocolError: The answer is invalid.
     """
     if not same(answer.request, digest_of(request)):
         raise SignatureError("the answer is to another request")
-    authorities = read_authorities(answer.authority)
-    authority = authorities[0]
-    if not any(same(pin_of(authority), pin) for pin in pins):
+    authority = read_certificate(answer.authority, "the authority's certificate")
+    if not same(pin_of(authority), pin):
         raise SignatureError(
             "the answer comes from another server than the claim's",
-            expected=f"an authority with pin {grouped(pins[0].hex())}",
+            expected=f"an authority with pin {grouped(pin.hex())}",
             got=grouped(pin_of(authority).hex()),
             hint="The connection is intercepted, or the claim is another server's.",
         )
@@ -153,16 +148,13 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, *pins: bytes) -> Admi
     if answer.certificate is None or answer.server_key is None:
         raise ProtocolError("joined: approved", expected="a certificate and the server's key", got="one or none")
     certificate = read_certificate(answer.certificate, "the device's certificate")
-    _check_certificate(certificate, authorities, request)
+    _check_certificate(certificate, authority, request)
     server = VerifyingKey.from_hex(answer.server_key, "joined: field server_key")
-    trusted = "".join(map(pem_of, authorities))
-    return Admission(pem_of(certificate), trusted, server, answer.time)
+    return Admission(pem_of(certificate), pem_of(authority), server, answer.time)
 
 
-def _check_certificate(
-    certificate: x509.Certificate, authorities: Sequence[x509.Certificate], request: JoinRequest
-) -> None:
-    if not any(issued_by(certificate, authority) for authority in authorities):
+def _check_certificate(certificate: x509.Certificate, authority: x509.Certificate, request: JoinRequest) -> None:
+    if not issued_by(certificate, authority):
         raise ProtocolError("the device's certificate is not by the server's authority")
     if key_digest(certificate.public_key()) != key_digest(request_key(request.csr)):
         raise ProtocolError("the device's certificate is for another key")

@@ -4,8 +4,7 @@ A line is on the disk before its certificate is handed out. Several processes ma
 file's lock, for which it waits without end, and first reads the lines that others have appended.
 
 The list (PEM; RFC 5280, section 5) never expires: a broker with an expired list refuses every client, which would lock
-a fleet out. While one authority replaces another the file has a list of each, with the same serial numbers: brokers
-look for the list of the authority that issued a certificate.
+a fleet out.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,42 +125,35 @@ class Register:
         self._read += whole
 
 
-_LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
-
-
 class RevocationList:
-    """The list's file, derived from an authority's register and signed by each trusted authority."""
+    """The list's file, derived from an authority's register and signed by the authority."""
 
-    def __init__(self, path: Path, signers: Sequence[Signer]) -> None:
+    def __init__(self, path: Path, signer: Signer) -> None:
         self.path = path
-        self._signers = tuple(signers)
+        self._signer = signer
 
     def is_right(self, revoked: Mapping[int, int]) -> bool:
-        """Whether the file exists and each authority's list has these certificates (revocation times by serial
+        """Whether the file exists, is the authority's, and has these certificates (revocation times by serial
         number)."""
-        found = self._read()
-        return len(found) == len(self._signers) and all(
-            crl.is_signature_valid(signer.key.public_key()) and {r.serial_number for r in crl} == set(revoked)
-            for crl, signer in zip(found, self._signers, strict=True)
-        )
+        crl = self._read()
+        return crl is not None and {r.serial_number for r in crl} == set(revoked)
 
     def revoked(self) -> dict[int, int]:
         """Revocation times by serial number; empty if the file is missing or not the authority's."""
-        keys = [signer.key.public_key() for signer in self._signers]
-        signed = (crl for crl in self._read() if any(crl.is_signature_valid(key) for key in keys))
-        return {r.serial_number: seconds_of(r.revocation_date_utc) for crl in signed for r in crl}
+        return {r.serial_number: seconds_of(r.revocation_date_utc) for r in self._read() or ()}
 
-    def _read(self) -> list[x509.CertificateRevocationList]:
-        """The stored lists; none if one of them is damaged."""
+    def _read(self) -> x509.CertificateRevocationList | None:
+        """The stored list; None if it is missing, damaged or not the authority's."""
         try:
-            return [x509.load_pem_x509_crl(part) for part in _LIST.findall(self.path.read_bytes())]
+            crl = x509.load_pem_x509_crl(self.path.read_bytes())
+            return crl if crl.is_signature_valid(self._signer.key.public_key()) else None
         except (OSError, ValueError, UnsupportedAlgorithm):
-            return []
+            return None
 
     def write(self, revoked: Mapping[int, int]) -> None:
         """Write the list, unless it is up to date; `revoked` is as for `is_right`."""
         if not self.is_right(revoked):
-            write_public(self.path, b"".join(_signed(signer, revoked) for signer in self._signers))
+            write_public(self.path, _signed(self._signer, revoked))
 
 
 def _signed(signer: Signer, revoked: Mapping[int, int]) -> bytes:

@@ -27,9 +27,6 @@ from fedprune.wire.fields import (
 APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
 """States of a request to join; a board may refuse a release, too."""
 
-MAX_AUTHORITIES = 2
-"""Certificate authorities that a fleet trusts at a time: two while one replaces the other."""
-
 Pem = Annotated[str, text(8192)]
 
 
@@ -68,14 +65,13 @@ class JoinAnswer(CheckedMessage, kind="joined"):
     time: Annotated[int, whole(0, 2**40)]
     """The server's time in seconds since 1970; certificates that ended before are void."""
     authority: Pem
-    """The certificate authorities that the fleet trusts (PEM), the oldest first: one, or two while one replaces the
-    other."""
+    """The fleet's certificate authority (PEM)."""
     certificate: Pem | None
     """The device's certificate (PEM), if it is approved."""
     server_key: Annotated[str, hexadecimal(64)] | None
     """The server's verifying key, as hex, if the device is approved."""
     signature: Annotated[str, hexadecimal(16, 160)]
-    """Over all of the above, by the first authority's key: ECDSA with SHA-256, in DER, as hex."""
+    """Over all of the above, by the authority's key: ECDSA with SHA-256, in DER, as hex."""
 
 
 DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"

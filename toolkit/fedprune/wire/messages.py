@@ -43,7 +43,6 @@ from fedprune.wire.fields import (
     whole,
 )
 from fedprune.wire.fleet_messages import (
-    MAX_AUTHORITIES,
     CrashReport,
     CrashStored,
     JoinAnswer,
@@ -179,9 +178,6 @@ MAX_REQUEST = 1024
 """Leaves or pieces of one `BlobRequest`."""
 
 _MOST_CODECS = 64
-MAX_SUCCESSIONS = 32
-"""Successions of a signing key that a server keeps."""
-
 _MOST_ABILITIES = 64
 
 PUT = "put"
@@ -193,7 +189,6 @@ PARTS = ("data", "leaves")
 ShortText = Annotated[str, text(256)]
 Reason = Annotated[str, text(4096)]
 RequestNumber = Annotated[int, whole(0, 2**31 - 1)]
-Pins = Annotated[tuple[Annotated[str, hexadecimal(24)], ...], Items(MAX_AUTHORITIES, "pins of authorities")]
 
 
 class Assignment(TypedDict):
@@ -230,11 +225,6 @@ class Birth(CheckedMessage, kind="birth"):
     """Its estimate of response times on its link, in seconds."""
     abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] = ()
     """Optional parts of the protocol that it supports, such as `PUT`."""
-    server_key: Annotated[str, hexadecimal(16)] | None = field(default=None, compare=False)
-    """Id of the signing key by which it knows its server; None without an identity."""
-    authorities: Pins | None = field(default=None, compare=False)
-    """Pins of the certificate authorities that it trusts, up to the one that issued its certificate, the oldest first;
-    None without an identity."""
     trouble: Annotated[str, text(MAX_TROUBLE)] | None = None
     """Why its program can't start, and ends after this message; None where it works."""
     effective_classes: Annotated[int, whole(1, 2**24)] | None = None
@@ -370,14 +360,6 @@ class Hello(CheckedMessage, kind="hello"):
 
     time: Count | None = None
     """The server's time in seconds since 1970, by which boards with a wrong clock recognise expired certificates."""
-    successions: (
-        Annotated[tuple[Annotated[str, hexadecimal(256)], ...], Items(MAX_SUCCESSIONS, "successions")] | None
-    ) = None
-    """Of the server's signing key, the oldest first, by which boards follow it to the present key; None where the key
-    was never replaced."""
-    authorities: Pins | None = None
-    """Pins of the certificate authorities that the fleet trusts, the oldest first; the last one issues the devices'
-    certificates. None where the authority was never replaced."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,6 @@ def device_row(
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,
         "key": member.key,
-        "behind": member.behind,
         "excluded": one_line(excluded, 500) if excluded else None,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate
 from fedprune.security.keys import VerifyingKey
 from fedprune.wire.fleet_messages import ReleaseOffer
-from fedprune_server.enrollment.store import APPROVED, WAITING, Device, IdentityStore
+from fedprune_server.enrollment.store import APPROVED, WAITING, IdentityStore
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 SWEEP_S = 2.0
@@ -41,19 +41,17 @@ class Member(NamedTuple):
     Attributes:
         status: `member`, `waiting` or `revoked`.
         key: Fingerprint of a key that waits for approval.
-        behind: The server's keys of which the device knew an older one when it last connected, for people.
     """
 
     status: str
     key: str | None = None
-    behind: str | None = None
 
 
 class Members:
     """Memberships of all devices, read through a connection of their own."""
 
-    def __init__(self, store: IdentityStore, behind: Callable[[Device], Sequence[str]] = lambda _device: ()) -> None:
-        self._store, self._behind = store, behind
+    def __init__(self, store: IdentityStore) -> None:
+        self._store = store
         self._version: str | None = None
         self._known: Mapping[str, Member] = {}
 
@@ -66,7 +64,7 @@ class Members:
 
     def look(self) -> set[str]:
         """Devices whose membership has changed since the last call."""
-        version = self._store.version(followed=True)
+        version = self._store.version()
         before = self._known
         if version != self._version:
             self._version, self._known = version, self._read()
@@ -83,8 +81,7 @@ class Members:
             key = VerifyingKey.from_hex(device.key).fingerprint if status == "waiting" else None
             before = found.get(device.device, Member("revoked"))
             best = status if rank[status] >= rank[before.status] else before.status
-            behind = " and ".join(self._behind(device)) or before.behind
-            found[device.device] = Member(best, key or before.key, behind)
+            found[device.device] = Member(best, key or before.key)
         return found
 
 
