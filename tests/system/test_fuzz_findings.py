@@ -56,7 +56,6 @@ FOUND: list[tuple[str, bytes]] = [
     ("settings.sweep", b'config = "' + b"a" * 300 + b'"'),
     ("state.job", DEEP),
     ("state.rollout", damaged(TARGETS["state.rollout"], now=HUGE)),
-    ("state.register", DEEP + b"\n"),
     ("state.record of a run", DEEP),
     ("state.record of a run", damaged(TARGETS["state.record of a run"], groups=[["w", float("inf")]])),
     ("data.labelled", bad_deflate()),

@@ -271,13 +271,14 @@ def _replace(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _list(identity: Any, arguments: argparse.Namespace) -> None:
+    ends = identity.store.certificate_ends()
     rows = [
         {
             "device": d.device,
             "status": d.status,
             "key": VerifyingKey.from_hex(d.key).fingerprint,
             "asked": d.asked,
-            "certificate_ends": max((i.ends for i in identity.authority.of_device(d.device)), default=None),
+            "certificate_ends": ends.get(d.device),
         }
         for d in identity.store.devices()
         if arguments.device in (None, d.device)

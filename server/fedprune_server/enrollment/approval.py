@@ -48,7 +48,7 @@ def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) 
 def revoke(identity: IdentityFolder, device: str) -> str:
     """Revoke a device; returns a message. Raises `JoinError` if none of this name is approved or waits."""
     keys, certificates = identity.revoke(device)
-    if not keys and not certificates:
+    if not keys:
         if any(d.device == device and d.status == REVOKED for d in identity.store.devices()):
             raise JoinError(f"{device} is revoked already", hint="See `fedprune-server devices`.")
         near = meant(device, {d.device for d in identity.store.devices()})

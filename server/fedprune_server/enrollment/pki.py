@@ -1,6 +1,6 @@
 """A server's identity: its authority and its keys in `<state>/identity`, mode 0700, and its members in the database.
 
-    authority.key, authority.pem, register.jsonl, crl.pem    the certificate authority (`fedprune.security.authority`)
+    authority.key, authority.pem, crl.pem    the certificate authority (`fedprune.security.authority`)
     signing.key     what the server signs its messages with
     epoch           its latest epoch
     server.key, server.pem    what it connects to the broker with
@@ -9,9 +9,8 @@
     console.key, console.pem  for the console, once `identity certificate` has issued it
     site            the site's name; written last, so that a folder with it is whole
 
-Anyone with a copy of this folder can act as the server: back it up, and keep it secret. Claims, devices and answers
-are in the server's database (`fedprune_server.enrollment.store`). A PostgreSQL database also has the register's lines,
-so that each of its servers can revoke what another one has issued.
+Anyone with a copy of this folder can act as the server: back it up, and keep it secret. Claims, devices, their
+certificates and answers are in the server's database (`fedprune_server.enrollment.store`).
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from cryptography import x509
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors, sync_folder
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, looked_for, remedy
-from fedprune.core.text import quantity
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, KEY, SERVER, Authority
 from fedprune.security.certificates import (
     issued_by,
@@ -48,7 +46,7 @@ from fedprune.security.signed_channel import EpochFile
 from fedprune.security.tls import PinnedContext, pinned_context
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.enrollment.store import APPROVED, REVOKED, IdentityStore
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import database_of
@@ -110,14 +108,13 @@ class IdentityFolder(Closing):
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
         self._clock = clock
-        self.authority = Authority(self.path, clock, read_only=read_only)
+        self.authority = Authority(self.path, clock)
         self.key = SigningKey.load(self.path / _SIGNING)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
         self._issuing = threading.Lock()
         self._state, self._url, self._read_only = state, database, read_only
         self._store: IdentityStore | None = None
         self._database: Database | None = None  # opened here
-        self._shared = self._adopted = 0  # bytes of the register that were shared, and the last line of other servers
 
     @property
     def store(self) -> IdentityStore:
@@ -133,7 +130,7 @@ class IdentityFolder(Closing):
 
         Raises:
             IdentityError: The members in it are another identity's.
-            StorageError: The database or the register is damaged.
+            StorageError: The database is damaged.
         """
         self.close()
         self._opened(database)
@@ -148,8 +145,7 @@ class IdentityFolder(Closing):
                     f"the members in this database are another identity's than that in {self.path}",
                     hint="It was replaced, or made a second time. Copy the folder of the server that has the members.",
                 )
-            self.exchange()
-            self.revoke_again()
+            self.update_revocations()
         except BaseException:
             self.close()
             raise
@@ -157,22 +153,8 @@ class IdentityFolder(Closing):
 
     def update_revocations(self) -> None:
         """Bring the list of revoked certificates up to date, if the identity has a database already."""
-        if self._url is not None or has_database(self._state):
-            self.exchange()
-
-    def exchange(self) -> None:
-        """Share the register of certificates with the other servers of a PostgreSQL database, and adopt what they have
-        issued and revoked."""
-        if not self.store.shared:
-            return
-        lines, end = self.authority.lines(self._shared)
-        found, last = self.store.exchange(lines, self._adopted)
-        if found:
-            self.authority.adopt(found)
-            added, last_byte = self.authority.lines(end)
-            if set(added) <= set(found):  # else a command has appended lines meanwhile, which the next call shares
-                end = last_byte
-        self._shared, self._adopted = end, last
+        if self._store is not None or self._url is not None or has_database(self._state):
+            self.authority.list_revoked(self.store.revoked_certificates())
 
     def replace(self) -> IdentityFolder:
         """A new identity in place of this one: other keys, another authority. Whoever has the old one is nobody any
@@ -191,19 +173,7 @@ class IdentityFolder(Closing):
                 shutil.rmtree(old)
             self.path.rename(old)
             sync_folder(self._state)
-            made = IdentityFolder.make(self._state, self.site, self._clock, database=self._url)
-            shutil.rmtree(old)
-        return made
-
-    def revoke_again(self) -> None:
-        """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation."""
-        devices = self.store.devices()
-        members = {d.device for d in devices if d.status == APPROVED}
-        for device in sorted({d.device for d in devices if d.status == REVOKED} - members):
-            if count := self.authority.revoke_device(device):
-                log.warning(
-                    "%s was revoked, and %s of it still counted; revoked now", device, quantity(count, "certificate")
-                )
+        return IdentityFolder.make(self._state, self.site, self._clock, database=self._url)
 
     @classmethod
     def make(
@@ -227,13 +197,15 @@ class IdentityFolder(Closing):
         if not (path / _EPOCH).exists():
             EpochFile.make(path / _EPOCH)
         write_public(path / _SITE, site.encode())
+        if (old := state / _REPLACED).exists():
+            with storage_errors(f"can't delete {old}"):
+                shutil.rmtree(old)
         return cls(state, clock, database=database)
 
     def close(self) -> None:
         if self._database is not None:
             self._database.close()
         self._store = self._database = None
-        self._shared = self._adopted = 0
 
     def claim(self, device: str | None, seconds: int) -> Claim:
         """A new one-time claim for a device, or for any; only its key is stored, and its text is only in the result.
@@ -247,14 +219,12 @@ class IdentityFolder(Closing):
         return made
 
     def revoke(self, device: str) -> tuple[int, int]:
-        """Revoke a device's keys at once, its certificates as soon as the broker loads the list again; returns how many
-        of both. After an error it can be done again.
+        """Revoke a device's keys and, with them, its certificates, which the broker refuses as soon as it loads the
+        list again; returns how many there are of both.
         """
-        keys = self.store.revoke(check_device(device), self.authority.now())
-        self.exchange()  # another server may have issued certificates since this one was opened
-        certificates = self.authority.revoke_device(device)
-        self.exchange()
-        return keys, certificates
+        revoked = self.store.revoke(check_device(device), self.authority.now())
+        self.update_revocations()
+        return revoked
 
     def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of an embedded broker's certificate, its key, and the authority's certificate.

@@ -7,7 +7,6 @@ import logging
 from fedprune.core.errors import ForeignClaimError, IdentityError, JoinError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.security.authority import SERVER
-from fedprune.security.certificates import read_certificate
 from fedprune.security.joining import answer_text, check_request, digest_of
 from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse
@@ -59,14 +58,15 @@ class EnrollmentService:
 
     def _issue(self, request: JoinRequest) -> str:
         """A certificate for an approved device. Raises `JoinError` if a command has revoked it meanwhile."""
-        authority = self._identity.authority
-        certificate = authority.issue_device(request.site, request.device, request.csr)
-        self._identity.exchange()
-        # Whoever revokes takes the key's approval first and then looks for certificates. So a key that is still
-        # approved now will have this one found; one that isn't may have had it overlooked.
-        if self._identity.store.key_of(request.device) != request.key:
-            authority.revoke(read_certificate(certificate, "certificate").serial_number)
-            self._identity.exchange()
+        store = self._identity.store
+        certificate = store.certificate(request, self._identity.authority.now())
+        if certificate is None:
+            made = self._identity.authority.issue_device(request.site, request.device, request.csr)
+            certificate = store.add_certificate(request, made)
+        # Whoever revokes takes the key's approval first and then lists its certificates. So a key that is still
+        # approved now will have this one listed; one that isn't may have had it overlooked.
+        if store.key_of(request.device) != request.key:
+            self._identity.update_revocations()
             raise JoinError(f"{request.device} is approved no more")
         return certificate
 
@@ -79,7 +79,7 @@ class EnrollmentService:
             raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
         now = self._identity.authority.now()
         if request.claim is not None:
-            self._identity.authority.check_device(request.device, request.csr)
+            self._identity.store.certificate(request, now)
             self._identity.store.use_claim(request, digest, now)
             return True
         status = self._identity.store.ask(request.device, request.key, now)

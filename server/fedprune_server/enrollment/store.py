@@ -6,7 +6,6 @@ written. A transaction is durable before the server acts on it.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,23 +16,25 @@ import sqlalchemy as sql
 from fedprune.core.errors import (
     ExpiredClaimError,
     ForeignClaimError,
+    IdentityError,
     JoinError,
     StorageError,
     UnknownClaimError,
     UsedClaimError,
     shown,
 )
+from fedprune.security.certificates import key_digest, read_certificate, request_key, seconds_of
 from fedprune.security.joining import Claim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
 from fedprune_server.enrollment.member_keys import MemberKeys
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.tables import (
     ANSWERS,
+    CERTIFICATES,
     CLAIMS,
     EPOCHS,
     MEMBERS,
     META,
-    REGISTER,
     insert_new,
     meta,
     put_meta,
@@ -52,16 +53,19 @@ KEPT_ANSWERS = 16
 """Answers to one device that are kept. An earlier request is answered again, with the certificate that its TLS key has:
 it gets no second one, and is refused once that one has ended or was revoked."""
 
+MAX_CERTIFICATES = 64
+"""Certificates of one member that have not ended."""
+
 KEPT_CLAIMS_S = 30 * 86_400
 """Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
-_MOST_ASKED = _PAGE = 1000
-"""Digests in one query, and members that are read at a time."""
+_PAGE = 1000
+"""Members that are read at a time."""
 
 _VERSION, _IDENTITY = "members", "identity"
 """Rows of `meta`: a random text that a change of the members replaces, and the identity whose members they are."""
 
-_M, _C = MEMBERS.c, CLAIMS.c
+_M, _C, _T = MEMBERS.c, CLAIMS.c, CERTIFICATES.c
 _Result = TypeVar("_Result")
 
 
@@ -170,24 +174,26 @@ class IdentityStore:
         """Approve a waiting key. Raises `JoinError` if the name is another key's, or the key was revoked."""
         self._change(lambda connection: _approve(connection, device, key, now))
 
-    def revoke(self, device: str, now: int) -> int:
-        """Revoke all keys of a device, also those that wait; returns how many there were."""
-        return self._revoke(now, _M.device == device, _M.status != REVOKED)
+    def revoke(self, device: str, now: int) -> tuple[int, int]:
+        """Revoke all keys of a device, also those that wait; returns how many there were, and how many certificates
+        they have."""
+        keys = self._revoke(now, _M.device == device, _M.status != REVOKED)
+        return len(keys), len(self._rows(sql.select(_T.serial).where(_T.device == device, _T.key.in_(keys))))
 
     def deny(self, device: str, keys: Collection[str], now: int) -> int:
         """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
-        return self._revoke(now, _M.device == device, _M.key.in_(list(keys)), _M.status == WAITING)
+        return len(self._revoke(now, _M.device == device, _M.key.in_(list(keys)), _M.status == WAITING))
 
-    def _revoke(self, now: int, *which: sql.ColumnElement[bool]) -> int:
+    def _revoke(self, now: int, *which: sql.ColumnElement[bool]) -> set[str]:
         revoked: set[str] = set()  # by all attempts: an earlier one may have been committed, though unanswered
 
-        def revoke_keys(connection: sql.Connection) -> int:
+        def revoke_keys(connection: sql.Connection) -> set[str]:
             revoked.update(connection.execute(sql.select(_M.key).where(*which)).scalars())
             connection.execute(MEMBERS.update().where(*which).values(status=REVOKED, decided=now))
             # A revoked key is never approved again: its sender's sequence numbers are not needed.
             others = sql.select(_M.key).where(_M.status == APPROVED)  # the same key may have another name
             connection.execute(EPOCHS.delete().where(EPOCHS.c.key.in_(revoked), EPOCHS.c.key.not_in(others)))
-            return len(revoked)
+            return revoked
 
         return self._change(revoke_keys)
 
@@ -265,44 +271,58 @@ class IdentityStore:
 
         self._write(keep)
 
-    def exchange(self, lines: Sequence[str], after: int) -> tuple[list[str], int]:
-        """Share lines of the register of certificates with the other servers of a PostgreSQL database.
+    def certificate(self, request: JoinRequest, now: int) -> str | None:
+        """The certificate (PEM) that the TLS key of a request has; None if it may get one.
 
-        Args:
-            lines: Lines that this server has appended.
-            after: Number of the last line that it knows of others; 0 for none.
-
-        Returns:
-            The lines after that one, and the number of the last.
+        Raises:
+            IdentityError: The certificate is another key's, or over, or the device has too many.
+            ProtocolError: The certificate request is invalid.
         """
+        device = request.device
+        found = self._rows(sql.select(CERTIFICATES).where(_T.tls_key == _tls_key(request)))
+        if found:
+            if (found[0].device, found[0].key) != (device, request.key):
+                raise IdentityError(
+                    f"the TLS key of {device} has a certificate of {shown(found[0].device)}, for another key or name",
+                    hint="Make a new key.",
+                )
+            if found[0].ends <= now:
+                raise IdentityError(f"the certificate of {device}'s TLS key is over", hint="Make a new key.")
+            return str(found[0].pem)
+        members = sql.select(_T.serial).where(_T.device == device, _T.key == request.key, _T.ends > now)
+        if (count := len(self._rows(members))) >= MAX_CERTIFICATES:
+            raise IdentityError(f"{device} has {count} certificates", hint="Revoke or replace the device.")
+        return None
 
-        digests = {hashlib.sha256(line.encode()).hexdigest(): line for line in lines}
+    def add_certificate(self, request: JoinRequest, pem: str) -> str:
+        """Record a member's certificate before it is handed out; returns the one to hand out, which is another server's
+        if that was faster."""
+        certificate = read_certificate(pem, "certificate")
+        row = {
+            "tls_key": _tls_key(request),
+            "device": request.device,
+            "key": request.key,
+            "serial": f"{certificate.serial_number:x}",
+            "ends": seconds_of(certificate.not_valid_after_utc),
+            "pem": pem,
+        }
 
-        def look(connection: sql.Connection) -> tuple[list[str], int, dict[str, str]]:
-            columns = REGISTER.c
-            query = sql.select(columns.number, columns.digest, columns.line).where(columns.number > after)
-            found = connection.execute(query.order_by(columns.number)).all()
-            new = digests.copy()
-            for row in found:
-                new.pop(row.digest, None)
-            left = list(new)
-            for i in range(0, len(left), _MOST_ASKED):
-                query = sql.select(columns.digest).where(columns.digest.in_(left[i : i + _MOST_ASKED]))
-                for digest in connection.execute(query).scalars():
-                    del new[digest]
-            return [row.line for row in found], int(found[-1].number) if found else after, new
+        def add(connection: sql.Connection) -> str:
+            insert_new(connection, CERTIFICATES, [row])
+            return str(connection.execute(sql.select(_T.pem).where(_T.tls_key == row["tls_key"])).scalar())
 
-        def share(connection: sql.Connection) -> tuple[list[str], int]:
-            there, last, new = look(connection)
-            if new:
-                rows = [{"digest": digest, "line": line} for digest, line in new.items()]
-                connection.execute(REGISTER.insert(), rows)
-                last = int(connection.execute(sql.select(sql.func.max(REGISTER.c.number))).scalar() or 0)
-            return there, last
+        return self._write(add)
 
-        there, last, new = self._read(look)
-        # Writers wait for each other, so that no line gets a lower number than one that was read before it.
-        return self._change(share) if new else (there, last)
+    def revoked_certificates(self) -> dict[int, int]:
+        """Certificates of revoked keys: when each was revoked, in seconds since 1970, by serial number."""
+        join = sql.and_(_T.device == _M.device, _T.key == _M.key)
+        query = sql.select(_T.serial, _M.decided).join(MEMBERS, join).where(_M.status == REVOKED)
+        return {int(row.serial, 16): int(row.decided) for row in self._rows(query)}
+
+    def certificate_ends(self) -> dict[str, int]:
+        """By device when its last certificate ends, in seconds since 1970."""
+        query = sql.select(_T.device, sql.func.max(_T.ends).label("ends")).group_by(_T.device)
+        return {row.device: int(row.ends) for row in self._rows(query)}
 
     def claim_identity(self, identity: str) -> bool:
         """Whether the members are an identity's, given by a text; where none has any yet, they are from now on."""
@@ -321,7 +341,7 @@ class IdentityStore:
 
         def void(connection: sql.Connection) -> None:
             connection.execute(MEMBERS.update().where(_M.status != REVOKED).values(status=REVOKED, decided=now))
-            for table in (CLAIMS, ANSWERS, REGISTER, EPOCHS):
+            for table in (CLAIMS, ANSWERS, CERTIFICATES, EPOCHS):
                 connection.execute(table.delete())
             connection.execute(META.delete().where(META.c.key == _IDENTITY))
 
@@ -394,3 +414,8 @@ def _approve(connection: sql.Connection, device: str, key: str, now: int) -> Non
 def _status(connection: sql.Connection, device: str, key: str) -> str | None:
     found = connection.execute(sql.select(_M.status).where(_M.device == device, _M.key == key)).scalar()
     return None if found is None else str(found)
+
+
+def _tls_key(request: JoinRequest) -> str:
+    """The sha256 of the key of a certificate request."""
+    return key_digest(request_key(request.csr)).hex()

@@ -40,8 +40,8 @@ _ATTEMPTS = 5
 _AGAIN = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
 _OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
-_IDENTITY = (  # after the database: a certificate of a device that it has is in the register
-    "authority.key", "authority.pem", "register.jsonl", "crl.pem", "signing.key", "epoch", "server.key", "server.pem",
+_IDENTITY = (
+    "authority.key", "authority.pem", "crl.pem", "signing.key", "epoch", "server.key", "server.pem",
     "broker.key", "broker.pem", "site",
 )  # fmt: skip
 
@@ -156,7 +156,7 @@ class _Collected:
             source = scratch / source.name
             if path == CONSOLE:
                 _end_sessions(source)
-        elif source.name == "register.jsonl" or source.suffix not in (".key",):
+        elif source.suffix != ".key":
             data = _read(source)  # it may change, where the keys don't
             source = scratch / source.name
             write_whole(source, data, private=True)

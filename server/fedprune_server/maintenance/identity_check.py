@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, IdentityError
-from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
+from fedprune.security.authority import CERTIFICATE, CRL, KEY, Authority
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
 from fedprune.security.keys import SigningKey
 from fedprune.security.signed_channel import EpochFile
@@ -16,12 +16,11 @@ from fedprune_server.maintenance.finding import Finding, Severity
 
 _RESTORE = "Restore the backup of the identity folder."
 _NEXT_START = "The next start of the server makes a new one."
-_AGAIN = "`fedprune-server devices list` writes it again, from the register; then let the broker load it."
+_AGAIN = "`fedprune-server devices list` writes it again, from the database; then let the broker load it."
 _NEEDED = {
     "site": "Write the site's name into it, or restore a backup of it.",
     KEY: _RESTORE,
     CERTIFICATE: _RESTORE,
-    REGISTER: _RESTORE,
     CRL: _AGAIN,
     "signing.key": _RESTORE,
     "epoch": "Restore a backup of it; without one check this machine's clock: the next start continues from the time.",
@@ -37,8 +36,10 @@ def check_identity(identity: Path) -> Iterator[Finding]:
     for name, advice in _NEEDED.items():
         if name in missing:
             yield Finding(Severity.WRONG, f"{identity / name} is missing", advice)
-    if not missing & {KEY, CERTIFICATE, REGISTER}:
-        yield from _failure(lambda: _authority(identity, crl=CRL not in missing))
+    if not missing & {KEY, CERTIFICATE}:
+        yield from _failure(lambda: Authority(identity))
+    if not missing & {"site", KEY, CERTIFICATE, CRL, "signing.key"}:
+        yield from _failure(lambda: _check_list(identity.parent))
     if "signing.key" not in missing:
         yield from _failure(lambda: SigningKey.load(identity / "signing.key"))
     yield from _failure(lambda: EpochFile(identity / "epoch"))
@@ -64,10 +65,16 @@ def _failure(read: Callable[[], object]) -> Iterator[Finding]:
         yield Finding(Severity.WRONG, str(error))
 
 
-def _authority(identity: Path, *, crl: bool) -> None:
-    authority = Authority(identity, read_only=True)
-    if crl and not authority.crl_is_right():
-        raise IdentityError(f"{authority.crl_path} is damaged, or not what the register says", hint=_AGAIN)
+def _check_list(state: Path) -> None:
+    try:
+        with IdentityFolder(state, read_only=True) as opened:
+            path, store = opened.authority.crl_path, opened.store
+            # Beside other servers of a database, the list on this machine is written when its server runs.
+            right = store.shared or opened.authority.has_listed(store.revoked_certificates())
+    except FedpruneError:
+        return  # which is reported for what can't be read
+    if not right:
+        raise IdentityError(f"{path} is damaged, or not what the database says", hint=_AGAIN)
 
 
 def _server(identity: Path) -> None:

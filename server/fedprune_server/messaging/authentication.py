@@ -256,7 +256,7 @@ class AuthenticatedLink(Relay):
             if version != self._version:
                 first, before = self._version is None, self._members
                 self._version, self._members = version, self._store.members()
-                self._identity.exchange()
+                self._identity.update_revocations()
                 self._quarantine.members = self._members
                 self._news.extend(map(DeviceRevoked, before.lacking(self._members)))
                 new = [] if first else [n for n in self._members.lacking(before) if n not in before]

@@ -11,7 +11,7 @@ from fedprune_server.storage.database import MARK, Database, copy_sqlite, transl
 from fedprune_server.storage.lease import DATABASE_ID
 from fedprune_server.storage.lease import ROW as LEASE
 from fedprune_server.storage.storage import Storage
-from fedprune_server.storage.tables import ANSWERS, EVENTS, META, REGISTER, ROLLOUTS, TABLES, meta, put_meta
+from fedprune_server.storage.tables import ANSWERS, EVENTS, META, ROLLOUTS, TABLES, meta, put_meta
 
 RESTORED = "restored"
 """Row of `meta`: digest of the backup that a database was filled from."""
@@ -62,8 +62,6 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
         with reader.begin(), writer.begin():
             for table in TABLES.sorted_tables:
                 writer.execute(table.delete())
-                if table is REGISTER:
-                    continue  # a backup has the identity's own file
                 rows = reader.execution_options(yield_per=_ROWS).execute(sql.select(table))
                 for part in rows.mappings().partitions(_ROWS):
                     kept = [dict(r) for r in part if table is not META or r["key"] not in _OWN]

@@ -141,14 +141,19 @@ EPOCHS = sql.Table(
     sql.Column("stream", sql.String(512), primary_key=True),
     sql.Column("epoch", sql.BigInteger, nullable=False),
 )
-REGISTER = sql.Table(
-    "register",
+CERTIFICATES = sql.Table(
+    "certificates",
     TABLES,
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
-    sql.Column("digest", sql.String(64), nullable=False, unique=True),
-    sql.Column("line", sql.Text, nullable=False),
+    sql.Column("tls_key", sql.String(64), primary_key=True),
+    sql.Column("device", sql.String(64), nullable=False),
+    sql.Column("key", sql.String(64), nullable=False),
+    sql.Column("serial", sql.String(40), nullable=False),
+    sql.Column("ends", sql.BigInteger, nullable=False),
+    sql.Column("pem", sql.Text, nullable=False),
+    sql.Index("certificates_member", "device", "key"),
 )
-"""Lines of the register of certificates, for the other servers of a PostgreSQL database."""
+"""Certificates of members, which are revoked with the member: its row alone says so. `tls_key` is the sha256 of a
+certificate's public key, `key` the member's verifying key."""
 
 
 class DeviceRows:

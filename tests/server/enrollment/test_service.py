@@ -40,6 +40,7 @@ from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
 from fedprune_server.storage.storage import database_of
 from fedprune_server.storage.tables import CLAIMS
+from support.fakes.members import certified, serials_of
 
 HOUR, DAY = 3600, 24 * 3600
 NOW = [float(BUILT + 30 * DAY)]
@@ -139,7 +140,7 @@ def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: Iden
         assert answer(identity, other) == (
             REFUSED, "the claim was used by another request. Have a new one made."
         )  # fmt: skip
-    assert len(identity.authority.of_device("pi-1")) == 1
+    assert len(serials_of(identity.path.parent, "pi-1")) == 1
 
 
 @pytest.mark.parametrize("lost", ["issue_device", "keep_answer"])
@@ -161,7 +162,7 @@ def test_a_crash_between_use_and_answer_costs_nothing(
         given = EnrollmentService(restarted).answer(request)
         assert given.status == APPROVED
         assert EnrollmentService(restarted).answer(request) == given
-        assert len(restarted.authority.of_device("pi-1")) == 1
+        assert len(serials_of(tmp_path / "state", "pi-1")) == 1
 
 
 def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_path: Path) -> None:
@@ -221,12 +222,12 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(
     requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(3))]
     first = [EnrollmentService(identity).answer(request) for request in requests]
     assert {given.status for given in first} == {APPROVED}
-    before = len(identity.authority.of_device("pi-1"))
+    before = len(serials_of(identity.path.parent, "pi-1"))
 
     again = [EnrollmentService(identity).answer(request) for request in requests]
 
     assert [(a.status, a.certificate) for a in again] == [(a.status, a.certificate) for a in first]
-    assert len(identity.authority.of_device("pi-1")) == before
+    assert len(serials_of(identity.path.parent, "pi-1")) == before
     NOW[0] += 2 * 365 * DAY  # they are over
     assert {answer(identity, request)[0] for request in requests[:-1]} == {REFUSED}
 
@@ -266,7 +267,7 @@ def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certi
         patched.setattr(identity.authority, "issue_device", revoked_meanwhile)
         assert answer(identity, request) == (REFUSED, "pi-1 is approved no more")
 
-    issued = {i.serial for i in identity.authority.of_device("pi-1")}
+    issued = serials_of(tmp_path / "state", "pi-1")
     listed = x509.load_pem_x509_crl((identity.path / "crl.pem").read_bytes())
     assert len(issued) == (2 if renewal else 1)
     assert {revoked.serial_number for revoked in listed} == issued
@@ -295,7 +296,7 @@ def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFold
     claim = identity.claim(None, HOUR)
 
     status, reason = answer(identity, make_join_request("lab", "pi-1", key, csr, claim))
-    assert (status, "is revoked" in reason) == (REFUSED, True)
+    assert (status, "has a certificate of 'pi-1'" in reason) == (REFUSED, True)
 
     assert answer(identity, bare(claim, key=key))[0] == APPROVED
 
@@ -367,7 +368,7 @@ def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(
         assert (again.authority.pin, again.site) == (pin, "lab")
     folder = tmp_path / "identity"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    secret = ("authority.key", "signing.key", "server.key", "register.jsonl")
+    secret = ("authority.key", "signing.key", "server.key")
     assert {stat.S_IMODE((folder / n).stat().st_mode) for n in secret} == {0o600}
 
 
@@ -539,27 +540,50 @@ def test_without_a_database_nothing_is_known_and_nothing_is_made(identity: Ident
     assert stat.S_IMODE((tmp_path / "state" / FILE).stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("lost", [["crl.pem"], ["register.jsonl", "crl.pem"]])
-def test_a_revoked_device_s_certificates_stay_revoked_when_files_go_back(
-    identity: IdentityFolder, ask: Ask, tmp_path: Path, lost: list[str]
+def test_a_revoked_device_s_certificates_are_listed_again_when_the_list_was_lost(
+    identity: IdentityFolder, tmp_path: Path
 ) -> None:
     for name in ("pi-1", "pi-2"):
-        ask(board(tmp_path / name, name), Claim.parse(identity.claim(name, HOUR).text))
-    before = {name: (identity.path / name).read_bytes() for name in lost}
+        certified(identity, name)
+    before = identity.authority.crl_path.read_bytes()
     identity.revoke("pi-1")
-    identity.close()
-    for name, raw in before.items():
-        (identity.path / name).write_bytes(raw)
+    for lost in (before, b"", None):
+        identity.close()
+        identity.authority.crl_path.unlink()
+        if lost is not None:
+            identity.authority.crl_path.write_bytes(lost)
+        identity.update_revocations()
+        listed = {r.serial_number for r in x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())}
+        assert listed == serials_of(tmp_path / "state", "pi-1") != set()
 
-    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
-        again.update_revocations()
-        revoked = {
-            d: [again.authority.is_revoked(i.serial) for i in again.authority.of_device(d)] for d in ("pi-1", "pi-2")
-        }
-        listed = {r.serial_number for r in x509.load_pem_x509_crl(again.authority.crl_path.read_bytes())}
 
-        assert revoked == {"pi-1": [True], "pi-2": [False]}
-        assert listed == {i.serial for i in again.authority.of_device("pi-1")}
+def test_a_revocation_broken_off_before_the_list_was_written_is_completed(
+    identity: IdentityFolder, tmp_path: Path
+) -> None:
+    """The member's row alone says that its certificates are revoked."""
+    certified(identity, "pi-1")
+    identity.store.revoke("pi-1", 7)
+    with IdentityFolder(tmp_path / "state") as again:
+        assert again.store.revoked_certificates() == dict.fromkeys(serials_of(tmp_path / "state", "pi-1"), 7)
+        assert again.authority.has_listed(again.store.revoked_certificates())
+
+
+def test_a_member_has_so_many_certificates_and_no_more(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_store, "MAX_CERTIFICATES", 3)
+    key = SigningKey.make()
+    assert answer(identity, bare(identity.claim(None, HOUR), key=key))[0] == APPROVED
+    assert [answer(identity, bare(None, key=key))[0] for _ in range(3)] == [APPROVED, APPROVED, REFUSED]
+    NOW[0] += 2 * 365 * DAY  # they are over
+    assert answer(identity, bare(None, key=key))[0] == APPROVED
+
+
+def test_of_two_servers_that_answer_a_request_at_once_both_give_one_certificate(identity: IdentityFolder) -> None:
+    request = bare(identity.claim(None, HOUR))
+    made = [identity.authority.issue_device("lab", "pi-1", request.csr) for _ in range(2)]
+    assert made[0] != made[1]
+    assert {identity.store.add_certificate(request, pem) for pem in made} == {made[0]}
 
 
 def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:

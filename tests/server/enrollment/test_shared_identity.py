@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedprune.core.errors import ConfigError, IdentityError, StorageError, UsedClaimError
+from fedprune.core.errors import ConfigError, IdentityError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.joining import Claim
 from fedprune.security.joining import make_request as make_join_request
@@ -26,8 +26,9 @@ from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.transport import DeviceRevoked
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
-from fedprune_server.storage.tables import REGISTER, meta, put_meta
+from fedprune_server.storage.tables import meta, put_meta
 from support.fakes.inbox import Inbox
+from support.fakes.members import serials_of
 from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
 
@@ -90,8 +91,8 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
             identity.serve(folder.storage.database)
             assert sorted(identity.store.members()) == ["pi-2", "pi-3"]
             assert identity.store.heard() == {kept.key: {STREAM: 77}}
-            assert listed(identity) == {i.serial for i in identity.authority.of_device("pi-1")} != set()
-            assert len(identity.authority.of_device("pi-3")) == 1
+            assert listed(identity) == serials_of(second, "pi-1", url) != set()
+            assert len(serials_of(second, "pi-3", url)) == 1
             with pytest.raises(UsedClaimError):
                 identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
             assert EnrollmentService(identity).answer(lost).status != APPROVED
@@ -123,33 +124,22 @@ def test_a_server_notices_what_another_machine_changes(
         assert link.get() is None, "it looks once a second"
         now[0] += 0.5
         assert link.get() == DeviceRevoked("pi-1")
-        assert listed(identity) == {i.serial for i in identity.authority.of_device("pi-1")} != set()
+        assert listed(identity) == serials_of(first, "pi-1", url) != set()
 
 
-def test_a_revocation_whose_command_was_killed_is_shared_by_the_server(
-    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = postgres.database()
-    first, second = tmp_path / "first", tmp_path / "second"
-    IdentityFolder.make(first, "lab").close()
-    copied(first, second)
-    with serving(first, url) as identity, IdentityFolder(second, database=url) as other:
-        asked = join(identity, "pi-1")
-        identity.exchange()
-        join(other, "pi-2")
-        other.exchange()
-        adopt = identity.authority.adopt
-
-        def revoked_meanwhile(lines: list[str]) -> None:
-            IdentityFolder(first).authority.revoke_device("pi-1")  # and is killed before it shares that
-            adopt(lines)
-
-        monkeypatch.setattr(identity.authority, "adopt", revoked_meanwhile)
-        identity.exchange()
-        monkeypatch.undo()
-        identity.exchange()
-        other.exchange()
-        assert listed(other) == {i.serial for i in other.authority.of_device(asked.device)} != set()
+def test_a_command_that_has_nothing_new_changes_nothing(tmp_path: Path, postgres: Postgres) -> None:
+    url, state = postgres.database(), tmp_path / "first"
+    IdentityFolder.make(state, "lab").close()
+    with serving(state, url) as identity:
+        join(identity, "pi-1")
+        before = identity.store.version()
+        assert before
+        assert main(["devices", "--state", str(state), "--database", url]) == 0
+        with IdentityFolder(state, database=url) as command:
+            assert command.store.members().keys() == {"pi-1"}
+        assert identity.store.version() == before
+        join(identity, "pi-2")
+        assert identity.store.version() != before
 
 
 def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Postgres) -> None:
@@ -166,19 +156,6 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
             identity.store._opened().flush()
         with pytest.raises(LeaseLostError):
             identity.claim(None, 3600)
-
-
-def test_a_damaged_row_is_an_error(tmp_path: Path, postgres: Postgres) -> None:
-    url = postgres.database()
-    IdentityFolder.make(tmp_path / "first", "lab").close()
-
-    for line in ("{}", "{", '{"issued": {}}'):
-        with StateFolder(tmp_path / "first", url) as folder, IdentityFolder(tmp_path / "first") as identity:
-            with folder.storage.database.transaction() as connection:
-                connection.execute(REGISTER.delete())
-                connection.execute(REGISTER.insert().values(digest="00", line=line))
-            with pytest.raises(StorageError, match="damaged"):
-                identity.serve(folder.storage.database)
 
 
 def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgres: Postgres) -> None:

@@ -70,7 +70,7 @@ def test_a_lost_file_of_the_identity_keeps_nothing_else_of_it_out(state: Path, t
     (state / "identity" / "site").unlink()
     back_up(state, tmp_path / "backup", silent)
     new = restored(tmp_path / "backup", tmp_path / "new")
-    for name in ("signing.key", "authority.key", "register.jsonl"):
+    for name in ("signing.key", "authority.key", "crl.pem"):
         assert (new / "identity" / name).exists()
 
 
@@ -129,7 +129,6 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
         "model.onnx",
         "identity/signing.key",
         "identity/authority.key",
-        "identity/register.jsonl",
     ):
         assert (new / path).read_bytes() == (state / path).read_bytes()
     with IdentityFolder(new) as identity, IdentityFolder(state) as before:

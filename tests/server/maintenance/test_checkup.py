@@ -143,6 +143,10 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "rollout 1 is damaged",
     ),
+    "members damaged": (
+        lambda s: edit(s, "INSERT INTO members (device, key, status, asked) VALUES ('attic', 'aa', 'odd', 1)"),
+        "member attic is damaged",
+    ),
     "list of revocations damaged": ((lambda s: flip(s / "identity" / "crl.pem")), "crl.pem is damaged.* devices list"),
     "server's key another one": (
         lambda s: shutil.copy(s / "identity" / "authority.key", s / "identity" / "server.key"),
@@ -155,8 +159,9 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(
     ("name", "advice"),
     {
-        "site": "Write the site's name", "authority.key": "Restore",
-        "crl.pem": "devices list", "epoch": "machine's clock", "server.key": "next start",
+        "site": "Write the site's name", "authority.key": "Restore", "authority.pem": "Restore",
+        "crl.pem": "devices list", "signing.key": "Restore", "epoch": "machine's clock",
+        "server.key": "next start", "server.pem": "next start",
     }.items(),
 )  # fmt: skip
 def test_what_an_identity_lacks_is_named_with_what_to_do(state: Path, name: str, advice: str) -> None:
@@ -178,6 +183,7 @@ def test_what_is_said_to_mend_an_identity_mends_it(state: Path) -> None:
     with IdentityFolder(state) as identity:
         identity.client()
         identity.epochs.next()
+        identity.store.devices()
     assert wrong(state) == []
 
 
@@ -194,7 +200,7 @@ def test_an_identity_whose_name_was_lost_keeps_its_keys(state: Path) -> None:
     (state / "identity" / "site").unlink()
     IdentityFolder.make(state, "default").close()
     after = contents(state / "identity")
-    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem", "register.jsonl"}
+    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem"}
 
 
 def _read_only(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:

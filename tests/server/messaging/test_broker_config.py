@@ -42,6 +42,7 @@ from fedprune_server.messaging.broker.broker_files import (
     write_broker,
 )
 from fedprune_server.messaging.broker.revocations import delivering
+from support.fakes.members import serials_of
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import attempts, until
 
@@ -339,7 +340,7 @@ def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_ow
         finally:
             stop.set()
             thread.join()
-    assert len(site.identity.authority.of_device("renews")) == 2
+    assert len(serials_of(site.identity.path.parent, "renews")) == 2
     assert not site.refuses(board.context())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -19,7 +18,6 @@ from fedprune.coordination import events as on
 from fedprune.core import lock_wait
 from fedprune.core.errors import BusyError
 from fedprune.core.lock_wait import command_text, file_lock_holders, wait_hook
-from fedprune.security.register import Register
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage import database
@@ -158,21 +156,6 @@ def test_a_lock_that_ends_a_statement_is_no_damage(tmp_path: Path) -> None:
         other.execute("DELETE FROM meta")
     assert raised.value.hint
     assert "backup" not in raised.value.hint
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_register_of_certificates_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "register"
-    register = Register(path, lambda line: None)
-    other = os.open(path, os.O_RDWR)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with (
-        caplog.at_level(logging.WARNING, logger="fedprune"),
-        wait_hook(after(3, lambda: os.close(other))),
-        register.held(),
-    ):
-        register.append({"n": 1})
-    assert str(path) in caplog.records[0].getMessage()
 
 
 @pytest.mark.postgresql

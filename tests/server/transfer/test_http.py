@@ -15,7 +15,7 @@ import pytest
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
-from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.certificates import save_tls_key
 from fedprune.security.tls import pinned_context
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.http_download import HttpFetch
@@ -26,6 +26,7 @@ from fedprune_server.storage.s3.store import BucketStore, near
 from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer, ServedJob
+from support.fakes.members import certified
 from support.processes.s3 import S3
 from support.waiting import attempts
 
@@ -180,9 +181,8 @@ class Fleet:
         return sha256 in self.offers.get(device or "", ())
 
     def certify(self, device: str) -> None:
-        key = make_tls_key()
+        issued, key = certified(self.identity, device)
         save_tls_key(key, self.root / f"{device}.key")
-        issued = self.identity.authority.issue_device("default", device, make_request(key, device))
         (self.root / f"{device}.pem").write_text(issued)
 
     def fetch(self, device: str | None, web: WebBlobs, ref: BlobRef = REF) -> str:

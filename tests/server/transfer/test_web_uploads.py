@@ -21,7 +21,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageFullError
-from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.certificates import save_tls_key
 from fedprune.security.tls import pinned_context
 from fedprune.wire.messages import PUT, UploadRequest
 from fedprune.wire.urls import UploadUrl
@@ -39,6 +39,7 @@ from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import UploadEnd
 from fedprune_server.transfer.web_uploads import HttpUploads
 from support.fakes.fleet import SIZE, Fleet, ToyWorker, folded, models
+from support.fakes.members import certified
 from support.fakes.secure_fleet import SecureFleet
 from support.processes.s3 import S3
 from support.waiting import until
@@ -306,9 +307,8 @@ def test_only_the_board_whose_update_it_is_may_upload_it(tmp_path: Path, store: 
     assert board.put(UPDATE) == REF
     with IdentityFolder.make(tmp_path / "state", "default") as identity:
         for device in ("attic", "cellar"):
-            key = make_tls_key()
+            issued, key = certified(identity, device)
             save_tls_key(key, tmp_path / f"{device}.key")
-            issued = identity.authority.issue_device("default", device, make_request(key, device))
             (tmp_path / f"{device}.pem").write_text(issued)
 
         def failure_of(device: str | None, url: str) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ProtocolError
-from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import COMMITTED, ReleaseReport
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -26,6 +25,7 @@ from fedprune_server.storage.storage import database_of
 from fedprune_server.web.state.admin_executor import MOST, AdminExecutor
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 from fedprune_server.web.state.surroundings import Member, Members, ReleaseWatch, SurroundingsPoller
+from support.fakes.members import certified, serials_of
 from support.fakes.runtime_releases import make_release
 from support.waiting import until
 
@@ -89,17 +89,14 @@ def test_a_board_is_turned_away_and_one_that_is_in_stays(state: Path, executor: 
 
 
 def test_a_board_that_is_shut_out_has_no_key_and_no_certificate_any_more(state: Path, executor: AdminExecutor) -> None:
-    key = asks(state, "attic")
-    assert ordered(executor, "approve", device="attic", key=key.fingerprint).ok
     with IdentityFolder(state) as identity:
-        identity.authority.issue_device("lab", "attic", make_request(make_tls_key(), "attic"))
-        (issued,) = identity.authority.of_device("attic")
+        certified(identity, "attic")
     told = ordered(executor, "revoke", device="attic")
     assert (told.ok, told.text.startswith("attic: 1 key and 1 certificate revoked")) == (True, True)
     with IdentityFolder(state) as identity:
         assert identity.store.members() == {}
-        assert identity.authority.is_revoked(issued.serial)
-        assert identity.authority.crl_is_right()
+        assert identity.store.revoked_certificates().keys() == serials_of(state, "attic")
+        assert identity.authority.has_listed(identity.store.revoked_certificates())
     assert not ordered(executor, "revoke", device="nobody").ok
 
 

@@ -31,7 +31,6 @@ from fedprune.releases.rollout import Rollout, RolloutPlan
 from fedprune.releases.wheels import parsed, required
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.security.register import Register
 from fedprune_export.checks.labelled_data import read as read_labelled
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
@@ -239,18 +238,10 @@ def _states() -> tuple[Target, ...]:
     task = Task(1, (4,), 0.5, offer={"weights": {"sha256": "0" * 64}})
     state = State(model="0" * 64, devices={"a": device}, tasks={"a": task}).to_json().encode()
     rollout = Rollout.of(RolloutPlan("release", "7"), ["a", "b"]).to_dict()
-    lines = b"".join(raw + b"\n" for raw in dumped({"epoch": 1}, {"epoch": 2, "x": [1]}))
-
-    def register(raw: bytes) -> object:
-        path = scratch() / "register"
-        path.write_bytes(raw)
-        return Register(path, lambda entry: entry["epoch"])
-
     record = Record("a run", JOB.to_dict(), (("w", 8),), (), ())
     return (
         Target("state.job", as_text(State.from_json), (state,), text=True, share=2),
         Target("state.rollout", as_object(Rollout.from_dict), dumped(rollout), text=True),
-        Target("state.register", register, (lines,), text=True, share=0.5),
         Target("state.record of a run", as_text(Record.from_json), (record.to_json().encode(),), text=True),
     )
 
