@@ -50,7 +50,7 @@ def test_every_task_has_a_page_and_a_line(benchmark: Any) -> None:
 def test_a_job_on_a_page_is_that_of_the_figures(page: Path, benchmark: Any, tmp_path: Path) -> None:
     [block] = re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)
     (tmp_path / "fleet.toml").write_text(block)
-    config = parse_config(read_toml(tmp_path / "fleet.toml", ConfigError), "fleet.toml", tmp_path)
+    config = parse_config(read_toml(tmp_path / "fleet.toml", ConfigError), tmp_path)
     task = benchmark.TASKS[tasks_on(page)[0]]
     assert (config.job.recipe, config.job.rounds, config.job.strategy) == (task.recipe, task.rounds, "fedprune")
     named = re.findall(r'"(benchmarks\.\S+):(\w+)"', block)

@@ -48,11 +48,11 @@ class PrivacyPolicy:
     secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
-        validation.number("privacy: least_noise", self.least_noise, 0, 1e4)
-        validation.number("privacy: most_clip", self.most_clip, 0, 1e6)
-        validation.number("privacy: most_epsilon", self.most_epsilon, 0, 1e6)
-        validation.number("privacy: delta", self.delta, 0, 1, above=True, below=True)
-        validation.truth("privacy: secure_aggregation", self.secure_aggregation)
+        validation.number(("privacy", "least_noise"), self.least_noise, 0, 1e4)
+        validation.number(("privacy", "most_clip"), self.most_clip, 0, 1e6)
+        validation.number(("privacy", "most_epsilon"), self.most_epsilon, 0, 1e6)
+        validation.number(("privacy", "delta"), self.delta, 0, 1, above=True, below=True)
+        validation.truth(("privacy", "secure_aggregation"), self.secure_aggregation)
 
     def check(self, recipe: Recipe, cost: float) -> None:
         if self.secure_aggregation and not recipe.secure_aggregation:

@@ -47,7 +47,8 @@ def _step(text: str, first: int, parts: Sequence[Piece], inputs: Sequence[Piece]
     fitting = [p for p in parts if _fits(asked, p.shape) and asked.input in ("", p.name)]
     if len(fitting) != 1:
         raise ConfigError(
-            f"recipe: augment {text!r}",
+            f"{text!r}",
+            path=("recipe", "augment"),
             expected=f"one input of floats {_WANTED[asked.name]}",
             got=some(
                 [f"{p.name} {shape_text('n', *p.shape)}{'' if p in parts else ' of whole numbers'}" for p in inputs]
@@ -98,14 +99,16 @@ def _fill_of_labels(moving: Sequence[tuple[str, AugmentStep]], labels: Port, fea
     )
     if kind not in JUDGED or own != places or not alike:
         raise ConfigError(
-            f"recipe: augment {text!r} with labels {shape_text('n', *shape)} of loss {features.loss!r}",
+            f"{text!r} with labels {shape_text('n', *shape)} of loss {features.loss!r}",
+            path=("recipe", "augment"),
             expected=f"labels of whole samples, or classes or masks of the places {shape_text(*places)} of one input",
             hint="It moves what these labels describe, and can't move them along: leave it out.",
         )
     empty = next((text for text, step in moving if step.name != "flip"), None)
     if kind != MULTI and features.ignore_label is None and empty is not None:
         raise ConfigError(
-            f"recipe: augment {empty!r} with a class for each place, without ignore_label",
+            f"{empty!r} with a class for each place, without ignore_label",
+            path=("recipe", "augment"),
             expected="ignore_label, for places that come in from outside",
         )
     return 0 if kind == MULTI else features.ignore_label or 0

@@ -29,13 +29,15 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
     if features.metric == CUSTOM:
         if model.metric is None:
             raise ConfigError(
-                "recipe: metric 'custom', and the model brings no metric",
+                "'custom', and the model brings no metric",
+                path=("recipe", "metric"),
                 hint="Give it with the model: --metric package.module:function, [model] metric, or load(..., metric=).",
             )
         own = model.metric.inputs[1]
         if (own.dtype, tuple(own.shape[1:])) != (labels.dtype, tuple(labels.shape[1:])):
             raise ConfigError(
-                "recipe: the model's own metric with this loss",
+                "is the model's own, with another loss",
+                path=("recipe", "metric"),
                 expected=f"a metric of the loss's labels, {labels.dtype} {shape_text('n', *labels.shape[1:])}",
                 got=f"one of {own.dtype} {shape_text('n', *own.shape[1:])}",
                 hint="Set the metric's attributes target_shape and target_dtype, as the loss has them.",
@@ -48,7 +50,8 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
     expected = outputs[1:] if whole else outputs
     if (labels.dtype.kind == "i") != whole or tuple(labels.shape[1:]) != expected:
         raise ConfigError(
-            f"recipe: metric {features.metric!r} with this loss",
+            f"{features.metric!r} with this loss",
+            path=("recipe", "metric"),
             expected=f"{'classes' if whole else 'numbers'} {shape_text('n', *expected)} as labels",
             got=f"{labels.dtype} {shape_text('n', *labels.shape[1:])}",
         )

@@ -103,7 +103,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     if features.metric:
         graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
     if features.augment and LENGTH in model.graph.metadata:
-        raise ConfigError("recipe: augment with samples of different lengths", expected="one of the two")
+        raise ConfigError("with samples of different lengths", path=("recipe", "augment"), expected="one of the two")
     if features.augment:
         graph.metadata[step_contract.AUGMENT] = augment_plan(model, labels, features).to_json()
     graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH}
@@ -139,7 +139,8 @@ def _loss_graphs(model: Model, features: Features) -> dict[str, Model]:
     hand. Raises `ConfigError` if the model brings no loss."""
     if features.loss == CUSTOM and model.loss is None:
         raise ConfigError(
-            "recipe: loss 'custom', and the model brings no loss",
+            "'custom', and the model brings no loss",
+            path=("recipe", "loss"),
             expected=f"a model with one, or one of {', '.join(n for n in LOSSES if n != CUSTOM)}",
             hint="Give it with the model: --loss package.module:function, [model] loss, or load(..., loss=...).",
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import setting_of
-from fedprune.core.errors import ExitCode
+from fedprune.core.errors import ExitCode, KeyPath
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
 from fedprune.runtime.session import run_by_child_process
@@ -163,11 +163,11 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     path = arguments.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
     if path is not None:
         below = file_layer(path)
-        below = replace(below, tables=anchored(below.tables, path.parent, below.name))
+        below = replace(below, tables=anchored(below.tables, path.parent))
     else:
         below = _last_start(merged(above.tables, command.tables).get("server", {}))
     layers = (below, above, command)
-    with located(layers, below.name):
+    with located(layers):
         tables = merged(below.tables, above.tables)
         job, chosen = tables.get("job", {}), command.tables.get("job", {}).get("schedule")
         schedule = job.get("schedule") if isinstance(job, Mapping) else None
@@ -176,7 +176,7 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
         tables = merged(tables, command.tables)
         if below.name == _LAST_START:
             _check_stored_code(below, (above, command), tables)
-        config = parse_config(tables, below.name, Path())
+        config = parse_config(tables, Path())
     return Configured(config, layers)
 
 
@@ -199,7 +199,7 @@ def _option(place: tuple[str, ...]) -> str:
 
 def _command_line(arguments: argparse.Namespace) -> Layer:
     tables: dict[str, Any] = {}
-    places: dict[tuple[str | int, ...], str] = {}
+    origins: dict[KeyPath, str] = {}
     for dest, value in vars(arguments).items():
         place = tuple(dest.split("."))
         if value is None or len(place) < 2:
@@ -208,8 +208,8 @@ def _command_line(arguments: argparse.Namespace) -> Layer:
         for name in place[:-1]:
             table = table.setdefault(name, {})
         table[place[-1]] = value
-        places[place] = f"command line, --{_option(place)}"
-    return Layer("command line", tables, places)
+        origins[place] = f"command line, --{_option(place)}"
+    return Layer("command line", tables, origins)
 
 
 def _last_start(server: Mapping[str, Any]) -> Layer:

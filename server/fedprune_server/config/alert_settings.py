@@ -64,23 +64,24 @@ class AlertSettings:
     resolved: bool = setting(True, "Whether the end of an alert is notified, too.")
 
     def __post_init__(self) -> None:
-        check_settings(self, "alerts")
+        check_settings(self, ("alerts",))
         for name in ("webhook", "heartbeat"):
             _check_url(name, getattr(self, name))
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and not path.is_file():
-                raise ConfigError(f"alerts: {name}", expected="a file that exists", got=shown(str(path)))
+                raise ConfigError(("alerts", name), expected="a file that exists", got=shown(str(path)))
         if self.webhook_secret is not None and self.webhook == OFF:
-            raise ConfigError("alerts: webhook_secret", expected="a webhook as well", got="none")
+            raise ConfigError(("alerts", "webhook_secret"), expected="a webhook as well", got="none")
         if (self.mail_password is None) != (self.mail_user == OFF):
-            raise ConfigError("alerts: mail_user and mail_password", expected="both of them", got="one")
-        for address in (*self.recipients, self.mail_from):
-            _check_address(address)
+            given = "mail_user" if self.mail_password is None else "mail_password"
+            raise ConfigError(("alerts", given), expected="mail_user and mail_password, or neither", got="one of them")
+        for name, address in (*(("mail_to", to) for to in self.recipients), ("mail_from", self.mail_from)):
+            _check_address(name, address)
         _ = self.relay
         if self.quiet_hours != OFF and not _HOURS.fullmatch(self.quiet_hours):
             raise ConfigError(
-                "alerts: quiet_hours", expected=f"HH:MM-HH:MM, such as 22:00-07:00, or {OFF!r}",
+                ("alerts", "quiet_hours"), expected=f"HH:MM-HH:MM, such as 22:00-07:00, or {OFF!r}",
                 got=shown(self.quiet_hours),
             )  # fmt: skip
 
@@ -97,7 +98,9 @@ class AlertSettings:
         scheme, host, port = _parts(self.mail_server)
         if scheme not in ("smtp", "smtps") or not host or port == 0 or self.mail_server.count("/") > 2:
             raise ConfigError(
-                "alerts: mail_server", expected="smtp://host[:port] or smtps://host[:port]", got=shown(self.mail_server)
+                ("alerts", "mail_server"),
+                expected="smtp://host[:port] or smtps://host[:port]",
+                got=shown(self.mail_server),
             )
         return scheme, host, port or (587 if scheme == "smtp" else 465)
 
@@ -125,7 +128,7 @@ def _check_url(name: str, url: str) -> None:
     fine = scheme in ("http", "https") and host and port != 0 and "@" not in url.partition("://")[2].partition("/")[0]
     if url != OFF and not (fine and url.isascii() and url.isprintable() and " " not in url and "#" not in url):
         raise ConfigError(
-            f"alerts: {name}", expected=f"https://host[:port]/path or http://..., without a user, or {OFF!r}",
+            ("alerts", name), expected=f"https://host[:port]/path or http://..., without a user, or {OFF!r}",
             got=shown(shown_url(url)),
         )  # fmt: skip
 
@@ -139,10 +142,12 @@ def _parts(url: str) -> tuple[str, str, int | None]:
         return "", "", 0
 
 
-def _check_address(text: str) -> None:
+def _check_address(name: str, text: str) -> None:
     try:
         Address(addr_spec=text)
     except (ValueError, IndexError) as error:
         raise ConfigError(
-            "alerts: mail_to and mail_from", expected="addresses such as ann@example.org, with commas", got=shown(text)
+            ("alerts", name),
+            expected="an address such as ann@example.org" + ", several with commas" * (name == "mail_to"),
+            got=shown(text),
         ) from error

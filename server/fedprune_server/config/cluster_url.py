@@ -18,7 +18,9 @@ def check_url(url: str) -> str:
     place = url.removeprefix(_CLIENT) if url.startswith(_CLIENT) else url.removeprefix(_NODE)
     if url not in (PROCESSES, _AUTO) and not (url.startswith(_NODE) and _PLACE.fullmatch(place)):
         raise ConfigError(
-            "server: workers_url", expected=f"{PROCESSES!r}, ray:auto, ray:HOST:PORT or ray://HOST:PORT", got=repr(url)
+            ("server", "workers_url"),
+            expected=f"{PROCESSES!r}, ray:auto, ray:HOST:PORT or ray://HOST:PORT",
+            got=repr(url),
         )
     return url
 

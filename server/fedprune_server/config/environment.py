@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ConfigError, meant, remedy, shown
+from fedprune.core.errors import ConfigError, KeyPath, dotted, meant, remedy, shown
 from fedprune.core.toml_file import parse_toml
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
@@ -56,8 +56,8 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
     of one of the tables, or of what looks like one, is no setting, has no value that TOML knows, or names a file that
     can't be used."""
     known = variables()
-    places: dict[tuple[str | int, ...], str] = {}
-    layer = Layer("the environment", {}, places)
+    origins: dict[KeyPath, str] = {}
+    layer = Layer("the environment", {}, origins)
     for name in sorted(environment):
         where = f"environment variable {name}"
         if not name.startswith(_PREFIXES):
@@ -65,15 +65,15 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
                 raise ConfigError(f"{where} (did you mean {setting!r}?)", expected=_EXPECTED)
             continue
         path, text, from_file = _setting(name, known)
-        if path in places:
+        if path in origins:
             raise ConfigError(where, expected="this or the variable without _FILE", got="both")
         value = file_text(Path(environment[name]), where) if from_file else environment[name]
         table = layer.tables
         for part in path[:-1]:
             table = table.setdefault(part, {})
         table[path[-1]] = value if text else _value(value, path, where)
-        places[path] = where
-    return Layer(layer.name, anchored(layer.tables, Path.cwd(), layer.name), places)
+        origins[path] = where
+    return Layer(layer.name, anchored(layer.tables, Path.cwd()), origins)
 
 
 def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tuple[tuple[str, ...], bool, bool]:
@@ -125,7 +125,7 @@ def _value(text: str, path: tuple[str, ...], where: str) -> Any:
         if path[:-1] in _OPEN.values():
             return text
         expected = 'a value as in TOML: 3, 0.5, true, ["a"]'
-        raise ConfigError(f"{where}: [{'.'.join(path[:-1])}] {path[-1]}", expected=expected, got=shown(text)) from None
+        raise ConfigError(f"{where}: {dotted(path)}", expected=expected, got=shown(text)) from None
 
 
 def _no_value() -> Any:

@@ -185,59 +185,63 @@ class ServerConfig:
     alerts: AlertSettings = field(default_factory=AlertSettings)
 
     def __post_init__(self) -> None:
-        check_settings(self, "server")
+        check_settings(self, ("server",))
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
             raise ConfigError(
-                "server: broker",
+                ("server", "broker"),
                 expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
                 got=repr(without_password(self.broker)),
             )
         for name in ("loss", "metric"):
             if getattr(self, name) is not None and (said := getattr(self.job.recipe, name)) != CUSTOM:
                 raise ConfigError(
-                    f"model: {name}", expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(said),
+                    ("model", name), expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(said),
                     hint=f"Say so in [job.recipe], or leave the {name} of your own out.",
                 )  # fmt: skip
         if self.blobs != FOLDER:
             parse(self.blobs)
         check_url(self.workers_url)
         if self.profiles is not None and not self.profiles.is_dir():
-            raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
+            raise ConfigError(("server", "profiles"), expected="a folder that exists", got=str(self.profiles))
         if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
-            raise ConfigError("server: ca", expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
+            raise ConfigError(("server", "ca"), expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
         if self.ca is not None and not self.broker.startswith("mqtts://"):
-            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(without_password(self.broker)))
+            raise ConfigError(
+                ("server", "ca"), expected="a broker at mqtts://", got=repr(without_password(self.broker))
+            )
         if self.blob_url != OFF:
             try:
-                BlobUrl.parse(self.blob_url, "server: blob_url")
+                BlobUrl.parse(self.blob_url)
             except FedpruneError as error:
-                raise ConfigError("server: blob_url", expected=error.expected, got=error.got) from error
+                raise ConfigError(("server", "blob_url"), expected=error.expected, got=error.got) from error
         if _place(self.serve_blobs, self.host) is None and self.uploads == HTTPS:
             raise ConfigError(
-                "server: uploads", expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
+                ("server", "uploads"), expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
                 hint="Boards upload to the server's own web server: --serve-blobs [ADDRESS:]PORT.",
             )  # fmt: skip
         if self.uploads == S3 and self.blobs == FOLDER:
             raise ConfigError(
-                "server: uploads", expected=f"{MQTT!r}, or blobs = 's3://...' with it", got=repr(S3),
+                ("server", "uploads"), expected=f"{MQTT!r}, or blobs = 's3://...' with it", got=repr(S3),
                 hint="Boards upload to the bucket of each job: --blobs s3://bucket/prefix.",
             )  # fmt: skip
         _place(self.metrics, LOCAL[0], "metrics")
         if self.traces != OFF and not _WEB.fullmatch(self.traces):
             raise ConfigError(
-                "server: traces",
+                ("server", "traces"),
                 expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
                 got=shown(self.traces.rpartition("@")[2]),
             )
-        track_targets(self.track, "server: track")
+        track_targets(self.track, ("server", "track"))
         self._check_console()
         try:
             words = shlex.split(self.on_revocation)
         except ValueError:
             words = []
         if not words or not self.on_revocation.isprintable():
-            raise ConfigError("server: on_revocation", expected=f"a command, or {OFF!r}", got=shown(self.on_revocation))
-        check_name(self.site, "server: site", error=ConfigError)
+            raise ConfigError(
+                ("server", "on_revocation"), expected=f"a command, or {OFF!r}", got=shown(self.on_revocation)
+            )
+        check_name(self.site, ("server", "site"), error=ConfigError)
 
     @property
     def own_hosts(self) -> tuple[str, ...]:
@@ -271,25 +275,27 @@ class ServerConfig:
     @property
     def tracked(self) -> tuple[TrackTarget, ...]:
         """The experiment trackers that get every round."""
-        return track_targets(self.track, "server: track")
+        return track_targets(self.track, ("server", "track"))
 
     def _check_console(self) -> None:
         place = self.console_place
         if not all(_HOST.fullmatch(h.strip()) for h in self.console_hosts.split(",")):
             raise ConfigError(
-                "server: console_hosts", expected="names of hosts, with commas", got=shown(self.console_hosts)
+                ("server", "console_hosts"), expected="names of hosts, with commas", got=shown(self.console_hosts)
             )
         if self.console_releases is not None and not self.console_releases.is_dir():
             raise ConfigError(
-                "server: console_releases", expected="a folder that exists", got=shown(str(self.console_releases))
+                ("server", "console_releases"), expected="a folder that exists", got=shown(str(self.console_releases))
             )
         if (self.console_certificate is None) != (self.console_key is None):
-            raise ConfigError("server: console_certificate and console_key", expected="both of them", got="one")
+            given = "console_certificate" if self.console_key is None else "console_key"
+            expected = "console_certificate and console_key, or neither"
+            raise ConfigError(("server", given), expected=expected, got="one of them")
         if place is None or self.console_certificate is not None or self.console_insecure:
             return
         if not is_loopback(place[0]):
             raise ConfigError(
-                "server: console", expected="an address of this machine alone, or TLS", got=shown(self.console),
+                ("server", "console"), expected="an address of this machine alone, or TLS", got=shown(self.console),
                 hint="Passwords would travel in the open. Give console_certificate and console_key, put a reverse "
                 "proxy in front of it, or, in a network of your own, set console_insecure.",
             )  # fmt: skip
@@ -297,7 +303,7 @@ class ServerConfig:
     def server_settings(self) -> dict[str, Any]:
         """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
-        values["track"] = anchored_track(self.track, Path().resolve(), "server: track")
+        values["track"] = anchored_track(self.track, Path().resolve(), ("server", "track"))
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 
@@ -343,5 +349,5 @@ def _place(text: str, host: str, name: str = "serve_blobs") -> tuple[str, int] |
         return None
     address, colon, port = text.rpartition(":")
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
-        raise ConfigError(f"server: {name}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
+        raise ConfigError(("server", name), expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
     return address.strip("[]") or host, int(port)

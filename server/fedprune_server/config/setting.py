@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, KeyPath, shown
 from fedprune.core.settings import bounded, check_fields, one_of
 
 _Settings = TypeVar("_Settings")
@@ -44,30 +44,21 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def check_settings(settings: Any, table: str) -> None:
+def check_settings(settings: Any, path: KeyPath) -> None:
     """Check the settings that are declared as numbers within limits, choices, switches, texts or paths.
 
-    A path may be given as a text, and is made a `Path`. Raises `ConfigError` if a value is wrong; the message begins
-    with the table and the key."""
-    check_fields(settings, f"{table}: {{}}")
+    A path may be given as a text, and is made a `Path`. Raises `ConfigError`, which names the key in the table `path`,
+    if a value is wrong."""
+    check_fields(settings, path)
     for f in fields(settings):
         value, kind = getattr(settings, f.name), str(f.type)
         if kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
             if not isinstance(value, Path) and (not isinstance(value, str) or not value.strip()):
-                raise ConfigError(f"{table}: {f.name}", expected="a text", got=shown(value))
+                raise ConfigError((*path, f.name), expected="a text", got=shown(value))
             if kind.startswith("Path"):
                 object.__setattr__(settings, f.name, Path(value))
 
 
-def read_table(kind: type[_Settings], body: object, where: str) -> _Settings:
-    """Settings from their table, which `where` names in errors. Raises `ConfigError` if it is no table, or a key is
-    unknown or has a wrong value."""
-    if not isinstance(body, Mapping):
-        raise ConfigError(where, expected="a table", got=shown(body))
-    try:
-        return kind(**validation.known(kind, body, where))
-    except ConfigError as error:
-        if error.what.startswith(where):
-            raise
-        what = f"{where} {error.what.partition(': ')[2]}".rstrip()
-        raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
+def read_table(kind: type[_Settings], body: object, path: KeyPath) -> _Settings:
+    """Settings from their table. Raises `ConfigError` if it is no table, or a key is unknown or has a wrong value."""
+    return kind(**validation.known(kind, body, path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, dotted, shown
 from fedprune.jobs.job import Job
 from fedprune_device.data.array_source import is_function
 from fedprune_server.config.cluster_url import PROCESSES
@@ -40,7 +40,7 @@ def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -
         where: The database or folder, for the message.
     """
     return ConfigError(
-        f"{where}: [{path[0]}] {path[1]} names code",
+        f"{where}: {dotted(path)} names code",
         expected="the name at the command line or in a configuration file, too",
         got=shown(name),
         hint=hint,

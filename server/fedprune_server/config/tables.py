@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, KeyPath, shown
 from fedprune.jobs.job import Job
 from fedprune.model.lengths import Lengths
 from fedprune.security.tls import SYSTEM
 from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
+from fedprune_server.config.layers import Layer, located
 from fedprune_server.config.server_config import PATHS, PLACES, SERVER, ServerConfig
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.track_targets import anchored_track
@@ -25,63 +26,52 @@ TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
 
-_SAID = {
-    "job: privacy": "job.privacy",
-    "job: schedule": "job.schedule",
-    "job": "job",
-    "recipe": "job.recipe",
-    "server": "server",
-    "alerts": "alerts",
-}
-"""Tables by how errors of what they are made into name them."""
 
-
-def parse_config(body: Mapping[str, Any], where: str, folder: Path, *, simulated: bool = False) -> ServerConfig:
+def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = False) -> ServerConfig:
     """Check the tables of a `fleet.toml`.
 
     Args:
-        where: The file's name, for errors.
         folder: What relative paths count from.
         simulated: Whether a simulation runs the job, which counts what a server doesn't.
 
     Raises:
-        ConfigError: A key is unknown or has a wrong value; the message names the table and the key.
+        ConfigError: A key is unknown or has a wrong value; its path is that in the tables.
     """
-    validation.only((*TABLES, *_SIMULATED), body, where, "table")
+    validation.only((*TABLES, *_SIMULATED), body, (), "table")
     for table in body.keys() - set(_SIMULATED):
         if not isinstance(body[table], Mapping):
-            raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
-    tables = {table: {} for table in TABLES} | anchored(body, folder, where)
+            raise ConfigError((table,), expected=f"a table [{table}]", got=repr(body[table]))
+    tables = {table: {} for table in TABLES} | anchored(body, folder)
     for table in ("model", "evaluation", "calibration"):
-        validation.only([key for name, key in PLACES.values() if name == table], tables[table], f"{where}: [{table}]")
-    validation.only(SERVER, tables["server"], f"{where}: [server]")
+        validation.only([key for name, key in PLACES.values() if name == table], tables[table], (table,))
+    validation.only(SERVER, tables["server"], ("server",))
     values = dict(tables["server"])
     for name, (table, key) in PLACES.items():
         if key in tables[table]:
             check = _shape if name == "input_shape" else _text
-            values[name] = check(tables[table][key], f"{where}: [{table}] {key}")
+            values[name] = check(tables[table][key], (table, key))
 
     def build() -> ServerConfig:
         job = Job.from_dict(tables["job"])
         if job.total_macs and not simulated:
             raise ConfigError(
-                "job: total_macs",
+                ("job", "total_macs"),
                 expected="0, since a server doesn't count its boards' MACs",
                 got=job.total_macs,
                 hint="total_bytes and total_hours limit what a server's job spends.",
             )
-        config = ServerConfig(job=job, alerts=read_table(AlertSettings, tables["alerts"], "[alerts]"), **values)
+        config = ServerConfig(job=job, alerts=read_table(AlertSettings, tables["alerts"], ("alerts",)), **values)
         if config.database is not None:
             from fedprune_server.storage.database import check_url  # SQLAlchemy takes a while to import
 
             check_url(config.database)
         return config
 
-    return _located(build, where)
+    return _build_config(build)
 
 
-def anchored(tables: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """Tables of a `fleet.toml`, which `where` names in errors, with relative paths counted from a folder."""
+def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Tables of a `fleet.toml` with relative paths counted from a folder."""
     found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
     sources = [place for name, place in PLACES.items() if name != "input_shape"]
     files = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
@@ -92,7 +82,7 @@ def anchored(tables: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
             found[table][key] = _source(text, folder) if (table, key) in sources else str(folder / text)
     server = found.get("server")
     if isinstance(server, dict) and isinstance(server.get("track"), str):
-        server["track"] = anchored_track(server["track"], folder, f"{where}: [server] track")
+        server["track"] = anchored_track(server["track"], folder, ("server", "track"))
     return found
 
 
@@ -115,23 +105,25 @@ def as_tables(config: ServerConfig) -> dict[str, Any]:
 def changed_job(job: Job, changes: Mapping[str, Any]) -> Job:
     """A job with changes from the command line, except for those that are None."""
     chosen = {k: v for k, v in changes.items() if v is not None}
-    return _located(lambda: ServerConfig(job=replace(job, **chosen)), "command line").job
+    with located([Layer("command line")]):
+        return _build_config(lambda: ServerConfig(job=replace(job, **chosen))).job
 
 
-def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
+def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:
+    """A configuration whose job has a strategy. Raises `ConfigError`; its path begins at the tables."""
+    options: Mapping[str, Any] = {}
     try:
         config = build()
+        options = config.job.options
         compose(config.job)  # a wrong option is better known now than when the first device is there
         return config
     except ConfigError as error:
-        what = error.what
-        kind, _, option = what.partition(": ")
-        if kind == "allocator" and option in config.job.options:
-            what = f"[job] option {option} of {config.job.strategy}"
-        for table, name in _SAID.items():
-            if what.startswith(f"{table}: "):
-                what = f"[{name}] {what.removeprefix(f'{table}: ')}"
-        raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+        path = error.path
+        if path[:1] == ("recipe",):
+            path = ("job", *path)
+        elif len(path) == 2 and path[0] not in TABLES and path[1] in options:  # a part of the strategy refuses it
+            path = ("job", "options", path[1])
+        raise error.named(error.words, path) from error
 
 
 def _source(text: str, folder: Path) -> str:
@@ -141,17 +133,17 @@ def _source(text: str, folder: Path) -> str:
     return text if function else str(folder / text)
 
 
-def _shape(value: object, where: str) -> tuple[int | str, ...]:
+def _shape(value: object, path: KeyPath) -> tuple[int | str, ...]:
     sizes = value if isinstance(value, list) else []
     if not sizes or not all(isinstance(n, str) or validation.is_whole(n, 1) for n in sizes):
-        raise ConfigError(where, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
+        raise ConfigError(path, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
     for size in sizes:
         if isinstance(size, str):
-            Lengths.parse(size, ConfigError, where)
+            Lengths.parse(size, ConfigError, path)
     return tuple(sizes)
 
 
-def _text(value: object, where: str) -> str:
+def _text(value: object, path: KeyPath) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(where, expected="a text", got=repr(value))
+        raise ConfigError(path, expected="a text", got=repr(value))
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.errors import ConfigError, KeyPath, Subject, meant, shown
 from fedprune_server.config.alert_settings import OFF
 
 TENSORBOARD, MLFLOW, WANDB = TOOLS = ("tensorboard", "mlflow", "wandb")
@@ -28,8 +28,8 @@ class TrackTarget:
         return f"{self.tool}:{self.destination}" if self.destination else self.tool
 
 
-def track_targets(text: str, where: str) -> tuple[TrackTarget, ...]:
-    """The trackers of a setting, which `where` names in errors. Raises `ConfigError` if one is unknown, comes twice, or
+def track_targets(text: str, what: Subject) -> tuple[TrackTarget, ...]:
+    """The trackers of a setting, which errors name as `what`. Raises `ConfigError` if one is unknown, comes twice, or
     has a password in its address."""
     if text == OFF:
         return ()
@@ -38,24 +38,24 @@ def track_targets(text: str, where: str) -> tuple[TrackTarget, ...]:
         tool, colon, destination = part.strip().partition(":")
         if tool not in TOOLS or (colon and not destination) or not part.isprintable():
             raise ConfigError(
-                where,
+                what,
                 expected=f"{', '.join(TOOLS)}, each alone or with :DESTINATION, and commas between them, or {OFF!r}",
                 got=f"{shown(part.strip())}{meant(tool, TOOLS)}",
             )
         if "@" in destination.partition("://")[2].partition("/")[0]:
             raise ConfigError(
-                where, expected="an address without a user", got=shown(destination.rpartition("@")[2]),
+                what, expected="an address without a user", got=shown(destination.rpartition("@")[2]),
                 hint="It would be stored with the settings. Give the whole address in the variable "
                 f"MLFLOW_TRACKING_URI, and {tool} alone here.",
             )  # fmt: skip
         found.append(TrackTarget(tool, destination))
     if len(set(found)) < len(found):
-        raise ConfigError(where, expected="each of them once", got=shown(text))
+        raise ConfigError(what, expected="each of them once", got=shown(text))
     return tuple(found)
 
 
-def anchored_track(text: str, folder: Path, where: str) -> str:
-    """The setting, which `where` names in errors, with the folders of event files counted from `folder`.
+def anchored_track(text: str, folder: Path, setting: KeyPath) -> str:
+    """The setting, whose path errors name, with the folders of event files counted from `folder`.
 
     Raises `ConfigError` if such a folder's path has a comma, which separates trackers.
     """
@@ -65,7 +65,8 @@ def anchored_track(text: str, folder: Path, where: str) -> str:
             place = str(folder / place)
             if "," in place:
                 raise ConfigError(
-                    f"{where}: the folder of event files",
+                    "the folder of event files",
+                    path=setting,
                     expected="a path without commas",
                     got=place,
                     hint="Give an absolute path without commas, or rename the folder.",

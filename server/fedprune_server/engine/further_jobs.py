@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import only
-from fedprune_server.config.layers import file_layer, located
+from fedprune_server.config.layers import Layer, file_layer, located
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import TABLES, parse_config
@@ -43,18 +44,23 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
         for setting, name in code_names(tables or {}):
             hint = f"If this code is yours, give the job's file: --job FILE, with the name {path.name}."
             raise stored_code_error(setting, name, str(path), hint)
-    kept = {path: parse_config(tables, f"settings of {path}", Path()) for path, tables in stored.items() if tables}
+    kept = {path: _stored(path, tables) for path, tables in stored.items() if tables}
     return [*found, *(_placed(first, config, path.name) for path, config in kept.items())]
 
 
 def _read(first: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
-    with located([layer], str(path)):
-        only([t for t in TABLES if t != "alerts"], layer.tables, str(path), "table")
+    with located([layer]):
+        only([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
         if isinstance(layer.tables.get("server"), dict):
-            only(_OWN, layer.tables["server"], f"{path}: [server] of a further job")
-        config = parse_config(layer.tables, str(path), path.parent)
+            only(_OWN, layer.tables["server"], ("server",), "key of a further job")
+        config = parse_config(layer.tables, path.parent)
     return _placed(first, config, config.job.name)
+
+
+def _stored(path: Path, tables: dict[str, Any]) -> ServerConfig:
+    with located([Layer(f"settings of {path}", tables)]):
+        return parse_config(tables, Path())
 
 
 def _placed(first: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:

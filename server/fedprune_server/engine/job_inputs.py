@@ -75,7 +75,7 @@ def check_model(config: ServerConfig, raw: bytes, where: str) -> None:
     """
     if config.model is None and config.lora is not None:
         raise ConfigError(
-            "[model] lora", expected="path, too, or neither", got="lora alone",
+            ("model", "lora"), expected="path, too, or neither", got="lora alone",
             hint="A job that has begun has its adapters: leave lora out.",
         )  # fmt: skip
     current = _read_again(config, raw)

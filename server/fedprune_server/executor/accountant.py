@@ -38,7 +38,7 @@ class Accountant:
         first = self.epsilon(privacy.noise_multiplier**-2)
         if privacy.epsilon_budget and first > privacy.epsilon_budget:
             raise ConfigError(
-                "job: privacy: epsilon_budget",
+                ("job", "privacy", "epsilon_budget"),
                 expected=f"at least {first:.3g}, what the first round costs with noise_multiplier "
                 f"{privacy.noise_multiplier:g} and delta {privacy.delta:g}",
                 got=privacy.epsilon_budget,

@@ -213,7 +213,7 @@ class Offers:
             if len(self._withheld) >= _WITHHELD:
                 self._withheld.clear()
             # A pattern that matches nothing is an error: what was misspelt must not be sent by mistake.
-            self._withheld[key] = frozen | matching(architecture, recipe.personal, "recipe: personal")
+            self._withheld[key] = frozen | matching(architecture, recipe.personal, ("recipe", "personal"))
         return self._withheld[key]
 
     def _coded(

@@ -115,7 +115,7 @@ def served(place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Coll
         server = _Server(place, metrics, checks, hosts)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            "server: metrics", expected="an address of this machine and a free port", got=f"{host}:{port} ({error})"
+            ("server", "metrics"), expected="an address of this machine and a free port", got=f"{host}:{port} ({error})"
         ) from error
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()

@@ -202,7 +202,7 @@ def channels(settings: AlertSettings) -> list[Channel]:
 
 
 def _secret(path: Path | None, name: str) -> str | None:
-    return None if path is None else file_text(path, f"[alerts] {name}").strip()
+    return None if path is None else file_text(path, f"alerts.{name}").strip()
 
 
 class NotificationSchedule:

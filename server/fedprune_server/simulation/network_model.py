@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
@@ -34,7 +33,7 @@ class DropOuts:
     away_s: float = setting(60.0, "Mean virtual seconds until it reconnects.", within=(0, 1e12), above=True)
 
     def __post_init__(self) -> None:
-        check_settings(self, "dropouts")
+        check_settings(self, ("dropouts",))
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Availability:
     most: float = setting(1.0, "Largest share.", within=(0, 1), above=True)
 
     def __post_init__(self) -> None:
-        check_settings(self, "availability")
+        check_settings(self, ("availability",))
         if self.least > self.most:
-            raise ConfigError("availability: least", expected=f"at most {self.most:g}, as most is", got=self.least)
+            raise ConfigError(("availability", "least"), expected=f"at most {self.most:g}, as most is", got=self.least)
 
     def window(self, seed: int, device: str, at: float) -> tuple[float, float]:
         """Begin and end of the window that is open at `at` seconds, else of the next one.
@@ -91,7 +90,7 @@ class Weather:
     server_sigma: float = setting(0.0, "σ of the factor on both in a round.", within=(0, 3))
 
     def __post_init__(self) -> None:
-        check_settings(self, "weather")
+        check_settings(self, ("weather",))
 
     def link(self, seed: int, number: int, device: str, way: str) -> float:
         """Factor on a device's link speed in a round; `way` is `down` or `up`."""
@@ -187,25 +186,25 @@ class Settings:
     track: str = setting(OFF, TRACK_TEXT)
 
     def __post_init__(self) -> None:
-        densities = validation.items("simulation: densities", self.densities, 1000, "numbers")
+        densities = validation.items(("simulation", "densities"), self.densities, 1000, "numbers")
         object.__setattr__(self, "densities", tuple(densities))
-        check_settings(self, "simulation")
-        track_targets(self.track, "simulation: track")
+        check_settings(self, ("simulation",))
+        track_targets(self.track, ("simulation", "track"))
 
 
-def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple[LinkSettings, ...]]:
+def read_weather(body: Mapping[str, object]) -> tuple[Weather, tuple[LinkSettings, ...]]:
     """The table [weather], and links for devices that have none of their own. Raises `ConfigError` if a key is unknown
     or a value wrong; the message names it."""
-    where, given = f"{path}: [weather]", body.get("weather", {})
+    where, given = ("weather",), body.get("weather", {})
     if not isinstance(given, Mapping):
         raise ConfigError(where, expected="a table", got=shown(given))
     table = dict(given)
     like = table.pop("like", None)
     if like is not None:
-        validation.word(f"{where} like", like, tuple(_LIKE))
+        validation.word((*where, "like"), like, tuple(_LIKE))
     weather, links = _LIKE[like] if isinstance(like, str) else (Weather(), ())
     names = {f.name.replace("_bytes_s", "_mb_s"): f.name for f in fields(Weather)}
     validation.only(("like", *names), table, where)
     for key in [key for key in table if key.endswith("_mb_s")]:
-        table[key] = MEGABYTE * validation.number(f"{where} {key}", table[key], 0, 1e6)
+        table[key] = MEGABYTE * validation.number((*where, key), table[key], 0, 1e6)
     return read_table(Weather, vars(weather) | {names[key]: value for key, value in table.items()}, where), links

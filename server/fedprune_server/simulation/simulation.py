@@ -136,14 +136,12 @@ class Simulation:
         devices = experiment.devices
         self._devices = {d.name: d for d in devices}
         if not devices or len(self._devices) != len(devices):
-            raise ConfigError("simulation: devices", expected="one or more with different names", got=len(devices))
+            raise ConfigError(("simulation", "devices"), expected="one or more with different names", got=len(devices))
         if job.devices > len(devices):
-            raise ConfigError(
-                "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
-            )
+            raise ConfigError(("job", "devices"), expected=f"at most the {len(devices)} there are", got=job.devices)
         if job.secure_aggregation:
             raise ConfigError(
-                "simulation: job.secure_aggregation",
+                ("job", "secure_aggregation"),
                 expected="false",
                 got="true",
                 hint="Simulate the job without it, with move_limit = 0 and, since masked boards count alike, "

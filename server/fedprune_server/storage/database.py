@@ -263,13 +263,13 @@ def check_url(url: str) -> sql.URL:
     try:
         parsed = sql.make_url(url)
     except (sql.exc.ArgumentError, ValueError) as error:  # the latter where the port is no number
-        raise ConfigError("server: database", expected=expected, got="a text that is no URL") from error
+        raise ConfigError(("server", "database"), expected=expected, got="a text that is no URL") from error
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise ConfigError("server: database", expected=expected, got=parsed.drivername + "://...")
+        raise ConfigError(("server", "database"), expected=expected, got=parsed.drivername + "://...")
     if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ConfigError("server: database", expected=expected, got=shown(parsed))
+        raise ConfigError(("server", "database"), expected=expected, got=shown(parsed))
     if parsed.drivername != "sqlite":
         try:
             import psycopg  # noqa: F401

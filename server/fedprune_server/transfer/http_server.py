@@ -124,7 +124,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().__init__((host, port), BlobHandler)
         except (OSError, OverflowError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"server: serve_blobs: can't listen on {host}, port {port} ({why})") from error
+            raise ConfigError(f"can't listen on {host}, port {port} ({why})", path=("server", "serve_blobs")) from error
         self.jobs: Sequence[ServedJob] = ()
         self.sent = self.received = 0
         self._context = context

@@ -50,7 +50,7 @@ class S3Uploads(UploadPlace):
     def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         if shipping.bucket is None:
-            raise ConfigError("server: uploads", expected="blobs = 's3://...' for every job", got="'s3'")
+            raise ConfigError(("server", "uploads"), expected="blobs = 's3://...' for every job", got="'s3'")
         self._shipping, self._store, self._clock = shipping, shipping.bucket, clock
         self._awaited: dict[str, _Awaited] = {}
         self._unused: deque[tuple[float, str]] = deque()
@@ -59,7 +59,7 @@ class S3Uploads(UploadPlace):
             UploadUrl.parse(example)
         except ProtocolError as error:
             raise ConfigError(
-                "server: uploads", expected="a bucket at https://", got=repr(example.partition("?")[0]),
+                ("server", "uploads"), expected="a bucket at https://", got=repr(example.partition("?")[0]),
                 hint="Boards upload to that address: give AWS_ENDPOINT_URL with https.",
             ) from error  # fmt: skip
 

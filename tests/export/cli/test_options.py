@@ -177,7 +177,8 @@ def test_parameters_that_can_not_be_used(
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--set", "speed=1"), ExitCode.CONFIG, "unknown key 'speed'"),
+        (("--set", "speed=1"), ExitCode.CONFIG, "recipe.speed: unknown key"),
+        (("--set", "lr=fast"), ExitCode.CONFIG, "recipe.lr"),
         (("--freeze", "nothing.*"), ExitCode.CONFIG, "no tensor is called 'nothing.*'"),
         (("--freeze", "*"), ExitCode.CONFIG, "every tensor is frozen"),
         (("--loss", "crossentropy"), ExitCode.USAGE, "did you mean 'cross_entropy'?"),

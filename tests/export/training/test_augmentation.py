@@ -273,7 +273,7 @@ def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
     ],
 )
 def test_what_has_no_meaning_is_refused(model: str, augment: str, recipe: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"recipe: augment '{augment}'"):
+    with pytest.raises(ConfigError, match=f"recipe.augment: '{augment}'"):
         training_graph(model_of(model), Recipe(augment=(augment,), **recipe).features)
 
 

@@ -55,12 +55,12 @@ def test_each_setting_comes_from_the_highest_layer_that_has_it(
     assert main(["config", "check", str(file), "--rounds", "9", "--json"]) == ExitCode.OK
     out = capsys.readouterr().out
     found = rows(out)
-    assert found["job.name"] == ("leaves", f"{file}:2:1")
-    assert found["job.recipe.lr"] == (0.1, f"{file}:6:1")
+    assert found["job.name"] == ("leaves", str(file))
+    assert found["job.recipe.lr"] == (0.1, str(file))
     assert found["server.keep"] == (7, "environment variable FEDPRUNE_SERVER_KEEP")
     assert found["job.rounds"] == (9, "command line, --rounds")
     assert found["server.broker"] == ("mqtts://bob:***@there", "environment variable FEDPRUNE_SERVER_BROKER_FILE")
-    assert found["server.state"] == (str(file.parent / "state"), f"{file}:11:1")
+    assert found["server.state"] == (str(file.parent / "state"), str(file))
     assert found["server.pulls"] == (4, "default")
     assert "secret" not in out
     assert "other" not in out
@@ -88,14 +88,14 @@ def test_a_total_that_a_server_does_not_count_is_refused_where_it_stands(
     file.write_text("[job]\nrounds = 4\ntotal_macs = 1_000_000\n")
     assert main([*command, str(file)]) == ExitCode.CONFIG
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{file}:3:1: [job] total_macs: " in said
+    assert f"{file}: job.total_macs: " in said
     assert "total_bytes" in said
 
 
 @pytest.mark.parametrize("text", ["[job]\nschedule = 3\n", "job = 3\n"])
 def test_what_should_be_a_table_is_named_whatever_the_command_line_says(file: Path, text: str) -> None:
     file.write_text(text)
-    with pytest.raises(ConfigError, match=rf"{file}:\d:1: (\[job\] schedule|job): expected a table"):
+    with pytest.raises(ConfigError, match=rf"{file}: (job\.schedule|job): expected a table"):
         configured(build_parser().parse_args(["run", "--config", str(file), "--schedule", "sync"]), {})
 
 
@@ -104,7 +104,7 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
 ) -> None:
     monkeypatch.setenv("FEDPRUNE_CONFIG", str(file))
     assert main(["config", "show", "--json"]) == ExitCode.OK
-    assert rows(capsys.readouterr().out)["server.keep"] == (5, f"{file}:10:1")
+    assert rows(capsys.readouterr().out)["server.keep"] == (5, str(file))
     monkeypatch.delenv("FEDPRUNE_CONFIG")
     write_material(file.parent, {})
     model = str(file.parent / "model.onnx")
@@ -125,10 +125,10 @@ def test_a_wrong_option_or_variable_is_named(
     for option, value in (("--port", "99999"), ("--site", "a b")):
         assert main(["config", "check", str(file), option, value]) == ExitCode.CONFIG
         err = capsys.readouterr().err
-        assert err.startswith(f"error: command line, {option}: [server] {option[2:]}: expected")
+        assert err.startswith(f"error: command line, {option}: server.{option[2:]}: expected")
     monkeypatch.setenv("FEDPRUNE_SERVER_WORKERS", "0")
     assert main(["run", "--config", str(file)]) == ExitCode.CONFIG
-    assert capsys.readouterr().err.startswith("error: environment variable FEDPRUNE_SERVER_WORKERS: [server] workers: ")
+    assert capsys.readouterr().err.startswith("error: environment variable FEDPRUNE_SERVER_WORKERS: server.workers: ")
     assert main(["config", "check", str(file), "--workers", "3"]) == ExitCode.OK  # it takes precedence
 
 
@@ -139,7 +139,5 @@ def test_a_database_that_cant_be_one_is_named_without_its_password(
     monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE", url)
     assert main(["config", "check", str(file)]) == ExitCode.CONFIG
     err = capsys.readouterr().err
-    assert err.startswith(
-        "error: environment variable FEDPRUNE_SERVER_DATABASE: [server] database: expected postgresql"
-    )
+    assert err.startswith("error: environment variable FEDPRUNE_SERVER_DATABASE: server.database: expected postgresql")
     assert "secret" not in err

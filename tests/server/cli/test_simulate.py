@@ -218,23 +218,39 @@ def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "code", "named"),
     [
-        ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "[[devices]] 1: data: "),
+        ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "devices[0].data: "),
+        ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "nothing.npz"),
         (
             'profile = "jetson-orin-nano"',
             'profile = "toaster"',
             ExitCode.PROFILE,
-            "[[devices]] 2: profile: there is no",
+            "devices[1].profile: there is no",
         ),
-        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "[[devices]] 2: name: expected another"),
-        ('name = "dock"\n', 'name = "dock"\nsamples = 3\n', ExitCode.CONFIG, "[[devices]] 2: unknown key 'samples'"),
+        (
+            'profile = "jetson-orin-nano"',
+            'profile = "./toaster.toml"',
+            ExitCode.PROFILE,
+            "devices[1].profile: can't",
+        ),
+        ('name = "dock"\n', "", ExitCode.CONFIG, "devices[1].name: expected name, profile and data, got nothing"),
+        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "devices[1].name: expected another"),
+        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "got 'barn' as devices[0]"),
+        ('name = "dock"\n', 'name = "dock"\nsamples = 3\n', ExitCode.CONFIG, "devices[1].samples: unknown key"),
+        ('name = "dock"\n', "name = 3\n", ExitCode.CONFIG, "devices[1].name: expected a text, got 3"),
+        ("rounds = 2", "rounds = 0", ExitCode.CONFIG, "rounds"),
+        ("[evaluation]", "[evaluations]", ExitCode.CONFIG, "evaluations"),
         (
             "[evaluation]",
             "[dropouts]\nprobability = 1.0\n[evaluation]",
             ExitCode.CONFIG,
-            "[dropouts] probability: expected",
+            "dropouts.probability: expected",
         ),
-        ('path = "model.onnx"', 'path = "server.npz"', ExitCode.MODEL, "[model] path: "),
-        ("[evaluation]", '[calibration]\ndata = "no.npz"\n[evaluation]', ExitCode.DATA, "[calibration] data: "),
+        ("[evaluation]", '[dropouts]\nprobability = "often"\n[evaluation]', ExitCode.CONFIG, "dropouts.probability"),
+        ("[evaluation]", "[dropouts]\naway_s = 0\n[evaluation]", ExitCode.CONFIG, "dropouts.away_s: expected"),
+        ("[evaluation]", "[dropouts]\naway = 9\n[evaluation]", ExitCode.CONFIG, "dropouts.away: unknown key"),
+        ('path = "model.onnx"', 'path = "server.npz"', ExitCode.MODEL, "model.path: "),
+        ('data = "server.npz"', 'data = "model.onnx"', ExitCode.DATA, "evaluation.data: "),
+        ("[evaluation]", '[calibration]\ndata = "no.npz"\n[evaluation]', ExitCode.DATA, "calibration.data: "),
     ],
 )
 def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named):
@@ -242,7 +258,7 @@ def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named)
     assert main(["--config", config(CONFIG.replace(old, new, 1)), "--out", str(tmp_path / "out")]) == code
     err = capsys.readouterr().err
     assert named in err
-    assert re.search(r"fleet\.toml:\d+:\d+: " if code == ExitCode.CONFIG else "fleet.toml: ", err)
+    assert "fleet.toml: " in err
     assert err.count("\n") == 1
 
 
@@ -261,7 +277,7 @@ def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config,
     np.savez(tmp_path / "dock.npz", x=x, y=y)
     assert main(["--config", file, "--out", str(out)]) == ExitCode.DATA
     err = capsys.readouterr().err
-    assert f"[[devices]] 2: data: {tmp_path / 'dock.npz'}: {said}" in err
+    assert f"devices[1].data: {tmp_path / 'dock.npz'}: {said}" in err
     assert err.count("\n") == 1
     assert not out.exists()
     np.savez(tmp_path / "all.npz", x=x, y=y)
@@ -269,7 +285,7 @@ def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config,
         '[data]\nsource = "all.npz"\ndevices = 3\npartition = "iid"\n[[devices]]\nprofile = "jetson-orin-nano"\n'
     )
     assert main(["--config", config(dealt), "--out", str(out)]) == ExitCode.DATA
-    assert f"fleet.toml: [data]: device-000: {said}" in capsys.readouterr().err
+    assert f"fleet.toml: data.device-000: {said}" in capsys.readouterr().err
 
 
 def test_a_device_that_is_lost_on_the_way_is_told_of(config, tmp_path, capsys):

@@ -34,7 +34,7 @@ def parsed(text: str) -> dict[str, object]:
 
 
 def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
-    assert parse_config(example(), "example", tmp_path).job.name == "leaves"
+    assert parse_config(example(), tmp_path).job.name == "leaves"
 
 
 def test_the_example_configuration_has_every_key() -> None:
@@ -65,7 +65,7 @@ def test_the_example_configuration_has_every_key() -> None:
 def test_the_other_tables_of_settings_are_valid(tmp_path: Path) -> None:
     pages = ("rounds.md", "several-jobs.md")
     blocks = [b for page in pages for b in re.findall(r"```toml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)]
-    jobs = [parse_config(parsed(block), "example", tmp_path).job for block in blocks]
+    jobs = [parse_config(parsed(block), tmp_path).job for block in blocks]
     assert [(j.name, j.schedule.get("kind")) for j in jobs] == [("job", "semi-async"), ("birds", None)]
 
 

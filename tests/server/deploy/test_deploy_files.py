@@ -90,7 +90,7 @@ def test_the_fleets_of_both_are_valid() -> None:
         (DEPLOY / "fleet" / "fleet.toml").read_text(),
         manifests()["ConfigMap", "fleet"]["data"]["fleet.toml"],
     ):
-        assert parse_config(parse_toml(text), "fleet.toml", Path("/etc")).job.strategy == "fedprune"
+        assert parse_config(parse_toml(text), Path("/etc")).job.strategy == "fedprune"
 
 
 def test_a_container_may_do_little() -> None:

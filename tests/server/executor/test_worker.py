@@ -334,7 +334,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes
 
 def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(model: Model, tmp_path: Path) -> None:
     recipe = replace(RECIPE, personal=("fc.*", "haed.*"))
-    with pytest.raises(ConfigError, match=r"recipe: personal: no tensor is called 'haed\.\*'"):
+    with pytest.raises(ConfigError, match=r"recipe.personal: no tensor is called 'haed\.\*'"):
         worker(model, tmp_path, recipe=recipe.to_dict()).initial()
 
 

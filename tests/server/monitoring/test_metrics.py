@@ -150,7 +150,7 @@ def test_no_series_tells_when_another_series_began() -> None:
 
 def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[float], list[str]]) -> None:
     port = int(site[0].rpartition(":")[2])
-    with pytest.raises(ConfigError, match="server: metrics"), served(("127.0.0.1", port), Metrics(), {}):
+    with pytest.raises(ConfigError, match=r"server\.metrics"), served(("127.0.0.1", port), Metrics(), {}):
         pass
 
 

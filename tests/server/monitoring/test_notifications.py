@@ -445,7 +445,7 @@ def test_settings_come_from_file_environment_and_command_line_and_their_secrets_
     rows = {r["key"]: (r["value"], r["from"]) for r in json.loads(out) if r["table"] == "alerts"}
     assert rows["webhook"] == ("https://b/...", "command line, --alert-webhook")
     assert rows["webhook_secret"][0] == str(tmp_path / "key")
-    assert rows["severity"] == ("info", f"{tmp_path}/fleet.toml:4:1")
+    assert rows["severity"] == ("info", f"{tmp_path}/fleet.toml")
     assert rows["quiet_hours"] == ("22:00-07:00", "environment variable FEDPRUNE_ALERTS_QUIET_HOURS")
     assert rows["repeat_minutes"][0] == 30
     assert "s3cret" not in out

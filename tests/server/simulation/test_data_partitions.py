@@ -235,10 +235,20 @@ def test_a_row_that_two_hold_is_refused():
 # --- the table [data]
 
 
+def test_the_table_is_read(tmp_path):
+    samples = pictures()
+    np.savez(tmp_path / "a.npz", x_train=samples.parts[0], y_train=samples.labels[:300])
+    body = {"source": "a.npz", "devices": 5, "partition": "pathological", "classes": 3, "test": 0.2}
+    federation = DataPlan.from_dict(body, tmp_path).read(seed=3)
+    assert len(federation.names) == 5
+    assert {int((row > 0).sum()) for row in federation.counts()} == {3}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sauce": 1}, "unknown key 'sauce'"),
+        ({"sauce": 1}, "sauce: unknown key"),
+        ({"source": ""}, "source"),
         ({"partition": "fair"}, "partition: expected iid or dirichlet"),
         ({"devices": 0}, "devices"),
         ({"alpha": float("nan")}, "alpha"),
@@ -247,5 +257,17 @@ def test_a_row_that_two_hold_is_refused():
     ],
 )
 def test_a_wrong_setting_is_named(change, said):
-    with pytest.raises(ConfigError, match=f"fleet.toml: \\[data\\].* ?{said}"):
-        DataPlan.from_dict({"source": "a", "devices": 4, **change}, "fleet.toml: [data]")
+    with pytest.raises(ConfigError, match=rf"^data.*{said}"):
+        DataPlan.from_dict({"source": "a", "devices": 4, **change})
+
+
+def test_too_few_samples_come_with_how_many_are_needed():
+    with pytest.raises(DataError, match=r"samples for 8 devices: expected at least 64 \(8 each\), got 5.*`least`"):
+        plan(devices=8, most=5).deal(pictures())
+    with pytest.raises(DataError, match=r"samples for 8 devices: expected at least 8, got 5. Take fewer devices\.$"):
+        plan(devices=8, most=5, partition="iid").deal(pictures())
+
+
+def test_owners_need_owners():
+    with pytest.raises(DataError, match="owners of the samples"):
+        plan(partition="owners", devices=0).deal(pictures())

@@ -146,10 +146,12 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("tables", "said"),
     [
-        ('job = { strateg = "heterofl" }', "[job] unknown key 'strateg'"),
+        ('job = { strateg = "heterofl" }', "job.strateg: unknown key"),
         ('job = { strategy = "heterofll" }', "heterofll"),
-        ("weather = { wind = 1 }", "[weather]: unknown key 'wind'"),
-        ("jobs = { rounds = 1 }", "unknown table 'jobs'"),
+        ("job = { recipe = { lr = -1 } }", "job.recipe.lr"),
+        ("weather = { wind = 1 }", "weather.wind: unknown key"),
+        ('data = { source = "x.npz", alpha = 0 }', "data.alpha"),
+        ("jobs = { rounds = 1 }", "jobs: unknown table"),
     ],
 )
 def test_a_variant_s_mistake_is_named_before_the_first_run(

@@ -190,7 +190,7 @@ def test_a_folder_remembers_where_its_database_is(tmp_path: Path, postgres: Post
     assert not (state / FILE).exists()
     assert (state / "database").stat().st_mode & 0o777 == 0o600
     with StateFolder(state) as folder:
-        assert open_job(folder, parse_config(stored_tables(state, {}) or {}, "it", Path())).state == opened.state
+        assert open_job(folder, parse_config(stored_tables(state, {}) or {}, Path())).state == opened.state
     assert status(state)["job"]["name"] == "job"
 
 

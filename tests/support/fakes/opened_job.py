@@ -13,8 +13,8 @@ from fedprune_server.engine.state_directory import OpenJob, StateFolder
 def read_config(path: Path) -> ServerConfig:
     """A `fleet.toml`, whose paths count from its folder."""
     layer = file_layer(path)
-    with located([layer], str(path)):
-        return parse_config(layer.tables, str(path), path.parent)
+    with located([layer]):
+        return parse_config(layer.tables, path.parent)
 
 
 def open_job(folder: StateFolder, config: ServerConfig) -> OpenJob:

@@ -18,7 +18,6 @@ from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.core.toml_file import read_toml
-from fedprune.core.toml_positions import key_places
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.jobs.state import Device, Task
@@ -164,9 +163,8 @@ def _settings() -> tuple[Target, ...]:
     }
 
     def sky(body: dict[str, Any]) -> object:
-        path = folder / "fleet.toml"
         tables = {"dropouts": DropOuts, "availability": Availability, "simulation": Settings}
-        return [read_weather(body, path), *(read_table(kind, body.get(t, {}), t) for t, kind in tables.items())]
+        return [read_weather(body), *(read_table(kind, body.get(t, {}), (t,)) for t, kind in tables.items())]
 
     owner = Owner("5" * 32, "attic").to_bytes()
     key = f"blobs/{'a' * 64}.{'0' * 16}".encode()
@@ -180,7 +178,6 @@ def _settings() -> tuple[Target, ...]:
             factor=200,
             share=0.5,
         ),
-        Target("settings.places", as_text(key_places), (FLEET, SWEEP), text=True, factor=200, share=0.5),
         Target(
             "settings.fleet",
             as_file(read_config, "settings/read.toml"),
@@ -191,7 +188,7 @@ def _settings() -> tuple[Target, ...]:
         ),
         Target(
             "settings.tables",
-            as_object(lambda b: parse_config(b, "it", folder)),
+            as_object(lambda b: parse_config(b, folder)),
             dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
             text=True,
         ),

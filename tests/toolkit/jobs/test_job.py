@@ -22,7 +22,7 @@ def test_a_job_may_have_the_names_that_topics_take(name: str) -> None:
     try:
         check_job(name)
     except ProtocolError:
-        with pytest.raises(ConfigError, match="job: name"):
+        with pytest.raises(ConfigError, match=r"job\.name"):
             Job(name=name)
     else:
         assert Job(name=name).name == name
@@ -30,7 +30,7 @@ def test_a_job_may_have_the_names_that_topics_take(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "-", "a b", None, 1])
 def test_what_is_no_name_is_refused(name: Any) -> None:
-    with pytest.raises(ConfigError, match=r"job: name: expected .*letters, digits"):
+    with pytest.raises(ConfigError, match=r"job.name: expected .*letters, digits"):
         Job(name=name)
 
 
@@ -42,7 +42,7 @@ def test_json_round_trip() -> None:
 def test_a_job_brings_what_boards_can_serve_at() -> None:
     assert Job.from_dict({"precision": ["int8", "float16"]}).precision == ("int8", "float16")
     for wrong in ("int8", ["int4"], ["folded"], ["float16", "folded"], [["int8"]], 8):
-        with pytest.raises(ConfigError, match=r"job: precision: expected a list of some of float16, int8"):
+        with pytest.raises(ConfigError, match=r"job.precision: expected a list of some of float16, int8"):
             Job.from_dict({"precision": wrong})
 
 
@@ -55,5 +55,5 @@ def test_the_curvature_scorer_needs_sgd() -> None:
 @pytest.mark.parametrize("budget", ["byte_budget", "energy_budget"])
 def test_a_budget_that_a_density_would_ignore_is_refused(budget: str) -> None:
     assert getattr(Job(**{budget: 1000}), budget) == 1000
-    with pytest.raises(ConfigError, match=f"job: {budget} with density 0.5: expected one of the two, got 1000"):
+    with pytest.raises(ConfigError, match=f"job.{budget}: with density 0.5: expected one of the two, got 1000"):
         Job(density=0.5, **{budget: 1000})

@@ -38,14 +38,17 @@ def test_boards_are_told_the_clip_and_their_part_of_the_noise() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"clip": -1}, "privacy: clip: expected a number from 0"),
-        ({"noise_multiplier": 1}, "privacy: clip: expected above 0 with other settings"),
+        ({"clip": -1}, "privacy.clip: expected a number from 0"),
+        ({"noise_multiplier": 1}, "privacy.clip: expected above 0 with other settings"),
         ({"clip": 1, "noise_multiplier": 1e-160}, "noise_multiplier: expected 0, or a number from 0.01"),
-        ({"clip": 1, "delta": 0}, "privacy: delta"),
-        ({"clip": 1, "noise": "central"}, "privacy: noise: expected local or shared"),
-        ({"clip": 1, "noise": "shared"}, "privacy: boards with noise 'shared': expected 1 or more"),
-        ({"clip": 1, "epsilon_budget": 3}, "epsilon_budget without noise_multiplier.*Clipping alone promises nothing"),
-        ({"clips": 1}, "job: privacy: unknown key 'clips'"),
+        ({"clip": 1, "delta": 0}, "privacy.delta"),
+        ({"clip": 1, "delta": 1}, "privacy.delta"),
+        ({"clip": 1, "noise": "central"}, "privacy.noise: expected local or shared"),
+        ({"clip": 1, "noise": "shared"}, "privacy.boards: with noise 'shared': expected 1 or more"),
+        ({"clip": 1, "boards": 3}, "privacy.boards: with noise 'local': expected 0"),
+        ({"clip": 1, "epsilon_budget": 3}, "epsilon_budget: without noise_multiplier.*Clipping alone promises nothing"),
+        ({"clips": 1}, "job.privacy.clips: unknown key"),
+        ([], "job.privacy: expected a table"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(body: Any, message: str) -> None:
@@ -55,14 +58,14 @@ def test_what_makes_no_sense_is_refused_by_name(body: Any, message: str) -> None
 
 @pytest.mark.parametrize("setting", [{"patience": 3}, {"report_squares": True}])
 def test_recipes_by_which_boards_tell_more_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))} under privacy"):
+    with pytest.raises(ConfigError, match=f"recipe.{next(iter(setting))}: under privacy"):
         Job(privacy=LOCAL, recipe=Recipe(**setting))
 
 
 def test_nobody_writes_the_boards_part_by_hand() -> None:
-    with pytest.raises(ConfigError, match=r"job: recipe: update_clip: expected \[job.privacy\]"):
+    with pytest.raises(ConfigError, match=r"job.recipe.update_clip: expected \[job.privacy\]"):
         Job(recipe=Recipe(update_clip=1.0))
-    with pytest.raises(ConfigError, match="update_noise without update_clip"):
+    with pytest.raises(ConfigError, match="update_noise: without update_clip"):
         Recipe(update_noise=1.0)
 
 
@@ -73,7 +76,7 @@ def test_strategies_are_private_or_refused_by_name(name: str) -> None:
         job = Job(strategy=name, options=options, privacy=privacy)
         local = privacy is LOCAL
         if name in _MEASURED or (name not in _SUMS and not local):
-            with pytest.raises(ConfigError, match=f"job: privacy.* with strategy {name}"):
+            with pytest.raises(ConfigError, match=f"job.privacy.* with strategy {name}"):
                 compose(job)
         else:
             assert compose(job).name
@@ -83,7 +86,7 @@ def test_a_strategy_of_a_users_own_is_refused_for_what_its_boards_measure() -> N
     options = {"schedule": {"kind": "asynchronous", "arrivals": 2}}
     job = Job(strategy="support.fakes.tiny_job:measuring", options=options, privacy=LOCAL)
     with pytest.raises(
-        ConfigError, match=r"privacy with strategy .*:measuring: expected a strategy whose boards send updates alone"
+        ConfigError, match=r"privacy: with strategy .*:measuring: expected a strategy whose boards send updates alone"
     ):
         compose(job)
     assert compose(replace(job, privacy=Privacy())).inputs == "measurements"
@@ -115,7 +118,7 @@ def test_with_shared_noise_nothing_may_look_at_single_updates(settings: dict[str
         settings = {**settings, "options": {"schedule": {"kind": "asynchronous", "arrivals": 2}}}
     job = Job(**settings)
     compose(job)
-    with pytest.raises(ConfigError, match=f"noise 'shared' with strategy .*{says}"):
+    with pytest.raises(ConfigError, match=f"noise: 'shared' with strategy .*{says}"):
         compose(replace(job, privacy=SHARED))
     compose(replace(job, privacy=LOCAL))
 

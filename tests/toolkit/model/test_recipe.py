@@ -106,7 +106,7 @@ def test_a_wrong_augmentation_is_refused(entry: object) -> None:
     with pytest.raises(ConfigError, match="augment"):
         Recipe.from_dict({"augment": [entry]})
     for wrong in ("flip", {"flip": 1}, 3, ["flip"] * 17):
-        with pytest.raises(ConfigError, match="recipe: augment"):
+        with pytest.raises(ConfigError, match=r"recipe\.augment"):
             Recipe.from_dict({"augment": wrong})
 
 
@@ -123,7 +123,7 @@ def test_a_wrong_augmentation_is_refused(entry: object) -> None:
     ids=str,
 )
 def test_what_is_no_setting_is_refused_by_name(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))}"):
+    with pytest.raises(ConfigError, match=f"recipe.{next(iter(setting))}"):
         Recipe.from_dict(setting)
 
 
@@ -134,7 +134,7 @@ def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: 
     if (name, loss) == ("balance_classes", "bce"):
         assert Recipe.from_dict(setting).features.class_weight
         return
-    with pytest.raises(ConfigError, match=f"recipe: {name} with loss '{loss}'"):
+    with pytest.raises(ConfigError, match=f"recipe.{name}: with loss '{loss}'"):
         Recipe.from_dict(setting)
 
 
@@ -145,13 +145,13 @@ def test_labels_that_are_numbers_are_mixed_without_the_graph(loss: str) -> None:
 
 def test_a_blend_needs_an_average() -> None:
     assert Recipe(average=0.5, blend=1.0).features == Recipe(average=0.5).features
-    with pytest.raises(ConfigError, match=r"recipe: blend without average: expected average above 0, got 0.5"):
+    with pytest.raises(ConfigError, match=r"recipe.blend: without average: expected average above 0, got 0.5"):
         Recipe(blend=0.5)
 
 
 def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
     assert Recipe(batch_size=10, accumulate=4).micro_batch == 3
-    with pytest.raises(ConfigError, match="recipe: accumulate"):
+    with pytest.raises(ConfigError, match=r"recipe\.accumulate"):
         Recipe(batch_size=4, accumulate=5)
 
 
@@ -166,7 +166,7 @@ def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
     ids=str,
 )
 def test_settings_that_have_no_meaning_together_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))} with mask"):
+    with pytest.raises(ConfigError, match=f"recipe.{next(iter(setting))}: with mask"):
         Recipe.from_dict(setting)
 
 
@@ -281,7 +281,7 @@ def test_weights_keep_their_digits(parts: list[tuple[str, float]]) -> None:
 def test_a_sum_of_something_else_is_refused(loss: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         Recipe(loss=loss)
-    assert caught.value.what.startswith("recipe: loss")
+    assert caught.value.what.startswith("recipe.loss")
 
 
 def test_a_sum_is_mixed_and_judged_as_its_losses_are() -> None:

@@ -73,7 +73,7 @@ def test_the_last_layer_can_be_named_by_what_it_is(features: Features, trained: 
 @pytest.mark.parametrize("option", ["frozen", "trainable"])
 def test_a_pattern_that_matches_nothing_is_refused(option: str) -> None:
     features = Features(frozen=("fc.*", "layer9.*")) if option == "frozen" else Features(trainable=("layer9.*",))
-    with pytest.raises(ConfigError, match=rf"recipe: {option}: no tensor is called 'layer9\.\*'.*conv\.weight"):
+    with pytest.raises(ConfigError, match=rf"recipe.{option}: no tensor is called 'layer9\.\*'.*conv\.weight"):
         frozen_tensors(MODEL, features)
 
 

@@ -73,7 +73,7 @@ def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
     assert compose(job("heterofl", by="chance", every=1)).allocator == Tiers(LEVELS, (), "chance", 1)
     assert compose(job("heterofl", planned=True)).allocator is None
     for options in ({"by": "chance", "planned": True}, {"shares": [1], "planned": True}):
-        with pytest.raises(ConfigError, match="shares, by and every"):
+        with pytest.raises(ConfigError, match="shares, by or every"):
             compose(job("heterofl", **options))
     assert compose(job("ca-hfp")).allocator is None
 

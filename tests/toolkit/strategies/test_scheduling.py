@@ -40,7 +40,8 @@ def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
     ("schedule", "said"),
     [
         ({"kind": "often"}, "kind"),
-        ({"window_s": 3}, "schedule: kind: expected sync or semi-async or async, got nothing"),
+        ({"window_s": 3}, r"schedule\.kind: expected sync or semi-async or async, got nothing"),
+        ({"knid": "async"}, r"schedule\.knid: unknown key \(did you mean 'kind'\?\)"),
         ({"kind": "sync", "window_s": 3}, "window_s"),
         ({"kind": "semi-async", "arrivals": 3}, "arrivals"),
         ({"kind": "semi-async", "window_s": -3}, "window_s"),

@@ -38,7 +38,7 @@ class PrivacyBudget:
             state.private = self._keeps
         elif self._keeps != state.private:
             raise ConfigError(
-                "job: privacy: noise_multiplier",
+                ("job", "privacy", "noise_multiplier"),
                 expected="above 0 from a job's first round to its last, or 0 in all of them",
                 got="0 in a job that has begun with noise"
                 if state.private

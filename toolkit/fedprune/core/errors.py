@@ -26,6 +26,15 @@ _ALIKE = 0.75
 """`difflib`'s ratio from which a name may be a misspelling: with its default of 0.6 shop resembles shape."""
 
 
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
+
+KeyPath = tuple[str | int, ...]
+"""The keys of a setting from the outermost table, such as `("job", "recipe", "lr")`; items of lists count from 0."""
+
+Subject = str | KeyPath
+"""What an error is about: a setting by its path, anything else in words."""
+
+
 class ExitCode(IntEnum):
     """Exit codes of all commands, in ranges by what failed."""
 
@@ -67,7 +76,8 @@ class FedpruneError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        what: The problem, naming the thing.
+        what: The problem, naming the thing; or the path of a setting, which the message names as `job.recipe.lr`.
+        path: The setting, where `what` says more about it.
         expected: A valid value.
         got: The value found.
         hint: A remedy for the user.
@@ -75,8 +85,12 @@ class FedpruneError(Exception):
 
     exit_code = ExitCode.INTERNAL
 
-    def __init__(self, what: str, *, expected: object = None, got: object = None, hint: str = "") -> None:
-        self.what = what
+    def __init__(
+        self, what: Subject, *, path: KeyPath = (), expected: object = None, got: object = None, hint: str = ""
+    ) -> None:
+        self.path = path or (what if isinstance(what, tuple) else ())
+        self.words = what if isinstance(what, str) else ""
+        self.what = what = ": ".join(part for part in (dotted(self.path), self.words) if part)
         self.expected = expected
         self.got = got
         self.hint = hint
@@ -88,12 +102,20 @@ class FedpruneError(Exception):
         message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
         super().__init__(sentences(message, hint))
 
-    def named(self, what: str) -> FedpruneError:
-        """The same error, of a thing that is named in another way."""
+    def named(self, what: str, path: KeyPath = ()) -> FedpruneError:
+        """The same error, of a thing that is named in another way, or of a setting with another path."""
         error = type(self).__new__(type(self))
         vars(error).update(vars(self))
-        FedpruneError.__init__(error, what, expected=self.expected, got=self.got, hint=self.hint)
+        FedpruneError.__init__(error, what, path=path, expected=self.expected, got=self.got, hint=self.hint)
         return error
+
+
+def dotted(path: KeyPath) -> str:
+    """A path as messages show it, such as `job.recipe.lr` or `devices[1].profile`."""
+    names = (
+        f"[{key}]" if isinstance(key, int) else f".{key if _BARE_KEY.fullmatch(key) else shown(key)}" for key in path
+    )
+    return "".join(names).removeprefix(".")
 
 
 def _brief(value: object) -> str:

@@ -14,7 +14,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, FedpruneError
+from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject
 
 _LIMITS, _CHOICES = "limits", "choices"
 
@@ -29,7 +29,7 @@ class Limits:
     below: bool = False
     or_zero: bool = False
 
-    def check(self, what: str, value: object, *, whole: bool, error: type[FedpruneError]) -> None:
+    def check(self, what: Subject, value: object, *, whole: bool, error: type[FedpruneError]) -> None:
         """Raise `error` for another value."""
         if self.or_zero and validation.is_number(value, 0, 0):
             return
@@ -66,11 +66,11 @@ def one_of(default: str, choices: Iterable[str], *, metadata: Mapping[str, Any] 
     return field(default=default, metadata={**metadata, _CHOICES: tuple(choices)})
 
 
-def check_fields(settings: Any, where: str, error: type[FedpruneError] = ConfigError) -> None:
-    """Check all fields of a dataclass that say what they may be; `where` is a message's first words, with `{}` for the
-    field's name. Raises `error`, which names the field."""
+def check_fields(settings: Any, path: KeyPath, error: type[FedpruneError] = ConfigError) -> None:
+    """Check all fields of a dataclass that say what they may be; `path` is the table's. Raises `error`, which names the
+    field."""
     for name, declared in _declared(settings.__class__).items():
-        value, what = getattr(settings, name), where.format(name)
+        value, what = getattr(settings, name), (*path, name)
         if value is None and declared.optional:
             continue
         if declared.words:

@@ -19,19 +19,13 @@ _MOST_PARTS = 100
 def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
     """The tables of a TOML file. Raises `error`, which names the file and the line, if it can't be read or is invalid,
     and `MissingExtraError` for Python 3.10 without the package tomli."""
-    return read_toml_text(path, error)[0]
-
-
-def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, Any], str]:
-    """The tables of a TOML file, and its text; arguments and errors are those of `read_toml`."""
     _parser()
     try:
         raw = read_file(path, _MOST_BYTES)
     except OSError as cause:
         raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
     try:
-        text = raw.decode("utf-8-sig")  # editors of Windows put a mark first
-        return parse_toml(text), text
+        return parse_toml(raw.decode("utf-8-sig"))  # editors of Windows put a mark first
     except UnicodeDecodeError as cause:
         line = raw.count(b"\n", 0, cause.start) + 1
         raise error(f"{path}:{line}: this is not TOML (not UTF-8 at line {line})") from cause

@@ -14,7 +14,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
 
-from fedprune.core.errors import ConfigError, FedpruneError, meant, shown
+from fedprune.core.errors import ConfigError, FedpruneError, Subject, meant, shown
 
 MAX_INT = 2**63 - 1
 
@@ -48,7 +48,7 @@ def is_digest(value: object) -> TypeGuard[str]:
 
 
 def number(
-    what: str,
+    what: Subject,
     value: object,
     low: float = -math.inf,
     high: float = math.inf,
@@ -71,7 +71,7 @@ def number(
     raise error(what, expected=expected, got=shown(value))
 
 
-def whole(what: str, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
+def whole(what: Subject, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
     if is_whole(value, low, high):
         return value
     raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
@@ -85,21 +85,21 @@ def whole_text(what: str, value: str, low: int = 0, high: int = MAX_INT, *, erro
     raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))
 
 
-def word(what: str, value: Any, allowed: Sequence[str], *, error: Error = ConfigError) -> str:
+def word(what: Subject, value: Any, allowed: Sequence[str], *, error: Error = ConfigError) -> str:
     if value in allowed:
         return str(value)
     raise error(what, expected=" or ".join(allowed), got=shown(value))
 
 
 def instance(
-    what: str, value: object, kinds: type[Any] | tuple[type[Any], ...], expected: str, *, error: Error = ConfigError
+    what: Subject, value: object, kinds: type[Any] | tuple[type[Any], ...], expected: str, *, error: Error = ConfigError
 ) -> None:
     """Refuse a value of another type, as callers from Python may pass; `expected` describes the right ones."""
     if not isinstance(value, kinds):
         raise error(what, expected=expected, got=f"{type(value).__name__} {shown(value)}")
 
 
-def texts(what: str, value: object, *, error: Error = ConfigError) -> tuple[str, ...]:
+def texts(what: Subject, value: object, *, error: Error = ConfigError) -> tuple[str, ...]:
     """A list or tuple of texts; one text alone, whose letters would be taken for them, is refused."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise error(what, expected="a list of texts", got=f"{type(value).__name__} {shown(value)}")
@@ -109,20 +109,22 @@ def texts(what: str, value: object, *, error: Error = ConfigError) -> tuple[str,
     return found
 
 
-def truth(what: str, value: object, *, error: Error = ConfigError) -> bool:
+def truth(what: Subject, value: object, *, error: Error = ConfigError) -> bool:
     if isinstance(value, bool):
         return value
     raise error(what, expected="true or false", got=shown(value))
 
 
-def text(what: str, value: object, most: int, *, error: Error = ConfigError) -> str:
+def text(what: Subject, value: object, most: int, *, error: Error = ConfigError) -> str:
     """Printable text of at most `most` characters; it may have line ends and tabs."""
     if isinstance(value, str) and len(value) <= most and _PRINTABLE.fullmatch(value):
         return value
     raise error(what, expected=f"text of at most {most} printable characters", got=shown(value))
 
 
-def matching(what: str, value: object, pattern: re.Pattern[str], expected: str, *, error: Error = ConfigError) -> str:
+def matching(
+    what: Subject, value: object, pattern: re.Pattern[str], expected: str, *, error: Error = ConfigError
+) -> str:
     """Text that a pattern matches as a whole."""
     if isinstance(value, str) and pattern.fullmatch(value):
         return value
@@ -141,7 +143,7 @@ def hexadecimal(what: str, value: object, low: int, high: int, *, error: Error =
 
 
 def items(
-    what: str, value: object, most: int, noun: str, *, least: int = 0, error: Error = ConfigError
+    what: Subject, value: object, most: int, noun: str, *, least: int = 0, error: Error = ConfigError
 ) -> Sequence[Any]:
     """A list of `least` to `most` items, which are not looked at; `noun` is their plural."""
     if isinstance(value, (list, tuple)) and least <= len(value) <= most:
@@ -169,7 +171,7 @@ def record(what: str, value: object, keys: Iterable[str], *, error: Error = Conf
 def only(
     allowed: Iterable[str],
     body: Mapping[str, Any],
-    where: str,
+    where: Subject,
     noun: str = "key",
     *,
     error: Error = ConfigError,
@@ -178,12 +180,13 @@ def only(
     names = tuple(allowed)
     for key in body:
         if key not in names:
-            raise error(
-                f"{where}: unknown {noun} {shown(key)}{meant(key, names)}", expected=f"one of {', '.join(names)}"
-            )
+            expected = f"one of {', '.join(names)}"
+            if isinstance(where, str):
+                raise error(f"{where}: unknown {noun} {shown(key)}{meant(key, names)}", expected=expected)
+            raise error(f"unknown {noun}{meant(key, names)}", path=(*where, key), expected=expected)
 
 
-def known(kind: type[Any], body: object, where: str) -> dict[str, Any]:
+def known(kind: type[Any], body: object, where: Subject) -> dict[str, Any]:
     """A copy of a table whose keys are all fields of a dataclass. Raises `ConfigError`, which names another key."""
     if not isinstance(body, Mapping):
         raise ConfigError(where, expected="a table of settings", got=shown(body))

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, KeyPath, shown
 from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import SERVED
@@ -108,40 +108,43 @@ class Job:
     move_limit: float = bounded(1.5, 1, 1e6, or_zero=True)
 
     def __post_init__(self) -> None:
-        check_fields(self, "job: {}")
+        check_fields(self, ("job",))
         for name in ("schedule", "options", "compression_of"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-                raise ConfigError(f"job: {name}", expected="a table of settings", got=shown(value))
-        check_job(self.name, "job: name", error=ConfigError)
+                raise ConfigError(("job", name), expected="a table of settings", got=shown(value))
+        check_job(self.name, ("job", "name"), error=ConfigError)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
-            raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
+            raise ConfigError(("job", "strategy"), expected="a name", got=shown(self.strategy))
         if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(SERVED):
             raise ConfigError(
-                "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
+                ("job", "precision"), expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
-        of_profiles = {f"job: compression_of {shown(p)}": setting for p, setting in self.compression_of.items()}
-        for what, setting in {"job: compression": self.compression, **of_profiles}.items():
-            if setting != AUTO:
-                Codec.parse(setting, what)
+        compressions: dict[KeyPath, object] = {("job", "compression"): self.compression}
+        compressions |= {("job", "compression_of", profile): value for profile, value in self.compression_of.items()}
+        for path, compression in compressions.items():
+            if compression != AUTO:
+                Codec.parse(compression, path)
         written = dict.fromkeys(WRITTEN, "[job.privacy], which says what it is")
         for name, place in (written | {"secure_aggregation": "secure_aggregation in [job]"}).items():
             if getattr(self.recipe, name):
-                raise ConfigError(f"job: recipe: {name}", expected=place, got=getattr(self.recipe, name))
+                raise ConfigError(("job", "recipe", name), expected=place, got=getattr(self.recipe, name))
         self.privacy.asked_of(self.training)  # what doesn't go with privacy or rounds is better known now
         self._check_ranked()
         for name in ("byte_budget", "energy_budget") if self.density else ():
             if getattr(self, name):
                 raise ConfigError(
-                    f"job: {name} with density {self.density:g}",
+                    f"with density {self.density:g}",
+                    path=("job", name),
                     expected="one of the two",
                     got=shown(getattr(self, name)),
                     hint="The planner keeps to budgets, and with a density it plans nothing: density = 0 lets it plan.",
                 )
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
-                "job: scorer 'curvature' learns gradients from how far devices' SGD moves",
+                "'curvature' learns gradients from how far devices' SGD moves",
+                path=("job", "scorer"),
                 expected="recipe.optimizer 'sgd'",
                 got=repr(self.recipe.optimizer),
             )
@@ -151,7 +154,8 @@ class Job:
         if self.strategy == "plain":
             if set(self.options) - {"robust"}:
                 raise ConfigError(
-                    "job: options of the strategy 'plain'",
+                    "with strategy 'plain'",
+                    path=("job", "options"),
                     expected="none but robust",
                     got=", ".join(sorted(self.options)),
                 )
@@ -159,7 +163,8 @@ class Job:
         for f in fields(self):
             if f.name in _PLAIN and getattr(self, f.name) != f.default:
                 raise ConfigError(
-                    f"job: {f.name} with strategy {shown(self.strategy)}",
+                    f"with strategy {shown(self.strategy)}",
+                    path=("job", f.name),
                     expected="only the strategy's own [job.options]",
                     got=shown(getattr(self, f.name)),
                 )
@@ -180,9 +185,9 @@ class Job:
     def from_dict(cls, body: Mapping[str, Any]) -> Job:
         """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
         of range."""
-        values = validation.known(cls, body, "job")
+        values = validation.known(cls, body, ("job",))
         if "recipe" in values:
-            validation.instance("job: recipe", values["recipe"], Mapping, "a table of settings")
+            validation.instance(("job", "recipe"), values["recipe"], Mapping, "a table of settings")
             values["recipe"] = Recipe.from_dict(values["recipe"])
         if "privacy" in values:
             values["privacy"] = Privacy.from_dict(values["privacy"])

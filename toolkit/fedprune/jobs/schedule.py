@@ -72,7 +72,7 @@ class Staleness:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "staleness: {}")
+        check_fields(self, ("staleness",))
 
     def __call__(self, k: int) -> float:
         """s(k), at least 2^-50 and at most 1.
@@ -144,19 +144,22 @@ class Schedule:
     evaluate_every: int = bounded(1, 1, 10**6)
 
     def __post_init__(self) -> None:
-        check_fields(self, "schedule: {}")
+        check_fields(self, ("schedule",))
         if self.asynchronous and bool(self.arrivals) == bool(self.window_s):
             raise ConfigError(
-                "schedule: an asynchronous job closes its rounds by arrivals or at the end of a window",
+                "an asynchronous job closes its rounds by arrivals or at the end of a window",
+                path=("schedule",),
                 expected="either arrivals or window_s",
                 got="both" if self.arrivals else "neither",
             )
         if self.concurrent and self.arrivals > self.concurrent:
             raise ConfigError(
-                "schedule: arrivals", expected=f"at most concurrent, {self.concurrent}", got=self.arrivals
+                ("schedule", "arrivals"), expected=f"at most concurrent, {self.concurrent}", got=self.arrivals
             )
         if self.mixing == "unbiased" and not self.window_s:
-            raise ConfigError("schedule: mixing 'unbiased' counts windows", expected="window_s above 0", got=0)
+            raise ConfigError(
+                "'unbiased' counts windows", path=("schedule", "mixing"), expected="window_s above 0", got=0
+            )
 
     @property
     def asynchronous(self) -> bool:
@@ -176,9 +179,9 @@ class Schedule:
     def from_dict(cls, body: Mapping[str, Any]) -> Schedule:
         """Read what `to_dict` or a person wrote. Raises `ConfigError` for an unknown key or a wrong value; the message
         names it."""
-        values = validation.known(cls, body, "schedule")
+        values = validation.known(cls, body, ("schedule",))
         if isinstance(values.get("staleness"), Mapping):
-            stale = validation.known(Staleness, values["staleness"], "schedule: staleness")
+            stale = validation.known(Staleness, values["staleness"], ("schedule", "staleness"))
             values["staleness"] = Staleness(**stale)
         return cls(**values)
 

@@ -58,33 +58,35 @@ class Augmentation:
     @classmethod
     def parse(cls, text: object) -> Augmentation:
         """Read an entry. Raises `ConfigError` if it is unknown, or a number of it is missing or out of range."""
-        what = f"recipe: augment {shown(text)}"
-        validation.text("recipe: an entry of augment", text, _LONGEST)
+        setting = ("recipe", "augment")
+        validation.text(setting, text, _LONGEST)
         given, at, of_input = str(text).partition("@")
         name, *numbers = given.split(":")
         limits = _LIMITS.get(name)
         least = len(limits or ()) - _OPTIONAL.get(name, 0)
         if limits is None or not least <= len(numbers) <= len(limits) or (at and not of_input):
             expected = " or ".join(_FORMS.values()) if limits is None else _FORMS[name]
-            raise ConfigError(what, expected=f"{expected}, each with @INPUT where a model has several inputs")
+            raise ConfigError(
+                shown(text), path=setting, expected=f"{expected}, each with @INPUT where a model has several inputs"
+            )
         values = []
         for place, (number, (low, high)) in enumerate(zip(numbers, limits, strict=False)):
             whole = (name, place) in _WHOLE
             try:
                 value = int(number) if whole else float(number)
             except ValueError:
-                raise ConfigError(what, expected=_FORMS[name], got=shown(number)) from None
+                raise ConfigError(setting, expected=_FORMS[name], got=shown(text)) from None
             if whole:
-                validation.whole(what, value, int(low), int(high))
+                validation.whole(setting, value, int(low), int(high))
             else:
-                validation.number(what, value, low, high, above=True)
+                validation.number(setting, value, low, high, above=True)
             values.append(value)
         return cls(name, tuple(values), of_input)
 
 
 def checked(value: object) -> tuple[str, ...]:
     """A recipe's list of augmentations as texts. Raises `ConfigError` if it is not one."""
-    entries = tuple(validation.items("recipe: augment", value, MOST, "augmentations, such as ['flip', 'crop:4']"))
+    entries = tuple(validation.items(("recipe", "augment"), value, MOST, "augmentations, such as ['flip', 'crop:4']"))
     for entry in entries:
         Augmentation.parse(entry)
     return entries

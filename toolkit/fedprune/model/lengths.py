@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import DataError, FedpruneError, shape_text, shown
+from fedprune.core.errors import DataError, FedpruneError, Subject, shape_text, shown
 from fedprune.core.validation import whole
 from fedprune.model.axis import MAX_SIZE
 
@@ -47,7 +47,7 @@ class Lengths:
         return self.least <= size <= self.most
 
     @classmethod
-    def parse(cls, text: str, error: type[FedpruneError], where: str = "the bounds of a length") -> Lengths:
+    def parse(cls, text: str, error: type[FedpruneError], where: Subject = "the bounds of a length") -> Lengths:
         """Bounds from text such as `400:16000`; raises `error`, which names `where`, if they aren't any."""
         match = _RANGE.fullmatch(text)
         least, most = map(int, match.groups()) if match else (0, 0)

@@ -148,15 +148,15 @@ def terms(loss: str) -> tuple[tuple[str, float], ...]:
     found = tuple((m[2], float(m[1] or 1)) for m in parts if m is not None)
     names = [name for name, _ in found]
     if len(loss) > _MOST_LETTERS or len(found) < max(2, len(parts)) or not set(names) <= set(LABELS_OF):
-        raise ConfigError("recipe: loss", expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(loss))
+        raise ConfigError(("recipe", "loss"), expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(loss))
     if len(set(names)) < len(names):
-        raise ConfigError("recipe: loss", expected="every loss of a sum once", got=shown(loss))
-    for name, weight in found:
-        validation.number(f"recipe: loss: weight of {name}", weight, 1e-6, 1e6)
+        raise ConfigError(("recipe", "loss"), expected="every loss of a sum once", got=shown(loss))
+    for _, weight in found:
+        validation.number(("recipe", "loss"), weight, 1e-6, 1e6)
     kinds = {name: LABELS_OF[name] for name in names}
     if len(set(kinds.values())) > 1 or CUSTOM in kinds:
         raise ConfigError(
-            "recipe: loss",
+            ("recipe", "loss"),
             expected="a sum of built-in losses that compare with labels of the same kind",
             got=", ".join(f"{name} ({kind})" for name, kind in kinds.items()),
             hint="A loss of your own may combine any.",
@@ -343,14 +343,14 @@ class Recipe:
         vars(self).update(checked)
 
     def _check(self) -> None:
-        check_fields(self, "recipe: {}")
+        check_fields(self, ("recipe",))
         if not isinstance(self.loss, str):
-            raise ConfigError("recipe: loss", expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(self.loss))
+            raise ConfigError(("recipe", "loss"), expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(self.loss))
         if len(parts := terms(self.loss)) > 1:
             written = (name if weight == 1 else f"{weight:.9g}*{name}" for name, weight in parts)
             object.__setattr__(self, "loss", " + ".join(written))
         if self.metric:
-            validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[labels_of(self.loss)])
+            validation.word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
@@ -369,53 +369,64 @@ class Recipe:
         for name, losses in fitting.items():
             if getattr(self, name) != getattr(Recipe, name) and self.loss not in losses:
                 raise ConfigError(
-                    f"recipe: {name} with loss {self.loss!r}",
+                    f"with loss {self.loss!r}",
+                    path=("recipe", name),
                     expected=f"loss {' or '.join(losses)}",
                     got=repr(getattr(self, name)),
                 )
         if self.mixup and not self.mixes:
             raise ConfigError(
-                "recipe: mixup with ignore_label"
-                if self.ignore_label is not None
-                else f"recipe: mixup with loss {self.loss!r}",
+                "with ignore_label" if self.ignore_label is not None else f"with loss {self.loss!r}",
+                path=("recipe", "mixup"),
                 expected="one of the two",
                 hint="Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed.",
             )
         if self.lr_rounds and self.lr_schedule == "constant":
-            raise ConfigError("recipe: lr_rounds with a constant learning rate", expected="lr_schedule 'cosine'")
+            raise ConfigError(
+                "with a constant learning rate", path=("recipe", "lr_rounds"), expected="lr_schedule 'cosine'"
+            )
         if self.lr_rounds and self.lr_warmup >= self.lr_rounds:
             raise ConfigError(
-                "recipe: lr_warmup", expected=f"fewer rounds than the schedule's {self.lr_rounds}", got=self.lr_warmup
+                ("recipe", "lr_warmup"),
+                expected=f"fewer rounds than the schedule's {self.lr_rounds}",
+                got=self.lr_warmup,
             )
         if self.accumulate > self.batch_size:
-            raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
+            raise ConfigError(("recipe", "accumulate"), expected="at most batch_size parts", got=self.accumulate)
         if self.mask_threshold and self.mask != "threshold":
-            raise ConfigError(f"recipe: mask_threshold with mask {self.mask!r}", expected="mask 'threshold'")
+            raise ConfigError(
+                f"with mask {self.mask!r}", path=("recipe", "mask_threshold"), expected="mask 'threshold'"
+            )
         if self.blend and not self.average:
             raise ConfigError(
-                "recipe: blend without average",
+                "without average",
+                path=("recipe", "blend"),
                 expected="average above 0",
                 got=repr(self.blend),
                 hint="What the received weights are blended with is the board's own moving average.",
             )
         if self.validate_blend and not self.blend:
-            raise ConfigError("recipe: validate_blend without blend", expected="blend above 0", got=repr(self.blend))
+            raise ConfigError(
+                "without blend", path=("recipe", "validate_blend"), expected="blend above 0", got=repr(self.blend)
+            )
         if self.update_noise and not self.update_clip:
-            raise ConfigError("recipe: update_noise without update_clip", expected="update_clip above 0")
+            raise ConfigError("without update_clip", path=("recipe", "update_noise"), expected="update_clip above 0")
         for name, tells in (
             ("report_squares", "squared gradients"),
             ("patience", "when the validation loss was lowest"),
         ):
             if self.update_clip and getattr(self, name):
                 raise ConfigError(
-                    f"recipe: {name} under privacy",
+                    "under privacy",
+                    path=("recipe", name),
                     expected="none",
                     got=repr(getattr(self, name)),
                     hint=f"A board would tell {tells}, which no noise covers.",
                 )
         if self.ordered_dropout and self.mask != "none":
             raise ConfigError(
-                f"recipe: ordered_dropout with mask {self.mask!r}",
+                f"with mask {self.mask!r}",
+                path=("recipe", "ordered_dropout"),
                 expected="one of the two",
                 hint="A narrower step of a masked model is a model that nothing has chosen.",
             )
@@ -538,7 +549,7 @@ class Recipe:
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
         """Read and check; what is missing is as by default. Raises `ConfigError` for an unknown key, a wrong type or
         a number out of range."""
-        return cls(**validation.known(cls, body, "recipe"))
+        return cls(**validation.known(cls, body, ("recipe",)))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -564,7 +575,7 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
         or len(value) > _MOST
     ):
         raise ConfigError(
-            f"recipe: {name}",
+            ("recipe", name),
             expected=f"a list of up to {_MOST} patterns of tensor names, such as ['layer1.*']",
             got=shown(value),
         )
@@ -579,7 +590,7 @@ def _densities(value: object) -> tuple[float, ...]:
         or len(value) > _MOST
     ):
         raise ConfigError(
-            "recipe: ordered_dropout",
+            ("recipe", "ordered_dropout"),
             expected=f"a list of up to {_MOST} densities above 0 and up to 1",
             got=shown(value),
         )

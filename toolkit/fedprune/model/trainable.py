@@ -6,7 +6,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from glob import escape
 
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, KeyPath
 from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.model.recipe import Features
 
@@ -14,12 +14,12 @@ HEAD = "@head"
 """A pattern that stands for the last layer's tensors, where tensors are named by patterns."""
 
 
-def head_axes(architecture: Architecture, what: str = HEAD) -> dict[str, int]:
+def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dict[str, int]:
     """The last layer's tensors, with the axis of each along which the outputs are.
 
     That is the last layer with a weight whose outputs no cut may touch, and its bias: of all biases as long as there
     are outputs the one that is called like the layer, or else the first behind its weight. Raises `ConfigError` if
-    there is none; the message names `what` needs it.
+    there is none; the message names `setting` needs it.
     """
     for layer in reversed(architecture.layers):
         spec = architecture.by_name.get(layer.weight)
@@ -40,17 +40,18 @@ def head_axes(architecture: Architecture, what: str = HEAD) -> dict[str, int]:
         out.update(dict.fromkeys((named or behind)[:1], 0))
         return out
     raise ConfigError(
-        f"{what}: the model has no last layer with weights of its own",
+        "the model has no last layer with weights of its own",
+        path=setting,
         expected="a layer that makes all of its outputs",
         hint="Name its tensors yourself, or leave the setting out.",
     )
 
 
-def spelt(patterns: Collection[str], architecture: Architecture, what: str = HEAD) -> tuple[str, ...]:
+def spelt(patterns: Collection[str], architecture: Architecture, setting: KeyPath = ("recipe",)) -> tuple[str, ...]:
     """Patterns of tensors with `@head` spelt out. Raises as `head_axes` if it is among them."""
     out: list[str] = []
     for pattern in patterns:
-        out += [escape(n) for n in head_axes(architecture, what)] if pattern == HEAD else [pattern]
+        out += [escape(n) for n in head_axes(architecture, setting)] if pattern == HEAD else [pattern]
     return tuple(out)
 
 
@@ -65,11 +66,12 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
     names = [t.name for t in architecture.tensors]
     out = set(frozen).intersection(names)
     if features.trainable:
-        out = set(names) - matching(architecture, features.trainable, "recipe: trainable")
-    out |= matching(architecture, features.frozen, "recipe: frozen")
+        out = set(names) - matching(architecture, features.trainable, ("recipe", "trainable"))
+    out |= matching(architecture, features.frozen, ("recipe", "frozen"))
     if architecture.trainable and out.issuperset(t.name for t in architecture.trainable):
         raise ConfigError(
-            "recipe: every tensor is frozen",
+            "every tensor is frozen",
+            path=("recipe", "frozen"),
             expected="at least one that is trained",
             hint="Let recipe.frozen match less, or recipe.trainable more.",
         )
@@ -84,15 +86,16 @@ def trained_tensors(
     return tuple(t for t in architecture.trainable if t.name not in still)
 
 
-def matching(architecture: Architecture, patterns: Collection[str], what: str) -> frozenset[str]:
+def matching(architecture: Architecture, patterns: Collection[str], setting: KeyPath) -> frozenset[str]:
     """Names of the tensors that match some pattern: `*` stands for any letters, `@head` for the last layer. Raises as
-    `frozen_tensors`; the message names `what`."""
+    `frozen_tensors`; the message names `setting`."""
     names = [t.name for t in architecture.tensors]
-    patterns = spelt(patterns, architecture, what)
+    patterns = spelt(patterns, architecture, setting)
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in names):
             raise ConfigError(
-                f"{what}: no tensor is called {pattern!r}",
+                f"no tensor is called {pattern!r}",
+                path=setting,
                 expected="a pattern that matches some of " + ", ".join(names[:8]) + (", ..." * (len(names) > 8)),
                 hint="'*' stands for any letters: 'layer1.*', '*.bias'.",
             )

@@ -56,7 +56,7 @@ class ProbeReport:
     unit: str = CPU
 
     def __post_init__(self) -> None:
-        check_fields(self, "probe report: {}", ProfileError)
+        check_fields(self, ("probe",), ProfileError)
         for name in ("onnxruntime", "board"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > _MAX_TEXT:

@@ -50,7 +50,7 @@ class Stage:
     seconds: float = bounded(86_400.0, 0, MAX_SECONDS, above=True)
 
     def __post_init__(self) -> None:
-        check_fields(self, "{} of a stage")
+        check_fields(self, ("stage",))
         if self.success + self.errors > 1 + 1e-9:
             raise ConfigError("a stage's success and errors", expected="at most 1 together", got=self)
 
@@ -78,7 +78,7 @@ class RolloutPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, "{} of a rollout")
+        check_fields(self, ("rollout",))
         validation.word("kind of a rollout", self.kind, KINDS)
         shares = [s.share for s in self.stages]
         if not 1 <= len(shares) <= MAX_STAGES or shares != sorted(set(shares)) or shares[-1] != 1:

@@ -65,7 +65,7 @@ class EnginePlan:
             )
         if not isinstance(self.batch, tuple) or len(self.batch) != 3:
             raise ConfigError("batch", expected="the least, the usual and the most samples", got=shown(self.batch))
-        check_fields(self, "{}")
+        check_fields(self, ())
         if sorted(self.batch) != list(self.batch):
             raise ConfigError("batch", expected="ascending numbers", got=", ".join(map(str, self.batch)))
 

@@ -95,7 +95,7 @@ class Mean(Aggregator):
             rule=self.rule,
             evidence=evidence,
             momentum=scene.recipe.momentum,
-            excluded=matching(scene.architecture, self.excluded, "excluded"),
+            excluded=matching(scene.architecture, self.excluded, ("job", "options", "personal")),
         )
 
     def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:

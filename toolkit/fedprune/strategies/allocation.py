@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, Subject, shown
 from fedprune.core.rng import keyed
 from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
@@ -145,7 +145,7 @@ class Fixed(Allocator):
 
     def __post_init__(self) -> None:
         for value in (self.density, *self.named.values()):
-            check_density("allocator: density", value)
+            check_density(("allocator", "density"), value)
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         fleet.grant(name, self.named.get(name, self.density), elements=self.elements)
@@ -172,15 +172,15 @@ class Tiers(Allocator):
 
     def __post_init__(self) -> None:
         if not self.densities:
-            raise ConfigError("allocator: densities", expected="one or more", got="none")
+            raise ConfigError(("allocator", "densities"), expected="one or more", got="none")
         for value in self.densities:
-            check_density("allocator: densities", value)
+            check_density(("allocator", "densities"), value)
         fit = len(self.shares) == len(self.densities) and all(validation.is_number(s, 0) for s in self.shares)
         if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
-            raise ConfigError("allocator: shares", expected="one per density, of 0 or more", got=shown(self.shares))
-        check_fields(self, "allocator: {}")
+            raise ConfigError(("allocator", "shares"), expected="one per density, of 0 or more", got=shown(self.shares))
+        check_fields(self, ("allocator",))
         if self.every < 0 or (self.every and self.by == "name"):
-            raise ConfigError("allocator: every", expected="0 or more, and only by chance", got=self.every)
+            raise ConfigError(("allocator", "every"), expected="0 or more, and only by chance", got=self.every)
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         fleet.grant(name, self._density(fleet, name), elements=self.elements)
@@ -217,7 +217,7 @@ def natural(name: str) -> _Key:
     return [(1, 0, part) if not part.isdigit() else (0, int(part), part) for part in re.split(r"(\d+)", name) if part]
 
 
-def check_density(what: str, value: object) -> None:
+def check_density(what: Subject, value: object) -> None:
     """Check a density. Raises `ConfigError` if it is not a number above 0 and at most 1."""
     validation.number(what, value, 0, 1, above=True)
 
@@ -250,7 +250,8 @@ def dealt(
         return Tiers(tuple(tiers), tuple(shares), by, every)
     if shares or by != "name" or every:
         raise ConfigError(
-            f"job: options shares, by and every of {job.strategy}",
+            "shares, by or every",
+            path=("job", "options"),
             expected="densities to deal",
             got="the job's density" if job.density else "the planner's widths",
         )

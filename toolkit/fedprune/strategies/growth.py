@@ -66,9 +66,9 @@ class Recovery:
     stop: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery: {}")
+        check_fields(self, ("recovery",))
         if list(self.rungs) != sorted({*self.rungs, 1.0}):
-            raise ConfigError("recovery: rungs", expected="rising densities up to 1", got=shown(self.rungs))
+            raise ConfigError(("recovery", "rungs"), expected="rising densities up to 1", got=shown(self.rungs))
 
     def grown(self, density: float) -> float:
         """The next density, 1 at most."""
@@ -203,7 +203,7 @@ class Ladder(Allocator):
     interval: int = bounded(50, 1, 10**6)
 
     def __post_init__(self) -> None:
-        check_fields(self, "allocator: {}")
+        check_fields(self, ("allocator",))
 
     @property
     def elements(self) -> bool:

@@ -38,18 +38,19 @@ def read_options(job: Job, kind: type[T]) -> T:
     for name, value in job.options.items():
         if name not in known:
             raise ConfigError(
-                f"job: strategy {job.strategy!r} has no option {shown(name)}{meant(name, known)}",
+                f"unknown to strategy {job.strategy!r}{meant(name, known)}",
+                path=("job", "options", name),
                 expected=", ".join(sorted(known)) or "none",
             )
         f = known[name]
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        values[name] = _checked(job.strategy, name, value, default)
+        values[name] = _checked(name, value, default)
     made = kind(**values)
-    check_fields(made, f"job: option {{}} of {job.strategy}")
+    check_fields(made, ("job", "options"))
     return made
 
 
-def _checked(strategy: str, name: str, value: object, default: object) -> object:
+def _checked(name: str, value: object, default: object) -> object:
     kind: type = type(default)
     if default is None:  # as the strategy finds best
         kind = tuple if isinstance(value, (list, tuple)) else float
@@ -58,7 +59,5 @@ def _checked(strategy: str, name: str, value: object, default: object) -> object
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(
-            f"job: option {name} of {strategy}", expected=_TEXT.get(kind, kind.__name__), got=shown(value)
-        )
+        raise ConfigError(("job", "options", name), expected=_TEXT.get(kind, kind.__name__), got=shown(value))
     return value

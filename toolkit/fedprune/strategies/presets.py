@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, meant
+from fedprune.core.errors import ConfigError, meant, shown
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.strategies.aggregators import DeltaMean, Mean
@@ -80,7 +80,8 @@ def _compose(job: Job) -> Strategy:
     dotted = job.strategy.rpartition(".")
     names = [*PRESETS, f"{dotted[0]}:{dotted[2]}"] if dotted[0] else PRESETS
     raise ConfigError(
-        f"job: no strategy is called {job.strategy!r}{meant(job.strategy, names)}",
+        f"unknown name {shown(job.strategy)}{meant(job.strategy, names)}",
+        path=("job", "strategy"),
         expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
     )
 
@@ -115,7 +116,7 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
         for name in _SYNCHRONOUS_ONLY:
             if getattr(job, name):
                 raise ConfigError(
-                    f"job: {name}",
+                    ("job", name),
                     expected="0 in an asynchronous job, whose devices never wait for one another",
                     got=getattr(job, name),
                     hint="The schedule's concurrent says how many work at a time." if name == "in_flight" else "",
@@ -123,7 +124,7 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     share = job.participation if moved.schedule is None else moved.schedule.participation or job.participation
     if job.over_selection and share == 1:
         raise ConfigError(
-            "job: over_selection",
+            ("job", "over_selection"),
             expected="a participation below 1, which leaves devices to ask beyond those that a round needs",
             got=f"{job.over_selection:g}, and everybody is asked",
         )
@@ -133,15 +134,16 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
 def _moved(strategy: Strategy, job: Job) -> Strategy:
     body: dict[str, Any] = dict(job.schedule)
     # Before the kind, which may be the key that is misspelt.
-    validation.only(("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), body, "job: schedule")
+    validation.only(("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), body, ("job", "schedule"))
     if "kind" not in body:
-        raise ConfigError("job: schedule: kind", expected=" or ".join(KINDS), got="nothing")
+        raise ConfigError(("job", "schedule", "kind"), expected=" or ".join(KINDS), got="nothing")
     kind = body.pop("kind")
-    validation.word("job: schedule: kind", kind, KINDS)
+    validation.word(("job", "schedule", "kind"), kind, KINDS)
     if kind == "sync":
         if body:
             raise ConfigError(
-                "job: schedule: kind 'sync'",
+                "'sync'",
+                path=("job", "schedule", "kind"),
                 expected="no other key: rounds in step go by the job's own settings",
                 got=", ".join(sorted(body)),
             )
@@ -152,14 +154,15 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
     if not plain or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(
-            f"job: schedule: strategy {strategy.name} keeps its own",
+            f"with strategy {strategy.name}, which keeps its own",
+            path=("job", "schedule"),
             expected="a strategy that averages updates, round by round or as moves",
             got=f"kind {kind!r}",
             hint="Leave [job.schedule] out; the strategy's own options are on its page in docs/strategies.",
         )
     if kind == "sync":
         return replace(strategy, schedule=None)
-    validation.only((*_EITHER, *_OF[kind]), body, f"job: schedule: kind {kind!r}")
+    validation.only((*_EITHER, *_OF[kind]), body, ("job", "schedule"), f"key of kind {kind!r}")
     defaults: dict[str, dict[str, Any]] = {
         "semi-async": {"window_s": job.deadline_s / 10},
         "async": {"arrivals": max(1, job.devices // 2)},
@@ -168,7 +171,7 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
     try:
         schedule = Schedule.from_dict({**body, "kind": "asynchronous"})
     except ConfigError as error:
-        raise ConfigError(f"job: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
+        raise error.named(error.words, ("job", *error.path)) from error
     moves = DeltaMean(**{f.name: getattr(aggregator, f.name) for f in fields(Mean)})
     return replace(strategy, schedule=schedule, aggregator=moves)
 
@@ -190,14 +193,16 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
         return strategy
     if strategy.inputs == "measurements":
         raise ConfigError(
-            f"job: privacy with strategy {job.strategy}",
+            f"with strategy {job.strategy}",
+            path=("job", "privacy"),
             expected="a strategy whose boards send updates alone",
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
     if not job.privacy.local and (looks := _looks(job, strategy, _LOSSLESS)):
         raise ConfigError(
-            f"job: privacy: noise {SHARED!r} with strategy {job.strategy}",
+            f"{SHARED!r} with strategy {job.strategy}",
+            path=("job", "privacy", "noise"),
             expected="a job in which nothing is made of single updates",
             got=looks,
             hint=f"With noise = {LOCAL!r} every update is private by itself.",
@@ -221,7 +226,8 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
         looks = "a recipe with element masks or squared gradients, which boards have of their own"
     if looks:
         raise ConfigError(
-            f"job: secure_aggregation with strategy {job.strategy}",
+            f"with strategy {job.strategy}",
+            path=("job", "secure_aggregation"),
             expected="a job in which nothing is made of single updates",
             got=looks,
             hint="fedavg, and heterofl with label_rows = false, are some that go with it; compression may be int8.",

@@ -35,7 +35,7 @@ class SharedCore:
     nearness: float = bounded(0.0, 0, 1)
 
     def __post_init__(self) -> None:
-        check_fields(self, "core: {}")
+        check_fields(self, ("core",))
 
     @property
     def unconditional(self) -> bool:

@@ -105,16 +105,20 @@ def _composed(job: Job) -> tuple[Strategy, _Origin]:
     except FedpruneError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"job: strategy {job.strategy} {_failed(error)}", hint=_remedy(error, module_name)) from error
+        raise ConfigError(
+            f"{job.strategy} {_failed(error)}", path=("job", "strategy"), hint=_remedy(error, module_name)
+        ) from error
     own = _Origin(module_name, getattr(module, "__file__", None))
     try:
         strategy = compose(job)
     except FedpruneError:
         raise
     except Exception as error:
-        raise StrategyError(f"job: strategy {job.strategy} {_failed(error, own.place(error))}", hint=_PAGE) from error
+        raise StrategyError(
+            f"{job.strategy} {_failed(error, own.place(error))}", path=("job", "strategy"), hint=_PAGE
+        ) from error
     if not isinstance(strategy, Strategy):
-        raise StrategyError(f"job: strategy {job.strategy}", expected="a Strategy", got=type(strategy).__name__)
+        raise StrategyError(("job", "strategy"), expected="a Strategy", got=type(strategy).__name__)
     return strategy, own
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError, Subject, shown
 
 PLAIN = "none"
 """No codec: a tensor file of float32."""
@@ -50,7 +50,7 @@ class Codec:
     share: float = 0.0
 
     @classmethod
-    def parse(cls, text: object, what: str = "job: compression") -> Codec | None:
+    def parse(cls, text: object, what: Subject = ("job", "compression")) -> Codec | None:
         """Read a setting such as `int8` or `top-k:0.05`; None for `none`. Raises `ConfigError`, which names `what`."""
         if text == PLAIN:
             return None

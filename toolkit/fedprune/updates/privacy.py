@@ -72,20 +72,22 @@ class Privacy:
     epsilon_budget: float = bounded(0.0, 0, 1e6)
 
     def __post_init__(self) -> None:
-        where = "job: privacy: "
-        check_fields(self, where + "{}")
+        setting = ("job", "privacy")
+        check_fields(self, setting)
         if not self.clip and (self.noise_multiplier or self.epsilon_budget or self.boards):
-            raise ConfigError(f"{where}clip", expected="above 0 with other settings of privacy", got=self.clip)
+            raise ConfigError((*setting, "clip"), expected="above 0 with other settings of privacy", got=self.clip)
         if self.epsilon_budget and not self.noise_multiplier:
             raise ConfigError(
-                f"{where}epsilon_budget without noise_multiplier",
+                "without noise_multiplier",
+                path=(*setting, "epsilon_budget"),
                 expected="noise_multiplier above 0",
                 got=self.noise_multiplier,
                 hint="Clipping alone promises nothing.",
             )
         if self.clip and (self.noise == SHARED) != (self.boards > 0):
             raise ConfigError(
-                f"{where}boards with noise {self.noise!r}",
+                f"with noise {self.noise!r}",
+                path=(*setting, "boards"),
                 expected="1 or more, the boards that share the noise out" if self.noise == SHARED else "0",
                 got=self.boards,
             )
@@ -124,7 +126,7 @@ class Privacy:
     def from_dict(cls, body: object) -> Privacy:
         """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
         of range."""
-        return cls(**validation.known(cls, body, "job: privacy"))
+        return cls(**validation.known(cls, body, ("job", "privacy")))
 
 
 _MARGIN = 1.0 + 2.0**-30

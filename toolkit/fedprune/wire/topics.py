@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import ProtocolError, Subject
 from fedprune.core.validation import Error
 
 PREFIX = "fedprune/1"
@@ -116,7 +116,7 @@ def check_nonce(value: object) -> str:
     return value
 
 
-def check_name(value: object, what: str, *, error: Error = ProtocolError) -> str:
+def check_name(value: object, what: Subject, *, error: Error = ProtocolError) -> str:
     """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`. Raises `error`,
     which names `what`."""
     if not isinstance(value, str) or not _NAME.fullmatch(value) or value in (".", ".."):
@@ -129,14 +129,14 @@ def as_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:64]
 
 
-def check_device(value: object, what: str = "device", *, error: Error = ProtocolError) -> str:
+def check_device(value: object, what: Subject = "device", *, error: Error = ProtocolError) -> str:
     """`value`, if it is a name that a device may have: any but `all`. Raises `error` if it is not."""
     if value == EVERYONE:
         raise error(what, expected="a device's own name", got=repr(value))
     return check_name(value, what, error=error)
 
 
-def check_job(value: object, what: str = "job", *, error: Error = ProtocolError) -> str:
+def check_job(value: object, what: Subject = "job", *, error: Error = ProtocolError) -> str:
     """`value`, if it is a name that a job may have: any but `-`. Raises `error` if it is not."""
     if value == NO_JOB:
         raise error(what, expected="a name of 1 to 64 letters, digits, _ . or -, other than '-'", got=repr(value))

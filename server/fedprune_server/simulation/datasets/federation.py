@@ -315,29 +315,29 @@ class DataPlan:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
             expected = f"a file or folder, also one under {VARIABLE}"
-            raise ConfigError("data: source", expected=expected, got=shown(self.source))
-        check_settings(self, "data")
+            raise ConfigError(("data", "source"), expected=expected, got=shown(self.source))
+        check_settings(self, ("data",))
         x: object = self.x  # one name may be given as a text
         columns = (x,) if isinstance(x, str) else tuple(x) if isinstance(x, (list, tuple)) else (x,)
         if not all(isinstance(name, str) and name.strip() for name in columns):
-            raise ConfigError("data: x", expected="a column's name, or a list of them", got=shown(x))
+            raise ConfigError(("data", "x"), expected="a column's name, or a list of them", got=shown(x))
         object.__setattr__(self, "x", columns)
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))
         ):
-            raise ConfigError("data: size", expected="height and width, such as [64, 64]", got=shown(self.size))
+            raise ConfigError(("data", "size"), expected="height and width, such as [64, 64]", got=shown(self.size))
         if self.partition != "owners" and not self.devices:
-            raise ConfigError("data: devices", expected="1 or more", got=self.devices)
+            raise ConfigError(("data", "devices"), expected="1 or more", got=self.devices)
 
     @classmethod
-    def from_dict(cls, body: object, where: str = "[data]", folder: Path | None = None) -> DataPlan:
+    def from_dict(cls, body: object, folder: Path | None = None) -> DataPlan:
         """Read and check the table. Raises `ConfigError` for an unknown key or a wrong value; the message names it."""
         if folder is not None and isinstance(body, Mapping):
             source = body.get("source")
             if isinstance(source, str) and source and is_there(folder / source):
                 body = {**body, "source": str(folder / source)}
-        return read_table(cls, body, where)
+        return read_table(cls, body, ("data",))
 
     def settings(self) -> dict[str, Any]:
         """The table as JSON types, with the source by its name: a run's folder may move to another machine."""

@@ -7,7 +7,7 @@ shared uplink, a cable), from which the planner derives them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ def read_plan(
         FedpruneError: Model, data or a profile can't be read; the message names table and key.
     """
     found = read_tables(path, changes, tables)
-    with located(found.layers, str(path)):
+    with located(found.layers):
         job = _overridden(found.config.job, strategy, seed, rounds)
         return _plan(found, path, job, title, reference=reference, model=model)
 
@@ -165,12 +165,12 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
     config, settings = found.config, found.settings
     federation = None
     if found.data is not None:
-        with named(f"{path}: [data]"):
+        with named(("data",)):
             federation = found.data.read(job.seed)
     if model is None:
         if config.model is None:
-            raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
-        with named(f"{path}: [model] path"):
+            raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
+        with named(("model", "path")):
             choices = ImportChoices(
                 input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora,
                 base=config.base,
@@ -178,23 +178,23 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
             raw = read_source(config.model, choices)
             model = import_onnx(raw, Path(config.model).stem)
     fits = partial(check_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
-    devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
+    devices = read_devices(found.body.get("devices"), job.seed, path.parent, federation, found.links, check=fits)
     job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
     evaluation, calibration = None, None
     if config.evaluation is not None:
-        with named(f"{path}: [evaluation] data"):
+        with named(("evaluation", "data")):
             evaluation = load_evaluation(config.evaluation, model, job.recipe)
     elif federation is not None:
         evaluation = federation.evaluation()
     if config.calibration is not None:
-        with named(f"{path}: [calibration] data"):
+        with named(("calibration", "data")):
             calibration = load_calibration(config.calibration, model)
     elif federation is not None:
         calibration = federation.unlabelled()
     measure = None
     if settings.densities:
         if evaluation is None:
-            raise ConfigError(f"{path}: [simulation] densities", expected="samples in [evaluation] to measure on")
+            raise ConfigError(("simulation", "densities"), expected="samples in [evaluation] to measure on")
         tests = None if federation is None else federation.tests()
         sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
         measure = Measure(
@@ -216,7 +216,7 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         cuda=settings.cuda,
         partition=_partition(devices, federation, found.data),
         reference=fedavg(job) if reference else None,
-        track=track_targets(settings.track, "simulation: track"),
+        track=track_targets(settings.track, ("simulation", "track")),
     )
 
 
@@ -273,26 +273,18 @@ def read_tables(
 ) -> Tables:
     """Read a `fleet.toml` alone; arguments and errors as `read_plan`."""
     file = file_layer(path) if tables is None else Layer(str(path), dict(tables))
-    layers = (file, Layer(str(path), dict(changes or {}), {p: str(path) for p in _keys((), changes or {})}))
+    layers = (file, Layer(str(path), dict(changes or {})))
     body = _with(file.tables, changes or {})
-    with located(layers, str(path)):
+    with located(layers):
         shared = {k: v for k, v in body.items() if k != "server"}
-        config = parse_config(shared, str(path), path.parent, simulated=True)
-        data = _data(body["data"], body.get("devices"), path) if "data" in body else None
-        dropouts = read_table(DropOuts, body.get("dropouts", {}), f"{path}: [dropouts]")
-        availability = read_table(Availability, body.get("availability", {}), f"{path}: [availability]")
-        settings = read_table(Settings, body.get("simulation", {}), f"{path}: [simulation]")
-        track = anchored_track(settings.track, path.parent, f"{path}: [simulation] track")
+        config = parse_config(shared, path.parent, simulated=True)
+        data = _data(body["data"], body.get("devices"), path.parent) if "data" in body else None
+        dropouts = read_table(DropOuts, body.get("dropouts", {}), ("dropouts",))
+        availability = read_table(Availability, body.get("availability", {}), ("availability",))
+        settings = read_table(Settings, body.get("simulation", {}), ("simulation",))
+        track = anchored_track(settings.track, path.parent, ("simulation", "track"))
         settings = replace(settings, track=track)
-        return Tables(body, layers, config, data, dropouts, availability, *read_weather(body, path), settings)
-
-
-def _keys(path: tuple[str, ...], tables: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The paths of all tables and keys."""
-    for key, value in tables.items():
-        yield (*path, key)
-        if isinstance(value, Mapping):
-            yield from _keys((*path, key), value)
+        return Tables(body, layers, config, data, dropouts, availability, *read_weather(body), settings)
 
 
 def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,13 +295,13 @@ def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged(body, changes)
 
 
-def _data(body: object, devices: object, path: Path) -> DataPlan:
+def _data(body: object, devices: object, folder: Path) -> DataPlan:
     """The table [data]; [[devices]] may set the number of devices, too."""
     if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
         counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]
         if len(counts) == len(devices) and all(isinstance(c, int) for c in counts):
             body = {**body, "devices": sum(counts)}
-    return DataPlan.from_dict(body, f"{path}: [data]", path.parent)
+    return DataPlan.from_dict(body, folder)
 
 
 def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: int | None = None) -> Plan:

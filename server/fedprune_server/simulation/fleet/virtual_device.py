@@ -20,7 +20,7 @@ import numpy as np
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import validation as setting_checks
-from fedprune.core.errors import ConfigError, FedpruneError, shown
+from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, Subject, dotted, shown
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
@@ -138,7 +138,7 @@ LinkSettings = Mapping[str, float]
 class _Row:
     """One future device and its place in the file."""
 
-    where: str
+    where: KeyPath
     name: str
     profile: str
     data: str
@@ -149,7 +149,7 @@ class _Row:
 def read_devices(
     rows: object,
     seed: int,
-    path: Path,
+    folder: Path,
     federation: Federation | None = None,
     links: Sequence[LinkSettings] = (),
     *,
@@ -159,6 +159,7 @@ def read_devices(
 
     Args:
         seed: The job's seed, which keys the split of samples.
+        folder: What relative paths count from.
         federation: The split data set of the table [data]; None if every row names its own.
         links: Links for devices without their own, in turn.
         check: Raises `DataError` if a device's samples don't fit the model.
@@ -167,17 +168,16 @@ def read_devices(
         ConfigError: A key is missing, unknown or wrong; the message names row and key.
         FedpruneError: A profile or data can't be read; the message names row and key.
     """
-    found = list(_expanded(rows, path, federation))
-    seen: dict[str, str] = {}
+    found = list(_expanded(rows, federation))
+    seen: dict[str, KeyPath] = {}
     for row in found:
         if row.name in seen:
-            raise ConfigError(
-                f"{row.where}: name", expected="another one for each device", got=f"{row.name!r} as {seen[row.name]}"
-            )
-        seen[row.name] = row.where.rpartition(" ")[2]
+            expected, got = "another one for each device", f"{row.name!r} as {dotted(seen[row.name])}"
+            raise ConfigError((*row.where, "name"), expected=expected, got=got)
+        seen[row.name] = row.where
     if federation is not None and len(found) != len(federation.names):
         raise ConfigError(
-            f"{path}: [[devices]]",
+            ("devices",),
             expected=f"as many devices as [data] deals out: {len(federation.names)}",
             got=len(found),
         )
@@ -185,73 +185,74 @@ def read_devices(
     devices = []
     for number, row in enumerate(found):
         link = row.link or (links[number % len(links)] if links else {})
-        with named(f"{row.where}: profile"):
+        with named((*row.where, "profile")):
             key = (row.profile, repr(sorted(link.items())))
             if key not in profiles:
                 file = "/" in row.profile or row.profile.endswith((".toml", ".json"))
-                source = str(path.parent / row.profile) if file else row.profile
+                source = str(folder / row.profile) if file else row.profile
                 profiles[key] = with_link(profile_store.chosen(source), link)
-        with named(f"{row.where}: data" if federation is None else f"{path}: [data]: {row.name}"):
-            data = _samples(row, seed, path, federation, number, check, held=len(found) <= HELD)
+        with named((*row.where, "data") if federation is None else ("data", row.name)):
+            data = _samples(row, seed, folder, federation, number, check, held=len(found) <= HELD)
         devices.append(VirtualDevice(row.name, profiles[key], data))
     return tuple(devices)
 
 
 @contextmanager
-def named(where: str) -> Iterator[None]:
-    """Add the place in the file to an error."""
+def named(source: Subject) -> Iterator[None]:
+    """Let errors name the setting or the file that is read."""
     try:
         yield
     except FedpruneError as error:
-        raise error.named(f"{where}: {error.what}") from error
+        what, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
+        raise error.named(what, path) from error
 
 
-def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterator[_Row]:
+def _expanded(rows: object, federation: Federation | None) -> Iterator[_Row]:
     needed = ("name", "profile", "data") if federation is None else ("profile",)
     said = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise ConfigError(f"{path}: [[devices]]", expected=f"one table with {said} per device")
+        raise ConfigError(("devices",), expected=f"one table with {said} per device")
     started = 0
-    for place, row in enumerate(rows, 1):
-        where = f"{path}: [[devices]] {place}"
+    for index, row in enumerate(rows):
+        where: KeyPath = ("devices", index)
         if not isinstance(row, Mapping):
             raise ConfigError(where, expected=f"a table with {said}", got=repr(row))
         own = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
         setting_checks.only(own, row, where)
         for key in needed:
             if key not in row:
-                raise ConfigError(f"{where}: {key} is missing", expected=said)
+                raise ConfigError((*where, key), expected=said, got="nothing")
         names = _names(row, where, federation, started, alone=len(rows) == 1)
-        profiles = _texts(row["profile"], f"{where}: profile")
-        data = "" if federation is not None else _text(row["data"], f"{where}: data")
-        links = _links(row.get("link", {}), f"{where}: link")
-        share = setting_checks.number(f"{where}: validation", row.get("validation", 0.0), 0, 0.9)
+        profiles = _texts(row["profile"], (*where, "profile"))
+        data = "" if federation is not None else _text(row["data"], (*where, "data"))
+        links = _links(row.get("link", {}), (*where, "link"))
+        share = setting_checks.number((*where, "validation"), row.get("validation", 0.0), 0, 0.9)
         for i, name in enumerate(names):
             yield _Row(where, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
         started += len(names)
 
 
 def _names(
-    row: Mapping[str, Any], where: str, federation: Federation | None, started: int, *, alone: bool
+    row: Mapping[str, Any], where: KeyPath, federation: Federation | None, started: int, *, alone: bool
 ) -> tuple[str, ...]:
     """Names of a row's devices: its own, numbered ones, or those of the data."""
     count = row.get("count")
     if count is not None:
-        setting_checks.whole(f"{where}: count", count, 1, 10**6)
+        setting_checks.whole((*where, "count"), count, 1, 10**6)
     if "name" not in row:
         if federation is None or (count is None and not alone):
-            raise ConfigError(f"{where}: name is missing", expected="a text")
+            raise ConfigError((*where, "name"), expected="a text", got="nothing")
         return federation.names[started:][: count if count is not None else None]
-    name = _text(row["name"], f"{where}: name")
+    name = _text(row["name"], (*where, "name"))
     if count is None:
-        return (check_device(name, f"{where}: name", error=ConfigError),)
+        return (check_device(name, (*where, "name"), error=ConfigError),)
     digits = max(3, len(str(count)))
     names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
-    check_device(names[-1], f"{where}: name", error=ConfigError)
+    check_device(names[-1], (*where, "name"), error=ConfigError)
     return names
 
 
-def _links(value: object, where: str) -> list[LinkSettings]:
+def _links(value: object, where: KeyPath) -> list[LinkSettings]:
     """Links of a row's devices: one, or several in turn."""
     tables = value if isinstance(value, list) and value else [value]
     found: list[LinkSettings] = []
@@ -260,9 +261,7 @@ def _links(value: object, where: str) -> list[LinkSettings]:
             raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
         setting_checks.only(_LINK_KEYS, table, where)
         limits = {"latency_s": (0.0, 3600.0)}
-        found.append(
-            {k: setting_checks.number(f"{where}: {k}", v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
-        )
+        found.append({k: setting_checks.number((*where, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
     return found
 
 
@@ -283,7 +282,7 @@ def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:
 def _samples(
     row: _Row,
     seed: int,
-    path: Path,
+    folder: Path,
     federation: Federation | None,
     place: int,
     check: Callable[[LocalData], object],
@@ -298,7 +297,7 @@ def _samples(
         if held:
             return data
         return StoredData(federation.count(name), federation.fingerprint(name), load, data.effective_classes)
-    source = str(path.parent / row.data) if row.data.endswith(".npz") else row.data
+    source = str(folder / row.data) if row.data.endswith(".npz") else row.data
     read = partial(load_data, source, seed, row.name, row.validation)
     data = read()
     with named(source):
@@ -306,11 +305,11 @@ def _samples(
     return data if held else StoredData(data.samples, fingerprint(data), read, data.effective_classes)
 
 
-def _texts(value: object, where: str) -> list[str]:
+def _texts(value: object, where: KeyPath) -> list[str]:
     return [_text(v, where) for v in value] if isinstance(value, list) and value else [_text(value, where)]
 
 
-def _text(value: object, where: str) -> str:
+def _text(value: object, where: KeyPath) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(where, expected="a text", got=repr(value))
     return value

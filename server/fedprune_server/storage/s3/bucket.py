@@ -69,7 +69,7 @@ def parse(url: str) -> tuple[str, str]:
     good = url.startswith(SCHEME) and _BUCKET.fullmatch(name) and (not prefix or _PREFIX.fullmatch(prefix))
     if not good or ".." in url or len(prefix) > 512:
         raise ConfigError(
-            "server: blobs",
+            ("server", "blobs"),
             expected=f"{FOLDER!r} or {SCHEME}bucket/prefix",
             got=repr(url.partition("@")[2] or url)[:200],  # what some put before an @ is a secret
             hint="Address and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",

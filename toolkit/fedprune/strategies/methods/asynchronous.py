@@ -117,8 +117,7 @@ def _strategy(
             evaluate_every=options.evaluate_every,
         )
     except ConfigError as error:
-        what = error.what.replace("schedule: ", f"job: option of {job.strategy}: ")
-        raise ConfigError(what, expected=error.expected, got=error.got) from error
+        raise error.named(error.words, ("job", "options", *error.path[1:])) from error
     return FedAvg(
         job.strategy,
         aggregator=aggregator,

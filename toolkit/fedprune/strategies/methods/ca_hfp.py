@@ -66,7 +66,8 @@ def ca_hfp(job: Job) -> Strategy:
     )
     if strategy.observes and job.recipe.optimizer != "sgd":
         raise ConfigError(
-            f"job: score {options.score!r} of {name} learns gradients from how far devices' SGD moves",
+            f"{options.score!r} learns gradients from how far devices' SGD moves",
+            path=("job", "options", "score"),
             expected="recipe.optimizer 'sgd'",
             got=repr(job.recipe.optimizer),
         )

@@ -80,7 +80,7 @@ class FedObp(Strategy):
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         if self.options.scope == "classifier":
-            head_axes(architecture, f"strategy {self.name}: scope classifier")
+            head_axes(architecture, ("job", "options", "scope"))
         return model
 
     def extract(self, cut: Cut) -> Submodel:

@@ -58,7 +58,7 @@ class FedPer(Strategy):
     personal: tuple[str, ...] = (HEAD,)
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        matching(architecture, self.personal, f"strategy {self.name}: personal")
+        matching(architecture, self.personal, ("job", "options", "personal"))
         return model
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
@@ -105,9 +105,7 @@ def fedper(job: Job) -> Strategy:
     or out of range."""
     options = read_options(job, Options)
     if not options.personal or not all(isinstance(p, str) and p for p in options.personal):
-        raise ConfigError(
-            f"job: option personal of {job.strategy}", expected="patterns of tensors", got=shown(options.personal)
-        )
+        raise ConfigError(("job", "options", "personal"), expected="patterns of tensors", got=shown(options.personal))
     return _own_parts(job, options.personal, options.densities, options.weighting, "sum")
 
 

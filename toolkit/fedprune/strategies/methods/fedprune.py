@@ -214,7 +214,7 @@ def fedprune(job: Job) -> Strategy:
     widths = () if core.unconditional else _narrow_widths(job, options)
     if options.ranking == "nested" and not core.unconditional and not widths:
         raise ConfigError(
-            f"job: option ranking of {job.strategy}",
+            ("job", "options", "ranking"),
             expected="with nested, a core or some widths below 1",
             got="neither a core, nor dropout, nor densities",
             hint="Give the densities between which it shall be nested, or let ranking be ordered.",

@@ -71,7 +71,7 @@ class HeteroFL(Strategy):
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         if isinstance(self.aggregator, Mean) and self.aggregator.changed == "rows":
-            head_axes(architecture, f"strategy {self.name}: label_rows")
+            head_axes(architecture, ("job", "options", "label_rows"))
         return model
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
@@ -117,18 +117,16 @@ def _composed(job: Job, strategy: HeteroFL) -> Strategy:
     """A strategy with the aggregator and the widths that its options ask for."""
     options = strategy.options
     if not all(type(m) is int and m >= 0 for m in options.milestones):
-        raise ConfigError(
-            f"job: option milestones of {job.strategy}", expected="numbers of rounds", got=shown(options.milestones)
-        )
+        raise ConfigError(("job", "options", "milestones"), expected="numbers of rounds", got=shown(options.milestones))
     if options.scaler:
         for density in options.densities or ((job.density,) if job.density else ()):
-            validation.number(f"job: option densities of {job.strategy}", density, MOST_SCALED, 1)
+            validation.number(("job", "options", "densities"), density, MOST_SCALED, 1)
     default = () if options.planned else LEVELS
     rows = options.label_rows and options.masked and job.recipe.loss == "cross_entropy"
     if rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
         raise ConfigError(
-            f"job: option label_rows of {job.strategy} tells untrained rows by their direction, which Adam's "
-            "weight decay changes",
+            "tells untrained rows by their direction, which Adam's weight decay changes",
+            path=("job", "options", "label_rows"),
             expected="optimizer adamw or sgd, weight_decay 0, or label_rows = false",
         )
     return replace(

@@ -119,7 +119,7 @@ class Importance:
     floor: float = bounded(0.05, 0, 1)
 
     def __post_init__(self) -> None:
-        check_fields(self, "{} of importance")
+        check_fields(self, ("importance",))
 
     def rank(self, scene: Scene) -> Ranking:
         """Channels in their own order, and the order of elements that holds."""
@@ -244,7 +244,7 @@ def pr_fl(job: Job) -> Strategy:
     name = job.strategy
     if options.synchronous and (idle := [n for n in _ASYNCHRONOUS if n in job.options]):
         raise ConfigError(
-            f"job: option {idle[0]} of {name}",
+            ("job", "options", idle[0]),
             expected="none of " + ", ".join(_ASYNCHRONOUS) + " with synchronous = true",
             got=shown(job.options[idle[0]]),
             hint="Rounds in step take the fresh updates of all that deliver by the job's deadline.",

@@ -27,6 +27,7 @@ Reports = Callable[[], Iterator[tuple[Report, Submodel]]]
 CHECKS = ("", "norm", "cosine", "both")
 
 _BUDGET = 128 * 2**20
+_SETTING = ("job", "options", "robust")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Robustness:
 
     def __post_init__(self) -> None:
         if self.clip != "median" and not validation.is_number(self.clip, 0, 1e9):
-            raise ConfigError("robust: clip", expected="a norm from 0 up, or 'median'", got=shown(self.clip))
-        check_fields(self, "robust: {}")
+            raise ConfigError((*_SETTING, "clip"), expected="a norm from 0 up, or 'median'", got=shown(self.clip))
+        check_fields(self, _SETTING)
 
     @property
     def together(self) -> bool:
@@ -65,7 +66,7 @@ class Robustness:
     @classmethod
     def from_dict(cls, body: object) -> Robustness:
         """Read what a job says. Raises `ConfigError` for an unknown key or a wrong value."""
-        return cls(**validation.known(cls, body, "job: option robust"))
+        return cls(**validation.known(cls, body, _SETTING))
 
 
 @dataclass(frozen=True)

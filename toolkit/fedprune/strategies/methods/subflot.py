@@ -125,7 +125,8 @@ def subflot(job: Job) -> Strategy:
     for key in ("frozen", "trainable", "personal"):
         if getattr(recipe, key):
             raise ConfigError(
-                f"job: strategy {name} leads channels of all tensors onto each other",
+                f"{name} leads channels of all tensors onto each other",
+                path=("job", "strategy"),
                 expected=f"a recipe without {key}",
                 hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
             )
