@@ -10,8 +10,8 @@ from fedprune.output.examples import EXAMPLES
 from fedprune_device.cli import main as device
 from fedprune_export.cli import main as export
 from fedprune_flash.cli import main as flash
-from fedprune_server.cli import advise, simulate
 from fedprune_server.cli import main as server
+from fedprune_server.cli import simulate
 
 _HEAD = """# Commands
 
@@ -21,10 +21,11 @@ What every command takes, as its `--help` says it. All end with a [documented ex
 
 ## Completion
 
-With the extra `completion`, Tab completes commands, options, targets, strategies and, from a server's state folder,
-boards. It takes this line in `~/.bashrc` or, after `compinit`, in `~/.zshrc`:
+With the extra `completion`, Tab completes commands, options, their words and files. Write the script once, and again
+after an update:
 
-    eval "$(register-python-argcomplete fedprune fedprune-{export,server,device,flash,simulate})"
+    fedprune completion bash >~/.fedprune-completion             # or zsh
+    echo 'eval "$(<~/.fedprune-completion)"' >>~/.bashrc   # or, after compinit, ~/.zshrc
 """
 _WORD = re.compile(r"[a-z]+(?:n't)?(?:[ ,;]|:(?: |$)|$)(?!\(default\))")
 """How help begins that can begin with a capital: not with a value, such as ray:auto, or one that is the default."""
@@ -42,25 +43,14 @@ def page() -> str:
 
 def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     yield "fedprune-export", export.build_parser()
-    for name in export.COMMANDS:
-        yield f"fedprune-export {name}", _only(export._command_parser(name), name)
+    for name, parser in export.command_parsers().items():
+        yield f"fedprune-export {name}", parser
     yield "fedprune-server", server.build_parser()
     yield "fedprune-device", device.build_parser()
     yield "fedprune-flash", flash.build_parser()
     yield "fedprune-simulate", simulate.build_parser()
-    yield "fedprune-simulate compare", simulate.build_compare_parser()
-    yield "fedprune-simulate sweep", simulate.build_sweep_parser()
-    yield "fedprune-simulate new", simulate.build_new_parser()
-    yield "fedprune-simulate advise", advise.build_advise_parser()
-
-
-def _only(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
-    """The parser of one command of those that a module registers together."""
-    for found, inner, what in _commands(parser):
-        if found == name:
-            inner.description = inner.description or what
-            return inner
-    return parser
+    for name, parser in simulate.command_parsers().items():
+        yield f"fedprune-simulate {name}", parser
 
 
 def _command(name: str, parser: argparse.ArgumentParser, what: str, level: int) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import tables
-from manual import asyncapi, command_pages, demo, grammar, message_schemas, python_page, rooms, setting_pages
+from manual import asyncapi, command_pages, demo, message_schemas, python_page, rooms, setting_pages
 
 SCHEMAS = "docs/schemas"
 _ROOT = Path(__file__).resolve().parent.parent
-_GRAMMAR = "toolkit/fedprune_start/grammar.json"
 
 
 def files() -> dict[str, str]:
@@ -18,7 +17,6 @@ def files() -> dict[str, str]:
     return {
         "docs/reference/cli.md": command_pages.page(),
         "docs/reference/python.md": python_page.page(),
-        _GRAMMAR: grammar.document(),
         "docs/reference/settings.md": setting_pages.page(),
         f"{SCHEMAS}/README.md": message_schemas.page(),
         **{f"{SCHEMAS}/{name}": text for name, text in schemas.items()},

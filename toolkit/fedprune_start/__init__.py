@@ -1,23 +1,18 @@
 """Entry points of all commands. They import nothing that takes long, so Ctrl-C ends a command from its first moment on.
 
-This package needs the standard library alone, and argcomplete if it is installed and a shell asks for completions (its
-mark is PYTHON_ARGCOMPLETE_OK); importing a package of fedprune imports numpy.
+This package needs the standard library alone; importing a package of fedprune imports numpy.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _USAGE, _INTERRUPTED = 2, 4
 """Exit codes of `fedprune.core.errors`, which isn't imported yet."""
-
-_ASKED = "_ARGCOMPLETE"
-"""Environment variable by which a shell asks for completions instead of a run."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,6 @@ def simulate() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`fedprune`: one command that has the others as subcommands; returns the exit code."""
-    if argv is None and _ASKED in os.environ:
-        return _complete(None)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if words else sys.stderr)
@@ -98,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fedprune {version('fedprune')}")
         return 0
+    if words[0] == "completion":
+        from fedprune_start.completion import main as completion
+
+        installed = {name: command.module for name, command in _COMMANDS.items() if not command.missing}
+        return completion(installed, words[1:])
     if words[0] not in _COMMANDS:
         from difflib import get_close_matches
 
@@ -119,6 +117,10 @@ def _help() -> str:
         f"  {name:<9} {command.what}" + (f"  [needs the extra {command.extra}]" if command.missing else "")
         for name, command in _COMMANDS.items()
     ]
+    lines += [
+        "",
+        "`fedprune completion bash` (or zsh) prints what lets a shell complete all of these.",
+    ]
     lines += ["", "examples:", "  fedprune server demo", "  fedprune simulate new fleet"]
     lines += ["  fedprune export model.onnx --target raspberry-pi-zero-2w --out bundle"]
     if any(command.missing for command in _COMMANDS.values()):
@@ -128,16 +130,8 @@ def _help() -> str:
 
 def _run(name: str, argv: Sequence[str] | None = None) -> int:
     """Import a command and run it; returns its exit code."""
-    if argv is None and _ASKED in os.environ:
-        return _complete(name)
     try:
         return int(importlib.import_module(_COMMANDS[name].module).main(argv))
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
-
-
-def _complete(name: str | None) -> int:
-    from fedprune_start.completion import complete
-
-    return complete(name)

@@ -1,108 +1,85 @@
-"""Command lines completed for shells, by argcomplete.
-
-What can be completed comes from a file that `python -m manual` makes from all parsers: a shell waits for the answer, so
-nothing of fedprune is imported for it, nor what fedprune needs.
-"""
+"""`fedprune completion SHELL`: scripts by which shells complete command lines, made by shtab from the parsers."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GRAMMAR = Path(__file__).with_name("grammar.json")
-"""A tree of commands; each has `arguments` and further `commands` by their names.
+from fedprune.core.cli import run_command
+from fedprune.core.errors import MissingExtraError
 
-An argument has its `names` (none if it is positional), argparse's `nargs`, the `values` that are known, whether these
-are `listed` with commas, and whether it takes `files` or a server's `devices`.
-"""
-
-_WORDS, _LINE, _AT = "_ARGCOMPLETE", "COMP_LINE", "COMP_POINT"
-"""Of argcomplete's protocol: how many words of the line name the program, the line, and where the cursor is in it."""
-
-_STATE, _STATE_DEFAULT = "FEDPRUNE_SERVER_STATE", "fedprune-state"
-_DATABASE_TIMEOUT_S = 0.2
-"""Longest wait after a press of Tab. A server that writes isn't waited for (WAL), only one that recovers or closes its
-database."""
-
-_Completer = Callable[..., Sequence[str]]
+SHELLS = ("bash", "zsh")
 
 
-def complete(command: str | None = None) -> int:
-    """Answer a shell and end the process; returns an exit code if argcomplete isn't installed.
+def main(modules: Mapping[str, str], argv: Sequence[str]) -> int:
+    """Run `fedprune completion`; returns the exit code.
 
     Args:
-        command: The subcommand of `fedprune` that the program is; None for `fedprune` itself.
+        modules: The module of each installed command's parser, by its name.
     """
-    try:
-        import argcomplete
-        from argcomplete.lexers import split_line
-    except ModuleNotFoundError:
-        return 1
-    node = json.loads(GRAMMAR.read_text(encoding="utf-8"))
-    if command is not None:
-        node = node["commands"][command]
-    words = split_line(os.environ[_LINE], int(os.environ[_AT]))[3]
-    named = int(os.environ[_WORDS])
-    for word in words[named:]:
-        if word not in node["commands"]:
-            break
-        node, named = node["commands"][word], named + 1
-    os.environ[_WORDS] = str(named)
-    parser = _parser(node)
-    positional = any(not action.option_strings for action in parser._actions)
-    argcomplete.autocomplete(parser, always_complete_options=False if positional else "long")
-    return 1
+    return run_command("fedprune completion", lambda: _parser(modules), argv)
 
 
-def _parser(node: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """A command's arguments; its commands are what its first positional argument may be."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    commands = list(node["commands"])
-    for number, argument in enumerate(node["arguments"]):
-        names = argument.get("names", ())
-        place = {"dest": argument["dest"]} if names else {}
-        more = {"action": "store_true"} if argument.get("nargs") == 0 else {"nargs": argument.get("nargs")}
-        action = parser.add_argument(*(names or [f"positional{number}"]), **place, **more)
-        if argument.get("nargs") != 0:
-            action.completer = _completer(argument, () if names else commands)  # type: ignore[attr-defined]
-            commands = commands if names else []
-    if commands:
-        parser.add_argument("command").completer = _completer({}, commands)  # type: ignore[attr-defined]
+def _parser(modules: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedprune completion",
+        description="Print a script by which a shell completes all commands of fedprune that are installed.",
+    )
+    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
+    parser.set_defaults(run=lambda arguments: print(script(arguments.shell, modules)))
     return parser
 
 
-def _completer(argument: Mapping[str, Any], commands: Sequence[str]) -> _Completer:
-    """Yields what an argument may be; argcomplete drops what doesn't begin with `prefix`."""
-
-    def found(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-        values = [*argument.get("values", ())]
-        if argument.get("devices"):
-            values += _devices(Path(getattr(parsed_args, "state", None) or os.environ.get(_STATE) or _STATE_DEFAULT))
-        if argument.get("listed"):
-            before = prefix[: prefix.rfind(",") + 1]
-            values = [before + value for value in values if value not in before.split(",")]
-        return [*commands, *values, *(_files(prefix) if argument.get("files") else ())]
-
-    return found
-
-
-def _files(prefix: str) -> Iterator[str]:
-    from argcomplete.completers import FilesCompleter
-
-    yield from FilesCompleter()(prefix)
-
-
-def _devices(state: Path) -> list[str]:
-    """Members in the database of a server's state folder; none of a database elsewhere."""
+def script(shell: str, modules: Mapping[str, str]) -> str:
+    """The script for a shell: `fedprune` with its commands, and each command as a program of its own. Raises
+    `MissingExtraError` without shtab."""
     try:
-        address = f"{(state / 'server.db').resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(address, uri=True, timeout=_DATABASE_TIMEOUT_S)) as database:
-            return sorted({str(name) for (name,) in database.execute("SELECT device FROM members")})
-    except (OSError, sqlite3.Error):
-        return []
+        import shtab
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("completion needs the package shtab", extra="completion") from error
+    umbrella = argparse.ArgumentParser(prog="fedprune")
+    umbrella.add_argument("--version", action="version", version="")
+    commands: Any = umbrella.add_subparsers()
+    programs = {name: completed_parser(module, shtab.FILE) for name, module in modules.items()}
+    for name, parser in programs.items():
+        commands.add_parser(name, help=parser.description)
+        commands.choices[name] = parser
+    commands.add_parser("completion", help="print such a script").add_argument("shell", choices=SHELLS)
+    return "\n".join(shtab.complete(parser, shell) for parser in (umbrella, *programs.values()))
+
+
+def completed_parser(module: str, files: object) -> argparse.ArgumentParser:
+    """A program's parser with all of its commands, in which arguments that are paths are completed with `files`."""
+    cli = importlib.import_module(module)
+    parser: argparse.ArgumentParser = cli.build_parser()
+    if hasattr(cli, "command_parsers"):  # a program that is no command by itself and has others
+        parser = _with_commands(parser, cli.command_parsers())
+    _mark_paths(parser, files)
+    return parser
+
+
+def _with_commands(
+    alone: argparse.ArgumentParser, others: Mapping[str, argparse.ArgumentParser]
+) -> argparse.ArgumentParser:
+    """One grammar of a program whose first word is a file, which bash completes by itself, or a command."""
+    parser = argparse.ArgumentParser(prog=alone.prog, description=alone.description, add_help=False)
+    commands: Any = parser.add_subparsers()
+    for name, other in others.items():
+        commands.add_parser(name, help=other.description)
+        commands.choices[name] = other
+    for action in alone._actions:
+        if action.option_strings:
+            parser._add_action(action)
+    return parser
+
+
+def _mark_paths(parser: argparse.ArgumentParser, files: object) -> None:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _mark_paths(inner, files)
+        elif action.type is Path and not action.choices:
+            action.complete = files  # type: ignore[attr-defined]

@@ -62,6 +62,16 @@ def _command_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The grammar of each of the other commands."""
+    parsers = {}
+    for name, (_, what) in COMMANDS.items():
+        (commands,) = (a for a in _command_parser(name)._actions if isinstance(a, argparse._SubParsersAction))
+        parsers[name] = commands.choices[name]
+        parsers[name].description = parsers[name].description or what
+    return parsers
+
+
 def _run(arguments: argparse.Namespace) -> int | None:
     function: Command = arguments.function
     return function(arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedprune import __version__
@@ -38,15 +38,24 @@ ADVISE = "advise"
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
-    builders = {
+    builders = _builders()
+    if given and given[0] in builders:
+        return run_command(PROG, builders[given[0]], given[1:])
+    return run_command(PROG, lambda: _parser_of(given), given)
+
+
+def _builders() -> dict[str, Callable[[], argparse.ArgumentParser]]:
+    return {
         COMPARE: build_compare_parser,
         SWEEP: build_sweep_parser,
         NEW: build_new_parser,
         ADVISE: build_advise_parser,
     }
-    if given and given[0] in builders:
-        return run_command(PROG, builders[given[0]], given[1:])
-    return run_command(PROG, lambda: _parser_of(given), given)
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The grammar of each command other than the simulation."""
+    return {name: build() for name, build in _builders().items()}
 
 
 def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
