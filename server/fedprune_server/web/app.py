@@ -5,24 +5,25 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Mapping
-from urllib.parse import parse_qs
 
 import anyio
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune_server.web import api
 from fedprune_server.web.auth.accounts import MAX_PASSWORD
 from fedprune_server.web.auth.middleware import SecurityMiddleware, safe_path
 from fedprune_server.web.auth.sessions import LONGEST_S
 from fedprune_server.web.context import Console
-from fedprune_server.web.views import pages
+from fedprune_server.web.parameters import form_fields
+from fedprune_server.web.views.pages import Pages
 
 _HASHES = 2
 """Passwords that are looked at at a time: each takes 64 MiB for a moment."""
@@ -36,27 +37,15 @@ def make_app(console: Console) -> ASGIApp:
     return SecurityMiddleware(make_routes(console), console.sessions, console.around)
 
 
-def make_routes(console: Console) -> FastAPI:
+def make_routes(console: Console) -> Starlette:
     """The application without the security middleware, which protects nothing."""
-    # Generated documentation would need others' scripts, and would show routes to everybody.
-    app = FastAPI(title="fedprune console", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.include_router(api.router(console))
+    pages = Pages(console)
     hashing, waiting = anyio.CapacityLimiter(_HASHES), [0]
 
-    @app.exception_handler(FedpruneError)
-    async def failed(_: Request, error: FedpruneError) -> Response:
-        return JSONResponse({"error": error.what}, 503)
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": error.detail.lower()}, error.status_code, error.headers)
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
+    async def healthz(_: Request) -> Response:
         return JSONResponse({"ok": True})
 
-    @app.get("/readyz")
-    def readyz() -> Response:
+    def readyz(_: Request) -> Response:
         ready = console.view.ready
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
@@ -64,21 +53,19 @@ def make_routes(console: Console) -> FastAPI:
         nonce = secrets.token_urlsafe(32)
         csrf = console.sessions.login_token(nonce)
         empty = len(console.accounts) == 0
-        answer = pages.login_page(request, console, csrf=csrf, error=error, next_path=next_path, empty=empty)
+        answer = pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=empty)
         answer.status_code = status
         _set(request, answer, console.around.login_cookie, nonce, 3600)
         return answer
 
-    @app.get("/login")
     def login_form(request: Request) -> Response:
         target = safe_path(request.query_params.get("next"))
         if request.state.session is not None:
             return RedirectResponse(target, 303)
         return form(request, next_path=target)
 
-    @app.post("/login")
     async def login(request: Request) -> Response:
-        fields = await _fields(request)
+        fields = await form_fields(request)
         name, password, target = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
         if waiting[0] >= _QUEUE:
             return await run_in_threadpool(
@@ -124,9 +111,8 @@ def make_routes(console: Console) -> FastAPI:
         _delete(request, answer, console.around.login_cookie)
         return answer
 
-    @app.post("/logout")
     async def logout(request: Request) -> Response:
-        fields, session = await _fields(request), request.state.session
+        fields, session = await form_fields(request), request.state.session
         given = request.headers.get("x-csrf-token", fields.get("csrf", ""))
         if not hmac.compare_digest(given.encode(), session.csrf.encode()):
             return JSONResponse({"error": "the token is missing or wrong"}, 403)
@@ -136,18 +122,42 @@ def make_routes(console: Console) -> FastAPI:
         _delete(request, answer, console.around.cookie)
         return answer
 
-    pages.install(app, console)
+    app = Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/login", login_form),
+            Route("/login", login, methods=["POST"]),
+            Route("/logout", logout, methods=["POST"]),
+            *api.routes(console),
+            *pages.routes(),
+        ],
+        exception_handlers={
+            404: pages.answer_missing,
+            HTTPException: answer_refusal,
+            ProtocolError: answer_invalid,
+            FedpruneError: answer_failure,
+        },
+    )
+    app.router.redirect_slashes = False  # no address but a route's own answers
     return app
 
 
-async def _fields(request: Request) -> dict[str, str]:
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
-        return {}
-    body = (await request.body()).decode("utf-8", "replace")
-    try:
-        return {k: v[0] for k, v in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
-    except ValueError:
-        return {}
+def answer_refusal(_: Request, error: Exception) -> Response:
+    """The answer to a request that no route takes, or which a route refuses."""
+    if not isinstance(error, HTTPException):
+        raise error
+    return JSONResponse({"error": error.detail.lower()}, error.status_code, error.headers)
+
+
+def answer_invalid(_: Request, error: Exception) -> Response:
+    """The answer to parameters that are wrong."""
+    return JSONResponse({"error": str(error)}, 422)
+
+
+def answer_failure(_: Request, error: Exception) -> Response:
+    """The answer while a database or file can't be used."""
+    return JSONResponse({"error": error.what if isinstance(error, FedpruneError) else str(error)}, 503)
 
 
 def _set(request: Request, answer: Response, name: str, value: str, seconds: int) -> None:

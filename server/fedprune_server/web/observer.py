@@ -23,7 +23,7 @@ from fedprune_server.web.state.publisher import StatusPublisher
 
 log = logging.getLogger("fedprune.server")
 
-_PACKAGES = ("argon2", "fastapi", "jinja2", "uvicorn")
+_PACKAGES = ("argon2", "jinja2", "starlette", "uvicorn")
 
 EVERY_S = 0.5
 """Pause between two turns of the console, in the server's loop."""
@@ -113,7 +113,8 @@ def check_free(address: str, port: int) -> None:
             probe.bind((address, port))
     except OSError as error:
         raise ConfigError(
-            f"[server] console: can't listen on {address}:{port}: {reason(error)}",
+            f"can't listen on {address}:{port}: {reason(error)}",
+            path=("server", "console"),
             hint="Choose another port, or an address of this machine.",
         ) from error
 
@@ -132,7 +133,8 @@ def check_tls(config: ServerConfig) -> None:
         certificate = load_pem_x509_certificate(config.console_certificate.read_bytes())
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
-            f"[server] console_certificate and console_key: {reason(error)}",
+            f"with console_key: {reason(error)}",
+            path=("server", "console_certificate"),
             expected="a certificate and its key as PEM, the key without a password",
             got=f"{config.console_certificate} and {config.console_key}",
         ) from error
@@ -140,7 +142,7 @@ def check_tls(config: ServerConfig) -> None:
     now = datetime.now(timezone.utc)
     if now < begins:
         log.error(
-            "[server] console_certificate: %s counts from %s UTC only, and it is %s here: browsers refuse it until "
+            "server.console_certificate: %s counts from %s UTC only, and it is %s here: browsers refuse it until "
             "then. See that this machine's clock is right",
             config.console_certificate,
             f"{begins:%Y-%m-%d %H:%M}",
@@ -148,7 +150,8 @@ def check_tls(config: ServerConfig) -> None:
         )
     elif ends < now:
         raise ConfigError(
-            f"[server] console_certificate: {config.console_certificate}",
+            f"{config.console_certificate}",
+            path=("server", "console_certificate"),
             expected=f"a certificate that counts today, {now:%Y-%m-%d %H:%M} UTC",
             got=f"one from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC",
             hint="Browsers refuse it. Put another there, see that this machine's clock is right, or do without: "

@@ -144,7 +144,7 @@ def test_crashes_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
 
 
 def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
-    pytest.importorskip("fastapi", reason="the extra console is not installed")
+    pytest.importorskip("starlette", reason="the extra console is not installed")
     httpx, argon2 = pytest.importorskip("httpx"), pytest.importorskip("argon2")
     from fedprune_server.web.app import make_app
     from fedprune_server.web.context import make_console

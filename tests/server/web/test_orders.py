@@ -80,11 +80,11 @@ def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]
 def test_a_filter_with_a_value_that_it_cant_have_is_refused_with_those_that_it_can(tmp_path: Path) -> None:
     browser = trial(tmp_path).browser("viewer")
     for path, said in (
-        ("/devices?state=nonsense", "state: expected one of ready, queued,"),
-        ("/devices?status=ready", "status: expected one of member, waiting, revoked, got 'ready'"),
-        ("/devices?online=maybe", "online: expected one of yes, no, got 'maybe'"),
-        ("/alerts?gone=1", "gone: expected one of yes, no, got '1'"),
-        ("/logs?level=loud", "level: expected one of debug, info, warning, error, got 'loud'"),
+        ("/devices?state=nonsense", "state: expected ready or queued or"),
+        ("/devices?status=ready", "status: expected member or waiting or revoked, got 'ready'"),
+        ("/devices?online=maybe", "online: expected yes or no, got 'maybe'"),
+        ("/alerts?gone=1", "gone: expected yes or no, got '1'"),
+        ("/logs?level=loud", "level: expected debug or info or warning or error, got 'loud'"),
     ):
         reply = browser.get(f"/api/v1{path}")
         assert reply.status == 422, path
@@ -266,3 +266,19 @@ def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:
     assert browser.order(order="pause", job="trial").status == 503
     assert browser.get("/readyz").status == 503
     assert browser.get("/healthz").status == 200
+
+
+def test_parameters_that_are_none_are_refused_before_anything_is_looked_up(tmp_path: Path) -> None:
+    here = trial(tmp_path)
+    browser = here.browser("viewer")
+    for path, subject in (
+        ("/devices?sort=colour", "sort"),
+        ("/devices?size=0", "size"),
+        ("/rounds?page=first", "page"),
+        ("/orders/one", "number"),
+    ):
+        reply = browser.get(f"/api/v1{path}")
+        assert (reply.status, reply.json["error"].partition(":")[0]) == (422, subject)
+    form = "&".join(f"field{n}=x" for n in range(21)).encode()
+    reply = here.browser().ask("POST", "/login", form, {"content-type": "application/x-www-form-urlencoded"})
+    assert (reply.status, reply.json["error"].partition(":")[0]) == (422, "form")

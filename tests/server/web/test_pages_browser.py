@@ -12,7 +12,7 @@ import pytest
 
 from support.processes.machine import find_chromium
 
-pytest.importorskip("fastapi", reason="the extra console is not installed")
+pytest.importorskip("starlette", reason="the extra console is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402

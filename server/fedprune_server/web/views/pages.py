@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from fastapi import FastAPI
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.core.validation import whole_text
 from fedprune.output import chart
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.database import AUDIT_KEPT
+from fedprune_server.web.parameters import page_number
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.records import LEVELS
 from fedprune_server.web.state.status import COLUMNS
@@ -108,6 +107,7 @@ class Pages:
         )
 
     def login(self, request: Request, **shown: Any) -> HTMLResponse:
+        """The login form, which repeats `csrf` and names what was `wrong`; `next` is where to go afterwards."""
         return self._page(request, "login", 200, **shown)
 
     def allowed(self, role: str) -> frozenset[str]:
@@ -159,28 +159,21 @@ class Pages:
             return "The server has published nothing yet."
         return f"The server has published nothing for {phrases.seconds(view.silent_s)}: this is how it was then."
 
-
-def login_page(
-    request: Request, console: Console, *, csrf: str, error: str, next_path: str, empty: bool
-) -> HTMLResponse:
-    """The login form, which repeats `csrf` and names what was `wrong`; `next` is where to go afterwards."""
-    pages: Pages = request.app.state.pages
-    return pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=empty)
-
-
-def install(app: FastAPI, console: Console) -> None:
-    view, pages = console.view, Pages(console)
-    app.state.pages = pages
-    assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])
-    app.mount("/static", assets, name="static")
-
-    @app.exception_handler(404)
-    def missing(request: Request, error: HTTPException) -> Response:
+    def answer_missing(self, request: Request, _: Exception) -> Response:
+        """The answer where no route or row is found."""
         if request.url.path.startswith("/api/") or request.state.session is None:
             return JSONResponse({"error": "not found"}, 404)
-        return pages.draw(request, "missing", 404, what="There is no such page.")
+        return self.draw(request, "missing", 404, what="There is no such page.")
 
-    @app.get("/")
+    def routes(self) -> list[BaseRoute]:
+        """Pages, scripts and styles."""
+        assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])
+        return [*_routes(self._console, self), Mount("/static", assets, name="static")]
+
+
+def _routes(console: Console, pages: Pages) -> list[Route]:
+    view = console.view
+
     def overview(request: Request) -> Response:
         counts = view.counts
         return pages.draw(
@@ -195,7 +188,6 @@ def install(app: FastAPI, console: Console) -> None:
             log=view.lines(size=FEW).items,
         )
 
-    @app.get("/fleet")
     def fleet(request: Request) -> Response:
         query, counts = request.query_params, view.counts
         only = {k: v[:_MOST_Q] for k in _FILTERS if (v := query.get(k))}
@@ -213,8 +205,8 @@ def install(app: FastAPI, console: Console) -> None:
             link=_link("/fleet", {**only, "q": q, "sort": "" if sort == "name" else sort}),
         )
 
-    @app.get("/devices/{name}")
-    def device(request: Request, name: str) -> Response:
+    def device(request: Request) -> Response:
+        name = request.path_params["name"]
         try:
             row = view.device(check_device(name))
         except ProtocolError:
@@ -238,7 +230,6 @@ def install(app: FastAPI, console: Console) -> None:
             log=view.lines(size=ROWS, only={"device": name}).items,
         )
 
-    @app.get("/rounds")
     def rounds(request: Request) -> Response:
         jobs = view.jobs
         job = view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
@@ -259,11 +250,9 @@ def install(app: FastAPI, console: Console) -> None:
             link=_link("/rounds", {"job": name if len(jobs) > 1 else ""}),
         )
 
-    @app.get("/rollouts")
     def rollouts(request: Request) -> Response:
         return pages.draw(request, "rollouts", rollouts=view.rollouts, releases=view.releases)
 
-    @app.get("/alerts")
     def alerts(request: Request) -> Response:
         query, every = request.query_params, view.alerts(size=ROWS).items
         level, q = query.get("level", ""), query.get("q", "").strip()[:_MOST_Q]
@@ -280,18 +269,27 @@ def install(app: FastAPI, console: Console) -> None:
             link=_link("/alerts", {"q": q, "level": level}),
         )
 
-    @app.get("/audit")
     def audit(request: Request) -> Response:
         if not may(session_of(request).operator.role, "admin"):
             return pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
         entries = console.audit.page(_page(request), ROWS)
         return pages.draw(request, "audit", entries=entries, kept=f"{AUDIT_KEPT:,}", link=_link("/audit", {}))
 
+    return [
+        Route("/", overview),
+        Route("/fleet", fleet),
+        Route("/devices/{name}", device),
+        Route("/rounds", rounds),
+        Route("/rollouts", rollouts),
+        Route("/alerts", alerts),
+        Route("/audit", audit),
+    ]
+
 
 def _page(request: Request) -> int:
     """The requested page number; 1 if it is invalid."""
     try:
-        return whole_text("page", request.query_params.get("page", "1"), 1, error=ProtocolError)
+        return page_number(request)
     except ProtocolError:
         return 1
 
