@@ -177,7 +177,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_kept(
     assert "expected shares that grow" in read("start", release, "--groups", "50%,10%,100%", code=14)
     assert "at most 1 together" in read("start", release, "--success", "95%", "--errors", "20%", code=14)
     assert "attempts" in read("start", release, "--attempts", 101, code=2)
-    assert "board_seconds of a rollout" in read("start", release, "--patience", 0, code=14)
+    assert "rollout.board_seconds: expected" in read("start", release, "--patience", 0, code=14)
     assert "can't read" in read("start", tmp_path / "nowhere", code=31)
     foreign = make_release(tmp_path / "foreign", 8)
     assert "signature is not the server's" in read("start", foreign, code=65)

@@ -353,10 +353,10 @@ def test_without_the_option_the_aggregator_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"clip": -1}, "robust: clip"),
-        ({"centre": "krum"}, "robust: centre"),
-        ({"trim": 0.5}, "robust: trim"),
-        ([], "option robust"),
+        ({"clip": -1}, "robust.clip"),
+        ({"centre": "krum"}, "robust.centre"),
+        ({"trim": 0.5}, "robust.trim"),
+        ([], "job.options.robust: expected"),
     ],
 )
 def test_wrong_settings_are_named(body: Any, message: str) -> None:
