@@ -82,12 +82,12 @@ def measure(fleet: Fleet, births: list[tuple[str, bytes]]) -> dict[str, float]:
         link = AuthenticatedLink(RateLimitedLink(inbox, quarantine), identity, quarantine=quarantine)
         site = SiteLink(link, TOPICS, quarantine)
         services = DeviceServices(members=identity.store.members)
-        runner = JobRunner(job, site, services, max_devices=len(births), observers=())
+        runner = JobRunner(job, site, services, max_devices=len(births))
         server = Server([runner], site)
         runner.open()
         began, used = time.perf_counter(), time.process_time()
         turns = 0
-        while server.count_connected() < len(births):
+        while len(server.connected) < len(births):
             server._turn()
             turns += 1
         took = {"cpu_s": time.process_time() - used, "wall_s": time.perf_counter() - began}

@@ -7,14 +7,16 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from fedprune import __version__
 from fedprune.coordination import Phase
+from fedprune.coordination import commands as do
 from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
 from fedprune.output.log_lines import JSON
@@ -39,13 +41,13 @@ from fedprune_server.messaging.connection import Connection, connection, identit
 from fedprune_server.messaging.second_server import SecondServerGuard, ServerInstance, second_server_guard
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.display import Lines, make_display
-from fedprune_server.monitoring.health import Pulse
+from fedprune_server.monitoring.display import RoundLines, make_display
 from fedprune_server.monitoring.monitor import Monitor, read_recorded
 from fedprune_server.monitoring.notifications import Notifier, channels
-from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import Observer, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.s3.store import near
 from fedprune_server.storage.storage import database_of
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.web.database import FILE as CONSOLE
@@ -60,9 +62,6 @@ from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.surroundings import Members, ReleaseWatch, SurroundingsPoller
 
 log = logging.getLogger("fedprune.server")
-
-Watcher = Callable[[str], list[Observer]]
-"""Makes the observers of a job, by its name."""
 
 _TRACES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
@@ -116,7 +115,7 @@ def build_app(
     options: StartOptions,
     stopping: threading.Event,
     folder: StateFolder | None = None,
-    pulse: Pulse | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Iterator[App]:
     """A server with its connections, open and ready to run; closed in reverse order at the end.
 
@@ -124,7 +123,7 @@ def build_app(
         config: The configuration of the server and its first job.
         stopping: Ends the server's loop when set: by a signal, or since another server has taken over.
         folder: The state folder, if it is held already.
-        pulse: Reports that the loop turns.
+        observers: They see the jobs in addition to those that are configured.
 
     Raises:
         FedpruneError: A part of the configuration can't be used, or another server runs on the same state.
@@ -143,7 +142,7 @@ def build_app(
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         crashes = stack.enter_context(CrashStore(config.state))
         alerts = AlertBook(read_recorded(config.state).alerts)
-        watch = _watchers(stack, config, folder, alerts)
+        exports = [*_metrics(stack, config, folder, alerts), *_traces(stack, config)]
         jobs = []
         for own in (config, *further(config, options.jobs)):
             held = folder
@@ -172,11 +171,9 @@ def build_app(
                 DeviceServices(blobs=services.blobs) if i else services,
                 profiles=profiles,
                 max_devices=config.max_devices,
-                observers=[*_observers(job, watch, options, beside_others=len(jobs) > 1), *_tracked(stack, job)],
             )
             for i, job in enumerate(jobs)
         ]
-        server = Server(runners, site, reached.broker, stopping, config.connected)
         services.blobs.serve([runner.served for runner in runners])
         for job in jobs:
             job.log_start()
@@ -186,14 +183,19 @@ def build_app(
             stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)
-        stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts))
-        _console(stack, config, reached, identity, server, alerts)
+        watchers = [
+            _display(jobs),
+            *exports,
+            *(_NextSteps(job, until_finished=options.until_finished) for job in jobs),
+            *_trackers(stack, jobs),
+            stack.enter_context(monitoring(config, {job.opened.job.name: job.config.state for job in jobs}, alerts)),
+            *_console(stack, config, reached, identity, runners, alerts),
+            *observers,
+        ]
+        server = Server(runners, site, reached.broker, stopping, config.connected, watchers)
         reached.start()
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
-        if pulse is not None:
-            server.first.observers.each_turn(pulse.beat)
-            stack.callback(pulse.stop)
         yield App(server, [job.folder for job in jobs], guard, reached, options.until_finished)
 
 
@@ -241,17 +243,24 @@ class _Job:
         )
 
 
-class _NextSteps(Observer):
+class _NextSteps:
     """Logs what to do with a job that is finished, and what the server still waits for."""
 
-    def __init__(self, state: Path, *, uncalibrated: bool, until_finished: bool) -> None:
-        self._state, self._uncalibrated, self._until_finished = state, uncalibrated, until_finished
+    def __init__(self, job: _Job, *, until_finished: bool) -> None:
+        self._job, self._until_finished = job, until_finished
 
-    def finished(self, seen: JobView) -> None:
-        history, job = seen.state.history, seen.job.to_dict()
-        if spoilt := divergence.of_history(history, job, uncalibrated=self._uncalibrated):
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        if snapshot.name == self._job.opened.job.name and any(isinstance(e.what, do.Finish) for e in events):
+            self._log(snapshot.history)
+
+    def _log(self, history: Sequence[Mapping[str, Any]]) -> None:
+        opened, config = self._job.opened, self._job.config
+        uncalibrated = divergence.is_uncalibrated(
+            opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
+        )
+        if spoilt := divergence.of_history(history, opened.job.to_dict(), uncalibrated=uncalibrated):
             log.warning("%s", spoilt)
-        state = shlex.quote(str(self._state))
+        state = shlex.quote(str(config.state))
         log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)
         if not self._until_finished:
             log.info(
@@ -267,33 +276,26 @@ def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder) -> _Job:
     return _Job(config, folder, opened, worker)
 
 
-def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:
-    lines = beside_others or job.config.log_format == JSON
-    display = Lines(of_several=beside_others) if lines else make_display()
-    watched = [display, *watch(job.opened.job.name)]
-    opened, config = job.opened, job.config
-    uncalibrated = divergence.is_uncalibrated(
-        opened.model.architecture, opened.job.recipe, config.calibration, opened.model.frozen
-    )
-    steps = _NextSteps(config.state, uncalibrated=uncalibrated, until_finished=options.until_finished)
-    return [*watched, steps]
+def _display(jobs: Sequence[_Job]) -> Observer:
+    """A table of the only job where there is a terminal; lines of all jobs elsewhere."""
+    return RoundLines() if len(jobs) > 1 or jobs[0].config.log_format == JSON else make_display()
 
 
-def _tracked(stack: ExitStack, job: _Job) -> list[Observer]:
-    """The observer that writes a job's rounds to experiment trackers, if any are configured."""
-    config, opened = job.config, job.opened
-    if not config.tracked:
-        return []
-    from fedprune_server.monitoring.job_tracker import JobTracker
+def _trackers(stack: ExitStack, jobs: Sequence[_Job]) -> Iterator[Observer]:
+    """The observers that write jobs' rounds to experiment trackers, if any are configured."""
+    for job in jobs:
+        if job.config.tracked:
+            from fedprune_server.monitoring.job_tracker import JobTracker
 
-    tracker = JobTracker(config.tracked, opened.job, opened.model, config.state, opened.state.history)
-    stack.callback(tracker.close)
-    return [tracker]
+            opened, store = job.opened, near(job.folder.store)
+            tracker = JobTracker(
+                job.config.tracked, opened.job, opened.model, job.config.state, store, opened.state.history
+            )
+            stack.callback(tracker.close)
+            yield tracker
 
 
-def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Watcher:
-    """The factory of a job's configured observers: metrics and spans."""
-    makers: list[Callable[[str], Observer]] = []
+def _metrics(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Iterator[Observer]:
     if config.metrics_place is not None:
         with _extra("metrics", "console"):
             from fedprune_server.monitoring.http import served
@@ -301,13 +303,14 @@ def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alert
         metrics = Metrics(config.state, alerts.counts)
         ready = {"database": folder.lease.trouble, "broker": lambda: "" if metrics.connected else "not connected"}
         stack.enter_context(served(config.metrics_place, metrics, ready, config.own_hosts))
-        makers.append(metrics.watch)
+        yield metrics
+
+
+def _traces(stack: ExitStack, config: ServerConfig) -> Iterator[Observer]:
     if config.traces != OFF or any(os.environ.get(name) for name in _TRACES):
         with _extra("traces", "tracing"):
-            from fedprune_server.monitoring.traces import JobTraces, traced
-        tracer = stack.enter_context(traced(None if config.traces == OFF else config.traces))
-        makers.append(lambda job: JobTraces(tracer, job))
-    return lambda job: [make(job) for make in makers]
+            from fedprune_server.monitoring.traces import Traces, traced
+        yield Traces(stack.enter_context(traced(None if config.traces == OFF else config.traces)))
 
 
 @contextmanager
@@ -321,27 +324,18 @@ def _extra(what: str, extra: str) -> Iterator[None]:
 
 
 @contextmanager
-def monitoring(
-    config: ServerConfig,
-    server: Server,
-    folders: Sequence[Path],
-    alerts: AlertBook,
-) -> Iterator[None]:
-    """Alerts of a server: logged, notified, and kept in a book for console and metrics. Raises `ConfigError` if a
-    secret's file of [alerts] can't be used."""
-    runners = list(server.runners.values())
-    views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
-    here = server.count_connected if len(runners) > 1 else None
-    monitor = Monitor(
-        config.state, config.server_settings(), views, here=here, book=alerts,
-        # Boards that come back in turn are away for most of the time.
-        away_rounds=0 if config.connected else config.alerts.away_rounds, present=server.present,
-        free=server.free,
-    )  # fmt: skip
-    for runner in runners:
-        runner.observers.join(monitor.watches[runner.view.job.name])
-        runner.observers.join(monitor.participation[runner.view.job.name])
-    server.first.observers.join(monitor)
+def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertBook) -> Iterator[Monitor]:
+    """Alerts of a server: logged, notified, and kept in a book for console and metrics.
+
+    Args:
+        folders: The state folders of its jobs, by the jobs' names.
+
+    Raises:
+        ConfigError: A secret's file of [alerts] can't be used.
+    """
+    # Boards that come back in turn are away for most of the time.
+    away_rounds = 0 if config.connected else config.alerts.away_rounds
+    monitor = Monitor(config.state, config.server_settings(), folders, book=alerts, away_rounds=away_rounds)
     with ExitStack() as stack:
         notified = read_recorded(config.state).notified
         notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, notified)
@@ -349,7 +343,7 @@ def monitoring(
         stack.callback(monitor.close)  # after the notifier's last messages, which it writes down
         stack.callback(notifier.close)
         monitor.start()
-        yield
+        yield monitor
 
 
 def _console(
@@ -357,9 +351,9 @@ def _console(
     config: ServerConfig,
     reached: Connection,
     identity: IdentityFolder | None,
-    server: Server,
+    runners: Sequence[JobRunner],
     alerts: AlertBook,
-) -> None:
+) -> Iterator[Observer]:
     """The console, if there is one, of a server whose settings `check_console` has checked."""
     if config.console_place is None:
         return
@@ -392,8 +386,11 @@ def _console(
         "blobs": config.blobs,
         "insecure": identity is None,
     }
-    publisher = StatusPublisher(server, site, writer, poller=poller, folder=config.state, alerts=alerts)
-    handler = OrderHandler(OrderQueue(database), publisher, server.runners, executor, config.console_orders)
+    publisher = StatusPublisher(site, writer, poller=poller, alerts=alerts)
+    handler = OrderHandler(
+        OrderQueue(database), publisher, {runner.job.name: runner for runner in runners}, reached.quarantine,
+        config.state, executor, allowed=config.console_orders,
+    )  # fmt: skip
     settings = ConsoleSettings(
         address=address,
         port=port,
@@ -408,8 +405,7 @@ def _console(
     )
     observer = ConsoleObserver(publisher, handler, ConsoleProcess(settings))
     stack.callback(observer.close)
-    for runner in server.runners.values():
-        runner.observers.join(observer)
     logger = logging.getLogger("fedprune")
     logger.addHandler(publisher.tap)
     stack.callback(logger.removeHandler, publisher.tap)
+    yield observer

@@ -29,8 +29,7 @@ from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.maintenance.doctor import diagnose
 from fedprune_server.monitoring.monitor import WAITS_S, Monitor, read_recorded
 from fedprune_server.monitoring.notifications import Notifier
-from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import LoopWaits, RoundEnded
 from fedprune_server.storage import database
 from fedprune_server.storage.state_folder import LOCK
 from fedprune_server.storage.storage import FILE as DATABASE
@@ -38,7 +37,7 @@ from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status import FILE as STATUS
 from fedprune_server.web.state.status import FleetView, StatusWriter
 from support import waiting
-from support.fakes.fleet import Fleet, ToyDevice
+from support.fakes.fleet import Fleet, ToyDevice, Watcher
 from support.fakes.tiny_job import JOB
 
 pytestmark = pytest.mark.system
@@ -64,16 +63,6 @@ class FullBoard(ToyDevice):
     def take(self, offer: Offer) -> None:
         reason = "no room left on the disk"
         self.say(Refusal(self.name, offer.job, offer.round, offer.attempt, reason, ExitCode.STORAGE_FULL))
-
-
-class AfterRounds(Observer):
-    """Does something once a round is over."""
-
-    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
-        self._actions = actions
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        self._actions.get(summary["round"], lambda: None)()
 
 
 @contextmanager
@@ -146,23 +135,21 @@ class Site:
         self.folder, self._posts, self._log = folder, posts, log
         self.fleet = Fleet(folder, replace(JOB, rounds=9, devices=2, deadline_s=30.0), (*WELL, *FAULTS))
         self.fleet.storage.put_settings({"job": self.fleet.job.to_dict()})
-        self.daemon = self.fleet.daemon()
-        view = self.daemon.first.view
+        self.on_event: Callable[[object], None] = lambda what: None
         self.monitor = Monitor(
-            folder, {}, [(view, folder)], away_rounds=2, present=self.daemon.present, clock=self.now,
-            monotonic=self.now,
-        )  # fmt: skip
+            folder, {}, {self.fleet.job.name: folder}, away_rounds=2, clock=self.now, monotonic=self.now
+        )
         self._publisher = StatusPublisher(
-            self.daemon, SITE, StatusWriter(folder / STATUS), alerts=self.monitor.book, clock=self.now,
-            monotonic=self.now,
-        )  # fmt: skip
+            SITE, StatusWriter(folder / STATUS), alerts=self.monitor.book, clock=self.now, monotonic=self.now
+        )
+        self.daemon = self.fleet.daemon(observers=[self.monitor, Watcher(lambda seen, what: self.on_event(what))])
         self.notifier = Notifier(AlertSettings(webhook=url), "default", self.monitor.open, lambda: True)
         self.monitor.start()
 
     def now(self) -> float:
         return self.fleet.air.now
 
-    def run(self, *observers: Observer) -> None:
+    def run(self, on_event: Callable[[object], None]) -> None:
         def idle() -> None:
             if self.daemon.busy:
                 time.sleep(0.0005)  # the worker's thread is real
@@ -170,10 +157,7 @@ class Site:
                 self.fleet.air.now += 0.5
 
         self.fleet.air.on_idle = idle
-        for observer in (*self.monitor.participation.values(), *self.monitor.watches.values(), self.monitor):
-            self.daemon.first.observers.join(observer)
-        for observer in observers:
-            self.daemon.first.observers.join(observer)
+        self.on_event = on_event
         self.daemon.run()
 
     def lines(self, *kinds: str) -> dict[str, list[str]]:
@@ -207,7 +191,13 @@ def site(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Site]:
 def test_each_board_that_falls_silent_is_named_with_its_reason_within_two_rounds(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    site.run(AfterRounds({3: lambda: break_boards(site.fleet), 5: site.daemon.stop}))
+    actions = {3: lambda: break_boards(site.fleet), 5: site.daemon.stop}
+
+    def act(what: object) -> None:
+        if isinstance(what, RoundEnded):
+            actions.get(what.summary["round"], lambda: None)()
+
+    site.run(act)
     sinks = site.lines(*{kind for kind, _ in FAULTS.values()})
     alerts = {a.device: a.kind for a in site.monitor.book.open if a.device is not None}  # the round's own is closing
     assert alerts == {name: kind for name, (kind, _) in FAULTS.items()}
@@ -218,21 +208,6 @@ def test_each_board_that_falls_silent_is_named_with_its_reason_within_two_rounds
     assert any("/ash/" in line for line in noise), "one board's noise doesn't hide another's"
 
 
-class Waited(Observer):
-    """Lets time pass while the server waits for its database, looks at what is shown, and ends the wait."""
-
-    def __init__(self, site: Site, end: Callable[[], None]) -> None:
-        self._site, self._end = site, end
-        self.sinks: dict[str, list[str]] = {}
-
-    def waiting(self) -> None:
-        if any(alert.kind == "database-waits" for alert in self._site.monitor.book.open):
-            self.sinks = self._site.lines("database-waits")
-            self._site.daemon.stop()
-            self._end()
-        self._site.fleet.air.now += WAITS_S
-
-
 def test_a_command_that_is_suspended_within_a_transaction_is_named_while_the_server_waits(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,11 +215,21 @@ def test_a_command_that_is_suspended_within_a_transaction_is_named_while_the_ser
     site.fleet.storage.database.engine.dispose()
     with ExitStack() as stack:
         held: list[subprocess.Popen[str]] = []
-        look = Waited(site, lambda: held[0].kill())
-        suspend = {2: lambda: held.append(stack.enter_context(suspended_claim(site.folder)))}
-        site.run(AfterRounds(suspend), look)
-    for sink, lines in look.sinks.items():
+        sinks: dict[str, list[str]] = {}
+
+        def act(what: object) -> None:
+            if isinstance(what, RoundEnded) and what.summary["round"] == 2:
+                held.append(stack.enter_context(suspended_claim(site.folder)))
+            elif isinstance(what, LoopWaits):
+                if any(alert.kind == "database-waits" for alert in site.monitor.book.open):
+                    sinks.update(site.lines("database-waits"))
+                    site.daemon.stop()
+                    held[0].kill()
+                site.fleet.air.now += WAITS_S
+
+        site.run(act)
+    for sink, lines in sinks.items():
         assert any(str(held[0].pid) in line and "stopped" in line for line in lines), sink
-    assert look.sinks
+    assert sinks
     open_kinds = {alert.kind for alert in site.monitor.book.open}
     assert "database-waits" not in open_kinds, "it is over once the command is"

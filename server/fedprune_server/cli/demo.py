@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,9 +35,9 @@ from fedprune.output.log_lines import logged_to_stdout
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_rows import RoundNotes
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import RoundEnded, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
@@ -294,7 +293,6 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
         FedpruneError: A process died, or the job can't go on.
     """
     place = folder.root / job.name
-    notes: dict[int, RoundNotes] = {}
     config = ServerConfig(
         job=job,
         model=str(folder.model),
@@ -305,42 +303,52 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
         port=0,
         profiles=folder.profiles,
     )
-    with (
-        build_app(config, StartOptions(insecure=True, until_finished=True), threading.Event()) as app,
-        DemoProcesses() as boards,
-    ):
+    stopping, options = threading.Event(), StartOptions(insecure=True, until_finished=True)
+    boards = DemoProcesses()
+    watch = _Watch(boards, on_turn, stopping)
+    with build_app(config, options, stopping, observers=[watch]) as app, boards:
         runner = app.server.first
         for board in DEMO_BOARDS:
             _start_board(boards, board.name, folder, place, app.connection.url)
-        runner.observers.join(_Watch(boards, notes, on_turn))
         began = time.time()
         app.run()
-        view = runner.view
-        ranking = view.state.ranking
+        if watch.failure is not None:
+            raise watch.failure
+        ranking = runner.state.ranking
         return record_of(
             title,
             job,
-            view.architecture,
-            view.state,
-            notes=notes,
-            ranking=view.store.read(ranking) if ranking and view.store.has(ranking) else None,
+            runner.architecture,
+            runner.state,
+            notes=watch.notes,
+            ranking=runner.store.read(ranking) if ranking and runner.store.has(ranking) else None,
             measured=_MEASURED,
             began=began,
         )
 
 
-class _Watch(Observer):
-    """Looks after the boards, and notes the bytes that the server has sent to them and received after every round."""
+class _Watch:
+    """Looks after the boards, and notes the bytes that the server has sent to them and received after every round.
 
-    def __init__(self, boards: DemoProcesses, notes: dict[int, RoundNotes], on_turn: Callable[[], None]) -> None:
-        self._boards, self._notes, self._on_turn = boards, notes, on_turn
+    Attributes:
+        failure: What ended the job.
+    """
 
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        self._boards.check()
-        self._on_turn()
+    def __init__(self, boards: DemoProcesses, on_turn: Callable[[], None], stopping: threading.Event) -> None:
+        self._boards, self._on_turn, self._stopping = boards, on_turn, stopping
+        self.notes: dict[int, RoundNotes] = {}
+        self.failure: Exception | None = None
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        self._notes[int(summary["round"])] = RoundNotes(*seen.registry.total)
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        for event in events:
+            if isinstance(event.what, RoundEnded):
+                self.notes[int(event.what.summary["round"])] = RoundNotes(snapshot.bytes_down, snapshot.bytes_up)
+        try:
+            self._boards.check()
+            self._on_turn()
+        except Exception as error:  # noqa: BLE001 - it is raised again as the server has ended
+            self.failure = self.failure or error
+            self._stopping.set()
 
 
 def _start_board(boards: DemoProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:

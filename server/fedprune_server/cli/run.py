@@ -234,7 +234,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 )
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
-        with build_app(config, options, stopping, waited, pulse) as app, _stopped_by_signals(stopping) as signals:
+        with build_app(config, options, stopping, waited, [pulse]) as app, _stopped_by_signals(stopping) as signals:
             app.run()
         interrupted = bool(signals) and not app.server.finished
         if interrupted:

@@ -18,18 +18,20 @@ from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity, sentences
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress, outcome
+from fedprune.model.recipe import judging_metric
 from fedprune.planning.plan import NOTHING
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
 from fedprune_server.devices.quarantine import read_rows
+from fedprune_server.engine.secure_sums import secure_sum_line
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
-from fedprune_server.monitoring.alerts import INFO, evaluate_alerts
-from fedprune_server.monitoring.display import board_texts, metric_texts, secure_sum_line
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
+from fedprune_server.monitoring.alerts import INFO
+from fedprune_server.monitoring.display import board_texts, metric_texts
 from fedprune_server.monitoring.monitor import Recorded, read_live, read_recorded
-from fedprune_server.monitoring.round_rows import judging_metric
-from fedprune_server.monitoring.snapshot import Snapshot, suspended_server
+from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
@@ -215,8 +217,8 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
     if recorded.turned_at is None or not running:
         return []
     now = time.time()
-    snapshot = Snapshot(folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder))
-    found = [*evaluate_alerts(snapshot, now), *recorded.current_alerts]
+    situation = Situation(folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder))
+    found = [*evaluate_alerts(situation, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
     return [{key: getattr(alert, key) for key in keys} for alert in found]
 

@@ -11,7 +11,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import amount
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device
+from fedprune.jobs.state import Device, Progress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.cost_prediction import trains_on
 from fedprune.planning.plan import Plan
@@ -35,6 +35,19 @@ def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None
     measured = _measured(name, state)
     rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
     return {m: pair for m, pair in rows.items() if pair != (None, None)}
+
+
+def compare_latest(state: State) -> dict[str, Compared]:
+    """Predictions and measurements of the devices that counted in the latest round; nothing for one that has another
+    plan by now."""
+    comparisons: dict[str, Compared] = {}
+    for name, part in state.history[-1]["devices"].items() if state.history else ():
+        device = state.devices.get(name)
+        if device is None or part["progress"] != Progress.FOLDED.value:
+            continue  # it has measured nothing in this round
+        is_present = device.plan is not None and part.get("widths") == list(device.widths)
+        comparisons[name] = compared(name, state, (device.plan or {}).get("prediction")) if is_present else {}
+    return comparisons
 
 
 def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -285,8 +285,10 @@ class Quarantine:
             return None
         return self._wall() + ledger.until - now, ledger.reason
 
-    def all_held(self) -> list[str]:
-        return sorted(device for device in {name for _, name in self._ends} if self.held(device) is not None)
+    def sentences(self) -> dict[str, tuple[float, str]]:
+        """What `held` says of each device in quarantine."""
+        names = sorted({name for _, name in self._ends})
+        return {name: sentence for name in names if (sentence := self.held(name)) is not None}
 
     def release(self, device: str) -> bool:
         """End a device's quarantine early; returns whether it was in one."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
+from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, outcome
+from fedprune.jobs.state import Device
 from fedprune.jobs.state import Progress as Part
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
@@ -23,7 +24,6 @@ from fedprune.planning.plan import Plan
 from fedprune.wire.lost_pieces import LostPieces, broker_drops
 from fedprune.wire.messages import BlobRequest, Progress
 from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
-from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -55,7 +55,7 @@ class Contact:
     """Hash of what was last logged of its plan."""
     problem: str = ""
     temperature_c: float | None = None
-    """As reported last while it worked."""
+    """As reported last: at its start, or while it worked."""
     last_message_at: float | None = None
     """In seconds since 1970; None before the first since the server's start."""
 
@@ -92,7 +92,8 @@ class DeviceRegistry:
         self.total = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
         """Payload bytes to and from all devices, over all starts of the server."""
         self._described: dict[int, tuple[str, str]] = {}
-        self._parameters = lru_cache(_WIDTHS)(partial(parameters, architecture))
+        self.parameters_at = lru_cache(_WIDTHS)(partial(parameters, architecture))
+        """Numbers in a submodel, by its widths."""
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from devices for which they have changed since they were saved."""
         self.prefix = ""
@@ -179,6 +180,11 @@ class DeviceRegistry:
             self._to_devices.pop(device, None)
         if progress is not None and progress.temperature_c is not None:
             contact.temperature_c = progress.temperature_c
+
+    def note_temperature(self, device: str, temperature_c: object) -> None:
+        """Note what a device measured at its start, if that is a temperature."""
+        if is_number(temperature_c, -100.0, 300.0):
+            self[device].temperature_c = float(temperature_c)
 
     def silent(self, now: float, patience_s: float) -> list[str]:
         """Connected devices with an offer that have shown no sign of it for too long.
@@ -335,56 +341,6 @@ class DeviceRegistry:
         """Whether a device is known to be unable to take part."""
         known = self._state.devices.get(device)
         return device in self.outsiders or (known is not None and bool(known.excluded))
-
-    def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> JobSnapshot:
-        """The job as a table; `pulled` has arrived leaves and all leaves of the updates under way, by device."""
-        state = self._state
-        names = sorted(state.devices.keys() | self._contacts.keys())
-        return JobSnapshot(
-            job=self._job.name,
-            round=state.round,
-            rounds=self._job.rounds,
-            phase=state.phase.value,
-            metrics=dict(state.history[-1]["metrics"]) if state.history else {},
-            remaining_s=state.deadline - now if state.phase is Phase.TRAINING and state.deadline else None,
-            connected=connected,
-            rows=tuple(self.row(n, pulled.get(n)) for n in names),
-        )
-
-    def row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:
-        """A device's row of the table; `pulled` as in `snapshot`."""
-        contact = self._contacts.get(name) or Contact()
-        device, task = self._state.devices.get(name), self._state.tasks.get(name)
-        if device is None:
-            profile = self.outsiders.get(name, {}).get("profile", "?")
-            doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
-            return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, {}, doing)
-        if problem := contact.problem or device.excluded:
-            doing = f"excluded: {problem}"
-        elif not device.online:
-            doing = "offline"
-        elif task is None or not self._state.awaits(task):
-            doing = "ready"
-        elif task.progress is Part.OFFERED and contact.progress is not None:
-            p = contact.progress
-            doing = f"{p.phase} {p.done}/{p.total}" if p.total else p.phase
-        elif task.progress is Part.PULLING and pulled is not None:
-            doing = f"upload {pulled[0]}/{pulled[1]}"
-        elif task.progress is Part.REFUSED:
-            doing = f"{outcome(task.progress, task.kind)}: {task.reason}"
-        else:
-            doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
-        return DeviceRow(
-            device=name,
-            profile=str(device.profile.get("name", "?")),
-            density=device.density if device.widths else None,  # its plan need not be in memory
-            parameters=self._parameters(device.widths) if device.widths else 0,
-            bytes_down=contact.down,
-            bytes_up=contact.up,
-            seconds=contact.seconds,
-            metrics=contact.metrics,
-            state=f"{doing} (two boards of this name?)" if self.clones.suspects(name) else doing,
-        )
 
 
 def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:

@@ -19,9 +19,9 @@ class SoleJob:
     def __init__(self, runner: JobRunner, connected: Mapping[str, Birth]) -> None:
         self._runner, self._connected = runner, connected
 
-    def holder(self, device: str) -> str | None:
-        """Name of the job, for a device that is connected."""
-        return self._runner.job.name if device in self._connected else None
+    def assignments(self) -> Mapping[str, str]:
+        """The job of each device that is connected."""
+        return dict.fromkeys(self._connected, self._runner.job.name)
 
     def came(self, device: str, *, reconnected: bool) -> None:
         self._runner.assign([self._connected[device]])
@@ -57,9 +57,9 @@ class DeviceScheduler:
         for runner in runners.values():
             runner.track_changes()
 
-    def holder(self, device: str) -> str | None:
-        """Name of the job that has a device; None for a free one."""
-        return self.lent.get(device)
+    def assignments(self) -> Mapping[str, str]:
+        """The job that has a device, by device; free ones are left out."""
+        return self.lent
 
     def came(self, device: str, *, reconnected: bool) -> None:
         """A device has announced itself, on a new connection if `reconnected`."""

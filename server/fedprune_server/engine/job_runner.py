@@ -37,15 +37,15 @@ from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceT
 from fedprune_server.engine.journal import Journal
 from fedprune_server.engine.message_handler import Envelope, MessageHandler
 from fedprune_server.engine.secure_sums import SecureSums
+from fedprune_server.engine.snapshots import SnapshotMaker
 from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
 from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
-from fedprune_server.monitoring.display import Lines
-from fedprune_server.monitoring.observer import Observer, Observers
-from fedprune_server.monitoring.view import OFFLINE, UNDER_WAY, JobView
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded, Saved, TurnEnded, TurnEvent
+from fedprune_server.observation.snapshot import UNDER_WAY, FleetSnapshot, JobSnapshot
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import Storage
@@ -57,9 +57,6 @@ from fedprune_server.transfer.upload_place import UploadPlace
 from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
-
-ELSEWHERE = "not at this job"
-"""State of a device that is free, works for another job, or is offline, where a server has several jobs."""
 
 _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
 """Phases without a deadline; asynchronous jobs have none in the first two only."""
@@ -118,7 +115,6 @@ class JobRunner:
     Args:
         profiles: Folders of hardware profiles in addition to the shipped ones.
         max_devices: How many devices may ever take part.
-        observers: Observers of the job; None for lines in the log. More may join before the start.
     """
 
     def __init__(
@@ -129,7 +125,6 @@ class JobRunner:
         *,
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
-        observers: Sequence[Observer] | None = None,
     ) -> None:
         self.job, self.state, self._weight = job.job, job.state, job.weight
         self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
@@ -137,7 +132,6 @@ class JobRunner:
         self._said = ""
         self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
-        self.observers = Observers([Lines()] if observers is None else observers)
         with log_context(job=job.job.name):
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
@@ -190,25 +184,16 @@ class JobRunner:
         self.finished = False
         self.needs_assignment = True
         """Whether an event has happened since the server assigned devices."""
+        self._events: list[TurnEvent] = []
+        self._tracks_changes = False
         self._changed: set[str] = set()
         self._seen: Phase | None = None
-        self.view = JobView(
-            job.job,
-            self._coordinator.architecture,
-            job.state,
-            self.registry,
-            site.quarantine,
-            site.link,
-            self._executor,
-            self._uploads,
-            self.outbox,
-            job.weight,
-            near,
-            self._steady,
-            ELSEWHERE if job.beside_others else OFFLINE,
-            services.members,
-        )
-        """The observers' view of the job."""
+        self.architecture, self.store = self._coordinator.architecture, near
+        """Its model's architecture, and the blobs that are available without waiting."""
+        self._snapshots = SnapshotMaker(
+            job.job, job.state, self.registry, self._uploads, self._executor, self.outbox,
+            weight=job.weight, schedule=self._schedule, clock=self._steady, members=services.members,
+        )  # fmt: skip
 
     # The loop's turn.
 
@@ -270,7 +255,7 @@ class JobRunner:
                 self._handle(on.Ticked())  # while the bucket is away, updates would be late only because of that
             self._commit()
             self.outbox.send_chunks()
-            self.observers.turned(lambda: self._monotonic() - self._begun, self.view)
+            self._note(TurnEnded(self._monotonic() - self._begun))
 
     def close(self) -> None:
         """Stop; what is not saved is done again by the next process."""
@@ -278,7 +263,6 @@ class JobRunner:
         self._executor.close()
         if self._sums is not None:
             self._sums.close()
-        self.observers.ended()
 
     def pause(self, paused: bool) -> bool:
         """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Returns
@@ -297,7 +281,7 @@ class JobRunner:
             self._rollouts.connected(up)
 
     def _log_context(self, device: str | None = None) -> AbstractContextManager[None]:
-        return log_context(job=self.job.name, round=self.state.round, trace_id=self.observers.trace_id, device=device)
+        return log_context(job=self.job.name, round=self.state.round, device=device)
 
     # Devices.
 
@@ -314,6 +298,7 @@ class JobRunner:
         self.registry.note_start(birth.device)
         profile = one_line(birth.profile, 64)
         self.registry.born(birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected)
+        self.registry.note_temperature(birth.device, (birth.probe or {}).get("temperature_c"))
         if self._rollouts is not None:
             self._rollouts.born(birth.device)
 
@@ -440,7 +425,7 @@ class JobRunner:
 
     def track_changes(self) -> None:
         """Collect which devices change, for `changes`."""
-        self.observers.noticed.add(self._collect_changes)
+        self._tracks_changes = True
 
     def changes(self) -> set[str]:
         """Devices whose answers above may differ from those at the last call."""
@@ -469,6 +454,19 @@ class JobRunner:
             self._seen = self.state.phase
             self._changed |= self.state.tasks.keys()
 
+    # What observers see.
+
+    def snapshot(self, fleet: FleetSnapshot) -> JobSnapshot:
+        return self._snapshots.snapshot(fleet)
+
+    def take_events(self) -> list[TurnEvent]:
+        """What has happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _note(self, what: on.Event | do.Command | DevicesChanged | Saved | RoundEnded | TurnEnded) -> None:
+        self._events.append(TurnEvent(self._now, what))
+
     # Events and commands.
 
     def _begin(self) -> None:
@@ -486,7 +484,7 @@ class JobRunner:
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
         self.needs_assignment = True
-        self.observers.event(event, self._now)
+        self._note(event)
         self._messages.judged(event)
         self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
@@ -515,18 +513,21 @@ class JobRunner:
         self.outbox.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
-        if self.observers.noticed:
-            self.observers.noticed(self.state.devices.changed | self.state.tasks.changed)
+        if changed := self.state.devices.changed | self.state.tasks.changed:
+            self._note(DevicesChanged(frozenset(changed)))
+            if self._tracks_changes:
+                self._collect_changes(changed)
         seconds = self._journal.save(events, self._now)
         if seconds is not None:
-            self.observers.saved(seconds)
+            self._note(Saved(seconds))
         for summary in self._journal.ended():
-            self.observers.round_over(summary, self._now, self.view)
+            self._note(RoundEnded(dict(summary)))  # the state drops the devices' parts of earlier rounds
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._executor.expect(commands)
         for command in commands:
-            self.observers.command(command, self._now)
+            if not isinstance(command, do.Finish) or not self.finished:
+                self._note(command)
             match command:
                 case do.Wake():
                     heapq.heappush(self._alarms, command.at)
@@ -556,7 +557,6 @@ class JobRunner:
             self.finished = self.needs_assignment = True
             why = f"; it {command.reason}" if command.reason else ""
             log.info("job %s is finished: global model %s%s", self.job.name, command.model, why)
-            self.observers.finished(self.view)
 
     # Time.
 

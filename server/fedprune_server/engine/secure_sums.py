@@ -15,7 +15,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
-from fedprune.core.text import one_line
+from fedprune.core.text import one_line, quantity, some
 from fedprune.secure_aggregation.collector import Collector, FalseSharesError
 from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
@@ -23,7 +23,6 @@ from fedprune.secure_aggregation.session import MIN_BOARDS, Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, Update
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
-from fedprune_server.monitoring.display import secure_sum_line
 
 log = logging.getLogger("fedprune.server")
 
@@ -391,3 +390,9 @@ def _session(job: str, round_: int, task: str, boards: int, form: MaskedForm) ->
     context = json.dumps([job, round_, secrets.token_hex(_RANDOM)]).encode()
     dropping = min(_DROPPING, (boards - MIN_BOARDS) // 2 / boards)
     return Session.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropping)
+
+
+def secure_sum_line(report: Mapping[str, Any]) -> str:
+    """How the sum of a cohort went (`fedprune.coordination.events.Unmasked`), as one line."""
+    lost = "".join(f"; lost at the step of {step}: {some(names)}" for step, names in report["lost"].items())
+    return f"secure sum of {quantity(report['boards'], 'board')}: {report['summed']} summed{lost}"

@@ -40,6 +40,8 @@ from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
+from fedprune_server.observation.observer import LoopWaits, Observer, Observers, ServerEnds, TurnEvent
+from fedprune_server.observation.snapshot import FleetSnapshot, Lazy
 
 log = logging.getLogger("fedprune.server")
 
@@ -65,6 +67,7 @@ class Server:
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
         connected: Boards that are connected on average, while the others are away; 0 to keep all connected.
+        observers: They see every job after each turn.
 
     Raises:
         ConfigError: Two jobs have one name.
@@ -77,6 +80,7 @@ class Server:
         broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
         connected: int = 0,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.runners = {r.job.name: r for r in runners}
         if len(self.runners) != len(runners):
@@ -84,6 +88,7 @@ class Server:
             raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
         self.first = runners[0]
         self._site, self._link, self._topics = site, site.link, site.topics
+        self._observers = Observers(observers, site.monotonic)
         self._supervisor = BrokerSupervisor(broker)
         self._stopping = stopping or threading.Event()
         self._complaints = RejectedMessageLog(log, site.monotonic)
@@ -112,19 +117,10 @@ class Server:
         """Whether something is under way that doesn't wait for devices or time."""
         return any(r.busy for r in self.runners.values())
 
-    def count_connected(self) -> int:
-        return len(self._connected)
-
-    def present(self, device: str) -> bool:
-        return device in self._connected
-
-    def free(self) -> Collection[str]:
-        """Boards that are connected and at none of several jobs."""
-        return [d for d in self._connected if self.holder(d) is None] if self._several else ()
-
-    def holder(self, device: str) -> str | None:
-        """Name of the job that has a device; None for one that is free or offline."""
-        return self._scheduler.holder(device)
+    @property
+    def connected(self) -> Collection[str]:
+        """The boards that are connected, at whatever job."""
+        return self._connected.keys()
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -148,11 +144,11 @@ class Server:
                 self._supervisor.close()
                 for runner in self.runners.values():
                     runner.close()
+                self._show(ServerEnds())
 
     def _on_wait(self) -> None:
         """Show that the loop lives while it waits for its database or a lock; raise `BusyError` if it is to end."""
-        for runner in self.runners.values():
-            runner.observers.waiting()
+        self._show(LoopWaits())
         if not self._stopping.is_set():
             return
         now = self._site.monotonic()
@@ -196,6 +192,27 @@ class Server:
             self._share(now)
             for runner in runners:
                 runner.needs_assignment = False
+        fleet = self.fleet_snapshot()
+        self._observers.show([(runner.snapshot(fleet), runner.take_events()) for runner in runners])
+
+    def _show(self, happening: LoopWaits | ServerEnds) -> None:
+        """Show observers what keeps the loop from turning; events of a turn that isn't over are shown as it ends."""
+        fleet, event = self.fleet_snapshot(), TurnEvent(self._site.clock(), happening)
+        runners, over = self.runners.values(), isinstance(happening, ServerEnds)
+        shown = [(r.snapshot(fleet), [*(r.take_events() if over else ()), event]) for r in runners]
+        self._observers.show(shown, at_once=True)
+
+    def fleet_snapshot(self) -> FleetSnapshot:
+        """What the jobs share, at this moment."""
+        quarantine = self._site.quarantine
+        return FleetSnapshot(
+            broker_connected=self._link.connected,
+            connected=self.connected,
+            jobs=Lazy(self._scheduler.assignments),
+            quarantined=Lazy(quarantine.sentences),
+            floods_joins=quarantine.floods_joins(),
+            several_jobs=self._several,
+        )
 
     def _linger(self) -> None:
         """Send the last messages, and tell devices that come back now that the jobs are finished."""
@@ -407,4 +424,4 @@ class Server:
         """Wait for devices that take part in a job, as far as is known, or have announced themselves."""
         known = self.first.registry.names | {n for r in self.runners.values() for n in r.state.devices}
         away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
-        return GracefulShutdown(self._connected, away, self.present, self._site.monotonic())
+        return GracefulShutdown(self._connected, away, self._connected.__contains__, self._site.monotonic())

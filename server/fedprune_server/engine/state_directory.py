@@ -20,6 +20,7 @@ from fedprune.core.disk import make_private_folder, read_file, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import judging_metric
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
@@ -33,7 +34,6 @@ from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
-from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
 from fedprune_server.storage.database import check_url, shown
 from fedprune_server.storage.lease import Lease

@@ -38,11 +38,12 @@ from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.second_server import ServerInstance, described, second_server_guard
-from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, command, evaluate_alerts, state_args
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
+from fedprune_server.monitoring.alerts import MAX_NAMES_SHOWN, MISSING_BOARDS, command, state_args
 from fedprune_server.monitoring.monitor import Recorded, read_live
 from fedprune_server.monitoring.participation import format_minute, quarantine_absence
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import Snapshot, suspended_server
+from fedprune_server.monitoring.situation import Situation, suspended_server
 from fedprune_server.storage.database import DatabaseLockedError, LostConnectionError, translated
 from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
@@ -242,17 +243,18 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     record = site.monitor_record
     rows = sorted(read_rows(site.folder).items()) if site.is_running else []
     absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
-    snapshot = Snapshot(
+    jobs = [case.watched for case in site.cases]
+    situation = Situation(
         site.folder,
-        [case.status for case in site.cases],
-        sum(case.here for case in site.cases),
+        jobs,
+        sum(job.seen.able for job in jobs),
         site.is_running or bool(site.leader),
         None if record.turned_at is None else max(0.0, site.now - record.turned_at),
         suspended_server(site.folder) if site.is_running else None,
         absences=absences,
         site=site_facts(site.folder, site.settings, members=site.has_identity),
     )
-    alerts = {a.key: a for a in evaluate_alerts(snapshot, site.now)}
+    alerts = {a.key: a for a in evaluate_alerts(situation, site.now)}
     for alert in record.current_alerts:
         alerts.setdefault(alert.key, alert)
     yield from map(of_alert, alerts.values())

@@ -12,8 +12,8 @@ from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import MAX_INT, is_digest, is_whole
+from fedprune.model.recipe import judging_metric
 from fedprune_server.executor.retention import kept_models
-from fedprune_server.monitoring.round_rows import judging_metric
 from fedprune_server.storage.storage import Storage
 
 

@@ -13,12 +13,14 @@ from fedprune.coordination import Phase, State
 from fedprune.core.text import one_line, quantity, some
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
+from fedprune_server.devices.plan_vs_actual import compare_latest
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
 from fedprune_server.maintenance.stall import STALL_ROUNDS, stall_cause, stall_scores
 from fedprune_server.monitoring.alerts import BOARD_LOG_COMMAND, MAX_NAMES_SHOWN, command, restart_advice, state_args
 from fedprune_server.monitoring.monitor import off_by_far
-from fedprune_server.monitoring.snapshot import JobStatus
+from fedprune_server.monitoring.situation import WatchedJob
+from fedprune_server.observation.snapshot import JobSnapshot
 
 _ROUNDS = 3
 """Rounds that are looked back at."""
@@ -70,21 +72,24 @@ class Case:
         return bool(self.job) or self.running
 
     @property
-    def here(self) -> int:
-        """Boards that are connected and can take part."""
-        return sum(d.online and not d.excluded for d in self.state.devices.values()) if self.running else 0
-
-    @property
-    def status(self) -> JobStatus:
+    def watched(self) -> WatchedJob:
+        """The job as the alert rules see it."""
         job, state = self.job, self.state
-        return JobStatus(
-            self.name, self.folder, self.begun, state.phase, state.round, int(job.get("rounds", 0)), state.paused,
-            int(job.get("devices", 1)), len(state.devices) + len(self.outsiders),
-            sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked),
-            sorted(self.revoked & state.devices.keys()),
-            float(job.get("deadline_s", 600.0)),
-            off=off_by_far(state),
-        )  # fmt: skip
+        seen = JobSnapshot(
+            name=self.name,
+            rounds=int(job.get("rounds", 0)),
+            min_devices=int(job.get("devices", 1)),
+            deadline_s=float(job.get("deadline_s", 600.0)),
+            round=state.round,
+            phase=state.phase,
+            paused=state.paused,
+            able=state.devices.count(True) if self.running else 0,
+            known=len(state.devices) + len(self.outsiders),
+            revoked=self.revoked & state.devices.keys(),
+            compared=compare_latest(state),
+        )
+        away = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked)
+        return WatchedJob(seen=seen, folder=self.folder, begun=self.begun, away=away, off=off_by_far(seen))
 
 
 def findings(case: Case) -> Iterator[Finding]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.core.metrics import METRICS, Metric
-from fedprune_server.monitoring.round_rows import judging_metric, round_scores
+from fedprune.model.recipe import judging_metric
+from fedprune_server.monitoring.round_rows import round_scores
 
 STALL_ROUNDS = 5
 """Evaluated rounds without a better global model after which that is no chance: single rounds of few boards vary."""

@@ -6,7 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fedprune_server.monitoring.alerts import ALERT_SEVERITIES, MAX_ALERTS_OF_KIND, Alert
+from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES
+from fedprune_server.monitoring.alerts import MAX_ALERTS_OF_KIND, Alert
 
 _CHANGES = 4 * MAX_ALERTS_OF_KIND
 """Unread changes that are kept, at most; beyond that the oldest is dropped."""

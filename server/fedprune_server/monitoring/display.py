@@ -7,20 +7,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
+from fedprune.coordination import Phase
 from fedprune.core.metrics import ACCURACY, METRICS, leading
-from fedprune.core.text import quantity, some
-from fedprune.jobs.job import Job
+from fedprune.core.text import quantity
 from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
-from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_rows import round_scores
 from fedprune_server.monitoring.round_times import RoundTimes
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import Observer, RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -49,25 +48,28 @@ _STATES = {
 """Styles of states by their first word; all others are work that is being done."""
 
 
-class Lines(Observer):
-    """One line per round, devices at debug level, for logs. Lines of one job `of_several` name it."""
+class RoundLines:
+    """Logs one line per round, devices at debug level. Lines of one job of several name it."""
 
-    def __init__(self, of_several: bool = False) -> None:
-        self._of_several = of_several
-        self._times = RoundTimes()
+    def __init__(self) -> None:
+        self._times: dict[str, RoundTimes] = {}
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        job = f"{seen.job.name}: " if self._of_several else ""
-        down, up = seen.registry.total
-        line = round_line(summary, seen.job, down, up)
-        self._times.note_end(summary["round"], now)
-        log.info("%s%s%s", job, line, _time_left(self._times, summary["round"], seen))
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        for event in events:
+            if isinstance(event.what, RoundEnded):
+                self._log(event.what.summary, event.at, snapshot)
+
+    def _log(self, summary: Mapping[str, Any], now: float, snapshot: JobSnapshot) -> None:
+        times = self._times.setdefault(snapshot.name, RoundTimes())
+        times.note_end(summary["round"], now)
+        job = f"{snapshot.name}: " if snapshot.fleet.several_jobs else ""
+        log.info("%s%s%s", job, round_line(summary, snapshot), _time_left(times, summary["round"], snapshot))
         if log.isEnabledFor(logging.DEBUG):  # it takes a look at every device
-            for row in seen.snapshot().rows:
-                log.debug("  %s", row_line(row))
+            for device in snapshot.devices.values():
+                log.debug("  %s", row_line(device))
 
 
-class LiveTable(Observer):
+class LiveTable:
     """A table that is redrawn in place; log lines scroll by above it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -80,33 +82,26 @@ class LiveTable(Observer):
         self._logged.enter_context(logged_above(self._console))
         self._live.start()
         self._drawn = -REFRESH_S
-        self._times = RoundTimes()
+        self._lines = RoundLines()
 
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Draw, at most twice a second."""
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        """Print lines of rounds above the table, draw at most twice a second, and leave the last table on the
+        screen."""
+        self._lines.observe(snapshot, events)
+        is_round_over = any(isinstance(event.what, RoundEnded) for event in events)
         now = time.monotonic()
-        if now - self._drawn >= REFRESH_S:
+        if is_round_over or now - self._drawn >= REFRESH_S:
             self._drawn = now
-            self._draw(seen.snapshot())
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """Print the round's line above the table and draw."""
-        down, up = seen.registry.total
-        self._times.note_end(summary["round"], now)
-        line = round_line(summary, seen.job, down, up)
-        log.info("%s%s", line, _time_left(self._times, summary["round"], seen))
-        self._draw(seen.snapshot())
-
-    def ended(self) -> None:
-        """Leave the last table on the screen."""
-        self._live.stop()
-        self._logged.close()
+            self._draw(snapshot)
+        if any(isinstance(event.what, ServerEnds) for event in events):
+            self._live.stop()
+            self._logged.close()
 
     def _draw(self, snapshot: JobSnapshot) -> None:
         from rich.text import Text
 
         rows: list[Sequence[Cell]] = []
-        for row in snapshot.rows:
+        for row in snapshot.devices.values():
             device, profile, *others, state = cells(row)
             if self._console.width < _WIDE:
                 profile = profile.removeprefix("raspberry-")
@@ -132,11 +127,11 @@ class _Above(logging.Handler):
             self.handleError(record)
 
 
-def _time_left(times: RoundTimes, number: int, seen: JobView) -> str:
+def _time_left(times: RoundTimes, number: int, snapshot: JobSnapshot) -> str:
     """Addition to a round's line; nothing before the usual time of a round is known, at the last one, and in a
     pause."""
-    rounds, usual_s = seen.job.rounds, times.usual_s()
-    if usual_s is None or number >= rounds or seen.state.paused:
+    rounds, usual_s = snapshot.rounds, times.usual_s()
+    if usual_s is None or number >= rounds or snapshot.paused:
         return ""
     return f", about {span((rounds - number) * usual_s)} left"
 
@@ -163,16 +158,16 @@ def logged_above(console: Any) -> Iterator[None]:
 def make_display(stream: TextIO | None = None) -> Observer:
     """A live table on a terminal that can draw in place, lines elsewhere."""
     stream = stream or sys.stdout
-    return LiveTable(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines()
+    return LiveTable(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else RoundLines()
 
 
 def title(snapshot: JobSnapshot) -> str:
-    parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
-    if (found := leading(snapshot.metrics)) is not None:
-        parts.append(f"global {found[0].said(found[1])}")
-    if snapshot.remaining_s is not None:
-        parts.append(f"deadline in {max(0, round(snapshot.remaining_s))} s")
-    if not snapshot.connected:
+    parts = [f"{snapshot.name}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase.value]
+    if (score := leading(snapshot.metrics)) is not None:
+        parts.append(f"global {score[0].said(score[1])}")
+    if snapshot.phase is Phase.TRAINING and snapshot.closes_at:
+        parts.append(f"deadline in {max(0, round(snapshot.closes_at - snapshot.now))} s")
+    if not snapshot.fleet.broker_connected:
         parts.append("no connection to the broker")
     return ", ".join(parts)
 
@@ -181,11 +176,11 @@ def state_style(state: str) -> str:
     return ATTENTION if "two boards" in state else _STATES.get(state.partition(" ")[0].rstrip(":"), BUSY)
 
 
-def cells(row: DeviceRow) -> tuple[str, ...]:
+def cells(row: DeviceSnapshot) -> tuple[str, ...]:
     """A row of the table, as texts; `-` where nothing is known."""
     found = leading(row.metrics)
     return (
-        row.device,
+        row.name,
         row.profile,
         "-" if row.density is None else f"{row.density:.3g}",
         f"{row.parameters:,}" if row.parameters else "-",
@@ -193,11 +188,11 @@ def cells(row: DeviceRow) -> tuple[str, ...]:
         _mb(row.bytes_up),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
         "-" if found is None else found[0].shown(found[1]) if found[0] is ACCURACY else found[0].said(found[1]),
-        row.state,
+        row.activity,
     )
 
 
-def row_line(row: DeviceRow) -> str:
+def row_line(row: DeviceSnapshot) -> str:
     device, profile, density, parameters, down, up, seconds, _, state = cells(row)
     found = leading(row.metrics)
     return (
@@ -206,20 +201,14 @@ def row_line(row: DeviceRow) -> str:
     )
 
 
-def round_line(summary: Mapping[str, Any], job: Job, bytes_down: int, bytes_up: int) -> str:
+def round_line(summary: Mapping[str, Any], snapshot: JobSnapshot) -> str:
     """A finished round as one line of a log, with the payload bytes of all devices so far."""
     devices = summary["devices"]
     counted = sum(d["progress"] == "folded" for d in devices.values())
     parts = [f"{counted} of {quantity(len(devices), 'device')} counted"]
-    parts += [*metric_texts(summary["metrics"]), *board_texts(summary, job.recipe.judged_by)]
-    parts.append(f"{_mb(bytes_down)} MB down and {_mb(bytes_up)} MB up so far")
-    return f"round {summary['round']} of {job.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
-
-
-def secure_sum_line(report: Mapping[str, Any]) -> str:
-    """How the sum of a cohort went (`fedprune.coordination.events.Unmasked`), as one line."""
-    lost = "".join(f"; lost at the step of {step}: {some(names)}" for step, names in report["lost"].items())
-    return f"secure sum of {quantity(report['boards'], 'board')}: {report['summed']} summed{lost}"
+    parts += [*metric_texts(summary["metrics"]), *board_texts(summary, snapshot.judged_by)]
+    parts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
+    return f"round {summary['round']} of {snapshot.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:

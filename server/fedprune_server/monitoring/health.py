@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
 from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify, repeating, status, watchdog_seconds
+from fedprune_server.observation.observer import ServerEnds, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -28,7 +30,7 @@ _BETWEEN_S = 5.0
 
 
 class Pulse:
-    """Reports to systemd and to probes that the server's loop turns."""
+    """Reports to systemd and to probes that the server's loop turns, or waits for its database and lives."""
 
     def __init__(
         self,
@@ -44,8 +46,9 @@ class Pulse:
         self._next = 0.0
         self._said = ""
 
-    def beat(self) -> None:
-        self._beat(RUNNING)
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        if not any(isinstance(event.what, ServerEnds) for event in events):
+            self._beat(RUNNING)
 
     def stop(self) -> None:
         """Report the end, and delete the health file."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_row
 from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Tracking, flat
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import RoundEnded, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 
 _SIMULATED = ("training_macs", "active_macs", "limited")
 """Columns that only simulations can fill."""
@@ -23,11 +26,12 @@ _SIMULATED = ("training_macs", "active_macs", "limited")
 _BYTES = ("total_bytes_down", "total_bytes_up")
 
 
-class JobTracker(Observer):
-    """Writes a server's finished rounds, and at the end its model, to experiment trackers.
+class JobTracker:
+    """Writes a job's finished rounds, and at the end its model, to experiment trackers.
 
     Args:
         state: The job's state folder.
+        store: The job's blobs.
         history: The job's finished rounds: what an earlier start couldn't write is written now, without its bytes.
 
     Raises:
@@ -40,30 +44,36 @@ class JobTracker(Observer):
         job: Job,
         model: Model,
         state: Path,
+        store: BlobStore,
         history: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._model, self._kind = model, job.recipe.judged_by
+        self._job, self._model, self._store, self._kind = job.name, model, store, job.recipe.judged_by
         settings = {"fedprune": __version__, "job": job.to_dict(), "model": model.architecture.name}
         self._tracking = Tracking(targets, TrackedRun(job.name, state, flat(settings)), state)
         self._rows = WideRows(self._kind)
         self._began: float | None = None
+        self._is_started = False
         for entry in history:
             self._write(entry, RoundNotes(), without=_BYTES)
 
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Open the trackers only now: a server that is refused, such as another one's copy, leaves no trace there."""
-        self._tracking.start()
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        down, up = seen.registry.total
-        self._write(summary, RoundNotes(down, up))
-
-    def finished(self, seen: JobView) -> None:
-        store, digest = seen.store, seen.state.model
-        self._tracking.finish(lambda folder: write_model(folder / MODEL, self._model, store.read(digest)))
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        if snapshot.name != self._job:
+            return
+        if not self._is_started:
+            self._is_started = True  # only now: a server that is refused, such as a copy, leaves no trace there
+            self._tracking.start()
+        for event in events:
+            match event.what:
+                case RoundEnded(summary):
+                    self._write(summary, RoundNotes(snapshot.bytes_down, snapshot.bytes_up))
+                case do.Finish(digest):
+                    self._tracking.finish(partial(self._write_model, digest))
 
     def close(self) -> None:
         self._tracking.close(ENDS_S)
+
+    def _write_model(self, digest: str, folder: Path) -> None:
+        write_model(folder / MODEL, self._model, self._store.read(digest))
 
     def _write(self, entry: Mapping[str, Any], notes: RoundNotes, without: Collection[str] = ()) -> None:
         if self._began is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,19 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_parts import OF_DEVICES, PARTS, begun, ended
-from fedprune_server.monitoring.view import Facts, JobView
+from fedprune_server.observation.observer import RoundEnded, Saved, TurnEnded, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 
 STATES = ("working", "idle", "excluded", "offline", "revoked")
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
 _SHORT = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
 _STALE = (0, 1, 2, 3, 5, 8, 13, 21, 50)
-_FACTS_S, _BLOBS_S = 1.0, 60.0
-_SHARE = 0.02
-"""Of the loop's time that figures of all devices may take."""
+_BLOBS_S = 60.0
+
+FIGURES_INTERVAL_S = 1.0
+"""Between two looks at all devices: no scrape is more frequent."""
 
 
 # A series per counter with the time when this process began it: twice the series, and nothing uses them.
@@ -89,15 +90,27 @@ class Metrics:
         self.seconds = histogram("round_part_seconds", "Seconds of a round's parts", _SECONDS, "job", "part")
         self.save = histogram("database_save_seconds", "Seconds that saving a turn's events took", _SHORT, "job")
         self.turn = histogram("loop_turn_seconds", "Seconds of a turn of the loop, without waiting", _SHORT, "job")
-        self.totals: dict[str, Facts] = {}
+        self.totals: dict[str, tuple[int, int]] = {}
+        self._jobs: dict[str, _JobMetrics] = {}
         self.registry.register(_Totals(self))
         if folder is not None:
             gauge("blobs_bytes", "Bytes of blobs in the state folder").set_function(lambda: self._measured(folder))
         if alerts is not None:
             self.registry.register(_Alerts(alerts))
 
-    def watch(self, job: str) -> JobMetrics:
-        return JobMetrics(self, job)
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        """Count what has happened, and from time to time all devices."""
+        job, now = self._jobs.get(snapshot.name), self.clock()
+        if job is None:
+            job = self._jobs[snapshot.name] = _JobMetrics(self, snapshot.name)
+        self.turned_at, self.connected = now, snapshot.fleet.broker_connected
+        for event in events:
+            job.count(event.what, event.at)
+        # Not while the loop waits for its database: who is a member stands there.
+        is_turn_over = any(isinstance(event.what, TurnEnded) for event in events)
+        if is_turn_over and now >= job.shown_at + FIGURES_INTERVAL_S:
+            job.shown_at = now
+            job.show(snapshot)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -110,40 +123,44 @@ class Metrics:
         return float(self._blobs)
 
 
-class JobMetrics(Observer):
+class _JobMetrics:
+    """The figures of one job."""
+
     def __init__(self, metrics: Metrics, job: str) -> None:
-        self._all, self._job, self._clock = metrics, job, metrics.clock
+        self._all, self._job = metrics, job
         self._begun: dict[tuple[str, str], float] = {}
         self._round_at: float | None = None
-        self._facts_at = 0.0
+        self.shown_at = -FIGURES_INTERVAL_S
         for part in PARTS:
             metrics.seconds.labels(job, part)
         for reason in (kind.value for kind in FailureKind):
             metrics.refused.labels(job, reason)
-        for made in (metrics.counted, metrics.closed, metrics.stale, metrics.save, metrics.turn):
-            made.labels(job)
+        for metric in (metrics.counted, metrics.closed, metrics.stale, metrics.save, metrics.turn):
+            metric.labels(job)
 
-    def command(self, command: do.Command, now: float) -> None:
-        if (part := begun(command)) is None:
-            return
-        at = self._clock()
-        if isinstance(command, do.Score):
-            self._round_at = at
-        if isinstance(command, (do.SendOffer, do.PullUpdate)):  # which may be repeated
-            self._begun.setdefault(part, at)
-        else:
-            self._begun[part] = at
+    def count(self, what: object, at: float) -> None:
+        """Count something that has happened at a time."""
+        if (part := begun(what)) is not None:
+            if isinstance(what, do.Score):
+                self._round_at = at
+            if isinstance(what, (do.SendOffer, do.PullUpdate)):  # which may be repeated
+                self._begun.setdefault(part, at)
+            else:
+                self._begun[part] = at
+        elif (part := ended(what)) is not None and (since := self._begun.pop(part, None)) is not None:
+            self._all.seconds.labels(self._job, part[0]).observe(max(0.0, at - since))
+        match what:
+            case on.UpdateRejected() | on.OfferRefused():
+                for name in OF_DEVICES:
+                    self._begun.pop((name, what.device), None)
+            case Saved():
+                self._all.save.labels(self._job).observe(what.seconds)
+            case TurnEnded():
+                self._all.turn.labels(self._job).observe(what.seconds)
+            case RoundEnded():
+                self._count_round(what.summary, at)
 
-    def event(self, event: on.Event, now: float) -> None:
-        if (part := ended(event)) is not None:
-            since = self._begun.pop(part, None)
-            if since is not None:
-                self._all.seconds.labels(self._job, part[0]).observe(self._clock() - since)
-        elif isinstance(event, (on.UpdateRejected, on.OfferRefused)):
-            for name in OF_DEVICES:
-                self._begun.pop((name, event.device), None)
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+    def _count_round(self, summary: Mapping[str, Any], at: float) -> None:
         job, all_ = self._job, self._all
         all_.closed.labels(job).inc()
         for part in summary["devices"].values():
@@ -157,44 +174,26 @@ class JobMetrics(Observer):
         for name, value in summary["metrics"].items():
             if isinstance(value, (int, float)):
                 all_.metric.labels(job, name).set(value)
-        at = self._clock()
         if self._round_at is not None:
-            all_.seconds.labels(job, "round").observe(at - self._round_at)
+            all_.seconds.labels(job, "round").observe(max(0.0, at - self._round_at))
         self._round_at = at  # an asynchronous job isn't scored every time
         kept = ("train", "pull", "extract")
         self._begun = {k: v for k, v in self._begun.items() if k[0] in kept and k[1] not in summary["devices"]}
 
-    def saved(self, seconds: float) -> None:
-        self._all.save.labels(self._job).observe(seconds)
-
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Count a turn, and all devices from time to time."""
-        now = self._clock()
-        self._all.turned_at = now
-        self._all.turn.labels(self._job).observe(seconds())
-        if now < self._facts_at:
-            return
-        self._show(seen.facts())
-        self._facts_at = now + max(_FACTS_S, (self._clock() - now) / _SHARE)
-
-    def waiting(self) -> None:
-        self._all.turned_at = self._clock()
-
-    def _show(self, facts: Facts) -> None:
+    def show(self, snapshot: JobSnapshot) -> None:
         job, all_ = self._job, self._all
-        all_.connected = facts.connected
-        all_.totals[job] = facts
-        all_.round.labels(job).set(facts.round)
-        all_.rounds.labels(job).set(facts.rounds)
+        all_.totals[job] = snapshot.bytes_down, snapshot.bytes_up
+        all_.round.labels(job).set(snapshot.round)
+        all_.rounds.labels(job).set(snapshot.rounds)
         for phase in Phase:
-            all_.phase.labels(job, phase.value).set(phase.value == facts.phase)
+            all_.phase.labels(job, phase.value).set(phase is snapshot.phase)
         for state in STATES:
-            all_.devices.labels(job, state).set(facts.devices.get(state, 0))
+            all_.devices.labels(job, state).set(snapshot.device_states.get(state, 0))
         for progress in Progress:
-            all_.tasks.labels(job, progress.value).set(facts.tasks.get(progress.value, 0))
-        all_.quarantined.labels(job).set(facts.quarantined)
-        all_.broker.labels(job).set(facts.connected)
-        for queue, length in facts.queues.items():
+            all_.tasks.labels(job, progress.value).set(snapshot.parts.get(progress, 0))
+        all_.quarantined.labels(job).set(len(snapshot.fleet.quarantined))
+        all_.broker.labels(job).set(snapshot.fleet.broker_connected)
+        for queue, length in snapshot.queues.items():
             all_.queue.labels(job, queue).set(length)
 
 
@@ -208,9 +207,9 @@ class _Totals(Collector):
         found = CounterMetricFamily(
             "fedprune_bytes", "Payload bytes, over all starts of the server", labels=["job", "direction"]
         )
-        for job, facts in list(self._metrics.totals.items()):
-            found.add_metric([job, "down"], facts.bytes_down)
-            found.add_metric([job, "up"], facts.bytes_up)
+        for job, (down, up) in list(self._metrics.totals.items()):
+            found.add_metric([job, "down"], down)
+            found.add_metric([job, "up"], up)
         return [found]
 
 

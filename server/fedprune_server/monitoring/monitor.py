@@ -10,14 +10,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.atomic_file import write_whole
@@ -25,22 +25,18 @@ from fedprune.core.disk import held
 from fedprune.core.errors import FedpruneError, reason
 from fedprune.core.lock_wait import wait_reason
 from fedprune.core.text import amount
-from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
-from fedprune.strategies import compose
-from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
+from fedprune_server.devices.plan_vs_actual import QUANTITIES
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
+from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
 from fedprune_server.monitoring.alerts import (
-    ALERT_SEVERITIES,
     CRITICAL,
     HANG_THRESHOLD_S,
     INFO,
     MAX_NAMES_SHOWN,
     WARNING,
     Alert,
-    evaluate_alerts,
 )
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.participation import (
     AWAY,
     CLONED,
@@ -51,8 +47,9 @@ from fedprune_server.monitoring.participation import (
 )
 from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import JobStatus, SiteFacts, Snapshot
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.monitoring.situation import SiteFacts, Situation, WatchedJob
+from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.storage.state_folder import LOCK, run_id
 
 log = logging.getLogger("fedprune.server")
@@ -60,7 +57,9 @@ log = logging.getLogger("fedprune.server")
 FILE = "alerts.json"
 """In the state folder."""
 
-_LOOK_S = 1.0
+LOOK_INTERVAL_S = 1.0
+"""Between two evaluations: no delay of an alert is shorter than some seconds."""
+
 FACTS_INTERVAL_S = 5.0
 """The state folder's facts are read, and the open alerts written, no more often, but at once where an alert changes:
 reading them takes a while with many boards, and the file's readers ask whether the loop still turns."""
@@ -79,101 +78,94 @@ _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.
 """How many times its prediction a measurement exceeds before it is an alert."""
 
 
-class JobWatch(Observer):
-    """Counts the events that a job's alerts depend on."""
+class JobWatch:
+    """Counts what a job's alerts depend on.
 
-    def __init__(self, view: JobView, folder: Path) -> None:
-        self._view, self._folder = view, folder
-        self._schedule = schedule = compose(view.job).schedule or SYNCHRONOUS
-        self._deadline_s = schedule.deadline_s or view.job.deadline_s
+    Attributes:
+        rounds_ended: How many rounds have ended since the start.
+    """
+
+    def __init__(self, seen: JobSnapshot, folder: Path, participation: Participation) -> None:
+        self._seen, self._folder, self.participation = seen, folder, participation
         self._missed = self._empty = self._closing = self.rounds_ended = 0
         self._asked_at: float | None = None  # the first offer since an update counted
         self._round_times = RoundTimes()
-        self._off: Mapping[str, str] = off_by_far(view.state)
+        self._off: Mapping[str, str] = off_by_far(seen)
 
-    def command(self, command: do.Command, now: float) -> None:
-        if isinstance(command, do.Close):
-            self._closing = len(command.contributions)
-        elif isinstance(command, do.SendOffer) and self._asked_at is None:
-            self._asked_at = now
+    def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self._seen = seen
+        self.participation.observe(seen, events)
+        for event in events:
+            self._count(event.what, event.at)
 
-    def event(self, event: on.Event, now: float) -> None:
-        if isinstance(event, (on.Folded, on.Paused)):
-            self._missed = 0
-            self._asked_at = now if self._schedule.asynchronous else None  # others are being asked meanwhile
-        elif isinstance(event, on.Closed) and self._closing and len(event.rejected) >= self._closing:
-            self._empty += 1
-        elif isinstance(event, (on.OfferRefused, on.UpdateRejected)) and self._view.state.phase is Phase.TRAINING:
-            tasks = self._view.state.tasks
-            self._empty += not self._schedule.asynchronous and tasks.count(Progress.REFUSED) == len(tasks) > 0
-        elif isinstance(event, on.Ticked) and self._asked_at is not None:
-            self._missed = max(self._missed, int((now - self._asked_at + _ROUNDING_S) // self._deadline_s))
+    def _count(self, what: object, now: float) -> None:
+        seen = self._seen
+        match what:
+            case do.Close():
+                self._closing = len(what.contributions)
+            case do.SendOffer() if self._asked_at is None:
+                self._asked_at = now
+            case on.Folded() | on.Paused():
+                self._missed = 0
+                self._asked_at = now if seen.is_asynchronous else None  # others are being asked meanwhile
+            case on.Closed() if self._closing and len(what.rejected) >= self._closing:
+                self._empty += 1
+            case on.OfferRefused() | on.UpdateRejected() if seen.phase is Phase.TRAINING and not seen.is_asynchronous:
+                refused = seen.parts.get(Progress.REFUSED, 0)
+                self._empty += 0 < refused == sum(seen.parts.values())
+            case on.Ticked() if self._asked_at is not None:
+                missed = int((now - self._asked_at + _ROUNDING_S) // seen.deadline_s)
+                self._missed = max(self._missed, missed)
+            case RoundEnded(summary):
+                counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
+                self._empty = 0 if counted else self._empty + 1
+                self.rounds_ended += 1
+                self._round_times.note_end(summary["round"], now)
+                self._off = off_by_far(seen, self._off)
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
-        self._empty = 0 if counted else self._empty + 1
-        self.rounds_ended += 1
-        self._round_times.note_end(summary["round"], now)
-        self._off = off_by_far(seen.state, self._off)
-
-    def status(self, awaited: Mapping[str, float] = MappingProxyType({})) -> JobStatus:
-        """The job as the rules see it.
-
-        Args:
-            awaited: Boards that are offline and for which alone the round waits, and since when they are.
-        """
-        job, state = self._view.job, self._view.state
-        missing = state.phase is Phase.WAITING or not state.devices.count(True)
-        revoked = self._view.revoked() if missing else ()
-        away = (n for n, d in state.devices.items() if not d.online and n not in revoked)
-        return JobStatus(
-            job.name, self._folder, True, state.phase, state.round, job.rounds, state.paused, job.devices,
-            len(state.devices) + len(self._view.registry.outsiders),
-            tuple(islice(away, MAX_NAMES_SHOWN + 1)) if missing else (), sorted(revoked),
-            self._deadline_s, self._missed, self._empty, self._off,
-            awaited, self._closes_at(awaited), self._round_times.usual_s(),
-        )  # fmt: skip
-
-    def _closes_at(self, awaited: Collection[str]) -> float | None:
-        state = self._view.state
-        # With `in_flight` each board has a deadline of its own.
-        deadlines = [at for name in awaited if (at := state.tasks[name].deadline or state.deadline) is not None]
-        return max(deadlines) if deadlines and len(deadlines) == len(awaited) else None
+    def job(self) -> WatchedJob:
+        """The job as the rules see it."""
+        seen, away = self._seen, self.participation.away_since
+        is_short = seen.phase is Phase.WAITING or not seen.able
+        missing = (name for name in away if name not in seen.revoked) if is_short else iter(())
+        return WatchedJob(
+            seen=seen,
+            folder=self._folder,
+            away=tuple(islice(missing, MAX_NAMES_SHOWN + 1)),
+            missed=self._missed,
+            empty=self._empty,
+            off=self._off,
+            offline_since=self.participation.offline_since(),
+            usual_round_s=self._round_times.usual_s(),
+        )
 
 
-def off_by_far(state: State, before: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def off_by_far(seen: JobSnapshot, before: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
 
     Args:
         before: The same after the round before. These boards stay until half of the excess is gone.
     """
-    found = {name: text for name, text in before.items() if name in state.devices}
-    for name, part in state.history[-1]["devices"].items() if state.history else ():
-        device = state.devices.get(name)
-        if device is None or part["progress"] != Progress.FOLDED.value:
-            continue  # it has measured nothing in this round
-        found.pop(name, None)
-        if device.plan is None or part.get("widths") != list(device.widths):
-            continue  # nothing of its present plan
-        for metric, (expected, measured) in compared(name, state, device.plan.get("prediction")).items():
+    excesses = {name: text for name, text in before.items() if name in seen.devices}
+    for name, comparison in seen.compared.items():
+        excesses.pop(name, None)
+        for metric, (expected, measured) in comparison.items():
             limit = (1.0 + _FAR_OFF[metric]) / 2 if name in before else _FAR_OFF[metric]
             if expected and measured and measured > limit * expected:
                 title, _, unit = QUANTITIES[metric]
                 text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
-                found[name] = f"{found[name]}, {text}" if name in found else text
-    return found
+                excesses[name] = f"{excesses[name]}, {text}" if name in excesses else text
+    return excesses
 
 
-class Monitor(Observer):
+class Monitor:
     """Evaluates a server's alerts once a second.
 
     Args:
         server: Settings of the table [server].
-        here: Counts the boards that can take part; None to count those of the only job.
+        folders: The state folders of the server's jobs, by the jobs' names.
         book: Open alerts; None for what the last run left open.
         away_rounds: Rounds that end without a board that isn't connected until it is an alert; 0 for never.
-        present: Whether a board is connected, at whatever job; None to go by the jobs alone.
-        free: The boards that are connected and at no job.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
 
@@ -185,31 +177,25 @@ class Monitor(Observer):
         self,
         folder: Path,
         server: Mapping[str, Any],
-        views: Sequence[tuple[JobView, Path]],
+        folders: Mapping[str, Path],
         *,
-        here: Callable[[], int] | None = None,
         book: AlertBook | None = None,
         away_rounds: int = 0,
-        present: Callable[[str], bool] | None = None,
-        free: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folder, self._server, self._view = folder, server, views[0][0]
+        self._folder, self._server, self._folders = folder, server, folders
         self._run_id = run_id(folder)
-        self.watches = {view.job.name: JobWatch(view, place) for view, place in views}
-        self._here = here or (lambda: self._view.state.devices.count(True))
-        self._free = free
+        self._watches: dict[str, JobWatch] = {}
+        self._fleet = FleetSnapshot()
+        self._away_rounds = away_rounds
         self._free_seen: list[str] = []
         self._free_at = 0.0
         self.notified: Callable[[], Sequence[Alert]] = tuple
         self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(read_recorded(folder).alerts) if book is None else book
         self._restored = self.book.open
-        away = {a.device: a.since for a in self.book.open if a.kind == AWAY and a.device is not None}
-        self.participation = {
-            view.job.name: Participation(view, away_rounds, present, away, clock) for view, _ in views
-        }
+        self._away = {a.device: a.since for a in self.book.open if a.kind == AWAY and a.device is not None}
         self._site: SiteFacts | None = None
         self._site_is_unknown = False  # it couldn't be read: alerts about it may have begun before, and don't close
         self._next_at = 0.0
@@ -228,10 +214,8 @@ class Monitor(Observer):
         """All open alerts, including a hanging loop; may be called from any thread."""
         if not self.hangs:
             return self.book.open
-        return [
-            *evaluate_alerts(Snapshot(self._folder, turned_s=self._monotonic() - self._seen_at), self._clock()),
-            *self.book.open,
-        ]
+        hanging = Situation(self._folder, turned_s=self._monotonic() - self._seen_at)
+        return [*evaluate_alerts(hanging, self._clock()), *self.book.open]
 
     def start(self) -> None:
         """Read the site's facts, and start the thread that reads them again and again and writes the open alerts."""
@@ -247,31 +231,33 @@ class Monitor(Observer):
             self._thread.join(_COMPLAIN_S)
             self._write()
 
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Evaluate once a second; a failure costs the job nothing."""
-        now = self._monotonic()
-        if now < self._next_at:
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        """Count what has happened, and evaluate once a second, once all jobs were seen."""
+        watch = self._watches.get(snapshot.name)
+        if watch is None:
+            participation = Participation(snapshot, self._away_rounds, self._away, self._clock)
+            watch = self._watches[snapshot.name] = JobWatch(snapshot, self._folders[snapshot.name], participation)
+        watch.observe(snapshot, events)
+        self._fleet = snapshot.fleet
+        now, kinds = self._monotonic(), {type(event.what) for event in events}
+        self._turned_at, self._seen_at = self._clock(), now
+        if do.Finish in kinds:
+            self._next_at = 0.0  # look at once: alerts about the job are over, and the server may end with it
+        if len(self._watches) < len(self._folders):
             return
-        self._next_at = now + _LOOK_S
-        self._turned_at, self._seen_at = self._clock(), now
-        self._waits_since = None
-        self._look_safely()
-
-    def waiting(self) -> None:
-        now = self._monotonic()
-        self._turned_at, self._seen_at = self._clock(), now
-        self._waits_since = now if self._waits_since is None else self._waits_since
-        if now >= self._next_at and now - self._waits_since >= WAITS_S:
-            self._next_at = now + _LOOK_S
-            self._look_safely(waits_for=wait_reason())
-
-    def finished(self, seen: JobView) -> None:
-        self._next_at = 0.0  # look at once: alerts about the job are over, and the server may end with it
-
-    def ended(self) -> None:
-        """Evaluate once more, because what ends the server (a full disk, a successor) is an alert, too."""
-        self.read_site()
-        self._look_safely(closes=False)
+        if ServerEnds in kinds:  # what ends the server (a full disk, a successor) is an alert, too
+            self.read_site()
+            self.look(closes=False)
+        elif LoopWaits in kinds:
+            self._waits_since = now if self._waits_since is None else self._waits_since
+            if now >= self._next_at and now - self._waits_since >= WAITS_S:
+                self._next_at = now + LOOK_INTERVAL_S
+                self.look(wait_reason())
+        else:
+            self._waits_since = None
+            if now >= self._next_at:
+                self._next_at = now + LOOK_INTERVAL_S
+                self.look()
 
     def look(self, waits_for: str = "", *, closes: bool = True) -> None:
         """Evaluate the alerts.
@@ -283,13 +269,14 @@ class Monitor(Observer):
         """
         at, now = self._clock(), self._monotonic()
         if not waits_for and now >= self._free_at:  # not at every look: it takes a while with many boards
-            self._free_at, self._free_seen = now + FACTS_INTERVAL_S, sorted(self._free())
-        snapshot = Snapshot(self._folder, waits_for=waits_for) if waits_for else self._snapshot()
-        alerts = evaluate_alerts(snapshot, at)
+            self._free_at, fleet = now + FACTS_INTERVAL_S, self._fleet
+            self._free_seen = sorted(set(fleet.connected) - fleet.jobs.keys()) if fleet.several_jobs else []
+        situation = Situation(self._folder, waits_for=waits_for) if waits_for else self._situation()
+        alerts = evaluate_alerts(situation, at)
         if waits_for or not closes or self._site_is_unknown:
             alerts = [*self.book.open, *alerts]
         else:
-            alerts = [*self._carried_alerts(snapshot.jobs), *alerts]
+            alerts = [*self._carried_alerts(situation.jobs), *alerts]
         closing = self.book.closing
         changes = self.book.update(alerts, now, at)
         for change in changes:
@@ -297,20 +284,15 @@ class Monitor(Observer):
         if changes or self.book.closing != closing:
             self._wake.set()
 
-    def _carried_alerts(self, jobs: Sequence[JobStatus]) -> list[Alert]:
+    def _carried_alerts(self, jobs: Sequence[WatchedJob]) -> list[Alert]:
         """Alerts of the server's last run about jobs of which no round has ended since: what they were made of wasn't
         kept, so that nothing tells yet whether they are over."""
         if self._restored:
-            unproven = {job.name for job in jobs if not job.finished and not self.watches[job.name].rounds_ended}
+            names = [job.seen.name for job in jobs if not job.seen.finished]
+            unproven = {name for name in names if not self._watches[name].rounds_ended}
             subjects = {*unproven, None} if unproven else set()  # some are about a board, whatever its job
             self._restored = [a for a in self._restored if a.kind in _COUNTED and (a.job or None) in subjects]
         return self._restored
-
-    def _look_safely(self, waits_for: str = "", *, closes: bool = True) -> None:
-        try:
-            self.look(waits_for, closes=closes)
-        except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
-            self._complain(error)
 
     def read_site(self) -> None:
         """Read the facts of the state folder; unreadable ones stay as they were."""
@@ -321,14 +303,16 @@ class Monitor(Observer):
             self._site_is_unknown = self._site is None
             self._complain(error)
 
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
+    def _situation(self) -> Situation:
+        jobs, fleet = [watch.job() for watch in self._watches.values()], self._fleet
+        participations = (watch.participation for watch in self._watches.values())
+        return Situation(
             self._folder,
-            [watch.status(self.participation[name].awaited_offline()) for name, watch in self.watches.items()],
-            self._here(),
-            broker="" if self._view.link.connected else "there is no connection to the broker",
-            absences=find_absent_boards(list(self.participation.values()), self._view, self._clock()),
-            floods_joins=self._view.quarantine.floods_joins(),
+            jobs,
+            len(fleet.connected) if fleet.several_jobs else jobs[0].seen.able,
+            broker="" if fleet.broker_connected else "there is no connection to the broker",
+            absences=find_absent_boards(participations, fleet, self._clock()),
+            floods_joins=fleet.floods_joins,
             site=self._site,
             open=self.book.severities,
         )

@@ -8,18 +8,15 @@ round ends without it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.coordination import Phase
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
-from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
-from fedprune.strategies import compose
-from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.view import UNDER_WAY, JobView
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent
+from fedprune_server.observation.snapshot import UNDER_WAY, FleetSnapshot, JobSnapshot
 
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
 UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
@@ -66,47 +63,48 @@ def quarantine_absence(reason: str, since: float) -> Absence:
     return Absence(QUARANTINE, f"is in quarantine: {one_line(reason, _MAX_REASON_LENGTH)}", since)
 
 
-class Participation(Observer):
+class Participation:
     """Watches the boards of one job. Times are in seconds since 1970.
 
     Args:
+        seen: The job as it is seen first.
         away_rounds: Rounds that end without a board after which it counts as away; 0 to watch for none.
-        present: Whether a board is connected, at whatever job; None to go by the job alone.
         away: Since when boards were away, at whatever job, as the server's last run ended.
         clock: Seconds since 1970.
     """
 
     def __init__(
-        self,
-        view: JobView,
-        away_rounds: int,
-        present: Callable[[str], bool] | None,
-        away: Mapping[str, float],
-        clock: Callable[[], float],
+        self, seen: JobSnapshot, away_rounds: int, away: Mapping[str, float], clock: Callable[[], float]
     ) -> None:
-        self._view, self._away_rounds, self._clock = view, away_rounds, clock
-        self._is_present = present or (lambda name: False)
-        self._schedule = schedule = compose(view.job).schedule or SYNCHRONOUS
-        # Rounds that close before all boards are done, on purpose: who is late then has done nothing wrong.
-        self._closes_early = schedule.asynchronous or view.job.over_selection > 0
+        self._seen, self._away_rounds, self._clock = seen, away_rounds, clock
         self._exclusions: dict[str, Absence] = {}
-        away = {name: at for name, at in away.items() if away_rounds and name in view.state.devices}
-        self._away_since: dict[str, float] = dict(away)
+        away = {name: at for name, at in away.items() if away_rounds and _takes_part(seen, name)}
+        self.away_since: dict[str, float] = dict(away)
+        """Since when boards of the job are offline, or at another job."""
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
-        self.noticed(view.state.devices.keys())
+        self._note_changes(seen.devices)
 
-    def noticed(self, devices: Collection[str]) -> None:
-        for name in devices:
-            device = self._view.state.devices.get(name)
-            if device is None or device.online:
+    def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self._seen = seen
+        for event in events:
+            match event.what:
+                case DevicesChanged(names):
+                    self._note_changes(names)
+                case RoundEnded(summary):
+                    self._end_round(summary)
+
+    def _note_changes(self, names: Iterable[str]) -> None:
+        for name in names:
+            device = self._seen.devices.get(name)
+            if device is None or not device.takes_part or device.online:
                 self._rounds_away.pop(name, None)
-                self._away_since.pop(name, None)
+                self.away_since.pop(name, None)
                 self._away.discard(name)
             else:
                 self._rounds_away.setdefault(name, 0)
-                self._away_since.setdefault(name, self._clock())
+                self.away_since.setdefault(name, self._clock())
             # Boards that could never take part are listed by doctor; what is new is one that did.
             if device is not None and device.excluded and (device.last_counted_round or device.excluded_by):
                 if name not in self._exclusions:
@@ -114,10 +112,10 @@ class Participation(Observer):
             else:
                 self._exclusions.pop(name, None)
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+    def _end_round(self, summary: Mapping[str, Any]) -> None:
         for name in self._rounds_away:
-            if self._is_present(name):
-                self._rounds_away[name], self._away_since[name] = 0, self._clock()
+            if self._is_connected(name):
+                self._rounds_away[name], self.away_since[name] = 0, self._clock()
             else:
                 self._rounds_away[name] += 1
         if self._away_rounds:
@@ -125,13 +123,16 @@ class Participation(Observer):
         for name, part in summary["devices"].items():
             self._count_failure(name, part, summary["round"])
 
+    def _is_connected(self, name: str) -> bool:
+        return name in self._seen.fleet.connected
+
     def _count_failure(self, name: str, part: Mapping[str, Any], number: int) -> None:
         kind = part.get("kind", "")
         if part["progress"] == Progress.FOLDED.value:
             self._failures.pop(name, None)
             return
         late = not part["reason"] or kind == FailureKind.LATE
-        if kind in _BLAMELESS_FAILURES or (late and self._closes_early):
+        if kind in _BLAMELESS_FAILURES or (late and self._seen.closes_early):
             return
         if not late:
             alert_kind, reason = FAILING, one_line(part["reason"], _MAX_REASON_LENGTH)
@@ -144,53 +145,51 @@ class Participation(Observer):
         self._failures[name] = (max(count + 1, min_count), alert_kind, reason, since)
 
     def _is_offline(self, name: str) -> bool:
-        return name in self._away_since and not self._is_present(name)
+        return name in self.away_since and not self._is_connected(name)
 
     def _late_reason(self, name: str) -> str:
-        crash = self._view.registry.crashes.get(name)
+        crash = self._seen.crashes.get(name)
         return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
 
-    def awaited_offline(self) -> dict[str, float]:
+    def offline_since(self) -> dict[str, float]:
         """Since when the boards are offline for which alone a synchronous round waits; empty while it waits for
         others, too, or for none."""
-        state = self._view.state
-        if state.phase is not Phase.TRAINING or self._schedule.asynchronous:
-            return {}
-        if not 0 < state.tasks.count(*UNDER_WAY) <= len(self._away_since):
+        seen = self._seen
+        under_way = 0 if seen.is_asynchronous else sum(seen.parts.get(progress, 0) for progress in UNDER_WAY)
+        if not 0 < under_way <= len(self.away_since):
             return {}  # without a look at each part
-        names = [name for name, task in state.tasks.items() if task.progress in UNDER_WAY]
-        return {name: self._away_since[name] for name in names} if all(map(self._is_offline, names)) else {}
+        is_stalled = all(map(self._is_offline, seen.awaited))
+        return {name: self.away_since[name] for name in seen.awaited} if is_stalled else {}
 
     def absences(self) -> dict[str, Absence]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
-        revoked = self._view.revoked()
+        revoked = self._seen.revoked
         return {name: absence for name, absence in self._absences_with_revoked().items() if name not in revoked}
 
     def _absences_with_revoked(self) -> dict[str, Absence]:
         """The same, with boards that were revoked."""
-        state, registry = self._view.state, self._view.registry
+        seen = self._seen
         absences = {
             name: Absence(CLONED, f"seems to be two boards: {reason}", self._clock())
-            for name, reason in registry.clones.suspicions().items()
+            for name, reason in seen.clones.items()
         }
-        if state.paused or state.phase is Phase.FINISHED:
+        if seen.paused or seen.finished:
             return absences
-        for name, reason in registry.drop_reasons().items():
+        for name, reason in seen.undelivered.items():
             absences.setdefault(name, Absence(UNDELIVERED, reason, self._clock()))
-        for name, body in registry.outsiders.items():
-            device = state.devices.get(name)
-            if body.get("cannot_start") or (device is not None and device.last_counted_round):
+        for name, body in seen.outsiders.items():
+            if body.get("cannot_start") or seen.devices[name].last_counted_round:
                 absences.setdefault(name, exclusion_absence(str(body["excluded"]), self._clock()))
         absences = self._exclusions | absences  # a copy of its card, or a broker that drops messages, explains more
         for name in self._away:
-            if not self._is_present(name):
-                since = self._away_since[name]
+            if not self._is_connected(name):
+                since = self.away_since[name]
                 what = f"has not been connected since {format_minute(since)}, and rounds end without it"
                 absences.setdefault(name, Absence(AWAY, what, since))
-        for name, reason in registry.silence_reasons().items():
+        for name, reason in seen.silent.items():
             absences.setdefault(name, self._failing(name, FAILING, reason, self._clock()))
         for name, (count, kind, reason, since) in self._failures.items():
-            if count >= FAILED_ROUNDS and name in state.devices:
+            if count >= FAILED_ROUNDS and _takes_part(seen, name):
                 what = f"sends no update that counts: {reason}"
                 absences.setdefault(name, self._failing(name, kind, what, since))
         return absences
@@ -199,23 +198,23 @@ class Participation(Observer):
         """A board whose parts come to nothing. While it is offline, its connection is what has to be mended."""
         if not self._is_offline(name):
             return Absence(kind, reason, since)
-        away_since = self._away_since[name]
+        away_since = self.away_since[name]
         return Absence(AWAY, f"has not been connected since {format_minute(away_since)}; it {reason}", away_since)
 
 
-def find_absent_boards(watches: Sequence[Participation], view: JobView, now: float) -> dict[str, Absence]:
-    """Boards that don't take part, at any job of a server; a board has the first reason that explains the others.
-
-    Args:
-        view: The first job's, whose quarantine is the server's.
-    """
+def find_absent_boards(watches: Iterable[Participation], fleet: FleetSnapshot, now: float) -> dict[str, Absence]:
+    """Boards that don't take part, at any job of a server; a board has the first reason that explains the others."""
     absences: dict[str, Absence] = {}
     for watch in watches:
         for name, absence in watch.absences().items():
             absences.setdefault(name, absence)
-    for name in view.quarantine.all_held():
-        sentence = view.quarantine.held(name)
+    for name, (_, reason) in fleet.quarantined.items():
         # Of two boards with one key the server understands little, so that it may put them in quarantine.
-        if sentence is not None and (name not in absences or absences[name].kind != CLONED):
-            absences[name] = quarantine_absence(sentence[1], now)
+        if name not in absences or absences[name].kind != CLONED:
+            absences[name] = quarantine_absence(reason, now)
     return absences
+
+
+def _takes_part(seen: JobSnapshot, name: str) -> bool:
+    device = seen.devices.get(name)
+    return device is not None and device.takes_part

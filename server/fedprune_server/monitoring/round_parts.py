@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -24,15 +24,16 @@ _ENDS: dict[type[Any], str] = {
 }  # fmt: skip
 
 
-def begun(command: do.Command) -> tuple[str, str] | None:
-    """The part that a command begins, and its device (empty if it is the whole round's); None for no part."""
-    part = _BEGINS.get(type(command))
-    if isinstance(command, do.SendOffer) and command.again:
+def begun(what: object) -> tuple[str, str] | None:
+    """The part that a command begins, and its device (empty if it is the whole round's); None for no part, and for what
+    is no command."""
+    part = _BEGINS.get(type(what))
+    if part is None or (isinstance(what, do.SendOffer) and what.again):
         return None  # most devices have their update still, and pulling it goes on
-    return None if part is None else (part, device_of(command) or "")
+    return part, device_of(cast(do.Command, what)) or ""
 
 
-def ended(event: on.Event) -> tuple[str, str] | None:
-    """The part that an event ends, and its device; None for no part."""
-    part = _ENDS.get(type(event))
-    return None if part is None else (part, getattr(event, "device", ""))
+def ended(what: object) -> tuple[str, str] | None:
+    """The part that an event ends, and its device; None for no part, and for what is no event."""
+    part = _ENDS.get(type(what))
+    return None if part is None else (part, getattr(what, "device", ""))

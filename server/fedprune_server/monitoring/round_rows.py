@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.coordination.job_end import EPSILON_NEXT
-from fedprune.core.errors import ConfigError
 from fedprune.core.metrics import METRICS, TRAINED, served
-from fedprune.model.recipe import judged_by
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.executor.accountant import EPSILON
 
@@ -131,15 +129,6 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: s
         limited=notes.limited,
         coverage=notes.coverage,
     )
-
-
-def judging_metric(job: Mapping[str, Any]) -> str:
-    """The name of the metric by which a stored job's models are judged; empty if this version doesn't know it."""
-    try:
-        name = judged_by(job.get("recipe", {}))
-    except ConfigError:
-        return ""
-    return name if name in METRICS else ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedprune_server.enrollment.pki import CONSOLE_CERTIFICATE, hosts_of
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import command, state_args
-from fedprune_server.monitoring.snapshot import CertificateDates, RolloutStatus, SiteFacts
+from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import has_database
 from fedprune_server.storage.storage import database_of

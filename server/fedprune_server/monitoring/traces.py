@@ -10,7 +10,7 @@ whose own span ends with the round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +24,10 @@ from fedprune import __version__
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress, outcome
-from fedprune_server.monitoring.observer import Observer
+from fedprune.output.log_lines import mark_job
 from fedprune_server.monitoring.round_parts import OF_DEVICES, begun, ended
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -36,7 +37,24 @@ MAX_OPEN = 20_000
 _DEVICE = "device"
 
 
-class JobTraces(Observer):
+class Traces:
+    """Makes spans of the rounds of a server's jobs."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._jobs: dict[str, _JobTraces] = {}
+
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        job = self._jobs.get(snapshot.name)
+        if job is None:
+            job = self._jobs[snapshot.name] = _JobTraces(self._tracer, snapshot.name)
+        for event in events:
+            job.note(event.what, event.at)
+
+
+class _JobTraces:
+    """The spans of one job."""
+
     def __init__(self, tracer: Tracer, job: str) -> None:
         self._tracer, self._job = tracer, job
         self._round: Span | None = None
@@ -44,32 +62,37 @@ class JobTraces(Observer):
         self._open: dict[tuple[str, str], Span] = {}
         """By what it is and whose: `device` and its parts by device's name, the round's own parts by no name."""
 
-    def command(self, command: do.Command, now: float) -> None:
-        match command:
+    def note(self, what: object, now: float) -> None:
+        match what:
             case do.Score():
-                self._begin_round(command.round, now)
+                self._begin_round(what.round, now)
             case do.Extract():
-                if self._round is None or command.basis.round > self._number:
-                    self._begin_round(command.basis.round, now)
-                self._device(command.part.device, command.basis.round, command.part.attempt, now)
+                if self._round is None or what.basis.round > self._number:
+                    self._begin_round(what.basis.round, now)
+                self._device(what.part.device, what.basis.round, what.part.attempt, now)
             case do.SendOffer():
-                self._device(command.device, command.round, command.attempt, now)
+                self._device(what.device, what.round, what.attempt, now)
             case do.Finish():
                 self._end_all(now)
-        if (part := begun(command)) is not None:
-            repeated = isinstance(command, (do.SendOffer, do.PullUpdate, do.Fold))
+        if (part := begun(what)) is not None:
+            repeated = isinstance(what, (do.SendOffer, do.PullUpdate, do.Fold))
             self._begin(*part, now, restart=not repeated)
-
-    def event(self, event: on.Event, now: float) -> None:
-        if (part := ended(event)) is not None:
+        elif (part := ended(what)) is not None:
             self._end(*part, now)
-        if isinstance(event, on.Folded):
-            self._end(_DEVICE, event.device, now, outcome="folded")
-        elif isinstance(event, (on.UpdateRejected, on.OfferRefused)):
-            for name in (*OF_DEVICES, _DEVICE):
-                self._end(name, event.device, now, reason=event.reason)
+        match what:
+            case on.Folded():
+                self._end(_DEVICE, what.device, now, outcome="folded")
+            case on.UpdateRejected() | on.OfferRefused():
+                for name in (*OF_DEVICES, _DEVICE):
+                    self._end(name, what.device, now, reason=what.reason)
+            case RoundEnded():
+                self._end_round(what.summary, now)
+            case ServerEnds():  # the next process begins its own
+                for key in list(self._open):
+                    self._open.pop(key).end()
+                self._finish_round(None)
 
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+    def _end_round(self, summary: Mapping[str, Any], now: float) -> None:
         """End the round's span, and those of devices that it didn't wait for."""
         counted = 0
         for name, part in summary["devices"].items():
@@ -87,12 +110,6 @@ class JobTraces(Observer):
                     self._round.set_attribute(f"fedprune.metric.{metric}", value)
             self._finish_round(now)
 
-    def ended(self) -> None:
-        """End all open spans; the next process begins its own."""
-        for key in list(self._open):
-            self._open.pop(key).end()
-        self._finish_round(None)
-
     def _begin_round(self, number: int, now: float) -> None:
         if self._round is not None and number == self._number:
             return
@@ -100,7 +117,7 @@ class JobTraces(Observer):
         self._number = number
         attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number}
         self._round = self._tracer.start_span("round", attributes=attributes, start_time=_ns(now))
-        self.trace_id = f"{self._round.get_span_context().trace_id:032x}"
+        mark_job(self._job, trace_id=f"{self._round.get_span_context().trace_id:032x}")
 
     def _finish_round(self, now: float | None) -> None:
         for part in ("score", "close", "evaluate"):
@@ -108,7 +125,8 @@ class JobTraces(Observer):
                 self._end(part, "", now)
         if self._round is not None:
             self._round.end(None if now is None else _ns(now))
-        self._round = self.trace_id = None
+        self._round = None
+        mark_job(self._job, trace_id=None)
 
     def _device(self, name: str, number: int, attempt: int, now: float) -> None:
         if (_DEVICE, name) in self._open or len(self._open) >= MAX_OPEN:

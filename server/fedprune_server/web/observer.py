@@ -7,16 +7,15 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from typing import Any
 
 from cryptography.x509 import load_pem_x509_certificate
 
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, reason
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import LoopWaits, ServerEnds, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.web.process import ConsoleProcess
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.publisher import StatusPublisher
@@ -28,14 +27,9 @@ _PACKAGES = ("argon2", "jinja2", "starlette", "uvicorn")
 EVERY_S = 0.5
 """Pause between two turns of the console, in the server's loop."""
 
-COMPLAIN_S = 60.0
 
-
-class ConsoleObserver(Observer):
-    """Publishes the server's status, takes orders and keeps the console's process running, in the server's loop.
-
-    A failure is logged, once a minute at most, and costs the jobs nothing.
-    """
+class ConsoleObserver:
+    """Publishes the server's status, takes orders and keeps the console's process running, in the server's loop."""
 
     def __init__(
         self,
@@ -45,52 +39,29 @@ class ConsoleObserver(Observer):
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._publisher, self._orders, self._process, self._monotonic = publisher, orders, process, monotonic
-        self._next_at = self._complain_at = 0.0
+        self._next_at = 0.0
 
-    def noticed(self, devices: Collection[str]) -> None:
-        self._publisher.changed(devices)
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        self._safely(lambda: self._publisher.round_over(seen.job.name, summary))
-
-    def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self._publisher.note(snapshot, events)
         now = self._monotonic()
         if now < self._next_at:
             return
         self._next_at = now + EVERY_S
-        if self._process is not None:
-            self._process.turn(now)
-        self._safely(self._orders.turn)
-        self._safely(self._publisher.publish)
-        faults, self._publisher.faults = self._publisher.faults, []
-        if faults:
-            self._complain(faults[0])
-
-    def waiting(self) -> None:
-        """Show why nothing goes on; orders wait for the loop's next turn."""
-        now = self._monotonic()
-        if now >= self._next_at:
-            self._next_at = now + EVERY_S
-            self._safely(self._publisher.publish)
+        try:
+            if not any(isinstance(event.what, (LoopWaits, ServerEnds)) for event in events):
+                if self._process is not None:
+                    self._process.turn(now)
+                self._orders.turn()  # while the loop waits they do, too
+        finally:
+            self._publisher.publish()
 
     def close(self) -> None:
         if self._process is not None:
             self._process.stop()
-        self._safely(self._orders.close)  # the console's process doesn't write to its database any more
-
-    def _safely(self, act: Callable[[], None]) -> None:
         try:
-            act()
+            self._orders.close()  # the console's process doesn't write to its database any more
         except FedpruneError as error:
-            self._complain(str(error))
-        except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
-            self._complain(f"{type(error).__name__}: {reason(error)}")
-
-    def _complain(self, text: str) -> None:
-        now = self._monotonic()
-        if now >= self._complain_at:
-            self._complain_at = now + COMPLAIN_S
-            log.error("the console isn't up to date: %s", text)
+            log.error("answers to the console's last orders are lost: %s", error)
 
 
 def check_console(config: ServerConfig) -> None:

@@ -30,7 +30,6 @@ from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.storage.state_folder import folder_lock
 from fedprune_server.storage.storage import Storage
 from support.fakes import tiny_job as toy
-from support.fakes.fleet import Fleet
 
 
 @pytest.fixture
@@ -141,15 +140,13 @@ def test_without_a_broker_no_board_is_said_to_be_online(fleet_state: Path, capsy
 
 
 def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
-    stopped_state: Path, tmp_path_factory: pytest.TempPathFactory
+    stopped_state: Path,
 ) -> None:
-    view = Fleet(tmp_path_factory.mktemp("fleet"), toy.JOB).daemon().first.view
     ended_at = time.time() - 1000.0
 
     def monitor(*alerts: Alert) -> Monitor:
-        return Monitor(
-            stopped_state, {}, [(view, stopped_state)], here=lambda: 3, book=AlertBook(alerts), clock=lambda: ended_at
-        )
+        folders = {toy.JOB.name: stopped_state}
+        return Monitor(stopped_state, {}, folders, book=AlertBook(alerts), clock=lambda: ended_at)
 
     def kinds() -> list[str]:
         return [alert["kind"] for alert in status_of_all(stopped_state)["alerts"]]

@@ -71,7 +71,7 @@ def test_nobody_else_tells_for_a_board_and_strangers_are_not_kept(tmp_path: Path
 def test_watching_changes_nothing_and_counts_what_happened(tmp_path: Path) -> None:
     plain = Fleet(tmp_path / "plain", JOB).run()
     metrics = Metrics()
-    watched = Fleet(tmp_path / "watched", JOB).run(observers=[metrics.watch(JOB.name)])
+    watched = Fleet(tmp_path / "watched", JOB).run(observers=[metrics])
     assert watched.model == plain.model
     text = metrics.text().decode()
     folded = sum(p["progress"] == "folded" for r in plain.history for p in r["devices"].values())

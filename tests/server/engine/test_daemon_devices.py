@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,10 +13,10 @@ from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Offe
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_server.cli.status import status
-from fedprune_server.monitoring.display import Lines
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import RoundEnded
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, ToyDevice, fill, folded
+from support.fakes.fleet import Fleet, ToyDevice, Watcher, fill, folded
 from support.fakes.tiny_job import JOB
 
 
@@ -74,14 +73,14 @@ def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(f
 
 def test_a_device_that_can_not_start_is_left_out_with_its_reason_until_it_starts(fleet: Fleet) -> None:
     board = fleet.air.devices.pop("a")
-    daemon = fleet.daemon()
+    shown = Watcher()
+    daemon = fleet.daemon(observers=[shown])
     board.say(Birth("a", 1, board.profile, 0, "test", trouble="the samples can't be read"))
     board.die()
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    row = next(r for r in daemon.first.view.snapshot().rows if r.device == "a")
-    assert row.state.startswith("excluded")
-    assert "the samples can't be read" in row.state
+    assert shown.devices["a"].activity.startswith("excluded")
+    assert "the samples can't be read" in shown.devices["a"].activity
     assert fleet.storage.outsiders()["a"]["cannot_start"]
     fleet.restart()
     board.session = 2
@@ -110,27 +109,28 @@ def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> N
     averages.lie = lambda update: replace(update, metrics={**update.metrics, "accuracy_average": 0.5})
     shown = []
 
-    class Rounds(Lines):
-        def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-            shown.append({row.device: row.metrics["accuracy"] for row in seen.snapshot().rows})
+    def note(snapshot: JobSnapshot, what: object) -> None:
+        if isinstance(what, RoundEnded):
+            shown.append({name: device.metrics["accuracy"] for name, device in snapshot.devices.items()})
 
-    fleet.run(observers=[Rounds()])
+    fleet.run(observers=[Watcher(note)])
     assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds
 
 
 def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:
     fleet.job = replace(JOB, devices=2)
     fleet.air.devices["a"].profile = "toaster"
-    daemon = fleet.daemon()
+    shown = Watcher()
+    daemon = fleet.daemon(observers=[shown])
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    row = next(r for r in daemon.first.view.snapshot().rows if r.device == "a")
-    assert row.profile == "toaster"
-    assert row.state.startswith("excluded: there is no hardware profile")
+    assert shown.devices["a"].profile == "toaster"
+    assert shown.devices["a"].activity.startswith("excluded: there is no hardware profile")
 
 
 def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
-    daemon = fleet.daemon()
+    shown = Watcher()
+    daemon = fleet.daemon(observers=[shown])
     device = fleet.air.devices["a"]
 
     def idle() -> None:
@@ -146,7 +146,7 @@ def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: py
     warnings = [r.getMessage() for r in caplog.records if "another board called a" in r.getMessage()]
     assert len(warnings) == 1
     assert "now it is a jetson-orin-nano with 7 samples" in warnings[0]
-    assert "two boards of this name?" in next(r.state for r in daemon.first.view.snapshot().rows if r.device == "a")
+    assert "two boards of this name?" in shown.devices["a"].activity
 
 
 def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet: Fleet) -> None:

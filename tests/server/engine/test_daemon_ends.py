@@ -17,8 +17,8 @@ from fedprune.core.errors import BusyError, ModelError, StorageError, StorageFul
 from fedprune.wire.messages import Finished, Offer
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.retention import sweep
-from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import LoopWaits, TurnEnded, TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage import database
 from fedprune_server.storage.storage import FILE, Storage
 from support.fakes.fleet import Fleet, fill, folded, larger
@@ -234,7 +234,7 @@ def test_the_database_says_what_happened(fleet: Fleet) -> None:
     assert kinds.count("Evaluated") == 3
 
 
-class LockedDatabase(Observer):
+class LockedDatabase:
     """Another program that locks a server's database at its first turn, and does something each time that the server
     has waited for a while."""
 
@@ -243,14 +243,14 @@ class LockedDatabase(Observer):
         self.waits = 0
         self._act, self._locks = act, True
 
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        if self._locks:
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        kinds = [type(event.what) for event in events]
+        if LoopWaits in kinds:
+            self.waits += 1
+            self._act(self.waits)
+        elif self._locks and TurnEnded in kinds:
             self.connection.execute("BEGIN IMMEDIATE")
-        self._locks = False
-
-    def waiting(self) -> None:
-        self.waits += 1
-        self._act(self.waits)
+            self._locks = False
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase, State
+from fedprune.coordination.commands import Finish
 from fedprune.core.errors import ConfigError
 from fedprune.wire.messages import Cancelled, Finished, Offer, Update
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
@@ -16,8 +17,10 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.presence import ANSWER_S
 from fedprune_server.engine import server
 from fedprune_server.engine.further_jobs import further
+from fedprune_server.engine.server import Server
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, fill
+from support.fakes.fleet import Fleet, Watcher, fill
 from support.fakes.several_jobs import KilledError, SeveralJobs, named
 from support.fakes.tiny_job import JOB
 
@@ -67,11 +70,16 @@ def test_small_jobs_run_side_by_side_each_with_its_share_and_no_device_stands_id
     assert several.clashes == []
 
 
+def stop_at_end(host: Server, job: str, seen: JobSnapshot, what: object) -> None:
+    """Stop a server as one of its jobs is finished."""
+    if seen.name == job and isinstance(what, Finish):
+        host.stop()
+
+
 def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None:
     jobs = [named(JOB, "one"), named(JOB, "two")]
     several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
-    host = several.host()
-    several.runners["one"].observers.finished.add(lambda seen: host.stop())
+    host = several.host(observers=[Watcher(lambda seen, what: stop_at_end(host, "one", seen, what))])
     states = several.run(host)
     assert [s.phase for s in states.values()] == [Phase.FINISHED, Phase.WAITING]
     assert states["two"].round == 0
@@ -82,8 +90,7 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
 
 def test_a_job_that_needs_more_devices_than_there_are_holds_none(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "large", devices=4), named(JOB, "small")], "abc")
-    host = several.host()
-    several.runners["small"].observers.finished.add(lambda seen: host.stop())
+    host = several.host(observers=[Watcher(lambda seen, what: stop_at_end(host, "small", seen, what))])
     states = several.run(host)
     assert folded(states["small"]) == [["a", "b", "c"]] * 3
     assert states["large"].round == 0
@@ -145,7 +152,8 @@ def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplo
     host = several.host()
     states = several.run(host)
     assert all(folded(s) == [["a", "c", "d"]] * 3 for s in states.values())
-    assert "b" in host.free(), "it is connected"
+    assert "b" in host.connected
+    assert "b" not in host.fleet_snapshot().jobs
     assert "there is no hardware profile called" in caplog.text
 
 
@@ -163,8 +171,8 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     gone.take = vanish  # type: ignore[method-assign]
     states = several.run(host)
     assert all(s.phase is Phase.FINISHED for s in states.values())
-    assert host.holder("c") is None
-    assert "c" not in host.free()
+    assert "c" not in host.fleet_snapshot().jobs
+    assert "c" not in host.connected
     assert several.clashes == []
 
 

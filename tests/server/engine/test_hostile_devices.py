@@ -13,7 +13,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Death, Finished, Hello, Progress, Refusal, Update
 from fedprune.wire.topics import Topics
-from support.fakes.fleet import Fleet, fill, folded
+from support.fakes.fleet import Fleet, Watcher, fill, folded
 from support.fakes.tiny_job import JOB
 
 
@@ -49,25 +49,30 @@ def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.L
         stranger = Birth(f"x{number}", 1, "raspberry-pi-5" if number % 2 else "toaster", 10, "test")
         fleet.air.to_server(Topics("default").up(stranger.device), stranger.to_bytes())
     fleet.job = replace(JOB, devices=5, rounds=1, deadline_s=10)
-    daemon = fleet.daemon(max_devices=5)
+    shown = Watcher()
+    daemon = fleet.daemon(max_devices=5, observers=[shown])
     state = daemon.first.state
     fleet.air.on_idle = daemon.stop
     daemon.run()
     assert len(state.devices) <= 5
-    assert len(daemon.first.view.snapshot().rows) == 5
+    assert len(shown.devices) == 5
     assert "at most 5 devices" in caplog.text
 
 
 def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
-    daemon = fleet.daemon()
+    shown = Watcher()
+    daemon = fleet.daemon(observers=[shown])
     up = Topics("default").up("x", JOB.name)
     for message in (
         Progress("x", JOB.name, 1, 1, "train", 1, 2),
         Refusal("x", JOB.name, 1, 1, "no", 30),
         Update("x", JOB.name, 1, 1, "0" * 64, BlobRef.of(b"x"), 1, 1),
     ):
-        daemon._take((up, message.to_bytes()))
-    assert daemon.first.view.snapshot().rows == ()
+        fleet.air.to_server(up, message.to_bytes())
+    fleet.air.devices.clear()
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    assert list(shown.devices) == []
     assert list(fleet.storage.log.events()) == []
 
 

@@ -77,7 +77,7 @@ class PacedFleet(Fleet):
 
     def step(self, server: Server) -> None:
         if self.air.now > 20:
-            self.most = max(self.most, server.count_connected())
+            self.most = max(self.most, len(server.connected))
         while self.due and self.due[0][0] <= self.air.now:
             heapq.heappop(self.due)[2]()
 
@@ -135,7 +135,7 @@ def test_a_board_that_is_busy_says_so_and_counts_as_connected(make: Callable[...
     state = fleet.run_daemon(daemon)
     assert None in busy.heard
     assert state.devices["d00"].online
-    assert daemon.present("d00")
+    assert "d00" in daemon.connected
 
 
 def test_a_message_of_a_board_that_was_to_leave_brings_its_birth(make: Callable[..., PacedFleet]) -> None:
@@ -143,7 +143,7 @@ def test_a_message_of_a_board_that_was_to_leave_brings_its_birth(make: Callable[
     fleet = make()
     boards, daemon, missed = fleet.air.devices, fleet.daemon(connected=10), set[str]()
     fleet.air.lost += [boards[n].topics.down(n) for n in NAMES]
-    fleet.later(20.0, lambda: missed.update(n for n in NAMES if not daemon.present(n)))
+    fleet.later(20.0, lambda: missed.update(n for n in NAMES if n not in daemon.connected))
     fleet.later(21.0, lambda: [boards[n].say(Alive(n, 1)) for n in missed])
     fleet.run_daemon(daemon)
     assert len(missed) > 20

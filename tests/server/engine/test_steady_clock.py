@@ -9,6 +9,7 @@ import pytest
 
 from fedprune.wire.messages import Hello
 from fedprune_server.engine.steady_clock import SteadyClock
+from fedprune_server.observation.snapshot import FleetSnapshot
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Fleet, folded
 from support.fakes.tiny_job import JOB
@@ -50,4 +51,4 @@ def test_boards_and_rollouts_get_the_time_as_it_was_set(tmp_path: Path, monkeypa
         daemon._greet(fleet.air.now)
         assert daemon.first._rollouts is not None
         assert [hello.time for hello in sent] == [int(daemon.first._rollouts._clock())] == [int(fleet.air.now + DAY)]
-        assert daemon.first.view.clock() == fleet.air.now, "a round's deadline stays where it was"
+        assert daemon.first.snapshot(FleetSnapshot()).now == fleet.air.now, "a round's deadline stays where it was"

@@ -40,10 +40,11 @@ from fedprune_server.maintenance.doctor import CheckedSite
 from fedprune_server.maintenance.finding import Finding, of_alert
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
-from fedprune_server.monitoring.alerts import Alert, evaluate_alerts
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
+from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import SiteFacts, Snapshot
+from fedprune_server.monitoring.situation import SiteFacts, Situation
 from fedprune_server.storage.storage import Storage
 
 NOW = 1_800_000_000.0
@@ -103,7 +104,7 @@ SICK: dict[str, Case] = {
 
 def found_in(case: Case) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
-    seen = Snapshot(case.folder, [case.status], case.here, case.running)
+    seen = Situation(case.folder, [case.watched], case.watched.seen.able, case.running)
     return [*findings(case), *map(of_alert, evaluate_alerts(seen, NOW))]
 
 
@@ -210,7 +211,7 @@ def test_backups_are_remembered(tmp_path: Path) -> None:
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     def look(now: float) -> list[Alert]:
         facts = replace(site_facts(tmp_path, {}), disk=None)
-        return evaluate_alerts(Snapshot(tmp_path, site=facts), now)
+        return evaluate_alerts(Situation(tmp_path, site=facts), now)
 
     with IdentityFolder.make(tmp_path, "lab") as identity:
         assert look(time.time()) == []
@@ -236,7 +237,7 @@ def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_
         path, _, _ = identity.console(["192.0.2.7", "fleet.example"])
     server = {"console": "8470", "console_certificate": str(path)}
     dates = site_facts(tmp_path, server).certificates[-1]
-    (alert,) = evaluate_alerts(Snapshot(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
+    (alert,) = evaluate_alerts(Situation(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
     assert alert.subject == str(path)
     path.unlink()
     advice, program, issue = alert.todo.partition("fedprune-server ")

@@ -7,51 +7,49 @@ import logging
 import queue
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedprune.coordination import Phase
-from fedprune.coordination.commands import SendOffer
+from fedprune.coordination.commands import Finish, SendOffer
 from fedprune.coordination.events import Ticked
 from fedprune.core.errors import StorageError
 from fedprune.core.lock_wait import call_wait_hook, wait_hook
 from fedprune.jobs.failure_kind import FailureKind
-from fedprune.jobs.state import Device as Board
 from fedprune.releases.rollout import RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.messages import Refusal
-from fedprune_server.devices.clone_detection import APART_S, SIGNS
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import Device, IdentityStore
+from fedprune_server.monitoring import alert_rules
+from fedprune_server.monitoring import alerts as alerts_module
 from fedprune_server.monitoring import monitor as monitor_module
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import ALERT_SEVERITIES, MAX_ALERTS_OF_KIND, Alert, evaluate_alerts
-from fedprune_server.monitoring.monitor import FILE, JobWatch, Monitor, Recorded, off_by_far, read_recorded
-from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
+from fedprune_server.monitoring.alerts import INFO, MAX_ALERTS_OF_KIND, Alert, alert_rule
+from fedprune_server.monitoring.monitor import FILE, Monitor, Recorded, off_by_far, read_recorded
 from fedprune_server.monitoring.participation import Absence, Participation
-from fedprune_server.monitoring.snapshot import (
-    CertificateDates,
-    JobStatus,
-    RolloutStatus,
-    SiteFacts,
-    Snapshot,
-)
+from fedprune_server.monitoring.situation import CertificateDates, RolloutStatus, SiteFacts, Situation, WatchedJob
+from fedprune_server.observation.observer import DevicesChanged, LoopWaits, RoundEnded, ServerEnds
+from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.ota.store import RolloutStore
-from support.fakes.fleet import Fleet, ToyDevice
+from support.fakes.fleet import Fleet, ToyDevice, Watcher
+from support.fakes.shown_jobs import SEEN, boards, show
 from support.fakes.tiny_job import JOB
 from support.paths import ROOT
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
-TRAINING = JobStatus("leaves", Path("state"), phase=Phase.TRAINING, round=3, rounds=9, needed=2, known=2)
-CALM = Snapshot(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
+LEAVES = JobSnapshot(name="leaves", phase=Phase.TRAINING, round=3, rounds=9, min_devices=2, known=2)
+TRAINING = WatchedJob(seen=LEAVES, folder=Path("state"))
+CALM = Situation(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
 
 
 class Disk:
@@ -71,11 +69,11 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return disk
 
 
-def with_job(here: int = 2, **values: Any) -> Snapshot:
-    return replace(CALM, jobs=[replace(TRAINING, **values)], here=here)
+def with_job(here: int = 2, *, counted: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> Situation:
+    return replace(CALM, jobs=[replace(TRAINING, seen=replace(LEAVES, **values), **counted)], here=here)
 
 
-def with_site(**values: Any) -> Snapshot:
+def with_site(**values: Any) -> Situation:
     return replace(CALM, site=replace(SiteFacts((ROOM // 2, ROOM)), **values))
 
 
@@ -83,24 +81,28 @@ def ending(days: float) -> CertificateDates:
     return CertificateDates("server.pem", NOW - DAY, NOW + days * DAY, "start the server again")
 
 
-def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), silent_s: float = 0.0) -> Snapshot:
+def rollout(phase: RolloutPhase, why: str = "", failed: tuple[str, ...] = (), silent_s: float = 0.0) -> Situation:
     return with_site(rollout=RolloutStatus(7, phase, why, failed, ("b",), NOW - silent_s))
 
 
-def without_a(kind: str) -> Snapshot:
+def without_a(kind: str) -> Situation:
     return replace(CALM, absences={"a": Absence(kind, "doesn't take part", NOW - DAY)})
 
 
-@pytest.mark.parametrize("seen", [with_job(0), with_job(0, known=0), with_job(1, phase=Phase.WAITING, away=["b"])])
-def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Snapshot) -> None:
+@pytest.mark.parametrize(
+    "seen", [with_job(0), with_job(0, known=0), with_job(1, phase=Phase.WAITING, counted={"away": ["b"]})]
+)
+def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Situation) -> None:
     assert [a.kind for a in evaluate_alerts(replace(seen, broker="there is no connection to the broker"), NOW)] == [
         "broker"
     ]
 
 
-CASES: dict[str, tuple[Snapshot, str, str]] = {
+CASES: dict[str, tuple[Situation, str, str]] = {
     "a server that is dead": (replace(with_job(0), running=False), "server-not-running", "critical"),
-    "a folder without a job": (replace(with_job(begun=False), running=False), "server-not-running", "critical"),
+    "a folder without a job": (
+        replace(with_job(counted={"begun": False}), running=False), "server-not-running", "critical",
+    ),
     "a loop that hangs": (replace(CALM, turned_s=61.0), "server-hangs", "critical"),
     "a database that is locked": (
         replace(CALM, waits_for="server.db is locked by process 7"), "database-waits", "critical",
@@ -108,13 +110,13 @@ CASES: dict[str, tuple[Snapshot, str, str]] = {
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
     "all boards away": (with_job(0), "no-devices", "critical"),
     "no board yet": (with_job(0, known=0), "no-devices", "warning"),
-    "one board of two": (with_job(1, phase=Phase.WAITING, away=["b"]), "too-few-devices", "warning"),
-    "a missed deadline": (with_job(missed=1), "no-progress", "critical"),
-    "a round without updates": (with_job(empty=1), "no-progress", "critical"),
+    "one board of two": (with_job(1, phase=Phase.WAITING, counted={"away": ["b"]}), "too-few-devices", "warning"),
+    "a missed deadline": (with_job(counted={"missed": 1}), "no-progress", "critical"),
+    "a round without updates": (with_job(counted={"empty": 1}), "no-progress", "critical"),
     "a round that waits for a board that is offline": (
-        with_job(awaited={"a": NOW - 9}, closes_at=NOW + 500), "round-waits", "warning",
+        with_job(awaited={"a": NOW + 500}, counted={"offline_since": {"a": NOW - 9}}), "round-waits", "warning",
     ),
-    "a board off its plan": (with_job(off={"a": "memory 2 MB instead of 1 MB"}), "prediction-off", "info"),
+    "a board off its plan": (with_job(counted={"off": {"a": "memory 2 MB instead of 1 MB"}}), "prediction-off", "info"),
     "a disk that fills": (with_site(disk=(ROOM // 20, ROOM)), "disk", "warning"),
     "a disk that is full": (with_site(disk=(ROOM // 100, ROOM)), "disk", "critical"),
     "a certificate near its end": (with_site(certificates=[ending(29)]), "certificate", "warning"),
@@ -153,7 +155,7 @@ def test_each_trouble_is_one_alert_with_a_remedy(case: str) -> None:
     assert (found.kind, found.severity) == (kind, severity)
     assert severity in ALERT_SEVERITIES[kind]
     assert all((found.what, found.why, found.todo))
-    assert found.delay_s <= TRAINING.deadline_s / 2
+    assert found.delay_s <= LEAVES.deadline_s / 2
     assert found.since <= NOW
 
 
@@ -168,116 +170,93 @@ def test_every_kind_is_tried_and_is_on_the_page() -> None:
     [
         CALM,
         with_job(0, phase=Phase.FINISHED),
-        with_job(0, paused=True, missed=3),
-        with_job(paused=True, awaited={"a": NOW - 9}),
+        with_job(0, paused=True, counted={"missed": 3}),
+        with_job(paused=True, counted={"offline_since": {"a": NOW - 9}}),
         with_job(1),
         replace(CALM, turned_s=59.0),
         with_site(certificates=[ending(31)]),
         rollout(RolloutPhase.RUNNING),
     ],
 )
-def test_what_is_in_order_is_no_alert(calm: Snapshot) -> None:
+def test_what_is_in_order_is_no_alert(calm: Situation) -> None:
     assert evaluate_alerts(calm, NOW) == []
 
 
-def test_a_revoked_board_is_not_one_to_start(tmp_path: Path) -> None:
-    daemon = Fleet(tmp_path).daemon()
-    members = [{"a", "b"}]
-    view = replace(daemon.first.view, members=lambda: members[0])
-    for name in "abc":
-        view.state.devices[name] = Board(1, name == "a", {"name": "pi"}, None, 10)
-    status = JobWatch(view, tmp_path).status()
-    assert (list(status.away), list(status.revoked)) == (["b"], ["c"])
-    assert {s: n for s, n in view.facts().devices.items() if n} == {"idle": 1, "offline": 1, "revoked": 1}
-    members[0] = {"a", "b", "c"}
-    assert view.facts().devices["offline"] == 2
-    members[0] = {"a", "c"}
-    assert list(JobWatch(view, tmp_path).status().revoked) == ["b"]
-    waits = with_job(1, phase=Phase.WAITING, needed=2)
+def test_a_revoked_board_is_not_one_to_start() -> None:
     for away, do in (((), "let more boards in"), (("b",), "start the boards that are away")):
-        (found,) = evaluate_alerts(replace(waits, jobs=[replace(waits.jobs[0], away=away, revoked=["c"])]), NOW)
-        assert "revoked: c" in found.what
-        assert found.todo.startswith(do)
+        situation = with_job(1, phase=Phase.WAITING, revoked=["c"], counted={"away": away})
+        (alert,) = evaluate_alerts(situation, NOW)
+        assert "revoked: c" in alert.what
+        assert alert.todo.startswith(do)
+
+
+def watching(folder: Path, *open_: Alert, now: Callable[[], float] = lambda: NOW, **options: Any) -> Monitor:
+    """A monitor of one job, whose state folder this is."""
+    book = AlertBook(open_) if open_ else None
+    return Monitor(folder, {}, {JOB.name: folder}, book=book, clock=now, monotonic=now, **options)
+
+
+def kinds_of(monitor: Monitor) -> set[str]:
+    return {alert.kind for alert in monitor.book.open}
+
+
+ROUND = RoundEnded({"round": 1, "devices": {"x": {"progress": "folded"}}})
+FLEET = FleetSnapshot(connected=("a", "c"))
 
 
 def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(tmp_path: Path) -> None:
     now = [NOW]
+    # c is at another job, d was revoked
+    seen = replace(SEEN, devices=boards("a", "bcd"), revoked=("d",), fleet=FLEET)
 
-    def start(open_: list[Alert]) -> Monitor:
-        return Monitor(
-            tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook(open_), away_rounds=2,
-            present=lambda name: name == "c", clock=lambda: now[0], monotonic=lambda: now[0],
-        )  # fmt: skip
-
-    def away(rounds: int) -> dict[str | None, float]:
-        for _ in range(rounds):
-            monitor.participation[JOB.name].round_over({"round": 1, "devices": {}}, now[0], view)
+    def away(rounds: int, seen: JobSnapshot = seen, *events: Any) -> dict[str | None, float]:
         now[0] += 60
-        monitor.look()
+        show(monitor, *events, *[ROUND] * rounds, seen=seen)
         return {a.device: a.since for a in monitor.book.open if a.kind == "device-away"}
 
-    view = replace(Fleet(tmp_path).daemon().first.view, members=lambda: "abc")
-    for name in "abcd":  # c is at another job, d was revoked
-        view.state.devices[name] = Board(1, name == "a", {"name": "pi"}, None, 10)
-    monitor = start([])
+    monitor = watching(tmp_path, now=lambda: now[0], away_rounds=2)
     assert away(0) == away(1) == {}
-    assert away(1) == {"b": NOW}
-    monitor = start(monitor.book.open)
-    assert away(0) == {"b": NOW}, "a restart doesn't close it"
-    view.state.paused = True
-    assert away(1) == {}
-    view.state.paused = False
-    assert away(0) == {"b": NOW}
-    view.state.devices["b"].online = True
-    monitor.participation[JOB.name].noticed(["b"])
-    assert away(3) == {}
+    assert away(1) == {"b": NOW + 60}
+    monitor = watching(tmp_path, *monitor.book.open, now=lambda: now[0], away_rounds=2)
+    assert away(0) == {"b": NOW + 60}, "a restart doesn't close it"
+    assert away(1, replace(seen, paused=True)) == {}
+    assert away(0) == {"b": NOW + 60}
+    assert away(3, replace(seen, devices=boards("ab", "cd")), DevicesChanged(frozenset("b"))) == {}
 
 
-def test_what_another_job_misses_is_no_absence_here_nor_where_none_is_watched_for(tmp_path: Path) -> None:
-    view = Fleet(tmp_path).daemon().first.view
-    view.state.devices["a"] = Board(1, False, {"name": "pi"}, None, 10)
+def test_what_another_job_misses_is_no_absence_here_nor_where_none_is_watched_for() -> None:
+    seen = replace(SEEN, devices=boards(offline="a"), fleet=FleetSnapshot())
     before = {"a": NOW - DAY, "elsewhere": NOW - DAY}
     for rounds, missing in ((0, {}), (2, {"a": NOW - DAY})):
-        watch = Participation(view, rounds, None, before, lambda: NOW)
+        watch = Participation(seen, rounds, before, lambda: NOW)
         assert {name: reason.since for name, reason in watch.absences().items()} == missing
 
 
-def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connected(tmp_path: Path) -> None:
-    now, present = [NOW], [True]
-    view = Fleet(tmp_path).daemon().first.view
-    view.state.devices["a"] = Board(1, False, {"name": "pi"}, None, 10)
-    watch = Participation(view, 2, lambda name: present[0], {}, lambda: now[0])
-    for here in (True, False, False):
+def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connected() -> None:
+    now = [NOW]
+    seen = replace(SEEN, devices=boards(offline="a"))
+    watch = Participation(seen, 2, {}, lambda: now[0])
+    for connected in ("a", "", ""):
         now[0] += 60
-        present[0] = here
-        watch.round_over({"round": 1, "devices": {}}, now[0], view)
+        show(watch, ROUND, seen=seen, fleet=FleetSnapshot(connected=connected))
     assert watch.absences()["a"].since == NOW + 60
 
 
-def test_a_revoked_board_is_missed_in_no_paused_job(tmp_path: Path) -> None:
-    daemon = Fleet(tmp_path).daemon()
-    view = replace(daemon.first.view, members=lambda: {"a"})
-    for name in "ab":
-        view.state.devices[name] = Board(1, True, {"name": "pi"}, None, 10)
-        for sign in range(SIGNS):
-            view.registry.clones.note_shared_key(name, sign * APART_S)
-    view.state.paused = True
-    assert Participation(view, 2, None, {}, lambda: NOW).absences().keys() == {"a"}
+def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
+    clones = {"a": "it has two voices", "b": "it has two voices"}
+    seen = replace(SEEN, paused=True, revoked=("b",), clones=clones)
+    assert Participation(seen, 2, {}, lambda: NOW).absences().keys() == {"a"}
 
 
 @pytest.mark.parametrize(
     ("kind", "failing"),
     [(FailureKind.OTHER, {"a"}), (FailureKind.LEFT_OUT, set()), (FailureKind.FALSE_SUM, set())],
 )
-def test_a_board_that_others_keep_from_counting_is_not_failing(
-    tmp_path: Path, kind: FailureKind, failing: set[str]
-) -> None:
-    view = Fleet(tmp_path).daemon().first.view
-    view.state.devices["a"] = Board(1, True, {"name": "pi"}, None, 10)
-    watch = Participation(view, 2, None, {}, lambda: NOW)
+def test_a_board_that_others_keep_from_counting_is_not_failing(kind: FailureKind, failing: set[str]) -> None:
+    watch = Participation(SEEN, 2, {}, lambda: NOW)
     part = {"progress": "refused", "reason": "it didn't count", "kind": kind.value}
     for number in (1, 2, 3):
-        watch.round_over({"round": number, "devices": {"a": part}}, NOW, view)
+        show(watch, RoundEnded({"round": number, "devices": {"a": part}}), devices=boards("a"))
     assert watch.absences().keys() == failing
 
 
@@ -332,15 +311,13 @@ def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool) -> None:
-    daemon, now, changes = Fleet(tmp_path, JOB).daemon(), [1000.0], []
+    now, changes = [1000.0], []
     quarantine = Quarantine(lambda: now[0])
-    view = replace(daemon.first.view, quarantine=quarantine)
-    clock = lambda: now[0]  # noqa: E731
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
+    monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in range(1000, 1200):
         if now[0] % 20 == 0:
             quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
-        monitor.look()
+        show(monitor, fleet=FleetSnapshot(floods_joins=quarantine.floods_joins()))
         changes += [(now[0], change.alert.kind) for change in monitor.book.changes()]
     assert changes == [(1060, "joins-flooded")]
     (alert,) = monitor.book.open
@@ -356,7 +333,7 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
 
 
 def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
-    job = with_job(off={f"b{n}": f"memory {n} MB" for n in range(7)})
+    job = with_job(counted={"off": {f"b{n}": f"memory {n} MB" for n in range(7)}})
     (alert,) = [a for a in evaluate_alerts(job, NOW) if a.kind == "prediction-off"]
     assert alert.what.endswith(
         "b0 memory 0 MB; b1 memory 1 MB; b2 memory 2 MB; b3 memory 3 MB; b4 memory 4 MB and 2 more"
@@ -411,24 +388,6 @@ def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None
         assert read_recorded(tmp_path) == Recorded()
 
 
-class Trouble(Observer):
-    """Does something to a fleet once its third round is over.
-
-    Args:
-        act: Does it.
-    """
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
-        self.at: float | None = None
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: Any) -> None:
-        """Act after the third round."""
-        if summary["round"] == 3:
-            self.at = now
-            self._act()
-
-
 Changes = list[tuple[float, str, bool]]
 """When something opened or closed, in seconds after the trouble; what; and whether it opened."""
 
@@ -445,26 +404,28 @@ def alarmed(
         kind: The kind of the job's schedule.
     """
     fleet = Fleet(folder, replace(JOB, rounds=8, deadline_s=30.0, schedule={"kind": kind}))
-    daemon = fleet.daemon()
-    trouble = Trouble(lambda: act(fleet))
-    clock = lambda: fleet.air.now  # noqa: E731
+    began_at: list[float] = []
     changes: Changes = []
 
-    monitor = Monitor(folder, {}, [(daemon.first.view, folder)], clock=clock, monotonic=clock)
-    for observer in (trouble, monitor.watches[JOB.name], monitor):
-        daemon.first.observers.join(observer)
+    def note(seen: JobSnapshot, what: object) -> None:
+        if isinstance(what, RoundEnded) and what.summary["round"] == 3:
+            began_at.append(fleet.air.now)
+            act(fleet)
+
+    monitor = watching(folder, now=lambda: fleet.air.now)
+    daemon = fleet.daemon(observers=[Watcher(note), monitor])
 
     def idle() -> None:
         if daemon.busy:
             time.sleep(0.0005)
             return
         for change in monitor.book.changes():
-            assert trouble.at is not None, "alerts of a healthy fleet"
-            changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
+            assert began_at, "alerts of a healthy fleet"
+            changes.append((fleet.air.now - began_at[0], change.alert.kind, change.closed_at is None))
         fleet.air.now += 0.5
-        if trouble.at is not None and then is not None:
-            then(fleet, fleet.air.now - trouble.at)
-        if fleet.air.now > (trouble.at or 0.0) + 200:
+        if began_at and then is not None:
+            then(fleet, fleet.air.now - began_at[0])
+        if fleet.air.now > sum(began_at) + 200:
             daemon.stop()
 
     fleet.air.on_idle = idle
@@ -545,30 +506,25 @@ def test_a_healthy_fleet_raises_nothing(tmp_path: Path) -> None:
 
 
 def test_a_board_far_off_its_plan_is_found() -> None:
-    plan = {"prediction": {"step_s": 1.0, "memory_bytes": 100e6}}
-    part = {"progress": "folded", "widths": [4], "metrics": {"peak_memory_bytes": 126e6, "step_seconds": 1.9}}
-    device = SimpleNamespace(plan=plan, widths=(4,))
-    state: Any = SimpleNamespace(devices={"a": device, "b": device}, history=[{"devices": {"a": part, "c": part}}])
-    assert off_by_far(state) == {"a": "memory 126.00 MB instead of 100.00 MB"}
-    part["metrics"] = {"peak_memory_bytes": 124e6, "step_seconds": 1.9}
-    assert off_by_far(state) == {}
-    part |= {"metrics": {"peak_memory_bytes": 126e6}, "progress": "refused"}
-    state.history.insert(0, {"devices": {"a": {**part, "progress": "folded"}}})
-    assert off_by_far(state) == {}, "what an earlier round measured was reported then"
-    before = off_by_far(state, {"a": "memory", "gone": "memory"})
-    assert before == {"a": "memory"}, "a board that has measured nothing since is still off"
-    part |= {"progress": "folded", "metrics": {"peak_memory_bytes": 113e6}}
-    assert off_by_far(state, before) == {"a": "memory 113.00 MB instead of 100.00 MB"}, "more than half of the excess"
-    part["metrics"] = {"peak_memory_bytes": 112e6}
-    assert off_by_far(state, before) == {}
+    def excess(before: Mapping[str, str], **measured: tuple[float, float]) -> dict[str, str]:
+        compared: dict[str, Any] = {"a": measured} if measured else {}
+        return off_by_far(replace(SEEN, compared=compared, devices=boards("a")), before)
+
+    off = {"a": "memory 126.00 MB instead of 100.00 MB"}
+    assert excess({}, peak_memory_bytes=(100e6, 126e6), step_seconds=(1.0, 1.9)) == off
+    assert excess({}, peak_memory_bytes=(100e6, 124e6)) == {}
+    assert excess({"a": "memory", "gone": "memory"}) == {"a": "memory"}, "it has measured nothing since"
+    assert excess(off, peak_memory_bytes=(100e6, 113e6)).keys() == {"a"}, "more than half of the excess"
+    assert excess(off, peak_memory_bytes=(100e6, 112e6)) == {}
 
 
 def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path: Path, disk: Disk) -> None:
-    daemon, told = Fleet(tmp_path, JOB).daemon(), []
-    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)
+    now, told = [0.0], []
+    monitor = watching(tmp_path, now=lambda: now[0])
     for disk.free in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
+        now[0] += 1
         monitor.read_site()
-        monitor.look()
+        show(monitor)
         told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
     assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
 
@@ -576,108 +532,81 @@ def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path:
 def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = queue.Queue[set[str]]()
+    files, now = queue.Queue[set[str]](), [0.0]
 
     def write(path: Path, content: bytes, **_: object) -> None:
         files.put({alert["kind"] for alert in json.loads(content)["alerts"]})
 
     monkeypatch.setattr(monitor_module, "write_whole", write)
     monkeypatch.setattr(monitor_module, "FACTS_INTERVAL_S", 3600.0)
-    daemon = Fleet(tmp_path, JOB).daemon()
-    with closing(Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)) as monitor:
+    with closing(watching(tmp_path, now=lambda: now[0])) as monitor:
         monitor.start()
         assert files.get(timeout=60) == set()
-        monitor.look()
+        show(monitor, fleet=FleetSnapshot())
         with pytest.raises(queue.Empty):
             files.get(timeout=0.1)  # nothing has changed
-        disk.free = 0.0
+        disk.free, now[0] = 0.0, 2.0
         monitor.read_site()
-        monitor.look()
+        show(monitor, fleet=FleetSnapshot())
         assert files.get(timeout=60) == {"disk"}
 
 
-def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:
-    daemon = Fleet(tmp_path, JOB).daemon()
-    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)
-    daemon.first.observers.join(monitor)
-    monitor.read_site()
-    daemon.first.observers.turned(lambda: 0.0, daemon.first.view)
-    assert monitor.book.changes() == []
-    disk.free = 0.0
-    daemon.first.observers.ended()
-    told = [(change.alert.kind, change.alert.severity) for change in monitor.book.changes()]
-    assert told == [("disk", "critical")]
-
-
 def test_the_end_of_a_server_resolves_nothing_and_its_next_start_only_what_is_over(tmp_path: Path, disk: Disk) -> None:
-    disk.free = 0.05
-    view, now = Fleet(tmp_path, JOB).daemon().first.view, [0.0]
-
-    def begin() -> Monitor:
-        return Monitor(
-            tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=lambda: NOW + now[0], monotonic=lambda: now[0]
-        )
-
-    def kinds(monitor: Monitor) -> set[str]:
-        return {alert.kind for alert in monitor.book.open}
-
-    monitor = begin()
+    disk.free, now, seen = 0.05, [0.0], replace(SEEN, fleet=FleetSnapshot())
+    monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
-    monitor.turned(lambda: 0.0, view)
-    with wait_hook(monitor.waiting):
+    show(monitor, seen=seen)
+    with wait_hook(lambda: show(monitor, LoopWaits(), seen=seen)):
         for now[0] in (1.0, 12.0):
             call_wait_hook("the database is locked by process 7")
-    assert kinds(monitor) == {"database-waits", "disk"}
-    monitor.ended()
+    assert kinds_of(monitor) == {"database-waits", "disk"}
+    disk.free = 0.0
+    show(monitor, ServerEnds(), seen=seen)
     monitor.close()
-    assert kinds(monitor) == {"database-waits", "disk"}
+    assert {(a.kind, a.severity) for a in monitor.book.open} == {("database-waits", "critical"), ("disk", "critical")}
 
-    monitor = begin()
+    monitor = watching(tmp_path, now=lambda: now[0])
     monitor.start()
-    monitor.turned(lambda: 0.0, view)
+    show(monitor, seen=seen)
     monitor.close()
-    assert kinds(monitor) == {"disk"}
+    assert kinds_of(monitor) == {"disk"}
 
 
 def test_alerts_about_a_job_are_over_when_it_is_finished_though_the_server_ends_at_once(tmp_path: Path) -> None:
-    view, now = Fleet(tmp_path, JOB).daemon().first.view, 10.0
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, monotonic=lambda: now)
-    watch = monitor.watches[JOB.name]
-    watch.command(SendOffer("a", 1, 1, {}), now)
-    watch.event(Ticked(), now + 1e6)
-    monitor.turned(lambda: 0.0, view)
-    assert {alert.kind for alert in monitor.book.open} == {"no-progress"}
-    view.state.phase = Phase.FINISHED
-    monitor.finished(view)
-    monitor.turned(lambda: 0.0, view)
-    monitor.ended()
-    assert monitor.book.open == []
+    monitor, seen = watching(tmp_path, now=lambda: 10.0), replace(SEEN, fleet=FleetSnapshot())
+    show(monitor, SendOffer("a", 1, 1, {}), at=10.0, seen=seen)
+    show(monitor, Ticked(), Finish("m"), at=1e6, seen=seen)
+    assert kinds_of(monitor) == {"no-progress"}
+    show(monitor, Finish("m"), seen=seen, phase=Phase.FINISHED)
+    show(monitor, ServerEnds(), seen=seen, phase=Phase.FINISHED)
+    assert kinds_of(monitor) == set()
 
 
 def test_a_start_closes_no_alert_that_only_its_last_run_had_counted_before_a_round_has_ended(tmp_path: Path) -> None:
-    view = Fleet(tmp_path, JOB).daemon().first.view
     stuck = Alert("no-progress", "critical", NOW, "nothing comes", "why", "todo", job=JOB.name)
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook([stuck]))
+    now, seen = [0.0], replace(SEEN, fleet=FleetSnapshot())
+    monitor = watching(tmp_path, stuck, now=lambda: now[0])
     monitor.read_site()
-    monitor.look()
-    assert [alert.kind for alert in monitor.book.open] == ["no-progress"]
-    monitor.watches[JOB.name].round_over({"round": 1, "devices": {"a": {"progress": "folded"}}}, 1.0, view)
-    monitor.look()
-    assert monitor.book.open == []
+    show(monitor, seen=seen)
+    assert kinds_of(monitor) == {"no-progress"}
+    now[0] += 1
+    show(monitor, ROUND, seen=seen)
+    assert kinds_of(monitor) == set()
 
 
-def test_a_start_closes_no_alert_about_what_it_can_t_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restored", [True, False])
+def test_what_can_t_be_read_closes_no_alert(tmp_path: Path, restored: bool) -> None:
     with IdentityFolder.make(tmp_path, "lab") as identity:
         identity.store.ask("attic", SigningKey.make().verifying.hex, 2)
-    view = Fleet(tmp_path, JOB).daemon().first.view
-    database = (tmp_path / "server.db").read_bytes()
+    database, now = (tmp_path / "server.db").read_bytes(), [0.0]
     waiting = Alert("devices-wait", "info", NOW, "attic waits", "why", "todo")
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, book=AlertBook([waiting]))
-    for content in (b"x" * 5000, database):
+    monitor = watching(tmp_path, *([waiting] if restored else []), now=lambda: now[0])
+    for content in (*(() if restored else (database,)), b"x" * 5000, database):
         (tmp_path / "server.db").write_bytes(content)
+        now[0] += 1
         monitor.read_site()
-        monitor.look()
-        assert [alert.kind for alert in monitor.book.open] == ["devices-wait"]
+        show(monitor, fleet=FleetSnapshot())
+        assert kinds_of(monitor) == {"devices-wait"}
 
 
 def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Path) -> None:
@@ -696,21 +625,6 @@ def test_a_database_that_can_t_be_read_hides_no_other_fact(tmp_path: Path) -> No
     facts = site_facts_module.site_facts(tmp_path, {})
     assert (facts.waiting, facts.rollout) == ({}, None)
     assert facts.disk is not None
-
-
-def test_what_waits_goes_on_waiting_while_the_database_can_t_be_read(tmp_path: Path) -> None:
-    with IdentityFolder.make(tmp_path, "lab") as identity:
-        identity.store.ask("attic", SigningKey.make().verifying.hex, 2)
-    monitor = Monitor(tmp_path, {}, [(Fleet(tmp_path, JOB).daemon().first.view, tmp_path)], here=lambda: 3)
-    monitor.read_site()
-    monitor.look()
-    assert {alert.kind for alert in monitor.book.open} == {"devices-wait"}
-    database = (tmp_path / "server.db").read_bytes()
-    for content in (b"x" * 5000, database):
-        (tmp_path / "server.db").write_bytes(content)
-        monitor.read_site()
-        monitor.look()
-        assert {alert.kind for alert in monitor.book.open} == {"devices-wait"}
 
 
 def test_members_are_not_read_where_only_boards_that_wait_count(
@@ -738,53 +652,55 @@ def test_rollouts_that_are_only_read_are_not_changed(tmp_path: Path) -> None:
 
 
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
-    daemon, now = Fleet(tmp_path, JOB).daemon(), [0.0]
-    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, monotonic=lambda: now[0])
-    monitor.turned(lambda: 0.0, daemon.first.view)
+    now, seen = [0.0], replace(SEEN, fleet=FleetSnapshot())
+    monitor = watching(tmp_path, now=lambda: now[0])
+    show(monitor, seen=seen)
     now[0] = 59.0
     assert not monitor.hangs
     assert monitor.open() == []
     now[0] = 61.0
     assert [a.kind for a in monitor.open()] == ["server-hangs"]
-    monitor.turned(lambda: 0.0, daemon.first.view)
+    show(monitor, seen=seen)
     assert monitor.open() == []
     now[0] = 130.0
-    monitor.waiting()  # for its database, or a lock
+    show(monitor, LoopWaits(), seen=seen)  # for its database, or a lock
     assert monitor.open() == []
 
 
-def test_a_wait_for_the_database_is_an_alert_and_reads_nothing_of_it(tmp_path: Path) -> None:
-    now, reads = [0.0], list[float]()
-
-    def members() -> set[str]:
-        reads.append(now[0])
-        call_wait_hook("the database is away")
-        return {"a"}
-
-    daemon = Fleet(tmp_path, JOB).daemon()
-    view = replace(daemon.first.view, members=members)
-    monitor = Monitor(
-        tmp_path, {}, [(view, tmp_path)], free=lambda: members(), clock=lambda: now[0], monotonic=lambda: now[0]
-    )
-    with wait_hook(monitor.waiting):
-        for now[0] in (1.0, 12.0, 14.0, 16.0):
-            call_wait_hook("the database is away")
-    assert reads == []
-    assert [a.kind for a in monitor.book.open] == ["database-waits"]
-
-
-@pytest.mark.parametrize(("connected", "here"), [(False, 3), (True, 0)])
+@pytest.mark.parametrize(("connected", "able"), [(False, 3), (True, 0)])
 def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
-    tmp_path: Path, connected: bool, here: int
+    tmp_path: Path, connected: bool, able: int
 ) -> None:
-    view, now = Fleet(tmp_path, JOB).daemon().first.view, [0.0]
-    view = replace(view, link=SimpleNamespace(connected=connected))  # type: ignore[arg-type]
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: here, monotonic=lambda: now[0])
+    now, seen = [0.0], replace(SEEN, able=able, fleet=FleetSnapshot(broker_connected=connected))
+    monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in (0.0, 8.0) if connected else (0.0, 16.0):
-        monitor.turned(lambda: 0.0, view)
+        show(monitor, seen=seen)
     before = [] if connected else ["broker"]
     assert [a.kind for a in monitor.book.open] == before
-    with wait_hook(monitor.waiting):
+    with wait_hook(lambda: show(monitor, LoopWaits(), seen=seen)):
         for now[0] in (17.0, 28.0, 60.0):
             call_wait_hook("the database is locked by process 7")
     assert [a.kind for a in monitor.book.open] == [*before, "database-waits"]
+
+
+def test_alerts_wait_until_all_jobs_of_a_server_were_seen(tmp_path: Path) -> None:
+    left = Alert("round-waits", "warning", NOW, "it waits", "why", "todo", job="second")
+    folders = {"first": tmp_path, "second": tmp_path / "second"}
+    monitor = Monitor(tmp_path, {}, folders, book=AlertBook([left]))
+    show(monitor, ROUND, seen=replace(SEEN, name="first", fleet=FleetSnapshot(several_jobs=True, connected="abc")))
+    assert kinds_of(monitor) == {"round-waits"}
+    show(monitor, ROUND, seen=replace(SEEN, name="second", fleet=FleetSnapshot(several_jobs=True, connected="abc")))
+    assert kinds_of(monitor) == set()
+
+
+def test_a_rule_is_an_alert_of_its_own_once_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts_module, "RULES", rules := list(alerts_module.RULES))
+    monkeypatch.setattr(alert_rules, "RULES", rules)
+    monkeypatch.setattr(alerts_module, "KINDS", kinds := dict(alerts_module.KINDS))
+
+    @alert_rule("too-quiet", INFO)
+    def quiet_night(seen: Situation, now: float) -> Iterator[Alert]:
+        yield Alert("too-quiet", INFO, now, "nothing happens", "people wonder", "go to bed")
+
+    assert [alert.kind for alert in evaluate_alerts(CALM, NOW)] == ["too-quiet"]
+    assert kinds["too-quiet"] == (INFO,)

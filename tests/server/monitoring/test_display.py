@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from fedprune.jobs.job import Job
-from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
+from fedprune.coordination import Phase
 from fedprune_server.monitoring.display import (
-    Lines,
     LiveTable,
+    RoundLines,
     cells,
     make_display,
     round_line,
@@ -23,27 +20,25 @@ from fedprune_server.monitoring.display import (
     state_style,
     title,
 )
+from fedprune_server.observation.observer import RoundEnded, ServerEnds
+from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot, Lazy
+from support.fakes.shown_jobs import show
 
-ROW = DeviceRow("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, {"accuracy": 0.875}, "train 3/10")
-SNAPSHOT = JobSnapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
+ROW = DeviceSnapshot(
+    name="pi", profile="raspberry-pi-4b", density=0.5, parameters=12_345, bytes_down=2_500_000, bytes_up=1_250_000,
+    seconds=12.34, metrics={"accuracy": 0.875}, activity="train 3/10",
+)  # fmt: skip
+SNAPSHOT = JobSnapshot(
+    name="leaves", round=2, rounds=10, phase=Phase.TRAINING, now=1000.0, closes_at=1041.6, bytes_down=2_500_000,
+    bytes_up=1_250_000, history=({"metrics": {"accuracy": 0.75, "samples": 100.0}},), devices={"pi": ROW},
+)  # fmt: skip
 SUMMARY = {
     "round": 2,
     "model": "0123456789abcdef",
     "metrics": {"accuracy": 0.75, "samples": 100.0},
     "devices": {"pi": {"progress": "folded"}, "nano": {"progress": "refused"}},
 }
-LINE = round_line(SUMMARY, Job(rounds=10), 2_500_000, 1_250_000)
-
-
-class Seen:
-    """A job as an observer sees it."""
-
-    job = Job(name="leaves", rounds=10)
-    registry = SimpleNamespace(total=(2_500_000, 1_250_000))
-
-    def __init__(self, snapshot: Callable[[], JobSnapshot] = lambda: SNAPSHOT, *, paused: bool = False) -> None:
-        self.snapshot = snapshot
-        self.state = SimpleNamespace(paused=paused)
+LINE = round_line(SUMMARY, SNAPSHOT)
 
 
 class Terminal(io.StringIO):
@@ -67,8 +62,10 @@ def test_a_row_has_every_column_and_dashes_where_nothing_is_known() -> None:
 
 def test_the_header_has_round_phase_accuracy_deadline_and_a_lost_broker() -> None:
     assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 75.0%, deadline in 42 s"
-    assert "global loss 0.125" in title(replace(SNAPSHOT, metrics={"loss": 0.125}))
-    assert title(replace(SNAPSHOT, connected=False)).endswith("no connection to the broker")
+    assert "global loss 0.125" in title(replace(SNAPSHOT, history=({"metrics": {"loss": 0.125}},)))
+    away = replace(SNAPSHOT, fleet=FleetSnapshot(broker_connected=False), phase=Phase.WAITING)
+    assert title(away).endswith("no connection to the broker")
+    assert "deadline" not in title(away)
 
 
 def test_a_round_is_one_line() -> None:
@@ -87,7 +84,7 @@ def test_the_line_of_a_round_has_what_boards_measured_before_and_after_training(
         for name, (before, after) in scores.items()
     }
     parts["silent"] = {"progress": "folded", "metrics": {}}
-    line = round_line({**SUMMARY, "devices": parts}, Job(rounds=10), 0, 0)
+    line = round_line({**SUMMARY, "devices": parts}, SNAPSHOT)
     assert ", accuracy 75.0%, local accuracy 37.5% as received and 62.5% as trained, " in line
 
 
@@ -97,11 +94,12 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     stream = Terminal()
     display = make_display(stream)
     profile = "raspberry-pi-zero-2w-metered-modem"
-    row = DeviceRow(
-        "attic-zero", profile, 0.609, 12_345, 26_380_000, 26_150_000, 12.34, {"accuracy": 0.4333}, "upload 0/7"
-    )
-    display.turned(lambda: 0.0, Seen(lambda: replace(SNAPSHOT, rows=(row,))))
-    display.ended()
+    device = replace(
+        ROW, name="attic-zero", profile=profile, density=0.609, bytes_down=26_380_000, bytes_up=26_150_000,
+        metrics={"accuracy": 0.4333}, activity="upload 0/7",
+    )  # fmt: skip
+    show(display, seen=SNAPSHOT, devices={"attic-zero": device})
+    show(display, ServerEnds(), seen=SNAPSHOT, devices={"attic-zero": device})
     lines = [line for line in stream.getvalue().splitlines() if "attic-zero" in line]
     for line in lines:
         assert "…" not in line
@@ -120,10 +118,10 @@ def test_states_have_colours_and_times_are_a_word_or_two() -> None:
 
 
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
-    lines = Lines()
+    lines = RoundLines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
         for number, now in ((2, 100.0), (3, 130.0), (4, 160.0), (5, 190.0), (10, 220.0)):
-            lines.round_over({**SUMMARY, "round": number}, now, Seen(paused=number == 5))
+            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, paused=number == 5)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
 
@@ -131,21 +129,19 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCa
 def test_a_round_that_stalls_until_its_deadline_changes_little_of_what_is_left(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    lines, now, number = Lines(), 1000.0, 0
-    seen = Seen()
-    seen.job = replace(Seen.job, rounds=700)
+    lines, now, number = RoundLines(), 1000.0, 0
     with caplog.at_level(logging.INFO, "fedprune.server"):
         for seconds in (2.0, 2.0, 2.0, 600.0, 2.0):
             now, number = now + seconds, number + 1
-            lines.round_over({**SUMMARY, "round": number}, now, seen)
+            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, rounds=700)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", *[", about 23 min left"] * 4]
 
 
 def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fedprune.server"):
-        Lines(of_several=True).round_over(SUMMARY, 0.0, Seen())
-    assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.job}: {LINE}"]
+        show(RoundLines(), RoundEnded(SUMMARY), seen=SNAPSHOT, fleet=FleetSnapshot(several_jobs=True))
+    assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.name}: {LINE}"]
 
 
 @pytest.mark.parametrize(("stream", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
@@ -153,12 +149,12 @@ def test_without_a_terminal_that_draws_in_place_there_are_lines(
     stream: type[io.StringIO], term: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", term)
-    assert isinstance(make_display(stream()), Lines)
+    assert isinstance(make_display(stream()), RoundLines)
 
 
 def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "fedprune.server"):
-        Lines().round_over(SUMMARY, 0.0, Seen())
+        show(RoundLines(), RoundEnded(SUMMARY), seen=SNAPSHOT)
     levels = {r.getMessage(): r.levelno for r in caplog.records}
     assert levels == {LINE: logging.INFO, f"  {row_line(ROW)}": logging.DEBUG}
 
@@ -168,9 +164,9 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
     stream = Terminal()
     display = make_display(stream)
     assert isinstance(display, LiveTable)
-    display.turned(lambda: 0.0, Seen(lambda: SNAPSHOT))
+    show(display, seen=SNAPSHOT)
     logging.getLogger("fedprune.server").warning("device nano takes no part")
-    display.ended()
+    show(display, ServerEnds(), seen=SNAPSHOT)
     for text in ("leaves: round 2 of 10", "raspberry-pi-4b", "12,345", "train 3/10", "device nano takes no part"):
         assert text in stream.getvalue()
 
@@ -178,21 +174,21 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_closed_table_gives_logging_back() -> None:
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.propagate)
-    LiveTable(Terminal()).ended()
+    show(LiveTable(Terminal()), ServerEnds(), seen=SNAPSHOT)
     assert (logger.handlers[:], logger.propagate) == before
 
 
 def test_the_table_is_not_drawn_at_every_message() -> None:
-    drawn = []
+    drawn: list[int] = []
 
-    def snapshot() -> JobSnapshot:
+    def devices() -> dict[str, DeviceSnapshot]:
         drawn.append(1)
-        return SNAPSHOT
+        return {"pi": ROW}
 
     display = LiveTable(Terminal())
     for _ in range(100):
-        display.turned(lambda: 0.0, Seen(snapshot))
-    display.ended()
+        show(display, seen=SNAPSHOT, devices=Lazy(devices))
+    show(display, ServerEnds(), seen=SNAPSHOT)
     assert len(drawn) == 1
 
 
@@ -201,6 +197,6 @@ def test_brackets_in_a_devices_words_are_shown_as_they_are(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
     display = make_display(stream)
-    display.turned(lambda: 0.0, Seen(lambda: replace(SNAPSHOT, rows=(replace(ROW, state=text),))))
-    display.ended()
+    show(display, seen=SNAPSHOT, devices={"pi": replace(ROW, activity=text)})
+    show(display, ServerEnds(), seen=SNAPSHOT)
     assert text in stream.getvalue()

@@ -14,8 +14,10 @@ import pytest
 from fedprune.core.errors import ExitCode, StorageError
 from fedprune_server.cli.main import main
 from fedprune_server.monitoring.health import RUNNING, STANDING_BY, Pulse, check_pulse
-from support.fakes.fleet import Fleet
+from fedprune_server.observation.observer import TurnEnded
+from support.fakes.fleet import Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.shown_jobs import show
 from support.fakes.tiny_job import JOB
 from support.waiting import until
 
@@ -26,16 +28,20 @@ class Ear:
         self.now = 100.0
         self.pulse = Pulse(environment, self.heard.append, lambda: self.now)
 
+    def beat(self) -> None:
+        """Have a turn of the loop end."""
+        show(self.pulse, TurnEnded(0.0))
+
 
 def test_the_first_turn_is_ready_and_later_ones_feed_the_watchdog() -> None:
     ear = Ear(WATCHDOG_USEC="8000000")
-    ear.pulse.beat()
+    ear.beat()
     assert ear.heard == ["READY=1\nSTATUS=running", "WATCHDOG=1"]
     ear.now += 1.9
-    ear.pulse.beat()
+    ear.beat()
     assert len(ear.heard) == 2  # a loop turns a hundred times a second
     ear.now += 0.1
-    ear.pulse.beat()
+    ear.beat()
     assert ear.heard[2:] == ["WATCHDOG=1"]
     ear.pulse.stop()
     assert ear.heard[3:] == ["STOPPING=1"]
@@ -45,7 +51,7 @@ def test_systemd_hears_it_through_its_socket(tmp_path: Path, monkeypatch: pytest
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        Pulse().beat()
+        show(Pulse(), TurnEnded(0.0))
         assert manager.recv(99).startswith(b"READY=1")
         assert manager.recv(99) == b"WATCHDOG=1"
 
@@ -55,16 +61,16 @@ def test_a_file_tells_a_probe(tmp_path: Path) -> None:
     ear = Ear(FEDPRUNE_PULSE=str(path))
     with pytest.raises(StorageError, match="no server reports that it lives"):
         check_pulse(path, 60)
-    ear.pulse.beat()
+    ear.beat()
     assert check_pulse(path, 60, running=True) == RUNNING
     os.utime(path, (1, 1))
     with pytest.raises(StorageError, match="loop hasn't turned"):
         check_pulse(path, 60)
     ear.now += 1
-    ear.pulse.beat()
+    ear.beat()
     assert path.stat().st_mtime == 1  # not before its time
     ear.now += 5
-    ear.pulse.beat()
+    ear.beat()
     assert check_pulse(path, 60) == RUNNING
     ear.pulse.stop()
     assert not path.exists()
@@ -79,7 +85,7 @@ def test_who_stands_by_is_well_but_doesnt_run(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="stands by"):
             check_pulse(path, 60, running=True)
     assert "pulse" not in {t.name for t in threading.enumerate()}
-    pulse.beat()
+    show(pulse, TurnEnded(0.0))
     assert check_pulse(path, 60, running=True) == RUNNING
 
 
@@ -90,7 +96,7 @@ def test_what_is_no_pulse_is_none(tmp_path: Path) -> None:
 
 
 def test_a_pulse_that_cant_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Ear(FEDPRUNE_PULSE=str(tmp_path / "nowhere" / "pulse")).pulse.beat()
+    Ear(FEDPRUNE_PULSE=str(tmp_path / "nowhere" / "pulse")).beat()
     assert "can't write" in caplog.text
 
 
@@ -101,7 +107,7 @@ def test_the_command_ends_as_a_probe_wants_it(
     assert main(["health"]) == ExitCode.USAGE
     assert main(["health", "--pulse", str(tmp_path / "pulse")]) == ExitCode.STORAGE
     monkeypatch.setenv("FEDPRUNE_PULSE", str(tmp_path / "pulse"))
-    Pulse().beat()
+    show(Pulse(), TurnEnded(0.0))
     capsys.readouterr()
     assert main(["health", "--ready"]) == ExitCode.OK
     assert capsys.readouterr().out == "running\n"
@@ -115,13 +121,10 @@ def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:
         Fleet(tmp_path / "one"),
         SeveralJobs(tmp_path / "several", [named(JOB, "one"), named(JOB, "two")], "abc"),
     )
-    daemon, host = fleet.daemon(), several.host()
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    runs = ((daemon.first, fleet.air, fleet.run), (host.first, several.air, lambda: several.run(host)))
-    for desk, air, run in runs:
+    for air, run in ((fleet.air, fleet.run_daemon), (several.air, several.run)):
         beats: list[float] = []
-        desk.observers.each_turn(lambda beats=beats, air=air: beats.append(air.now))  # type: ignore[misc]
+        watcher = Watcher(lambda seen, what, beats=beats, air=air: beats.append(air.now))  # type: ignore[misc]
         began = air.now
-        run()  # type: ignore[operator]
+        run((fleet.daemon if air is fleet.air else several.host)(observers=[watcher]))
         assert len(beats) > 10
         assert all(b - a <= 0.5 for a, b in pairwise([began, *beats, air.now]))

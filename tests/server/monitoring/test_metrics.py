@@ -19,13 +19,14 @@ from fedprune.coordination import State
 from fedprune.core.errors import ConfigError
 from fedprune_server.monitoring import http
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import ALERT_SEVERITIES as ALERTS
+from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES as ALERTS
 from fedprune_server.monitoring.alerts import HANG_THRESHOLD_S
 from fedprune_server.monitoring.http import served
 from fedprune_server.monitoring.metrics import Metrics
-from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.round_parts import PARTS
-from support.fakes.static_job_view import StillJob
+from fedprune_server.observation.observer import LoopWaits, Observer, RoundEnded, Saved, TurnEnded
+from fedprune_server.observation.snapshot import Lazy
+from support.fakes.shown_jobs import show
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -51,10 +52,8 @@ def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: 
     (tmp_path / "blobs" / "ab").mkdir(parents=True)
     (tmp_path / "blobs" / "ab" / "abc").write_bytes(bytes(123))
     metrics = Metrics(tmp_path, lambda: {("quarantine", "warning"): 3, ("broker", "critical"): 0}, Steps())
-    watch = metrics.watch("toy")
-    state = played(watch)
-    watch.saved(0.01)
-    watch.turned(lambda: 0.02, StillJob())
+    state = played(metrics)
+    show(metrics, Saved(0.01), TurnEnded(0.02), at=2000.0)
     found = values(metrics)
     job = ("job", "toy")
 
@@ -83,13 +82,12 @@ def test_a_played_job_is_counted(played: Callable[[Observer], State], tmp_path: 
 
 def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
     metrics = Metrics()
-    watch = metrics.watch("toy")
     parts = {
         "a": {"progress": "refused", "reason": "x", "kind": "diverged"},
         "b": {"progress": "refused", "reason": "x", "kind": "late"},
         "c": {"progress": "refused", "reason": "zzz"},
     }
-    watch.round_over({"round": 1, "model": "m", "metrics": {}, "devices": parts}, 1.0, StillJob())
+    show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {}, "devices": parts}))
     found = values(metrics)
     for kind in ("diverged", "late", "other"):
         assert found["fedprune_updates_refused_total", (("job", "toy"), ("reason", kind))] == 1
@@ -116,7 +114,7 @@ def test_the_web_server_says_whether_the_loop_turns_and_what_is_ready(
 ) -> None:
     url, metrics, now, trouble = site
     assert status(f"{url}/healthz")[0] == 503
-    metrics.watch("toy").turned(lambda: 0.1, StillJob())
+    show(metrics, TurnEnded(0.1))
     assert status(f"{url}/healthz") == status(f"{url}/readyz") == (200, "ok\n")
     trouble[0] = "no room"
     assert status(f"{url}/readyz") == (503, "database: no room\n")
@@ -142,9 +140,19 @@ def test_a_name_that_another_site_may_have_is_not_answered() -> None:
             client.close()
 
 
+def test_while_the_loop_waits_for_its_database_no_figure_needs_that() -> None:
+    def states() -> dict[str, int]:
+        raise AssertionError("who is a member stands in the database")
+
+    now = [100.0]
+    metrics = Metrics(clock=lambda: now[0])
+    show(metrics, LoopWaits(), device_states=Lazy(states))
+    assert metrics.turned_at == 100.0
+
+
 def test_no_series_tells_when_another_series_began() -> None:
     metrics = Metrics()
-    metrics.watch("toy").turned(lambda: 0.1, StillJob())
+    show(metrics, TurnEnded(0.1))
     assert not [line for line in metrics.text().decode().splitlines() if "_created" in line]
 
 
@@ -156,9 +164,7 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
 
 def exposed() -> set[str]:
     metrics = Metrics(Path("/nowhere"), AlertBook().counts)
-    watch = metrics.watch("toy")
-    watch.turned(lambda: 0.1, StillJob())
-    watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
+    show(metrics, TurnEnded(0.1), RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}))
     families = text_string_to_metric_families(metrics.text().decode())
     return {s.name for f in families for s in f.samples}
 
@@ -186,9 +192,7 @@ def labels_on_the_page() -> dict[str, set[str]]:
 
 def test_the_page_lists_the_labels_that_figures_have() -> None:
     metrics = Metrics(Path("/nowhere"), AlertBook().counts)
-    watch = metrics.watch("toy")
-    watch.turned(lambda: 0.1, StillJob())
-    watch.round_over({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}, 1.0, StillJob())
+    show(metrics, TurnEnded(0.1), RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}))
     on_page = labels_on_the_page()
     shown = 0
     for family in text_string_to_metric_families(metrics.text().decode()):

@@ -42,7 +42,6 @@ from fedprune_server.monitoring.notifications import (
     fetch,
     trial,
 )
-from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 from support.paths import ROOT
 from support.waiting import until
@@ -367,13 +366,12 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_he
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_LOOK_S", 60.0)  # the end comes before the next look
-    daemon = Fleet(tmp_path, JOB).daemon()
 
     def run(url: str, quiet_hours: str, opened: list[Alert]) -> None:
         settings = AlertSettings(webhook=url, quiet_hours=quiet_hours)
         config = ServerConfig(state=tmp_path, alerts=settings)
         book = AlertBook(read_recorded(tmp_path).alerts)
-        with monitoring(config, daemon, [tmp_path], book):
+        with monitoring(config, {JOB.name: tmp_path}, book):
             book.update(opened, 0.0, NOON)
 
     now = datetime.now().hour

@@ -13,24 +13,28 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.traces import JobTraces
+from fedprune.output.log_lines import current_log_context, log_context
+from fedprune_server.monitoring.traces import Traces
+from fedprune_server.observation.observer import Observer, ServerEnds
+from support.fakes.shown_jobs import show
 
 
 @pytest.fixture
-def traced() -> tuple[JobTraces, InMemorySpanExporter]:
+def traced() -> tuple[Traces, InMemorySpanExporter]:
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return JobTraces(provider.get_tracer("test"), "toy"), exporter
+    return Traces(provider.get_tracer("test")), exporter
 
 
 def test_a_round_is_a_tree_of_spans(
-    traced: tuple[JobTraces, InMemorySpanExporter], played: Callable[[Observer], State]
+    traced: tuple[Traces, InMemorySpanExporter], played: Callable[[Observer], State]
 ) -> None:
-    watch, exporter = traced
-    played(watch)
-    assert watch.trace_id is not None  # of the round that is under way
-    watch.ended()
+    observer, exporter = traced
+    played(observer)
+    with log_context(job="toy"):
+        assert "trace_id" in current_log_context(), "of the round that is under way"
+        show(observer, ServerEnds())
+        assert "trace_id" not in current_log_context()
     spans = {s.context.span_id: s for s in exporter.get_finished_spans()}
     rounds = [s for s in spans.values() if s.name == "round"]
     assert sorted(s.attributes["fedprune.round"] for s in rounds) == [1, 2]
@@ -57,11 +61,11 @@ def parent(span: ReadableSpan, spans: dict[int, ReadableSpan]) -> ReadableSpan |
     return None if span.parent is None else spans[span.parent.span_id]
 
 
-def test_a_refusal_is_an_error_and_ends_what_is_open(traced: tuple[JobTraces, InMemorySpanExporter]) -> None:
-    watch, exporter = traced
-    watch.command(do.Score(1, "m", {}, ("a",)), 1.0)
-    watch.command(do.SendOffer("a", 1, 1, {}), 2.0)
-    watch.event(on.OfferRefused("a", 1, 1, "disk full"), 3.0)
+def test_a_refusal_is_an_error_and_ends_what_is_open(traced: tuple[Traces, InMemorySpanExporter]) -> None:
+    observer, exporter = traced
+    show(observer, do.Score(1, "m", {}, ("a",)), do.SendOffer("a", 1, 1, {}), at=1.0)
+    show(observer, on.OfferRefused("a", 1, 1, "disk full"), at=3.0)
+    show(observer, do.Finish("m"), at=4.0)
     ended = {s.name: s for s in exporter.get_finished_spans()}
-    assert set(ended) == {"train", "device"}
-    assert all(s.status.description == "disk full" for s in ended.values())
+    assert set(ended) == {"train", "device", "score", "round"}
+    assert [ended[name].status.description for name in ("train", "device", "score")] == ["disk full"] * 2 + [None]

@@ -55,13 +55,12 @@ def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> d
     fleet.air = air = Dropping()
     for name in ("a", "b", "c"):
         air.devices[name] = Asking(name, folder / "devices", air)
-    daemon = fleet.daemon()
 
     def clock() -> float:
         return air.now
 
-    monitor = Monitor(folder, {}, [(daemon.first.view, folder)], clock=clock, monotonic=clock)
-    daemon.first.observers.join(monitor)
+    monitor = Monitor(folder, {}, {JOB.name: folder}, clock=clock, monotonic=clock)
+    daemon = fleet.daemon(observers=[monitor])
     found: dict[str, tuple[set[str | None], float]] = {}
 
     def idle() -> None:

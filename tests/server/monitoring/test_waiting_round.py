@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from fedprune.jobs.failure_kind import FailureKind
-from fedprune.jobs.state import Device as Board
 from fedprune.wire.messages import Offer
-from fedprune_server.monitoring.alerts import Alert, evaluate_alerts
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
+from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.monitoring.participation import AWAY, FAILING, Participation, format_minute
-from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.monitoring.situation import Situation
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded
 from support.fakes.fleet import Fleet, ToyDevice
+from support.fakes.shown_jobs import SEEN, boards, show
 from support.fakes.tiny_job import JOB
 
 DEADLINE_S = 600.0
@@ -68,11 +70,8 @@ class Watched:
     def __init__(self, folder: Path, **job: Any) -> None:
         self.fleet = Fleet(folder, replace(JOB, deadline_s=DEADLINE_S, rounds=6, devices=2, **job), ("a", "b"))
         self.board = self.fleet.air.devices["c"] = Vanishing("c", folder / "devices", self.fleet.air)
-        self.daemon = self.fleet.daemon()
-        view = self.daemon.first.view
-        self.monitor = Monitor(folder, {}, [(view, folder)], away_rounds=2, clock=self.now, monotonic=self.now)
-        for observer in (self.monitor.watches["toy"], self.monitor.participation["toy"], self.monitor):
-            self.daemon.first.observers.join(observer)
+        self.monitor = Monitor(folder, {}, {"toy": folder}, away_rounds=2, clock=self.now, monotonic=self.now)
+        self.daemon = self.fleet.daemon(observers=[self.monitor])
         self.seen: list[tuple[float, list[Alert]]] = []
 
     def now(self) -> float:
@@ -127,18 +126,15 @@ def test_a_board_that_is_back_within_seconds_is_no_alert(tmp_path: Path) -> None
 def test_a_board_that_was_offline_at_its_deadlines_needs_a_connection_and_no_repair(
     tmp_path: Path, online: bool, kind: str
 ) -> None:
-    view = Fleet(tmp_path).daemon().first.view
-    board = view.state.devices["a"] = Board(1, True, {"name": "pi"}, None, 10)
-    watch = Participation(view, 9, None, {}, lambda: 1000.0)
+    watch = Participation(SEEN, 9, {}, lambda: 1000.0)
     late = {"progress": "refused", "reason": "the deadline has passed", "kind": FailureKind.LATE.value}
+    changed = DevicesChanged(frozenset("a"))
     for number in (1, 2):
-        board.online = online
-        watch.noticed(["a"])
-        watch.round_over({"round": number, "devices": {"a": late}}, 1000.0, view)
-        board.online = True  # it comes back, and goes again
-        watch.noticed(["a"])
+        ended = RoundEnded({"round": number, "devices": {"a": late}})
+        show(watch, changed, ended, devices=boards("a") if online else boards(offline="a"))
+        show(watch, changed, devices=boards("a"))  # it comes back, and goes again
     assert {name: absence.kind for name, absence in watch.absences().items()} == {"a": kind}
-    (alert,) = evaluate_alerts(Snapshot(tmp_path, absences=watch.absences()), 1000.0)
+    (alert,) = evaluate_alerts(Situation(tmp_path, absences=watch.absences()), 1000.0)
     assert ("offline" in alert.what, "power" in alert.todo) == (not online, not online)
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.coordination.commands import Finish
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune_export.importing import import_onnx
@@ -28,9 +29,12 @@ from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring import trackers
 from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.monitoring.trackers import TrackedRun, Tracker
+from fedprune_server.observation.observer import RoundEnded
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.results.runs_progress import RunDisplay
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.fleet import Watcher
+from support.fakes.shown_jobs import show
 from support.fakes.stored_job import TO_THE_SECOND_ROUND
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -209,17 +213,13 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(
     for i, event in enumerate(TO_THE_SECOND_ROUND):
         coordinator.handle(event, 1000.0 + i)
     model = import_onnx(digits_model(), "digits")
-    store = SimpleNamespace(read=lambda digest: tensorfile.encode(model.tensors))
-    seen: Any = SimpleNamespace(registry=SimpleNamespace(total=(700, 300)), store=store, state=state)
+    store: Any = SimpleNamespace(read=lambda digest: tensorfile.encode(model.tensors))
     first, second = state.history[0], {**state.history[0], "round": 2, "at": state.history[0]["at"] + 50.0}
 
     def serve(history: list[dict[str, Any]], summary: dict[str, Any], *, finished: bool) -> None:
-        tracker = JobTracker([TrackTarget("mlflow")], JOB, model, tmp_path, history)
+        tracker = JobTracker([TrackTarget("mlflow")], JOB, model, tmp_path, store, history)
         assert not shown or history
-        tracker.turned(lambda: 0.0, seen)
-        tracker.round_over(summary, summary["at"], seen)
-        if finished:
-            tracker.finished(seen)
+        show(tracker, RoundEnded(summary), *([Finish("m" * 64)] if finished else []), at=summary["at"])
         tracker.close()
 
     serve([], first, finished=False)
@@ -246,9 +246,9 @@ def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) ->
     (tmp_path / "model.onnx").write_bytes(digits_model())
     config = ServerConfig(job=JOB, model=str(tmp_path / "model.onnx"), state=tmp_path / "state", port=0, track="mlflow")
     stopping = threading.Event()
-    with build_app(config, StartOptions(insecure=True), stopping) as app:
+    stopper = Watcher(lambda seen, what: stopping.set())
+    with build_app(config, StartOptions(insecure=True), stopping, observers=[stopper]) as app:
         assert not shown
-        app.server.first.observers.each_turn(stopping.set)
         app.run()
 
     assert only(shown).title == JOB.name

@@ -16,9 +16,9 @@ from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import COMMITTED, ReleaseReport
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
-from fedprune_server.monitoring.alerts import evaluate_alerts
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.monitoring.situation import Situation
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import database_of
@@ -110,7 +110,7 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
 
         def alerts() -> list[tuple[str, str]]:
             facts = replace(site_facts(state, {}), disk=None, certificates=())
-            return [(a.kind, a.what) for a in evaluate_alerts(Snapshot(state, site=facts), time.time())]
+            return [(a.kind, a.what) for a in evaluate_alerts(Situation(state, site=facts), time.time())]
 
         def row(*, server: bool = False) -> dict[str, Any]:
             """What is told, once a server that was restarted has looked."""

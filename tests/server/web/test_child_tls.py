@@ -24,9 +24,9 @@ from fedprune.core.errors import ConfigError
 from fedprune.security.certificates import common_name
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.monitoring.alerts import evaluate_alerts
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.snapshot import Snapshot
+from fedprune_server.monitoring.situation import Situation
 from fedprune_server.web.observer import check_tls
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state.status import FILE, StatusWriter
@@ -94,7 +94,7 @@ def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
 
     def seen() -> list[tuple[str, str]]:
         facts = replace(site_facts(tmp_path, server), disk=None)
-        return [(a.kind, a.severity) for a in evaluate_alerts(Snapshot(tmp_path, site=facts), time.time())]
+        return [(a.kind, a.severity) for a in evaluate_alerts(Situation(tmp_path, site=facts), time.time())]
 
     for since, days, sound, told in ((-60, 60, True, []), (-60, 20, True, ["warning"]), (-60, -1, False, ["critical"]),
                                      (1, 60, True, ["critical"])):  # fmt: skip

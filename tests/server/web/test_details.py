@@ -86,25 +86,25 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
     daemon = fleet.daemon()
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
-    view = daemon.first.view
-    found = details(view, "a", 1e9)
+    runner = daemon.first
+    found = details(runner, "a", 1e9)
     assert json.loads(encoded(found))["widths"]
-    sizes = view.architecture.sizes
+    sizes = runner.architecture.sizes
     chance = random.Random(0)
     ranks = [chance.sample(range(n), n) for n in sizes]
-    blob = view.store.put(Selection.of(view.architecture, sizes, ranks).to_json().encode())
+    blob = runner.store.put(Selection.of(runner.architecture, sizes, ranks).to_json().encode())
     state.ranking = blob.sha256
     state.tasks, state.devices["a"].held = {}, None  # type: ignore[assignment]
-    for row, rank, width in zip(held(view, "a"), ranks, state.devices["a"].widths, strict=True):
+    for row, rank, width in zip(held(runner, "a"), ranks, state.devices["a"].widths, strict=True):
         bits = "".join(f"{b:08b}" for b in bytes.fromhex(row["which"]))
         assert {i for i, b in enumerate(bits) if b == "1"} == set(rank[:width])
         assert row["kept"] == width
     state.ranking = "0" * 64
-    assert {row["which"] for row in held(view, "a")} == {None}
+    assert {row["which"] for row in held(runner, "a")} == {None}
     names = [f["what"] for f in found.figures]
     assert len(names) == len(set(names))
     assert {"round", "step", "train", "transfer", "latency", "memory", "download"} <= set(names)
-    assert details(view, "nobody", 1e9).figures == ()
+    assert details(runner, "nobody", 1e9).figures == ()
 
 
 HOSTILE = "12:00:00 job finished <script>alert(1)</script> {{ 7 * 7 }} é\u4e2d" + "y" * 350

@@ -9,29 +9,32 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
-from fedprune.jobs.state import PUT_AWAY
 from fedprune.output.log_lines import log_context
-from fedprune.wire.messages import Progress
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.server import Server
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
+from fedprune_server.observation.observer import Observer, Observers
+from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
-from fedprune_server.web.state import rows
+from fedprune_server.web.state import order_handler, rows
 from fedprune_server.web.state.admin_executor import AdminExecutor
-from fedprune_server.web.state.order_handler import OrderHandler
+from fedprune_server.web.state.order_handler import COVERED_S, OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
-from fedprune_server.web.state.publisher import COVERED_S, StatusPublisher
+from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
 from fedprune_server.web.state.surroundings import Member, Members, SurroundingsPoller
-from support.fakes.fleet import Fleet
+from support.fakes.fleet import Air, Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.shown_jobs import show
 from support.fakes.tiny_job import JOB
 
 SITE = {
@@ -43,17 +46,26 @@ SITE = {
 class Console:
     """A server's console without its process: the files, the server's side of them, and a view."""
 
-    def __init__(self, folder: Path, server: Any, air: Any, allowed: str = "all", **more: Any) -> None:
+    def __init__(self, folder: Path, air: Air, allowed: str = "all", **more: Any) -> None:
         self._air, clock = air, lambda: air.now
         self.writer = StatusWriter(folder / FILE)
-        self.publisher = StatusPublisher(server, SITE, self.writer, clock=clock, monotonic=clock, **more)
+        self.publisher = StatusPublisher(SITE, self.writer, clock=clock, monotonic=clock, **more)
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
-        handler = OrderHandler(self.queue, self.publisher, server.runners, None, allowed)
-        self.observer = ConsoleObserver(self.publisher, handler, None, clock)
-        for desk in server.runners.values():
-            desk.observers.join(self.observer)
+        self.quarantine = Quarantine(clock)
+        self.runners: dict[str, JobRunner] = {}
+        self.orders = OrderHandler(
+            self.queue, self.publisher, self.runners, self.quarantine, folder, None, allowed=allowed, clock=clock
+        )
+        self.observer = ConsoleObserver(self.publisher, self.orders, None, clock)
+        self._observers = Observers([self.observer], clock)
         self.view = FleetView(folder / FILE, clock=clock)
+
+    def serve(self, server: Server) -> Server:
+        """Take orders for a server."""
+        self.server = server
+        self.runners.update(server.runners)
+        return server
 
     def order(self, kind: str, until: float = 1e12, **what: Any) -> int:
         """Add an order as the console's process does."""
@@ -73,16 +85,21 @@ class Console:
         """Let time pass, and the console have its turn."""
         for _ in range(turns):
             self._air.now += 1.0
-            self.observer.turned(None, None)
+            fleet = self.server.fleet_snapshot()
+            self._observers.show([(r.snapshot(fleet), r.take_events()) for r in self.runners.values()])
+
+
+def watched(fleet: Fleet, *observers: Observer, **more: Any) -> tuple[Server, Console]:
+    """A server of a fleet, and its console."""
+    console = Console(fleet.folder, fleet.air, **more)
+    return console.serve(fleet.daemon(observers=[console.observer, *observers], quarantine=console.quarantine)), console
 
 
 def finished(folder: Path) -> tuple[Any, Any, Console]:
     """A job that is run to its end with a console: its server, its last state and the console."""
     fleet = Fleet(folder, JOB)
-    daemon = fleet.daemon()
-    console = Console(folder, daemon, fleet.air)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    state = fleet.run()
+    daemon, console = watched(fleet)
+    state = fleet.run_daemon(daemon)
     console.flush()
     return daemon, state, console
 
@@ -115,44 +132,12 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
     assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.first.registry.traffic.values())
 
 
-def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
+def test_a_waiting_board_is_waiting_on_its_page_too() -> None:
     member = Member("waiting", "ab12")
-    view = fleet.daemon().first.view
-    row = rows.device_row(view, "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
+    device = DeviceSnapshot(name="stranger", takes_part=False, online=False, connected=False, activity="unknown")
+    row = rows.device_row(device, job=None, ended=0, member=member, traffic=(0, 0), now=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
     assert row["key"] == "ab12"
-
-
-def test_a_board_s_temperature_is_the_last_that_it_has_reported(tmp_path: Path) -> None:
-    daemon, _, _ = finished(tmp_path)
-    view = daemon.first.view
-    name, device = next(iter(view.state.devices.items()))
-
-    def shown() -> float | None:
-        more = {"job": None, "here": True, "member": Member("member"), "traffic": (0, 0), "now": None}
-        return rows.device_row(view, name, **more)["temperature_c"]  # type: ignore[arg-type]
-
-    view.registry[name].temperature_c, device.probe = None, {"temperature_c": 40.0}
-    assert shown() == 40.0, "as measured at its start"
-    for said, expected in ((0.0, 0.0), (61.5, 61.5), (None, 61.5)):
-        view.registry.heard(name, 0.0, Progress(name, JOB.name, 1, 1, "train", 1, 2, said))
-        assert shown() == expected
-
-
-def test_rows_of_boards_that_are_away_read_nothing_from_the_database(tmp_path: Path) -> None:
-    daemon, _, _ = finished(tmp_path)
-    view = daemon.first.view
-    for device in view.state.devices.values():
-        device.plan, device.probe, device.online = {"density": 0.25}, {"temperature_c": 40.0}, False
-        device.put_away(PUT_AWAY)
-    view.state.devices.fetch = fetch = Mock(return_value={"plan": None, "probe": None})
-    shown = {row.device: row.density for row in view.snapshot().rows}
-    assert shown == {name: device.density for name, device in view.state.devices.items()}
-    for name in shown:
-        row = rows.device_row(view, name, job=None, here=False, member=Member("member"), traffic=(0, 0), now=None)
-        assert (row["density"], row["temperature_c"]) == (shown[name], None)
-    fetch.assert_not_called()
 
 
 def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> None:
@@ -162,7 +147,8 @@ def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> N
         return [view.devices().items, view.jobs, [r["round"] for r in view.rounds(JOB.name).items]]
 
     before = shown(console.view)
-    again = Console(tmp_path, daemon, console._air)
+    again = Console(tmp_path, console._air)
+    again.serve(daemon)
     again.flush(3)
     found = shown(again.view)
     for row in (*before[0], *found[0]):
@@ -173,13 +159,13 @@ def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> N
 
 def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air, poller=SurroundingsPoller(Many()))
+    _, console = watched(fleet, poller=SurroundingsPoller(Many()))
     moments = iter(range(10_000))
     console.publisher._monotonic = lambda: 60.0 * next(moments)  # one batch at a time
     whole = []
     for _ in range(8):
         console.flush()
-        console.observer.noticed(["board-0000"])
+        console.publisher.changed(["board-0000"])
         whole.append((console.view.whole, len(console.view.device_names) >= 120))
     assert all(heard for done, heard in whole if done)
     assert whole[0] == (False, False)
@@ -190,11 +176,11 @@ def test_a_row_that_is_wrong_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air, poller=SurroundingsPoller(Many()))
+    _, console = watched(fleet, poller=SurroundingsPoller(Many()))
     whole = rows.device_row
 
-    def wrong(view: Any, name: str, **more: Any) -> dict[str, Any]:
-        return {**whole(view, name, **more), **({"density": float("nan")} if name == "board-0007" else {})}
+    def wrong(device: DeviceSnapshot, **more: Any) -> dict[str, Any]:
+        return {**whole(device, **more), **({"density": float("nan")} if device.name == "board-0007" else {})}
 
     monkeypatch.setattr(rows, "device_row", wrong)
     with caplog.at_level(logging.ERROR, "fedprune.server"):
@@ -203,7 +189,7 @@ def test_a_row_that_is_wrong_costs_no_other(
     assert any("device board-0007" in m for m in caplog.messages)
     console.publisher._poller._members._known = {}  # type: ignore[union-attr]
     console.view.changes()
-    console.observer.noticed(["board-0001", "board-0002", "board-0007"])
+    console.publisher.changed(["board-0001", "board-0002", "board-0007"])
     console.flush()
     assert len(console.view.device_names) == 117
     assert ("devices", ["board-0001", "board-0002"]) in console.view.changes()
@@ -212,7 +198,7 @@ def test_a_row_that_is_wrong_costs_no_other(
 def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
     fleet, found = Fleet(tmp_path, JOB), SurroundingsPoller(Many())
     seen, found.seen = found.seen, lambda: None  # type: ignore[method-assign]
-    console = Console(tmp_path, fleet.daemon(), fleet.air, poller=found)
+    _, console = watched(fleet, poller=found)
     console.flush(10)
     assert (console.view.ready, console.view.whole) == (True, False)
     found.seen = seen  # type: ignore[method-assign]
@@ -231,18 +217,16 @@ def test_where_nothing_has_changed_nothing_is_published_but_that_the_server_runs
 
 def test_what_could_not_be_written_is_published_once_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    console = Console(tmp_path, daemon, fleet.air)
+    daemon, console = watched(fleet)
     write, full = console.writer.write, StorageError("the disk is full")
 
     def fail(*_: Any, **__: Any) -> None:
         raise full
 
     console.writer.write = fail  # type: ignore[method-assign]
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     with caplog.at_level(logging.ERROR, "fedprune.server"):
-        assert fleet.run().phase is Phase.FINISHED
-    assert any("the console isn't up to date: the disk is full" in m for m in caplog.messages)
+        assert fleet.run_daemon(daemon).phase is Phase.FINISHED
+    assert any("ConsoleObserver failed, and is called again: the disk is full" in m for m in caplog.messages)
     assert (console.view.site, console.view.devices().total) == (None, 0)
     console.writer.write = write  # type: ignore[method-assign]
     console.flush(2)
@@ -258,7 +242,7 @@ def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) ->
     hanging = sqlite3.connect(tmp_path / "console.db", isolation_level=None)
     number = console.order("coverage", job=JOB.name)
     hanging.execute("BEGIN IMMEDIATE")
-    console.observer.noticed(["a"])
+    console.publisher.changed(["a"])
     console.flush()
     assert console.answer(number) is None
     hanging.execute("ROLLBACK")
@@ -270,10 +254,10 @@ def test_no_reader_and_no_hanging_console_holds_up_the_server(tmp_path: Path) ->
 
 def test_an_order_that_an_earlier_start_has_taken_is_not_carried_out_again(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    _, console = watched(fleet)
     taken, waits = console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)
     assert [o.number for o in console.queue.take(1)] == [taken]
-    again = Console(tmp_path, fleet.daemon(), fleet.air)
+    _, again = watched(fleet)
     again.flush(2)
     assert (again.answer(taken), again.answer(waits)) == ((False, INTERRUPTED), (True, "coverage"))
 
@@ -281,11 +265,8 @@ def test_an_order_that_an_earlier_start_has_taken_is_not_carried_out_again(tmp_p
 def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path) -> None:
     expected = Fleet(tmp_path / "alone", JOB).run().model
     fleet = Fleet(tmp_path / "watched", JOB)
-    daemon = fleet.daemon()
-    console = Console(tmp_path, daemon, fleet.air)
-    numbers = [console.order("pause", job=JOB.name)]
 
-    def watching() -> None:
+    def act(seen: JobSnapshot, what: object) -> None:
         if fleet.air.now > 120.0 and len(numbers) == 1:
             assert daemon.first.state.phase is Phase.WAITING
             assert daemon.first.state.paused
@@ -294,17 +275,16 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
             assert job["paused"]
             numbers.append(console.order("resume", job=JOB.name))
 
-    daemon.first.observers.each_turn(watching)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    assert fleet.run().model == expected
+    daemon, console = watched(fleet, Watcher(act))
+    numbers = [console.order("pause", job=JOB.name)]
+    assert fleet.run_daemon(daemon).model == expected
     assert [(console.answer(n) or (False,))[0] for n in numbers] == [True, True]
 
 
 def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fedprune.server")
     fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    console = Console(tmp_path, daemon, fleet.air)
+    daemon, console = watched(fleet)
     number = console.order("pause", job=JOB.name)
     console.flush()
     assert console.answer(number) is None
@@ -331,15 +311,14 @@ def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
     again = fleet.daemon()
     assert again.first.state.paused
     again.first.pause(False)
-    fleet.daemon = lambda **options: again  # type: ignore[method-assign]
-    assert fleet.run().phase is Phase.FINISHED
+    assert fleet.run_daemon(again).phase is Phase.FINISHED
 
 
 def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, console = finished(tmp_path)
-    monkeypatch.setattr(console.publisher, "add_details", lambda name: {}[name])
+    monkeypatch.setattr(order_handler, "details", lambda runner, name, at: {}[name])
     numbers = [
         console.order(kind, **about) for kind, about in (("look", {"device": "a"}), ("pause", {"job": JOB.name}))
     ]
@@ -351,7 +330,7 @@ def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(
 def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, _, console = finished(tmp_path)
+    _, _, console = finished(tmp_path)
     begun, go_on = threading.Event(), threading.Event()
 
     def carry_out(order: Order) -> str:
@@ -361,11 +340,10 @@ def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
 
     executor = AdminExecutor(tmp_path, None, lambda: 0.0)
     monkeypatch.setattr(executor, "carry_out", carry_out)
-    observer = ConsoleObserver(
-        console.publisher, OrderHandler(console.queue, console.publisher, server.runners, executor), None, lambda: 1e12
-    )
+    orders = OrderHandler(console.queue, console.publisher, console.runners, console.quarantine, tmp_path, executor)
+    observer = ConsoleObserver(console.publisher, orders, None, lambda: 1e12)
     number = console.order("approve", device="a", key="ab12")
-    observer.turned(None, None)
+    show(observer)
     assert begun.wait(30)
     go_on.set()
     observer.close()
@@ -374,7 +352,7 @@ def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
 
 def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    _, console = watched(fleet)
     numbers = [
         console.order("pause", job="nobodys"), console.order("look", device="nobody"),
         console.order("approve", device="a", key="x"), console.order("release_quarantine", device="nobody"),
@@ -390,7 +368,7 @@ def test_a_server_carries_out_only_the_orders_that_it_allows(
     tmp_path: Path, allowed: str, expected: list[bool]
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air, allowed)
+    _, console = watched(fleet, allowed=allowed)
     numbers = [console.order("pause", job=JOB.name), console.order("coverage", job=JOB.name)]
     console.flush()
     assert [(console.answer(n) or (None,))[0] for n in numbers] == expected
@@ -398,8 +376,7 @@ def test_a_server_carries_out_only_the_orders_that_it_allows(
 
 def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    console = Console(tmp_path, daemon, fleet.air)
+    daemon, console = watched(fleet)
     late = console.order("pause", fleet.air.now + 0.5, job=JOB.name)
     timely = console.order("coverage", fleet.air.now + 1.5, job=JOB.name)
     console.flush(3)
@@ -409,17 +386,20 @@ def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None
 
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)])
-    console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    state = fleet.run()
-    quarantine = daemon.first.view.quarantine
-    quarantine.know("a")
+    book, clock = AlertBook(), lambda: fleet.air.now
+    daemon, console = watched(fleet, alerts=book)
+    monitor = Monitor(tmp_path, {}, {JOB.name: tmp_path}, book=book, clock=clock, monotonic=clock)
+
+    def look() -> None:
+        console.flush()
+        monitor.observe(daemon.first.snapshot(daemon.fleet_snapshot()), ())
+        console.flush()
+
+    state = fleet.run_daemon(daemon)
+    console.quarantine.know("a")
     for _ in range(200):
-        quarantine.bad("a")
-    monitor.look()
-    console.flush(2)
+        console.quarantine.bad("a")
+    look()
     row = console.view.device("a")
     assert row is not None
     assert row["quarantine"] is not None
@@ -428,8 +408,7 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     console.order("look", device="a")
     console.order("coverage", job=JOB.name)
     for _ in range(4):
-        console.flush()
-        monitor.look()
+        look()
     row, found = console.view.device("a"), console.view.details("a")
     assert row is not None
     assert row["quarantine"] is None
@@ -445,35 +424,9 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
         assert shares == sorted(shares, reverse=True)
 
 
-def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    clock = lambda: fleet.air.now  # noqa: E731
-    link = Mock(connected=False)
-    view = replace(daemon.first.view, link=link)
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
-    console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
-    for link.connected, open_alerts in ((False, ["broker"]), (True, [])):
-        for _ in range(20):
-            monitor.turned(lambda: 0.0, daemon.first.view)
-            console.flush()
-        assert [a["alert"] for a in console.view.alerts(gone=False).items] == open_alerts
-        assert monitor.book.counts()["broker", "critical"] == len(open_alerts)
-    (row,) = console.view.alerts().items
-    assert row["gone_at"] is not None
-    assert "To do: see that the broker runs" in row["text"]
-    link.connected = False
-    for _ in range(20):
-        monitor.turned(lambda: 0.0, daemon.first.view)
-        console.flush()
-    again = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
-    again.flush()
-    assert [a["alert"] for a in again.view.alerts(gone=False).items] == ["broker"], "after a restart"
-
-
 def test_an_alert_is_shown_with_its_present_text_and_closes_whatever_that_is(tmp_path: Path) -> None:
     fleet, book = Fleet(tmp_path, JOB), AlertBook()
-    console = Console(tmp_path, fleet.daemon(), fleet.air, alerts=book)
+    _, console = watched(fleet, alerts=book)
     first = Alert("rollout", "warning", 5.0, "it waits for a and b", "why", "wait")
     shown: list[tuple[str, bool]] = []
     for second, alerts in enumerate([[first], [replace(first, what="it waits for b")], [], [first]]):
@@ -493,8 +446,8 @@ def test_an_alert_is_shown_with_its_present_text_and_closes_whatever_that_is(tmp
 
 def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", seed=5, rounds=2)], "abc")
-    host = several.host()
-    console = Console(tmp_path, host, several.air)
+    console = Console(tmp_path, several.air)
+    host = console.serve(several.host(observers=[console.observer]))
     states = several.run(host)
     console.flush()
     assert [(j["name"], j["phase"]) for j in console.view.jobs] == [("one", "finished"), ("two", "finished")]
@@ -506,17 +459,15 @@ def test_a_round_that_cannot_be_published_costs_the_job_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    console = Console(tmp_path, daemon, fleet.air)
+    daemon, console = watched(fleet)
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("a\nbug")
 
     monkeypatch.setattr(rows, "finished_round", fail)
-    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     with caplog.at_level(logging.ERROR, "fedprune.server"):
-        assert fleet.run().phase is Phase.FINISHED
-    assert any("the console isn't up to date: RuntimeError" in m for m in caplog.messages)
+        assert fleet.run_daemon(daemon).phase is Phase.FINISHED
+    assert any("ConsoleObserver failed, and is called again: RuntimeError" in m for m in caplog.messages)
     console.flush()
     assert console.view.devices().total == 3
 
@@ -541,7 +492,7 @@ def test_coverage_is_made_once_for_operators_who_ask_at_the_same_time(
 
 def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    _, console = watched(fleet)
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:
@@ -567,7 +518,7 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
 
 def test_lines_of_the_log_outlive_a_disk_that_fails(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    _, console = watched(fleet)
     write, log = console.writer.write, logging.getLogger("fedprune.server.trial")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -588,7 +539,7 @@ def test_lines_of_the_log_outlive_a_disk_that_fails(tmp_path: Path) -> None:
 
 def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    _, console = watched(fleet)
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ from fedprune_server.engine.job_runner import DeviceServices, JobRunner, Runnabl
 from fedprune_server.engine.server import Server
 from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.monitoring.display import RoundLines
+from fedprune_server.observation.observer import TurnEvent
+from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 from fedprune_server.storage.storage import Storage
 from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
 
@@ -286,9 +289,12 @@ def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: C
     runners = []
     for job, own in jobs:
         services = DeviceServices(**{k: own[k] for k in ("rollouts", "members", "crashes", "blobs") if k in own})
-        kept = {k: own[k] for k in ("profiles", "max_devices", "observers") if k in own}
+        kept = {k: own[k] for k in ("profiles", "max_devices") if k in own}
         runners.append(JobRunner(job, site, services, **kept))
-    return Server(runners, site, options.get("broker"), connected=options.get("connected", 0))
+    return Server(
+        runners, site, options.get("broker"), connected=options.get("connected", 0),
+        observers=options.get("observers", (RoundLines(),)),
+    )  # fmt: skip
 
 
 class Fleet:
@@ -363,3 +369,24 @@ def larger(update: Update) -> Update:
     """An update that claims to be larger than what was offered."""
     ref = update.weights
     return replace(update, weights=BlobRef(ref.sha256, ref.size + 1, ref.leaves))
+
+
+class Watcher:
+    """Observes jobs for a test: their snapshots after the latest turn, and all that has happened."""
+
+    def __init__(self, on_event: Callable[[JobSnapshot, Any], None] = lambda snapshot, what: None) -> None:
+        self.jobs: dict[str, JobSnapshot] = {}
+        self.events: list[TurnEvent] = []
+        self._on_event = on_event
+
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self.jobs[snapshot.name] = snapshot
+        self.events += events
+        for event in events:
+            self._on_event(snapshot, event.what)
+
+    @property
+    def devices(self) -> Mapping[str, DeviceSnapshot]:
+        """The devices of the only job."""
+        (snapshot,) = self.jobs.values()
+        return snapshot.devices

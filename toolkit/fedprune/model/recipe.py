@@ -563,6 +563,15 @@ def judged_by(recipe: Mapping[str, Any]) -> str:
     return (ACCURACY if labels_of(recipe.get("loss", Recipe.loss)) in JUDGED else LOSS).name
 
 
+def judging_metric(job: Mapping[str, Any]) -> str:
+    """The name of the metric by which a stored job's models are judged; empty if this version doesn't know it."""
+    try:
+        name = judged_by(job.get("recipe", {}))
+    except ConfigError:
+        return ""
+    return name if name in METRICS else ""
+
+
 LIST_SETTINGS = tuple(field.name for field in fields(Recipe) if str(field.type).startswith("tuple["))
 """Settings of a recipe that are lists."""
 

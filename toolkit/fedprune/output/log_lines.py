@@ -18,10 +18,13 @@ TEXT, JSON = "text", "json"
 
 _CONTEXT: ContextVar[Mapping[str, object]] = ContextVar("log_context", default={})  # noqa: B039 - it is never changed
 
+_TRACE_IDS: dict[str, str] = {}
+"""By job; apart from the context, since an observer of a job makes traces and not what logs about the job."""
+
 
 @contextmanager
 def log_context(**fields: object) -> Iterator[None]:
-    """Add fields, such as `job`, `round`, `device` and `trace_id`, to what this thread logs; None is left out."""
+    """Add fields, such as `job`, `round` and `device`, to what this thread logs; None is left out."""
     token = _CONTEXT.set({**_CONTEXT.get(), **{k: v for k, v in fields.items() if v is not None}})
     try:
         yield
@@ -29,8 +32,18 @@ def log_context(**fields: object) -> Iterator[None]:
         _CONTEXT.reset(token)
 
 
+def mark_job(job: str, *, trace_id: str | None) -> None:
+    """Add the id of a trace to what is logged about a job from now on, on any thread; None ends that."""
+    if trace_id is None:
+        _TRACE_IDS.pop(job, None)
+    else:
+        _TRACE_IDS[job] = trace_id
+
+
 def current_log_context() -> Mapping[str, object]:
-    return _CONTEXT.get()
+    context = _CONTEXT.get()
+    trace_id = _TRACE_IDS.get(str(context.get("job")))
+    return context if trace_id is None else {**context, "trace_id": trace_id}
 
 
 class OneLine(logging.Formatter):

@@ -13,7 +13,7 @@ from fedprune.core.text import one_line
 from fedprune.jobs.state import Device, Task, outcome
 from fedprune.model.selection import Selection
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared, predicted
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.web.state.records import Coverage, DeviceDetails
 from fedprune_server.web.state.rows import number
 
@@ -39,19 +39,19 @@ _MEASURED = {"step": "step_seconds", "train": "train_seconds", "latency": "laten
 """Metrics of an update that measure the device, by figure."""
 
 
-def details(view: JobView, name: str, at: float) -> DeviceDetails:
+def details(runner: JobRunner, name: str, at: float) -> DeviceDetails:
     """A device's plan, predictions and measurements, latest rounds, and channels."""
-    device = view.state.devices.get(name)
+    device = runner.state.devices.get(name)
     plan = None if device is None else device.plan
     shown: dict[str, Any] | None = None
     if plan is not None:
         limits = {str(x["name"]): x for x in plan["limits"]}
         shown = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
     elif device is not None and device.widths:
-        by = "job" if device.density == view.job.density else "strategy"
+        by = "job" if device.density == runner.job.density else "strategy"
         shown = {"density": device.density, "binding": by, "limits": {}}
     history: list[dict[str, Any]] = []
-    for summary in reversed(view.state.history[-_ROUNDS:]):
+    for summary in reversed(runner.state.history[-_ROUNDS:]):
         part = summary["devices"].get(name)
         if part is not None and len(history) < _PARTS:
             history.append(
@@ -62,16 +62,16 @@ def details(view: JobView, name: str, at: float) -> DeviceDetails:
                     "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
                 }
             )  # fmt: skip
-    return DeviceDetails(name, view.job.name, shown, figures(view, name), tuple(history), held(view, name), at)
+    return DeviceDetails(name, runner.job.name, shown, figures(runner, name), tuple(history), held(runner, name), at)
 
 
-def figures(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
+def figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     """Predictions for a device's rounds next to its measurements at the same widths, where either is known."""
-    device = view.state.devices.get(name)
-    foretold = {} if device is None else predicted(name, device, view.job, view.architecture) or {}
-    seen = compared(name, view.state, foretold)
+    device = runner.state.devices.get(name)
+    foretold = {} if device is None else predicted(name, device, runner.job, runner.architecture) or {}
+    seen = compared(name, runner.state, foretold)
     metrics = {m: number(seen[m][1], 0.0, 1e15) for m in QUANTITIES if m in seen}
-    metrics["train_seconds"] = number(_last_metrics(view, name).get("train_seconds"), 0.0, 1e15)
+    metrics["train_seconds"] = number(_last_metrics(runner, name).get("train_seconds"), 0.0, 1e15)
     rows = []
     for what, (unit, figure) in _FORESEEN.items():
         before = number(foretold.get(figure), 0.0, 1e15)
@@ -79,21 +79,21 @@ def figures(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
         if what == "round":
             parts = [number(foretold.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
             before = None if None in parts else sum(p for p in parts if p is not None)
-            after = number(view.registry[name].seconds, 0.0, 1e15)
+            after = number(runner.registry[name].seconds, 0.0, 1e15)
         if before is not None or after is not None:
             rows.append({"what": what, "unit": unit, "predicted": before, "measured": after})
     return tuple(rows)
 
 
-def held(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
+def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     """How many channels of each group a device holds and, if its ranking is stored here, which: a bit each, as hex."""
-    device, task = view.state.devices.get(name), view.state.tasks.get(name)
+    device, task = runner.state.devices.get(name), runner.state.tasks.get(name)
     if device is None or not device.widths:
         return ()
-    ranking, widths = _cut_from(view, device, task)
-    ranks = _ranks(view, ranking)
+    ranking, widths = _cut_from(runner, device, task)
+    ranks = _ranks(runner, ranking)
     rows = []
-    for i, (group, width) in enumerate(zip(view.architecture.groups[:MOST_GROUPS], widths, strict=False)):
+    for i, (group, width) in enumerate(zip(runner.architecture.groups[:MOST_GROUPS], widths, strict=False)):
         kept = min(width, group.size)
         which = None
         if ranks is not None:
@@ -104,15 +104,15 @@ def held(view: JobView, name: str) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def coverage(view: JobView, at: float) -> Coverage:
+def coverage(runner: JobRunner, at: float) -> Coverage:
     """Which share of the devices with a submodel holds which channels, in runs by rank.
 
     A submodel has the channels of the highest ranks.
     """
-    widths = [t.widths for t in view.state.tasks.values() if t.widths]
-    widths = widths or [d.widths for d in view.state.devices.values() if d.widths]
+    widths = [t.widths for t in runner.state.tasks.values() if t.widths]
+    widths = widths or [d.widths for d in runner.state.devices.values() if d.widths]
     found = []
-    for i, group in enumerate(view.architecture.groups[:MOST_GROUPS]):
+    for i, group in enumerate(runner.architecture.groups[:MOST_GROUPS]):
         counts = Counter(min(w[i], group.size) for w in widths)
         shares, left, begun = [], len(widths), 0
         for width in sorted(counts):
@@ -123,36 +123,36 @@ def coverage(view: JobView, at: float) -> Coverage:
         if begun < group.size:
             shares.append({"channels": group.size - begun, "share": 0.0})
         found.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
-    return Coverage(view.job.name, view.state.round, tuple(found), at)
+    return Coverage(runner.job.name, runner.state.round, tuple(found), at)
 
 
-def _last_metrics(view: JobView, name: str) -> dict[str, Any]:
+def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:
     """Metrics of the latest aggregated update with the device's current widths."""
-    device = view.state.devices.get(name)
+    device = runner.state.devices.get(name)
     widths = [] if device is None else list(device.widths)
-    for summary in reversed(view.state.history[-_ROUNDS:]):
+    for summary in reversed(runner.state.history[-_ROUNDS:]):
         part = summary["devices"].get(name)
         if part is not None and part["progress"] == "folded" and part.get("widths") == widths:
             return dict(part["metrics"])
     return {}
 
 
-def _cut_from(view: JobView, device: Device, task: Task | None) -> tuple[str | None, Iterable[int]]:
+def _cut_from(runner: JobRunner, device: Device, task: Task | None) -> tuple[str | None, Iterable[int]]:
     """The ranking that a device's channels were taken from, and the widths: its offer's, else the round's."""
     offer = (task.offer if task is not None else None) or device.held or {}
     ranking = offer.get("ranking")
     if isinstance(ranking, str):
         return ranking, tuple(offer.get("widths") or (device.widths if task is None else task.widths))
-    return view.state.ranking, device.widths
+    return runner.state.ranking, device.widths
 
 
-def _ranks(view: JobView, ranking: str | None) -> tuple[Any, ...] | None:
+def _ranks(runner: JobRunner, ranking: str | None) -> tuple[Any, ...] | None:
     """Channels of each group, best first; None if the ranking is not stored here or too large."""
-    if ranking is None or sum(view.architecture.sizes) > MOST_CHANNELS:
+    if ranking is None or sum(runner.architecture.sizes) > MOST_CHANNELS:
         return None
     try:
-        if not view.store.has(ranking) or view.store.size(ranking) > MOST_RANKING:
+        if not runner.store.has(ranking) or runner.store.size(ranking) > MOST_RANKING:
             return None
-        return Selection.from_json(view.store.read(ranking), view.architecture).ranks
+        return Selection.from_json(runner.store.read(ranking), runner.architecture).ranks
     except (BundleError, StorageError):  # deleted meanwhile, or of another architecture
         return None

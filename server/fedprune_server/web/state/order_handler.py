@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError, reason
+from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.web.auth.roles import LOOKS
 from fedprune_server.web.state.admin_executor import KINDS, AdminExecutor
+from fedprune_server.web.state.crashes import board_crashes
+from fedprune_server.web.state.details import coverage, details
 from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 
@@ -17,21 +22,33 @@ log = logging.getLogger("fedprune.server")
 _ORDERS = 20
 """Orders that are taken at a time."""
 
+COVERED_S = 5.0
+"""Coverage takes a look at all devices, so it is computed at most this often."""
+
 
 class OrderHandler:
-    """Carries out orders on the thread of the server's loop; those about members and releases go to `executor`."""
+    """Carries out orders on the thread of the server's loop; those about members and releases go to `executor`.
+
+    Args:
+        folder: The state folder, which has boards' crashes.
+    """
 
     def __init__(
         self,
         queue: OrderQueue,
         publisher: StatusPublisher,
         runners: Mapping[str, JobRunner],
+        quarantine: Quarantine,
+        folder: Path,
         executor: AdminExecutor | None,
+        *,
         allowed: str = "all",
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._queue, self._publisher, self._runners = queue, publisher, runners
-        self._executor, self._allowed = executor, allowed
+        self._queue, self._publisher, self._runners, self._quarantine = queue, publisher, runners, quarantine
+        self._folder, self._executor, self._allowed, self._clock = folder, executor, allowed, clock
         self._unsaved: list[Answer] = []
+        self._covered: dict[str, float] = {}
 
     def turn(self) -> None:
         for answer in self._unsaved:
@@ -77,20 +94,40 @@ class OrderHandler:
 
     def _carry_out(self, order: Order) -> str:
         if order.order == "coverage":
-            self._publisher.add_coverage(order.job or "")
+            self._add_coverage(self._runner(order.job or ""))
             return "coverage"
         if order.order in ("pause", "resume"):
-            job, pause = self._publisher.view_of(order.job or "").job.name, order.order == "pause"
-            if not self._runners[job].pause(pause):
+            runner, pause = self._runner(order.job or ""), order.order == "pause"
+            if not runner.pause(pause):
                 return f"job {order.job} is {'paused already' if pause else 'not paused'}"
             text = f"job {order.job} {'is paused' if pause else 'goes on'}"
             log.info("%s, as %s ordered", text, order.operator)
             return text
         name = order.device or ""
+        runner = self._runner_with(name)
         if order.order == "look":
-            self._publisher.add_details(name)
+            self._publisher.add(details(runner, name, self._clock()), board_crashes(self._folder, name))
             return name
-        if not self._publisher.view_with(name).quarantine.release(name):
+        if not self._quarantine.release(name):
             raise ProtocolError(f"{name} is not in quarantine")
         self._publisher.changed([name])
         return f"{name} is out of quarantine"
+
+    def _runner(self, job: str) -> JobRunner:
+        if job not in self._runners:
+            raise ProtocolError("no such job", expected=", ".join(self._runners), got=job)
+        return self._runners[job]
+
+    def _runner_with(self, device: str) -> JobRunner:
+        """The job that has a device or had it last; the first one where none had."""
+        runner = self._runners[self._publisher.job_of(device) or next(iter(self._runners))]
+        if device not in runner.state.devices and not runner.registry.admitted(device):
+            raise ProtocolError(f"no such device takes part: {device}")
+        return runner
+
+    def _add_coverage(self, runner: JobRunner) -> None:
+        """Publish a job's coverage soon, unless it was a moment ago."""
+        name, now = runner.job.name, self._clock()
+        if now - self._covered.get(name, -COVERED_S) >= COVERED_S:
+            self._covered[name] = now
+            self._publisher.add(coverage(runner, now))

@@ -7,20 +7,17 @@ are collected; the rest waits for the next call. A failed write is repaired by p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
-from fedprune_server.engine.server import Server
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent
+from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot
 from fedprune_server.web.state import rows
-from fedprune_server.web.state.crashes import board_crashes
-from fedprune_server.web.state.details import coverage, details
 from fedprune_server.web.state.logs import LogTap
 from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts, Site
 from fedprune_server.web.state.status import StatusWriter, encoded
@@ -34,42 +31,36 @@ SWEEP_S = 2.0
 ROUNDS_PUBLISHED = 500
 """Finished rounds of each job that are published at the start."""
 
-COVERED_S = 5.0
-"""Coverage takes a look at all devices, so it is computed at most this often."""
-
 _BATCH, _LINES = 50, 50
 _UNWRITTEN = 1000
 """Lines of logs that are kept while the file can't be written."""
 
 
 class StatusPublisher:
-    """Publishes the status of jobs. `folder` is the state folder, which has boards' crashes; None for none.
+    """Publishes the status of jobs, as they were seen last.
 
     Attributes:
         tap: Collects lines of the server's log.
-        faults: What could not be published since the caller looked last.
     """
 
     def __init__(
         self,
-        server: Server,
         site: Mapping[str, Any],
         writer: StatusWriter,
         *,
         poller: SurroundingsPoller | None = None,
-        folder: Path | None = None,
         alerts: AlertBook | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._server, self._first = server, server.first.view
-        self._views = {name: runner.view for name, runner in server.runners.items()}
+        self._jobs: dict[str, JobSnapshot] = {}
+        self._fleet = FleetSnapshot()
         self._site, self._writer = dict(site), writer
         self._poller = poller or SurroundingsPoller()
-        self._folder, self._alerts = folder, alerts or AlertBook()
+        self._alerts = alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap(self._knows)
-        self.faults: list[str] = []
+        self._faults: list[str] = []
         self._held: set[str] = set()
         self._of: dict[str, str] = {}
         self._seen: dict[str, tuple[int, float]] = {}
@@ -84,52 +75,41 @@ class StatusPublisher:
         self._beat_at = self._sweep_at = 0.0
         self._before: dict[str, tuple[float | None, tuple[int, int]]] = {}
         self._rollouts: tuple[dict[str, Any], ...] = ()
-        self._covered: dict[str, float] = {}
-        for name, view in self._views.items():
-            history = view.state.history
-            self._before[name] = (history[-1]["at"] if history else None, view.registry.total)
 
-    def changed(self, devices: Collection[str]) -> None:
+    def changed(self, devices: Iterable[str]) -> None:
         for name in devices:
             self._pending.setdefault(name)
 
     def add(self, *records: Record) -> None:
         self._records += records
 
-    def round_over(self, job: str, summary: dict[str, Any]) -> None:
-        view, (before, counted) = self._views[job], self._before[job]
-        sums = view.registry.total
-        moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
-        self._before[job] = (summary["at"], sums)
-        self.add(rows.finished_round(job, summary, before, moved))
+    def note(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        """Note what has happened to a job, which is published at the next call of `publish`."""
+        name, sums = snapshot.name, (snapshot.bytes_down, snapshot.bytes_up)
+        if name not in self._jobs:
+            self._before[name] = (snapshot.history[-1]["at"] if snapshot.history else None, sums)
+            self._stale = True
+        self._jobs[name], self._fleet = snapshot, snapshot.fleet
+        for event in events:
+            match event.what:
+                case DevicesChanged(names):
+                    self.changed(names)
+                case RoundEnded(summary):
+                    before, counted = self._before[name]
+                    moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
+                    self._before[name] = (summary["at"], sums)
+                    self.add(rows.finished_round(name, summary, before, moved))
 
-    def view_of(self, job: str) -> JobView:
-        if job not in self._views:
-            raise ProtocolError("no such job", expected=", ".join(self._views), got=job)
-        return self._views[job]
-
-    def view_with(self, device: str) -> JobView:
-        """The job that has a device or had it last; the first one where none had."""
-        job = self._server.holder(device) or self._of.get(device)
-        view = self._views[job] if job is not None else self._first
-        if device not in view.state.devices and device not in view.registry.names:
-            raise ProtocolError(f"no such device takes part: {device}")
-        return view
-
-    def add_details(self, device: str) -> None:
-        self.add(details(self.view_with(device), device, self._clock()))
-        if self._folder is not None:
-            self.add(board_crashes(self._folder, device))
-
-    def add_coverage(self, job: str) -> None:
-        """Publish a job's coverage soon, unless it was a moment ago."""
-        view, now = self.view_of(job), self._monotonic()
-        if now - self._covered.get(job, -COVERED_S) >= COVERED_S:
-            self._covered[job] = now
-            self.add(coverage(view, self._clock()))
+    def job_of(self, device: str) -> str | None:
+        """The job that has a device or had it last; None where none had."""
+        return self._fleet.jobs.get(device) or self._of.get(device)
 
     def publish(self) -> None:
-        """Write what has changed; after a failed write, everything."""
+        """Write what has changed; after a failed write, everything.
+
+        Raises:
+            StorageError: The file can't be written, or some of what has changed can't.
+        """
         now = self._monotonic()
         if self._stale:
             self._begin()
@@ -148,6 +128,9 @@ class StatusPublisher:
                 raise
             self._unwritten = []
             self._whole = self._whole or finished
+        if self._faults:
+            faults, self._faults = self._faults, []
+            raise StorageError(f"the console doesn't show {faults[0]}")
 
     def _begin(self) -> None:
         """Publish everything from now on."""
@@ -155,23 +138,21 @@ class StatusPublisher:
         self._stale = self._whole = False
         self._published.clear()
         self._statuses.clear()
-        self._covered.clear()
         self._records = list(self._unwritten)
         self._open_alerts.clear()
         self._alerts.changes()
-        for name, view in self._views.items():
+        for name, job in self._jobs.items():
             before: float | None = None
-            for summary in view.state.history[-ROUNDS_PUBLISHED:]:
+            for summary in job.history[-ROUNDS_PUBLISHED:]:
                 self.add(rows.finished_round(name, summary, before, None))
                 before = summary["at"]
-            self.changed(view.state.devices.keys())
-            self.changed(view.registry.names)
+            self.changed(job.devices)
         self.changed(self._poller.names)
 
     def _look(self, now: float) -> None:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
-            held = set(self._first.quarantine.all_held())
+            held = set(self._fleet.quarantined)
             self.changed(held | self._held)
             self._held = held
         seen = self._poller.seen()
@@ -183,11 +164,11 @@ class StatusPublisher:
                 self._add_changed("rollouts", Rollouts(self._rollouts, seen.releases))
 
     def _collect_records(self) -> None:
-        site = Site(**self._site, jobs=tuple(self._views), connected=self._first.link.connected)
+        site = Site(**self._site, jobs=tuple(self._jobs), connected=self._fleet.broker_connected)
         self._add_changed("site", site)
-        for name, view in self._views.items():
-            self.changed(view.registry.moved)
-            self._add_changed(f"job {name}", _job(view))
+        for name, job in self._jobs.items():
+            self.changed(job.with_traffic)
+            self._add_changed(f"job {name}", _job(job))
         self._add_alerts()
         self.add(*self.tap.take(_LINES))
 
@@ -221,7 +202,7 @@ class StatusPublisher:
         try:
             return encoded(body)
         except ValueError as error:
-            self.faults.append(f"{name}: {error}")
+            self._faults.append(f"{name}: {error}")
             return None
 
     def _collect_devices(self, until: float) -> dict[str, str | None]:
@@ -245,50 +226,50 @@ class StatusPublisher:
 
     def _row(self, name: str) -> dict[str, Any] | None:
         member = self._poller.member(name)
-        job = self._server.holder(name) or self._of.get(name)
-        if job is None or name not in self._views[job].state.devices:
-            job = next((j for j, v in self._views.items() if name in v.state.devices), job)
-        view = self._views[job] if job is not None else self._first
-        known = name in view.state.devices or name in view.registry.names
-        if not known and member is None:
+        devices = {job: device for job, seen in self._jobs.items() if (device := seen.devices.get(name)) is not None}
+        if not devices and member is None:
             return None
+        job = self.job_of(name)
+        if job not in devices or not devices[job].takes_part:
+            job = next((j for j, device in devices.items() if device.takes_part), job)
         if job is not None:
             self._of[name] = job
-        contacts = [v.registry[name] for v in self._views.values()]
-        up = sum(c.up for c in contacts)
+        device = devices.get(job or "", next(iter(devices.values()), None)) or DeviceSnapshot(
+            name=name, takes_part=False, online=False, connected=name in self._fleet.connected, activity="unknown"
+        )
+        traffic = sum(d.bytes_down for d in devices.values()), sum(d.bytes_up for d in devices.values())
         before = self._seen.get(name)
-        device, here = view.state.devices.get(name), self._server.present(name)
-        if before is None or before[0] != up:
+        if before is None or before[0] != traffic[1]:
             # Bytes that a server has read from its disk at the start don't tell when the device was heard.
-            online = here or (device is not None and device.online)
-            before = self._seen[name] = (up, 0.0 if before is None and not online else self._clock())
+            is_known = before is not None or device.connected or device.online
+            before = self._seen[name] = (traffic[1], self._clock() if is_known else 0.0)
+        seen = self._jobs.get(job or "")
         return rows.device_row(
-            view,
-            name,
-            job=job if device is not None else None,
-            here=here,
+            device,
+            job=job if device.takes_part else None,
+            ended=int(seen.history[-1]["round"]) if seen is not None and seen.history else 0,
             member=member or Member("revoked"),
-            traffic=(sum(c.down for c in contacts), up),
+            traffic=traffic,
             now=before[1] or None,
+            quarantine=self._fleet.quarantined.get(name),
             update=self._poller.update(name),
         )
 
 
-def _job(view: JobView) -> PublishedJob:
-    state = view.state
+def _job(job: JobSnapshot) -> PublishedJob:
     return PublishedJob(
-        name=view.job.name,
-        round=state.round,
-        rounds=view.job.rounds,
-        phase=state.phase.value,
-        deadline_at=state.deadline,
-        paused=state.paused,
-        metrics=dict(list(state.history[-1]["metrics"].items())[:64]) if state.history else {},
-        strategy=view.job.strategy[:200],
-        model_digest=state.model,
-        weight=view.weight,
-        parts={k.value: n for k, n in state.tasks.counts.items() if n},
-        parameters=view.registry.whole,
+        name=job.name,
+        round=job.round,
+        rounds=job.rounds,
+        phase=job.phase.value,
+        deadline_at=job.closes_at,
+        paused=job.paused,
+        metrics=dict(list(job.metrics.items())[:64]),
+        strategy=job.strategy[:200],
+        model_digest=job.model,
+        weight=job.weight,
+        parts={k.value: n for k, n in job.parts.items() if n},
+        parameters=job.parameters,
     )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from fedprune.core.metrics import leading
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_number
-from fedprune.jobs.state import Device, Progress, State, Task, outcome
+from fedprune.jobs.state import Progress
 from fedprune.wire.fleet_messages import COMMITTED
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.observation.snapshot import DeviceSnapshot
 from fedprune_server.web.state.records import FinishedRound
 from fedprune_server.web.state.surroundings import Member
 
@@ -22,96 +22,69 @@ _MOST_VERSIONS = 8
 
 
 def device_row(
-    view: JobView,
-    name: str,
+    device: DeviceSnapshot,
     *,
     job: str | None,
-    here: bool,
+    ended: int,
     member: Member,
     traffic: tuple[int, int],
     now: float | None,
+    quarantine: tuple[float, str] | None = None,
     update: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A device's row.
 
     Args:
-        view: The job that has the device, or had it last.
+        device: As the job sees it that has it, or had it last.
         job: That job's name, if the device takes part in it.
-        here: Whether the device is connected, at whatever job.
+        ended: The latest round of the job that has ended: no board is late in the current one yet.
         traffic: Bytes to it and from it, of all jobs.
         now: When it was last heard, in seconds since 1970.
+        quarantine: When its quarantine ends, and the reason.
         update: Its last report about the latest rollout's release.
     """
-    state, contact = view.state, view.registry[name]
-    device, task = state.devices.get(name), state.tasks.get(name)
-    shown = view.registry.row(name, view.uploads.progress(name))
-    status = member.status
-    online = here or bool(device is not None and device.online)
-    doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
-    held = view.quarantine.held(name)
-    last_counted = 0 if device is None else device.last_counted_round
-    ended = int(state.history[-1]["round"]) if state.history else 0  # no board is late in the current round yet
-    excluded = contact.problem or (device.excluded if device is not None else "")
-    slot, release = running(contact.software)
+    state = _state(device, member.status)
+    slot, release = running(device.software)
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
-    # The probe of a board that is away need not be in memory, and what it measured at its start is over.
-    probe = (device.probe if device is not None and device.online else None) or {}
-    now_at = _state(
-        state,
-        device,
-        task,
-        here=here,
-        training=contact.progress is not None,
-        status=status,
-        problem=contact.problem,
-    )
-    if device is None and now_at != "excluded":
-        doing = now_at
-    judged = leading(shown.metrics)
+    judged, counted = leading(device.metrics), device.last_counted_round
     return {
-        "name": name,
+        "name": device.name,
         "job": job,
-        "online": online,
-        "state": now_at,
-        "doing": one_line(doing, 190),
-        "profile": one_line(shown.profile, 190),
+        "online": device.connected or device.online,
+        "state": state,
+        "doing": one_line(device.activity if device.takes_part or state == "excluded" else state, 190),
+        "profile": one_line(device.profile, 190),
         "slot": slot,
         "release": release,
         "update": None if update is None else dict(update),
-        "density": None if shown.density is None else min(1.0, max(0.0, float(shown.density))),
-        "parameters": shown.parameters if device is not None and device.widths else None,
-        "samples": None if device is None else device.samples,
+        "density": None if device.density is None else min(1.0, max(0.0, float(device.density))),
+        "parameters": device.parameters or None,
+        "samples": device.samples,
         "seen_at": now,
-        "temperature_c": _temperature(contact.temperature_c, probe.get("temperature_c")),
-        "versions": versions(contact.software),
+        "temperature_c": device.temperature_c,
+        "versions": versions(device.software),
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
-        "seconds": number(shown.seconds, 0.0, 1e12),
-        "metrics": dict(shown.metrics),
+        "seconds": number(device.seconds, 0.0, 1e12),
+        "metrics": dict(device.metrics),
         "measured": None if judged is None else judged[1],
-        "staleness": max(0, ended - last_counted) if last_counted else None,
-        "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
-        "status": status,
+        "staleness": max(0, ended - counted) if counted else None,
+        "quarantine": None if quarantine is None else {"until": quarantine[0], "reason": one_line(quarantine[1], 500)},
+        "status": member.status,
         "key": member.key,
-        "excluded": one_line(excluded, 500) if excluded else None,
+        "excluded": one_line(device.excluded, 500) if device.excluded else None,
     }  # fmt: skip
 
 
-def _state(
-    state: State, device: Device | None, task: Task | None, *, here: bool, training: bool, status: str, problem: str
-) -> str:
-    if device is None:
-        if problem:
-            return "excluded"
-        return "ready" if here else {"waiting": "waiting", "revoked": "revoked"}.get(status, "unknown")
-    if device.excluded or problem:
+def _state(device: DeviceSnapshot, status: str) -> str:
+    if device.excluded:
         return "excluded"
+    if not device.takes_part:
+        return "ready" if device.connected else {"waiting": "waiting", "revoked": "revoked"}.get(status, "unknown")
     if not device.online:
-        return "revoked" if status == "revoked" else ("elsewhere" if here else "offline")
-    if task is None or not state.awaits(task):
-        return "ready"
-    return "training" if task.progress is Progress.OFFERED and training else outcome(task.progress.value, task.kind)
+        return "revoked" if status == "revoked" else ("elsewhere" if device.connected else "offline")
+    return device.part or "ready"
 
 
 def versions(software: str) -> dict[str, str]:
@@ -129,7 +102,7 @@ def running(software: str) -> tuple[str | None, int | None]:
 
 
 def finished_round(
-    job: str, summary: dict[str, Any], before: float | None, traffic: tuple[int, int] | None
+    job: str, summary: Mapping[str, Any], before: float | None, traffic: tuple[int, int] | None
 ) -> FinishedRound:
     """A finished round; `before` is when the previous one ended, `traffic` the bytes to and from devices since then."""
     parts = list(summary["devices"].values())
@@ -151,10 +124,6 @@ def finished_round(
         staleness={"mean": sum(stale) / len(stale), "max": max(stale)} if stale else None,
         model=summary["model"],
     )
-
-
-def _temperature(reported: float | None, at_start: Any) -> float | None:
-    return number(at_start, -100.0, 300.0) if reported is None else reported
 
 
 def number(value: Any, low: float, high: float) -> float | None:

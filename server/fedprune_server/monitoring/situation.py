@@ -1,6 +1,6 @@
 """A server and its fleet at one moment, as the alert rules see them.
 
-A running server fills the snapshot once a second; the doctor fills it from the state folder.
+A running server looks once a second; the doctor makes the same from the state folder.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedprune.coordination import Phase
 from fedprune.core.lock_wait import LockHolder, lock_holders
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.monitoring.participation import Absence
+from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.state_folder import LOCK
 
 DELAY_S = 60.0
@@ -23,52 +23,41 @@ _MIN_OFFLINE_WAIT_S, _OFFLINE_WAIT_ROUNDS = 5.0, 3.0
 connection for a moment is back sooner."""
 
 
-@dataclass(frozen=True)
-class JobStatus:
-    """A job, as the rules see it.
+@dataclass(frozen=True, kw_only=True)
+class WatchedJob:
+    """A job, and what was counted of it while it ran.
 
     Attributes:
+        folder: Its state folder.
         begun: Whether it ever began.
-        needed: Boards with which a round begins.
-        known: Boards that ever announced themselves.
         away: Some of the boards that are not connected and not revoked.
-        deadline_s: Seconds that a round waits for updates.
         missed: Deadlines in a row that passed without an update.
         empty: Rounds in a row that closed without a usable update.
         off: Boards whose time or memory exceeds the prediction by far, with the figures in words.
-        awaited: Boards that are offline and for which alone the round waits, and since when they are, in seconds since
-            1970.
-        closes_at: When the round goes on without them, in seconds since 1970; None if unknown.
+        offline_since: Boards that are offline and for which alone the round waits, and since when they are, in seconds
+            since 1970.
         usual_round_s: Seconds of a usual round lately; None if unknown.
     """
 
-    name: str
+    seen: JobSnapshot
     folder: Path
     begun: bool = True
-    phase: Phase = Phase.WAITING
-    round: int = 0
-    rounds: int = 0
-    paused: bool = False
-    needed: int = 1
-    known: int = 0
     away: Sequence[str] = ()
-    revoked: Sequence[str] = ()
-    deadline_s: float = 600.0
     missed: int = 0
     empty: int = 0
     off: Mapping[str, str] = field(default_factory=dict)
-    awaited: Mapping[str, float] = field(default_factory=dict)
-    closes_at: float | None = None
+    offline_since: Mapping[str, float] = field(default_factory=dict)
     usual_round_s: float | None = None
 
     @property
-    def finished(self) -> bool:
-        return self.phase is Phase.FINISHED
+    def of_rounds(self) -> str:
+        """The round, and how many there are."""
+        return f"{self.seen.round} of {self.seen.rounds or '?'}"
 
     @property
     def delay_s(self) -> float:
         """Seconds after which missing boards are an alert: well within a deadline."""
-        return min(DELAY_S, self.deadline_s / 2)
+        return min(DELAY_S, self.seen.deadline_s / 2)
 
     @property
     def offline_wait_s(self) -> float:
@@ -131,7 +120,7 @@ class SiteFacts:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Situation:
     """A server and its fleet at one moment.
 
     Attributes:
@@ -149,7 +138,7 @@ class Snapshot:
     """
 
     folder: Path
-    jobs: Sequence[JobStatus] = ()
+    jobs: Sequence[WatchedJob] = ()
     here: int = 0
     running: bool = True
     turned_s: float | None = None
@@ -160,6 +149,11 @@ class Snapshot:
     floods_joins: str | None = None
     site: SiteFacts | None = None
     open: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def open_jobs(self) -> list[WatchedJob]:
+        """Jobs that have begun and are not finished."""
+        return [job for job in self.jobs if job.begun and not job.seen.finished]
 
 
 def suspended_server(folder: Path) -> LockHolder | None:

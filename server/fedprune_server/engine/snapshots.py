@@ -1,0 +1,199 @@
+"""Snapshots of a job for its observers: the figures of a turn at once, and what needs a look at devices when asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.jobs.state import Progress, Task, outcome
+from fedprune_server.devices.plan_vs_actual import compare_latest
+from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.executor.background import BackgroundExecutor
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.observation.snapshot import (
+    ELSEWHERE,
+    OFFLINE,
+    UNDER_WAY,
+    DeviceSnapshot,
+    FleetSnapshot,
+    JobSnapshot,
+    Lazy,
+)
+from fedprune_server.transfer.uploads import Uploads
+
+
+class SnapshotMaker:
+    """Makes snapshots of one job.
+
+    Args:
+        clock: Seconds since 1970.
+        members: Returns the names of the fleet's members, the same object until they change; None where every device
+            may take part.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        state: State,
+        registry: DeviceRegistry,
+        uploads: Uploads,
+        executor: BackgroundExecutor,
+        outbox: Outbox,
+        *,
+        weight: float,
+        schedule: Schedule,
+        clock: Callable[[], float],
+        members: Callable[[], Collection[str]] | None = None,
+    ) -> None:
+        self._job, self._state, self._registry, self._uploads = job, state, registry, uploads
+        self._executor, self._outbox, self._weight, self._clock = executor, outbox, weight, clock
+        self._schedule, self._members = schedule, members
+        self._revoked: tuple[Collection[str] | None, Collection[str]] = None, ()
+
+    def snapshot(self, fleet: FleetSnapshot) -> JobSnapshot:
+        job, state, registry, schedule = self._job, self._state, self._registry, self._schedule
+        down, up = registry.total
+        return JobSnapshot(
+            name=job.name,
+            strategy=job.strategy,
+            judged_by=job.recipe.judged_by,
+            weight=self._weight,
+            rounds=job.rounds,
+            min_devices=job.devices,
+            is_asynchronous=schedule.asynchronous,
+            closes_early=schedule.asynchronous or job.over_selection > 0,
+            deadline_s=schedule.deadline_s or job.deadline_s,
+            round=state.round,
+            phase=state.phase,
+            paused=state.paused,
+            model=state.model,
+            now=self._clock(),
+            closes_at=state.deadline,
+            history=state.history,
+            parts=state.tasks.counts,
+            parameters=registry.whole,
+            bytes_down=down,
+            bytes_up=up,
+            queues=Lazy(self._queues),
+            able=state.devices.count(True),
+            known=len(state.devices) + len(registry.outsiders),
+            devices=_Devices(state, registry, self._uploads, fleet),
+            with_traffic=registry.moved,
+            device_states=Lazy(self._count_states),
+            awaited=Lazy(self._awaited),
+            outsiders=registry.outsiders,
+            revoked=Lazy(lambda: dict.fromkeys(self._revoked_devices(), True)),
+            clones=Lazy(registry.clones.suspicions),
+            undelivered=Lazy(registry.drop_reasons),
+            silent=Lazy(registry.silence_reasons),
+            crashes=registry.crashes,
+            compared=Lazy(lambda: compare_latest(state)),
+            fleet=fleet,
+        )
+
+    def _revoked_devices(self) -> Collection[str]:
+        if self._members is None:
+            return ()
+        members = self._members()
+        if self._revoked[0] is not members:  # a device that the job gets to know later is a member then
+            self._revoked = members, {name for name in self._state.devices if name not in members}
+        return self._revoked[1]
+
+    def _queues(self) -> dict[str, int]:
+        uploads = len(self._uploads.devices())
+        return {"commands": self._executor.waiting, "uploads": uploads, "messages": self._outbox.queued}
+
+    def _count_states(self) -> Counter[str]:
+        state, revoked, counts = self._state, self._revoked_devices(), Counter[str]()
+        for name, device in state.devices.items():
+            task = state.tasks.get(name)
+            works = task is not None and task.progress in UNDER_WAY and state.awaits(task)
+            online = "working" if works else "idle"
+            away = "revoked" if name in revoked else "offline"
+            counts["excluded" if device.excluded else online if device.online else away] += 1
+        counts["excluded"] += len(self._registry.outsiders.keys() - state.devices.keys())
+        return counts
+
+    def _awaited(self) -> dict[str, float | None]:
+        state = self._state
+        if state.phase is not Phase.TRAINING or not state.tasks.count(*UNDER_WAY):
+            return {}
+        # With `in_flight` each board has a deadline of its own.
+        return {n: t.deadline or state.deadline for n, t in state.tasks.items() if t.progress in UNDER_WAY}
+
+
+class _Devices(Mapping[str, DeviceSnapshot]):
+    """Makes the snapshot of a device when it is asked for: a turn concerns few of them."""
+
+    def __init__(self, state: State, registry: DeviceRegistry, uploads: Uploads, fleet: FleetSnapshot) -> None:
+        self._state, self._registry, self._uploads, self._fleet = state, registry, uploads, fleet
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._state.devices.keys() | self._registry.names))
+
+    def __len__(self) -> int:
+        return len(self._state.devices.keys() | self._registry.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state.devices or (isinstance(name, str) and self._registry.admitted(name))
+
+    def __getitem__(self, name: str) -> DeviceSnapshot:
+        if name not in self:
+            raise KeyError(name)
+        state, contact = self._state, self._registry[name]
+        device, task = state.devices.get(name), state.tasks.get(name)
+        connected = name in self._fleet.connected
+        activity = self._activity(name, task, connected=connected)
+        if self._registry.clones.suspects(name):
+            activity = f"{activity} (two boards of this name?)"
+        known: dict[str, Any] = {"profile": str(self._registry.outsiders.get(name, {}).get("profile", "?"))}
+        if device is not None:
+            known = {
+                "profile": str(device.profile.get("name", "?")),
+                "density": device.density if device.widths else None,  # its plan need not be in memory
+                "parameters": self._registry.parameters_at(device.widths) if device.widths else 0,
+                "samples": device.samples,
+                "seconds": contact.seconds,
+                "metrics": contact.metrics,
+                "excluded_by": device.excluded_by,
+                "last_counted_round": device.last_counted_round,
+            }
+            if task is not None and state.awaits(task):
+                trains = task.progress is Progress.OFFERED and contact.progress is not None
+                known["part"] = "training" if trains else outcome(task.progress.value, task.kind)
+        return DeviceSnapshot(
+            name=name,
+            takes_part=device is not None,
+            online=device is not None and device.online,
+            connected=connected,
+            bytes_down=contact.down,
+            bytes_up=contact.up,
+            activity=activity,
+            excluded=contact.problem or ("" if device is None else device.excluded),
+            software=contact.software,
+            temperature_c=contact.temperature_c,
+            **known,
+        )
+
+    def _activity(self, name: str, task: Task | None, *, connected: bool) -> str:
+        """What a device does, in words."""
+        device, contact = self._state.devices.get(name), self._registry[name]
+        if problem := contact.problem or ("" if device is None else device.excluded):
+            return f"excluded: {problem}"
+        if device is None:
+            return "unknown"
+        if not device.online:
+            return ELSEWHERE if connected else OFFLINE
+        if task is None or not self._state.awaits(task):
+            return "ready"
+        if task.progress is Progress.OFFERED and (p := contact.progress) is not None:
+            return f"{p.phase} {p.done}/{p.total}" if p.total else p.phase
+        if task.progress is Progress.PULLING and (leaves := self._uploads.progress(name)) is not None:
+            return f"upload {leaves[0]}/{leaves[1]}"
+        if task.progress is Progress.REFUSED:
+            return f"{outcome(task.progress, task.kind)}: {task.reason}"
+        return "aggregated" if task.progress is Progress.FOLDED else task.progress.value

@@ -1,0 +1,27 @@
+"""The alert rules, one module for each subject: a module that is put here is a rule from then on.
+
+A rule is a function of a situation that yields the alerts which that justifies; `alert_rule` declares what kinds of
+alerts, of what severities. The server's log, its console, its metrics, its notifications and `fedprune-server doctor`
+all show what `evaluate_alerts` returns.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+
+from fedprune_server.monitoring.alerts import KINDS, RULES, SEVERITIES, Alert
+from fedprune_server.monitoring.situation import Situation
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+ALERT_SEVERITIES: Mapping[str, tuple[str, ...]] = KINDS
+"""The kinds of alerts with the severities that each can have."""
+
+
+def evaluate_alerts(seen: Situation, now: float) -> list[Alert]:
+    """All alerts that a situation justifies at a time in seconds since 1970, the most severe first."""
+    alerts = [alert for rule in RULES for alert in rule(seen, now)]
+    return sorted(alerts, key=lambda alert: -SEVERITIES.index(alert.severity))

@@ -1,0 +1,74 @@
+"""Alerts about boards that join: they wait for approval, stay silent, or are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from fedprune.wire.lost_pieces import broker_drops
+from fedprune_server.devices.quarantine import CROWDED_S
+from fedprune_server.monitoring.alerts import (
+    INFO,
+    MAX_ALERTS_OF_KIND,
+    WARNING,
+    Alert,
+    alert_rule,
+    command,
+    state_args,
+)
+from fedprune_server.monitoring.participation import format_minute
+from fedprune_server.monitoring.situation import Situation
+
+_ANNOUNCEMENT_TIMEOUT_S, _MEASUREMENT_TIMEOUT_S = 25.0, 120.0
+"""Seconds after which a board that has joined should be heard: one that doesn't measure itself first, and any."""
+
+
+@alert_rule("devices-wait", WARNING)
+def waiting_boards(seen: Situation, now: float) -> Iterator[Alert]:
+    waiting = {} if seen.site is None else seen.site.waiting
+    for name, fingerprint in islice(waiting.items(), MAX_ALERTS_OF_KIND):
+        yield Alert(
+            "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
+            "compare the key with what the board shows, then "
+            + command("devices", "approve", name, "--key", fingerprint, *state_args(seen.folder)),
+            device=name,
+        )  # fmt: skip
+
+
+@alert_rule("device-unheard", WARNING, INFO)
+def unheard_boards(seen: Situation, now: float) -> Iterator[Alert]:
+    """Boards that could join, and of which the server hears nothing else."""
+    if seen.site is None or not seen.running:
+        return
+    for name, joined in islice(seen.site.unannounced.items(), MAX_ALERTS_OF_KIND):
+        if now - joined >= _ANNOUNCEMENT_TIMEOUT_S:
+            yield Alert(
+                "device-unheard", WARNING if now - joined >= _MEASUREMENT_TIMEOUT_S else INFO, joined,
+                f"{name} joined at {format_minute(joined)}, and its announcement has not come: it is off, still "
+                f"measures itself, or {broker_drops('what it sends')}",
+                "it takes no part until the server hears it",
+                "see the board's own log; where that says that it is connected, look at the broker's rules for its "
+                "name (docs/runbook.md#the-broker-drops-messages)",
+                device=name,
+            )  # fmt: skip
+
+
+@alert_rule("joins-flooded", WARNING)
+def join_flood(seen: Situation, now: float) -> Iterator[Alert]:
+    """The key has no client id, because the sender chooses it; the text names it."""
+    client = seen.floods_joins
+    if client is None:
+        return
+    if client:
+        sender, block = f"most of them lately from the MQTT client {client}", "block the client's address"
+    else:
+        sender = "from many MQTT clients"
+        block = "wait for the others if you expect this many boards, since they ask again; else block their addresses"
+    yield Alert(
+        "joins-flooded", WARNING, now,
+        f"more requests to join arrive than the server reads, {sender}",
+        "some are dropped, so boards may not get through with theirs; boards that have joined are not affected",
+        f"{block}, which the broker's log shows; while no board is to join, close the broker's listener for joining "
+        "(docs/security.md#floods)",
+        delay_s=CROWDED_S,
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Observers of running jobs, what they are shown, and the one rule that keeps them from disturbing a turn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import FedpruneError, reason
+from fedprune_server.observation.snapshot import JobSnapshot
+
+log = logging.getLogger("fedprune.server")
+
+MAX_SHARE = 0.05
+"""Of the loop's time that one observer may take: with all of them the loop still has most of its time for boards."""
+
+MAX_DEFERRAL_S = 30.0
+"""The longest that an observer isn't called: what it hasn't seen is kept for it, and alerts are no later than that."""
+
+_COMPLAIN_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesChanged:
+    """These devices have changed, or their parts."""
+
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A turn's events were saved within this time."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnded:
+    """A round has finished, with its entry in the job's history."""
+
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnded:
+    """A turn of the loop is over, and took so long, without waiting for messages."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoopWaits:
+    """The loop waits for its database, or for a lock that another process holds: it lives, and turns later. What is
+    `Lazy` may need the database, too, so nobody looks at it now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEnds:
+    """The server ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEvent:
+    """Something that has happened to a job.
+
+    Attributes:
+        at: When, in seconds since 1970.
+        what: What the coordinator has handled (`coordination.events`), or a command that was carried out; a job that
+            ends does so with the command `Finish`.
+    """
+
+    at: float
+    what: on.Event | do.Command | DevicesChanged | Saved | RoundEnded | TurnEnded | LoopWaits | ServerEnds
+
+
+class Observer(Protocol):
+    """Observes jobs. It decides nothing, and what it raises is logged."""
+
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        """See a job after a turn, and what has happened to it since the last call, in order."""
+
+
+@dataclass
+class _Place:
+    """An observer, and what it hasn't seen yet.
+
+    Attributes:
+        due_at: Not called before, on the monotonic clock.
+        unseen: Events by job.
+    """
+
+    observer: Observer
+    due_at: float = 0.0
+    unseen: dict[str, list[TurnEvent]] = field(default_factory=dict)
+    complain_at: float = 0.0
+
+
+Shown = tuple[JobSnapshot, Sequence[TurnEvent]]
+
+
+class Observers:
+    """Shows turns to observers, so that none that fails or is slow ends a turn, or makes it much longer.
+
+    What an observer raises is logged, once a minute at most. One that takes time is called less often, so that it has
+    at most `MAX_SHARE` of the loop's; it gets what it has missed at the next call.
+    """
+
+    def __init__(self, observers: Iterable[Observer] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._places = [_Place(observer) for observer in observers]
+        self._clock = clock
+        self._is_showing = False
+
+    def show(self, jobs: Sequence[Shown], *, at_once: bool = False) -> None:
+        """Show each job after a turn.
+
+        Args:
+            at_once: To all observers, however long they take: while the loop waits, and at its end.
+        """
+        if self._is_showing:
+            return  # an observer waits for a lock itself
+        self._is_showing = True
+        try:
+            for place in self._places:
+                self._show_to(place, jobs, at_once=at_once)
+        finally:
+            self._is_showing = False
+
+    def _show_to(self, place: _Place, jobs: Sequence[Shown], *, at_once: bool) -> None:
+        begun = self._clock()
+        if begun < place.due_at and not at_once:
+            for snapshot, events in jobs:
+                place.unseen.setdefault(snapshot.name, []).extend(events)
+            return
+        for snapshot, events in jobs:
+            missed = place.unseen.pop(snapshot.name, None)
+            try:
+                place.observer.observe(snapshot, [*missed, *events] if missed else events)
+            except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
+                self._complain(place, error)
+        now = self._clock()
+        if not at_once:
+            place.due_at = now + min((now - begun) / MAX_SHARE, MAX_DEFERRAL_S)
+
+    def _complain(self, place: _Place, error: Exception) -> None:
+        now = self._clock()
+        if now >= place.complain_at:
+            place.complain_at = now + _COMPLAIN_S
+            what = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {reason(error)}"
+            log.error("observer %s failed, and is called again: %s", type(place.observer).__name__, what)

@@ -1,0 +1,193 @@
+"""One moment of a job, for everybody who observes it: display, metrics, alerts, doctor, console, trackers, traces.
+
+The engine makes a snapshot after each turn. What takes a look at every device is a `Lazy` mapping, so that a turn costs
+the same with ten boards and with ten thousand; an observer reads it within `observe`, since it shows the moment at
+which somebody looked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from fedprune.coordination import Phase
+from fedprune.jobs.state import Progress
+from fedprune_server.devices.plan_vs_actual import Compared
+
+T = TypeVar("T")
+
+OFFLINE, ELSEWHERE = "offline", "not at this job"
+"""Activities of a device that is not connected, and of one that is connected and works for another job, or for none."""
+
+UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+"""Progress of parts that something is still awaited of."""
+
+
+class Lazy(Mapping[str, T]):
+    """A mapping that is made when somebody looks into it for the first time."""
+
+    def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _entries(self) -> Mapping[str, T]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSnapshot:
+    """A device of a job.
+
+    Attributes:
+        takes_part: Whether the job has planned for it; else it was only heard of.
+        online: Whether it is connected and at this job.
+        connected: Whether it is connected, at whatever job.
+        profile: Its hardware profile's name.
+        density: Kept share of its channels; None before it is planned for.
+        parameters: Numbers in its model; 0 before it is planned for.
+        bytes_down: Payload bytes to it so far.
+        bytes_up: Payload bytes from it so far.
+        seconds: From its last offer to the arrival of its update, None before the first.
+        metrics: Of the model that it serves, on its own test samples, as last reported.
+        activity: What it does, in words for people.
+        part: How far its part in the round is, in a word; empty where nothing is awaited of it.
+        excluded: Why it takes no part; empty if it does.
+        excluded_by: The kind of the failure behind that; empty if there was none.
+        last_counted_round: The round of the offer behind its last counted update; 0 before the first.
+        software: What it says that it runs.
+        temperature_c: As reported last.
+    """
+
+    name: str
+    takes_part: bool = True
+    online: bool = True
+    connected: bool = True
+    profile: str = "?"
+    density: float | None = None
+    parameters: int = 0
+    samples: int | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    activity: str = "ready"
+    part: str = ""
+    excluded: str = ""
+    excluded_by: str = ""
+    last_counted_round: int = 0
+    software: str = ""
+    temperature_c: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetSnapshot:
+    """What a server's jobs share.
+
+    Attributes:
+        broker_connected: Whether the server is connected to its broker.
+        connected: The boards that are connected, at whatever job.
+        jobs: The job that has a board, by board; free boards are left out.
+        quarantined: The end of each quarantine, in seconds since 1970, and its reason, by board.
+        floods_joins: MQTT client id that floods the requests to join; empty if many do together, None if none does.
+        several_jobs: Whether the server has more than one job.
+    """
+
+    broker_connected: bool = True
+    connected: Collection[str] = ()
+    jobs: Mapping[str, str] = field(default_factory=dict)
+    quarantined: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    floods_joins: str | None = None
+    several_jobs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSnapshot:
+    """A job at one moment. Times are in seconds since 1970.
+
+    Attributes:
+        strategy: The strategy's name.
+        judged_by: The metric by which its models are judged.
+        weight: Its weight in sharing devices with other jobs.
+        is_asynchronous: Whether rounds end without waiting for those who were asked in them.
+        closes_early: Whether rounds close before all devices are done, on purpose.
+        min_devices: Boards with which a round begins.
+        deadline_s: Seconds that a round waits for updates.
+        round: The current round, from 1; 0 before the first.
+        model: Digest of the global model.
+        closes_at: When the current round stops waiting; None without a deadline.
+        history: One summary per finished round; the latest have their devices' parts.
+        parts: How many parts of the round are how far.
+        parameters: Numbers in the whole model.
+        bytes_down: Payload bytes to all devices, over all starts of the server.
+        bytes_up: The same from them.
+        queues: What waits in the server, by queue.
+        able: Devices that could take part in a round now.
+        known: Devices that ever announced themselves.
+        devices: The same by name, with those of which only bytes were counted.
+        with_traffic: Devices that have sent or were sent something since the job was saved.
+        device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked`.
+        awaited: Devices whose part is under way, and when the round goes on without each; None if that is unknown.
+        outsiders: Devices that can't be planned for, or can't start, and why.
+        revoked: Devices that are no longer members; a look at it may read the database.
+        clones: Names that seem to be two boards, and the reason.
+        undelivered: Devices whose messages the broker seems to drop, in words.
+        silent: Devices of which nothing has come since their offer, in words.
+        crashes: How devices' programs ended last, until an update of theirs arrives.
+        compared: What was predicted and measured of the devices that counted in the latest round.
+    """
+
+    name: str
+    strategy: str = ""
+    judged_by: str = "accuracy"
+    weight: float = 1.0
+    is_asynchronous: bool = False
+    closes_early: bool = False
+    rounds: int = 0
+    min_devices: int = 1
+    deadline_s: float = 600.0
+    round: int = 0
+    phase: Phase = Phase.WAITING
+    paused: bool = False
+    model: str = ""
+    now: float = 0.0
+    closes_at: float | None = None
+    history: Sequence[Mapping[str, Any]] = ()
+    parts: Mapping[Progress, int] = field(default_factory=dict)
+    parameters: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    queues: Mapping[str, int] = field(default_factory=dict)
+    able: int = 0
+    known: int = 0
+    devices: Mapping[str, DeviceSnapshot] = field(default_factory=dict)
+    with_traffic: Collection[str] = ()
+    device_states: Mapping[str, int] = field(default_factory=dict)
+    awaited: Mapping[str, float | None] = field(default_factory=dict)
+    outsiders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    revoked: Collection[str] = ()
+    clones: Mapping[str, str] = field(default_factory=dict)
+    undelivered: Mapping[str, str] = field(default_factory=dict)
+    silent: Mapping[str, str] = field(default_factory=dict)
+    crashes: Mapping[str, str] = field(default_factory=dict)
+    compared: Mapping[str, Compared] = field(default_factory=dict)
+    fleet: FleetSnapshot = field(default_factory=FleetSnapshot)
+
+    @property
+    def finished(self) -> bool:
+        return self.phase is Phase.FINISHED
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Measurements of the global model after the latest round."""
+        return self.history[-1]["metrics"] if self.history else {}

@@ -1,0 +1,123 @@
+"""What a snapshot shows of a job's devices, and that it looks at none before somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.jobs.change_tracking import TrackedDict
+from fedprune.jobs.schedule import SYNCHRONOUS
+from fedprune.jobs.state import PUT_AWAY, Device, Progress, Task
+from fedprune.wire.messages import Birth
+from fedprune.wire.messages import Progress as Report
+from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.engine.snapshots import SnapshotMaker
+from fedprune_server.observation.snapshot import ELSEWHERE, OFFLINE, FleetSnapshot
+from support.fakes.fleet import Fleet, Watcher
+from support.fakes.several_jobs import SeveralJobs, named
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+NOTHING: Any = SimpleNamespace(waiting=0, queued=0, progress=lambda name: None, devices=list)
+
+
+def maker(state: State, members: Any = None) -> SnapshotMaker:
+    registry = DeviceRegistry(JOB, ARCHITECTURE, state, dict.fromkeys(state.devices, (0, 0)))
+    return SnapshotMaker(
+        JOB, state, registry, NOTHING, NOTHING, NOTHING, weight=1.0, schedule=SYNCHRONOUS, clock=lambda: 5.0,
+        members=members,
+    )  # fmt: skip
+
+
+def board(*, online: bool = True, **more: Any) -> Device:
+    return Device(1, online, {"name": "pi"}, None, 10, **more)
+
+
+class Unseen(TrackedDict[Any]):
+    """Entries at which nobody may look."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("a turn must cost the same in every fleet")
+
+    keys = values = items = __iter__  # type: ignore[assignment]
+
+
+def test_a_snapshot_looks_at_no_device_by_itself() -> None:
+    state = State("m" * 64, phase=Phase.TRAINING)
+
+    def members() -> set[str]:
+        raise AssertionError("a turn must not read the database")
+
+    made = maker(state, members)
+    state.devices = Unseen({"a": board(), "b": board(online=False)})
+    state.tasks = Unseen({"a": Task(1, (2,))})
+    seen = made.snapshot(FleetSnapshot())
+    assert (seen.able, seen.known, seen.parts[Progress.EXTRACTING]) == (1, 2, 1)
+    assert seen.devices["a"].part == "extracting"
+    with pytest.raises(AssertionError):
+        len(seen.device_states)
+
+
+def test_devices_are_counted_by_state_and_revoked_ones_apart() -> None:
+    members = [{"a", "b"}]
+    devices = {"a": board(), "b": board(online=False), "c": board(online=False), "d": board(excluded="too small")}
+    made = maker(State("m" * 64, devices=TrackedDict(devices)), lambda: members[0])
+
+    def counts() -> dict[str, int]:
+        return {state: n for state, n in made.snapshot(FleetSnapshot()).device_states.items() if n}
+
+    assert counts() == {"idle": 1, "offline": 1, "revoked": 1, "excluded": 1}
+    members[0] = {"a", "b", "c", "d"}
+    assert counts() == {"idle": 1, "offline": 2, "excluded": 1}
+
+
+def test_a_device_is_offline_or_at_another_job() -> None:
+    made = maker(State("m" * 64, devices=TrackedDict({n: board(online=False) for n in "ab"})))
+    devices = made.snapshot(FleetSnapshot(connected=("a",))).devices
+    assert {n: (d.activity, d.connected, d.online) for n, d in devices.items()} == {
+        "a": (ELSEWHERE, True, False), "b": (OFFLINE, False, False),
+    }  # fmt: skip
+    assert "c" not in devices
+
+
+def test_devices_that_are_away_are_shown_without_what_only_the_database_has() -> None:
+    devices = TrackedDict({n: board(online=False, widths=(2,), density=0.25) for n in "ab"})
+    for device in devices.values():
+        device.plan, device.probe = {"density": 0.25}, {"temperature_c": 40.0}
+        device.put_away(PUT_AWAY)
+    devices.fetch = fetch = Mock(return_value={"plan": None, "probe": None})
+    shown = maker(State("m" * 64, devices=devices)).snapshot(FleetSnapshot()).devices
+    assert {name: device.density for name, device in shown.items()} == {"a": 0.25, "b": 0.25}
+    fetch.assert_not_called()
+
+
+def test_a_board_s_temperature_is_the_last_that_it_has_reported(tmp_path: Path) -> None:
+    fleet, watcher = Fleet(tmp_path, replace(JOB, devices=2), ("b",)), Watcher()
+    daemon = fleet.daemon(observers=[watcher])
+    fleet.air.on_idle = daemon.stop
+    birth = Birth("a", 1, "raspberry-pi-5", 10, "test", {"temperature_c": 40.0})
+    fleet.air.to_server("fedprune/1/default/a/-/up", birth.to_bytes())
+    daemon.run()
+    shown = [watcher.devices["a"].temperature_c]
+    for said in (0.0, 61.5, None):
+        daemon.first.registry.heard("a", 0.0, Report("a", JOB.name, 1, 1, "train", 1, 2, said))
+        shown.append(watcher.devices["a"].temperature_c)
+    assert shown == [40.0, 0.0, 61.5, 61.5]
+
+
+def test_every_round_and_the_end_of_each_job_are_shown_once_and_in_order(tmp_path: Path) -> None:
+    several, watcher = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", rounds=2)], "abc"), Watcher()
+    kinds: dict[str, list[str]] = {"one": [], "two": []}
+    watcher = Watcher(lambda seen, what: kinds[seen.name].append(type(what).__name__))
+    several.run(several.host(observers=[watcher]))
+    for name, rounds in (("one", 3), ("two", 2)):
+        assert (kinds[name].count("RoundEnded"), kinds[name].count("Finish")) == (rounds, 1)
+        assert kinds[name].index("Folded") < kinds[name].index("Closed") < kinds[name].index("RoundEnded")
+        assert kinds[name][-1] == "ServerEnds"
+    assert watcher.jobs["one"].fleet.several_jobs
