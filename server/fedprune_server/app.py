@@ -175,6 +175,7 @@ def build_app(
             for i, job in enumerate(jobs)
         ]
         services.blobs.serve([runner.served for runner in runners])
+        display = _display(jobs)  # before the first lines, which scroll by above a table
         for job in jobs:
             job.log_start()
         if guard is not None and identity is not None:
@@ -184,7 +185,7 @@ def build_app(
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)
         watchers = [
-            _display(jobs),
+            display,
             *exports,
             *(_NextSteps(job, until_finished=options.until_finished) for job in jobs),
             *_trackers(stack, jobs),

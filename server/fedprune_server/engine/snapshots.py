@@ -176,6 +176,7 @@ class _Devices(Mapping[str, DeviceSnapshot]):
             excluded=contact.problem or ("" if device is None else device.excluded),
             software=contact.software,
             temperature_c=contact.temperature_c,
+            heard_at=contact.last_message_at,
             **known,
         )
 

@@ -47,10 +47,12 @@ class Pulse:
         self._said = ""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        if not any(isinstance(event.what, ServerEnds) for event in events):
+        if any(isinstance(event.what, ServerEnds) for event in events):
+            self._stop()
+        else:
             self._beat(RUNNING)
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Report the end, and delete the health file."""
         self._tell(STOPPING)
         if self._file is not None:

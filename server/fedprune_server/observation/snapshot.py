@@ -67,6 +67,7 @@ class DeviceSnapshot:
         last_counted_round: The round of the offer behind its last counted update; 0 before the first.
         software: What it says that it runs.
         temperature_c: As reported last.
+        heard_at: When its latest message came, in seconds since 1970; None before the first since the server's start.
     """
 
     name: str
@@ -88,6 +89,7 @@ class DeviceSnapshot:
     last_counted_round: int = 0
     software: str = ""
     temperature_c: float | None = None
+    heard_at: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

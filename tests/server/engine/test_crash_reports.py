@@ -11,7 +11,8 @@ import pytest
 from fedprune.wire.fleet_messages import CrashReport, CrashStored
 from fedprune_server.devices.crash_store import CrashStore, read_crashes
 from fedprune_server.monitoring.metrics import Metrics
-from support.fakes.fleet import Fleet, ToyDevice
+from fedprune_server.observation.snapshot import JobSnapshot
+from support.fakes.fleet import Fleet, ToyDevice, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import JOB
 
@@ -70,8 +71,13 @@ def test_nobody_else_tells_for_a_board_and_strangers_are_not_kept(tmp_path: Path
 
 def test_watching_changes_nothing_and_counts_what_happened(tmp_path: Path) -> None:
     plain = Fleet(tmp_path / "plain", JOB).run()
-    metrics = Metrics()
-    watched = Fleet(tmp_path / "watched", JOB).run(observers=[metrics])
+    metrics, fleet = Metrics(), Fleet(tmp_path / "watched", JOB)
+
+    def fail_slowly(seen: JobSnapshot, what: object) -> None:
+        fleet.air.now += 0.01
+        raise OSError("no place is left")
+
+    watched = fleet.run(observers=[Watcher(fail_slowly), metrics])
     assert watched.model == plain.model
     text = metrics.text().decode()
     folded = sum(p["progress"] == "folded" for r in plain.history for p in r["devices"].values())

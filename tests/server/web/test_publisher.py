@@ -135,7 +135,7 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
 def test_a_waiting_board_is_waiting_on_its_page_too() -> None:
     member = Member("waiting", "ab12")
     device = DeviceSnapshot(name="stranger", takes_part=False, online=False, connected=False, activity="unknown")
-    row = rows.device_row(device, job=None, ended=0, member=member, traffic=(0, 0), now=None)
+    row = rows.device_row(device, job=None, ended=0, member=member, traffic=(0, 0), heard_at=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
     assert row["key"] == "ab12"
 

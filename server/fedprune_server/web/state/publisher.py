@@ -63,7 +63,6 @@ class StatusPublisher:
         self._faults: list[str] = []
         self._held: set[str] = set()
         self._of: dict[str, str] = {}
-        self._seen: dict[str, tuple[int, float]] = {}
         self._pending: dict[str, None] = {}
         self._published: dict[str, int] = {}
         self._statuses: dict[str, Record] = {}
@@ -237,20 +236,14 @@ class StatusPublisher:
         device = devices.get(job or "", next(iter(devices.values()), None)) or DeviceSnapshot(
             name=name, takes_part=False, online=False, connected=name in self._fleet.connected, activity="unknown"
         )
-        traffic = sum(d.bytes_down for d in devices.values()), sum(d.bytes_up for d in devices.values())
-        before = self._seen.get(name)
-        if before is None or before[0] != traffic[1]:
-            # Bytes that a server has read from its disk at the start don't tell when the device was heard.
-            is_known = before is not None or device.connected or device.online
-            before = self._seen[name] = (traffic[1], self._clock() if is_known else 0.0)
         seen = self._jobs.get(job or "")
         return rows.device_row(
             device,
             job=job if device.takes_part else None,
             ended=int(seen.history[-1]["round"]) if seen is not None and seen.history else 0,
             member=member or Member("revoked"),
-            traffic=traffic,
-            now=before[1] or None,
+            traffic=(sum(d.bytes_down for d in devices.values()), sum(d.bytes_up for d in devices.values())),
+            heard_at=max((d.heard_at for d in devices.values() if d.heard_at is not None), default=None),
             quarantine=self._fleet.quarantined.get(name),
             update=self._poller.update(name),
         )

@@ -28,7 +28,7 @@ def device_row(
     ended: int,
     member: Member,
     traffic: tuple[int, int],
-    now: float | None,
+    heard_at: float | None,
     quarantine: tuple[float, str] | None = None,
     update: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def device_row(
         job: That job's name, if the device takes part in it.
         ended: The latest round of the job that has ended: no board is late in the current one yet.
         traffic: Bytes to it and from it, of all jobs.
-        now: When it was last heard, in seconds since 1970.
+        heard_at: When it was last heard, at whatever job, in seconds since 1970.
         quarantine: When its quarantine ends, and the reason.
         update: Its last report about the latest rollout's release.
     """
@@ -61,7 +61,7 @@ def device_row(
         "density": None if device.density is None else min(1.0, max(0.0, float(device.density))),
         "parameters": device.parameters or None,
         "samples": device.samples,
-        "seen_at": now,
+        "seen_at": heard_at,
         "temperature_c": device.temperature_c,
         "versions": versions(device.software),
         "bytes_down": traffic[0],
