@@ -79,8 +79,8 @@ class SnapshotMaker:
             bytes_down=down,
             bytes_up=up,
             queues=Lazy(self._queues),
-            able=state.devices.count(True),
-            known=len(state.devices) + len(registry.outsiders),
+            able_devices=state.devices.count(True),
+            known_devices=len(state.devices) + len(registry.outsiders),
             devices=_Devices(state, registry, self._uploads, fleet),
             with_traffic=registry.moved,
             device_states=Lazy(self._count_states),
@@ -150,9 +150,9 @@ class _Devices(Mapping[str, DeviceSnapshot]):
         activity = self._activity(name, task, connected=connected)
         if self._registry.clones.suspects(name):
             activity = f"{activity} (two boards of this name?)"
-        known: dict[str, Any] = {"profile": str(self._registry.outsiders.get(name, {}).get("profile", "?"))}
+        values: dict[str, Any] = {"profile": str(self._registry.outsiders.get(name, {}).get("profile", "?"))}
         if device is not None:
-            known = {
+            values = {
                 "profile": str(device.profile.get("name", "?")),
                 "density": device.density if device.widths else None,  # its plan need not be in memory
                 "parameters": self._registry.parameters_at(device.widths) if device.widths else 0,
@@ -164,7 +164,7 @@ class _Devices(Mapping[str, DeviceSnapshot]):
             }
             if task is not None and state.awaits(task):
                 trains = task.progress is Progress.OFFERED and contact.progress is not None
-                known["part"] = "training" if trains else outcome(task.progress.value, task.kind)
+                values["part"] = "training" if trains else outcome(task.progress.value, task.kind)
         return DeviceSnapshot(
             name=name,
             takes_part=device is not None,
@@ -177,7 +177,7 @@ class _Devices(Mapping[str, DeviceSnapshot]):
             software=contact.software,
             temperature_c=contact.temperature_c,
             heard_at=contact.last_message_at,
-            **known,
+            **values,
         )
 
     def _activity(self, name: str, task: Task | None, *, connected: bool) -> str:

@@ -247,7 +247,7 @@ def check_alerts(site: CheckedSite) -> Iterator[Finding]:
     situation = Situation(
         site.folder,
         jobs,
-        sum(job.seen.able for job in jobs),
+        sum(job.seen.able_devices for job in jobs),
         site.is_running or bool(site.leader),
         None if record.turned_at is None else max(0.0, site.now - record.turned_at),
         suspended_server(site.folder) if site.is_running else None,

@@ -83,8 +83,8 @@ class Case:
             round=state.round,
             phase=state.phase,
             paused=state.paused,
-            able=state.devices.count(True) if self.running else 0,
-            known=len(state.devices) + len(self.outsiders),
+            able_devices=state.devices.count(True) if self.running else 0,
+            known_devices=len(state.devices) + len(self.outsiders),
             revoked=self.revoked & state.devices.keys(),
             compared=compare_latest(state),
         )

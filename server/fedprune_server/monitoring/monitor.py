@@ -126,7 +126,7 @@ class JobWatch:
     def job(self) -> WatchedJob:
         """The job as the rules see it."""
         seen, away = self._seen, self.participation.away_since
-        is_short = seen.phase is Phase.WAITING or not seen.able
+        is_short = seen.phase is Phase.WAITING or not seen.able_devices
         missing = (name for name in away if name not in seen.revoked) if is_short else iter(())
         return WatchedJob(
             seen=seen,
@@ -309,7 +309,7 @@ class Monitor:
         return Situation(
             self._folder,
             jobs,
-            len(fleet.connected) if fleet.several_jobs else jobs[0].seen.able,
+            len(fleet.connected) if fleet.several_jobs else jobs[0].seen.able_devices,
             broker="" if fleet.broker_connected else "there is no connection to the broker",
             absences=find_absent_boards(participations, fleet, self._clock()),
             floods_joins=fleet.floods_joins,

@@ -134,8 +134,8 @@ class JobSnapshot:
         bytes_down: Payload bytes to all devices, over all starts of the server.
         bytes_up: The same from them.
         queues: What waits in the server, by queue.
-        able: Devices that could take part in a round now.
-        known: Devices that ever announced themselves.
+        able_devices: How many could take part in a round now.
+        known_devices: How many ever announced themselves.
         devices: The same by name, with those of which only bytes were counted.
         with_traffic: Devices that have sent or were sent something since the job was saved.
         device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked`.
@@ -170,8 +170,8 @@ class JobSnapshot:
     bytes_down: int = 0
     bytes_up: int = 0
     queues: Mapping[str, int] = field(default_factory=dict)
-    able: int = 0
-    known: int = 0
+    able_devices: int = 0
+    known_devices: int = 0
     devices: Mapping[str, DeviceSnapshot] = field(default_factory=dict)
     with_traffic: Collection[str] = ()
     device_states: Mapping[str, int] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def test_a_snapshot_looks_at_no_device_by_itself() -> None:
     state.devices = Unseen({"a": board(), "b": board(online=False)})
     state.tasks = Unseen({"a": Task(1, (2,))})
     seen = made.snapshot(FleetSnapshot())
-    assert (seen.able, seen.known, seen.parts[Progress.EXTRACTING]) == (1, 2, 1)
+    assert (seen.able_devices, seen.known_devices, seen.parts[Progress.EXTRACTING]) == (1, 2, 1)
     assert seen.devices["a"].part == "extracting"
     with pytest.raises(AssertionError):
         len(seen.device_states)

@@ -104,7 +104,7 @@ SICK: dict[str, Case] = {
 
 def found_in(case: Case) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
-    seen = Situation(case.folder, [case.watched], case.watched.seen.able, case.running)
+    seen = Situation(case.folder, [case.watched], case.watched.seen.able_devices, case.running)
     return [*findings(case), *map(of_alert, evaluate_alerts(seen, NOW))]
 
 

@@ -47,7 +47,7 @@ from support.fakes.tiny_job import JOB
 from support.paths import ROOT
 
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
-LEAVES = JobSnapshot(name="leaves", phase=Phase.TRAINING, round=3, rounds=9, min_devices=2, known=2)
+LEAVES = JobSnapshot(name="leaves", phase=Phase.TRAINING, round=3, rounds=9, min_devices=2, known_devices=2)
 TRAINING = WatchedJob(seen=LEAVES, folder=Path("state"))
 CALM = Situation(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
 
@@ -90,7 +90,7 @@ def without_a(kind: str) -> Situation:
 
 
 @pytest.mark.parametrize(
-    "seen", [with_job(0), with_job(0, known=0), with_job(1, phase=Phase.WAITING, counted={"away": ["b"]})]
+    "seen", [with_job(0), with_job(0, known_devices=0), with_job(1, phase=Phase.WAITING, counted={"away": ["b"]})]
 )
 def test_boards_that_a_lost_broker_keeps_away_are_no_alert_of_their_own(seen: Situation) -> None:
     assert [a.kind for a in evaluate_alerts(replace(seen, broker="there is no connection to the broker"), NOW)] == [
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Situation, str, str]] = {
     ),
     "no broker": (replace(CALM, broker="there is no connection to the broker"), "broker", "critical"),
     "all boards away": (with_job(0), "no-devices", "critical"),
-    "no board yet": (with_job(0, known=0), "no-devices", "warning"),
+    "no board yet": (with_job(0, known_devices=0), "no-devices", "warning"),
     "one board of two": (with_job(1, phase=Phase.WAITING, counted={"away": ["b"]}), "too-few-devices", "warning"),
     "a missed deadline": (with_job(counted={"missed": 1}), "no-progress", "critical"),
     "a round without updates": (with_job(counted={"empty": 1}), "no-progress", "critical"),
@@ -671,7 +671,7 @@ def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) ->
 def test_while_the_database_is_waited_for_no_other_alert_opens_or_closes(
     tmp_path: Path, connected: bool, able: int
 ) -> None:
-    now, seen = [0.0], replace(SEEN, able=able, fleet=FleetSnapshot(broker_connected=connected))
+    now, seen = [0.0], replace(SEEN, able_devices=able, fleet=FleetSnapshot(broker_connected=connected))
     monitor = watching(tmp_path, now=lambda: now[0])
     for now[0] in (0.0, 8.0) if connected else (0.0, 16.0):
         show(monitor, seen=seen)

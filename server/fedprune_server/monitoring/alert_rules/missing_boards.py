@@ -29,7 +29,7 @@ def missing_boards(seen: Situation, now: float) -> Iterator[Alert]:
 def _missing_boards(seen: Situation, job: WatchedJob, now: float) -> Iterator[Alert]:
     if seen.broker:
         return  # they are missing for the reason that its own alert has
-    if not job.seen.known and not seen.here:
+    if not job.seen.known_devices and not seen.here:
         claim = f"let a board in: {command('claim', '--device', 'NAME', *state_args(seen.folder))}; then on the board: "
         yield Alert(
             "no-devices", WARNING, now, f"no device has announced itself to job {job.seen.name} yet",
