@@ -125,6 +125,7 @@ class JobWatch:
 
     def job(self) -> WatchedJob:
         """The job as the rules see it."""
+        self.participation.look()
         seen, away = self._seen, self.participation.away_since
         is_short = seen.phase is Phase.WAITING or not seen.able_devices
         missing = (name for name in away if name not in seen.revoked) if is_short else iter(())

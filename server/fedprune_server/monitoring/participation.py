@@ -84,18 +84,21 @@ class Participation:
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
-        self._note_changes(seen.devices)
+        self._changed = set(seen.devices)  # devices to look at: not in every turn, since many change in each
 
     def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         self._seen = seen
         for event in events:
             match event.what:
                 case DevicesChanged(names):
-                    self._note_changes(names)
+                    self._changed |= names
                 case RoundEnded(summary):
+                    self.look()
                     self._end_round(summary)
 
-    def _note_changes(self, names: Iterable[str]) -> None:
+    def look(self) -> None:
+        """Look at the devices that have changed since the last look; call it before asking for absences."""
+        names, self._changed = self._changed, set()
         for name in names:
             device = self._seen.devices.get(name)
             if device is None or not device.takes_part or device.online:

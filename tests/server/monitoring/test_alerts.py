@@ -229,6 +229,7 @@ def test_what_another_job_misses_is_no_absence_here_nor_where_none_is_watched_fo
     before = {"a": NOW - DAY, "elsewhere": NOW - DAY}
     for rounds, missing in ((0, {}), (2, {"a": NOW - DAY})):
         watch = Participation(seen, rounds, before, lambda: NOW)
+        watch.look()
         assert {name: reason.since for name, reason in watch.absences().items()} == missing
 
 
@@ -236,6 +237,7 @@ def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connec
     now = [NOW]
     seen = replace(SEEN, devices=boards(offline="a"))
     watch = Participation(seen, 2, {}, lambda: now[0])
+    watch.look()
     for connected in ("a", "", ""):
         now[0] += 60
         show(watch, ROUND, seen=seen, fleet=FleetSnapshot(connected=connected))

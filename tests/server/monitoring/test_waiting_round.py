@@ -133,6 +133,7 @@ def test_a_board_that_was_offline_at_its_deadlines_needs_a_connection_and_no_rep
         ended = RoundEnded({"round": number, "devices": {"a": late}})
         show(watch, changed, ended, devices=boards("a") if online else boards(offline="a"))
         show(watch, changed, devices=boards("a"))  # it comes back, and goes again
+        watch.look()
     assert {name: absence.kind for name, absence in watch.absences().items()} == {"a": kind}
     (alert,) = evaluate_alerts(Situation(tmp_path, absences=watch.absences()), 1000.0)
     assert ("offline" in alert.what, "power" in alert.todo) == (not online, not online)
