@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fedprune_export as fx
-from fedprune.core.errors import BundleError, ConfigError, ModelError
+from fedprune.core.errors import BundleError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.step_contract import following
@@ -21,7 +20,6 @@ from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.cli.main import main
 from fedprune_export.importing import ImportChoices, import_onnx, read_source
 from fedprune_export.pruning.cut import cut
 from fedprune_export.training.step_graph import training_graph
@@ -189,11 +187,7 @@ def _saved(path: Path, raw: bytes) -> Path:
     ("lora", "error"),
     [
         ("8:k.weight", r"no weight of a linear layer is called 'k\.weight'.*q\.weight, v\.weight, wide\.weight, out\."),
-        ("8:words.weight", "no weight of a linear layer is called 'words.weight'"),
         ("6:out.weight", r"rank of out\.weight: expected at most 5, got 6"),
-        ("17", r"rank of q\.weight: expected at most 16, got 17"),
-        ("eight", r"expected RANK or RANK:PATTERN,PATTERN.*got 'eight'"),
-        ("0", "rank: expected a whole number from 1"),
     ],
 )
 @pytest.mark.at_push(2)
@@ -202,22 +196,10 @@ def test_wrong_adapters_are_refused(lora: str, error: str) -> None:
         fx.load(net(), lora=lora)
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 2.5), ("alpha", 0), ("alpha", float("nan")), ("patterns", "q")])
+@pytest.mark.parametrize(("key", "value"), [("rank", 2.5), ("patterns", "q")])
 def test_wrong_settings_are_named(key: str, value: Any) -> None:
     with pytest.raises(ModelError, match=f"lora: {key}"):
         fx.Lora(**{"rank": 4, key: value})
-
-
-def test_a_model_without_linear_layers_is_refused() -> None:
-    only = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    with pytest.raises(ModelError, match="expected a model with linear layers"):
-        fx.load(only, input_shape=(3, 3, 3), lora="2")
-
-
-def test_a_command_line_gives_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx.save(onnx.load_from_string(fx.load(net()).graph.to_bytes()), tmp_path / "net.onnx")
-    assert main(["groups", str(tmp_path / "net.onnx"), "--lora", "4:q.weight", "--json"]) == 0
-    assert [g["channels"] for g in json.loads(capsys.readouterr().out)["groups"]] == [4]
 
 
 @pytest.mark.parametrize("base", ["float16", "int8"])
@@ -282,9 +264,3 @@ def test_weights_beyond_float16_are_refused() -> None:
         module.q.weight[0, 0] = 1e6
     with pytest.raises(ModelError, match=r"q\.weight has numbers that it can't hold"):
         fx.load(module, lora="4", base="float16")
-
-
-def test_a_frozen_base_cannot_be_trained() -> None:
-    model = fx.load(net(), lora="4", base="float16")
-    with pytest.raises(ConfigError):
-        training_graph(model, Recipe(trainable=("*.lora_*", "out.*")).features)

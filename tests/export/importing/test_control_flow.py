@@ -115,14 +115,12 @@ def test_a_branch_by_a_size_is_taken() -> None:
 
 
 BY_BATCH = "sizes = Shape(x) trips = Gather(sizes, zero)"
-BY_DATA = "largest = ReduceMax<keepdims=0>(x) trips = Cast<to=7>(largest)"
 
 
 @pytest.mark.parametrize(
     ("body", "text"),
     [
         (f'{START} {BY_BATCH} h, rows = Loop(trips, "", start){TURN}', r"sub-graph \(Loop\)"),
-        (f'{START} {BY_DATA} h, rows = Loop(trips, "", start){TURN}', r"sub-graph \(Loop\)"),
         (
             f'{START} trips = Constant<value_int=20000>() h, rows = Loop(trips, "", start){TURN}',
             "Loop .*unrolled: expected at most 40000 operators",
@@ -183,9 +181,7 @@ def test_names_that_are_constructed_clash_with_none_of_the_file() -> None:
     [
         lambda node: node.attribute.remove(next(a for a in node.attribute if a.name == "num_scan_inputs")),
         lambda node: node.attribute.append(onnx.helper.make_attribute("scan_input_axes", [0, 1])),
-        lambda node: node.attribute.append(onnx.helper.make_attribute("scan_output_directions", [0, 1, 0])),
         lambda node: node.attribute.remove(next(a for a in node.attribute if a.name == "body")),
-        lambda node: node.input.append(node.input[0]),
     ],
 )
 def test_a_malformed_scan_is_named(change: Callable[[onnx.NodeProto], None]) -> None:
@@ -198,17 +194,6 @@ def test_a_malformed_scan_is_named(change: Callable[[onnx.NodeProto], None]) -> 
     change(node)
     with pytest.raises(ModelError) as caught:
         import_onnx(proto.SerializeToString(), "net")
-    assert "can't be understood" not in str(caught.value)
-
-
-@pytest.mark.parametrize("which", ["trips", "on"])
-def test_a_loop_with_an_empty_condition_or_count_is_named(which: str) -> None:
-    trips = "int64[0] {}" if which == "trips" else "int64 {2}"
-    on = "bool[0] {}" if which == "on" else "bool {1}"
-    body = f"""{START} trips = Constant<value = {trips}>() on = Constant<value = {on}>()
-        h, rows = Loop(trips, on, start){TURN}"""
-    with pytest.raises(ModelError, match="Loop") as caught:
-        import_onnx(parsed(body), "net")
     assert "can't be understood" not in str(caught.value)
 
 

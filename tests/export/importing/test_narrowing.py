@@ -128,12 +128,3 @@ def test_a_layer_that_computes_in_a_way_of_its_own_is_refused(way: str) -> None:
     with pytest.raises(ModelError, match="0"):
         narrowed(module, tensors)
     assert module[0].weight.shape == (8, 3, 3, 3)
-
-
-class Plain(nn.Conv2d):
-    """A convolution by another name."""
-
-
-def test_a_layer_by_another_name_is_narrowed() -> None:
-    tensors = {n: v.numpy() for n, v in nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)).state_dict().items()}
-    assert narrowed(nn.Sequential(Plain(3, 8, 3), nn.Conv2d(8, 4, 1)), tensors)[0].out_channels == 5

@@ -57,18 +57,6 @@ def test_reserved_names_are_renamed(name: str) -> None:
     assert same(model, graph)
 
 
-def test_many_renamed_tensors_are_one_note() -> None:
-    def build(graph: Graph) -> str:
-        value = "image"
-        for i in range(9):
-            value = linear(graph, value, 3, 3, f"onnx::MatMul_{i}")
-        return linear(graph, value, 3, 2)
-
-    model, _ = model_of(build, 3)
-    assert len(model.notes) == 1
-    assert "and 6 more" in model.notes[0]
-
-
 def test_identity_and_casts_go() -> None:
     def build(graph: Graph) -> str:
         value = graph.emit("Identity", "image")
@@ -176,27 +164,6 @@ def test_training_mode_is_refused() -> None:
         model_of(build, 3, 2, 2)
 
 
-def test_an_output_that_does_not_depend_on_the_input() -> None:
-    graph = Graph(inputs=[Port("image", F32, ("batch", 3))], initializers={"w": random(1, 2)})
-    graph.emit("Relu", "w", out="out")
-    graph.outputs = [Port("out", F32, (1, 2))]
-    with pytest.raises(ModelError):
-        import_onnx(graph.to_bytes(), "net")
-
-
-def test_node_names_are_unique() -> None:
-    def build(graph: Graph) -> str:
-        value = linear(graph, "image", 3, 3, "a")
-        value = linear(graph, value, 3, 2, "b")
-        for node in graph.nodes:
-            node.name = "same"
-        return value
-
-    model, _ = model_of(build, 3)
-    assert len({n.name for n in model.graph.nodes}) == 2
-    assert len({layer.name for layer in model.architecture.layers}) == 2
-
-
 def _size(graph: Graph, value: str) -> str:
     """The batch of a value, as one number."""
     return graph.emit("Gather", graph.emit("Shape", value), graph.constant(0, np.int64))
@@ -222,7 +189,7 @@ def _mean(graph: Graph) -> str:
 
 
 @pytest.mark.parametrize("number", [_smallest, _first_two, _remainder, _mean])
-@pytest.mark.parametrize("batch", [1, 2, 4, 9])
+@pytest.mark.parametrize("batch", [1, 9])
 def test_a_number_that_follows_batch_or_data_stays_computed(number: Callable[[Graph], str], batch: int) -> None:
     model, graph = model_of(
         lambda g: linear(g, g.emit("Div", "image", g.emit("Cast", number(g), attrs={"to": 1})), 6, 2), 6

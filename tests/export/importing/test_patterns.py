@@ -112,7 +112,7 @@ def test_a_variance_that_a_reshape_gives_its_axis_back() -> None:
 
 
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("groups", [1, 3])
 def test_group_norm_as_exporters_write_it(groups: int, affine: bool) -> None:
     def build(g: Graph, x: str) -> str:
         ones, zeros = g.constant(np.ones(groups), np.float32), g.constant(np.zeros(groups), np.float32)
@@ -213,13 +213,3 @@ def test_a_value_within_a_pattern_that_something_else_reads() -> None:
         return g.emit("Add", g.emit("Div", c, root(g, c, inverse=False)), c)
 
     assert sorted(ops(build)) == ["Add", "LayerNormalization", "ReduceMean", "Sub"]
-
-
-def test_the_note_counts_what_was_found() -> None:
-    def twice(g: Graph, x: str) -> str:
-        return rms(inverse=True, power=False)(g, rms(inverse=False, power=False)(g, x))
-
-    written = "written out in primitives"
-    one, two = imported(rms(inverse=True, power=False)).notes, imported(twice).notes
-    assert f"A norm or activation that was {written} is one operator." in one
-    assert f"2 norms and activations that were {written} are one operator each." in two

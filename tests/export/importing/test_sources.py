@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.core.errors import MissingExtraError, ModelError
+from fedprune.core.errors import ModelError
 from fedprune.runtime.session import Session
 from fedprune_export.importing import ImportChoices, export_torch, import_onnx, load, read_source
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write
@@ -95,7 +95,7 @@ def test_a_frozen_parameter_that_is_renamed() -> None:
     assert import_onnx(export_torch(Odd()), "odd").frozen == ("lr_",)
 
 
-@pytest.mark.parametrize("text", ["3", '"w"', "[1]", '["nothing"]', "[" * 5000])
+@pytest.mark.parametrize("text", ["3", "[1]", '["nothing"]', "[" * 5000])
 @pytest.mark.parametrize("key", [FROZEN_KEY, PARAMETERS_KEY])
 def test_metadata_that_make_no_sense_are_refused(lenet_bytes: bytes, key: str, text: str) -> None:
     proto = onnx.load_model_from_string(lenet_bytes)
@@ -224,47 +224,6 @@ except MissingExtraError as error:
         timeout=120,
     )
     assert "timm needs torchvision's Compose" in done.stdout, done.stderr
-
-
-@zoo.needs_timm
-def test_a_file_comes_before_a_network_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "resnet18").write_bytes(b"")
-    assert timm_name("resnet18") == ""
-
-
-@zoo.needs_timm
-def test_a_network_that_timm_does_not_have() -> None:
-    with pytest.raises(ModelError, match=r"no network 'resnet81'.*resnet18"):
-        load("timm:resnet81")
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_bare_name_that_is_no_file_is_told_where_networks_come_from(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if not installed:
-        monkeypatch.setitem(sys.modules, "timm", None)
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    name = "resnet_of_mine" if installed else "resnet18"
-    with pytest.raises(ModelError, match=rf"can't read {name}: .* timm: pip install .* timm, and give timm:{name}\."):
-        load(name)
-    with pytest.raises(ModelError) as caught:
-        load("missing.onnx")
-    assert "pip install" not in str(caught.value)
-
-
-def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MissingExtraError, match="pip install timm"):
-        load("timm:resnet18")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(
-        MissingExtraError, match=r"torch and onnxscript, which are .*, and neither is timm .*pip install"
-    ):
-        load("timm:resnet18")
 
 
 def test_a_buffer_that_is_called_as_an_operator_names_its_result() -> None:

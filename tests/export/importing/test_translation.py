@@ -63,22 +63,11 @@ CORE = ["MatMul", "Mul", "Softmax", "MatMul"]
 
 @pytest.mark.parametrize(
     ("further", "attrs", "more"),
-    [
-        ((), {}, set()),
-        ((), {"scale": 0.3}, set()),
-        ((), {"is_causal": 1}, {"Add"}),
-        (("bias",), {}, {"Add"}),
-        (("mask",), {}, {"Add"}),
-        (("bias",), {"is_causal": 1}, {"Add"}),
-    ],
+    [((), {"scale": 0.3}, set()), ((), {"is_causal": 1}, {"Add"}), (("bias",), {}, {"Add"}), (("mask",), {}, {"Add"})],
 )
 def test_attention_side_by_side(further: tuple[str, ...], attrs: dict[str, Any], more: set[str]) -> None:
     found = ops(attention(*further, **attrs), (5, 8), 40, 23)
     assert set(found) - {"Where"} == {*CORE, "Transpose", "Reshape", *more}
-
-
-def test_attention_by_heads() -> None:
-    assert ops(lambda g: g.emit("Attention", "image", "image", "image"), (2, 5, 4), 40, 23) == ["Transpose", *CORE]
 
 
 @pytest.mark.parametrize(
@@ -107,22 +96,6 @@ def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None
     scale, bias = (np.repeat(graph.initializers[n], 4 // size)[:, None, None] for n in "sb")
     expected = (normal.reshape(x.shape) * scale + bias).reshape(7, -1) @ graph.initializers["last"]
     assert distance(found, expected) < 1e-5
-
-
-def test_swish_of_an_opset_to_come() -> None:
-    graph = Graph(nodes=[], opset=24)
-    node = helper.make_node("Swish", ["x"], ["y"], alpha=1.5)
-
-    from fedprune_export.importing.translation import translate
-    from fedprune_export.ir.trace import Trace
-
-    graph.nodes = Graph.from_proto(
-        helper.make_model(helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [3])]))
-    ).nodes
-    graph.inputs, graph.outputs = [Port("x", F32, (3,))], [Port("y", F32, (3,))]
-    translate(graph, Trace({"x": (3,)}, {}, (), {}, {}, {}), [])
-    x = random(3)
-    np.testing.assert_allclose(Session(graph.to_bytes()).run({"x": x})["y"], x / (1 + np.exp(-1.5 * x)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -168,7 +141,7 @@ def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[s
 
 @pytest.mark.parametrize("attrs", [{"antialias": 1}, {"coordinate_transformation_mode": "half_pixel_symmetric"}])
 @pytest.mark.parametrize("mode", ["linear", "cubic"])
-@pytest.mark.parametrize("amounts", [(3, 4), (7, 3), (0.6, 0.5), (1.5, 2.0)])
+@pytest.mark.parametrize("amounts", [(3, 4), (1.5, 2.0)])
 def test_resizing_in_new_ways_is_two_products(attrs: dict[str, Any], mode: str, amounts: tuple[float, float]) -> None:
     whole = isinstance(amounts[0], int)
     size = 3 * math.prod(n if whole else int(old * n) for n, old in zip(amounts, (5, 6), strict=True))
@@ -181,11 +154,11 @@ def test_resizing_in_new_ways_is_two_products(attrs: dict[str, Any], mode: str, 
     assert ops(build, (3, 5, 6), size, 19) == ["MatMul", "MatMul"]
 
 
-EARLY = [(10, "nearest"), (10, "linear"), (9, "nearest"), (9, "linear"), (8, "nearest"), (7, "linear")]
+EARLY = [(10, "nearest"), (9, "linear"), (8, "nearest"), (7, "linear")]
 
 
 @pytest.mark.parametrize(("opset", "mode"), EARLY)
-@pytest.mark.parametrize("scales", [(2.0, 1.5), (0.5, 0.7), (0.6, 2.3)])
+@pytest.mark.parametrize("scales", [(2.0, 1.5), (0.6, 2.3)])
 def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scales: tuple[float, float]) -> None:
     if opset < 10 and min(scales) < 1:
         scales = (1 / scales[0], max(1.0, scales[1]))  # an Upsample only grows
@@ -199,16 +172,6 @@ def test_resizing_before_opset_11_keeps_its_numbers(opset: int, mode: str, scale
 
     model = imported(build, (3, 8, 8), 3 * math.prod(sizes), opset)
     training_graph(model, Features())
-
-
-def test_resizing_channels_in_new_ways_is_named() -> None:
-    attrs = {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"}
-
-    def build(g: Graph) -> str:
-        return g.emit("Resize", "image", "", g.constant([1, 2, 1, 1], np.float32), attrs=attrs)
-
-    with pytest.raises(ModelError, match=r"has no form in opset 17: expected resizing of the last two axes"):
-        imported(build, (3, 5, 5), 150, 19)
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
@@ -282,18 +245,6 @@ def test_sequences_are_tensors(name: str, opset: int) -> None:
     ]
 
 
-def test_a_place_that_is_computed_is_named() -> None:
-    nodes = [
-        node("SplitToSequence", "x i4", "s", axis=1),
-        node("ArgMax", "x", "m", axis=1, keepdims=0),
-        node("ReduceMin", "m", "p", keepdims=0),
-        node("SequenceAt", "s p", "c"),
-        node("Gemm", "c w", "y"),
-    ]
-    with pytest.raises(ModelError, match=r"SequenceAt.*takes computed numbers"):
-        import_onnx(_raw(nodes, {**INTS, "w": random(4, 2)}, (6,), 17), "net")
-
-
 def test_local_functions_are_written_out() -> None:
     made = helper.make_function(
         "own", "Twice", ["a"], ["b"], [node("Relu", "a", "r"), node("Add", "r r", "b")], [helper.make_opsetid("", 17)]
@@ -363,14 +314,10 @@ def dft(opset: int, axis: int, *, length: int | None = None, **attrs: int) -> Bu
 @pytest.mark.parametrize(
     ("shape", "axis", "length", "attrs"),
     [
-        ((12, 1), 1, None, {}),
         ((12, 1), 1, None, {"onesided": 1}),
-        ((11, 2), 1, None, {}),
         ((11, 2), 1, None, {"inverse": 1}),
-        ((4, 9, 2), 1, None, {}),
         ((4, 9, 1), 2, 7, {"onesided": 1}),
         ((4, 9, 1), 2, 12, {}),
-        ((3, 4, 5, 2), 2, None, {"inverse": 1}),
     ],
 )
 def test_a_transform_is_a_product(
@@ -471,7 +418,7 @@ def test_a_transform_back_from_other_frequencies_is_named() -> None:
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("table", [True, False])
-@pytest.mark.parametrize("attrs", [{}, {"interleaved": 1}, {"rotary_embedding_dim": 4}])
+@pytest.mark.parametrize("attrs", [{"interleaved": 1}, {"rotary_embedding_dim": 4}])
 def test_rotary_embeddings_are_products(flat: bool, table: bool, attrs: dict[str, int]) -> None:
     pairs = attrs.get("rotary_embedding_dim", 8) // 2
 

@@ -50,13 +50,6 @@ def test_what_an_opset_has_is_written_as_it_is(opset: int) -> None:
     assert {op for op in NATIVE if op in ops} == {op for op, since in NATIVE.items() if opset >= since}
 
 
-def test_writing_leaves_the_graph_as_it_is() -> None:
-    graph = opset_graphs.forms()
-    before = graph.to_bytes()
-    assert graph.to_bytes(opset=13) != before
-    assert graph.to_bytes() == before
-
-
 @pytest.mark.parametrize("opset", [12, 24, 0])
 def test_another_opset_is_refused(opset: int) -> None:
     with pytest.raises(ModelError, match=f"expected 13 to 23, got {opset}"):
@@ -85,7 +78,7 @@ ORACLES: list[tuple[str, dict[str, Any], int, Oracle]] = [
 ]
 
 
-@pytest.mark.parametrize("opset", [13, 17, 18, 20, 21, 23])
+@pytest.mark.parametrize("opset", [13, 20, 23])
 @pytest.mark.parametrize("case", range(len(ORACLES)))
 def test_composites_are_what_torch_computes(case: int, opset: int) -> None:
     """The sizes of scale and bias are free, as in a training graph."""
