@@ -55,14 +55,6 @@ def test_what_does_not_divide_has_no_quotient() -> None:
     assert dims.quotient(dims.product(["g0", 3]), 2) is None
 
 
-def test_names_say_what_they_stand_for() -> None:
-    dims = dimensions()
-    assert dims.total([dims.product([64, "g0"]), dims.product(["g0", 128])]) == "g0*192"
-    assert dims.total([16, "g1"]) == "g1+16"
-    assert dims.product(["g0", BATCH, 4]) == "N*g0*4"
-    assert dims.difference("g0", "g0") == 0
-
-
 def test_an_axis_is_the_sum_of_its_segments() -> None:
     arch = Architecture("a", (ChannelGroup("g0", 7), ChannelGroup("one", 1)), (), (), (), (1,), (1,))
     axis = Axis((Segment(0, 0, 7, 4), Segment(FIXED, 0, 3), Segment(0, 0, 7, 2), Segment(1, 0, 1, 5)))
@@ -96,8 +88,3 @@ def test_sizes_at_run_time(form: dict, widths: tuple[int, ...], batch: int) -> N
     got = Session(graph.to_bytes()).run({n: np.zeros(s, np.float32) for n, s in sizes.items()})["sizes"]
     want = sum(c * int(np.prod([names[s] for s in m])) for m, c in form.items())
     assert got.tolist() == [want, 4, names["g2"]]
-
-
-def test_a_size_that_nothing_has_is_refused() -> None:
-    with pytest.raises(ModelError, match="g1"):
-        dimensions().size("g1")

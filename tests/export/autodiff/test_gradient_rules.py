@@ -136,14 +136,6 @@ row(
 )
 
 
-@pytest.mark.parametrize("op", ["Elu", "Selu", "Celu", "Softplus", "Mish", "Gelu", "ThresholdedRelu"])
-def test_functions_stay_finite_far_from_zero(op: str) -> None:
-    x = np.array([[-200, -90, -30, 30, 90, 200]], np.float32)
-    got = differentiated([node(op, "x")], {"x": x}, {"x": ("N", 6)}, {}).run({"x": x, "dy": np.ones_like(x)})
-    assert all(np.isfinite(v).all() for v in got.values())
-    np.testing.assert_allclose(got["x::gradient"][0, 3:], got["x::gradient"][0, 5], rtol=1e-6)
-
-
 # -- functions of several values --------------------------------------------------------------------------------------
 
 for _slope in ((1,), (5, 1, 1), (5, 3, 3), ()):

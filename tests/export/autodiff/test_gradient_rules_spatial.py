@@ -14,7 +14,6 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff import conv_geometry, dense_convolution, depthwise_convolution
-from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.autodiff.dense_convolution import Formulation
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.ir.graph import Graph, Port
@@ -29,14 +28,14 @@ F = torch.nn.functional
 # -- batch normalisation: gradients here, statistics in test_training -----------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (6, 4, 9), (4, 3, 6, 6), (4, 7, 1, 1), (32, 16, 8, 8)])
+@pytest.mark.parametrize("shape", [(8, 5), (4, 3, 6, 6), (4, 7, 1, 1), (32, 16, 8, 8)])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_batch_norm(shape: tuple[int, ...], offset: float) -> None:
     for name, (ours, torchs) in _batch_norm_errors(shape, offset).items():
         assert ours <= max(1e-6, 2 * torchs), name
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 1, 1), (2, 5), (2, 64, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 7, 1, 1), (2, 5)])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_batch_norm_of_two_values_per_channel(shape: tuple[int, ...], offset: float) -> None:
     # Two values are normalised to -1 and 1 whatever they are: the gradient is what epsilon leaves of it, thousands of
@@ -244,15 +243,3 @@ def test_groups_that_are_cut_unevenly_are_refused_by_name() -> None:
     data = {"x": normal(2, 4, 5, 5), "w": normal(6, 2, 3, 3)}
     with pytest.raises(ModelError, match="the_Conv"):
         differentiated([node("Conv", "x", "w", group=2)], data, {"x": ("N", "c", 5, 5), "w": ("o", 2, 3, 3)}, {})
-
-
-def test_layers_of_common_shapes_keep_their_formulations() -> None:
-    def square(size: int, k: int, pad: int, stride: int = 1) -> Window:
-        out = (size + 2 * pad - k) // stride + 1
-        return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
-
-    assert dense_convolution.formulation(square(32, 3, 1), 16) == Formulation("flipped", "taps")
-    assert dense_convolution.formulation(square(6, 3, 1), 64) == Formulation("flipped", "columns")
-    assert dense_convolution.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
-    assert dense_convolution.formulation(square(14, 5, 2), 32) == Formulation("transposed", "taps")
-    assert dense_convolution.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import RULES as GRADIENTS
-from fedprune_export.autodiff.tape import Tape, gradient_rule
 from fedprune_export.channels.rule import RULES as CHANNELS
-from fedprune_export.channels.rule import channel_rule
 from support.paths import ROOT
 
 pytestmark = pytest.mark.torch
@@ -46,44 +43,3 @@ def test_the_example_passes_its_own_tests(example: dict[str, Any]) -> None:
     assert len(found) == 2
     for function in found.values():
         function()
-
-
-def test_without_the_gradient_rule_it_is_refused_by_name(example: dict[str, Any]) -> None:
-    GRADIENTS.pop("ReverseSequence")
-    with pytest.raises(ModelError, match="the_ReverseSequence"):
-        own_tests(example)["test_gradients"]()
-
-
-def test_without_the_channel_rule_nothing_is_cut(example: dict[str, Any]) -> None:
-    CHANNELS.pop("ReverseSequence")
-    with pytest.raises(AssertionError):
-        own_tests(example)["test_a_cut_network_equals_the_masked_one"]()
-
-
-def test_what_the_page_names_is_there() -> None:
-    methods = set(re.findall(r"`tape\.([a-z]+)\(", PAGE))
-    assert len(methods) > 12
-    assert [m for m in methods if not callable(getattr(Tape, m, None))] == []
-    modules = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", PAGE))
-    source = ROOT / "export" / "fedprune_export"
-    assert len(modules) > 8
-    assert [m for m in modules if not (source / m).exists() and not (ROOT / m).exists()] == []
-
-
-@pytest.mark.parametrize(("registry", "register"), [(CHANNELS, channel_rule), (GRADIENTS, gradient_rule)])
-def test_no_rule_takes_the_place_of_another_of_its_module(registry: dict[str, Any], register: Any) -> None:
-    first = register("OfThisTest")(lambda *_: None)
-    try:
-        with pytest.raises(ModelError, match=r"OfThisTest has two (channel|gradient) rules"):
-            register("OfThisTest")(lambda *_: None)
-        assert registry["OfThisTest"] is first
-    finally:
-        del registry["OfThisTest"]
-
-
-def test_every_rule_says_in_a_line_what_it_does() -> None:
-    for registry in (CHANNELS, GRADIENTS):
-        for operator, function in registry.items():
-            line = (function.__doc__ or "").strip().splitlines()[:1]
-            assert line, operator
-            assert 5 < len(line[0]) < 130, operator

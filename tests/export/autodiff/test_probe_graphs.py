@@ -50,7 +50,3 @@ def test_the_shipped_archive_is_what_the_compiler_writes(written: Path) -> None:
         else:
             graphs = [onnx.load_model_from_string(raw).graph for raw in (body, shipped[name])]
             assert graphs[0] == graphs[1], f"{name}: run examples/make_probe_graphs.py"
-
-
-def test_the_nets_of_layers_stay_small() -> None:
-    assert (SHIPPED / "probe_layers.tar.gz").stat().st_size < 200_000

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_export.channels.atoms import ANCHORED, Atoms, still
+from fedprune_export.channels.atoms import Atoms, still
 from fedprune_export.channels.factors import assignments, factored, runs
 
 
@@ -28,26 +28,6 @@ def test_units_are_what_union_find_finds(count: int, ties: list[tuple[int, int]]
         low, high = sorted((root(a), root(b)))
         parent[high] = low
     assert atoms.units().tolist() == [root(a) for a in range(count + 1)]
-
-
-def test_long_chains_are_one_unit() -> None:
-    atoms = Atoms()
-    row = atoms.fresh(5000)
-    order = np.random.default_rng(0).permutation(row)
-    atoms.tie(order[:-1], order[1:])
-    assert set(atoms.units()[row].tolist()) == {1}
-
-
-def test_what_is_tied_to_a_fixed_index_stays() -> None:
-    atoms = Atoms()
-    a, b = atoms.fresh(4), atoms.fresh(4)
-    atoms.tie(a, b)
-    atoms.fix(b[1:2])
-    assert (atoms.units()[a] == ANCHORED).tolist() == [False, True, False, False]
-
-
-def test_an_axis_of_one_index_stays() -> None:
-    assert Atoms().fresh(1).tolist() == [ANCHORED]
 
 
 @st.composite

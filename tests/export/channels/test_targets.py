@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -58,16 +57,6 @@ def test_every_target_gets_the_bundle_that_it_would_get_alone(digits: Path, tmp_
             assert (tmp_path / "all" / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
 
 
-def test_the_table_has_a_row_per_target(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--density", "0.5", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out.splitlines()
-    rows = [line.split("\t") for line in printed if "\t" in line]
-    assert [r[0] for r in rows] == ["target", "raspberry-pi-5", "raspberry-pi-4b"]
-    parameters = json.loads((tmp_path / "raspberry-pi-5" / "report.json").read_text())["after"]["parameters"]
-    assert rows[1][rows[0].index("parameters")] == f"{parameters:,}"
-    assert printed[-1] == f"bundles: 2 of 2 in {tmp_path} (each has a report.html)"
-
-
 def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
     digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,18 +70,6 @@ def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
     open_bundle(out / "raspberry-pi-5")
 
 
-def test_where_no_target_fits_no_table_and_no_folder_is_promised(
-    digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tighter = tmp_path / "tighter.toml"
-    tighter.write_text(tight.read_text().replace('name = "tight"', 'name = "tighter"'))
-    assert main([str(digits), "--target", f"{tight},{tighter}", "--out", str(tmp_path / "out")]) == ExitCode.PLAN
-    printed = capsys.readouterr()
-    assert printed.out == "bundles: 0 of 2\n"
-    assert [line.split()[:2] for line in printed.err.splitlines()] == [["error:", "tight:"], ["error:", "tighter:"]]
-    assert not (tmp_path / "out").exists()
-
-
 def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
     shipped = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
     (tmp_path / "mine").mkdir()
@@ -101,37 +78,6 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
     assert main(words) == ExitCode.PROFILE
     assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
     assert open_bundle(tmp_path / "out").target == "field"
-
-
-def test_an_export_repeats_the_advice_for_a_board_with_limited_support(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    advice = profile_store.find("jetson-nano").advice
-    assert main([str(digits), "--target", "jetson-nano", "--out", str(tmp_path / "one")]) == ExitCode.OK
-    assert f"limited support: {advice}\n" in capsys.readouterr().out
-    for name in ("report.md", "report.html"):
-        text = html.unescape((tmp_path / "one" / name).read_text())
-        assert f"Limited support: {advice}" in text
-    assert json.loads((tmp_path / "one" / "report.json").read_text())["advice"] == advice
-    words = [str(digits), "--target", "jetson-nano,raspberry-pi-5,jetson-tx2", "--out", str(tmp_path / "several")]
-    assert main(words) == ExitCode.OK
-    told = [line for line in capsys.readouterr().out.splitlines() if "limited support" in line]
-    assert [line.split()[0] for line in told] == ["jetson-nano", "jetson-tx2"]
-    assert told[0].endswith(advice)
-    assert main([*words, "--json"]) == ExitCode.OK
-    assert [bool(r["advice"]) for r in json.loads(capsys.readouterr().out)] == [True, False, True]
-
-
-def test_the_json_has_a_report_or_an_error_per_target(
-    digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    code = main([str(digits), "--target", f"raspberry-pi-5,{tight}", "--out", str(out), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == ExitCode.PLAN == found[1]["exit_code"]
-    assert found[0] == json.loads((out / "raspberry-pi-5" / "report.json").read_text())
-    assert found[1]["target"] == "tight"
-    assert "no width" in found[1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -150,12 +96,6 @@ def test_targets_that_make_no_sense(
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o").exists()
-
-
-def test_two_files_with_one_name_are_refused(digits: Path, tight: Path, tmp_path: Path) -> None:
-    (tmp_path / "other.toml").write_text(tight.read_text())
-    other = tmp_path / "other.toml"
-    assert main([str(digits), "--target", f"{tight},{other}", "--out", str(tmp_path / "o")]) == ExitCode.USAGE
 
 
 def test_several_targets_do_not_go_into_a_bundle(digits: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "{model}", "--broker", "mqtt://127.0.0.1:{port}"], ExitCode.BROKER, "127.0.0.1:{port}"),
         (["--model", "{folder}/wrong.onnx"], ExitCode.MODEL, "wrong.onnx"),
         ([], ExitCode.CONFIG, "--model"),
-        (["--devices", "x"], ExitCode.CONFIG, "--devices: [job] devices: expected a whole number from 1 to"),
+        (["--devices", "x"], ExitCode.CONFIG, "--devices: job.devices: expected a whole number from 1 to"),
         (["--model", "{model}", "--evaluation", "{folder}/e.npz"], ExitCode.DATA, "e.npz"),
     ],
     ids=["broker", "model", "no model", "devices", "evaluation"],
