@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from fedprune.security.joining import Claim
-from fedprune_flash import BoardSettings, Signer, Target, build_kit
+from fedprune.security.keys import SigningKey
+from fedprune_flash import BoardSettings, Target, build_kit
 from support.paths import ROOT
 from support.processes.ssh_boards import Boards
 
@@ -71,7 +72,7 @@ def test_many_boards_are_installed_and_each_that_is_not_says_why(boards: Boards,
     subprocess.run([*server, "init", *state, "--site", "lab"], check=True, capture_output=True)
     board = BoardSettings("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
     here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
-    signer = Signer.load(tmp_path / "state/identity/signing.key")
+    signer = SigningKey.load(tmp_path / "state/identity/signing.key")
     own = next(wheels.glob("fedprune-*.whl"))
     kit = build_kit(tmp_path / "kit", board, here, wheel=own, links=[wheels], signer=signer).folder
     inventory = boards.inventory(
