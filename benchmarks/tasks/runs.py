@@ -190,7 +190,7 @@ def affordable_rounds(task: Task, reference: Mapping[str, Any], default: Mapping
     limits = {"macs": MACS_SHARE * reference["macs"][-1], "bytes": BYTES_SHARE * reference["bytes"][-1]}
 
     def is_shared(number: int, rounds: int) -> bool:
-        return core is not None and core.shared_in(number, rounds)
+        return core is not None and core.shared_in(number, rounds, spent=0)
 
     def cost(what: str, rounds: int) -> float:
         of_round = np.diff(default[what], prepend=0)

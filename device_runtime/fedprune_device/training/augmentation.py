@@ -50,7 +50,7 @@ def augment_samples(plan: AugmentPlan, x: Array, numbers: Array) -> Array:
 
     Raises `TrainingError` if a step is of other samples than these.
     """
-    out = np.array(x)
+    out = np.array(x, order="C")
     row = out.reshape(len(out), -1)
     for step in plan.steps:
         if step.begin + step.size > row.shape[1]:

@@ -22,7 +22,7 @@ from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
 from fedprune_export.autodiff.static_info import Knowledge, describe
 from fedprune_export.ir.dropout import is_dropout
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
-from fedprune_export.ir.operators import registrar
+from fedprune_export.ir.operators import registrar, with_rules
 from fedprune_export.ir.trace import sample_sizes
 from fedprune_export.pruning.model import Model
 
@@ -263,10 +263,11 @@ class Tape(Knowledge):
 
         Raises `ModelError` if an operator has no rule, or its rule can't handle this use.
         """
+        rules = with_rules(RULES)
         for node in self._source.nodes:
             if self._is_shape_arithmetic(node):
                 continue
-            function = RULES.get(node.op) if node.domain in ("", "ai.onnx") else None
+            function = rules.get(node.op) if node.domain in ("", "ai.onnx") else None
             if function is None:
                 raise ModelError(
                     f"{describe(node)} has no gradient rule",

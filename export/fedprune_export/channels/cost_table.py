@@ -13,7 +13,16 @@ from fedprune.model.architecture import Activation, Axis, Layer, Volume
 from fedprune.model.step_contract import LOGITS, X
 from fedprune_export.ir.dropout import is_dropout, mask_axes
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import BOTH, ELEMENTWISE, GRADIENT_READS, INPUT, OUTPUT, REARRANGEMENTS, VIEWS
+from fedprune_export.ir.operators import (
+    BOTH,
+    ELEMENTWISE,
+    GRADIENT_READS,
+    INPUT,
+    OUTPUT,
+    REARRANGEMENTS,
+    VIEWS,
+    with_rules,
+)
 from fedprune_export.ir.trace import Trace
 
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
@@ -157,9 +166,9 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
 
     sequences = {n.outputs[0]: n.op for n in graph.nodes if n.op in _RECURRENT and not n.domain}
     dropouts = {n.outputs[0] for n in graph.nodes if is_dropout(n) and mask_axes(graph, n) is None}
-    kept: set[str] = set()
+    kept, gradient_reads = set[str](), with_rules(GRADIENT_READS)
     for node in graph.nodes:
-        read = BOTH if node.domain else GRADIENT_READS.get(node.op)
+        read = BOTH if node.domain else gradient_reads.get(node.op)
         if read in (INPUT, BOTH):
             reads = node.inputs[:1] if node.op in ("Clip", "BatchNormalization") else node.inputs
             kept.update(home(i) for i in reads if i)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fedprune_export.channels.atoms import AtomRow, Atoms, still
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import registrar
+from fedprune_export.ir.operators import registrar, with_rules
 from fedprune_export.ir.trace import Trace
 
 Prefer = Literal["coarse", "fine"]  # which option comes first: whole heads and groups, or positions within all of them
@@ -242,6 +242,7 @@ def walk(channels: Channels) -> list[str]:
     """
     samples = {p.name for p in channels.graph.inputs}  # values in which the model has no part yet
     constants = channels.graph.initializers.keys() - channels.parameters.keys()
+    rules = with_rules(RULES)
     for node in channels.graph.nodes:
         reads = {i for i in node.inputs if i}
         of_samples = not samples.isdisjoint(reads) and node.op not in ("Shape", "Size")
@@ -251,7 +252,7 @@ def walk(channels: Channels) -> list[str]:
         channels.atoms.cause = "" if of_samples else f"{node.op} {node.name}"
         if channels.follows_data(node):
             channels.data.update(o for o in node.outputs if o)
-        known = None if node.domain else RULES.get(node.op)
+        known = None if node.domain else rules.get(node.op)
         if known is not None:
             known(channels, node)
             continue

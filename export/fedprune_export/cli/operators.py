@@ -44,12 +44,12 @@ def operators(arguments: argparse.Namespace) -> None:
 
 def table() -> list[dict[str, Any]]:
     """One row per operator: its name and the first line of each rule's docstring, or None."""
-    import fedprune_export.operators  # noqa: F401 (their rules)
     from fedprune_export.autodiff.tape import RULES as GRADIENTS
     from fedprune_export.channels.rule import RULES as CHANNELS
+    from fedprune_export.ir.operators import with_rules
 
     forms = _forms()
-    names = sorted({*CHANNELS, *GRADIENTS, *forms})
+    names = sorted({*with_rules(CHANNELS), *with_rules(GRADIENTS), *forms})
     return [
         {
             "operator": name,

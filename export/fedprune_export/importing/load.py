@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import onnx
 
-import fedprune_export.operators  # noqa: F401 (their rules)
 from fedprune.core.disk import is_there
 from fedprune.core.errors import ModelError, reason, shape_text, shown
 from fedprune.core.validation import instance, texts

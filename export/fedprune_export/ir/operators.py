@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, TypeVar
 
 from fedprune.core.errors import ModelError
@@ -33,6 +34,14 @@ def gradient_reads(what: str, *operators: str) -> None:
 
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
+_Table = TypeVar("_Table", bound=Mapping[str, Any])
+
+
+def with_rules(table: _Table) -> _Table:
+    """A table of rules by operator, once all files of `fedprune_export.operators` have registered theirs: those read
+    models and graphs of rooms above this one, so they are imported when a table is first read."""
+    import_module("fedprune_export.operators")
+    return table
 
 
 def registrar(rules: dict[str, _Rule], kind: str) -> Callable[..., Callable[[_Rule], _Rule]]:

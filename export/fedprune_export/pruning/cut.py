@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fedprune.model.selection import Selection
 from fedprune_export.ir.dropout import without_dropout
 from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.operators import with_rules
 from fedprune_export.pruning.masked_reference import masked
 from fedprune_export.pruning.model import RANKS_KEY, Model
 from fedprune_export.pruning.rewrites import REWRITES, Sizes
@@ -39,9 +40,9 @@ def at_widths(model: Model, widths: Sequence[int]) -> Graph:
     without_dropout(graph)
     for name in model.architecture.by_name:
         del graph.initializers[name]
-    nodes, graph.nodes = graph.nodes, []
+    nodes, graph.nodes, rewrites = graph.nodes, [], with_rules(REWRITES)
     for node in nodes:
-        rewrite = None if node.domain else REWRITES.get(node.op)
+        rewrite = None if node.domain else rewrites.get(node.op)
         if rewrite is not None:
             rewrite(graph, node, sizes)
         graph.nodes.append(node)

@@ -18,7 +18,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Axis
 from fedprune.model.selection import Selection
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.operators import registrar
+from fedprune_export.ir.operators import registrar, with_rules
 from fedprune_export.pruning.model import Model
 
 Mask = npt.NDArray[np.float32]
@@ -28,9 +28,9 @@ def masked(model: Model, selection: Selection) -> Graph:
     """The whole graph with the channels masked that the submodel lacks."""
     graph = model.graph.copy()
     masks = Masks(model, selection, graph)
-    nodes, graph.nodes = graph.nodes, []
+    nodes, graph.nodes, rules = graph.nodes, [], with_rules(MASK_RULES)
     for node in nodes:
-        change = None if node.domain else MASK_RULES.get(node.op)
+        change = None if node.domain else rules.get(node.op)
         if change is None or not change(masks, node):
             graph.nodes.append(node)
     return graph

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from fedprune.core.cli import add_json, hours, options_of, print_json, whole_number
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import JoinError, ProtocolError, UsageError, meant
+from fedprune.core.errors import IdentityError, JoinError, ProtocolError, UsageError, meant
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune_device.storage.directory_owner import check_unowned
@@ -23,11 +23,13 @@ from fedprune_server.cli.state_option import add_database, add_state, database_i
 from fedprune_server.enrollment.approval import approve, revoke, revoked
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.broker_files import KEY, Broker, write_broker
+from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import folder_lock, keep, url_of
 
 _REPLACE, _CERTIFICATE = "replace", "certificate"
 _AFTER_REPLACE = (
-    "back the identity up, give the broker the files that `fedprune-server broker-config` writes now and restart it "
+    "back the identity up, and copy it to standbys; if [server] console_certificate was in it, make another with "
+    "`identity certificate`; give the broker the files that `fedprune-server broker-config` writes now and restart it "
     "(the embedded broker needs none), then start the server. No board is a member any more: make a claim for each "
     "(`fedprune-server claim`), and let it join again with that: fedprune-device join --new-key --claim FILE"
 )
@@ -166,6 +168,9 @@ def _identity(arguments: argparse.Namespace) -> None:
         IdentityFolder(arguments.state, read_only=True).close()  # there is one
         # A server that runs would continue with the old keys.
         with folder_lock(arguments.state), _identity_of(arguments) as identity:
+            if leader := leader_elsewhere(arguments.state):
+                hint = "Stop it and all that stand by, then run this again."
+                raise IdentityError(f"a server elsewhere has the job: {leader}", hint=hint)
             identity.replace().close()
     with IdentityFolder(arguments.state, database=database_in(arguments), read_only=True) as identity:
         if arguments.json:

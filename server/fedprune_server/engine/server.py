@@ -141,10 +141,12 @@ class Server:
                         self._linger()
                         break
             finally:
-                self._supervisor.close()
-                for runner in self.runners.values():
-                    runner.close()
-                self._show(ServerEnds())
+                try:
+                    self._supervisor.close()
+                    for runner in self.runners.values():
+                        runner.close()
+                finally:
+                    self._show(ServerEnds())
 
     def _on_wait(self) -> None:
         """Show that the loop lives while it waits for its database or a lock; raise `BusyError` if it is to end."""

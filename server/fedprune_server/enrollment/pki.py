@@ -140,16 +140,22 @@ class IdentityFolder(Closing):
         if self._read_only:
             return store
         try:
-            if not store.claim_identity(f"{self.authority.pin.hex()} {self.key.verifying.hex}"):
+            if not store.claim_identity(self._text):
                 raise IdentityError(
                     f"the members in this database are another identity's than that in {self.path}",
-                    hint="It was replaced, or made a second time. Copy the folder of the server that has the members.",
+                    hint="It was replaced, or made a second time. Copy the folder of the server that has the members; "
+                    "if that is lost, run `fedprune-server identity replace`, and let every board join again.",
                 )
             self.update_revocations()
         except BaseException:
             self.close()
             raise
         return store
+
+    @property
+    def _text(self) -> str:
+        """By what a database knows whose members it has."""
+        return f"{self.authority.pin.hex()} {self.key.verifying.hex}"
 
     def update_revocations(self) -> None:
         """Bring the list of revoked certificates up to date, if the identity has a database already."""
@@ -165,7 +171,9 @@ class IdentityFolder(Closing):
         """
         if (owner := self.path.stat().st_uid) != os.geteuid():  # who could not read the new one
             raise IdentityError(f"{self.path} belongs to user {owner}", hint="Run the command as the server's user.")
-        self.store.void(self.authority.now())
+        # Also where the members are another identity's, such as one that was lost: a new one is the only cure then.
+        with database_of(self._state, self._url) as database:
+            IdentityStore(database).void(self._text, self.authority.now())
         self.close()
         old = self._state / _REPLACED
         with storage_errors(f"can't replace {self.path}"):

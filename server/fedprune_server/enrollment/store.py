@@ -63,6 +63,7 @@ _PAGE = 1000
 """Members that are read at a time."""
 
 _VERSION, _IDENTITY = "members", "identity"
+_NOT = "not\n"  # how the row begins where members are nobody's; the replaced identities follow, one a line
 """Rows of `meta`: a random text that a change of the members replaces, and the identity whose members they are."""
 
 _M, _C, _T = MEMBERS.c, CLAIMS.c, CERTIFICATES.c
@@ -325,25 +326,37 @@ class IdentityStore:
         return {row.device: int(row.ends) for row in self._rows(query)}
 
     def claim_identity(self, identity: str) -> bool:
-        """Whether the members are an identity's, given by a text; where none has any yet, they are from now on."""
+        """Whether the members are an identity's, given by a text; where they are nobody's, they are from now on.
+
+        After `void` they are nobody's, and never those of the identities that were replaced.
+        """
         if self._database is None:
             return True
 
+        def may_take(known: str | None) -> bool:
+            return known is None or (known.startswith(_NOT) and identity not in known.splitlines())
+
         def claim(connection: sql.Connection) -> str | None:
             insert_new(connection, META, [{"key": _IDENTITY, "value": identity}])
-            return meta(connection, _IDENTITY)
+            if may_take(known := meta(connection, _IDENTITY)):
+                put_meta(connection, _IDENTITY, identity)
+                return identity
+            return known
 
-        known = self._read(lambda connection: meta(connection, _IDENTITY)) or self._write(claim)
-        return known == identity
+        known = self._read(lambda connection: meta(connection, _IDENTITY))
+        return (self._write(claim) if may_take(known) else known) == identity
 
-    def void(self, now: int) -> None:
-        """Revoke every member, and delete claims, answers, certificates and epochs: the identity is to be replaced."""
+    def void(self, identity: str, now: int) -> None:
+        """Revoke every member, and delete claims, answers, certificates and epochs: the identity, given by a text, is
+        to be replaced. Neither it nor whose members they were can take them again."""
 
         def void(connection: sql.Connection) -> None:
             connection.execute(MEMBERS.update().where(_M.status != REVOKED).values(status=REVOKED, decided=now))
             for table in (CLAIMS, ANSWERS, CERTIFICATES, EPOCHS):
                 connection.execute(table.delete())
-            connection.execute(META.delete().where(META.c.key == _IDENTITY))
+            known = meta(connection, _IDENTITY) or ""
+            replaced = {identity, *known.removeprefix(_NOT).splitlines()} - {""}
+            put_meta(connection, _IDENTITY, "\n".join([_NOT.strip(), *sorted(replaced)]))
 
         self._change(void)
 

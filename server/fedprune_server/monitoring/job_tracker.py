@@ -17,7 +17,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_row
 from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Tracking, flat
-from fedprune_server.observation.observer import RoundEnded, TurnEvent
+from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 
 _SIMULATED = ("training_macs", "active_macs", "limited")
@@ -60,7 +60,9 @@ class JobTracker:
         if snapshot.name != self._job:
             return
         if not self._is_started:
-            self._is_started = True  # only now: a server that is refused, such as a copy, leaves no trace there
+            if all(isinstance(event.what, (LoopWaits, ServerEnds)) for event in events):
+                return  # a server that is refused at its start, such as a copy, leaves no trace there
+            self._is_started = True
             self._tracking.start()
         for event in events:
             match event.what:

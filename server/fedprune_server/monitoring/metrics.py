@@ -107,7 +107,7 @@ class Metrics:
         for event in events:
             job.count(event.what, event.at)
         # Not while the loop waits for its database: who is a member stands there.
-        is_turn_over = any(isinstance(event.what, TurnEnded) for event in events)
+        is_turn_over = bool(events) and isinstance(events[-1].what, TurnEnded)
         if is_turn_over and now >= job.shown_at + FIGURES_INTERVAL_S:
             job.shown_at = now
             job.show(snapshot)

@@ -97,6 +97,11 @@ class JobWatch:
         self.participation.observe(seen, events)
         for event in events:
             self._count(event.what, event.at)
+        # Once for all events of a turn: the snapshot is of its end.
+        refusals = any(isinstance(event.what, (on.OfferRefused, on.UpdateRejected)) for event in events)
+        if refusals and seen.phase is Phase.TRAINING and not seen.is_asynchronous:
+            refused = seen.parts.get(Progress.REFUSED, 0)
+            self._empty += 0 < refused == sum(seen.parts.values())
 
     def _count(self, what: object, now: float) -> None:
         seen = self._seen
@@ -110,9 +115,6 @@ class JobWatch:
                 self._asked_at = now if seen.is_asynchronous else None  # others are being asked meanwhile
             case on.Closed() if self._closing and len(what.rejected) >= self._closing:
                 self._empty += 1
-            case on.OfferRefused() | on.UpdateRejected() if seen.phase is Phase.TRAINING and not seen.is_asynchronous:
-                refused = seen.parts.get(Progress.REFUSED, 0)
-                self._empty += 0 < refused == sum(seen.parts.values())
             case on.Ticked() if self._asked_at is not None:
                 missed = int((now - self._asked_at + _ROUNDING_S) // seen.deadline_s)
                 self._missed = max(self._missed, missed)

@@ -73,7 +73,7 @@ def web_blobs(
     host, port = place
     context = None
     if identity is None:
-        insecure_allowed(host, "server: serve_blobs")
+        insecure_allowed(host, "server.serve_blobs")
     else:
         said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
         context = _contexts(identity, identity.web(sorted({*names_of(host), *said})))

@@ -47,5 +47,5 @@ def test_the_state_of_the_optimizer_counts(
 
 def test_a_recipe_of_a_newer_kind_is_refused_by_name(tmp_path: Path, graphs: Path, weights: Tensors) -> None:
     server = MemoryServer(tmp_path / "server", graphs, weights, time.monotonic)
-    with DeviceStore(tmp_path / "state") as store, pytest.raises(ConfigError, match="'sharpness'"):
+    with DeviceStore(tmp_path / "state") as store, pytest.raises(ConfigError, match=r"recipe\.sharpness"):
         check_offer(server.offer(1, {**Recipe().to_dict(), "sharpness": 1.0}), store, None)

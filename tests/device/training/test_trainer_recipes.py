@@ -410,13 +410,14 @@ def test_a_recipe_that_augments_needs_a_graph_that_does(graphs: Path, weights: T
     with pytest.raises(TrainingError, match="augmentations"):
         train(graphs / "plain.onnx", weights, data, Recipe(augment=("noise:0.1",)))
     step = {"name": "flip", "values": [], "begin": 0, "shape": [3, 4, 4], "first": 0, "axes": [-1]}
-    assert Augmentation({step_contract.AUGMENT: json.dumps({"steps": [step], "fill": None})}).plan.numbers == 1
+    assert Augmentation({step_contract.AUGMENT: json.dumps({"steps": [step], "fill": -100})}).plan.numbers == 1
     wrong: tuple[dict[str, Any], ...] = (
         {"name": "rotate"}, {"shape": [0]}, {"shape": [2**20, 2**20]}, {"axes": [0]}, {"axes": []}, {"first": -1},
-        {"begin": True}, {"name": "noise"}, {"values": ["a"]},
+        {"begin": True}, {"name": "noise"}, {"values": ["a"]}, {"first": 2}, {"shape": [1] * 9}, {"values": [1, 2]},
+        {"name": "crop", "values": [1e300], "axes": [-2, -1]},
     )  # fmt: skip
     bodies = [json.dumps({"steps": [step | change], "fill": None}) for change in wrong]
-    for damaged in ("*", "[]", '{"steps": 1, "fill": 0}', '{"steps": [], "fill": -1}', *bodies):
+    for damaged in ("*", "[]", '{"steps": 1, "fill": 0}', '{"steps": [], "fill": 0.5}', "[" * 10**5, *bodies):
         with pytest.raises(TrainingError, match="augmentation"):
             Augmentation({step_contract.AUGMENT: damaged})
 

@@ -5,23 +5,40 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedprune.core.errors import BundleError
 from fedprune.model.selection import Selection
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
+from support.nets import small_nets
 from support.oracles.cutting import cut_error, inputs, outputs, random_selection
 
 pytestmark = pytest.mark.torch
 
 Imported = Callable[[str], Model]
+
+
+def test_rules_are_there_for_a_model_that_another_process_has_imported(tmp_path: Path) -> None:
+    model = import_onnx(export_torch(small_nets.gru_net()), "gru")
+    selection = random_selection(model, 0.5, seed=1)
+    (tmp_path / "model").write_bytes(pickle.dumps((model, selection)))
+    code = (
+        "import pickle, sys; from pathlib import Path; from fedprune_export.pruning.cut import cut\n"
+        "graph = cut(*pickle.loads(Path(sys.argv[1]).read_bytes())); Path(sys.argv[2]).write_bytes(graph.to_bytes())"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "cut")], check=True)
+    assert (tmp_path / "cut").read_bytes() == cut(model, selection).to_bytes()
 
 
 def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:

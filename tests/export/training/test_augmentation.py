@@ -30,7 +30,7 @@ from fedprune_export.training.step_graph import training_graph
 pytestmark = pytest.mark.torch
 
 Array = np.ndarray[Any, Any]
-K, VOID, H, W = 4, 9, 6, 5
+K, VOID, H, W = 4, -100, 6, 5
 IMAGE, SOUND = (3, H, W), (2, 8)
 
 

@@ -128,11 +128,11 @@ def test_a_set_without_any_label_that_counts_has_no_metric() -> None:
 
 
 def test_metrics_are_refused_where_labels_are_of_another_kind() -> None:
-    with pytest.raises(ConfigError, match=r"metric with loss 'mse'.*expected rmse or mae or custom.*got 'miou'"):
+    with pytest.raises(ConfigError, match=r"recipe\.metric: expected rmse or mae or custom.*got 'miou'"):
         Recipe(loss="mse", metric="miou")
     model = fx.load(Places(), loss=lambda outputs, labels: (outputs - labels).abs().sum(1))
     for name in METRICS_OF["classes"][:-1]:
-        with pytest.raises(ConfigError, match=f"metric {name!r} with this loss.*classes"):
+        with pytest.raises(ConfigError, match=f"recipe.metric: {name!r} with this loss.*classes"):
             training_graph(model, Recipe(loss="custom", metric=name).features)
     assert training_graph(model, Recipe(loss="custom", metric="mae").features)
 
@@ -203,7 +203,7 @@ def test_wrong_metrics_are_one_clear_error(metric: object, error: str) -> None:
 
 
 def test_a_recipe_asks_for_a_metric_that_the_model_lacks() -> None:
-    with pytest.raises(ConfigError, match=r"metric 'custom', and the model brings no metric"):
+    with pytest.raises(ConfigError, match=r"recipe\.metric: 'custom'"):
         training_graph(model_of(()), Recipe(loss="mse", metric="custom").features)
 
 

@@ -529,7 +529,7 @@ def _composes(settings: dict[str, Any]) -> bool:
 def test_a_simulation_of_boards_that_would_mask_is_refused_by_name(model: Model) -> None:
     job = Job.from_dict({"name": "t", "devices": len(NAMES), "secure_aggregation": True})
     devices: Any = [SimpleNamespace(name=name) for name in NAMES]
-    with pytest.raises(ConfigError, match=r"simulation.job\.secure_aggregation") as caught:
+    with pytest.raises(ConfigError, match=r"job\.secure_aggregation") as caught:
         Simulation(Experiment("t", job, model, devices), BlobStore(Path("never-written"), durable=False))
     assert "Simulate the job without it, with move_limit = 0" in caught.value.hint
 

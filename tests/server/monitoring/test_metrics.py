@@ -164,7 +164,7 @@ def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[
 
 def exposed() -> set[str]:
     metrics = Metrics(Path("/nowhere"), AlertBook().counts)
-    show(metrics, TurnEnded(0.1), RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}))
+    show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}), TurnEnded(0.1))
     families = text_string_to_metric_families(metrics.text().decode())
     return {s.name for f in families for s in f.samples}
 
@@ -192,7 +192,7 @@ def labels_on_the_page() -> dict[str, set[str]]:
 
 def test_the_page_lists_the_labels_that_figures_have() -> None:
     metrics = Metrics(Path("/nowhere"), AlertBook().counts)
-    show(metrics, TurnEnded(0.1), RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}))
+    show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}), TurnEnded(0.1))
     on_page = labels_on_the_page()
     shown = 0
     for family in text_string_to_metric_families(metrics.text().decode()):

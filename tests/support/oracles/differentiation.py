@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import fedprune_export.operators  # noqa: F401 (their rules)
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.runtime.session import Session
 from fedprune_export import autodiff  # noqa: F401 (registers the rules)

@@ -84,8 +84,12 @@ class Postgres:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """kill -9 of its first process; the others then end."""
+        """kill -9 of its first process and of those that it started, which would serve open connections a while."""
+        children = self.children()
         self._process.kill()
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
         (self._folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 

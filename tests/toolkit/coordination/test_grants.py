@@ -100,6 +100,12 @@ def test_boards_grow_when_most_of_a_total_is_spent_however_many_rounds_there_may
     assert shared == [True] * 8 + [False] * 2
 
 
+def test_what_a_first_round_s_lost_attempts_have_cost_opens_no_core() -> None:
+    state = fleet(FLEET)
+    state.spent_bytes = 900
+    assert begun(Job(strategy="fedprune", rounds=1000, recipe=MSE, total_bytes=1000), state).core
+
+
 def test_strategies_without_a_core_grant_what_boards_can_hold() -> None:
     state = fleet(FLEET)
     job = Job(strategy="heterofl", rounds=10)

@@ -39,6 +39,8 @@ def spent_total(job: Job, state: State, now: float | None = None) -> str:
 def spent_after(job: Job, state: State) -> float:
     """The share of a total that will be spent after the present round, if that takes as much as the finished ones did;
     the greatest where a job has several, 0 in a first round and without a total."""
+    if not state.history:  # what updates that couldn't be used have cost says nothing of rounds
+        return 0.0
     hours, finished = _hours(state, None), max(1, state.round - 1)
     spent = ((state.spent_bytes, job.total_bytes), (state.spent_macs, job.total_macs), (hours, job.total_hours))
     return max((used / total for used, total in spent if total), default=0.0) * (finished + 1) / finished

@@ -40,6 +40,7 @@ _LIMITS: dict[str, tuple[tuple[float, float], ...]] = {
 _OPTIONAL = {"shift": 1}
 _WHOLE = {("crop", 0), ("shift", 1), ("specaugment", 0), ("specaugment", 1)}
 _LONGEST = 200
+_MAX_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,10 @@ class AugmentStep:
             step = cls(name, values, whole(body["begin"]), shape, whole(body["first"]), axes)
         except (KeyError, TypeError) as error:
             raise ModelError(what, expected="name, values, begin, shape, first, axes", got=shown(body)) from error
-        count = 2 if name in ("crop", "specaugment") else 1
-        enough = len(values) >= len(_LIMITS[name]) - _OPTIONAL.get(name, 0)
-        if step.begin + step.size > MAX_NUMBERS or len(axes) != count or not enough:
+        count, limits = 2 if name in ("crop", "specaugment") else 1, _LIMITS[name]
+        fits = len(limits) - _OPTIONAL.get(name, 0) <= len(values) <= len(limits)
+        fits = fits and all(low <= value <= high for value, (low, high) in zip(values, limits, strict=False))
+        if step.begin + step.size > MAX_NUMBERS or len(axes) != count or len(shape) > _MAX_RANK or not fits:
             raise ModelError(what, expected=f"{_FORMS[name]} with {count} axes", got=shown(body))
         return step
 
@@ -178,10 +180,16 @@ class AugmentPlan:
             body = json.loads(text)
             steps, fill = body["steps"], body["fill"]
             validation.items("augmentations", steps, MOST, "steps", error=ModelError)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(
                 "augmentations of the training graph", expected="steps and fill", got=shown(text)
             ) from error
         if fill is not None:
-            validation.whole("label of places from outside", fill, error=ModelError)
-        return cls(tuple(AugmentStep.from_dict(step) for step in steps), fill)
+            validation.whole("label of places from outside", fill, -(2**31), 2**31 - 1, error=ModelError)
+        plan = cls(tuple(AugmentStep.from_dict(step) for step in steps), fill)
+        first = 0
+        for step in plan.steps:
+            if step.first != first:
+                raise ModelError("the first random number of an augmentation", expected=first, got=step.first)
+            first += step.numbers
+        return plan
