@@ -68,7 +68,6 @@ _OPTIONS: dict[tuple[str, ...], str] = {
     ("alerts", "webhook"): "alert-webhook",
     **{place: name for name, place in PLACES.items()},
 }
-_OF_JOBS = (*PLACES, "workers", "workers_url", "weight", "track")
 _LAST_START, _DEFAULTS = "the last start", "the defaults"
 
 

@@ -185,7 +185,8 @@ def _new(options: argparse.Namespace) -> None:
     for name, data in write_starter(options.folder, boards, options.seed).items():
         counts = " ".join(map(str, np.bincount(data.y_train, minlength=CLASSES)))
         print(f"{name}: {len(data.y_train)} samples to learn from, by class {counts}")
-    print(f"\nNext: {PROG} --config {options.folder / FLEET} --out run")
+    print(f"\nWhich strategy to take: {PROG} advise --config {options.folder / FLEET} --out advice")
+    print(f"Next: {PROG} --config {options.folder / FLEET} --out run")
 
 
 def _run(options: argparse.Namespace) -> None:

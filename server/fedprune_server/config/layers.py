@@ -72,7 +72,9 @@ def origin(layers: Sequence[Layer], path: KeyPath) -> str | None:
             upper = layer
     if upper is None:
         return None
-    return next((text for keys, text in upper.origins.items() if keys[: len(path)] == path), upper.name)
+    # A variable or option may hold a setting, a table around it, or one in the table that is asked for.
+    lengths = ((min(len(keys), len(path)), keys, text) for keys, text in upper.origins.items())
+    return next((text for n, keys, text in lengths if keys[:n] == path[:n]), upper.name)
 
 
 @contextmanager

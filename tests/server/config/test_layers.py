@@ -13,7 +13,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import environment_layer, variables
-from fedprune_server.config.layers import masked, merged
+from fedprune_server.config.layers import located, masked, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import as_tables, parse_config
 from support.fakes.opened_job import read_config
@@ -118,6 +118,15 @@ def test_variables_are_read_as_what_they_are(tmp_path: Path, monkeypatch: pytest
             "database": "postgresql+psycopg://ann:o=#@db/fleet",
         },
     }
+
+
+def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
+    layer = environment_layer({"FEDPRUNE_JOB_SCHEDULE": '{kind = "async", foo = 1}'})
+    with (
+        pytest.raises(ConfigError, match=r"environment variable FEDPRUNE_JOB_SCHEDULE: job\.schedule\.foo"),
+        located([layer]),
+    ):
+        raise ConfigError(("job", "schedule", "foo"), expected="no such key")
 
 
 @pytest.mark.parametrize(
