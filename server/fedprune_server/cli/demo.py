@@ -341,8 +341,9 @@ class _Watch:
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         for event in events:
-            if isinstance(event.what, RoundEnded):
-                self.notes[int(event.what.summary["round"])] = RoundNotes(snapshot.bytes_down, snapshot.bytes_up)
+            match event.what:
+                case RoundEnded(summary, down, up):
+                    self.notes[int(summary["round"])] = RoundNotes(down, up)
         try:
             self._boards.check()
             self._on_turn()

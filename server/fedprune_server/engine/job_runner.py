@@ -521,7 +521,8 @@ class JobRunner:
         if seconds is not None:
             self._note(Saved(seconds))
         for summary in self._journal.ended():
-            self._note(RoundEnded(dict(summary)))  # the state drops the devices' parts of earlier rounds
+            # A copy: the state drops the devices' parts of earlier rounds.
+            self._note(RoundEnded(dict(summary), *self.registry.total))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._executor.expect(commands)

@@ -66,8 +66,8 @@ class JobTracker:
             self._tracking.start()
         for event in events:
             match event.what:
-                case RoundEnded(summary):
-                    self._write(summary, RoundNotes(snapshot.bytes_down, snapshot.bytes_up))
+                case RoundEnded(summary, down, up):
+                    self._write(summary, RoundNotes(down, up))
                 case do.Finish(digest):
                     self._tracking.finish(partial(self._write_model, digest))
 

@@ -40,9 +40,16 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class RoundEnded:
-    """A round has finished, with its entry in the job's history."""
+    """A round has finished, with its entry in the job's history.
+
+    Attributes:
+        bytes_down: Payload bytes to all devices by then, over all starts of the server.
+        bytes_up: The same from them.
+    """
 
     summary: Mapping[str, Any]
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True, slots=True)

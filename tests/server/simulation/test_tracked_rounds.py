@@ -219,7 +219,7 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(
     def serve(history: list[dict[str, Any]], summary: dict[str, Any], *, finished: bool) -> None:
         tracker = JobTracker([TrackTarget("mlflow")], JOB, model, tmp_path, store, history)
         assert not shown or history
-        show(tracker, RoundEnded(summary), *([Finish("m" * 64)] if finished else []), at=summary["at"])
+        show(tracker, RoundEnded(summary, 700, 300), *([Finish("m" * 64)] if finished else []), at=summary["at"])
         tracker.close()
 
     serve([], first, finished=False)

@@ -84,19 +84,20 @@ class StatusPublisher:
 
     def note(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         """Note what has happened to a job, which is published at the next call of `publish`."""
-        name, sums = snapshot.name, (snapshot.bytes_down, snapshot.bytes_up)
+        name = snapshot.name
         if name not in self._jobs:
-            self._before[name] = (snapshot.history[-1]["at"] if snapshot.history else None, sums)
+            began = snapshot.history[-1]["at"] if snapshot.history else None
+            self._before[name] = (began, (snapshot.bytes_down, snapshot.bytes_up))
             self._stale = True
         self._jobs[name], self._fleet = snapshot, snapshot.fleet
         for event in events:
             match event.what:
                 case DevicesChanged(names):
                     self.changed(names)
-                case RoundEnded(summary):
+                case RoundEnded(summary, down, up):
                     before, counted = self._before[name]
-                    moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
-                    self._before[name] = (summary["at"], sums)
+                    moved = max(0, down - counted[0]), max(0, up - counted[1])
+                    self._before[name] = (summary["at"], (down, up))
                     self.add(rows.finished_round(name, summary, before, moved))
 
     def job_of(self, device: str) -> str | None:
