@@ -7,16 +7,20 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from fedprune.wire.fields import DEFINITIONS, MAX_MESSAGE, VERSION, CheckedMessage, Schema, field_types, required_fields
+from fedprune.core import records
+from fedprune.wire.fields import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from manual.docstring import field_docstrings, summary
+
+Schema = dict[str, Any]
 
 _NONE = re.compile(r"\bNone\b")
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 LIMITS = (
     f"In UTF-8 it has at most {MAX_MESSAGE} bytes. Unknown keys are ignored. What JSON Schema can't say, and receivers "
-    "refuse: a whole number that is written with a point or an exponent, numbers beyond float64, whole numbers beyond "
-    "63 bits in free objects, halves of surrogate pairs in text, and addresses of blobs that only look like one."
+    "refuse: a whole number that is written with a point or an exponent, numbers beyond float64, halves of surrogate "
+    "pairs in text, addresses that only look like one, and in free objects more than 8 levels, whole numbers beyond 63 "
+    "bits and unprintable text."
 )
 
 _HEAD = """# Schemas of the protocol
@@ -26,10 +30,10 @@ _HEAD = """# Schemas of the protocol
 A JSON Schema (draft 2020-12) for each message, made from the code that checks it, and all topics with what travels
 on them as an [AsyncAPI 3.0 document](asyncapi.json). [The protocol](../protocol.md) says what the messages mean. Tests
 damage messages and compare: what a schema refuses, the parser refuses. The other way round some things are missing
-that JSON Schema has no word for: whole numbers that are written as `1.0` or `1e2`, numbers beyond float64, whole
-numbers beyond 63 bits in free objects, halves of surrogate pairs, the finer rules of addresses of blobs, and a
-message's length of at most 262,144 bytes. Signed messages stand behind [an envelope](../protocol.md#envelopes); chunks
-of [blobs](../protocol.md#blobs) are binary.
+that JSON Schema has no word for: whole numbers that are written as `1.0` or `1e2`, numbers beyond float64, halves of
+surrogate pairs, the finer rules of addresses, in free objects more than 8 levels, whole numbers beyond 63 bits and
+unprintable text, and a message's length of at most 262,144 bytes. Signed messages stand behind
+[an envelope](../protocol.md#envelopes); chunks of [blobs](../protocol.md#blobs) are binary.
 
 | message | |
 |---|---|
@@ -44,24 +48,26 @@ def messages() -> dict[str, type[CheckedMessage]]:
 
 def schema(cls: type[CheckedMessage]) -> Schema:
     """The schema of one message, which needs no other file."""
+    _, definitions = records.schemas([cls])
+    record = definitions.pop(cls.__name__)
     said = field_docstrings(cls)
     properties: dict[str, Schema] = {
         "v": {"const": VERSION, "description": "Version of the protocol."},
         "type": {"const": cls.kind},
     }
-    for name, declared in field_types(cls).items():
-        description = said.get(name) or declared.schema["description"]
-        properties[name] = {**declared.schema, "description": _NONE.sub("null", description)}
+    for name, declared in record["properties"].items():
+        description = said.get(name) or declared["description"]
+        properties[name] = {**declared, "description": _NONE.sub("null", description)}
     body: Schema = {
         "$schema": DRAFT,
         "title": cls.kind,
         "description": summary(cls),
         "$comment": LIMITS,
         "type": "object",
-        "required": ["v", "type", *required_fields(cls)],
+        "required": ["v", "type", *record.get("required", ())],
         "properties": properties,
     }
-    if used := _definitions(properties):
+    if used := _used(properties, definitions):
         body["$defs"] = used
     return body
 
@@ -81,15 +87,15 @@ def written(body: Schema) -> str:
     return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _definitions(part: Any) -> dict[str, Schema]:
+def _used(part: Any, definitions: dict[str, Schema]) -> dict[str, Schema]:
     """The definitions that a part of a schema needs, and those that these need."""
     found: dict[str, Schema] = {}
     open_ = list(_references(part))
     while open_:
         name = open_.pop()
         if name not in found:
-            found[name] = DEFINITIONS[name]
-            open_ += _references(DEFINITIONS[name])
+            found[name] = definitions[name]
+            open_ += _references(definitions[name])
     return dict(sorted(found.items()))
 
 

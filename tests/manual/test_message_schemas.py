@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.fields import field_types
 from fedprune.wire.messages import Message, parse
 from manual import asyncapi, message_schemas
 from support.fakes.messages import DIGEST, EXAMPLES, messages
@@ -25,12 +24,7 @@ def validator_class() -> Any:
     """The class of validators; its import takes more than a second, which only these tests shall spend."""
     jsonschema = pytest.importorskip("jsonschema")
 
-    def pattern(_: Any, wanted: str, value: object, __: Any) -> Iterator[Exception]:
-        """Patterns are ECMA's, whose `$` is the end alone, not a line's end before it."""
-        if isinstance(value, str) and not re.search(wanted.replace("$", r"\Z"), value):
-            yield jsonschema.ValidationError(f"{value!r} does not match {wanted!r}")
-
-    return jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": pattern})
+    return jsonschema.Draft202012Validator
 
 
 @cache
@@ -48,7 +42,7 @@ ODD: list[Any] = [
     "abc", "a\n", "a\nb\t", "a\0", "a\x7f", "a\x9f", "ä🙂", "a b", "a" * 257, "a" * 4097, "a" * 65_537, DIGEST + "\n",
     "https://models.example", "https://u@models.example", "data", "train", "approved", "trial",
     [], {}, [1], [0], [DIGEST], [DIGEST] * 65, ["x", "."], [1] * 1025, {"x": 1}, {"x": 1.5}, {"a b": 1}, {"x": "y"},
-    {"x" * 257: 1}, {"\0": 1}, {str(i): i for i in range(65)}, nested(7), nested(8), nested(9), {"x": nested(8)},
+    {"x" * 257: 1}, {str(i): i for i in range(65)}, nested(5),
     {"sha256": DIGEST, "size": 1, "leaves": DIGEST}, {"sha256": DIGEST, "size": 2**40 + 1, "leaves": DIGEST},
     {"job": "j", "round": 1, "attempt": 0}, {"job": "-", "round": 1, "attempt": 0},
 ]  # fmt: skip
@@ -103,7 +97,7 @@ def test_every_field_is_judged_alike(example: Message) -> None:
     schema = message_schemas.schema(type(example))
     body = json.loads(example.to_bytes())
     assert valid(body)
-    for name in (*field_types(type(example)), "v"):
+    for name in (*(f.name for f in fields(example)), "v"):
         field = validator_class()({**schema["properties"][name], "$defs": schema.get("$defs", {})})
         for value in ODD:
             assert takes({**body, name: value}) == field.is_valid(value), (name, str(value)[:80])
@@ -117,7 +111,10 @@ def test_every_field_may_be_missing_where_the_schema_says_so() -> None:
             assert takes(body) == valid(body), (example.kind, name)
 
 
-@pytest.mark.parametrize("text", ["1.0", "1e2", '"\\ud800"', "1e999", "9" * 400, '"http://models.example"'])
+@pytest.mark.parametrize(
+    "text",
+    ["1.0", "1e2", '"\\ud800"', "1e999", "9" * 20, '"\\u0000"', json.dumps(nested(9)), '"http://models.example"'],
+)
 def test_what_a_schema_cannot_say_the_parser_refuses(text: str) -> None:
     """The list in every schema's comment is of these; where one of them gets a word, the comment must go."""
     kind, name = ("alive", "session") if text in ("1.0", "1e2") else ("birth", "probe")
@@ -141,7 +138,7 @@ def test_schemas_are_schemas_and_explain_every_field() -> None:
     for kind, cls in message_schemas.messages().items():
         body = message_schemas.schema(cls)
         validator_class().check_schema(body)
-        assert all(body["properties"][name]["description"] for name in field_types(cls)), kind
+        assert all(body["properties"][name]["description"] for name in (f.name for f in fields(cls))), kind
 
 
 def test_the_asyncapi_document_has_every_topic_and_every_message() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, locked, storage_errors
 from fedprune.core.errors import BusyError, EngineError, FedpruneError, StorageError
-from fedprune.core.validation import restored
+from fedprune.core.records import convert
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -125,8 +125,8 @@ class EngineCache:
         """The record of engine builds for a key; a new one if it can't be read."""
         try:
             body = atomic_file.read_document(self.root / RECORD)
-            found = CachedEngine(key) if body is None else restored(CachedEngine, body)
-        except (FedpruneError, KeyError, ValueError) as error:
+            found = CachedEngine(key) if body is None else convert(CachedEngine, body, "record", EngineError)
+        except FedpruneError as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
             found = CachedEngine(key)
         return found if found.key == key else CachedEngine(key)

@@ -17,7 +17,10 @@ _PLAIN = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
 
 _OURS = ("fedprune", "fedprune_start", "fedprune_device", "fedprune_export", "fedprune_flash", "fedprune_server")
 _KNOWN = frozenset(
-    {*sys.stdlib_module_names, "numpy", "paho", "safetensors", "cryptography", "onnxruntime", "PIL", "tensorrt"}
+    {
+        *sys.stdlib_module_names,
+        *("numpy", "paho", "safetensors", "cryptography", "msgspec", "onnxruntime", "PIL", "tensorrt"),
+    }
 )
 _OWNER = re.compile(r"(?<=://)[^/@\s]*@")
 _CLAIM = re.compile(r"\bFP1-[A-Za-z0-9-]+")

@@ -17,7 +17,7 @@ from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import TRIAL, DamagedError, LauncherState
 
 PACKAGES = (
-    *("numpy", "paho", "safetensors", "cryptography", "onnxruntime", "PIL"),
+    *("numpy", "paho", "safetensors", "cryptography", "msgspec", "onnxruntime", "PIL"),
     *(("tomli",) if sys.version_info < (3, 11) else ()),
 )
 """Packages that the runtime requires."""

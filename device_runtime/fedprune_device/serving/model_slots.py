@@ -15,7 +15,7 @@ from typing import Any
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
-from fedprune.core.validation import restored
+from fedprune.core.records import convert
 from fedprune.model.recipe import labels_of
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
@@ -65,7 +65,7 @@ class Serving:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
         try:
-            made: Serving = restored(cls, {"base": ""} | body)
+            made = convert(cls, body, "serving model", StorageError)
             labels_of(made.loss)
             lengths = {len(values) for values in (made.offset, made.present) if values is not None}
             if (

@@ -73,7 +73,6 @@ FILE = {"name": "a.whl", "sha256": "ab" * 32, "size": 1}
         {"entry": "os;:main"},
         {"unpacked": -1},
         {"system": "numpy"},
-        {"more": 1},
         {"files": [FILE, FILE]},
         {"files": [{**FILE, "name": "../a.whl"}]},
         {"files": [{**FILE, "sha256": "AB" * 32}]},

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
-from fedprune.core.validation import restored
 
 pytestmark = pytest.mark.board
 
@@ -27,22 +23,3 @@ def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: 
     else:
         with pytest.raises(ConfigError, match=r"^a: expected a number "):
             validation.number("a", value, low, high, above=above, below=below)
-
-
-@dataclass(frozen=True)
-class Inner:
-    name: str
-    share: float | None
-
-
-@dataclass(frozen=True)
-class Outer:
-    count: int
-    inner: tuple[Inner, ...]
-    more: Inner | None = None
-
-
-@given(st.integers(-(2**63) + 1, 2**63 - 1), st.lists(st.builds(Inner, st.text(), st.none() | st.floats(-1e9, 1e9))))
-def test_a_dataclass_is_restored_from_its_json(count: int, inner: list[Inner]) -> None:
-    for whole in (Outer(count, tuple(inner)), Outer(count, (), inner[0] if inner else None)):
-        assert restored(Outer, json.loads(json.dumps(asdict(whole))) | {"newer": 1}) == whole

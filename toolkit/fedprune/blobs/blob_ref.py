@@ -8,12 +8,11 @@ sha256 of that table.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fedprune.core import validation
 from fedprune.core.errors import ProtocolError
+from fedprune.core.records import Digest, convert, within
 
 LEAF = 32 * 1024
 """Bytes of a leaf; the last one of a blob may be shorter."""
@@ -32,14 +31,9 @@ MAX_BLOB = 2**40
 class BlobRef:
     """A blob's name (the hex sha256 of all bytes), size, and the sha256 of its leaf table."""
 
-    sha256: str
-    size: int
-    leaves: str
-
-    def __post_init__(self) -> None:
-        for name in ("sha256", "leaves"):
-            validation.digest(f"blob reference: field {name}", getattr(self, name), error=ProtocolError)
-        validation.whole("blob reference: field size", self.size, 0, MAX_BLOB, error=ProtocolError)
+    sha256: Digest
+    size: Annotated[int, within(0, MAX_BLOB)]
+    leaves: Digest
 
     @classmethod
     def of(cls, data: bytes | memoryview) -> BlobRef:
@@ -64,14 +58,8 @@ class BlobRef:
 
     @classmethod
     def from_dict(cls, body: object) -> BlobRef:
-        """Read and check; unknown keys are ignored. Raises `ProtocolError` if it is no mapping, a key is missing or a
-        value is wrong."""
-        if not isinstance(body, Mapping):
-            raise ProtocolError("blob reference", expected="an object", got=type(body).__name__)
-        for name in ("sha256", "size", "leaves"):
-            if name not in body:
-                raise ProtocolError(f"blob reference: field {name}", expected="a value", got="nothing")
-        return cls(body["sha256"], body["size"], body["leaves"])
+        """Read and check; unknown keys are ignored. Raises `ProtocolError`."""
+        return convert(cls, body, "blob reference", ProtocolError)
 
 
 def table_file(table: bytes) -> bytes:

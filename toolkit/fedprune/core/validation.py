@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
-from types import UnionType
-from typing import Any, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeGuard
 
 from fedprune.core.errors import ConfigError, FedpruneError, Subject, meant, shown
 
@@ -23,7 +21,6 @@ _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
-_HEX = re.compile(r"(?:[0-9a-f]{2})*")
 
 Error = type[FedpruneError]
 
@@ -135,13 +132,6 @@ def digest(what: str, value: object, *, error: Error = ConfigError) -> str:
     return matching(what, value, _DIGEST, "64 hex digits", error=error)
 
 
-def hexadecimal(what: str, value: object, low: int, high: int, *, error: Error = ConfigError) -> str:
-    """From `low` to `high` lower-case hex digits, two for each byte."""
-    if isinstance(value, str) and low <= len(value) <= high and _HEX.fullmatch(value):
-        return value
-    raise error(what, expected=f"{low if low == high else f'{low} to {high}'} hex digits", got=shown(value))
-
-
 def items(
     what: Subject, value: object, most: int, noun: str, *, least: int = 0, error: Error = ConfigError
 ) -> Sequence[Any]:
@@ -150,22 +140,6 @@ def items(
         return value
     expected = f"a list of {f'{least} to' if least else 'at most'} {most} {noun}"
     raise error(what, expected=expected, got=shown(value))
-
-
-def table(what: str, value: object, *, error: Error = ConfigError) -> Mapping[Any, Any]:
-    """An object, whose keys and values are not looked at."""
-    if isinstance(value, Mapping):
-        return value
-    raise error(what, expected="an object", got=shown(value))
-
-
-def record(what: str, value: object, keys: Iterable[str], *, error: Error = ConfigError) -> Mapping[str, Any]:
-    """An object that has all of these keys; it may have others."""
-    body = table(what, value, error=error)
-    for key in keys:
-        if key not in body:
-            raise error(f"{what}.{key}", expected="a value", got="nothing")
-    return body
 
 
 def only(
@@ -192,27 +166,3 @@ def known(kind: type[Any], body: object, where: Subject) -> dict[str, Any]:
         raise ConfigError(where, expected="a table of settings", got=shown(body))
     only((f.name for f in fields(kind)), body, where)
     return dict(body)
-
-
-def restored(kind: Any, value: Any) -> Any:
-    """A value of a type, such as a dataclass, from what `dataclasses.asdict` and JSON made of it; keys that the
-    dataclass doesn't know are ignored. Raises `ValueError`, or `KeyError` for a missing key."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        (one,) = (arg for arg in inner if arg is not type(None))
-        return None if value is None else restored(one, value)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(restored(inner[0], item) for item in value)
-    if is_dataclass(kind) and isinstance(value, Mapping):
-        make = cast("Callable[..., Any]", kind)
-        return make(**{name: restored(hint, value[name]) for name, hint in _field_types(make)})
-    plain = {float: is_number(value), int: is_whole(value, -MAX_INT)}
-    if plain.get(kind, kind in (str, bool) and isinstance(value, kind)):
-        return value
-    raise ValueError(f"{shown(value)} is no {getattr(kind, '__name__', kind)}")
-
-
-@cache
-def _field_types(kind: Any) -> list[tuple[str, Any]]:
-    hints = get_type_hints(kind)
-    return [(f.name, hints[f.name]) for f in fields(kind)]

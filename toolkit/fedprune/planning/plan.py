@@ -9,8 +9,8 @@ from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from fedprune.core.errors import PlanError
+from fedprune.core.records import convert
 from fedprune.core.text import amount
-from fedprune.core.validation import restored
 from fedprune.model.architecture import Architecture, widths_at, widths_with_least
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
@@ -235,10 +235,7 @@ class Plan:
     @classmethod
     def from_dict(cls, body: object) -> Plan:
         """Read and check what `to_dict` writes. Raises `PlanError` if it is not what `to_dict` writes."""
-        try:
-            plan: Plan = restored(cls, body)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
+        plan = convert(cls, body, "plan", PlanError)
         names, units = {limit.name for limit in plan.limits}, {limit.unit for limit in plan.limits}
         if not names <= set(LIMITS) or not units <= {"bytes", "s", "J"} or plan.bound not in (*LIMITS, NOTHING):
             raise PlanError("plan: an unknown limit or unit", got=(sorted(names), sorted(units), plan.bound))

@@ -6,19 +6,16 @@ numbers that are not above all that it has seen.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from fedprune.core import validation as check
+from fedprune.core import records
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, shown
-from fedprune.core.json_file import decode_json
+from fedprune.core.errors import ReleaseError, SignatureError
+from fedprune.core.records import Digest, items, matching, text, within
 from fedprune.core.text import one_line
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
@@ -32,27 +29,21 @@ MAX_BYTES = 2**31
 MAX_UNPACKED = 2**32
 """Limits of a release: bytes of a file, of all files, and of all unpacked files."""
 
-_MAX_LABEL = 64
-_MAX_SYSTEM = 32
-
 _PURPOSE = b"fedprune release 1\n"
 """Domain of the signature, so that signatures for other purposes are invalid here."""
 
-_FORMAT = "fedprune.release/1"
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl")
-_ENTRY = re.compile(r"[A-Za-z_]\w{0,63}(\.[A-Za-z_]\w{0,63}){0,7}:[A-Za-z_]\w{0,63}", re.ASCII)
-_MODULE = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
-_PYTHON = re.compile(r"cp3[0-9]{1,2}")
-_MACHINE = re.compile(r"[a-z0-9_]{1,32}")
+Label = Annotated[str, text(64)]
+Module = Annotated[str, matching(r"[A-Za-z_][A-Za-z0-9_]{0,63}", "the name of a package")]
+_PART = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 
 
 @dataclass(frozen=True)
 class ReleaseFile:
     """A wheel of a release, stored under its digest."""
 
-    name: str
-    sha256: str
-    size: int
+    name: Annotated[str, matching(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl", "the name of a wheel")]
+    sha256: Digest
+    size: Annotated[int, within(1, MAX_FILE)]
 
 
 @dataclass(frozen=True)
@@ -73,17 +64,18 @@ class Release:
         system: Packages of the board's own Python that it uses, such as JetPack's onnxruntime.
     """
 
-    number: int
-    version: str
-    python: str
-    machine: str
-    entry: str
-    unpacked: int
-    files: tuple[ReleaseFile, ...]
-    contents: str
-    launcher: int = 1
-    created: str = ""
-    system: tuple[str, ...] = ()
+    number: Annotated[int, within(1, MAX_NUMBER)]
+    version: Label
+    python: Annotated[str, matching("cp3[0-9]{1,2}", "a Python such as cp311")]
+    machine: Annotated[str, matching("[a-z0-9_]{1,32}", "a processor such as aarch64")]
+    entry: Annotated[str, matching(rf"{_PART}(?:\.{_PART}){{0,7}}:{_PART}", "module:function")]
+    unpacked: Annotated[int, within(0, MAX_UNPACKED)]
+    files: Annotated[tuple[ReleaseFile, ...], items(MAX_FILES, least=1)]
+    contents: Digest
+    launcher: Annotated[int, within(1, MAX_NUMBER)] = 1
+    created: Label = ""
+    system: Annotated[tuple[Module, ...], items(32)] = ()
+    format: Literal["fedprune.release/1"] = "fedprune.release/1"
 
     @property
     def size(self) -> int:
@@ -91,49 +83,22 @@ class Release:
 
     def to_bytes(self) -> bytes:
         """The manifest, as it is signed."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
+        return records.write(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Release:
         """Read a manifest and check all of it. Raises `ReleaseError` if it is too long, not a manifest, or a field
         is invalid."""
-        try:
-            if len(data) > MAX_MANIFEST:
-                raise ProtocolError("size", expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
-            try:
-                body = decode_json(data)
-            except (ValueError, RecursionError) as error:
-                raise ProtocolError("content", expected="JSON") from error
-            return cls._checked(body)
-        except ProtocolError as error:
-            raise ReleaseError(f"a release's manifest: {error}") from error
-
-    @classmethod
-    def _checked(cls, body: Any) -> Release:
-        table = _record("content", body, ("format", *(f.name for f in fields(cls))))
-        if table["format"] != _FORMAT:
-            raise ProtocolError("format", expected=_FORMAT, got=shown(table["format"]))
-        rows = check.items("files", table["files"], MAX_FILES, "files", error=ProtocolError)
-        files = tuple(_file(f"files[{i}]", row) for i, row in enumerate(rows))
-        names = check.items("system", table["system"], _MAX_SYSTEM, "packages", error=ProtocolError)
-        made = cls(
-            number=_whole("number", table["number"], 1, MAX_NUMBER),
-            version=_label("version", table["version"]),
-            python=_matching("python", table["python"], _PYTHON, "a Python such as cp311"),
-            machine=_matching("machine", table["machine"], _MACHINE, "a processor such as aarch64"),
-            entry=_matching("entry", table["entry"], _ENTRY, "module:function"),
-            unpacked=_whole("unpacked", table["unpacked"], 0, MAX_UNPACKED),
-            files=files,
-            contents=check.digest("contents", table["contents"], error=ProtocolError),
-            launcher=_whole("launcher", table["launcher"], 1, MAX_NUMBER),
-            created=_label("created", table["created"]),
-            system=tuple(_matching("system", name, _MODULE, "names of packages") for name in names),
-        )
-        if not files or len({f.name for f in files}) < len(files) or len({f.sha256 for f in files}) < len(files):
-            raise ProtocolError("files", expected="some, each of them once", got=f"{len(files)} entries")
-        if made.size > MAX_BYTES:
-            raise ProtocolError("files", expected=f"at most {MAX_BYTES} bytes together", got=made.size)
-        return made
+        what = "a release's manifest"
+        if len(data) > MAX_MANIFEST:
+            raise ReleaseError(what, expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
+        release = records.read(cls, data, what, ReleaseError)
+        files = release.files
+        if len({f.name for f in files}) < len(files) or len({f.sha256 for f in files}) < len(files):
+            raise ReleaseError(f"{what}: files", expected="each of them once", got=f"{len(files)} entries")
+        if release.size > MAX_BYTES:
+            raise ReleaseError(f"{what}: files", expected=f"at most {MAX_BYTES} bytes together", got=release.size)
+        return replace(release, version=one_line(release.version), created=one_line(release.created))
 
 
 def signed(manifest: bytes, key: SigningKey) -> bytes:
@@ -217,26 +182,3 @@ def _sign_into(folder: Path, release: Release, key: SigningKey) -> Release:
 def _read(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         return file.read(limit + 1)
-
-
-def _file(where: str, value: object) -> ReleaseFile:
-    row = _record(where, value, ("name", "sha256", "size"))
-    return ReleaseFile(
-        _matching(f"{where}.name", row["name"], _FILE, "the name of a wheel"),
-        check.digest(f"{where}.sha256", row["sha256"], error=ProtocolError),
-        _whole(f"{where}.size", row["size"], 1, MAX_FILE),
-    )
-
-
-def _record(where: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
-    body = check.record(where, value, keys, error=ProtocolError)
-    check.only(keys, body, where, error=ProtocolError)
-    return body
-
-
-def _label(where: str, value: object) -> str:
-    return one_line(check.text(where, value, _MAX_LABEL, error=ProtocolError))
-
-
-_whole = partial(check.whole, error=ProtocolError)
-_matching = partial(check.matching, error=ProtocolError)

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, StorageError, shown
+from fedprune.core.records import convert
 from fedprune.core.settings import bounded, check_fields
 from fedprune.core.text import one_line, quantity
 
@@ -420,7 +421,7 @@ class Rollout:
         try:
             if body["format"] != FORMAT:
                 raise ValueError(body["format"])
-            plan: RolloutPlan = validation.restored(RolloutPlan, body["plan"])
+            plan: RolloutPlan = convert(RolloutPlan, body["plan"], "plan", StorageError)
             boards = {str(n): BoardFate(**{**b, "fate": Fate(b["fate"])}) for n, b in body["boards"].items()}
             stage, ends = int(body["stage"]), [float(e) for e in body["stage_ends"]]
             if not -1 <= stage < len(plan.stages) or len(ends) != stage + 1:

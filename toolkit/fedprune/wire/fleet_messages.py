@@ -10,19 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
-from fedprune.wire.fields import (
-    CheckedMessage,
-    Count,
-    Device,
-    Digest,
-    Items,
-    Name,
-    choice,
-    hexadecimal,
-    number,
-    text,
-    whole,
-)
+from fedprune.core.records import Digest, hexadecimal, items, one_of, text, within
+from fedprune.wire.fields import CheckedMessage, Count, Device, Name
 
 APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
 """States of a request to join; a board may refuse a release, too."""
@@ -58,11 +47,11 @@ class JoinAnswer(CheckedMessage, kind="joined"):
 
     request: Digest
     """sha256 of the answered request, including its signature."""
-    status: Annotated[str, choice(APPROVED, WAITING, REFUSED)]
+    status: Annotated[str, one_of((APPROVED, WAITING, REFUSED))]
     """`approved`; `waiting` for the operator, so that the same request is to be repeated; or `refused`."""
     reason: Annotated[str, text(4096)]
     """Why, in words."""
-    time: Annotated[int, whole(0, 2**40)]
+    time: Annotated[int, within(0, 2**40)]
     """The server's time in seconds since 1970; certificates that ended before are void."""
     authority: Pem
     """The fleet's certificate authority (PEM)."""
@@ -87,7 +76,7 @@ MAX_FILES = 64
 MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
 """Attempts of a trial, and seconds of each."""
 
-ReleaseNumber = Annotated[int, whole(0, MAX_NUMBER)]
+ReleaseNumber = Annotated[int, within(0, MAX_NUMBER)]
 
 
 @dataclass(frozen=True)
@@ -100,12 +89,12 @@ class ReleaseOffer(CheckedMessage, kind="release"):
     """Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`)."""
     signature: Annotated[str, hexadecimal(128)]
     """The server's on it, as hex."""
-    leaves: Annotated[tuple[Digest, ...], Items(MAX_FILES, "digests", least=1)]
+    leaves: Annotated[tuple[Digest, ...], items(MAX_FILES, least=1)]
     """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
     manifest they name the blob that the board pulls."""
-    attempts: Annotated[int, whole(1, MAX_ATTEMPTS)]
+    attempts: Annotated[int, within(1, MAX_ATTEMPTS)]
     """How often it may be started until it is healthy."""
-    seconds: Annotated[float, number(1, MAX_SECONDS)]
+    seconds: Annotated[float, within(1, MAX_SECONDS)]
     """How long each attempt may take."""
 
 
@@ -126,7 +115,7 @@ class ReleaseReport(CheckedMessage, kind="release_report"):
     device: Device
     number: ReleaseNumber
     """The release's number."""
-    state: Annotated[str, choice(*STATES)]
+    state: Annotated[str, one_of(STATES)]
     """One of `STATES`."""
     reason: Annotated[str, text(4096)]
     """Why it was refused or rolled back, or what the board waits for."""
@@ -145,14 +134,14 @@ MAX_CRASH_TEXT = 1000
 MAX_FRAMES = 16
 """Characters of a crash's text, and its frames."""
 
-Measured = Annotated[float, number(-1e12, 1e12)]
+Measured = Annotated[float, within(-1e12, 1e12)]
 
 
 class Frame(TypedDict):
     """A frame of a crash's traceback."""
 
     module: Annotated[str, text(128)]
-    line: Annotated[int, whole(0, 2**31 - 1)]
+    line: Annotated[int, within(0, 2**31 - 1)]
     function: Annotated[str, text(128)]
 
 
@@ -169,7 +158,7 @@ class CrashReport(CheckedMessage, kind="crash"):
     """`error` (one with an exit code), `exception`, `thread`, `signal` or `killed`; others may come."""
     text: Annotated[str, text(MAX_CRASH_TEXT)]
     """The exception or signal, for people."""
-    frames: Annotated[tuple[Frame, ...], Items(MAX_FRAMES)]
+    frames: Annotated[tuple[Frame, ...], items(MAX_FRAMES)]
     """The traceback, innermost frame first."""
     release: Annotated[str, text(256)]
     """The runtime that ran, with its version."""
@@ -204,9 +193,9 @@ LONGEST_AWAY_S = 7 * 86_400.0
 class Reconnect(CheckedMessage, kind="reconnect"):
     """How a board connects again. Only for boards with the ability `RECONNECT`."""
 
-    spread_s: Annotated[float, number(0.0, 3600.0)]
+    spread_s: Annotated[float, within(0.0, 3600.0)]
     """After a lost connection, each attempt comes after a random pause of up to this many seconds, or more."""
-    away_s: Annotated[float, number(1.0, LONGEST_AWAY_S)] | None = None
+    away_s: Annotated[float, within(1.0, LONGEST_AWAY_S)] | None = None
     """Seconds for which a board without a part disconnects now; None to stay connected."""
 
 

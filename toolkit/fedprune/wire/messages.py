@@ -17,30 +17,23 @@ from typing import Annotated, Any, TypedDict, get_args
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core.records import Digest, check_free, hexadecimal, items, one_of, text, within
 from fedprune.core.text import one_line
 from fedprune.wire.fields import (
     MAX_MESSAGE,
     Attempt,
-    Blob,
     CheckedMessage,
     Count,
     Device,
-    Digest,
     FreeObject,
-    Items,
     Job,
     Metrics,
     Name,
     Round,
     UploadAddress,
     WebAddress,
-    base64_bytes,
-    choice,
-    hexadecimal,
-    number,
+    base64_text,
     read_checked,
-    text,
-    whole,
 )
 from fedprune.wire.fleet_messages import (
     CrashReport,
@@ -53,7 +46,7 @@ from fedprune.wire.fleet_messages import (
     ServerPresence,
     ServerQuery,
 )
-from fedprune.wire.urls import UploadUrl
+from fedprune.wire.urls import BlobUrl, UploadUrl
 
 MOST = 20
 """Rejected messages of one sender that are logged per period; the rest is counted."""
@@ -113,36 +106,36 @@ class Offer(CheckedMessage, kind="offer"):
     """Digest of the architecture."""
     selection: Digest
     """Digest of the device's selection."""
-    widths: Annotated[tuple[Annotated[int, whole(1, 2**24)], ...], Items(65536, "numbers")]
+    widths: Annotated[tuple[Annotated[int, within(1, 2**24)], ...], items(65536)]
     """Kept channels per group."""
-    classes: Annotated[int, whole(1, 2**24)]
+    classes: Annotated[int, within(1, 2**24)]
     """Number of classes."""
-    weights: Blob
+    weights: BlobRef
     """The submodel's weights."""
-    training: Blob
+    training: BlobRef
     """The training graph, for all widths."""
-    inference: Blob
+    inference: BlobRef
     """The inference graph, whose external data the weights are."""
     recipe: FreeObject
     """The recipe, as `fedprune.model.recipe.Recipe.to_offer` gives it."""
-    mask: Blob | None = None
+    mask: BlobRef | None = None
     """Which elements are active (`ElementMask.to_tensors`): of masked tensors `weights` has the active values alone,
     and so has the update. None where all are."""
     ranking: Digest | None = None
     """Digest of the order of channels that the selection is the beginning of. Selections of other widths with the same
     digest are nested. None where nothing is known of it."""
-    lowered: Annotated[dict[Name, Blob], Items(_MOST_PRECISIONS, "blobs")] | None = None
+    lowered: Annotated[dict[Name, BlobRef], items(_MOST_PRECISIONS)] | None = None
     """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`). None where
     there are none."""
     codec: Annotated[str, text(256)] | None = None
     """How the update is to be encoded (`fedprune.updates.Codec`); None for a plain tensor file."""
     weights_codec: Annotated[str, text(256)] | None = None
     """How weights come where they come encoded; a board keeps those that it has until the next offer."""
-    coded: Blob | None = None
+    coded: BlobRef | None = None
     """The weights so encoded: a board that has what they are the difference to may pull this instead."""
     held: Digest | None = None
     """sha256 of what they are the difference to; None for the difference to 0."""
-    moved: Blob | None = None
+    moved: BlobRef | None = None
     """Where the channels are that a device was sent last (`fedprune.updates.remap`); None where they are as they were,
     or where that is unknown."""
     moved_from: Digest | None = None
@@ -151,10 +144,17 @@ class Offer(CheckedMessage, kind="offer"):
     """How the update becomes the vector that the board masks: `tensors`
     (`fedprune.secure_aggregation.grid.VectorForm`) and its size. None where updates aren't masked; the recipe says so,
     too, so that a board that doesn't know of masks refuses."""
-    base: Blob | None = None
+    base: BlobRef | None = None
     """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
     blobs_at: WebAddress | None = None
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
+
+    def __post_init__(self) -> None:
+        check_free(self.recipe, "offer: recipe", ProtocolError)
+        if self.secure is not None:
+            check_free(self.secure, "offer: secure", ProtocolError)
+        if self.blobs_at is not None:
+            object.__setattr__(self, "blobs_at", str(BlobUrl.parse(self.blobs_at, "offer: blobs_at")))
 
     @property
     def graphs(self) -> tuple[BlobRef, ...]:
@@ -188,7 +188,7 @@ PARTS = ("data", "leaves")
 
 ShortText = Annotated[str, text(256)]
 Reason = Annotated[str, text(4096)]
-RequestNumber = Annotated[int, whole(0, 2**31 - 1)]
+RequestNumber = Annotated[int, within(0, 2**31 - 1)]
 
 
 class Assignment(TypedDict):
@@ -219,17 +219,21 @@ class Birth(CheckedMessage, kind="birth"):
     """The board's measurements of itself."""
     held: Assignment | None = None
     """The job, round and attempt that it works on or whose update it still has to deliver."""
-    codecs: Annotated[tuple[Name, ...], Items(_MOST_CODECS, "names")] = ()
+    codecs: Annotated[tuple[Name, ...], items(_MOST_CODECS)] = ()
     """Names of the codecs in which it can send updates (`fedprune.updates`)."""
-    answer_s: Annotated[float, number(0.0, 3600.0)] | None = field(default=None, compare=False)
+    answer_s: Annotated[float, within(0.0, 3600.0)] | None = field(default=None, compare=False)
     """Its estimate of response times on its link, in seconds."""
-    abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] = ()
+    abilities: Annotated[tuple[Name, ...], items(_MOST_ABILITIES)] = ()
     """Optional parts of the protocol that it supports, such as `PUT`."""
     trouble: Annotated[str, text(MAX_TROUBLE)] | None = None
     """Why its program can't start, and ends after this message; None where it works."""
-    effective_classes: Annotated[int, whole(1, 2**24)] | None = None
+    effective_classes: Annotated[int, within(1, 2**24)] | None = None
     """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
     have no class, where it isn't known before a round, and of a board with privacy."""
+
+    def __post_init__(self) -> None:
+        if self.probe is not None:
+            check_free(self.probe, "birth: probe", ProtocolError)
 
 
 @dataclass(frozen=True)
@@ -258,13 +262,13 @@ class Progress(CheckedMessage, kind="progress"):
     job: Job
     round: Round
     attempt: Attempt
-    phase: Annotated[str, choice(*PHASES)]
+    phase: Annotated[str, one_of(PHASES)]
     """The current phase."""
     done: Count
     """Units done in this phase."""
     total: Count
     """Units of this phase."""
-    temperature_c: Annotated[float, number(-100.0, 300.0)] | None = None
+    temperature_c: Annotated[float, within(-100.0, 300.0)] | None = None
     """The board's temperature, if it can be read."""
 
 
@@ -278,7 +282,7 @@ class Refusal(CheckedMessage, kind="refusal"):
     attempt: Attempt
     reason: Reason
     """The reason, for people."""
-    exit_code: Annotated[int, whole(0, 255)]
+    exit_code: Annotated[int, within(0, 255)]
     """Exit code of the underlying error (`fedprune.core.errors.ExitCode`)."""
 
 
@@ -293,7 +297,7 @@ class Update(CheckedMessage, kind="update"):
     base: Digest
     """sha256 of the weights that training started from, which tells updates of an earlier job of the same name
     apart."""
-    weights: Blob
+    weights: BlobRef
     """The trained weights."""
     samples: Count
     """Local samples that they were trained on."""
@@ -338,9 +342,9 @@ class SecureStep(CheckedMessage, kind="secure"):
     attempt: Attempt
     sum: Annotated[str, hexadecimal(32)]
     """Random number of the sum: steps of an earlier one are ignored."""
-    step: Annotated[str, choice(*STEPS)]
+    step: Annotated[str, one_of(STEPS)]
     """The step."""
-    payload: Annotated[str, base64_bytes(MOST_PAYLOAD)]
+    payload: Annotated[str, base64_text(MOST_PAYLOAD)]
     """The content of the step: `session`, the settings as JSON; `keys`, the identity key and the advertisement;
     `roster`, the number of neighbours in two bytes, their identity keys and the roster; otherwise a message of
     `fedprune.secure_aggregation.messages`."""
@@ -398,13 +402,13 @@ class BlobRequest(CheckedMessage, kind="want"):
 
     sha256: Digest
     """The blob."""
-    part: Annotated[str, choice(*PARTS)]
+    part: Annotated[str, one_of(PARTS)]
     """`data` for its leaves, `leaves` for 32 KiB pieces of its leaf table."""
-    first: Annotated[int, whole(0, 2**31 - 1)]
+    first: Annotated[int, within(0, 2**31 - 1)]
     """First leaf or piece."""
-    count: Annotated[int, whole(1, MAX_REQUEST)]
+    count: Annotated[int, within(1, MAX_REQUEST)]
     """How many."""
-    most: Annotated[int, whole(1, MAX_REQUEST)] | None = None
+    most: Annotated[int, within(1, MAX_REQUEST)] | None = None
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
     number: RequestNumber | None = field(default=None, compare=False)
     """Random number of the request: another delivery with the same number is a duplicate."""
@@ -428,6 +432,9 @@ class UploadRequest(CheckedMessage, kind="upload"):
     """Where to, for this upload alone."""
     number: RequestNumber | None = field(default=None, compare=False)
     """As of `BlobRequest`."""
+
+    def __post_init__(self) -> None:
+        UploadUrl.parse(self.url, "upload: url")
 
     def __repr__(self) -> str:
         return f"UploadRequest({self.sha256}, {UploadUrl.parse(self.url)})"

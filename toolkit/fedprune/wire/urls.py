@@ -32,7 +32,7 @@ _URL = re.compile(_SERVER + r"(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?")
 _UPLOAD = re.compile(
     _SERVER + r"(?P<path>/[A-Za-z0-9._~!&'()*+,;=:@%/-]*)(?P<query>(?:\?[A-Za-z0-9._~!&'()*+,;=:@%/?-]*)?)"
 )
-URL_PATTERN, UPLOAD_PATTERN = (f"^{re.sub('[?]P<[a-z]+>', '?:', known.pattern)}$" for known in (_URL, _UPLOAD))
+URL_PATTERN, UPLOAD_PATTERN = (re.sub("[?]P<[a-z]+>", "?:", known.pattern) for known in (_URL, _UPLOAD))
 """The same for other dialects of regular expressions, in JSON Schema."""
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from fedprune.core.errors import ProtocolError
+from fedprune.core.records import convert, items, one_of, text, within
 from fedprune.core.text import one_line
-from fedprune.wire.fields import CheckedMessage, Device, Items, Job, Name, choice, number, text, whole
+from fedprune.wire.fields import CheckedMessage, Device, Job, Name
 from fedprune_server.web.auth.roles import LOOKS, NEEDED
 from fedprune_server.web.database import ConsoleDatabase
 
@@ -38,9 +39,9 @@ _NOTED = (
 
 @dataclass(frozen=True)
 class Order(CheckedMessage, kind="order"):
-    number: Annotated[int, whole(1)]
+    number: Annotated[int, within(1)]
     operator: Name
-    order: Annotated[str, choice(*NEEDED)]
+    order: Annotated[str, one_of(tuple(NEEDED))]
     job: Job | None = None
     """For `pause`, `resume` and `coverage`."""
     device: Device | None = None
@@ -49,13 +50,13 @@ class Order(CheckedMessage, kind="order"):
     """Fingerprint of the key to approve, as the board shows it."""
     release: Name | None = None
     """For `rollout_start` one of the server's `console_releases`; for `rollout_back` the number of the one to leave."""
-    groups: Annotated[tuple[Annotated[float, number(0.0, 1.0)], ...], Items(20)] = ()
+    groups: Annotated[tuple[Annotated[float, within(0.0, 1.0)], ...], items(20)] = ()
     """Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all."""
-    devices: Annotated[tuple[Device, ...], Items(100)] = ()
+    devices: Annotated[tuple[Device, ...], items(100)] = ()
     """The boards of a rollout; empty for all members."""
     reason: Annotated[str, text(500)] = ""
     """For the record."""
-    until: Annotated[float, number(0.0)] | None = None
+    until: Annotated[float, within(0.0)] | None = None
     """When it expires, in seconds since 1970; None for never."""
 
     def expired(self, now: float) -> bool:
@@ -129,4 +130,5 @@ def read_order(row: Mapping[str, Any]) -> Order:
         raise ProtocolError("the order is not JSON") from error
     if not isinstance(what, dict) or not what.keys() <= set(FIELDS):
         raise ProtocolError("what the order is about", expected=f"an object with some of {', '.join(FIELDS)}")
-    return Order(row["number"], row["operator"], row["kind"], **what, until=row["until"])
+    given = {"number": row["number"], "operator": row["operator"], "order": row["kind"], "until": row["until"]}
+    return convert(Order, {**what, **given}, "order", ProtocolError)

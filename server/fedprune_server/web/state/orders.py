@@ -11,6 +11,7 @@ from heapq import nsmallest
 from typing import Any
 
 from fedprune.core.errors import ProtocolError, meant
+from fedprune.core.records import convert
 from fedprune.core.text import one_line
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
@@ -101,8 +102,9 @@ class OrderService:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         now = self._clock()
         try:
-            order = Order(number=1, operator=operator, order=kind, until=now + expires_s, **given)
-        except (ProtocolError, TypeError) as error:
+            whole = {"number": 1, "operator": operator, "order": kind, "until": now + expires_s, **given}
+            order = convert(Order, whole, "order", ProtocolError)
+        except ProtocolError as error:
             raise RefusedError(422, str(error)) from error
         what = json.dumps(given)
         if len(what) > MAX_ORDER:
