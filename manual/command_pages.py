@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 
 from fedprune.output.examples import EXAMPLES
@@ -17,7 +18,8 @@ _HEAD = """# Commands
 
 <!-- Made by `python -m manual`: change the parsers instead. -->
 
-What every command takes, as its `--help` says it. All end with a [documented exit code](../exit-codes.md).
+What every command takes, as its `--help` says it; an option that several commands of a program take alike is explained
+with the first of them. All end with a [documented exit code](../exit-codes.md).
 
 ## Completion
 
@@ -34,10 +36,11 @@ _WORD = re.compile(r"[a-z]+(?:n't)?(?:[ ,;]|:(?: |$)|$)(?!\(default\))")
 def page() -> str:
     """The page, in Markdown."""
     parts = [_HEAD]
+    shown: dict[str, str] = {}
     for prog, parser in _parsers():
-        parts.append(f"## {prog}\n\n{_sentence(parser.description)}\n\n{_body(parser)}")
-        for name, inner, what in _commands(parser):
-            parts.append(_command(f"{prog} {name}", inner, what, 3))
+        if prog.count(" ") == 0:  # options are repeated within a program, not from one to the next
+            shown = {}
+        parts.append(_command(prog, parser, "", 2, shown))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -53,10 +56,12 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
         yield f"fedprune-simulate {name}", parser
 
 
-def _command(name: str, parser: argparse.ArgumentParser, what: str, level: int) -> str:
-    inner = list(_commands(parser))
-    text = f"{'#' * level} {name}\n\n{_sentence(parser.description or what)}\n\n{_body(parser)}"
-    return "\n".join([text, *(_command(f"{name} {n}", p, w, min(level + 1, 5)) for n, p, w in inner)])
+def _command(name: str, parser: argparse.ArgumentParser, what: str, level: int, shown: dict[str, str]) -> str:
+    """A command and those within it; `shown` has the rows of tables so far, each with the command that has it."""
+    text = f"{'#' * level} {name}\n\n{_sentence(parser.description or what)}{_usage(parser)}\n\n"
+    text += _body(name, parser, shown)
+    inner = [_command(f"{name} {n}", p, w, min(level + 1, 5), shown) for n, p, w in _commands(parser)]
+    return "\n".join([text, *inner])
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser, str]]:
@@ -67,36 +72,43 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
                 yield name, inner, said.get(name, "")
 
 
-def _body(parser: argparse.ArgumentParser) -> str:
-    parts = [f"```text\n{_usage(parser)}\n```\n"]
-    rows = [_row(parser, a) for a in parser._actions if not isinstance(a, argparse._SubParsersAction) and _shown(a)]
-    if rows:
-        parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+def _body(name: str, parser: argparse.ArgumentParser, shown: dict[str, str]) -> str:
+    """A command's options and examples; options that a command above explains alike are only named."""
+    rows, elsewhere = [], defaultdict[str, list[str]](list)
+    for action in filter(_shown, parser._actions):
+        row = _row(parser, action)
+        if (above := shown.setdefault(row, name)) == name:
+            rows.append(row)
+        else:
+            elsewhere[above].append(f"`{max(action.option_strings, key=len, default=_invocation(parser, action))}`")
+    parts = ["\n".join(["| | |", "|---|---|", *rows]) + "\n"] if rows else []
+    if elsewhere:
+        also = (f"{', '.join(names)} as in [{above}](#{above.replace(' ', '-')})" for above, names in elsewhere.items())
+        parts.append(f"{'Also ' if rows else 'Options: '}{'; '.join(also)}.\n")
     if parser.prog in EXAMPLES:
-        parts.append("\n".join(["```sh", *EXAMPLES[parser.prog], "```"]) + "\n")
+        parts.append("\n".join(f"    {line}" for line in EXAMPLES[parser.prog]) + "\n")
     return "\n".join(parts)
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    """What must be said, in one line: argparse's own usage is another from one Python to the next."""
+    """What must be said besides options, if anything: argparse's own usage is another from one Python to the next."""
     words = [parser.prog]
     either = {
         id(a): group for group in parser._mutually_exclusive_groups for a in group._group_actions if group.required
     }
-    told: set[int] = set()
+    written: set[int] = set()
     for action in parser._actions:
         group = either.get(id(action))
         if isinstance(action, argparse._SubParsersAction):
             words.append(str(action.metavar or "COMMAND"))
-        elif group is not None and id(group) not in told:
-            told.add(id(group))
+        elif group is not None and id(group) not in written:
+            written.add(id(group))
             words.append(f"({' | '.join(_invocation(parser, a) for a in group._group_actions)})")
         elif group is None and action.required:
             words.append(_invocation(parser, action))
         elif group is None and not action.option_strings:
             words.append(f"[{_invocation(parser, action).strip('[]')}]")
-    more = any(a.option_strings and not a.required and id(a) not in either and _shown(a) for a in parser._actions)
-    return " ".join([*words, *(["[options]"] if more else [])])
+    return f" Usage: `{' '.join(words)}`." if len(words) > 1 else ""
 
 
 def _invocation(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
@@ -115,7 +127,9 @@ def _value(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 def _shown(action: argparse.Action) -> bool:
-    return action.help != argparse.SUPPRESS and not {"--help", "--version"} & set(action.option_strings)
+    if isinstance(action, argparse._SubParsersAction) or action.help == argparse.SUPPRESS:
+        return False
+    return not {"--help", "--version"} & set(action.option_strings)
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
