@@ -9,6 +9,7 @@ taken from the copies. With `--work FOLDER` the copies stay there, and the same 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,8 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
 from benchmarks.harness import parser, save, setting
-from benchmarks.screens import shoot
 from manual.pictures import stamp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +37,9 @@ PICTURES = {
     "vit_on_orins": {"runs/comparison.html": "vit-curves"},
 }
 """What docs/gallery.md shows, by where a run leaves it."""
+
+MARGIN, MOST_ROWS, COLOURS = 6, 1600, 256
+"""Of a picture: pixels around the part of a page that it shows, its height at most, and its palette."""
 
 LAST = 3
 """Accuracies of global models are means over so many of the last rounds."""
@@ -109,6 +115,25 @@ def _device(device: dict[str, Any], local: dict[str, float]) -> dict[str, Any]:
     planned = {k: device[k] for k in ("name", "profile", "samples", "density", "bound", "parameters")}
     memory = device["compared"].get("peak_memory_bytes", [0])[0] / 1e6
     return {**planned, "memory_mb": memory, "accuracy": local.get(device["name"])}
+
+
+def shoot(page: Path, picture: Path, part: str) -> None:
+    """Save the part of an HTML page that a CSS selector names, as Chromium shows it."""
+    with sync_playwright() as playwright:
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        window = browser.new_page(viewport={"width": 1100, "height": 800}, color_scheme="light")
+        window.goto(page.resolve().as_uri())
+        box = window.locator(part).first.bounding_box()
+        if box is None:
+            raise LookupError(f"{page} has no {part}")
+        place = {"x": max(0, box["x"] - MARGIN), "y": max(0, box["y"] - MARGIN), "width": box["width"] + 2 * MARGIN}
+        clip = {**place, "height": min(box["height"] + 2 * MARGIN, MOST_ROWS)}
+        raw = window.screenshot(full_page=True, clip=clip)
+        browser.close()
+    with Image.open(io.BytesIO(raw)) as image:
+        small = image.convert("RGB").quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        small.save(picture, optimize=True)
 
 
 def measured(example: str, work: Path) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def add_bias(g: Graph, y: str, bias: list[str], rank: int) -> str:
 SMALL_MAP = 16
 """Most positions of the window up to which columns are faster than operators.
 
-Measured with layers of ResNets and RegNets on x86 (`benchmarks/layers.py`).
+Measured with layers of ResNets and RegNets on x86.
 """
 
 

@@ -23,7 +23,7 @@ Band = npt.NDArray[np.float32]
 _TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
 """A map up to this area is one line; lines up to this length stay whole; longer ones are cut into blocks.
 
-Measured with MobileNetV2's layers on x86 (`benchmarks/layers.py`).
+Measured with MobileNetV2's layers on x86.
 """
 
 
