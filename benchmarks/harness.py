@@ -39,7 +39,6 @@ def run_cases(
     cases: Iterable[Case],
     run: Callable[..., Record],
     *packages: str,
-    fresh: bool = False,
     **constants: Any,
 ) -> list[Record]:
     """Run all cases that have no record yet, and write each record at once: an interrupted benchmark continues.
@@ -50,7 +49,6 @@ def run_cases(
         cases: The arguments of `run`; a record begins with those of its case.
         run: Measures a case; returns the rest of its record.
         packages: Distributions whose versions matter.
-        fresh: Whether every case runs in a process of its own, so that its peak memory is its own.
         constants: What is the same for all cases, for the page.
 
     Returns:
@@ -69,7 +67,7 @@ def run_cases(
             break
         said = ", ".join(f"{k} {v}" for k, v in case.items())
         print(f"{name}, case {number} of {len(wanted)}: {said}", file=sys.stderr, flush=True)
-        measured = in_fresh_process(run, **case) if fresh else run(**case)
+        measured = run(**case)
         records.append({**case, **measured, "made": setting(*packages)})
         save(out, {"setting": setting(*packages), **constants, "rows": records})
     return [found for case in wanted if (found := record_of(case, records)) is not None]

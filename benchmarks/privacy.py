@@ -123,30 +123,6 @@ def secret_lots() -> list[dict[str, float]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    from benchmarks.picture_style import FLEET as OURS
-    from benchmarks.picture_style import REFERENCE, save, styled
-
-    with styled():
-        figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for strategy, colour in (("fedavg", REFERENCE), ("fedprune", OURS)):
-            for noise, line, mark in (("local", "--", "s"), ("shared", "-", "o")):
-                own = [r for r in rows if (r["strategy"], r["noise"]) == (strategy, noise) and r["epsilon"]]
-                own.sort(key=lambda r: r["epsilon"])
-                x, y = [r["epsilon"] for r in own], [r["accuracy"] for r in own]
-                axis.semilogx(x, y, line, marker=mark, color=colour, label=f"{strategy}, {noise} noise")
-            for row in rows:
-                if (row["strategy"], row["clip"]) == (strategy, 0):
-                    axis.axhline(row["accuracy"], color=colour, linestyle=":", linewidth=1)
-        axis.set_title("Global accuracy of six boards; dotted: not private")
-        axis.set_xlabel(f"ε at δ = {DELTA:g}")
-        axis.set_ylim(0, 1)
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
-        save(figure, path, rows)
-
-
 def main() -> None:
     if "--fleet" in sys.argv:
         sys.argv.remove("--fleet")
@@ -157,7 +133,6 @@ def main() -> None:
     if "--out" not in sys.argv and len(rows) == len(list(six_cases())):
         body = json.loads((RESULTS / "privacy.json").read_text())
         save("privacy", {**body, "secret_lots": secret_lots()})
-        draw(body["rows"], RESULTS / "privacy.png")
 
 
 if __name__ == "__main__":

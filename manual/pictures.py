@@ -46,14 +46,6 @@ def ends_of_tasks(runs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def rows_of_swarm(rows: list[dict[str, Any]]) -> list[Any]:
-    """What the swarm's picture shows of each size."""
-    return [
-        [row["devices"], row["watched"]["server"]["peak"], row["rounds"][-1]["round_s"], row["rounds"][-1]["latency"]]
-        for row in rows
-    ]
-
-
 def _task(name: str) -> Source:
     command = f"python -m benchmarks.tasks --only {name}"
     return Source("tasks.json", lambda body: curves_of_task(body["runs"][name]), command)
@@ -78,12 +70,6 @@ SOURCES: dict[str, Source] = {
     "docs/images/gallery-clothes-curves.png": _gallery("clothes_on_pis"),
     "docs/images/gallery-motion-people.png": _gallery("motion_on_zeros"),
     "docs/images/gallery-vit-curves.png": _gallery("vit_on_orins"),
-    "benchmarks/results/privacy.png": Source(
-        "privacy.json", lambda body: body["rows"], "python -m benchmarks.privacy"
-    ),
-    "benchmarks/results/swarm.png": Source(
-        "swarm.json", lambda body: rows_of_swarm(body["rows"]), "python -m benchmarks.swarm"
-    ),
 }  # fmt: skip
 """Every picture of numbers that somebody measured, by its path in the repository."""
 

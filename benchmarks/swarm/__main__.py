@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.harness import RESULTS, save, setting
-from benchmarks.swarm.picture import draw
+from benchmarks.harness import save, setting
 from benchmarks.swarm.run import Size, measure
 from benchmarks.swarm.site import find_mosquitto
 
@@ -44,8 +43,6 @@ def main() -> int:
     about = setting("paho-mqtt", "SQLAlchemy") | {"broker": broker_version()}
     settings = {name: getattr(options, name) for name in ("devices", "scale", "arrivals", "pulls")}
     save(options.out or "swarm", {"setting": about, "settings": settings, "rows": rows})
-    if options.out is None:
-        draw(rows, RESULTS / "swarm.png")
     return int(any(row["audit"]["faults"] for row in rows))
 
 
