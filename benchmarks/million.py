@@ -51,9 +51,6 @@ FAULTS = 0.005
 PARTS_KEPT = 10_000
 """As many parts of finished rounds as the server keeps in memory (`fedprune_server.storage.storage`)."""
 
-SAVED = 97
-"""One turn of this many is encoded as the server would save it; the coordinator's time excludes that."""
-
 TIMED = 53
 """One event of this many of a kind is timed; those that come once a round always are."""
 
@@ -68,24 +65,17 @@ class Case:
         participation: Share of the present boards whose updates a round needs.
         over_selection: Share of them that it asks beyond those.
         hours: How long it lasts.
-        probes: Whether boards have measured themselves, each with other results.
-        asynchronous: Whether the model moves whenever a tenth of the boards at work has delivered; the share of them
-            that works at a time is `participation`.
     """
 
     boards: int
     participation: float = 0.01
     over_selection: float = 0.1
     hours: float = 24.0
-    probes: bool = False
-    asynchronous: bool = False
 
 
 SIZES = tuple(Case(n) for n in (10_000, 100_000, 1_000_000))
 SHARES_ASKED = tuple(Case(100_000, p, over, 4.0) for p in (0.001, 0.01, 0.1) for over in (0.0, 0.1))
-PROBED = (Case(20_000, hours=0.5), Case(20_000, hours=0.5, probes=True))
-ASYNCHRONOUS = tuple(Case(n, hours=2.0, asynchronous=True) for n in (1_000, 10_000, 100_000))
-CASES = (*SIZES, *SHARES_ASKED, *PROBED, *ASYNCHRONOUS)
+CASES = (*SIZES, *SHARES_ASKED)
 
 
 def architecture() -> str:
@@ -109,7 +99,7 @@ class Fleet:
 
     def __init__(self, case: Case, net: Architecture) -> None:
         n = case.boards
-        self.net, self.probes = net, case.probes
+        self.net = net
         self.profiles = [find(name) for name in SHARES]
         self.bodies = [p.to_dict() for p in self.profiles]
         chance = keyed(0, "million")
@@ -145,18 +135,7 @@ class Fleet:
 
     def born(self, board: int) -> on.DeviceBorn:
         kind, samples = int(self.kind[board]), int(self.samples[board])
-        probe = self.probe(board) if self.probes else None
-        return on.DeviceBorn(name_of(board), int(self.session[board]), self.bodies[kind], samples, probe, ("zlib",))
-
-    def probe(self, board: int) -> dict[str, Any]:
-        """A board's measurements of itself: its profile's, times its own factor."""
-        from fedprune.planning.probe_report import ProbeReport
-
-        profile = self.profiles[self.kind[board]]
-        rate, memory = profile.train_rate / float(self.speed[board]), profile.memory.total_bytes
-        return ProbeReport(
-            profile.cpu.cores, memory, round(0.8 * memory), 3.0, "1.22.1", train_rate=rate, infer_rate=1.5 * rate
-        ).to_dict()
+        return on.DeviceBorn(name_of(board), int(self.session[board]), self.bodies[kind], samples, None, ("zlib",))
 
     def predicted(self, board: int) -> Prediction:
         return self._predicted(int(self.kind[board]), int(self.samples[board]))
@@ -181,17 +160,14 @@ class Shell:
     """Drives a coordinator on the virtual clock, and takes its time."""
 
     def __init__(self, case: Case, net: Architecture) -> None:
-        at_work = max(10, round(case.participation * case.boards))
-        schedule = {"kind": "async", "arrivals": at_work // 10, "concurrent": at_work}
         job = Job(
             name="million",
             rounds=10**6,
             devices=max(1, case.boards // 4),
             participation=case.participation,
-            over_selection=0.0 if case.asynchronous else case.over_selection,
+            over_selection=case.over_selection,
             deadline_s=DEADLINE_S,
             recipe=RECIPE,
-            schedule=schedule if case.asynchronous else {},
         )
         self.case, self.fleet = case, Fleet(case, net)
         self.state = State(model=digest("initial"), architecture=net.digest)
@@ -205,11 +181,9 @@ class Shell:
         self.counted: Counter[str] = Counter()
         self.timed: Counter[str] = Counter()
         self.turns = self.updates = 0
-        self.saved = {"turns": 0, "rows": 0, "bytes": 0, "cpu_ns": 0}
         self.recipe = RECIPE.to_offer()
         self.graph = {"sha256": digest("graph"), "size": 300_000}
         self.rounds: list[dict[str, float]] = []
-        self.decisions = hashlib.sha256()
         self._faults = keyed(0, "million", "faults")
 
     def run(self) -> None:
@@ -257,8 +231,6 @@ class Shell:
                 if answer is not None:
                     due.append(answer)
         self.turns += 1
-        if self.turns % SAVED == 0:
-            self._encode()
         self.state.settle()
 
     def _handled(self, event: on.Event, kind: str) -> list[do.Command]:
@@ -276,15 +248,6 @@ class Shell:
         if info["generation"] == 2:
             self.collected += time.thread_time_ns() * (1 if phase == "stop" else -1)
             self.collections += phase == "stop"
-
-    def _encode(self) -> None:
-        """Encode what the server would write at this turn's end."""
-        state, began = self.state, time.thread_time_ns()
-        rows = [encoded(r[n]) for r in (state.devices, state.tasks) for n in r.changed if n in r]
-        self.saved["cpu_ns"] += time.thread_time_ns() - began
-        self.saved["turns"] += 1
-        self.saved["rows"] += len(rows)
-        self.saved["bytes"] += sum(map(len, rows))
 
     def answer(self, command: do.Command) -> on.Event | None:
         """The worker's answer, at once; answers of boards come later."""
@@ -307,12 +270,9 @@ class Shell:
             case do.Cancel():
                 self.unsent.pop(int(command.device[6:]), None)
             case do.Score():
-                self.decisions.update("\x1f".join((str(command.round), *command.participants)).encode())
                 self.rounds.append({"round": command.round, "began": self.now, "asked": len(command.participants)})
                 return on.Scored(command.round, digest("ranking", command.round))
             case do.Close():
-                counted = [(c.part.device, c.part.widths, c.weight) for c in command.contributions]
-                self.decisions.update(repr(counted).encode())
                 return on.Closed(command.round, digest("model", command.round))
             case do.Evaluate():
                 self.rounds[-1] |= {"ended": self.now}
@@ -414,13 +374,11 @@ def simulated(case: Case, net: str) -> dict[str, Any]:
         "fleet_mb": round(fleet - base),
         "base_mb": round(base),
         "state_bytes": sum(len(encoded(e)) for roll in (state.devices, state.tasks) for e in roll.values()),
-        "saved": shell.saved,
         "rounds": len(ended),
         "round_s": [round(float(q), 1) for q in np.quantile(lasted, (0.1, 0.5, 0.9))] if lasted else [],
         "asked": round(float(np.median([r["asked"] for r in ended]))) if ended else 0,
         "offered_boards": int(np.count_nonzero(shell.fleet.offered)),
         "offered_most": int(shell.fleet.offered.max()),
-        "decisions": shell.decisions.hexdigest()[:16],
     }
 
 
