@@ -14,7 +14,6 @@ from typing import Any
 
 _KEYWORD = b"fedprune-data"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_METHODS = ("torch", "fedavg", "fedprune")
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,6 @@ class Source:
     command: str
 
 
-def curves_of_task(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """The curves that a task's picture shows: the first seed of every method."""
-    return {name: runs[name][min(runs[name])]["curve"] for name in _METHODS if runs.get(name)}
-
-
 def ends_of_tasks(runs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """What the picture of all tasks shows: per task the mean last scores of methods, where the first seed has all."""
     methods = ("fedavg", "one width", "heterofl int8", "fedprune")
@@ -46,25 +40,13 @@ def ends_of_tasks(runs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _task(name: str) -> Source:
-    command = f"python -m benchmarks.tasks --only {name}"
-    return Source("tasks.json", lambda body: curves_of_task(body["runs"][name]), command)
-
-
 def _gallery(example: str) -> Source:
     return Source("gallery.json", lambda body: body["examples"][example]["runs"], "python -m benchmarks.gallery")
 
 
 SOURCES: dict[str, Source] = {
-    **{
-        f"docs/images/task-{name}.png": _task(name)
-        for name in (
-            "adapters", "anomalies", "detection", "embedding", "forecasting", "forecasting-lstm", "fusion", "language",
-            "segmentation", "speech",
-        )
-    },
     "docs/images/tasks-widths.png": Source(
-        "tasks.json", lambda body: ends_of_tasks(body["runs"]), "python -m benchmarks.tasks --pictures"
+        "tasks.json", lambda body: ends_of_tasks(body["runs"]), "python -m benchmarks.tasks --picture"
     ),
     "docs/images/gallery-clothes-boards.png": _gallery("clothes_on_pis"),
     "docs/images/gallery-clothes-curves.png": _gallery("clothes_on_pis"),

@@ -1,8 +1,7 @@
 """Tasks on real data: `fedprune` beside FedAvg, one width for all, HeteroFL, training alone, and torch on all data.
 
 `python -m benchmarks.tasks` runs what has no result yet: each task, method and seed, each in a process of its own.
-Results are in `benchmarks/results/tasks.json`, and the page is `tasks.md` there; the tables of `docs/tasks` are
-written, too. With `--results` runs go into another file, and no page is written; `--take` brings them here.
+Results are in `benchmarks/results/tasks.json`, their page and the tables of `docs/tasks` are written.
 
 A look changes runs, prints each of their rounds, and writes nothing: fewer rounds, or other settings, such as
 `python -m benchmarks.tasks --only detection --seeds 0 --methods fedprune --changes
@@ -34,10 +33,8 @@ from benchmarks.tasks.runs import (
     Changes,
     affordable_rounds,
     run,
-    weights_path,
 )
-from benchmarks.tasks.tasks import TASKS, imported
-from fedprune.core import tensorfile
+from benchmarks.tasks.tasks import TASKS
 from fedprune.core.atomic_file import write_whole
 
 RESULTS, DOCS = Path("benchmarks/results/tasks.json"), Path("docs/tasks")
@@ -119,23 +116,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=_list_of("0123456789"), default=["0", "1", "2"], metavar="SEED,...")
     parser.add_argument("--workers", type=int, default=1, help="how many runs at a time")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so many seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for the runs")
-    parser.add_argument(
-        "--take", type=Path, metavar="FILE", help="take the runs of another file, in place of those here"
-    )
     parser.add_argument("--rounds", type=int, default=0, help="fewer or more rounds, for a look")
     parser.add_argument("--changes", type=json.loads, default={}, metavar="JSON", help="other settings, for a look")
-    parser.add_argument("--pictures", action="store_true", help="draw what the first seed's models make of samples")
+    parser.add_argument("--picture", action="store_true", help="draw how far methods end from FedAvg")
     options = parser.parse_args()
-    results = Results(options.results)
-    if options.pictures:
-        return _draw(options.only, results)
-    if options.take:
-        for task, methods in json.loads(options.take.read_text())["runs"].items():
-            for method, seeds in methods.items():
-                for seed, numbers in seeds.items():
-                    results.add(Case(task, method, int(seed)), numbers)
-        return _write_pages(results)
+    results = Results(RESULTS)
+    if options.picture:
+        from benchmarks.tasks import pictures
+
+        print(pictures.draw(results.body["runs"]))
+        return 0
     changes, look = Changes(**options.changes), bool(options.rounds or options.changes)
     # All of a seed before the next one, so that a run that is cut short has compared something.
     wanted = [Case(t, m, int(s)) for s in options.seeds for m in options.methods for t in options.only]
@@ -157,27 +147,11 @@ def main() -> int:
             results.add(case, numbers)
 
     well = run_all(cases, begin, end, options.workers, options.seconds)
-    if not look and options.results == RESULTS:
-        _write_pages(results)
+    if not look:
+        RESULTS.with_suffix(".md").write_text(page(results.body))
+        for path, text in docs_pages(results.body, DOCS).items():
+            path.write_text(text)
     return 0 if well else 1
-
-
-def _write_pages(results: Results) -> int:
-    RESULTS.with_suffix(".md").write_text(page(results.body))
-    for path, text in docs_pages(results.body, DOCS).items():
-        path.write_text(text)
-    return 0
-
-
-def _draw(names: Iterable[str], results: Results) -> int:
-    from benchmarks.tasks import pictures
-
-    for name in names:
-        task, runs = TASKS[name], results.body["runs"][name]
-        weights = dict(tensorfile.decode(weights_path(name, 0).read_bytes()))
-        print(pictures.draw(name, imported(task, 0)[0], weights, task.deal(0), runs, task.recipe.judged_by))
-    print(pictures.widths(results.body["runs"]))
-    return 0
 
 
 def _list_of(words: Iterable[str]) -> Callable[[str], list[str]]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ def run(name: str, method: str, seed: int, rounds: int = 0, changes: Changes = C
     """
     torch.set_num_threads(1)
     task, before = replace(TASKS[name], rounds=rounds or TASKS[name].rounds), cpu_seconds()
-    numbers = central(task, seed) if method == TORCH else federated(task, name, method, seed, changes)
+    numbers = central(task, seed) if method == TORCH else federated(task, method, seed, changes)
     made = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": machine()}
     made |= {"Python": platform.python_version()} | {n: version(n) for n in ("fedprune", "onnxruntime", "torch")}
     code = commit() if shutil.which("git") else ""
@@ -148,7 +147,7 @@ def fleet(boards: Mapping[str, Any]) -> tuple[VirtualDevice, ...]:
     return tuple(devices)
 
 
-def federated(task: Task, name: str, method: str, seed: int, changes: Changes) -> dict[str, Any]:
+def federated(task: Task, method: str, seed: int, changes: Changes) -> dict[str, Any]:
     """A simulated fleet's run."""
     found, (model, _), row = task.deal(seed), imported(task, seed), METHODS[method]
     job = job_of(task, method, len(found.boards), seed, changes)
@@ -173,10 +172,6 @@ def federated(task: Task, name: str, method: str, seed: int, changes: Changes) -
     }
     if task.deal is data.motion and row.shares_model and not narrow:
         numbers["detected"] = detected(model, tensorfile.decode(last[0]))
-    if method == DEFAULT and changes == Changes() and task.rounds == TASKS[name].rounds:
-        path = weights_path(name, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(last[0])
     return numbers
 
 
@@ -203,11 +198,6 @@ def affordable_rounds(task: Task, reference: Mapping[str, Any], default: Mapping
     while rounds < 10 * task.rounds and all(cost(what, rounds + 1) <= limit for what, limit in limits.items()):
         rounds += 1
     return rounds
-
-
-def weights_path(name: str, seed: int) -> Path:
-    """Where the global model of `fedprune`'s last round is kept, for pictures."""
-    return Path("build/tasks") / f"{name}-{seed}.safetensors"
 
 
 def outputs(model: Model, weights: Tensors, x: Array) -> Array:
