@@ -6,7 +6,6 @@ Times are CPU time of one thread; all ways run in turn. Flower's own functions t
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import tracemalloc
 from collections.abc import Callable
@@ -19,14 +18,9 @@ from benchmarks.harness import arguments, in_turns, ratio, save, setting
 from benchmarks.synthetic_nets import resnet18, weights
 from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.fold import Fold
-from fedprune.core import tensorfile
 from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import random_ranks
-from fedprune.strategies.methods.robust import Robust, Robustness
-from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 
 CLIENTS, FLEET, REPEATS = 10, 100, 3
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
@@ -51,20 +45,13 @@ def updates(densities: tuple[float, ...], order: str) -> Updates:
     return made
 
 
-def folding(given: Updates, *, masked: bool = False, **options: Any) -> Callable[[], Tensors]:
-    """Our fold; with masks, of updates of which a random half of the elements counts."""
-    chance = np.random.default_rng(0)
-    masks = [
-        ElementMask({t.name: chance.random(part[t.name].shape, np.float32) < 0.5 for t in NET.trainable})
-        if masked
-        else None
-        for _, part, _ in given
-    ]
+def folding(given: Updates, **options: Any) -> Callable[[], Tensors]:
+    """Our fold."""
 
     def run() -> Tensors:
         sums = Fold(NET, BASE, **options)
-        for (selection, part, weight), mask in zip(given, masks, strict=True):
-            sums.add(selection, part, weight, 10, mask=mask)
+        for selection, part, weight in given:
+            sums.add(selection, part, weight, 10)
         return sums.close()[0]
 
     return run
@@ -82,26 +69,6 @@ def by_numpy_alone(given: Updates) -> Callable[[], Any]:
             compiled_kernels.use(kernels)
 
     return without
-
-
-def robust(how: Robustness, given: Updates) -> Callable[[], Tensors]:
-    """A round through an aggregator that clips, checks or takes medians; reading updates again costs nothing here."""
-    scene, aggregator = Scene(NET, 0, 1, BASE), Robust(Mean(), how)
-    reports = [
-        Report(
-            Cut(scene, Turn(0, 1, f"d{k}", selection.widths), selection),
-            Submodel(selection, part), weight, 10, partial(Submodel, selection, part),
-        )
-        for k, (selection, part, weight) in enumerate(given)
-    ]  # fmt: skip
-
-    def run() -> Tensors:
-        sums = aggregator.fold(scene, evidence=False)
-        for report in reports:
-            aggregator.add(sums, report, report.trained)
-        return aggregator.close(sums, scene, 1.0, lambda: ((r, r.trained) for r in reports)).model
-
-    return run
 
 
 def plain(given: Updates) -> Callable[[], Tensors]:
@@ -137,11 +104,6 @@ def flower_ways(given: Updates) -> dict[str, Callable[[], object]]:
     }
 
 
-def hashing(given: Updates) -> Callable[[], object]:
-    files = [tensorfile.encode(part) for _, part, _ in given]
-    return lambda: [hashlib.sha256(raw).digest() for raw in files]
-
-
 def peak_mb(run: Callable[[], object]) -> float:
     """Largest extra memory, result included."""
     tracemalloc.start()
@@ -169,23 +131,18 @@ def main() -> None:
         "fold, whole": folding,
     }
     ways: dict[str, Way] = {
-        "sha256 of the updates' bytes, for comparison": (hashing, whole),
         **{name: (make, whole) for name, make in whole_models.items()},
         **{f"fold, {name}": (folding, given) for name, given in folds.items()},
         **{f"fold by numpy alone, {name}": (by_numpy_alone, given) for name, given in folds.items()},
         **{f"{name}, {FLEET} updates": (make, whole * (FLEET // CLIENTS)) for name, make in whole_models.items()},
         "fold, whole, evidence": (partial(folding, evidence=True), whole),
         "fold, mixed widths, one ranking, fill": (partial(folding, rule="fill"), ranked),
-        "fold, whole, masks of elements": (partial(folding, masked=True), whole),
-        "robust, whole, clipped": (partial(robust, Robustness(clip=1e-6)), whole),
-        "robust, whole, checked by norm and cosine": (partial(robust, Robustness(check="both")), whole),
-        "robust, whole, median": (partial(robust, Robustness(centre="median")), whole),
     }
     runs = {name: make(given) for name, (make, given) in ways.items()}
     seconds = in_turns(runs, REPEATS)
     rows = []
     for name, (make, given) in ways.items():
-        middle, compared = statistics.median(seconds[name]), name.endswith("comparison")
+        middle = statistics.median(seconds[name])
         received = sum(value.size for _, part, _ in given for value in part.values())
         rows.append(
             {
@@ -194,7 +151,7 @@ def main() -> None:
                 "ns_per_parameter_and_client": middle * 1e9 / SIZE / len(given),
                 "ns_per_received_parameter": middle * 1e9 / received,
                 "to_plain": ratio(seconds[name], seconds[REFERENCE]) * CLIENTS / len(given),
-                "peak_mb": None if compared else peak_mb(runs[name]),
+                "peak_mb": peak_mb(runs[name]),
                 "peak_mb_of_fleet": peak_mb(make(given * (FLEET // CLIENTS))) if name in whole_models else None,
             }
         )

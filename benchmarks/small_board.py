@@ -1,21 +1,16 @@
-"""Memory and first prediction of a board of 512 MB: `python -m benchmarks.small_board`.
+"""Memory of a board of 512 MB: `python -m benchmarks.small_board`.
 
 A real server, Mosquitto and one `fedprune-device run` with the profile of a Raspberry Pi Zero 2 W, in a control group
 with what that board leaves to programs (needs root and the memory controller of cgroup v1; without them the limit is
-compared, not enforced). Then the board "boots" and predicts: CPU time on this machine, and instructions on an emulated
-Cortex-A53 (needs what `make test-arm64` needs).
+compared, not enforced).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,17 +52,6 @@ data = "samples.npz"
 [server]
 broker = "mqtt://127.0.0.1:{port}"
 state = "state"
-"""
-
-PREDICT = """\
-import os, sys
-from fedprune_device.cli.main import main
-code = main(sys.argv[1:])
-try:
-    os.lseek(-1, 1, os.SEEK_SET)
-except OSError:
-    pass
-sys.exit(code)
 """
 
 
@@ -121,7 +105,6 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((SAMPLES, *shape)).astype(np.float32), rng.integers(0, 10, SAMPLES)
     np.savez(folder / "samples.npz", x=x, y=y)
-    np.save(folder / "one.npy", x[:1])
     profile = find(BOARD)
     limit = profile.memory.total_bytes - profile.memory.reserve_bytes
     with site(folder) as place, control_group(limit) as within:
@@ -134,7 +117,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         waited(lambda: "connected" in place.said("zero"), "the board's connection")
         time.sleep(IDLE_S)
         before, _ = memory(board.pid)
-        place.server(config)
+        place.server(config, None, "--verbose")  # with every limit of the plan
         loaded = 0
         while "is finished" not in place.said("server"):
             if board.poll() is not None:
@@ -147,7 +130,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         peak = place.watched["zero"].peak
         failed = int((GROUP / "memory.failcnt").read_text()) if within else None
         log = place.said("server").splitlines()
-        plan = [line for line in log if "memory:" in line or "density" in line]
+        plan = [line for line in log if "memory:" in line or "weights: " in line]
         place.stop("zero")
     return {
         "shape": shape, "limit_bytes": limit, "training_bytes": profile.training_bytes,
@@ -164,56 +147,9 @@ def waited(condition: Callable[[], bool], what: str, most: float = 60.0) -> None
         time.sleep(0.1)
 
 
-def prediction(folder: str) -> list[str]:
-    """The arguments of Python that predict once with a board's serving model."""
-    return ["-c", PREDICT, "predict", "--state", f"{folder}/zero", "--input", f"{folder}/one.npy", "--threads", "1"]
-
-
-def first_prediction(folder: Path) -> dict[str, Any]:
-    """CPU seconds of a fresh process that predicts once, after another one has compiled the modules; and what it
-    imports: seconds by package."""
-    spent = 0.0
-    for _ in range(2):
-        before = os.times()
-        subprocess.run([sys.executable, *prediction(str(folder))], check=True, capture_output=True)
-        after = os.times()
-        spent = sum(after[2:4]) - sum(before[2:4])
-    command = [sys.executable, "-X", "importtime", *prediction(str(folder))]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
-    packages: dict[str, float] = {}
-    for line in told:
-        if line.startswith("import time:") and "self" not in line:
-            own, _, name = line.removeprefix("import time:").split("|")
-            package = name.strip().partition(".")[0]
-            packages[package] = packages.get(package, 0.0) + int(own) * 1e-6
-    most = sorted(packages, key=lambda n: -packages[n])[:6]
-    return {"cpu_s": spent, "imports_s": sum(packages.values()), "packages": {n: packages[n] for n in most}}
-
-
-def counted_prediction(folder: Path) -> int:
-    """Instructions of the same on an emulated Cortex-A53, the interpreter's start included."""
-    from benchmarks.arm.counting import CACHE, SITE, board
-
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=CACHE, prefix=".small.") as place:
-        environment = {"PYTHONPATH": SITE}
-        machine = replace(board(Path(place), ()), processor="cortex-a53", environment=environment)
-        files = machine.root / "files"
-        files.mkdir()
-        shutil.copytree(folder / "zero", files / "zero", ignore=shutil.ignore_patterns("*.sock"))
-        shutil.copy(folder / "one.npy", files)
-        for _ in range(2):
-            done = machine.run("/usr/bin/python3", *prediction("/files"), timeout=600)
-    counts = [line.split()[2] for line in done.stderr.splitlines() if line.startswith("counted 1 ")]
-    if done.returncode or not counts:
-        raise SystemExit(f"the emulated board: {done.stderr[-2000:]}")
-    return int(counts[0])
-
-
 def measure(net: str) -> dict[str, Any]:
     with TemporaryDirectory(prefix="fedprune-small-") as scratch:
-        row = job_on_board(net, NETS[net], Path(scratch))
-        return {**row, "first": first_prediction(Path(scratch)), "arm": counted_prediction(Path(scratch))}
+        return job_on_board(net, NETS[net], Path(scratch))
 
 
 if __name__ == "__main__":
