@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
+from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Protocol
 
 Run = dict[str, Any]
 Read = Callable[[dict[str, Any]], "float | None"]
@@ -31,8 +31,6 @@ TUNED_SEED = 0
 """The seed on which fedprune's own settings were chosen."""
 
 MODELS = {"after": "trained model", "average": "average", "before": "received model"}
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of a run, at which the mean density of its devices is read."""
 
 
 def figure(protocol: Protocol, run: Run, read: Read, last: int = 0) -> float | None:
@@ -160,11 +158,6 @@ def rows(protocol: Protocol, runs: Sequence[Run], *, equal_bytes: bool = False) 
     def read(reader: Read) -> Value:
         return lambda run: figure(protocol, run, reader, last(run))
 
-    def best(reader: Read) -> Value:
-        return lambda run: max(
-            (v for v in map(reader, run["rounds"][: last(run) or None]) if v is not None), default=None
-        )
-
     def active(run: Run) -> float | None:
         end = at_end(run)
         return end["active_macs"] / 1e12 if end.get("active_macs", end["macs"]) != end["macs"] else None
@@ -175,8 +168,6 @@ def rows(protocol: Protocol, runs: Sequence[Run], *, equal_bytes: bool = False) 
         "average": read(own("accuracy_average")),
         "before": read(own("accuracy_before")),
         "global": read(measured("global")),
-        "best_average": best(own("accuracy_average")),
-        "best_global": best(measured("global")),
         "mb": lambda run: cost(run, last(run))["bytes"] / max(1, len(run["devices"])) / 1e6,
         "bytes_share": lambda run: share(runs, run, "bytes", last(run)),
         "tmac": lambda run: cost(run, last(run))["MACs"] / 1e12,
@@ -198,8 +189,6 @@ def rows(protocol: Protocol, runs: Sequence[Run], *, equal_bytes: bool = False) 
         submodels = [f"{d:g}" for d in protocol.densities if d < 1]
         row["sub"] = {d: mean(made, method.name, read(measured(f"sub@{d}"))) for d in submodels}
         row["reached"] = reached(protocol, made)
-        row["tiers"] = _tiers(protocol, method, made)
-        row["densities"] = _densities(made)
         table.append(row)
     return table
 
@@ -214,33 +203,6 @@ def _mark(made: Sequence[Run], runs: Sequence[Run]) -> str:
 def _costlier(protocol: Protocol, made: Sequence[Run], runs: Sequence[Run]) -> bool:
     pairs = [(run, run_of(runs, protocol.reference, run["seed"])) for run in made]
     return any(same is not None and cost(run)["bytes"] > 1.05 * cost(same)["bytes"] for run, same in pairs)
-
-
-def _tiers(protocol: Protocol, method: Method, made: Sequence[Run]) -> list[float] | None:
-    """Local accuracy by the devices' density, the widest first."""
-
-    def tier(place: int) -> Read:
-        def read(row: dict[str, Any]) -> float | None:
-            found = row["own"].get(f"accuracy_{method.serves}", {}).get("tiers", {})
-            ordered = sorted(found.items(), key=lambda item: -float(item[0]))
-            return _percent(ordered[place][1]) if place < len(ordered) else None
-
-        return read
-
-    found = [mean(made, method.name, partial(figure, protocol, read=tier(i))) for i in range(len(protocol.densities))]
-    whole = [v for v in found if v is not None]
-    return whole if len(whole) == len(found) > 1 else None
-
-
-def _densities(made: Sequence[Run]) -> list[float] | None:
-    """The devices' mean density in the course of the runs, where it changes."""
-    found = [
-        [r["rounds"][round(s * (len(r["rounds"]) - 1))]["density"] for s in SHARES]
-        for r in made
-        if all("density" in row for row in r["rounds"])
-    ]
-    changes = any(len(set(values)) > 1 for values in found)
-    return [statistics.fmean(values) for values in zip(*found, strict=True)] if changes else None
 
 
 def verdicts(protocol: Protocol, runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from benchmarks.accuracy import nets, sets
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
+from benchmarks.harness import processor
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
@@ -321,12 +322,8 @@ def _git(*arguments: str) -> str:
 
 
 def machine() -> str:
-    name = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+    """The processor, its cores and the system."""
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def cpu_seconds() -> float:

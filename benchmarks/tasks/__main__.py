@@ -1,7 +1,7 @@
 """Tasks on real data: `fedprune` beside FedAvg, one width for all, HeteroFL, training alone, and torch on all data.
 
 `python -m benchmarks.tasks` runs what has no result yet: each task, method and seed, each in a process of its own.
-Results are in `benchmarks/results/tasks.json`, their page and the tables of `docs/tasks` are written.
+Results are in `benchmarks/results/tasks.json`, and fill the tables of `docs/tasks`.
 
 A look changes runs, prints each of their rounds, and writes nothing: fewer rounds, or other settings, such as
 `python -m benchmarks.tasks --only detection --seeds 0 --methods fedprune --changes
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.tasks import adapters
-from benchmarks.tasks.pages import docs_pages, page
+from benchmarks.tasks.pages import docs_pages
 from benchmarks.tasks.runs import (
     BUDGET,
     DEFAULT,
@@ -148,7 +148,6 @@ def main() -> int:
 
     well = run_all(cases, begin, end, options.workers, options.seconds)
     if not look:
-        RESULTS.with_suffix(".md").write_text(page(results.body))
         for path, text in docs_pages(results.body, DOCS).items():
             path.write_text(text)
     return 0 if well else 1

@@ -1,4 +1,4 @@
-"""The tables of a task's runs, on the page of results and in `docs/tasks`."""
+"""The tables of tasks' runs, in `docs/tasks`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks import adapters
-from benchmarks.tasks.runs import BUDGET, BYTES_SHARE, DEFAULT, EQUAL_TIME, MACS_SHARE, METHODS, REFERENCE, TORCH
+from benchmarks.tasks.runs import BUDGET, DEFAULT, EQUAL_TIME, METHODS, REFERENCE, TORCH
 from benchmarks.tasks.tasks import TASKS, Task
 from fedprune.core.metrics import METRICS
 
@@ -18,27 +18,6 @@ Runs = Mapping[str, Mapping[str, Any]]
 """The runs of a task: by method, then by seed."""
 
 _MISSING = "–"
-
-
-def page(results: Mapping[str, Any]) -> str:
-    """The results in words and tables."""
-    lines = [
-        "# Tasks on real data", "",
-        ("`python -m benchmarks.tasks`. A simulated fleet whose boards train with onnxruntime; about a quarter of "
-        "them each can hold widths of 1, 0.7, 0.5 and 0.3. `fedavg` trains the whole model on all boards, `one width` "
-        "a width of 0.5, which a quarter of them couldn't hold; the other methods give each board its width. `torch` "
-        f"trains on all boards' samples together for as many epochs. `{BUDGET}` runs as many rounds as cost at most "
-        f"{MACS_SHARE:.0%} of `{REFERENCE}`'s MACs and {BYTES_SHARE:.0%} of its bytes. Scores are the global model's "
-        "after the last round on data that no board has, *served* ones those of boards' own models on their own test "
-        "data: mean and, with more than one seed, range. *Time* is that of a fleet of seven kinds of boards, whose "
-        "rounds last as long as the slowest takes; *at equal time* are the method's score and "
-        f"`{EQUAL_TIME}`'s when the first of the two is through."), "",
-        *_provenance(results["runs"]), "",
-    ]  # fmt: skip
-    for name, task in TASKS.items():
-        if runs := results["runs"].get(name, {}):
-            lines += [f"## {task.title}", "", *table(task, runs), ""]
-    return "\n".join(lines)
 
 
 def table(task: Task, runs: Runs) -> list[str]:
@@ -74,8 +53,8 @@ def table(task: Task, runs: Runs) -> list[str]:
 
 
 def summary(runs: Mapping[str, Runs], pages: Mapping[str, str]) -> list[str]:
-    """The mean scores of all tasks, what `fedprune` cost, and how many tasks keep what is promised; `pages` are their
-    files."""
+    """The mean scores of all tasks, what `fedprune` cost, how many tasks keep what is promised, and where all was run;
+    `pages` are the tasks' files."""
     links = {n: f"[{task.title.partition(': the language')[0]}]({pages[n]})" for n, task in TASKS.items()}
     shown = [m for m in (TORCH, *METHODS) if any(_scores(runs[name].get(m, {})) for name in TASKS)]
     lines = [f"| | score | {' | '.join(shown)} |", f"|---|---|{'---:|' * len(shown)}"]
@@ -91,7 +70,7 @@ def summary(runs: Mapping[str, Runs], pages: Mapping[str, str]) -> list[str]:
                 cells.append(_mean((len(run["curve"]) for run in runs[name].get(method, {}).values()), ".0f"))
                 cells += [_mean(shares(runs[name], method, what), ".0%") for what in ("macs", "bytes", "at")]
             lines.append(f"| {links[name]} | {' | '.join(cells)} |")
-    return [*lines, *_promises(runs)]
+    return [*lines, *_promises(runs), "", *_provenance(runs)]
 
 
 def shares(runs: Runs, method: str, what: str) -> list[float]:
