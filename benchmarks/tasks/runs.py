@@ -271,11 +271,5 @@ def torch_loss(task: Task, outputs: torch.Tensor, labels: torch.Tensor) -> torch
         return task.own["loss"](outputs, labels).mean()
     if task.recipe.loss == "mse":
         return torch.nn.functional.mse_loss(outputs, labels)
-    if task.recipe.loss == "infonce":
-        near = torch.nn.functional.normalize(outputs, dim=1) @ torch.nn.functional.normalize(outputs, dim=1).T / 0.1
-        near = near.masked_fill(torch.eye(len(near), dtype=torch.bool), -torch.inf)
-        same = (labels[:, None] == labels).fill_diagonal_(False)
-        likely = near.log_softmax(1).masked_fill(~same, 0.0)
-        return (-likely.sum(1) / same.sum(1).clamp(min=1)).mean()
     ignored = -100 if task.recipe.ignore_label is None else task.recipe.ignore_label
     return torch.nn.functional.cross_entropy(outputs, labels.long(), ignore_index=ignored)

@@ -80,9 +80,9 @@ TASKS = {
     ),
     "embedding": Task(
         "Embeddings: Fashion-MNIST with InfoNCE, ten boards",
-        data.clothes, nets.Embedder, replace(ADAM, loss="infonce", metric=CUSTOM, batch_size=64, epochs=2, lr=2e-3), 10,
+        data.clothes, nets.Embedder, replace(ADAM, loss=CUSTOM, metric=CUSTOM, batch_size=64, epochs=2, lr=2e-3), 10,
         note="The score is the share of pictures whose nearest neighbour among 256 is of the same kind.",
-        own={"metric": losses.retrieval},
+        own={"loss": losses.infonce, "metric": losses.retrieval},
     ),
     "language": Task(
         "Language model: Shakespeare by characters, a board per role",

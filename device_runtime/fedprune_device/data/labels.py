@@ -69,7 +69,7 @@ class Targets:
         ):
             raise self._unfit(y, "The model and its loss decide the shape: is it the loss that you mean?")
         known = isinstance(y, StoredArray) and y.in_range
-        if labels_of(self.loss) in ("classes", "sequence") and not known:
+        if labels_of(self.loss) == "classes" and not known:
             class_counts(y, self.classes, self.ignored)
         if whole:
             return y

@@ -29,11 +29,7 @@ def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str,
     """
     random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in labels[1][1:]))
     if labels[0] == "tensor(int64)":  # of a loss of the model's own only that these two are classes is likely
-        # Identities are few, so that there are samples of the same one.
-        few = recipe.loss == CUSTOM or labels_of(recipe.loss) == "identities"
-        y = random.integers(0, min(classes, 2) if few else classes, shape)
-        # Sequences are shorter than the outputs that they are aligned to.
-        return np.where(np.arange(shape[-1]) < max(1, shape[-1] // 4), y, 0) if recipe.loss == "ctc" else y
+        return random.integers(0, min(classes, 2) if recipe.loss == CUSTOM else classes, shape)
     if labels_of(recipe.loss) == MULTI:
         return random.integers(0, 2, shape).astype(np.float32)
     return random.standard_normal(shape, np.float32)

@@ -79,7 +79,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss",
         metavar="LOSS",
-        help=f"what training minimises: {_choices(LOSSES)}, a sum such as '0.5*bce + 0.5*dice', or one of your own: "
+        help=f"what training minimises: {_choices(LOSSES)}, or one of your own: "
         f"package.module:function of outputs and labels, or an ONNX file (default: {Recipe.loss})",
     )
     group.add_argument(
@@ -192,12 +192,9 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
     if text is None or text in built_in:
         return None
     if ":" not in text and not text.endswith(".onnx"):
-        if name == "loss" and set("+*") & set(text):
-            return None  # a sum
-        sums = "a sum such as '0.5*bce + 0.5*dice', " if name == "loss" else ""
         raise UsageError(
             f"--{name}",
-            expected=f"{', '.join(built_in)}, {sums}package.module:function, or a file .onnx",
+            expected=f"{', '.join(built_in)}, package.module:function, or a file .onnx",
             got=repr(text) + meant(text, built_in),
         )
     return text

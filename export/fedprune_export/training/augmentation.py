@@ -88,7 +88,7 @@ def _fill_of_labels(moving: Sequence[tuple[str, AugmentStep]], labels: Port, fea
     """The label of places that come in from outside; None where labels are of whole samples, or nothing moves. Raises
     `ConfigError` if labels are neither of samples nor of the places that move."""
     shape, kind = tuple(int(d or 0) for d in labels.shape[1:]), labels_of(features.loss)
-    of_samples = {"classes": 0, "identities": 0, "own": 0, MULTI: 1, "values": 1}.get(kind)
+    of_samples = {"classes": 0, "own": 0, MULTI: 1, "values": 1}.get(kind)
     if not moving or (len(shape) == of_samples and (kind != "values" or shape == (1,))):
         return None
     text, one = moving[0]

@@ -1,10 +1,10 @@
-"""Losses of a training step, with their gradient by the logits: torch's functions of the same names, losses that are
-graphs, and weighted sums."""
+"""Losses of a training step, with their gradient by the logits: torch's functions of the same names, and the model's
+own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.recipe import DISTILL, MULTI, Features, labels_of, terms
+from fedprune.model.recipe import DISTILL, MULTI, Features, labels_of
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.operators.reductions import elements_of
@@ -24,7 +24,7 @@ class _Parts:
     """A loss: Σ row·weight over the divisor.
 
     Attributes:
-        row: Loss of every label [N, 1, ...], or of every sample: [N, 1, 1, ...], or [N] where it is `flat`.
+        row: Loss of every label [N, 1, ...], or of every sample: [N, 1, 1, ...], or [N] for the model's own.
         gradient: Its gradient by the logits [N, K, ...], times a number or weights of `row`'s shape, by their name.
         weight: Weights that go with `row`, or empty.
         divisor: What the sum is divided by, or empty for the number of labels.
@@ -34,7 +34,6 @@ class _Parts:
     gradient: Callable[[str], str]
     weight: str = ""
     divisor: str = ""
-    flat: bool = False
 
 
 def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, np.dtype[np.generic]]:
@@ -42,21 +41,20 @@ def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, n
     return (BATCH, *features.target_shape(outputs)), np.dtype(np.int64 if features.counts else np.float32)
 
 
-def write_loss(
-    g: Graph, logits: str, outputs: tuple[int, ...], features: Features, graphs: Mapping[str, Model] | None = None
-) -> str:
+def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Features, own: Model | None = None) -> str:
     """Write the loss and what else is known of a batch's outputs.
 
     Args:
         g: The training graph; its inputs and outputs grow.
         logits: The model's output [N, *outputs]; classes are on its axis 1.
-        graphs: Losses that are graphs of outputs and labels, by name.
+        own: The model's own loss, where the features ask for that.
 
     Returns:
         The gradient of the loss by the logits.
 
     Raises:
-        ModelError: An operator of a loss's graph has no gradient rule, or outputs of this shape have no such loss.
+        ModelError: An operator of the model's own loss has no gradient rule, or outputs of this shape have no such
+            loss.
     """
     present = ""
     if features.logit_offset:
@@ -69,12 +67,7 @@ def write_loss(
         logits = g.emit("Where", present, logits, g.scalar(0))
     if features.class_weight:
         g.inputs.append(port(step_contract.CLASS_WEIGHT, outputs[:1]))
-    named = []
-    for name, weight in terms(features.loss):
-        loss = (graphs or {}).get(name)
-        one = _LOSSES[name](g, logits, outputs, features) if loss is None else _of_graph(g, logits, loss)
-        named.append((one, weight))
-    parts = named[0][0] if len(named) == 1 else _sum(g, named)
+    parts = _LOSSES[features.loss](g, logits, outputs, features) if own is None else _of_graph(g, logits, own)
     if labels_of(features.loss) == MULTI:
         right = g.emit("Greater", step_contract.Y, g.scalar(0.5))
         count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), right))
@@ -107,17 +100,6 @@ def _share(g: Graph, parts: _Parts, features: Features) -> str:
     return g.emit("Div", parts.weight, divisor) if parts.weight else g.emit("Reciprocal", divisor)
 
 
-def _sum(g: Graph, named: Sequence[tuple[_Parts, float]]) -> _Parts:
-    """The sum of losses of samples, times their weights."""
-    rows = [one.row if one.flat else g.emit("Reshape", one.row, g.ints(-1)) for one, _ in named]
-    row = g.emit("Sum", *(g.emit("Mul", r, g.scalar(weight)) for r, (_, weight) in zip(rows, named, strict=True)))
-
-    def gradient(share: str) -> str:
-        return g.emit("Sum", *(one.gradient(g.emit("Mul", share, g.scalar(weight))) for one, weight in named))
-
-    return _Parts(row, gradient, flat=True)
-
-
 def _of_graph(g: Graph, logits: str, loss: Model) -> _Parts:
     """A loss that is a graph, differentiated by the same rules as the model."""
     taken, labels = (tuple(d for d in p.shape[1:] if isinstance(d, int)) for p in loss.graph.inputs)
@@ -143,7 +125,7 @@ def _of_graph(g: Graph, logits: str, loss: Model) -> _Parts:
             raise ModelError("the model's own loss has no gradient by its outputs")
         return found
 
-    return _Parts(row, gradient, flat=True)
+    return _Parts(row, gradient)
 
 
 def _cross_entropy(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:

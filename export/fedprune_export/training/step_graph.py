@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.lengths import LENGTH
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM, LOSSES, LOSSES_OF_LOGITS, Features, terms
+from fedprune.model.recipe import CUSTOM, LOSSES, LOSSES_OF_LOGITS, Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
@@ -18,7 +16,6 @@ from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.augmentation import augment_plan
-from fedprune_export.training.loss_graphs import LOSS_GRAPHS, ctc
 from fedprune_export.training.losses import target_shape, write_loss
 from fedprune_export.training.metrics import embedded_metric
 from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
@@ -68,8 +65,8 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     input_shape = sample_shape(model.graph)
     graph.inputs.append(port(step_contract.X, input_shape, model.graph.inputs[0].dtype))
     _check_logits(model, features)
-    losses = _loss_graphs(model, features)
-    graph.inputs.append(_labels(model, features, losses))
+    own = _own_loss(model, features)
+    graph.inputs.append(_labels(model, features, own))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
 
     trained: list[Trained] = []
@@ -91,7 +88,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     logits = model.graph.outputs[0].name
     if not tape.wants(logits):
         raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
-    tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, losses))
+    tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, own))
     tape.backward()
     write_updates(graph, tape, trained, features)
     made = {o.name for o in graph.outputs}
@@ -119,8 +116,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
 
 def _check_logits(model: Model, features: Features) -> None:
     """Make sure that a loss of logits gets some. Raises `ModelError` if the model ends in probabilities."""
-    losses = [name for name, _ in terms(features.loss) if name in LOSSES_OF_LOGITS]
-    if not losses:
+    if features.loss not in LOSSES_OF_LOGITS:
         return
     maker = maker_of_probabilities(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
     if maker is None:
@@ -128,31 +124,29 @@ def _check_logits(model: Model, features: Features) -> None:
     before = maker.inputs[0]
     name = "" if "~" in before else f' or name what it reads as the output: --output {before} (output="{before}")'
     raise ModelError(
-        f"loss {losses[0]} and the model's output, which consists of the probabilities of {maker.op} {maker.name}",
+        f"loss {features.loss} and the model's output, which consists of the probabilities of {maker.op} {maker.name}",
         expected="logits: the loss applies its own sigmoid or softmax",
         hint=f"Leave {maker.op} out where the model is made{name}, or take a loss of values, such as mse.",
     )
 
 
-def _loss_graphs(model: Model, features: Features) -> dict[str, Model]:
-    """The losses that are graphs of their own, by name: the model's, or built-in ones; not those that are written by
-    hand. Raises `ConfigError` if the model brings no loss."""
-    if features.loss == CUSTOM and model.loss is None:
+def _own_loss(model: Model, features: Features) -> Model | None:
+    """The model's own loss, if the features ask for it. Raises `ConfigError` if the model brings none."""
+    if features.loss != CUSTOM:
+        return None
+    if model.loss is None:
         raise ConfigError(
             "'custom', and the model brings no loss",
             path=("recipe", "loss"),
             expected=f"a model with one, or one of {', '.join(n for n in LOSSES if n != CUSTOM)}",
             hint="Give it with the model: --loss package.module:function, [model] loss, or load(..., loss=...).",
         )
-    outputs, names = model.architecture.output_shape, [name for name, _ in terms(features.loss)]
-    made = {name: LOSS_GRAPHS[name](outputs) for name in names if name in LOSS_GRAPHS and name != "ctc"}
-    made |= {name: ctc(outputs, features.ignore_label) for name in names if name == "ctc"}
-    return made if features.loss != CUSTOM or model.loss is None else {CUSTOM: model.loss}
+    return model.loss
 
 
-def _labels(model: Model, features: Features, graphs: Mapping[str, Model]) -> Port:
+def _labels(model: Model, features: Features, own: Model | None) -> Port:
     """The training graph's labels."""
-    if not graphs:
+    if own is None:
         return port(step_contract.Y, *target_shape(features, model.architecture.output_shape))
-    labels = next(iter(graphs.values())).graph.inputs[1]
+    labels = own.graph.inputs[1]
     return port(step_contract.Y, (BATCH, *(d for d in labels.shape[1:] if isinstance(d, int))), labels.dtype)

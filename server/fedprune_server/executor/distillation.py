@@ -59,7 +59,7 @@ class Distiller:
         self, model: Model, calibration: Calibration, asked: SelfDistillation, recipe: Recipe, seed: int
     ) -> None:
         self._architecture, self._calibration, self._seed = model.architecture, calibration, seed
-        classes = labels_of(recipe.loss) in ("classes", "sequence") and self._architecture.classes > 1
+        classes = labels_of(recipe.loss) == "classes" and self._architecture.classes > 1
         self._recipe = Recipe(
             loss=DISTILL if classes else "mse",
             distill_temperature=1.0,

@@ -100,7 +100,7 @@ def test_losses_of_a_label_for_each_output_take_masks_as_one_map_per_class(tmp_p
     classes = np.random.default_rng(0).choice([0, 1, 2, 255], (8, 6)).astype(np.uint8)
     put(tmp_path, "images/a.png", picture(1))
     put(tmp_path, "masks/a.png", png(classes))
-    found = np.asarray(folder(tmp_path).snapshot(SHAPE, Targets("dice", outputs, (outputs, 8, 6))).y_train)[0]
+    found = np.asarray(folder(tmp_path).snapshot(SHAPE, Targets("bce", outputs, (outputs, 8, 6))).y_train)[0]
     for k in range(outputs):
         np.testing.assert_array_equal(found[k], classes > 0 if outputs == 1 else classes == k)
 

@@ -158,27 +158,6 @@ def test_labels_of_padded_steps_count_for_nothing() -> None:
     check_gradients(exact, wanted, gradients)
 
 
-def test_ctc_aligns_to_the_steps_of_a_sample() -> None:
-    torch.manual_seed(0)
-    module, x = Listener(), floats(len(OWN), 3, MOST)
-    words = [[1, 2, 2], [3, 1], [2], [1, 3, 1], [], [3, 3, 2, 1]]
-    y = np.zeros((len(OWN), MOST), np.int64)
-    for row, word in zip(y, words, strict=True):
-        row[: len(word)] = word
-    loss, gradients = run_step(
-        module, recipe(loss="ctc", ignore_label=-1), load_arrays({"x": x, "lengths": OWN, "y": y})
-    )
-    exact = copy.deepcopy(module).double()
-    each = []
-    for i, n in enumerate(OWN):
-        steps = one(exact, x[i], n, torch.ones(1, n, dtype=torch.bool)).log_softmax(1).permute(2, 0, 1)
-        goal = torch.tensor([words[i]])
-        each.append(functional.ctc_loss(steps, goal, torch.tensor([n]), torch.tensor([len(words[i])]), reduction="sum"))
-    wanted = torch.stack(each).mean()
-    assert abs(loss - float(wanted.detach())) < 1e-4
-    check_gradients(exact, wanted, gradients)
-
-
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(LEAST, MOST), min_size=1, max_size=5))
 def test_what_is_in_the_padding_changes_nothing(seed: int, own: list[int]) -> None:
     session, rng = SESSION(), np.random.default_rng(seed)

@@ -209,7 +209,7 @@ def test_entries_follow_each_other_in_the_recipes_order(seed: int) -> None:
 @given(seed=st.integers(0, 2**32 - 1), masks=st.booleans())
 def test_labels_move_with_the_pixels_that_they_describe(seed: int, masks: bool) -> None:
     """An image whose values are its labels stays one; places from outside count for nothing."""
-    recipe: dict[str, Any] = {"loss": "dice"} if masks else {"ignore_label": VOID}
+    recipe: dict[str, Any] = {"loss": "bce"} if masks else {"ignore_label": VOID}
     found = plan_of("pixels", "flip", "crop:2", "brightness:0.1", "shift:0.2", **recipe)
     alone = plan_of("pixels", "flip", "crop:2", "shift:0.2", **recipe)
     rng = np.random.default_rng(seed)
@@ -281,9 +281,7 @@ def test_what_has_no_meaning_is_refused(model: str, augment: str, recipe: dict[s
     ("model", "augment", "recipe"),
     [
         ("whole", ["flip", "crop:1"], {"loss": "bce"}),
-        ("whole", ["flip"], {"loss": "infonce"}),
         ("pixels", ["noise:0.1", "contrast:0.1"], {"loss": "mse"}),  # nothing moves
-        ("steps", ["specaugment:1:2"], {"loss": "ctc"}),
     ],
 )
 def test_labels_that_stay_have_no_fill(model: str, augment: list[str], recipe: dict[str, Any]) -> None:

@@ -14,14 +14,13 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import MULTI, Features, labels_of, terms
+from fedprune.model.recipe import MULTI, Features, labels_of
 from fedprune.model.step_contract import weight_of
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph
-from fedprune_export.training.loss_graphs import LOSS_GRAPHS
 from fedprune_export.training.losses import target_shape, write_loss
-from support.oracles.torch_losses import dice, distill, focal
+from support.oracles.torch_losses import distill
 
 pytestmark = pytest.mark.torch
 
@@ -47,8 +46,6 @@ LOSSES = {
     "l1": Features(loss="l1"),
     "huber": Features(loss="huber"),
     "distill": Features(loss="distill"),
-    "sum for masks": Features(loss="0.5*bce + 0.25*dice + 3*focal"),
-    "sum for values": Features(loss="mse + 0.2*l1 + 2*huber + 0.5*distill"),
 }
 
 
@@ -61,8 +58,7 @@ def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> Ses
     g = Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), port(step_contract.Y, *target_shape(features, outputs))]
     g.outputs = [port(step_contract.LOSS, ())]
-    graphs = {name: LOSS_GRAPHS[name](outputs) for name, _ in terms(features.loss) if name in LOSS_GRAPHS}
-    g.emit("Identity", write_loss(g, "z", outputs, features, graphs), out="dz")
+    g.emit("Identity", write_loss(g, "z", outputs, features), out="dz")
     g.outputs.append(port("dz", (BATCH, *outputs)))
     return Session(g.to_bytes(), training=True)
 
@@ -124,8 +120,6 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
             "bce": lambda: functional.binary_cross_entropy_with_logits(
                 x, target, pos_weight=None if weight is None else weight.reshape(along), reduction="none"
             ),
-            "focal": lambda: focal(x, target),
-            "dice": lambda: dice(x, target),
             "mse": lambda: functional.mse_loss(x, target, reduction="none"),
             "l1": lambda: functional.l1_loss(x, target, reduction="none"),
             "huber": lambda: functional.huber_loss(
@@ -133,7 +127,7 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
             ),
             "distill": lambda: distill(x, target, float(extra[step_contract.TEMPERATURE])),
         }
-        mean = sum(w * of_sample[n]().reshape(len(x), -1).mean(1) for n, w in terms(features.loss)).mean()
+        mean = of_sample[features.loss]().mean()
     mean.backward()
     assert leaf.grad is not None
     found = {step_contract.LOSS: mean, "dz": leaf.grad}

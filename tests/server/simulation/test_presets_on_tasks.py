@@ -44,15 +44,14 @@ class Task:
 TASKS = {
     "regression": Task("perceptron", {"loss": "mse", "metric": "mae"}, "values"),
     "segmentation": Task("attention_unet", {"metric": "miou"}),
-    "several masks": Task("deep_lab", {"loss": "dice", "metric": "ap"}, "masks"),
+    "several masks": Task("deep_lab", {"loss": "bce", "metric": "ap"}, "masks"),
     "autoencoder": Task("auto_encoder", {"loss": "mse"}, "inputs"),
     "language": Task("alibi", {"metric": "perplexity"}),
     "adapters": Task("reader"),
     "frozen adapters": Task("lora_reader"),
     "several inputs": Task("fusion", {"loss": "custom"}),
     "outputs of two layers": Task("fusion"),
-    "embedding": Task("face_net", {"loss": "infonce"}, "identities"),
-    "sequences": Task("wave_net", {"loss": "ctc"}),
+    "sequences": Task("wave_net"),
     "normalised weights": Task("tcn", {"loss": "mse"}),
 }
 
@@ -86,12 +85,9 @@ def drawn(task: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.nd
         return x, rng.integers(0, 2, (count, *outputs)).astype(np.float32)
     if of.labels == "inputs":
         return x, x
-    if of.labels == "identities":
-        return x, rng.integers(0, 4, count)
     if of.net == "fusion" and not of.recipe:
         return x, rng.integers(0, *outputs, count)
-    y = whole_models.labels(of.net, count, seed)
-    return x, np.where(np.arange(y.shape[-1]) < 5, y, 0) if of.recipe.get("loss") == "ctc" else y
+    return x, whole_models.labels(of.net, count, seed)
 
 
 def refused(strategy: str, options: dict[str, Any], task: str) -> bool:

@@ -1,4 +1,4 @@
-"""Losses of samples [n] in torch, in any precision, of outputs and labels: what built-in losses must compute."""
+"""Losses of samples [n] in torch, in any precision: what built-in losses and the examples must compute."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def absolute(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def ctc(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    steps, lengths = torch.full((len(y),), z.shape[2]), (y > 0).sum(1)
+    """Steps of negative labels are after a sample's end."""
+    steps, lengths = (y >= 0).sum(1), (y > 0).sum(1)
     return functional.ctc_loss(
-        z.permute(2, 0, 1).log_softmax(2), y, steps, lengths, reduction="none", zero_infinity=True
+        z.permute(2, 0, 1).log_softmax(2), y.clamp(min=0), steps, lengths, reduction="none", zero_infinity=True
     )
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from typing import Any
 
 from fedprune.core import validation
@@ -34,11 +32,10 @@ class Features:
         proximal: Per trained tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
         element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
         gradients: The gradients are outputs, too.
-        loss: One of `LOSSES`, or a weighted sum of some (`terms`); `custom` for the model's own.
+        loss: One of `LOSSES`; `custom` for the model's own.
         metric: One of `METRICS_OF` these labels, or empty: the graph's metadata has what measures it.
         label_smoothing: A share of every label is spread over all classes (cross-entropy).
-        ignore_label: Labels of this class count for nothing (cross-entropy), or mark steps after a sample's end (ctc);
-            None for none.
+        ignore_label: Labels of this class count for nothing (cross-entropy); None for none.
         optimizer: One of `OPTIMIZERS`.
         clip: Gradients are scaled down to a global norm.
         accumulate: A batch can be split into parts, whose gradients are summed.
@@ -78,13 +75,12 @@ class Features:
 
     def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         """One sample's labels for outputs of this shape; a model's own loss may take others."""
-        kind = labels_of(self.loss)
-        return {"classes": outputs[1:], "identities": (), "sequence": outputs[1:]}.get(kind, outputs)
+        return outputs[1:] if self.counts else outputs
 
     @property
     def counts(self) -> bool:
         """Whether labels of a built-in loss are whole numbers."""
-        return labels_of(self.loss) in ("classes", "identities", "sequence")
+        return labels_of(self.loss) == "classes"
 
     @property
     def scores(self) -> bool:
@@ -119,54 +115,22 @@ JUDGED = ("classes", MULTI)
 
 LABELS_OF = {
     "cross_entropy": "classes",
-    **dict.fromkeys(("bce", "focal", "dice"), MULTI),
+    "bce": MULTI,
     **dict.fromkeys(("mse", "l1", "huber", DISTILL), "values"),
-    **dict.fromkeys(("infonce", "triplet"), "identities"),
-    "ctc": "sequence",
     CUSTOM: "own",
 }
-"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, values, the number of what a
-sample shows, the numbers of a sequence of classes, or its own."""
+"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, values, or its own."""
 
 LOSSES = tuple(LABELS_OF)
 
-LOSSES_OF_LOGITS = frozenset({"cross_entropy", "bce", "focal", "dice", DISTILL, "ctc"})
+LOSSES_OF_LOGITS = frozenset({"cross_entropy", "bce", DISTILL})
 """Losses that apply a sigmoid or softmax themselves."""
-
-_SUM = "or a sum of these for labels of one kind, such as '0.5*bce + 0.5*dice'"
-_TERM = re.compile(r"(?:([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)\*)?([a-z_0-9]+)", re.ASCII)
-_MOST_LETTERS = 200
-
-
-@lru_cache
-def terms(loss: str) -> tuple[tuple[str, float], ...]:
-    """The built-in losses that a recipe's loss is the sum of, and their weights: `0.5*bce + 0.5*dice`, or one alone.
-    Raises `ConfigError` if it is neither, or its losses take labels of different kinds."""
-    if loss in LABELS_OF:
-        return ((loss, 1.0),)
-    parts = [_TERM.fullmatch(part.strip()) for part in loss[:_MOST_LETTERS].split("+")]
-    found = tuple((m[2], float(m[1] or 1)) for m in parts if m is not None)
-    names = [name for name, _ in found]
-    if len(loss) > _MOST_LETTERS or len(found) < max(2, len(parts)) or not set(names) <= set(LABELS_OF):
-        raise ConfigError(("recipe", "loss"), expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(loss))
-    if len(set(names)) < len(names):
-        raise ConfigError(("recipe", "loss"), expected="every loss of a sum once", got=shown(loss))
-    for _, weight in found:
-        validation.number(("recipe", "loss"), weight, 1e-6, 1e6)
-    kinds = {name: LABELS_OF[name] for name in names}
-    if len(set(kinds.values())) > 1 or CUSTOM in kinds:
-        raise ConfigError(
-            ("recipe", "loss"),
-            expected="a sum of built-in losses that compare with labels of the same kind",
-            got=", ".join(f"{name} ({kind})" for name, kind in kinds.items()),
-            hint="A loss of your own may combine any.",
-        )
-    return found
 
 
 def labels_of(loss: str) -> str:
-    """The labels that a recipe's loss compares with, as in `LABELS_OF`. Raises `ConfigError` as `terms` does."""
-    return LABELS_OF[terms(loss)[0][0]]
+    """The labels that a loss compares with, as in `LABELS_OF`. Raises `ConfigError` if there is no such loss."""
+    validation.word(("recipe", "loss"), loss, LOSSES)
+    return LABELS_OF[loss]
 
 
 METRICS_OF = {
@@ -214,18 +178,14 @@ class Recipe:
             its negatives over its positives.
         max_steps: Upper limit of steps, 0 for none.
         loss: `cross_entropy` (one class per sample, or per place of it), `bce` (labels 0 or 1 of every class, from
-            logits), `focal` (Lin et al. 2017, eq. 4, with γ = 2) or `dice` (soft overlap of each class's places) with
-            such labels, too; `mse`, `l1` or `huber` (numbers to predict); `infonce` (Khosla et al. 2020, eq. 2) or
-            `triplet` (Hermans et al. 2017, eq. 5), which compare the samples of a batch; `ctc` (Graves et al. 2006:
-            sequences of classes without their places); `distill` (Hinton et al. 2015: labels are a teacher's outputs);
-            a sum of some of these for labels of one kind, such as `0.5*bce + 0.5*dice`; or `custom`: the model's own.
+            logits), `mse`, `l1` or `huber` (numbers to predict), `distill` (Hinton et al. 2015: labels are a teacher's
+            outputs), or `custom`: the model's own.
         metric: By what models are judged in addition to loss and accuracy: of classes `miou` (mean over classes of the
             overlap of places with them and guessed ones, over their union) or `perplexity`; of labels 0 or 1 `ap`
             (average precision, the mean over classes, by 200 bins of the sigmoid); of values `rmse` or `mae`;
             `custom`: the model's own, which is reported as its score. Empty for none.
         label_smoothing: Share of every label that is spread over all classes (cross-entropy).
-        ignore_label: Labels of this class count for nothing (cross-entropy), such as unlabelled pixels;
-            with ctc they mark the steps after a sample's end.
+        ignore_label: Labels of this class count for nothing (cross-entropy), such as unlabelled pixels.
         huber_delta: From this error on the Huber loss grows linearly.
         optimizer: `sgd`, `adam` or `adamw`, as in torch.optim, or `lion` (Chen et al. 2023, Alg. 2), which needs as
             little memory as SGD; state starts at zero every round, unless `keep_optimizer_state` is set.
@@ -294,7 +254,7 @@ class Recipe:
     mask_absent_classes: bool = False
     balance_classes: bool = False
     max_steps: int = bounded(0, 0, 10**9)
-    loss: str = "cross_entropy"
+    loss: str = one_of("cross_entropy", LOSSES)
     label_smoothing: float = bounded(0.0, 0, 1)
     huber_delta: float = bounded(1.0, 1e-6, 1e6)
     optimizer: str = one_of("sgd", OPTIMIZERS)
@@ -344,11 +304,6 @@ class Recipe:
 
     def _check(self) -> None:
         check_fields(self, ("recipe",))
-        if not isinstance(self.loss, str):
-            raise ConfigError(("recipe", "loss"), expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(self.loss))
-        if len(parts := terms(self.loss)) > 1:
-            written = (name if weight == 1 else f"{weight:.9g}*{name}" for name, weight in parts)
-            object.__setattr__(self, "loss", " + ".join(written))
         if self.metric:
             validation.word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
@@ -363,7 +318,7 @@ class Recipe:
             "logit_adjustment": ("cross_entropy",),
             "mask_absent_classes": ("cross_entropy",),
             "label_smoothing": ("cross_entropy",),
-            "ignore_label": ("cross_entropy", "ctc"),
+            "ignore_label": ("cross_entropy",),
             "balance_classes": ("cross_entropy", "bce"),
         }
         for name, losses in fitting.items():
@@ -447,8 +402,7 @@ class Recipe:
     @property
     def mixes(self) -> bool:
         """Whether labels of this task can be mixed (mixup)."""
-        named = dict(terms(self.loss))
-        return labels_of(self.loss) in (*JUDGED, "values") and self.ignore_label is None and DISTILL not in named
+        return self.loss not in (CUSTOM, DISTILL) and self.ignore_label is None
 
     @property
     def judged_by(self) -> str:

@@ -6,11 +6,9 @@ outputs (of each place), such as classes.
 
 Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
-    `y`: the labels, for outputs [N, K, ...]. Their form depends on the loss, and must suit each loss of a sum:
+    `y`: the labels, for outputs [N, K, ...]. Their form depends on the loss:
         `cross_entropy`: int64 [N, ...], classes;
-        `infonce`, `triplet`: int64 [N], identities;
-        `ctc`: int64 [N, steps], classes from 1, then zeros;
-        `bce`, `focal`, `dice`: float32 of the outputs' shape, from 0 to 1;
+        `bce`: float32 of the outputs' shape, from 0 to 1;
         `distill`: float32 of the outputs' shape, a teacher's outputs;
         `custom`: the form that the model's own loss takes;
         other losses: float32 of the outputs' shape.
@@ -57,7 +55,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model.recipe import DISTILL, OPTIMIZERS, Recipe, terms
+from fedprune.model.recipe import DISTILL, OPTIMIZERS, Recipe
 
 X = "x"
 Y = "y"
@@ -226,10 +224,9 @@ def loss_numbers(recipe: Recipe) -> dict[str, Array]:
     out: dict[str, Array] = {}
     if recipe.label_smoothing:
         out[LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
-    named = dict(terms(recipe.loss))
-    if "huber" in named:
+    if recipe.loss == "huber":
         out[HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
-    if DISTILL in named:
+    if recipe.loss == DISTILL:
         out[TEMPERATURE] = np.array(recipe.distill_temperature, np.float32)
     return out
 

@@ -12,7 +12,7 @@ import numpy as np
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import Recipe, labels_of, terms
+from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import trained_tensors
 from fedprune.planning.costs import (
     AUGMENT_COPIES,
@@ -292,21 +292,12 @@ def memory_use(
     # Where labels are numbers, they are held as they were read, and as float32; one class per sample hardly counts.
     size = math.prod(recipe.features.target_shape(architecture.output_shape))
     labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
-    copies = sum(LOSS_COPIES[name] for name, _ in terms(recipe.loss))
-    losses = int(FLOAT * _loss_size(architecture.output_shape, recipe.loss, batch) * copies)
+    outputs = 0 if len(architecture.output_shape) == 1 else batch * math.prod(architecture.output_shape)
+    losses = int(FLOAT * outputs * LOSS_COPIES[recipe.loss])
     copies = AUGMENT_COPIES + NOISE_COPIES * any(a.startswith("noise") for a in recipe.augment) if recipe.augment else 0
     augmented = int(FLOAT * batch * math.prod(architecture.input_shape) * copies)
     use = replace(use, samples=use.samples + labels, activations=use.activations + losses + augmented)
     return replace(use, learnt=correction.memory_beyond(use))
-
-
-def _loss_size(outputs: tuple[int, ...], loss: str, batch: int) -> int:
-    """Numbers in one of the arrays that `LOSS_COPIES` counts, for a whole batch."""
-    if labels_of(loss) == "identities":
-        return int((batch * math.prod(outputs[:-1])) ** 2)
-    if labels_of(loss) == "sequence":
-        return int(batch * outputs[-1] * (2 * outputs[-1] + 1))
-    return 0 if len(outputs) == 1 else batch * math.prod(outputs)
 
 
 def _trained(
