@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 
-from fedprune.core.validation import instance, texts, whole
+from fedprune.core.validation import instance, texts
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import TRAINING
@@ -21,7 +21,6 @@ from fedprune_export.precision import Trials
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from fedprune_export.reports.report import Accuracy, Report
-from fedprune_export.training.memory import Fitted, fitted
 from fedprune_export.training.step_graph import training_step
 
 
@@ -33,7 +32,6 @@ def export(
     scorer: str | None = None,
     data: str | Path | LabelledData | None = None,
     precisions: Sequence[str] = (),
-    memory_limit: int | None = None,
     opset: int | None = None,
     class_names: Sequence[str] = (),
 ) -> Report:
@@ -46,14 +44,12 @@ def export(
             it, where the model has these ranks, else by magnitude.
         data: Samples to measure the model on, whole and as cut: a `.npz` file with x and y.
         precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`).
-        memory_limit: Bytes that the training process may take: activations are computed again as far as it needs.
         opset: Opset of the inference graph; by default one that every supported onnxruntime loads.
         class_names: Names of the classes; by default those of the model's folder, if it has them.
 
     Raises:
         ConfigError: An argument is of another type, or there is no such scorer.
         ModelError: The model can't be trained, or the cut computes something else.
-        PlanError: The training step doesn't fit the memory limit.
         DataError: The samples can't be read or don't fit the model.
         BundleError: The folder holds something else.
         StorageError: The folder can't be written.
@@ -63,8 +59,6 @@ def export(
     instance("folder", folder, (str, Path), "the path of a folder")
     instance("data", data, (str, Path, LabelledData, NoneType), "a .npz file, or LabelledData")
     precisions, class_names = texts("precisions", precisions), texts("class_names", class_names)
-    if memory_limit is not None:
-        whole("memory_limit", memory_limit, 1)
     folder, recipe, profile = Path(folder), plan.recipe, plan.profile
     if isinstance(data, (str, Path)):
         data = measured(Path(data), model, recipe)
@@ -74,9 +68,8 @@ def export(
         ranked_by = scorer or "magnitude"
         ranking = ranks(score(ranked_by, model.architecture, model.tensors))
     selection = Selection.of(model.architecture, plan.widths, ranking)
-    memory = None if memory_limit is None else _fitted(model, plan, memory_limit)
-    step = training_step(model, recipe.features, plan.unit) if memory is None else memory.graph
-    files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
+    step = training_step(model, recipe.features, plan.unit).to_bytes()
+    files = bundle_files(model, selection, recipe, training=step, opset=opset)
     error = parity(model, selection, files)
     try_step(model, recipe, files, TRAINING)
     trials = Trials(model, selection.widths, files, data).all(precisions) if precisions else ()
@@ -91,7 +84,6 @@ def export(
         parity=error,
         accuracy=None if data is None else _accuracy(model, selection, data),
         trials=trials,
-        memory=memory,
         folder=folder,
         replaced=is_bundle(folder),
     )
@@ -100,12 +92,6 @@ def export(
         files[tensorrt_config.NAME] = EnginePlan().to_json().encode()
     write_bundle(folder, files, selection, recipe, profile.name, class_names or model.class_names)
     return report
-
-
-def _fitted(model: Model, plan: BoardPlan, limit: int) -> Fitted:
-    batch = min(plan.recipe.micro_batch, plan.samples)
-    step = training_step(model, plan.recipe.features, plan.unit)
-    return fitted(step, model.architecture, plan.widths, batch, limit)
 
 
 def _accuracy(model: Model, selection: Selection, data: LabelledData) -> Accuracy:

@@ -72,7 +72,6 @@ WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
     "model that is no model": ("export", "model", {"model": OTHER}),
     "plan that is a name": ("export", "plan", {"plan": BOARD}),
     "data": ("export", "data", {"data": 3}),
-    "memory": ("export", "memory_limit", {"memory_limit": "200MB"}),
     "numbers of classes": ("export", "class_names: an entry", {"class_names": [1, 2]}),
 }
 

@@ -81,12 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--joules-per-round", type=joules, metavar="J", help="what a round's training may take beyond the idle board's"
     )
     parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
-    parser.add_argument(
-        "--memory-limit",
-        type=byte_count,
-        metavar="BYTES",
-        help="what the training process may take, such as 200MB: activations are computed again as far as it needs",
-    )
     parser.add_argument("--opset", type=whole_number, metavar="N", help="opset of the inference graph (default: 17)")
     parser.add_argument(
         "--class-names",
@@ -208,7 +202,6 @@ def _export(
         scorer=arguments.scorer,
         data=data,
         precisions=arguments.precision,
-        memory_limit=arguments.memory_limit,
         opset=arguments.opset,
         class_names=arguments.class_names,
     )
@@ -246,10 +239,7 @@ def _body(name: str, result: fx.Report | FedpruneError) -> dict[str, Any]:
 
 
 def _remarks(reports: Mapping[str, fx.Report]) -> Iterator[str]:
-    """Memory, notes, warnings and advice; a note of several targets comes once."""
-    for name, report in reports.items():
-        if report.memory is not None:
-            yield f"{name}: {report.memory.describe()}"
+    """Notes, warnings and advice; a note of several targets comes once."""
     for note in dict.fromkeys(note for r in reports.values() for note in r.plan.chosen.notes):
         yield f"{', '.join(n for n, r in reports.items() if note in r.plan.chosen.notes)}: {note}"
     for name, report in reports.items():

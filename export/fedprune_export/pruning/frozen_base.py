@@ -19,7 +19,6 @@ from fedprune.model.architecture import Architecture, BaseSpec
 from fedprune.model.axis import Axis, Layer
 from fedprune.model.step_contract import base, base_scale
 from fedprune_export.ir.graph import Array, Graph, Node
-from fedprune_export.ir.liveness import gate
 
 PRECISIONS = ("float16", "int8")
 
@@ -138,10 +137,16 @@ def read_low(graph: Graph, frozen: FrozenBase) -> None:
     """Let a graph read its base in the stored precision; the caller gives it inputs or external data of these names.
 
     Each reader gets a dequantised copy of its own, so that none lives longer than a layer. It waits for the reader's
-    other input (`ir.liveness.gate`): onnxruntime would otherwise merge copies of one weight, and might make all of them
+    other input (`_gate`): onnxruntime would otherwise merge copies of one weight, and might make all of them
     before the first layer. Rows of embeddings are looked up before they are dequantised.
     """
     _Reads(graph, frozen).write()
+
+
+def _gate(graph: Graph, value: str) -> str:
+    """A number [1] of int64 that is there as soon as a value is, and that no optimiser knows."""
+    flat = graph.emit("Reshape", value, graph.ints(-1))
+    return graph.emit("Cast", graph.emit("Gather", flat, graph.ints(0)), attrs={"to": 7})
 
 
 class _Reads:
@@ -189,7 +194,7 @@ class _Reads:
             return base(name)
         low = base(name)
         if free:
-            zeros = self._graph.emit("Mul", gate(self._graph, free[0]), self._graph.ints(*[0] * rank))
+            zeros = self._graph.emit("Mul", _gate(self._graph, free[0]), self._graph.ints(*[0] * rank))
             low = self._graph.emit("Reshape", low, zeros)
         if order != tuple(range(rank)):
             # As it is stored, an array is half or a quarter as large as its float32 numbers.

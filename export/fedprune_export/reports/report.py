@@ -29,7 +29,6 @@ from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.memory import Fitted
 
 _FIGURES = (
     ("parameters", "parameters", ""),
@@ -116,7 +115,6 @@ class Report:
         parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
             masked, relative to the largest output.
         trials: The lower precisions that the bundle has, too.
-        memory: How the training step was fitted to a memory limit, if there was one.
     """
 
     model: Model
@@ -128,7 +126,6 @@ class Report:
     folder: Path
     accuracy: Accuracy | None = None
     trials: tuple[Trial, ...] = ()
-    memory: Fitted | None = None
     replaced: bool = False
 
     @property
@@ -207,7 +204,6 @@ class Report:
     def __str__(self) -> str:
         before, after = self.before, self.after
         lines = [f"replaced: the bundle that was in {self.folder}"] if self.replaced else []
-        lines += [] if self.memory is None else [self.memory.describe()]
         lines += [
             str(self.plan),
             f"parameters: {before.parameters:,} -> {after.parameters:,}",

@@ -182,7 +182,6 @@ def test_an_operator_that_can_not_be_trained_is_named(
         ("", ("--target", "toaster"), ExitCode.PROFILE, "toaster"),
         ("", ("--bytes-per-round", "10"), ExitCode.PLAN, "bytes"),
         ("", ("--input-shape", "3,28,28"), ExitCode.MODEL, "expected [1, 28, 28], got [3, 28, 28]"),
-        ("", ("--memory-limit", "100"), ExitCode.PLAN, "expected at most 100 bytes, got"),
     ],
 )
 def test_what_can_not_be_exported_is_one_line(
@@ -238,23 +237,3 @@ def without(package: str, model: Path, out: Path) -> subprocess.CompletedProcess
 def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
     done = without("torch", lenet_file, tmp_path / "b")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_memory_limit_is_kept(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    large = ("--density", "1", "--set", "batch_size=1000")
-    assert export(lenet_file, tmp_path / "free", *large, "--memory-limit", "2GB") == ExitCode.OK
-    said = capsys.readouterr().out
-    assert "memory of a training step: " in said
-    assert "computed again" not in said
-    free = float(said.partition("memory of a training step: ")[2].split()[0])
-    limit = f"{0.95 * free:.1f}MB"
-    assert export(lenet_file, tmp_path / "tight", *large, "--memory-limit", limit) == ExitCode.OK
-    assert "computed again" in capsys.readouterr().out
-    assert (tmp_path / "tight" / "training.onnx").read_bytes() != (tmp_path / "free" / "training.onnx").read_bytes()
-
-
-@pytest.mark.parametrize("text", ["", "0", "1TB", "200 pounds"])
-def test_a_memory_limit_is_an_amount(lenet_file: Path, tmp_path: Path, text: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        export(lenet_file, tmp_path / "b", f"--memory-limit={text}")
-    assert ended.value.code == ExitCode.USAGE
