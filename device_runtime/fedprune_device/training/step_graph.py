@@ -32,8 +32,8 @@ Array = npt.NDArray[Any]
 _NUMBERS = frozenset(
     {
         *(step_contract.Y_PARTNER, step_contract.Y_SHARE),
-        *(step_contract.LABEL_SMOOTHING, step_contract.HUBER_DELTA, step_contract.TEMPERATURE),
-        *(step_contract.CLIP_NORM, step_contract.DIVISOR),
+        *step_contract.LOSS_SETTINGS,
+        *(step_contract.LABEL_SMOOTHING, step_contract.CLIP_NORM, step_contract.DIVISOR),
         *(step_contract.LOGIT_OFFSET, step_contract.CLASS_WEIGHT, step_contract.CLASS_MASK, step_contract.OUTPUT_SCALE),
     }
 )

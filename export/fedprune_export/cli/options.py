@@ -12,7 +12,7 @@ from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, meant, remedy
 from fedprune.core.json_file import read_json
-from fedprune.model.recipe import CUSTOM, LABELS_OF, LIST_SETTINGS, LOSSES, METRICS_OF, Recipe, labels_of
+from fedprune.model.recipe import CUSTOM, LIST_SETTINGS, LOSSES, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec
@@ -188,7 +188,7 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
 def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
     """The user's own `loss` or `metric` that the command line names; None for a built-in one, or none."""
     text: str | None = getattr(arguments, name, None)
-    built_in = [n for n in (LABELS_OF if name == "loss" else METRICS_OF["own"]) if n != CUSTOM]
+    built_in = [n for n in (LOSSES if name == "loss" else METRICS_OF["own"]) if n != CUSTOM]
     if text is None or text in built_in:
         return None
     if ":" not in text and not text.endswith(".onnx"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.recipe import DISTILL, MULTI, Features, labels_of
+from fedprune.model.recipe import DISTILL, LOSSES, MULTI, Features
 from fedprune_export.autodiff.tape import BATCH, Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.operators.reductions import elements_of
@@ -67,8 +67,10 @@ def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Featur
         logits = g.emit("Where", present, logits, g.scalar(0))
     if features.class_weight:
         g.inputs.append(port(step_contract.CLASS_WEIGHT, outputs[:1]))
-    parts = _LOSSES[features.loss](g, logits, outputs, features) if own is None else _of_graph(g, logits, own)
-    if labels_of(features.loss) == MULTI:
+    if setting := LOSSES[features.loss].setting:
+        g.inputs.append(port(setting, ()))
+    parts = _WRITERS[features.loss](g, logits, outputs, features) if own is None else _of_graph(g, logits, own)
+    if LOSSES[features.loss].labels == MULTI:
         right = g.emit("Greater", step_contract.Y, g.scalar(0.5))
         count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), right))
     share = _share(g, parts, features)
@@ -250,10 +252,9 @@ def _mse(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) ->
 
 def _huber(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
     """Huber's error of every output: with c = min(|d|, δ) it is c·(|d| − c/2), its slope d within ±δ."""
-    g.inputs.append(port(step_contract.HUBER_DELTA, ()))
     d = g.emit("Sub", logits, step_contract.Y)
     size = g.emit("Abs", d)
-    c = g.emit("Min", size, step_contract.HUBER_DELTA)
+    c = g.emit("Min", size, "huber_delta")
     each = g.emit("Mul", c, g.emit("Sub", size, g.emit("Mul", c, g.scalar(0.5))))
     return _mean(g, each, g.emit("Mul", g.emit("Sign", d), c), outputs)
 
@@ -277,8 +278,7 @@ def _distill(g: Graph, logits: str, outputs: tuple[int, ...], features: Features
             expected="[n, classes, ...], with two classes or more",
             got=shape_text("n", *outputs),
         )
-    g.inputs.append(port(step_contract.TEMPERATURE, ()))
-    heat, places = step_contract.TEMPERATURE, math.prod(outputs[1:])
+    heat, places = "distill_temperature", math.prod(outputs[1:])
     student, teacher = (g.emit("Div", value, heat) for value in (logits, step_contract.Y))
     own, aim = (g.emit("Softmax", value, attrs={"axis": 1}) for value in (student, teacher))
     log_own, log_aim = (g.emit("LogSoftmax", value, attrs={"axis": 1}) for value in (student, teacher))
@@ -289,7 +289,7 @@ def _distill(g: Graph, logits: str, outputs: tuple[int, ...], features: Features
     return _Parts(row, partial(g.emit, "Mul", slope))
 
 
-_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "l1": _l1, "huber": _huber, DISTILL: _distill}
+_WRITERS = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "l1": _l1, "huber": _huber, DISTILL: _distill}
 
 
 def _mean(g: Graph, each: str, slope: str, outputs: tuple[int, ...]) -> _Parts:

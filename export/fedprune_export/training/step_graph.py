@@ -6,7 +6,7 @@ from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.lengths import LENGTH
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM, LOSSES, LOSSES_OF_LOGITS, Features
+from fedprune.model.recipe import CUSTOM, LOSSES, Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
@@ -116,7 +116,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
 
 def _check_logits(model: Model, features: Features) -> None:
     """Make sure that a loss of logits gets some. Raises `ModelError` if the model ends in probabilities."""
-    if features.loss not in LOSSES_OF_LOGITS:
+    if not LOSSES[features.loss].reads_logits:
         return
     maker = maker_of_probabilities(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
     if maker is None:

@@ -71,8 +71,8 @@ def numbers(seed: int) -> dict[str, Array]:
         step_contract.CLASS_WEIGHT: rng.uniform(0.1, 3, K).astype(np.float32),
         step_contract.CLASS_MASK: np.array([1, 0, 1, 1], np.float32),
         step_contract.LABEL_SMOOTHING: np.array(rng.uniform(0, 1), np.float32),
-        step_contract.HUBER_DELTA: np.array(rng.uniform(0.1, 3), np.float32),
-        step_contract.TEMPERATURE: np.array(rng.uniform(0.5, 5), np.float32),
+        "huber_delta": np.array(rng.uniform(0.1, 3), np.float32),
+        "distill_temperature": np.array(rng.uniform(0.5, 5), np.float32),
         step_contract.Y_SHARE: np.array(rng.choice([0, 1, rng.uniform(0, 1)]), np.float32),
     }
 
@@ -122,10 +122,8 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
             ),
             "mse": lambda: functional.mse_loss(x, target, reduction="none"),
             "l1": lambda: functional.l1_loss(x, target, reduction="none"),
-            "huber": lambda: functional.huber_loss(
-                x, target, reduction="none", delta=float(extra[step_contract.HUBER_DELTA])
-            ),
-            "distill": lambda: distill(x, target, float(extra[step_contract.TEMPERATURE])),
+            "huber": lambda: functional.huber_loss(x, target, reduction="none", delta=float(extra["huber_delta"])),
+            "distill": lambda: distill(x, target, float(extra["distill_temperature"])),
         }
         mean = of_sample[features.loss]().mean()
     mean.backward()

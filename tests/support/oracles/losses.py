@@ -27,7 +27,7 @@ def data_loss(loss: str, outputs: npt.NDArray[np.float32], targets: Array, terms
     size = np.abs(z - y)
     if loss == "mse":
         return float(np.mean(size**2))
-    c = np.minimum(size, float(terms.get(step_contract.HUBER_DELTA, 1.0)))
+    c = np.minimum(size, float(terms.get("huber_delta", 1.0)))
     return float(np.mean(c * (size - c / 2)))
 
 

@@ -20,7 +20,7 @@ ADAM = {step_contract.LR, step_contract.WEIGHT_DECAY, step_contract.BETA1, step_
     [
         (Recipe(), SGD),
         (Recipe(clip_norm=1, label_smoothing=0.1), SGD | {step_contract.CLIP_NORM, step_contract.LABEL_SMOOTHING}),
-        (Recipe(optimizer="adam", loss="huber"), ADAM | {step_contract.HUBER_DELTA}),
+        (Recipe(optimizer="adam", loss="huber"), ADAM | {"huber_delta"}),
         (Recipe(optimizer="adamw", loss="mse"), ADAM),
     ],
 )

@@ -25,7 +25,7 @@ class Metric:
         title: Its name for people.
         higher: Whether more is better.
         share: Whether it is a share from 0 to 1, shown in percent.
-        labels: The kinds of labels (`fedprune.model.recipe.LABELS_OF`) that a recipe may ask for it with.
+        labels: The kinds of labels (`fedprune.model.recipe.LOSSES`) that a recipe may ask for it with.
     """
 
     name: str

@@ -113,29 +113,45 @@ MULTI = "multi"
 JUDGED = ("classes", MULTI)
 """Labels that outputs are right or wrong about."""
 
-LABELS_OF = {
-    "cross_entropy": "classes",
-    "bce": MULTI,
-    **dict.fromkeys(("mse", "l1", "huber", DISTILL), "values"),
-    CUSTOM: "own",
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """All that is known of a loss besides its graph (`fedprune_export.training.losses`).
+
+    Attributes:
+        labels: What it compares with: `classes` (the number of one), `multi`, `values`, or its `own`.
+        copies: Arrays of the size of a model's output that it needs in addition, where outputs are of places; one row
+            of outputs per sample is too small to count. Counted in training graphs of U-Nets with 2 to 40 classes.
+        reads_logits: It applies a sigmoid or softmax itself.
+        setting: The number of the recipe that its graph reads, by the same name.
+    """
+
+    labels: str
+    copies: float = 0.0
+    reads_logits: bool = False
+    setting: str = ""
+
+
+LOSSES = {
+    "cross_entropy": Loss(labels="classes", copies=1.5, reads_logits=True),
+    "bce": Loss(labels=MULTI, copies=5.5, reads_logits=True),
+    "mse": Loss(labels="values"),
+    "l1": Loss(labels="values"),
+    "huber": Loss(labels="values", copies=2.5, setting="huber_delta"),
+    DISTILL: Loss(labels="values", copies=6.0, reads_logits=True, setting="distill_temperature"),
+    CUSTOM: Loss(labels="own", copies=8.0),  # as many as a focal loss needs
 }
-"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, values, or its own."""
-
-LOSSES = tuple(LABELS_OF)
-
-LOSSES_OF_LOGITS = frozenset({"cross_entropy", "bce", DISTILL})
-"""Losses that apply a sigmoid or softmax themselves."""
 
 
 def labels_of(loss: str) -> str:
-    """The labels that a loss compares with, as in `LABELS_OF`. Raises `ConfigError` if there is no such loss."""
-    validation.word(("recipe", "loss"), loss, LOSSES)
-    return LABELS_OF[loss]
+    """The labels that a loss compares with. Raises `ConfigError` if there is no such loss."""
+    validation.word(("recipe", "loss"), loss, tuple(LOSSES))
+    return LOSSES[loss].labels
 
 
 METRICS_OF = {
     kind: (*(name for name, metric in METRICS.items() if kind in metric.labels), CUSTOM)
-    for kind in dict.fromkeys(LABELS_OF.values())
+    for kind in dict.fromkeys(loss.labels for loss in LOSSES.values())
 }
 """Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own."""
 
@@ -254,7 +270,7 @@ class Recipe:
     mask_absent_classes: bool = False
     balance_classes: bool = False
     max_steps: int = bounded(0, 0, 10**9)
-    loss: str = one_of("cross_entropy", LOSSES)
+    loss: str = one_of("cross_entropy", tuple(LOSSES))
     label_smoothing: float = bounded(0.0, 0, 1)
     huber_delta: float = bounded(1.0, 1e-6, 1e6)
     optimizer: str = one_of("sgd", OPTIMIZERS)

@@ -55,7 +55,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model.recipe import DISTILL, OPTIMIZERS, Recipe
+from fedprune.model.recipe import LOSSES, OPTIMIZERS, Recipe
 
 X = "x"
 Y = "y"
@@ -69,8 +69,8 @@ BETA2 = "beta2"
 EPSILON = "epsilon"
 STEP_NUMBER = "step_number"
 LABEL_SMOOTHING = "label_smoothing"
-HUBER_DELTA = "huber_delta"
-TEMPERATURE = "distill_temperature"
+LOSS_SETTINGS = frozenset(loss.setting for loss in LOSSES.values() if loss.setting)
+"""Numbers that single losses read, named as in recipes."""
 CLIP_NORM = "clip_norm"
 DIVISOR = "divisor"
 LOGIT_OFFSET = "logit_offset"
@@ -89,8 +89,8 @@ RESERVED = frozenset(
     {
         *(X, Y, Y_PARTNER, Y_SHARE),
         *(LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
-        *(LABEL_SMOOTHING, HUBER_DELTA, TEMPERATURE, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
-        OUTPUT_SCALE,
+        *LOSS_SETTINGS,
+        *(LABEL_SMOOTHING, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK, OUTPUT_SCALE),
         *(LOSS, HITS, LOGITS),
     }
 )
@@ -224,10 +224,8 @@ def loss_numbers(recipe: Recipe) -> dict[str, Array]:
     out: dict[str, Array] = {}
     if recipe.label_smoothing:
         out[LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
-    if recipe.loss == "huber":
-        out[HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
-    if recipe.loss == DISTILL:
-        out[TEMPERATURE] = np.array(recipe.distill_temperature, np.float32)
+    if setting := LOSSES[recipe.loss].setting:
+        out[setting] = np.array(getattr(recipe, setting), np.float32)
     return out
 
 

@@ -12,12 +12,11 @@ import numpy as np
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import LOSSES, Recipe
 from fedprune.model.trainable import trained_tensors
 from fedprune.planning.costs import (
     AUGMENT_COPIES,
     FLOAT,
-    LOSS_COPIES,
     NOISE_COPIES,
     Costs,
     MemoryBreakdown,
@@ -293,7 +292,7 @@ def memory_use(
     size = math.prod(recipe.features.target_shape(architecture.output_shape))
     labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
     outputs = 0 if len(architecture.output_shape) == 1 else batch * math.prod(architecture.output_shape)
-    losses = int(FLOAT * outputs * LOSS_COPIES[recipe.loss])
+    losses = int(FLOAT * outputs * LOSSES[recipe.loss].copies)
     copies = AUGMENT_COPIES + NOISE_COPIES * any(a.startswith("noise") for a in recipe.augment) if recipe.augment else 0
     augmented = int(FLOAT * batch * math.prod(architecture.input_shape) * copies)
     use = replace(use, samples=use.samples + labels, activations=use.activations + losses + augmented)

@@ -62,12 +62,6 @@ UNROLLED_COPIES = 1.26
 TRANSIENTS = 1.94
 """Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer."""
 
-LOSS_COPIES = {
-    "cross_entropy": 1.5, "bce": 5.5, "mse": 0.0, "l1": 0.0, "huber": 2.5, "distill": 6.0, "custom": 8.0,
-}  # fmt: skip
-"""Arrays of the size of a model's output that a loss needs in addition, counted in training graphs of U-Nets with 2 to
-40 classes; one row of outputs per sample is too small to count. That of a user's own is counted for a focal loss."""
-
 AUGMENT_COPIES, NOISE_COPIES = 3.0, 2.0
 """Arrays of the size of the samples of a step (or of a part of it) that augmentation needs, and how many more with
 noise. Measured with batches of 64 colour images of 224 × 224."""
