@@ -198,7 +198,6 @@ def _read_password() -> str:
         if not line:
             raise UsageError("password", expected="a line on standard input", got="nothing")
         return line.rstrip("\r\n")
-    print(end="", file=sys.stderr)  # ends the spinner: the prompt is written past this process's streams
     first = getpass.getpass("password: ")
     if getpass.getpass("again: ") != first:
         raise UsageError("the passwords differ", hint="Try again.")

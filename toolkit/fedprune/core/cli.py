@@ -26,7 +26,6 @@ from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, Usa
 from fedprune.core.text import sentences
 from fedprune.core.validation import MAX_INT
 from fedprune.output.examples import add_examples
-from fedprune.output.spinner import spinner
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
@@ -59,15 +58,13 @@ def run_command(
     """Parse the command line, run what it asks for and return the exit code; argparse may end the process with
     `SystemExit`."""
     try:
-        with spinner(prog):  # modules with a command's options take seconds to import on a busy machine
-            parser = build_parser()
-            _describe(parser)
-            add_examples(parser)
-            _shorten(parser)
-            _check_options(parser, sys.argv[1:] if argv is None else argv)
-            arguments = parser.parse_args(argv)
-        with spinner(" ".join([prog, *_command_of(arguments)])):
-            code = int(arguments.run(arguments) or ExitCode.OK)
+        parser = build_parser()
+        _describe(parser)
+        add_examples(parser)
+        _shorten(parser)
+        _check_options(parser, sys.argv[1:] if argv is None else argv)
+        arguments = parser.parse_args(argv)
+        code = int(arguments.run(arguments) or ExitCode.OK)
         sys.stdout.flush()
         return code
     except BrokenPipeError as error:
@@ -124,11 +121,6 @@ def _interruption(error: BaseException) -> KeyboardInterrupt | None:
     while error.__cause__ is not None:
         error = error.__cause__
     return error if isinstance(error, KeyboardInterrupt) else None
-
-
-def _command_of(arguments: argparse.Namespace) -> list[str]:
-    command = getattr(arguments, "command", None)
-    return [command] if isinstance(command, str) else []
 
 
 def with_extra(extra: str, run: Command) -> Command:
