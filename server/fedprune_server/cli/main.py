@@ -35,7 +35,6 @@ COMMANDS = {
     "restore": ("store", "make a state folder of a backup"),
     "config": ("config", "check settings, and show where each comes from"),
     "alerts": ("alerts", "try the notifications of alerts"),
-    "service": ("service", "print or install the systemd unit of this server"),
     "health": ("health", "check that a server is alive, by the file that it touches (FEDPRUNE_PULSE)"),
     "crashes": ("observe", "show how boards' programs ended that nobody had ended"),
     "doctor": ("observe", "explain what is wrong with a fleet, and what to do"),

@@ -133,14 +133,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-server config show --config fleet.toml --all",
         "fedprune-server config show --state state --rounds 50",
     ),
-    "fedprune-server service print": (
-        "fedprune-server service print --memory 8G",
-        "fedprune-server service print --config /etc/fedprune/fleet.toml -- --console 8470",
-    ),
-    "fedprune-server service install": (
-        "fedprune-server service install --state /var/lib/fedprune -- --console 8470",
-        "fedprune-server service install --credential server.database=/etc/fedprune/database",
-    ),
     "fedprune-server health": (
         "fedprune-server health",
         "fedprune-server health --pulse /run/fedprune/pulse --within 60 --ready",
