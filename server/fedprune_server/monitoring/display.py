@@ -18,7 +18,7 @@ from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.monitoring.round_rows import round_scores
 from fedprune_server.monitoring.round_times import RoundTimes
-from fedprune_server.observation.observer import Observer, RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.observer import Observer, RoundEnded, ServerEnds, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
@@ -55,11 +55,12 @@ class RoundLines:
         self._times: dict[str, RoundTimes] = {}
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        for event in events:
-            if isinstance(event.what, RoundEnded):
-                self._log(event.what.summary, event.at, snapshot)
+        handle_each(events, lambda event: self._log(event.what, event.at, snapshot))
 
-    def _log(self, summary: Mapping[str, Any], now: float, snapshot: JobSnapshot) -> None:
+    def _log(self, what: object, now: float, snapshot: JobSnapshot) -> None:
+        if not isinstance(what, RoundEnded):
+            return
+        summary = what.summary
         times = self._times.setdefault(snapshot.name, RoundTimes())
         times.note_end(summary["round"], now)
         job = f"{snapshot.name}: " if snapshot.fleet.several_jobs else ""

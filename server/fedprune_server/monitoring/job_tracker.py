@@ -17,7 +17,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_row
 from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Tracking, flat
-from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
 
 _SIMULATED = ("training_macs", "active_macs", "limited")
@@ -64,12 +64,14 @@ class JobTracker:
                 return  # a server that is refused at its start, such as a copy, leaves no trace there
             self._is_started = True
             self._tracking.start()
-        for event in events:
-            match event.what:
-                case RoundEnded(summary, down, up):
-                    self._write(summary, RoundNotes(down, up))
-                case do.Finish(digest):
-                    self._tracking.finish(partial(self._write_model, digest))
+        handle_each(events, self._handle)
+
+    def _handle(self, event: TurnEvent) -> None:
+        match event.what:
+            case RoundEnded(summary, down, up):
+                self._write(summary, RoundNotes(down, up))
+            case do.Finish(digest):
+                self._tracking.finish(partial(self._write_model, digest))
 
     def close(self) -> None:
         self._tracking.close(ENDS_S)

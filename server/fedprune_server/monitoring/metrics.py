@@ -25,7 +25,7 @@ from fedprune.coordination import events as on
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.round_parts import OF_DEVICES, PARTS, begun, ended
-from fedprune_server.observation.observer import RoundEnded, Saved, TurnEnded, TurnEvent
+from fedprune_server.observation.observer import RoundEnded, Saved, TurnEnded, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
 
 STATES = ("working", "idle", "excluded", "offline", "revoked")
@@ -104,8 +104,7 @@ class Metrics:
         if job is None:
             job = self._jobs[snapshot.name] = _JobMetrics(self, snapshot.name)
         self.turned_at, self.connected = now, snapshot.fleet.broker_connected
-        for event in events:
-            job.count(event.what, event.at)
+        handle_each(events, lambda event: job.count(event.what, event.at))
         # Not while the loop waits for its database: who is a member stands there.
         is_turn_over = bool(events) and isinstance(events[-1].what, TurnEnded)
         if is_turn_over and now >= job.shown_at + FIGURES_INTERVAL_S:

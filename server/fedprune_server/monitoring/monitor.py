@@ -48,7 +48,7 @@ from fedprune_server.monitoring.participation import (
 from fedprune_server.monitoring.round_times import RoundTimes
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import SiteFacts, Situation, WatchedJob
-from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import FleetSnapshot, JobSnapshot
 from fedprune_server.storage.state_folder import LOCK, run_id
 
@@ -95,8 +95,7 @@ class JobWatch:
     def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         self._seen = seen
         self.participation.observe(seen, events)
-        for event in events:
-            self._count(event.what, event.at)
+        handle_each(events, lambda event: self._count(event.what, event.at))
         # Once for all events of a turn: the snapshot is of its end.
         refusals = any(isinstance(event.what, (on.OfferRefused, on.UpdateRejected)) for event in events)
         if refusals and seen.phase is Phase.TRAINING and not seen.is_asynchronous:

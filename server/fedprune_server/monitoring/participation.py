@@ -15,7 +15,7 @@ from typing import Any
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
-from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import UNDER_WAY, FleetSnapshot, JobSnapshot
 
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
@@ -88,13 +88,15 @@ class Participation:
 
     def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         self._seen = seen
-        for event in events:
-            match event.what:
-                case DevicesChanged(names):
-                    self._changed |= names
-                case RoundEnded(summary):
-                    self.look()
-                    self._end_round(summary)
+        handle_each(events, self._handle)
+
+    def _handle(self, event: TurnEvent) -> None:
+        match event.what:
+            case DevicesChanged(names):
+                self._changed |= names
+            case RoundEnded(summary):
+                self.look()
+                self._end_round(summary)
 
     def look(self) -> None:
         """Look at the devices that have changed since the last look; call it before asking for absences."""

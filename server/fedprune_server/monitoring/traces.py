@@ -26,7 +26,7 @@ from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress, outcome
 from fedprune.output.log_lines import mark_job
 from fedprune_server.monitoring.round_parts import OF_DEVICES, begun, ended
-from fedprune_server.observation.observer import RoundEnded, ServerEnds, TurnEvent
+from fedprune_server.observation.observer import RoundEnded, ServerEnds, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
@@ -48,8 +48,7 @@ class Traces:
         job = self._jobs.get(snapshot.name)
         if job is None:
             job = self._jobs[snapshot.name] = _JobTraces(self._tracer, snapshot.name)
-        for event in events:
-            job.note(event.what, event.at)
+        handle_each(events, lambda event: job.note(event.what, event.at))
 
 
 class _JobTraces:

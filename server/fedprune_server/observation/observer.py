@@ -88,11 +88,28 @@ class Observer(Protocol):
     """Observes jobs. It decides nothing, and what it raises is logged."""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        """See a job after a turn, and what has happened to it since the last call, in order."""
+        """See a job after a turn, and what has happened to it since the last call, in order. No event comes twice, so
+        that one that can't be handled must not keep the others from being (`handle_each`)."""
+
+
+def handle_each(events: Iterable[TurnEvent], handle: Callable[[TurnEvent], None]) -> None:
+    """Handle every event, also those after one that fails; then raise what the first one raised."""
+    failure: Exception | None = None
+    for event in events:
+        try:
+            handle(event)
+        except Exception as error:  # noqa: BLE001, PERF203 - it is raised below
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+JobTurn = tuple[JobSnapshot, Sequence[TurnEvent]]
+"""A job after a turn, and what has happened to it."""
 
 
 @dataclass
-class _Place:
+class _Subscription:
     """An observer, and what it hasn't seen yet.
 
     Attributes:
@@ -106,9 +123,6 @@ class _Place:
     complain_at: float = 0.0
 
 
-Shown = tuple[JobSnapshot, Sequence[TurnEvent]]
-
-
 class Observers:
     """Shows turns to observers, so that none that fails or is slow ends a turn, or makes it much longer.
 
@@ -117,11 +131,11 @@ class Observers:
     """
 
     def __init__(self, observers: Iterable[Observer] = (), clock: Callable[[], float] = time.monotonic) -> None:
-        self._places = [_Place(observer) for observer in observers]
+        self._subscriptions = [_Subscription(observer) for observer in observers]
         self._clock = clock
         self._is_showing = False
 
-    def show(self, jobs: Sequence[Shown], *, at_once: bool = False) -> None:
+    def show(self, jobs: Sequence[JobTurn], *, at_once: bool = False) -> None:
         """Show each job after a turn.
 
         Args:
@@ -131,30 +145,30 @@ class Observers:
             return  # an observer waits for a lock itself
         self._is_showing = True
         try:
-            for place in self._places:
-                self._show_to(place, jobs, at_once=at_once)
+            for subscription in self._subscriptions:
+                self._show_to(subscription, jobs, at_once=at_once)
         finally:
             self._is_showing = False
 
-    def _show_to(self, place: _Place, jobs: Sequence[Shown], *, at_once: bool) -> None:
+    def _show_to(self, subscription: _Subscription, jobs: Sequence[JobTurn], *, at_once: bool) -> None:
         begun = self._clock()
-        if begun < place.due_at and not at_once:
+        if begun < subscription.due_at and not at_once:
             for snapshot, events in jobs:
-                place.unseen.setdefault(snapshot.name, []).extend(events)
+                subscription.unseen.setdefault(snapshot.name, []).extend(events)
             return
         for snapshot, events in jobs:
-            missed = place.unseen.pop(snapshot.name, None)
+            missed = subscription.unseen.pop(snapshot.name, None)
             try:
-                place.observer.observe(snapshot, [*missed, *events] if missed else events)
+                subscription.observer.observe(snapshot, [*missed, *events] if missed else events)
             except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
-                self._complain(place, error)
+                self._complain(subscription, error)
         now = self._clock()
         if not at_once:
-            place.due_at = now + min((now - begun) / MAX_SHARE, MAX_DEFERRAL_S)
+            subscription.due_at = now + min((now - begun) / MAX_SHARE, MAX_DEFERRAL_S)
 
-    def _complain(self, place: _Place, error: Exception) -> None:
+    def _complain(self, subscription: _Subscription, error: Exception) -> None:
         now = self._clock()
-        if now >= place.complain_at:
-            place.complain_at = now + _COMPLAIN_S
+        if now >= subscription.complain_at:
+            subscription.complain_at = now + _COMPLAIN_S
             what = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {reason(error)}"
-            log.error("observer %s failed, and is called again: %s", type(place.observer).__name__, what)
+            log.error("observer %s failed, and is called again: %s", type(subscription.observer).__name__, what)

@@ -24,9 +24,9 @@ from fedprune_server.monitoring.alerts import HANG_THRESHOLD_S
 from fedprune_server.monitoring.http import served
 from fedprune_server.monitoring.metrics import Metrics
 from fedprune_server.monitoring.round_parts import PARTS
-from fedprune_server.observation.observer import LoopWaits, Observer, RoundEnded, Saved, TurnEnded
+from fedprune_server.observation.observer import LoopWaits, Observer, Observers, RoundEnded, Saved, TurnEnded, TurnEvent
 from fedprune_server.observation.snapshot import Lazy
-from support.fakes.shown_jobs import show
+from support.fakes.shown_jobs import SEEN, show
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -91,6 +91,21 @@ def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
     found = values(metrics)
     for kind in ("diverged", "late", "other"):
         assert found["fedprune_updates_refused_total", (("job", "toy"), ("reason", kind))] == 1
+
+
+def test_an_event_that_cannot_be_counted_takes_no_other_event_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    events = [
+        RoundEnded({"round": 1}),
+        Saved(0.01),
+        RoundEnded({"round": 2, "model": "", "metrics": {}, "devices": {}}),
+    ]
+    Observers([metrics]).show([(SEEN, [TurnEvent(1.0, what) for what in events])])
+    job = (("job", SEEN.name),)
+    figures = values(metrics)
+    assert figures["fedprune_database_save_seconds_count", job] == 1
+    assert figures["fedprune_rounds_finished_total", job] == 2
+    assert "Metrics" in caplog.text
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
-from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent
+from fedprune_server.observation.observer import DevicesChanged, RoundEnded, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot
 from fedprune_server.web.state import rows
 from fedprune_server.web.state.logs import LogTap
@@ -90,15 +90,17 @@ class StatusPublisher:
             self._before[name] = (began, (snapshot.bytes_down, snapshot.bytes_up))
             self._stale = True
         self._jobs[name], self._fleet = snapshot, snapshot.fleet
-        for event in events:
-            match event.what:
-                case DevicesChanged(names):
-                    self.changed(names)
-                case RoundEnded(summary, down, up):
-                    before, counted = self._before[name]
-                    moved = max(0, down - counted[0]), max(0, up - counted[1])
-                    self._before[name] = (summary["at"], (down, up))
-                    self.add(rows.finished_round(name, summary, before, moved))
+        handle_each(events, lambda event: self._handle(name, event))
+
+    def _handle(self, job: str, event: TurnEvent) -> None:
+        match event.what:
+            case DevicesChanged(names):
+                self.changed(names)
+            case RoundEnded(summary, down, up):
+                before, counted = self._before[job]
+                moved = max(0, down - counted[0]), max(0, up - counted[1])
+                self._before[job] = (summary["at"], (down, up))
+                self.add(rows.finished_round(job, summary, before, moved))
 
     def job_of(self, device: str) -> str | None:
         """The job that has a device or had it last; None where none had."""
