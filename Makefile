@@ -10,7 +10,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_run
 
 SHIPPED := toolkit/fedprune toolkit/fedprune_start export/fedprune_export device_runtime/fedprune_device \
 	device_runtime/fedprune_flash server/fedprune_server
-EXTRAS ?= board,completion,console,export,fast,flash,hub,mlflow,parquet,privacy,scale,server,tensorboard,tracing,wandb
+EXTRAS ?= board,completion,console,export,fast,flash,hub,mlflow,notify,parquet,privacy,scale,server,tensorboard,tracing,wandb
 COMMA := ,
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
@@ -146,7 +146,7 @@ COMPILE = $(DEV)/bin/uv pip compile -q --universal --only-binary :all: --no-anno
 pins: $(DEV)/installed
 	$(COMPILE) --python-version 3.11 pyproject.toml $(patsubst %,--extra %,$(subst $(COMMA), ,$(EXTRAS))) -o deploy/constraints.txt
 	$(COMPILE) --python-version 3.11 --generate-hashes -c deploy/constraints.txt pyproject.toml deploy/locks/server.in \
-		--extra server --extra console --extra privacy --extra tracing -o deploy/locks/server.txt
+		--extra server --extra console --extra notify --extra privacy --extra tracing -o deploy/locks/server.txt
 	$(COMPILE) --python-version 3.11 --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
 	$(COMPILE) --python-version 3.10 --generate-hashes pyproject.toml --extra board -o device_runtime/fedprune_flash/kit/board_wheels.txt
 

@@ -28,7 +28,7 @@ def _test(arguments: argparse.Namespace) -> int:
     found = channels(config.alerts)
     if not found:
         raise ConfigError(
-            "[alerts]", expected="a webhook or mail_to", got="none", hint="docs/observe.md#notifications has the keys."
+            "[alerts]", expected="a webhook or services", got="none", hint="docs/observe.md#notifications has the keys."
         )
     rows = []
     for channel in found:

@@ -1,4 +1,4 @@
-"""Notifications about alerts, by webhook and by e-mail.
+"""Notifications about alerts: by webhook, and by the services that Apprise knows (e-mail, chat, phone).
 
 A thread of its own looks at the open alerts once a second and decides what is due; each channel sends on a thread of
 its own, one message after the other, and tries again with growing pauses. The server's loop waits for none of them.
@@ -10,8 +10,6 @@ import hashlib
 import hmac
 import json
 import logging
-import smtplib
-import ssl
 import threading
 import time
 import urllib.error
@@ -19,13 +17,11 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from email.message import EmailMessage
-from email.utils import formatdate, make_msgid
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedprune.core.errors import ExitCode, FedpruneError, reason
+from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, MissingExtraError, reason
 from fedprune.core.text import one_line
 from fedprune_server.config.alert_settings import OFF, AlertSettings, shown_url
 from fedprune_server.config.environment import file_text
@@ -33,13 +29,16 @@ from fedprune_server.monitoring.alerts import INFO, SEVERITIES, Alert
 
 log = logging.getLogger("fedprune.server")
 
-OPENED, REPEATED, RESOLVED, TEST = "opened", "repeated", "resolved", "test"
+OPENED, RESOLVED, TEST = "opened", "resolved", "test"
 
 MOST = 20
 """Alerts that one message lists; it counts the others."""
 
 KEPT = 100
 """Messages that wait for a channel; of more, the oldest is dropped."""
+
+MAX_TRIES = 20
+"""Tries of a message, which take about an hour; then the next one has its turn: it may be this one that is refused."""
 
 _LOOK_S = 1.0
 _TOGETHER_S = 30.0
@@ -51,18 +50,14 @@ _PAUSE_S, _LONGEST_S = 2.0, 300.0
 
 
 class NotificationError(FedpruneError):
-    """A message could not be delivered; if `lasting`, another try would fail alike."""
+    """A message could not be delivered."""
 
     exit_code = ExitCode.NOTIFICATION
-
-    def __init__(self, what: str, *, lasting: bool = False) -> None:
-        super().__init__(what)
-        self.lasting = lasting
 
 
 @dataclass(frozen=True)
 class Message:
-    """A notification about alerts, the most severe first. `event` is `opened`, `repeated`, `resolved` or `test`."""
+    """A notification about alerts, the most severe first. `event` is `opened`, `resolved` or `test`."""
 
     event: str
     at: float
@@ -72,7 +67,7 @@ class Message:
     @property
     def title(self) -> str:
         first, more = self.alerts[0], len(self.alerts) - 1
-        word = {REPEATED: f"still {first.severity}", RESOLVED: "resolved"}.get(self.event, first.severity)
+        word = "resolved" if self.event == RESOLVED else first.severity
         return f"[fedprune {self.site}] {word}: {one_line(first.what, 300)}" + (f" (and {more} more)" if more else "")
 
     @property
@@ -118,11 +113,8 @@ def fetch(url: str, data: bytes | None = None, headers: dict[str, str] | None = 
             return f"HTTP {answer.status}"
     except urllib.error.HTTPError as error:
         with error:
-            lasting = error.code < 500 and error.code not in (408, 425, 429)
-            raise NotificationError(f"{shown_url(url)} answered HTTP {error.code}", lasting=lasting) from error
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise NotificationError(f"{shown_url(url)}: {reason(error)}") from error
-    except Exception as error:  # http.client.HTTPException, whatever it is called
+            raise NotificationError(f"{shown_url(url)} answered HTTP {error.code}") from error
+    except Exception as error:  # OSError, ValueError or http.client.HTTPException, whatever it is called
         raise NotificationError(f"{shown_url(url)}: {type(error).__name__}: {reason(error)}") from error
 
 
@@ -141,64 +133,46 @@ class Webhook:
         return fetch(self._url, body, headers)
 
 
-class Mail:
-    """Sends messages through a relay, logging in if there is a password."""
+class Service:
+    """A service that Apprise knows, by its address, which holds what is needed to log in.
 
-    name = "e-mail"
+    Raises:
+        ConfigError: Apprise knows no such address; the error doesn't show it.
+        MissingExtraError: Apprise is not installed.
+    """
 
-    def __init__(
-        self, settings: AlertSettings, password: str | None = None, context: ssl.SSLContext | None = None
-    ) -> None:
-        self._settings, self._password, self._context = settings, password, context
+    def __init__(self, url: str) -> None:
+        try:
+            import apprise
+        except ImportError as error:
+            raise MissingExtraError("[alerts] services needs apprise", extra="notify") from error
+        # What Apprise logs of a failure is in its result, too.
+        logging.getLogger("apprise").addHandler(logging.NullHandler())
+        logging.getLogger("apprise").propagate = False
+        self._apprise = apprise.Apprise(asset=apprise.AppriseAsset(app_id="fedprune", async_mode=False))
+        if not self._apprise.add(url):
+            scheme = url.partition("://")[0] if "://" in url else "no scheme"
+            raise ConfigError(
+                ("alerts", "services"), expected="addresses that Apprise knows, one a line", got=scheme[:20]
+            )
+        self.name = str(self._apprise[0].service_name)
 
     def send(self, message: Message) -> str:
-        settings = self._settings
-        mail = EmailMessage()
-        mail["Subject"], mail["From"], mail["To"] = message.title[:200], settings.mail_from, settings.recipients
-        mail["Date"] = formatdate(message.at)
-        mail["Message-ID"] = make_msgid("fedprune", settings.mail_from.rpartition("@")[2])
-        mail["Auto-Submitted"] = "auto-generated"
-        mail.set_content(message.text)
-        scheme, host, port = settings.relay
-        try:
-            with self._connected(scheme, host, port) as relay:
-                if self._password is not None:
-                    relay.login(settings.mail_user, self._password)
-                refused = relay.send_message(mail)
-        except smtplib.SMTPResponseException as error:
-            said = error.smtp_error.decode(errors="replace") if isinstance(error.smtp_error, bytes) else "?"
-            lasting = error.smtp_code >= 500
-            raise NotificationError(
-                f"{host}:{port} answered {error.smtp_code} {one_line(said, 200)}", lasting=lasting
-            ) from error
-        except (smtplib.SMTPException, OSError) as error:
-            lasting = isinstance(error, (smtplib.SMTPNotSupportedError, ssl.SSLCertVerificationError))
-            raise NotificationError(f"{host}:{port}: {reason(error)}", lasting=lasting) from error
-        return f"taken by {host}:{port}" + (f", but not for {', '.join(refused)}" if refused else "")
-
-    def _connected(self, scheme: str, host: str, port: int) -> smtplib.SMTP:
-        context = self._context or ssl.create_default_context()
-        if scheme == "smtps":
-            return smtplib.SMTP_SSL(host, port, timeout=_TIMEOUT_S, context=context)
-        relay = smtplib.SMTP(host, port, timeout=_TIMEOUT_S)
-        if self._settings.mail_starttls:
-            try:
-                relay.starttls(context=context)
-            except BaseException:
-                relay.close()
-                raise
-        return relay
+        result = self._apprise.notify(body=message.text, title=message.title[:200], body_format="text")
+        if not result:
+            raise NotificationError(one_line("; ".join(str(entry.message) for entry in result.logs()), 300))
+        return "taken"
 
 
 def channels(settings: AlertSettings) -> list[Channel]:
-    """The configured channels; raises `ConfigError` if a secret's file can't be used."""
-    found: list[Channel] = []
+    """The configured channels. Raises `ConfigError` if a secret's file can't be used, and as `Service` does."""
+    ways: list[Channel] = []
     if settings.webhook != OFF:
         secret = _secret(settings.webhook_secret, "webhook_secret")
-        found.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
-    if settings.recipients:
-        found.append(Mail(settings, _secret(settings.mail_password, "mail_password")))
-    return found
+        ways.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
+    lines = (_secret(settings.services, "services") or "").splitlines()
+    ways += [Service(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    return ways
 
 
 def _secret(path: Path | None, name: str) -> str | None:
@@ -210,13 +184,13 @@ class NotificationSchedule:
 
     def __init__(self, settings: AlertSettings, site: str, notified: Iterable[Alert] = ()) -> None:
         self._settings, self._site = settings, site
-        self._notified: dict[str, tuple[Alert, float | None]] = {a.key: (a, None) for a in notified}
+        self._notified: dict[str, Alert] = {a.key: a for a in notified}
         self._last: float | None = None
 
     @property
     def notified(self) -> list[Alert]:
         """Alerts whose opening was notified, but not their end; may be called from any thread."""
-        return [alert for alert, _ in list(self._notified.values())]
+        return list(self._notified.values())
 
     def messages(self, opened: Sequence[Alert], now: float, at: float, *, last: bool = False) -> list[Message]:
         """Messages that are due now.
@@ -226,41 +200,32 @@ class NotificationSchedule:
             at: Seconds since 1970.
             last: Whether nothing can wait for a later message, because the server ends.
         """
-        least = SEVERITIES.index(self._settings.least(datetime.fromtimestamp(at)))
-        held = {a.key: a for a in opened}
-        again_s = 60.0 * self._settings.repeat_minutes
-        by_event: dict[str, list[Alert]] = {OPENED: [], REPEATED: [], RESOLVED: []}
-        for key, alert in held.items():
-            before, notified_at = self._notified.get(key, (None, None))
+        worse: list[Alert] = []
+        for alert in opened:
+            before = self._notified.get(alert.key)
             if before is not None and before.severity == alert.severity:
-                self._notified[key] = alert, notified_at  # a new text is no news, but its end is told in it
-            if SEVERITIES.index(alert.severity) < least:
-                continue
-            if before is None or SEVERITIES.index(alert.severity) > SEVERITIES.index(before.severity):
-                by_event[OPENED].append(alert)
-            elif notified_at is None:  # by an earlier run
-                self._notified[key] = alert, now
-            elif again_s and now - notified_at >= again_s:
-                by_event[REPEATED].append(alert)
-        for key in self._notified.keys() - held.keys():
-            alert = self._notified[key][0]
-            if SEVERITIES.index(alert.severity) >= least:
-                by_event[RESOLVED].append(alert)
-        urgent = any(a.severity == SEVERITIES[-1] for alerts in by_event.values() for a in alerts)
-        if not (urgent or last) and self._last is not None and now - self._last < _TOGETHER_S:
+                self._notified[alert.key] = alert  # a new text is no news, but its end is told in it
+            elif _rank(alert) >= SEVERITIES.index(self._settings.severity) and _rank(alert) > _rank(before):
+                worse.append(alert)
+        over = [self._notified[key] for key in self._notified.keys() - {a.key for a in opened}]
+        is_urgent = any(_rank(alert) == len(SEVERITIES) - 1 for alert in (*worse, *over))
+        if not (is_urgent or last) and self._last is not None and now - self._last < _TOGETHER_S:
             return []
-        found = []
-        for event, alerts in by_event.items():
-            for alert in alerts:
-                if event == RESOLVED:
-                    del self._notified[alert.key]
-                else:
-                    self._notified[alert.key] = alert, now
-            if alerts and (event != RESOLVED or self._settings.resolved):
-                alerts.sort(key=lambda a: (-SEVERITIES.index(a.severity), a.since))
-                found.append(Message(event, at, self._site, tuple(alerts)))
-        self._last = now if found else self._last
-        return found
+        self._notified |= {alert.key: alert for alert in worse}
+        for alert in over:
+            del self._notified[alert.key]
+        events = [(OPENED, worse), (RESOLVED, over if self._settings.resolved else [])]
+        messages = [
+            Message(event, at, self._site, tuple(sorted(alerts, key=lambda a: (-_rank(a), a.since))))
+            for event, alerts in events
+            if alerts
+        ]
+        self._last = now if messages else self._last
+        return messages
+
+
+def _rank(alert: Alert | None) -> int:
+    return -1 if alert is None else SEVERITIES.index(alert.severity)
 
 
 class Outbox:
@@ -286,31 +251,34 @@ class Outbox:
         self._thread.join(patience_s)
 
     def _run(self) -> None:
-        pause, complained = self._pause_s, False
         while True:
             self._some.wait()
             self._some.clear()
             while self._waiting:
                 message = self._waiting[0]
-                try:
-                    self._channel.send(message)
-                except NotificationError as error:
-                    if not complained:
-                        log.warning("a notification by %s failed: %s", self._channel.name, error)
-                    complained = True
-                    if not error.lasting:
-                        if self._over.wait(pause):
-                            return
-                        pause = min(_LONGEST_S, 2 * pause)
-                        continue
-                except Exception as error:  # noqa: BLE001 - it must not end the thread
-                    log.error("a notification by %s failed: %s: %s", self._channel.name, type(error).__name__, error)
-                else:
-                    pause, complained = self._pause_s, False
+                if not self._deliver(message):
+                    return
                 if self._waiting and self._waiting[0] is message:  # else a full queue has dropped it
                     self._waiting.popleft()
             if self._over.is_set():
                 return
+
+    def _deliver(self, message: Message) -> bool:
+        """Send a message, again and again if need be; False at the end of the server."""
+        pause = self._pause_s
+        for tried in range(MAX_TRIES):
+            try:
+                self._channel.send(message)
+                return True
+            except Exception as error:  # noqa: BLE001, PERF203 - it must not end the thread
+                if not tried:
+                    what = error if isinstance(error, NotificationError) else f"{type(error).__name__}: {error}"
+                    log.warning("a notification by %s failed: %s", self._channel.name, what)
+                if self._over.wait(pause):
+                    return False
+                pause = min(_LONGEST_S, 2 * pause)
+        log.warning("a notification by %s is given up after %d tries", self._channel.name, MAX_TRIES)
+        return True
 
 
 class Notifier:

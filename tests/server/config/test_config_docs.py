@@ -48,7 +48,7 @@ def test_the_example_configuration_has_every_key() -> None:
     assert set(job["privacy"]) == {f.name for f in fields(Privacy)}
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
     alerts = {f.name for f in fields(AlertSettings)}
-    assert set(body["alerts"]) == alerts - {"webhook_secret", "mail_password"}  # type: ignore[call-overload]
+    assert set(body["alerts"]) == alerts - {"webhook_secret", "services"}  # type: ignore[call-overload]
     tables = {"job", "model", "evaluation", "calibration", "alerts"}
     assert tables <= set(body)
     server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape", "loss", "lora", "base", "metric"}

@@ -23,7 +23,7 @@ VERSIONS = DEPLOY / "constraints.txt"
 TARGETS = [(python, machine) for python in ("3.10", "3.11", "3.12", "3.13") for machine in ("x86_64", "aarch64")]
 """The Pythons and processors of boards; servers begin with 3.11."""
 
-IMAGE = ("server", "console", "privacy", "tracing")
+IMAGE = ("server", "console", "notify", "privacy", "tracing")
 NOT_LISTED = {"dev", "docs", "flower", "jetson", "subflot", "torch"}
 """Extras whose packages no release lists: those of the project itself, and those that are large or the user's own."""
 

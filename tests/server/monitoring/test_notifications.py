@@ -1,18 +1,14 @@
-"""Notifications: what is due and when, and that webhook and e-mail arrive, are signed, retried, and block nothing."""
+"""Notifications: what is due and when, and that they arrive, are signed, retried, and block nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import json
-import smtplib
-import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
-from email import message_from_bytes, policy
-from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,26 +21,26 @@ from fedprune_server.cli.main import main
 from fedprune_server.config.alert_settings import AlertSettings, shown_url
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.setting import read_table
-from fedprune_server.monitoring import notifications
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import read_recorded
 from fedprune_server.monitoring.notifications import (
     KEPT,
+    MAX_TRIES,
     MOST,
-    Mail,
     Message,
     NotificationError,
     NotificationSchedule,
     Notifier,
     Outbox,
+    Service,
     Webhook,
-    fetch,
-    trial,
+    channels,
 )
 from support.fakes.tiny_job import JOB
-from support.paths import ROOT
 from support.waiting import until
+
+pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")  # which Apprise imports
 
 NOON = datetime(2026, 3, 4, 12, 0).timestamp()
 HOUR = 3600.0
@@ -90,52 +86,15 @@ def web(*codes: int) -> Iterator[tuple[str, list[tuple[str, dict[str, str], byte
             server.shutdown()
 
 
-@contextmanager
-def relay(refusal: str = "") -> Iterator[tuple[int, list[EmailMessage]]]:
-    """A mail relay that takes everything, or refuses all senders."""
-    taken: list[EmailMessage] = []
-
-    class Session(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            self.wfile.write(b"220 here\r\n")
-            while line := self.rfile.readline():
-                verb = line[:4].upper()
-                if verb == b"DATA":
-                    self.wfile.write(b"354 go on\r\n")
-                    raw = b""
-                    while (row := self.rfile.readline()) not in (b".\r\n", b""):
-                        raw += row
-                    taken.append(message_from_bytes(raw, policy=policy.default))  # type: ignore[arg-type]
-                if verb == b"MAIL" and refusal:
-                    self.wfile.write(f"{refusal}\r\n".encode())
-                else:
-                    self.wfile.write(b"221 bye\r\n" if verb == b"QUIT" else b"250 fine\r\n")
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server.server_address[1], taken
-        finally:
-            server.shutdown()
-
-
-def mailed(port: int, **more: Any) -> AlertSettings:
-    return AlertSettings(
-        mail_to="ann@example.org, bob@example.org", mail_from="fleet@example.org",
-        mail_server=f"smtp://127.0.0.1:{port}", mail_starttls=False, **more,
-    )  # fmt: skip
-
-
 # What is due.
 
 
-def test_an_alert_is_sent_once_then_repeated_and_its_end_is_sent() -> None:
-    due, told = NotificationSchedule(AlertSettings(repeat_minutes=60), "lab"), []
+def test_an_alert_is_sent_once_and_its_end_is_sent() -> None:
+    due, told = NotificationSchedule(AlertSettings(), "lab"), []
     for minute in range(150):
         opened = [alert()] if minute < 140 else []
         told += [(minute, m.event) for m in due.messages(opened, 60.0 * minute, NOON)]
-    assert told == [(0, "opened"), (60, "repeated"), (120, "repeated"), (140, "resolved")]
+    assert told == [(0, "opened"), (140, "resolved")]
 
 
 def test_what_is_not_severe_enough_is_not_told_and_its_end_neither() -> None:
@@ -151,25 +110,6 @@ def test_an_end_is_not_told_to_who_does_not_want_it() -> None:
     assert [m.event for m in due.messages([alert()], 200.0, NOON)] == ["opened"]
 
 
-@pytest.mark.parametrize(("hours", "begins", "ends"), [("22:00-07:00", 22, 7), ("13:00-15:00", 13, 15)])
-def test_quiet_hours_hold_back_what_is_told_afterwards_if_it_is_still_open(hours: str, begins: int, ends: int) -> None:
-    due = NotificationSchedule(AlertSettings(quiet_hours=hours), "lab")
-    told: list[tuple[int, str, str]] = []
-    night, short = alert("disk", "warning"), alert("quarantine", "warning", device="a")
-    for step in range(48):
-        hour = begins + step / 2
-        at = NOON + (hour - 12) * HOUR
-        opened = [night] if step < 40 else []
-        opened += [short] if step < 2 else []
-        opened += [alert()] if step == 1 else []
-        told += [(int(hour % 24), m.event, m.alerts[0].kind) for m in due.messages(opened, step * HOUR / 2, at)]
-    quiet = [(begins, "opened", "no-devices"), (begins + 1, "resolved", "no-devices")]
-    assert told[:2] == quiet
-    assert told[2][1:] == ("opened", "disk")
-    assert told[2][0] == ends
-    assert not [t for t in told if t[2] == "quarantine"]
-
-
 def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() -> None:
     due = NotificationSchedule(AlertSettings(), "lab")
     waiting = [alert("devices-wait", "warning", device=f"d{i}") for i in range(60)]
@@ -183,14 +123,13 @@ def test_many_alerts_are_one_message_and_the_critical_one_waits_for_nothing() ->
 
 
 def test_a_restarted_server_does_not_tell_again_but_tells_the_end() -> None:
-    due = NotificationSchedule(AlertSettings(repeat_minutes=1), "lab", notified=[alert()])
+    due = NotificationSchedule(AlertSettings(), "lab", notified=[alert()])
     assert due.messages([alert()], 0.0, NOON) == []
-    assert [m.event for m in due.messages([alert()], 61.0, NOON)] == ["repeated"]
     assert [m.event for m in due.messages([], 62.0, NOON)] == ["resolved"]
 
 
 def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_resolved_once() -> None:
-    due, sent = NotificationSchedule(AlertSettings(repeat_minutes=0), "lab"), []
+    due, sent = NotificationSchedule(AlertSettings(), "lab"), []
     severities = ["warning"] * 60 + ["critical"] * 60 + ["warning"] * 60 + [""] * 60
     for second, severity in enumerate(severities):
         opened = [alert("disk", severity)] if severity else []
@@ -199,33 +138,21 @@ def test_an_alert_that_changes_its_severity_is_sent_again_if_it_got_worse_and_re
 
 
 def test_a_new_text_is_not_sent_again_and_the_end_is_told_in_the_latest() -> None:
-    due = NotificationSchedule(AlertSettings(repeat_minutes=0, quiet_hours="22:00-07:00"), "lab")
+    due, sent = NotificationSchedule(AlertSettings(), "lab"), []
     texts = ["a is away", "a and b are away", "b is away"]
-    hours = [NOON, NOON + HOUR, NOON + 11 * HOUR, NOON + 20 * HOUR]
-    sent = []
-    for second, (text, at) in enumerate(zip([*texts, ""], hours, strict=True)):
+    for second, text in enumerate([*texts, ""]):
         opened = [alert("rollout", "warning", what=text)] if text else []
-        sent += [(m.event, m.alerts[0].what) for m in due.messages(opened, 60.0 * second, at)]
+        sent += [(m.event, m.alerts[0].what) for m in due.messages(opened, 60.0 * second, NOON)]
     assert sent == [("opened", texts[0]), ("resolved", texts[-1])]
 
 
-def test_an_alert_has_one_id_in_every_message() -> None:
-    mild, bad = alert("disk", "warning"), alert("disk", "critical")
-    ids = [json.loads(Message("opened", NOON, "lab", (a,)).to_bytes())["alerts"][0]["id"] for a in (mild, bad)]
-    assert ids == ["disk", "disk"]
-    assert alert("no-devices", job="leaves").key == "no-devices:leaves"
-
-
 def test_nothing_that_is_due_waits_beyond_the_end_of_the_server() -> None:
-    due = NotificationSchedule(AlertSettings(quiet_hours="22:00-07:00"), "lab")
+    due = NotificationSchedule(AlertSettings(), "lab")
     first, second = alert("disk", "warning"), alert("parent", "warning")
     assert due.messages([first], 0.0, NOON)
     assert due.messages([first, second], 1.0, NOON) == []
     assert [m.alerts for m in due.messages([first, second], 2.0, NOON, last=True)] == [(second,)]
     assert due.notified == [first, second]
-    held_back = alert("quarantine", "warning", device="a")
-    assert due.messages([first, second, held_back], 3.0, NOON + 11 * HOUR, last=True) == []
-    assert held_back not in due.notified
 
 
 # How it is sent.
@@ -240,44 +167,36 @@ def test_a_webhook_gets_documented_json_with_a_signature() -> None:
     assert headers["X-Fedprune-Signature"] == "sha256=" + hmac.new(b"key", raw, hashlib.sha256).hexdigest()
     assert (body["version"], body["event"], body["site"], body["count"]) == (1, "opened", "lab", 1)
     assert set(body["alerts"][0]) == {"id", "kind", "severity", "since", "what", "why", "todo", "job", "device"}
-    page = (ROOT / "docs" / "observe.md").read_text()
-    assert {k for k in (*body, *body["alerts"][0]) if f'"{k}"' not in page} == set()
 
 
 def test_a_redirect_is_not_followed_and_the_path_is_in_no_error() -> None:
     with web(302) as (url, got):
-        with pytest.raises(NotificationError, match="HTTP 302") as raised:
+        with pytest.raises(NotificationError) as raised:
             Webhook(url).send(message())
         assert len(got) == 1
-    assert raised.value.lasting
     assert "s3cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("code", "lasting"), [(500, False), (503, False), (429, False), (404, True), (401, True)])
-def test_which_answers_are_worth_another_try(code: int, lasting: bool) -> None:
-    with web(code) as (url, _), pytest.raises(NotificationError) as raised:
-        fetch(url)
-    assert raised.value.lasting is lasting
-
-
 def test_what_fails_is_tried_again_until_it_arrives_and_in_order() -> None:
-    with web(503, 500) as (url, got), closing_outbox(Webhook(url)) as outbox:
+    with web(503, 404) as (url, got), closing_outbox(Webhook(url)) as outbox:
         outbox.put(message())
         outbox.put(message("resolved"))
         until(lambda: len(got) == 4)
     assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened", "opened", "opened", "resolved"]
 
 
-def test_what_is_refused_for_good_keeps_back_nothing_else() -> None:
-    with web(404) as (url, got), closing_outbox(Webhook(url)) as outbox:
+def test_what_is_refused_for_good_keeps_the_next_message_back_for_its_tries_alone() -> None:
+    with web(*[404] * MAX_TRIES) as (url, got), closing_outbox(Webhook(url)) as outbox:
         outbox.put(message())
         outbox.put(message("resolved"))
-        until(lambda: len(got) == 2)
+        until(lambda: len(got) == MAX_TRIES + 1)
+    events = [json.loads(raw)["event"] for _, _, raw in got]
+    assert events == ["opened"] * MAX_TRIES + ["resolved"]
 
 
 @contextmanager
 def closing_outbox(channel: Any) -> Iterator[Outbox]:
-    outbox = Outbox(channel, 0.01)
+    outbox = Outbox(channel, 0.0)
     try:
         yield outbox
     finally:
@@ -286,108 +205,76 @@ def closing_outbox(channel: Any) -> Iterator[Outbox]:
 
 def test_nobody_waits_for_a_channel_that_hangs_and_its_queue_is_bounded() -> None:
     class Hangs:
-        name, free, begun = "webhook", threading.Event(), threading.Event()
+        name, free, begun, sent = "webhook", threading.Event(), threading.Event(), 0
 
         def send(self, message: Message) -> str:
             self.begun.set()
             self.free.wait(30)
+            self.sent += 1
             return ""
 
     channel = Hangs()
-    outbox = Outbox(channel)
-    outbox.put(message())
-    assert channel.begun.wait(30)
-    for _ in range(3 * KEPT):
+    with closing_outbox(channel) as outbox:
         outbox.put(message())
-    assert len(outbox._waiting) == KEPT
-    channel.free.set()
-    outbox.close(30.0)
+        assert channel.begun.wait(30)
+        for _ in range(3 * KEPT):
+            outbox.put(message())
+        channel.free.set()
+    assert KEPT <= channel.sent <= KEPT + 1
 
 
-def test_an_e_mail_says_what_is_wrong_and_what_to_do() -> None:
-    with relay() as (port, taken):
-        assert "taken by" in Mail(mailed(port)).send(message())
-    (mail,) = taken
-    assert mail["Subject"] == "[fedprune lab] critical: no-devices"
-    assert mail["To"] == "ann@example.org, bob@example.org"
-    assert "to do: t" in mail.get_content()
-
-
-def test_a_name_with_line_ends_makes_no_further_header() -> None:
-    hostile = Message("opened", NOON, "lab", (alert(what="x\r\nBcc: eve@example.org"),))
-    with relay() as (port, taken):
-        Mail(mailed(port)).send(hostile)
-    (mail,) = taken
-    assert mail["Bcc"] is None
-    assert "\n" not in mail["Subject"]
-
-
-def test_a_relay_without_tls_gets_nothing_unless_that_is_wanted() -> None:
-    with relay() as (port, taken):
-        settings = AlertSettings(mail_to="ann@example.org", mail_server=f"smtp://127.0.0.1:{port}")
+def test_a_service_is_told_what_is_wrong_and_what_to_do() -> None:
+    with web(500) as (url, got):
+        service = Service(url.replace("http", "json", 1))
         with pytest.raises(NotificationError) as raised:
-            Mail(settings).send(message())
-    assert raised.value.lasting
-    assert taken == []
+            service.send(message())
+        assert "s3cret" not in str(raised.value)
+        service.send(message())
+    body = json.loads(got[1][2])
+    assert body["title"] == "[fedprune lab] critical: no-devices"
+    assert "to do: t" in body["message"]
 
 
-@pytest.mark.parametrize(("refusal", "lasting"), [("550 no", True), ("451 later", False)])
-def test_what_a_relay_refuses(refusal: str, lasting: bool) -> None:
-    with relay(refusal) as (port, _), pytest.raises(NotificationError, match=refusal[:3]) as raised:
-        Mail(mailed(port)).send(message())
-    assert raised.value.lasting is lasting
+def test_an_address_that_no_service_has_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "services").write_text("# a comment\nnonsense://ann:hunter2@h\n")
+    with pytest.raises(ConfigError) as raised:
+        channels(AlertSettings(services=tmp_path / "services"))
+    assert raised.value.path == ("alerts", "services")
+    assert "hunter2" not in str(raised.value)
 
 
-def test_a_notifier_tells_by_all_ways_and_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notifications, "_LOOK_S", 0.01)
-    monkeypatch.setattr(notifications, "_BEAT_S", 0.05)
-    opened, asked, running = [alert()], 0, True
-
-    def works() -> bool:
-        nonlocal asked
-        asked += 1
-        return running
-
-    with web() as (url, got), web() as (beat, beats), relay() as (port, taken):
-        settings = mailed(port, webhook=url, heartbeat=beat)
-        with closing(Notifier(settings, "lab", lambda: opened, works)):
-            until(lambda: got and taken and len(beats) > 2)
+def test_a_notifier_tells_by_all_ways_and_beats_while_the_server_works(tmp_path: Path) -> None:
+    opened = [alert()]
+    with web() as (url, got), web() as (service, taken), web() as (beat, beats):
+        (tmp_path / "services").write_text(service.replace("http", "json", 1))
+        settings = AlertSettings(webhook=url, services=tmp_path / "services", heartbeat=beat)
+        with closing(Notifier(settings, "lab", lambda: opened, lambda: True)):
+            until(lambda: got and taken and beats)
             opened.clear()
             until(lambda: len(got) == len(taken) == 2)
-            running, before = False, asked
-            until(lambda: asked > before + 1)  # a beat that was on its way has ended
-            quiet = len(beats)
-            until(lambda: asked > before + 5)
-            assert len(beats) == quiet
+        before = len(beats)
+        with closing(Notifier(AlertSettings(heartbeat=beat), "lab", list, lambda: False)):
+            pass
+        assert len(beats) == before
     assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened", "resolved"]
 
 
-def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_held_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(notifications, "_LOOK_S", 60.0)  # the end comes before the next look
-
-    def run(url: str, quiet_hours: str, opened: list[Alert]) -> None:
-        settings = AlertSettings(webhook=url, quiet_hours=quiet_hours)
-        config = ServerConfig(state=tmp_path, alerts=settings)
+def test_a_server_tells_of_what_ended_it_and_its_next_run_not_again(tmp_path: Path) -> None:
+    def run(url: str, opened: list[Alert]) -> None:
+        config = ServerConfig(state=tmp_path, alerts=AlertSettings(webhook=url))
         book = AlertBook(read_recorded(tmp_path).alerts)
         with monitoring(config, {JOB.name: tmp_path}, book):
             book.update(opened, 0.0, NOON)
 
-    now = datetime.now().hour
-    quiet = f"{(now - 1) % 24:02d}:00-{(now + 2) % 24:02d}:00"
-    held_back, urgent = alert("disk", "warning"), alert("broker")
     with web() as (url, got):
-        run(url, quiet, [held_back, urgent])
-        run(url, "off", [held_back, urgent])
-        run(url, "off", [held_back, urgent])
-        run(url, "off", [alert("disk"), urgent])
-    told = [[(body["event"], a["severity"]) for a in body["alerts"]] for body in (json.loads(raw) for _, _, raw in got)]
-    assert told == [[("opened", "critical")], [("opened", "warning")], [("opened", "critical")]]
+        run(url, [alert("broker")])
+        run(url, [alert("broker")])
+        run(url, [alert("broker"), alert("disk")])
+    told = [[a["kind"] for a in json.loads(raw)["alerts"]] for _, _, raw in got]
+    assert told == [["broker"], ["disk"]]
 
 
-def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notifications, "_LOOK_S", 0.01)
+def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then() -> None:
     without = Notifier(AlertSettings(), "lab", lambda: [alert()], lambda: True)
     without.close()
     assert without.notified() == []
@@ -406,19 +293,10 @@ def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then(monk
     [
         ({"webhook": "ftp://h"}, "webhook"),
         ({"webhook": "https://user:hunter2@h/x"}, "webhook"),
-        ({"webhook": "https://h/a b"}, "webhook"),
-        ({"webhook": "https://h:0/"}, "webhook"),
-        ({"webhook": 3}, "webhook"),
         ({"webhok": "https://h"}, "webhok"),
         ({"webhook_secret": "nowhere"}, "webhook_secret"),
-        ({"mail_to": "ann"}, "mail_to"),
-        ({"mail_to": "ann@example.org\nBcc: eve@example.org"}, "mail_to"),
-        ({"mail_server": "http://h"}, "mail_server"),
-        ({"mail_user": "ann"}, "mail_password"),
+        ({"services": "nowhere"}, "services"),
         ({"severity": "bad"}, "severity"),
-        ({"quiet_hours": "22-7"}, "quiet_hours"),
-        ({"quiet_hours": "24:00-07:00"}, "quiet_hours"),
-        ({"repeat_minutes": -1}, "repeat_minutes"),
         ({"resolved": "yes"}, "resolved"),
     ],
 )
@@ -435,8 +313,7 @@ def test_settings_come_from_file_environment_and_command_line_and_their_secrets_
     (tmp_path / "fleet.toml").write_text(
         '[alerts]\nwebhook = "https://a/x"\nwebhook_secret = "key"\nseverity = "info"\n'
     )
-    monkeypatch.setenv("FEDPRUNE_ALERTS_QUIET_HOURS", "22:00-07:00")
-    monkeypatch.setenv("FEDPRUNE_ALERTS_REPEAT_MINUTES", "30")
+    monkeypatch.setenv("FEDPRUNE_ALERTS_AWAY_ROUNDS", "30")
     words = ["config", "check", str(tmp_path / "fleet.toml"), "--json", "--alert-webhook", "https://b/s3cret?t=1"]
     assert main([*words, "--state", str(tmp_path / "state")]) == ExitCode.OK
     out = capsys.readouterr().out
@@ -444,8 +321,7 @@ def test_settings_come_from_file_environment_and_command_line_and_their_secrets_
     assert rows["webhook"] == ("https://b/...", "command line, --alert-webhook")
     assert rows["webhook_secret"][0] == str(tmp_path / "key")
     assert rows["severity"] == ("info", f"{tmp_path}/fleet.toml")
-    assert rows["quiet_hours"] == ("22:00-07:00", "environment variable FEDPRUNE_ALERTS_QUIET_HOURS")
-    assert rows["repeat_minutes"][0] == 30
+    assert rows["away_rounds"] == (30, "environment variable FEDPRUNE_ALERTS_AWAY_ROUNDS")
     assert "s3cret" not in out
     assert "k3y" not in out
 
@@ -469,32 +345,10 @@ def test_what_is_no_address_is_not_shown() -> None:
 def test_a_test_notification_is_sent_and_its_result_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["alerts", "test", "--state", str(tmp_path / "state")]
     assert main(words) == ExitCode.CONFIG
-    with web() as (url, got), relay() as (port, taken):
-        text = f'mail_to = "ann@example.org"\nmail_server = "smtp://127.0.0.1:{port}"\nmail_starttls = false\n'
-        (tmp_path / "fleet.toml").write_text(f"[alerts]\n{text}")
-        words += ["--config", str(tmp_path / "fleet.toml"), "--alert-webhook"]
+    with web() as (url, got):
+        words += ["--json", "--alert-webhook"]
         assert main([*words, url]) == ExitCode.OK
         assert json.loads(got[0][2])["event"] == "test"
-        assert trial("default", NOON).title == taken[0]["Subject"].strip()
-    said = capsys.readouterr().out
-    assert "webhook: delivered: HTTP 204" in said
-    assert "e-mail: delivered: taken by 127.0.0.1" in said
     assert main([*words, url]) == ExitCode.NOTIFICATION
-    assert "webhook: failed" in capsys.readouterr().out
-    assert main([*words, url, "--json"]) == ExitCode.NOTIFICATION
-    rows = json.loads(capsys.readouterr().out)
-    assert [(r["channel"], r["delivered"], r["exit_code"]) for r in rows] == [
-        ("webhook", False, ExitCode.NOTIFICATION),
-        ("e-mail", False, ExitCode.NOTIFICATION),
-    ]
-
-
-def test_a_password_is_given_to_the_relay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "password").write_text("hunter2\n")
-    given: list[tuple[str, str]] = []
-    monkeypatch.setattr(smtplib.SMTP, "login", lambda self, user, password: given.append((user, password)))
-    with relay() as (port, _):
-        settings = mailed(port, mail_user="fleet", mail_password=tmp_path / "password")
-        (channel,) = notifications.channels(settings)
-        channel.send(message())
-    assert given == [("fleet", "hunter2")]
+    results = [json.loads(line) for line in capsys.readouterr().out.replace("]\n[", "]\n\n[").split("\n\n") if line]
+    assert [(r["channel"], r["delivered"]) for rows in results for r in rows] == [("webhook", True), ("webhook", False)]
