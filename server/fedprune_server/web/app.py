@@ -135,7 +135,7 @@ def make_routes(console: Console) -> Starlette:
         exception_handlers={
             404: pages.answer_missing,
             HTTPException: answer_refusal,
-            ProtocolError: answer_invalid,
+            ProtocolError: pages.answer_invalid,
             FedpruneError: answer_failure,
         },
     )
@@ -148,11 +148,6 @@ def answer_refusal(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     return JSONResponse({"error": error.detail.lower()}, error.status_code, error.headers)
-
-
-def answer_invalid(_: Request, error: Exception) -> Response:
-    """The answer to parameters that are wrong."""
-    return JSONResponse({"error": str(error)}, 422)
 
 
 def answer_failure(_: Request, error: Exception) -> Response:

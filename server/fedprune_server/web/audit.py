@@ -37,6 +37,7 @@ class Audit:
         self._clock, self._monotonic = clock, monotonic
         self._room, self._failed_at, self._unlisted = float(MOST_FAILED), monotonic(), 0
         self._failing = threading.Lock()
+        self._seen = self._latest()
 
     def note(
         self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
@@ -67,6 +68,15 @@ class Audit:
         self._room -= 1
         unlisted, self._unlisted = self._unlisted, 0
         self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
+
+    def changes(self) -> set[str]:
+        """The topic `audit` if lines were added since the last call, for live pages."""
+        seen, self._seen = self._seen, self._latest()
+        return {"audit"} if self._seen != seen else set()
+
+    def _latest(self) -> int:
+        row = self._database.row("SELECT coalesce(max(number), 0) AS n FROM audit")
+        return int(row["n"]) if row else 0
 
     def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
         """Entries of all operators or of one, newest first; an order and its outcome are two lines of the log, but one

@@ -126,7 +126,7 @@ async def _serve(
             console.orders.expire()
 
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
-    watching = loop.create_task(watch(console.streams, console.view, console.orders))
+    watching = loop.create_task(watch(console.streams, console.view, console.audit))
     loop.call_soon(sweep)
     await server.serve(sockets=[listening])
     watching.cancel()

@@ -1,11 +1,15 @@
-"""Live pages: server-sent events about changes, polled twice a second."""
+"""Live pages: server-sent events that name the topics of what has changed, which is looked for twice a second.
+
+A page asks for itself again when a topic of its own is named. A topic is a kind of record of `status.db`, alone or with
+what it is about, such as `job:leaves`; `devices` and `devices:attic` for rows of devices, `audit` for the audit log.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.web.state.orders import OrderService
-from fedprune_server.web.state.status import FleetView
+from fedprune_server.web.audit import Audit
+from fedprune_server.web.state.status import ANY_DEVICE, DEVICE_TOPIC, FleetView
 
 LOOK_S = 0.5
 """Seconds between two polls for changes."""
@@ -24,57 +28,29 @@ BEAT_S = 15.0
 MOST, MOST_OF_ONE = 200, 12
 """Open streams at a time, in total and per operator."""
 
-NAMES, ITEMS = 200, 100
-"""At most: devices named in an event, and queued items of another kind per stream."""
-
-_LATEST = ("site", "rollouts")
-_EACH = ("round", "alert", "log", "answer", "device", "coverage")
+MAX_DEVICES = 200
+"""Devices that an event names; of more it says that any may have changed."""
 
 
 class Pending:
-    """Changes that a stream has not sent yet."""
+    """Topics that a stream has not sent yet."""
 
     def __init__(self) -> None:
         self.news = asyncio.Event()
-        self._counts: dict[str, dict[str, int]] = {}
-        self._begin()
+        self._topics: set[str] = set()
 
-    def _begin(self) -> None:
-        self._latest: dict[str, tuple[str, Any]] = {}
-        self._each: dict[str, list[Any]] = {}
-        self._names: dict[str, None] = {}
-        self._more = False
-
-    def add(self, kind: str, what: Any) -> None:
-        if kind == "counts":
-            self._counts = what
-            return
-        if kind == "devices":
-            for name in what:
-                if len(self._names) >= NAMES and name not in self._names:
-                    self._more = True
-                    break
-                self._names[name] = None
-        elif kind == "job":
-            self._latest[f"job {what['name']}"] = kind, what
-        elif kind in _LATEST:
-            self._latest[kind] = kind, what
-        elif kind in _EACH:
-            items = self._each.setdefault(kind, [])
-            items.append(what)
-            del items[:-ITEMS]
+    def add(self, topics: Collection[str]) -> None:
+        self._topics.update(topics)
+        devices = {topic for topic in self._topics if topic.startswith(DEVICE_TOPIC)}
+        if len(devices) > MAX_DEVICES:
+            self._topics = (self._topics - devices) | {ANY_DEVICE}
         self.news.set()
 
     def take(self) -> str:
-        """All changes, as text of the stream."""
-        events = list(self._latest.values())
-        if self._names:
-            names = {"names": list(self._names), "more": self._more, "counts": self._counts}
-            events.append(("devices", names))
-        events += [(kind, what) for kind, items in self._each.items() for what in items]
-        self._begin()
+        """All topics, as text of the stream."""
+        topics, self._topics = sorted(self._topics), set()
         self.news.clear()
-        return "".join(event(kind, what) for kind, what in events)
+        return event("changed", topics)
 
 
 class Streams:
@@ -101,9 +77,9 @@ class Streams:
         finally:
             self._open.pop(pending)
 
-    def send(self, kind: str, what: Any) -> None:
+    def send(self, topics: Collection[str]) -> None:
         for pending in self._open:
-            pending.add(kind, what)
+            pending.add(topics)
 
     async def events(self, pending: Pending, *, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
         """Server-sent events of a stream, while `allowed()`, called in another thread, says that the operator is logged
@@ -140,23 +116,21 @@ class LiveStream(Response):
             await answer(scope, receive, send)
 
 
-async def watch(streams: Streams, view: FleetView, orders: OrderService, every_s: float = LOOK_S) -> None:
-    """Send changes to all streams, until it is cancelled."""
+async def watch(streams: Streams, view: FleetView, audit: Audit, every_s: float = LOOK_S) -> None:
+    """Send topics of changes to all streams, until it is cancelled."""
     failing = False
     while True:
         await asyncio.sleep(every_s)
         try:
-            changes = await run_in_threadpool(lambda: view.changes() + orders.answers())
-            if len(streams) and any(kind == "devices" for kind, _ in changes):
-                streams.send("counts", await run_in_threadpool(lambda: view.counts))
+            topics = await run_in_threadpool(lambda: view.changes() | audit.changes())
             failing = False
         except FedpruneError as error:
             if not failing:
                 print(f"the console can't look for changes: {error}", file=sys.stderr, flush=True)
             failing = True
             continue
-        for kind, what in changes:
-            streams.send(kind, what)
+        if topics:
+            streams.send(topics)
 
 
 def event(kind: str, what: Any) -> str:

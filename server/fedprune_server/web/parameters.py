@@ -35,7 +35,7 @@ def sort_column(request: Request) -> str:
 
 
 def search_text(request: Request) -> str:
-    return request.query_params.get("q", "")[:MAX_SEARCH_LENGTH]
+    return request.query_params.get("q", "").strip()[:MAX_SEARCH_LENGTH]
 
 
 def filters(request: Request, *names: str) -> dict[str, str]:

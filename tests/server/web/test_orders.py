@@ -104,7 +104,7 @@ def test_a_number_in_an_address_that_is_none_is_refused(tmp_path: Path, number: 
         reply = browser.get(f"/api/v1/{path}")
         assert (reply.status, set(reply.json)) == (422, {"error"}), path
         assert len(reply.json["error"]) < 300
-    assert browser.get(f"/fleet?page={number}").status == 200
+    assert browser.get(f"/fleet?page={number}").status == 422
     last = 2**63 - 1
     assert browser.get(f"/api/v1/orders/{last}").status == 404
     assert browser.get(f"/api/v1/devices?page={last}").json["page"] == 1  # the last one that there is
@@ -170,14 +170,13 @@ def test_the_answer_to_an_order_is_shown_and_noted(tmp_path: Path) -> None:
     browser = here.browser("operator", address="192.0.2.8")
     number = browser.order(order="pause", job="trial").json["order"]
     assert browser.get(f"/api/v1/orders/{number}").json["state"] == "waiting"
-    assert here.console.orders.answers() == []
+    assert here.console.audit.changes() == {"audit"}
     here.answer(number, True, "job trial is paused")
     here.answer(number, False, "answered twice")
     here.answer(999, True, "of no order")
     found = browser.get(f"/api/v1/orders/{number}").json
     assert (found["state"], found["ok"], found["text"]) == ("done", True, "job trial is paused")
-    answer = {"order": number, "ok": True, "text": "job trial is paused"}
-    assert (here.console.orders.answers(), here.console.orders.answers()) == ([("answer", answer)], [])
+    assert (here.console.audit.changes(), here.console.audit.changes()) == ({"audit"}, set())
     page = here.console.audit.page(operator="operator")
     rows = [(r["address"], action_text(r), r["outcome"]) for r in page.items if r["action"] != "login"]
     assert rows == [("192.0.2.8", "pause job trial", "done: job trial is paused")]
@@ -216,11 +215,10 @@ def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     now[0] += EXPIRES_S + 1
     assert OrderQueue(here.database, lambda: now[0]).take(9) == []
     desk.expire()
-    assert desk.answers() == [], "the server may just be taking them"
+    assert {found["state"] for n in numbers if (found := desk.get(n))} == {"waiting"}, "the server may be taking them"
     now[0] += 60
     desk.expire()
     desk.expire()
-    assert [what["order"] for _, what in desk.answers()] == numbers[1:]
     here.answer(numbers[0], True, "job trial is paused")  # was taken in time, and took long
     here.answer(numbers[1], True, "too late")
     found = [(o["state"], o["ok"], o["text"]) for n in numbers if (o := desk.get(n)) is not None]
@@ -255,7 +253,6 @@ def test_a_console_that_was_started_again_knows_the_orders_before(tmp_path: Path
     here.answer(before, True, "job trial is paused")
     assert number > before
     assert [(o["order"], o["state"]) for o in desk.latest()] == [(number, "waiting"), (before, "done")]
-    assert [what["order"] for _, what in desk.answers()] == [before]
 
 
 def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:

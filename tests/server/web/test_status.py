@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.web.events import NAMES, Pending, event
+from fedprune_server.web.events import MAX_DEVICES, Pending, event
 from fedprune_server.web.state import status
 from fedprune_server.web.state.records import AlertStatus, LogLine
 from fedprune_server.web.state.status import COLUMNS, FILE, FleetView, StatusWriter, encoded
@@ -96,8 +96,8 @@ def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int,
         assert view.counts["online"] == {"yes": sum(known.values()), "no": len(known) - sum(known.values())}
         assert view.devices().total == sum(view.counts["profile"].values()) == len(known)
         assert view.device_names == known.keys()
-        named = {name for kind, names in view.changes() if kind == "devices" for name in names}
-        assert named == {rows[number]["name"] for number, _, _ in changes}
+        named = {f"devices:{rows[number]['name']}" for number, _, _ in changes}
+        assert view.changes() == (named | {"devices"} if named else set())
         writer.close()
         view.close()
 
@@ -124,29 +124,18 @@ def test_notes_are_alerts_that_can_be_left_out(tmp_path: Path) -> None:
         assert {a["severity"] for a in view.alerts(gone=False, notes=False).items} == {"warning", "critical"}
 
 
-def test_changes_beyond_those_of_one_look_are_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "_CHANGES", 7)
-    writer = StatusWriter(tmp_path / FILE)
+def test_changes_name_what_they_are_about_once(tmp_path: Path) -> None:
+    writer, fleet = StatusWriter(tmp_path / FILE), ConsoleFleet(1, 0)
     view = FleetView(tmp_path / FILE)
-    fleet = ConsoleFleet(20, 2)
-    fleet.publish(writer)
-    write(writer, *(LogLine(float(i), "info", f"line {i}") for i in range(10)))
-    names, lines = list[str](), list[str]()
-    for _ in range(20):
-        for kind, what in view.changes():
-            names += what if kind == "devices" else []
-            lines += [what["text"]] if kind == "log" else []
-    assert sorted(names) == sorted(fleet.rows)
-    assert lines[-10:] == [f"line {i}" for i in range(10)]
+    write(writer, fleet.round("one", 1), LogLine(1.0, "info", "a", "attic"), LogLine(1.0, "info", "b"))
+    assert view.changes() == {"round", "round:one", "log", "log:attic"}
+    assert view.changes() == set()
 
 
 def test_a_stream_names_few_of_many_and_no_text_begins_another_event() -> None:
     pending = Pending()
-    pending.add("counts", {"online": {"yes": 1, "no": 0}})
-    pending.add("devices", [f"b{i}" for i in range(NAMES + 5)])
-    pending.add("log", {"text": "x\n\nevent: ended\ndata: {}\n\n"})
-    text = pending.take()
-    assert [x.split("\n")[0] for x in text.split("\n\n") if x] == ["event: devices", "event: log"]
-    assert '"more":true' in text
-    assert pending.take() == ""
-    assert event("log", "a\r\nb").count("\n") == 3
+    pending.add([f"devices:b{i}" for i in range(MAX_DEVICES + 1)])
+    pending.add(["devices", "log:x\n\nevent: ended\ndata: {}\n\n"])
+    (text,) = [part for part in pending.take().split("\n\n") if part]
+    assert text.startswith('event: changed\ndata: ["devices","devices:*","log:')
+    assert pending.take() == event("changed", [])

@@ -90,7 +90,7 @@ class ServedConsole:
     def _serve(self) -> None:
         async def serve() -> None:
             tasks = [
-                asyncio.create_task(watch(self.console.streams, self.console.view, self.console.orders, self._look_s)),
+                asyncio.create_task(watch(self.console.streams, self.console.view, self.console.audit, self._look_s)),
                 asyncio.create_task(self._answer()),
             ]
             await self._server.serve()

@@ -79,7 +79,6 @@ class OrderService:
         self._clock = clock
         self._latest: dict[str, deque[float]] = {}
         self._giving = threading.Lock()  # one order after the other, so that limits hold for all at once
-        self._open = {r["number"] for r in database.rows("SELECT number FROM orders WHERE state != 'done'")}
 
     def give(self, session: Session, address: str, body: object, expires_s: float = EXPIRES_S) -> int:
         """Add an order, which the server may take within `expires_s`; returns its number. Raises `RefusedError` if the
@@ -119,7 +118,6 @@ class OrderService:
             if kind not in LOOKS:
                 self._audit.note(operator, address, kind, {"order": number, **given}, "ordered")
             self._database.do("DELETE FROM orders WHERE state = 'done' AND number <= ?", number - KEPT)
-        self._open.add(number)
         return number
 
     def get(self, number: int) -> dict[str, Any] | None:
@@ -129,16 +127,6 @@ class OrderService:
     def latest(self) -> list[dict[str, Any]]:
         """The latest orders, newest first."""
         return [_shown(r) for r in self._database.rows("SELECT * FROM orders ORDER BY number DESC LIMIT ?", KEPT)]
-
-    def answers(self) -> list[tuple[str, Any]]:
-        """Orders that were answered since the last call, for live pages."""
-        awaited = sorted(self._open)
-        if not awaited:
-            return []
-        found = self._database.rows("SELECT number, state, ok, text FROM orders WHERE number >= ?", awaited[0])
-        done = [r for r in found if r["state"] == "done" and r["number"] in self._open]
-        self._open.difference_update([r["number"] for r in done])
-        return [("answer", {"order": r["number"], "ok": bool(r["ok"]), "text": r["text"]}) for r in done]
 
     def expire(self) -> None:
         """Answer orders that the server has not taken in time, and doesn't take any more."""

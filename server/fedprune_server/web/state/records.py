@@ -32,8 +32,8 @@ class Record:
 
     @property
     def scope(self) -> str:
-        """The job or device that the record is about; empty for the server."""
-        return str(getattr(self, self._scope)) if self._scope else ""
+        """The job or device that the record is about; empty for none."""
+        return str(getattr(self, self._scope) or "") if self._scope else ""
 
     @property
     def key(self) -> str | int:
@@ -151,7 +151,7 @@ class AlertStatus(Record, kind="alert", key="id"):
 
 
 @dataclass(frozen=True)
-class LogLine(Record, kind="log"):
+class LogLine(Record, kind="log", scope="device"):
     """A line of the server's log."""
 
     at: float

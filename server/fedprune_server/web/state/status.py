@@ -47,8 +47,9 @@ _KEPT = {"log": 5000, "alert": 1000, "device": 50, "crashes": 50}
 _KEPT_ROUNDS = 2000
 """Of each job."""
 
-_CHANGES = 1000
-"""Records that one look for changes reports."""
+DEVICE_TOPIC = "devices:"
+ANY_DEVICE = f"{DEVICE_TOPIC}*"
+"""How a topic of a device's row begins, and the topic that stands for all of them: no device has such a name."""
 
 _DEVICE_COLUMNS = ", ".join(f"{c} GENERATED ALWAYS AS (json_extract(body, '$.{c}')) STORED" for c in COLUMNS[1:])
 _TABLES = (
@@ -179,7 +180,7 @@ class FleetView(Closing):
         self.orders = orders
         self._path, self._clock = path, clock
         self._readers = ReaderPool(self._connect)
-        self._seen_devices, self._seen_records = self._latest("device_status"), self._latest("records")
+        self._seen = self._latest()
 
     def close(self) -> None:
         self._readers.close()
@@ -333,26 +334,19 @@ class FleetView(Closing):
             values.append(q.casefold())
         return self._page("records", where, values, "change DESC", page, size)
 
-    def changes(self) -> list[tuple[str, Any]]:
-        """Kinds and contents of what the server has written since the last call, for live pages; of much, the oldest
-        first, and the rest in the next calls."""
-        query = "SELECT change, name FROM device_status WHERE change > ? ORDER BY change LIMIT ?"
-        rows = self._rows(query, self._seen_devices, _CHANGES)
-        found: list[tuple[str, Any]] = [("devices", [name for _, name in rows])] if rows else []
-        self._seen_devices = rows[-1][0] if rows else self._seen_devices
-        query = "SELECT change, kind, body FROM records WHERE change > ? ORDER BY change LIMIT ?"
-        for change, kind, text in self._rows(query, self._seen_records, _CHANGES):
-            self._seen_records, body = change, json.loads(text)
-            if kind in ("device", "crashes"):
-                found.append(("device", {"name": body["name"]}))
-            elif kind == "coverage":
-                found.append((kind, {"job": body["job"], "round": body["round"]}))
-            else:
-                found.append((kind, body["rows"] if kind == "rollouts" else body))
-        return found
+    def changes(self) -> set[str]:
+        """Topics of what the server has written since the last call, for live pages (`fedprune_server.web.events`)."""
+        seen, self._seen = self._seen, self._latest()
+        topics: set[str] = set()
+        for kind, scope in self._rows("SELECT DISTINCT kind, scope FROM records WHERE change > ?", seen):
+            topics |= {kind, f"{kind}:{scope}"} if scope else {kind}
+        names = self._rows("SELECT name FROM device_status WHERE change > ?", seen)
+        return topics | ({"devices", *(f"{DEVICE_TOPIC}{name}" for (name,) in names)} if names else set())
 
-    def _latest(self, table: str) -> int:
-        return int(self._rows(f"SELECT coalesce(max(change), 0) FROM {table}")[0][0])  # noqa: S608  # nosec B608  # ours
+    def _latest(self) -> int:
+        """The latest change. What is written after this look and before the next query is named twice."""
+        union = "SELECT max(change) AS change FROM records UNION SELECT max(change) FROM device_status"
+        return int(self._rows(f"SELECT coalesce(max(change), 0) FROM ({union})")[0][0])  # noqa: S608  # nosec B608  # ours
 
     def _record(self, kind: str, scope: str) -> Row | None:
         found = self._rows("SELECT body FROM records WHERE kind = ? AND scope = ?", kind, scope)

@@ -2,7 +2,6 @@
 
 import { show } from "./swap.js";
 
-const KINDS = ["site", "job", "round", "devices", "device", "coverage", "rollouts", "alert", "log", "answer"];
 const QUIET_S = 20; // without any event for so long the page asks whether the server is there
 const HIDDEN_S = 10; // a page that nobody sees lets its connection go after so long: a browser has only a few of them
 const LONGEST_WAIT_S = 30;
@@ -17,16 +16,11 @@ let lostAt = 0;
 let losses = 0;
 let paused = false; // people may want to read a table that stands still
 
-// Whether an event touches what the page shows: `devices:attic` is one device, `devices` all of them.
-function touches(kind, what) {
+// Whether one of these topics is what the page shows: `devices:attic` is one device, `devices:*` any of them.
+function touches(changed) {
   const topics = (document.getElementById("main").dataset.topics ?? "").split(/\s+/);
-  return topics.some((topic) => {
-    const [name, one] = topic.split(":");
-    if (name !== kind) return false;
-    if (!one) return true;
-    if (kind === "devices") return what.more || what.names.includes(one);
-    return [what.name, what.device, what.job].includes(one);
-  });
+  const any = changed.includes("devices:*");
+  return topics.some((topic) => changed.includes(topic) || (any && topic.startsWith("devices:")));
 }
 
 function refresh(soon = false) {
@@ -93,14 +87,10 @@ function open() {
     refresh(true);
   });
   source.addEventListener("ended", () => location.reload());
-  for (const kind of KINDS) {
-    source.addEventListener(kind, (event) => {
-      heard = performance.now();
-      const what = JSON.parse(event.data);
-      document.dispatchEvent(new CustomEvent("news", { detail: { kind, what } }));
-      if (touches(kind, what)) refresh();
-    });
-  }
+  source.addEventListener("changed", (event) => {
+    heard = performance.now();
+    if (touches(JSON.parse(event.data))) refresh();
+  });
   source.addEventListener("error", () => {
     // A browser tries again by itself after some errors and never after others: here it is always done.
     close();

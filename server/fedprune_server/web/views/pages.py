@@ -28,10 +28,9 @@ from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.context import Console, session_of
 from fedprune_server.web.database import AUDIT_KEPT
-from fedprune_server.web.parameters import page_number
+from fedprune_server.web.parameters import filters, page_number, search_text, sort_column
 from fedprune_server.web.state.orders import RefusedError
 from fedprune_server.web.state.records import LEVELS
-from fedprune_server.web.state.status import COLUMNS
 from fedprune_server.web.views import formatting as phrases
 from fedprune_server.web.views import presentation
 
@@ -51,7 +50,6 @@ _PATIENCE_S = 2.0
 THEME_COOKIE = "fedprune_theme"
 _THEMES = ("light", "dark")
 _FILTERS = ("state", "profile", "job", "status", "online")
-_MOST_Q = 200
 _PLACES = (
     ("/", "Overview"), ("/fleet", "Fleet"), ("/rounds", "Rounds"), ("/rollouts", "Rollouts"), ("/alerts", "Alerts"),
     ("/audit", "Audit"),
@@ -159,6 +157,12 @@ class Pages:
             return "The server has published nothing yet."
         return f"The server has published nothing for {phrases.seconds(view.silent_s)}: this is how it was then."
 
+    def answer_invalid(self, request: Request, error: Exception) -> Response:
+        """The answer to parameters that are wrong."""
+        if request.url.path.startswith("/api/") or request.state.session is None:
+            return JSONResponse({"error": str(error)}, 422)
+        return self.draw(request, "missing", 422, what=str(error))
+
     def answer_missing(self, request: Request, _: Exception) -> Response:
         """The answer where no route or row is found."""
         if request.url.path.startswith("/api/") or request.state.session is None:
@@ -189,14 +193,12 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
         )
 
     def fleet(request: Request) -> Response:
-        query, counts = request.query_params, view.counts
-        only = {k: v[:_MOST_Q] for k in _FILTERS if (v := query.get(k))}
-        q, sort = query.get("q", "").strip()[:_MOST_Q], query.get("sort", "name")
-        sort = sort if sort.removeprefix("-") in COLUMNS else "name"
+        counts, only = view.counts, filters(request, *_FILTERS)
+        q, sort = search_text(request), sort_column(request)
         return pages.draw(
             request,
             "fleet",
-            found=view.devices(page=_page(request), size=ROWS, sort=sort, q=q, only=only),
+            found=view.devices(page=page_number(request), size=ROWS, sort=sort, q=q, only=only),
             total=sum(counts["status"].values()),
             options={k: _options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
             only={k: only.get(k, "") for k in _FILTERS},
@@ -246,7 +248,7 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
             asks=asks,
             coverage=coverage,
             strips=presentation.strips(coverage),
-            rounds=view.rounds(name, page=_page(request), size=ROUNDS),
+            rounds=view.rounds(name, page=page_number(request), size=ROUNDS),
             link=_link("/rounds", {"job": name if len(jobs) > 1 else ""}),
         )
 
@@ -254,15 +256,14 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
         return pages.draw(request, "rollouts", rollouts=view.rollouts, releases=view.releases)
 
     def alerts(request: Request) -> Response:
-        query, every = request.query_params, view.alerts(size=ROWS).items
-        level, q = query.get("level", ""), query.get("q", "").strip()[:_MOST_Q]
-        level = level if level in LEVELS else ""
+        every, only, q = view.alerts(size=ROWS).items, filters(request, "level"), search_text(request)
+        level = only.get("level", "")
         return pages.draw(
             request,
             "alerts",
             open=view.alerts(size=ROWS, gone=False).items,
             over=[a for a in every if a["gone_at"] is not None],
-            log=view.lines(page=_page(request), size=ROWS, q=q, only={"level": level} if level else None),
+            log=view.lines(page=page_number(request), size=ROWS, q=q, only=only),
             levels=[(text, text) for text in LEVELS],
             level=level,
             q=q,
@@ -272,7 +273,7 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
     def audit(request: Request) -> Response:
         if not may(session_of(request).operator.role, "admin"):
             return pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
-        entries = console.audit.page(_page(request), ROWS)
+        entries = console.audit.page(page_number(request), ROWS)
         return pages.draw(request, "audit", entries=entries, kept=f"{AUDIT_KEPT:,}", link=_link("/audit", {}))
 
     return [
@@ -284,14 +285,6 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
         Route("/alerts", alerts),
         Route("/audit", audit),
     ]
-
-
-def _page(request: Request) -> int:
-    """The requested page number; 1 if it is invalid."""
-    try:
-        return page_number(request)
-    except ProtocolError:
-        return 1
 
 
 def _link(path: str, now: Mapping[str, str]) -> Callable[..., str]:
