@@ -34,17 +34,13 @@ from fedprune_server.simulation.simulation import Simulation
 KIND = "raspberry-pi-4b"
 SETTINGS = (
     ("none", "none"),
-    ("zlib", "zlib"),
-    ("float16", "none"),
     ("int8", "none"),
     ("top-k:0.2", "none"),
     ("top-k:0.05", "none"),
     ("top-k:0.01", "none"),
-    ("none", "float16"),
     ("none", "int8"),
     ("int8", "int8"),
     ("int4", "int4"),
-    ("ternary", "ternary"),
     ("top-k:0.05", "int8"),
 )
 """Codecs of updates and of weights."""

@@ -135,7 +135,7 @@ class Fleet:
 
     def born(self, board: int) -> on.DeviceBorn:
         kind, samples = int(self.kind[board]), int(self.samples[board])
-        return on.DeviceBorn(name_of(board), int(self.session[board]), self.bodies[kind], samples, None, ("zlib",))
+        return on.DeviceBorn(name_of(board), int(self.session[board]), self.bodies[kind], samples, None, ("int8",))
 
     def predicted(self, board: int) -> Prediction:
         return self._predicted(int(self.kind[board]), int(self.samples[board]))

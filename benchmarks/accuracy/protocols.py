@@ -18,9 +18,6 @@ ONE_WIDTH = [0.68]
 INT8 = {"compression": "int8", "compression_down": "int8"}
 """Codecs of every row that can use them."""
 
-MASKED = {"compression_down": "float16"}
-"""Where single weights are masked, boards get no differences, and whole weights in 255 steps are too coarse."""
-
 FLOAT32 = {"compression": "none", "compression_down": "none"}
 
 SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9, evaluate_every=5)
@@ -52,7 +49,7 @@ def _all() -> tuple[Method, ...]:
         Method("heterofl", "heterofl"),
         Method("slices", SLICES),
         Method("fedrolex", "fedrolex"),
-        Method("fiarse", "fiarse", {}, always, MASKED, elements=True),
+        Method("fiarse", "fiarse", {}, always, elements=True),
         Method("subflot", "subflot"),
         Method("ca-hfp", "ca-hfp"),
         Method("history", "history"),
@@ -61,7 +58,6 @@ def _all() -> tuple[Method, ...]:
             "pr-fl",
             {"stage1": False, "recovery": False, "synchronous": True, "interval": 5, "layer_floor": 0.02},
             always,
-            MASKED,
             elements=True,
         ),
         Method("fedobp", "fedobp"),
@@ -72,7 +68,7 @@ def _all() -> tuple[Method, ...]:
         Method(FULL, "fedavg", {}, always, FLOAT32, densities=False),
         Method("fedprox", "fedprox", {}, always, densities=False),
         Method("fedper", "fedper", {}, always, densities=False),
-        Method("autoflip", "autoflip", {"exploration_epochs": 20}, always, MASKED, densities=False),
+        Method("autoflip", "autoflip", {"exploration_epochs": 20}, always, densities=False),
     )
 
 

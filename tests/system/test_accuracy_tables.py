@@ -413,9 +413,8 @@ def test_tables_of_the_summary_have_what_verdicts_need(accuracy):
         assert len(table.seeds) == 3
         jobs = {m.name: accuracy.job_of(table, m, 20, 0, table.densities) for m in table.methods}
         for name, job in jobs.items():
-            masked = job.strategy in ("fiarse", "pr-fl", "autoflip")
             longer = job.strategy == "fedprune" and name != SAME_LOSS
-            codecs = ("int4", "int4") if longer else ("int8", "float16" if masked else "int8")
+            codecs = ("int4", "int4") if longer else ("int8", "int8")
             assert (job.compression, job.compression_down) == (("none", "none") if name == FULL else codecs), name
             assert job.rounds == table.rounds * (2.5 if longer else 1)
         assert compose(jobs[SAME_LOSS]).widths == ()

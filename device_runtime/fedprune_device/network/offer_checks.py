@@ -10,7 +10,6 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import storage_bytes
 from fedprune.planning.profile import HardwareProfile
 from fedprune.secure_aggregation.grid import MaskedForm
-from fedprune.updates import Codec
 from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Update
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -61,9 +60,8 @@ def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
     """Bytes on the disk that an offer needs in addition to what has arrived."""
     coming = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
     lacking = [r for r in coming if not store.blobs.has(r.sha256)]
-    codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
     # What serves is no longer what is sent; and, before and after a round, what codes left out.
-    coded = 0 if codec is None else 1 + 2 * codec.feedback
+    coded = 0 if offer.codec is None else 3
     if offer.secure is not None:
         coded = 5  # twice a vector of up to 8 bytes a number
     # A lowered model is smaller than the one that it is made of.

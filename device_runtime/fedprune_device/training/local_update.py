@@ -128,9 +128,8 @@ class LocalUpdate:
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
         self._form = None if offer.secure is None else MaskedForm.from_json(offer.secure)
-        coded = self._form is not None and self._form.coded
-        feeds_back = coded or (self._codec is not None and self._codec.feedback)
-        keeps = recipe.average or self._personal or feeds_back or recipe.keep_optimizer_state
+        coded = self._codec is not None or (self._form is not None and self._form.coded)
+        keeps = recipe.average or self._personal or coded or recipe.keep_optimizer_state
         self.kept = RoundState(states, offer) if keeps else None
         self._calibrates = recipe.calibrate and trainer.normalised
         maskable = {*trainer.trainable, *trainer.frozen}

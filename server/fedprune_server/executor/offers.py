@@ -238,8 +238,6 @@ class Offers:
             found = relocated(found, moved, 2**40) if moved else found
             if {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in packed.items()}:
                 held, base = coding.held.weights, found
-        if base is None:
-            chosen = chosen.whole
         says["weights_codec"] = str(chosen)
         try:
             raw = updates.weights.encode(chosen, packed, base, self._trained)

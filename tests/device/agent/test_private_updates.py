@@ -103,7 +103,7 @@ def test_the_vector_that_is_masked_is_of_the_noised_update(board: HiddenBoard) -
     assert vector == form.encode(tensorfile.decode(noised), SENT)[0].to_bytes()
 
 
-@pytest.mark.parametrize("text", ["zlib", "int8", "ternary", "top-k:0.25"])
+@pytest.mark.parametrize("text", ["int8", "top-k:0.25"])
 def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
     raw, _, own = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))
@@ -114,7 +114,7 @@ def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     # A millionth of an update and much noise: what travels, and what is left for later, is of the noise.
     assert 0.3 < np.sqrt((moved**2).mean()) < 0.7
     assert all(np.abs(v).max(initial=0) < 2.5 for v in left)
-    assert any(v.any() for v in left) == codec.feedback
+    assert any(v.any() for v in left)
 
 
 def test_a_private_board_tells_nothing_that_it_measured_on_samples(board: HiddenBoard) -> None:

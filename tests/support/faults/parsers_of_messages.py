@@ -439,7 +439,7 @@ def _blobs() -> tuple[Target, ...]:
         Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
         Target("blob.mask", lambda raw: ElementMask.from_tensors(tensorfile.decode(raw), shapes), (bits,)),
         Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
-        *map(_coded, ("zlib", "float16", "int8", "int4", "ternary", "top-k:0.25")),
+        *map(_coded, ("int8", "int4", "top-k:0.25")),
     )
 
 

@@ -60,11 +60,11 @@ class Job:
         server_momentum: Momentum of the global model's moves, 0 for none.
         recipe: Local training.
         precision: Lower precisions that boards may serve at, too: offers bring the graphs.
-        compression: The codec of updates: `auto` for the strategy's own, `none`, `zlib`, `float16`, `int8`, `int4`,
-            `ternary` or `top-k:SHARE`. A device that doesn't know it sends its updates plainly.
+        compression: The codec of updates: `auto` for the strategy's own, `none`, `int8`, `int4` or `top-k:SHARE`. A
+            device that doesn't know it sends its updates plainly.
         compression_of: The same for single hardware profiles, by name.
-        compression_down: The codec of the weights that devices are sent: `auto` for the strategy's own, `none`, `zlib`,
-            `float16`, `int8`, `int4` or `ternary`.
+        compression_down: The codec of the weights that devices are sent: `auto` for the strategy's own, `none`, `int8`
+            or `int4`.
         privacy: Whether and how what boards hand in is clipped and noised.
         secure_aggregation: Boards mask what they hand in, so that the server learns only the sum of boards with the
             same channels (`docs/secure-aggregation.md`). `move_limit` is not applied then, boards count alike, and

@@ -27,7 +27,7 @@ from fedprune.planning.costs import (
 from fedprune.planning.latency_model import LatencyTable, typical_gpu_table, typical_table
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.updates import NO_CODECS, Codec, Codecs, bound
+from fedprune.updates import NO_CODECS, WHOLE, Codec, Codecs, bound
 
 BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""
@@ -253,7 +253,7 @@ def _travels(
     """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain` is the
     size of the weights' own file."""
     up, down = (None if text is None else Codec.parse(text) for text in codecs)
-    whole = None if down is None else down.whole
+    whole = None if down is None else WHOLE
     if up is down is whole is None and not recipe.report_squares:
         return plain, plain, plain
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)

@@ -176,9 +176,6 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
     return replace(strategy, schedule=schedule, aggregator=moves)
 
 
-_LOSSLESS = (PLAIN, "zlib")
-
-
 def check_private(job: Job, strategy: Strategy) -> Strategy:
     """Check that a job's privacy can be kept by its strategy.
 
@@ -199,7 +196,7 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
-    if not job.privacy.local and (looks := _looks(job, strategy, _LOSSLESS)):
+    if not job.privacy.local and (looks := _looks(job, strategy, (PLAIN,))):
         raise ConfigError(
             f"{SHARED!r} with strategy {job.strategy}",
             path=("job", "privacy", "noise"),
@@ -220,7 +217,7 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
     if not job.secure_aggregation:
         return strategy
     looks = _looks(job, strategy, (PLAIN, "int8"))
-    if not looks and (job.compression_of or job.compression_down not in (AUTO, *_LOSSLESS)):
+    if not looks and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
         looks = "compression_of or compression_down, by which boards differ"
     if not looks and (job.recipe.mask != "none" or job.recipe.report_squares):
         looks = "a recipe with element masks or squared gradients, which boards have of their own"

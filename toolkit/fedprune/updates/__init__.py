@@ -4,7 +4,7 @@ Not here: messages and chunks (`wire`), and a board owner's own privacy rules (`
 """
 
 from fedprune.updates import weights
-from fedprune.updates.codecs import AUTO, CODECS, DOWN, NO_CODECS, PLAIN, Codec, Codecs, agreed
+from fedprune.updates.codecs import AUTO, CODECS, DOWN, NO_CODECS, PLAIN, WHOLE, Codec, Codecs, agreed
 from fedprune.updates.packing import is_packed
 from fedprune.updates.update import bound, decode, encode
 
@@ -14,6 +14,7 @@ __all__ = [
     "DOWN",
     "NO_CODECS",
     "PLAIN",
+    "WHOLE",
     "Codec",
     "Codecs",
     "agreed",

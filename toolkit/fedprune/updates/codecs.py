@@ -18,11 +18,11 @@ Codecs = tuple[str | None, str | None]
 
 NO_CODECS: Codecs = (None, None)
 
-_STEPS = {"int8": 127, "int4": 7, "ternary": 1, "top-k": 127}
-"""For codecs whose differences are whole codes times a scale: the largest code."""
+_STEPS = {"int8": 127, "int4": 7, "top-k": 127}
+"""The largest code of a difference, which is a whole number times a scale."""
 
-CODECS = ("zlib", "float16", *_STEPS)
-"""The codecs of this version, for updates and weights; a device announces it in its birth."""
+CODECS = tuple(_STEPS)
+"""The codecs that a job may ask for; a device announces those that it knows in its birth."""
 
 DOWN = tuple(n for n in CODECS if n != "top-k")
 """Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once
@@ -40,9 +40,8 @@ class Codec:
     """A codec with its setting. All are packed by zlib where that makes them smaller.
 
     Attributes:
-        name: `zlib`: the very bits. `float16`: differences to the weights that were sent, with 11 significant bits.
-            `int8`, `int4`, `ternary`: differences in 255, 15 or 3 steps per row or tensor. `top-k`: the largest
-            differences alone, in 255 steps.
+        name: `int8`, `int4`: differences to the weights that were sent, in 255 or 15 steps per row or tensor. `top-k`:
+            the largest differences alone, in 255 steps.
         share: With `top-k`, the share of each tensor's elements that travel.
     """
 
@@ -68,23 +67,16 @@ class Codec:
         return cls(name, kept)
 
     @property
-    def feedback(self) -> bool:
-        """Whether what it leaves out is worth keeping for the next update (error feedback)."""
-        return self.steps > 0
-
-    @property
     def steps(self) -> int:
-        """The largest code of a difference, a whole number; 0 where differences aren't coded in steps."""
+        """The largest code of a difference; 0 for `WHOLE`."""
         return _STEPS.get(self.name, 0)
-
-    @property
-    def whole(self) -> Codec:
-        """The codec for weights that are no difference to others: coded in steps, they would be too coarse to train
-        from."""
-        return Codec("float16") if self.feedback else self
 
     def __str__(self) -> str:
         return f"{self.name}:{self.share!r}" if self.share else self.name
+
+
+WHOLE = Codec("half")
+"""For weights that are no difference to others: float16. Coded in steps, they would be too coarse to train from."""
 
 
 def agreed(setting: str, known: Collection[str]) -> str | None:

@@ -18,12 +18,11 @@ Sparse tensors have the indices of their elements as a bitmap or as gaps, whiche
 number of elements skipped since the one before, in bytes that are added up; after 255 the next byte belongs to the same
 gap. However the bytes are chosen, indices that are read rise and none comes twice.
 
-Small codes share bytes: as digits of a number, as many as fit, the first in the highest place.
+Small codes share bytes by twos: as the digits of a number, the first in the higher place.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -92,35 +91,22 @@ def bitmap_bytes(size: int) -> int:
     return -(-size // 8)
 
 
-def digits_per_byte(steps: int) -> int:
-    """How many codes from −steps to steps a byte holds."""
-    return int(math.log(256, 2 * steps + 1))
-
-
-def to_digits(codes: npt.NDArray[np.int8], steps: int) -> Bytes:
-    """Codes as bytes that hold several; behind the last code the digits are 0."""
-    ranks = _ranks(steps)
-    digits = np.zeros(-(-codes.size // ranks.size) * ranks.size, np.uint8)
+def to_pairs(codes: npt.NDArray[np.int8], steps: int) -> Bytes:
+    """Codes from −steps to steps, at most 7, as bytes that hold two each; behind an odd last code the digit is 0."""
+    digits = np.zeros(codes.size + codes.size % 2, np.uint8)
     digits[: codes.size] = codes + np.int8(steps)
-    found: Bytes = digits.reshape(-1, ranks.size) @ ranks
-    return found
+    packed: Bytes = digits[::2] * np.uint8(2 * steps + 1) + digits[1::2]
+    return packed
 
 
-def from_digits(packed: Bytes, steps: int, size: int, what: str) -> npt.NDArray[np.int8]:
-    """The `size` codes that `to_digits` packed. Raises `ProtocolError` if a byte holds something else."""
-    ranks = _ranks(steps)
-    base = 2 * steps + 1
-    digits = (packed[:, None] // ranks % np.uint8(base)).reshape(-1)
-    if int(packed.max()) >= base**ranks.size or digits[size:].any():
+def from_pairs(packed: Bytes, steps: int, size: int, what: str) -> npt.NDArray[np.int8]:
+    """The `size` codes that `to_pairs` packed. Raises `ProtocolError` if a byte holds something else."""
+    base = np.uint8(2 * steps + 1)
+    digits = np.stack(np.divmod(packed, base), axis=-1).reshape(-1)
+    if int(digits.max()) >= base or digits[size:].any():
         raise ProtocolError(f"codes of {what}", expected=f"{size} from {-steps} to {steps}", got="other bytes")
     codes: npt.NDArray[np.int8] = digits[:size].astype(np.int8) - np.int8(steps)
     return codes
-
-
-def _ranks(steps: int) -> Bytes:
-    """The value of a 1 at each digit of a byte."""
-    base = 2 * steps + 1
-    return np.array([base**n for n in reversed(range(digits_per_byte(steps)))], np.uint8)
 
 
 Array = npt.NDArray[Any]

@@ -1,15 +1,14 @@
 """An update in fewer bytes: each trained tensor as its difference to the weights that were sent, in a codec.
 
-What wasn't trained (batch-norm statistics), and squared gradients, travel as they are; with codes of less than 8
-bits, statistics have 12 significant bits. Inside the envelope (`fedprune.updates.packing`) is a tensor file with, for a
+What wasn't trained (batch-norm statistics), and squared gradients, travel as they are; with `int4`, statistics have
+12 significant bits. Inside the envelope (`fedprune.updates.packing`) is a tensor file with, for a
 trained tensor `n`:
 
 | part | type | codec | |
 |---|---|---|---|
-| `n::bits` | I32, as `n` | `zlib` | d = difference of the bits of both floats, modulo 2³², as 2·d or −2·d − 1 |
-| `n::half` | F16, as `n` | `float16`; `top-k` for small tensors | the difference |
+| `n::half` | F16, as `n` | whole weights; `top-k` for small tensors | the difference |
 | `n::codes`, `n::scales` | I8, as `n`; F32 | `int8` | difference = code · scale, with a scale per row or for all |
-| `n::codes`, `n::scales` | U8; F32 | `int4`, `ternary` | the same, with several codes per byte |
+| `n::codes`, `n::scales` | U8; F32 | `int4` | the same, with two codes per byte |
 | `n::codes`, `n::scales`, `n::gaps` or `n::bitmap` | I8, `[k]`; F32, `[1]`; U8 | `top-k` | the same for k places |
 
 What a codec leaves out (error feedback: Seide et al. 2014; Stich et al. 2018, "Sparsified SGD with memory") is given
@@ -29,7 +28,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, shown
 from fedprune.model import step_contract
 from fedprune.updates import packing
-from fedprune.updates.codecs import Codec
+from fedprune.updates.codecs import WHOLE, Codec
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -44,13 +43,10 @@ ROW = 64
 SMALL = 256
 """Smaller tensors are sent whole by `top-k`: there is little to be had."""
 
-_BITS, _HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::bits", "::half", "::codes", "::scales", "::gaps", "::bitmap"
-_TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
-_FEW = 7
-"""With codes of this many steps or fewer, the last bits of other numbers would be a sizeable share of a file."""
-
-PARTS = {"zlib": _BITS, "float16": _HALF}
-"""Where a codec has a single part of the tensor's shape: how its name ends."""
+HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::half", "::codes", "::scales", "::gaps", "::bitmap"
+_TYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8}
+_SHORT = "int4"
+"""The codec with two codes per byte: the last bits of other numbers would be a sizeable share of its file."""
 
 
 def encode(
@@ -60,7 +56,7 @@ def encode(
     trained: Collection[str],
     residual: Mapping[str, Float32] | None = None,
 ) -> tuple[bytes, Tensors]:
-    """An update in a codec: its bytes, and what they leave out, for codecs with feedback.
+    """An update in a codec: its bytes, and what they leave out.
 
     Raises `ProtocolError` if a difference can't be coded: it is not finite or too large for the codec.
 
@@ -73,12 +69,7 @@ def encode(
     left: Tensors = {}
     for name, value in tensors.items():
         if name not in trained or not value.size:
-            parts[name] = _cut(value, 12) if 0 < codec.steps <= _FEW and name in sent else value
-            continue
-        if codec.name == "zlib":
-            moved = _integers(value) - _integers(sent[name])
-            # Small numbers of either sign become small unsigned ones, whose high bytes are all 0.
-            parts[name + _BITS] = (moved << 1) ^ (moved >> 31)
+            parts[name] = _cut(value, 12) if codec.name == _SHORT and name in sent else value
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             difference = value - sent[name]
@@ -87,9 +78,8 @@ def encode(
         if not np.isfinite(difference).all():
             raise ProtocolError(f"difference of {name} in an update", expected="finite numbers")
         coded = _coded(codec, name, difference)
-        if codec.feedback:
-            form = _form(codec, name, value.shape, trained)
-            left[name] = difference - _difference(codec, name, form, coded, value.shape)
+        form = _form(codec, name, value.shape, trained)
+        left[name] = difference - _difference(codec, name, form, coded, value.shape)
         parts |= coded
     return packing.pack(parts), left
 
@@ -122,10 +112,6 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
         unread -= names
         if name in names:
             out[name] = _part(parts, form, name)
-        elif codec.name == "zlib":
-            bits = _part(parts, form, name + _BITS)
-            moved = ((bits >> 1) & np.int32(2**31 - 1)) ^ -(bits & 1)
-            out[name] = (_integers(start) + moved).view(np.float32).reshape(start.shape)
         else:
             with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
                 out[name] = start + _difference(codec, name, form, parts, start.shape)
@@ -155,21 +141,18 @@ def _form(codec: Codec, name: str, shape: Shape, trained: Collection[str]) -> Fo
     size = math.prod(shape)
     if name not in trained or not size:
         return {name: ("F32", shape)}
-    if codec.name == "zlib":
-        return {name + _BITS: ("I32", shape)}
     if _halved(codec, size):
-        return {name + _HALF: ("F16", shape)}
+        return {name + HALF: ("F16", shape)}
     scales: Form = {name + _SCALES: ("F32", (_rows(codec, shape),))}
     if codec.name == "top-k":
         where: Form = {name + _BITMAP: ("U8", (packing.bitmap_bytes(size),)), name + _GAPS: ("U8", None)}
         return {name + _CODES: ("I8", (_count(codec, size),)), **scales, **where}
-    together = packing.digits_per_byte(codec.steps)
-    codes = ("I8", shape) if together == 1 else ("U8", (-(-size // together),))
+    codes = ("U8", (-(-size // 2),)) if codec.name == _SHORT else ("I8", shape)
     return {name + _CODES: codes, **scales}
 
 
 def _halved(codec: Codec, size: int) -> bool:
-    return codec.name == "float16" or (codec.name == "top-k" and size < SMALL)
+    return codec == WHOLE or (codec.name == "top-k" and size < SMALL)
 
 
 def _count(codec: Codec, size: int) -> int:
@@ -189,7 +172,7 @@ def _coded(codec: Codec, name: str, difference: Float32) -> Parts:
             half = difference.astype(np.float16)
         if not np.isfinite(half).all():
             raise ProtocolError(f"difference of {name} in an update", expected="numbers that float16 can hold")
-        return {name + _HALF: half}
+        return {name + HALF: half}
     flat = difference.reshape(-1)
     where: Parts = {}
     if codec.name == "top-k":
@@ -197,18 +180,19 @@ def _coded(codec: Codec, name: str, difference: Float32) -> Parts:
         gaps, bitmap = packing.to_gaps(kept), packing.to_bitmap(kept, flat.size)
         where = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
         flat = flat[kept]
-    codes, scales = _quantised(flat.reshape(_rows(codec, difference.shape), -1), codec.steps)
-    if packing.digits_per_byte(codec.steps) > 1:
-        codes = packing.to_digits(codes, codec.steps)
+    codes, scales = _quantised(flat.reshape(_rows(codec, difference.shape), -1), codec)
+    if codec.name == _SHORT:
+        codes = packing.to_pairs(codes, codec.steps)
     elif not where:
         codes = codes.reshape(difference.shape)
     return {name + _CODES: codes, name + _SCALES: scales, **where}
 
 
-def _quantised(rows: Float32, steps: int) -> tuple[Array, Float32]:
+def _quantised(rows: Float32, codec: Codec) -> tuple[Array, Float32]:
     """Nearest codes, and the scale of each row."""
-    scales = _levels(rows) if steps == 1 else (np.abs(rows).max(axis=1) / np.float32(steps)).astype(np.float32)
-    if steps <= _FEW:
+    steps = codec.steps
+    scales = (np.abs(rows).max(axis=1) / np.float32(steps)).astype(np.float32)
+    if codec.name == _SHORT:
         scales = _cut(scales, 8)
     divisors = np.where(scales > 0, scales, np.float32(1))[:, None]
     # Where a scale has lost digits, codes could leave their range.
@@ -216,21 +200,11 @@ def _quantised(rows: Float32, steps: int) -> tuple[Array, Float32]:
     return np.where(scales[:, None] > 0, codes, 0).astype(np.int8).reshape(-1), scales
 
 
-def _levels(rows: Float32) -> Float32:
-    """For each row the number that, with its negative and 0, is nearest to its elements by squared error: the mean of
-    the largest, as many as remove most of the error."""
-    sums = np.cumsum(-np.sort(-np.abs(rows), axis=1), axis=1, dtype=np.float64)
-    means = sums / np.arange(1, rows.shape[1] + 1)
-    best = np.argmax(sums * means, axis=1)
-    levels: Float32 = means[np.arange(len(rows)), best].astype(np.float32)
-    return levels
-
-
 def _cut(values: Float32, bits: int) -> Float32:
     """Numbers with their first significant bits: the others are 0, of which zlib makes next to nothing."""
-    kept = _integers(values) & np.int32(-(1 << (24 - bits)))
-    found: Float32 = kept.reshape(-1).view(np.float32).reshape(values.shape)
-    return found
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.int32)
+    kept: Float32 = (flat & np.int32(-(1 << (24 - bits)))).view(np.float32).reshape(values.shape)
+    return kept
 
 
 def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array], shape: Shape) -> Float32:
@@ -238,14 +212,14 @@ def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array],
     shape, or out of range."""
     size = math.prod(shape)
     if _halved(codec, size):
-        half = _part(parts, form, name + _HALF)
+        half = _part(parts, form, name + HALF)
         if not np.isfinite(half).all():
-            raise ProtocolError(f"values of {shown(name + _HALF)} in an update", expected="finite numbers")
+            raise ProtocolError(f"values of {shown(name + HALF)} in an update", expected="finite numbers")
         return half.astype(np.float32)
     steps = codec.steps
     codes = _part(parts, form, name + _CODES)
     if codes.dtype == np.uint8:
-        codes = packing.from_digits(codes, steps, size, f"{shown(name)} in an update")
+        codes = packing.from_pairs(codes, steps, size, f"{shown(name)} in an update")
     elif int(codes.min()) < -steps:
         raise ProtocolError(f"values of {shown(name + _CODES)} in an update", expected=f"from {-steps} to {steps}")
     scales = _part(parts, form, name + _SCALES)
@@ -277,8 +251,3 @@ def _part(parts: Mapping[str, Array], form: Form, name: str) -> Array:
         wanted = f"{np.dtype(_TYPES[code])} {'' if shape is None else shape}".strip()
         raise ProtocolError(f"{shown(name)} in an update", expected=wanted, got=f"{value.dtype} {value.shape}")
     return value
-
-
-def _integers(value: Float32) -> npt.NDArray[np.int32]:
-    """The bits of floats, as whole numbers."""
-    return np.ascontiguousarray(value, np.float32).reshape(-1).view(np.int32).reshape(value.shape)

@@ -1,4 +1,4 @@
-"""The weights that a device is sent, in fewer bytes: as their difference to those that it holds, or to 0.
+"""The weights that a device is sent, in fewer bytes: as their difference to those that it holds, or whole, as float16.
 
 Server and device decode by the same code, and the server continues from what it decoded: both have the same bits. What
 a codec leaves out is part of the difference to the next weights, so that it never adds up.
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ProtocolError
 from fedprune.updates import packing, update
-from fedprune.updates.codecs import DOWN, Codec
+from fedprune.updates.codecs import DOWN, WHOLE, Codec
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 
@@ -25,13 +25,12 @@ def encode(
     """Weights, in the order of their file, in a codec. Raises `ProtocolError` if they can't be coded.
 
     Args:
-        codec: One of `DOWN`; with no base none that goes in steps, which would be too coarse to train from.
-        base: What the device holds, with the same names and shapes; None for 0.
+        codec: One of `DOWN`, for differences.
+        base: What the device holds, with the same names and shapes; None if the weights travel whole.
         trained: Names of the tensors that are coded; the others travel as they are.
     """
     if base is None:
-        _check(codec)
-        base = {n: np.zeros_like(v) for n, v in weights.items()}
+        codec, base = WHOLE, {n: np.zeros_like(v) for n, v in weights.items()}
     raw, _ = update.encode(codec, weights, base, trained)
     return raw
 
@@ -39,13 +38,10 @@ def encode(
 def decode(codec: Codec, raw: bytes, base: Tensors | None, size: int) -> Tensors:
     """The weights, in the order of their file, from what `encode` gave; `size` (bytes of that file) bounds what is
     unpacked. Raises `ProtocolError` if they are damaged, or of other weights than the base."""
+    if codec.name not in DOWN:
+        raise ProtocolError("codec of weights", expected=" or ".join(DOWN), got=codec)
     parts = packing.unpack(raw, 2 * size + 4096)  # of tiny tensors the names may be longer than the numbers
     if base is None:
-        _check(codec)
-        base = {n.removesuffix(update.PARTS[codec.name]): np.zeros(v.shape, np.float32) for n, v in parts.items()}
+        codec = WHOLE
+        base = {n.removesuffix(update.HALF): np.zeros(v.shape, np.float32) for n, v in parts.items()}
     return update.read(codec, parts, base, {n for n in base if n not in parts})
-
-
-def _check(codec: Codec) -> None:
-    if codec.name not in DOWN or codec.feedback:
-        raise ProtocolError(f"whole weights in codec {codec}", expected="weights that they are the difference to")
