@@ -28,8 +28,8 @@ _CACHED = 131_072
 """Sums that a scatter works on at once: 1 MiB."""
 _EXACT = 2**53
 """float64 holds every whole number up to this magnitude."""
-_SIZES = (2, 4, 8)
-"""How many updates a kernel of `add` takes at once."""
+_TOGETHER = 4
+"""How many updates `add` takes at once: with eight it is no faster, where the sums are too large for the cache."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,8 +90,11 @@ def add(
     total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int, bits: int
 ) -> bool:
     """Add Σ weight · round(values · 2^scale) to `total` in place, one weight per row; scaled values are at most 2^bits
-    in magnitude."""
-    if not _compiled or not total.size or any(r.dtype != np.float32 or r.shape != total.shape for r in rows):
+    in magnitude. Not done for products that float64 can't hold, of boards with very many samples."""
+    kernel, most = _compiled.get("add"), _EXACT >> bits
+    if kernel is None or not total.size or any(r.dtype != np.float32 or r.shape != total.shape for r in rows):
+        return False
+    if max(weights) > most:
         return False
     lines = _lines([total, *rows])
     if lines is None:
@@ -102,17 +105,12 @@ def add(
     into, *flat = (
         _memory(part, count, width, by) for part, by in zip((total, *rows), (stride, step, *steps), strict=True)
     )
-    factor, most = np.float32(math.ldexp(1.0, scale)), _EXACT >> bits
-    for first, several in runs(weights, most, _SIZES[-1]):
-        sent = flat[first : first + len(several)]
-        if several[0] > most:
-            _compiled["heavy"](into, stride, tuple(sent), step, count, width, several[0], factor)
-            continue
-        size = next(n for n in _SIZES if n >= len(several))
-        # A kernel takes more rows than there are: they have the weight 0, and are in the cache.
-        sent += sent[:1] * (size - len(several))
-        padded = np.array([*several, *[0] * (size - len(several))], np.float64)
-        _compiled[f"add {size}"](into, stride, tuple(sent), step, count, width, padded, factor)
+    factor = np.float32(math.ldexp(1.0, scale))
+    for first, several in runs(weights, most, _TOGETHER):
+        sent, lacking = flat[first : first + len(several)], _TOGETHER - len(several)
+        # The rows that are lacking have the weight 0, and their numbers are in the cache.
+        padded = np.array([*several, *[0] * lacking], np.float64)
+        kernel(into, stride, (*sent, *sent[:1] * lacking), step, count, width, padded, factor)
     return True
 
 
@@ -286,26 +284,7 @@ def _close(total: Any, share: Any, factor: float, inner: int, rows: Any, columns
                     out[to + i] = base[to + i]
 
 
-def _heavy(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weight: int, factor: Any) -> None:
-    (a,) = rows
-    for j in range(count):
-        t, k = total[j * stride : j * stride + width], j * step
-        p = a[k : k + width]
-        for i in range(width):
-            t[i] += np.int64(np.rint(p[i] * factor)) * weight
-
-
-def _two(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
-    a, b = rows
-    w0, w1 = weights[0], weights[1]
-    for j in range(count):
-        t, k = total[j * stride : j * stride + width], j * step
-        p, q = a[k : k + width], b[k : k + width]
-        for i in range(width):
-            t[i] += np.int64(w0 * np.rint(p[i] * factor) + w1 * np.rint(q[i] * factor))
-
-
-def _four(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
+def _add(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
     a, b, c, d = rows
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
     for j in range(count):
@@ -315,22 +294,6 @@ def _four(total: Any, stride: int, rows: Any, step: int, count: int, width: int,
             first = w0 * np.rint(p[i] * factor) + w1 * np.rint(q[i] * factor)
             second = w2 * np.rint(r[i] * factor) + w3 * np.rint(s[i] * factor)
             t[i] += np.int64(first + second)
-
-
-def _eight(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
-    a, b, c, d, e, f, g, h = rows
-    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
-    w4, w5, w6, w7 = weights[4], weights[5], weights[6], weights[7]
-    for j in range(count):
-        t, k = total[j * stride : j * stride + width], j * step
-        p, q, r, s = a[k : k + width], b[k : k + width], c[k : k + width], d[k : k + width]
-        x, y, z, u = e[k : k + width], f[k : k + width], g[k : k + width], h[k : k + width]
-        for i in range(width):
-            first = w0 * np.rint(p[i] * factor) + w1 * np.rint(q[i] * factor)
-            second = w2 * np.rint(r[i] * factor) + w3 * np.rint(s[i] * factor)
-            third = w4 * np.rint(x[i] * factor) + w5 * np.rint(y[i] * factor)
-            fourth = w6 * np.rint(z[i] * factor) + w7 * np.rint(u[i] * factor)
-            t[i] += np.int64((first + second) + (third + fourth))
 
 
 def _load() -> None:
@@ -373,11 +336,7 @@ def _compile() -> dict[str, Kernel]:
         out: Kernel = numba.njit(returns(*given), nogil=True, fastmath={"contract"})(kernel)
         return out
 
-    def adding(kernel: Kernel, size: int, weight: Any) -> Kernel:
-        rows = types.UniTuple(read(single), size)
-        return made(kernel, types.void, whole[::1], whole, rows, whole, whole, whole, weight, single)
-
-    sums, indices = whole[::1], read(whole)
+    sums, indices, rows = whole[::1], read(whole), types.UniTuple(read(single), _TOGETHER)
     return {
         "largest": made(_largest, single, read(types.int32)),
         "scale": made(_scale, types.void, sums, double, single[::1]),
@@ -385,6 +344,5 @@ def _compile() -> dict[str, Kernel]:
         "close": made(
             _close, types.void, sums, read(double, 2), double, whole, indices, indices, read(single), single[::1]
         ),
-        "heavy": adding(_heavy, 1, whole),
-        **{f"add {size}": adding(k, size, double[::1]) for size, k in zip(_SIZES, (_two, _four, _eight), strict=True)},
+        "add": made(_add, types.void, sums, whole, rows, whole, whole, whole, double[::1], single),
     }
