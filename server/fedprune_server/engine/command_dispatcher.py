@@ -52,20 +52,25 @@ class CommandDispatcher:
 
     Args:
         shipping: Copies updates to where they are kept.
+        awaits: Whether the job's channel awaits an upload of a device by itself.
         blobs_at: URL under which boards find blobs over HTTP; None for none.
 
     Attributes:
         revoked: Devices that are no longer members and have not announced themselves since.
-        masks: Whether a device's masked update is awaited.
     """
 
-    def __init__(self, traffic: DeviceTraffic, shipping: BucketSync, blobs_at: str | None = None) -> None:
+    def __init__(
+        self,
+        traffic: DeviceTraffic,
+        shipping: BucketSync,
+        awaits: Callable[[str], bool],
+        blobs_at: str | None = None,
+    ) -> None:
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
-        self._shipping, self._blobs_at = shipping, blobs_at
+        self._shipping, self._awaits, self._blobs_at = shipping, awaits, blobs_at
         self._changed = traffic.state.tasks.watch()
         self.revoked: set[str] = set()
-        self.masks: Callable[[str], bool] = lambda device: False
 
     def run(self, command: DeviceCommand) -> list[on.Event]:
         """Carry out a command. Raises `StorageError` if the disk fails."""
@@ -124,7 +129,7 @@ class CommandDispatcher:
         """
         state, dropped = self._state, list[str]()
         for name in self._uploads.devices() if everywhere else self._changed:
-            if self.masks(name):
+            if self._awaits(name):
                 continue
             task = state.tasks.get(name)
             if task is None or task.progress is not Part.PULLING or not state.awaits(task):

@@ -36,9 +36,10 @@ from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
 from fedprune_server.engine.journal import Journal
 from fedprune_server.engine.message_handler import Envelope, MessageHandler
-from fedprune_server.engine.secure_sums import SecureSums
+from fedprune_server.engine.secure_sums import MaskedChannel
 from fedprune_server.engine.snapshots import SnapshotMaker
 from fedprune_server.engine.steady_clock import SteadyClock
+from fedprune_server.engine.update_channel import UpdateChannel
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
 from fedprune_server.executor.retention import BlobCollector
@@ -160,13 +161,11 @@ class JobRunner:
             else RolloutCoordinator(services.rollouts, self.outbox.send, services.members, site.clock, site.monotonic)
         )
         traffic = DeviceTraffic(job.job, job.state, self.registry, self._uploads, self.outbox, site.monotonic)
-        self._sums = SecureSums(traffic, job.store) if job.job.secure_aggregation else None
+        self._channel = MaskedChannel(traffic, job.store) if job.job.secure_aggregation else UpdateChannel(traffic)
         self._messages = MessageHandler(
-            traffic, site.quarantine, profiles, self._rollouts, services.crashes, self._sums
+            traffic, self._channel, site.quarantine, profiles, self._rollouts, services.crashes
         )
-        self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
-        if self._sums is not None:
-            self._dispatcher.masks = self._sums.awaits
+        self._dispatcher = CommandDispatcher(traffic, self._shipping, self._channel.awaits, services.blobs.url)
         self._database = job.storage.database
         self._journal = Journal(
             job.state,
@@ -205,7 +204,7 @@ class JobRunner:
     @property
     def computing(self) -> bool:
         """Whether a heavy command is under way, such as a last evaluation."""
-        return self._executor.busy or (self._sums is not None and self._sums.computing)
+        return self._executor.busy or self._channel.computing
 
     @property
     def pause_s(self) -> float:
@@ -246,8 +245,8 @@ class JobRunner:
             self._collect_uploads()
             while (result := self._executor.collect()) is not None:
                 self._handle(result)
-            if self._sums is not None and (unmasked := self._sums.turn(self._monotonic())) is not None:
-                self._handle(unmasked)
+            if (ready := self._channel.contributions(self._monotonic())) is not None:
+                self._handle(ready)
             if self._monotonic() - self._ticked >= _TICK_S:
                 self._ticked = self._monotonic()
                 self._tick(self._ticked)
@@ -261,8 +260,7 @@ class JobRunner:
         """Stop; what is not saved is done again by the next process."""
         self._shipping.close()
         self._executor.close()
-        if self._sums is not None:
-            self._sums.close()
+        self._channel.close()
 
     def pause(self, paused: bool) -> bool:
         """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Returns
@@ -397,8 +395,8 @@ class JobRunner:
     def awaits_part_of(self, device: str) -> bool:
         """Whether a part of a round is awaited from a device."""
         task = self.state.tasks.get(device)
-        if task is not None and self._sums is not None and task.progress is Progress.FOLDED:
-            return self.state.phase in (Phase.TRAINING, Phase.CLOSING)  # it waits to mask its update, or does
+        if task is not None and self._channel.holds_devices and task.progress is Progress.FOLDED:
+            return self.state.phase in (Phase.TRAINING, Phase.CLOSING)
         if task is None or task.progress not in UNDER_WAY:
             return False
         if task.basis is not None:
@@ -499,7 +497,7 @@ class JobRunner:
 
     def _collect_uploads(self) -> None:
         for event in self._dispatcher.collect_uploads():
-            if self._sums is None or not self._sums.takes(event):
+            if not self._channel.takes(event):
                 self._handle(event)
 
     def _commit(self) -> None:
@@ -535,8 +533,7 @@ class JobRunner:
                 case do.Finish():
                     self._finish(command)
                 case do.SumMasked():
-                    if self._sums is not None:
-                        self._sums.begin(command)
+                    self._channel.begin(command)
                 case do.Score():
                     self._say_what_boards_train(command.round)
                     self._executor.order(command)

@@ -37,7 +37,7 @@ from fedprune.wire.messages import (
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
-from fedprune_server.engine.secure_sums import SecureSums
+from fedprune_server.engine.update_channel import UpdateChannel
 from fedprune_server.ota.coordinator import RolloutCoordinator
 
 log = logging.getLogger("fedprune.server")
@@ -84,19 +84,19 @@ class MessageHandler:
         profiles: Folders of hardware profiles in addition to the shipped ones.
         rollouts: Runs rollouts of releases, if this job's runner does.
         crashes: Stores boards' crash reports; None for nowhere.
-        sums: Sums masked updates; None where the job takes updates as they are.
+        channel: Takes in updates.
     """
 
     def __init__(
         self,
         traffic: DeviceTraffic,
+        channel: UpdateChannel,
         quarantine: Quarantine,
         profiles: Sequence[Path] = (),
         rollouts: RolloutCoordinator | None = None,
         crashes: CrashStore | None = None,
-        sums: SecureSums | None = None,
     ) -> None:
-        self._sums = sums
+        self._channel = channel
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
         self._quarantine, self._profiles, self._rollouts, self._crashes = quarantine, tuple(profiles), rollouts, crashes
@@ -120,15 +120,14 @@ class MessageHandler:
                 if self._crashes is not None and self._registry.admitted(device):  # anybody can invent names
                     self._crashes.add(crash)
                     self._registry.crashes[device] = one_line(crash.text, 200)
-                    self._registry.crashes[device] = one_line(crash.text, 200)
             case BlobNotFound() as gone:
                 self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
             case UploadResult() as result:
                 self._outbox.ask(self._uploads.reported(device, result, now))
             case SecureStep() as step:
                 self._registry.heard(device, now)
-                if self._sums is not None and step.job == self._job.name:
-                    self._sums.answered(device, step)
+                if step.job == self._job.name:
+                    self._channel.receive(device, step)
             case Progress() | Refusal() | Trained() | Update() as report:
                 if report.job == self._job.name:
                     return self._report(device, report)
@@ -222,35 +221,12 @@ class MessageHandler:
             reason = one_line(message.reason)
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
             kind = of_exit_code(message.exit_code)
-            if self._sums is not None:
-                self._sums.refused(device, message.round, message.attempt, reason)
+            self._channel.refuse(device, message.round, message.attempt, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason, kind)
         contact = self._registry[device]
         metrics = believable(message.metrics)
         contact.metrics = all_served(metrics) or contact.metrics
-        if isinstance(message, Trained):
-            if self._sums is not None:
-                self._sums.repeat(device, message.round)
-            told = message.round, message.attempt, message.base, message.samples, message.steps
-            return on.Trained(device, *told, metrics)
-        if self._sums is not None:
-            if not self._sums.announced(device, message):
-                reason = "this job takes no updates but masked ones of a sum that goes on"
-                self._outbox.send(device, Cancelled(message.job, message.round, message.attempt, reason), message.job)
-            return None
-        if self._uploads.fetching(device, message.round, message.attempt, message.weights):
-            self._outbox.ask(self._uploads.heard(device, self._monotonic()))
-            return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are
-        return on.UpdateAnnounced(
-            device,
-            message.round,
-            message.attempt,
-            message.base,
-            message.weights.to_dict(),
-            message.samples,
-            message.steps,
-            metrics,
-        )
+        return self._channel.announce(device, message, metrics)
 
     def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
         """Cancel a device's part that can no longer count, so that it doesn't train in vain."""

@@ -21,8 +21,9 @@ from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.session import MIN_BOARDS, Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
-from fedprune.wire.messages import Accepted, SecureStep, Update
+from fedprune.wire.messages import Accepted, SecureStep, Trained, Update
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
+from fedprune_server.engine.update_channel import UpdateChannel
 
 log = logging.getLogger("fedprune.server")
 
@@ -39,7 +40,7 @@ _RETURN_S = 10.0
 _RANDOM = 16
 
 
-class SecureSums:
+class MaskedChannel(UpdateChannel):
     """The secure sums of a job's current round, one for each cohort of devices that were sent the same.
 
     Nothing of it is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat their
@@ -49,8 +50,11 @@ class SecureSums:
         store: Where masked vectors arrive; they are deleted once they are added.
     """
 
+    holds_devices = True  # to mask their updates
+
     def __init__(self, traffic: DeviceTraffic, store: BlobStore) -> None:
-        self._job, self._state, self._traffic, self._store = traffic.job, traffic.state, traffic, store
+        super().__init__(traffic)
+        self._store = store
         self._round = 0
         self._cohorts: list[_Cohort] = []
         self._members: dict[str, _Cohort] = {}
@@ -90,7 +94,7 @@ class SecureSums:
             self._members |= dict.fromkeys(devices, cohort)
             self._begin_step(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
 
-    def repeat(self, device: str, round_: int) -> None:
+    def _repeat(self, device: str, round_: int) -> None:
         """Send a device its current step again, if it is in this round's sum: it repeats its last message, so it may
         have missed that step."""
         cohort = self._cohort_of(device)
@@ -101,28 +105,37 @@ class SecureSums:
         elif device in self._accepted:
             self._traffic.outbox.send(device, self._accepted[device], self._job.name)
 
-    def answered(self, device: str, message: SecureStep) -> None:
+    def receive(self, device: str, message: SecureStep) -> None:
         """Take in a device's answer; one that can't be used costs the device its place in the sum."""
         cohort = self._cohort_of(device)
         awaited = cohort is not None and message.sum == cohort.sum and not cohort.work
         if cohort is None or not awaited or message.step != _ANSWERS[cohort.step] or device in cohort.answered:
-            self.repeat(device, message.round)  # it is of an earlier step, came twice, or is needed no longer
+            self._repeat(device, message.round)  # it is of an earlier step, came twice, or is needed no longer
             return
         try:
             cohort.add(device, message.step, message.content)
         except (ProtocolError, SignatureError) as error:
             self._drop(cohort, device, one_line(str(error)))
 
-    def announced(self, device: str, update: Update) -> bool:
+    def announce(self, device: str, message: Trained | Update, metrics: Mapping[str, float]) -> on.Event | None:
+        if isinstance(message, Trained):
+            self._repeat(device, message.round)
+            part = message.round, message.attempt, message.base, message.samples, message.steps
+            return on.Trained(device, *part, dict(metrics))
+        if not self._fetch(device, message):
+            self._cancel(device, message, "this job takes no updates but masked ones of a sum that goes on")
+        return None
+
+    def _fetch(self, device: str, update: Update) -> bool:
         """Fetch a masked vector, or send the device its current step again. False if none is expected."""
         cohort, accepted = self._members.get(device), self._accepted.get(device)
         if accepted is not None and (update.round, update.attempt) == (self._round, accepted.attempt):
-            self.repeat(device, update.round)
+            self._repeat(device, update.round)
             return True
         if cohort is None or not self._is_current(device, update.round, update.attempt):
             return False
         if cohort.over or cohort.step != "delivery":
-            self.repeat(device, update.round)  # in the first steps it is masked for an earlier sum
+            self._repeat(device, update.round)  # in the first steps it is masked for an earlier sum
             return True
         if update.weights.size != cohort.session.size:
             return False
@@ -159,13 +172,13 @@ class SecureSums:
             cohort.work.append((event.device, self._thread.submit(self._add, cohort, event.device, event.weights)))
         return True
 
-    def refused(self, device: str, round_: int, attempt: int, reason: str) -> None:
+    def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
         """A device drops out of its sum, if it refuses the current attempt at this round."""
         cohort = self._cohort_of(device)
         if cohort is not None and self._is_current(device, round_, attempt):
             self._drop(cohort, device, reason)
 
-    def turn(self, now: float) -> on.Unmasked | None:
+    def contributions(self, now: float) -> on.Unmasked | None:
         """End each step whose answers are all in, or whose time is up. Returns the round's sums when all have ended.
 
         No step waits for devices that are offline, except the step of keys, for `_RETURN_S`: after a restart the server
@@ -191,7 +204,7 @@ class SecureSums:
         event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports, false)
         self._cohorts, self._members, self._dropped = [], {}, {}
         for device in self._accepted:
-            self.repeat(device, self._round)
+            self._repeat(device, self._round)
         return event
 
     def close(self) -> None:
