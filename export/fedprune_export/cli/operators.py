@@ -64,6 +64,7 @@ def table() -> list[dict[str, Any]]:
 def _forms() -> Mapping[str, str]:
     """In which forms operators are read and written."""
     from fedprune_export.importing.control_flow import CONTROL_FLOW
+    from fedprune_export.importing.inlining import BY_DEFINITION
     from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, SPLIT_AND_CONCAT
     from fedprune_export.importing.translation import BECOMES, TRANSLATED
     from fedprune_export.ir.composites import NATIVE
@@ -73,7 +74,7 @@ def _forms() -> Mapping[str, str]:
     out |= {name: ["unrolled on import, if it doesn't depend on the data"] for name in CONTROL_FLOW}
     out |= {name: ["later forms are read, too"] for name in TRANSLATED}
     out |= {name: ["removed on import"] for name in SEQUENCE_OPERATORS}
-    out |= {name: [f"becomes {form} on import"] for name, form in (BECOMES | SPLIT_AND_CONCAT).items()}
+    out |= {name: [f"becomes {form} on import"] for name, form in (BECOMES | BY_DEFINITION | SPLIT_AND_CONCAT).items()}
     for name, since in NATIVE.items():
         out.setdefault(name, []).append(f"recognised in its decomposed form; written so below opset {since}")
     for forms in (LATER_FORMS, EARLIER_FORMS):

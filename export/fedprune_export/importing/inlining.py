@@ -1,4 +1,4 @@
-"""Inlining of local functions, and removal of control flow and of sequences."""
+"""Inlining of local functions and of composite operators, and removal of control flow and of sequences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, inliner, numpy_helper
 
 from fedprune.core.errors import ModelError, reason, shown
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
@@ -17,6 +17,17 @@ from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequ
 MOST_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
 
 _DEEPEST = 20  # functions that call functions
+
+BY_DEFINITION = {
+    "AffineGrid": "products with a grid of places",
+    "Attention": "products, Softmax and reshapes",
+    "CenterCropPad": "Slice and Pad",
+    "NegativeLogLikelihoodLoss": "GatherElements",
+    "RotaryEmbedding": "products with cosines and sines",
+    "SoftmaxCrossEntropyLoss": "LogSoftmax and GatherElements",
+    "Swish": "a product with Sigmoid",
+}
+"""Operators that are replaced by the standard's own definition of them, and what it consists of."""
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -33,6 +44,9 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError("number of operators", expected=f"at most {MOST_NODES}", got=len(model.graph.node))
     operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if operators & BY_DEFINITION.keys():
+        model = _defined(model)
+        operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     grouped = 18 <= opset < 21 and "GroupNormalization" in operators
     written = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS)
     if not grouped and (model.functions or written):
@@ -74,8 +88,6 @@ def _check_calls(model: onnx.ModelProto) -> None:
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnx import inliner
-
     try:
         onnx.checker.check_model(model)
         out: onnx.ModelProto = inliner.inline_local_functions(model)
@@ -83,6 +95,19 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(
             f"the model's local functions can't be written out ({reason(error)})", hint="Export it without functions."
         ) from error
+    return out
+
+
+def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace operators by their definitions, which follow from the types of what they read."""
+    check(model)
+    typed = onnx.shape_inference.infer_shapes(model)
+    # The inliner looks for types among values alone, and inference writes none of tensors.
+    for tensor in model.graph.initializer:
+        typed.graph.value_info.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    names = [("", name) for name in BY_DEFINITION]
+    out: onnx.ModelProto = inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
+    del out.graph.value_info[:]
     return out
 
 

@@ -342,6 +342,10 @@ def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
         if node.op == "Concat" and not node.domain and len(node.inputs) == 1:
             bypass(graph, node, outputs)
             continue
+        if node.op == "Where" and not node.domain and _takes_second(graph, seen, node):
+            node.inputs = node.inputs[2:]
+            bypass(graph, node, outputs)
+            continue
         if node.op == "ScatterND" and not node.domain and _overwrites(seen, node):
             node.inputs = node.inputs[2:]
             bypass(graph, node, outputs)
@@ -377,6 +381,14 @@ def _is_whole(graph: Graph, seen: Trace, node: Node) -> bool:
     whole = all(s == 0 and e >= _ENDLESS for s, e in zip(starts, ends, strict=True))
     sizes = seen.dims(node.inputs[0])
     return bool((steps == 1).all()) and (whole or (None not in sizes and sizes == seen.dims(node.outputs[0])))
+
+
+def _takes_second(graph: Graph, seen: Trace, node: Node) -> bool:
+    """Whether the condition of a choice is constant, and holds nowhere."""
+    condition, _, second = node.inputs
+    never = condition in graph.initializers and not graph.initializers[condition].any()
+    alike = {second, node.outputs[0]} <= seen.shapes.keys() and seen.dims(second) == seen.dims(node.outputs[0])
+    return never and alike
 
 
 def _overwrites(seen: Trace, node: Node) -> bool:

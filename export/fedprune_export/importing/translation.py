@@ -5,6 +5,7 @@ To support a later operator or form, add a rule to `_RULES`: a function that emi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError, reason
-from fedprune_export.importing.attention import emit_attention, emit_rotary
 from fedprune_export.importing.pad_resize import RESIZE_MODES, emit_pad, emit_resize, mark_early_resizes
 from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
@@ -123,13 +123,52 @@ def _default(name: str, *values: object) -> _Rule:
     return rule
 
 
-def _pooling(state: Translation, node: Node) -> None:
-    """Dilations of 1 are the only ones that these pools know in opset 17."""
+def _average_pool(state: Translation, node: Node) -> None:
+    """Dilations of 1 are the only ones that it knows in opset 17."""
     if all(d == 1 for d in node.attrs.get("dilations", [])):
         node.attrs.pop("dilations", None)
-    if node.op == "LpPool" and not node.attrs.get("ceil_mode"):
-        node.attrs.pop("ceil_mode", None)
     state.keep(node)
+
+
+def _lp_pool(state: Translation, node: Node) -> None:
+    """The root of a sum of powers, over windows or the whole map, which has a gradient of 0 where it is 0."""
+    graph, x, power = state.graph, node.inputs[0], int(node.attrs.pop("p", 2))
+    raised = graph.emit("Mul", x, x) if power == 2 else graph.emit("Pow", graph.emit("Abs", x), graph.scalar(power))
+    if node.op == "GlobalLpPool":
+        total = graph.emit("ReduceSum", raised, graph.ints(*range(2, len(state.seen.shapes[x]))))
+    else:
+        if node.attrs.get("ceil_mode") or any(d != 1 for d in node.attrs.pop("dilations", [])):
+            raise ModelError(f"{node.op} {node.name}: dilation or a rounded-up size", hint="Use a window that fits.")
+        mean = graph.emit("AveragePool", raised, attrs={**node.attrs, "count_include_pad": 1})
+        total = graph.emit("Mul", mean, graph.scalar(math.prod(node.attrs["kernel_shape"])))
+    if power == 2:
+        graph.emit("Sqrt", total, out=node.outputs[0])
+        return
+    empty = graph.emit("Equal", total, graph.scalar(0))
+    root = graph.emit("Pow", graph.emit("Where", empty, graph.scalar(1), total), graph.scalar(1 / power))
+    graph.emit("Where", empty, graph.scalar(0), root, out=node.outputs[0])
+
+
+def _local_response(state: Translation, node: Node) -> None:
+    """x / (bias + alpha · mean of neighbouring channels' squares)^beta: channels are places of an average pool."""
+    graph, x, size = state.graph, node.inputs[0], int(node.attrs["size"])
+    alpha, beta, bias = (float(node.attrs.get(k, d)) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    channels = state.seen.shapes[x][1]
+    rows = graph.emit("Reshape", graph.emit("Mul", x, x), graph.ints(0, 1, channels, -1))
+    window = {"kernel_shape": [size, 1], "pads": [(size - 1) // 2, 0, size // 2, 0], "count_include_pad": 1}
+    means = graph.emit("AveragePool", rows, attrs=window)
+    means = graph.emit("Reshape", means, graph.ints(0, *(d or 0 for d in state.seen.dims(x)[1:])))
+    spread = graph.emit("Add", graph.emit("Mul", means, graph.scalar(alpha)), graph.scalar(bias))
+    graph.emit("Div", x, graph.emit("Pow", spread, graph.scalar(beta)), out=node.outputs[0])
+
+
+def _mean_variance(state: Translation, node: Node) -> None:
+    """Minus the mean, divided by the standard deviation over the given axes."""
+    graph, x = state.graph, node.inputs[0]
+    over = {"axes": [int(a) for a in node.attrs.get("axes", [0, 2, 3])], "keepdims": 1}
+    centred = graph.emit("Sub", x, graph.emit("ReduceMean", x, attrs=over))
+    deviation = graph.emit("Sqrt", graph.emit("ReduceMean", graph.emit("Mul", centred, centred), attrs=over))
+    graph.emit("Div", centred, graph.emit("Add", deviation, graph.scalar(1e-9)), out=node.outputs[0])
 
 
 def _cast(state: Translation, node: Node) -> None:
@@ -193,13 +232,6 @@ def _split(state: Translation, node: Node) -> None:
     state.keep(node)
 
 
-def _swish(state: Translation, node: Node) -> None:
-    graph, x = state.graph, node.inputs[0]
-    alpha = float(node.attrs.get("alpha", 1.0))
-    inner = x if alpha == 1 else graph.emit("Mul", x, graph.scalar(alpha))
-    graph.emit("Mul", x, graph.emit("Sigmoid", inner), out=node.outputs[0])
-
-
 def _grid_sample(state: Translation, node: Node) -> None:
     names = {"linear": "bilinear", "cubic": "bicubic"}
     node.attrs["mode"] = names.get(node.attrs.get("mode", "bilinear"), node.attrs.get("mode", "bilinear"))
@@ -220,65 +252,37 @@ def _no_form(node: Node, name: str, expected: str) -> ModelError:
     )
 
 
-def _likelihood(state: Translation, node: Node) -> None:
-    """The loss of every label: log probabilities [N, K, ...] gathered by labels [N, ...], weighted by class. Raises
-    `ModelError` if it reduces them, which a loss of one number per sample doesn't do."""
-    graph, (scores, labels, *weights) = state.graph, [i for i in node.inputs if i]
-    if node.attrs.get("reduction", "mean") != "none":
-        raise ModelError(
-            f"{node.op} {node.name} makes one number of the whole batch",
-            expected="reduction 'none'",
-            got=repr(node.attrs.get("reduction", "mean")),
-            hint="A loss gives one number per sample: reduction='none', then the mean over all axes but the first.",
-        )
-    if node.op == "SoftmaxCrossEntropyLoss":
-        out = node.outputs[1] if len(node.outputs) > 1 and node.outputs[1] else None
-        scores = graph.emit("LogSoftmax", scores, attrs={"axis": 1}, out=out)
-    ignored, zero = node.attrs.get("ignore_index"), graph.constant(0, np.int64)
-    skipped = ""
-    if ignored is not None:
-        skipped = graph.emit("Equal", labels, graph.constant(ignored, np.int64))
-        labels = graph.emit("Where", skipped, zero, labels)
-    place = graph.emit("Unsqueeze", labels, graph.ints(1))
-    each = graph.emit("Squeeze", graph.emit("GatherElements", scores, place, attrs={"axis": 1}), graph.ints(1))
-    if weights:
-        each = graph.emit("Mul", each, graph.emit("Gather", weights[0], labels))
-    if skipped:
-        each = graph.emit("Where", skipped, graph.scalar(0), each)
-    graph.emit("Neg", each, out=node.outputs[0])
-
-
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduction),
-    **dict.fromkeys(("AveragePool", "LpPool"), _pooling),
+    **dict.fromkeys(("LpPool", "GlobalLpPool"), _lp_pool),
+    "AveragePool": _average_pool,
+    "LRN": _local_response,
+    "MeanVarianceNormalization": _mean_variance,
     **dict.fromkeys(("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear"), _cast),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
     **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
-    "Attention": lambda state, node: emit_attention(state.graph, node, state.seen, state.used),
     "Col2Im": lambda state, node: emit_fold(state.graph, node, state.seen),
     "DFT": lambda state, node: emit_dft(state.graph, node, state.seen),
-    "RotaryEmbedding": lambda state, node: emit_rotary(state.graph, node, state.seen),
     "STFT": lambda state, node: emit_stft(state.graph, node, state.seen),
     "BatchNormalization": _batch_norm,
     "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
-    **dict.fromkeys(("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"), _likelihood),
     "Pad": lambda state, node: emit_pad(state.graph, node, state.seen),
     "Reshape": _default("allowzero", 0),
     "Resize": lambda state, node: emit_resize(state.graph, node, state.seen),
     "Split": _split,
-    "Swish": _swish,
 }
 
 TRANSLATED = frozenset(_RULES)  # operators whose later forms, or which themselves, are written in the forms of opset 17
 
 BECOMES = {
-    "Attention": "products, Softmax and reshapes",
     "CastLike": "Cast",
     "Col2Im": "a transposed convolution with a constant kernel",
     "DFT": "a product with a constant matrix",
-    "RotaryEmbedding": "products with cosines and sines",
+    "GlobalLpPool": "a sum of powers, and its root",
+    "LpPool": "AveragePool of powers, and its root",
+    "LRN": "AveragePool over channels",
+    "MeanVarianceNormalization": "means and a quotient",
     "STFT": "a convolution with a constant Fourier basis",
-    "Swish": "a product with Sigmoid",
 }
 """The rewriting of operators, before any rule reads them."""

@@ -6,12 +6,10 @@ channels, its element count is computed at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, gradient_rule
+from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.channels.rule import Channels, channel_rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.operators import INPUT, OUTPUT, gradient_reads
@@ -36,32 +34,15 @@ def layer_norm_channels(channels: Channels, node: Node) -> None:
             channels.out(node, [*x[:axis], *(np.zeros(1, np.int64) for _ in x[axis:])], i)
 
 
-@channel_rule("LRN")
-def local_response_channels(channels: Channels, node: Node) -> None:
-    """Channels are averaged with their neighbours: they stay."""
-    _hold(channels, node, [1], "averages over neighbouring channels")
-
-
 @channel_rule("LpNormalization", "Softmax", "LogSoftmax", "Hardmax")
 def softmax_channels(channels: Channels, node: Node) -> None:
     """The axis over which numbers are compared or added up stays; the others pass."""
-    _hold(channels, node, [int(node.attrs.get("axis", -1))], "compares or averages channels")
-
-
-@channel_rule("MeanVarianceNormalization")
-def mean_variance_channels(channels: Channels, node: Node) -> None:
-    """The axes over which it averages stay."""
-    _hold(channels, node, [int(a) for a in node.attrs.get("axes", [0, 2, 3])], "averages over channels")
-
-
-def _hold(channels: Channels, node: Node, axes: Sequence[int], why: str) -> None:
     x = list(channels.of(node, 0))
-    gone = {a % len(x) for a in axes}
-    if any(x[a].any() for a in gone):
-        channels.notes.append(f"{node.op} {node.name} {why}: they stay.")
-    for a in gone:
-        channels.atoms.fix(x[a])
-        x[a] = np.zeros_like(x[a])
+    axis = int(node.attrs.get("axis", -1)) % len(x)
+    if x[axis].any():
+        channels.notes.append(f"{node.op} {node.name} compares or averages channels: they stay.")
+    channels.atoms.fix(x[axis])
+    x[axis] = np.zeros_like(x[axis])
     channels.out(node, x)
 
 
@@ -111,35 +92,6 @@ def _along(tape: Tape, node: Node) -> tuple[str, int, str]:
     y = tape.graph.emit(node.op, tape.value(name), attrs={**node.attrs, "axis": axis})
     tape.enter(node.outputs[0], y, shape)
     return name, axis, y
-
-
-def normalised(
-    tape: Tape, x: str, axes: list[int], dims: Sequence[Dim], epsilon: float
-) -> tuple[str, Callable[[str], str]]:
-    """A value minus its mean over the axes, divided by its standard deviation; and the function that turns its gradient
-    into that of x.
-
-    With n elements, s = 1/√(var + ε) and z the result: dx = s · (dz − Σdz/n − z · Σ(dz · z)/n).
-    """
-    g = tape.graph
-
-    def mean(value: str) -> str:
-        return g.emit("ReduceMean", value, attrs={"axes": axes, "keepdims": 1})
-
-    # The mean of float32 sums is off by a little where it is large: centring twice makes it exact.
-    rough = g.emit("Sub", x, mean(x))
-    centred = g.emit("Sub", rough, mean(rough))
-    variance = mean(g.emit("Mul", centred, centred))
-    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
-    z = g.emit("Mul", centred, inverse)
-
-    def pull(dz: str) -> str:
-        share = divided(tape, summed(g, dz, axes), dims)
-        slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
-        rest = g.emit("Sub", g.emit("Sub", dz, share), g.emit("Mul", z, slope))
-        return g.emit("Mul", rest, inverse)
-
-    return z, pull
 
 
 @gradient_rule("LayerNormalization")
@@ -219,52 +171,5 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
         along = summed(g, g.emit("Mul", dy, y), [axis])
         direction = y if order == 2 else g.emit("Sign", x)
         tape.add(name, g.emit("Div", g.emit("Sub", dy, g.emit("Mul", direction, along)), length))
-
-    return pull
-
-
-_MVN_EPSILON = 1e-18  # the operator adds 1e-9 to the standard deviation; here its square is added to the variance
-
-
-@gradient_rule("MeanVarianceNormalization")
-def standardised(tape: Tape, node: Node) -> Pull:
-    """Minus the mean, divided by the standard deviation over the given axes."""
-    name = node.inputs[0]
-    shape = tape.shape(name)
-    axes = sorted(int(a) % len(shape) for a in node.attrs.get("axes", [0, 2, 3]))
-    z, pull = normalised(tape, tape.value(name), axes, [shape[a] for a in axes], _MVN_EPSILON)
-    tape.enter(node.outputs[0], z, shape)
-    return lambda dy: tape.add(name, pull(dy))
-
-
-@gradient_rule("LRN")
-def local_response(tape: Tape, node: Node) -> Pull:
-    """x · s^−β with s from squares of neighbouring channels; dx = dy · s^−β − 2αβ/n · x · Σ dy·x·s^(−β−1)."""
-    name, g = node.inputs[0], tape.graph
-    x, shape = tape.value(name), tape.shape(name)
-    size = int(node.attrs["size"])
-    alpha, beta, bias = (float(node.attrs.get(k, d)) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
-    before, after = (size - 1) // 2, size // 2
-
-    def neighbours(value: str, before: int, after: int) -> str:
-        """The sum over a window of channels: shifted copies of the padded value."""
-        pads = [0, before] + [0] * (len(shape) - 1) + [after] + [0] * (len(shape) - 2)
-        padded, total = g.emit("Pad", value, g.ints(*pads)), ""
-        for k in range(size):
-            end = k + 1 - size or 2**31
-            part = g.emit("Slice", padded, g.ints(k), g.ints(end), g.ints(1))
-            total = g.emit("Add", total, part) if total else part
-        return total
-
-    spread = g.emit("Mul", neighbours(g.emit("Mul", x, x), before, after), g.scalar(alpha / size))
-    base = g.emit("Add", spread, g.scalar(bias))
-    share = g.emit("Pow", base, g.scalar(-beta))
-    tape.enter(node.outputs[0], g.emit("Mul", x, share), shape)
-
-    def pull(dy: str) -> None:
-        own = g.emit("Mul", dy, share)
-        weighted = neighbours(g.emit("Div", g.emit("Mul", own, x), base), after, before)
-        others = g.emit("Mul", g.emit("Mul", x, weighted), g.scalar(2 * alpha * beta / size))
-        tape.add(name, g.emit("Sub", own, others))
 
     return pull

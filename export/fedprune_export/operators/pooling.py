@@ -15,11 +15,11 @@ from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import BOTH, INPUT, gradient_reads
 from fedprune_export.operators.elementwise import where_positive
 
-gradient_reads(INPUT, "LpPool", "GlobalMaxPool")
+gradient_reads(INPUT, "GlobalMaxPool")
 gradient_reads(BOTH, "MaxPool")
 
 
-@channel_rule("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool")
+@channel_rule("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 def pooling_channels(channels: Channels, node: Node) -> None:
     """Channels pass, places stay; so do channels that a maximum's index counts."""
     x = channels.of(node, 0)
@@ -153,53 +153,6 @@ def average_pool(tape: Tape, node: Node) -> Pull:
         tape.add(name, _spread(tape, w, x, share))
 
     return pull
-
-
-@gradient_rule("LpPool")
-def lp_pool(tape: Tape, node: Node) -> Pull:
-    """y = (Σ |x|ᵖ)^(1/p) over each window; dx = sign(x) · |x|ᵖ⁻¹ · Σ dy / yᵖ⁻¹ over the windows, 0 where y is 0."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    w = window(tape, node, _kernel(node))
-    if any(w.overhang) or any(d != 1 for d in w.dilations):
-        raise ModelError(f"{describe(node)}: dilation or a rounded-up size", hint="Use a window that fits the map.")
-    g, power = tape.graph, int(node.attrs.get("p", 2))
-    attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides), "pads": w.flat_pads, "p": power}
-    y = g.emit("LpPool", x, attrs=attrs)
-    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
-
-    def pull(dy: str) -> None:
-        tape.add(name, _rooted(g, x, power, _spread(tape, w, x, _unrooted(g, y, power, dy))))
-
-    return pull
-
-
-@gradient_rule("GlobalLpPool")
-def global_lp_pool(tape: Tape, node: Node) -> Pull:
-    """The same over the whole map."""
-    name, g, power = node.inputs[0], tape.graph, int(node.attrs.get("p", 2))
-    x, shape = tape.value(name), tape.shape(name)
-    y = g.emit("GlobalLpPool", x, attrs={"p": power})
-    tape.enter(node.outputs[0], y, (*shape[:2], *[1] * (len(shape) - 2)))
-    return lambda dy: tape.add(name, _rooted(g, x, power, _unrooted(g, y, power, dy)))
-
-
-def _rooted(g: Graph, x: str, power: int, slope: str) -> str:
-    """Slope · sign(x) · |x|^(power − 1)."""
-    if power == 2:
-        return g.emit("Mul", x, slope)
-    steep = g.emit("Sign", x)
-    if power > 1:
-        steep = g.emit("Mul", steep, g.emit("Pow", g.emit("Abs", x), g.scalar(power - 1)))
-    return g.emit("Mul", steep, slope)
-
-
-def _unrooted(g: Graph, y: str, power: int, dy: str) -> str:
-    """Dy / y^(power − 1), 0 where y is 0."""
-    if power == 1:
-        return dy
-    steep = y if power == 2 else g.emit("Pow", y, g.scalar(power - 1))
-    return g.emit("Where", g.emit("Greater", y, g.scalar(0)), g.emit("Div", dy, steep), g.scalar(0))
 
 
 def _spread(tape: Tape, w: Window, x: str, share: str) -> str:

@@ -491,27 +491,6 @@ for _p, _axis in product((1, 2), (1, -1)):
     _oracle = partial(F.normalize, p=_p, dim=_axis)
     one(f"LpNormalization {_how}", "LpNormalization", _oracle, normal(3, 5, 6), ("N", "c", 6), narrow={"c": 3}, **_how)
 
-
-def local_response(x: torch.Tensor, size: int) -> torch.Tensor:
-    squares = F.pad(x * x, (0, 0, 0, 0, (size - 1) // 2, size // 2))
-    return x / (1.5 + 0.5 / size * sum(squares[:, k : k + x.shape[1]] for k in range(size))) ** 0.6
-
-
-for _size in (1, 3, 4, 5):
-    _how = {"size": _size, "alpha": 0.5, "beta": 0.6, "bias": 1.5}
-    _oracle, _x = partial(local_response, size=_size), 3 * normal(3, 7, 4, 5)
-    one(f"LRN {_size}", "LRN", _oracle, _x, ("N", "c", 4, 5), narrow={"c": 3}, **_how)
-for _axes in ([0, 2, 3], [1, -1]):
-    one(
-        f"MeanVarianceNormalization {_axes}",
-        "MeanVarianceNormalization",
-        lambda x, a=_axes: (x - x.mean(a, keepdim=True)) / x.std(a, correction=0, keepdim=True),
-        normal(4, 5, 3, 6, offset=10.0),
-        ("N", "c", 3, 6),
-        narrow={"c": 3},
-        axes=_axes,
-    )
-
 for _spatial in ((), (4, 5)):
     _data = {"x": normal(3, 6, *_spatial, offset=2.0), "w": normal(6, seed=1), "b": normal(6, seed=2)}
     row(

@@ -121,33 +121,3 @@ def test_average_pool(case: dict[str, Any], counted: bool) -> None:
     )
     mean = node("AveragePool", "x", **onnx_pool(case), count_include_pad=int(counted))
     check([mean], oracle, {"x": normal(3, 3, *case["size"])}, shapes(case), sums=True, narrow={"c": 2})
-
-
-# -- norms ----------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=25, deadline=None)
-@given(case=pools(), power=st.integers(1, 3))
-def test_norm_of_a_window(case: dict[str, Any], power: int) -> None:
-    case = {**case, "up": False}
-    pool, count = MEANS[len(case["size"])], float(np.prod(case["kernel"]))
-
-    def oracle(x: torch.Tensor) -> torch.Tensor:
-        total = pool(x.abs() ** power, case["kernel"], case["strides"], case["pads"]) * count
-        return total ** (1 / power)
-
-    x = normal(3, 3, *case["size"])
-    attrs = {n: v for n, v in onnx_pool(case).items() if n != "ceil_mode"}
-    check([node("LpPool", "x", **attrs, p=power)], oracle, {"x": x}, shapes(case), narrow={"c": 2})
-
-
-@pytest.mark.parametrize("power", [1, 2, 3])
-def test_norm_of_a_whole_map(power: int) -> None:
-    oracle = lambda x: (x.abs() ** power).sum((2, 3), keepdim=True) ** (1 / power)  # noqa: E731
-    check([node("GlobalLpPool", "x", p=power)], oracle, {"x": normal(2, 3, 4, 5)}, {"x": ("N", "c", 4, 5)})
-
-
-def test_norm_of_zeros_has_no_gradient() -> None:
-    x = np.zeros((1, 2, 4, 4), np.float32)
-    session = differentiated([node("LpPool", "x", kernel_shape=[2, 2])], {"x": x}, {"x": x.shape}, {})
-    assert not session.run({"x": x, "dy": np.ones((1, 2, 3, 3), np.float32)})["x::gradient"].any()

@@ -12,8 +12,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
-from fedprune.model.recipe import Features
+from fedprune.model.recipe import Features, Recipe
 from fedprune.runtime.session import Session
+from fedprune_export.checks.step_feeds import step_feeds
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -58,29 +59,14 @@ def attention(*further: str, **attrs: Any) -> Build:
     return build
 
 
-CORE = ["MatMul", "Mul", "Softmax", "MatMul"]
-
-
 @pytest.mark.parametrize(
-    ("further", "attrs", "more"),
-    [((), {"scale": 0.3}, set()), ((), {"is_causal": 1}, {"Add"}), (("bias",), {}, {"Add"}), (("mask",), {}, {"Add"})],
+    ("further", "attrs"),
+    [((), {"scale": 0.3}), ((), {"is_causal": 1}), (("bias",), {}), (("mask",), {}), ((), {"softcap": 2.0})],
 )
-def test_attention_side_by_side(further: tuple[str, ...], attrs: dict[str, Any], more: set[str]) -> None:
-    found = ops(attention(*further, **attrs), (5, 8), 40, 23)
-    assert set(found) - {"Where"} == {*CORE, "Transpose", "Reshape", *more}
-
-
-@pytest.mark.parametrize(
-    ("attrs", "what"), [({"softcap": 2.0}, "a soft cap"), ({"kv_num_heads": 1}, "fewer heads for keys")]
-)
-def test_attention_of_other_kinds_is_named(attrs: dict[str, Any], what: str) -> None:
-    def build(g: Graph) -> str:
-        g.initializers.update(w=random(8, 8), n=random(8, 4))
-        q, k = g.emit("MatMul", "image", "w"), g.emit("MatMul", "image", "n" if "kv_num_heads" in attrs else "w")
-        return g.emit("Attention", q, k, k, attrs={"q_num_heads": 2, "kv_num_heads": 2, **attrs})
-
-    with pytest.raises(ModelError, match=f"Attention.* has {what}"):
-        imported(build, (5, 8), 40, 23)
+def test_attention_is_products_whose_heads_can_be_cut(further: tuple[str, ...], attrs: dict[str, Any]) -> None:
+    model = imported(attention(*further, **attrs), (5, 8), 40, 23)
+    assert [group.size for group in model.groups] == [2]
+    training_graph(model, Features())
 
 
 @pytest.mark.parametrize(("opset", "size"), [(18, 2), (20, 2), (21, 4), (23, 4)])
@@ -96,6 +82,30 @@ def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None
     scale, bias = (np.repeat(graph.initializers[n], 4 // size)[:, None, None] for n in "sb")
     expected = (normal.reshape(x.shape) * scale + bias).reshape(7, -1) @ graph.initializers["last"]
     assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs", "size"),
+    [
+        *(("LpPool", {"kernel_shape": [2, 3], "pads": [0, 1, 0, 1], "strides": [2, 1], "p": p}, 40) for p in (1, 2, 3)),
+        *(("GlobalLpPool", {"p": p}, 4) for p in (1, 2, 3)),
+        *(("LRN", {"size": n, "alpha": 0.5, "beta": 0.6, "bias": 1.5}, 80) for n in (1, 3, 5)),
+        *(("MeanVarianceNormalization", {"axes": axes}, 80) for axes in ([0, 2, 3], [1, -1])),
+    ],
+)
+def test_seldom_pools_and_norms_are_primitives(op: str, attrs: dict[str, Any], size: int) -> None:
+    """Their numbers are the operator's, and a step on zeros moves a weight before them to a finite number."""
+
+    def build(g: Graph) -> str:
+        g.initializers["scale"] = random(4, 1, 1)
+        return g.emit(op, g.emit("Mul", g.emit("Relu", "image"), "scale"), attrs=attrs)
+
+    model = imported(build, (4, 4, 5), size, 17)
+    assert op not in {n.op for n in model.graph.nodes}
+    step = Session(training_graph(model, Features()).to_bytes(), training=True)
+    x, y = np.zeros((2, 4, 4, 5), np.float32), np.zeros(2, np.int64)
+    following = step.run(step_feeds(step.inputs, Recipe(), model.tensors, x, y, 3))
+    assert all(np.isfinite(value).all() for value in following.values())
 
 
 @pytest.mark.parametrize("parts", [2, 4])
