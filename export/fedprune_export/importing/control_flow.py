@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from fedprune.core.errors import ModelError, shown
-from fedprune_export.importing.names import Names
-from fedprune_export.importing.sequences import inferred
+from fedprune_export.importing.graph_writer import Array, GraphWriter
 from fedprune_export.ir.graph import read_tensor
-
-Array = npt.NDArray[Any]
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
 _DEEPEST = 20  # control flow within control flow
-
-_MOST_STEPS, _LARGE = 200, 2**16  # limits of a length's operators, and of the elements that one reads
-
-_ARITHMETIC = frozenset(
-    {
-        *("Add", "And", "Cast", "Ceil", "Concat", "Constant", "Div", "Equal", "Floor", "Gather", "Greater"),
-        *("GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or"),
-        *("ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
-    }
-)
-"""Operators that conditions and lengths are computed with."""
-
-_FAILS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""Errors in evaluating a node of an untrusted file, whose value is then unknown."""
-
-_SIZES = (3, 5)
-"""Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them."""
 
 
 def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
@@ -48,25 +26,19 @@ def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
     Raises `ModelError` if there would be more than `most` operators, or control flow is nested too deeply.
     """
     for _ in range(_DEEPEST):
-        writer = _Writer(model, opset, most)
-        nodes = [written for node in model.graph.node for written in writer.take(node)]
+        writer = _ControlFlow(model, opset, most)
+        writer.write()
         if not writer.taken:
             return
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
     raise ModelError(f"branches and loops are nested more than {_DEEPEST} deep")
 
 
-class _Writer:
+class _ControlFlow(GraphWriter):
     """Inlines and unrolls one level of control flow."""
 
     def __init__(self, model: onnx.ModelProto, opset: int, most: int) -> None:
-        self._model, self._graph, self._opset, self._most = model, model.graph, opset, most
-        self._made = {o: n for n in model.graph.node for o in n.output if o}
-        self._tensors = {t.name: t for t in model.graph.initializer}
-        self._shapes: dict[str, list[int | None]] | None = None
-        self._names = Names(model.graph)
-        self._left = most - len(model.graph.node)
+        super().__init__(model, opset)
+        self._most, self._left = most, most - len(model.graph.node)
         self.taken = 0
 
     def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
@@ -258,106 +230,11 @@ class _Writer:
             name = made[name].input[0]
         if name == body.input[1].name:
             return True
-        constant = tensors.get(name) or (_constant_of(made[name]) if name in made else self._tensors.get(name))
+        if name in made:
+            values = [a.t for a in made[name].attribute if made[name].op_type == "Constant" and a.name == "value"]
+            return any(read_tensor(value).all() for value in values)
+        constant = tensors.get(name) or self._tensors.get(name)
         return constant is not None and bool(read_tensor(constant).all())
-
-    # -- pieces of tensors --------------------------------------------------------------------------------------------
-
-    def _constant(self, value: Array, name: str) -> onnx.NodeProto:
-        name = self._names.fresh(name)
-        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
-
-    def _apart(self, name: str, axis: int, parts: Sequence[str]) -> list[onnx.NodeProto]:
-        """A value's slices along an axis, with the axis removed."""
-        rows = [self._names.fresh(f"{p}.row") for p in parts]
-        out = self._listing("Split", name, "split", [1] * len(parts), rows, axis=axis)
-        for row, part in zip(rows, parts, strict=True):
-            out += self._listing("Squeeze", row, "axes", [axis], [part])
-        return out
-
-    def _together(self, parts: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
-        """Stack values along a new axis."""
-        rows = [self._names.fresh(f"{p}.row") for p in parts]
-        out = [
-            n for p, row in zip(parts, rows, strict=True) for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
-        ]
-        return [*out, helper.make_node("Concat", rows, [target], axis=axis)]
-
-    def _listing(
-        self, op: str, name: str, what: str, values: Sequence[int], outputs: Sequence[str], **attrs: Any
-    ) -> list[onnx.NodeProto]:
-        """A node that takes a list: an attribute until opset 12, then an input."""
-        if self._opset < 13:
-            return [helper.make_node(op, [name], outputs, **{**attrs, what: values})]
-        listed = self._constant(np.array(values, np.int64), f"{outputs[0]}.{what}")
-        return [listed, helper.make_node(op, [name, listed.output[0]], outputs, **attrs)]
-
-    # -- what is known ------------------------------------------------------------------------------------------------
-
-    def _size(self, name: str, axis: int) -> int | None:
-        shape = self._shape(name)
-        return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
-
-    def _shape(self, name: str) -> list[int | None] | None:
-        if self._shapes is None:
-            self._shapes = inferred(self._model)
-        return self._shapes.get(name)
-
-    def _known(self, name: str) -> Array | None:
-        """A value that doesn't depend on data, computed from constants and known sizes; None for any other."""
-        found = [self._computed(name, size) for size in _SIZES]
-        same = all(f is not None and found[0] is not None and np.array_equal(f, found[0]) for f in found)
-        return found[0] if same else None
-
-    def _computed(self, name: str, free: int) -> Array | None:
-        """The value with `free` for every size that a file leaves open; None if it depends on something else."""
-        order = self._arithmetic(name)
-        if order is None:
-            return None
-        from onnx.reference import ReferenceEvaluator  # 12 MB: servers, too, import this module
-
-        values: dict[str, Array] = {}
-        for node in order:
-            constant = _constant_of(node)
-            if constant is not None:
-                values[node.output[0]] = read_tensor(constant)
-                continue
-            if node.op_type == "Shape":
-                shape = self._shape(node.input[0])
-                attrs = {a.name: a.i for a in node.attribute}
-                sizes = [free if d is None else d for d in shape or ()][attrs.get("start", 0) : attrs.get("end")]
-                values[node.output[0]] = np.array(sizes, np.int64)
-                continue
-            read = [values[i] if i in values else read_tensor(self._tensors[i]) for i in node.input if i]
-            if math.prod(max(1, r.size) for r in read) > _LARGE:
-                return None
-            fed = dict(zip([i for i in node.input if i], read, strict=True))
-            try:
-                results: Any = ReferenceEvaluator(node).run(None, fed)
-            except _FAILS:
-                return None
-            values.update(zip(node.output, results, strict=False))
-        return values[name] if name in values else read_tensor(self._tensors[name])
-
-    def _arithmetic(self, name: str) -> list[onnx.NodeProto] | None:
-        """The nodes that compute a value, in order; None if it depends on data, or is more than arithmetic."""
-        order: dict[int, onnx.NodeProto] = {}
-        todo = [(name, False)]
-        while todo:
-            value, ready = todo.pop()
-            node = self._made.get(value)
-            if node is None:
-                if value not in self._tensors:
-                    return None
-            elif ready:
-                order.setdefault(id(node), node)
-            elif id(node) not in order:
-                known = node.op_type != "Shape" or self._shape(node.input[0]) is not None
-                if len(todo) > _MOST_STEPS or node.op_type not in _ARITHMETIC or not known:
-                    return None
-                todo.append((value, True))
-                todo += [(i, False) for i in node.input if i] if node.op_type != "Shape" else []
-        return list(order.values())
 
 
 def _check_one(what: str, node: onnx.NodeProto, value: Array | None) -> None:
@@ -373,13 +250,6 @@ def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:
     if not isinstance(body, onnx.GraphProto) or not any(node.output):
         raise ModelError(f"{node.op_type} {shown(node.name)} lacks a body or outputs")
     return body
-
-
-def _constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The tensor of a Constant node."""
-    if node.op_type != "Constant":
-        return None
-    return next((a.t for a in node.attribute if a.name == "value"), None)
 
 
 def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:

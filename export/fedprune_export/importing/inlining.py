@@ -10,8 +10,8 @@ from onnx import helper, inliner, numpy_helper
 
 from fedprune.core.errors import ModelError, reason, shown
 from fedprune_export.importing.control_flow import CONTROL_FLOW, without_control_flow
+from fedprune_export.importing.graph_writer import Names
 from fedprune_export.importing.model_file import check
-from fedprune_export.importing.names import Names
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
 MOST_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
@@ -101,12 +101,18 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace operators by their definitions, which follow from the types of what they read."""
     check(model)
-    typed = onnx.shape_inference.infer_shapes(model)
-    # The inliner looks for types among values alone, and inference writes none of tensors.
-    for tensor in model.graph.initializer:
-        typed.graph.value_info.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     names = [("", name) for name in BY_DEFINITION]
-    out: onnx.ModelProto = inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
+    try:
+        typed = onnx.shape_inference.infer_shapes(model)
+        # The inliner looks for types among values alone, and inference writes none of tensors.
+        for tensor in model.graph.initializer:
+            typed.graph.value_info.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        out: onnx.ModelProto = inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
+    except Exception as error:
+        operators = ", ".join(sorted({n.op_type for n in model.graph.node} & BY_DEFINITION.keys()))
+        raise ModelError(
+            f"{operators} can't be written by its definition ({reason(error)})", hint="Export the model at opset 18."
+        ) from error
     del out.graph.value_info[:]
     return out
 

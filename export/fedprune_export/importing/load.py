@@ -19,6 +19,7 @@ from fedprune.model.lengths import LENGTH, Shape, at_most, free_axis
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
+from fedprune_export.importing.graph_writer import inferred
 from fedprune_export.importing.hub_folder import class_names, model_name, read_hub_folder
 from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.lengths import bind, read_shape
@@ -26,7 +27,6 @@ from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, pieces
-from fedprune_export.importing.sequences import inferred
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 from fedprune_export.importing.user_graphs import (

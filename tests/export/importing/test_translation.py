@@ -230,7 +230,7 @@ SEQUENCES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "single rows and a stack": (
         [node("SplitToSequence", "x", "s", axis=1, keepdims=0),
          node("ConcatFromSequence", "s", "c", axis=1, new_axis=1)],
-        [*["Gather"] * 6, *["Unsqueeze"] * 6, "Concat"],
+        ["Split", *["Squeeze"] * 6, *["Unsqueeze"] * 6, "Concat"],
     ),
     "built by hand": (
         [node("SequenceEmpty", "", "e"), node("SequenceInsert", "e x", "f"), node("SequenceInsert", "f x i0", "g"),

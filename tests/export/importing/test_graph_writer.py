@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import onnx
 
-from fedprune_export.importing.names import Names
+from fedprune_export.importing.graph_writer import Names
 
 
 def test_many_names_of_one_stem_are_unique_and_short() -> None:

@@ -1,0 +1,183 @@
+"""Replacing nodes of an ONNX file by others: fresh names, pieces of tensors, and values that don't depend on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from fedprune.core.errors import ModelError
+from fedprune_export.ir import shape_inference
+from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.shape_arithmetic import SOURCES
+
+Array = npt.NDArray[Any]
+
+_MOST_STEPS = 200  # operators that a length or condition is computed with
+_LARGE = 4096  # bytes of a tensor whose numbers are no sizes
+
+_SIZES = (3, 5)
+"""Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them."""
+
+
+class Names:
+    """The names of all values of a graph, and of graphs within."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._taken = set(_names(graph))
+        self._next = dict[str, int]()
+
+    def fresh(self, name: str) -> str:
+        """This name, with a number appended if it is taken; it is taken from then on."""
+        unique, number = name, self._next.get(name, 0)
+        while unique in self._taken:
+            number += 1
+            unique = f"{name}_{number}"
+        self._next[name] = number
+        self._taken.add(unique)
+        return unique
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    for values in (graph.input, graph.output, graph.initializer):
+        yield from (value.name for value in values)
+    for node in graph.node:
+        yield from node.input
+        yield from node.output
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _names(inner)
+
+
+class GraphWriter:
+    """Replaces nodes of a model's graph. A kind of writer says in `take` what becomes of each."""
+
+    def __init__(self, model: onnx.ModelProto, opset: int) -> None:
+        self._model, self._graph, self._opset = model, model.graph, opset
+        self._makers = {o: i for i, n in enumerate(model.graph.node) for o in n.output if o}
+        self._tensors = {t.name: t for t in model.graph.initializer}
+        self._shapes: dict[str, list[int | None]] | None = None
+        self._names = Names(model.graph)
+
+    def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
+        """The nodes that replace a node."""
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """Replace all nodes."""
+        nodes = [written for node in self._graph.node for written in self.take(node)]
+        del self._graph.node[:]
+        self._graph.node.extend(nodes)
+
+    # -- pieces of tensors --------------------------------------------------------------------------------------------
+
+    def _constant(self, value: Array, name: str) -> onnx.NodeProto:
+        name = self._names.fresh(name)
+        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
+
+    def _apart(self, name: str, axis: int, parts: Sequence[str]) -> list[onnx.NodeProto]:
+        """A value's slices along an axis, with the axis removed."""
+        rows = [self._names.fresh(f"{p}.row") for p in parts]
+        out = self._listing("Split", name, "split", [1] * len(parts), rows, axis=axis)
+        for row, part in zip(rows, parts, strict=True):
+            out += self._listing("Squeeze", row, "axes", [axis], [part])
+        return out
+
+    def _together(self, parts: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
+        """Stack values along a new axis."""
+        rows = [self._names.fresh(f"{p}.row") for p in parts]
+        out = [
+            n for p, row in zip(parts, rows, strict=True) for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
+        ]
+        return [*out, helper.make_node("Concat", rows, [target], axis=axis)]
+
+    def _listing(
+        self, op: str, name: str, what: str, values: Sequence[int], outputs: Sequence[str], **attrs: Any
+    ) -> list[onnx.NodeProto]:
+        """A node that takes a list: an attribute until opset 12, then an input."""
+        if self._opset < 13:
+            return [helper.make_node(op, [name], outputs, **{**attrs, what: values})]
+        listed = self._constant(np.array(values, np.int64), f"{outputs[0]}.{what}")
+        return [listed, helper.make_node(op, [name, listed.output[0]], outputs, **attrs)]
+
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    def _size(self, name: str, axis: int) -> int | None:
+        shape = self._shape(name)
+        return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+
+    def _shape(self, name: str) -> list[int | None] | None:
+        if self._shapes is None:
+            self._shapes = inferred(self._model)
+        return self._shapes.get(name)
+
+    def _known(self, name: str) -> Array | None:
+        """A value that doesn't depend on data, computed from constants and known sizes; None for any other."""
+        try:
+            found = [self._computed(name, size) for size in _SIZES]
+        except ModelError:  # operators that make no sense, or a value that would be huge
+            return None
+        same = all(f is not None and found[0] is not None and np.array_equal(f, found[0]) for f in found)
+        return found[0] if same else None
+
+    def _computed(self, name: str, free: int) -> Array | None:
+        """The value with `free` for every size that a file leaves open; None if it depends on something else."""
+        nodes = self._steps(name)
+        if nodes is None:
+            return None
+        model = onnx.ModelProto(opset_import=self._model.opset_import)
+        model.graph.node.extend(nodes)
+        read = {name, *(i for node in nodes for i in node.input)}
+        model.graph.initializer.extend(self._tensors[i] for i in read if i in self._tensors)
+        graph, values = Graph.from_proto(model), shape_inference.Inferred()
+        for key, value in graph.initializers.items():
+            shape_inference.hold(values, key, value)
+        for node in graph.nodes:
+            if node.op in SOURCES and node.inputs[0] not in values.shapes:
+                shape = self._shape(node.inputs[0])
+                if shape is None:
+                    return None
+                values.shapes[node.inputs[0]] = tuple(free if d is None else d for d in shape)
+                values.dtypes[node.inputs[0]] = np.dtype(np.float32)  # of whichever type: its size alone is asked for
+            shape_inference.follow(graph, values, node, node.outputs)
+        return values.numbers.get(name)
+
+    def _steps(self, name: str) -> list[onnx.NodeProto] | None:
+        """The nodes that compute a value from sizes and constants, in order; None if it depends on data, or on many."""
+        nodes: dict[int, onnx.NodeProto] = {}
+        waiting = [name]
+        while waiting:
+            value = waiting.pop()
+            place = self._makers.get(value)
+            if place is None:
+                if value not in self._tensors:
+                    return None
+            elif place not in nodes:
+                if len(nodes) >= _MOST_STEPS:
+                    return None
+                node = nodes[place] = self._graph.node[place]
+                waiting += [] if node.op_type in SOURCES else [i for i in node.input if i]
+        return [nodes[place] for place in sorted(nodes)]
+
+
+def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
+    """Shapes as far as they are known without running anything."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    for tensor in bare.graph.initializer:
+        if len(tensor.raw_data) > _LARGE:  # shape inference reads a tensor's values only if they are sizes
+            tensor.ClearField("raw_data")
+    try:
+        graph = onnx.shape_inference.infer_shapes(bare).graph
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
+        graph = model.graph
+    out: dict[str, list[int | None]] = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            out[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+    return out
