@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 AtomRow = npt.NDArray[np.int64]  # atoms of one axis, one per index
 
-ANCHORED = 0  # the atom of everything that must stay
-
 
 class Atoms:
     """Allocates atoms and collects ties between them.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,12 +53,8 @@ def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
 
 def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[str, ...] | None:
     """A list of tensor names, or None. Raises `ModelError` if it is no list of names, or a tensor isn't held."""
-    if key not in texts:
-        return None
-    found = _parsed(texts[key])
-    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
-        raise ModelError(f"metadata {key}", expected="a list of tensor names", got=shown(texts[key]))
-    return checked(found, held, f"metadata {key}")
+    listed = _decoded(texts, key, None, "a list of tensor names", _is_texts)
+    return None if listed is None else checked(listed, held, f"metadata {key}")
 
 
 def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
@@ -65,12 +62,7 @@ def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
 
     Raises `ModelError` if it is no list of names, or a name can't be printed.
     """
-    found = _parsed(texts[UNUSED_KEY]) if UNUSED_KEY in texts else []
-    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
-        raise ModelError(f"metadata {UNUSED_KEY}", expected="a list of names", got=shown(texts[UNUSED_KEY]))
-    for name in found:
-        check_name(name)
-    return tuple(found)
+    return _printable(_decoded(texts, UNUSED_KEY, [], "a list of names", _is_texts))
 
 
 def original_names(texts: Mapping[str, str]) -> dict[str, str]:
@@ -78,11 +70,10 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
-    names = _parsed(texts[NAMES_KEY]) if NAMES_KEY in texts else {}
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise ModelError(f"metadata {NAMES_KEY}", expected="names by name", got=shown(texts[NAMES_KEY]))
-    for name in (*names, *names.values()):
-        check_name(name)
+    names: dict[str, str] = _decoded(
+        texts, NAMES_KEY, {}, "names by name", lambda v: isinstance(v, dict) and _is_texts([*v.values()])
+    )
+    _printable([*names, *names.values()])
     return names
 
 
@@ -91,14 +82,7 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
 
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
-    notes = _parsed(texts[TRAINING_NOTES_KEY]) if TRAINING_NOTES_KEY in texts else []
-    if not isinstance(notes, list) or not all(isinstance(n, str) for n in notes):
-        raise ModelError(
-            f"metadata {TRAINING_NOTES_KEY}", expected="a list of notes", got=shown(texts[TRAINING_NOTES_KEY])
-        )
-    for note in notes:
-        check_name(note)
-    return tuple(notes)
+    return _printable(_decoded(texts, TRAINING_NOTES_KEY, [], "a list of notes", _is_texts))
 
 
 def note_of_unused(names: Sequence[str]) -> list[str]:
@@ -125,14 +109,11 @@ def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
-    found = _parsed(texts[TIED_KEY]) if TIED_KEY in texts else {}
-    if not isinstance(found, dict) or not all(
-        isinstance(v, list) and all(isinstance(n, str) for n in v) for v in found.values()
-    ):
-        raise ModelError(f"metadata {TIED_KEY}", expected="lists of names by name", got=shown(texts[TIED_KEY]))
-    for name in (n for first, further in found.items() for n in (first, *further)):
-        check_name(name)
-    return found
+    names: dict[str, list[str]] = _decoded(
+        texts, TIED_KEY, {}, "lists of names by name", lambda v: isinstance(v, dict) and all(map(_is_texts, v.values()))
+    )
+    _printable([n for first, further in names.items() for n in (first, *further)])
+    return names
 
 
 def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
@@ -150,13 +131,10 @@ def ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
 
     Raises `ModelError` if they are something else.
     """
-    if RANKS_KEY not in texts:
+    recorded = _decoded(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
+    if not recorded or recorded.get("groups") != _groups_digest(architecture):
         return None
-    found = _parsed(texts[RANKS_KEY])
-    rows = found.get("ranks") if isinstance(found, dict) else None
-    if isinstance(found, dict) and found.get("groups") != _groups_digest(architecture):
-        return None
-    sizes = architecture.sizes
+    rows, sizes = recorded.get("ranks"), architecture.sizes
     if (
         not isinstance(rows, list)
         or len(rows) != len(sizes)
@@ -171,9 +149,24 @@ def _groups_digest(architecture: Architecture) -> str:
     return hashlib.sha256(axes_json(architecture).encode()).hexdigest()
 
 
-def _parsed(text: str) -> object:
+def _decoded(texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]) -> Any:
+    """What a text holds as JSON, if it fits; raises `ModelError` if it doesn't."""
+    if key not in texts:
+        return default
     try:
-        out: object = json.loads(text)
+        value = json.loads(texts[key])
     except (ValueError, RecursionError):
-        return None
-    return out
+        value = None
+    if not fits(value):
+        raise ModelError(f"metadata {key}", expected=expected, got=shown(texts[key]))
+    return value
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(n, str) for n in value)
+
+
+def _printable(names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        check_name(name)
+    return tuple(names)
