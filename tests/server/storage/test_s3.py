@@ -16,6 +16,7 @@ import pytest
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune.wire.urls import UploadUrl
 from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3 import bucket as bucket_patience
 from fedprune_server.storage.s3 import store as bucket_store
@@ -90,19 +91,13 @@ def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: 
     assert [size for _, size in store.bucket.list(BLOBS)] == [1] * 7
 
 
-def test_an_object_is_read_in_one_request_and_boto3_is_asked_about_what_fails(url: str) -> None:
-    found, asked = Bucket(url), list[object]()
+def test_an_object_is_read_whole_or_in_pieces_and_not_beyond_a_limit(url: str) -> None:
+    found = Bucket(url)
     found.put("there", b"here" * LEAF, digest(b"here" * LEAF))
-    found._client.meta.events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request))
     assert b"".join(found.stream("there")) == found.get("there", 2**20) == b"here" * LEAF
     assert found.get("there", 5) is None
-    assert not asked
     assert found.get("missing", 5) is None
     assert not list(found.stream("missing"))
-    assert len(asked) == 2
-    found._base = f"{found._base}-of-another/"  # where this server may not read
-    assert found.get("there", 2**20) == b"here" * LEAF
-    assert len(asked) == 3
 
 
 def test_a_damaged_or_missing_copy_in_the_folder_costs_a_fetch(url: str, tmp_path: Path) -> None:
@@ -322,31 +317,17 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
     until(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
 
 
-@pytest.mark.parametrize("name", ["s3://bucket/a!b(c)'*/x", "s3://buc.ket"])
 @pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"AWS_ENDPOINT_URL": "https://minio.example:443"},
-        {"AWS_ENDPOINT_URL": "http://user@minio:9000"},
-        {"AWS_SESSION_TOKEN": "to/ken+"},
-    ],
+    ("name", "host"),
+    [("bucket", "bucket.s3.eu-central-1.amazonaws.com"), ("buc.ket", "s3.eu-central-1.amazonaws.com")],
 )
-def test_uploads_are_signed_as_boto3_signs_them(
-    monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, str]
+def test_an_address_for_an_upload_to_amazon_names_the_region(
+    monkeypatch: pytest.MonkeyPatch, name: str, host: str
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    for key, value in (SECRETS | {"AWS_REGION": "eu-central-1"} | more).items():
+    for key, value in (SECRETS | {"AWS_REGION": "eu-central-1"}).items():
         monkeypatch.setenv(key, value)
-    made, key, sha256 = Bucket(name), f"{BLOBS}{digest(b'x')}.0123456789abcdef", digest(b"x")
-    meant = {"Bucket": made._name, "Key": made._prefix + key, "ContentLength": 12}
-    meant["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
-
-    def both() -> set[str]:
-        theirs = made._client.generate_presigned_url("put_object", Params=meant, ExpiresIn=900)
-        return {theirs, made.upload_url(key, sha256, 12, 900)}
-
-    until(lambda: len(both()) == 1)  # within the same second
+    assert UploadUrl.parse(Bucket(f"s3://{name}/x").upload_url("key", digest(b"x"), 1, 900)).host == host
 
 
 def test_objects_are_deleted_together(at_s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

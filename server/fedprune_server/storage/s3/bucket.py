@@ -15,9 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, quote
 
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
 from fedprune.core.validation import is_digest
@@ -40,8 +38,6 @@ _PIECE = 2**18
 _AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 
 _CONNECT_S, _READ_S, _TRIES = 5, 60, 3
-_GET_S = 900
-"""How long the address may be used with which an object is read: clocks may differ as much as S3 lets them anyway."""
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
@@ -51,7 +47,6 @@ _MEETS = ("ConditionalRequestConflict", "409")
 """Another write of the same object is under way: who tries again sees what came of it."""
 
 _MEETINGS = 5
-_SAMPLE = "sample"
 _MOST = 1000
 """Objects that one request deletes."""
 
@@ -121,16 +116,12 @@ class Bucket:
         self.url = f"{SCHEME}{self._name}/{self._prefix}".rstrip("/")
         try:
             import boto3
-            from botocore import auth, awsrequest, exceptions, response
+            from botocore import exceptions
             from botocore.config import Config
         except ImportError as error:
             raise MissingExtraError(f"blobs at {SCHEME} need the package boto3", extra="scale") from error
         self._failed: type[Exception] = exceptions.ClientError
         self._broken: type[Exception] = exceptions.BotoCoreError
-        self._request, self._signer = awsrequest.AWSRequest, auth.S3SigV4QueryAuth
-        self._body, self._direct = response.StreamingBody, True
-        self._base = self._region = ""
-        """Address of the object without a name under the prefix, and the region for signatures; once they are known."""
         config = Config(
             connect_timeout=_CONNECT_S,
             read_timeout=_READ_S,
@@ -149,7 +140,6 @@ class Bucket:
                     self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
-            self._credentials: Any = session.get_credentials()
         self._client.meta.events.register("before-call.s3.DeleteObjects", _with_md5)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -187,20 +177,9 @@ class Bucket:
     def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
         """Presigned PUT for one object of this SHA-256 and size, valid for `seconds`."""
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
+        signed = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": check}
         with self._translated("sign an upload to"):
-            return self._signed("PUT", key, seconds, {"Content-Length": str(size), "x-amz-checksum-sha256": check})
-
-    def _signed(self, method: str, key: str, seconds: int, headers: Mapping[str, str]) -> str:
-        """A presigned address, the same as boto3's, by its signature alone: boto3 works out the endpoint and checks the
-        parameters each time, which takes three times as long."""
-        if not self._base:
-            meant = {"Bucket": self._name, "Key": self._prefix + _SAMPLE}
-            address, _, query = self._client.generate_presigned_url("get_object", Params=meant).partition("?")
-            self._region = parse_qs(query)["X-Amz-Credential"][0].split("/")[-3]
-            self._base = address.removesuffix(_SAMPLE)
-        request = self._request(method, self._base + quote(key), headers)
-        self._signer(self._credentials.get_frozen_credentials(), "s3", self._region, seconds).add_auth(request)
-        return str(request.url)
+            return str(self._client.generate_presigned_url("put_object", Params=signed, ExpiresIn=seconds))
 
     def stream(self, key: str) -> Iterator[bytes]:
         """An object's bytes in pieces, not verified; none if it doesn't exist."""
@@ -215,42 +194,18 @@ class Bucket:
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[tuple[Any, int] | None]:
-        """An object's body and size; None if it doesn't exist.
-
-        The request goes to boto3's connections with a presigned address, which takes less CPU time than its own
-        `get_object`; that one repeats what fails and says why. Where the bucket denies the first and allows the second,
-        only the second is used from then on.
-        """
+        """An object's body and size; None if it doesn't exist."""
         with self._translated("read"):
-            found, denied = self._asked(key) if self._direct else (None, False)
-            if found is None:
-                try:
-                    whole = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
-                except self._failed as error:
-                    if _code(error) not in _MISSING:
-                        raise
-                    yield None
-                    return
-                found = whole["Body"], int(whole["ContentLength"])
-                if denied and self._direct:
-                    self._direct = False
-                    log.warning("%s denies presigned reads: objects are read by signed headers, a bit slower", self.url)
-            with closing(found[0]):  # as a context it is urllib3's stream, with errors that aren't boto3's
-                yield found
-
-    def _asked(self, key: str) -> tuple[tuple[Any, int] | None, bool]:
-        """An object's body and size, asked for once, and whether the bucket denied it; None if the answer isn't the
-        object."""
-        request = self._request("GET", self._signed("GET", key, _GET_S, {}), stream_output=True)
-        try:
-            answer = self._client._endpoint.http_session.send(request.prepare())
-        except self._broken:
-            return None, False
-        size = answer.headers.get("Content-Length", "")
-        if answer.status_code == HTTPStatus.OK and size.isdigit():
-            return (self._body(answer.raw, size), int(size)), False
-        answer.raw.close()
-        return None, answer.status_code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+            try:
+                answer = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
+            except self._failed as error:
+                if _code(error) not in _MISSING:
+                    raise
+                yield None
+                return
+            # A body as a context is urllib3's stream, with errors that aren't boto3's.
+            with closing(answer["Body"]) as body:
+                yield body, int(answer["ContentLength"])
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted: the others are, unless
