@@ -47,7 +47,6 @@ from fedprune_server.monitoring.notifications import Notifier, channels
 from fedprune_server.observation.observer import Observer, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.s3.store import near
 from fedprune_server.storage.storage import database_of
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.web.database import FILE as CONSOLE
@@ -288,7 +287,7 @@ def _trackers(stack: ExitStack, jobs: Sequence[_Job]) -> Iterator[Observer]:
         if job.config.tracked:
             from fedprune_server.monitoring.job_tracker import JobTracker
 
-            opened, store = job.opened, near(job.folder.store)
+            opened, store = job.opened, job.folder.store.local()
             tracker = JobTracker(
                 job.config.tracked, opened.job, opened.model, job.config.state, store, opened.state.history
             )

@@ -34,10 +34,9 @@ from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.settled_ranks import settled_ranks
 from fedprune_server.executor.worker import Worker
-from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
+from fedprune_server.storage.blob_place import BLOBS, NUMBER, move_in, new_number, number_of, opened, reader
 from fedprune_server.storage.database import check_url, shown
 from fedprune_server.storage.lease import Lease
-from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.state_folder import FILE, MODEL, folder_lock, has_database, url_of
 from fedprune_server.storage.state_folder import keep as keep_place
 from fedprune_server.storage.storage import Storage, database_of
@@ -150,9 +149,8 @@ class StateFolder(Closing):
             "inputs": input_digests(config, evaluation, calibration),
             "server": config.server_settings(),
             "alerts": config.alerts.to_dict(),
+            NUMBER: number_of(known) or new_number(),
         }
-        if (number := number_of(known)) is not None or isinstance(self.store, BucketStore):
-            settings[NUMBER] = number or new_number()
         if known is None:
             self._keep_foreign(raw)
         worker = Worker(config.job, model, self.store, evaluation, calibration)
@@ -178,15 +176,14 @@ class StateFolder(Closing):
         keep_place(self.path, self.database_url)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(opened.settings)
-        lay_down(self.store, number_of(opened.settings), opened.job.name, self._raw)
+        self.store.claim(opened.settings[NUMBER], opened.job.name, self._raw)
         if self.storage.load() is None:
             self.storage.save(opened.state, (), time.time())
 
     def _open_store(self, config: ServerConfig, known: dict[str, Any] | None) -> None:
         """Take the blobs from where the configuration says that they are."""
         self.store = opened(self.path, config.blobs, config.cache_mib * 2**20, known)
-        if isinstance(self.store, BucketStore):
-            self._open.callback(self.store.close)
+        self._open.callback(self.store.close)
 
     def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
         needed = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
@@ -244,7 +241,7 @@ class StateFolder(Closing):
         with storage_errors(f"can't read {path}"):
             # A second server of a job, on a machine of its own, is given the model, too.
             given = not path.exists() and config.model is not None and Path(config.model).is_file()
-            kept = None if path.exists() or given or not isinstance(self.store, BucketStore) else self.store.model()
+            kept = None if path.exists() or given else self.store.first_model()
             raw = read_model(config) if given else read_file(path) if kept is None else kept
             given = given or kept is not None
         if given and tensorfile.digest(raw) == known["model"]:
@@ -274,9 +271,8 @@ class StateFolder(Closing):
 
     def _check_blobs(self, state: State) -> None:
         if not self.store.has(state.model):
-            where = self.store.bucket.url if isinstance(self.store, BucketStore) else self.path / BLOBS
             raise StorageError(
-                f"the global model {state.model} is missing from {where}",
+                f"the global model {state.model} is missing from {self.store.describe()}",
                 hint="Restore the server's backup.",
             )
 

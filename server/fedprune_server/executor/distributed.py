@@ -30,7 +30,6 @@ from fedprune_server.executor.pool_tasks import WorkerSpec
 from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.pools import ProcessPool, TaskPool
-from fedprune_server.storage.s3.store import BucketStore
 
 log = logging.getLogger("fedprune.server")
 
@@ -132,8 +131,7 @@ class DistributedWorker:
             self._complain(error)
             return None
         if isinstance(answer, pool_tasks.ExtractedBatch):
-            if isinstance(self._worker.store, BucketStore):
-                self._worker.store.learn(answer.objects)
+            self._worker.store.learn(answer.objects)
             answer = answer.events[place]
         if isinstance(answer, pool_tasks.CheckedUpdate) and isinstance(command, do.Fold):
             self._worker.limits.learn(self._worker.updates.update(command.contribution), answer.lengths)

@@ -8,18 +8,14 @@ is done twice.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.partial_blob import process_name
+from fedprune.blobs.blob_store import BlobStore, Objects
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.limits import Lengths, lengths
@@ -29,54 +25,11 @@ from fedprune.jobs.failure_kind import of_update
 from fedprune.jobs.job import Job
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
-from fedprune_server.storage.s3.store import BucketStore, Objects
 
 log = logging.getLogger("fedprune.server")
 
-_NEAR = "fedprune-blobs-"
-
 Task = Callable[..., Any]
 """A function of a worker and further arguments."""
-
-
-@dataclass(frozen=True)
-class RemoteBlobs:
-    """A server's blobs as other machines see them.
-
-    Attributes:
-        folder: Where they are on each machine; None if they are in a bucket.
-        url: The bucket; its address and credentials come from each machine's environment.
-        cache: Bytes of the bucket's blobs that a process keeps in a temporary folder.
-    """
-
-    folder: Path | None
-    durable: bool
-    url: str = ""
-    cache: int = 0
-
-    @classmethod
-    def of(cls, store: BlobStore) -> RemoteBlobs:
-        if isinstance(store, BucketStore):
-            return cls(None, False, store.bucket.url, store.cache)
-        return cls(store.root.resolve(), store.durable)
-
-    def opened(self) -> BlobStore:
-        """The store, in this process. Raises `StorageError` if the folder isn't there, or the bucket can't be used."""
-        if self.folder is None:
-            return BucketStore(_near_folder(), self.url, cache=self.cache, shared=True)
-        if not self.folder.is_dir():
-            raise StorageError(f"there is no folder {self.folder} on this machine")
-        return BlobStore(self.folder, durable=self.durable, sweep=False)
-
-
-def _near_folder() -> Path:
-    """A temporary folder of this process. A cluster kills its processes, so those of dead ones are removed here."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_NEAR}*"):
-        process = left.name.removeprefix(_NEAR).partition("-")[0]
-        pid = process.partition(".")[0]
-        if pid.isdigit() and process != process_name(pid):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_NEAR}{process_name(os.getpid())}-"))
 
 
 @dataclass(frozen=True)
@@ -85,22 +38,25 @@ class WorkerSpec:
 
     job: Job
     model: Model
-    store: BlobStore | RemoteBlobs
+    open_store: Callable[[], BlobStore]
 
     @classmethod
     def of(cls, worker: Worker) -> WorkerSpec:
-        store = worker.store
-        return cls(worker.job, worker.model, RemoteBlobs.of(store) if type(store) is BlobStore else store)
+        return cls(worker.job, worker.model, partial(_same_store, worker.store))
 
     @classmethod
     def remote(cls, worker: Worker) -> WorkerSpec:
         """For a helper on another machine."""
-        return cls(worker.job, worker.model, RemoteBlobs.of(worker.store))
+        return cls(worker.job, worker.model, worker.store.opener())
 
     def worker(self) -> Worker:
-        """A worker on the same blobs. Raises what `RemoteBlobs.opened` raises."""
-        store = self.store.opened() if isinstance(self.store, RemoteBlobs) else self.store
-        return Worker(self.job, self.model, store)
+        """A worker on the same blobs. Raises `StorageError` if the folder isn't there, or the bucket can't be used."""
+        return Worker(self.job, self.model, self.open_store())
+
+
+def _same_store(store: BlobStore) -> BlobStore:
+    """The store as it was pickled for a process of this machine."""
+    return store
 
 
 @dataclass(frozen=True)
@@ -133,7 +89,7 @@ class Addition:
 def extract(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
     """Make submodels; None for one that fails, whose reason the server's own worker will raise."""
     events = tuple(_made(worker, command) for command in commands)
-    return ExtractedBatch(events, worker.store.news() if isinstance(worker.store, BucketStore) else {})
+    return ExtractedBatch(events, worker.store.news())
 
 
 def _made(worker: Worker, command: do.Extract) -> on.Event | None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 
 from fedprune import __version__
 from fedprune.aggregation.update_sums import PartialSums
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, reason
-from fedprune_server.executor.pool_tasks import RemoteBlobs, Task, WorkerSpec
+from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.child_side import end_with_parent
 
@@ -154,7 +156,7 @@ class _Cluster:
         for node in nodes:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_probe_machine)
-            asked[see.remote(settings.store, probe)] = node["NodeManagerAddress"]
+            asked[see.remote(settings.open_store, probe)] = node["NodeManagerAddress"]
         done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
         answered = 0
         for ref, address in asked.items():
@@ -171,10 +173,10 @@ class _Cluster:
             raise FedpruneError("no machine of the cluster could be asked")
 
 
-def _probe_machine(blobs: RemoteBlobs, probe: str) -> tuple[str, str]:
+def _probe_machine(open_store: Callable[[], BlobStore], probe: str) -> tuple[str, str]:
     """A machine's version of fedprune, and the reason if it can't read or store the server's blobs."""
     try:
-        store = blobs.opened()
+        store = open_store()
         store.read(probe)
         store.delete(store.put(secrets.token_bytes(32)).sha256)
     except FedpruneError as error:

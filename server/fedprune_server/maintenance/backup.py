@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedprune import __version__
-from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.blob_store import BlobStore, MissingBlobError
 from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import file_digest, locked, make_private_folder, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
@@ -31,7 +31,6 @@ from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import reader
 from fedprune_server.storage.copying import snapshot
 from fedprune_server.storage.database import copy_sqlite, translated
-from fedprune_server.storage.s3.store import BucketStore, NotThereError
 from fedprune_server.storage.state_folder import FOLDER as FURTHER
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
@@ -115,17 +114,15 @@ class _Collected:
         )  # fmt: skip
 
     def read(self, entry: Entry) -> bytes:
-        if entry.blob and isinstance(self._store, BucketStore):
+        if entry.blob:
             try:
                 return self._store.read(entry.sha256)
-            except NotThereError as error:
+            except MissingBlobError as error:
                 raise MovedError(error.what, hint=_AGAIN) from error
         path = self._sources[entry.path]
         with _still_there(path):
             data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            if entry.blob:
-                raise StorageError(f"blob {path} is damaged", hint="See `fedprune-server check`.")
             raise MovedError(f"{path} changes all the time")
         return data
 
@@ -134,16 +131,10 @@ class _Collected:
         return set(needs.references | (needs.models & there))
 
     def _add_blob(self, digest: str) -> None:
-        path = self._store.path(digest)
-        if isinstance(self._store, BucketStore):
-            if not self._store.has(digest):
-                raise MovedError(f"blob {digest} is missing", hint=_AGAIN)
+        try:
             size = self._store.size(digest)
-            self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
-            return
-        with _still_there(path):
-            size = path.stat().st_size
-        self._sources[f"blobs/{digest[:2]}/{digest}"] = path
+        except MissingBlobError as error:
+            raise MovedError(error.what, hint=_AGAIN) from error
         self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
 
     def _add_kept(self, state: Path, scratch: Path, path: str) -> None:

@@ -80,7 +80,7 @@ def check_bucket(
 ) -> Iterator[Finding]:
     """Check the blobs of a bucket, and the folder that has copies of some of them."""
     url = store.bucket.url
-    model = store.model()
+    model = store.first_model()
     if model is None or tensorfile.digest(model) != needs.settings.get("model"):
         what = "is missing" if model is None else "is damaged"
         advice = (

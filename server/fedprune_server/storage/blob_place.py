@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import StorageError
 from fedprune_server.storage.s3.bucket import FOLDER
 from fedprune_server.storage.s3.store import BucketStore
 
@@ -71,20 +70,11 @@ def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed:
         moved += 1
     missing = [d for d in missing if not store.has(d)]
     place = place_of(settings)
-    if missing and place != FOLDER and not (isinstance(store, BucketStore) and store.bucket.url == place):
+    if missing and place != FOLDER and store.describe() != place:
         other = BucketStore(folder / BLOBS, place, keeping=False)
         other.check_owner(number_of(settings))
         for digest in [d for d in missing if other.has(d)]:
             store.put(other.read(digest))
             moved += 1
     if moved:
-        log.info("%d blobs were brought to %s", moved, store.bucket.url if isinstance(store, BucketStore) else folder)
-
-
-def lay_down(store: BlobStore, number: str | None, job: str, model: bytes) -> None:
-    """Mark a bucket as this job's. Raises `StorageError` if the job has no number."""
-    if isinstance(store, BucketStore):
-        if number is None:
-            raise StorageError("a job in a bucket has no number")
-        store.claim(number, job, model)
-        store.patience.endless = True
+        log.info("%d blobs were brought to %s", moved, store.describe())

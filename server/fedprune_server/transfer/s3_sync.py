@@ -12,7 +12,6 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune_server.storage.s3.bucket import StoppedError
-from fedprune_server.storage.s3.store import BucketStore, near
 from fedprune_server.transfer.uploads import Arrived, Outcome
 
 log = logging.getLogger("fedprune.server")
@@ -40,13 +39,12 @@ class BucketSync:
     Without a bucket all of that is done already.
 
     Attributes:
-        bucket: The bucket, if there is one.
+        store: Where blobs are kept.
         near: The blobs of the folder; reading them never waits for the bucket.
     """
 
     def __init__(self, store: BlobStore) -> None:
-        self.bucket = store if isinstance(store, BucketStore) else None
-        self.near = near(store)
+        self.store, self.near = store, store.local()
         self._orders: queue.Queue[Arrived | Adoption | str | None] = queue.Queue()
         self._ended: queue.Queue[Arrived | Exception] = queue.Queue()
         self._adopted: queue.SimpleQueue[tuple[Adoption, bool]] = queue.SimpleQueue()
@@ -64,7 +62,7 @@ class BucketSync:
     @property
     def stuck(self) -> bool:
         """Whether updates wait because the bucket couldn't be used: until they are there no deadline should pass."""
-        if self.bucket is not None and self.bucket.away:
+        if self.store.away:
             self._late |= self._shipped
         self._late &= self._shipped
         return bool(self._late)
@@ -77,11 +75,9 @@ class BucketSync:
     def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Outcomes that may be reported: updates only once the bucket has them. Raises `StorageError` if the folder
         fails."""
-        if self.bucket is None:
-            return list(outcomes)
         told: list[Outcome] = []
         for outcome in outcomes:
-            if not isinstance(outcome, Arrived) or self.bucket.has(outcome.weights):
+            if not isinstance(outcome, Arrived) or self.store.has(outcome.weights):
                 told.append(outcome)
             elif outcome not in self._shipped:
                 self._shipped.add(outcome)
@@ -115,7 +111,7 @@ class BucketSync:
 
     def coming(self, sha256: str) -> bool:
         """Whether a blob that isn't in the folder will be there in a moment, since the bucket has it."""
-        if self.bucket is None or sha256 in self._lost or not self.bucket.has(sha256):
+        if sha256 in self._lost or not self.store.has(sha256):
             return False
         if sha256 not in self._fetched:
             self._fetched.add(sha256)
@@ -124,14 +120,13 @@ class BucketSync:
 
     def prepare(self, digests: Iterable[str]) -> None:
         """Fetch what devices may soon ask for."""
-        for digest in sorted(digests) if self.bucket is not None else ():
+        for digest in sorted(digests):
             if not self.near.has(digest):
                 self.coming(digest)
 
     def close(self) -> None:
         """Stop waiting for the bucket."""
-        if self.bucket is not None:
-            self.bucket.patience.stop()
+        self.store.close()
         for _ in self._threads:
             self._orders.put(None)
 
@@ -153,17 +148,15 @@ class BucketSync:
                 self._ended.put(error)
 
     def _carry_out(self, order: Arrived | Adoption | str) -> None:
-        if self.bucket is None:
-            return
         if isinstance(order, Arrived):
-            self.bucket.ship(order.weights)
+            self.store.flush(order.weights)
             self._ended.put(order)
             return
         if isinstance(order, Adoption):
-            self._adopted.put((order, self.bucket.adopt(order.ref, order.keys)))
+            self._adopted.put((order, self.store.adopt(order.ref, order.keys)))
             return
         try:
-            self.bucket.size(order)  # which fetches it if it is not in the folder
+            self.store.size(order)  # which fetches it if it is not in the folder
         except StoppedError:
             raise
         except StorageError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ConfigError, ProtocolError
 from fedprune.wire.messages import UploadRequest
 from fedprune.wire.urls import UploadUrl
-from fedprune_server.storage.s3.bucket import BLOBS, BucketError
+from fedprune_server.storage.s3.bucket import BucketError
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
@@ -49,17 +48,17 @@ class S3Uploads(UploadPlace):
 
     def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        if shipping.bucket is None:
-            raise ConfigError(("server", "uploads"), expected="blobs = 's3://...' for every job", got="'s3'")
-        self._shipping, self._store, self._clock = shipping, shipping.bucket, clock
+        self._shipping, self._store, self._clock = shipping, shipping.store, clock
         self._awaited: dict[str, _Awaited] = {}
         self._unused: deque[tuple[float, str]] = deque()
-        example = self._store.bucket.upload_url(BLOBS, _ANY.sha256, _ANY.size, EXPIRES_S)
+        example = self._store.url_for(_ANY, EXPIRES_S)
+        if example is None:
+            raise ConfigError(("server", "uploads"), expected="blobs = 's3://...' for every job", got="'s3'")
         try:
-            UploadUrl.parse(example)
+            UploadUrl.parse(example[1])
         except ProtocolError as error:
             raise ConfigError(
-                ("server", "uploads"), expected="a bucket at https://", got=repr(example.partition("?")[0]),
+                ("server", "uploads"), expected="a bucket at https://", got=repr(example[1].partition("?")[0]),
                 hint="Boards upload to that address: give AWS_ENDPOINT_URL with https.",
             ) from error  # fmt: skip
 
@@ -74,13 +73,15 @@ class S3Uploads(UploadPlace):
             return None
         if known.request is not None and self._clock() < known.until:
             return known.request  # a board that has uploaded to it reports that again
-        key = f"{BLOBS}{ref.sha256}.{secrets.token_hex(8)}"
         try:
-            url = self._store.bucket.upload_url(key, ref.sha256, ref.size, EXPIRES_S)
+            target = self._store.url_for(ref, EXPIRES_S)
         except BucketError as error:
             log.warning("updates are pulled over MQTT: %s", error)
+            target = None
+        if target is None:
             self._ends.put(UploadEnd(device, ref, stored=False))
             return None
+        key, url = target
         known.keys.append(key)
         known.request, known.until = UploadRequest(ref.sha256, url), self._clock() + EXPIRES_S / 2
         return known.request

@@ -422,7 +422,7 @@ def test_a_damaged_blob_is_not_backed_up(state: Path, tmp_path: Path) -> None:
     path = store.path(saved(state).model)
     path.write_bytes(b"x" * path.stat().st_size)
     for name in ("other", "other.tar"):
-        with pytest.raises(StorageError, match=r"is damaged\. See"):
+        with pytest.raises(StorageError, match="is damaged"):
             back_up(state, tmp_path / name, silent)
     assert not (tmp_path / "other.tar").exists()
     assert main(["check", "--state", str(state), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK

@@ -21,7 +21,7 @@ from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3 import bucket as bucket_patience
 from fedprune_server.storage.s3 import store as bucket_store
 from fedprune_server.storage.s3.bucket import BLOBS, Bucket, BucketError, StoppedError, digest_of, parse
-from fedprune_server.storage.s3.store import BucketStore, LocalCopy
+from fedprune_server.storage.s3.store import BucketStore
 from support.processes.s3 import S3, SECRETS, Ceph
 from support.waiting import until
 
@@ -212,7 +212,7 @@ def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: 
     store = BucketStore(tmp_path, url, cache=2500)
     refs = [store.put(bytes([n]) * 1000) for n in range(3)]
     assert [BlobStore.has(store, r.sha256) for r in refs] == [False, True, True]
-    near = LocalCopy(store)
+    near = store.local()
     assert near.has(refs[1].sha256)
     store.put(b"z" * 1000)
     assert [near.has(r.sha256) for r in refs] == [False, True, False]
@@ -257,7 +257,7 @@ def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Pa
     store.put(b"x" * 100)
     assert BlobStore.has(store, only)
     assert not store.has(only)
-    store.ship(only)
+    store.flush(only)
     assert store.has(only)
     assert not BlobStore.has(store, only)
 
@@ -267,7 +267,7 @@ def test_a_blob_of_the_folder_that_is_damaged_is_not_shipped(at_s3: S3, url: str
     ref = BlobStore(tmp_path).put(b"good")
     store.path(ref.sha256).write_bytes(b"bad!")
     with pytest.raises(StorageError, match="damaged"):
-        store.ship(ref.sha256)
+        store.flush(ref.sha256)
     assert objects(at_s3, url) == []
 
 
@@ -474,7 +474,7 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="blobs of another job, 'leaves'"):
         store.claim("2" * 32, "other", b"another")  # somebody was faster
     store.claim("1" * 32, "leaves", b"a model")
-    assert store.model() == b"a model"
+    assert store.first_model() == b"a model"
     store.check_owner("1" * 32)
     for number in (None, "2" * 32):
         with pytest.raises(ConfigError, match="blobs of another job, 'leaves'"):
@@ -499,7 +499,7 @@ def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url
     with pytest.raises(ConfigError, match="blobs of another job, 'first'"):
         two.claim("2" * 32, "second", b"another")
     one.check_owner("1" * 32)
-    assert two.model() == b"model of the first"
+    assert two.first_model() == b"model of the first"
 
 
 def test_a_bucket_that_knows_no_conditions_is_claimed_without(url: str, tmp_path: Path) -> None:

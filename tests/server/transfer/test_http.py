@@ -22,7 +22,7 @@ from fedprune_device.network.http_download import HttpFetch
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.s3.bucket import BucketError
-from fedprune_server.storage.s3.store import BucketStore, near
+from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import http_server
 from fedprune_server.transfer.http import WebBlobs, web_blobs
 from fedprune_server.transfer.http_server import BlobServer, ServedJob
@@ -261,7 +261,7 @@ def test_nobody_waits_for_a_bucket(at_s3: S3, tmp_path: Path) -> None:
     try:
         with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
             assert web.server is not None
-            web.serve([everything(near(store))])
+            web.serve([everything(store.local())])
             assert ask(web.server, place(away))[0] == 404
             assert ask(web.server, place(here))[:2] == (200, BLOB)
     finally:

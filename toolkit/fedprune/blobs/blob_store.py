@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from functools import partial
 from io import RawIOBase
 from pathlib import Path
 
@@ -25,11 +27,21 @@ MAX_SIZE = 2**30
 RESERVE = 1024 * 1024
 """Default number of bytes that stay free on the disk."""
 
+Objects = Mapping[str, tuple[str, int]]
+"""By digest an object's key and size in a bucket."""
+
 _LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
+
+
+class MissingBlobError(StorageError):
+    """A store doesn't have a blob."""
 
 
 class BlobStore(BlobFolder):
     """A content-addressed folder, with a file of the leaf table next to each blob that has several leaves.
+
+    A store may keep its blobs elsewhere, with the folder as a cache: what callers ask about that has its trivial answer
+    here.
 
     Args:
         sweep: Remove unfinished files of this machine's dead processes. Not for a folder that machines share: a process
@@ -67,18 +79,21 @@ class BlobStore(BlobFolder):
         return BlobRef(sha256, size, hashlib.sha256(self.table(sha256)).hexdigest())
 
     def size(self, sha256: str) -> int:
-        """Bytes of a blob that is here. Raises `StorageError` if it is not here."""
+        """Bytes of a blob that is here. Raises `MissingBlobError` if it is not here."""
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError as error:
-            raise StorageError(f"blob {sha256} is not in {self.root}", hint=_LOST) from error
+            raise self._missing(sha256) from error
 
     def read(self, sha256: str) -> bytes:
-        """A blob's bytes, checked against its name. Raises `StorageError` if it is not here, or damaged."""
-        self.size(sha256)
+        """A blob's bytes, checked against its name. Raises `MissingBlobError` if it is not here, and `StorageError` if
+        it is damaged."""
         path = self.path(sha256)
-        with storage_errors(f"can't read {path}"):
-            data = read_file(path)
+        try:
+            with storage_errors(f"can't read {path}", missing=True):
+                data = read_file(path)
+        except FileNotFoundError as error:
+            raise self._missing(sha256) from error
         self._expect(sha256, data)
         return data
 
@@ -96,6 +111,9 @@ class BlobStore(BlobFolder):
             self._expect(sha256, view)
             self._checked[sha256] = state
         return view
+
+    def _missing(self, sha256: str) -> MissingBlobError:
+        return MissingBlobError(f"blob {sha256} is not in {self.root}", hint=_LOST)
 
     def _expect(self, sha256: str, data: bytes | memoryview) -> None:
         """Make sure that bytes have the digest in a blob's name."""
@@ -164,6 +182,56 @@ class BlobStore(BlobFolder):
         """Digests of all blobs that are here, sorted."""
         return sorted(p.name for p in self.root.glob("[0-9a-f][0-9a-f]/*") if is_digest(p.name))
 
+    # Where blobs are kept.
+
+    def describe(self) -> str:
+        """Where blobs are kept, for messages."""
+        return str(self.root)
+
+    def local(self) -> BlobStore:
+        """The blobs that can be read without waiting for another machine."""
+        return self
+
+    def opener(self) -> Callable[[], BlobStore]:
+        """Opens this store in a process of another machine; can be pickled."""
+        return partial(_open_shared, self.root.resolve(), durable=self.durable)
+
+    def claim(self, number: str, job: str, model: bytes) -> None:
+        """Mark the place as a job's, and keep the job's first model there."""
+
+    def first_model(self) -> bytes | None:
+        """The model that `claim` has kept, if it has."""
+        return None
+
+    def flush(self, sha256: str) -> None:
+        """Bring a blob of the folder to where blobs are kept. Raises `StorageError` if it isn't here, or is damaged."""
+
+    @property
+    def away(self) -> bool:
+        """Whether updates wait because the place where blobs are kept can't be used."""
+        return False
+
+    def learn(self, news: Objects) -> None:
+        """Note blobs that a helper has stored."""
+
+    def news(self) -> Objects:
+        """Blobs stored since the last call, for `learn`."""
+        return {}
+
+    def url_for(self, ref: BlobRef, seconds: int) -> tuple[str, str] | None:
+        """Key and address of a new object as which a device may upload a blob for so long; None if it can't."""
+        return None
+
+    def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
+        """Verify what a device has uploaded as this blob, and keep it if it is right; returns whether it was."""
+        return self.has(ref.sha256)
+
+    def clear(self, keys: Iterable[str]) -> None:
+        """Delete objects in the background that are not known to be blobs."""
+
+    def close(self) -> None:
+        """Wait for what runs in the background, for some seconds at most."""
+
     def _whole(self, ref: BlobRef) -> bool:
         """Whether the blob is here with the right length (a file cut short by a failing disk is written again)."""
         try:
@@ -188,3 +256,9 @@ class BlobStore(BlobFolder):
             pid = name.split(".")[0]
             if pid.isdigit() and name != process_name(pid):
                 path.unlink(missing_ok=True)
+
+
+def _open_shared(root: Path, *, durable: bool) -> BlobStore:
+    if not root.is_dir():
+        raise StorageError(f"there is no folder {root} on this machine")
+    return BlobStore(root, durable=durable, sweep=False)

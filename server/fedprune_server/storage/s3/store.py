@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import secrets
+import shutil
+import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedprune.blobs.blob_ref import SUFFIX, BlobRef, leaf_table
-from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.blob_store import BlobStore, MissingBlobError, Objects
+from fedprune.blobs.partial_blob import process_name
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, StorageError, StorageFullError
@@ -94,12 +98,7 @@ FRESH_S = 60.0
 _MODEL_LIMIT = 2**31
 
 _Result = TypeVar("_Result")
-Objects = Mapping[str, tuple[str, int]]
-"""By digest an object's key and size."""
-
-
-class NotThereError(StorageError):
-    """The bucket doesn't have a blob."""
+_CACHE_PREFIX = "fedprune-blobs-"
 
 
 class BucketStore(BlobStore):
@@ -168,6 +167,15 @@ class BucketStore(BlobStore):
         self._begin()
         self.patience.endless = True
 
+    def describe(self) -> str:
+        return self.bucket.url
+
+    def local(self) -> BlobStore:
+        return LocalCopy(self)
+
+    def opener(self) -> Callable[[], BlobStore]:
+        return partial(_open_shared, self.bucket.url, self.cache)
+
     # Whose it is.
 
     def check_owner(self, number: str | None) -> None:
@@ -185,21 +193,21 @@ class BucketStore(BlobStore):
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Mark the prefix as this job's, and store the job's first model there if none is. Raises `ConfigError` if
-        another job, which began at the same time, has said so first.
+        """Mark the prefix as this job's, store the job's first model there if none is, and from now on wait for a
+        bucket that is away. Raises `ConfigError` if another job, which began at the same time, has said so first.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
             self._lay(OWNER, Owner(number, job).to_bytes(), replace=False)
         self.check_owner(number)
         if not any(key == MODEL for key, _ in self.patience("list", lambda: list(self.bucket.list(MODEL)))):
             self._lay(MODEL, model)
+        self.patience.endless = True
 
     def _lay(self, key: str, data: bytes, *, replace: bool = True) -> None:
         digest = hashlib.sha256(data).hexdigest()
         self.patience(WRITE, partial(self.bucket.put, key, data, digest, replace=replace))
 
-    def model(self) -> bytes | None:
-        """The job's first model, not verified."""
+    def first_model(self) -> bytes | None:
         return self.patience("read", lambda: self.bucket.get(MODEL, _MODEL_LIMIT))
 
     # What it has.
@@ -220,7 +228,6 @@ class BucketStore(BlobStore):
         return self._shared and is_digest(sha256) and bool(self._find(sha256))
 
     def learn(self, news: Objects) -> None:
-        """Note blobs that a helper has stored, in this folder or in one of its own."""
         with self._lock:
             for digest, (key, size) in news.items():
                 self._objects.setdefault(digest, {})[key] = size
@@ -229,7 +236,6 @@ class BucketStore(BlobStore):
                 self._hold(digest, size)
 
     def news(self) -> dict[str, tuple[str, int]]:
-        """Blobs stored since the last call, for `learn`."""
         with self._lock:
             found, self._news = self._news, {}
         return found
@@ -241,21 +247,22 @@ class BucketStore(BlobStore):
         self._ship(ref.sha256, data)
         return ref
 
-    def ship(self, sha256: str) -> None:
-        """Store a blob of the folder in the bucket. Raises `StorageError` if the blob isn't in the folder, or is
-        damaged there.
-        """
+    def flush(self, sha256: str) -> None:
         if not self._known(sha256):
             self._ship(sha256, BlobStore.read(self, sha256))
 
     def _ship(self, sha256: str, data: bytes | memoryview) -> None:
         if not self._known(sha256):
-            key = f"{BLOBS}{sha256}.{secrets.token_hex(8)}"
+            key = _new_key(sha256)
             self.patience(WRITE, lambda: self.bucket.put(key, data, sha256))
             with self._lock:
                 self._objects.setdefault(sha256, {})[key] = len(data)
                 self._news[sha256] = key, len(data)
         self._hold(sha256, len(data))
+
+    def url_for(self, ref: BlobRef, seconds: int) -> tuple[str, str]:
+        key = _new_key(ref.sha256)
+        return key, self.bucket.upload_url(key, ref.sha256, ref.size, seconds)
 
     def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
         """Verify what a device has put into the bucket as this blob, and keep it there and in the folder; whether it
@@ -296,7 +303,6 @@ class BucketStore(BlobStore):
         return True
 
     def clear(self, keys: Iterable[str]) -> None:
-        """Delete objects in the background that are not known to be blobs."""
         with self._lock:
             unknown = [key for key in keys if key not in self._objects.get(digest_of(key) or "", {})]
         self._deletions.add(unknown)
@@ -344,7 +350,7 @@ class BucketStore(BlobStore):
     def fetch(self, sha256: str) -> bytes:
         """A blob's bytes from the bucket, verified; cached in the folder if that caches any.
 
-        Raises `NotThereError` if the bucket doesn't have the blob, and `StorageError` if it has only a damaged one.
+        Raises `MissingBlobError` if the bucket doesn't have the blob, and `StorageError` if it has only a damaged one.
         """
         super().path(sha256)
         if self._keeping:
@@ -361,7 +367,7 @@ class BucketStore(BlobStore):
             damaged = key if data is not None else damaged
         if damaged:
             raise StorageError(f"{self.bucket.url}/{damaged} is damaged", hint="See `fedprune-server check`.")
-        raise NotThereError(f"blob {sha256} is not in {self.bucket.url}", hint="Restore the server's backup.")
+        raise MissingBlobError(f"blob {sha256} is not in {self.bucket.url}", hint="Restore the server's backup.")
 
     def _healed(self, sha256: str, look: Callable[[], _Result], make: Callable[[bytes], _Result]) -> _Result:
         """Verify a blob of the folder, and replace it from the bucket if it is missing or damaged."""
@@ -468,7 +474,6 @@ class BucketStore(BlobStore):
 
     @property
     def away(self) -> bool:
-        """Whether updates wait because the bucket can't be used."""
         return self.patience.holds_updates
 
 
@@ -498,6 +503,17 @@ class LocalCopy(BlobStore):
         self._store.check_room(size)
 
 
-def near(store: BlobStore) -> BlobStore:
-    """The blobs of a store that are available without waiting: of a bucket, those in the folder."""
-    return LocalCopy(store) if isinstance(store, BucketStore) else store
+def _new_key(sha256: str) -> str:
+    return f"{BLOBS}{sha256}.{secrets.token_hex(8)}"
+
+
+def _open_shared(url: str, cache: int) -> BucketStore:
+    """The bucket, with a temporary folder of this process as its cache. A cluster kills its processes, so the folders
+    of dead ones are removed here."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_CACHE_PREFIX}*"):
+        process = left.name.removeprefix(_CACHE_PREFIX).partition("-")[0]
+        pid = process.partition(".")[0]
+        if pid.isdigit() and process != process_name(pid):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_CACHE_PREFIX}{process_name(os.getpid())}-"))
+    return BucketStore(folder, url, cache=cache, shared=True)
