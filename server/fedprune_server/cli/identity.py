@@ -115,10 +115,6 @@ def add_broker_config(broker: argparse.ArgumentParser) -> None:
     broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
     broker.add_argument("--bind", default="", metavar="ADDRESS", help="address to listen on (default: all)")
     broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
-    broker.add_argument("--form", choices=("2.0", "2.1"), default="2.0", help="of Mosquitto's file (default: 2.0)")
-    broker.add_argument(
-        "--plugin", type=Path, default=Broker.plugin, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1"
-    )
     add_json(broker, "the files that are written as JSON, for programs")
     broker.set_defaults(function=_broker_config)
 

@@ -20,8 +20,8 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.host_names import names_of
 from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
-from fedprune_server.messaging.broker.broker_files import TlsFiles
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.programs import TlsFiles
 from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import Wire
 

@@ -27,7 +27,8 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
-from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.programs import TlsFiles
 from fedprune_server.messaging.connection import identity_of
 from support.processes.machine import free_port
 from support.waiting import until

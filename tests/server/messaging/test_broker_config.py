@@ -6,7 +6,6 @@ import queue
 import re
 import secrets
 import shlex
-import signal
 import ssl
 import subprocess
 import threading
@@ -22,27 +21,12 @@ from fedprune.core.errors import IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
 from fedprune.security.tls import BUILT, pinned_context, unpinned_context
-from fedprune.wire.fleet_messages import JoinAnswer
-from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
-from fedprune_device.network.enrollment import Renewal
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.messaging.broker.broker_files import (
-    ACL,
-    CONFIG,
-    EMQX_ACL,
-    EMQX_CONFIG,
-    JOIN_ACL,
-    Broker,
-    emqx,
-    mosquitto,
-    write_broker,
-)
+from fedprune_server.messaging.broker.broker_files import Broker, configuration, write_broker
 from fedprune_server.messaging.broker.revocations import delivering
-from support.fakes.members import serials_of
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.waiting import attempts, until
 
@@ -63,10 +47,10 @@ class Site:
     def start(self) -> None:
         """Write the broker's files and start it."""
         write_broker(self.identity, "mosquitto", self.broker, self.broker.folder)
-        with (self.broker.folder / CONFIG).open("a") as file:
+        with (self.broker.folder / "mosquitto.conf").open("a") as file:
             file.write("user root\n")  # what starts it here can't give its files to another user
         self.process = subprocess.Popen(
-            [self.binary, "-v", "-c", self.broker.folder / CONFIG], stdout=self.log, stderr=subprocess.STDOUT
+            [self.binary, "-v", "-c", self.broker.folder / "mosquitto.conf"], stdout=self.log, stderr=subprocess.STDOUT
         )
         for _ in attempts("mosquitto's start"):
             if listens(self.broker.port) and listens(self.broker.join_port):
@@ -107,14 +91,6 @@ class Site:
                 return False
         except (OSError, TimeoutError):
             return True
-
-    def reload(self) -> None:
-        def reloads() -> int:
-            return (self.folder / "log").read_text().count("Reloading config")
-
-        before = reloads()
-        self.process.send_signal(signal.SIGHUP)
-        until(lambda: reloads() != before)  # it says so, and listens to nobody until it is done
 
 
 class Client:
@@ -192,13 +168,15 @@ def pi_2(site: Site) -> DeviceIdentity:
 
 @pytest.mark.mosquitto
 def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_1: DeviceIdentity) -> None:
-    listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
+    listening, nonce = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()], secrets.token_hex(16)
+    hearing = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce)]
     with (
         site.client(site.identity.context(), listening) as server,
-        site.client(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
+        site.client(pi_1.context(), hearing, client_id=nonce) as device,
     ):
-        up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
-        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast()]
+        # A member asks for a new certificate with its own one, on the topics of those that join.
+        up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job"), LAB.join(nonce)]
+        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.joined(nonce)]
         for topic in up:
             device.publish(topic, b"1")
         for topic in down:
@@ -271,23 +249,6 @@ def test_certificates_of_others_none_and_ones_that_are_over_are_refused(
 
 
 @pytest.mark.mosquitto
-def test_revoked_devices_are_refused_each_time_the_broker_has_loaded_the_list_again(site: Site) -> None:
-    for name in ("lost", "lost-too", "lost-as-well"):
-        lost = site.device(name)
-        assert not site.refuses(lost.context())
-
-        site.identity.revoke(name)
-        (site.folder / "broker" / "crl.pem").write_bytes(site.identity.authority.crl_path.read_bytes())
-        site.reload()
-
-        assert site.refuses(lost.context()), name
-    assert not site.refuses(site.device("kept").context())
-    claim = site.identity.claim("lost", 60)
-    assert claim.text
-    assert not site.refuses(site.device("lost").context())  # the board that replaces it
-
-
-@pytest.mark.mosquitto
 def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) -> None:
     lost, kept = site.device("stolen"), site.device("at-home")
     assert not site.refuses(lost.context())
@@ -297,51 +258,6 @@ def test_the_operators_command_brings_each_revocation_to_the_broker(site: Site) 
         site.identity.revoke("stolen")
         until(lambda: site.refuses(lost.context()))
     assert not site.refuses(kept.context())
-
-
-@pytest.mark.mosquitto
-def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_path: Path) -> None:
-    claim = Claim.parse(site.identity.claim("attic", 60).text)
-    device = DeviceIdentity(tmp_path / "board", "lab", "attic", clock=lambda: 0.0)
-    request = device.request(claim)
-    desk = EnrollmentService(site.identity)
-    with (
-        site.client(site.identity.context(), [LAB.join_subscription()]) as server,
-        site.client(unpinned_context(), [LAB.joined(request.nonce)], joining=True, client_id=request.nonce) as joining,
-    ):
-        joining.publish(LAB.join(request.nonce), request.to_bytes())
-        topic, answered = desk.receive(*server.got.get(timeout=30))
-        server.publish(topic, answered.to_bytes())
-        topic, raw = joining.got.get(timeout=30)
-    answer = parse(raw)
-    assert (topic, type(answer)) == (LAB.joined(request.nonce), JoinAnswer)
-    assert isinstance(answer, JoinAnswer)
-    device.admit(answer, claim.pin)
-
-    assert not site.refuses(device.context())
-
-
-@pytest.mark.mosquitto
-def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_own(site: Site) -> None:
-    board, stop = site.device("renews"), threading.Event()
-    members = f"mqtts://127.0.0.1:{site.broker.port}"  # as at EMQX, which has no other listener
-    with site.client(site.identity.context(), [LAB.join_subscription()]) as server:
-
-        def answer() -> None:
-            while not stop.is_set():
-                with suppress(queue.Empty):
-                    topic, answered = EnrollmentService(site.identity).receive(*server.got.get(timeout=0.1))
-                    server.publish(topic, answered.to_bytes())
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        try:
-            Renewal(board, [members], lambda: True).renew(60)
-        finally:
-            stop.set()
-            thread.join()
-    assert len(serials_of(site.identity.path.parent, "renews")) == 2
-    assert not site.refuses(board.context())
 
 
 @pytest.mark.mosquitto
@@ -430,36 +346,6 @@ def test_an_id_with_a_wildcard_reaches_nothing(site: Site, client_id: str) -> No
         assert rogue.all() == server.all() == []
 
 
-def test_the_form_of_2_1_has_neither_of_what_3_0_drops() -> None:
-    site = Broker(("b",), 8883, 8884, Path("/etc/mosquitto/fedprune"), "2.1")
-    files = mosquitto("lab", site)
-    old = mosquitto("lab", Broker(("b",), 8883, 8884, Path("/etc/mosquitto/fedprune")))
-
-    assert (files[ACL], files[JOIN_ACL]) == (old[ACL], old[JOIN_ACL])
-    lines = files[CONFIG].splitlines()
-    assert not [
-        line for line in lines if line.split(" ")[0] in ("per_listener_settings", "acl_file", "allow_anonymous")
-    ]
-    assert "set_tcp_nodelay true" in lines
-    members = lines[lines.index("listener 8883") : lines.index("listener 8884")]
-    joining = lines[lines.index("listener 8884") :]
-    assert {"plugin_use acl", "listener_allow_anonymous false", "require_certificate true"} <= set(members)
-    assert {"plugin_use acl_join", "listener_allow_anonymous true", "require_certificate false"} <= set(joining)
-    for plugin, rules in (("acl", ACL), ("acl_join", JOIN_ACL)):
-        at = lines.index(f"plugin_load {plugin} /usr/lib/mosquitto_acl_file.so")
-        assert lines[at + 1] == f"plugin_opt_acl_file /etc/mosquitto/fedprune/{rules}"
-
-
-def test_emqx_believes_names_of_certificates_alone() -> None:
-    files = emqx("lab", Broker(("b",), 8883, 8884, Path("/etc/emqx")))
-
-    assert "fail_if_no_peer_cert = true" in files[EMQX_CONFIG]
-    assert "mqtt.peer_cert_as_username = cn" in files[EMQX_CONFIG]
-    assert "8884" not in files[EMQX_CONFIG]
-    assert "mqtt.retain_available = false" in files[EMQX_CONFIG]
-    assert files[EMQX_ACL].rstrip().endswith("{deny, all}.")
-
-
 class EmqxRules:
     """EMQX's rules, as its documentation says that they are read: the first that fits decides."""
 
@@ -492,7 +378,10 @@ def covers(wide: str, topic: str) -> bool:
 
 
 def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None:
-    rules = EmqxRules(emqx("lab", Broker(("b",), 8883, 8884, Path("/etc/emqx")))[EMQX_ACL])
+    broker = Broker(("b",), 8883, 8884, Path("/etc/emqx"))
+    config = configuration("emqx.conf", "lab", broker)
+    assert {"fail_if_no_peer_cert = true", "mqtt.peer_cert_as_username = cn"} <= {*map(str.strip, config.splitlines())}
+    rules = EmqxRules(configuration("acl.conf", "lab", broker))
     nonce, other = "ab" * 16, "cd" * 16
     server, device = ("fedprune-server", "fedprune-" + "1" * 24), ("pi-1", nonce)
     up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
@@ -527,11 +416,7 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"folder": Path("/a b")},
-        {"form": "1.6"},
-        {"bind": "x\nuser y"},
-    ],
+    [{"folder": Path("/a b")}, {"bind": "x\nuser y"}],
 )
 def test_what_would_say_something_else_in_a_configuration_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(IdentityError):

@@ -25,9 +25,16 @@ from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker.broker_files import TlsFiles
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-from fedprune_server.messaging.broker.programs import Amqtt, Command, Mosquitto, Program, find_mosquitto, programs
+from fedprune_server.messaging.broker.programs import (
+    Amqtt,
+    Command,
+    Mosquitto,
+    Program,
+    TlsFiles,
+    find_mosquitto,
+    programs,
+)
 from support.processes import machine
 from support.processes.machine import free_port, listens
 from support.waiting import attempts, until

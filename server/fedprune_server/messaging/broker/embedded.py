@@ -25,8 +25,7 @@ from typing import IO
 from fedprune.core.errors import BrokerError, reason
 from fedprune.core.imports import program_code
 from fedprune.security.tls import unpinned_context
-from fedprune_server.messaging.broker.broker_files import TlsFiles
-from fedprune_server.messaging.broker.programs import Program, programs
+from fedprune_server.messaging.broker.programs import Program, TlsFiles, programs
 from fedprune_server.process.child_process import wait_or_kill
 
 log = logging.getLogger("fedprune.server")

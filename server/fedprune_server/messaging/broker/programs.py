@@ -8,17 +8,51 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from fedprune.core.imports import module_code
 from fedprune.output.extras import install_command
-from fedprune_server.messaging.broker.broker_files import TlsFiles, trial_mosquitto
 
 _SYSTEM = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
 """Where systems keep Mosquitto, and not every user's PATH looks."""
 
 _OLDEST = (2, 0)
 _ASK_S = 10.0
+
+
+_TRIAL = """\
+# Started by root, Mosquitto would give up root's rights before it reads its key; for others `user` has no effect.
+# docs/run-a-fleet.md advises against root.
+user root
+log_dest stderr
+log_type error
+set_tcp_nodelay true
+max_packet_size 2000000
+message_size_limit 2000000
+max_queued_messages 1000
+max_queued_bytes 67108864
+persistence false
+persistent_client_expiration 1h
+max_qos 1
+allow_anonymous true
+"""
+"""Mosquitto's configuration for a trial, with a fleet's limits (`templates/mosquitto.conf`)."""
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """A broker's files for TLS.
+
+    Attributes:
+        certificate: Its certificate, and those of its authorities (PEM).
+        key: The key of that certificate (PEM).
+        authority: Whose certificates of clients are right; a client needn't have one.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
 
 
 class Command(NamedTuple):
@@ -55,7 +89,11 @@ class Mosquitto:
         return f"Mosquitto {self.version}"
 
     def command(self, host: str, port: int, tls: TlsFiles | None) -> Command:
-        return Command([self.path, "-c", "/dev/stdin"], trial_mosquitto(host, port, tls).encode())
+        # Options of a listener come after its line.
+        lines = f"listener {port} {host}".rstrip() + f"\n{_TRIAL}"
+        if tls is not None:
+            lines += f"certfile {tls.certificate}\nkeyfile {tls.key}\ntls_version tlsv1.2\n"
+        return Command([self.path, "-c", "/dev/stdin"], lines.encode())
 
 
 @dataclass(frozen=True)
