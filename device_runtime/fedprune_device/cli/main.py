@@ -32,7 +32,6 @@ from fedprune_device.cli.options import (
 )
 from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C
-from fedprune_device.releases.unit import ServiceUnit
 
 ROOT = Path("/opt/fedprune")
 _KEY = Path("/var/lib/fedprune/identity/server.pub")  # where a board that has joined keeps its server's key
@@ -310,18 +309,6 @@ def _add_unit(commands: Any) -> None:
     kind = unit.add_mutually_exclusive_group(required=True)
     kind.add_argument("--cpu", action="store_true", help="a board that computes on its processor: strict sandbox")
     kind.add_argument("--jetson", action="store_true", help="a board that computes on an NVIDIA GPU")
-    unit.add_argument("--root", default=str(ROOT), metavar="DIR", help="of launcher and slots (default: %(default)s)")
-    unit.add_argument("--user", default=ServiceUnit.user, metavar="NAME", help="who runs it (default: %(default)s)")
-    unit.add_argument(
-        "--environment",
-        default=ServiceUnit.environment,
-        metavar="FILE",
-        help="with FEDPRUNE_BROKER (default: %(default)s)",
-    )
-    unit.add_argument(
-        "--memory", dest="memory_max", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s"
-    )
-    unit.add_argument("--cpu-quota", type=int, default=0, metavar="PERCENT", help="of one core (default: no limit)")
     unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
     unit.set_defaults(run=_command("runtime", "unit"))
 

@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, shown
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
-from fedprune_device.releases.unit import ServiceUnit
+from fedprune_device.releases.unit import unit_text
 
 _LARGEST_KEY_FILE = 200
 
@@ -103,5 +102,4 @@ def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> 
 
 
 def unit(arguments: argparse.Namespace) -> None:
-    command = tuple(arguments.arguments) or ServiceUnit().arguments
-    print(options_of(ServiceUnit, arguments, arguments=command).text(), end="")
+    print(unit_text(arguments.arguments or ("run", "--patient"), jetson=arguments.jetson), end="")

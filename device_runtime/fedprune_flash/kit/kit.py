@@ -35,13 +35,13 @@ from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases import wheel
 from fedprune_device.releases.installer import write_launcher
-from fedprune_device.releases.unit import ServiceUnit
+from fedprune_device.releases.unit import unit_text
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
 from fedprune_flash.kit.target import Target
 from fedprune_flash.on_board import board_files, install, installation, kit_folder, runtime_slot, service_control
-from fedprune_flash.on_board.installation import HOME, SETTINGS, STATE, USER
+from fedprune_flash.on_board.installation import SETTINGS, STATE
 from fedprune_flash.on_board.kit_folder import (
     AUTHORITY,
     CLAIM,
@@ -249,15 +249,9 @@ def unit(board: BoardSettings, target: Target) -> str:
     command = ["run", "--patient", "--state", STATE, "--data", board.data]
     if board.authority:
         command += ["--ca", f"{SETTINGS}/{AUTHORITY}"]
-    return ServiceUnit(
-        jetson=target.jetson,
-        arguments=tuple(command),
-        root=HOME,
-        user=USER,
-        environment=f"{SETTINGS}/{ENVIRONMENT}",
-        # Without samples the agent would be restarted again and again.
-        needs=board.data if board.data.startswith("/") else "",
-    ).text()
+    # Without samples the agent would be restarted again and again.
+    condition = board.data if board.data.startswith("/") else ""
+    return unit_text(command, jetson=target.jetson, condition=condition)
 
 
 def environment(board: BoardSettings) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune_device.launcher.sd_notify import READY, notify, starting, status, watchdog_seconds
-from fedprune_device.releases.unit import ServiceUnit
+from fedprune_device.releases.unit import unit_text
 
 pytestmark = pytest.mark.board
 
@@ -52,7 +52,7 @@ def test_a_start_that_waits_asks_for_more_time_again_and_again() -> None:
     with starting("waiting for\napproval", tell, again=0.001):
         assert enough.wait(30)
     count = len(told)
-    seconds = next(line for line in ServiceUnit().text().splitlines() if line.startswith("TimeoutStartSec="))
+    seconds = next(line for line in unit_text().splitlines() if line.startswith("TimeoutStartSec="))
     more = f"EXTEND_TIMEOUT_USEC={int(seconds.partition('=')[2]) * 10**6}"
     assert {*told} == {f"STATUS=waiting for approval\n{more}"}
     assert not any(READY in text for text in told), "the watchdog would begin to count"

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from fedprune.core.errors import ConfigError, ExitCode, KitError, UsageError
 from fedprune.security.keys import SigningKey
-from fedprune_device.releases.unit import HIDDEN, ServiceUnit
+from fedprune_device.releases.unit import HIDDEN, unit_text
 from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
@@ -125,7 +125,7 @@ def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) 
 @pytest.mark.parametrize("jetson", [False, True])
 def test_what_a_kit_refuses_as_samples_is_what_the_unit_hides(jetson: bool) -> None:
     """ProtectHome and PrivateTmp, as systemd.exec(5) has them."""
-    lines = ServiceUnit(jetson=jetson).text().splitlines()
+    lines = unit_text(jetson=jetson).splitlines()
     assert {"ProtectHome=yes", "PrivateTmp=yes"} <= set(lines)
     assert set(HIDDEN) == {"/home", "/root", "/run/user", "/tmp", "/var/tmp"}
 
