@@ -1,7 +1,6 @@
 """Install fedprune on this board from the kit that this file is in, without a network.
 
     sudo python3 install.pyz             install, or continue after a power cut; a second run changes nothing
-    sudo python3 install.pyz --dry-run   print what would be done, and how each step is undone
     sudo python3 install.pyz --remove    undo it; the board's state stays in /var/lib/fedprune, unless --purge
 
 It runs on Python 3.10 or newer and imports the standard library alone.
@@ -19,36 +18,23 @@ from pathlib import Path
 
 from fedprune.core.errors import ExitCode, FedpruneError, UsageError, meant, reason
 from fedprune_flash.on_board.installation import (
-    STATE,
     USER,
     BoardSystem,
     Installation,
     read_claim,
-    removal,
+    remove,
     trusted_key,
 )
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
-def install(work: Installation, *, dry: bool, wait: float) -> None:
+def install(work: Installation, wait: float) -> None:
     work.check()
-    if work.runtime.newer:
-        print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
     try:
-        for step in work.steps():
-            if step.done():
-                print(f"already: {step.what}", flush=True)
-            elif dry:
-                print(f"would: {step.what} (undone by: {step.reverse})", flush=True)
-            else:
-                print(f"now: {step.what}", flush=True)
-                step.do()
-                work.changed = True
+        work.install()
     except BaseException:
         work.resume()
         raise
-    if dry:
-        return
     data = str(work.kit.manifest["data"])
     if wait and work.start:
         work.place.control.wait(wait, data)
@@ -57,21 +43,8 @@ def install(work: Installation, *, dry: bool, wait: float) -> None:
         print(f"The samples are to come: put them at {data}, readable to {USER}, then `systemctl start {SERVICE}`.")
 
 
-def remove(place: BoardSystem, *, dry: bool, purge: bool) -> None:
-    """Undo an installation; `purge` deletes the board's state, its identity and the user, too."""
-    place.check_root()
-    for step in removal(place, purge=purge):
-        if not step.done():
-            print(f"{'would' if dry else 'now'}: {step.what}", flush=True)
-            if not dry:
-                step.do()
-    if not purge:
-        print(f"What was learnt stays in {STATE}, and so do the board's identity, its user and its samples.")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--remove", action="store_true", help="undo an installation; what was learnt stays")
     parser.add_argument("--purge", action="store_true", help="with --remove: what was learnt goes, too")
     parser.add_argument("--no-start", action="store_true", help="don't start the service: the board reboots next")
@@ -94,17 +67,17 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.purge and not arguments.remove:
             raise UsageError("--purge without --remove")
         place = BoardSystem(arguments.root.resolve())
+        place.check_root()
         if arguments.remove:
-            remove(place, dry=arguments.dry_run, purge=arguments.purge)
+            remove(place, purge=arguments.purge)
         else:
             kit = KitFolder(Path(sys.argv[0]).resolve().parent)
-            place.check_root()
             claim = None if arguments.claim is None else read_claim(arguments.claim)
             key = trusted_key(kit, place, arguments.key, unsigned=arguments.unsigned)
             kit.check()
             print(f"signed with key {fingerprint(kit.key)}" if key else "not signed", flush=True)
             work = Installation(kit, place, start=not arguments.no_start, key=key, claim=claim, device=arguments.device)
-            install(work, dry=arguments.dry_run, wait=arguments.wait)
+            install(work, arguments.wait)
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)

@@ -1,4 +1,4 @@
-"""The steps of an installation: what each does, how it is undone, and whether it is done already."""
+"""The installation of a kit, which does only what isn't done yet, and its removal."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import pwd
 import re
 import stat
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from fedprune.core.errors import BoardError, JoinError, KitError, UsageError, shown
 from fedprune.core.text import decode_text
@@ -38,15 +36,6 @@ _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
 _NAME = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)  # the board's name in its environment
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
-
-
-class InstallStep(NamedTuple):
-    """One step: its description, that of its reverse, whether it is done, and the function that does it."""
-
-    what: str
-    reverse: str
-    done: Callable[[], bool]
-    do: Callable[[], None]
 
 
 class BoardSystem:
@@ -163,7 +152,7 @@ class Installation:
     ) -> None:
         self.kit, self.place, self.key, self.claim, self.device = kit, place, key, claim, device
         self.start = start and place.control.there
-        self.changed = False
+        self._changed = False
         self._stopped = False
         self._state = place.at(STATE)
 
@@ -211,68 +200,48 @@ class Installation:
             return f"{sys.version_info[0]}.{sys.version_info[1]}"
         return call([PYTHON, "-c", _VERSION]).strip()
 
-    def steps(self) -> list[InstallStep]:
+    def install(self) -> None:
+        """Do what isn't done yet, in an order in which a power cut leaves nothing half trusted."""
         place, runtime = self.place, self.runtime
-        settings = [name for name in (ENVIRONMENT, AUTHORITY) if name in self.kit.names]
-        steps = [
-            InstallStep(
-                "make the system user fedprune",
-                "userdel fedprune, with --purge",
-                lambda: not place.live or place.owner is not None,
-                self._add_user,
-            ),
-            InstallStep(
-                f"lay out {HOME}: launcher.pyz, slots a and b",
-                f"rm -r {HOME}",
-                lambda: runtime.laid_out,
-                runtime.lay_out,
-            ),
-            InstallStep(
-                f"unpack the kit's {len(self.kit.wheels)} wheels into a slot{', write the key' if self.key else ''}",
-                f"rm -r {HOME}",
-                lambda: runtime.filled,
-                self._fill,
-            ),
-            InstallStep(
-                f"give slots and {STATE} to {USER}",
-                f"rm -r {HOME}; {STATE} stays, without --purge",
-                lambda: self._state.is_dir() and owned(self._given(), place.owner),
-                self._give,
-            ),
-            InstallStep(
-                f"write {SETTINGS}/{ENVIRONMENT}",
-                f"rm -r {SETTINGS}",
-                lambda: all(holds(place.at(SETTINGS) / name, self._setting(name), 0o644) for name in settings),
-                lambda: self._configure(settings),
-            ),
-        ]
-        if self.kit.manifest.get("claim") is not None or self.claim is not None:
-            steps.append(
-                InstallStep(
-                    f"hand the claim over to {STATE}/claim{', and delete it here' if self.claim is None else ''}",
-                    "none: a claim is good for one board",
-                    self._handed_over,
-                    self._hand_over,
-                )
-            )
-        steps.append(
-            InstallStep(
-                f"write and enable {SERVICE}",
-                f"systemctl disable --now {SERVICE}; rm {place.unit}",
-                lambda: holds(place.unit, self.kit.read(SERVICE), 0o644) and place.link.is_symlink(),
-                self._enable,
-            )
-        )
-        if self.start:
-            steps.append(
-                InstallStep(
-                    f"start {SERVICE}",
-                    f"systemctl stop {SERVICE}",
-                    lambda: not self.changed and place.control.up,
-                    self._begin,
-                )
-            )
-        return steps
+        if runtime.newer:
+            print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
+        if place.live and place.owner is None:
+            self._say("make the system user fedprune")
+            self._add_user()
+            runtime = self.runtime  # whose files are that user's
+        if not runtime.laid_out:
+            self._say(f"lay out {HOME}: launcher.pyz, slots a and b")
+            runtime.lay_out()
+        if not runtime.filled:
+            key = ", write the key" if self.key else ""
+            self._say(f"unpack the kit's {len(self.kit.wheels)} wheels into a slot{key}")
+            self._stop()
+            runtime.fill()
+        # A state folder on another disk may be a link, which is root's.
+        given = [*runtime.folders, self._state.resolve()]
+        if not self._state.is_dir() or not owned(given, place.owner):
+            self._say(f"give slots and {STATE} to {USER}")
+            self._stop()
+            self._state.mkdir(parents=True, exist_ok=True)
+            give(given, place.owner)
+        for name in (ENVIRONMENT, AUTHORITY):
+            path = place.at(SETTINGS) / name
+            if name in self.kit.names and not holds(path, self._setting(name), 0o644):
+                self._say(f"write {SETTINGS}/{name}")
+                write(path, self._setting(name), 0o644)
+        if not self._handed_over():
+            self._say(f"hand the claim over to {STATE}/claim{', and delete it here' if self.claim is None else ''}")
+            self._hand_over()
+        if not holds(place.unit, self.kit.read(SERVICE), 0o644) or not place.link.is_symlink():
+            self._say(f"write and enable {SERVICE}")
+            self._enable()
+        if self.start and (self._changed or not place.control.up):
+            self._say(f"start {SERVICE}")
+            self._begin()
+
+    def _say(self, what: str) -> None:
+        print(f"now: {what}", flush=True)
+        self._changed = True
 
     def _add_user(self) -> None:
         call(["useradd", "--system", "--no-create-home", "--home-dir", STATE, "--shell", "/usr/sbin/nologin", USER])
@@ -288,19 +257,6 @@ class Installation:
             self._stopped = True
             self.place.control.tell("stop", SERVICE)
 
-    def _fill(self) -> None:
-        self._stop()
-        self.runtime.fill()
-
-    def _given(self) -> list[Path]:
-        """The files of the service's user. A state folder on another disk may be a link, which is root's."""
-        return [*self.runtime.folders, self._state.resolve()]
-
-    def _give(self) -> None:
-        self._stop()
-        self._state.mkdir(parents=True, exist_ok=True)
-        give(self._given(), self.place.owner)
-
     def _setting(self, name: str) -> bytes:
         """A file of settings: the kit's, in which a name that was given takes the place of the kit's."""
         content = self.kit.read(name)
@@ -308,12 +264,9 @@ class Installation:
             content = _NAME.sub(f"FEDPRUNE_DEVICE={self.device}", content.decode()).encode()
         return content
 
-    def _configure(self, names: list[str]) -> None:
-        for name in names:
-            write(self.place.at(SETTINGS) / name, self._setting(name), 0o644)
-
     def _handed_over(self) -> bool:
-        joined = os.path.lexists(self.place.at(_JOINED))  # a board that has joined needs no claim
+        """Whether no claim is left to hand over: there is none, or the board has joined and needs none."""
+        joined = os.path.lexists(self.place.at(_JOINED))
         return not self.kit.claimed and not self.kit.spent and (self.claim is None or joined)
 
     def _hand_over(self) -> None:
@@ -338,38 +291,31 @@ class Installation:
         self.place.control.tell("restart", "--no-block", SERVICE)
 
 
-def removal(place: BoardSystem, *, purge: bool) -> list[InstallStep]:
-    """The steps that undo an installation, in order; they need no kit. `purge` deletes the board's state, too."""
-
-    def disable() -> None:
-        if place.control.running:
-            place.control.tell("stop", SERVICE)
-        if place.at(FIRST_BOOT).exists():  # what the boot partition brings would install it again at the next boot
-            mask = place.at(f"{_UNITS}/{Path(FIRST_BOOT).name}")
-            mask.unlink(missing_ok=True)
-            mask.symlink_to("/dev/null")
-        for path in (place.link, place.unit):
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                sync_folder(path.parent)
-        place.control.tell("daemon-reload", must=False)
-
-    def drop_user() -> None:
+def remove(place: BoardSystem, *, purge: bool) -> None:
+    """Undo an installation, without a kit; `purge` deletes the board's state, its identity and the user, too."""
+    if place.unit.exists() or place.link.is_symlink():
+        print(f"now: stop and remove {SERVICE}", flush=True)
+        _remove_service(place)
+    for path in (SETTINGS, HOME, *([STATE] if purge else [])):
+        if os.path.lexists(place.at(path)):
+            print(f"now: delete {path}", flush=True)
+            drop(place.at(path))
+    if purge and place.owner is not None:
+        print(f"now: remove the user {USER}", flush=True)
         call(["userdel", USER])
+    if not purge:
+        print(f"What was learnt stays in {STATE}, and so do the board's identity, its user and its samples.")
 
-    def gone(path: str) -> InstallStep:
-        return InstallStep(
-            f"delete {path}", "", lambda: not os.path.lexists(place.at(path)), lambda: drop(place.at(path))
-        )
 
-    steps = [
-        InstallStep(
-            f"stop and remove {SERVICE}", "", lambda: not place.unit.exists() and not place.link.is_symlink(), disable
-        ),
-        gone(SETTINGS),
-        gone(HOME),
-    ]
-    if purge:
-        steps.append(gone(STATE))
-        steps.append(InstallStep(f"remove the user {USER}", "", lambda: place.owner is None, drop_user))
-    return steps
+def _remove_service(place: BoardSystem) -> None:
+    if place.control.running:
+        place.control.tell("stop", SERVICE)
+    if place.at(FIRST_BOOT).exists():  # what the boot partition brings would install it again at the next boot
+        mask = place.at(f"{_UNITS}/{Path(FIRST_BOOT).name}")
+        mask.unlink(missing_ok=True)
+        mask.symlink_to("/dev/null")
+    for path in (place.link, place.unit):
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            sync_folder(path.parent)
+    place.control.tell("daemon-reload", must=False)
