@@ -63,13 +63,13 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
         out.shapes[port.name] = (batch, *(int(d) for d in port.shape[1:] if isinstance(d, int)))
         out.dtypes[port.name] = port.dtype
     for name, value in graph.initializers.items():
-        _hold(out, name, value)
+        hold(out, name, value)
     for name, value in (measured or {}).items():
-        _hold(out, name, value)
+        hold(out, name, value)
     for node in graph.nodes:
         wanted = [o for o in node.outputs if o and o not in out.shapes]
         if wanted:
-            _follow(graph, out, node, wanted)
+            follow(graph, out, node, wanted)
     _check_memory(graph, out)
     work = sum(_work(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
     if work > MOST_WORK:
@@ -77,14 +77,14 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
     return out
 
 
-def _hold(out: Inferred, name: str, value: Array) -> None:
+def hold(out: Inferred, name: str, value: Array) -> None:
     """Make a value known whose numbers are known."""
     out.shapes[name], out.dtypes[name] = value.shape, value.dtype
     if value.size <= _FEW:
         out.numbers[name] = value
 
 
-def _follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> None:
+def follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> None:
     """Add the shapes of a node's outputs, and their numbers where these are few."""
     reads = [i for i in node.inputs if i]
     if node.op in NATIVE and not node.domain and node.inputs[0] in out.shapes:

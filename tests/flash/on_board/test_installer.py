@@ -513,7 +513,9 @@ def test_the_installer_runs_on_every_python_that_kits_are_for(tmp_path: Path) ->
     copy = tmp_path / "install.pyz"
     copy.write_bytes(installer_archive())
     for python in pythons:
-        done = subprocess.run([python, "-I", str(copy), "--root", str(tmp_path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, "-I", str(copy), "--root", str(tmp_path)], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, "kit.json" in done.stderr) == (ExitCode.KIT, True), (python, done.stderr)
 
 
