@@ -12,7 +12,7 @@ from torch import nn
 
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.optimal_transport import Transport
+from fedprune.strategies.optimal_transport import align
 from fedprune.strategies.optimal_transport.layer_order import after_sums, steps
 from fedprune_export.importing import export_torch, import_onnx
 from support.nets import whole_models
@@ -97,7 +97,7 @@ def test_a_norm_after_a_sum_goes_by_the_average(back: bool) -> None:
     full, small = Selection.full(net), Selection.of(net, [n // 2 for n in net.sizes])
     ends = [(numbers(net, 0), full), (small.gather(numbers(net, 1)), small)]
     (whole, source_at), (own, target_at) = ends[::-1] if back else ends
-    got = Transport().align(whole, source_at, own, target_at)
+    got = align(whole, source_at, own, target_at)
     stem = plan_of(whole["stem.weight"], own["stem.weight"])
     inner = plan_of(led(whole["conv1.weight"], stem), own["conv1.weight"])
     branch = plan_of(led(whole["conv2.weight"], inner), own["conv2.weight"])
@@ -113,7 +113,7 @@ def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None
     net = import_onnx(raw, "words").architecture
     small = Selection.of(net, [n // 2 for n in net.sizes])
     whole, own = numbers(net, 0), small.gather(numbers(net, 1))
-    got = Transport().align(whole, Selection.full(net), own, small)
+    got = align(whole, Selection.full(net), own, small)
     table = plan_of(whole["table.weight"].T, own["table.weight"].T)
     up = plan_of(led(whole["up.weight"], table), own["up.weight"])
     down = plan_of(led(whole["down.weight"], up), own["down.weight"])

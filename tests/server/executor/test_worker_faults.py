@@ -120,7 +120,7 @@ def test_good_squares_make_importances_and_unasked_ones_are_refused(model: Model
     closed = asked.execute(do.Close(1, asked.initial(), {}, ("a",), (found,)))
     assert isinstance(closed, on.Closed)
     assert any((v > 0).any() for v in tensorfile.decode(asked.store.read(closed.memory["importance"])).values())
-    silent = worker(model, tmp_path, importance="size")
+    silent = worker(model, tmp_path, masks="channels")
     answer = silent.execute(do.Fold(1, silent.initial(), {}, contribution(silent, "a", squares)))
     assert isinstance(answer, on.UpdateRejected)
     assert "not requested" in answer.reason
@@ -155,7 +155,7 @@ def nine(update: Update) -> None:
 
 
 def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path, densities=[1.0], importance="size")
+    w = worker(model, tmp_path, densities=[1.0], masks="channels")
     first, second = models(w)
     old = contribution(w, "old", nine, model=first)
     assert isinstance(w.execute(do.Fold(1, first, {}, old)), on.Folded)
@@ -168,24 +168,24 @@ def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: P
     assert "conv1.weight" in closed.rejected["old"]
     assert closed.kinds == {"old": "diverged"}
     assert (closed.model, closed.memory) == (alone.model, alone.memory)
-    again = worker(model, tmp_path, densities=[1.0], importance="size")
+    again = worker(model, tmp_path, densities=[1.0], masks="channels")
     assert again.execute(do.Close(2, second, {}, ("fresh",), (fresh, old))) == closed
 
 
 def test_guessed_weights_that_are_too_much_together_cost_nobody_anything(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path, importance="size")
+    w = worker(model, tmp_path, masks="channels")
     parts = [contribution(w, name, largest(0.5)) for name in "abc"]
     for found, guess in zip(parts, (MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT), strict=True):
         assert isinstance(w.execute(do.Fold(1, w.initial(), {}, replace(found, weight=guess))), on.Folded)
     end = do.Close(1, w.initial(), {}, ("a", "b", "c"), tuple(replace(p, weight=MAX_WEIGHT // 3) for p in parts))
     closed = w.execute(end)
-    assert closed == worker(model, tmp_path, importance="size").execute(end)
+    assert closed == worker(model, tmp_path, masks="channels").execute(end)
     assert isinstance(closed, on.Closed)
     assert not closed.rejected
 
 
 def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path, densities=[1.0], importance="size")
+    w = worker(model, tmp_path, densities=[1.0], masks="channels")
     first, second = models(w)
     old = contribution(w, "old", nine, model=first)
     closed = w.execute(do.Close(2, second, {"x": first}, ("old",), (old,)))
@@ -196,7 +196,7 @@ def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: P
 def test_an_update_that_a_scorer_trips_over_costs_only_itself(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w = worker(model, tmp_path, importance="size")
+    w = worker(model, tmp_path, masks="channels")
     parts = tuple(contribution(w, name, nothing) for name in "abc")
 
     def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def test_an_update_that_a_scorer_trips_over_costs_only_itself(
 
 
 def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = worker(model, tmp_path, importance="size")
+    w = worker(model, tmp_path, masks="channels")
     found = contribution(w, "a", largest(0.9))
 
     def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
@@ -226,13 +226,13 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
         w.execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
     w.store.path(found.weights).unlink()
     with pytest.raises(StorageError):
-        worker(model, tmp_path, importance="size").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
+        worker(model, tmp_path, masks="channels").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
 
 
 def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w = worker(model, tmp_path, importance="size")
+    w = worker(model, tmp_path, masks="channels")
     parts = tuple(contribution(w, name, nothing) for name in "abc")
 
     def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:

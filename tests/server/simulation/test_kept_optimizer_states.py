@@ -25,7 +25,10 @@ from support.fakes.digits_simulation import assert_resumes, digits_net, digits_s
 
 ADAM = Recipe(epochs=1, batch_size=64, lr=1e-3, optimizer="adam", keep_optimizer_state=True)
 FLEETS: dict[str, dict[str, Any]] = {
-    "other widths": {"strategy": "heterofl", "options": {"densities": [1.0, 0.5], "by": "chance", "every": 1}},
+    "other widths": {
+        "strategy": "pr-fl",
+        "options": {"masks": "channels", "interval": 1, "synchronous": True, "recovery": False},
+    },
     "other channels": {"density": 0.5, "scorer": "magnitude"},
 }
 

@@ -58,7 +58,7 @@ TASKS = {
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in PRESETS if name != "autoflip"),  # which explores for long by default
     ("autoflip", {"exploration_epochs": 1}),
-    ("fedobp", {"scope": "classifier"}),
+    ("fedobp", {}),
     ("fedprune", {"densities": [1.0, 0.5, 0.25]}),
     ("heterofl", {"densities": [1.0, 0.5, 0.25]}),
 ]
@@ -94,7 +94,7 @@ def refused(strategy: str, options: dict[str, Any], task: str) -> bool:
     """Whether a strategy needs one layer that makes all outputs, where two make them."""
     if task == "outputs of two layers" and strategy in ("heterofl", "fedrolex"):
         return True  # the mean of label rows
-    return TASKS[task].net == "fusion" and (strategy == "fedper" or "scope" in options)
+    return TASKS[task].net == "fusion" and strategy == "fedper"
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,11 @@ def build(tmp_path: Path) -> Build:
     return make
 
 
-BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0, "weighting": "samples"}
-
-
 @pytest.mark.parametrize(
     ("strategy", "options", "scorer"),
     [
         ("fedavg", {}, "ordered"),
         ("fedavg", {"robust": {"clip": 1e6}}, "ordered"),
-        ("heterofl", {**BARE, "densities": [1.0]}, "ordered"),
     ],
 )
 @pytest.mark.at_push(2)
@@ -66,10 +62,9 @@ def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(
     ("strategy", "options"),
     [
         ("heterofl", {"densities": TIERS}),
-        pytest.param("heterofl", {"densities": TIERS, "by": "chance", "every": 1}, marks=pytest.mark.soak),
         pytest.param("fedrolex", {"densities": TIERS}, marks=pytest.mark.soak),
         pytest.param("ca-hfp", {"densities": TIERS}, marks=pytest.mark.soak),
-        ("ca-hfp", {"densities": TIERS, "score": "delta_w", "estimator": "secant", "per_count": True}),
+        ("ca-hfp", {"densities": TIERS, "score": "delta_w"}),
         ("ca-hfp", {"densities": TIERS, "reconstruction": "zero", "score": "random"}),
         pytest.param("history", {"densities": TIERS, "mu": 1.0}, marks=pytest.mark.soak),
         ("fedper", {"densities": TIERS}),

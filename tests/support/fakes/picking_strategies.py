@@ -33,7 +33,7 @@ class Others(Ranked):
 class Emergent(Strategy):
     """Channels that masks leave, out of a ranking that knows nothing of those masks."""
 
-    importance: Importance = field(default_factory=lambda: Importance("size", 50, 0.0))
+    importance: Importance = field(default_factory=lambda: Importance(50, 0.0))
 
     def rank(self, scene: Scene) -> Ranking:
         return self.importance.rank(scene)

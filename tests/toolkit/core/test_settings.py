@@ -58,7 +58,7 @@ OPTIONS = {
     "fedper": fedper.Options,
     "fedprox": fedavg.ProximalOptions,
     "fedprune": fedprune.Options,
-    "fedrolex": heterofl.RollingOptions,
+    "fedrolex": heterofl.Options,
     "fiarse": fiarse.Options,
     "heterofl": heterofl.Options,
     "history": fedper.HistoryOptions,

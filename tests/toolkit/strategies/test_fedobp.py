@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
-from fedprune.model.selection import Selection, Tensors, mesh
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.strategy import Strategy
 from support.fakes.strategy_rounds import NET, Device, Play, identical
@@ -73,65 +73,6 @@ def test_statistics_are_always_the_global_ones() -> None:
     play.play()
     statistics = [t.name for t in NET.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)]
     assert not any(own(play, "a", before)[n].any() for n in statistics)
-
-
-def test_stretching_tensor_by_tensor_gives_every_tensor_its_best() -> None:
-    """By layer, the largest score of every tensor is 1 and the least 0: with q near 1 single tensors can't have all."""
-    play = Play(fedobp(q=0.5, normalisation="layer"), model(NET, 3), DEVICES)
-    before, past = play.play(2), play.past["a"].tensors
-    play.play()
-    found, scaled = own(play, "a", before), []
-    for name in TRAINED:
-        score = (past[name].astype(np.float64) - before[name]) ** 2
-        scaled.append((score - score.min()) / (score.max() - score.min()))
-        assert found[name].ravel()[score.argmax()]
-    limit = np.quantile(np.concatenate([s.ravel() for s in scaled]), 0.5)
-    for name, score in zip(TRAINED, scaled, strict=True):
-        np.testing.assert_array_equal(found[name], score > limit)
-
-
-def test_the_other_score_weighs_a_difference_by_what_would_be_lost() -> None:
-    play = Play(fedobp(q=0.8, score="diff_times_local"), model(NET, 1), DEVICES)
-    before, past = play.play(2), play.past["a"].tensors
-    play.play()
-    found = own(play, "a", before)
-    score = {n: np.abs((past[n].astype(np.float64) - before[n]) * past[n]) for n in TRAINED}
-    limit = np.quantile(np.concatenate([s.ravel() for s in score.values()]), 0.8)
-    for name in TRAINED:
-        np.testing.assert_array_equal(found[name], score[name] > limit)
-
-
-@pytest.mark.parametrize(
-    "widths",
-    [[(3, 2), (6, 4), (6, 4), (3, 2), (6, 4)], [(6, 4), (3, 2), (3, 2), (6, 4), (6, 4)]],
-    ids=["narrow first", "wide first"],
-)
-def test_scores_are_averaged_over_a_devices_visits(widths: list[tuple[int, int]]) -> None:
-    """Ī = I at the first visit, then (1 − α)·I + α·Ī, and only where the device takes part and can be compared."""
-    device = Device(absent=frozenset({3}))
-    play = Play(fedobp(q=0.7, average=0.4), model(NET, 1), {"a": device, "b": Device()})
-    mean = {n: np.full(NET.by_name[n].shape, np.nan) for n in TRAINED}
-    for round_, device.widths in enumerate(widths, start=1):
-        before, past = play.model, play.past.get("a")
-        play.play()
-        if round_ == 3:
-            continue
-        known = {}
-        for name in TRAINED:
-            local, compared = before[name].astype(np.float64), Selection.of(NET, device.widths).covered(name)
-            if past is not None:
-                local[mesh(past.selection.maps(name))] = past.tensors[name]
-                compared = compared & past.selection.covered(name)
-            score = (local - before[name]) ** 2
-            first = compared & np.isnan(mean[name])
-            mixed = np.where(compared, 0.6 * score + 0.4 * mean[name], mean[name])
-            mean[name], known[name] = np.where(first, score, mixed), compared
-            np.testing.assert_allclose(play.memory["scores/a"][name], mean[name], rtol=1e-6)
-            assert play.memory["scores/a"][name].dtype == np.float32, "scores of every device are kept"
-    limit = np.quantile(np.concatenate([mean[n][known[n]] for n in TRAINED]), 0.7)
-    found = own(play, "a", before)
-    for name in TRAINED:
-        np.testing.assert_array_equal(found[name], known[name] & (mean[name] > limit))
 
 
 @given(seeds, st.floats(0, 0.99))

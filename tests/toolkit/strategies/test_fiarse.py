@@ -77,7 +77,5 @@ def test_whole_devices_give_fedavg_of_equal_weights_bit_for_bit() -> None:
     assert identical(Play(fiarse(), model(NET, 2), whole).play(3), want)
 
 
-def test_boards_train_through_the_threshold_or_a_hard_mask() -> None:
-    turn = Turn(0, 1, "a", NET.sizes)
-    assert fiarse().recipe(Recipe(), turn) == Recipe(mask="threshold")
-    assert fiarse(mask="hard").recipe(Recipe(), turn) == Recipe(mask="hard")
+def test_boards_train_through_the_threshold() -> None:
+    assert fiarse().recipe(Recipe(), Turn(0, 1, "a", NET.sizes)) == Recipe(mask="threshold")

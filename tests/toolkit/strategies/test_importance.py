@@ -14,7 +14,7 @@ from fedprune.core.rng import keyed
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.importance.element_ranking import prunable
-from fedprune.strategies.methods.pr_fl import Importance, Kind, PrFl
+from fedprune.strategies.methods.pr_fl import Importance, PrFl
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Submodel
 from support.fakes.strategy_rounds import NET, Device, Play
@@ -30,8 +30,8 @@ def within(one: ElementMask, other: ElementMask) -> bool:
     return all(not (bits & ~other.active[n]).any() for n, bits in one.active.items())
 
 
-def strategy(kind: Kind = "squares", interval: int = 2, floor: float = 0.0) -> Strategy:
-    return PrFl(importance=Importance(kind, interval, floor), inputs="measurements")
+def strategy(interval: int = 2, floor: float = 0.0) -> Strategy:
+    return PrFl(importance=Importance(interval, floor), inputs="measurements")
 
 
 def squares(submodel: Submodel, device: str, round_: int) -> Tensors:
@@ -124,24 +124,9 @@ def test_what_devices_do_not_hold_keeps_what_was_known() -> None:
         assert (play.memory["importance"][n][:2, :2] != first[n][:2, :2]).any()
 
 
-def test_taylor_is_the_product_of_a_weight_and_its_move_since_the_last_interval() -> None:
-    before = model(NET, 1)
-    play = Play(strategy("taylor", interval=2), before, {"a": Device()})
-    play.play()
-    for n in NAMES:
-        np.testing.assert_array_equal(play.memory["order"][n], np.abs(before[n]))
-    for _ in range(2):
-        play.play()
-        now = play.model
-        play.play()
-        for n in NAMES:
-            np.testing.assert_allclose(play.memory["order"][n], np.abs((now[n] - before[n]) * now[n]), rtol=1e-5)
-        before = now
-
-
 @given(seeds, st.floats(0.05, 0.6), st.floats(0.05, 1))
 def test_every_layer_keeps_its_floor(seed: int, floor: float, density: float) -> None:
-    play = Play(strategy("size", 1, floor), model(NET, seed), {"a": Device(density=density)})
+    play = Play(strategy(1, floor), model(NET, seed), {"a": Device(density=density)})
     play.play(2)
     mask = play.sent["a"].mask
     if mask is not None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import (
-    FIXED,
     Architecture,
     Axis,
     ChannelGroup,
@@ -23,7 +22,7 @@ from fedprune.model.architecture import (
     Volume,
 )
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.optimal_transport import Transport
+from fedprune.strategies.optimal_transport import aggregate, align, prune
 from support.fakes.strategy_rounds import NET
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
 from support.oracles.pot_plans import pot
@@ -34,7 +33,7 @@ pytest.importorskip("ot")
 pytest.importorskip("scipy")
 
 
-def dense_algorithm(source: Tensors, target: Tensors, *, preserving: bool = False) -> dict[str, Floats]:
+def dense_algorithm(source: Tensors, target: Tensors) -> dict[str, Floats]:
     """Algorithm 1 on `NET` with matrices in float64: two linear layers, a norm and a head."""
     out: dict[str, Floats] = {}
     before = np.eye(3)
@@ -47,53 +46,50 @@ def dense_algorithm(source: Tensors, target: Tensors, *, preserving: bool = Fals
         out[name] = plan.T @ w
         for vector in vectors:
             out[vector] = plan.T @ source[vector]
-        before = plan * (len(plan) / plan.shape[1]) if preserving else plan
+        before = plan
     out["head.weight"] = source["head.weight"] @ before
     out["head.bias"] = source["head.bias"].astype(np.float64)
     return out
 
 
-@given(seeds, st.integers(2, 6), st.integers(1, 4), st.booleans(), st.booleans())  # on a line, many plans are best
-def test_alignment_is_the_paper_s_algorithm(seed: int, a: int, b: int, preserving: bool, back: bool) -> None:
+@given(seeds, st.integers(2, 6), st.integers(1, 4), st.booleans())  # on a line, many plans are best
+def test_alignment_is_the_paper_s_algorithm(seed: int, a: int, b: int, back: bool) -> None:
     full, small = Selection.full(NET), Selection.of(NET, (a, b))
     whole, part = model(NET, seed), small.gather(model(NET, seed + 1))
     pairs = ((part, small), (whole, full)) if back else ((whole, full), (part, small))
     (source, source_at), (target, target_at) = pairs
-    got = Transport("preserving" if preserving else "literal").align(source, source_at, target, target_at)
-    want = dense_algorithm(source, target, preserving=preserving)
+    got = align(source, source_at, target, target_at)
+    want = dense_algorithm(source, target)
     assert list(got) == [t.name for t in NET.tensors]
     for name, value in got.items():
         np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@given(st.data(), seeds, st.sampled_from(["literal", "preserving"]), st.sampled_from(["layer", "group"]))
-def test_aligned_models_have_the_target_s_shapes_and_literally_means_of_the_source_s_numbers(
-    data: st.DataObject, seed: int, maps: Any, plans: Any
+@given(st.data(), seeds)
+def test_aligned_models_have_the_target_s_shapes_and_means_of_the_source_s_numbers(
+    data: st.DataObject, seed: int
 ) -> None:
     architecture = data.draw(architectures())
     one, other = data.draw(selections(architecture)), data.draw(selections(architecture))
     source, target = one.gather(model(architecture, seed)), other.gather(model(architecture, seed + 1))
-    got = Transport(maps, plans).align(source, one, target, other)
+    got = align(source, one, target, other)
     assert {n: v.shape for n, v in got.items()} == other.shapes()
     for name, value in got.items():
         assert value.dtype == np.float32
         assert np.isfinite(value).all()
         assert not any(np.shares_memory(value, v) for v in source.values())
-        if maps == "literal":
-            assert value.min() >= source[name].min() - 1e-5
-            assert value.max() <= source[name].max() + 1e-5
+        assert value.min() >= source[name].min() - 1e-5
+        assert value.max() <= source[name].max() + 1e-5
 
 
-@given(st.data(), seeds, st.sampled_from(["literal", "preserving"]), st.sampled_from(["layer", "group"]))
-def test_a_permuted_model_is_recovered_bit_for_bit_both_ways(
-    data: st.DataObject, seed: int, maps: Any, plans: Any
-) -> None:
+@given(st.data(), seeds)
+def test_a_permuted_model_is_recovered_bit_for_bit_both_ways(data: st.DataObject, seed: int) -> None:
     """SubFLOT at ρ = 0: OTP gives the history, OTA the global model."""
     architecture = data.draw(architectures())
     whole = model(architecture, seed)
     at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
-    own, how = at.gather(whole), Transport(maps, plans)
-    there, back = how.prune(whole, own, at, alpha=1), how.aggregate(own, at, whole)
+    own = at.gather(whole)
+    there, back = prune(whole, own, at, alpha=1), aggregate(own, at, whole)
     for name in whole:
         assert there[name].tobytes() == own[name].tobytes(), name
         assert back[name].tobytes() == whole[name].tobytes(), name
@@ -103,16 +99,14 @@ def test_a_permuted_model_is_recovered_bit_for_bit_both_ways(
 def test_alpha_mixes_the_aligned_model_and_the_history(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     at = data.draw(selections(architecture))
-    whole, own, how = model(architecture, seed), at.gather(model(architecture, seed + 1)), Transport()
-    ends = how.prune(whole, own, at, alpha=0), how.prune(whole, own, at, alpha=1)
-    middle, fused = how.prune(whole, own, at), how.aggregate(own, at, whole, fuse=0.25)
-    lifted = how.aggregate(own, at, whole)
+    whole, own = model(architecture, seed), at.gather(model(architecture, seed + 1))
+    ends = prune(whole, own, at, alpha=0), prune(whole, own, at, alpha=1)
+    middle = prune(whole, own, at)
     before = {n: v.tobytes() for n, v in own.items()}
     for name in whole:
         assert ends[0][name].tobytes() == own[name].tobytes() == before[name]
         assert not np.shares_memory(ends[0][name], own[name])
         np.testing.assert_allclose(middle[name], (ends[1][name] + own[name]) / 2, atol=1e-6)
-        np.testing.assert_allclose(fused[name], 0.25 * lifted[name] + 0.75 * whole[name], atol=1e-6)
 
 
 @given(st.data(), seeds)
@@ -123,14 +117,12 @@ def test_models_that_were_aligned_stay_as_they_are_while_others_are(data: st.Dat
     at = data.draw(selections(architecture))
     first, second = model(architecture, seed), model(architecture, seed + 1)
     given = {n: v.tobytes() for n, v in first.items()}
-    for plans in ("layer", "group"):
-        how = Transport(plans=plans)  # type: ignore[arg-type]
-        sent, lifted = how.prune(first, at.gather(second), at), how.aggregate(at.gather(second), at, first)
-        before = [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)]
-        how.prune(second, at.gather(first), at)
-        how.aggregate(at.gather(first), at, second)
-        assert [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)] == before
-        assert {n: v.tobytes() for n, v in first.items()} == given
+    sent, lifted = prune(first, at.gather(second), at), aggregate(at.gather(second), at, first)
+    before = [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)]
+    prune(second, at.gather(first), at)
+    aggregate(at.gather(first), at, second)
+    assert [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)] == before
+    assert {n: v.tobytes() for n, v in first.items()} == given
 
 
 @given(seeds, st.permutations(range(3)))
@@ -138,28 +130,8 @@ def test_inputs_keep_their_order(seed: int, order: list[int]) -> None:
     """T₀ = I: whatever the other model makes of its inputs, rows come back in another order, and are the same rows."""
     whole, full = model(NET, seed), Selection.full(NET)
     other = whole | {"first.weight": whole["first.weight"][:, order].copy()}
-    got = Transport().align(whole, full, other, full)
+    got = align(whole, full, other, full)
     assert sorted(map(tuple, got["first.weight"])) == sorted(map(tuple, whole["first.weight"]))
-
-
-def widened(architecture: Architecture, small: Selection, narrow: Tensors) -> Tensors:
-    """Every channel k of a half-width model twice, as channels k and k + n/2; readers take half of each."""
-    out: Tensors = {}
-    for spec in architecture.tensors:
-        value = narrow[spec.name]
-        makes = architecture.output_axes(spec.name)
-        for i, axis in enumerate(spec.axes):
-            at, parts = 0, []
-            for s in axis.segments:
-                size = s.length if s.group == FIXED else small.widths[s.group] * s.inner
-                part = np.take(value, np.arange(at, at + size), axis=i)
-                if s.group != FIXED:
-                    part = np.concatenate([part, part], axis=i) * (1.0 if i in makes else 0.5)
-                parts.append(part)
-                at += size
-            value = np.concatenate(parts, axis=i).astype(np.float32) if parts else value
-        out[spec.name] = value
-    return out
 
 
 def doubled() -> Architecture:
@@ -189,31 +161,13 @@ def doubled() -> Architecture:
     return found
 
 
-@given(seeds, st.permutations(range(3)), st.permutations(range(2)), st.sampled_from(["layer", "group"]))
-def test_preserving_maps_undo_and_make_duplicates(seed: int, a: list[int], b: list[int], plans: Any) -> None:
-    """A net and the one with all channels doubled and permuted compute the same; each is led onto the other."""
-    net = doubled()
-    half = Selection.of(net, (3, 2))
-    narrow = half.gather(model(net, seed))
-    order = (a + [k + 3 for k in a], b + [k + 2 for k in b])
-    wide = Selection.of(net, net.sizes, order).gather(widened(net, half, narrow))
-    how, full = Transport("preserving", plans), Selection.full(net)
-    down, up = how.align(wide, full, narrow, half), how.align(narrow, half, wide, full)
-    for name in narrow:
-        np.testing.assert_allclose(down[name], narrow[name], rtol=1e-5, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(up[name], wide[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    literal = Transport("literal", plans).align(wide, full, narrow, half)
-    np.testing.assert_allclose(literal["stem.weight"], narrow["stem.weight"], rtol=1e-5)
-    np.testing.assert_allclose(literal["head.weight"], narrow["head.weight"] / 2, rtol=1e-4, atol=1e-6)
-
-
 @given(seeds)
 def test_a_depthwise_layer_has_no_plan_of_its_own(seed: int) -> None:
     net = doubled()
     at, full = Selection.of(net, (4, 3)), Selection.full(net)
     whole, own = model(net, seed), at.gather(model(net, seed + 1))
     other = {n: v * 5 + 1 if n.startswith("depth") else v for n, v in own.items()}
-    got, same = Transport().align(whole, full, own, at), Transport().align(whole, full, other, at)
+    got, same = align(whole, full, own, at), align(whole, full, other, at)
     assert all(got[n].tobytes() == same[n].tobytes() for n in got)
 
 
@@ -226,9 +180,8 @@ def led(value: Floats, plan: Floats) -> Floats:
     return np.einsum("oikl,ij->ojkl", value.astype(np.float64), plan)
 
 
-def plan_of(a: Floats, b: Floats, squares: Floats | float = 0.0) -> tuple[Floats, Floats]:
-    squares = squares + ((rows(a)[:, None] - rows(b)) ** 2).sum(2)
-    return pot(np.sqrt(squares)), squares
+def plan_of(a: Floats, b: Floats) -> Floats:
+    return pot(np.sqrt(((rows(a)[:, None] - rows(b)) ** 2).sum(2)))
 
 
 @given(seeds)
@@ -236,12 +189,12 @@ def test_residual_branches_go_by_their_own_plans_and_readers_by_the_average(seed
     net = doubled()
     at, full = Selection.of(net, (4, 3)), Selection.full(net)
     whole, own = model(net, seed), at.gather(model(net, seed + 1))
-    got = Transport().align(whole, full, own, at)
-    stem, _ = plan_of(whole["stem.weight"], own["stem.weight"])
+    got = align(whole, full, own, at)
+    stem = plan_of(whole["stem.weight"], own["stem.weight"])
     up = led(whole["up.weight"], stem)
-    inner, _ = plan_of(up, own["up.weight"])
+    inner = plan_of(up, own["up.weight"])
     down = led(whole["down.weight"], inner)
-    branch, _ = plan_of(down, own["down.weight"])
+    branch = plan_of(down, own["down.weight"])
     stream = (stem + branch) / 2
     want = {
         "stem.weight": np.einsum("oikl,oj->jikl", whole["stem.weight"], stem),
@@ -255,26 +208,6 @@ def test_residual_branches_go_by_their_own_plans_and_readers_by_the_average(seed
     head = whole["head.weight"].astype(np.float64)
     flat = np.einsum("cis,ij->cjs", head[:, :24].reshape(3, 6, 4), stream).reshape(3, -1)
     want["head.weight"] = np.concatenate([flat, head[:, 24:] @ inner], axis=1)
-    for name, value in want.items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-@given(seeds)
-def test_one_plan_per_group_is_made_of_all_rows_that_write_to_it(seed: int) -> None:
-    net = doubled()
-    at, full = Selection.of(net, (4, 3)), Selection.full(net)
-    whole, own = model(net, seed), at.gather(model(net, seed + 1))
-    got = Transport(plans="group").align(whole, full, own, at)
-    provisional, squares = plan_of(whole["stem.weight"], own["stem.weight"])
-    inner, _ = plan_of(led(whole["up.weight"], provisional), own["up.weight"])
-    stream, _ = plan_of(led(whole["down.weight"], inner), own["down.weight"], squares)
-    want = {
-        "stem.weight": np.einsum("oikl,oj->jikl", whole["stem.weight"], stream),
-        "up.weight": np.einsum("oikl,oj->jikl", led(whole["up.weight"], stream), inner),
-        "down.weight": np.einsum("oikl,oj->jikl", led(whole["down.weight"], inner), stream),
-        "down.norm_bias": stream.T @ whole["down.norm_bias"],
-        "depth.norm_bias": inner.T @ whole["depth.norm_bias"],
-    }
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -296,8 +229,8 @@ def test_an_embedding_s_columns_are_channels_and_its_words_keep_their_order(seed
     net = embedded()
     at, full = Selection.of(net, (3,)), Selection.full(net)
     whole, own = model(net, seed), at.gather(model(net, seed + 1))
-    plan, _ = plan_of(whole["table"].T, own["table"].T)
-    got = Transport().align(whole, full, own, at)
+    plan = plan_of(whole["table"].T, own["table"].T)
+    got = align(whole, full, own, at)
     np.testing.assert_allclose(got["table"], whole["table"] @ plan, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["head.weight"], whole["head.weight"] @ plan, rtol=1e-4, atol=1e-5)
 
@@ -306,12 +239,12 @@ def test_models_that_don_t_fit_are_refused() -> None:
     whole, full = model(NET, 0), Selection.full(NET)
     small = Selection.of(NET, (3, 2))
     with pytest.raises(BundleError, match=r"norm\.mean"):
-        Transport().prune({n: v for n, v in whole.items() if n != "norm.mean"}, small.gather(whole), small)
+        prune({n: v for n, v in whole.items() if n != "norm.mean"}, small.gather(whole), small)
     with pytest.raises(BundleError, match=r"first\.weight"):
-        Transport().aggregate(whole, small, whole)
+        aggregate(whole, small, whole)
     with pytest.raises(BundleError, match=r"second\.bias"):
-        Transport().prune(whole, whole | {"second.bias": whole["second.bias"].astype(np.float64)}, full, alpha=0)
+        prune(whole, whole | {"second.bias": whole["second.bias"].astype(np.float64)}, full, alpha=0)
     with pytest.raises(BundleError, match="different architectures"):
-        Transport().align(whole, full, whole, Selection.full(doubled()))
+        align(whole, full, whole, Selection.full(doubled()))
     with pytest.raises(BundleError, match="finite"):
-        Transport().prune(whole | {"first.weight": np.full((6, 3), np.nan, np.float32)}, whole, full)
+        prune(whole | {"first.weight": np.full((6, 3), np.nan, np.float32)}, whole, full)

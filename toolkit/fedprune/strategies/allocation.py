@@ -16,11 +16,9 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, Subject, shown
-from fedprune.core.rng import keyed
 from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State, Task
@@ -30,9 +28,6 @@ _Key = list[tuple[int, int, str]]
 
 TIMES = "times"
 """Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density."""
-
-
-DealtBy = Literal["name", "chance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,21 +148,19 @@ class Fixed(Allocator):
 
 @dataclass(frozen=True)
 class Tiers(Allocator):
-    """Densities by tier (HeteroFL, Diao et al. 2021, Sec. 4: fixed or redrawn).
+    """Densities by tier (HeteroFL, Diao et al. 2021, Sec. 4).
+
+    Devices are dealt tier by tier, in the order of their names (numbers in them count as numbers), among all that are
+    known when a round begins.
 
     Attributes:
         densities: One per tier, in the order in which they are dealt.
         shares: Share of the fleet in each tier; empty for equal ones.
-        by: `name`: devices in the order of their names (numbers in them count as numbers), tier by tier, among all that
-            are known when a round begins. `chance`: drawn for each device by the job's seed.
-        every: With `chance`, rounds between draws of tiers; 0 for never.
         elements: Whether masks are made of elements.
     """
 
     densities: tuple[float, ...]
     shares: tuple[float, ...] = ()
-    by: DealtBy = "name"
-    every: int = 0
     elements: bool = False
 
     def __post_init__(self) -> None:
@@ -179,16 +172,12 @@ class Tiers(Allocator):
         if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
             raise ConfigError(("allocator", "shares"), expected="one per density, of 0 or more", got=shown(self.shares))
         check_fields(self, ("allocator",))
-        if self.every < 0 or (self.every and self.by == "name"):
-            raise ConfigError(("allocator", "every"), expected="0 or more, and only by chance", got=self.every)
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         fleet.grant(name, self._density(fleet, name), elements=self.elements)
 
     def open(self, fleet: Fleet) -> bool:
-        """Deal again: others may have come, or it is time."""
-        if self.by == "chance" and not self.every:
-            return False
+        """Deal again: others may have come."""
         changed = False
         for name, device in sorted(fleet.state.devices.items()):
             if not device.excluded:
@@ -196,13 +185,7 @@ class Tiers(Allocator):
         return changed
 
     def _density(self, fleet: Fleet, name: str) -> float:
-        if self.by == "name":
-            return self._of((fleet.place(name) + 0.5) / len(fleet.state.devices))
-        era = max(0, fleet.state.round - 1) // self.every if self.every else 0
-        return self._of(keyed(fleet.job.seed, name, era, "tier").random())
-
-    def _of(self, place: float) -> float:
-        """The density at a place from 0 to below 1 in the fleet."""
+        place = (fleet.place(name) + 0.5) / len(fleet.state.devices)
         shares = self.shares or (1.0,) * len(self.densities)
         reached = 0.0
         for density, share in zip(self.densities, shares, strict=True):
@@ -222,37 +205,18 @@ def check_density(what: Subject, value: object) -> None:
     validation.number(what, value, 0, 1, above=True)
 
 
-def dealt(
-    job: Job,
-    densities: Sequence[float],
-    shares: Sequence[float] = (),
-    by: DealtBy = "name",
-    every: int = 0,
-    *,
-    default: Sequence[float] = (),
-) -> Allocator | None:
-    """The allocator that `densities` and its companions ask for.
-
-    Raises `ConfigError` if they don't fit each other.
+def dealt(job: Job, densities: Sequence[float], *, default: Sequence[float] = ()) -> Allocator | None:
+    """The allocator that a strategy's option `densities` asks for.
 
     Args:
         job: Its own `density` comes next.
         densities: One per tier; empty to leave it to the job or, where it has none, to the default.
-        shares: Share of the fleet in each tier; empty for equal ones.
-        by: `name` or `chance`.
-        every: With `chance`, rounds between draws of tiers.
         default: Densities of the preset's own; empty to leave it to the planner.
     """
-    if not densities and not job.density and len(default) == 1:
+    if densities:
+        return Tiers(tuple(densities))
+    if job.density:
+        return Fixed(job.density)
+    if len(default) == 1:
         return Fixed(default[0])
-    tiers = densities or (() if job.density else default)
-    if tiers:
-        return Tiers(tuple(tiers), tuple(shares), by, every)
-    if shares or by != "name" or every:
-        raise ConfigError(
-            "shares, by or every",
-            path=("job", "options"),
-            expected="densities to deal",
-            got="the job's density" if job.density else "the planner's widths",
-        )
-    return Fixed(job.density) if job.density else None
+    return Tiers(tuple(default)) if default else None

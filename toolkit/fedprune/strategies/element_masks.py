@@ -8,7 +8,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.element_ranking import top
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Cut, Report, Submodel
+from fedprune.strategies.values import Cut, Submodel
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,7 @@ class Masked(Strategy):
 
     How many those are is the turn's density, if the device has all channels; the masks of a round lie inside each other
     (PR-FL, Sec. "Stage 1"; `docs/strategies/pr-fl.md`). Where the ranking has no order of elements, none is masked.
-
-    Attributes:
-        zeros: Whether masked elements count as 0 in the sums (AutoFLIP). Otherwise they don't count.
     """
-
-    zeros: bool = False
 
     @property
     def device_independent(self) -> bool:
@@ -32,11 +27,6 @@ class Masked(Strategy):
         """A slice of the global model, with 0 where masked. Raises `BundleError` if the order holds something that is
         no number."""
         return masked(cut, cut.selection, global_mask(cut))
-
-    def reconstruct(self, report: Report) -> Submodel:
-        """The trained elements, at their places in the global model."""
-        trained = report.trained
-        return Submodel(trained.selection, trained.tensors) if self.zeros else trained
 
 
 def global_mask(cut: Cut) -> ElementMask | None:

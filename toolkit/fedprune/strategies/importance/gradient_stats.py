@@ -6,12 +6,10 @@ gradient of a device's round ĝ_k = −Δ_k / (η_eff · f_k), where f_k are its
 up (`fedprune.aggregation.update_sums.free_steps`):
 
 - gradient: ĝ_i = Σ n_k ĝ_{k,i} / Σ n_k;
-- curvature, `fisher` (default): ĥ_i = Σ n_k s_k ĝ_{k,i}² / Σ n_k, the diagonal of the empirical Fisher information.
+- curvature: ĥ_i = Σ n_k s_k ĝ_{k,i}² / Σ n_k, the diagonal of the empirical Fisher information.
   s_k is the number of different samples behind ĝ_k: of s_k samples the mean gradient scatters by 1/s_k of what single
   ones do, so that s_k · ĝ_k² is, near a minimum, the mean of the samples' own squared gradients, which the Hessian's
-  diagonal approaches there. Without the factor it is hundreds of times too small;
-- curvature, `secant`: ĥ_i = |ĝ_i(t) − ĝ_i(t−1)| / |w_i(t) − w_i(t−1)|, at most 2/η_eff, above which SGD would have
-  diverged. Where weights move together or gradients are noisy, it mostly measures these.
+  diagonal approaches there. Without the factor it is hundreds of times too small.
 
 Each estimate is an exponential moving average (0.9) that begins with its first observation. If no device trained a
 coordinate, its estimates keep their values. So a pruned channel is not mistaken for one whose gradient is 0, and can
@@ -22,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +29,11 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture
 
-Estimator = Literal["fisher", "secant"]
-
 DECAY = 0.9
-_STILL = 1e-8
-"""A weight that moved less than this says nothing about curvature."""
+"""Weight of the old estimates in the moving averages."""
+
+Floats = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -44,38 +42,27 @@ class Evidence:
 
     Attributes:
         architecture: The model.
-        estimator: How curvature is estimated.
         gradient: ĝ by tensor name.
         curvature: ĥ by tensor name.
         trained: Whether any device ever trained a coordinate, by tensor name.
-        known: Whether ĥ has an observation; with `secant` that takes two rounds.
-        last: With `secant`, gradient and weight when a coordinate was last trained, by tensor name.
     """
 
     architecture: Architecture
-    estimator: Estimator = "fisher"
-    gradient: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    curvature: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    trained: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
-    known: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
-    last: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] = field(default_factory=dict)
+    gradient: dict[str, Floats] = field(default_factory=dict)
+    curvature: dict[str, Floats] = field(default_factory=dict)
+    trained: dict[str, Bits] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, architecture: Architecture, estimator: Estimator = "fisher") -> Evidence:
-        """No evidence yet: all estimates are zero. Raises `BundleError` if there is no such estimator."""
-        if estimator not in ("fisher", "secant"):
-            raise BundleError("curvature estimator", expected="fisher or secant", got=repr(estimator))
-        out = cls(architecture, estimator)
+    def empty(cls, architecture: Architecture) -> Evidence:
+        """No evidence yet: all estimates are zero."""
+        out = cls(architecture)
         for spec in architecture.trainable:
             out.gradient[spec.name] = np.zeros(spec.shape, np.float32)
             out.curvature[spec.name] = np.zeros(spec.shape, np.float32)
             out.trained[spec.name] = np.zeros(spec.shape, np.bool_)
-            out.known[spec.name] = np.zeros(spec.shape, np.bool_)
-            if estimator == "secant":
-                out.last[spec.name] = (np.zeros(spec.shape, np.float32), np.zeros(spec.shape, np.float32))
         return out
 
-    def update(self, fold: Fold, lr: float, samples: float = 1.0, decay: float = DECAY) -> None:
+    def update(self, fold: Fold, lr: float, samples: float = 1.0) -> None:
         """Take in one round (the formulas are the module's).
 
         Raises `BundleError` if the fold is of another architecture or without evidence, or the rates are out of range.
@@ -84,48 +71,23 @@ class Evidence:
             fold: The round's fold, made with `evidence=True` and the devices' momentum; open or closed.
             lr: The devices' learning rate, in the middle of the round where it changes.
             samples: Different samples per step: the batch size, divided by the number of epochs.
-            decay: Weight of the old estimate in the moving average, from 0 to below 1.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")
-        if not 0 <= decay < 1 or not lr >= 0 or not samples > 0:
-            raise BundleError(
-                "rates of evidence",
-                expected="lr from 0 up, decay below 1, samples above 0",
-                got=(lr, decay, samples),
-            )
+        if not lr >= 0 or not samples > 0:
+            raise BundleError("rates of evidence", expected="lr from 0 up, samples above 0", got=(lr, samples))
         rate = lr / (1 - fold.momentum)
         if rate == 0:
             return  # nothing moved because of a gradient
         for spec in self.architecture.trainable:
             name = spec.name
             step, square, held = fold.movement(name)
-            slope = (-step / rate).astype(np.float32)
-            if self.estimator == "fisher":
-                bend, seen = (samples * square / rate**2).astype(np.float32), held
-            else:
-                bend, seen = self._secant(name, slope, fold.base[name], held, 2 / rate)
-            self.gradient[name] = _average(self.gradient[name], slope, self.trained[name], held, decay)
-            self.curvature[name] = _average(self.curvature[name], bend, self.known[name], seen, decay)
+            slope, bend = (-step / rate).astype(np.float32), (samples * square / rate**2).astype(np.float32)
+            self.gradient[name] = _average(self.gradient[name], slope, self.trained[name], held)
+            self.curvature[name] = _average(self.curvature[name], bend, self.trained[name], held)
             self.trained[name] = self.trained[name] | held
-            self.known[name] = self.known[name] | seen
 
-    def _secant(
-        self,
-        name: str,
-        slope: npt.NDArray[np.float32],
-        weight: npt.NDArray[np.float32],
-        held: npt.NDArray[np.bool_],
-        most: float,
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        slope_before, weight_before = self.last[name]
-        way = np.abs(weight.astype(np.float64) - weight_before)
-        seen = held & self.trained[name] & (way > _STILL)
-        bend = np.abs(slope.astype(np.float64) - slope_before) / np.maximum(way, _STILL)
-        self.last[name] = (np.where(held, slope, slope_before), np.where(held, weight, weight_before))
-        return np.minimum(bend, most).astype(np.float32), seen
-
-    def trained_channels(self) -> tuple[npt.NDArray[np.bool_], ...]:
+    def trained_channels(self) -> tuple[Bits, ...]:
         """Per group and channel, whether any device ever trained a coordinate that makes the channel."""
         out = tuple(np.zeros(n, np.bool_) for n in self.architecture.sizes)
         for spec in self.architecture.trainable:
@@ -147,24 +109,22 @@ class Evidence:
 
     def to_tensors(self) -> dict[str, npt.NDArray[Any]]:
         """For storage by `fedprune.core.tensorfile`."""
-        out: dict[str, npt.NDArray[Any]] = {}
-        for spec in self.architecture.trainable:
-            name = spec.name
-            out[f"{name}::gradient"] = self.gradient[name]
-            out[f"{name}::curvature"] = self.curvature[name]
-            out[f"{name}::trained"] = self.trained[name]
-            out[f"{name}::known"] = self.known[name]
-            if self.estimator == "secant":
-                out[f"{name}::last_gradient"], out[f"{name}::last_weight"] = self.last[name]
-        return out
+        parts: dict[str, Mapping[str, npt.NDArray[Any]]] = {
+            "gradient": self.gradient,
+            "curvature": self.curvature,
+            "trained": self.trained,
+        }
+        return {
+            f"{spec.name}::{part}": values[spec.name]
+            for spec in self.architecture.trainable
+            for part, values in parts.items()
+        }
 
     @classmethod
     def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, npt.NDArray[Any]]) -> Evidence:
-        """Read what `to_tensors` wrote; which tensors there are tells the estimator. Raises `BundleError` if a tensor
-        is missing, unknown, or of another type or shape."""
-        secant = any(n.endswith("::last_gradient") for n in tensors)
-        out = cls.empty(architecture, "secant" if secant else "fisher")
-        expected = out.to_tensors()
+        """Read what `to_tensors` wrote. Raises `BundleError` if a tensor is missing, unknown, or of another type or
+        shape."""
+        expected = cls.empty(architecture).to_tensors()
         unknown = sorted(set(tensors) ^ set(expected))
         if unknown:
             raise BundleError(
@@ -180,23 +140,13 @@ class Evidence:
                 )
             if value.dtype == np.float32 and not np.isfinite(value).all():
                 raise BundleError(f"evidence tensor {name}", expected="finite numbers")
-        for spec in architecture.trainable:
-            n = spec.name
-            out.gradient[n], out.curvature[n] = tensors[f"{n}::gradient"], tensors[f"{n}::curvature"]
-            out.trained[n], out.known[n] = tensors[f"{n}::trained"], tensors[f"{n}::known"]
-            if secant:
-                out.last[n] = (tensors[f"{n}::last_gradient"], tensors[f"{n}::last_weight"])
-        return out
+        names = [spec.name for spec in architecture.trainable]
+        parts = ("gradient", "curvature", "trained")
+        return cls(architecture, *({name: tensors[f"{name}::{part}"] for name in names} for part in parts))
 
 
-def _average(
-    before: npt.NDArray[np.float32],
-    now: npt.NDArray[np.float32],
-    known: npt.NDArray[np.bool_],
-    seen: npt.NDArray[np.bool_],
-    decay: float,
-) -> npt.NDArray[np.float32]:
-    """before where nothing was seen, now where nothing was known, else decay·before + (1 − decay)·now."""
-    mixed = np.float32(decay) * before + np.float32(1 - decay) * now
-    out: npt.NDArray[np.float32] = np.where(seen, np.where(known, mixed, now), before)
+def _average(before: Floats, now: Floats, known: Bits, seen: Bits) -> Floats:
+    """before where nothing was seen, now where nothing was known, else a moving average of both."""
+    mixed = np.float32(DECAY) * before + np.float32(1 - DECAY) * now
+    out: Floats = np.where(seen, np.where(known, mixed, now), before)
     return out

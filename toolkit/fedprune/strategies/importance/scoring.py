@@ -26,7 +26,7 @@ Scores = tuple[npt.NDArray[np.float64], ...]
 Ranks = tuple[npt.NDArray[np.int64], ...]
 """Per group its channels, best first."""
 
-Form = Literal["abs", "signed", "hw2"]
+Form = Literal["abs", "signed"]
 
 
 def score(
@@ -59,26 +59,18 @@ def ordered(architecture: Architecture) -> Scores:
     return tuple(-np.arange(n, dtype=np.float64) for n in architecture.sizes)
 
 
-def magnitude(
-    architecture: Architecture,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
-    *,
-    per_count: bool = False,
-) -> Scores:
+def magnitude(architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Scores:
     """S_c = Σ |w| over the weights that make channel c.
 
     Filters and linear rows count, biases and norm vectors don't (Li et al. 2017, "Pruning filters for efficient
     ConvNets", Sec. 3.1; the l1 criterion of CA-HFP, Table II). Where several layers write to one group, the sum runs
     over all of them. Raises `BundleError` if tensors don't fit the architecture.
-
-    Args:
-        per_count: As `channel_sums`.
     """
 
     def part(name: str) -> npt.NDArray[np.float64]:
         return np.abs(_tensor(architecture, tensors, name))
 
-    return channel_sums(architecture, part, (TensorKind.WEIGHT,), per_count=per_count)
+    return channel_sums(architecture, part, (TensorKind.WEIGHT,))
 
 
 def curvature(
@@ -86,8 +78,6 @@ def curvature(
     tensors: Mapping[str, npt.NDArray[np.float32]],
     evidence: Evidence,
     form: Form = "abs",
-    *,
-    per_count: bool = False,
 ) -> Scores:
     """S_c = Σ s_i over the coordinates that make channel c: weights, bias, γ and β (CA-HFP, eq. 15, and its ablations).
 
@@ -97,36 +87,28 @@ def curvature(
         tensors: The global model w.
         evidence: Estimates of gradient g and curvature h.
         form: `abs`: s = |g·w| + ½·h·w², the size of the second-order change of the loss (eq. 14) when a weight is
-            removed; terms of opposite sign don't cancel. `signed`: s = g·w + h·w², eq. 15 to the letter. `hw2`: s =
-            h·w², its limit late in training.
-        per_count: As `channel_sums`.
+            removed; terms of opposite sign don't cancel. `signed`: s = g·w + h·w², eq. 15 to the letter.
     """
     if form not in get_args(Form):
-        raise BundleError("form of the curvature score", expected="abs, signed or hw2", got=repr(form))
+        raise BundleError("form of the curvature score", expected="abs or signed", got=repr(form))
     if evidence.architecture.digest != architecture.digest:
         raise BundleError("evidence belongs to another architecture")
 
     def part(name: str) -> npt.NDArray[np.float64]:
         w = _tensor(architecture, tensors, name)
         second_order: npt.NDArray[np.float64] = evidence.curvature[name] * (w * w)
-        if form == "hw2":
-            return second_order
         first_order = evidence.gradient[name] * w
         return np.abs(first_order) + 0.5 * second_order if form == "abs" else first_order + second_order
 
-    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable))
 
 
-def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool = False) -> Scores:
+def movement(architecture: Architecture, evidence: Evidence) -> Scores:
     """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
 
     Δw is read from the estimated gradient, a moving average of −Δ / (η_eff · steps). The factor is the same for all
     coordinates, so the ranks are those of Δw. A coordinate that no device trained lately keeps its last estimate.
     Raises `BundleError` if evidence doesn't fit the architecture.
-
-    Args:
-        evidence: Estimates of the gradient.
-        per_count: As `channel_sums`.
     """
     if evidence.architecture.digest != architecture.digest:
         raise BundleError("evidence belongs to another architecture")
@@ -134,24 +116,19 @@ def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool 
     def part(name: str) -> npt.NDArray[np.float64]:
         return np.abs(evidence.gradient[name]).astype(np.float64)
 
-    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable))
 
 
 def channel_sums(
     architecture: Architecture,
     part: Callable[[str], npt.NDArray[np.float64]],
     kinds: Sequence[TensorKind],
-    *,
-    per_count: bool = False,
 ) -> Scores:
     """Sums of a per-coordinate quantity over the coordinates that make each channel.
 
     Args:
         part: The quantity for a tensor of a given name, of the tensor's shape.
         kinds: Which tensors count.
-        per_count: Use each tensor's mean over a channel's coordinates instead of their sum. All channels of a group
-            have equally many coordinates, so this only changes the relative weight of the layers that share a group: a
-            bias or a 1×1 shortcut then counts as much as a 3×3 convolution.
     """
     out = tuple(np.zeros(n) for n in architecture.sizes)
     for spec in architecture.tensors:
@@ -161,12 +138,11 @@ def channel_sums(
         values = part(spec.name)
         for axis in axes:
             row = values.sum(axis=tuple(i for i in range(values.ndim) if i != axis))
-            many = values.size // max(1, row.size) if per_count else 1
             at = 0
             for s in spec.axes[axis].segments:
                 if s.group != FIXED:
                     made = row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
-                    out[s.group][s.start : s.start + s.count] += made / (many * s.inner) if per_count else made
+                    out[s.group][s.start : s.start + s.count] += made
                 at += s.length
     return out
 

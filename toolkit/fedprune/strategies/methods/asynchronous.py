@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Decay, Mixing, Schedule, Staleness
-from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, DeltaMean, Mean
+from fedprune.strategies.aggregators import Aggregator, DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.methods.fedavg import FedAvg
 from fedprune.strategies.options import read_options
@@ -26,7 +26,6 @@ class Options:
 
     Attributes:
         densities: Widths by tier; empty for the whole model everywhere, or the job's `density`.
-        weighting: `uniform`: devices count alike; or `samples`.
         rate: η_g, how far the model goes.
         staleness: s(k): `constant`, `polynomial` or `hinge`.
         a: As in `fedprune.jobs.schedule.Staleness`.
@@ -38,7 +37,6 @@ class Options:
     """
 
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
-    weighting: str = one_of("uniform", WEIGHTINGS)
     rate: float = 1.0
     staleness: Decay = "constant"
     a: float = bounded(0.5, 0, 1e6)
@@ -64,7 +62,6 @@ class Windows(Options):
 
     window_s: float = bounded(60.0, 1e-3, 1e8)
     mixing: Literal["unbiased", "share"] = "unbiased"
-    rule: Literal["fill", "coverage"] = "fill"
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,13 @@ class Buffers(Options):
 
     staleness: Decay = "polynomial"
     buffer: int = bounded(10, 1, 10**6)
-    rule: Literal["fill", "coverage"] = "fill"
-    server_momentum: float = bounded(0.0, 0, 0.999)
 
 
 def fedasync(job: Job) -> Strategy:
     """The preset: every update moves the model as it comes (Xie et al. 2019, Alg. 1). Raises `ConfigError` if an option
     is unknown or out of range."""
     options = read_options(job, OneByOne)
-    return _strategy(job, options, Mean(weighting=options.weighting), options.mixing, arrivals=1)
+    return _strategy(job, options, Mean(weighting="uniform"), options.mixing, arrivals=1)
 
 
 def fedfix(job: Job) -> Strategy:
@@ -89,7 +84,7 @@ def fedfix(job: Job) -> Strategy:
     option is unknown or out of range."""
     options = read_options(job, Windows)
     kind = DeltaMean if options.mixing == "unbiased" else Mean
-    aggregator = kind(rule=options.rule, weighting=options.weighting)
+    aggregator = kind(rule="fill", weighting="uniform")
     return _strategy(job, options, aggregator, options.mixing, window_s=options.window_s)
 
 
@@ -97,7 +92,7 @@ def fedbuff(job: Job) -> Strategy:
     """The preset: the model moves by the mean of every K moves (Nguyen et al. 2022, Alg. 1). Raises `ConfigError` if an
     option is unknown or out of range."""
     options = read_options(job, Buffers)
-    aggregator = DeltaMean(rule=options.rule, server_momentum=options.server_momentum, weighting=options.weighting)
+    aggregator = DeltaMean(rule="fill", weighting="uniform")
     return _strategy(job, options, aggregator, "damped", arrivals=options.buffer)
 
 

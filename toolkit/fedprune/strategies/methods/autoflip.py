@@ -36,8 +36,6 @@ _GUIDANCE = "guidance/"
 
 _WIDTHS = "/widths"
 
-Scaling = Literal["minmax", "robust"]
-Pruned = Literal["decay", "keep"]
 Start = Literal["init", "explored_mean"]
 
 
@@ -50,10 +48,6 @@ class Options:
     patience: int = bounded(40, 0, 10_000)
     server_momentum: float = bounded(0.9, 0, 1, below=True)
     lr_decay: float = bounded(0.99, 1e-3, 1)
-    biases: bool = True
-    scaling: Scaling = "minmax"
-    pruned: Pruned = "decay"
-    prune_start: bool = True
     warm_start: Start = "init"
     structured: bool = True
     masked_share: float = bounded(1.0, 1e-3, 1)
@@ -98,10 +92,11 @@ class AutoFlip(Masked):
         )
 
     def reconstruct(self, report: Report) -> Submodel:
-        """The masked submodel with all its channels: those that were cut are as they were sent."""
+        """The submodel with all its channels, of which those that were cut are as they were sent, and what was masked
+        counts as 0."""
         cut, trained = report.cut, report.trained
-        if not self.options.structured or not self.zeros or trained.mask is None:
-            return super().reconstruct(report)
+        if not self.options.structured or trained.mask is None:
+            return Submodel(trained.selection, trained.tensors)
         whole = masked(cut, cut.selection, global_mask(cut)).tensors
         onto = cut.selection.scatter(whole, cut.scene.model)
         return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, onto)))
@@ -125,7 +120,7 @@ class AutoFlip(Masked):
             return None
         present = [d for d in scene.participants if d in set(explorers)]
         guidance = _mean(scene, present or explorers, self._names(scene.architecture))
-        scaled = {n: _scaled(v, self.options.scaling) for n, v in guidance.items()}
+        scaled = {n: _scaled(v) for n, v in guidance.items()}
         ranked = [v[np.isfinite(v)] for v in scaled.values()]
         if not any(v.size for v in ranked):
             return None
@@ -133,18 +128,13 @@ class AutoFlip(Masked):
         return ElementMask({n: v > limit for n, v in scaled.items()})
 
     def _names(self, architecture: Architecture) -> tuple[str, ...]:
-        return prunable(architecture, (TensorKind.BIAS,) if self.options.biases else ())
+        return prunable(architecture, (TensorKind.BIAS,))
 
 
 @dataclass(frozen=True)
 class Damped(Mean):
-    """A mean with damped momentum; the explorers' models, if they count, without.
-
-    Attributes:
-        prune_start: Whether what the first mask prunes is 0 from the start.
-    """
-
-    prune_start: bool = False
+    """A mean with damped momentum; the explorers' models, if they count, without. What the first mask prunes is 0 from
+    the start."""
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
@@ -152,7 +142,7 @@ class Damped(Mean):
         if scene.round == 1:
             return Closing(fold.close()[0])
         closing = super().close(fold, scene, rate, reports)
-        if scene.round != 2 or not self.prune_start:
+        if scene.round != 2:
             return closing
         report = next((r for r, _ in reports()), None)
         mask = None if report is None else global_mask(report.cut)
@@ -164,14 +154,10 @@ class Damped(Mean):
 
 def autoflip(job: Job) -> Strategy:
     options = read_options(job, Options)
-    zeros = options.pruned == "decay"
     return AutoFlip(
         NAME,
         options=options,
-        zeros=zeros,
-        aggregator=Damped(
-            server_momentum=options.server_momentum, damped=True, prune_start=options.prune_start and zeros
-        ),
+        aggregator=Damped(server_momentum=options.server_momentum, damped=True),
         inputs="measurements",
         allocator=dealt(job, options.densities),
         explores=1,
@@ -219,8 +205,8 @@ def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str,
     return {n: np.where(counts[n] > 0, sums[n] / np.maximum(counts[n], 1), np.nan) for n in names}
 
 
-def _scaled(guidance: npt.NDArray[np.float64], scaling: str) -> npt.NDArray[np.float64]:
-    """A tensor's guidance on a scale of its own; +∞, which no mask removes, without another to compare.
+def _scaled(guidance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A tensor's guidance from 0 to 1; +∞, which no mask removes, without another to compare.
 
     That is where no explorer held an element, and in tensors whose elements are all alike.
     """
@@ -228,10 +214,6 @@ def _scaled(guidance: npt.NDArray[np.float64], scaling: str) -> npt.NDArray[np.f
     out = np.full(guidance.shape, np.inf)
     if not known.size or known.min() == known.max():
         return out
-    if scaling == "minmax":
-        low, span = float(known.min()), float(known.max() - known.min())
-    else:
-        first, low, third = (float(v) for v in np.quantile(known, (0.25, 0.5, 0.75)))
-        span = third - first or float(known.max() - known.min())
+    low, span = float(known.min()), float(known.max() - known.min())
     out[~np.isnan(guidance)] = (known - low) / span
     return out

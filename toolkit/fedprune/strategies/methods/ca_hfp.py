@@ -16,10 +16,9 @@ from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
 from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
-from fedprune.strategies.aggregators import WEIGHTINGS, Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.channel_ranking import Ranked
-from fedprune.strategies.importance.gradient_stats import DECAY, Estimator
 from fedprune.strategies.importance.scoring import Form
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
@@ -35,13 +34,7 @@ class Options:
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     score: str = one_of("curvature", SCORES)
     form: Form = "abs"
-    estimator: Estimator = "fisher"
-    decay: float = bounded(DECAY, 0, 1, below=True)
-    per_count: bool = False
-    warmup_rounds: int = bounded(0, 0, 10**6)
     reconstruction: Rule = "fill"
-    weighting: str = one_of("samples", WEIGHTINGS)
-    server_momentum: float = bounded(0.0, 0, 0.999)
 
 
 def ca_hfp(job: Job) -> Strategy:
@@ -51,16 +44,8 @@ def ca_hfp(job: Job) -> Strategy:
     strategy = Ranked(
         name,
         scorer=SCORES[options.score],
-        warmup_rounds=options.warmup_rounds,
         form=options.form,
-        estimator=options.estimator,
-        decay=options.decay,
-        per_count=options.per_count,
-        aggregator=Mean(
-            rule=options.reconstruction,
-            server_momentum=options.server_momentum,
-            weighting=options.weighting,
-        ),
+        aggregator=Mean(rule=options.reconstruction),
         inputs="updates",
         allocator=dealt(job, options.densities),
     )

@@ -22,7 +22,6 @@ class Options:
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     weighting: str = one_of("samples", WEIGHTINGS)
     server_momentum: float = bounded(0.0, 0, 0.999)
-    damped: bool = False
     lr_decay: float = bounded(1.0, 1e-3, 1)
 
 
@@ -62,7 +61,7 @@ def fedprox(job: Job) -> Strategy:
 def _mean_of_all(job: Job, options: Options, mu: float | None) -> Strategy:
     return FedAvg(
         job.strategy,
-        aggregator=Mean(server_momentum=options.server_momentum, weighting=options.weighting, damped=options.damped),
+        aggregator=Mean(server_momentum=options.server_momentum, weighting=options.weighting),
         mu=mu,
         lr_decay=options.lr_decay,
         inputs="sum",

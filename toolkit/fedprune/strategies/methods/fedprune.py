@@ -236,9 +236,19 @@ def fedprune(job: Job) -> Strategy:
 
 def _core(job: Job, options: Options) -> SharedCore:
     """The core that the options ask for. By default boards that tell classes apart have one where their widths are
-    near each other or their labels even, unless the job itself says how ordered dropout or mixup shall be."""
-    share = options.core
-    if share is None and not _adjusts(job.recipe):
+    near each other or their labels even, unless the job itself says how ordered dropout or mixup shall be.
+
+    Raises `ConfigError` if there shall be both a core and ordered dropout, whose steps are narrower than a core.
+    """
+    share, dropout = options.core, options.dropout or job.recipe.ordered_dropout
+    if share and dropout:
+        raise ConfigError(
+            ("job", "options", "core"),
+            expected="0 with ordered dropout, whose steps are narrower than a core",
+            got=share,
+            hint="Choose one of core and dropout (docs/strategies/fedprune.md#core-or-ordered-dropout).",
+        )
+    if share is None and not dropout and not _adjusts(job.recipe):
         share = CORE
     named = (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
     if share is None and not named:

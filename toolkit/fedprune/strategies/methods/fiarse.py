@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
-from fedprune.model.architecture import TensorKind
 from fedprune.model.recipe import Recipe
-from fedprune.strategies.aggregators import WEIGHTINGS, Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable
@@ -28,24 +27,17 @@ class Options:
     """Options of `fiarse`, which `docs/strategies/fiarse.md` explains."""
 
     densities: tuple[float, ...] = bounded((), 0, 1, above=True)
-    mask: str = one_of("threshold", ("threshold", "hard"))
-    biases: bool = False
-    weighting: str = one_of("uniform", WEIGHTINGS)
-    changed: bool = True
 
 
 @dataclass(frozen=True)
 class Fiarse(Masked):
     """Elements by |w|, channels in their own order."""
 
-    options: Options = field(default_factory=Options)
-
     def rank(self, scene: Scene) -> Ranking:
-        names = prunable(scene.architecture, (TensorKind.BIAS,) if self.options.biases else ())
-        return Ranking(ranks(ordered(scene.architecture)), magnitudes(scene.model, names))
+        return Ranking(ranks(ordered(scene.architecture)), magnitudes(scene.model, prunable(scene.architecture)))
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        return replace(recipe, mask=self.options.mask)
+        return replace(recipe, mask="threshold")
 
 
 def fiarse(job: Job) -> Strategy:
@@ -55,8 +47,7 @@ def fiarse(job: Job) -> Strategy:
         allocator = Fixed(job.density, elements=True)
     return Fiarse(
         NAME,
-        options=options,
-        aggregator=Mean(weighting=options.weighting, changed="elements" if options.changed else ""),
+        aggregator=Mean(weighting="uniform", changed="elements"),
         inputs="updates",
         allocator=allocator,
     )

@@ -1,8 +1,7 @@
 """PR-FL: densities by communication time, recovery by early stopping, buffered asynchronous aggregation.
 
 arXiv 2403.15439 and its public code; `docs/strategies/pr-fl.md` has the equations, and says where the sources are
-silent or differ, and how they are read here. FedGMR (arXiv 2512.05372), the same authors' later form, is had by
-`stage1 = false`, `step = "double"` or `"ladder"`, `importance = "taylor"` and tiers as `densities`.
+silent or differ, and how they are read here.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +18,14 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import SYNCHRONOUS, Decay, Schedule, Staleness
+from fedprune.jobs.schedule import SYNCHRONOUS, Schedule, Staleness
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies.aggregators import WEIGHTINGS, Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
-from fedprune.strategies.channel_ranking import Held, Ranked
+from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.element_masks import Masked
-from fedprune.strategies.growth import Ladder, Recovery, Start, Step, TimeDriven, Validation
+from fedprune.strategies.growth import Recovery, Start, TimeDriven
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, with_floors
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.options import read_options
@@ -34,8 +33,6 @@ from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
 
 Floats = npt.NDArray[np.float32]
-
-Kind = Literal["squares", "size", "taylor"]
 
 ORDER = "order"
 """Memory: the order of elements that holds until the next interval ends."""
@@ -49,16 +46,12 @@ SUM, COUNT = "importance/sum", "importance/count"
 SEEN = "importance/seen"
 """Memory: the round of every device's last update that was added up: buffered updates come again in later rounds."""
 
-BEFORE = "importance/before"
-"""Memory: the model when the last interval ended."""
-
 
 @dataclass(frozen=True)
 class Options:
     """Options of `pr-fl`, which `docs/strategies/pr-fl.md` explains."""
 
     masks: str = one_of("elements", ("elements", "channels"))
-    importance: Kind = "squares"
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     shares: tuple[Any, ...] = bounded((), 0, math.inf)
     interval: int = bounded(50, 1, 10**6)
@@ -66,37 +59,18 @@ class Options:
     floor: float = 0.1
     reported: float = bounded(0.1, 0, 1)
     layer_floor: float = 0.05
-    gain: float = 1.0
-    band: float = 0.05
-    freeze: bool = True
     recovery: bool = True
     patience: int = 10
-    step: Step = "add"
     delta: float = 0.2
-    rungs: tuple[Any, ...] = bounded((0.05, 0.1, 0.2, 0.5, 1.0), 0, 1, above=True)
-    reset: bool = False
-    stable: int = 0
-    final_patience: int = 0
-    validation: Validation = "devices"
-    stop: bool = True
     window_s: float = bounded(1.0, 1e-3, 1e8)
     least: int = 2
     keep: bool = True
-    staleness: Decay = "polynomial"
     a: float = bounded(0.6, 0, 1e6)
-    b: int = bounded(2, 0, 10**6)
-    frozen: bool = False
-    max_staleness: int = 0
-    rate: float = bounded(1.0, 0, 1, above=True)
-    weighting: str = one_of("uniform", WEIGHTINGS)
     synchronous: bool = False
-    mean: str = one_of("masked", ("masked", "plain"))
     evaluate_every: int = 1
 
 
-_ASYNCHRONOUS = (
-    "window_s", "least", "keep", "staleness", "a", "b", "frozen", "max_staleness", "rate", "evaluate_every",
-)  # fmt: skip
+_ASYNCHRONOUS = ("window_s", "least", "keep", "a", "evaluate_every")
 """Options that say nothing of rounds in step."""
 
 
@@ -104,17 +78,16 @@ _ASYNCHRONOUS = (
 class Importance:
     """Ranks elements every few rounds; in between masks change with densities alone.
 
+    Importances are the squared gradients of devices' last steps, which the recipe's `report_squares` asks for,
+    stretched over all tensors of a device from 0 to 1, and averaged over the devices that reported something other
+    than 0. What an interval brings replaces what was known before. Elements of which nothing is known come by |w|,
+    times the least that is known of their tensor.
+
     Attributes:
-        kind: `squares`: the squared gradients of devices' last steps, which the recipe's `report_squares` asks for,
-            stretched over all tensors of a device from 0 to 1, and averaged over the devices that reported something
-            other than 0. What an interval brings replaces what was known before. Elements of which nothing is known
-            come by |w|, times the least that is known of their tensor (PR-FL). `size`: |w|. `taylor`: |(w − w') · w|,
-            with w' the model an interval before: what the loss would lose, to first order (FedGMR's `wg`).
         interval: Rounds between two orders.
         floor: Share of every tensor, by |w|, that every mask keeps.
     """
 
-    kind: Kind = "squares"
     interval: int = bounded(50, 1, 10**6)
     floor: float = bounded(0.05, 0, 1)
 
@@ -130,14 +103,11 @@ class Importance:
         out: Memories = {}
         if self._begins(scene):
             out[ORDER] = self._order(scene)
-            if self.kind == "taylor":
-                out[BEFORE] = {n: scene.model[n] for n in prunable(scene.architecture)}
-        if self.kind == "squares":
-            sums, counts, seen = _gathered(scene, reports())
-            if seen:
-                out |= {SUM: dict(sums), COUNT: dict(counts), SEEN: dict(scene.memory.get(SEEN, {})) | seen}
-            if scene.round % self.interval == 0:
-                out |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
+        sums, counts, seen = _gathered(scene, reports())
+        if seen:
+            out |= {SUM: dict(sums), COUNT: dict(counts), SEEN: dict(scene.memory.get(SEEN, {})) | seen}
+        if scene.round % self.interval == 0:
+            out |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
         return out
 
     def _begins(self, scene: Scene) -> bool:
@@ -147,19 +117,9 @@ class Importance:
     def _order(self, scene: Scene) -> Tensors:
         if not self._begins(scene):
             return dict(scene.memory[ORDER])
-        order = size = magnitudes(scene.model, prunable(scene.architecture))
-        if self.kind != "size":
-            known = self._importance(scene)
-            least = min((float(v[v > 0].min()) for v in known.values() if (v > 0).any()), default=1.0)
-            order = {n: _filled(v, known.get(n), least) for n, v in size.items()}
-        return with_floors(order, scene.model, self.floor)
-
-    def _importance(self, scene: Scene) -> Tensors:
-        """The importances of elements; 0 where unknown."""
-        if self.kind == "squares":
-            return dict(scene.memory.get(STORE, {}))
-        before = scene.memory.get(BEFORE, {})
-        return {n: np.abs((scene.model[n] - v) * scene.model[n]) for n, v in before.items()}
+        sizes, known = magnitudes(scene.model, prunable(scene.architecture)), scene.memory.get(STORE, {})
+        least = min((float(v[v > 0].min()) for v in known.values() if (v > 0).any()), default=1.0)
+        return with_floors({n: _filled(v, known.get(n), least) for n, v in sizes.items()}, scene.model, self.floor)
 
 
 def _known(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
@@ -231,8 +191,6 @@ class PrFl(Masked):
         return self.importance.learn(scene, reports)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        if self.importance.kind != "squares":
-            return recipe
         interval, place = divmod(turn.round - 1, self.importance.interval)
         first = turn.last == 0 or (turn.last - 1) // self.importance.interval < interval
         last = place >= self.importance.interval - self.reporting
@@ -251,9 +209,9 @@ def pr_fl(job: Job) -> Strategy:
         )
     elements = options.masks == "elements"
     # Both are made for every combination: an option that is wrong is named whether it is used or not.
-    importance = Importance(options.importance, options.interval, options.layer_floor)
+    importance = Importance(options.interval, options.layer_floor)
     settings: dict[str, Any] = {
-        "aggregator": Mean(rule="coverage" if options.mean == "masked" else "zero", weighting=options.weighting),
+        "aggregator": Mean(weighting="uniform"),
         "inputs": "measurements",
         "allocator": _allocator(job, options, elements),
         "schedule": SYNCHRONOUS if options.synchronous else _schedule(job, options),
@@ -262,10 +220,7 @@ def pr_fl(job: Job) -> Strategy:
     if elements:
         reporting = math.ceil(options.reported * options.interval - 1e-9)
         return PrFl(name, importance=importance, reporting=reporting, **settings)
-    if (
-        options.synchronous
-    ):  # the asynchronous schedule ranks every I rounds by itself; rounds in step are ranked singly
-        return Held(name, scorer="magnitude", interval=options.interval, **settings)
+    # The asynchronous schedule ranks every I rounds; rounds in step are ranked singly.
     return Ranked(name, scorer="magnitude", **settings)
 
 
@@ -275,10 +230,8 @@ def _schedule(job: Job, options: Options) -> Schedule:
         window_s=options.window_s,
         least=options.least,
         keep=options.keep,
-        staleness=Staleness(options.staleness, options.a, options.b, options.frozen),
-        max_staleness=options.max_staleness,
+        staleness=Staleness("polynomial", options.a),
         mixing="normalised",
-        rate=options.rate,
         score_every=options.interval,
         evaluate_every=options.evaluate_every,
     )
@@ -288,28 +241,13 @@ def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
     start: Start = Fixed(job.density or 1.0, elements)
     if options.densities:
         start = Tiers(tuple(options.densities), tuple(options.shares), elements=elements)
-    recovery = None
-    if options.recovery:
-        recovery = Recovery(
-            patience=options.patience,
-            step=options.step,
-            delta=options.delta,
-            rungs=tuple(options.rungs),
-            reset=options.reset,
-            stable=options.stable,
-            final_patience=options.final_patience,
-            validation=options.validation,
-            stop=options.stop,
-        )
+    recovery = Recovery(options.patience, options.delta)
     if not options.stage1:
-        return Ladder(start, recovery, options.interval)
+        return start
     return TimeDriven(
         start,
-        recovery,
+        recovery if options.recovery else None,
         options.interval,
         floor=options.floor,
-        gain=options.gain,
-        band=options.band,
-        freeze=options.freeze,
         power=1.0 if elements else 2.0,
     )

@@ -8,19 +8,17 @@ channels again, at full width (OTA, Eq. 9), so that the mean of a round is a pla
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedprune.core.errors import ConfigError
-from fedprune.core.settings import bounded, one_of
+from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.aggregators import WEIGHTINGS, Mean
-from fedprune.strategies.allocation import DealtBy, dealt
-from fedprune.strategies.optimal_transport import Maps, Plans, Transport, check_installed
+from fedprune.strategies.allocation import dealt
+from fedprune.strategies.optimal_transport import aggregate, align, check_installed, prune
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
@@ -41,15 +39,8 @@ class Options:
     alpha: float = bounded(0.5, 0, 1)
     sar: float = bounded(1.0, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
     sar_scale: SarScale = "step"
-    maps: Maps = "literal"
-    plans: Plans = "layer"
-    ota_fuse: float = bounded(1.0, 0, 1)
     densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     planned: bool = False
-    shares: tuple[Any, ...] = bounded((), 0, math.inf)
-    by: DealtBy = "name"
-    every: int = 0
-    weighting: str = one_of("samples", WEIGHTINGS)
 
 
 @dataclass(frozen=True)
@@ -57,16 +48,12 @@ class SubFlot(Strategy):
     """Submodels by transport onto a device's own last model; updates by transport onto the global one.
 
     Attributes:
-        transport: How models are led onto each other.
         alpha: α of Eq. 6.
-        fuse: The same on the way back, where the paper's figure has it and its Eq. 9 has not; 1 for none.
         sar: λ of the pull (SAR, Eqs. 7 and 8); 0 leaves it to the job's recipe.
         sar_scale: `literal`: λ as it is. `step`: SGD pulls at most as far in a step as with the paper's learning rate.
     """
 
-    transport: Transport = field(default_factory=Transport)
     alpha: float = 0.5
-    fuse: float = 1.0
     sar: float = 1.0
     sar_scale: SarScale = "step"
 
@@ -80,12 +67,12 @@ class SubFlot(Strategy):
         if cut.past is None:
             return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
         history = self.resized(cut.past, cut)
-        return Submodel(cut.selection, self.transport.prune(cut.scene.model, history, cut.selection, self.alpha))
+        return Submodel(cut.selection, prune(cut.scene.model, history, cut.selection, self.alpha))
 
     def reconstruct(self, report: Report) -> Submodel:
         """OTA, onto the global model that the device's submodel was made of: all channels, in their own order."""
         trained, model = report.trained, report.cut.scene.model
-        lifted = self.transport.aggregate(trained.tensors, trained.selection, model, self.fuse)
+        lifted = aggregate(trained.tensors, trained.selection, model)
         return Submodel(Selection.full(trained.selection.architecture), lifted)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
@@ -114,7 +101,7 @@ class SubFlot(Strategy):
         placed = new.gather(old.scatter(own, cut.scene.model))
         if any(b > a for a, b in zip(old.widths, new.widths, strict=True)):
             return placed
-        return self.transport.align(own, old, placed, new)
+        return align(own, old, placed, new)
 
 
 def subflot(job: Job) -> Strategy:
@@ -133,13 +120,10 @@ def subflot(job: Job) -> Strategy:
     densities = options.densities or (() if options.planned or job.density else RATES)
     return SubFlot(
         name,
-        transport=Transport(options.maps, options.plans),
         alpha=options.alpha,
-        fuse=options.ota_fuse,
         sar=options.sar,
         sar_scale=options.sar_scale,
-        aggregator=Mean(weighting=options.weighting),
         inputs="updates",
-        allocator=dealt(job, densities, options.shares, options.by, options.every),
+        allocator=dealt(job, densities),
         keeps_past=True,
     )

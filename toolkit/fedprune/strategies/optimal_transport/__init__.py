@@ -3,8 +3,8 @@
 Not here: the strategy that uses it (`strategies.methods.subflot`).
 """
 
-from fedprune.strategies.optimal_transport.alignment import Maps, Plans, Transport
+from fedprune.strategies.optimal_transport.alignment import aggregate, align, prune
 from fedprune.strategies.optimal_transport.coupling import Coupling
 from fedprune.strategies.optimal_transport.solver import check_installed, exact_plan
 
-__all__ = ["Coupling", "Maps", "Plans", "Transport", "check_installed", "exact_plan"]
+__all__ = ["Coupling", "aggregate", "align", "check_installed", "exact_plan", "prune"]

@@ -17,8 +17,6 @@ layers add to has a plan of its own, too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,93 +31,69 @@ from fedprune.strategies.optimal_transport.solver import exact_plan
 
 Floats = npt.NDArray[np.float32]
 
-Maps = Literal["literal", "preserving"]
-Plans = Literal["layer", "group"]
 
+def align(
+    source: Mapping[str, Floats],
+    source_at: Selection,
+    target: Mapping[str, Floats],
+    target_at: Selection,
+) -> Tensors:
+    """The source model on the target's channels: W_aligned, in the target's shapes.
 
-@dataclass(frozen=True)
-class Transport:
-    """The method by which models are aligned.
+    Args:
+        source: The model that is transported, in the coordinates of `source_at`.
+        source_at: Its widths, and where its channels live.
+        target: The model that it is aligned with, in the coordinates of `target_at`.
+        target_at: Its widths, and where its channels live.
 
-    Attributes:
-        maps: `literal`, as in the paper: inputs use the same column-normalised plan as outputs, so that a sum over
-            duplicated channels becomes their mean, and activations scale by target width / source width. `preserving`:
-            inputs use the row-normalised plan, which preserves the function of a network whose channels are permuted,
-            duplicated or merged with their duplicates.
-        plans: `layer`: every layer has a plan of its own, as in the paper. `group`: one plan per channel group,
-            on the summed distances of all rows that write to it, so that the terms of a sum stay aligned.
+    Raises:
+        BundleError: The selections are of different architectures, or tensors don't fit them, or costs are not finite.
+        MissingExtraError: POT or scipy is not installed.
     """
-
-    maps: Maps = "literal"
-    plans: Plans = "layer"
-
-    def align(
-        self,
-        source: Mapping[str, Floats],
-        source_at: Selection,
-        target: Mapping[str, Floats],
-        target_at: Selection,
-    ) -> Tensors:
-        """The source model on the target's channels: W_aligned, in the target's shapes.
-
-        Args:
-            source: The model that is transported, in the coordinates of `source_at`.
-            source_at: Its widths, and where its channels live.
-            target: The model that it is aligned with, in the coordinates of `target_at`.
-            target_at: Its widths, and where its channels live.
-
-        Raises:
-            BundleError: The selections are of different architectures, or tensors don't fit them, or costs are not
-                finite.
-            MissingExtraError: POT or scipy is not installed.
-        """
-        if source_at.architecture.digest != target_at.architecture.digest:
-            raise BundleError("transport between models of different architectures")
-        _check(source, source_at)
-        _check(target, target_at)
-        return _Alignment(self, source, source_at, target, target_at).run()
-
-    def prune(
-        self, model: Mapping[str, Floats], history: Mapping[str, Floats], at: Selection, alpha: float = 0.5
-    ) -> Tensors:
-        """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6).
-
-        Raises `BundleError` or `MissingExtraError` as `align`.
-
-        Args:
-            history: The device's last update.
-            at: Its widths, and where its channels live.
-            alpha: The global model's share, from 0 to 1.
-        """
-        if alpha == 0:
-            _check(history, at)
-            return {t.name: history[t.name].copy() for t in at.architecture.tensors}
-        return _fused(self.align(model, Selection.full(at.architecture), history, at), history, alpha)
-
-    def aggregate(
-        self, local: Mapping[str, Floats], at: Selection, model: Mapping[str, Floats], fuse: float = 1.0
-    ) -> Tensors:
-        """OTA: the device's model on the global model's channels, at full width (Eq. 9).
-
-        Raises `BundleError` or `MissingExtraError` as `align`.
-
-        Args:
-            local: The device's trained model.
-            at: Its widths, and where its channels live.
-            model: The global model that it was extracted from.
-            fuse: α, for α·aligned + (1 − α)·global if it is below 1; the paper's figure shows it, its equation doesn't.
-        """
-        return _fused(self.align(local, at, model, Selection.full(at.architecture)), model, fuse)
+    if source_at.architecture.digest != target_at.architecture.digest:
+        raise BundleError("transport between models of different architectures")
+    _check(source, source_at)
+    _check(target, target_at)
+    return _Alignment(source, source_at, target, target_at).run()
 
 
-def _fused(aligned: Tensors, own: Mapping[str, Floats], alpha: float) -> Tensors:
+def prune(model: Mapping[str, Floats], history: Mapping[str, Floats], at: Selection, alpha: float = 0.5) -> Tensors:
+    """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6).
+
+    Raises `BundleError` or `MissingExtraError` as `align`.
+
+    Args:
+        history: The device's last update.
+        at: Its widths, and where its channels live.
+        alpha: The global model's share, from 0 to 1.
+    """
+    if alpha == 0:
+        _check(history, at)
+        return {t.name: history[t.name].copy() for t in at.architecture.tensors}
+    return _mixed(align(model, Selection.full(at.architecture), history, at), history, alpha)
+
+
+def aggregate(local: Mapping[str, Floats], at: Selection, model: Mapping[str, Floats]) -> Tensors:
+    """OTA: the device's model on the global model's channels, at full width (Eq. 9).
+
+    Raises `BundleError` or `MissingExtraError` as `align`.
+
+    Args:
+        local: The device's trained model.
+        at: Its widths, and where its channels live.
+        model: The global model that it was extracted from.
+    """
+    return align(local, at, model, Selection.full(at.architecture))
+
+
+def _mixed(aligned: Tensors, own: Mapping[str, Floats], alpha: float) -> Tensors:
     if alpha == 1:
         return aligned
     for name, value in aligned.items():
         if not value.flags.writeable or np.shares_memory(value, own[name]):
             value = value.copy()
         value *= np.float32(alpha)
-        value += np.multiply(own[name], np.float32(1 - alpha), out=SCRATCH.array("fused", value.shape))
+        value += np.multiply(own[name], np.float32(1 - alpha), out=SCRATCH.array("mixed", value.shape))
         aligned[name] = value
     return aligned
 
@@ -144,46 +118,31 @@ class _Alignment:
 
     def __init__(
         self,
-        how: Transport,
         source: Mapping[str, Floats],
         source_at: Selection,
         target: Mapping[str, Floats],
         target_at: Selection,
     ) -> None:
-        self.how = how
         self.source, self.source_at = source, source_at
         self.target, self.target_at = target, target_at
         self.architecture: Architecture = source_at.architecture
-        # By group, the factor of input axes: source width / target width for `preserving`.
-        self.factors: dict[int, float] = {}
-        if how.maps == "preserving":
-            pairs = zip(source_at.widths, target_at.widths, strict=True)
-            self.factors = {g: n / m for g, (n, m) in enumerate(pairs)}
         self.current: dict[int, Coupling] = {}  # by group, the plan of layers that read it now
         self.own: dict[str, dict[int, Coupling]] = {}  # by layer and group, the layer's own plan
         self.first: dict[int, Coupling] = {}  # by group, the plan of one that was read before it was written
         self.streams: dict[str, dict[int, Coupling]] = {}  # by tensor and group, the average after a sum
-        self.sums: dict[int, Floats] = {}  # by group, summed squared distances (`plans` is "group")
         self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
 
     def run(self) -> Tensors:
         """Align all tensors."""
         done: Tensors = {}
-        together = self.how.plans == "group"
         order = steps(self.architecture)
-        summed = {} if together else after_sums(self.architecture, order)
+        summed = after_sums(self.architecture, order)
         for step in order:
             inner, plans = self._solve(step)
-            if not together:
-                done[step.name] = self._output(step, inner, {**self.current, **plans})
+            done[step.name] = self._output(step, inner, {**self.current, **plans})
             for name in summed.get(step.name, ()):
                 axes = self.architecture.by_name[name].axes
                 self.streams[name] = self._reader_plans(sorted({g for a in axes for g in a.groups}))
-        if together:
-            for group in self.sums:
-                self._group_plan(group)
-            for step in order:
-                done[step.name] = self._output(step, self._input(step), self._reader_plans(step.outputs_groups))
         self._align_others(done)
         return {t.name: done[t.name] for t in self.architecture.tensors}
 
@@ -208,11 +167,11 @@ class _Alignment:
             value = self.source[spec.name]
             for i, axis in enumerate(spec.axes):
                 if axis.groups:
-                    value = self._transport(value, i, axis, couplings, {})
+                    value = self._transport(value, i, axis, couplings)
             done[spec.name] = value if value is not self.source[spec.name] else value.copy()
         for (axis, plans), names in vectors.items():
             stacked = np.stack([self.source[name] for name in names])
-            rows = self._transport(stacked, 1, axis, dict(zip(axis.groups, plans, strict=True)), {})
+            rows = self._transport(stacked, 1, axis, dict(zip(axis.groups, plans, strict=True)))
             done.update(zip(names, rows, strict=True))
 
     def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
@@ -221,38 +180,21 @@ class _Alignment:
         plans: dict[int, Coupling] = {}
         for group in step.made:
             squared = self._distances(step, inner, group)
-            if self.how.plans == "group":
-                if group in self.sums:
-                    self.sums[group] += squared
-                else:
-                    self.sums[group] = squared
-                self.current.pop(group, None)
-            else:
-                plan = plans[group] = exact_plan(np.sqrt(squared, out=squared))
-                before = self.current.get(group)
-                self.current[group] = plan if before is None else before.averaged(plan)
+            plan = plans[group] = exact_plan(np.sqrt(squared, out=squared))
+            before = self.current.get(group)
+            self.current[group] = plan if before is None else before.averaged(plan)
         if plans:
             self.own[step.name] = plans
         return inner, plans
 
     def _reader_plan(self, group: int) -> Coupling:
         """The plan of layers that read a group."""
-        known = self.current.get(group)
-        if known is None and group in self.sums:
-            known = self._group_plan(group)
-        if known is None:
-            known = self.current[group] = self._unwritten_plan(group)
-            if self.how.plans == "layer":
-                self.first[group] = known
-        return known
+        if group not in self.current:
+            self.current[group] = self.first[group] = self._unwritten_plan(group)
+        return self.current[group]
 
     def _reader_plans(self, groups: Sequence[int]) -> dict[int, Coupling]:
         return {g: self._reader_plan(g) for g in groups}
-
-    def _group_plan(self, group: int) -> Coupling:
-        if group not in self.current:
-            self.current[group] = exact_plan(np.sqrt(self.sums[group]))
-        return self.current[group]
 
     def _unwritten_plan(self, group: int) -> Coupling:
         """The plan of a group that is read before any layer has written to it.
@@ -276,7 +218,7 @@ class _Alignment:
         value = self.source[step.name]
         for i in step.inputs:
             axis = step.axes[i]
-            value = self._transport(value, i, axis, self._reader_plans(axis.groups), self.factors, room=f"input {i}")
+            value = self._transport(value, i, axis, self._reader_plans(axis.groups), room=f"input {i}")
         return value
 
     def _output(self, step: Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
@@ -284,7 +226,7 @@ class _Alignment:
             axis = step.axes[i]
             if axis.groups:
                 own = {g: couplings[g] if g in couplings else self._reader_plan(g) for g in axis.groups}
-                value = self._transport(value, i, axis, own, {})
+                value = self._transport(value, i, axis, own)
         return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
     def _distances(self, step: Step, inner: Floats, group: int) -> Floats:
@@ -302,7 +244,7 @@ class _Alignment:
         for i in step.inputs:
             axis = step.axes[i]
             known = self._reader_plans(axis.groups)
-            target = self._transport(target, i, axis, known, self.factors, adjoint=True, room=f"adjoint {i}")
+            target = self._transport(target, i, axis, known, adjoint=True, room=f"adjoint {i}")
         product = channel_rows(raw, out, at, group) @ channel_rows(target, out, to, group).T
         return squared_distances(a, b, products=product)
 
@@ -312,13 +254,12 @@ class _Alignment:
         i: int,
         axis: Axis,
         couplings: Mapping[int, Coupling],
-        factors: Mapping[int, float],
         *,
         adjoint: bool = False,
         room: str = "",
     ) -> Floats:
         before, after = self._blocks_of(axis, source=not adjoint), self._blocks_of(axis, source=adjoint)
-        return carried(value, i, before, after, couplings, factors, adjoint=adjoint, room=room)
+        return carried(value, i, before, after, couplings, adjoint=adjoint, room=room)
 
     def _blocks_of(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)

@@ -95,7 +95,6 @@ def carried(
     before: Sequence[Block],
     after: Sequence[Block],
     couplings: Mapping[int, Coupling],
-    factors: Mapping[int, float],
     *,
     adjoint: bool = False,
     room: str = "",
@@ -107,7 +106,6 @@ def carried(
         before: The axis's blocks in the array.
         after: Its blocks in the result.
         couplings: Per group on the axis, how (from the couplings' sources to their targets).
-        factors: The factor of each group; 1 without one.
         adjoint: Go from the couplings' targets to their sources instead.
         room: A name of scratch memory for the result, which then is good until the name comes again.
     """
@@ -119,13 +117,13 @@ def carried(
         part = part_of(values, axis, old)
         if old.group == FIXED:
             return part
-        coupling, factor = couplings[old.group], factors.get(old.group, 1.0)
+        coupling = couplings[old.group]
         ahead = prod(part.shape[:axis])
         behind = prod(part.shape[axis + 1 :]) * old.inner
         flat = part.reshape(ahead, part.shape[axis] // old.inner, behind)
         size = coupling.sources if adjoint else coupling.targets
-        step: Callable[[Floats, float, Floats | None], Floats] = coupling.backward if adjoint else coupling.forward
-        led = step(flat, factor, None if into is None else into.reshape(ahead, size, behind))
+        step: Callable[[Floats, Floats | None], Floats] = coupling.backward if adjoint else coupling.forward
+        led = step(flat, None if into is None else into.reshape(ahead, size, behind))
         return led.reshape(*part.shape[:axis], size * old.inner, *part.shape[axis + 1 :])
 
     if len(before) == 1 and before[0].group != FIXED and after[0].at is None:

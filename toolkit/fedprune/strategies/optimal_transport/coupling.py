@@ -104,31 +104,29 @@ class Coupling:
         keys, shares = _merged(j * self.sources + i, np.concatenate([self.shares, other.shares]) / 2)
         return Coupling(self.sources, self.targets, keys % self.sources, keys // self.sources, shares)
 
-    def forward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
-        """y[:, k] = factor · Σ_j T[j, k] · x[:, j].
+    def forward(self, values: Floats, out: Floats | None = None) -> Floats:
+        """y[:, k] = Σ_j T[j, k] · x[:, j].
 
         Args:
             values: x [before, sources, after].
-            factor: Times everything.
             out: Where to write y.
 
         Returns:
             y [before, targets, after].
         """
-        return _run(self._forward, values, self.targets, factor, out)
+        return _run(self._forward, values, self.targets, out)
 
-    def backward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
-        """The adjoint, x[:, j] = factor · Σ_k T[j, k] · y[:, k].
+    def backward(self, values: Floats, out: Floats | None = None) -> Floats:
+        """The adjoint, x[:, j] = Σ_k T[j, k] · y[:, k].
 
         Args:
             values: y [before, targets, after].
-            factor: Times everything.
             out: Where to write x.
 
         Returns:
             x [before, sources, after].
         """
-        return _run(self._backward, values, self.sources, factor, out)
+        return _run(self._backward, values, self.sources, out)
 
     @cached_property
     def _forward(self) -> _Gather:
@@ -178,14 +176,12 @@ def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], si
     return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
 
 
-def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats | None) -> Floats:
+def _run(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floats:
     """All places from all indices, in chunks that stay in the cache."""
     before, length, after = values.shape
-    scale = np.float32(gather.share * factor)
+    scale = np.float32(gather.share)
     if gather.matrix is not None and before == 1:
         whole: Floats = gather.matrix @ values[0]
-        if scale != 1:
-            whole *= scale
         if out is None:
             return whole[None]
         out[0] = whole
@@ -210,8 +206,6 @@ def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats 
             continue
         room = SCRATCH.array("swapped", (length, len(part), after))
         led = gather.matrix @ _swapped(part, room).reshape(length, -1)
-        if scale != 1:
-            led *= scale
         _swapped(led.reshape(size, len(part), after), into)
     return out
 
