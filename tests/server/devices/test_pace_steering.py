@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,20 +90,6 @@ def test_as_many_boards_are_connected_as_the_target_names_and_each_visit_replace
     assert max(seconds.values()) <= 10 * target / STAY_S + 6 * math.sqrt(10 * target / STAY_S) + 1
 
 
-def test_over_days_boards_take_part_about_equally_often() -> None:
-    """A round every visit draws 1 % of the boards, of the tenth that is connected."""
-    boards, asked, rounds = 1_000, 10, 3 * 144
-    fleet = VirtualFleet(boards, boards // 10, Demand(asked, STAY_S))
-    times = Counter[str]({f"d{i}": 0 for i in range(boards)})
-    for number in range(1, rounds + 1):
-        fleet.run(number * STAY_S)
-        times.update(keyed(7, number).permutation(sorted(fleet.here)).tolist()[:asked])
-    mean = rounds * asked / boards
-    assert sum(times.values()) == rounds * asked
-    assert max(times.values()) <= mean + 6 * math.sqrt(mean)
-    assert statistics.pvariance(times.values()) < 1.5 * mean  # as of independent draws
-
-
 def test_boards_that_do_not_return_are_soon_not_counted() -> None:
     fleet = VirtualFleet(2_000, 100, Demand(10, STAY_S), dead=1_000)
     fleet.run(COUNTED_S + 3_600)
@@ -146,12 +131,6 @@ def test_a_board_with_a_part_stays_and_leaves_when_it_is_done(
     assert len(fleet.here) <= (late if plan.meets else target)
 
 
-def test_without_a_target_every_board_stays() -> None:
-    fleet = VirtualFleet(500, 0, Demand(10, STAY_S))
-    fleet.run(10 * STAY_S)
-    assert fleet.levels == [500] * len(fleet.levels)
-
-
 def test_the_time_is_drawn_by_a_key_and_no_order_of_boards_changes_it() -> None:
     plan = Plan(10, Demand(1, STAY_S))
     assert plan.away_s(1000, 5.0, 7, "a", 1) == plan.away_s(1000, 5.0, 7, "a", 1)
@@ -187,10 +166,3 @@ def test_ten_thousand_boards_come_back_after_a_restart_of_the_broker_at_a_bounde
     assert max(found) <= outage_s + steering.spread_s
     if outage_s <= 1:  # what the spread is for
         assert max(returns(boards, outage_s, 0.0).values()) > boards / 2
-
-
-def test_a_target_bounds_the_spread_and_so_does_a_limit() -> None:
-    known = [f"d{i}" for i in range(200_000)]
-    assert PaceSteering(0, 0, known, 0.0).spread_s == 600.0
-    assert PaceSteering(1_000, 0, known, 0.0).spread_s == 2 * 1_000 / RECONNECTS_PER_S
-    assert PaceSteering(0, 0, known[:10], 0.0).spread_s < 1

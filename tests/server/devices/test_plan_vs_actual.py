@@ -13,13 +13,9 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import NO_CORRECTION, predict
+from fedprune.planning.cost_prediction import NO_CORRECTION
 from fedprune.planning.plan import plan
-from fedprune.strategies import compose
-from fedprune.strategies.values import Turn
 from fedprune_server.devices.plan_vs_actual import compared, described, predicted
-from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.results.report import foresight_rows
 from support.fakes import tiny_job as toy
 
 BOARD = profile_store.find("raspberry-pi-5")
@@ -73,26 +69,3 @@ def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
     bare = replace(device, plan=None)
     assert predicted("pi", bare, JOB, toy.ARCHITECTURE) == vars(MADE.prediction)
     assert predicted("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None
-
-
-def test_the_record_has_what_a_round_takes() -> None:
-    (row,) = record_of("run", JOB, toy.ARCHITECTURE, state(METRICS)).devices
-    assert (row.unit, row.train_j, row.warning) == ("CPU", MADE.prediction.train_j, "")
-
-
-def test_what_the_strategy_adds_to_the_recipe_is_predicted_for_too() -> None:
-    bare, job = replace(state(METRICS).devices["pi"], plan=None), replace(JOB, strategy="fedprune")
-    asked = compose(job).recipe(job.recipe, Turn(job.seed, 1, "pi", bare.widths, 1.0, 100))
-    assert asked.own_copies == 3
-    seen = predicted("pi", bare, job, toy.ARCHITECTURE)
-    assert seen == vars(predict(toy.ARCHITECTURE, bare.widths, BOARD, asked, 100)) != vars(MADE.prediction)
-
-
-def test_a_record_keeps_the_comparison_and_a_report_shows_it() -> None:
-    run = record_of("run", JOB, toy.ARCHITECTURE, state(METRICS))
-    assert Record.from_json(run.to_json()) == run
-    header, row = foresight_rows(run)
-    assert header[:4] == ("device", "step predicted", "step measured", "step off by")
-    assert row[0] == "pi"
-    assert row[3] == "-50%"
-    assert row[8] == amount(METRICS["peak_memory_bytes"], "bytes"), "plans write the same amounts alike"

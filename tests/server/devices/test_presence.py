@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.wire.messages import Alive, Hello
-from fedprune.wire.queues import ConnectionUp
 from fedprune_server.devices.presence import ANSWER_S, QUIET_S, Presence
-from fedprune_server.engine import server
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB, NAMES
 
@@ -124,31 +121,3 @@ def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
     waiting.air.lost.append(waiting.air.devices["a"].topics.broadcast())
     _, online, _ = vanished(waiting)
     assert online == {"a": True, "b": True}
-
-
-def test_answers_that_wait_to_be_heard_are_answers(
-    waiting: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(server, "TURN_S", -1.0)  # a message each turn
-    caplog.set_level(logging.INFO)
-    daemon, get, idle = waiting.daemon(), waiting.air.get, iter(range(2))
-
-    def slowly(timeout: float | None = 0.0) -> Any:
-        item = get(timeout)
-        waiting.air.now += 0.0 if item is None else 0.8 * ANSWER_S
-        return item
-
-    def again() -> None:
-        if daemon.busy:
-            return
-        if next(idle):
-            daemon.stop()
-        waiting.air.inbox.append(ConnectionUp())  # so that everybody is asked
-        waiting.air.get = slowly  # type: ignore[method-assign]
-
-    waiting.air.on_idle = again
-    daemon.run()
-    state = daemon.first.state
-    assert waiting.air.now > 2 * ANSWER_S
-    assert {n: d.online for n, d in state.devices.items()} == dict.fromkeys(NAMES, True)
-    assert "taken for gone" not in caplog.text

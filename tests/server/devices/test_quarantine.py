@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.coordination import commands as do
 from fedprune.jobs.failure_kind import FailureKind
-from fedprune.jobs.state import Progress as Part
-from fedprune.jobs.state import Task
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import Link
 from fedprune.wire.messages import (
     MAX_REQUEST,
-    Birth,
     Death,
     Progress,
 )
@@ -101,6 +93,7 @@ def test_a_flood_ends_in_quarantine_and_the_others_are_heard(quarantine: Quarant
     assert quarantine.news() is None
     assert heard(quarantine, "a", 100) == 0
     assert heard(quarantine, "b", 100) == 100
+    assert [quarantine.ignores(topic) for topic in (SITE.up("a"), SITE.up("b"), "odd")] == [True, False, False]
     clock.now += FIRST_S
     assert quarantine.news() == Released("a")
     assert heard(quarantine, "a", 100) == 100
@@ -161,7 +154,7 @@ def test_points_never_exceed_the_allowance(steps: list[tuple[str, int, bool, flo
             paid[device] += 1 + size / 4096
         if device in paid:
             assert paid[device] <= BURST + PER_S * (clock.now - began) + 2.0 * len(steps)
-    assert set(quarantine._ledgers) <= {"a", "b"}
+    assert quarantine.rows().keys() <= {"a", "b"}
 
 
 def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
@@ -170,7 +163,7 @@ def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
     heard_of = sum(quarantine.hears(f"x{n}", 1000) for n in range(200_000))
 
     assert 0.5 * STRANGERS_BURST < heard_of < STRANGERS_BURST
-    assert not quarantine._ledgers
+    assert quarantine.rows() == {}
     assert quarantine.news() is None
     assert caplog.text.count("unknown devices send") == 1
     assert quarantine.hears("a", 1000)
@@ -178,10 +171,10 @@ def test_names_that_nobody_knows_cost_no_memory_and_share_an_allowance(
     assert quarantine.hears("x", 1000)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FailureKind if kind is not FailureKind.MALFORMED])
-def test_updates_that_an_honest_board_may_bring_are_no_strikes(quarantine: Quarantine, kind: FailureKind) -> None:
-    for _ in range(10 * STRIKES):
-        quarantine.refused("a", kind, "x")
+def test_updates_that_an_honest_board_may_bring_are_no_strikes(quarantine: Quarantine) -> None:
+    for kind in set(FailureKind) - {FailureKind.MALFORMED}:
+        for _ in range(STRIKES):
+            quarantine.refused("a", kind, "x")
     assert quarantine.news() is None
 
 
@@ -227,13 +220,6 @@ def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
         for raw in serve.answer(want):
             wants += pull.on_chunk(Chunk.parse(raw), 0.0)
     assert quarantine.news() is None
-    assert quarantine.rows() == {}
-
-
-def test_chunks_that_come_twice_and_late_were_asked_for(quarantine: Quarantine) -> None:
-    for _ in range(1000):
-        quarantine.asked("a", 32)
-        assert heard(quarantine, "a", 16, 4 * LEAF + 44, chunk=True) == 16
     assert quarantine.rows() == {}
 
 
@@ -317,35 +303,8 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
     state = daemon.first.state
     assert "3 malformed updates in a row" in caplog.text
     assert "the quarantine of device a has ended" in caplog.text
-    assert daemon._site.quarantine.rows()["a"]["refused"] >= STRIKES
     assert all("a" not in names for names in folded(state))
     assert len(folded(state)) == 12
-
-
-def test_the_servers_own_lag_is_no_strike(fleet: Fleet) -> None:
-    """An order to fetch an update is carried out after the device got a new attempt, whose offer is of another size."""
-    daemon = fleet.daemon()
-    daemon._site.quarantine.know(["a"])
-    daemon.first.state.tasks["a"] = Task(2, (4,), Part.OFFERED, offer={"weights": {"size": 4000}})
-    update = fleet.store.put(bytes(1000)).to_dict()
-    for attempt in (1, 1, 1):
-        daemon.first._carry_out([do.PullUpdate("a", daemon.first.state.round, attempt, update)])
-    daemon.first._carry_out([do.PullUpdate("b", daemon.first.state.round, 1, update)])
-    assert daemon._site.quarantine.rows() == {}
-    assert not daemon.first._uploads.devices()
-    daemon.first._carry_out([do.PullUpdate("a", daemon.first.state.round, 2, update)])
-    assert daemon._site.quarantine.rows()["a"]["refused"] == 1
-
-
-def test_messages_of_a_newer_version_are_no_offence(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
-    daemon = fleet.daemon()
-    fleet.air.to_server(SITE.up("a"), Birth("a", 1, "raspberry-pi-5", 10, "test").to_bytes())
-    for body in ({"v": 1, "type": "mood", "mood": "good"}, {"v": 2, "type": "birth"}):
-        for _ in range(300):
-            fleet.air.to_server(SITE.up("a"), json.dumps(body).encode())
-    fleet.air.on_idle = daemon.stop
-    daemon.run()
-    assert "a" not in daemon._site.quarantine.rows()
 
 
 def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fleet: Fleet) -> None:
@@ -359,16 +318,6 @@ def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fle
     assert sum(isinstance(g, tuple) and "/a/" in g[0] for g in got) <= BURST
     assert sum(isinstance(g, Quarantined) for g in got) == 1
     assert any(isinstance(g, tuple) and "/b/" in g[0] for g in got)
-
-
-def test_what_a_device_in_quarantine_sends_does_not_even_reach_the_inbox(quarantine: Quarantine) -> None:
-    link = Link("mqtt://localhost", "server", ignores=quarantine.ignores)
-    heard(quarantine, "a", 10_000)
-    for device in "ab":
-        link._on_message(None, None, SimpleNamespace(topic=SITE.up(device), payload=b"x"))  # type: ignore[arg-type]
-    assert link.get() == (SITE.up("b"), b"x")
-    assert link.get() is None
-    assert not quarantine.ignores("odd")
 
 
 def test_a_blob_can_be_fetched_for_nothing_only_a_few_times(quarantine: Quarantine) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase
-from fedprune.jobs.state import Device
 from fedprune.wire.messages import Finished
 from fedprune_server.devices.shutdown import LEAST_S, MOST_S, GracefulShutdown
 from support.fakes.fleet import NAMES, Fleet, ToyDevice
@@ -43,14 +42,6 @@ def test_who_has_just_gone_may_come_back_in_a_moment() -> None:
     assert not shutdown.over(1.0)
     assert not shutdown.over(1.0 + LEAST_S - 0.1)
     assert shutdown.over(1.0 + LEAST_S)
-
-
-def test_an_excluded_device_is_not_waited_for(tmp_path: Path) -> None:
-    server = Fleet(tmp_path).daemon()
-    server.first.state.devices["b"] = Device(1, False, {}, None, 1)
-    assert not server._begin_shutdown().over(LEAST_S)
-    server.first.state.devices["b"].excluded = "its profile"
-    assert server._begin_shutdown().over(LEAST_S)
 
 
 def returning(air: Any, late: ToyDevice, server: Any, goes: Callable[[str, bytes], bool]) -> list[float]:

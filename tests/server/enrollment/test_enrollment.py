@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import ssl
@@ -22,7 +21,7 @@ from fedprune.security.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli.main import main
 from fedprune_device.network import enrollment
-from fedprune_device.network.enrollment import Renewal, enrol, join_urls
+from fedprune_device.network.enrollment import Renewal, enrol
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -96,11 +95,6 @@ def test_a_board_joins_with_the_claim_in_its_state_folder_which_is_gone_then(
     assert [stat.S_IMODE(p.stat().st_mode) for p in secrets] == [0o600] * len(secrets) != []
     assert join(server, tmp_path / "board") == ExitCode.OK
     assert "is a member already" in capsys.readouterr().out
-
-
-def test_a_claim_comes_by_standard_input_too(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(server.identity.claim("attic", 3600).text))
-    assert join(server, tmp_path / "board", "--claim", "-") == ExitCode.OK
 
 
 def test_a_claim_that_does_not_count_is_one_clear_error_and_stays(
@@ -182,20 +176,6 @@ def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(serve
         enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None, b"x" * 12, patience_s=0.5)
     with pytest.raises(IdentityError):
         enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None)
-
-
-@pytest.mark.parametrize(
-    ("broker", "urls"),
-    [
-        ("mqtts://h", ["mqtts://h:8884", "mqtts://h"]),
-        ("mqtts://h:8883", ["mqtts://h:8884", "mqtts://h:8883"]),
-        ("mqtts://[::1]:8883", ["mqtts://[::1]:8884", "mqtts://[::1]:8883"]),
-        ("mqtts://h:4000", ["mqtts://h:4000"]),
-        ("mqtt://localhost:8883", ["mqtt://localhost:8883"]),
-    ],
-)
-def test_boards_ask_on_the_port_for_joining_first(broker: str, urls: list[str]) -> None:
-    assert join_urls(broker) == urls
 
 
 def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
 from cryptography import x509
 
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError
@@ -35,21 +34,12 @@ from fedprune_server.enrollment import approval
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
-from fedprune_server.storage.storage import database_of
-from fedprune_server.storage.tables import CLAIMS
 from support.fakes.members import certified, serials_of
 
 HOUR, DAY = 3600, 24 * 3600
 NOW = [float(BUILT + 30 * DAY)]
-
-
-def dump(identity: IdentityFolder, table: sql.Table) -> list[tuple[object, ...]]:
-    """The rows of a table."""
-    with database_of(identity.path.parent, read_only=True) as database, database.transaction() as connection:
-        return [tuple(row) for row in connection.execute(sql.select(table))]
 
 
 Ask = Callable[[DeviceIdentity, Claim | None], JoinAnswer]
@@ -301,25 +291,6 @@ def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFold
     assert answer(identity, bare(claim, key=key))[0] == APPROVED
 
 
-def test_a_refused_request_is_not_asked_again(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
-    device, claim = board(tmp_path / "board"), identity.claim("other", HOUR)
-    first = device.request(claim)
-    with pytest.raises(JoinError, match="for another device"):
-        device.admit(ask(device, claim), claim.pin)
-    assert device.request(claim) != first
-
-
-def test_a_half_written_request_is_made_anew(tmp_path: Path) -> None:
-    device = board(tmp_path / "board")
-    first = device.request()
-    assert device.request() == first
-    (tmp_path / "board" / "request.json").write_bytes(first.to_bytes()[:50])
-    assert device.request() != first
-    assert DeviceIdentity(tmp_path / "board", "lab", "pi-2").request().device == "pi-2"
-    with pytest.raises(IdentityError, match="server's key"):
-        _ = device.server
-
-
 def test_only_so_many_wait_and_an_approved_one_clears_its_name(
     identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,25 +453,6 @@ def test_a_database_that_can_t_be_used_is_one_clear_error(
         again.store.devices()
 
 
-def test_a_database_is_closed_by_whoever_opened_it(
-    identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    identity.store.ask("pi-1", "a" * 64, 1)
-    closed: list[Database] = []
-    monkeypatch.setattr(Database, "close", lambda self: closed.append(self) or self.engine.dispose())
-    state = tmp_path / "state"
-    with database_of(state) as given:
-        identity.serve(given)
-        assert len(closed) == 1, "the one that the folder had opened"
-        RolloutStore(state, given).close()
-        identity.close()
-        assert given not in closed
-    RolloutStore(state).close()
-    assert identity.store.devices()
-    identity.close()
-    assert len(closed) == 4
-
-
 def test_a_transaction_that_is_repeated_though_it_was_committed_has_the_same_answer(
     identity: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,24 +536,3 @@ def test_of_two_servers_that_answer_a_request_at_once_both_give_one_certificate(
     made = [identity.authority.issue_device("lab", "pi-1", request.csr) for _ in range(2)]
     assert made[0] != made[1]
     assert {identity.store.add_certificate(request, pem) for pem in made} == {made[0]}
-
-
-def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
-    device = board(tmp_path / "a")
-    used = identity.claim("pi-1", HOUR)
-    assert ask(device, used).status == APPROVED
-    identity.claim("pi-2", HOUR)
-    key = identity.store.members()["pi-1"]
-    identity.store.hear([(key, "up", 5), ("a" * 64, "up", 7)])
-    assert identity.store.heard() == {}
-    identity.store._opened().flush()
-    assert identity.store.heard() == {key: {"up": 5}, "a" * 64: {"up": 7}}
-
-    NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5
-    identity.claim("pi-3", HOUR)
-    assert len(dump(identity, CLAIMS)) == 3, "a late request is answered that the time is over"
-    NOW[0] += 60
-    identity.claim("pi-4", HOUR)
-    assert len(dump(identity, CLAIMS)) == 3, "pi-2's is gone, and the used one stays"
-    identity.revoke("pi-1")
-    assert identity.store.heard() == {"a" * 64: {"up": 7}}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sql
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune.output.tables import silent
-from fedprune.security.joining import Claim
 from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import BLOBS
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -29,8 +27,7 @@ from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.restoring import opened
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import FILE, Storage, database_of
-from fedprune_server.storage.tables import CLAIMS
+from fedprune_server.storage.storage import FILE, Storage
 from fedprune_server.web import database as console_database
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job
@@ -64,14 +61,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def state(begun: Path, tmp_path: Path) -> Path:
     return shutil.copytree(begun, tmp_path / "state")
-
-
-def test_a_lost_file_of_the_identity_keeps_nothing_else_of_it_out(state: Path, tmp_path: Path) -> None:
-    (state / "identity" / "site").unlink()
-    back_up(state, tmp_path / "backup", silent)
-    new = restored(tmp_path / "backup", tmp_path / "new")
-    for name in ("signing.key", "authority.key", "crl.pem"):
-        assert (new / "identity" / name).exists()
 
 
 def restored(backup: Path, target: Path, database: str | None = None) -> Path:
@@ -149,32 +138,6 @@ def test_further_jobs_are_restored_with_the_first(state: Path, tmp_path: Path) -
     for job in (".", "jobs/second"):
         assert rows(copy / job) == rows(state / job)
     assert main(["check", "--state", str(copy)]) == ExitCode.OK
-
-
-def test_state_folders_are_checked_backed_up_and_restored_as_json(
-    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = ""
-
-    def read(*words: object, code: int = ExitCode.OK) -> Any:
-        nonlocal said
-        assert main([*map(str, words), "--json"]) == code
-        out, said = capsys.readouterr()
-        return json.loads(out)
-
-    [made] = read("backup", "--state", state, "--to", tmp_path / "backup")
-    assert "keep it private" in said
-    assert (made["place"], made["private_keys"]) == (str(tmp_path / "backup"), True)
-    whole = {**made, "place": str(tmp_path / "backup")}
-    assert read("restore", "--from", tmp_path / "backup", "--state", tmp_path / "new", "--dry-run") == [whole]
-    assert not (tmp_path / "new").exists()
-    assert read("restore", "--from", tmp_path / "backup", "--state", tmp_path / "new") == [whole]
-    assert "first revoke again" in said
-    found = read("check", "--state", tmp_path / "new")
-    assert (found["wrong"], found["repaired"]) == (0, [])
-    (tmp_path / "new" / "model.onnx").unlink()
-    found = read("check", "--state", tmp_path / "new", code=ExitCode.STORAGE)
-    assert found["wrong"] == sum(f["weight"] == "wrong" for f in found["findings"]) > 0
 
 
 def test_nobody_else_can_read_what_is_private(state: Path, tmp_path: Path) -> None:
@@ -438,16 +401,6 @@ def test_a_restored_servers_epochs_are_later_than_all_that_the_old_one_used(stat
     new = restored(tmp_path / "backup", tmp_path / "new")
     with IdentityFolder(new) as identity:
         assert identity.epochs.next() > max(used)
-
-
-def test_a_claim_that_was_made_before_the_backup_is_known_after_it(state: Path, tmp_path: Path) -> None:
-    with IdentityFolder(state) as identity:
-        claim: Claim = identity.claim("cellar", 3600)
-    back_up(state, tmp_path / "backup", silent)
-    new = restored(tmp_path / "backup", tmp_path / "new")
-    with database_of(new, read_only=True) as database, database.transaction() as connection:
-        known = connection.execute(sql.select(CLAIMS.c.id).where(CLAIMS.c.device == "cellar")).scalars().all()
-    assert known == [claim.id.hex()]
 
 
 # PostgreSQL.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
 
 from fedprune.coordination import Phase, State
 from fedprune.core.closing import Closing
@@ -33,7 +32,7 @@ from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import CrashReport, ServerPresence
 from fedprune_server.cli.main import main
 from fedprune_server.devices.crash_store import CrashStore
-from fedprune_server.enrollment.pki import IdentityFolder, hosts_of
+from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
 from fedprune_server.maintenance.doctor import CheckedSite
@@ -44,7 +43,7 @@ from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.monitoring.situation import SiteFacts, Situation
+from fedprune_server.monitoring.situation import Situation
 from fedprune_server.storage.storage import Storage
 
 NOW = 1_800_000_000.0
@@ -123,13 +122,6 @@ def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
     assert all(found[0].to_dict().values())
 
 
-def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
-    late = with_state(history=[row(1, {"a": ("folded", "", ""), "b": ("refused", "x", "late")})])
-    (found,) = found_in(late)
-    assert found.kind == "deadline-too-short"
-    assert found.advice.startswith("stop the server, then fedprune-server run ")
-
-
 def scored(
     rounds: Iterable[tuple[float, float, float]], metric: str = "accuracy", *, risen: bool = False, **settings: Any
 ) -> Case:
@@ -189,11 +181,6 @@ def test_a_job_that_learns_or_has_learnt_does_not_stall() -> None:
     assert {name for name, case in HEALTHY_SCORES.items() if found_in(case)} == set()
 
 
-def test_a_finished_job_needs_no_server() -> None:
-    done = replace(SICK["server-not-running"], state=replace(HEALTHY.state, phase=Phase.FINISHED))
-    assert kinds(found_in(done)) == set()
-
-
 def test_the_clock(tmp_path: Path) -> None:
     assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, last_event_at=NOW - 5, now=NOW))) == set()
     assert kinds(doctor.check_clock(CheckedSite(folder=tmp_path, last_event_at=NOW + 3600, now=NOW))) == {"clock"}
@@ -230,21 +217,6 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     }
     (tmp_path / "identity" / "signing.key").unlink()
     assert "identity" in kinds(doctor.check_server_identity(tmp_path))
-
-
-def test_a_certificate_that_the_server_has_issued_for_its_console_ends_soon(tmp_path: Path) -> None:
-    with IdentityFolder.make(tmp_path, "lab") as identity:
-        path, _, _ = identity.console(["192.0.2.7", "fleet.example"])
-    server = {"console": "8470", "console_certificate": str(path)}
-    dates = site_facts(tmp_path, server).certificates[-1]
-    (alert,) = evaluate_alerts(Situation(tmp_path, site=SiteFacts(certificates=[dates])), dates.ends - 1)
-    assert alert.subject == str(path)
-    path.unlink()
-    advice, program, issue = alert.todo.partition("fedprune-server ")
-    assert (advice, program) == ("start the server again once this has issued a new one: ", "fedprune-server ")
-    assert main(shlex.split(issue)) == ExitCode.OK
-    issued = hosts_of(x509.load_pem_x509_certificate(path.read_bytes()))
-    assert issued == {"192.0.2.7", "fleet.example"}
 
 
 def test_crashes(tmp_path: Path) -> None:

@@ -12,16 +12,11 @@ from fedprune.coordination import Phase
 from fedprune_server.monitoring.display import (
     LiveTable,
     RoundLines,
-    cells,
     make_display,
     round_line,
-    row_line,
-    span,
-    state_style,
-    title,
 )
 from fedprune_server.observation.observer import RoundEnded, ServerEnds
-from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot, Lazy
+from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot, Lazy
 from support.fakes.shown_jobs import show
 
 ROW = DeviceSnapshot(
@@ -49,29 +44,6 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _draws_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-
-
-def test_a_row_has_every_column_and_dashes_where_nothing_is_known() -> None:
-    assert cells(ROW) == ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
-    unknown = replace(ROW, density=None, parameters=0, seconds=None, metrics={})
-    assert cells(unknown)[2:4] + cells(unknown)[6:8] == ("-",) * 4
-    row = replace(ROW, metrics={"loss": 0.25})
-    assert cells(row)[-2] == "loss 0.25"
-    assert ", loss 0.25, train 3/10" in row_line(row)
-
-
-def test_the_header_has_round_phase_accuracy_deadline_and_a_lost_broker() -> None:
-    assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 75.0%, deadline in 42 s"
-    assert "global loss 0.125" in title(replace(SNAPSHOT, history=({"metrics": {"loss": 0.125}},)))
-    away = replace(SNAPSHOT, fleet=FleetSnapshot(broker_connected=False), phase=Phase.WAITING)
-    assert title(away).endswith("no connection to the broker")
-    assert "deadline" not in title(away)
-
-
-def test_a_round_is_one_line() -> None:
-    assert LINE == (
-        "round 2 of 10: 1 of 2 devices counted, accuracy 75.0%, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
-    )
 
 
 def test_the_line_of_a_round_has_what_boards_measured_before_and_after_training() -> None:
@@ -108,15 +80,6 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     assert lines
 
 
-def test_states_have_colours_and_times_are_a_word_or_two() -> None:
-    styles = {
-        "ready": "green", "aggregated": "green", "train 3/10": "cyan", "offline": "yellow",
-        "excluded: no profile": "yellow", "refused: no room": "red", "ready (two boards of this name?)": "yellow",
-    }  # fmt: skip
-    assert {state: state_style(state) for state in styles} == styles
-    assert [span(s) for s in (0.2, 89.0, 91.0, 5399.0, 5401.0)] == ["1 s", "89 s", "2 min", "90 min", "2 h"]
-
-
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
     lines = RoundLines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
@@ -136,27 +99,6 @@ def test_a_round_that_stalls_until_its_deadline_changes_little_of_what_is_left(
             show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, rounds=700)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", *[", about 23 min left"] * 4]
-
-
-def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "fedprune.server"):
-        show(RoundLines(), RoundEnded(SUMMARY), seen=SNAPSHOT, fleet=FleetSnapshot(several_jobs=True))
-    assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.name}: {LINE}"]
-
-
-@pytest.mark.parametrize(("stream", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
-def test_without_a_terminal_that_draws_in_place_there_are_lines(
-    stream: type[io.StringIO], term: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TERM", term)
-    assert isinstance(make_display(stream()), RoundLines)
-
-
-def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, "fedprune.server"):
-        show(RoundLines(), RoundEnded(SUMMARY), seen=SNAPSHOT)
-    levels = {r.getMessage(): r.levelno for r in caplog.records}
-    assert levels == {LINE: logging.INFO, f"  {row_line(ROW)}": logging.DEBUG}
 
 
 def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

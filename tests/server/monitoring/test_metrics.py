@@ -165,12 +165,6 @@ def test_while_the_loop_waits_for_its_database_no_figure_needs_that() -> None:
     assert metrics.turned_at == 100.0
 
 
-def test_no_series_tells_when_another_series_began() -> None:
-    metrics = Metrics()
-    show(metrics, TurnEnded(0.1))
-    assert not [line for line in metrics.text().decode().splitlines() if "_created" in line]
-
-
 def test_a_port_that_is_taken_is_one_clear_error(site: tuple[str, Metrics, list[float], list[str]]) -> None:
     port = int(site[0].rpartition(":")[2])
     with pytest.raises(ConfigError, match=r"server\.metrics"), served(("127.0.0.1", port), Metrics(), {}):
@@ -199,41 +193,6 @@ def test_the_dashboard_asks_for_figures_that_there_are() -> None:
     assert len({p["id"] for p in board["panels"]}) == len(board["panels"])
 
 
-def labels_on_the_page() -> dict[str, set[str]]:
-    """Labels of each figure, by its name, as docs/observe.md lists them."""
-    rows = re.findall(r"^\| (`fedprune_[^|]+) \|([^|]*)\|", (DOCS / "observe.md").read_text(), re.MULTILINE)
-    return {n: set(re.findall(r"\w+", labels)) for names, labels in rows for n in re.findall(r"fedprune_\w+", names)}
-
-
-def test_the_page_lists_the_labels_that_figures_have() -> None:
-    metrics = Metrics(Path("/nowhere"), AlertBook().counts)
-    show(metrics, RoundEnded({"round": 1, "model": "m", "metrics": {"loss": 1.0}, "devices": {}}), TurnEnded(0.1))
-    on_page = labels_on_the_page()
-    shown = 0
-    for family in text_string_to_metric_families(metrics.text().decode()):
-        for sample in family.samples:
-            name = re.sub("_(bucket|count|sum|created)$", "", sample.name)
-            if name in on_page:
-                assert sample.labels.keys() - {"le"} == on_page[name], name
-                shown += 1
-    assert shown > 20
-
-
-def test_the_dashboard_asks_for_labels_that_there_are_and_leaves_no_figure_out() -> None:
-    board, on_page = json.loads((DOCS / "grafana" / "fedprune.json").read_text()), labels_on_the_page()
-    asked = set()
-    for target in (t for panel in board["panels"] for t in panel["targets"]):
-        (name,) = asked_for(target["expr"])
-        base = name.removesuffix("_bucket")
-        asked.add(base)
-        has = on_page[base] | ({"le"} if base != name else set())
-        grouped = re.search(r"by \(([^)]*)\)", target["expr"])
-        left = has if grouped is None else set(re.findall(r"\w+", grouped[1]))
-        assert left <= has, target["expr"]
-        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= left - {"le"}, target
-    assert on_page.keys() - asked == {"fedprune_info"}
-
-
 def test_the_alerts_ask_for_figures_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
     groups = yaml.safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"]
@@ -247,12 +206,6 @@ def test_the_alerts_ask_for_figures_that_there_are() -> None:
         assert asked_for(rule["expr"]) <= names, rule["expr"]
         assert {"alert", "expr", "labels", "annotations"} <= rule.keys()
         assert {"summary", "description"} <= rule["annotations"].keys()
-
-
-def test_every_figure_is_explained_on_the_page() -> None:
-    page = (DOCS / "observe.md").read_text()
-    families = {re.sub(r"_(bucket|sum|count|created)$", "", n) for n in exposed()}
-    assert {n for n in families if n not in page} == set()
 
 
 def test_who_only_connects_takes_no_more_threads_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

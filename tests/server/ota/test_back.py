@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError, ReleaseError
-from fedprune.releases.release import MANIFEST, Release, opened, write_again
+from fedprune.releases.release import MANIFEST, Release, opened
 from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
@@ -134,24 +134,6 @@ def test_a_pause_lets_no_further_board_begin_until_it_is_resumed(field: Field, r
     assert (field.entry.rollout.phase, field.numbers()) == (RolloutPhase.DONE, {2: 10})
 
 
-def test_a_rollout_that_was_paused_before_a_server_came_begins_nothing(field: Field) -> None:
-    start_rollout(field.state, field.release(2), HALF)
-    field.ordered(lambda s: s.pause("not yet"))
-    field.server()
-    field.live(3)
-    assert field.numbers() == {1: 10}
-    assert field.ordered(lambda s: s.pause("again")) == 2, "said twice it changes nothing"
-    field.ordered(lambda s: s.resume())
-    with pytest.raises(ConfigError, match="isn't paused"):
-        field.ordered(lambda s: s.resume())
-    with pytest.raises(ConfigError, match="is under way"):
-        start_rollout(field.state, field.release(3), HALF)
-    field.live(12)
-    assert field.numbers() == {2: 10}
-    with pytest.raises(ConfigError, match="no rollout is under way"):
-        field.ordered(lambda s: s.pause("too late"))
-
-
 def test_boards_go_back_to_what_they_had_under_a_number_that_none_has_seen(field: Field) -> None:
     start_rollout(field.state, field.release(2), HALF)
     field.live(1)
@@ -222,26 +204,6 @@ def test_nothing_is_taken_back_without_something_to_go_back_to(field: Field, tmp
         take_back(field.state, "x")
     assert field.entry.number == 2, "what was refused has changed nothing"
     assert field.entry.wish is None
-
-
-def test_of_a_copy_of_the_same_files_it_is_said_that_going_back_changes_nothing(field: Field) -> None:
-    write_again(field.folder / "release-2", field.folder / "release-1", field.key, number=2, created="")
-    start_rollout(field.state, field.folder / "release-2", RolloutTerms((1.0,)))
-    field.live()
-    assert field.numbers() == {2: 10}
-    with pytest.raises(ConfigError, match="release 2 has the same files as release 1, so that going back would change"):
-        take_back(field.state, "a rehearsal")
-
-
-def test_after_a_rollout_that_reached_no_board_it_is_said_that_none_has_it(tmp_path: Path) -> None:
-    field = Field(tmp_path)
-    release = field.release(1)
-    for _ in range(2):  # the second one is of the same files as the first
-        start_rollout(field.state, release, RolloutTerms((1.0,)))
-        field.ordered(lambda store: store.stop("before any board has it"))
-        field.live(1)
-        with pytest.raises(ConfigError, match="no board has release 1 or is at it"):
-            take_back(field.state, "x")
 
 
 def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:

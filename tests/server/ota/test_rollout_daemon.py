@@ -10,7 +10,7 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import Phase
 from fedprune.releases.release import FILES, Release, read_release
-from fedprune.releases.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.releases.rollout import Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
@@ -145,26 +145,6 @@ def test_a_daemon_without_its_broker_lets_no_deadline_pass(tmp_path: Path, relea
         entry = seen.latest()
         assert entry is not None
         assert (entry.rollout.phase, entry.rollout.stage, entry.rollout.failures()) == (RolloutPhase.RUNNING, 0, {})
-
-
-def test_who_is_no_member_any_more_leaves_the_rollout(tmp_path: Path, release: Path) -> None:
-    fleet = UpdatedFleet(tmp_path, release, Stage(1.0))
-    rollout = fleet.until_over(tmp_path, members=lambda: set(NAMES) - {"b"})
-    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
-    assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == {"b"}
-    assert all(rollout.boards[n].fate is Fate.WELL for n in NAMES if n != "b")
-
-
-def test_messages_that_come_twice_and_restarts_change_nothing(tmp_path: Path, release: Path) -> None:
-    fleet = UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
-    fleet.air.doubled = True
-    fleet.updated["b"].end = ROLLED_BACK
-    rollout = fleet.until_over(tmp_path)
-    fleet.restart()
-    again = fleet.until_over(tmp_path)
-    assert rollout.to_dict() == again.to_dict()
-    assert rollout.phase is RolloutPhase.STOPPED
-    assert rollout.failures() == {"b": "rolled back: a reason"}
 
 
 def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> None:

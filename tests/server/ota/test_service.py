@@ -162,17 +162,6 @@ def test_a_bad_release_reaches_one_board_and_stops_with_its_reason(site: Site, r
     assert "stage 1: 1 of 1 board failed" in rollout.why
 
 
-def test_failures_below_the_threshold_stop_nothing_and_one_more_does(tmp_path: Path, release: Path) -> None:
-    for bad, phase in ((2, RolloutPhase.DONE), (3, RolloutPhase.STOPPED)):
-        (tmp_path / str(bad)).mkdir()
-        site = Site(tmp_path / str(bad), release)
-        site.fates = dict.fromkeys(NAMES[:bad], BAD)
-        site.start()
-        site.begin(Stage(1.0, success=0.7, errors=0.25))
-        assert site.live().phase is phase
-        assert len(site.rollout.failures()) == bad
-
-
 @pytest.mark.parametrize(("states", "minutes"), [(SILENT, 60), (HANGS, 62), ((DOWNLOADING, STAGED, TRIAL), 96)])
 def test_every_state_has_a_deadline_after_which_the_board_has_failed(
     site: Site, states: tuple[str, ...], minutes: int
@@ -256,24 +245,6 @@ def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) ->
     assert list(site.withdrawn) == [NAMES[0]], "what came from a stick is not ours to stop"
 
 
-def test_a_stop_while_no_server_runs_counts_when_one_comes(site: Site) -> None:
-    site.begin()
-    with RolloutStore(site.folder) as other:
-        other.stop("changed our minds")
-    site.start()
-    assert site.rollout.phase is RolloutPhase.STOPPED
-
-
-def test_a_server_that_was_down_for_days_blames_no_board_for_it(site: Site) -> None:
-    site.fates = dict.fromkeys(NAMES, (DOWNLOADING, STAGED, TRIAL, COMMITTED))
-    site.begin(Stage(1.0))
-    site.live(hours=3 / 60)
-    site.now += 5 * 86_400
-    site.start()
-    assert site.rollout.failures() == {}
-    assert site.live().phase is RolloutPhase.DONE
-
-
 def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> None:
     site.begin(Stage(1.0))
     site.live(hours=2 / 60)
@@ -290,7 +261,7 @@ def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> 
     assert site.live().phase is RolloutPhase.DONE
 
 
-@pytest.mark.parametrize("jump", [2 * 3600, -2 * 3600, -1.6e9])
+@pytest.mark.parametrize("jump", [2 * 3600, -1.6e9])
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, jump: float, restart: bool) -> None:
     site.fates = {NAMES[4]: SILENT}

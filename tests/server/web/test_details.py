@@ -20,7 +20,7 @@ from fedprune_server.devices.crash_store import FILE as CRASHES
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.web.state.crashes import board_crashes
 from fedprune_server.web.state.details import details, held
-from fedprune_server.web.state.rows import running, versions
+from fedprune_server.web.state.rows import running
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
 from fedprune_server.web.views.presentation import channels
 from support.fakes.console_fleet import ConsoleFleet, write
@@ -34,27 +34,12 @@ from support.fakes.tiny_job import JOB
         ("fedprune 0.1.0, onnxruntime 1.23.2, Python 3.11.7, slot b with release 12", ("b", 12)),
         ("fedprune 0.1.0, slot a, predicts with TensorRT (slot b with release 3)", ("a", None)),
         ("fedprune 0.1.0", (None, None)),
-        ("slot c with release 1", (None, None)),
         ("slot a with release 99999999999", ("a", None)),
-        ("slot a with release -1", ("a", None)),
         ("backslot a with release 4", (None, None)),
     ],
 )
 def test_a_board_says_which_slot_and_release_it_runs(software: str, expected: tuple[str | None, int | None]) -> None:
     assert running(software) == expected
-
-
-def test_a_release_is_no_version() -> None:
-    said = versions("fedprune 0.1.0, Python 3.11.7, slot b with release 12")
-    assert said == {"fedprune": "0.1.0", "python": "3.11.7"}
-
-
-@settings(deadline=None)
-@given(st.text(max_size=80))
-def test_whatever_a_board_says_it_runs_makes_a_row(text: str) -> None:
-    slot, release = running(text)
-    assert slot in (None, "a", "b")
-    assert release is None or 0 <= release < 10**10
 
 
 @settings(deadline=None)

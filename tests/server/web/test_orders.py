@@ -139,19 +139,6 @@ def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, bod
         assert reply.json["error"].endswith(" and 12 more")
 
 
-@pytest.mark.parametrize(("boards", "near"), [(1000, " (did you mean 'board-0"), (1001, ": there are board-0000, ")])
-def test_near_names_are_looked_for_among_so_many_alone_that_nobody_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boards: int, near: str
-) -> None:
-    here = trial(tmp_path)
-    names = dict.fromkeys(f"board-{i:04}" for i in reversed(range(boards)))
-    monkeypatch.setattr(type(here.console.view), "device_names", names.keys())
-    said = here.browser("admin").order(order="look", device="board-01").json["error"]
-    assert said.startswith(f"no device board-01{near}")
-    listed = ", ".join(f"board-000{i}" for i in range(8))
-    assert said.endswith(f": there are {listed} and {boards - 8} more")
-
-
 def test_the_server_answers_for_boards_that_may_not_be_published_yet(tmp_path: Path) -> None:
     here = trial(tmp_path)
     admin = here.browser("admin")
@@ -232,15 +219,6 @@ def test_orders_are_rationed(tmp_path: Path) -> None:
     browser = here.browser("viewer")
     found = [browser.order(order="look", device="board-0001").status for _ in range(62)]
     assert found == [202] * 60 + [429] * 2
-
-
-def test_orders_that_are_refused_are_rationed_too(tmp_path: Path) -> None:
-    here = trial(tmp_path)
-    browser = here.browser("viewer")
-    before = here.console.audit.page().total
-    found = [browser.order(order="pause", job="trial").status for _ in range(64)]
-    assert found == [403] * 60 + [429] * 4
-    assert here.console.audit.page().total == before + 60
 
 
 def test_a_console_that_was_started_again_knows_the_orders_before(tmp_path: Path) -> None:

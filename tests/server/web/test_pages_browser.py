@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E
 
 from fedprune_server.web.state import status  # noqa: E402
 from fedprune_server.web.state.order_queue import Order  # noqa: E402
-from fedprune_server.web.state.records import AlertStatus, LogLine, PublishedJob, Record, Rollouts  # noqa: E402
+from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts  # noqa: E402
 from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 from support.waiting import PATIENCE_S  # noqa: E402
@@ -212,17 +212,6 @@ def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open, console: Se
     expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
 
 
-def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
-    page = opened("/devices/board-0006")
-    expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
-    expect(page.get_by_role("region", name="Crashes")).to_contain_text("21.0 MB of 512 MB of memory free")
-    page.get_by_text("Where").click()
-    expect(page.get_by_text("fedprune_device.training.trainer:212 in step")).to_be_visible()
-    expect(page.locator(".facts", has_text="Update")).to_contain_text("trial release 6")
-    page.goto("/fleet?q=board-0006")
-    expect(page.get_by_role("row", name="board-0006")).to_contain_text("5/a trial")
-
-
 def test_the_table_is_sorted_filtered_and_paged_by_the_server(opened: Open, console: ServedConsole) -> None:
     def shown() -> list[str]:
         return page.locator("#devices tbody th").all_inner_texts()
@@ -396,16 +385,6 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     expect(page.locator("#found")).to_have_text("1 line")
 
 
-def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Open, console: ServedConsole) -> None:
-    page = opened("/alerts", "viewer")
-    said = "round 18 of 400: 3 of 3 devices counted"
-    console.write(LogLine(time.time(), "info", said, None, "leaves", 18))
-    row = page.locator("#log .log > li", has_text=said)
-    expect(row.locator(".text")).to_have_text(f"leaves {said}")
-    lefts = "texts => [...new Set(texts.map(t => Math.round(t.getBoundingClientRect().left)))]"
-    assert len(page.locator("#log .log .text").evaluate_all(lefts)) == 1
-
-
 def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) -> None:
     page = opened("/rounds", "viewer")
     expect(page.get_by_role("img", name=re.compile("Global accuracy by round"))).to_be_visible()
@@ -469,29 +448,6 @@ def test_a_stream_that_breaks_is_taken_up_again(opened: Open) -> None:
     expect(page.locator("#lost")).to_be_hidden()
 
 
-def test_keys_can_be_switched_off(opened: Open) -> None:
-    page = opened("/fleet")
-    page.keyboard.press("?")
-    page.get_by_role("dialog").get_by_role("checkbox").uncheck()
-    page.keyboard.press("Escape")
-    page.locator("h1").click()
-    page.keyboard.press("/")
-    expect(page.locator("#f-q")).not_to_be_focused()
-
-
-def test_colours_are_chosen_and_kept(opened: Open) -> None:
-    page = opened("/", color_scheme="light")
-    ground = "getComputedStyle(document.documentElement).backgroundColor"
-    light = page.evaluate(ground)
-    page.locator("#theme").click()
-    page.locator("#theme").click()
-    dark = page.evaluate(ground)
-    assert dark != light
-    page.reload()
-    assert page.evaluate(ground) == dark
-    expect(page.locator("#theme")).to_have_text("Dark")
-
-
 def test_pages_can_be_read_without_scripts(opened: Open) -> None:
     page = opened("/fleet", live=False, java_script_enabled=False)
     page.get_by_role("link", name="Density").click()
@@ -530,18 +486,6 @@ def test_the_table_of_the_fleet_cuts_nothing_off(opened: Open) -> None:
     assert page.locator("#devices").evaluate("t => t.scrollWidth <= t.parentElement.clientWidth")
     densities = page.locator("#devices tbody td:nth-child(4)").all_inner_texts()
     assert all(re.fullmatch(r"[01]\.\d\d|–", d) for d in densities), densities
-
-
-@pytest.mark.parametrize("place", ["device", "rounds"])
-def test_names_of_groups_are_not_broken_on_a_phone(opened: Open, place: str) -> None:
-    page = opened(PLACES[place], viewport={"width": 390, "height": 800})
-    names = page.locator("th.text", has_text="layer0.conv").filter(visible=True)
-    expect(names).to_have_count(1)
-    height, line, wider = names.evaluate("""e => [
-        e.getBoundingClientRect().height, parseFloat(getComputedStyle(e).lineHeight),
-        e.closest('.table').scrollWidth - e.closest('.table').clientWidth]""")
-    assert height < 2 * line
-    assert wider <= 0
 
 
 @pytest.mark.soak

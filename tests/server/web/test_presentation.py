@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedprune_server.web.views.formatting import action_text, ago, seconds, size
 from fedprune_server.web.views.presentation import charts, device_charts, figures, local_measure, plan
 
 
@@ -44,22 +43,6 @@ def test_rounds_of_an_earlier_start_whose_bytes_nobody_counted_are_drawn_without
     assert names == ["metric-0", "updates", "bytes", "seconds"]
 
 
-def test_numbers_are_said_in_units_that_keep_them_short() -> None:
-    assert [size(n) for n in (0, 999, 1000, 999_600, 12_345_678, 2e12, None)] == [
-        "0 B", "999 B", "1.00 kB", "1.00 MB", "12.3 MB", "2.00 TB", "–",
-    ]  # fmt: skip
-    assert [seconds(s) for s in (0, 2e-6, 0.0171, 1.5, 119, 320, 5000, 90000.0, 1e6)] == [
-        "0 s", "2 µs", "17.1 ms", "1.50 s", "119 s", "5.3 min", "83 min", "25.0 h", "11.6 d",
-    ]  # fmt: skip
-    assert [ago(100, now) for now in (100, 112, 95, 400, 400_000)] == [
-        "now",
-        "12 s ago",
-        "in 5 s",
-        "5 min ago",
-        "5 d ago",
-    ]
-
-
 def test_a_device_has_charts_of_what_it_measured_and_one_number_per_round() -> None:
     measured = {"accuracy_before": 0.5, "accuracy_after": 0.75, "train_seconds": 90.0, "peak_memory_bytes": 84e6}
     history = [{"round": n, "metrics": measured} for n in (3, 2)] + [{"round": 1, "metrics": {}}]
@@ -71,13 +54,3 @@ def test_a_device_has_charts_of_what_it_measured_and_one_number_per_round() -> N
     assert drawn["Peak memory"].curves[0].values == ("84.0 MB", "84.0 MB")
     assert [local_measure(h["metrics"]) for h in history] == ["75.0%", "75.0%", "–"]
     assert device_charts([]) == []
-
-
-def test_the_audit_log_is_written_in_words() -> None:
-    what = {"order": 1795359755375, "release": "release-12", "devices": ["attic", "yard"], "groups": [1]}
-    assert (
-        action_text({"action": "rollout_start", "what": what}) == "roll out release-12 to attic, yard in stages of 100%"
-    )
-    assert action_text({"action": "approve", "what": {"device": "barn", "key": "ab12"}}) == "approve barn with key ab12"
-    assert action_text({"action": "pause", "what": {"job": "j", "reason": "lunch"}}) == "pause job j (lunch)"
-    assert action_text({"action": "something_new", "what": {}}) == "something new"

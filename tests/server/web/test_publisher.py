@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sqlite3
 import threading
 from dataclasses import replace
@@ -22,7 +23,7 @@ from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.observation.observer import Observer, Observers
-from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
+from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
 from fedprune_server.web.state import order_handler, rows
@@ -34,7 +35,7 @@ from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
 from fedprune_server.web.state.surroundings import Member, Members, SurroundingsPoller
 from support.fakes.fleet import Air, Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
-from support.fakes.shown_jobs import show
+from support.fakes.shown_jobs import SEEN, show
 from support.fakes.tiny_job import JOB
 
 SITE = {
@@ -172,27 +173,13 @@ def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tm
     assert whole[-1] == (True, True)
 
 
-def test_a_row_that_is_wrong_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet, poller=SurroundingsPoller(Many()))
-    whole = rows.device_row
-
-    def wrong(device: DeviceSnapshot, **more: Any) -> dict[str, Any]:
-        return {**whole(device, **more), **({"density": float("nan")} if device.name == "board-0007" else {})}
-
-    monkeypatch.setattr(rows, "device_row", wrong)
-    with caplog.at_level(logging.ERROR, "fedprune.server"):
-        console.flush()
-    assert set(console.view.device_names) == {f"board-{i:04d}" for i in range(120)} - {"board-0007"}
-    assert any("device board-0007" in m for m in caplog.messages)
-    console.publisher._poller._members._known = {}  # type: ignore[union-attr]
-    console.view.changes()
-    console.publisher.changed(["board-0001", "board-0002", "board-0007"])
-    console.flush()
-    assert len(console.view.device_names) == 117
-    assert console.view.changes() >= {"devices:board-0001", "devices:board-0002"}
+def test_a_row_that_is_wrong_costs_no_other(tmp_path: Path) -> None:
+    publisher = StatusPublisher(SITE, StatusWriter(tmp_path / FILE))
+    rows = {n: DeviceSnapshot(name=n, temperature_c=t) for n, t in {"a": 50.0, "b": math.nan}.items()}
+    publisher.note(replace(SEEN, devices=rows, fleet=FleetSnapshot()), [])
+    with pytest.raises(StorageError, match="device b"):
+        publisher.publish()
+    assert set(FleetView(tmp_path / FILE).device_names) == {"a"}
 
 
 def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
@@ -300,18 +287,6 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path, caplo
     daemon.first._commit()
     console.flush()
     assert console.answer(again) == (True, f"job {JOB.name} is not paused")
-
-
-def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon = fleet.daemon()
-    daemon.first.pause(True)
-    daemon.first._commit()
-    fleet.restart()
-    again = fleet.daemon()
-    assert again.first.state.paused
-    again.first.pause(False)
-    assert fleet.run_daemon(again).phase is Phase.FINISHED
 
 
 def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(
@@ -453,23 +428,6 @@ def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_pat
     assert [(j["name"], j["phase"]) for j in console.view.jobs] == [("one", "finished"), ("two", "finished")]
     assert {n: console.view.rounds(n).total for n in states} == {"one": 3, "two": 2}
     assert [r["name"] for r in console.view.devices().items] == ["a", "b", "c"]
-
-
-def test_a_round_that_cannot_be_published_costs_the_job_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon, console = watched(fleet)
-
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("a\nbug")
-
-    monkeypatch.setattr(rows, "finished_round", fail)
-    with caplog.at_level(logging.ERROR, "fedprune.server"):
-        assert fleet.run_daemon(daemon).phase is Phase.FINISHED
-    assert any("ConsoleObserver failed, and is called again: RuntimeError" in m for m in caplog.messages)
-    console.flush()
-    assert console.view.devices().total == 3
 
 
 def test_coverage_is_made_once_for_operators_who_ask_at_the_same_time(

@@ -34,7 +34,7 @@ def test_every_sortable_header_of_the_fleet_page_is_a_column() -> None:
     assert set(headers) <= set(COLUMNS)
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", ["name", "online", "density", "seen_at"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_pages_in_any_order_hold_every_device_once(tmp_path: Path, column: str, backward: bool) -> None:
     view, fleet = published(tmp_path, 130)

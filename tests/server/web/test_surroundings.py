@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,35 +35,6 @@ def test_rollouts_that_could_not_be_read_are_looked_at_again() -> None:
         watch.look()
     assert watch.look() == ()
     assert watch.look() is None
-
-
-def test_a_rollout_whose_release_before_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry: Any = SimpleNamespace(prior=3, reports={})
-    store: Any = SimpleNamespace(version=lambda: 7, entries=lambda: [entry])
-    names: list[str] = []
-
-    def offer(number: int) -> str:
-        names.append(f"release {number}")
-        if len(names) == 1:
-            raise StorageError("busy")
-        return names[-1]
-
-    store.offer = offer
-    monkeypatch.setattr(surroundings, "_named", str)
-    monkeypatch.setattr(surroundings, "_row", lambda found, before, failures: {"before": before})
-    watch = ReleaseWatch(store)
-    with pytest.raises(StorageError):
-        watch.look()
-    assert watch.look() == ({"before": "release 3"},)
-    assert watch.look() is None
-
-
-def test_earlier_rollouts_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries: Any = [SimpleNamespace(prior=None, reports={}, number=n) for n in range(1, 31)]
-    store: Any = SimpleNamespace(version=lambda: 7, entries=lambda: entries)
-    monkeypatch.setattr(surroundings, "_row", lambda found, before, failures: {"number": found.number})
-    seen = ReleaseWatch(store).look()
-    assert [row["number"] for row in seen or ()] == list(range(30, 10, -1))
 
 
 class Slow:
