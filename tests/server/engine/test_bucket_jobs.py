@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.coordination import State
-from fedprune.core.errors import ConfigError, ExitCode, StorageFullError
+from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.output.tables import silent
 from fedprune.wire.messages import Accepted
 from fedprune_server.cli.main import main
@@ -24,12 +23,10 @@ from fedprune_server.storage.s3 import bucket as bucket_patience
 from fedprune_server.storage.s3.bucket import BucketError, digest_of, parse
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
-from fedprune_server.transfer.s3_sync import BucketSync
 from support.fakes.fleet import NAMES, Fleet, models
 from support.fakes.recorded_job import play_job
 from support.fakes.tiny_job import JOB
 from support.processes.s3 import S3
-from support.waiting import until
 
 MIDDLE = 11  # events, in the second round
 
@@ -92,15 +89,6 @@ def test_the_database_and_the_bucket_are_enough_to_go_on(
     assert models(play_job(tmp_path / "two", blobs=url)) == models(finished)
     assert wrong(tmp_path / "two") == []
     assert main(["export-model", "--state", str(tmp_path / "two"), "--out", str(tmp_path / "x.safetensors")]) == 0
-
-
-def test_a_cache_of_next_to_nothing_changes_no_bit(
-    url: str, tmp_path: Path, finished: State, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trim = BucketStore._trim
-    monkeypatch.setattr(BucketStore, "_trim", lambda self, free=0: trim(self, 2**40))
-    assert models(play_job(tmp_path / "state", blobs=url)) == models(finished)
-    assert not list((tmp_path / "state" / BLOBS).glob("??/*"))
 
 
 def test_what_the_state_names_is_in_the_bucket_and_later_starts_delete_the_rest(
@@ -166,16 +154,6 @@ def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
     assert models(play_job(begun, blobs=url)) == models(finished)
 
 
-def test_repair_takes_what_is_missing_from_a_backup(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
-    back_up(begun, tmp_path / "backup", silent)
-    shutil.rmtree(begun / BLOBS)
-    lost = min(needed(begun))
-    at_s3.client().delete_object(Bucket=parse(url)[0], Key=keys(at_s3, url)[lost])
-    assert wrong(begun) == [f"blob {lost} is missing from {url}"]
-    assert main(["check", "--state", str(begun), "--repair"]) == ExitCode.STORAGE
-    assert main(["check", "--state", str(begun), "--repair", "--from", str(tmp_path / "backup")]) == ExitCode.OK
-
-
 @pytest.mark.parametrize("blobs", [pytest.param("folder", marks=pytest.mark.soak), "elsewhere"])
 def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
@@ -193,17 +171,6 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     where = "folder" if blobs == "folder" else f"s3://{at_s3.bucket()}/new"
     assert models(play_job(tmp_path / "restored", blobs=where)) == models(finished)
     assert wrong(tmp_path / "restored") == []
-
-
-def test_a_server_whose_bucket_is_not_there_says_so_in_one_line(
-    at_s3: S3, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "fleet.toml").write_text('[model]\npath = "model.onnx"\n[server]\nblobs = "s3://no-such-bucket/x"\n')
-    command = ["run", "--insecure", "--port", "0", "--until-finished", "--state", str(tmp_path / "new")]
-    assert main([*command, "--config", str(tmp_path / "fleet.toml")]) == ExitCode.STORAGE
-    said = capsys.readouterr().err
-    assert re.search(r"can't list s3://no-such-bucket/x: .*Make the bucket", said)
-    assert said.count("\n") == 1
 
 
 # The daemon.
@@ -280,50 +247,3 @@ def test_a_round_waits_for_the_bucket_beyond_its_deadline_and_loses_nothing(flee
     assert [sorted(n for n, d in r["devices"].items() if d["progress"] == "folded") for r in state.history] == [
         sorted(NAMES)
     ] * 3
-
-
-def test_devices_get_what_is_only_in_the_bucket(fleet: Fleet, tmp_path: Path, expected: State) -> None:
-    store = fleet.store
-    assert isinstance(store, BucketStore)
-    put = store.put
-
-    def let_go(data: bytes | memoryview) -> object:
-        ref = put(data)
-        store._unlink(ref.sha256)
-        return ref
-
-    store.put = let_go  # type: ignore[assignment,method-assign]
-    daemon = fleet.daemon()
-
-    def idle() -> None:
-        time.sleep(0.0005)
-        fleet.air.now += 0.0 if daemon.busy else 0.01
-        for device in fleet.air.devices.values():
-            for want in [w for p in device.pulls.values() for w in p.on_tick(fleet.air.now)]:
-                device.say(want)
-
-    fleet.air.on_idle = idle
-    daemon.run(until_finished=True)
-    assert models(daemon.first.state) == models(expected)
-    assert fleet.air.now < JOB.deadline_s
-
-
-def test_a_full_disk_loses_nothing(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = BucketStore(tmp_path, url)
-    ref = store.put(b"an old model")
-    store._unlink(ref.sha256)
-    shipping = BucketSync(store)
-
-    def full(size: int) -> None:
-        raise StorageFullError("no room")
-
-    def asked() -> None:
-        assert shipping.coming(ref.sha256)
-        until(lambda: not shipping._fetched)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "check_room", full)
-        asked()
-    asked()
-    assert shipping.near.read(ref.sha256) == b"an old model"
-    shipping.close()

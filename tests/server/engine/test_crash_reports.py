@@ -52,13 +52,6 @@ def test_a_crash_is_stored_and_acknowledged(tmp_path: Path, several: bool) -> No
     assert answers(made.air.devices["b"]) == set()
 
 
-def test_a_server_that_keeps_no_crashes_is_told_in_vain(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    crashes_once(fleet.air.devices["a"])
-    fleet.run()
-    assert answers(fleet.air.devices["a"]) == set()
-
-
 def test_nobody_else_tells_for_a_board_and_strangers_are_not_kept(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     raw = report("stranger").to_bytes()

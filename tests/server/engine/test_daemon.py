@@ -11,17 +11,13 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.coordination import commands as do
-from fedprune.coordination import events as on
-from fedprune.core.errors import ProtocolError
 from fedprune.jobs.state import Progress as Part
 from fedprune.jobs.state import Task
-from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Finished, Offer, Progress, Refusal, Update
+from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Offer, Progress, Refusal, Update
 from fedprune.wire.topics import Topics
-from fedprune_server.executor.offers import UPDATE_SIZE
 from fedprune_server.executor.retention import sweep
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import SIZE, Fleet, ToyDevice, fill, folded, larger
+from support.fakes.fleet import Fleet, ToyDevice, fill, folded, larger
 from support.fakes.tiny_job import JOB
 
 
@@ -33,11 +29,6 @@ def test_a_job_runs_from_births_to_the_last_model(fleet: Fleet) -> None:
     state = fleet.run()
     assert state.phase is Phase.FINISHED
     assert folded(state) == [["a", "b", "c"]] * 3
-
-
-def test_every_device_hears_that_the_job_is_finished(fleet: Fleet) -> None:
-    fleet.run()
-    assert all(isinstance(d.heard[-1], Finished) for d in fleet.air.devices.values())
 
 
 def test_messages_that_come_twice_change_nothing(fleet: Fleet, expected: str) -> None:
@@ -93,17 +84,6 @@ def test_a_silent_device_is_left_behind_at_the_deadline(fleet: Fleet) -> None:
     state = fleet.run()
     assert folded(state) == [["a", "c"]] * 3
     assert fleet.air.now >= 3 * JOB.deadline_s
-
-
-def test_a_late_update_is_cancelled(fleet: Fleet) -> None:
-    slow = fleet.air.devices["b"]
-    slow.silent = True
-    fleet.run()
-    slow.pending = Update("b", JOB.name, 1, 1, "0" * 64, slow.store.put(fill("late")), 10, 5)
-    fleet.restart()
-    fleet.run()
-    assert isinstance(last(slow, Cancelled), Cancelled)
-    assert slow.pending is None
 
 
 def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
@@ -162,43 +142,6 @@ def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(f
     state = fleet.run()
     assert folded(state) == [["b", "c"]] * 3
     assert not any(isinstance(m, BlobRequest) for m in liar.heard)
-
-
-def test_an_update_without_what_is_frozen_counts_and_one_of_the_offers_size_does_not(fleet: Fleet) -> None:
-    execute, refs = fleet.worker.execute, {}
-    for name in ("a", "b"):
-        device = fleet.air.devices[name]
-        refs[name] = device.store.put(fill("trained part", name, size=SIZE // 2))
-        device.lie = lambda update: replace(update, weights=refs[update.device])
-
-    def with_size(command: do.Command) -> on.Event:
-        event = execute(command)
-        if isinstance(event, on.Extracted):
-            return replace(event, offer={**event.offer, UPDATE_SIZE: SIZE // 2})
-        return event
-
-    fleet.worker.execute = with_size  # type: ignore[method-assign]
-    state = fleet.run()
-    assert folded(state) == [["a", "b"]] * 3
-    reason = f"size of the update: expected {SIZE // 2} bytes, got {SIZE}"
-    assert state.history[0]["devices"]["c"]["reason"] == reason
-
-
-def test_what_a_failed_event_leaves_behind_stops_nothing(fleet: Fleet) -> None:
-    daemon = fleet.daemon()
-    handle, failed = daemon.first._coordinator.handle, []
-
-    def failing(event: on.Event, now: float) -> list[object]:
-        if not failed:
-            failed.append(event)
-            raise ProtocolError("our own fault")
-        return list(handle(event, now))
-
-    daemon.first._coordinator.handle = failing  # type: ignore[method-assign, assignment]
-    with pytest.raises(ProtocolError):
-        daemon.first._handle(on.DeviceDied("a", 1))
-    daemon.first._handle(on.DeviceBorn("a", 1, {"name": "raspberry-pi-5"}, 10))
-    assert "a" in daemon.first.state.devices
 
 
 def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet) -> None:

@@ -6,13 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedprune.wire.messages import Offer
 from fedprune_server.engine.device_scheduler import DeviceScheduler
-from fedprune_server.engine.job_runner import JobRunner
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import JOB
 
@@ -81,32 +79,3 @@ def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
         several.air.on_idle = idle
         host.run(until_finished=True)
         assert compared[0]
-
-
-@pytest.mark.parametrize("names", ["abcd", "abcdefghijklmnopqrstuvwxyz"])
-def test_a_device_that_moves_costs_no_look_at_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str
-) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, n, devices=99) for n in ("one", "two")], names)
-    host = several.host()
-    asked, takes, steps = list[str](), JobRunner.may_take_part, iter(range(100))
-
-    def counted(desk: JobRunner, device: str, session: int) -> bool:
-        asked.append(device)
-        return takes(desk, device, session)
-
-    def idle() -> None:
-        if host.busy:
-            return
-        step = next(steps)
-        if step == 5:
-            monkeypatch.setattr(JobRunner, "may_take_part", counted)
-            several.air.devices["b"].session += 1
-            several.air.devices["b"].birth()
-        if step == 10:
-            host.stop()
-
-    several.air.on_idle = idle
-    host.run()
-    assert asked
-    assert set(asked) == {"b"}

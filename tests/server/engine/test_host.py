@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,8 +13,6 @@ from fedprune.core.errors import ConfigError
 from fedprune.wire.messages import Cancelled, Finished, Offer, Update
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.devices.presence import ANSWER_S
-from fedprune_server.engine import server
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.server import Server
 from fedprune_server.observation.snapshot import JobSnapshot
@@ -176,16 +173,6 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     assert several.clashes == []
 
 
-def test_lines_about_an_update_say_of_which_job_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
-    host = several.host()
-    several.workers["two"].poison = {"a"}
-    several.run(host)
-    said = [r.getMessage() for r in caplog.records if "doesn't count" in r.getMessage()]
-    assert said
-    assert all(line.startswith("two: update of a in round 1 doesn't count: ") for line in said)
-
-
 def test_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names that differ"):
         SeveralJobs(tmp_path, [JOB, JOB], "a").host()
@@ -226,34 +213,3 @@ def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Pa
     assert all(s.phase is Phase.FINISHED for s in states.values())
     last = [d for s in states.values() for d in s.history[-1]["devices"]]
     assert "c" not in last
-
-
-def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "TURN_S", -1.0)  # a message each turn
-    several = SeveralJobs(tmp_path, [named(JOB, n, devices=9) for n in ("one", "two")], "abc")
-    host, air, gone = several.host(), several.air, list[str]()
-    get, give_up, idle = air.get, host._gone, iter(range(2))
-
-    def slowly(timeout: float | None = 0.0) -> Any:
-        item = get(timeout)
-        air.now += 0.0 if item is None else 0.8 * ANSWER_S
-        return item
-
-    def again() -> None:
-        if host.busy:
-            return
-        if next(idle):
-            host.stop()
-        air.inbox.append(ConnectionUp())  # so that everybody is asked
-        air.get = slowly  # type: ignore[method-assign]
-
-    def given_up(device: str) -> None:
-        gone.append(device)
-        give_up(device)
-
-    host._gone = given_up  # type: ignore[method-assign]
-    air.on_idle = again
-    host.run()
-    assert air.now > 2 * ANSWER_S
-    assert set(host._connected) == set("abc")
-    assert gone == []

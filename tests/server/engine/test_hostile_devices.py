@@ -27,13 +27,6 @@ def test_what_a_probe_adds_is_not_kept(fleet: Fleet) -> None:
     assert "ballast" not in kept
 
 
-def test_what_a_board_says_of_its_labels_is_kept(fleet: Fleet) -> None:
-    device = fleet.air.devices["a"]
-    birth = Birth("a", 1, device.profile, 10, "test", effective_classes=4)
-    device.birth = lambda: device.say(birth)  # type: ignore[method-assign]
-    assert fleet.run().devices["a"].effective_classes == 4
-
-
 def test_a_probe_that_makes_no_sense_is_told_and_the_device_takes_no_part(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,6 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import shipped_folder
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.job_inputs import changed_inputs
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
 from support.fakes.opened_job import open_job
@@ -215,10 +214,3 @@ def test_other_hardware_profiles_are_taken_and_said(tmp_path: Path) -> None:
         (profiles / "another-board.toml").write_text(text.replace('"own-board"', '"another-board"'))
         lines = open_job(folder, config).changed
     assert [line.partition(":")[0] for line in lines] == ["profiles"]
-
-
-def test_inputs_of_a_start_that_noted_none_are_not_said_to_differ() -> None:
-    digests = {"strategy": "s", "evaluation": "e", "calibration": "c", "profiles": "p"}
-    before = {"job": {"strategy": "own"}, "server": {"profiles": "here"}, "evaluation": "x", "calibration": "y"}
-    assert list(changed_inputs(before, before | {"inputs": digests})) == []
-    assert len(list(changed_inputs(before | {"inputs": {}}, before | {"inputs": digests}))) == len(digests)

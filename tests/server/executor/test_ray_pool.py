@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,11 +25,9 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.cluster_url import check_url
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.executor import pool_tasks, ray_pool
+from fedprune_server.executor import pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.pool_tasks import WorkerSpec
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
@@ -51,12 +47,6 @@ def model() -> Model:
 
 def worker(model: Model, folder: Path) -> Worker:
     return Worker(JOB, model, BlobStore(folder, durable=False))
-
-
-@pytest.mark.parametrize("url", ["processes", "ray:auto", "ray:10.0.0.1:6379", "ray://head.lan:10001", "ray:[::1]:1"])
-def test_places_of_helpers(url: str) -> None:
-    assert check_url(url) == url
-    assert ServerConfig(workers_url=url).server_settings()["workers_url"] == url
 
 
 @pytest.mark.parametrize("url", ["", "ray:", "ray:host", "ray://a:1/../b", "dask://a:1"])
@@ -83,35 +73,6 @@ def test_a_cluster_that_is_not_there_is_one_clear_error(model: Model, tmp_path: 
         RayPool(f"ray:127.0.0.1:{free_port()}", w)
     assert caught.value.exit_code is ExitCode.CLUSTER
     assert w.store.names() == []
-
-
-def _does(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
-    """A child whose cluster fails whatever it is given."""
-    connection.send(("size", 2))
-    while True:
-        number = connection.recv()[0]
-        connection.send(("failed", number))
-        connection.send("as it should")
-
-
-def test_a_task_that_can_not_be_handed_on_fails_alone(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_pool, "run_driver", _does)
-    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool.DriverProcess("well", WorkerSpec.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
-    listener = threading.Thread(target=link.listen, daemon=True)
-    listener.start()
-    orders = [None, threading.Lock(), None]
-    futures = [link.submit(pool_tasks.check, order) for order in orders]
-    for future, words in zip(
-        futures, ("as it should", "can't be handed to the cluster.*pickle", "as it should"), strict=True
-    ):
-        with pytest.raises(ClusterError, match=words):
-            future.result(30)
-    assert not link.lost
-    link.close()
-    listener.join(30)
 
 
 @pytest.fixture(scope="module", params=["folder", pytest.param("bucket", marks=pytest.mark.soak)])
@@ -239,16 +200,3 @@ def played(crew: DistributedWorker, folds: list[do.Fold], close: do.Close) -> on
     for fold in folds:
         crew.execute(fold)
     return crew.execute(replace(close))
-
-
-def test_a_server_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
-    (tmp_path / "model.onnx").write_bytes(digits_model())
-    command = [sys.executable, "-m", "fedprune_server.cli.main", "run", "--insecure", "--port", "0"]
-    command += ["--model", str(tmp_path / "model.onnx"), "--state", str(tmp_path / "state")]
-    command += ["--workers-url", f"ray:127.0.0.1:{free_port()}"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert ended.returncode == ExitCode.CLUSTER
-    assert "can't be used" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1

@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.limits import MEMORY
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, ModelError, StorageError
+from fedprune.core.errors import ConfigError, ModelError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.importance.scoring import random_ranks
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
@@ -182,40 +180,6 @@ def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federati
     assert fresh.execute(end) == expected
 
 
-def test_a_contribution_that_does_not_count_leaves_no_trace(model: Model, federation: Digits, tmp_path: Path) -> None:
-    one, two = worker(model, tmp_path), worker(model, tmp_path)
-    parts = contributions(one, model, rank(one), federation)
-    for found in parts:
-        one.execute(fold(found))
-    end = close(parts[:2])
-
-    assert one.execute(end) == two.execute(end)
-
-
-@pytest.mark.parametrize("damage", ["nan", "shape", "missing", "far", "garbage"])
-def test_a_bad_update_is_rejected_with_its_reason(model: Model, tmp_path: Path, damage: str) -> None:
-    w = worker(model, tmp_path)
-    start, ranking = w.initial(), rank(w)
-    widths = widths_at(model.architecture, 0.5)
-    selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
-    tensors = {k: v.copy() for k, v in selection.gather(model.tensors).items()}
-    name = next(iter(tensors))
-    if damage == "nan":
-        tensors[name].reshape(-1)[0] = np.nan
-    elif damage == "shape":
-        tensors[name] = tensors[name][:-1]
-    elif damage == "missing":
-        del tensors[name]
-    elif damage == "far":
-        tensors[name].reshape(-1)[0] = 1e30
-    raw = b"not tensors" if damage == "garbage" else tensorfile.encode(tensors)
-    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256)
-    answer = w.execute(fold(found))
-
-    assert isinstance(answer, on.UpdateRejected)
-    assert answer.reason
-
-
 def file_of(shape: object, size: int) -> bytes:
     text = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     return len(text).to_bytes(8, "little") + text + bytes(size)
@@ -270,43 +234,6 @@ def test_an_update_that_trips_our_own_code_costs_only_itself(
     assert w.execute(end) == fresh.execute(end)
 
 
-def test_a_lost_blob_is_the_servers_fault(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path)
-    of = part("a", widths_at(model.architecture, 0.5))
-    found = contribution(do.Basis(1, w.initial(), rank(w)), of, "0" * 64)
-
-    with pytest.raises(StorageError):
-        w.execute(fold(found))
-
-
-def test_a_planned_number_of_parts_is_in_the_offer(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path)
-    basis, of = do.Basis(1, w.initial(), rank(w)), part("a", model.architecture.sizes)
-    plain, parts = (w.execute(do.Extract(basis, of, accumulate=n)) for n in (1, 4))
-    assert isinstance(plain, on.Extracted)
-    assert isinstance(parts, on.Extracted)
-    assert Recipe.from_dict(parts.offer["recipe"]) == replace(Recipe.from_dict(plain.offer["recipe"]), accumulate=4)
-    assert b"::sum" in w.store.read(parts.offer["training"]["sha256"])
-    assert b"::sum" not in w.store.read(plain.offer["training"]["sha256"])
-
-
-def test_curvature_starts_with_random_nested_ranks_and_then_judges(
-    model: Model, federation: Digits, tmp_path: Path
-) -> None:
-    w = worker(model, tmp_path, scorer="curvature")
-    ranking = rank(w)
-    ranks = random_ranks(model.architecture, w.job.seed, 1)
-    chosen = Selection.of(model.architecture, model.architecture.sizes, ranks)
-    assert ranking == w.store.put(chosen.to_json().encode()).sha256
-    closed = w.execute(close(contributions(w, model, ranking, federation)))
-    assert isinstance(closed, on.Closed)
-    assert set(closed.memory) == {"evidence", MEMORY}
-    judged = w.execute(do.Score(2, closed.model, closed.memory, DEVICES))
-    unjudged = w.execute(do.Score(2, closed.model, {}, DEVICES))
-
-    assert judged != unjudged
-
-
 def test_a_diverged_model_has_no_loss(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
     wild = {k: np.full_like(v, np.inf) for k, v in model.tensors.items()}
@@ -314,12 +241,6 @@ def test_a_diverged_model_has_no_loss(model: Model, federation: Digits, tmp_path
 
     assert isinstance(done, on.Evaluated)
     assert sorted(done.metrics) == ["accuracy", "samples"]
-
-
-def test_without_data_of_its_own_the_server_measures_nothing(model: Model, tmp_path: Path) -> None:
-    w = worker(model, tmp_path)
-
-    assert w.execute(do.Evaluate(3, w.initial())) == on.Evaluated(3, {})
 
 
 def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:

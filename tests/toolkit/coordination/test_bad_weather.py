@@ -18,7 +18,6 @@ from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from support.fakes.coordinator_shell import digest
-from support.fakes.timed_shell import Board, begun
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board
@@ -274,24 +273,3 @@ class Weather(RuleBasedStateMachine):
 
 Weather.TestCase.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
 TestWeather = Weather.TestCase
-
-
-@pytest.mark.parametrize("phase", ["scoring", "training", "closing", "evaluating"])
-@pytest.mark.parametrize("away", ["one", "all"])
-def test_devices_vanish_in_every_phase(phase: str, away: str) -> None:
-    shell = begun(replace(JOB, devices=3), {n: Board() for n in "abc"})
-    while shell.state.phase.value != phase:
-        shell.step()
-    gone = ["a"] if away == "one" else list("abc")
-    for name in gone:
-        shell.boards[name].here = False
-        shell.feed(on.DeviceDied(name, shell.session))
-    for _ in range(300):
-        if shell.inbox or shell.later:
-            shell.step()
-    for name in gone:
-        shell.boards[name].here = True
-    shell.arrive()
-    shell.run()
-    assert [h["round"] for h in shell.state.history] == [1, 2, 3]
-    assert shell.counted()[-1] == ["a", "b", "c"]

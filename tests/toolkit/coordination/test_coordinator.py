@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Task
 from support.fakes.coordinator_shell import digest
@@ -157,12 +156,6 @@ def test_a_job_that_its_allocator_ended_stays_finished(synchronous: bool) -> Non
         do.Finish("m7", "ended after round 7 of 100: the strategy ended the job")
     ]
     assert state.phase is Phase.FINISHED
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"format": "fedprune.state/0"}'])
-def test_a_damaged_state_is_one_clear_error(text: str) -> None:
-    with pytest.raises(StorageError):
-        State.from_json(text)
 
 
 def test_all_that_an_offer_names_is_kept() -> None:

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import AsynchronousCoordinator, Phase, State, coordinate
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from support.fakes.asynchronous_shell import ALL, KINDS, ONE, TWO, WINDOW, Shell, history, job_of, summed
@@ -284,24 +283,6 @@ def test_kept_updates_keep_their_blobs() -> None:
     assert len(shell.closes[-1].contributions) == 3
 
 
-def test_a_refusal_is_tried_again_when_its_time_is_over() -> None:
-    shell = Shell(ALL)
-    shell.come()
-    shell.until(on.UpdateAnnounced, "a")
-    shell.feed(on.OfferRefused("a", 1, 1, "no room"))
-    while shell.inbox:
-        shell.feed(shell.inbox.pop(0))
-    assert [c.part.device for c in shell.closes[0].contributions] == ["b", "c"], "nobody else works any more"
-    lonely = Shell(replace(ALL, devices=1))
-    lonely.come("a")
-    lonely.until(on.UpdateAnnounced, "a")
-    lonely.feed(on.OfferRefused("a", 1, 1, "no room"))
-    assert lonely.state.phase is Phase.TRAINING
-    lonely.tick()
-    lonely.until(on.UpdateAnnounced, "a")
-    assert lonely.offered == [("a", 1, 1), ("a", 1, 2)]
-
-
 def test_rankings_and_evaluations_can_be_rare() -> None:
     shell = Shell(job_of(arrivals=3, rounds=7, score_every=3, evaluate_every=4))
     shell.come()
@@ -329,12 +310,3 @@ def test_a_new_description_of_the_model_voids_what_is_under_way() -> None:
     assert shell.state.phase is Phase.FINISHED
     assert old not in {c.basis.ranking for c in shell.closes[-1].contributions}
     assert all(c.basis.round >= 3 for c in shell.closes[-1].contributions)
-
-
-def test_exploration_asks_all_at_once_and_so_not_asynchronously() -> None:
-    coordinator = coordinate(ALL, ARCHITECTURE, State("m0"))
-    explores = replace(coordinator.strategy, explores=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedprune.coordination.base.compose", lambda job: explores)
-        with pytest.raises(ConfigError, match="exploration"):
-            AsynchronousCoordinator(ALL, ARCHITECTURE, State("m0"))

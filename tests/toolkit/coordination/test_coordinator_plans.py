@@ -11,7 +11,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Device, Progress, Task
+from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Activation, Axis, ChannelGroup, Segment, TensorKind, TensorSpec, widths_at
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, predict
@@ -127,44 +127,6 @@ def test_a_board_that_no_width_fits_trains_the_narrowest_with_a_warning() -> Non
     assert devices[-1].widths == widths_at(LARGE, DENSITIES[-1])
     assert devices[-1].plan is not None
     assert "more memory than the board has" in devices[-1].plan["warning"]
-
-
-def test_times_at_other_widths_than_the_plans_are_compared_with_what_it_would_have_said_of_those() -> None:
-    """The device came again, as a board that may send less, after its part in the round was settled."""
-    coordinator = planned_fleet()
-    narrow = predict(ARCHITECTURE, (4,), PI, coordinator.job.recipe, 10).round_bytes
-    weaker = replace(PI, link=replace(PI.link, bytes_per_round=narrow))
-    coordinator.handle(on.DeviceBorn("a", 2, weaker.to_dict(), 10), 0.0)
-    device = coordinator.state.devices["a"]
-    assert (device.widths, coordinator.state.tasks["a"].widths) == ((4,), ARCHITECTURE.sizes)
-    assert device.plan is not None
-    of_plan = device.plan["prediction"]["step_s"]
-    of_task = predict(ARCHITECTURE, ARCHITECTURE.sizes, weaker, coordinator.job.recipe, 10).step_s
-    assert of_task > of_plan
-    play(coordinator, 3.0)
-    assert coordinator.state.tasks["a"].progress is Progress.FOLDED
-    assert device.correction["step"] == pytest.approx(3.0 * of_plan / of_task)
-
-
-def too_slow() -> SynchronousCoordinator:
-    """A fleet after a round that was so slow that no width would be fast enough."""
-    probing = planned_fleet().state.devices["a"].plan
-    assert probing is not None
-    round_s = 1.5 * probing["prediction"]["train_s"] + probing["prediction"]["transfer_s"]
-    coordinator = planned_fleet(deadline_s=round_s)
-    device = coordinator.state.devices["a"]
-    before = device.plan, device.widths
-    play(coordinator, 1e9)
-    device = coordinator.state.devices["a"]
-    assert not device.excluded
-    assert (device.plan, device.widths) == before
-    return coordinator
-
-
-def test_a_device_that_no_width_fits_stays_out_whatever_it_learnt() -> None:
-    coordinator = too_slow()
-    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10**9), 0.0)
-    assert "breaks" in coordinator.state.devices["a"].excluded
 
 
 def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from fedprune.coordination import Phase
-from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from support.fakes.synchronous_shell import Shell
 from support.fakes.tiny_job import JOB, NAMES
@@ -85,19 +84,6 @@ def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
     assert shell.cancelled[-1][:2] == ("a", 1)
 
 
-def test_a_rejected_update_does_not_count() -> None:
-    shell = Shell()
-    shell.arrive()
-    while shell.inbox:
-        event = shell.inbox.pop(0)
-        if isinstance(event, on.Folded) and event.device == "c" and event.round == 1:
-            shell.feed(on.UpdateRejected("c", 1, event.attempt, "not finite"))
-        shell.feed(event)
-
-    assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "b"]
-    assert shell.state.history[0]["devices"]["c"]["reason"] == "not finite"
-
-
 def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> None:
     shell = Shell(replace(JOB, rounds=6, devices=2))
     shell.arrive()
@@ -114,27 +100,6 @@ def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> N
 
     assert not shell.state.devices["c"].excluded
     assert shell.state.devices["c"].widths
-
-
-def test_a_device_that_returns_is_offered_its_round_again() -> None:
-    shell = Shell()
-    shell.arrive()
-    for _ in range(7):
-        shell.feed(shell.inbox.pop(0))
-    task = shell.state.tasks["a"]
-    commands = shell.coordinator.handle(on.DeviceBorn("a", 9, {"name": "toy"}, 10), 1.0)
-
-    assert do.SendOffer("a", 1, task.attempt, task.offer or {}) in commands
-
-
-def test_death_of_an_earlier_session_is_ignored() -> None:
-    shell = Shell(replace(JOB, devices=4))
-    shell.feed(on.DeviceBorn("a", 2, {"name": "toy"}, 10))
-    shell.feed(on.DeviceDied("a", 1))
-    assert shell.state.devices["a"].online
-    shell.feed(on.DeviceDied("a", 2))
-
-    assert not shell.state.devices["a"].online
 
 
 def test_participation_asks_a_keyed_share() -> None:
@@ -156,3 +121,26 @@ def test_a_device_without_a_plan_is_left_out() -> None:
 
     assert shell.state.devices["a"].excluded
     assert shell.state.phase is Phase.WAITING
+
+
+def test_a_rejected_update_does_not_count() -> None:
+    shell = Shell()
+    shell.arrive()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.Folded) and event.device == "c" and event.round == 1:
+            shell.feed(on.UpdateRejected("c", 1, event.attempt, "not finite"))
+        shell.feed(event)
+
+    assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "b"]
+    assert shell.state.history[0]["devices"]["c"]["reason"] == "not finite"
+
+
+def test_death_of_an_earlier_session_is_ignored() -> None:
+    shell = Shell(replace(JOB, devices=4))
+    shell.feed(on.DeviceBorn("a", 2, {"name": "toy"}, 10))
+    shell.feed(on.DeviceDied("a", 1))
+    assert shell.state.devices["a"].online
+    shell.feed(on.DeviceDied("a", 2))
+
+    assert not shell.state.devices["a"].online

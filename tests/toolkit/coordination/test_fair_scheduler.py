@@ -121,9 +121,3 @@ def test_devices_wait_for_who_is_first_in_line_and_not_for_who_needs_too_many() 
     large, small = JobDemand("large", 1.0, 3, 9), JobDemand("small", 1.0, 1, 9)
     assert lending.assign([large, small], "ab", "abc", everybody) == {}
     assert list(lending.assign([large, small], "ab", "ab", everybody)) == ["small"]
-
-
-def test_a_paused_job_and_one_that_fits_nobody_get_nothing() -> None:
-    lending = FairScheduler()
-    jobs = [JobDemand("paused", 0.0, 1, 9), JobDemand("picky", 1.0, 1, 9), JobDemand("plain", 1.0, 1, 9)]
-    assert lending.assign(jobs, "ab", "ab", lambda job, _: job != "picky") == {"plain": ["a", "b"]}

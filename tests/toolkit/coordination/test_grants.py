@@ -15,10 +15,8 @@ from fedprune.jobs.state import Device
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import predict
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
-from fedprune.strategies.shared_core import SharedCore
 from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
 from support.fakes.tiny_job import WIDE
@@ -73,18 +71,6 @@ def test_the_share_of_boards_that_hold_the_core_is_the_jobs_to_say() -> None:
     assert densities(granted(fleet(FLEET), 1, {"core": 0})) == list(FLEET.values())
 
 
-def test_a_board_without_widths_or_excluded_does_not_count_for_the_core() -> None:
-    state = fleet(FLEET | {"e": 0.1, "f": 0.1})
-    state.devices["e"].excluded, state.devices["f"].widths = "it spoils", ()
-    assert densities(granted(state, 1))[:4] == [0.5, 0.5, 0.5, 0.25]
-
-
-@pytest.mark.parametrize(("rounds", "shared"), [(1, 0), (2, 1), (3, 2), (10, 8)])
-def test_the_last_round_is_never_the_cores(rounds: int, shared: int) -> None:
-    core = SharedCore()
-    assert sum(core.shared_in(number, rounds, spent=0) for number in range(1, rounds + 1)) == shared
-
-
 @pytest.mark.parametrize(
     "total",
     [{"total_bytes": 1000}, {"total_macs": 1000}, {"total_hours": 1}, {"total_bytes": 1000, "total_hours": 100}],
@@ -98,18 +84,6 @@ def test_boards_grow_when_most_of_a_total_is_spent_however_many_rounds_there_may
         state.spent_bytes = state.spent_macs = 100 * number
         state.history.append({"at": 360.0 * number})
     assert shared == [True] * 8 + [False] * 2
-
-
-def test_what_a_first_round_s_lost_attempts_have_cost_opens_no_core() -> None:
-    state = fleet(FLEET)
-    state.spent_bytes = 900
-    assert begun(Job(strategy="fedprune", rounds=1000, recipe=MSE, total_bytes=1000), state).core
-
-
-def test_strategies_without_a_core_grant_what_boards_can_hold() -> None:
-    state = fleet(FLEET)
-    job = Job(strategy="heterofl", rounds=10)
-    assert begun(job, state).of(state.devices["a"]) == Grant(NET.sizes, 1.0)
 
 
 def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
@@ -208,33 +182,6 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
     assert (works(1.01), works(2.01), works(100.0)) == (1, 2, 3)
 
 
-def test_work_at_a_core_that_is_narrower_than_the_plan_fits_what_was_planned_for() -> None:
-    job = Job(strategy="fedprune", recipe=MSE, rounds=10)
-    quarter = widths_at(WIDE, 0.25)
-    whole, core = (
-        predict(WIDE, widths, PI, compose(job).planned_recipe(job, "a", widths, 1.0, 10), 10).train_s
-        for widths in (WIDE.sizes, quarter)
-    )
-    recipe = compose(job).planned_recipe(job, "a", WIDE.sizes, 1.0, 10)
-    free = plan(WIDE, PI, recipe, 10, densities=(1.0,))
-
-    def work(spare: float) -> int:
-        state = State(model="m", untrained=True)
-        for name, widths, density in (("a", WIDE.sizes, 1.0), ("b", quarter, 0.25), ("c", quarter, 0.25)):
-            device = Device(session=0, online=True, profile=PI.to_dict(), probe=None, samples=10)
-            device.density, device.widths = density, widths
-            state.devices[name] = device
-        seconds = free.prediction.transfer_s + spare * core
-        made = plan(WIDE, PI, recipe, 10, densities=(1.0,), deadline_s=max(seconds, free.prediction.round_s))
-        state.devices["a"].plan = PackedJson(made.to_dict())
-        grant = begun(job, state, architecture=WIDE).of(state.devices["a"])
-        assert grant.widths == quarter
-        return grant.work
-
-    assert work(0.0) == max(1, min(4, int(whole / core)))
-    assert work(100.0) == 4
-
-
 def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
     job = Job(strategy="fedprune", options={"densities": [1.0, 0.5, 0.5, 0.25]}, devices=4, rounds=10, recipe=MSE)
     coordinator = SynchronousCoordinator(job, WIDE, State(model="m0", untrained=True))
@@ -248,3 +195,9 @@ def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
         n: (t.widths, t.work, t.mixed) for n, t in tasks.items()
     }
     assert coordinator.state.devices["a"].widths == WIDE.sizes, "what it can hold stays as it is"
+
+
+def test_a_board_without_widths_or_excluded_does_not_count_for_the_core() -> None:
+    state = fleet(FLEET | {"e": 0.1, "f": 0.1})
+    state.devices["e"].excluded, state.devices["f"].widths = "it spoils", ()
+    assert densities(granted(state, 1))[:4] == [0.5, 0.5, 0.5, 0.25]

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.coordination.synchronous import WaitQueue
-from fedprune.jobs.state import Device, Progress, State, Task
+from fedprune.jobs.state import State
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB
 
@@ -75,17 +74,3 @@ def test_crashes_change_nothing(in_flight: int, crashes: list[int]) -> None:
     shell.run()
     assert [h["model"] for h in shell.state.history] == [h["model"] for h in expected.state.history]
     assert shell.most <= in_flight
-
-
-@given(st.data(), st.lists(st.sampled_from("abcdefgh"), unique=True), st.sets(st.sampled_from("abcdefgh")))
-def test_everybody_has_one_turn(data: st.DataObject, names: list[str], away: set[str]) -> None:
-    state = State("m")
-    for name in names:
-        state.tasks[name] = Task(1, (8,), progress=Progress.QUEUED)
-        state.devices[name] = Device(1, name not in away, {}, None, 10)
-    line, found = WaitQueue(state), []
-    while some := line.next(data.draw(st.integers(1, 3))):
-        found += some
-        for name in some:
-            state.tasks[name].progress = Progress.EXTRACTING
-    assert found == sorted(names, key=lambda n: (n in away, n))

@@ -22,7 +22,6 @@ from fedprune.coordination.limits import (
     shortened,
     weight_limit,
 )
-from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
@@ -110,14 +109,6 @@ def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> Non
         assert all(moved[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
 
 
-def test_the_reference_follows_honest_boards() -> None:
-    remembered = limits(dict.fromkeys("abcd", 0.1)).reference
-    for _ in range(5):
-        found = limits(dict.fromkeys("abcd", 0.4), remembered)
-        remembered = found.reference
-    assert not any(found.shares.values())
-
-
 def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
     """The bounds of rounds in which every tensor moves as far as its board."""
     remembered: Any = {}
@@ -134,12 +125,6 @@ def test_one_of_two_boards_can_not_have_those_that_join_later_rejected() -> None
     found = played([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
     assert not any(f.rejected for f in found)
     assert not any(found[-1].shares.values())
-
-
-def test_neither_of_two_boards_changes_the_reference_alone() -> None:
-    both = {"a": 0.1, "b": 0.1}
-    for odd in (1e-9, 1e6):
-        assert played([both, *[both | {"b": odd}] * 20])[-1].reference[WHOLE][0] == 0.1
 
 
 LENGTHS = st.floats(-12, 12).map(lambda exponent: 10.0**exponent) | st.just(0.0)
@@ -173,16 +158,6 @@ def test_a_board_counts_for_a_multiple_of_the_median_at_most() -> None:
     assert capped(samples, 4.0) == {**samples, "boast": 440}
     assert capped(samples, 0.0) == samples
     assert capped(samples, 0.0, 105) == {"a": 100, "b": 105, "c": 90, "d": 105, "boast": 105}
-
-
-@given(st.integers(3, 40), st.integers(1, 10**15), st.data())
-def test_no_board_has_more_than_an_equal_share_of_the_upper_half_whatever_it_says(
-    count: int, claim: int, data: st.DataObject
-) -> None:
-    """By default a board counts for the median at most, so that for each one there are half as many like it."""
-    honest = data.draw(st.lists(st.integers(1, 10_000), min_size=count, max_size=count))
-    weights = capped({str(i): n for i, n in enumerate(honest)} | {"hostile": claim}, Job.weight_limit)
-    assert weights["hostile"] * (count // 2 + 1) <= sum(weights.values())
 
 
 @given(st.lists(st.integers(0, 40), min_size=3), st.floats(1, 5), st.integers(0, 100))

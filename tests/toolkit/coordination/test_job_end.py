@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.job_end import early_end
 from fedprune.jobs.job import Job
-from fedprune.updates.privacy import Privacy
 from support.fakes import asynchronous_shell, synchronous_shell
 from support.fakes.asynchronous_shell import job_of
 from support.fakes.coordinator_shell import Shell
@@ -91,15 +90,3 @@ def test_what_a_round_has_seen_stays_spent() -> None:
     shell.feed(on.Closed(0, "m", spent_bytes=5000, spent_macs=7))
     shell.run()
     assert (shell.state.round, shell.state.spent_bytes, shell.state.spent_macs) == (1, 5000, 10)
-
-
-def ended(budget: float = 0.0, foreseen: float = 0.0, rounds: int = 4) -> tuple[Job, State]:
-    privacy = Privacy(clip=1.0, noise_multiplier=1.0, epsilon_budget=budget)
-    history = [{"metrics": {"epsilon_next": foreseen}, "at": 9.0}]
-    return Job(rounds=rounds, privacy=privacy), State("m", round=2, phase=Phase.FINISHED, history=history)
-
-
-def test_a_job_of_all_its_rounds_or_under_way_did_not_end_early() -> None:
-    assert early_end(*ended(8.0, 8.39, rounds=2)) == ""  # the budget is spent, but the job may have no more
-    job, state = ended(8.0, 8.39)
-    assert early_end(job, replace(state, phase=Phase.TRAINING)) == ""

@@ -97,13 +97,6 @@ def test_a_board_that_stayed_connected_is_only_asked_for_the_update_that_it_anno
     assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
 
 
-def test_an_update_that_the_board_still_has_is_pulled_and_counts_once(returned: Returned) -> None:
-    assert returned.offers
-    assert pull_of(returned.first) in returned.pulled(returned.first)
-    assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
-    assert folds(returned.store(returned.first)) == []
-
-
 def test_what_a_board_trains_once_more_is_pulled_instead_of_what_it_has_lost(returned: Returned) -> None:
     second = replace(returned.first, weights={"sha256": "second"}, steps=1)
     assert pull_of(second) in returned.pulled(second)
@@ -124,8 +117,3 @@ def test_the_first_update_counts_where_it_has_arrived_all_the_same(returned: Ret
     assert [type(c) for c in returned.pulled(second) if getattr(c, "device", "") == "a"] == [do.Cancel]
     assert returned.task.weights == returned.first.weights["sha256"]
     assert any(isinstance(c, do.Acknowledge) for c in returned.pulled(returned.first))
-
-
-def test_a_board_that_has_lost_its_update_may_refuse_to_train_again(returned: Returned) -> None:
-    returned.shell.feed(on.OfferRefused("a", returned.first.round, returned.first.attempt, "its samples are gone"))
-    assert returned.task.progress is Progress.REFUSED

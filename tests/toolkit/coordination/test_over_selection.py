@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.coordination.stragglers import ENOUGH, MAX_CUTS, Stragglers
-from fedprune.jobs.state import Device, Progress, State, Task
+from fedprune.coordination.stragglers import ENOUGH, MAX_CUTS
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB
 
@@ -76,34 +74,3 @@ def test_the_model_follows_from_who_counted_alone(order: list[int]) -> None:
     shell.run(rounds=1)
     assert set(shell.counted()[0]) == counted
     assert shell.state.history[0]["model"] == reference.state.history[0]["model"]
-
-
-def test_a_restart_in_the_round_changes_nobody_it_waits_for() -> None:
-    shell = shell_of(fleet(10, slow=3))
-    for _ in range(30):
-        shell.step()
-    wanted = shell.state.target_updates
-    assert wanted == 5
-    assert State.from_json(shell.state.to_json()) == shell.state
-    shell.later.clear()
-    shell.crash()
-    shell.run(rounds=1)
-    assert len(shell.counted()[0]) == wanted
-
-
-@given(st.data(), st.integers(1, 3))
-def test_the_rest_of_a_round_is_what_all_its_parts_say(data: st.DataObject, wanted: int) -> None:
-    state = State(model="m", target_updates=wanted)
-    stragglers, names = Stragglers(state), ["a", "b", "c", "d"]
-    for name in names:
-        missed = data.draw(st.integers(MAX_CUTS - 1, MAX_CUTS))
-        state.devices[name] = Device(1, True, {}, None, 10, missed_rounds=missed)
-        state.tasks[name] = Task(1, ())
-    for _ in range(data.draw(st.integers(1, 12))):
-        name = data.draw(st.sampled_from(names))
-        state.tasks[name].progress = data.draw(st.sampled_from(Progress))
-        counts = Counter(t.progress for t in state.tasks.values())
-        rest = [(n, t) for n, t in sorted(state.tasks.items()) if not t.progress.over]
-        waits = counts[Progress.FOLDED] < wanted or counts[Progress.STORED]
-        waits = waits or any(state.devices[n].missed_rounds >= MAX_CUTS for n, _ in rest)
-        assert stragglers.rest(state.tasks.counts) == ([] if waits else rest)

@@ -14,7 +14,6 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import (
     Architecture,
     kept_share,
-    widths_at,
 )
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
@@ -24,13 +23,11 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET
-from support.fakes.tiny_job import ARCHITECTURE, WIDE
+from support.fakes.tiny_job import WIDE
 
 pytestmark = pytest.mark.board
 
 PI = profile_store.find("raspberry-pi-5")
-HALF = predict(NET, widths_at(NET, 0.5), PI, Recipe(), 10).round_bytes
-"""What a round at half the channels moves."""
 
 
 def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[Plan, Turn]:
@@ -42,12 +39,6 @@ def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) ->
     assert kept_share(net, device.widths) == device.density
     task = coordinator.state.tasks["a"]
     return Plan.from_dict(device.plan), Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
-
-
-def turn_of(strategy: str, options: dict[str, Any], budget: int) -> tuple[Job, Turn]:
-    """A device's part in a job in which a round may move so many bytes."""
-    job = Job(strategy=strategy, options=options, devices=1, rounds=2, byte_budget=budget)
-    return job, turn_in(job)[1]
 
 
 def limited(memory: int, storage: int) -> HardwareProfile:
@@ -94,22 +85,3 @@ def test_a_job_whose_recipe_does_not_go_with_its_strategy_ends_before_anything_i
     job = Job(strategy="fedprune", recipe=Recipe(mask="hard"), devices=1)
     with pytest.raises(ConfigError, match=r"recipe\.ordered_dropout"):
         turn_in(job)
-
-
-@pytest.mark.parametrize("options", [("subflot", {"planned": True, "sar_scale": "literal"}), ("history", {"mu": 2.0})])
-def test_a_planned_devices_pull_goes_by_what_was_pruned(options: tuple[str, dict[str, Any]]) -> None:
-    job, turn = turn_of(*options, budget=HALF)
-    objective = compose(job)
-    assert 0 < turn.density < 1
-    assert objective.recipe(Recipe(), turn).proximal == pytest.approx(2 * (1 - sum(turn.widths) / sum(NET.sizes)))
-
-
-def test_a_planned_devices_outputs_are_scaled_by_what_it_keeps() -> None:
-    job, turn = turn_of("heterofl", {"planned": True}, budget=HALF)
-    scale = compose(job).recipe(Recipe(), turn).scale
-    assert scale == pytest.approx(sum(NET.sizes) / sum(turn.widths)) != 1
-
-
-def test_equal_shares_are_their_density() -> None:
-    assert [kept_share(ARCHITECTURE, widths_at(ARCHITECTURE, d)) for d in (1.0, 0.5, 0.25)] == [1.0, 0.5, 0.25]
-    assert kept_share(NET, NET.sizes) == 1.0

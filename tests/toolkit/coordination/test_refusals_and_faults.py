@@ -47,19 +47,6 @@ def test_a_board_that_refuses_is_left_alone_until_its_time_is_over() -> None:
     assert "c" not in shell.state.tasks, "the last refusal's time is over"
 
 
-def test_a_waiting_refusal_survives_a_restart_and_a_new_connection() -> None:
-    shell = FullDisk()
-    shell.come()
-    while shell.state.round < 5:
-        shell.feed(shell.inbox.pop(0))
-    shell.crash()
-    shell.come("c")
-    while shell.state.round < 20:
-        shell.feed(shell.inbox.pop(0))
-    assert len(shell.refusals) == 1
-    assert shell.state.tasks["c"].deadline is not None
-
-
 class Faulty(Shell):
     """Some updates are at fault in some rounds."""
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedprune.coordination.stragglers import beyond, places
 from support.fakes.timed_shell import Board, begun
 from support.fakes.tiny_job import JOB
 
 pytestmark = pytest.mark.board
-
-
-@given(st.integers(1, 30), st.floats(0.01, 1, allow_nan=False), st.floats(0, 3))
-def test_a_round_asks_at_least_one_device_and_at_most_all(ready: int, share: float, more: float) -> None:
-    count = places(share, ready)
-    asked = beyond(count, more, ready)
-    assert 1 <= count <= asked <= ready
-    assert share * ready <= count + 1e-6 < share * ready + 1 + 2e-6 or count == 1
 
 
 def test_every_round_draws_other_devices_and_the_same_ones_again_with_the_same_seed() -> None:
