@@ -7,8 +7,9 @@ few. Nothing is allocated that a file merely claims: a shape is known before any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,38 @@ def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
+_COMPUTED = frozenset(
+    {
+        *(
+            "Abs",
+            "Add",
+            "And",
+            "Cast",
+            "CastLike",
+            "Ceil",
+            "Concat",
+            "ConstantOfShape",
+            "Div",
+            "Equal",
+            "Exp",
+            "Expand",
+        ),
+        *("Flatten", "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Log", "Max"),
+        *("Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMin"),
+        *("ReduceProd", "ReduceSum", "Reshape", "Sign", "Slice", "Sqrt", "Squeeze", "Sub", "Sum", "Tile", "Transpose"),
+        *("Unsqueeze", "Where"),
+    }
+)
+"""Operators whose few numbers are computed: none needs more room than its inputs and its output."""
+
+
+@cache
+def _reference(operator: str, opset: int) -> Any:
+    """The standard's own implementation of an operator."""
+    from onnx.reference.ops import load_op  # 12 MB: servers, too, import this module
+
+    return load_op("", operator, opset)
+
 
 def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
     """The outputs of an operator on few numbers; empty if it isn't known here."""
@@ -211,118 +244,12 @@ def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
         return {first: np.array(whole[int(node.attrs.get("start", 0)) : node.attrs.get("end")], np.int64)}
     if node.op == "Size":
         return {first: np.array(math.prod(out.shapes[node.inputs[0]]), np.int64)}
-    rule = _NUMBERS.get(node.op)
-    if rule is None or node.domain or len(node.outputs) != 1:
+    if node.op not in _COMPUTED or node.domain or len(node.outputs) != 1:
         return {}
     reads = [out.numbers[i] if i else None for i in node.inputs]
+    attrs = {k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in node.attrs.items()}
     try:
         with np.errstate(all="ignore"):
-            value = rule(node, reads, out.shapes[first], out.dtypes[first])
-    except (ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError, KeyError):
+            return {first: np.asarray(_reference(node.op, graph.opset).eval(*reads, **attrs))}
+    except Exception:  # noqa: BLE001  numbers of an untrusted file, which make no sense
         return {}
-    return {} if value is None else {first: np.asarray(value)}
-
-
-_Number = Callable[[Node, "list[Any]", "tuple[int, ...]", "np.dtype[Any]"], Any]
-
-
-def _slice(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    x, starts, ends, axes, steps = [*reads, None, None][:5]
-    axes = list(range(len(starts))) if axes is None else axes.tolist()
-    steps = [1] * len(axes) if steps is None else steps.tolist()
-    index = [slice(None)] * x.ndim
-    for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps, strict=True):
-        size = x.shape[axis]
-        low = max(start, -size) if step > 0 else start
-        stop = None if step < 0 and end < -size else end
-        index[axis] = slice(low, stop, step)
-    return x[tuple(index)]
-
-
-def _divide(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    a, b = reads
-    if dtype.kind == "f":
-        return a / b
-    if not np.all(b):
-        return None
-    return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
-
-
-def _modulo(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    a, b = reads
-    if dtype.kind != "f" and not np.all(b):
-        return None
-    return np.fmod(a, b) if node.attrs.get("fmod", 0) else np.mod(a, b)
-
-
-def _reduce(function: Callable[..., Any]) -> _Number:
-    def rule(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        axes = reads[1] if len(reads) > 1 else node.attrs.get("axes")
-        if (axes is not None and len(axes) == 0) or (axes is None and node.attrs.get("noop_with_empty_axes")):
-            return None
-        which = None if axes is None else tuple(int(a) for a in axes)
-        return function(reads[0], axis=which, keepdims=bool(node.attrs.get("keepdims", 1)))
-
-    return rule
-
-
-def _cast(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    if dtype.kind not in "fiub" or (dtype.kind in "iu" and not np.isfinite(reads[0]).all()):
-        return None
-    return reads[0].astype(dtype)
-
-
-def _plain(function: Callable[..., Any]) -> _Number:
-    return lambda node, reads, shape, dtype: function(*reads)
-
-
-def _many(function: Callable[..., Any]) -> _Number:
-    def rule(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        value = reads[0]
-        for other in reads[1:]:
-            value = function(value, other)
-        return value
-
-    return rule
-
-
-_NUMBERS: dict[str, _Number] = {
-    **dict.fromkeys(
-        ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"),
-        lambda node, reads, shape, dtype: reads[0].reshape(shape),
-    ),
-    **dict.fromkeys(("Cast", "CastLike"), _cast),
-    **{op: _plain(getattr(np, op.lower())) for op in ("Abs", "Floor", "Ceil", "Sqrt", "Exp", "Log", "Sign")},
-    **{op: _plain(getattr(np, op.lower())) for op in ("Equal", "Less", "Greater", "Where")},
-    "Add": _plain(np.add),
-    "Sub": _plain(np.subtract),
-    "Mul": _plain(np.multiply),
-    "Neg": _plain(np.negative),
-    "LessOrEqual": _plain(np.less_equal),
-    "GreaterOrEqual": _plain(np.greater_equal),
-    "Pow": _plain(np.power),
-    "Not": _plain(np.logical_not),
-    "And": _plain(np.logical_and),
-    "Or": _plain(np.logical_or),
-    "Max": _many(np.maximum),
-    "Min": _many(np.minimum),
-    "Sum": _many(np.add),
-    "Reciprocal": _plain(np.reciprocal),
-    "ReduceProd": _reduce(np.prod),
-    "ReduceSum": _reduce(np.sum),
-    "ReduceMax": _reduce(np.max),
-    "ReduceMin": _reduce(np.min),
-    "Concat": lambda node, reads, shape, dtype: np.concatenate(reads, axis=int(node.attrs["axis"])),
-    "ConstantOfShape": lambda node, reads, shape, dtype: np.full(
-        shape, np.asarray(node.attrs.get("value", np.zeros(1, np.float32))).reshape(-1)[0]
-    ),
-    "Div": _divide,
-    "Expand": lambda node, reads, shape, dtype: np.broadcast_to(reads[0], shape),
-    "Gather": lambda node, reads, shape, dtype: np.take(reads[0], reads[1], axis=int(node.attrs.get("axis", 0))),
-    "Mod": _modulo,
-    "Range": lambda node, reads, shape, dtype: reads[0] + np.arange(shape[0]) * reads[2],
-    "Slice": _slice,
-    "Tile": lambda node, reads, shape, dtype: np.tile(reads[0], reads[1]),
-    "Transpose": lambda node, reads, shape, dtype: np.transpose(reads[0], node.attrs.get("perm")),
-}
-"""How few numbers are computed: by node, inputs, and shape and type of the output."""

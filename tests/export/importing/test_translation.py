@@ -69,6 +69,11 @@ def test_attention_is_products_whose_heads_can_be_cut(further: tuple[str, ...], 
     training_graph(model, Features())
 
 
+def test_a_crop_is_its_definition() -> None:
+    found = ops(lambda g: g.emit("CenterCropPad", "image", g.ints(2, 7), attrs={"axes": [1, 2]}), (5, 4), 14, 18)
+    assert set(found) <= {"Pad", "Slice"}
+
+
 @pytest.mark.parametrize(("opset", "size"), [(18, 2), (20, 2), (21, 4), (23, 4)])
 def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None:
     graph = Graph(inputs=[Port("image", F32, ("batch", 4, 3, 3))], opset=opset)
