@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import insecure_allowed
@@ -17,11 +18,13 @@ from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.server_config import HTTPS, S3, ServerConfig
 from fedprune_server.enrollment.host_names import addresses_of, names_of
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.transfer.http_server import BlobServer, ServedJob, shut
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.s3_uploads import S3Uploads
 from fedprune_server.transfer.upload_place import UploadPlace
-from fedprune_server.transfer.web_uploads import HttpUploads
+from fedprune_server.transfer.web_uploads import HttpUploads, ServedJob
+
+if TYPE_CHECKING:
+    from fedprune_server.transfer.http_server import BlobServer
 
 log = logging.getLogger("fedprune.server")
 
@@ -70,6 +73,8 @@ def web_blobs(
     if place is None:
         yield WebBlobs(config.blobs_at, None, uploads)
         return
+    from fedprune_server.transfer.http_server import BlobServer  # uvicorn takes a moment to import
+
     host, port = place
     context = None
     if identity is None:
@@ -89,7 +94,7 @@ def web_blobs(
 
 
 def _to_server(url: str, wake: Callable[[], None], shipping: BucketSync) -> HttpUploads:
-    return HttpUploads(shipping.near, url, shut, wake)
+    return HttpUploads(shipping.near, url, wake)
 
 
 def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
@@ -117,7 +122,9 @@ def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Calla
 
 def _context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A session that is resumed shows no certificate, so that one that was revoked meanwhile would not be noticed.
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0
     context.load_cert_chain(certificate, key)
     context.load_verify_locations(cafile=str(authority))
     context.load_verify_locations(cafile=str(crl))

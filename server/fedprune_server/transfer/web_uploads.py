@@ -8,13 +8,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.messages import UploadRequest
 from fedprune.wire.urls import BlobUrl
-from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
+from fedprune_server.transfer.upload_place import ByteCounter, UploadEnd, UploadPlace
+
+
+class Connection(Protocol):
+    """A connection of the web server."""
+
+    def cut(self) -> None:
+        """End it, from any thread."""
 
 
 @dataclass(eq=False)
@@ -23,7 +30,7 @@ class Awaited:
 
     device: str
     ref: BlobRef
-    connection: Any = None
+    connection: Connection | None = None
     arrived: int = 0
 
 
@@ -33,16 +40,13 @@ class HttpUploads(UploadPlace):
     Args:
         store: Where they are stored.
         url: The web server's address.
-        cut: Ends a connection, from any thread.
         wake: Lets the loop collect ends, from any thread.
     """
 
-    def __init__(
-        self, store: BlobStore, url: str, cut: Callable[[Any], None], wake: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, store: BlobStore, url: str, wake: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.store = store
-        self._url, self._cut, self._wake = BlobUrl.parse(url), cut, wake
+        self._url, self._wake = BlobUrl.parse(url), wake
         self._lock = threading.Lock()
         self._awaited: dict[str, Awaited] = {}
 
@@ -57,7 +61,7 @@ class HttpUploads(UploadPlace):
         with self._lock:
             known = self._awaited.pop(device, None)
         if known is not None and known.connection is not None:
-            self._cut(known.connection)
+            known.connection.cut()
 
     def reported(self, device: str) -> None:
         """A success that this server has not seen: another server answered."""
@@ -77,14 +81,14 @@ class HttpUploads(UploadPlace):
             known = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
         return next((a for a in known if a is not None and a.ref.sha256 == sha256), None)
 
-    def begin(self, awaited: Awaited, connection: Any) -> None:
+    def begin(self, awaited: Awaited, connection: Connection) -> None:
         """A connection begins to upload, from the beginning; an earlier one is cut."""
         with self._lock:
             before, awaited.connection, awaited.arrived = awaited.connection, connection, 0
         if before is not None:
-            self._cut(before)
+            before.cut()
 
-    def note_progress(self, awaited: Awaited, connection: Any, arrived: int) -> bool:
+    def note_progress(self, awaited: Awaited, connection: Connection, arrived: int) -> bool:
         """Note what has arrived on a connection; whether more may come."""
         with self._lock:
             if awaited.connection is connection:
@@ -101,3 +105,34 @@ class HttpUploads(UploadPlace):
                 del self._awaited[awaited.device]
         self._ends.put(UploadEnd(awaited.device, awaited.ref, stored))
         self._wake()
+
+
+class ServedJob:
+    """The blobs that the devices of a job may fetch and upload.
+
+    Args:
+        may_fetch: Whether a device, or without certificates any device, may have a blob; called from any thread.
+        place: Where devices upload updates; this server takes in only those of `HttpUploads`.
+        pulls: How many uploads are awaited at a time.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        may_fetch: Callable[[str | None, str], bool],
+        place: UploadPlace | None = None,
+        pulls: int = 0,
+    ) -> None:
+        self.store, self.may_fetch = store, may_fetch
+        self.uploads = place if isinstance(place, HttpUploads) else None
+        self.connections = 0 if self.uploads is None else pulls
+        self._sent = ByteCounter()
+
+    def count(self, device: str | None, size: int) -> None:
+        """Bytes were sent, to a device if it is known which."""
+        if device is not None:
+            self._sent.add(device, size)
+
+    def taken(self) -> dict[str, int]:
+        """Bytes of blobs that were sent to devices since this was last asked."""
+        return self._sent.taken()

@@ -16,9 +16,7 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
-from fedprune.core.errors import FedpruneError
 from fedprune.core.tensorfile import float32_array
-from fedprune.core.validation import is_digest
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.planning.latency_model import LatencyTable, typical_table
@@ -72,8 +70,6 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl, BrokerUrl, UploadUrl
 from fedprune_device.training.local_update import unpacked as offered
-from fedprune_server.transfer.http_server import BlobHandler, ServedJob
-from fedprune_server.transfer.web_uploads import HttpUploads
 from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -115,7 +111,6 @@ def wire_targets() -> tuple[Target, ...]:
         Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
         Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
         Target("wire.upload's address", as_text(UploadUrl.parse), _upload_urls(), text=True, share=2),
-        Target("wire.request for a blob", _requested, _requests(), errors=(FedpruneError, ConnectionError), share=0.5),
         Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
         Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
         Target("wire.profile", as_object(HardwareProfile.from_dict), _profiles(), text=True),
@@ -243,71 +238,6 @@ def _web_urls() -> tuple[bytes, ...]:
 
 def _upload_urls() -> tuple[bytes, ...]:
     return b"https://models.example:8443/a%20b/c.d?X-Amz-Signature=0%2F1&b=c", b"http://127.0.0.1:8080/ab/cd"
-
-
-def _requests() -> tuple[bytes, ...]:
-    path = f"/lab/{REF.sha256[:2]}/{REF.sha256}"
-    first = f"GET {path} HTTP/1.1\r\nHost: a\r\nRange: bytes=5-70000\r\nAccept-Encoding: identity\r\n\r\n"
-    upload = f"PUT /lab/{UPLOADED.sha256[:2]}/{UPLOADED.sha256} HTTP/1.1\r\nContent-Length: 6\r\n\r\nupdate"
-    return (
-        first.encode(),
-        upload.encode(),
-        f"{first}HEAD {path}.leaves HTTP/1.1\r\n\r\n".encode(),
-        b"GET / HTTP/1.0\r\n\r\n",
-    )
-
-
-class _Client:
-    """In the place of a socket: what it sends, and how much it got."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.raw, self.got = raw, 0
-
-    def makefile(self, *_: object) -> io.BytesIO:
-        return io.BytesIO(self.raw)
-
-    def sendall(self, data: bytes) -> None:
-        self.got += len(data)
-
-    def settimeout(self, seconds: float) -> None:
-        pass
-
-    def setsockopt(self, *_: object) -> None:
-        pass
-
-
-class _Shelf:
-    """In the place of a web server of blobs."""
-
-    def __init__(self) -> None:
-        self.store = BlobStore(scratch() / "shelf", durable=False)
-        self.store.put(BLOB)
-        self.asked: list[str] = []
-        uploads = HttpUploads(self.store, "http://127.0.0.1:1", lambda client: None)
-        uploads.ask("pi", UPLOADED)
-        self.jobs = [ServedJob(self.store, self.allowed, uploads)]
-
-    def allowed(self, device: str | None, sha256: str) -> bool:
-        self.asked.append(sha256)
-        return sha256 == REF.sha256
-
-    def expect(self, client: object, seconds: float, *, waits: bool) -> None:
-        pass
-
-    def count(self, **sizes: int) -> None:
-        pass
-
-
-def _requested(raw: bytes) -> object:
-    """Requests to the web server of blobs: it looks for digests alone, gives no more than it is asked for, and keeps
-    nothing but the update that it awaits."""
-    client, shelf = _Client(raw), _Shelf()
-    BlobHandler(client, ("", 0), shelf)  # type: ignore[arg-type]
-    if set(shelf.store.names()) - {REF.sha256, UPLOADED.sha256} or list((shelf.store.root / "tmp").iterdir()):
-        raise ValueError("it has kept something else")
-    if not all(map(is_digest, shelf.asked)) or client.got > (raw.count(b"\n") + 1) * (len(BLOB) + 1000):
-        raise ValueError(f"{client.got} bytes for {shelf.asked}")
-    return client.got
 
 
 def _profiles() -> tuple[bytes, ...]:
