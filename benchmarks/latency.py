@@ -48,12 +48,12 @@ STEPS, PREDICTIONS = 5, 15
 
 def nets() -> dict[str, Any]:
     """Torch modules by name."""
-    from benchmarks.planner import nets as planned
+    from benchmarks.step_nets import network
     from support.nets import published_nets as zoo
     from support.nets import small_nets as shared
 
     return {
-        "LeNet": planned()["LeNet"],
+        "LeNet": network("lenet"),
         "ResNet20": shared.resnet20_bn(),
         "MobileNetV2": zoo.timm_model("mobilenetv2_100", 64),
     }

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fedprune_export as fx
 from benchmarks.harness import run_cases
+from benchmarks.tasks.nets import Characters
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import memory_use
 from fedprune.planning.costs import costs_at
 
-LAYERS, WIDTH, HEADS, WORDS, LENGTH = 12, 768, 12, 8000, 32
+LAYERS, WIDTH, WORDS, LENGTH = 12, 768, 8000, 32
 RANK, BATCH, STEPS = 8, 2, 4
 
 _CHILD = """
@@ -38,40 +39,14 @@ raise SystemExit(code)
 """
 
 
-class Block(nn.Module):
-    """Attention to earlier places, and two linear layers."""
+class Decoder(Characters):
+    """A large one, of words."""
+
+    input_shape = (LENGTH,)
 
     def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        y = self.norm1(x)
-        q, k, v = (f(y).reshape(n, length, HEADS, width // HEADS).transpose(1, 2) for f in (self.q, self.k, self.v))
-        seen = torch.full((length, length), -1e9).triu(1)
-        shares = torch.softmax(q @ k.transpose(2, 3) * (width // HEADS) ** -0.5 + seen, -1)
-        x = x + self.o((shares @ v).transpose(1, 2).reshape(n, length, width))
-        made: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-        return made
-
-
-class LanguageModel(nn.Module):
-    """A decoder that predicts the next token at every place."""
-
-    input_shape, input_dtype = (LENGTH,), torch.int64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.02)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.head(self.norm(self.blocks(self.words(x) + self.places))).transpose(1, 2)
-        return made
+        super().__init__(WORDS, WIDTH, LAYERS)
+        self.place = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
 
 
 def write_samples(folder: Path) -> None:
@@ -86,7 +61,7 @@ def measure(base: str) -> dict[str, Any]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         write_samples(Path(name))
-        return trained(LanguageModel(), base, Path(name))
+        return trained(Decoder(), base, Path(name))
 
 
 def trained(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:

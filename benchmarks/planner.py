@@ -61,19 +61,15 @@ def nets() -> dict[str, Any]:
     """Torch modules by name: those that the tests share, some of them wider."""
     from torch import nn
 
+    from benchmarks.step_nets import network
     from support.nets import small_nets as shared
 
-    lenet = nn.Sequential(  # of federated learning's papers: 32 and 64 channels, 512 hidden units
-        *(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(64 * 49, 512), nn.ReLU(), nn.Linear(512, 10)),
-    )
     channels = ((6, 64), (64, 96), (96, 128))
     convolutions = [m for a, b in channels for m in (nn.Conv1d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool1d(2))]
     signals = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU(), nn.Linear(256, 6))
-    lenet.input_shape, signals.input_shape = (1, 28, 28), (6, 128)  # type: ignore[assignment]
+    signals.input_shape = (6, 128)  # type: ignore[assignment]
     made = (
-        lenet, shared.lenet(), shared.VGG11(width=1.0), shared.resnet20_bn(), shared.concat_net(), signals,
+        network("lenet"), shared.lenet(), shared.VGG11(width=1.0), shared.resnet20_bn(), shared.concat_net(), signals,
     )  # fmt: skip
     return dict(zip(NETS, made, strict=True))
 

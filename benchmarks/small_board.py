@@ -117,7 +117,7 @@ def job_on_board(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, An
         waited(lambda: "connected" in place.said("zero"), "the board's connection")
         time.sleep(IDLE_S)
         before, _ = memory(board.pid)
-        place.server(config, None, "--verbose")  # with every limit of the plan
+        place.server(config, "--verbose")  # with every limit of the plan
         loaded = 0
         while "is finished" not in place.said("server"):
             if board.poll() is not None:

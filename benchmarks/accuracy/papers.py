@@ -64,7 +64,6 @@ _SCORES = tuple(
 CA_HFP = Protocol(
     "ca-hfp-scores",
     "CA-HFP: scores and reconstruction at equal density",
-
     "cifar10",
     {"partition": "dirichlet", "alpha": 1.0, "devices": 10, "most": 6_000, "pool": 2, "pooled": False, "test": 0.1,
      "standardise": True, "least": 40},
@@ -74,9 +73,7 @@ CA_HFP = Protocol(
     (
         *_SCORES,
         Method("curvature signed", "ca-hfp", {"form": "signed"}),
-        Method(
-            "fedavg", "fedavg", {}, {"evaluate_every": 1}, densities=False
-        )
+        Method("fedavg", "fedavg", {}, {"evaluate_every": 1}, densities=False),
     ),
     densities=(0.5,),
     boards=_WORKSTATION,
@@ -172,7 +169,6 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
 PR_FL_FULL = Protocol(
     "pr-fl-cifar10-full",
     "PR-FL's time to accuracy on CIFAR-10 at full size",
-
     "cifar10",
     {"partition": "dirichlet", "alpha": 1.0, "devices": 10, "pooled": False, "test": 0.02, "validation": 0.05,
      "standardise": True, "ascending": True, "least": 40},
@@ -268,7 +264,6 @@ FEDOBP_SMALL = replace(
 AUTOFLIP_FULL = Protocol(
     "autoflip-full",
     "AutoFLIP on CIFAR-10 at full size",
-
     "cifar10",
     {"partition": "pathological", "classes": 2, "devices": 20, "pooled": False, "test": 0.2, "validation": 0.1,
      "standardise": True},
@@ -280,13 +275,7 @@ AUTOFLIP_FULL = Protocol(
         Method("autoflip", "autoflip", densities=False),
         Method("autoflip warm", "autoflip", {"warm_start": "explored_mean"}, densities=False),
         Method("autoflip masks", "autoflip", {"structured": False}, densities=False),
-        Method(
-            "autoflip 95 %",
-            "autoflip",
-            {"masked_share": 0.95},
-            densities=False
-
-        )
+        Method("autoflip 95 %", "autoflip", {"masked_share": 0.95}, densities=False),
     ),
     densities=(1.0,),
     boards=_WORKSTATION,

@@ -25,16 +25,12 @@ def main() -> int:
     parser.add_argument("--arrivals", type=float, default=500.0, help="devices that connect in a second (default: 500)")
     parser.add_argument("--pulls", type=int, default=4, metavar="N", help="the server's setting `pulls` (default: 4)")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="run the server under cProfile, and write FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder, and leave everything there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")
     options = parser.parse_args()
     rows = []
     for devices in options.devices:
-        profile = None if options.profile is None else options.profile.resolve()
-        size = Size(
-            devices, options.rounds, options.scale, options.arrivals, options.pulls, options.limit, profile=profile
-        )
+        size = Size(devices, options.rounds, options.scale, options.arrivals, options.pulls, options.limit)
         with TemporaryDirectory() as name:
             folder = Path(name) if options.keep is None else (options.keep / str(devices)).resolve()
             folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,6 @@ class Size:
         pulls: From how many devices the server fetches updates at a time.
         limit_s: Seconds after which the run is given up.
         seed: Keys the fleet and its noise.
-        profile: A file for what cProfile finds in the server, or None.
     """
 
     devices: int
@@ -49,7 +48,6 @@ class Size:
     pulls: int = 4
     limit_s: float = 3600.0
     seed: int = 0
-    profile: Path | None = None
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls)
         began = time.time()
         place.broker()
-        place.server(config, size.profile)
+        place.server(config)
         place.look()
         before = place.watched["server"].cpu_s
         results = _swarm(place, size)

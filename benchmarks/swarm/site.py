@@ -103,15 +103,14 @@ class Site:
                 raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.said("broker"))
             time.sleep(0.05)
 
-    def server(self, config: Path, profile: Path | None = None, *options: str) -> None:
-        """Start the server, under cProfile where `profile` says where its numbers shall go.
+    def server(self, config: Path, *options: str) -> None:
+        """Start the server, with further options of `run`.
 
         Raises:
             FedpruneError: It ends before it is connected.
         """
-        python = [sys.executable, *([] if profile is None else ["-m", "cProfile", "-o", str(profile)])]
         module = ["-m", "fedprune_server.cli.main", "run", "--config", str(config), "--insecure", *options]
-        process = self.start("server", [*python, *module])
+        process = self.start("server", [sys.executable, *module])
         until = time.monotonic() + _START_S
         while "connected to the broker" not in self.said("server"):
             if process.poll() is not None or time.monotonic() > until:
