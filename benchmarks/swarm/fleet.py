@@ -133,12 +133,6 @@ class Fleet:
         return {"sent": sum(x.sent for x in links), "received": sum(x.received for x in links)}
 
 
-def usage() -> dict[str, float]:
-    """CPU seconds of this process and its largest memory, in bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"cpu_s": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
-
-
 def fail_loudly() -> None:
     """Let the process end at an error in a connection's callback, which asyncio would only log."""
 
@@ -169,7 +163,6 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         "ledger": fleet.ledger(),
         "lost": fleet.lost,
         "traffic": fleet.traffic(),
-        **usage(),
     }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.swarm.board import Board
-from benchmarks.swarm.fleet import Fleet, fail_loudly, usage
+from benchmarks.swarm.fleet import Fleet, fail_loudly
 from benchmarks.swarm.mqtt import Session
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.wire.messages import Accepted, Cancelled, Update, parse
@@ -108,7 +108,6 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         "ledger": fleet.ledger(),
         "lost": fleet.lost,
         "traffic": fleet.traffic(),
-        **usage(),
     }
 
 
