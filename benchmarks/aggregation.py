@@ -141,7 +141,7 @@ def main() -> None:
     runs = {name: make(given) for name, (make, given) in ways.items()}
     seconds = in_turns(runs, REPEATS)
     rows = []
-    for name, (make, given) in ways.items():
+    for name, (_, given) in ways.items():
         middle = statistics.median(seconds[name])
         received = sum(value.size for _, part, _ in given for value in part.values())
         rows.append(
@@ -152,7 +152,6 @@ def main() -> None:
                 "ns_per_received_parameter": middle * 1e9 / received,
                 "to_plain": ratio(seconds[name], seconds[REFERENCE]) * CLIENTS / len(given),
                 "peak_mb": peak_mb(runs[name]),
-                "peak_mb_of_fleet": peak_mb(make(given * (FLEET // CLIENTS))) if name in whole_models else None,
             }
         )
     body = {"setting": setting("flwr", "numba"), "parameters": SIZE, "clients": CLIENTS, "rows": rows}

@@ -1,4 +1,4 @@
-"""Codecs of what travels: what each costs in accuracy and saves in bytes, and how long it takes.
+"""Codecs of what travels: what each costs in accuracy and saves in bytes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.compression
 
@@ -8,22 +8,16 @@ server and boards run their own code.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.harness import RESULTS, in_turns, run_cases, save
+from benchmarks.harness import run_cases
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.updates import Codec, decode, encode
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import deal, digits_model
@@ -86,43 +80,6 @@ def run(seed: int, update: str, weights: str) -> dict[str, Any]:
     }
 
 
-def times() -> list[dict[str, Any]]:
-    """Milliseconds to encode and decode an update of the CIFAR-10 net, medians."""
-    from benchmarks.accuracy import nets
-
-    model = nets.model("small_cnn", (3, 16, 16), 10, 0)
-    trained = {t.name for t in model.architecture.trainable}
-    rng = np.random.default_rng(0)
-    sent = {n: np.asarray(v, np.float32) for n, v in model.tensors.items()}
-    new = {n: (v + 0.003 * rng.standard_t(4, v.shape)).astype(np.float32) for n, v in sent.items()}
-    rows = []
-    for text in sorted({up for up, _ in SETTINGS} - {"none"}):
-        codec = Codec.parse(text)
-        if codec is None:
-            continue
-        raw, _ = encode(codec, new, sent, trained)
-        taken = in_turns(
-            {
-                "encode_ms": partial(encode, codec, new, sent, trained),
-                "decode_ms": partial(decode, codec, raw, sent, trained),
-            },
-            turns=9,
-        )
-        plain = len(tensorfile.encode(new))
-        rows.append(
-            {"codec": text, "bytes": len(raw), "plain": plain}
-            | {k: 1e3 * statistics.median(v) for k, v in taken.items()}
-        )
-    return rows
-
-
-def main() -> None:
-    cases = [{"seed": seed, "update": up, "weights": down} for up, down in SETTINGS for seed in range(SEEDS)]
-    run_cases("compression", __doc__, cases, run, "onnxruntime")
-    path = RESULTS / "compression.json"
-    if path.exists() and "times" not in (body := json.loads(path.read_text())):
-        save(path, {**body, "times": times()})
-
-
 if __name__ == "__main__":
-    main()
+    wanted = [{"seed": seed, "update": up, "weights": down} for up, down in SETTINGS for seed in range(SEEDS)]
+    run_cases("compression", __doc__, wanted, run, "onnxruntime")

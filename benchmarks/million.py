@@ -368,8 +368,6 @@ def simulated(case: Case, net: str) -> dict[str, Any]:
         "us_per_update": round(spent / max(1, shell.updates), 1),
         "updates": shell.updates,
         "turns": shell.turns,
-        "connected": state.devices.count(True),
-        "known": len(state.devices),
         "peak_mb": round(peak),
         "fleet_mb": round(fleet - base),
         "base_mb": round(base),

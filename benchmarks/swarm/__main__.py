@@ -25,16 +25,13 @@ def main() -> int:
     parser.add_argument("--arrivals", type=float, default=500.0, help="devices that connect in a second (default: 500)")
     parser.add_argument("--pulls", type=int, default=4, metavar="N", help="the server's setting `pulls` (default: 4)")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder, and leave everything there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the records there, and leave the results alone")
     options = parser.parse_args()
     rows = []
     for devices in options.devices:
         size = Size(devices, options.rounds, options.scale, options.arrivals, options.pulls, options.limit)
-        with TemporaryDirectory() as name:
-            folder = Path(name) if options.keep is None else (options.keep / str(devices)).resolve()
-            folder.mkdir(parents=True, exist_ok=True)
-            rows.append(measure(size, folder))
+        with TemporaryDirectory() as folder:
+            rows.append(measure(size, Path(folder)))
         print(json.dumps(rows[-1]), flush=True)
     about = setting("paho-mqtt", "SQLAlchemy") | {"broker": broker_version()}
     settings = {name: getattr(options, name) for name in ("devices", "scale", "arrivals", "pulls")}

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -78,20 +77,18 @@ def run_all(
     begin: Callable[[Case], tuple[Any, ...] | None],
     end: Callable[[Case, dict[str, Any]], None],
     workers: int,
-    seconds: float,
 ) -> bool:
     """Run cases beside each other, each in a process of its own. Returns whether all have ended well.
 
     Args:
         begin: Arguments of a case's run; None while it can't begin.
         end: Takes a run's numbers.
-        seconds: No run begins after so many.
     """
-    waiting, failed, until = list(cases), False, time.monotonic() + seconds
+    waiting, failed = list(cases), False
     running: dict[Future[dict[str, Any]], Case] = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         while True:
-            for case in list(waiting) if time.monotonic() < until else ():
+            for case in list(waiting):
                 if len(running) < workers and (arguments := begin(case)) is not None:
                     running[pool.submit(run, *arguments)] = case
                     waiting.remove(case)
@@ -115,7 +112,6 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--seeds", type=_list_of("0123456789"), default=["0", "1", "2"], metavar="SEED,...")
     parser.add_argument("--workers", type=int, default=1, help="how many runs at a time")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so many seconds")
     parser.add_argument("--rounds", type=int, default=0, help="fewer or more rounds, for a look")
     parser.add_argument("--changes", type=json.loads, default={}, metavar="JSON", help="other settings, for a look")
     parser.add_argument("--picture", action="store_true", help="draw how far methods end from FedAvg")
@@ -146,7 +142,7 @@ def main() -> int:
         if not look:
             results.add(case, numbers)
 
-    well = run_all(cases, begin, end, options.workers, options.seconds)
+    well = run_all(cases, begin, end, options.workers)
     if not look:
         for path, text in docs_pages(results.body, DOCS).items():
             path.write_text(text)
