@@ -220,6 +220,7 @@ def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> N
         ({"ranking": "curvature"}, "ranking"),
         ({"dropout": ["half"]}, "dropout"),
         ({"ranking": "nested", "dropout": []}, "ranking"),
+        ({"core": 0.5, "dropout": [0.5]}, "core"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:

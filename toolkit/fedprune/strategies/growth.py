@@ -21,7 +21,7 @@ SCORE = "score"
 """Entry of `Device.allocation`: the device's last score."""
 
 FLOOR = "floor"
-"""Entry of `Device.allocation` and `State.allocation`: ρ_min,i and ρ_min, which only rise."""
+"""Entry of `State.allocation`: ρ_min, which only rises."""
 
 _WATCH, _GRANTED, _FROZEN, _DONE = "watch", "granted", "frozen", "done"
 """Further entries: what early stopping remembers, a device's density, whether stage 1 is over, and all training."""
@@ -35,7 +35,7 @@ class Recovery:
     """Growth by early stopping.
 
     At every check each device's own score and the mean score are looked at. A device's that has not become better in P
-    checks lets the device grow: ρ_min,i ← ρ_i + Δρ, ρ_i ← max(ρ_i, ρ_min,i). The mean score lets the floor of all grow.
+    checks lets the device grow: ρ_i ← ρ_i + Δρ. The mean score lets the floor of all grow.
     When all have all of the model, and the mean score does not become better in 8·P checks, training is done.
 
     The mean is over devices' validation samples, each device by its samples, without the quarter with the lowest and
@@ -82,7 +82,6 @@ class Recovery:
             device.allocation = {**device.allocation, _WATCH: seen}
             if fired and device.density < 1:
                 grows[name] = self.grown(device.density)
-                device.allocation = {**device.allocation, FLOOR: grows[name]}
         lifted = self._review_whole(state, part, least)
         for name, device in part.items():
             if max(device.density, grows.get(name, 0.0)) < lifted:
@@ -155,7 +154,7 @@ Start = Fixed | Tiers
 class TimeDriven(Allocator):
     """Densities at which all devices take equally long (PR-FL, stage 1), then growing ones (stage 2).
 
-    Every I rounds ρ_i ← clip(ρ_i·T / t_i, ρ_min,i, 1), with t_i the mean of the last I times from offer to update at
+    Every I rounds ρ_i ← clip(ρ_i·T / t_i, ρ_min, 1), with t_i the mean of the last I times from offer to update at
     the present density, and T = min_j t_j / ρ_j: what the fastest would take for the whole model. That is the paper's
     min_j t_j / t_i, of times as they would be without pruning. Whoever is faster than T gets more of the model again,
     so that a density comes back when a slow link has recovered, and the fastest has all of it, however small they have
@@ -191,14 +190,14 @@ class TimeDriven(Allocator):
         if granted is None:
             self.start.admit(fleet, name, known)
             granted = device.density
-        self._grant(fleet, name, max(float(granted), self._least(fleet, name)))
+        self._grant(fleet, name, max(float(granted), self._least(fleet)))
 
     def open(self, fleet: Fleet) -> bool:
         """In the first round the start deals out what it deals by names; later nothing changes here."""
         if fleet.state.round > 1 or not self.start.open(fleet):
             return False
         for name, device in fleet.state.devices.items():
-            self._grant(fleet, name, max(device.density, self._least(fleet, name)))
+            self._grant(fleet, name, max(device.density, self._least(fleet)))
         return True
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
@@ -239,7 +238,7 @@ class TimeDriven(Allocator):
         whole, changed = min(seconds / present[name] ** self.power for name, seconds in means.items()), False
         for name, seconds in means.items():
             density = balanced(present[name], whole / seconds, self.power)
-            changed |= self._grant(fleet, name, min(1.0, max(density, self._least(fleet, name))))
+            changed |= self._grant(fleet, name, min(1.0, max(density, self._least(fleet))))
         return changed
 
     def _lowest(self, fleet: Fleet) -> float:
@@ -250,10 +249,9 @@ class TimeDriven(Allocator):
         held = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)
         return max(self.floor, min(held, default=0.0))
 
-    def _least(self, fleet: Fleet, name: str) -> float:
-        """The device's floor: what it was given to grow, and what all have."""
-        grown = (fleet.state.allocation, fleet.state.devices[name].allocation)
-        return max(self.floor, *(float(allocation.get(FLOOR, 0.0)) for allocation in grown))
+    def _least(self, fleet: Fleet) -> float:
+        """The floor of all. What a device was given to grow needs none: once one has grown, no density falls."""
+        return max(self.floor, float(fleet.state.allocation.get(FLOOR, 0.0)))
 
     def _grant(self, fleet: Fleet, name: str, density: float) -> bool:
         device = fleet.state.devices[name]
