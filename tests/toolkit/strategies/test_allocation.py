@@ -130,6 +130,7 @@ def test_whoever_has_learnt_what_it_can_grows_until_all_have_all() -> None:
     assert path[0] == [0.5, 0.5, 1.0]
     assert sorted({tuple(p) for p in path}) == [(0.5, 0.5, 1.0), (0.75, 0.75, 1.0), (1.0, 1.0, 1.0)]
     assert path == sorted(path)
+    assert path.count([0.75, 0.75, 1.0]) == 2, "P checks at every density"
     assert not allocator.done(fleet) or densities(fleet) == [1.0, 1.0, 1.0]
     still(allocator, fleet, 20)
     assert allocator.done(fleet)
