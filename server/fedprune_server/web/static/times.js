@@ -1,4 +1,4 @@
-// Times as how long ago they are, kept true while the page stands open. The words are those of phrases.py.
+// Times as how long ago they are, kept true while the page stands open. The words are those of formatting.py.
 
 const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 let ahead = 0; // the server's clock less this machine's, in seconds

@@ -47,8 +47,6 @@ ASKED_AGAIN_S = 15.0
 COVERAGE_AGAIN_S = 60.0
 _PATIENCE_S = 2.0
 
-THEME_COOKIE = "fedprune_theme"
-_THEMES = ("light", "dark")
 _FILTERS = ("state", "profile", "job", "status", "online")
 _PLACES = (
     ("/", "Overview"), ("/fleet", "Fleet"), ("/rounds", "Rounds"), ("/rollouts", "Rollouts"), ("/alerts", "Alerts"),
@@ -139,11 +137,9 @@ class Pages:
     def _page(self, request: Request, name: str, status: int, **shown: Any) -> HTMLResponse:
         # Without a login a browser doesn't learn whose console this is.
         site = self._console.view.site if request.state.session is not None else None
-        theme = request.cookies.get(THEME_COOKIE, "")
         text = self._templates.get_template(f"{name}.html").render(
             site=site,
             site_name=site["site"] if site else "console",
-            theme=theme if theme in _THEMES else "auto",
             now=time.time(),
             **shown,
         )
