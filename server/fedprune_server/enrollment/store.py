@@ -7,7 +7,7 @@ written. A transaction is durable before the server acts on it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,7 +26,6 @@ from fedprune.core.errors import (
 from fedprune.security.certificates import key_digest, read_certificate, request_key, seconds_of
 from fedprune.security.joining import Claim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
-from fedprune_server.enrollment.member_keys import MemberKeys
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.tables import (
     ANSWERS,
@@ -97,7 +96,7 @@ class IdentityStore:
 
     def __init__(self, database: Database | None) -> None:
         self._database = database
-        self._known = "", MemberKeys()
+        self._known: tuple[str, Mapping[str, str]] = "", {}
 
     @property
     def shared(self) -> bool:
@@ -226,11 +225,11 @@ class IdentityStore:
         found = self._rows(sql.select(_M.key).where(_M.device == device, _M.status == APPROVED))
         return str(found[0].key) if found else None
 
-    def members(self) -> MemberKeys:
+    def members(self) -> Mapping[str, str]:
         """Keys of the approved devices by name; the same object for all callers until they change."""
         version = self.version()  # read first: what changes in between is read again by the next call
         if not version or version != self._known[0]:
-            self._known = version, MemberKeys() if self._database is None else self._read(_member_keys)
+            self._known = version, {} if self._database is None else self._read(_member_keys)
         return self._known[1]
 
     def version(self) -> str:
@@ -395,11 +394,11 @@ class IdentityStore:
         return self._database
 
 
-def _member_keys(connection: sql.Connection) -> MemberKeys:
+def _member_keys(connection: sql.Connection) -> dict[str, str]:
     query = sql.select(_M.device, _M.key).where(_M.status == APPROVED).order_by(_M.device)
     try:
         with connection.execute(query.execution_options(yield_per=_PAGE)) as rows:
-            return MemberKeys((name, key) for name, key in rows)
+            return {name: bytes.fromhex(key).hex() for name, key in rows}
     except ValueError as error:
         raise StorageError(f"a row of a member is damaged ({error})", hint="Restore the server's backup.") from error
 

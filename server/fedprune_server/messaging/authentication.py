@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from fedprune.core.errors import ProtocolError, SignatureError, StaleEpochError, TwoSignersError
@@ -23,7 +23,6 @@ from fedprune.wire.messages import Birth, Death, Hello, RejectedMessageLog, pars
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.enrollment.member_keys import MemberKeys
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.messaging.transport import (
@@ -88,7 +87,7 @@ class AuthenticatedLink(Relay):
         self._sealer = Sealer(identity.key, identity.epochs)
         self._openers: dict[str, Opener] = {}  # by key, as a key may have two names
         self._floors = identity.store.heard()  # of keys without an opener yet
-        self._members = MemberKeys()
+        self._members: Mapping[str, str] = {}
         self._version: str | None = None
         self._look_at = 0.0
         self._hello_at: dict[str, float] = {}
@@ -247,7 +246,7 @@ class AuthenticatedLink(Relay):
         else:
             self._repeat_hello(device)
 
-    def _look(self) -> MemberKeys:
+    def _look(self) -> Mapping[str, str]:
         """The members' keys by name; a member that is gone or has another key now is reported as revoked."""
         now = self._clock()
         if self._version is None or now >= self._look_at:
@@ -258,8 +257,8 @@ class AuthenticatedLink(Relay):
                 self._version, self._members = version, self._store.members()
                 self._identity.update_revocations()
                 self._quarantine.members = self._members
-                self._news.extend(map(DeviceRevoked, before.lacking(self._members)))
-                new = [] if first else [n for n in self._members.lacking(before) if n not in before]
+                self._news.extend(DeviceRevoked(n) for n, key in before.items() if self._members.get(n) != key)
+                new = [] if first else self._members.keys() - before.keys()
                 for device in sorted(new) if len(new) <= _GREETED else ():
                     self._repeat_hello(device)  # another server has let it in, and its birth may have come before
         return self._members
