@@ -214,3 +214,17 @@ def test_a_board_was_heard_last_when_it_spoke_and_not_when_the_broker_told_of_it
     fleet.storage.put_settings({"job": JOB.to_dict(), "name": "n"})
     seen = {row["name"]: row["seen_at"] for row in status(fleet.folder)["devices"]}
     assert seen == {"a": pytest.approx(10.0, abs=1.0), "b": pytest.approx(20.0, abs=1.0)}
+
+
+def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fleet: Fleet) -> None:
+    board = fleet.air.devices["a"]
+    board.session, take = 3, board.take
+
+    def late(offer: Offer) -> None:
+        board.say(Birth("a", 2, board.profile, 0, "test", trouble="the samples can't be read"))
+        take(offer)
+
+    board.take = late  # type: ignore[method-assign]
+    state = fleet.run()
+    assert folded(state) == [["a", "b", "c"]] * JOB.rounds
+    assert fleet.storage.outsiders() == {}

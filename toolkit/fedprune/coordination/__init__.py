@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from fedprune.coordination.asynchronous import AsynchronousCoordinator
 from fedprune.coordination.base import Coordinator
+from fedprune.coordination.masked import MaskedCoordinator
 from fedprune.coordination.synchronous import SynchronousCoordinator
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, State
@@ -17,8 +18,9 @@ __all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "Synchron
 
 
 def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
-    """The coordinator of a job, synchronous or asynchronous by its strategy's schedule. Raises `ConfigError` if the
-    job's strategy or its options are wrong."""
+    """The coordinator of a job: asynchronous if its strategy's schedule is, else synchronous, with updates as they are
+    or masked. Raises `ConfigError` if the job's strategy or its options are wrong."""
     schedule = compose(job).schedule
-    kind = AsynchronousCoordinator if schedule is not None and schedule.asynchronous else SynchronousCoordinator
-    return kind(job, architecture, state, frozen)
+    if schedule is not None and schedule.asynchronous:
+        return AsynchronousCoordinator(job, architecture, state, frozen)
+    return (MaskedCoordinator if job.secure_aggregation else SynchronousCoordinator)(job, architecture, state, frozen)

@@ -5,7 +5,7 @@ for single tasks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fedprune.coordination import commands as do
@@ -18,13 +18,11 @@ from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
 from fedprune.core.metrics import believable
 from fedprune.jobs.change_tracking import TrackedDict
-from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Device, Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.updates.codecs import CODECS
@@ -46,6 +44,9 @@ class Coordinator(ABC):
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
         frozen: Tensors that the model's author froze.
     """
+
+    masks = False
+    """Whether updates are masked, so that no single one is ever known."""
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         self.job = job
@@ -90,10 +91,6 @@ class Coordinator(ABC):
                 return self._extracted(event, now)
             case on.UpdateAnnounced():
                 return self._announced(event, now)
-            case on.Trained():
-                return self._trained(event, now)
-            case on.Unmasked():
-                return self._unmasked(event, now)
             case on.UpdateStored():
                 return self._stored(event, now)
             case on.UpdateRejected():
@@ -136,8 +133,7 @@ class Coordinator(ABC):
     def uniform(self) -> bool:
         """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another, and
         with masks weights would tell of single updates (`secure_aggregation.grid`)."""
-        alike = self.job.privacy.on or self.job.secure_aggregation
-        return alike or self.strategy.aggregator.weighting == "uniform"
+        return self.job.privacy.on or self.masks or self.strategy.aggregator.weighting == "uniform"
 
     # What a coordinator's rounds are.
 
@@ -156,14 +152,6 @@ class Coordinator(ABC):
     @abstractmethod
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         """A device has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
-
-    def _trained(self, event: on.Trained, now: float) -> Commands:
-        """A device has an update to mask: it is part of the round's sum from now on."""
-        return [do.Cancel(event.device, event.round, event.attempt, "this job takes updates as they are")]
-
-    def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
-        """The sums of masked updates are known: the round can close."""
-        return []
 
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
@@ -213,13 +201,16 @@ class Coordinator(ABC):
         task.progress = Progress.FOLDED
         device, offer = self.state.devices[event.device], task.offer or {}
         device.failures = 0
-        keeps = offer.get("recipe", {}).get("keep_optimizer_state")
-        keeps = keeps or (do.SECURE in offer and MaskedForm.from_json(offer[do.SECURE]).coded)
-        if keeps or {"codec", "weights_codec"} & set(offer):
+        if self._is_continued(offer):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
         self.allocator.learn(self.fleet, event.device, task, task.seconds)
         return self._go_on(now)
+
+    def _is_continued(self, offer: Mapping[str, Any]) -> bool:
+        """Whether what a device keeps of its part belongs to the channels that it was sent."""
+        keeps = bool(offer.get("recipe", {}).get("keep_optimizer_state"))
+        return keeps or bool({"codec", "weights_codec"} & offer.keys())
 
     def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
         if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
@@ -274,16 +265,7 @@ class Coordinator(ABC):
                 device.failures = known.failures  # it worked for another job, and has not connected again
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)
-        if event.device in state.at_fault:
-            self._exclude_at_fault(event.device)
         return True
-
-    def _exclude_at_fault(self, name: str) -> None:
-        device = self.state.devices[name]
-        device.excluded_by = FailureKind.FALSE_SUM.value
-        device.excluded = (
-            "it has spoilt sums of masked updates: each sum with it was false, and those of others were not"
-        )
 
     def _extracts(self, names: Iterable[str]) -> Commands:
         return [self._extract(name, self.state.tasks[name]) for name in names]

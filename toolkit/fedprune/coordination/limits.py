@@ -319,10 +319,8 @@ class UpdateLimits:
     def __init__(self, job: Job, *, uniform: bool) -> None:
         self._job = job
         self._uniform = uniform
-        # The noise that boards share out is accounted for sums in which updates don't depend on one another, and of
-        # masked updates only the sum is known.
-        sums = job.secure_aggregation or (job.privacy.on and not job.privacy.local)
-        self._times = 0.0 if sums else job.move_limit
+        # The noise that boards share out is accounted for sums in which updates don't depend on one another.
+        self._times = 0.0 if job.privacy.on and not job.privacy.local else job.move_limit
         self._lengths: dict[Hashable, Lengths] = {}
 
     def learn(self, update: RoundUpdate, known: Report | Lengths) -> None:

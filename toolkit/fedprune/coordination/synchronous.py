@@ -8,7 +8,7 @@ in the field, and after a crash it is enough to load the state and call `resume`
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,16 @@ import numpy as np
 from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.base import Commands, Coordinator, based, steps_of
+from fedprune.coordination.base import Commands, Coordinator, based
 from fedprune.coordination.limits import capped
 from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import ENOUGH, LATE, LOOKS, TO_COME, Stragglers, beyond, places
-from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
-from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
-from fedprune.secure_aggregation.session import task_digest
-
-_LEFT_OUT = "it was left out of this round's sums, to find out which board has spoilt one"
 
 PAUSES = 10
 """A round that all devices refuse first pauses for this part of the deadline: with the usual 600 s, 1 minute."""
@@ -68,7 +63,7 @@ class SynchronousCoordinator(Coordinator):
         have changed; a round's deadline starts again. A finished job continues if it has been given more rounds.
         """
         state = self.state
-        state.keep_to(asynchronous=False, masked=self.job.secure_aggregation)
+        state.keep_to(asynchronous=False, masked=self.masks)
         self._mark_all_offline()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
@@ -86,7 +81,7 @@ class SynchronousCoordinator(Coordinator):
                 elif task.progress is Progress.PULLING and task.update is not None:
                     # The announcement will be repeated, too; pulling is resumed from what is on disk.
                     commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
-                elif task.progress in (Progress.STORED, Progress.FOLDED) and not self.job.secure_aggregation:
+                elif task.progress in (Progress.STORED, Progress.FOLDED) and not self.masks:
                     commands.append(self._fold(name, task, task.weight))
             return commands + self._next_turns(self._tally()) + self._look_again(now)
         if state.phase is Phase.CLOSING:
@@ -143,8 +138,8 @@ class SynchronousCoordinator(Coordinator):
 
     @property
     def _least(self) -> int:
-        """Devices with which a round begins. One that spoils sums is out for good: that must not stop the job."""
-        return max(1, self.job.devices - len(self.state.at_fault))
+        """Devices with which a round begins."""
+        return self.job.devices
 
     def _draw(self, ready: Integers, number: int, attempt: int) -> list[str]:
         """Names of the devices that round `number` asks: a keyed share of those that are ready; sorted."""
@@ -252,65 +247,6 @@ class SynchronousCoordinator(Coordinator):
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if late else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
-
-    def _trained(self, event: on.Trained, now: float) -> Commands:
-        state, task = self.state, self.state.tasks.get(event.device)
-        mine = task is not None and (event.round, event.attempt) == (state.round, task.attempt) and based(event, task)
-        if task is None or not mine or not self.job.secure_aggregation:
-            if task is not None and event.round == state.round and task.progress in TO_COME:
-                return []  # the offer that it gets in a moment says whether this update still counts
-            return [do.Cancel(event.device, event.round, event.attempt, "the round is over")]
-        if task.progress is Progress.FOLDED and state.phase in (Phase.TRAINING, Phase.CLOSING):
-            return []  # the shell tells it what is next
-        if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
-            return [do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")]
-        task.seconds = None if task.offered_at is None else now - task.offered_at
-        task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
-        # Its update is not here, but settled: it is in the round's sum unless the device drops out of that.
-        task.progress = Progress.STORED
-        return self._folded(on.Folded(event.device, event.round, event.attempt), now)
-
-    def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
-        state = self.state
-        if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
-            return []
-        state.closing = None
-        lost = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
-        for name in event.dropped.keys() & state.tasks.keys():
-            state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
-        if not event.sums:
-            narrowed = self._suspect((), event.false)
-            return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
-        state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
-        return [self._close()]
-
-    def _suspect(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
-        """Learn from a round's sums which devices may have spoilt one. Returns whether less are suspected than before,
-        so that the next attempt needs no pause."""
-        state, before = self.state, self.state.suspects
-        state.suspects, at_fault = narrow_suspects(before, true_cohorts, false_cohorts)
-        for name in sorted(at_fault):
-            state.at_fault = sorted({*state.at_fault, name})
-            self._exclude_at_fault(name)
-        return bool(false_cohorts) and state.suspects != before
-
-    def _cohorts(self, names: Iterable[str]) -> list[list[str]]:
-        """Cohorts of devices that were asked for the same; devices in none of them have no part in the round."""
-        state = self.state
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            offer = state.tasks[name].offer or {}
-            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
-            groups.setdefault(digest, []).append(name)
-        cohorts: list[list[str]] = []
-        for digest, members in sorted(groups.items()):
-            attempt = max(state.tasks[name].attempt for name in members)
-            rng = keyed(self.job.seed, state.round, "cohorts", attempt, digest)
-            divided, left_out = divide_into_cohorts(members, state.suspects, rng)
-            cohorts += map(list, divided)
-            for name in left_out:
-                state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
-        return cohorts
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._store_update(event, now)
@@ -423,46 +359,43 @@ class SynchronousCoordinator(Coordinator):
         state.ranking = state.order = None
         return self._score()
 
-    def _close(self) -> do.Close | do.SumMasked:
-        state = self.state
-        done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
-        if self.job.secure_aggregation and "sums" not in (state.closing or {}):
-            # Divided once and stored: a second division, after a restart, would leave out more boards, since those that
-            # the first has left out are no longer among the done.
-            state.closing = state.closing or {"division": self._cohorts(done)}
-            return do.SumMasked(state.round, tuple(tuple(cohort) for cohort in state.closing["division"]))
-        sums = tuple(do.CohortSum.from_dict(body) for body in (state.closing or {}).get("sums", ()))
+    def _done(self) -> dict[str, Task]:
+        """The parts whose updates count."""
+        return {n: t for n, t in sorted(self.state.tasks.items()) if t.progress is Progress.FOLDED}
+
+    def _close(self) -> do.Command:
+        return self._close_with(())
+
+    def _close_with(self, sums: tuple[do.CohortSum, ...]) -> do.Close:
+        state, done = self.state, self._done()
         parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts, sums=sums)
+
+    def _judge_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
+        """Which devices' updates are known by their sum alone, by cohort; and whether the next attempt at the round
+        needs no pause, since less devices are suspected of having spoilt one."""
+        return [], False
 
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        closing, state.closing = state.closing or {}, None
-        false_cohorts: list[list[str]] = [[*cohort] for cohort in closing.get("false", ())]
-        true_cohorts: list[list[str]] = []
-        for cohort_sum in closing.get("sums", ()):
-            members: list[str] = cohort_sum["devices"]
-            is_spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in members)
-            (false_cohorts if is_spoilt else true_cohorts).append(members)
-        narrowed = self._suspect(true_cohorts, false_cohorts)
+        cohorts, narrowed = self._judge_sums(event)
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
-        folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
+        folded = self._done()
         if not folded:
+            state.closing = None
             return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
-        if not self.privacy_budget.release(folded, true_cohorts):  # too few delivered: their sum is not published
-            state.spent_under = self.job.privacy.account
+        if not self.privacy_budget.release(folded, cohorts):  # too few delivered: their sum is not published
+            state.spent_under, state.closing = self.job.privacy.account, None
             return self._finish_budget_spent(state.round - 1)
         for name, task in folded.items():
             self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
-        if closing.get("cohorts"):
-            state.closing = {"cohorts": closing["cohorts"]}  # for the round's summary
         return [self._evaluate()]
 
     def _end(self, metrics: dict[str, float], now: float) -> Commands:

@@ -1,0 +1,144 @@
+"""The coordinator of synchronous jobs whose devices mask their updates, so that only sums of them are ever known.
+
+A device that has trained says so, and keeps its update. When the round closes, devices that were sent the same are
+divided into cohorts, each of which sums its masked updates; the round closes with these sums. A sum that is false shows
+that a board of its cohort is at fault, but not which: `coordination.suspects` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.base import Commands, based, steps_of
+from fedprune.coordination.stragglers import TO_COME
+from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
+from fedprune.coordination.synchronous import SynchronousCoordinator
+from fedprune.core.metrics import believable
+from fedprune.core.rng import keyed
+from fedprune.jobs.failure_kind import FailureKind
+from fedprune.jobs.state import Phase, Progress
+from fedprune.secure_aggregation.grid import MaskedForm
+from fedprune.secure_aggregation.session import task_digest
+
+_LEFT_OUT = "it was left out of this round's sums, to find out which board has spoilt one"
+
+
+class MaskedCoordinator(SynchronousCoordinator):
+    """Synchronous rounds that close with the sums of cohorts instead of with single updates."""
+
+    masks = True
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        match event:
+            case on.Trained():
+                commands = self._trained(event, now)
+            case on.Unmasked():
+                commands = self._unmasked(event, now)
+            case _:
+                return super().handle(event, now)
+        return commands + self._look_again(now)
+
+    def _admit(self, event: on.DeviceBorn) -> bool:
+        admitted = super()._admit(event)
+        if admitted and event.device in self.state.at_fault:
+            self._exclude_at_fault(event.device)
+        return admitted
+
+    @property
+    def _least(self) -> int:
+        # A board that spoils sums is out for good: that must not stop the job.
+        return max(1, super()._least - len(self.state.at_fault))
+
+    def _is_continued(self, offer: Mapping[str, Any]) -> bool:
+        return super()._is_continued(offer) or MaskedForm.from_json(offer[do.SECURE]).coded
+
+    def _trained(self, event: on.Trained, now: float) -> Commands:
+        """A device has an update to mask: it is part of the round's sum from now on."""
+        state, task = self.state, self.state.tasks.get(event.device)
+        if task is None or (event.round, event.attempt) != (state.round, task.attempt) or not based(event, task):
+            if task is not None and event.round == state.round and task.progress in TO_COME:
+                return []  # the offer that it gets in a moment says whether this update still counts
+            return [do.Cancel(event.device, event.round, event.attempt, "the round is over")]
+        if task.progress is Progress.FOLDED and state.phase in (Phase.TRAINING, Phase.CLOSING):
+            return []  # the shell tells it what is next
+        if task.progress is not Progress.OFFERED or state.phase is not Phase.TRAINING:
+            return [do.Cancel(event.device, event.round, event.attempt, task.reason or "the round is over")]
+        task.seconds = None if task.offered_at is None else now - task.offered_at
+        task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
+        # Its update is not here, but settled: it is in the round's sum unless the device drops out of that.
+        task.progress = Progress.STORED
+        return self._folded(on.Folded(event.device, event.round, event.attempt), now)
+
+    def _close(self) -> do.Close | do.SumMasked:
+        """Have updates summed; with their sums, close the round."""
+        closing = self.state.closing or {}
+        if "sums" in closing:
+            return self._close_with(tuple(do.CohortSum.from_dict(body) for body in closing["sums"]))
+        # Divided once and stored: a second division, after a restart, would leave out more boards, since those that
+        # the first has left out are no longer among the done.
+        self.state.closing = closing or {"division": self._cohorts(self._done())}
+        return do.SumMasked(self.state.round, tuple(map(tuple, self.state.closing["division"])))
+
+    def _cohorts(self, names: Iterable[str]) -> list[list[str]]:
+        """Cohorts of devices that were asked for the same; devices in none of them have no part in the round."""
+        state = self.state
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            offer = state.tasks[name].offer or {}
+            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            groups.setdefault(digest, []).append(name)
+        cohorts: list[list[str]] = []
+        for digest, members in sorted(groups.items()):
+            attempt = max(state.tasks[name].attempt for name in members)
+            rng = keyed(self.job.seed, state.round, "cohorts", attempt, digest)
+            divided, left_out = divide_into_cohorts(members, state.suspects, rng)
+            cohorts += map(list, divided)
+            for name in left_out:
+                state.tasks[name].refuse(_LEFT_OUT, FailureKind.LEFT_OUT)
+        return cohorts
+
+    def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
+        """The sums of masked updates are known: the round can close."""
+        state = self.state
+        if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
+            return []
+        state.closing = None
+        lost = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
+        for name in event.dropped.keys() & state.tasks.keys():
+            state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
+        if not event.sums:
+            narrowed = self._suspect((), event.false)
+            return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
+        state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
+        return [self._close()]
+
+    def _judge_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
+        closing = self.state.closing or {}
+        false_cohorts: list[list[str]] = [[*cohort] for cohort in closing.get("false", ())]
+        true_cohorts: list[list[str]] = []
+        for cohort_sum in closing.get("sums", ()):
+            members: list[str] = cohort_sum["devices"]
+            is_spoilt = any(event.kinds.get(name) == FailureKind.FALSE_SUM for name in members)
+            (false_cohorts if is_spoilt else true_cohorts).append(members)
+        self.state.closing = {"cohorts": closing["cohorts"]} if closing.get("cohorts") else None  # for the summary
+        return true_cohorts, self._suspect(true_cohorts, false_cohorts)
+
+    def _suspect(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
+        """Learn from a round's sums which devices may have spoilt one. Returns whether less are suspected than before,
+        so that the next attempt needs no pause."""
+        state, before = self.state, self.state.suspects
+        state.suspects, at_fault = narrow_suspects(before, true_cohorts, false_cohorts)
+        for name in sorted(at_fault):
+            state.at_fault = sorted({*state.at_fault, name})
+            self._exclude_at_fault(name)
+        return bool(false_cohorts) and state.suspects != before
+
+    def _exclude_at_fault(self, name: str) -> None:
+        device = self.state.devices[name]
+        device.excluded_by = FailureKind.FALSE_SUM.value
+        device.excluded = (
+            "it has spoilt sums of masked updates: each sum with it was false, and those of others were not"
+        )
