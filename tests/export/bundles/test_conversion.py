@@ -100,20 +100,6 @@ def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Pat
     assert {n for n in found if n not in held} == {f"bn{i}.num_batches_tracked" for i in (1, 2, 3)}
 
 
-def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_path: Path) -> None:
-    whole = import_onnx(digits.read_bytes(), "digits").tensors
-    zeros = {n: np.zeros_like(v) for n, v in whole.items()}
-    (tmp_path / "zero.safetensors").write_bytes(tensorfile.encode(zeros))
-    main(["to-onnx", str(digits), str(tmp_path / "z.onnx"), "--weights", str(tmp_path / "zero.safetensors")])
-    code = main(["to-torch", str(bundle), str(tmp_path / "s.safetensors"), "--into", str(tmp_path / "z.onnx")])
-    assert code == ExitCode.OK
-    selection = open_bundle(bundle).selection
-    for name, value in tensorfile.load(tmp_path / "s.safetensors").items():
-        if name in whole:
-            expected = np.where(selection.covered(name), whole[name], np.float32(0))
-            np.testing.assert_array_equal(value, expected)
-
-
 @pytest.mark.parametrize("others", ["zero", "keep"])
 def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_path: Path, others: str) -> None:
     whole, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"

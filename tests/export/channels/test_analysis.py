@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fedprune.model.architecture import TensorKind
-from fedprune.model.selection import Selection
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -27,17 +26,6 @@ def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -
     assert set(model.tensors) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(model.tensors[key], value.numpy())
-
-
-def test_cost_table_counts_positions(imported: Imported) -> None:
-    rows = {n.weight: (n.op, n.positions) for n in imported("lenet").architecture.layers if n.weight}
-    assert rows == {
-        "conv1.weight": ("Conv", 24 * 24),
-        "conv2.weight": ("Conv", 8 * 8),
-        "fc1.weight": ("Gemm", 1),
-        "fc2.weight": ("Gemm", 1),
-        "fc3.weight": ("Gemm", 1),
-    }
 
 
 def test_kinds_follow_use(imported: Imported) -> None:
@@ -83,12 +71,6 @@ def test_activations_lists_what_a_backward_pass_keeps(imported: Imported) -> Non
     assert kept.keys().isdisjoint({"logits"})
 
 
-def test_groups_come_in_graph_order(imported: Imported) -> None:
-    architecture = imported("vgg11_bn").architecture
-    assert [g.name for g in architecture.groups] == [f"g{i}" for i in range(8)]
-    assert [g.size for g in architecture.groups] == [16, 32, 64, 64, 128, 128, 128, 128]
-
-
 def test_an_operator_without_a_rule_fixes_its_channels_and_is_named() -> None:
     rng = np.random.default_rng(0)
     graph = Graph(inputs=[Port("x", F32, ("N", 3, 8, 8))])
@@ -124,12 +106,3 @@ def test_widths_that_no_shape_tells_stay() -> None:
     model = import_onnx(graph.to_bytes(), "net")
     assert [g.size for g in model.architecture.groups] == [4]
     assert any("3 channels stay" in note for note in model.notes)
-
-
-def test_nothing_to_cut_is_not_an_error() -> None:
-    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
-    graph.initializers["w"] = np.ones((3, 2), np.float32)
-    graph.outputs = [Port(graph.emit("MatMul", "x", "w"), F32, ("N", 2))]
-    model = import_onnx(graph.to_bytes(), "linear")
-    assert model.architecture.groups == ()
-    assert Selection.full(model.architecture).whole

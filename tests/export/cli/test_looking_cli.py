@@ -36,16 +36,6 @@ def test_groups_as_json_are_the_architecture(digits: Path, capsys: pytest.Captur
     assert body["stays"] == [{"place": "fc.weight[0]", "indices": 10}, {"place": "fc.bias[0]", "indices": 10}]
 
 
-def test_what_keeps_channels_is_named(
-    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(CHANNELS, "Relu")
-    assert main(["groups", str(digits)]) == ExitCode.OK
-    out = capsys.readouterr().out
-    assert "conv1.weight[0] (32)" in out
-    assert "keeps channels\nnote: Operator Relu" in out
-
-
 def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators", "--json"]) == ExitCode.OK
     rows = {r["operator"]: r for r in json.loads(capsys.readouterr().out)}

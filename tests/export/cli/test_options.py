@@ -12,13 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
 from fedprune_export.cli.main import main
-from fedprune_export.cli.options import add_recipe_options, read_recipe, targets
+from fedprune_export.cli.options import add_recipe_options, read_recipe
 
 
 def recipe(*words: str) -> Recipe:
@@ -40,17 +40,10 @@ def test_without_flags_the_recipe_is_the_default() -> None:
     ("words", "expected"),
     [
         (("--loss", "huber", "--huber-delta", "0.5"), Recipe(loss="huber", huber_delta=0.5)),
-        (("--labels", "classes"), Recipe()),
         (("--labels", "multi"), Recipe(loss="bce")),
         (("--labels", "values", "--loss", "distill"), Recipe(loss="distill")),
-        (
-            ("--set", "optimizer=lion", "--set", "keep_optimizer_state=true"),
-            Recipe(optimizer="lion", keep_optimizer_state=True),
-        ),
         (("--freeze", "a.*", "--freeze", "*.bias"), Recipe(frozen=("a.*", "*.bias"))),
-        (("--set", "lr=0.5", "--set", "optimizer=adam"), Recipe(lr=0.5, optimizer="adam")),
         (("--set", "ordered_dropout=0.25,0.5"), Recipe(ordered_dropout=(0.25, 0.5))),
-        (("--set", "augment=flip"), Recipe(augment=("flip",))),
         (
             ("--set", "logit_adjustment=true", "--set", 'trainable=["fc.*"]'),
             Recipe(logit_adjustment=True, trainable=("fc.*",)),
@@ -66,24 +59,6 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert recipe("--recipe", path) == Recipe(loss="mse", lr=0.2, frozen=("a.*",), epochs=3)
     merged = recipe("--recipe", path, "--loss", "huber", "--freeze", "b.*", "--set", "lr=0.4")
     assert merged == Recipe(loss="huber", lr=0.4, frozen=("b.*",), epochs=3)
-
-
-def test_the_file_chooses_among_losses_of_the_same_labels(tmp_path: Path) -> None:
-    path = file(tmp_path, {"loss": "huber"})
-    assert recipe("--recipe", path, "--labels", "values").loss == "huber"
-    assert recipe("--recipe", path, "--labels", "multi").loss == "bce"
-
-
-def test_loss_and_labels_that_contradict_each_other() -> None:
-    with pytest.raises(UsageError, match="expected --labels multi, got values"):
-        recipe("--loss", "bce", "--labels", "values")
-
-
-@pytest.mark.parametrize(
-    ("texts", "found"), [(["a"], ("a",)), (["a,b", "c"], ("a", "b", "c")), ([" a , b.toml"], ("a", "b.toml"))]
-)
-def test_targets_are_repeated_or_separated_by_commas(texts: list[str], found: tuple[str, ...]) -> None:
-    assert targets(texts) == found
 
 
 def export(model: Path, out: Path, *more: str) -> int:
@@ -139,13 +114,6 @@ def two_heads(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("output", "classes"), [("p", 3), ("q", 4)])
-def test_one_of_several_outputs_is_chosen(tmp_path: Path, output: str, classes: int) -> None:
-    model = two_heads(tmp_path / "two.onnx")
-    assert export(model, tmp_path / "b", "--output", output) == ExitCode.OK
-    assert open_bundle(tmp_path / "b").architecture.classes == classes
-
-
 @pytest.mark.parametrize("text", ["first\n# a remark\n\nthree\n", '["first", "three"]'])
 def test_only_the_listed_parameters_are_trained(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.txt").write_text(text)
@@ -178,7 +146,6 @@ def test_parameters_that_can_not_be_used(
     ("words", "code", "said"),
     [
         (("--set", "speed=1"), ExitCode.CONFIG, "recipe.speed: unknown key"),
-        (("--set", "lr=fast"), ExitCode.CONFIG, "recipe.lr"),
         (("--freeze", "nothing.*"), ExitCode.CONFIG, "no tensor is called 'nothing.*'"),
         (("--freeze", "*"), ExitCode.CONFIG, "every tensor is frozen"),
         (("--loss", "crossentropy"), ExitCode.USAGE, "did you mean 'cross_entropy'?"),
@@ -194,13 +161,6 @@ def test_flags_that_make_no_sense_are_one_line(
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize("text", ["lr", "=1", ""])
-def test_a_setting_needs_key_and_value(digits: Path, tmp_path: Path, text: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        export(digits, tmp_path / "b", "--set", text)
-    assert caught.value.code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize(

@@ -196,12 +196,6 @@ def test_wrong_adapters_are_refused(lora: str, error: str) -> None:
         fx.load(net(), lora=lora)
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 2.5), ("patterns", "q")])
-def test_wrong_settings_are_named(key: str, value: Any) -> None:
-    with pytest.raises(ModelError, match=f"lora: {key}"):
-        fx.Lora(**{"rank": 4, key: value})
-
-
 @pytest.mark.parametrize("base", ["float16", "int8"])
 def test_a_board_steps_beside_a_low_base_as_torch_does_in_float64(base: str, tmp_path: Path) -> None:
     model = random(fx.load(net(), lora=fx.Lora(RANK, alpha=2 * RANK), base=base))

@@ -35,10 +35,6 @@ def lenet_bytes() -> bytes:
     return export_torch(nets.lenet())
 
 
-def test_the_same_bytes_give_the_same_architecture(lenet_bytes: bytes) -> None:
-    assert import_onnx(lenet_bytes, "a").architecture.digest == import_onnx(lenet_bytes, "a").architecture.digest
-
-
 @pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
 def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
     model = imported(name)
@@ -55,26 +51,6 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", list(sys.path))
     model = load("my_own_net:small", input_shape=(3, 2, 2))
     assert [g.size for g in model.architecture.groups] == [5]
-
-
-def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small(nn.Module):
-        input_shape = (12,)
-
-        def __init__(self, hidden: int = 5) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(12, hidden), nn.GELU(), nn.Linear(hidden, 2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.layers(x)
-            return out
-
-    monkeypatch.setattr(nets, "Small", Small, raising=False)
-    monkeypatch.setattr(nets, "made", Small(), raising=False)
-    for name in ("Small", "made"):
-        model = load(f"support.nets.small_nets:{name}")
-        assert model.architecture.name == name
-        assert [g.size for g in model.architecture.groups] == [5]
 
 
 def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
@@ -227,30 +203,6 @@ def _refused(inputs: list[Port], op: str, shape: tuple[int, ...] = ()) -> bytes:
 def test_inputs_and_outputs_of_another_form_are_refused(raw: bytes, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         import_onnx(raw, "net")
-
-
-def _branches(condition: list[str]) -> bytes:
-    """A linear layer after a choice of two activations."""
-
-    def branch(op: str) -> onnx.GraphProto:
-        info = onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 3])
-        return onnx.helper.make_graph([onnx.helper.make_node(op, ["x"], ["z"])], op, [], [info])
-
-    graph = Graph(inputs=_port("N", 3), initializers={"yes": np.array(True), "w": np.ones((3, 2), np.float32)})
-    graph.emit("IsNaN", graph.emit("ReduceMax", "x", attrs={"keepdims": 0}), out="no")
-    graph.emit("Relu", "x", out="h")
-    graph.outputs = [Port(graph.emit("MatMul", "h", "w"), F32, ("N", 2))]
-    proto = graph.to_proto()
-    spot = next(n for n in proto.graph.node if n.op_type == "Relu")
-    choices = {"then_branch": branch("Relu"), "else_branch": branch("Tanh")}
-    spot.CopyFrom(onnx.helper.make_node("If", condition, ["h"], **choices))
-    raw: bytes = proto.SerializeToString()
-    return raw
-
-
-def test_control_flow_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"sub-graph \(If\)"):
-        import_onnx(_branches(["no"]), "net")
 
 
 @pytest.mark.system

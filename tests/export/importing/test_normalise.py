@@ -57,17 +57,6 @@ def test_reserved_names_are_renamed(name: str) -> None:
     assert same(model, graph)
 
 
-def test_identity_and_casts_go() -> None:
-    def build(graph: Graph) -> str:
-        value = graph.emit("Identity", "image")
-        value = graph.emit("Cast", value, attrs={"to": 1})
-        return graph.emit("Identity", linear(graph, value, 3, 2))
-
-    model, graph = model_of(build, 3)
-    assert [n.op for n in model.graph.nodes] == ["MatMul"]
-    assert same(model, graph)
-
-
 @pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
 def test_a_softmax_at_the_end_goes(op: str) -> None:
     model, graph = model_of(lambda g: g.emit(op, linear(g, "image", 3, 2), attrs={"axis": 1}), 3)
@@ -215,16 +204,6 @@ def test_a_sum_over_nothing_goes() -> None:
     model, graph = model_of(build, 3)
     assert [n.op for n in model.graph.nodes] == ["MatMul", "MatMul"]
     assert [g.size for g in model.architecture.groups] == [4]
-    assert same(model, graph)
-
-
-def test_a_sum_over_all_axes_that_are_left_out() -> None:
-    def build(graph: Graph) -> str:
-        total = graph.emit("ReduceSum", linear(graph, "image", 3, 4, "first"), attrs={"keepdims": 0})
-        return linear(graph, graph.emit("Add", "image", total), 3, 2)
-
-    model, graph = model_of(build, 3)
-    assert [n.attrs["keepdims"] for n in model.graph.nodes if n.op == "ReduceSum"] == [0]
     assert same(model, graph)
 
 

@@ -226,39 +226,38 @@ except MissingExtraError as error:
     assert "timm needs torchvision's Compose" in done.stdout, done.stderr
 
 
-def test_a_buffer_that_is_called_as_an_operator_names_its_result() -> None:
-    class Picked(nn.Module):
-        input_shape = (6,)
+class Picked(nn.Module):
+    """A buffer that is called as the operator that reads it names its result."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("index", torch.tensor([2, 0, 1]))
-            self.first, self.last = nn.Linear(6, 3), nn.Linear(3, 2)
+    input_shape = (6,)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(self.first(x)[:, self.index])
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor([2, 0, 1]))
+        self.first, self.last = nn.Linear(6, 3), nn.Linear(3, 2)
 
-    module = Picked()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x)[:, self.index])
+
+
+class Scaled(nn.Module):
+    """An argument that is called as a parameter."""
+
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
+
+    def forward(self, scale: torch.Tensor) -> torch.Tensor:
+        return self.last(scale * self.scale)
+
+
+@pytest.mark.parametrize("kind", [Picked, Scaled])
+def test_values_of_one_name_are_told_apart(kind: type[nn.Module]) -> None:
+    module = kind()
     model = import_onnx(export_torch(module), "net")
     x = inputs(model, 7)
-    with torch.no_grad():
-        assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5
-
-
-def test_an_argument_that_is_called_as_a_parameter_is_another_value() -> None:
-    class Scaled(nn.Module):
-        input_shape = (6,)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale, self.last = nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
-
-        def forward(self, scale: torch.Tensor) -> torch.Tensor:
-            return self.last(scale * self.scale)
-
-    module = Scaled()
-    model = import_onnx(export_torch(module), "net")
-    x = inputs(model, 7)
-    assert set(model.tensors) == set(module.state_dict())
+    assert set(model.tensors) == {n for n, _ in module.named_parameters()}
     with torch.no_grad():
         assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5

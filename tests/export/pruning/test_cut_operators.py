@@ -225,12 +225,6 @@ def boxes_that_are_kept(graph: Graph, value: str) -> str:
     return graph.emit("Transpose", back, attrs={"perm": [0, 2, 1]})
 
 
-@net(6)
-def rounded(graph: Graph, value: str) -> str:
-    scale, zero = graph.scalar(0.02), graph.constant(100, np.uint8)
-    return graph.emit("DequantizeLinear", graph.emit("QuantizeLinear", value, scale, zero), scale, zero)
-
-
 @net(6, width=7)
 def einsum_without_an_output(graph: Graph, value: str) -> str:
     mixed = graph.emit("Einsum", value, weight(graph, "matrix", 8, 7), attrs={"equation": "nbhw,bz"})
@@ -279,19 +273,6 @@ def channels_in_the_batch(graph: Graph, value: str) -> str:
     return graph.emit("Reshape", rows, graph.ints(-1, 8, 6, 6))
 
 
-@net(4, 6)
-def pairs_of_samples(graph: Graph, value: str) -> str:
-    pooled = graph.emit("ReduceMean", value, attrs={"axes": [2, 3], "keepdims": 0})
-    number = batch(graph, value)
-    target = graph.emit("Concat", number, number, graph.ints(8), attrs={"axis": 0})
-    pairs = graph.emit("Expand", graph.emit("Unsqueeze", pooled, graph.ints(0)), target)
-    parts = graph.emit("Concat", number, number, graph.ints(4, 2), attrs={"axis": 0})
-    pairs = graph.emit("Tanh", graph.emit("Reshape", graph.emit("Exp", pairs), parts))
-    whole = graph.emit("Concat", number, number, graph.ints(8), attrs={"axis": 0})
-    pairs = graph.emit("ReduceMean", graph.emit("Reshape", pairs, whole), attrs={"axes": [1], "keepdims": 0})
-    return graph.emit("Add", value, graph.emit("Unsqueeze", pairs, graph.ints(2, 3)))
-
-
 @net(4, 4, width=4, features=True)
 def flattened_and_sliced(graph: Graph, value: str) -> str:
     flat = graph.emit("Slice", graph.emit("Flatten", value), graph.ints(0), graph.ints(144), graph.ints(1))
@@ -303,14 +284,6 @@ def a_channel_sliced_through(graph: Graph, value: str) -> str:
     flat = graph.emit("Slice", graph.emit("Flatten", value), graph.ints(0), graph.ints(150), graph.ints(1))
     mixed = graph.emit("MatMul", flat, weight(graph, "mix", 150, 6))
     return graph.emit("Unsqueeze", mixed, graph.ints(2, 3))
-
-
-@net(8, 6)
-def the_same_kernel_twice(graph: Graph, value: str) -> str:
-    kernel = weight(graph, "kernel", 8, 8, 3, 3)
-    for _ in range(2):
-        value = graph.emit("Tanh", graph.emit("Conv", value, kernel, attrs={"pads": [1] * 4}))
-    return value
 
 
 @net(4, 6, opset=21)

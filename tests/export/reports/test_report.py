@@ -17,7 +17,6 @@ from fedprune.runtime.session import Session
 from fedprune_export.checks import labelled_data
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
-from fedprune_export.reports.report import Side
 from fedprune_server.simulation.digits import load_digits
 from support.nets.token_net import token_net
 
@@ -71,12 +70,6 @@ def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
         assert tuple(row["after"]["shape"]) == small[row["weight"]].shape
         assert tuple(row["before"]["shape"]) == whole[row["weight"]]
         assert row["after"]["parameters"] == small[row["weight"]].size
-
-
-@pytest.mark.parametrize(("shape", "parameters"), [((3, 4, 1), 12), ((), 1), (None, 0)])
-def test_what_multiplies_two_values_has_no_parameters(shape: tuple[int, ...] | None, parameters: int) -> None:
-    side = Side(shape, macs=7, activation_bytes=8).to_dict()
-    assert side == {"shape": [*(shape or ())], "macs": 7, "activation_bytes": 8, "parameters": parameters}
 
 
 def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
@@ -176,27 +169,6 @@ def test_data_that_does_not_fit_is_refused(
     architecture = import_onnx(digits.read_bytes(), "d").architecture
     with pytest.raises(DataError, match=said):
         labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
-
-
-def test_a_value_to_predict_that_is_not_finite_is_named(digits: Path, tmp_path: Path) -> None:
-    y = np.zeros((4, 10), np.float32)
-    y[3, 1] = np.nan
-    np.savez(tmp_path / "data.npz", x=X, y=y)
-    architecture = import_onnx(digits.read_bytes(), "d").architecture
-    with pytest.raises(DataError, match=r"data\.npz: y holds numbers that are not finite: got sample 3"):
-        labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
-    np.savez(tmp_path / "data.npz", x=X, y=y[:, :9])
-    with pytest.raises(DataError, match=r"y: expected numbers \[4, 10\], got float32 \[4, 9\]"):
-        labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
-
-
-def test_a_file_that_was_cut_short_is_called_that(digits: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "data.npz", x=X, y=Y)
-    architecture = import_onnx(digits.read_bytes(), "d").architecture
-    for raw in ((tmp_path / "data.npz").read_bytes()[:-200], b"x, y"):
-        (tmp_path / "data.npz").write_bytes(raw)
-        with pytest.raises(DataError, match=r"plain arrays \(it is cut short, or no zip archive\)"):
-            labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x93NUMPY"])
