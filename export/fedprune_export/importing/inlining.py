@@ -113,7 +113,10 @@ def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(
             f"{operators} can't be written by its definition ({reason(error)})", hint="Export the model at opset 18."
         ) from error
+    tensors = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in out.graph.value_info if value.name not in tensors]
     del out.graph.value_info[:]
+    out.graph.value_info.extend(kept)
     return out
 
 

@@ -110,8 +110,8 @@ class Everything(nn.Module):
         return self.fc(h.mean(1))
 
 
-@pytest.mark.parametrize("opset", [18, pytest.param(21, marks=pytest.mark.soak), 23])
-@pytest.mark.at_push(1)
+@pytest.mark.parametrize("opset", [18, 23, pytest.param(21, marks=pytest.mark.soak)])
+@pytest.mark.at_push(2)
 def test_what_torch_exports_at_any_opset_is_the_same_graph(opset: int) -> None:
     torch.manual_seed(0)
     module = Everything().eval()
