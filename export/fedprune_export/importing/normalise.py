@@ -260,11 +260,8 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
     graph.inputs[0].name = X
     graph.inputs[0].shape = ("N", *graph.inputs[0].shape[1:])
     graph.outputs[0].name = LOGITS
-    graph.initializers = {names.get(k, k): v for k, v in graph.initializers.items()}
+    graph.rename(names)
     constants.update(names[c] for c in list(constants) if c in names)
-    for node in graph.nodes:
-        node.inputs = [names.get(i, i) for i in node.inputs]
-        node.outputs = [names.get(o, o) for o in node.outputs]
     return names
 
 

@@ -292,10 +292,7 @@ def _rename(graph: Graph, outputs: tuple[str, ...]) -> None:
         taken.add(names[name])
     for port in (*graph.inputs, *graph.outputs):
         port.name = names[port.name]
-    graph.initializers = {names.get(k, k): v for k, v in graph.initializers.items()}
-    for node in graph.nodes:
-        node.inputs = [names.get(i, i) for i in node.inputs]
-        node.outputs = [names.get(o, o) for o in node.outputs]
+    graph.rename(names)
 
 
 def _check_inputs(ports: Sequence[Port], outputs: tuple[int, ...], kind: str) -> None:

@@ -152,11 +152,12 @@ class Draft:
                     out.setdefault(name, []).append((node, i))
         return out
 
-    def rename(self, value: str, name: str) -> None:
-        """Call a value that a node makes by another name."""
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call values of nodes and initialisers by other names; ports keep theirs."""
+        self.initializers = {names.get(k, k): v for k, v in self.initializers.items()}
         for node in self.nodes:
-            node.inputs = [name if i == value else i for i in node.inputs]
-            node.outputs = [name if o == value else o for o in node.outputs]
+            node.inputs = [names.get(i, i) for i in node.inputs]
+            node.outputs = [names.get(o, o) for o in node.outputs]
 
     def prune(self) -> None:
         """Drop nodes and initialisers that no output needs."""

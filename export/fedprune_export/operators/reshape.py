@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -166,61 +167,36 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
     Raises `ModelError` if a channel or batch dimension would be split.
     """
     sizes = [tape.extent(d) for d in shape]
-    whole = 1
-    for s in sizes:
-        whole *= s
+    wanted = list(target)
     if int(node.attrs.get("allowzero", 0)) == 0:
-        wanted = [sizes[i] if t == 0 else int(t) for i, t in enumerate(target)]
-    else:
-        wanted = [int(t) for t in target]
-    rest = 1
-    for w in wanted:
-        rest *= w if w != -1 else 1
-    wanted = [whole // rest if w == -1 else w for w in wanted]
+        wanted = [sizes[i] if t == 0 else t for i, t in enumerate(target)]
+    rest = math.prod(w for w in wanted if w != -1)
+    wanted = [math.prod(sizes) // rest if w == -1 else w for w in wanted]
+    if math.prod(wanted) != math.prod(sizes):
+        raise ModelError(f"{describe(node)}: shapes don't fit", expected=list(shape), got=list(target))
     out: list[Dim] = []
-    i = 0
-    j = 0
-    while j < len(wanted) or i < len(sizes):
-        if i < len(sizes) and j < len(wanted) and sizes[i] == wanted[j]:
-            out.append(shape[i])
-            i, j = i + 1, j + 1
-            continue
-        start, first = i, j
-        left = right = 1
-        while True:
-            if left <= right and i < len(sizes) and (left < right or i == start):
-                left *= sizes[i]
-                i += 1
-            elif j < len(wanted) and (right < left or j == first):
-                right *= wanted[j]
-                j += 1
-            else:
-                break
-            if left == right and (i > start or j > first) and (i == len(sizes) or j > first):
-                break
-        block = shape[start:i]
-        if left != right:
-            raise ModelError(f"{describe(node)}: shapes don't fit", expected=list(shape), got=list(target))
-        if j - first == 1:
+    for olds, news in runs(sizes, wanted):
+        block, parts, given = [shape[i] for i in olds], [wanted[j] for j in news], [target[j] for j in news]
+        large = [d for d in block if d != 1]
+        if len(news) == 1:
             out.append(tape.product(block))
         elif all(isinstance(d, int) for d in block):
-            out.extend(wanted[first:j])
-        elif (rest_of_block := _rest(tape, block, target[first:j])) is not None:
-            out.extend(rest_of_block if t == -1 else w for t, w in zip(target[first:j], wanted[first:j], strict=True))
-        else:
+            out.extend(parts)
+        elif (rest_of_block := _rest(tape, block, given)) is not None:
+            out.extend(rest_of_block if t == -1 else w for t, w in zip(given, parts, strict=True))
+        elif len(large) == 1 and [w for w in parts if w != 1] == [tape.extent(large[0])]:
             # Ones around a whole dimension (C -> 1, C, 1) leave it whole.
-            large = [d for d in block if d != 1]
-            if len(large) != 1 or [w for w in wanted[first:j] if w != 1] != [tape.extent(large[0])]:
-                raise ModelError(
-                    f"{describe(node)} splits a dimension whose size varies",
-                    got=f"{list(shape)} to {list(target)}",
-                    hint="A training graph for all widths can't do that.",
-                )
-            out.extend(large[0] if w != 1 else 1 for w in wanted[first:j])
+            out.extend(large[0] if w != 1 else 1 for w in parts)
+        else:
+            raise ModelError(
+                f"{describe(node)} splits a dimension whose size varies",
+                got=f"{list(shape)} to {list(target)}",
+                hint="A training graph for all widths can't do that.",
+            )
     return tuple(out)
 
 
-def _rest(tape: Tape, block: Shape, target: Sequence[int]) -> Dim | None:
+def _rest(tape: Tape, block: Sequence[Dim], target: Sequence[int]) -> Dim | None:
     """The value of -1 if the other sizes divide a block at every width, else None."""
     others = [t for t in target if t != -1]
     if len(others) != len(target) - 1 or 0 in others:

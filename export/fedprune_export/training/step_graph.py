@@ -95,7 +95,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     for spec in architecture.statistics:
         if spec.name not in frozen and step_contract.following(spec.name) not in made:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
-    graph.rename(tape.value(logits), step_contract.LOGITS)
+    graph.rename({tape.value(logits): step_contract.LOGITS})
     labels = next(p for p in graph.inputs if p.name == step_contract.Y)
     if features.metric:
         graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
