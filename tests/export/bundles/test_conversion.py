@@ -16,7 +16,7 @@ from fedprune.runtime.session import Session
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_export.bundles import conversion
 from fedprune_export.cli.main import main
-from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.importing import import_onnx
 from support.oracles.cutting import distance
 
 
@@ -195,29 +195,6 @@ def test_what_can_not_be_converted_is_one_line(
     assert said in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("name", ["concat_net"])
-def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> None:
-    """A factory's module with its weights zeroed computes the same again once they are loaded."""
-    import torch
-
-    from support.nets import small_nets as nets
-
-    (tmp_path / "m.onnx").write_bytes(read_source(f"support.nets.small_nets:{name}"))
-    folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
-    for file in ("s.pt", "s.pth"):
-        assert main(["to-torch", str(folder), str(tmp_path / file), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
-    module = getattr(nets, name)().eval()
-    x = torch.randn(3, *module.input_shape, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        before = module(x).numpy()
-        for value in module.state_dict().values():
-            value.zero_()
-        module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
-        after = module(x).numpy()
-    np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.torch

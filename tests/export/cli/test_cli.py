@@ -121,13 +121,6 @@ def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> 
     assert (tmp_path / "b" / "report.md").read_text().startswith("# lenet for raspberry-pi-5")
 
 
-def test_a_truncated_model(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "broken.onnx").write_bytes(lenet_file.read_bytes()[:-1000])
-    assert export(tmp_path / "broken.onnx", tmp_path / "b") == ExitCode.MODEL
-    assert "broken.onnx" in one_line(capsys)
-    assert not (tmp_path / "b").exists()
-
-
 @pytest.mark.parametrize(
     ("model", "words", "code", "said"),
     [

@@ -43,9 +43,7 @@ def ops(build: Build, shape: tuple[int, ...] = SHAPE) -> list[str]:
     return [n.op for n in imported(build, shape).graph.nodes][1:-2]
 
 
-def root(
-    g: Graph, x: str, *, inverse: bool, axes: tuple[int, ...] = (-1,), epsilon: float = 1e-5, power: bool = False
-) -> str:
+def root(g: Graph, x: str, *, inverse: bool, axes: tuple[int, ...] = (-1,), power: bool = False) -> str:
     square = g.emit("Pow", x, g.scalar(2)) if power else g.emit("Mul", x, x)
     shifted = g.emit("Add", g.emit("ReduceMean", square, g.ints(*axes)), g.scalar(1e-5))
     if power:
@@ -173,15 +171,11 @@ def _unlike(change: str) -> Build:
     """Something that is nearly a known operator."""
 
     def build(g: Graph, x: str) -> str:
-        if change == "other root":
-            curve = g.emit("Add", g.emit("Erf", g.emit("Div", x, g.scalar(1.4))), g.scalar(1))
-            return g.emit("Mul", g.emit("Mul", x, curve), g.scalar(0.5))
-        if change == "other factor":
-            curve = g.emit("Add", g.emit("Erf", g.emit("Div", x, g.scalar(math.sqrt(2)))), g.scalar(1))
-            return g.emit("Mul", g.emit("Mul", x, curve), g.scalar(0.6))
-        if change == "other operand":
-            curve = g.emit("Add", g.emit("Erf", g.emit("Div", x, g.scalar(math.sqrt(2)))), g.scalar(1))
-            return g.emit("Mul", g.emit("Mul", g.emit("Neg", x), curve), g.scalar(0.5))
+        if change in ("other root", "other factor", "other operand"):
+            divisor = 1.4 if change == "other root" else math.sqrt(2)
+            curve = g.emit("Add", g.emit("Erf", g.emit("Div", x, g.scalar(divisor))), g.scalar(1))
+            left = g.emit("Neg", x) if change == "other operand" else x
+            return g.emit("Mul", g.emit("Mul", left, curve), g.scalar(0.6 if change == "other factor" else 0.5))
         if change == "sum":
             shifted = g.emit("Add", g.emit("ReduceSum", g.emit("Mul", x, x), g.ints(-1)), g.scalar(1e-5))
             return g.emit("Div", x, g.emit("Sqrt", shifted))
@@ -190,10 +184,8 @@ def _unlike(change: str) -> Build:
             return g.emit("Div", x, g.emit("Add", mean, g.scalar(1e-5)))
         if change == "other axes":
             return g.emit("Div", centred(g, x, (2,)), root(g, centred(g, x, (2,)), inverse=False, axes=(3,)))
-        if change == "early linear":
-            soft = g.emit("Where", g.emit("Greater", x, g.scalar(0.5)), x, g.emit("Softplus", x))
-            return g.emit("Mul", x, g.emit("Tanh", soft))
-        raise ValueError(change)
+        soft = g.emit("Where", g.emit("Greater", x, g.scalar(0.5)), x, g.emit("Softplus", x))
+        return g.emit("Mul", x, g.emit("Tanh", soft))
 
     return build
 

@@ -324,12 +324,6 @@ def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None
     assert any("LSTM" in s for s in lowered.stays) == (name == "lstm")
 
 
-def test_what_has_no_8_bit_form_is_named() -> None:
-    lowered = lower(net("lstm")[1], net("lstm")[1].architecture.sizes, "int8")
-    assert any(s.startswith("LSTM ") for s in lowered.stays)
-    assert len(lowered.layers) == 2
-
-
 def test_layers_that_are_to_stay_do(tmp_path: Path) -> None:
     model = net("lenet")[1]
     every = lower(model, model.architecture.sizes, "int8").layers

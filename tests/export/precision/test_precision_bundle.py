@@ -58,11 +58,14 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(Session.__init__.__kwdefaults__, "exact", True)
 
 
-def test_a_bundle_without_is_as_it_was(folder: Path) -> None:
-    assert main([str(folder / "digits.onnx"), "--target", "raspberry-pi-5", "--out", str(folder / "plain")]) == 0
-    assert open_bundle(folder / "plain").precisions == ()
-    assert json.loads((folder / "plain" / "report.json").read_text())["precisions"] == []
-    assert "## Lower precision" not in (folder / "plain" / "report.md").read_text()
+def test_a_bundle_without_any_has_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = tmp_path / "plain"
+    assert main([str(folder / "digits.onnx"), "--target", "raspberry-pi-5", "--out", str(plain)]) == 0
+    assert open_bundle(plain).precisions == ()
+    assert json.loads((plain / "report.json").read_text())["precisions"] == []
+    words = ("--bundle", str(plain), "--precision", "int8", "--input", str(folder / "eval.npz"))
+    assert device(["predict", *words]) == ExitCode.BUNDLE
+    assert "has no int8" in capsys.readouterr().err
 
 
 def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,22 +87,6 @@ def test_a_board_predicts_with_a_precision(folder: Path, precision: str, tmp_pat
         found[name] = np.load(out)
     far = np.abs(found[precision] - found["float32"]).max() / np.abs(found["float32"]).max()
     assert far < {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}[precision]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--bundle", "plain", "--precision", "int8"), "has no int8"),
-        (("--state", "state", "--precision", "int8"), "expected with --bundle"),
-    ],
-)
-def test_a_precision_that_is_not_there(
-    folder: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    test_a_bundle_without_is_as_it_was(folder)
-    where = (options[0], str(folder / options[1]), *options[2:])
-    assert device(["predict", *where, "--input", str(folder / "eval.npz")]) in (ExitCode.BUNDLE, ExitCode.USAGE)
-    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [n for p in PRECISIONS for n in files_of(p)])
