@@ -35,21 +35,20 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     image.add_argument("--wifi-hidden", action="store_true", help="the network doesn't announce itself")
     image.add_argument(
         "--scheme",
-        choices=("cloud-init", "firstrun", "custom-toml", "preseed"),
+        choices=("cloud-init", "firstrun", "preseed"),
         help="how the image takes settings (default: recognised by its boot partition)",
     )
     image.add_argument("--card", metavar="DEVICE", help="write it to this card, too, and read it back; needs root")
     image.add_argument("--yes", metavar="DEVICE", help="the same device once more, instead of typing it when asked")
     image.add_argument("--signing-key", type=Path, metavar="FILE", help="the server's, which must have signed the kit")
     image.add_argument("--unsigned", action="store_true", help="don't check who signed the kit")
-    image.add_argument("--dry-run", action="store_true", help="print every step and its reverse, and write nothing")
+    image.add_argument("--dry-run", action="store_true", help="print every step, and write nothing")
     image.set_defaults(run=with_extra("flash", _image))
 
 
 def _image(arguments: argparse.Namespace) -> None:
     from fedprune_flash.card import drives
     from fedprune_flash.image import boot_image as image
-    from fedprune_flash.image.boot_image import PlanStep, described
     from fedprune_flash.image.first_boot import Scheme
     from fedprune_flash.kit.kit import open_kit, server_signer
 
@@ -69,13 +68,12 @@ def _image(arguments: argparse.Namespace) -> None:
         contents = image.examine(file, scheme, str(arguments.source))
         image.check(contents, kit)
         steps = image.customise(file, contents, kit, wanted, write=out is not None)
-    size = f"{contents.size / 1e6:.0f} MB"
-    steps = [PlanStep(f"copy {arguments.source} to {arguments.out} ({size})", f"delete {arguments.out}"), *steps]
     system = contents.system.title or "unknown system"
     print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
-    print(described(steps))
+    steps = [f"copy {arguments.source} to {arguments.out} ({contents.size / 1e6:.0f} MB)", *steps]
     if card is not None:
-        print(described([PlanStep(f"write {arguments.out} to {card}", "none: what is on the card will be lost")]))
+        steps.append(f"write {arguments.out} to {card}: what is on the card will be lost")
+    print("\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)))
     if out is not None:
         print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
         if not kit.claimed:

@@ -9,8 +9,8 @@ import re
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -21,7 +21,7 @@ from fedprune.core.errors import ImageError, KitError, UsageError, reason, remed
 from fedprune.output.tables import Advance, silent
 from fedprune_flash.image.board_setup import FirstBoot
 from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.fat import MAX_FILE, Fat
+from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.first_boot import CMDLINE, KIT_FOLDER, Scheme, first_boot_files, recognise
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.kit.kit import Kit
@@ -115,18 +115,6 @@ _MARGIN = 64  # clusters for folders, in addition to those of files
 
 
 @dataclass(frozen=True)
-class PlanStep:
-    """One step of a plan: what is done, and how it is undone."""
-
-    what: str
-    reverse: str
-
-
-def described(steps: Sequence[PlanStep]) -> str:
-    return "\n".join(f"{number}. {s.what}\n   undone by: {s.reverse}" for number, s in enumerate(steps, 1))
-
-
-@dataclass(frozen=True)
 class ImageSystem:
     """The system in an image's root file system; empty where it can't be read. `mount` is its boot partition's."""
 
@@ -148,39 +136,38 @@ class ImageContents:
 
 
 @contextmanager
-def opened_image(
-    source: Path, out: Path | None, advance: Advance = silent, *, private: bool = False
-) -> Iterator[BinaryIO]:
-    """An image's bytes, unpacked: in a new file that gets its name at the end, or for reading alone without `out`.
+def opened_image(source: Path, out: Path | None, advance: Advance = silent, *, private: bool = False) -> Iterator[Path]:
+    """An unpacked image: a new file that gets its name `out` at the end, or one for reading alone without `out`.
 
     A `private` file is readable to this user alone, from its first byte on.
     """
-    if out is None:
-        if not packing(source):
-            with source.open("rb") as file:
-                yield file
-            return
-        with tempfile.TemporaryFile() as file:
-            unpack(source, file, advance)
-            yield file
-        return
-    if out.exists():
+    if out is not None and out.exists():
         raise UsageError(f"{out} is there already", hint="Name another file, or remove it.")
+    if out is None and not packing(source):
+        yield source
+        return
     packing(source)
-    with appearing(out, private=private) as partial, partial.open("w+b") as file:
-        unpack(source, file, advance)
-        yield file
+    with ExitStack() as stack:
+        if out is None:
+            partial = Path(stack.enter_context(tempfile.NamedTemporaryFile()).name)
+        else:
+            partial = stack.enter_context(appearing(out, private=private))
+        with partial.open("w+b") as file:
+            unpack(source, file, advance)
+        yield partial
 
 
-def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
-    size = file.seek(0, os.SEEK_END)
-    partitions = read_partitions(file, size, name)
-    fat = Fat(partitions.boot.region(file, "the boot partition"))
-    root = _root(file, partitions)
-    found = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
-    if fat.find(CMDLINE) is None:
-        raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
-    return ImageContents(partitions, _system(root), found, fat.read(CMDLINE).decode("utf-8", "replace").strip(), size)
+def examine(image: Path, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
+    with image.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        partitions = read_partitions(file, size, name)
+        fat = Fat(image, partitions.boot)
+        root = _root(file, partitions)
+        chosen = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
+        if not fat.exists(CMDLINE):
+            raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
+        cmdline = fat.read(CMDLINE).decode("utf-8", "replace").strip()
+        return ImageContents(partitions, _system(root), chosen, cmdline, size)
 
 
 def check(contents: ImageContents, kit: Kit) -> None:
@@ -206,7 +193,7 @@ def check(contents: ImageContents, kit: Kit) -> None:
             raise KitError(
                 f"{what} of {system.title or 'the image'}", expected=f"{wanted}, as the kit's", got=there, hint=hint
             )
-    if len(contents.partitions.roots) > 1 and contents.scheme in (Scheme.FIRSTRUN, Scheme.CUSTOM_TOML):
+    if len(contents.partitions.roots) > 1 and contents.scheme is Scheme.FIRSTRUN:
         # https://docs.mender.io: firstrun.sh with run_success_action=reboot lets such an image reboot for ever.
         raise ImageError(
             "an image with two root partitions, for updates, can't take settings by a script at its first boot",
@@ -214,59 +201,48 @@ def check(contents: ImageContents, kit: Kit) -> None:
         )
 
 
-def customise(
-    file: BinaryIO, contents: ImageContents, kit: Kit, wanted: FirstBoot, *, write: bool = True
-) -> list[PlanStep]:
+def customise(image: Path, contents: ImageContents, kit: Kit, wanted: FirstBoot, *, write: bool = True) -> list[str]:
     """Write a kit, and what starts it, to an image's boot partition, or only plan it; returns the steps.
 
     Raises `ImageError` if there is no room on the boot partition, or it has settings already.
     """
-    fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
+    fat = Fat(image, contents.partitions.boot)
     files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.key)
-    steps = []
-    for name, content in files.items():
-        before = fat.find(name)
-        if before is not None and name != CMDLINE:
+    for name in files:
+        if name != CMDLINE and fat.exists(name):
             _check_template(name, fat.read(name))
-        undo = f"write {name} as it was" if before is not None else f"delete {name}"
-        steps.append(PlanStep(f"write {name} ({len(content)} bytes)", undo))
-    if fat.find(KIT_FOLDER) is not None:
+    if fat.exists(KIT_FOLDER):
         raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
-    count = len(kit.files) + 1
-    steps.insert(
-        0,
-        PlanStep(f"write the kit to {KIT_FOLDER}/ ({count} files, {kit.bytes / 1e6:.1f} MB)", f"delete {KIT_FOLDER}/"),
-    )
-    rows = [f.path for f in kit.files] + [MANIFEST]
-    needed = sum(fat.clusters_for((kit.folder / p).stat().st_size) for p in rows)
-    needed += sum(fat.clusters_for(len(content)) for content in files.values()) + _MARGIN
-    if needed * fat.cluster > fat.free:
+    paths = [*(f.path for f in kit.files), MANIFEST]
+    needed = sum(fat.size_of((kit.folder / path).stat().st_size) for path in paths)
+    needed += sum(fat.size_of(len(content)) for content in files.values()) + _MARGIN * fat.cluster
+    if needed > fat.free:
         raise ImageError(
             "the kit doesn't fit the boot partition",
-            expected=f"{needed * fat.cluster / 1e6:.1f} MB free",
+            expected=f"{needed / 1e6:.1f} MB free",
             got=f"{fat.free / 1e6:.1f} MB",
             hint="Images of Raspberry Pi OS 12 and newer have room; else bring the kit on a USB stick.",
         )
     if write:
-        for path in rows:
-            with (kit.folder / path).open("rb") as source:
-                fat.write(f"{KIT_FOLDER}/{path}", source, (kit.folder / path).stat().st_size)
-        for name, content in files.items():
-            fat.write(name, content)
-        fat.flush()
-        _verify(file, contents, kit, files)
-    return steps
+        for folder in sorted({str(Path(path).parent) for path in paths}):  # a folder before those in it
+            target = f"{KIT_FOLDER}/{folder}".removesuffix("/.")
+            fat.make_folder(target)
+            fat.copy([kit.folder / path for path in paths if str(Path(path).parent) == folder], target)
+        fat.write(files)
+        _verify(image, fat, kit, paths, files)
+    return [
+        f"write the kit to {KIT_FOLDER}/ ({len(paths)} files, {kit.bytes / 1e6:.1f} MB)",
+        *(f"write {name} ({len(content)} bytes)" for name, content in files.items()),
+    ]
 
 
-def _verify(file: BinaryIO, contents: ImageContents, kit: Kit, files: dict[str, bytes]) -> None:
+def _verify(image: Path, fat: Fat, kit: Kit, paths: Sequence[str], files: Mapping[str, bytes]) -> None:
     """Read back what was written, from the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
+    with image.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     wrong = [name for name, content in files.items() if fat.read(name) != content]
-    paths = [*(f.path for f in kit.files), MANIFEST]
-    wrong += [p for p in paths if fat.read(f"{KIT_FOLDER}/{p}", MAX_FILE) != (kit.folder / p).read_bytes()]
+    wrong += [p for p in paths if fat.read(f"{KIT_FOLDER}/{p}") != (kit.folder / p).read_bytes()]
     if wrong:
         raise ImageError(f"{wrong[0]} reads back as something else than was written")
 

@@ -11,9 +11,6 @@ cloud-init
 firstrun
     Raspberry Pi OS 12, and 13 of 2025-10-01: a script that `systemd.run` in cmdline.txt names
     (https://github.com/raspberrypi/rpi-imager, doc/os_customisation_formats.md).
-custom-toml
-    An image whose `custom.toml` says it: read once by raspberrypi-sys-mods' firstboot
-    (https://github.com/RPi-Distro/raspberrypi-sys-mods). It runs no command, so that a script does.
 preseed
     `rpi-preseed.toml`, since August 2026 (https://github.com/raspberrypi/rpi-preseed).
 """
@@ -157,29 +154,26 @@ class Scheme(Enum):
 
     CLOUD_INIT = "cloud-init"
     FIRSTRUN = "firstrun"
-    CUSTOM_TOML = "custom-toml"
     PRESEED = "preseed"
 
 
 def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
-    if fat.find(CMDLINE) is None:
+    if not fat.exists(CMDLINE):
         raise ImageError(
             "the boot partition has no cmdline.txt", expected="that of a Raspberry Pi", got="an image for another board"
         )
-    words = fat.read(CMDLINE, 64 * 1024).decode("utf-8", "replace").split()
-    if fat.find("rpi-preseed.toml") is not None or in_root("/usr/bin/rpi-preseed"):
+    words = fat.read(CMDLINE).decode("utf-8", "replace").split()
+    if fat.exists("rpi-preseed.toml") or in_root("/usr/bin/rpi-preseed"):
         return Scheme.PRESEED
-    if any(fat.find(name) is not None for name in _CLOUD_INIT):
+    if any(fat.exists(name) for name in _CLOUD_INIT):
         return Scheme.CLOUD_INIT
-    if fat.find("custom.toml") is not None:
-        return Scheme.CUSTOM_TOML
-    if fat.find("firstrun.sh") is not None or any(word in _FIRST_INIT for word in words):
+    if fat.exists("firstrun.sh") or any(word in _FIRST_INIT for word in words):
         return Scheme.FIRSTRUN
-    if fat.find(_ISSUE) is not None and _BEFORE_CLOUD_INIT in fat.read(_ISSUE).decode("utf-8", "replace"):
+    if fat.exists(_ISSUE) and _BEFORE_CLOUD_INIT in fat.read(_ISSUE).decode("utf-8", "replace"):
         return Scheme.FIRSTRUN
     raise ImageError(
         "the boot partition does not show how this image takes settings",
-        expected="user-data, rpi-preseed.toml, custom.toml, or the first boot of Raspberry Pi OS in cmdline.txt",
+        expected="user-data, rpi-preseed.toml, or the first boot of Raspberry Pi OS in cmdline.txt",
         hint="Take an unchanged image of Raspberry Pi OS, or name its scheme with --scheme.",
     )
 
@@ -201,10 +195,7 @@ def first_boot_files(
     elif scheme is Scheme.PRESEED:
         files["rpi-preseed.toml"] = _preseed(wanted, mount)
     else:
-        parts = "" if scheme is Scheme.CUSTOM_TOML else _parts(wanted)
-        files[SCRIPT] = _FIRSTRUN.format(parts=parts)
-        if scheme is Scheme.CUSTOM_TOML:
-            files["custom.toml"] = _custom_toml(wanted)
+        files[SCRIPT] = _FIRSTRUN.format(parts=_parts(wanted))
         words = [w for w in words if not w.startswith(("systemd.run", "systemd.unit="))]
         words += [f"systemd.run={mount}/{SCRIPT}", "systemd.run_success_action=reboot"]
         words.append("systemd.unit=kernel-command-line.target")
@@ -258,21 +249,9 @@ def _netplan(wifi: Wifi) -> dict[str, object]:
 
 
 def _preseed(wanted: FirstBoot, mount: str) -> str:
-    tables = _tables(wanted, {"passwordless_sudo": True}, {"key_mgmt": "wpa-psk"})
-    # The installer needs neither network nor time.
-    tables["runcmd"] = {"late": [f"sh {mount}/{STARTER}"], "late_require_time_sync": False}
-    return 'config_version = "1.1"\n' + _toml(tables)
-
-
-def _custom_toml(wanted: FirstBoot) -> str:
-    return "config_version = 1\n" + _toml(_tables(wanted, {}, {}))
-
-
-def _tables(wanted: FirstBoot, user: dict[str, object], wlan: dict[str, object]) -> dict[str, dict[str, object]]:
-    """The tables that both forms of TOML have; `user` and `wlan` are what one of them has in addition."""
     tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
     if wanted.user is not None:
-        tables["user"] = {"name": wanted.user, **user}
+        tables["user"] = {"name": wanted.user, "passwordless_sudo": True}
         tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
     if wanted.wifi is not None:
         tables["wlan"] = {
@@ -281,9 +260,11 @@ def _tables(wanted: FirstBoot, user: dict[str, object], wlan: dict[str, object])
             "password_encrypted": True,  # nosec B105  # a switch, no password
             "hidden": wanted.wifi.hidden,
             "country": wanted.wifi.country,
-            **wlan,
+            "key_mgmt": "wpa-psk",
         }
-    return tables
+    # The installer needs neither network nor time.
+    tables["runcmd"] = {"late": [f"sh {mount}/{STARTER}"], "late_require_time_sync": False}
+    return 'config_version = "1.1"\n' + _toml(tables)
 
 
 def _parts(wanted: FirstBoot) -> str:

@@ -34,11 +34,6 @@ class Region:
             raise ImageError(f"{self.name} is cut short", expected=f"{count} bytes at {at}", got=len(found))
         return found
 
-    def write(self, at: int, data: bytes | bytearray | memoryview) -> None:
-        self._check(at, len(data))
-        self._file.seek(self._start + at)
-        self._file.write(data)
-
     def _check(self, at: int, count: int) -> None:
         if at < 0 or count < 0 or at + count > self.size:
             raise ImageError(f"{self.name} points outside itself", expected=f"0 to {self.size}", got=f"{at} + {count}")

@@ -43,16 +43,11 @@ BOOTS: dict[str, dict[str, str]] = {
         "network-config": "network:\n  version: 2\n  ethernets:\n    eth0:\n      dhcp4: true\n#  wifis:\n",
     },
     "firstrun": {"cmdline.txt": f"{CMDLINE} quiet init=/usr/lib/raspberrypi-sys-mods/firstboot\n"},
-    "custom-toml": {
-        "cmdline.txt": f"{CMDLINE} init=/usr/lib/raspberrypi-sys-mods/firstboot\n",
-        "custom.toml": "# config_version = 1\n",
-    },
     "preseed": {"cmdline.txt": f"{CMDLINE} resize\n", "rpi-preseed.toml": "# nothing yet\n"},
 }
 CHANGED = {
     "cloud-init": {"cmdline.txt", "user-data", "meta-data", "network-config"},
     "firstrun": {"cmdline.txt", "fedprune-firstrun.sh"},
-    "custom-toml": {"cmdline.txt", "custom.toml", "fedprune-firstrun.sh"},
     "preseed": {"rpi-preseed.toml"},
 }
 
@@ -191,7 +186,7 @@ def check_cloud_init(read: Read, key: str) -> None:
     assert read("cmdline.txt") == f"{CMDLINE} resize ds=nocloud;i={identity}\n"
 
 
-def check_script(read: Read) -> list[str]:
+def check_firstrun(read: Read, key: str) -> None:
     words = read("cmdline.txt").split()
     assert words[-3:] == [
         "systemd.run=/boot/firmware/fedprune-firstrun.sh",
@@ -201,11 +196,7 @@ def check_script(read: Read) -> list[str]:
     assert read("cmdline.txt").startswith(f"{CMDLINE} ")
     script = read("fedprune-firstrun.sh")
     assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
-    return script.splitlines()
-
-
-def check_firstrun(read: Read, key: str) -> None:
-    lines = check_script(read)
+    lines = script.splitlines()
     assert "echo attic-pi >/etc/hostname" in lines
     (row,) = [line for line in lines if line.startswith("printf '%s\\n' ")]
     assert shlex.split(row.partition(">")[0])[2:] == [key]
@@ -214,22 +205,10 @@ def check_firstrun(read: Read, key: str) -> None:
     assert f"    ssid={SSID.encode().hex()}" in lines
 
 
-def check_custom_toml(read: Read, key: str) -> None:
-    lines = check_script(read)
-    assert not [line for line in lines if "hostname" in line]
-    told = tomllib.loads(read("custom.toml"))
-    assert told["config_version"] == 1
-    check_tables(told, key)
-
-
 def check_preseed(read: Read, key: str) -> None:
     told = tomllib.loads(read("rpi-preseed.toml"))
     assert told["config_version"] == "1.1"
-    check_tables(told, key)
     assert told["runcmd"]["late"] == ["sh /boot/firmware/fedprune-install.sh"]
-
-
-def check_tables(told: dict[str, Any], key: str) -> None:
     assert told["system"]["hostname"] == "attic-pi"
     assert told["user"]["name"] == "ann"
     assert (told["ssh"]["authorized_keys"], told["ssh"]["password_authentication"]) == ([key], False)
@@ -241,7 +220,6 @@ def check_tables(told: dict[str, Any], key: str) -> None:
 CHECKS: dict[str, Callable[[Read, str], None]] = {
     "cloud-init": check_cloud_init,
     "firstrun": check_firstrun,
-    "custom-toml": check_custom_toml,
     "preseed": check_preseed,
 }
 
@@ -340,17 +318,21 @@ def test_cloud_init_starts_the_installer_at_every_boot_until_it_is_done(
     assert not [line for line in done.stderr.splitlines() if unit.name in line], done.stderr
 
 
-@pytest.mark.parametrize("cut", ["sed", "mv", "rm", "none"])
+@pytest.mark.parametrize("cut", ["mv", "rm", "none"])
 def test_the_power_may_fail_while_the_first_boots_script_ends(
     cut: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path
 ) -> None:
     """A board whose cmdline.txt names a script that is gone, or is empty, would never come up again."""
     out, boot = tmp_path / "out.img", tmp_path / "partition"
-    assert cli.main(command(make_source("custom-toml"), out, kit, key)) == ExitCode.OK
+    assert cli.main(command(make_source("firstrun"), out, kit, key)) == ExitCode.OK
     boot.mkdir()
-    for name in ("cmdline.txt", "fedprune-firstrun.sh"):
-        text = mtype(out, name, offsets(out)[0]).decode()
-        (boot / name).write_text(text.replace("/var/log", str(tmp_path)))
+    cmdline, script = (mtype(out, name, offsets(out)[0]).decode() for name in ("cmdline.txt", "fedprune-firstrun.sh"))
+    (boot / "cmdline.txt").write_text(cmdline)
+    # Without what it sets up, which would be this machine's.
+    head, setup, tail = script.partition("boot=$(")
+    where, _, end = f"{setup}{tail}".partition("\n")
+    end = end[end.index('sh "$boot/fedprune-install.sh"') :]
+    (boot / "fedprune-firstrun.sh").write_text(f"{head.replace('/var/log', str(tmp_path))}{where}\n{end}")
     (boot / "fedprune-install.sh").write_text("")
     calls = tmp_path / "calls"
     log = f"echo $(basename $0) >>{calls}"
@@ -411,27 +393,18 @@ def refused(capsys: Capture, arguments: list[str], code: ExitCode, words: str) -
 
 WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zip": (lambda raw: b"PK\x03\x04" + raw, "a ZIP file"),
-    "zstd": (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "zstd"),
     "iso": (lambda raw: bytes(32_769) + b"CD001" + bytes(3000), "ISO"),
-    "empty": (lambda raw: b"", "no partition table"),
     "text": (lambda raw: b"<html>404: there is no such image</html>\n" * 2000, "no partition table"),
-    "xz of a text": (lambda raw: lzma.compress(b"no image\n" * 9000), "no partition table"),
-    "qcow2": (lambda raw: b"QFI\xfb" + raw, "an image for QEMU"),
     "no partitions": (lambda raw: raw[:446] + bytes(64) + raw[510:], "no boot partition"),
-    "zeros": (lambda raw: bytes(70_000), "no partition table"),
     "cut": (lambda raw: raw[: len(raw) - 5_000_000], "cut short"),
     "xz cut": (lambda raw: lzma.compress(raw, preset=0)[:-3000], "damaged or cut short"),
-    "gz cut": (lambda raw: gzip.compress(raw, 1)[:-3000], "damaged or cut short"),
     "xz garbage": (lambda raw: b"\xfd7zXZ\0" + b"garbage" * 99, "damaged or cut short"),
-    "gz garbage": (lambda raw: b"\x1f\x8b\x08\x00" + b"garbage" * 99, "damaged or cut short"),
-    "no fat type": (lambda raw: raw[:450] + b"\x83" + raw[451:], "no boot partition"),
     "no fat": (lambda raw: raw[: 2048 * 512] + bytes(512) + raw[2048 * 512 + 512 :], "holds no FAT"),
     "overlap": (lambda raw: raw[:470] + raw[454:458] + raw[474:], "overlaps another"),
 }
 
 
 @pytest.mark.parametrize("wrong", sorted(WRONG))
-@pytest.mark.at_push(8)
 def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
     wrong: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -529,7 +502,7 @@ def test_a_passphrase_is_never_shown(
 
 
 @pytest.mark.parametrize("block", [1024, 4096])
-@pytest.mark.parametrize("features", ["", "^64bit", "^64bit,^metadata_csum,^extent"])
+@pytest.mark.parametrize("features", ["", "^64bit,^metadata_csum,^extent"])
 def test_ext4_is_read_as_debugfs_reads_it(tmp_path: Path, block: int, features: str) -> None:
     root = make_root(tmp_path / "root")
     (root / "big").write_bytes(bytes(range(256)) * 2000)

@@ -19,7 +19,6 @@ from fedprune.security.joining import Claim
 from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
 from fedprune_flash.image.boot_image import unpack
 from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.partitions import Region, read_partitions
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
 from fedprune_flash.kit.kit import open_kit
@@ -128,11 +127,6 @@ def _images() -> tuple[Target, ...]:
         with out.open("wb") as file:
             return unpack(path, file)
 
-    def tree(raw: bytes) -> object:
-        found = Fat(Region(io.BytesIO(raw), 0, len(raw), "boot"))
-        listed = found.listing()
-        return [found.read(e.name) for e in listed if not e.folder], [found.listing(e.name) for e in listed if e.folder]
-
     def linux(raw: bytes) -> object:
         found = Ext4(Region(io.BytesIO(raw), 0, len(raw), "root"))
         return found.read("/etc/os-release"), found.real("/usr/link"), found.exists("/lib/x")
@@ -142,27 +136,9 @@ def _images() -> tuple[Target, ...]:
         Target("image.partitions", table, (image,), constant=_FILES),
         Target("image.packed", as_file(unpacked, "packed.img"), (*packed, image), constant=80 * 2**20, share=0.2),
     ]
-    fat, ext4 = _fat(), _ext4()
-    if fat:
-        targets.append(Target("image.boot partition", tree, (fat,), constant=8 * 2**20, share=0.1))
-    if ext4:
+    if ext4 := _ext4():
         targets.append(Target("image.root partition", linux, (ext4,), constant=24 * 2**20, share=0.1))
     return tuple(targets)
-
-
-def _fat() -> bytes:
-    """A FAT file system, where mtools can make one."""
-    if shutil.which("mformat") is None:
-        return b""
-    path, text = scratch() / "fat", scratch() / "text"
-    path.write_bytes(bytes(160 * 1024))
-    text.write_bytes(b"text\n" * 300)
-    geometry = ("-T", "320", "-h", "2", "-s", "8", "-c", "1")
-    subprocess.run(["mformat", "-i", path, *geometry, "-v", "BOOT", "::"], check=True, capture_output=True)
-    subprocess.run(["mmd", "-i", path, "::overlays"], check=True, capture_output=True)
-    for name in ("::a long file name.txt", "::config.txt", "::overlays/one.dtbo"):
-        subprocess.run(["mcopy", "-i", path, text, name], check=True, capture_output=True)
-    return path.read_bytes()
 
 
 def _ext4() -> bytes:
