@@ -19,10 +19,10 @@ import pytest
 
 from fedprune.releases.release import Release, write_release
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, LauncherState, UpdateOutcome
-from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
+from fedprune_device.releases.installer import LAUNCHER
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-from support.fakes.runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
+from support.fakes.runtime_releases import KEY, OUTSIDE, PYTHON, make_wheel, set_up, source
 from support.paths import ROOT
 from support.processes.machine import free_port
 from support.waiting import attempts
@@ -43,8 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Board:
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.folder, self.wheel = folder, wheel
-        self.updater = ReleaseInstaller(folder / "fedprune", PUBLIC)
-        self.updater.install(source(self.release(1)))
+        self.updater = set_up(folder / "fedprune", self.release(1))
         x = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
         np.savez(folder / "data.npz", x=x, y=np.arange(20) % 3)
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -273,22 +273,20 @@ def _add_engine(commands: Any) -> None:
 
 
 def _add_runtime(commands: Any) -> None:
-    install = commands.add_parser("install", help="set this board up: a launcher, two slots, a first release")
     update = commands.add_parser("update", help="bring a release into the slot that doesn't run, to be tried next")
-    for parser in (install, update):
-        parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
-        parser.add_argument(
-            "--key",
-            default=str(_KEY),
-            metavar="KEY",
-            help="the server's key, as `fedprune-server release` shows it, or a file with it (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--jetson",
-            action=argparse.BooleanOptionalAction,
-            default=TEGRA.exists(),
-            help="never hide packages that JetPack brings (default: as this board is)",
-        )
+    update.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
+    update.add_argument(
+        "--key",
+        default=str(_KEY),
+        metavar="KEY",
+        help="the server's key, as `fedprune-server release` shows it, or a file with it (default: %(default)s)",
+    )
+    update.add_argument(
+        "--jetson",
+        action=argparse.BooleanOptionalAction,
+        default=TEGRA.exists(),
+        help="never hide packages that JetPack brings (default: as this board is)",
+    )
     update.add_argument("--stage-only", action="store_true", help="leave its trial to a later `update`")
     update.add_argument("--attempts", type=int, default=3, metavar="N", help="starts of a trial (default: 3)")
     update.add_argument(
@@ -296,21 +294,10 @@ def _add_runtime(commands: Any) -> None:
     )
     slots = commands.add_parser("slots", help="show which release runs, and how the last update ended")
     add_json(slots)
-    for parser in (install, update, slots):
+    for parser in (update, slots):
         parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
-    install.set_defaults(run=_command("runtime", "install"))
     update.set_defaults(run=_command("runtime", "update"))
     slots.set_defaults(run=_command("runtime", "slots"))
-    _add_unit(commands)
-
-
-def _add_unit(commands: Any) -> None:
-    unit = commands.add_parser("unit", help="print the systemd unit of this board's service")
-    kind = unit.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--cpu", action="store_true", help="a board that computes on its processor: strict sandbox")
-    kind.add_argument("--jetson", action="store_true", help="a board that computes on an NVIDIA GPU")
-    unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
-    unit.set_defaults(run=_command("runtime", "unit"))
 
 
 def _command(module: str, name: str) -> Command:

@@ -1,4 +1,4 @@
-"""The commands of `fedprune-device` that install and update the runtime, and that make its service."""
+"""The commands of `fedprune-device` that update the runtime, and show its slots."""
 
 from __future__ import annotations
 
@@ -14,34 +14,21 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, shown
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
-from fedprune_device.releases.unit import unit_text
 
 _LARGEST_KEY_FILE = 200
 
 
-def install(arguments: argparse.Namespace) -> None:
-    from fedprune_device.releases.installer import ReleaseSource
-
-    release = _updater(arguments).install(ReleaseSource.of_folder(arguments.release))
-    print(f"release {release.number} ({release.version}) is installed in {arguments.root}")
-
-
 def update(arguments: argparse.Namespace) -> None:
-    from fedprune_device.releases.installer import ReleaseSource
+    from fedprune_device.releases.installer import KEPT, ReleaseInstaller, ReleaseSource
 
-    updater = _updater(arguments)
+    keep = KEPT if arguments.jetson else ()
+    updater = ReleaseInstaller(arguments.root, _server_key(arguments.key), keep=keep)
     release = updater.stage(ReleaseSource.of_folder(arguments.release))
     if arguments.stage_only:
         print(f"release {release.number} ({release.version}) is staged")
     else:
         updater.arm(arguments.attempts, arguments.deadline)
         print(f"release {release.number} ({release.version}) is tried when the service starts the next time")
-
-
-def _updater(arguments: argparse.Namespace) -> Any:
-    from fedprune_device.releases.installer import KEPT, ReleaseInstaller
-
-    return ReleaseInstaller(arguments.root, _server_key(arguments.key), keep=KEPT if arguments.jetson else ())
 
 
 def _server_key(given: str) -> Any:
@@ -68,7 +55,7 @@ def slots(arguments: argparse.Namespace) -> None:
     if state is None:
         raise StorageError(
             f"{arguments.root} has no runtime whose state is whole",
-            hint="The launcher mends it when the service starts; `fedprune-device install` sets a board up.",
+            hint="The launcher mends it when the service starts; a kit sets a board up.",
         )
     held = {slot: _held(home, slot) for slot in SLOTS}
     if arguments.json:
@@ -99,7 +86,3 @@ def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> 
         end = state.outcome
         lines.append(f"last update: release {end.version} {end.result}" + (f": {end.reason}" if end.reason else ""))
     return lines
-
-
-def unit(arguments: argparse.Namespace) -> None:
-    print(unit_text(arguments.arguments or ("run", "--patient"), jetson=arguments.jetson), end="")

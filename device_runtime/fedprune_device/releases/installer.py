@@ -15,7 +15,7 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import zipfile
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from fedprune.security.keys import VerifyingKey
 from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device import launcher
 from fedprune_device.launcher.launcher import VERSION
-from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, write_file
-from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, digest, files_digest, write_file
+from fedprune_device.launcher.state import LONGEST_S, STABLE, STAGED, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.wheel import (
     InstalledWheel,
     Wheel,
@@ -88,28 +88,6 @@ class ReleaseInstaller:
         self._key = key
         self._keep = frozenset(keep)
         self._damaged = set[str]()
-
-    def install(self, source: ReleaseSource) -> Release:
-        """Set a board up with the launcher and a first release, which needs no trial; else `ReleaseError`."""
-        root = self.home.root
-        with storage_errors(f"can't write {root}"):
-            for folder in (root, self.home.folder, self._incoming, *(root / slot for slot in SLOTS)):
-                folder.mkdir(parents=True, exist_ok=True)
-        with self._alone(), storage_errors(f"can't write {root}"):
-            if self.home.load() is not None or self._starts_of_another():
-                raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
-            write_file(root / KEY, self._key.hex.encode())
-            release = self._bring(source, LauncherState(SLOTS[1]))
-            write_launcher(root / LAUNCHER)
-            self.home.save(LauncherState(SLOTS[0], highest=release.number))
-        return release
-
-    def _starts_of_another(self) -> bool:
-        """Whether the launcher's state is lost, and a slot is whole that another server's key has signed."""
-        with suppress(DamagedError):
-            self.home.recover()
-            return self.home.key() not in (None, self._key.raw)
-        return False
 
     @property
     def downloads(self) -> BlobStore:
@@ -189,7 +167,7 @@ class ReleaseInstaller:
     def _alone(self) -> AbstractContextManager[None]:
         lock = self.home.folder / "update.lock"
         if not self.home.folder.is_dir():
-            raise StorageError(f"{self.home.root} has no runtime", hint="`fedprune-device install` sets a board up.")
+            raise StorageError(f"{self.home.root} has no runtime", hint="A kit of `fedprune-flash` sets a board up.")
         return locked(lock, f"another process updates {self.home.root}", "Wait until it is done.")
 
     def _state(self) -> LauncherState:
@@ -197,7 +175,7 @@ class ReleaseInstaller:
         if state is None:
             raise StorageError(
                 f"{self.home.root} has no state that is whole",
-                hint="Restart the service: its launcher mends it. On a new board use `fedprune-device install`.",
+                hint="Restart the service: its launcher mends it. A kit of `fedprune-flash` sets a new board up.",
             )
         return state
 

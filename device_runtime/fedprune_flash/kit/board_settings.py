@@ -21,7 +21,7 @@ from fedprune.core.validation import known, truth, whole
 from fedprune.security.joining import Claim
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
-from fedprune_device.releases.unit import HIDDEN
+from fedprune_flash.kit.unit import HIDDEN
 
 SAMPLES = "/srv/fedprune/samples.npz"  # the default place of a board's samples
 

@@ -35,11 +35,11 @@ from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases import wheel
 from fedprune_device.releases.installer import write_launcher
-from fedprune_device.releases.unit import unit_text
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
 from fedprune_flash.kit.target import Target
+from fedprune_flash.kit.unit import unit_text
 from fedprune_flash.on_board import board_files, install, installation, kit_folder, runtime_slot, service_control
 from fedprune_flash.on_board.installation import SETTINGS, STATE
 from fedprune_flash.on_board.kit_folder import (

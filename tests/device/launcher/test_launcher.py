@@ -19,7 +19,7 @@ from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import KEY, PURPOSE, SlotStore, digest, files_digest
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
-from support.fakes.runtime_releases import PUBLIC, make_release, source
+from support.fakes.runtime_releases import make_release, set_up, source
 from support.waiting import attempts
 
 pytestmark = [pytest.mark.board, pytest.mark.system]
@@ -55,9 +55,7 @@ BAD = {
 
 @pytest.fixture
 def board(tmp_path: Path) -> ReleaseInstaller:
-    updater = ReleaseInstaller(tmp_path / "board", PUBLIC)
-    updater.install(source(make_release(tmp_path / "one", 1, app=HEALTHY)))
-    return updater
+    return set_up(tmp_path / "board", make_release(tmp_path / "one", 1, app=HEALTHY))
 
 
 def start(board: ReleaseInstaller) -> subprocess.Popen[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune_device.launcher.sd_notify import READY, notify, starting, status, watchdog_seconds
-from fedprune_device.releases.unit import unit_text
+from fedprune_flash.kit.unit import unit_text
 
 pytestmark = pytest.mark.board
 

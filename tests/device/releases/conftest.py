@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_device.releases.installer import ReleaseInstaller
-from support.fakes.runtime_releases import PUBLIC, make_release, source
+from support.fakes.runtime_releases import make_release, set_up
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +21,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A board with release 1."""
     root = tmp_path_factory.mktemp("fresh") / "board"
-    ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
+    set_up(root, releases[1])
     return root
 
 

@@ -150,24 +150,6 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
         shutil.rmtree(board.home.root)
 
 
-@pytest.mark.parametrize("kind", EACH_KIND)
-def test_a_cut_at_any_write_of_the_first_installation_leaves_it_to_be_done_again(
-    releases: dict[int, Path], tmp_path: Path, kind: str
-) -> None:
-    with power() as supply:
-        ReleaseInstaller(tmp_path / "calm", PUBLIC).install(source(releases[1]))
-    for at, how in cuts(kind, supply.names):
-        root = tmp_path / str(at)
-        with power(at, how), pytest.raises(CutError):
-            ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
-        if SlotStore(root).load() is None:
-            with power():
-                ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
-        board = Board(root, {1: releases[1]}, BAD["hangs at import"])
-        board.rest()
-        assert board.ran == [1]
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cuts=st.lists(st.tuples(st.integers(1, 120), st.sampled_from(KINDS)), max_size=8), bad=st.sampled_from(sorted(BAD))

@@ -30,7 +30,6 @@ from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import (
     NO_IDENTITY,
     NO_LAUNCHER,
@@ -38,7 +37,7 @@ from fedprune_device.releases.release_agent import (
     board_installer,
 )
 from support.fakes.release_site import SHARED, Board, ReleaseServer
-from support.fakes.runtime_releases import PUBLIC, make_release, make_wheel, source
+from support.fakes.runtime_releases import make_release, make_wheel, set_up
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
 
 pytestmark = pytest.mark.board
@@ -346,7 +345,7 @@ def test_a_wheel_that_the_running_slot_has_is_copied_and_fetched_only_if_it_is_d
 ) -> None:
     shared = shared_wheel(tmp_path)
     first, second = (make_release(tmp_path / f"release-{n}", n, shared=shared) for n in (1, 2))
-    ReleaseInstaller(tmp_path / "board", PUBLIC).install(source(first))
+    set_up(tmp_path / "board", first)
     it = Board(tmp_path / "board", ReleaseServer(tmp_path / "server", second))
     if damaged:  # after the launcher has compared the slot with its record
         DAMAGE[damaged](it.home.root / "a" / "runtime" / "core.txt")
@@ -362,8 +361,7 @@ def test_copied_files_are_checked_against_the_release(tmp_path: Path) -> None:
     """A slot's record names the files of a wheel, and nobody has signed that."""
     shared = shared_wheel(tmp_path)
     first, second = (make_release(tmp_path / f"release-{n}", n, shared=shared) for n in (1, 2))
-    installer = ReleaseInstaller(tmp_path / "board", PUBLIC)
-    installer.install(source(first))
+    installer = set_up(tmp_path / "board", first)
     record = installer.home.record("a")
     installer.home.write_record("a", replace(record, wheels={digest_of(shared): ("app/part.py",)}))
     it = Board(tmp_path / "board", ReleaseServer(tmp_path / "server", second))

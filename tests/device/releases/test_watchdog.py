@@ -17,7 +17,7 @@ from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, Watchdog, check_packages
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
-from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, source
+from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, set_up, source
 from support.faults.power_cuts import power
 
 pytestmark = pytest.mark.board
@@ -155,8 +155,7 @@ def test_a_package_that_comes_from_outside_the_release_fails_the_check(
 
 
 def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) -> None:
-    board = ReleaseInstaller(tmp_path / "board", PUBLIC)
-    board.install(source(make_release(tmp_path / "1", 1)))
+    board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
     board.stage(source(make_release(tmp_path / "3", 3, system=OUTSIDE[1:])))
     board.arm()
     decide(board.home)

@@ -15,10 +15,10 @@ from packaging.requirements import Requirement
 
 from fedprune.core.errors import ConfigError, ExitCode, KitError, UsageError
 from fedprune.security.keys import SigningKey
-from fedprune_device.releases.unit import HIDDEN, unit_text
 from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
+from fedprune_flash.kit.unit import HIDDEN, unit_text
 from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC
 

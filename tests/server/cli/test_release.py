@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fedprune.security.keys import VerifyingKey
 from fedprune_device.cli.main import main as device
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_server.cli.main import main as server
-from support.fakes.runtime_releases import PYTHON, make_wheel
+from support.fakes.runtime_releases import PYTHON, make_wheel, set_up
 from support.fakes.tiny_wheels import wheel as small_wheel
 
 
@@ -44,14 +45,14 @@ def released(folder: Path, number: int, state: Path, again: Path | None = None) 
     return out
 
 
-def test_a_board_is_set_up_updated_taken_back_and_tells_what_it_runs(
+def test_a_board_is_updated_taken_back_and_tells_what_it_runs(
     tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = key_of(state, capsys, tmp_path)
     (tmp_path / "server.pub").write_text(key + "\n")
     root = ["--root", str(tmp_path / "board")]
     one = released(tmp_path, 1, state)
-    assert device(["install", *root, "--key", key, "--release", str(one)]) == 0
+    set_up(tmp_path / "board", one, VerifyingKey.from_hex(key))
     update = ["update", *root, "--key", str(tmp_path / "server.pub"), "--attempts", "2", "--release"]
     assert device([*update, str(released(tmp_path, 2, state))]) == 0
     capsys.readouterr()

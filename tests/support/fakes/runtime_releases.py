@@ -12,8 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedprune.releases.release import Release, write_release
 from fedprune.security.certificates import PIN
 from fedprune.security.joining import Claim
-from fedprune.security.keys import SigningKey
-from fedprune_device.releases.installer import ReleaseSource
+from fedprune.security.keys import SigningKey, VerifyingKey
+from fedprune_device.launcher.slot_store import KEY as KEY_FILE
+from fedprune_device.launcher.slot_store import write_file
+from fedprune_device.launcher.state import SLOTS, LauncherState
+from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource, write_launcher
 from fedprune_device.releases.release_trial import PACKAGES
 from fedprune_device.releases.wheel import Wheel, contents_digest
 
@@ -77,3 +80,17 @@ def versions_in(slot: Path) -> set[str]:
 
 def source(folder: Path) -> ReleaseSource:
     return ReleaseSource.of_folder(folder)
+
+
+def set_up(root: Path, folder: Path, key: VerifyingKey = PUBLIC) -> ReleaseInstaller:
+    """A board that runs a release and has the launcher, as a kit leaves it."""
+    installer = ReleaseInstaller(root, key)
+    home = installer.home
+    for name in ("state", "incoming", *SLOTS):
+        (root / name).mkdir(parents=True)
+    write_file(root / KEY_FILE, key.hex.encode())
+    write_launcher(root / LAUNCHER)
+    home.save(LauncherState(SLOTS[1]))
+    release = installer.stage(source(folder))
+    home.save(LauncherState(SLOTS[0], highest=release.number))
+    return installer

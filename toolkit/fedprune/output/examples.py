@@ -198,10 +198,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-device build-engine --state board",
         "fedprune-device build-engine --bundle bundle --out engine --json",
     ),
-    "fedprune-device install": (
-        "fedprune-device install --release release-1",
-        "fedprune-device install --release release-1 --key server.pub",
-    ),
     "fedprune-device update": (
         "fedprune-device update --release release-2 --attempts 5",
         "fedprune-device update --release release-2 --stage-only",
@@ -209,10 +205,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "fedprune-device slots": (
         "fedprune-device slots",
         "fedprune-device slots --json",
-    ),
-    "fedprune-device unit": (
-        "fedprune-device unit --cpu -- run --state /var/lib/fedprune --data /srv/samples.npz",
-        "fedprune-device unit --jetson --memory 6G --user fedprune",
     ),
     "fedprune-flash kit": (
         "fedprune-flash kit --server mqtts://broker --device a --claim-file claim --signing-key signing.key --out kit",

@@ -22,7 +22,7 @@ _PATH = re.compile(r"(?!.*/\.\.(/|$))/[A-Za-z0-9_./@+-]{0,200}")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@=,+%$-]+")
 
 
-def unit_text(arguments: Sequence[str] = ("run", "--patient"), *, jetson: bool = False, condition: str = "") -> str:
+def unit_text(arguments: Sequence[str] = ("run",), *, jetson: bool = False, condition: str = "") -> str:
     """The unit that starts `fedprune-device` with these arguments, only if the file `condition` exists.
 
     Raises `ConfigError` if something would break out of its line.

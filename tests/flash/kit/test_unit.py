@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune_device.releases.unit import unit_text
+from fedprune_flash.kit.unit import unit_text
 
 pytestmark = pytest.mark.board
 
@@ -63,7 +63,7 @@ def test_what_would_break_out_of_its_line_is_refused() -> None:
             unit_text(condition=path)
 
 
-def test_onnxruntime_computes_and_trains_where_memory_is_never_writable_and_executable(graphs: Path) -> None:
+def test_onnxruntime_computes_and_trains_where_memory_is_never_writable_and_executable() -> None:
     """What MemoryDenyWriteExecute does, by the kernel's own switch (PR_SET_MDWE, since Linux 6.3)."""
     code = """
 import ctypes, mmap, sys
