@@ -20,21 +20,22 @@ _UNIT = 2.0**-34
 """The server adds up whole multiples of about so much, which shows where a mean is almost 0."""
 
 
-def audit(state: Path, offered: Path, ledger: Ledger, rounds: int, seed: int) -> dict[str, Any]:
+def audit(folder: Path, ledger: Ledger, rounds: int, seed: int, database: str | None = None) -> dict[str, Any]:
     """Compare a finished job with the devices' ledger.
 
     Args:
-        state: The server's state folder.
-        offered: A folder with the weights that devices were offered, by digest.
+        folder: The run's: `state` is the server's, `offered` has the weights that devices were offered, by digest.
         ledger: By device its samples and, by round, its part.
         rounds: How many rounds there were to be.
         seed: Of the devices' noise.
+        database: Where PostgreSQL has the state.
 
     Returns:
         By round what was found, and `faults`: everything that is not as it should be, in words.
     """
     faults: list[str] = []
-    with Storage.existing(state) as storage:
+    state, offered = folder / "state", folder / "offered"
+    with Storage.at(state, database) as storage:
         summaries, known = storage.rounds(), {row["name"] for row in storage.devices()}
         events = [(number, kind, body) for number, _, kind, body in storage.log.events()]
     if known != set(ledger):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.messages import (
+    PUT,
     Accepted,
     Birth,
     BlobNotFound,
@@ -28,6 +29,8 @@ from fedprune.wire.messages import (
     Offer,
     Progress,
     Update,
+    UploadRequest,
+    UploadResult,
     parse,
 )
 from fedprune.wire.topics import Topics
@@ -66,6 +69,8 @@ class Works:
     shelf: Shelf
     updates: Remade
     later: Callable[..., asyncio.TimerHandle]
+    put: Callable[[str, bytes], Awaitable[str | None]] | None = None
+    """Puts an update at a web address, and returns why it failed; None where updates travel over MQTT."""
 
 
 class Board:
@@ -81,8 +86,8 @@ class Board:
     """
 
     __slots__ = (
-        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_works",
-        "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
+        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_uploads",
+        "_works", "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +106,7 @@ class Board:
         self._update: Update | None = None
         self._last: Update | None = None
         self._announced, self._announce_at = 0, 0.0
+        self._uploads: dict[str, asyncio.Task[None]] = {}
         self.on_accepted: Callable[[Accepted], None] | None = None
 
     def new_session(self) -> Session:
@@ -115,7 +121,11 @@ class Board:
         """Announce itself, and say again what the server may not have heard."""
         update = self._update
         held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
-        self._say(Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held))
+        abilities = (PUT,) if self._works.put is not None else ()
+        birth = Birth(
+            self.name, self._session, self.profile, self.samples, "swarm", self.probe, held, abilities=abilities
+        )
+        self._say(birth)
         self.hurry()
 
     def hurry(self) -> None:
@@ -163,6 +173,8 @@ class Board:
                 self._offered(message)
             case BlobRequest():
                 self._wanted(message)
+            case UploadRequest():
+                self._upload(message)
             case Accepted():
                 self._accepted(message)
             case Cancelled():
@@ -228,6 +240,20 @@ class Board:
         topic = self._works.topics.up_blob(self.name, job)
         for raw in answer:
             self.link.publish(topic, raw, CHUNK_QOS)
+
+    def _upload(self, request: UploadRequest) -> None:
+        """Put the update where the server says, unless that is under way."""
+        put, update, sha256 = self._works.put, self._update, request.sha256
+        if put is None or update is None or update.weights.sha256 != sha256 or sha256 in self._uploads:
+            return
+        self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
+
+        async def upload() -> None:
+            failure = await put(request.url, self._works.updates.open(sha256).read())
+            del self._uploads[sha256]
+            self._say(UploadResult(sha256, failure), update.job)
+
+        self._uploads[sha256] = asyncio.ensure_future(upload())
 
     def _accepted(self, message: Accepted) -> None:
         part = self.parts.get(message.round)

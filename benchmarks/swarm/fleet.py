@@ -19,6 +19,7 @@ from benchmarks.fleet_mixture import SAMPLES, SHARES
 from benchmarks.swarm.board import Board, Works
 from benchmarks.swarm.shelf import Shelf
 from benchmarks.swarm.updates import Remade
+from benchmarks.swarm.uploading import Uploader
 from fedprune.core.rng import keyed
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -52,13 +53,15 @@ class Fleet:
 
     Args:
         spec: `host` and `port` of the broker, `site`, `indices` (first, and behind the last), `seed`, `scale` of the
-            training times, by profile the `seconds` that a sample takes, and a folder for what was `offered`.
+            training times, by profile the `seconds` that a sample takes, a folder for what was `offered`, and whether
+            updates are `puts` at addresses of the server's.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
         loop = asyncio.get_running_loop()
-        self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later)
+        put = Uploader().put if spec["puts"] else None
+        self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later, put)
         kinds = [find(name) for name in SHARES]
         shares = list(SHARES.values())
         self.lost = 0

@@ -46,6 +46,13 @@ max_devices = {devices}
 pulls = {pulls}
 """
 
+ENGINES = """\
+database = "{database}"
+blobs = "s3://{bucket}/swarm"
+uploads = "s3"
+"""
+"""Where a PostgreSQL server and a bucket do what the state folder does otherwise."""
+
 
 def small_cnn() -> bytes:
     """A net of 25,730 numbers, two convolutions and two linear layers, for 8×8 images, as an ONNX file."""
@@ -80,8 +87,8 @@ def small_cnn() -> bytes:
     return raw
 
 
-def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int) -> Path:
-    """Write a job's files into a folder.
+def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int, more: str = "") -> Path:
+    """Write a job's files into a folder; `more` are further settings of the server.
 
     Returns:
         Path of the `fleet.toml`.
@@ -90,7 +97,7 @@ def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pul
     hand = deal(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)
     path = folder / "fleet.toml"
-    path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls))
+    path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls) + more)
     return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import numpy as np
 from benchmarks.fleet_mixture import SHARES
 from benchmarks.harness import ROOT
 from benchmarks.swarm.audit import audit
-from benchmarks.swarm.job import seconds_per_sample, write_job
+from benchmarks.swarm.job import ENGINES, seconds_per_sample, write_job
 from benchmarks.swarm.site import Site, site
 from fedprune_server.storage.storage import Storage
+from support.processes.postgres import Postgres
+from support.processes.s3 import Moto
 
 CALLERS = 2
 """Devices that live in the process which measures latencies."""
@@ -39,6 +43,7 @@ class Size:
         pulls: From how many devices the server fetches updates at a time.
         limit_s: Seconds after which the run is given up.
         seed: Keys the fleet and its noise.
+        engines: Whether PostgreSQL has the state, and boards put updates into a bucket.
     """
 
     devices: int
@@ -48,6 +53,7 @@ class Size:
     pulls: int = 4
     limit_s: float = 3600.0
     seed: int = 0
+    engines: bool = False
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
@@ -56,8 +62,10 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     Raises:
         FedpruneError: Broker or server don't come up.
     """
-    with site(folder) as place:
-        config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls)
+    with ExitStack() as stack:
+        place = stack.enter_context(site(folder))
+        more, database = _engines(place, stack) if size.engines else ("", None)
+        config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls, more)
         began = time.time()
         place.broker()
         place.server(config)
@@ -69,8 +77,8 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         watched = {n: {k: v for k, v in vars(w).items() if k[0] != "_"} for n, w in place.watched.items()}
         ledger = ledger_of(folder)
         asked = results["probes"]["latency"]
-        checked = audit(folder / "state", folder / "offered", ledger, size.rounds, size.seed)
-        with Storage.existing(folder / "state") as storage:
+        checked = audit(folder, ledger, size.rounds, size.seed, database)
+        with Storage.at(folder / "state", database) as storage:
             closed = {body["round"]: at for _, at, kind, body in storage.log.events() if kind == "Closed"}
             summaries = storage.rounds()
         return {
@@ -86,6 +94,19 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
             "lost_connections": sum(r["lost"] for r in results.values()),
             "audit": checked,
         }
+
+
+def _engines(place: Site, stack: ExitStack) -> tuple[str, str]:
+    """Start PostgreSQL and a bucket's server; returns the settings for them, and the database's address."""
+    postgres, bucket = Postgres(), Moto()
+    stack.callback(postgres.close)
+    stack.callback(bucket.close)
+    postgres.start()
+    os.environ.update(bucket.environment)
+    place.watch("postgres", postgres.pid)
+    place.watch("bucket", bucket.pid)
+    database = postgres.database()
+    return ENGINES.format(database=database, bucket=bucket.bucket()), database
 
 
 def ledger_of(folder: Path) -> dict[str, Any]:
@@ -110,6 +131,7 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
         "seconds": seconds_per_sample(list(SHARES)),
         "limit_s": size.limit_s,
         "offered": str(place.folder / "offered"),
+        "puts": size.engines,
     }
     processes = {}
     for name, part in zip(PROCESSES, ((0, CALLERS), (CALLERS, size.devices)), strict=True):

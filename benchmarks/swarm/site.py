@@ -74,6 +74,7 @@ class Site:
         self.port = free_port()
         self.watched: dict[str, Watch] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._others: dict[str, int] = {}
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -117,6 +118,12 @@ class Site:
                 raise FedpruneError("the server doesn't come up", hint=self.said("server")[-2000:])
             time.sleep(0.05)
 
+    def watch(self, name: str, pid: int) -> None:
+        """Measure a process that somebody else has started, too."""
+        with self._lock:
+            self.watched[name] = Watch()
+            self._others[name] = pid
+
     def said(self, name: str) -> str:
         """What a process has said."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -125,10 +132,10 @@ class Site:
         """Take all measures now."""
         with self._lock:
             for name, watched in self.watched.items():
-                process = self._processes[name]
-                if process.poll() is None:
+                process = self._processes.get(name)
+                if process is None or process.poll() is None:
                     with suppress(OSError):  # it ended just now
-                        watched.look(process.pid)
+                        watched.look(self._others[name] if process is None else process.pid)
 
     def stop(self, name: str) -> None:
         """Let a process end."""

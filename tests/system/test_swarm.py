@@ -40,7 +40,7 @@ def test_its_audit_would_notice(swarm: tuple[Any, Any, Path, dict[str, Any]], mo
 
     def faults(expected: Callable[..., Any] = mean, **rows: Any) -> str:
         monkeypatch.setattr(audit, "mean", expected)
-        return "\n".join(audit.audit(folder / "state", folder / "offered", ledger | rows, ROUNDS, 0)["faults"])
+        return "\n".join(audit.audit(folder, ledger | rows, ROUNDS, 0)["faults"])
 
     name = "board-00007"
     part = ledger[name]["parts"]["2"]

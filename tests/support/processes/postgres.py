@@ -83,6 +83,12 @@ class Postgres:
             assert time.monotonic() < until, (self._folder / "log").read_text()
             time.sleep(0.1)
 
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """kill -9 of its first process and of those that it started, which would serve open connections a while."""
         children = self.children()

@@ -35,6 +35,11 @@ class S3:
         self._folder = Path(tempfile.mkdtemp(prefix="fedprune-s3-"))
 
     @property
+    def pid(self) -> int:
+        """Of the process that answers."""
+        return self._processes[-1].pid
+
+    @property
     def environment(self) -> dict[str, str]:
         """What a process needs to know to use it."""
         return SECRETS | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
