@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from fedprune.output.examples import EXAMPLES
@@ -73,7 +73,7 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 
 def _body(name: str, parser: argparse.ArgumentParser, shown: dict[str, str]) -> str:
-    """A command's options and examples; options that a command above explains alike are only named."""
+    """A command's examples and options; those that a command above explains alike are only named."""
     rows, elsewhere = [], defaultdict[str, list[str]](list)
     for action in filter(_shown, parser._actions):
         row = _row(parser, action)
@@ -81,13 +81,15 @@ def _body(name: str, parser: argparse.ArgumentParser, shown: dict[str, str]) -> 
             rows.append(row)
         else:
             elsewhere[above].append(f"`{max(action.option_strings, key=len, default=_invocation(parser, action))}`")
-    parts = ["\n".join(["| | |", "|---|---|", *rows]) + "\n"] if rows else []
     if elsewhere:
-        also = (f"{', '.join(names)} as in [{above}](#{above.replace(' ', '-')})" for above, names in elsewhere.items())
-        parts.append(f"{'Also ' if rows else 'Options: '}{'; '.join(also)}.\n")
-    if parser.prog in EXAMPLES:
-        parts.append("\n".join(f"    {line}" for line in EXAMPLES[parser.prog]) + "\n")
-    return "\n".join(parts)
+        sizes = Counter(shown.values())
+        alike = (
+            f"{'all' if sizes[above] == len(names) > 1 else ', '.join(names)} ([{above}](#{above.replace(' ', '-')}))"
+            for above, names in elsewhere.items()
+        )
+        rows.append(f"- As above: {', '.join(alike)}.")
+    parts = ["".join(f"    {line}\n" for line in EXAMPLES.get(parser.prog, ())), "".join(f"{row}\n" for row in rows)]
+    return "\n".join(filter(None, parts))
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
@@ -138,11 +140,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     choices = "" if not action.choices or action.metavar is None else f" One of {', '.join(map(str, action.choices))}."
     needed = " Required." if action.required and action.option_strings else ""
     name = "".join(short) + f"`{_invocation(parser, action)}`"
-    return f"| {_cell(name)} | {_cell(_sentence(text) + choices + needed)} |"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return f"- {name}: {_sentence(text)}{choices}{needed}".removesuffix(": ")
 
 
 def _sentence(text: str | None) -> str:
