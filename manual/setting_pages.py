@@ -23,25 +23,26 @@ _HEAD = """# Settings
 
 <!-- Made by `python -m manual`: change the classes instead. -->
 
-Every key of a `fleet.toml` with its default. [Configure a job](../configure-a-job.md#fleettoml) shows the whole file. A
+Every key of a `fleet.toml` with its default. [Configure a job](../configure-a-job.md#fleettoml) shows such a file. A
 [simulation](../simulate.md) has further tables. Options of `fedprune-server run` take precedence over the file.
 """
 _SCHEDULE = """`kind`, also `--schedule`, is `sync`, `semi-async` or `async`
 ([when to take which](../rounds.md#schedules)).
 Left out, the strategy's own schedule holds. Further keys:
 """
-_OTHER_TABLES = {"model": "model", "evaluation": "evaluation", "calibration": "calibration", "input_shape": "model"}
+_MODEL = ("input_shape", "loss", "metric", "lora", "base")
+"""Keys of `[model]` beside its path."""
 _RENAMED = {"deadline_s": "deadline"}
 
 
 def page() -> str:
     """The page, in Markdown."""
     options = _options()
-    server = {f.name for f in fields(ServerConfig)} - {"job", "alerts", *_OTHER_TABLES}
+    server = {f.name for f in fields(ServerConfig)} - {"job", "alerts", "model", "evaluation", "calibration", *_MODEL}
     said = _descriptions(ServerConfig)
     other = [
         ("`[model] path`", "model", options),
-        ("`[model] input_shape`", "input_shape", set()),
+        *((f"`[model] {key}`", key, set() if key == "input_shape" else options) for key in _MODEL),
         ("`[evaluation] data`", "evaluation", options),
         ("`[calibration] data`", "calibration", options),
     ]
