@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import nn
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.architecture import Architecture, TensorKind, widths_at
+from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.probe_report import CPU, CUDA
@@ -24,6 +26,7 @@ from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Port
 from fedprune_export.pruning.model import Model
+from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.step_graph import training_graph
 from support.nets.small_nets import seeded
 
@@ -52,15 +55,41 @@ class Small(nn.Module):
         return self.fc(torch.flatten(torch.relu(self.conv2(x)), 1))
 
 
-def small() -> nn.Module:
+class Rows(nn.Module):
+    """Linear layers over rows of vectors, whose biases are nodes of their own, and two heads that are added up."""
+
+    input_shape = (3, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 7, bias=False)
+        self.left, self.right = nn.Linear(7, CLASSES), nn.Linear(7, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.left(x.mean(1)) + self.right(x.amax(1))
+
+
+HIDDEN = {Small: ("conv1", "conv2"), Rows: ("first", "second")}
+"""Layers whose outputs a scaler multiplies."""
+
+THETA, SCALE = 0.1, 2.0
+
+
+def net(kind: type[nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return seeded(Small())
+        return seeded(kind())
+
+
+@cache
+def model_of(kind: type[nn.Module]) -> Model:
+    return import_onnx(export_torch(net(kind)), kind.__name__)
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return import_onnx(export_torch(small()), "small")
+    return model_of(Small)
 
 
 def feeds(model: Model, features: Features, batch: int, seed: int = 0, tensors: Arrays | None = None) -> Arrays:
@@ -85,6 +114,8 @@ def feeds(model: Model, features: Features, batch: int, seed: int = 0, tensors: 
         out[step_contract.CLASS_WEIGHT] = np.array([0.5, 2.0, 0.1, 1.0], np.float32)
     if features.class_mask:
         out[step_contract.CLASS_MASK] = np.array([1, 0, 1, 1], np.float32)
+    if features.scale:
+        out[step_contract.OUTPUT_SCALE] = np.array(SCALE, np.float32)
     for spec in model.architecture.trainable:
         shape = tensors[spec.name].shape
         out[step_contract.buffer(spec.name)] = 0.1 * normal(shape)
@@ -93,17 +124,41 @@ def feeds(model: Model, features: Features, batch: int, seed: int = 0, tensors: 
             out[step_contract.strength(spec.name)] = np.array(rng.uniform(0, 2), np.float32)
         if features.element_mask:
             out[step_contract.mask(spec.name)] = (rng.random(shape) < 0.7).astype(np.float32)
+        if features.threshold:
+            theta = THETA if spec.kind is TensorKind.WEIGHT else 0.0
+            out[step_contract.threshold(spec.name)] = np.array(theta, np.float32)
     return out
 
 
-def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype) -> Arrays:
+class Above(torch.autograd.Function):
+    """1[s ≥ θ], whose slope is said to be 2θ/(s + θ)² where it is 1 (FIARSE's `BinaryMask`)."""
+
+    @staticmethod
+    def forward(ctx: Any, size: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(size, theta)
+        return (size >= theta).to(size.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        size, theta = ctx.saved_tensors
+        rise = 2 * theta / (size + theta) ** 2
+        return gradients[0] * torch.where(size >= theta, rise, torch.zeros_like(rise)), None
+
+
+def oracle(model: Model, features: Features, fed: Arrays, dtype: torch.dtype, kind: type[nn.Module] = Small) -> Arrays:
     """The same step in torch."""
     get = {k: torch.tensor(v, dtype=dtype if v.dtype == np.float32 else None) for k, v in fed.items()}
     names = [t.name for t in model.architecture.trainable]
     leaves = {n: get[n].clone().requires_grad_() for n in names}
     used = {n: w * get[step_contract.mask(n)] if features.element_mask else w for n, w in leaves.items()}
+    for n, w in leaves.items() if features.threshold else ():
+        theta = get[step_contract.threshold(n)]
+        used[n] = used[n] * Above.apply(w.abs(), theta) if theta > 0 else used[n]
     statistics = {t.name: get[t.name].clone() for t in model.architecture.statistics}
-    logits = torch.func.functional_call(small().train(), {**used, **statistics}, get[step_contract.X])
+    module = net(kind).train()
+    for name in HIDDEN[kind] if features.scale else ():
+        module.get_submodule(name).register_forward_hook(lambda _, __, y: y * get[step_contract.OUTPUT_SCALE])
+    logits = torch.func.functional_call(module, {**used, **statistics}, get[step_contract.X])
     if features.logit_offset:
         logits = logits + get[step_contract.LOGIT_OFFSET]
     if features.class_mask:
@@ -148,19 +203,65 @@ def far(got: Arrays, exact: Arrays, usual: Arrays) -> list[str]:
 
 ALL = Features(True, True, True, True, True, True)
 COMBINATIONS = [
-    Features(a, b, c, a != b, a != c, gradients=True) for a, b, c in itertools.product([False, True], repeat=3)
+    Features(a, b, c, a != b, a != c, gradients=True, threshold=b != c, scale=a != (b != c))
+    for a, b, c in itertools.product([False, True], repeat=3)
 ]
 """Every pair of features in each of its four ways."""
 
 
-@pytest.mark.parametrize("features", COMBINATIONS, ids=lambda f: f.key)
-def test_a_step_with_features_in_every_pair(model: Model, features: Features) -> None:
+@pytest.mark.parametrize(
+    ("kind", "batch", "features"),
+    [
+        *((Small, (9, 1, 3, 33)[row % 4], features) for row, features in enumerate(COMBINATIONS)),
+        *((Rows, 9, Features(proximal=p, threshold=p, scale=not p, gradients=True)) for p in (False, True)),
+    ],
+    ids=lambda v: v.key if isinstance(v, Features) else None,
+)
+def test_a_step_with_features_in_every_pair(kind: type[nn.Module], batch: int, features: Features) -> None:
+    model = model_of(kind)
     session = Session(training_graph(model, features).to_bytes(), training=True)
-    fed = feeds(model, features, batch=9)
-    exact, usual = (oracle(model, features, fed, t) for t in (torch.float64, torch.float32))
+    fed = feeds(model, features, batch)
+    exact, usual = (oracle(model, features, fed, t, kind) for t in (torch.float64, torch.float32))
     got = session.run(fed)
+    assert set(fed) == set(session.inputs)
     assert set(got) == set(exact)
     assert far(got, exact, usual) == []
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3])
+@pytest.mark.parametrize("features", [Features(threshold=True, gradients=True), Features(scale=True, gradients=True)])
+def test_a_threshold_of_0_and_a_scale_of_1_change_no_bit(model: Model, features: Features, size: float) -> None:
+    """Not even where weights are 0, or so small that their squares are."""
+    plain, other = (
+        Session(training_graph(model, f).to_bytes(), training=True) for f in (Features(gradients=True), features)
+    )
+    fed = feeds(model, features, 6)
+    fed["conv2.weight"] = np.where(np.arange(9).reshape(3, 3) % 2, fed["conv2.weight"], np.float32(size))
+    neutral = {n: np.array(0, np.float32) for n in fed if n.endswith("::threshold")}
+    neutral |= {step_contract.OUTPUT_SCALE: np.array(1, np.float32)} if features.scale else {}
+    got, want = other.run(fed | neutral), plain.run({n: v for n, v in fed.items() if n in plain.inputs})
+    assert set(want) == set(got)
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_below_the_threshold_nothing_counts_and_nothing_is_learnt(model: Model) -> None:
+    features = Features(threshold=True, gradients=True)
+    session = Session(training_graph(model, features).to_bytes(), training=True)
+    fed = feeds(model, features, 8)
+    below = np.abs(fed["conv2.weight"]) < THETA
+    other = fed | {"conv2.weight": np.where(below, fed["conv2.weight"] / 3, fed["conv2.weight"]).astype(np.float32)}
+    got, changed = session.run(fed), session.run(other)
+    assert got[step_contract.LOSS] == changed[step_contract.LOSS]
+    assert not got[step_contract.gradient("conv2.weight")][below].any()
+    assert got[step_contract.gradient("conv2.weight")][~below].any()
+
+
+def test_only_layers_before_the_last_are_scaled() -> None:
+    """A bias that is added by its own node is scaled with its layer; two heads side by side are both last."""
+    rows = model_of(Rows)
+    makers = rows.graph.producers()
+    assert sorted(makers[v].op for v in scaled_outputs(rows)) == ["Add", "MatMul"]
 
 
 def test_a_step_for_a_gpu_computes_the_same(model: Model) -> None:
@@ -236,16 +337,12 @@ def test_all_features_go_together(model: Model) -> None:
     assert json.loads(session.metadata[step_contract.AXES])["sizes"] == list(model.architecture.sizes)
 
 
-def test_the_axes_of_tensors_are_written_only_for_ordered_dropout(model: Model) -> None:
+def test_the_axes_of_tensors_are_written_where_they_are_asked_for(model: Model) -> None:
     assert training_graph(model, replace(EVERYTHING, ordered_dropout=False)).metadata == {}
-
-
-@pytest.mark.parametrize("batch", [1, 3, 33])
-def test_one_graph_takes_any_batch(model: Model, batch: int) -> None:
-    session = Session(training_graph(model, ALL).to_bytes(), training=True)
-    fed = feeds(model, ALL, batch)
-    exact, usual = (oracle(model, ALL, fed, t) for t in (torch.float64, torch.float32))
-    assert far(session.run(fed), exact, usual) == []
+    axes = TensorAxes.from_json(training_graph(model, Features(axes=True)).metadata[step_contract.AXES])
+    assert axes.sizes == model.architecture.sizes
+    shapes = {n: tuple(a.length for a in of) for n, of in axes.axes.items()}
+    assert shapes == {t.name: t.shape for t in model.architecture.tensors}
 
 
 def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
@@ -344,25 +441,9 @@ def test_dimensions_of_one_channel_group_have_one_name(model: Model) -> None:
     assert ports["fc.weight"] == (CLASSES, f"{second[0]}*4")
 
 
-def test_inputs_and_outputs_are_those_of_the_contract(model: Model) -> None:
+def test_a_graph_is_of_the_opset_and_the_domain_that_every_board_knows(model: Model) -> None:
     graph = training_graph(model, Features())
-    arch = model.architecture
-    trainable = [t.name for t in arch.trainable]
-    scalars = [step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY]
-    names = [t.name for t in arch.tensors]
-    assert {p.name for p in graph.inputs} == {
-        step_contract.X,
-        step_contract.Y,
-        *scalars,
-        *names,
-        *map(step_contract.buffer, trainable),
-    }
-    outputs = {step_contract.LOSS, step_contract.HITS, *map(step_contract.following, names)}
-    assert {p.name for p in graph.outputs} == outputs | {
-        step_contract.following(step_contract.buffer(n)) for n in trainable
-    }
-    assert graph.opset == NORMAL_OPSET
-    assert {n.domain for n in graph.nodes} == {""}
+    assert (graph.opset, {n.domain for n in graph.nodes}) == (NORMAL_OPSET, {""})
 
 
 def test_the_gradient_of_the_input_is_not_computed(model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fedprune_export.importing import ImportChoices, export_torch, import_onnx, 
 from fedprune_export.importing.user_graphs import read_loss
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import outputs
-from support.oracles.torch_losses import absolute, dice, focal
+from support.oracles.torch_losses import focal
 
 pytestmark = pytest.mark.torch
 
@@ -88,7 +89,7 @@ class Scaled(nn.Module):
 
 
 LOSSES: dict[str, Any] = {
-    **{f.__name__: f for f in (dice, focal, likelihood, weighted, of_means, detached)},
+    **{f.__name__: f for f in (likelihood, weighted, of_means, detached)},
     "module": Scaled(),
 }
 
@@ -138,25 +139,19 @@ def test_a_softmax_at_the_end_stays_if_a_loss_of_ones_own_takes_its_outputs() ->
     np.testing.assert_allclose(outputs(usual.graph, x.numpy()), logits, atol=1e-6)
 
 
-BUILT_IN: dict[str, Any] = {"l1": absolute}
-LONG = ("focal", "dice", "likelihood")
-"""Losses that soak: the first two are examples (`test_own_losses`), and `weighted` is a likelihood."""
-
-
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        pytest.param(name, parts, marks=() if name not in LONG and parts == 1 + 2 * (row % 2) else pytest.mark.soak)
-        for row, name in enumerate((*LOSSES, *(f"built-in {name}" for name in BUILT_IN)))
+        pytest.param(name, parts, marks=() if name != "likelihood" and parts == 1 + 2 * (row % 2) else pytest.mark.soak)
+        for row, name in enumerate(LOSSES)
         for parts in (1, 3)
     ],
 )
 @pytest.mark.at_push(3)
 def test_a_loss_that_is_a_graph_and_its_gradients_are_torchs(net: Pixels, name: str, parts: int) -> None:
-    built = BUILT_IN.get(name.removeprefix("built-in ")) if name not in LOSSES else None
-    loss, word = (LOSSES[name], "custom") if built is None else (built, name.removeprefix("built-in "))
-    data, recipe = samples(loss), Recipe.from_dict({**CUSTOM.to_dict(), "loss": word, "accumulate": parts})
-    model = fx.load(net, loss=loss if built is None else None)
+    loss = LOSSES[name]
+    data, recipe = samples(loss), replace(CUSTOM, accumulate=parts)
+    model = fx.load(net, loss=loss)
     weights = {n: v.copy() for n, v in model.tensors.items()}
     graph = training_graph(model, recipe.features).to_bytes()
 
@@ -182,7 +177,7 @@ def test_a_model_keeps_its_loss_in_its_file(net: Pixels, tmp_path: Path, monkeyp
     (tmp_path / "losses_of_this_test.py").write_text(
         "def error(outputs, labels):\n    return (outputs - labels).abs().flatten(1).mean(1)\n"
     )
-    (tmp_path / "error.onnx").write_bytes(read_loss(LOSSES["focal"], (K, SIDE, SIDE)))
+    (tmp_path / "error.onnx").write_bytes(read_loss(focal, (K, SIDE, SIDE)))
     monkeypatch.syspath_prepend(tmp_path)
     for source, operator in (("losses_of_this_test:error", "Abs"), (str(tmp_path / "error.onnx"), "Softplus")):
         model = import_onnx(read_source(tmp_path / "net.onnx", ImportChoices(loss=source)), "net")

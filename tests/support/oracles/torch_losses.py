@@ -17,10 +17,6 @@ def dice(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return 1 - ((2 * (share * mask).sum(2) + 1) / (share.sum(2) + mask.sum(2) + 1)).mean(1)
 
 
-def absolute(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return (outputs - labels).abs().flatten(1).mean(1)
-
-
 def ctc(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Steps of negative labels are after a sample's end."""
     steps, lengths = (y >= 0).sum(1), (y > 0).sum(1)

@@ -292,7 +292,7 @@ def test_augmentation_takes_memory_for_the_samples_of_a_part() -> None:
 
 def test_own_densities_are_kept_to() -> None:
     made = plan(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes)
-    assert (made.density, made.bound) == (0.5, NOTHING)
+    assert (made.density, made.bound, made.widths) == (0.5, NOTHING, widths_at(NET, 0.5))
 
 
 def test_a_measured_rate_beats_the_promise() -> None:
@@ -362,11 +362,6 @@ def test_a_damaged_plan_is_refused(change: dict[str, Any]) -> None:
 def test_what_is_no_plan_is_refused(body: object) -> None:
     with pytest.raises(PlanError):
         Plan.from_dict(body)
-
-
-def test_a_density_that_was_asked_for_is_kept_in_every_group() -> None:
-    made = plan(NET, BOARD, RECIPE, 500, densities=(0.3,))
-    assert made.widths == widths_at(NET, 0.3)
 
 
 @given(situations())
