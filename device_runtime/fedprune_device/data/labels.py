@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
 from fedprune.model.recipe import MULTI, Recipe, labels_of
-from fedprune.model.step_contract import loss_numbers
+from fedprune.model.step_contract import numbers
 from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
 
 Array = npt.NDArray[Any]
@@ -204,7 +204,7 @@ def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDA
 
 
 def loss_terms(y: Inputs, recipe: Recipe, classes: int) -> dict[str, Array]:
-    """The vectors over classes and the numbers that a recipe brings into the loss, by input name of the training graph.
+    """The vectors over classes and the numbers that a recipe brings, by input name of the training graph.
 
     `y` are all training labels.
     """
@@ -219,4 +219,4 @@ def loss_terms(y: Inputs, recipe: Recipe, classes: int) -> dict[str, Array]:
         )
     if features.class_mask:
         out[step_contract.CLASS_MASK] = class_presence(y, classes, recipe.ignore_label)
-    return out | loss_numbers(recipe)
+    return out | numbers(recipe)

@@ -112,8 +112,6 @@ class Objective:
         weight = weight_of(labels, ignored, feeds.get(step_contract.CLASS_WEIGHT)) if scores else float(len(labels))
         if step_contract.DIVISOR in feeds:
             feeds[step_contract.DIVISOR] = np.array(weight or 1.0, np.float32)
-        if step_contract.Y_PARTNER in inputs:
-            feeds[step_contract.Y_PARTNER] = labels
         found = self._session.run({**feeds, step_contract.LOGITS: outputs, step_contract.Y: labels}, self._outputs)
         hits = int(found[step_contract.HITS]) if step_contract.HITS in found else None
         sums = None if self._metric is None else self._metric.sums(outputs, labels)

@@ -17,8 +17,8 @@ from fedprune.model.dropout import DropoutMasks
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import CUSTOM, Recipe
-from fedprune.model.step_contract import anchors, numbers, weight_of
+from fedprune.model.recipe import CUSTOM, Features, Recipe
+from fedprune.model.step_contract import anchors, weight_of
 from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
@@ -28,17 +28,6 @@ from fedprune_device.training.augmentation import Augmentation
 from fedprune_device.training.objective import Objective
 
 Array = npt.NDArray[Any]
-
-_NUMBERS = frozenset(
-    {
-        *(step_contract.Y_PARTNER, step_contract.Y_SHARE),
-        *step_contract.LOSS_SETTINGS,
-        *(step_contract.LABEL_SMOOTHING, step_contract.CLIP_NORM, step_contract.DIVISOR),
-        *(step_contract.LOGIT_OFFSET, step_contract.CLASS_WEIGHT, step_contract.CLASS_MASK, step_contract.OUTPUT_SCALE),
-    }
-)
-"""Inputs that a training graph may have once, besides those that it must have."""
-
 
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 
@@ -86,9 +75,9 @@ class StepGraph:
         self._objective: tuple[Recipe, int, Objective] | None = None
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
-        required = {step_contract.X, step_contract.Y, step_contract.LR, step_contract.WEIGHT_DECAY}
-        required |= {step_contract.MOMENTUM} if optimizer == "sgd" else {step_contract.BETA1, step_contract.BETA2}
-        required |= {step_contract.EPSILON, step_contract.STEP_NUMBER} if optimizer == "adam" else set()
+        wanted = Features(optimizer=optimizer)
+        required = {step_contract.X, step_contract.Y}
+        required.update(name for name, n in step_contract.OPTIMIZER_NUMBERS.items() if n.is_read(wanted))
         self._classifies = inputs.get(step_contract.Y, ("", ()))[0] == "tensor(int64)"
         results = {step_contract.LOSS}
         if required - set(inputs) or not results <= outputs:
@@ -109,7 +98,7 @@ class StepGraph:
         self._sums = [step_contract.total(n) for n in self.trainable if step_contract.total(n) in inputs]
         gradients = [step_contract.gradient(n) for n in self.trainable]
         self.gradients = gradients if outputs.issuperset(gradients) else []
-        known = {*required, *self.names, *_NUMBERS, *self.states, *self._sums}
+        known = {*step_contract.INPUTS, *self.names, *self.states, *self._sums}
         known.update(
             f(n)
             for n in self.trainable
@@ -173,7 +162,7 @@ class StepGraph:
 
         Raises `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range.
         """
-        feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
+        feeds = loss_terms(y, recipe, classes) | anchors(recipe, tensors, self.trainable)
         feeds |= self.masking(tensors, recipe, mask)
         of_steps = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         wanted = set(self._session.inputs) - of_steps - {*self.names, *self.states, *self._sums}

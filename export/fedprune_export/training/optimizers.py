@@ -62,16 +62,8 @@ class Trained:
 
 def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None:
     """Give the graph the inputs of the optimiser: its numbers, and what every tensor brings besides itself."""
-    g.inputs.append(port(step_contract.LR, ()))
-    if features.optimizer == "sgd":
-        g.inputs.append(port(step_contract.MOMENTUM, ()))
-    g.inputs.append(port(step_contract.WEIGHT_DECAY, ()))
-    if features.optimizer != "sgd":
-        g.inputs += [port(beta, (), np.float64) for beta in (step_contract.BETA1, step_contract.BETA2)]
-    if features.optimizer in ("adam", "adamw"):
-        g.inputs += [port(step_contract.EPSILON, ()), port(step_contract.STEP_NUMBER, (), np.int64)]
-    if features.clip:
-        g.inputs.append(port(step_contract.CLIP_NORM, ()))
+    read = {name: n for name, n in step_contract.OPTIMIZER_NUMBERS.items() if n.is_read(features)}
+    g.inputs += [port(name, (), n.dtype) for name, n in read.items()]
     arrays = [*step_contract.states(features.optimizer)]
     arrays += [step_contract.anchor] * features.proximal + [step_contract.mask] * features.element_mask
     arrays += [step_contract.total] * features.accumulate

@@ -37,5 +37,8 @@ def test_samples_are_whole_until_a_step_mixes_them() -> None:
     assert set(numbers(Recipe(mixup=0.3))) == SGD | {step_contract.Y_SHARE}
     assert numbers(Recipe(mixup=0.3))[step_contract.Y_SHARE] == np.float32(1)
     assert set(numbers(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
-    found = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, np.zeros(9, np.int64), 4)
-    assert found == {step_contract.Y_SHARE: np.float32(1)}  # labels and their partners are the samples'
+    y = np.arange(9)
+    found = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, y, 4)
+    assert found.keys() == {step_contract.Y_SHARE, step_contract.Y_PARTNER}
+    assert found[step_contract.Y_SHARE] == 1
+    assert found[step_contract.Y_PARTNER] is y  # each is its own partner

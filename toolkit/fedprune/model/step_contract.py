@@ -50,12 +50,14 @@ taken, and `sum` is zero for the first part.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model.recipe import LOSSES, OPTIMIZERS, Recipe
+from fedprune.model.recipe import LOSSES, OPTIMIZERS, Features, Recipe
 
 X = "x"
 Y = "y"
@@ -85,15 +87,51 @@ LOGITS = "logits"
 OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
 """Inputs that have an entry for every sample."""
 
-RESERVED = frozenset(
-    {
-        *(X, Y, Y_PARTNER, Y_SHARE),
-        *(LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
-        *LOSS_SETTINGS,
-        *(LABEL_SMOOTHING, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK, OUTPUT_SCALE),
-        *(LOSS, HITS, LOGITS),
-    }
-)
+
+@dataclass(frozen=True)
+class Number:
+    """A number that training graphs read (shape []).
+
+    Attributes:
+        setting: The recipe's with its value; empty where it isn't the same in every step.
+        is_read: Whether the graph of these features reads it.
+    """
+
+    setting: str
+    is_read: Callable[[Features], bool] = lambda _: True
+    dtype: type[np.generic] = np.float32
+
+
+def _is_adam(features: Features) -> bool:
+    return features.optimizer in ("adam", "adamw")
+
+
+def _is_read_by_loss(setting: str, features: Features) -> bool:
+    return LOSSES[features.loss].setting == setting
+
+
+OPTIMIZER_NUMBERS = {
+    LR: Number("lr"),
+    MOMENTUM: Number("momentum", lambda f: f.optimizer == "sgd"),
+    WEIGHT_DECAY: Number("weight_decay"),
+    BETA1: Number("beta1", lambda f: f.optimizer != "sgd", np.float64),
+    BETA2: Number("beta2", lambda f: f.optimizer != "sgd", np.float64),
+    EPSILON: Number("epsilon", _is_adam),
+    STEP_NUMBER: Number("", _is_adam, np.int64),
+    CLIP_NORM: Number("clip_norm", lambda f: f.clip),
+}
+"""In the order in which graphs have them."""
+
+NUMBERS = OPTIMIZER_NUMBERS | {
+    OUTPUT_SCALE: Number("scale", lambda f: f.scale),
+    LABEL_SMOOTHING: Number("label_smoothing", lambda f: f.label_smoothing),
+    **{name: Number(name, partial(_is_read_by_loss, name)) for name in LOSS_SETTINGS},
+}
+
+INPUTS = frozenset({X, Y, Y_PARTNER, Y_SHARE, *NUMBERS, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK})
+"""Inputs that belong to no tensor."""
+
+RESERVED = INPUTS | {LOSS, HITS, LOGITS}
 """Names that no tensor of a model may have; the importer renames such tensors."""
 
 IGNORED = "fedprune.ignored"
@@ -198,35 +236,10 @@ Array = npt.NDArray[Any]
 
 
 def numbers(recipe: Recipe) -> dict[str, Array]:
-    """The scalars that a recipe sets, the same in every step except for the share of labels where samples are mixed."""
-    out = {
-        LR: np.array(recipe.lr, np.float32),
-        WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),
-    }
-    if recipe.optimizer == "sgd":
-        out[MOMENTUM] = np.array(recipe.momentum, np.float32)
-    else:
-        out[BETA1] = np.array(recipe.beta1, np.float64)
-        out[BETA2] = np.array(recipe.beta2, np.float64)
-    if recipe.optimizer in ("adam", "adamw"):
-        out[EPSILON] = np.array(recipe.epsilon, np.float32)
-    if recipe.features.clip:
-        out[CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
-    if recipe.features.scale:
-        out[OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
-    if recipe.features.mixup:
-        out[Y_SHARE] = np.array(1, np.float32)
-    return out | loss_numbers(recipe)
-
-
-def loss_numbers(recipe: Recipe) -> dict[str, Array]:
-    """Those of `numbers` that the loss depends on."""
-    out: dict[str, Array] = {}
-    if recipe.label_smoothing:
-        out[LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
-    if setting := LOSSES[recipe.loss].setting:
-        out[setting] = np.array(getattr(recipe, setting), np.float32)
-    return out
+    """The numbers that a recipe sets, the same in every step except for the share of labels where samples are mixed."""
+    read = {name: n for name, n in NUMBERS.items() if n.setting and n.is_read(recipe.features)}
+    out: dict[str, Array] = {name: np.array(getattr(recipe, n.setting), n.dtype) for name, n in read.items()}
+    return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.mixup else {})
 
 
 def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
@@ -256,6 +269,7 @@ def first_step(
     out |= numbers(recipe) | anchors(recipe, tensors, trained)
     out[STEP_NUMBER] = np.array(1, np.int64)
     out[OUTPUT_SCALE] = out[Y_SHARE] = np.array(1, np.float32)
+    out[Y_PARTNER] = y
     weight = weight_of(y, recipe.ignore_label) if recipe.features.scores else len(y)
     out[DIVISOR] = np.array(weight, np.float32)
     out[LOGIT_OFFSET] = np.zeros(classes, np.float32)
