@@ -22,13 +22,10 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.placed_runs import GpuLostError
-from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.objective import Objective
 from fedprune_device.training.step_graph import StepGraph
 
 Array = npt.NDArray[Any]
@@ -142,47 +139,13 @@ class TrainingControl:
     enough: Callable[[], bool] = lambda: False
 
 
-class Trainer:
-    """A loaded training graph, with what a round needs of it; arguments and errors are those of `StepGraph`.
-
-    `frozen` tensors stay as they are, `trainable` ones are moved by an optimiser, all others are statistics.
-    `normalised`: there are batch-norm statistics that move.
-    """
-
-    def __init__(
-        self,
-        graph: Path | bytes,
-        *,
-        threads: int = 1,
-        session: Session | None = None,
-        cuda: bool = False,
-        base: Path | None = None,
-        parts: GraphParts | None = None,
-    ) -> None:
-        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda, base=base, parts=parts)
-        self.names = self._graph.names
-        self.trainable = self._graph.trainable
-        self.frozen = self._graph.frozen
-        self.normalised = bool(self._graph.statistics)
-        self.input_shape = self._graph.input_shape
-        self.token_ids = self._graph.token_ids
+class Trainer(StepGraph):
+    """A loaded training graph, with what a round needs of it; arguments and errors are those of `StepGraph`."""
 
     @property
-    def axes(self) -> TensorAxes | None:
-        """The channel groups of the tensors' axes; None if the graph doesn't give them."""
-        return self._graph.axes
-
-    def targets(self, recipe: Recipe, classes: int) -> Targets:
-        """The labels that the graph takes."""
-        return self._graph.targets(recipe, classes)
-
-    def objective(self, recipe: Recipe, classes: int) -> Objective:
-        """The part of the graph after the model's outputs; it needs none of the graph's memory."""
-        return self._graph.objective(recipe, classes)
-
-    def check(self, tensors: Mapping[str, Array]) -> None:
-        """Check weights against the graph's inputs; raises `TrainingError`."""
-        self._graph.check(tensors)
+    def normalised(self) -> bool:
+        """Whether there are batch-norm statistics that move."""
+        return bool(self.statistics)
 
     def train(
         self, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask, control: TrainingControl | None = None
@@ -202,7 +165,7 @@ class Trainer:
         try:
             return self._train(tensors, data, task, control)
         except GpuLostError as error:  # a training depends on nothing but what it is given
-            self._graph.leave_gpu(error)
+            self.leave_gpu(error)
             return self._train(tensors, data, task, control)
 
     def _train(
@@ -215,18 +178,18 @@ class Trainer:
         wanted = self.targets(recipe, classes)
         data.check(wanted, self.input_shape, token_ids=self.token_ids)
         y = wanted(data.y_train)
-        constant = self._graph.constants(tensors, y, recipe, classes, task.mask)
+        constant = self.constants(tensors, y, recipe, classes, task.mask)
         state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
-        for name in self._graph.states:
+        for name in self.states:
             state[name] = np.zeros_like(state[name.partition("::")[0]])
-        for name in task.moments.keys() & set(self._graph.states):
+        for name in task.moments.keys() & set(self.states):
             np.copyto(state[name], task.moments[name])
         # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
-        spare = {n: np.empty_like(state[n]) for n in self._graph.moving}
-        plans, augmentation = self._plans(tensors, recipe, task.widths), self._graph.augmentation(recipe)
+        spare = {n: np.empty_like(state[n]) for n in self.moving}
+        plans, augmentation = self._plans(tensors, recipe, task.widths), self.augmentation(recipe)
         if len(plans) == 1:  # narrower steps cut arrays, which the processor does
-            state, spare = self._graph.place(state, "state"), self._graph.place(spare, "next state")
-            constant |= self._graph.place({n: v for n, v in constant.items() if "::" in n}, "constant")
+            state, spare = self.place(state, "state"), self.place(spare, "next state")
+            constant |= self.place({n: v for n, v in constant.items() if "::" in n}, "constant")
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
         patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
@@ -253,10 +216,10 @@ class Trainer:
             if narrower is not None:
                 fed = narrower.narrowed(fed, plans[0], plan)
             ends = number == batches.steps or number % batches.per_epoch == 0
-            asked = self._graph.gradients if recipe.report_squares and ends else []
+            asked = self.gradients if recipe.report_squares and ends else []
             into = spare if narrower is None else None
             noise = (seed, round_, device, "dropout", number)
-            loss, right, moved, gradients = self._graph.advance(fed, parts, task.taken + number, asked, into, noise)
+            loss, right, moved, gradients = self.advance(fed, parts, task.taken + number, asked, into, noise)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if narrower is None:
@@ -264,7 +227,7 @@ class Trainer:
                 state |= moved
             else:
                 # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
-                moved = {n: v for n, v in moved.items() if n not in self._graph.statistics}
+                moved = {n: v for n, v in moved.items() if n not in self.statistics}
                 narrower.write_back(state, moved, plans[0], plan)
             del moved
             losses.append(loss)
@@ -283,7 +246,7 @@ class Trainer:
                     break
             if control.enough():
                 break
-        self._graph.release()
+        self.release()
         steps = len(losses)
         if patience is not None and recipe.best_epoch and patience.steps:
             state |= patience.tensors
@@ -299,11 +262,11 @@ class Trainer:
             samples=data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
-            train_accuracy=hits / max(1, seen) if self._graph.scores else None,
+            train_accuracy=hits / max(1, seen) if self.scores else None,
             seconds=time.monotonic() - began,
             step_seconds=float(np.median(times)),
             last_squares=squares,
-            moments={n: np.asarray(state[n]) for n in self._graph.states},
+            moments={n: np.asarray(state[n]) for n in self.states},
             taken=task.taken + len(losses),
         )
 
@@ -316,17 +279,15 @@ class Trainer:
         batches', as torch's BatchNorm has it with momentum=None. Layers' outputs aren't scaled; frozen statistics stay.
         Seed and device decide which samples share a batch.
         """
-        names = self._graph.statistics
+        names = self.statistics
         if not names:
             return dict(tensors)
         self.check(tensors)
         order = keyed(seed, "calibration", device).permutation(data.samples)
         batches = even_parts(order, recipe.micro_batch)
         feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
-        feeds |= self._graph.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
-        return dict(tensors) | batch_norm_statistics(
-            self._graph.run_forward, names, feeds, data.x_train, batches, tensors
-        )
+        feeds |= self.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
+        return dict(tensors) | batch_norm_statistics(self.run_forward, names, feeds, data.x_train, batches, tensors)
 
     def loss(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, classes: int, samples: int = 32
@@ -334,18 +295,18 @@ class Trainer:
         """Data loss of the first training samples at these weights, which don't change, without masks and scaler."""
         self.check(tensors)
         y = self.targets(recipe, classes)(data.y_train)
-        feeds = self._graph.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
+        feeds = self.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._graph.states}
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self.states}
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
-        batches_of = [parts] if self._graph.accumulates else [[part] for part in parts]
-        losses = [self._graph.advance(feeds, each, 1).loss for each in batches_of]
-        self._graph.release()
-        if self._graph.accumulates:
+        batches_of = [parts] if self.accumulates else [[part] for part in parts]
+        losses = [self.advance(feeds, each, 1).loss for each in batches_of]
+        self.release()
+        if self.accumulates:
             return losses[0]
-        return float(np.average(losses, weights=[self._graph.divisor(part.y, feeds) for part in parts]))
+        return float(np.average(losses, weights=[self.divisor(part.y, feeds) for part in parts]))
 
     def _can_validate(self, data: LocalData) -> bool:
         return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
@@ -362,7 +323,7 @@ class Trainer:
         loss = total = 0.0
         for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
             part = Part.of(data.x_val, y, rows)
-            weight = self._graph.divisor(part.y, feeds)
+            weight = self.divisor(part.y, feeds)
             if not weight:
                 continue  # of classes that the training samples lack, which weigh nothing
             own = {
@@ -371,7 +332,7 @@ class Trainer:
                 step_contract.DIVISOR: np.array(weight, np.float32),
             }
             own[step_contract.Y_PARTNER] = part.y
-            loss += weight * float(self._graph.run_forward({**feeds, **own}, [step_contract.LOSS])[step_contract.LOSS])
+            loss += weight * float(self.run_forward({**feeds, **own}, [step_contract.LOSS])[step_contract.LOSS])
             total += weight
         if not math.isfinite(loss):
             raise DivergedError("the validation loss is not finite", got=loss, hint=_FAR)
