@@ -41,7 +41,7 @@ def main() -> None:
             folder = Path(scratch) / "demo-run"
             command = [sys.executable, "-m", "fedprune_server.cli.main", "demo", "--out", str(folder)]
             subprocess.run(command, check=True)
-        names = {"fleet": "metrics.json", "reference": "metrics-reference.json"}
+        names = {"fleet": "metrics.json", "reference": "reference/metrics.json"}
         body = {**setting(), **{name: kept(folder / file) for name, file in names.items()}}
     (ROOT / demo.RESULTS).write_text(json.dumps(body) + "\n", encoding="utf-8")
     for name in written.write(ROOT):

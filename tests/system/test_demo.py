@@ -92,7 +92,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     assert "FAIL" not in said + (run / "report.md").read_text()
     for name in ("report.html", "report.md"):
         assert (run / name).stat().st_size > 1000
-    fleet, reference = (Record.load(run / name) for name in ("metrics.json", "metrics-reference.json"))
+    fleet, reference = (Record.load(run / name) for name in ("metrics.json", "reference/metrics.json"))
     assert len(fleet.rounds) == len(reference.rounds) == 2
     assert len({d.widths for d in fleet.devices}) > 1
     assert all(d.density == 1 for d in reference.devices)

@@ -169,7 +169,7 @@ class DemoFolder:
 
     @property
     def reference_record(self) -> Path:
-        return self.root / "metrics-reference.json"
+        return self.root / "reference" / "metrics.json"
 
     @property
     def reference_log(self) -> Path:
@@ -191,7 +191,7 @@ class DemoFolder:
         if root.exists():
             shutil.rmtree(root)
         folder = cls(root)
-        for path in (root, root / "data", folder.profiles):
+        for path in (root, root / "data", folder.profiles, folder.reference_record.parent):
             path.mkdir(parents=True)
         (root / MARK).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
         folder.model.write_bytes(digits_model())

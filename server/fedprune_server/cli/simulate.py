@@ -240,7 +240,7 @@ def _compare(options: argparse.Namespace) -> None:
             target_figures,
             write_comparison,
         )
-        from fedprune_server.simulation.results.run_folder import write_csv
+        from fedprune_server.simulation.results.rows import write_csv
 
         out, targets = output_folder(options.out), tuple(options.target or ())
         _check_csv(options.csv, out)
@@ -263,7 +263,7 @@ def _sweep(options: argparse.Namespace) -> int:
         variant_figures,
         write_comparison,
     )
-    from fedprune_server.simulation.results.run_folder import write_csv
+    from fedprune_server.simulation.results.rows import write_csv
     from fedprune_server.simulation.sweep import read_sweep
 
     _check_csv(options.csv, output_folder(options.out))

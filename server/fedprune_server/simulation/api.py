@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune.core.errors import ConfigError
 from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
 from fedprune.output.document import Document, Drawing
@@ -25,14 +25,11 @@ from fedprune_server.simulation.results.comparison import final_rows, tail_note
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, table, write_report
+from fedprune_server.simulation.results.rows import device_rows, round_rows
 from fedprune_server.simulation.results.run_folder import simulate_to_model
 from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
 
 _HEIGHT = 620
 """Pixels of a page in a notebook."""
@@ -82,28 +79,13 @@ class Run:
             f"local_{kind}": list(self.record.mean_locals()),
         }
 
-    def table(self, *, devices: bool = False) -> pa.Table:
-        """A row per round as a pyarrow table, with the columns of `rounds.parquet` (docs/simulate.md has their units).
+    def rows(self, *, devices: bool = False) -> list[dict[str, Any]]:
+        """A row per round, ready for pandas or pyarrow; docs/simulate.md has the columns and their units.
 
         Args:
             devices: A row per round and device that took part in it instead.
-
-        Raises:
-            MissingExtraError: pyarrow is not installed.
         """
-        try:
-            from fedprune_server.simulation.results.parquet_tables import devices_table, rounds_table
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(f"a table needs {error.name}", extra="parquet") from error
-        return devices_table(self.record) if devices else rounds_table(self.record)
-
-    def frame(self, *, devices: bool = False) -> pd.DataFrame:
-        """The same as a pandas data frame. Raises `MissingExtraError` if pandas is not installed."""
-        try:
-            return self.table(devices=devices).to_pandas()
-        except ModuleNotFoundError as error:
-            hint = "pip install pandas, or take table(), which needs nothing else."
-            raise MissingExtraError(f"a data frame needs {error.name}, which is not installed", hint=hint) from None
+        return device_rows(self.record) if devices else round_rows(self.record)
 
     def plot(self) -> Page:
         """The run's curves over rounds, bytes and simulated time."""
@@ -194,7 +176,8 @@ def simulate(
         seed: Replaces the job's.
         rounds: Replaces the job's.
         title: The run's name; by default the job's, or the strategy's where the job has none.
-        folder: Where the run is saved, so that it resumes after a kill; by default nothing is saved.
+        folder: Where the run is saved, so that it resumes after a kill, and in `reference` there FedAvg's; by default
+            nothing is saved.
         reference: Whether FedAvg at full width is run on the same devices, too.
         workers: Number of processes; by default the fleet's.
         cuda: Whether to train on an NVIDIA GPU, if that works.
@@ -246,7 +229,7 @@ def simulate(
     record, trained = _simulated(plan, place, plan.track, shown=shown)
     if compared is None:
         return Run(record, trained)
-    other, _ = _simulated(compared, place, plan.track, shown=shown, suffix="-reference", state="reference")
+    other, _ = _simulated(compared, None if place is None else place / "reference", plan.track, shown=shown)
     return Run(record, trained, other)
 
 
@@ -256,11 +239,9 @@ def _simulated(
     targets: Sequence[TrackTarget],
     *,
     shown: bool,
-    suffix: str = "",
-    state: str = "run",
 ) -> tuple[Record, Model]:
     with (
-        tracked(targets, experiment, folder, state) as track,
+        tracked(targets, experiment, folder) as track,
         RunDisplay(experiment.title) if shown else nullcontext() as display,
     ):
 
@@ -274,4 +255,4 @@ def _simulated(
             if display is not None:
                 display.show(simulation)
 
-        return simulate_to_model(experiment, folder, show, begun=begin, suffix=suffix, state=state)
+        return simulate_to_model(experiment, folder, show, begun=begin)

@@ -84,7 +84,7 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
 def test_reference_is_fedavg_at_full_width(config, tmp_path):
     out = tmp_path / "out"
     assert main(["--config", config(), "--out", str(out), "--reference", "--rounds", "1"]) == ExitCode.OK
-    reference = Record.load(out / "metrics-reference.json")
+    reference = Record.load(out / "reference" / "metrics.json")
     assert {d.density for d in reference.devices} == {1.0}
     assert reference.job["recipe"]["logit_adjustment"] is False
     assert reference.last.up > 4 * Record.load(out / "metrics.json").last.up
@@ -117,14 +117,14 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["--config", config(), "--out", str(out), "--reference", "--json"]) == ExitCode.OK
     found = json.loads(capsys.readouterr().out)
-    run, reference = (Record.load(out / name) for name in ("metrics.json", "metrics-reference.json"))
+    run, reference = (Record.load(out / name) for name in ("metrics.json", "reference/metrics.json"))
     assert found["report"] == str(out / "report.html")
     assert found["claims"] == []
     assert (found["run"]["run"], found["run"]["rounds"], found["run"]["model"]) == ("yard", 2, run.last.model)
     assert found["run"]["bytes_up"] == run.last.up < found["reference"]["bytes_up"] == reference.last.up
     assert found["run"]["global_accuracy"] == pytest.approx(sum(r.accuracy for r in run.rounds) / 2)
 
-    reference = str(out / "metrics-reference.json")
+    reference = str(out / "reference")
     compared = ["compare", str(out), reference, "--out", str(tmp_path / "both"), "--target", "0", "--target", "1.5"]
     assert main([*compared, "--json", "--csv", str(tmp_path / "both.csv")]) == ExitCode.OK
     found = json.loads(capsys.readouterr().out)
@@ -143,20 +143,6 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     written = (tmp_path / "both.csv").read_bytes()
     assert main([*compared[:-4], "--csv", str(tmp_path / "both" / "again.csv")]) == ExitCode.OK
     assert (tmp_path / "both" / "again.csv").read_bytes() == written
-
-
-def test_a_simulation_without_pyarrow_has_its_numbers_and_names_the_extra_of_its_tables(
-    config, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    arguments = ["--config", config(), "--out", str(tmp_path / "out"), "--rounds", "1"]
-    assert main(arguments) == ExitCode.OK
-    assert len(Record.load(tmp_path / "out" / "metrics.json").rounds) == 1
-    assert not list((tmp_path / "out").glob("*.parquet"))
-    assert "parquet" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main(arguments) == ExitCode.OK, "the finished run gets them later"
-    assert list((tmp_path / "out").glob("*.parquet"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,8 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import pytest
 
 import fedprune_export as fx
@@ -19,6 +18,7 @@ from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.rows import SPENT
 from fedprune_server.simulation.starter import STARTERS, write_starter
 from support.paths import ROOT
 
@@ -76,9 +76,9 @@ def test_tables_give_the_run_that_a_file_of_them_gives(fleet: dict[str, Any]) ->
 def test_curves_are_columns_of_a_table(fleet: dict[str, Any], tmp_path: Path) -> None:
     run = simulate(fleet, strategy="fedavg", folder=tmp_path / "kept")
 
-    table = pa.table(run.curves)
-    assert table.column_names == ["round", "seconds", "mb", "global_accuracy", "local_accuracy"]
-    assert table["round"].to_pylist() == [1, 2]
+    table = pd.DataFrame(run.curves)
+    assert list(table.columns) == ["round", "seconds", "mb", "global_accuracy", "local_accuracy"]
+    assert table["round"].to_list() == [1, 2]
     assert 0 < run.curves["mb"][0] < run.curves["mb"][1]  # type: ignore[operator]
     assert (tmp_path / "kept" / "metrics.json").is_file()
     assert isinstance(run, Run)
@@ -86,24 +86,20 @@ def test_curves_are_columns_of_a_table(fleet: dict[str, Any], tmp_path: Path) ->
     assert run.plot().save(tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
-def test_a_table_has_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any], tmp_path: Path) -> None:
-    run = simulate(fleet, folder=tmp_path / "kept")
+def test_there_is_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any]) -> None:
+    run = simulate(fleet)
 
-    rounds = run.table()
-    assert rounds.equals(pq.read_table(tmp_path / "kept" / "rounds.parquet").replace_schema_metadata(None))
-    assert rounds["round"].to_pylist() == [1, 2]
-    assert rounds["local_accuracy"].to_pylist() == list(run.record.mean_locals())
-
-    devices = run.table(devices=True).to_pylist()
+    rounds, devices = pd.DataFrame(run.rows()), run.rows(devices=True)
+    assert rounds["round"].to_list() == [1, 2]
+    assert (
+        rounds["local_accuracy"].to_list() == rounds["mean_accuracy_after"].to_list() == list(run.record.mean_locals())
+    )
+    assert rounds["training_macs"].to_list() == [row.macs for row in run.record.rounds]
     names = sorted(device.name for device in run.record.devices)
     assert [(row["round"], row["device"]) for row in devices] == [(r, name) for r in (1, 2) for name in names]
-    long = pq.read_table(tmp_path / "kept" / "metrics.parquet").to_pylist()
-    assert {(r["round"], r["device"], r["metric"]): r["value"] for r in long if r["device"] is not None} == {
-        (row["round"], row["device"], name): value
-        for row in devices
-        for name, value in row.items()
-        if name not in ("round", "device", "time_s") and value is not None
-    }
+    first, row = run.record.rounds[0], devices[0]
+    assert [row[name] for name in SPENT] == first.spent[names[0]]
+    assert (row["accuracy_after"], row["density"]) == (first.local[names[0]], 1.0)
 
 
 def test_a_run_has_its_model_and_its_card(fleet: dict[str, Any], tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def test_from_a_module_to_a_tracked_fleet(tmp_path: Path, monkeypatch: pytest.Mo
     assert "g0: 32 channels" in text(shown[1])
     assert "bundle: bundle (report.html says more)" in text(shown[2])
     rounds = ast.literal_eval(text(shown[3]))
-    assert rounds["round"] == [1, 2, 3, 4, 5]
-    assert rounds["accuracy"][-1] > 0.8
+    assert [row["round"] for row in rounds] == [1, 2, 3, 4, 5]
+    assert rounds[-1]["accuracy"] > 0.8
     assert rows(text(shown[4])) == ["fedprune", "heterofl"]
     assert text(shown[5], "image/png")
     assert float(text(shown[6])) > 0.8
@@ -73,7 +73,7 @@ def test_from_a_module_to_a_tracked_fleet(tmp_path: Path, monkeypatch: pytest.Mo
     assert "| raspberry-pi-zero-2w | 3 |" in (saved / "README.md").read_text()
     assert in_tensorboard(tmp_path / "events") == in_mlflow(tmp_path / "mlflow.db")
     assert in_tensorboard(tmp_path / "events")["fedprune"] == [
-        (number, pytest.approx(value)) for number, value in zip(rounds["round"], rounds["accuracy"], strict=True)
+        (row["round"], pytest.approx(row["accuracy"])) for row in rounds
     ]
 
 

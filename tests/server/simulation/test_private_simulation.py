@@ -11,8 +11,8 @@ import pytest
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_device.training.round_runner import MEASURED
-from fedprune_server.simulation.results.parquet_tables import rounds_table
 from fedprune_server.simulation.results.report import summary
+from fedprune_server.simulation.results.rows import round_rows
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, digits, digits_simulation, final_weights
 
@@ -50,8 +50,10 @@ def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any]) 
         for part in row["devices"].values():
             assert part["progress"] == "folded"
             assert set(part["metrics"]) <= MEASURED
-    wide = rounds_table(simulation.record()).to_pydict()
-    assert [wide[name] for name in PRIVACY] == [[row["metrics"][name] for row in history] for name in PRIVACY]
+    rows = round_rows(simulation.record())
+    assert [[row[name] for row in rows] for name in PRIVACY] == [
+        [row["metrics"][name] for row in history] for name in PRIVACY
+    ]
     assert history[0]["metrics"]["epsilon"] < history[1]["metrics"]["epsilon"] == history[0]["metrics"]["epsilon_next"]
     after = final_weights(simulation)
     for name, value in after.items():

@@ -4,7 +4,6 @@ import json
 from dataclasses import fields
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
@@ -21,7 +20,6 @@ from fedprune_server.simulation.network_model import (
     Weather,
 )
 from fedprune_server.simulation.results.comparison import read_runs, target_rows
-from fedprune_server.simulation.results.parquet_tables import SPENT
 from fedprune_server.simulation.results.record import Record
 from support.paths import ROOT
 
@@ -189,25 +187,6 @@ def run(write, tmp_path):
         return tmp_path / folder
 
     return make
-
-
-def test_parquet_has_what_the_record_has(run):
-    folder = run("out")
-    record = Record.load(folder / "metrics.json")
-    long = pq.read_table(folder / "metrics.parquet").to_pylist()
-    wide = pq.read_table(folder / "rounds.parquet")
-    found = {(r["round"], r["device"], r["metric"]): r["value"] for r in long}
-    assert len(found) == len(long)
-    for row in record.rounds:
-        assert found[row.round, None, "accuracy"] == row.accuracy
-        assert found[row.round, None, "sub@0.5"] == row.measured["sub@0.5"]
-        for device, value in row.local.items():
-            assert found[row.round, device, "accuracy_after"] == value
-            assert [found[row.round, device, m] for m in SPENT] == row.spent[device]
-    assert {r["time_s"] for r in long} == {r.at for r in record.rounds}
-    assert wide.column("mean_accuracy_after").to_pylist() == pytest.approx(record.mean_locals())
-    assert wide.column("training_macs").to_pylist() == [r.macs for r in record.rounds]
-    assert json.loads(wide.schema.metadata[b"fedprune.job"]) == record.job
 
 
 def test_what_decides_a_run_is_in_its_folder(run):

@@ -1,4 +1,4 @@
-"""Experiment trackers get the rows of `rounds.parquet`, each once, whatever happens to them or to the run."""
+"""Experiment trackers get the rows of a run, each once, whatever happens to them or to the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator
@@ -31,6 +30,8 @@ from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.monitoring.trackers import TrackedRun, Tracker
 from fedprune_server.observation.observer import RoundEnded
 from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.rows import round_rows
 from fedprune_server.simulation.results.runs_progress import RunDisplay
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.fleet import Watcher
@@ -106,6 +107,10 @@ def only(shown: dict[str, Shown]) -> Shown:
     return run
 
 
+def rows_in(folder: str) -> list[dict[str, Any]]:
+    return round_rows(Record.load(Path(folder) / "metrics.json"))
+
+
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in row.items() if isinstance(v, (int, float))}
 
@@ -114,13 +119,9 @@ def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any]
     run = simulate({**fleet, "simulation": {"track": "mlflow"}}, folder="out", title="mine")
 
     found = only(shown)
-    rows = pq.read_table("out/rounds.parquet").to_pylist()
+    rows = run.rows()
     assert [number for number, _ in found.rounds] == [1, 2, 3]
-    assert (
-        [values for _, values in found.rounds]
-        == [numbers(row) for row in rows]
-        == [numbers(row) for row in run.table().to_pylist()]
-    )
+    assert [values for _, values in found.rounds] == [numbers(row) for row in rows]
     assert {"accuracy", "local_accuracy", "total_bytes_up", "time_s", "updates"} <= rows[0].keys()
     assert found.title == "mine"
     assert found.parameters["job.recipe.lr"] == 0.05
@@ -139,7 +140,7 @@ def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown:
 
     found = only(shown)
     assert [number for number, _ in found.rounds] == [1, 2, 3]
-    assert [values for _, values in found.rounds] == list(map(numbers, pq.read_table("out/rounds.parquet").to_pylist()))
+    assert [values for _, values in found.rounds] == list(map(numbers, rows_in("out")))
     assert found.ends == [True] * 3
 
 
@@ -295,7 +296,7 @@ def test_event_files_are_what_tensorboard_reads(fleet: dict[str, Any]) -> None:
 
     [place] = Path("events").iterdir()
     events = reader.EventAccumulator(str(place), size_guidance={reader.SCALARS: 0}).Reload()
-    rows = pq.read_table("out/rounds.parquet").to_pylist()
+    rows = rows_in("out")
     assert set(events.Tags()["scalars"]) == numbers(rows[-1]).keys()
     for name in events.Tags()["scalars"]:
         assert [(e.step, e.value) for e in events.Scalars(name)] == [
@@ -338,7 +339,7 @@ def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypa
     [run] = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("plain", "FINISHED")
     assert run.data.params["job.recipe.lr"] == "0.05"
-    rows = pq.read_table("out/rounds.parquet").to_pylist()
+    rows = rows_in("out")
     assert run.data.metrics.keys() == numbers(rows[-1]).keys()
     for name in run.data.metrics:
         history = client.get_metric_history(run.info.run_id, name)

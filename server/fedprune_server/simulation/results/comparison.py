@@ -44,7 +44,7 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
     Raises:
         StorageError: There is no run, none of its rounds has ended, or they measure different things.
     """
-    runs = [(p, Record.load(p / RECORD.format("") if p.is_dir() else p)) for p in places]
+    runs = [(p, Record.load(p / RECORD if p.is_dir() else p)) for p in places]
     for place, run in runs:
         if not run.rounds:
             raise StorageError(f"the run in {place} has no finished round")

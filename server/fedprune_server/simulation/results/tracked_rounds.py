@@ -1,4 +1,4 @@
-"""A simulation's rounds for experiment trackers: the rows of `rounds.parquet`."""
+"""A simulation's rounds for experiment trackers: as `results.rows.round_rows` has them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Track
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
+from fedprune_server.simulation.results.run_folder import STATE
 from fedprune_server.simulation.simulation import Simulation
 
 _LEFT_OUT = ("title", "fingerprint", "devices")
@@ -25,13 +26,12 @@ _LEFT_OUT = ("title", "fingerprint", "devices")
 
 @contextmanager
 def tracked(
-    targets: Sequence[TrackTarget], experiment: Experiment, folder: Path | None = None, state: str = "run"
+    targets: Sequence[TrackTarget], experiment: Experiment, folder: Path | None = None
 ) -> Iterator[Callable[[Simulation], None]]:
     """A function that writes a simulation's new rounds, to be called at its start and after every round.
 
     Args:
         folder: The run's folder; None for the current one, and for a run that is never continued.
-        state: Subfolder of the run's saved state.
 
     Raises:
         MissingExtraError: A tracker's library is not installed.
@@ -42,7 +42,7 @@ def tracked(
     settings = {k: v for k, v in experiment.settings().items() if k not in _LEFT_OUT}
     facts = {"data": experiment.partition.data, "fleet": len(experiment.devices)}
     run = TrackedRun(experiment.title, folder or Path(), flat(settings | facts))
-    tracking = Tracking(targets, run, None if folder is None else folder / state)
+    tracking = Tracking(targets, run, None if folder is None else folder / STATE)
     kind = experiment.job.recipe.judged_by
     rows, told = WideRows(kind), 0
 

@@ -1,0 +1,62 @@
+"""A run's numbers as rows, for data frames and spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.atomic_file import appearing
+from fedprune_server.monitoring.round_rows import EACH_ROUND, WideRows
+from fedprune_server.simulation.results.record import Record
+
+SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
+"""Costs of a device since the previous round."""
+
+
+def round_rows(record: Record) -> list[dict[str, Any]]:
+    """A row per round, all with the same columns; those that no round has are left out."""
+    rows = list(map(WideRows(record.measure).row, record.rounds))
+    own = sorted(set().union(*(r.own for r in record.rounds)))
+    names = [
+        *EACH_ROUND,
+        *sorted(set().union(*(r.metrics for r in record.rounds))),
+        *(f"local_{record.measure}" for _ in range(any(r.local for r in record.rounds))),
+        *(f"mean_{metric}" for metric in own),
+        *sorted(set().union(*(r.measured for r in record.rounds))),
+    ]
+    return [{name: row.get(name) for name in dict.fromkeys(names)} for row in rows]
+
+
+def device_rows(record: Record) -> list[dict[str, Any]]:
+    """A row per round and device that has received, trained or delivered something in it."""
+    metrics = sorted(set().union(*(r.own for r in record.rounds)))
+    return [
+        {
+            "round": r.round,
+            "time_s": r.at,
+            "device": device,
+            "density": r.density.get(device),
+            **dict(zip_longest(SPENT, r.spent.get(device, ()))),
+            **{m: r.own.get(m, {}).get(device) for m in metrics},
+        }
+        for r in record.rounds
+        for device in sorted(r.spent.keys() | r.density.keys() | set().union(*r.own.values()))
+    ]
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """Write the rounds of runs below each other for a spreadsheet, with a run's title and its job's seed in each row.
+    Raises `StorageError` if the disk fails."""
+    rows = [
+        {"run": record.title, "seed": record.job.get("seed", 0), **row}
+        for record in records
+        for row in round_rows(record)
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with appearing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
