@@ -58,7 +58,7 @@ from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
-from fedprune_server.web.state.surroundings import Members, ReleaseWatch, SurroundingsPoller
+from fedprune_server.web.state.surroundings import SurroundingsPoller
 
 log = logging.getLogger("fedprune.server")
 
@@ -359,13 +359,13 @@ def _console(
         return
     address, port = config.console_place
     check_free(address, port)
-    members = releases = executor = None
+    members = rollouts = executor = None
     if identity is not None:
         reader = stack.enter_context(database_of(config.state, config.database, read_only=True))
-        members = Members(IdentityStore(reader))
+        members = IdentityStore(reader)
         executor = AdminExecutor(config.state, config.console_releases)
-        releases = ReleaseWatch(RolloutStore(config.state, reader, read_only=True))
-    poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
+        rollouts = RolloutStore(config.state, reader, read_only=True)
+    poller = SurroundingsPoller(members, rollouts, tuple if executor is None else executor.names)
     stack.callback(poller.close)
     poller.start()
     from fedprune_server.web.auth.accounts import Accounts  # needs the extra

@@ -19,6 +19,7 @@ from fedprune.output.log_lines import log_context
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.server import Server
+from fedprune_server.enrollment.store import APPROVED, Device
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.monitor import Monitor
@@ -32,7 +33,7 @@ from fedprune_server.web.state.order_handler import COVERED_S, OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
-from fedprune_server.web.state.surroundings import Member, Members, SurroundingsPoller
+from fedprune_server.web.state.surroundings import Member, SurroundingsPoller
 from support.fakes.fleet import Air, Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.shown_jobs import SEEN, show
@@ -105,14 +106,17 @@ def finished(folder: Path) -> tuple[Any, Any, Console]:
     return daemon, state, console
 
 
-class Many(Members):
-    """More who are let in than are told at once."""
+class Many:
+    """Memberships of more boards than are published at once."""
 
-    def __init__(self) -> None:
-        self._known = {f"board-{i:04d}": Member("member") for i in range(120)}
+    def version(self) -> str:
+        return "1"
 
-    def look(self) -> set[str]:
-        return set()
+    def devices(self) -> list[Device]:
+        return [Device(f"board-{i:04d}", "", APPROVED, 0) for i in range(120)]
+
+
+MANY: Any = Many()
 
 
 def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> N
 
 def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet, poller=SurroundingsPoller(Many()))
+    _, console = watched(fleet, poller=SurroundingsPoller(MANY))
     moments = iter(range(10_000))
     console.publisher._monotonic = lambda: 60.0 * next(moments)  # one batch at a time
     whole = []
@@ -183,7 +187,7 @@ def test_a_row_that_is_wrong_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
-    fleet, found = Fleet(tmp_path, JOB), SurroundingsPoller(Many())
+    fleet, found = Fleet(tmp_path, JOB), SurroundingsPoller(MANY)
     seen, found.seen = found.seen, lambda: None  # type: ignore[method-assign]
     _, console = watched(fleet, poller=found)
     console.flush(10)

@@ -5,7 +5,6 @@ Another process may be writing to these databases, and the disk may be slow: the
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -47,87 +46,6 @@ class Member(NamedTuple):
     key: str | None = None
 
 
-class Members:
-    """Memberships of all devices, read through a connection of their own."""
-
-    def __init__(self, store: IdentityStore) -> None:
-        self._store = store
-        self._version: str | None = None
-        self._known: Mapping[str, Member] = {}
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._known)
-
-    def status(self, device: str) -> Member | None:
-        return self._known.get(device)
-
-    def look(self) -> set[str]:
-        """Devices whose membership has changed since the last call."""
-        version = self._store.version()
-        before = self._known
-        if version != self._version:
-            self._version, self._known = version, self._read()
-        changed = set()
-        if before is not self._known:
-            changed = {n for n in before.keys() | self._known.keys() if before.get(n) != self._known.get(n)}
-        return changed
-
-    def _read(self) -> dict[str, Member]:
-        found: dict[str, Member] = {}
-        rank = {"revoked": 0, "waiting": 1, "member": 2}
-        for device in self._store.devices():
-            status = {APPROVED: "member", WAITING: "waiting"}.get(device.status, "revoked")
-            key = VerifyingKey.from_hex(device.key).fingerprint if status == "waiting" else None
-            before = found.get(device.device, Member("revoked"))
-            best = status if rank[status] >= rank[before.status] else before.status
-            found[device.device] = Member(best, key or before.key)
-        return found
-
-
-class ReleaseWatch:
-    """The latest rollouts and each board's report about the last one, read through a connection of their own."""
-
-    def __init__(self, store: RolloutStore) -> None:
-        self._store = store
-        self._version: int | None = None
-        self._names: dict[int, str] = {}
-        self._standing: dict[str, dict[str, Any]] = {}
-        self._moved: set[str] = set()
-
-    def standing(self, device: str) -> dict[str, Any] | None:
-        """A board's last report about the latest rollout's release."""
-        return self._standing.get(device)
-
-    def moved(self) -> set[str]:
-        """Boards whose report has changed since the last call."""
-        moved, self._moved = self._moved, set()
-        return moved
-
-    def look(self) -> tuple[dict[str, Any], ...] | None:
-        """The latest rollouts, newest first; None if nothing has changed."""
-        version = self._store.version()
-        if version == self._version:
-            return None
-        entries = self._store.entries()[: -MOST_ROLLOUTS - 1 : -1]
-        entry = entries[0] if entries else None
-        rows = tuple(
-            _row(e, self._before(e.prior), failures=_FAILURES if e is entry else _EARLIER_FAILURES) for e in entries
-        )
-        before, self._standing = self._standing, {} if entry is None else _reports(entry)
-        self._moved |= {n for n in before.keys() | self._standing.keys() if before.get(n) != self._standing.get(n)}
-        self._version = version  # only now: a failed read is repeated
-        return rows
-
-    def _before(self, number: int | None) -> str | None:
-        """The release of an earlier rollout, which never changes."""
-        if number is not None and number not in self._names:
-            offer = self._store.offer(number)
-            if offer is not None:
-                self._names[number] = _named(offer)
-        return None if number is None else self._names.get(number)
-
-
 @dataclass(frozen=True)
 class Seen:
     """Devices that have changed, the latest rollouts (None if unchanged), and releases that can be rolled out."""
@@ -138,40 +56,48 @@ class Seen:
 
 
 class SurroundingsPoller:
-    """Looks at members and rollouts: on a thread once it is started, until then when it is asked.
+    """Reads members and rollouts when they have changed: on a thread once it is started, until then when it is asked.
 
     Args:
-        members: Memberships; None where every device may join.
-        releases: Rollouts; None where the server gives boards no releases.
+        members: Memberships, through a connection of its own; None where every device may join.
+        rollouts: Rollouts, likewise; None where the server gives boards no releases.
         names: Names of releases that can be rolled out.
     """
 
     def __init__(
         self,
-        members: Members | None = None,
-        releases: ReleaseWatch | None = None,
+        members: IdentityStore | None = None,
+        rollouts: RolloutStore | None = None,
         names: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
-        self._members, self._releases, self._names = members, releases, names
+        self._members, self._rollouts, self._names = members, rollouts, names
+        self._versions: tuple[str | None, int | None] = (None, None)
+        self._memberships: Mapping[str, Member] = {}
+        self._reports: Mapping[str, dict[str, Any]] = {}  # about the latest rollout's release, by board
+        self._earlier: dict[int, str] = {}  # releases of earlier rollouts, which never change
+        self._result = threading.Lock()  # for what follows
         self._changed: set[str] = set()
-        self._rollouts: tuple[dict[str, Any], ...] | None = None
-        self._found: queue.Queue[Seen | FedpruneError] = queue.Queue(1)
+        self._rows: tuple[dict[str, Any], ...] | None = None
+        self._releases: tuple[str, ...] = ()
+        self._has_looked = False
+        self._error: FedpruneError | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def names(self) -> set[str]:
-        return set() if self._members is None else self._members.names
+        return set(self._memberships)
 
     @property
     def has_releases(self) -> bool:
-        return self._releases is not None
+        return self._rollouts is not None
 
     def member(self, device: str) -> Member | None:
-        return Member("member") if self._members is None else self._members.status(device)
+        return Member("member") if self._members is None else self._memberships.get(device)
 
     def update(self, device: str) -> dict[str, Any] | None:
-        return None if self._releases is None else self._releases.standing(device)
+        """A board's last report about the latest rollout's release."""
+        return self._reports.get(device)
 
     def start(self) -> None:
         """Look every few seconds from now on, on a thread."""
@@ -179,30 +105,19 @@ class SurroundingsPoller:
         self._thread.start()
 
     def seen(self) -> Seen | None:
-        """Result of the latest look; None where there was none since the last call."""
+        """What the looks since the last call have found; None where there was none. Raises what one has raised, and
+        keeps what others have found for the next call."""
         if self._thread is None:
-            return self.look()
-        try:
-            found = self._found.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(found, FedpruneError):
-            raise found
-        return found
-
-    def look(self) -> Seen:
-        """Look, on this thread; if the disk fails, the next look reports the changes."""
-        if self._members is not None and not self._over.is_set():
-            self._changed |= self._members.look()
-        names: tuple[str, ...] = ()
-        if self._releases is not None and not self._over.is_set():  # else its database may be closed by now
-            found = self._releases.look()
-            self._rollouts = self._rollouts if found is None else found
-            self._changed |= self._releases.moved()
-            names = self._names()
-        changed, self._changed = frozenset(self._changed), set()
-        rollouts, self._rollouts = self._rollouts, None
-        return Seen(changed, rollouts, names)
+            self._look()
+        with self._result:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            if not self._has_looked:
+                return None
+            seen = Seen(frozenset(self._changed), self._rows, self._releases)
+            self._changed, self._rows, self._has_looked = set(), None, False
+            return seen
 
     def close(self) -> None:
         """End the thread; a look under way ends after the database that it is reading."""
@@ -212,20 +127,68 @@ class SurroundingsPoller:
 
     def _run(self) -> None:
         while not self._over.is_set():
-            found: Seen | FedpruneError
-            try:
-                found = self.look()
-            except FedpruneError as error:
-                found = error
-            except Exception as error:  # noqa: BLE001 - it must not end the thread
-                found = StorageError(f"members and rollouts: {type(error).__name__}: {reason(error)}")
-            while not self._over.is_set():  # the next look waits until this result is taken
-                try:
-                    self._found.put(found, timeout=SWEEP_S)
-                    break
-                except queue.Full:
-                    continue
+            self._look()
             self._over.wait(SWEEP_S)
+
+    def _look(self) -> None:
+        try:
+            self._look_at_members()
+            if not self._over.is_set():  # else its database may be closed by now
+                self._look_at_rollouts()
+            with self._result:
+                self._has_looked = True
+        except FedpruneError as error:
+            self._error = error
+        except Exception as error:  # noqa: BLE001 - it must not end the thread
+            self._error = StorageError(f"members and rollouts: {type(error).__name__}: {reason(error)}")
+
+    def _look_at_members(self) -> None:
+        if self._members is None or (version := self._members.version()) == self._versions[0]:
+            return
+        before, self._memberships = self._memberships, _memberships(self._members)
+        self._versions = version, self._versions[1]
+        with self._result:
+            self._changed |= _differences(before, self._memberships)
+
+    def _look_at_rollouts(self) -> None:
+        if self._rollouts is None:
+            return
+        version = self._rollouts.version()
+        if version != self._versions[1]:
+            entries = self._rollouts.entries()[: -MOST_ROLLOUTS - 1 : -1]
+            limits = [_FAILURES] + [_EARLIER_FAILURES] * len(entries)
+            rows = tuple(_row(e, self._before(e.prior), failures=n) for e, n in zip(entries, limits, strict=False))
+            before, self._reports = self._reports, _reports(entries[0]) if entries else {}
+            self._versions = self._versions[0], version  # only now: a failed read is repeated
+            with self._result:
+                self._rows = rows
+                self._changed |= _differences(before, self._reports)
+        self._releases = self._names()
+
+    def _before(self, number: int | None) -> str | None:
+        """The release of an earlier rollout."""
+        if number is None or self._rollouts is None:
+            return None
+        if number not in self._earlier and (offer := self._rollouts.offer(number)) is not None:
+            self._earlier[number] = _named(offer)
+        return self._earlier.get(number)
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def _memberships(store: IdentityStore) -> dict[str, Member]:
+    """Each device's best status, of all keys that asked in its name."""
+    members: dict[str, Member] = {}
+    rank = {"revoked": 0, "waiting": 1, "member": 2}
+    for device in store.devices():
+        status = {APPROVED: "member", WAITING: "waiting"}.get(device.status, "revoked")
+        key = VerifyingKey.from_hex(device.key).fingerprint if status == "waiting" else None
+        before = members.get(device.device, Member("revoked"))
+        best = status if rank[status] >= rank[before.status] else before.status
+        members[device.device] = Member(best, key or before.key)
+    return members
 
 
 def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
