@@ -18,7 +18,7 @@ from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import Manifest, record_backup
 from fedprune_server.maintenance.finding import Finding
 from fedprune_server.maintenance.repair import repair
-from fedprune_server.maintenance.restoring import check_target, opened
+from fedprune_server.maintenance.restoring import Backup, check_target
 from fedprune_server.maintenance.state_check import check, size_of
 from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
 
@@ -38,9 +38,7 @@ def add_check(check: argparse.ArgumentParser) -> None:
 
 def add_backup(backup: argparse.ArgumentParser) -> None:
     add_state(backup)
-    backup.add_argument(
-        "--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds; or FILE.tar"
-    )
+    backup.add_argument("--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds")
     add_json(backup)
     backup.set_defaults(function=_backup)
 
@@ -106,14 +104,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _backup(arguments: argparse.Namespace) -> None:
     state: Path = arguments.state
-    further = folders(state)
-    if further and arguments.to.suffix == ".tar":
-        raise UsageError(
-            "--to", expected=f"a folder, as {state} has further jobs", got=str(arguments.to),
-            hint=f"For one job alone give its own folder, such as --state {further[0]}.",
-        )  # fmt: skip
     has_identity, rows = False, []
-    for part in (state, *further):
+    for part in (state, *folders(state)):
         target = arguments.to / part.relative_to(state)
         with ended_by_signals(), byte_progress(f"backing {part} up", size_of(part)) as advance:
             made = back_up(part, target, advance)
@@ -143,7 +135,8 @@ def _restore(arguments: argparse.Namespace) -> None:
         for part in parts:
             check_target(target / part.relative_to(backup))
     for part in parts:
-        with ended_by_signals(), opened(part) as source:
+        with ended_by_signals():
+            source = Backup(part)
             manifest = source.manifest
             with byte_progress(f"reading {part}", manifest.size) as advance:
                 source.verify(advance)
@@ -159,7 +152,8 @@ def _restore(arguments: argparse.Namespace) -> None:
         return
     for part in parts:
         database = arguments.database if part == backup else None
-        with ended_by_signals(), opened(part) as source:
+        with ended_by_signals():
+            source = Backup(part)
             with byte_progress(f"writing {target}", source.manifest.size) as advance:
                 source.restore(target / part.relative_to(backup), database, advance)
             if part == backup:

@@ -1,17 +1,15 @@
 """A backup of a state folder, made while its server runs.
 
-A backup is a folder, in which the next one adds what has changed, or a tar file. Its files are named by their digests.
-Its manifest lists them with their places in the state folder. It is written last, so that a backup that breaks off
-leaves the one before it.
+A backup is a folder, in which the next one adds what has changed. Its files are named by their digests. Its manifest
+lists them with their places in the state folder. It is written last, so that a backup that breaks off leaves the one
+before it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import socket
 import sqlite3
-import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -20,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore, MissingBlobError
-from fedprune.core.atomic_file import appearing, write_whole
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import file_digest, locked, make_private_folder, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import Advance
@@ -54,7 +52,7 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
 
     Args:
         state: The state folder; a server may be running on it.
-        target: The backup: a folder, made if missing, or a file whose name ends in `.tar`.
+        target: The backup's folder, made if missing.
         advance: Told how many bytes were written, or found to be there.
 
     Raises:
@@ -62,14 +60,13 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
         StorageError: The state folder is damaged, or the disk fails or is full; an earlier backup is as it was.
     """
     _check_apart(state, target)
-    write = _write_tar if target.suffix == ".tar" else _write_folder
     attempt = 0
     while True:
         attempt += 1
         try:
             with TemporaryDirectory(prefix="fedprune-backup-") as scratch:
                 collected = _Collected(state, Path(scratch))
-                write(target, collected, advance)
+                _write(target, collected, advance)
                 return collected.manifest
         except MovedError:
             if attempt == _ATTEMPTS:
@@ -170,7 +167,7 @@ def _end_sessions(copy: Path) -> None:
                     connection.execute(f"DELETE FROM {table}")  # noqa: S608  # nosec B608  # names of ours
 
 
-def _write_folder(target: Path, collected: _Collected, advance: Advance) -> None:
+def _write(target: Path, collected: _Collected, advance: Advance) -> None:
     _check_target(target, collected.manifest)
     with storage_errors(f"can't make {target}"):
         make_private_folder(target)
@@ -192,7 +189,7 @@ def _check_target(target: Path, manifest: Manifest) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ConfigError(f"{target} is a file", expected="a folder, or a new name that ends in .tar")
+        raise ConfigError(f"{target} is a file", expected="a folder")
     with storage_errors(f"can't read {target}"):
         strange = sorted(p.name for p in target.iterdir() if p.name not in _OURS and not p.name.startswith("."))
     if strange:
@@ -225,20 +222,6 @@ def _prune(target: Path, kept: set[str]) -> None:
     for path in [*(target / "files").iterdir(), *store.root.glob("??/.*.partial")]:
         if f"files/{path.name}" not in kept:
             path.unlink(missing_ok=True)
-
-
-def _write_tar(target: Path, collected: _Collected, advance: Advance) -> None:
-    with appearing(target, private=True) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
-        _add_member(tar, NAME, collected.manifest.to_bytes())
-        for place, entry in {e.place: e for e in collected.manifest.entries}.items():
-            _add_member(tar, place, collected.read(entry))
-            advance(entry.size)
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o600
-    tar.addfile(member, io.BytesIO(data))
 
 
 def _read(path: Path) -> bytes:

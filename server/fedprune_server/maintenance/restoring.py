@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
@@ -28,18 +27,15 @@ from fedprune_server.storage.storage import Storage
 _MAX_MANIFEST = 64 * 2**20
 _HINT = "Take another backup."
 
-Open = Callable[[str, int], AbstractContextManager[IO[bytes]]]
-"""Opens a file of a backup, which must not be larger than a limit."""
-
 _PIECE = 2**20
 
 
 class Backup:
     """A backup that is read from. Raises `StorageError` if it is no backup, or damaged."""
 
-    def __init__(self, path: Path, open_file: Open) -> None:
-        self._path, self._open = path, open_file
-        with open_file(NAME, _MAX_MANIFEST) as file:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _open_file(path / NAME, _MAX_MANIFEST) as file:
             self.manifest = Manifest.parse(file.read(_MAX_MANIFEST), f"{path}: {NAME}")
 
     def verify(self, advance: Advance) -> None:
@@ -120,29 +116,13 @@ class Backup:
     def _copy(self, entry: Entry, write: Callable[[bytes], object] = len) -> None:
         """Read a file, however long, a piece at a time."""
         digest, size = hashlib.sha256(), 0
-        with self._open(entry.place, entry.size) as file:
+        with _open_file(self._path / entry.place, entry.size) as file:
             while size <= entry.size and (piece := file.read(_PIECE)):
                 digest.update(piece)
                 size += len(piece)
                 write(piece)
         if size != entry.size or digest.hexdigest() != entry.sha256:
             raise StorageError(f"the backup {self._path} is damaged: {entry.place}", hint=_HINT)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Backup]:
-    """Open a backup, a folder or a tar file; raises `StorageError` if it is missing or damaged."""
-    if path.is_dir():
-        yield Backup(path, lambda place, limit: _open_file(path / place, limit))
-        return
-    with storage_errors(f"can't read {path}"):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                # A sparse member of a few bytes may claim any length; a backup has none.
-                members = {m.name: m for m in tar.getmembers() if m.isreg() and not m.issparse()}
-                yield Backup(path, lambda place, limit: _open_member(tar, members.get(place), place, limit))
-        except (tarfile.TarError, EOFError) as error:
-            raise StorageError(f"{path} is no backup, or damaged ({error})", hint=_HINT) from error
 
 
 def check_target(target: Path) -> None:
@@ -160,13 +140,6 @@ def _open_file(path: Path, limit: int) -> Iterator[IO[bytes]]:
         if os.fstat(file.fileno()).st_size > limit:
             raise StorageError(f"{path} is damaged: it is too long", hint=_HINT)
         yield file
-
-
-def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo | None, place: str, limit: int) -> IO[bytes]:
-    file = None if member is None or member.size > limit else tar.extractfile(member)
-    if file is None:
-        raise StorageError(f"{tar.name!s}: {place} is missing or too long", hint=_HINT)
-    return file
 
 
 def _remove(folder: Path) -> None:

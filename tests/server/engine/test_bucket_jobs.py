@@ -16,7 +16,7 @@ from fedprune.wire.messages import Accepted
 from fedprune_server.cli.main import main
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.finding import Finding, Severity
-from fedprune_server.maintenance.restoring import opened
+from fedprune_server.maintenance.restoring import Backup
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.blob_place import BLOBS
 from fedprune_server.storage.s3 import bucket as bucket_patience
@@ -159,11 +159,11 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     at_s3: S3, begun: Path, tmp_path: Path, url: str, finished: State, blobs: str
 ) -> None:
     shutil.rmtree(begun / BLOBS)  # a copy; the backup takes what the bucket has
-    back_up(begun, tmp_path / "backup.tar", silent)
+    back_up(begun, tmp_path / "backup", silent)
     assert not list((begun / BLOBS).glob("??/*"))  # and leaves nothing behind
-    with opened(tmp_path / "backup.tar") as source:
-        source.verify(silent)
-        source.restore(tmp_path / "restored", None, silent)
+    source = Backup(tmp_path / "backup")
+    source.verify(silent)
+    source.restore(tmp_path / "restored", None, silent)
     client, (name, _) = at_s3.client(), parse(url)
     for key in at_s3.keys(name):
         client.delete_object(Bucket=name, Key=key)

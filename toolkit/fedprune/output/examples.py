@@ -115,11 +115,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "fedprune-server backup": (
         "fedprune-server backup --state state --to backups/state",
-        "fedprune-server backup --state state --to state.tar",
+        "fedprune-server backup --state state --to backups/state --json",
     ),
     "fedprune-server restore": (
         "fedprune-server restore --from backups/state --state restored",
-        "fedprune-server restore --from state.tar --state restored --dry-run",
+        "fedprune-server restore --from backups/state --state restored --dry-run",
     ),
     "fedprune-server alerts test": (
         "fedprune-server alerts test --state state",
