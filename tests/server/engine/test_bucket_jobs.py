@@ -124,13 +124,6 @@ def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: P
     assert keys(at_s3, url) == before
 
 
-def test_a_first_start_that_broke_off_is_no_other_job(at_s3: S3, url: str, tmp_path: Path, finished: State) -> None:
-    name, prefix = parse(url)
-    play_job(tmp_path / "state", events=1, blobs=url)
-    at_s3.client().delete_object(Bucket=name, Key=f"{prefix}job.json")
-    assert models(play_job(tmp_path / "new", blobs=url)) == models(finished)
-
-
 def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
     at_s3: S3, begun: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: State
 ) -> None:

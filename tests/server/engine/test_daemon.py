@@ -6,14 +6,12 @@ from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.jobs.state import Progress as Part
 from fedprune.jobs.state import Task
-from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Offer, Progress, Refusal, Update
+from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Refusal, Update
 from fedprune.wire.topics import Topics
 from fedprune_server.executor.retention import sweep
 from fedprune_server.storage.storage import Storage
@@ -93,30 +91,6 @@ def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
     assert next(m for m in device.heard if isinstance(m, Cancelled)).job == "other"
 
 
-@pytest.mark.parametrize(
-    ("held", "told"),
-    [
-        ({"job": "other", "round": 1, "attempt": 1}, "this server runs another job"),
-        ({"job": JOB.name, "round": 1, "attempt": 1}, "the round is over"),
-        ({"job": JOB.name, "round": 2, "attempt": 2}, None),
-        ({"job": JOB.name, "round": 2, "attempt": 1}, None),
-    ],
-)
-def test_a_device_that_works_in_vain_is_told_so_as_it_comes_back(
-    fleet: Fleet, held: dict[str, object], told: str | None
-) -> None:
-    state = State(model=fleet.worker.initial(), round=2, phase=Phase.TRAINING, ranking="r" * 64)
-    state.tasks["a"] = Task(1, (4,), Part.PULLING, weights="")
-    fleet.storage.save(state, (), 0.0)
-    daemon = fleet.daemon()
-    birth = Birth("a", 7, "raspberry-pi-5", 10, "test", held=held)
-    daemon._take((Topics("default").up("a"), birth.to_bytes()))
-    assert not fleet.air.devices["a"].heard  # nothing is said before what it follows from is saved
-    daemon.first._commit()
-    reasons = [m.reason for m in fleet.air.devices["a"].heard if isinstance(m, Cancelled)]
-    assert reasons == ([told] if told else [])
-
-
 def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
     device = fleet.air.devices["c"]
     device.take = lambda offer: device.say(  # type: ignore[method-assign]
@@ -161,32 +135,6 @@ def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet) -> None:
     assert down.keys() == {"a", "b", "c"}
     assert 10**9 <= down["a"] < 10**9 + 10**8
     assert max(down["b"], down["c"]) < 10**8
-
-
-def test_a_device_that_is_heard_of_is_not_offered_the_same_again(fleet: Fleet) -> None:
-    slow = fleet.air.devices["b"]
-    take, offers = slow.take, []
-
-    def working(offer: Offer) -> None:
-        """Seventy seconds of training with a word every ten."""
-        offers.append(offer)
-        begun, said = fleet.air.now, [fleet.air.now]
-        idle = fleet.air.on_idle
-
-        def tell() -> None:
-            idle()
-            if fleet.air.now - begun >= 70:
-                fleet.air.on_idle = idle
-                take(offer)
-            elif fleet.air.now - said[0] >= 10:
-                said[0] = fleet.air.now
-                slow.say(Progress("b", offer.job, offer.round, offer.attempt, "train", 1, 7))
-
-        fleet.air.on_idle = tell
-
-    slow.take = working  # type: ignore[method-assign]
-    assert folded(fleet.run()) == [["a", "b", "c"]] * 3
-    assert len(offers) == 3
 
 
 def test_parts_of_updates_that_never_came_whole_do_not_stay(fleet: Fleet) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedprune.planning.profile_store import find
-from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Offer, Progress, Refusal
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Offer, Progress, Refusal
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune_server.cli.status import status
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import Fleet, ToyDevice, Watcher, fill, folded
 from support.fakes.tiny_job import JOB
@@ -189,31 +188,6 @@ def test_a_device_that_died_while_the_server_was_away_is_asked_no_more(fleet: Fl
     state = fleet.run()
     assert not state.devices["c"].online
     assert sorted(state.history[2]["devices"]) == ["a", "b"]
-
-
-def test_a_board_was_heard_last_when_it_spoke_and_not_when_the_broker_told_of_its_end(fleet: Fleet) -> None:
-    fleet.air.devices.pop("c")
-    board, trouble = fleet.air.devices["a"], fleet.air.devices["b"]
-    daemon = fleet.daemon()
-
-    def idle() -> None:
-        fleet.air.now += 1.0
-        if fleet.air.now == 10.0:
-            board.say(Alive("a", 1))
-        elif fleet.air.now == 20.0:
-            trouble.say(Birth("b", 2, trouble.profile, 0, "test", trouble="the samples can't be read"))
-        elif fleet.air.now == 90.0:
-            fleet.air.devices.clear()  # or they would answer when they are asked
-            board.die()
-            trouble.die()
-        elif fleet.air.now == 95.0:
-            daemon.stop()
-
-    fleet.air.on_idle = idle
-    daemon.run()
-    fleet.storage.put_settings({"job": JOB.to_dict(), "name": "n"})
-    seen = {row["name"]: row["seen_at"] for row in status(fleet.folder)["devices"]}
-    assert seen == {"a": pytest.approx(10.0, abs=1.0), "b": pytest.approx(20.0, abs=1.0)}
 
 
 def test_what_an_earlier_start_could_not_do_says_nothing_of_a_board_that_runs(fleet: Fleet) -> None:

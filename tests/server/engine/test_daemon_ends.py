@@ -5,18 +5,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import BusyError, ModelError, StorageFullError
 from fedprune.wire.messages import Finished, Offer
-from fedprune_server.executor.offers import GRAPH_ROUNDS
-from fedprune_server.executor.retention import sweep
 from fedprune_server.observation.observer import LoopWaits, TurnEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage import database
@@ -159,31 +155,6 @@ def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next
     killed_once_saved(fleet, lambda e: isinstance(e, on.UpdateAnnounced) and e.device == "a")
     fleet.restart()
     assert folded(fleet.run()) == [["b", "c"]] * 3
-
-
-def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) -> None:
-    rounds, same, last_words = 3 * GRAPH_ROUNDS, 3, 12
-    calm, killed = (Fleet(tmp_path / n, replace(JOB, rounds=rounds), graph_rounds=same) for n in ("calm", "killed"))
-    graphs = [BlobRef.of(calm.worker.graph(at)).sha256 for at in range(0, rounds + 1, same)]
-    old = [g for i, g in enumerate(graphs) if (i + 1) * same <= rounds - GRAPH_ROUNDS]
-    calm.run(keep=1)
-    assert [g for g in graphs if not calm.store.has(g)] == old
-
-    killed_once_saved(killed, lambda e: isinstance(e, on.Scored) and e.round == last_words, keep=1)
-    killed.restart()
-    state = killed.storage.load()
-    assert state is not None
-    sweep(killed.store, state, 1, JOB.recipe.judged_by)  # as a server that is started does
-    delete, deleted = killed.store.delete, []
-
-    def noted(digest: str) -> None:
-        deleted.append(digest)
-        delete(digest)
-
-    killed.store.delete = noted  # type: ignore[method-assign]
-    killed.run(keep=1)
-    assert [g for g in deleted if g in graphs] == old[last_words // same :]  # when it was time, and not before
-    assert sorted(killed.store.names()) == sorted(calm.store.names())
 
 
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])

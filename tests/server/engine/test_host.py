@@ -85,14 +85,6 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
     assert folded(several.run()["two"]) == [["a", "b", "c"]] * 3
 
 
-def test_a_job_that_needs_more_devices_than_there_are_holds_none(tmp_path: Path) -> None:
-    several = SeveralJobs(tmp_path, [named(JOB, "large", devices=4), named(JOB, "small")], "abc")
-    host = several.host(observers=[Watcher(lambda seen, what: stop_at_end(host, "small", seen, what))])
-    states = several.run(host)
-    assert folded(states["small"]) == [["a", "b", "c"]] * 3
-    assert states["large"].round == 0
-
-
 def test_devices_hear_of_the_end_when_all_jobs_are_done(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two", rounds=1)], "abc")
     several.run()
@@ -200,16 +192,3 @@ def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> No
     file.write_text('[job]\nname = "birds"\n[server]\nport = 1\n')
     with pytest.raises(ConfigError, match="of a further job"):
         further(first, [file])
-
-
-def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Path) -> None:
-    jobs = [named(JOB, n, devices=2, rounds=40, deadline_s=100) for n in ("one", "two")]
-    several = SeveralJobs(tmp_path, jobs, "abc")
-    host = several.host()
-    gone = several.air.devices["c"]
-    gone.hear = lambda topic, payload: None  # type: ignore[method-assign]  # and no broker tells of it
-    gone.birth()
-    states = several.run(host)
-    assert all(s.phase is Phase.FINISHED for s in states.values())
-    last = [d for s in states.values() for d in s.history[-1]["devices"]]
-    assert "c" not in last

@@ -16,7 +16,6 @@ import pytest
 from fedprune.core.errors import ConfigError, DataError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import shipped_folder
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
@@ -200,17 +199,3 @@ def test_other_code_of_a_strategy_is_taken_and_said(tmp_path: Path, monkeypatch:
     finally:
         sys.modules.pop("own_plan", None)
         sys.modules.pop("own_helper", None)
-
-
-def test_other_hardware_profiles_are_taken_and_said(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(digits_model())
-    profiles = tmp_path / "profiles"
-    profiles.mkdir()
-    text = (shipped_folder() / "raspberry-pi-5.toml").read_text().replace('"raspberry-pi-5"', '"own-board"')
-    (profiles / "own-board.toml").write_text(text)
-    config = ServerConfig(model=str(tmp_path / "model.onnx"), profiles=profiles)
-    with StateFolder(tmp_path / "state") as folder:
-        assert open_job(folder, config).changed == []
-        (profiles / "another-board.toml").write_text(text.replace('"own-board"', '"another-board"'))
-        lines = open_job(folder, config).changed
-    assert [line.partition(":")[0] for line in lines] == ["profiles"]

@@ -11,16 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.aggregation.fixed_point import Range
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
-from fedprune.coordination import commands as do
-from fedprune.coordination import events as on
-from fedprune.coordination.round import RoundResult
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, ConfigError, ExitCode, StorageError
+from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
-from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
+from fedprune.secure_aggregation.grid import MaskedForm, VectorForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.session import Session
 from fedprune.secure_aggregation.shamir import SHARE
@@ -29,8 +25,7 @@ from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.cli.status import describe, status
-from fedprune_server.engine.secure_sums import MaskedChannel, _session
-from fedprune_server.executor.masked_sums import MaskedSums
+from fedprune_server.engine.secure_sums import _session
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
@@ -215,97 +210,6 @@ def test_a_late_refusal_of_an_earlier_round_leaves_a_board_in_its_sum(model: Mod
     assert fleet.air.now < fleet.job.deadline_s
 
 
-def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_path: Path) -> None:
-    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
-    daemon = fleet.daemon()
-    sums, board = daemon.first._channel, fleet.board("c")
-    taken: list[bool] = []
-
-    def hears(message: SecureStep) -> SecureStep:
-        if message.step == "delivery":
-            other = fleet.store.put(b"masked for an earlier attempt").sha256
-            taken.append(sums.takes(on.UpdateStored("c", 1, message.attempt, other)))
-            taken.append(sums.takes(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
-        return message
-
-    board.spoil = hears
-    state = fleet.run_daemon(daemon)
-    assert not any(taken)
-    assert len(taken) >= 2
-    assert folded(state) == [list(NAMES)]
-    assert state.model == plain(tmp_path, model, rounds=1).model
-
-
-def test_a_vector_that_a_failing_disk_has_lost_is_fetched_again(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
-    daemon = fleet.daemon()
-    sums, failures = daemon.first._channel, list[StorageError]()
-    read, ready, fails = sums._store.read, sums.contributions, [True]
-
-    def failing(digest: str) -> bytes:
-        if fails and fails.pop():
-            raise StorageError("the disk fails")
-        return read(digest)
-
-    def turned(now: float) -> on.Unmasked | None:
-        try:
-            return ready(now)
-        except StorageError as error:
-            failures.append(error)
-            return None
-
-    monkeypatch.setattr(
-        sums, "_store", SimpleNamespace(**{n: getattr(sums._store, n) for n in ("put", "has", "delete")}, read=failing)
-    )
-    monkeypatch.setattr(sums, "contributions", turned)
-    state = fleet.run_daemon(daemon)
-    assert failures
-    assert folded(state) == [list(NAMES)]
-    assert state.model == plain(tmp_path, model, rounds=1).model
-
-
-class CountedName(str):
-    """A device's name that counts comparisons."""
-
-    compared = 0
-    __slots__ = ()
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        CountedName.compared += 1
-        return str.__eq__(self, other)
-
-
-class CountedDevices(dict[str, Any]):
-    read = 0
-
-    def __getitem__(self, name: str) -> Any:
-        self.read += 1
-        return super().__getitem__(name)
-
-
-def test_a_turn_and_a_message_look_at_few_boards_of_a_large_cohort(tmp_path: Path) -> None:
-    names = [CountedName(f"b{i}") for i in range(1000)]
-    form = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=9).to_json()
-    offer = {"selection": "s", "weights": {"sha256": "w"}, "recipe": {}, "secure": form}
-    devices = CountedDevices({name: SimpleNamespace(online=True) for name in names})
-    state = SimpleNamespace(tasks={n: SimpleNamespace(attempt=1, offer=offer) for n in names}, devices=devices)
-    outbox = SimpleNamespace(send=lambda *sent: None)
-    job = Job.from_dict({"name": "t", "devices": 3, "deadline_s": 50.0, "secure_aggregation": True})
-    traffic: Any = SimpleNamespace(job=job, state=state, outbox=outbox, uploads=None, monotonic=lambda: 0.0)
-    sums = MaskedChannel(traffic, BlobStore(tmp_path, durable=False))
-    sums.begin(do.SumMasked(1, (tuple(names),)))
-    sums.contributions(1.0)
-    sums.contributions(12.0)  # boards that have just connected again are awaited no longer
-    assert devices.read < 10
-    CountedName.compared = 0
-    assert all(sums.awaits(str(name)) for name in names)
-    assert CountedName.compared < 10 * len(names)
-    sums.close()
-
-
 EIGHT = ("a", "b", "c", "d", "e", "f", "g", "h")
 
 
@@ -393,21 +297,6 @@ def test_a_board_can_t_have_a_file_deleted_by_announcing_it_as_its_vector(model:
     state = fleet.run()
     assert fleet.store.has(digests[0])
     assert folded(state) == [["a", "b", "d", "e"]]
-
-
-def test_sums_that_do_not_fit_the_round_are_rejected(tmp_path: Path) -> None:
-    def close_sums(*_: object) -> RoundResult:
-        raise BundleError("partial sums of other tensors")
-
-    sums = MaskedSums(
-        Job.from_dict({"name": "t", "devices": 3, "secure_aggregation": True}),
-        SimpleNamespace(),  # type: ignore[arg-type]
-        BlobStore(tmp_path, durable=False),
-        lambda command: SimpleNamespace(close_sums=close_sums),  # type: ignore[arg-type, return-value]
-    )
-    found: Any = SimpleNamespace(part=SimpleNamespace(device="a"))
-    command: Any = SimpleNamespace(contributions=(found,), sums=(), participants=("a",))
-    assert "partial sums of other tensors" in sums.closed(command).rejected["a"].reason
 
 
 def test_too_few_boards_of_a_width_are_left_out_and_never_seen(model: Model, tmp_path: Path) -> None:

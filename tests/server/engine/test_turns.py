@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from fedprune.wire.queues import ConnectionUp
 from fedprune_server.engine.server import Server
-from fedprune_server.messaging.transport import TURN_S, DroppedMessage, Item
+from fedprune_server.messaging.transport import DroppedMessage, Item
 from support.fakes.fleet import Fleet
 
 
@@ -55,15 +54,3 @@ def test_what_is_dropped_neither_ends_a_turn_nor_counts_as_silence(server: Serve
     server._turn()
     assert taken == [i for i in items if not isinstance(i, DroppedMessage)]
     assert server._caught_up == 5.0
-
-
-@pytest.mark.parametrize("item", [("a", b"1"), DroppedMessage()])
-def test_a_turn_ends_in_time_and_knows_that_more_may_wait(server: Server, item: Any, monkeypatch: Any) -> None:
-    link, taken = Waiting([item] * 100), list[Item]()
-    monkeypatch.setattr(server, "_link", link)
-    monkeypatch.setattr(server, "_site", replace(server._site, monotonic=itertools.count(1.0, TURN_S / 2).__next__))
-    monkeypatch.setattr(server, "_take", taken.append)
-    server._turn()
-    assert len(taken) < 10
-    assert len(link.items) > 90
-    assert server._caught_up == 0.0

@@ -11,7 +11,6 @@ import dp_accounting
 import pytest
 
 from fedprune.coordination import State
-from fedprune.coordination import commands as do
 from fedprune.coordination.privacy_budget import spent
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.jobs.job import Job
@@ -53,13 +52,6 @@ def test_epsilon_is_where_the_privacy_curve_reaches_delta() -> None:
 
 def test_what_is_not_released_costs_nothing() -> None:
     assert Accountant(PRIVACY).epsilon(0.0) == 0.0
-
-
-def test_a_rounds_summary_has_what_was_spent_and_what_comes() -> None:
-    counts = Accountant(PRIVACY)
-    said = counts.metrics(do.Evaluate(1, "m", 0.25, 0.5))
-    assert said == {"epsilon": counts.epsilon(0.25), "epsilon_next": counts.epsilon(0.5)}
-    assert counts.metrics(do.Evaluate(1, "m")) == {}
 
 
 @pytest.mark.parametrize("privacy", [Privacy(), Privacy(clip=1.0)])

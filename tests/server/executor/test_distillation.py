@@ -15,14 +15,13 @@ from fedprune.core.tensorfile import encode
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Tensors
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import SelfDistillation
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
-from fedprune_server.executor.evaluator import Sessions
 from fedprune_server.simulation.digits import digits_model, load_digits
 
 ASKED = SelfDistillation(20, (0.25, 0.5, 0.75), 3e-4)
@@ -143,21 +142,6 @@ def test_what_is_frozen_stays(recipe: Recipe, moves: tuple[str, ...]) -> None:
     found = distiller(model, inputs(), recipe=recipe)(model.tensors, own_order(model), 1)
     for name, value in model.tensors.items():
         assert np.array_equal(found[name], value) != name.startswith(moves), name
-
-
-@pytest.mark.parametrize(("loss", "outputs"), [("mse", 2), ("bce", 2), ("cross_entropy", 3)])
-def test_other_outputs_than_classes_come_nearer_to_their_mean(loss: str, outputs: int) -> None:
-    model, x = small(outputs), inputs()
-    order, asked = own_order(model), SelfDistillation(60, (0.5,), 0.01)
-    found = distiller(model, x, asked, Recipe(loss=loss))(model.tensors, order, 1)
-
-    def apart(tensors: Tensors) -> float:
-        at = [widths_at(model.architecture, d) for d in (0.5, 1)]
-        part = Selection.full(model.architecture)
-        made = [Sessions(model, 1).at(w).run({"x": x, **part.narrowed(w).gather(tensors)})["logits"] for w in at]
-        return float(np.abs(made[0] - made[1]).mean())
-
-    assert apart(found) < 0.5 * apart(model.tensors)
 
 
 def test_where_boards_share_a_core_others_of_the_strategys_widths_learn_nothing() -> None:

@@ -24,7 +24,6 @@ from fedprune.model.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker, helper_processes
-from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
 from support.fakes.digits_simulation import boards, digits_simulation
@@ -66,20 +65,6 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: DistributedWorker) -
     assert [crew.execute(o) for o in orders] == [worker.execute(o) for o in orders]
     assert crew.graphs() == worker.graphs()
     assert all(worker.store.has(g) for g in crew.graphs())
-
-
-def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(
-    worker: Worker, crew: DistributedWorker
-) -> None:
-    first, second, _ = extracts(worker)
-    own = crew.execute(first)  # nobody expected it
-    assert isinstance(own, on.Extracted)
-    assert own.offer["inference"]["sha256"] in crew.graphs()
-    later = replace(second, basis=replace(second.basis, round=GRAPH_ROUNDS + 2))
-    crew.expect([later])
-    event = crew.execute(later)
-    assert isinstance(event, on.Extracted)
-    assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
 
 
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: DistributedWorker) -> None:

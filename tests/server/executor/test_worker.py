@@ -21,7 +21,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Selection
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
@@ -273,25 +273,6 @@ def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path)
     plain = tensorfile.decode(own.store.read(state.plain_model))
     assert (state.model, worker(model, tmp_path).begin().plain_model) == (own.initial(), "")
     assert all(np.array_equal(plain[n], v) for n, v in model.tensors.items())
-
-
-def test_after_the_first_round_of_a_core_all_that_it_lacks_is_silent(
-    model: Model, federation: Digits, tmp_path: Path
-) -> None:
-    job = Job(strategy="fedprune", recipe=RECIPE, options={"ranking": "nested"})
-    plain, whole = worker(model, tmp_path), model.architecture.sizes
-    narrow = [c for c in contributions(plain, model, rank(plain), federation) if c.part.widths != whole]
-
-    def closed(*, core: bool) -> Tensors:
-        parts = [replace(found, part=replace(found.part, core=core)) for found in narrow]
-        event = Worker(job, model, plain.store).execute(close(parts))
-        assert isinstance(event, on.Closed)
-        return tensorfile.decode(plain.store.read(event.model))
-
-    widest = tuple(map(max, zip(*(found.part.widths for found in narrow), strict=True)))
-    silent = nested(model.architecture, closed(core=False), [widest])
-    assert any(not np.array_equal(closed(core=False)[name], value) for name, value in silent.items())
-    assert all(np.array_equal(closed(core=True)[name], value) for name, value in silent.items())
 
 
 def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:

@@ -87,21 +87,6 @@ def test_a_round_that_all_refuse_starts_again_long_before_its_deadline() -> None
     assert (shell.state.round, {t.attempt for t in shell.state.tasks.values()}) == (1, {2})
 
 
-def test_the_deadline_counts_from_the_last_offer() -> None:
-    shell = Shell()
-    shell.arrive()
-    while not any(isinstance(e, on.Extracted) for e in shell.inbox):
-        shell.feed(shell.inbox.pop(0))
-    for at, event in ((5.0, shell.inbox.pop(0)), (6.0, shell.inbox.pop(0))):
-        shell.now = at
-        shell.feed(event)
-    assert shell.state.deadline is None
-    shell.now = 7.0
-    shell.feed(shell.inbox.pop(0))
-
-    assert shell.state.deadline == 7.0 + JOB.deadline_s
-
-
 def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_folded() -> None:
     shell = Shell()
     shell.arrive()

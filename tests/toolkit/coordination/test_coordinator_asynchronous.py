@@ -15,7 +15,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
-from support.fakes.asynchronous_shell import ALL, KINDS, ONE, TWO, WINDOW, Shell, history, job_of, summed
+from support.fakes.asynchronous_shell import ALL, KINDS, ONE, WINDOW, Shell, history, job_of, summed
 from support.fakes.tiny_job import ARCHITECTURE, NAMES
 
 pytestmark = pytest.mark.board
@@ -196,37 +196,6 @@ def test_whoever_is_idle_is_offered_the_current_model_at_once() -> None:
     assert close.rate == pytest.approx(0.5 * 2**-0.5)
 
 
-def test_a_device_trains_a_model_once() -> None:
-    shell = Shell(TWO)
-    shell.come()
-    held = [shell.until(on.UpdateAnnounced, n) for n in ("c", "b")]
-    shell.feed(shell.until(on.UpdateAnnounced, "a"))
-    while shell.inbox:
-        shell.feed(shell.inbox.pop(0))
-    assert [o for o in shell.offered if o[0] == "a"] == [("a", 1, 1)]
-    shell.come("a")
-    assert [o for o in shell.offered if o[0] == "a"] == [("a", 1, 1)]
-    shell.feed(held[0])
-    shell.until(on.UpdateAnnounced, "a")
-    assert [o for o in shell.offered if o[0] == "a"] == [("a", 1, 1), ("a", 2, 1)]
-
-
-def test_what_comes_while_a_round_is_closed_counts_for_the_next() -> None:
-    shell = Shell(ONE)
-    shell.come()
-    held = shell.until(on.UpdateAnnounced, "b")
-    closed = shell.until(on.Closed)
-    shell.feed(held)
-    shell.feed(shell.until(on.UpdateStored, "b"))
-    assert shell.state.tasks["b"].progress is Progress.STORED
-    shell.inbox = [closed]
-    shell.until(on.Evaluated)
-    assert shell.state.round == 1
-    shell.feed(on.Evaluated(1, {}))
-    shell.until(on.Closed)
-    assert [(c.part.device, c.basis.round) for c in shell.closes[-1].contributions] == [("b", 1)]
-
-
 def test_a_late_device_gets_a_new_offer_and_its_old_update_is_void() -> None:
     shell = Shell(job_of(arrivals=1, rounds=4, deadline_s=50))
     shell.come()
@@ -242,15 +211,6 @@ def test_a_late_device_gets_a_new_offer_and_its_old_update_is_void() -> None:
     assert ("c", 3, 1) in shell.offered
     shell.feed(old)
     assert shell.cancelled[-1] == ("c", 1, "another offer took this one's place")
-
-
-def test_too_stale_work_is_stopped() -> None:
-    shell = Shell(job_of(arrivals=1, rounds=5, max_staleness=1))
-    shell.come()
-    shell.until(on.UpdateAnnounced, "c")
-    shell.run()
-    assert ("c", 1, "the model has moved more than 1 times since") in shell.cancelled
-    assert ("c", 3, 1) in shell.offered
 
 
 def test_a_window_takes_what_has_come_and_what_is_kept() -> None:
@@ -292,21 +252,3 @@ def test_rankings_and_evaluations_can_be_rare() -> None:
     assert scored == [1, 4, 7]
     assert evaluated == [4, 7]
     assert [bool(h["metrics"]) for h in shell.state.history] == [False, False, False, True, False, False, True]
-
-
-def test_a_new_description_of_the_model_voids_what_is_under_way() -> None:
-    shell = Shell(WINDOW)
-    shell.come()
-    shell.until(on.UpdateAnnounced, "c")
-    while shell.state.round < 3:
-        if shell.inbox:
-            shell.feed(shell.inbox.pop(0))
-        else:
-            shell.tick()
-    old = shell.state.ranking
-    shell.state.rank_again()
-    shell.crash()
-    shell.run()
-    assert shell.state.phase is Phase.FINISHED
-    assert old not in {c.basis.ranking for c in shell.closes[-1].contributions}
-    assert all(c.basis.round >= 3 for c in shell.closes[-1].contributions)

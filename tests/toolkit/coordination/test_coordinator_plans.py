@@ -144,26 +144,6 @@ def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
 
 
-def born(coordinator: SynchronousCoordinator, name: str, samples: int = 10, probe: ProbeReport | None = None) -> Device:
-    said = None if probe is None else probe.to_dict()
-    coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), samples, said), 0.0)
-    return coordinator.state.devices[name]
-
-
-def test_devices_that_are_alike_share_a_plan_until_their_rounds_teach_otherwise() -> None:
-    coordinator = planned_fleet()
-    coordinator.job = replace(coordinator.job, devices=9)
-    first, second = coordinator.state.devices["a"], born(coordinator, "b")
-    assert first.plan is second.plan
-    assert first.profile is second.profile
-    assert born(coordinator, "c", samples=11).plan != first.plan
-    before = dict(second.plan or {})
-    play(coordinator, 3.0)
-    assert coordinator.state.devices["a"].plan != before
-    assert second.plan == before
-    assert born(coordinator, "d").plan is second.plan
-
-
 def test_a_board_is_made_a_submodel_for_the_unit_that_it_measured() -> None:
     coordinator = SynchronousCoordinator(Job(devices=3, rounds=2), ARCHITECTURE, State(model="m0"))
     for name, unit in (("gpu", "cuda"), ("processor", "cpu"), ("unmeasured", None)):

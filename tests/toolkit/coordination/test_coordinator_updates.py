@@ -38,18 +38,6 @@ def test_an_update_cannot_say_what_it_counts_for() -> None:
     assert max(p.steps for p in shell.closes[1][0].contributions) <= JOB.recipe.steps(10)
 
 
-def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
-    shell = Shell(replace(JOB, devices=4))
-    shell.feed(on.DeviceBorn("a", 17, {"name": "toy"}, 10))
-    shell.feed(on.DeviceBorn("a", 1, {"name": "toy"}, 10))
-    assert shell.state.devices["a"].session == 17
-    shell.feed(on.DeviceDied("a", 17))
-    shell.feed(on.DeviceBorn("a", 1, {"name": "toy"}, 10))
-
-    assert shell.state.devices["a"].online
-    assert shell.state.devices["a"].session == 1
-
-
 def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
     shell = Shell()
     shell.arrive()

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import State, SynchronousCoordinator
-from fedprune.coordination import events as on
+from fedprune.coordination import State
 from fedprune.coordination.grants import Grant, Grants
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
@@ -19,7 +18,6 @@ from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
-from support.fakes.tiny_job import WIDE
 
 pytestmark = pytest.mark.board
 
@@ -63,12 +61,6 @@ def test_boards_train_what_three_quarters_can_hold_and_then_what_each_can() -> N
         assert densities(grants) == [0.5, 0.5, 0.5, 0.25]
         assert [g.widths for g in grants.values()] == [widths_at(NET, d) for d in densities(grants)]
     assert densities(granted(fleet(FLEET), 9)) == list(FLEET.values())
-
-
-def test_the_share_of_boards_that_hold_the_core_is_the_jobs_to_say() -> None:
-    assert densities(granted(fleet(FLEET), 1, {"core": 0.5})) == [0.75, 0.75, 0.5, 0.25]
-    assert densities(granted(fleet(FLEET), 1, {"core": 1})) == [0.25] * 4
-    assert densities(granted(fleet(FLEET), 1, {"core": 0})) == list(FLEET.values())
 
 
 @pytest.mark.parametrize(
@@ -180,21 +172,6 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
         return granted(state, 1)["a"].work
 
     assert (works(1.01), works(2.01), works(100.0)) == (1, 2, 3)
-
-
-def test_a_task_has_what_was_granted_and_a_restart_keeps_it() -> None:
-    job = Job(strategy="fedprune", options={"densities": [1.0, 0.5, 0.5, 0.25]}, devices=4, rounds=10, recipe=MSE)
-    coordinator = SynchronousCoordinator(job, WIDE, State(model="m0", untrained=True))
-    for number, name in enumerate(FLEET):
-        coordinator.handle(on.DeviceBorn(name, number, PI.to_dict(), 10), 0.0)
-    tasks = coordinator.state.tasks
-    assert [tasks[n].density for n in FLEET] == [0.5, 0.5, 0.5, 0.25]
-    assert tasks["d"].work > 1
-    again = State.from_json(coordinator.state.to_json())
-    assert {n: (t.widths, t.work, t.mixed) for n, t in again.tasks.items()} == {
-        n: (t.widths, t.work, t.mixed) for n, t in tasks.items()
-    }
-    assert coordinator.state.devices["a"].widths == WIDE.sizes, "what it can hold stays as it is"
 
 
 def test_a_board_without_widths_or_excluded_does_not_count_for_the_core() -> None:

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import ENOUGH, MAX_CUTS
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB
@@ -41,15 +40,6 @@ def test_more_are_asked_and_the_round_closes_with_enough() -> None:
     assert shell.reasons(1) == dict.fromkeys(asked - set(counted), ENOUGH)
     assert sorted(n for n, r, why in shell.cancelled if why == ENOUGH) == sorted(asked - set(counted))
     assert shell.now < 60
-
-
-def test_an_update_that_comes_when_enough_are_in_is_cancelled_and_the_device_is_free() -> None:
-    shell = shell_of(fleet(10, slow=3))
-    shell.run(rounds=1)
-    name = next(iter(shell.reasons(1)))
-    shell.feed(on.UpdateAnnounced(name, 1, 1, "0", {"sha256": "x"}, 10, 2))
-    assert shell.cancelled[-1][:2] == (name, 1)
-    assert shell.counted()[0] == [n for n in shell.counted()[0] if n != name]
 
 
 def test_who_is_let_go_again_and_again_is_waited_for() -> None:

@@ -268,21 +268,3 @@ def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> N
     assert all(epsilon(c, 1e-5) <= 4.0 < epsilon(c + 0.25, 1e-5) for c in costs)
     assert fleet.state.phase is Phase.FINISHED
     assert fleet.state.round == 0
-
-
-def test_no_round_begins_with_nobody_while_who_has_something_to_spend_is_away() -> None:
-    fleet = Fleet(replace(toy.JOB, devices=1, rounds=1, privacy=replace(LOCAL, epsilon_budget=4.0)))
-    fleet.feed(on.Paused(True))
-    fleet.arrive()
-    while fleet.inbox:
-        fleet.feed(fleet.inbox.pop(0))
-    fleet.feed(on.DeviceDied("c", fleet.session))
-    for name in "ab":
-        fleet.state.devices[name].releases = {"2.0": 99}
-    fleet.feed(on.Paused(False))
-    assert (fleet.state.phase, fleet.state.round, fleet.inbox) == (Phase.WAITING, 0, [])
-    fleet.feed(on.DeviceBorn("c", 9, {"name": "toy"}, 10))
-    while fleet.inbox:
-        fleet.feed(fleet.inbox.pop(0))
-    assert fleet.state.phase is Phase.FINISHED
-    assert list(fleet.state.history[0]["devices"]) == ["c"]

@@ -67,22 +67,6 @@ def test_where_all_that_is_there_enters_the_guess_is_what_counts(
     assert {n: shares.weight(n) for n in state.tasks} == {n: weights[n] for n in state.tasks}
 
 
-@pytest.mark.parametrize(
-    ("excluded", "delivered", "rate"), [(False, False, 0.25), (True, False, 1.0), (True, True, 0.25)]
-)
-def test_who_is_left_out_counts_among_all_only_with_what_it_has_delivered(
-    excluded: bool, delivered: bool, rate: float
-) -> None:
-    """The step is n_0 / Σ n_j, over all that could ever take part or have done so."""
-    state = fleet([9], [9], [10, 30])
-    other = state.devices["d1"]
-    other.excluded = "too slow" if excluded else ""
-    other.buffer = other.buffer if delivered else None
-    schedule = Schedule("asynchronous", arrivals=1, mixing="share")
-    entering = UpdateWeights(state, schedule, Job(), uniform=False).entering(dict(state.tasks))
-    assert (entering["rate"], list(entering["weights"])) == (rate, ["d0"])
-
-
 def test_another_sample_count_changes_what_all_updates_weigh() -> None:
     schedule = Schedule("asynchronous", window_s=2.0, keep=True, staleness=Staleness("polynomial"))
     state = fleet([8] * 8, [], [10] * 8)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.availability import Availability
-from fedprune.coordination.base import Commands, Coordinator, based
+from fedprune.coordination.base import Commands, Coordinator
 from fedprune.coordination.job_end import spent_total
 from fedprune.coordination.staleness import UpdateWeights, plain
 from fedprune.coordination.stragglers import LATE
@@ -45,38 +45,18 @@ class AsynchronousCoordinator(Coordinator):
         return super().handle(event, now) + self._wake(now)
 
     def resume(self, now: float) -> Commands:
-        """Commands after the state was loaded; deadlines and the round's window start again.
+        commands = super().resume(now)
+        return self._resumed_parts(now) + commands + self._wake(now)
 
-        A finished job continues where it has been given more rounds.
-        """
+    def _resume_round(self, now: float) -> Commands:
+        """The round's window starts again."""
         state = self.state
-        state.keep_to(asynchronous=True)
-        self._mark_all_offline()
-        if state.phase is Phase.FINISHED and not self._last():
-            state.phase = Phase.WAITING
-        state.wake_times = []
-        commands: Commands = []
-        for name, task in sorted(state.tasks.items()):
-            task.offered_at = None
-            task.deadline = None if task.deadline is None else now + self.deadline_s
-            if task.progress is Progress.EXTRACTING:
-                commands.append(self._extract(name, task))
-            elif task.progress is Progress.PULLING and task.update is not None:
-                commands.append(do.PullUpdate(name, state.round_of(task), task.attempt, task.update))
         if state.phase is Phase.SCORING:
-            commands.append(self._score())
-        elif state.phase is Phase.TRAINING:
-            state.opened_at = now
-            commands += self._folds() + self._close_if_due(now)
-        elif state.phase is Phase.CLOSING:
-            commands.append(self._close())
-        elif state.phase is Phase.EVALUATING:
-            commands.append(self._evaluate())
-        elif state.phase is Phase.WAITING:
-            commands += self._finish_if_over()
-        elif state.phase is Phase.FINISHED:
-            commands.append(self._finish())
-        return commands + self._wake(now)
+            return [self._score()]
+        if state.phase is Phase.WAITING:
+            return self._finish_if_over()
+        state.opened_at = now
+        return self._folds() + self._close_if_due(now)
 
     # Devices come and go.
 
@@ -166,27 +146,10 @@ class AsynchronousCoordinator(Coordinator):
         task = self._task(event, Progress.EXTRACTING)
         if task is None:
             return []
-        task.offer, task.progress = event.offer, Progress.OFFERED
-        self.privacy_budget.offered(event.device)
-        task.offered_at, task.deadline = now, now + self.deadline_s
         self.state.devices[event.device].last_offered_round = event.round
-        return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
+        return [self._offer(task, event, now, now + self.deadline_s)]
 
     # Updates come in.
-
-    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
-        task = self.state.tasks.get(event.device)
-        mine = task is not None and event.round == self.state.round_of(task)
-        if task is not None and mine and event.attempt == task.attempt and based(event, task):
-            if task.progress in (Progress.STORED, Progress.FOLDED):
-                return [self._settle_announcement(event, task)]
-            if task.progress is Progress.REFUSED:
-                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
-            return [self._pull(event, task)]
-        if task is not None and mine and task.progress is Progress.EXTRACTING:
-            return []  # the offer that it gets in a moment says whether this update still counts
-        reason = "another offer took this one's place" if task is not None else "the round is over"
-        return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._store_update(event, now)

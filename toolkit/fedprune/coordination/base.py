@@ -14,6 +14,7 @@ from fedprune.coordination.grants import Grants
 from fedprune.coordination.job_end import EPSILON_NEXT, early_end, spent_total
 from fedprune.coordination.privacy_budget import PrivacyBudget
 from fedprune.coordination.ready_devices import ReadyDevices
+from fedprune.coordination.stragglers import TO_COME
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
 from fedprune.core.errors import ConfigError
 from fedprune.core.metrics import believable
@@ -116,13 +117,27 @@ class Coordinator(ABC):
                 return self.resume(now)
         raise TypeError(f"unknown event {type(event).__name__}")
 
-    @abstractmethod
     def resume(self, now: float) -> Commands:
         """Commands after the state was loaded: everything that may have been under way when the last shell ended.
 
         All devices count as offline until they announce themselves again. Their shares of the model are allocated
-        again, since settings may have changed, and deadlines start again.
+        again, since settings may have changed, and deadlines start again. A finished job continues if it has been given
+        more rounds.
         """
+        state = self.state
+        state.keep_to(asynchronous=self.schedule.asynchronous, masked=self.masks)
+        self._mark_all_offline()
+        if state.phase is Phase.FINISHED and not self._last():
+            state.phase = Phase.WAITING
+        state.wake_times = []
+        match state.phase:
+            case Phase.CLOSING:
+                return [self._close()]
+            case Phase.EVALUATING:
+                return [self._evaluate()]
+            case Phase.FINISHED:
+                return [self._finish()]
+        return self._resume_round(now)
 
     @property
     def deadline_s(self) -> float:
@@ -150,8 +165,16 @@ class Coordinator(ABC):
         """A part is ready: offer it, and set its deadline or the round's."""
 
     @abstractmethod
-    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
-        """A device has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
+    def _close(self) -> do.Command:
+        """Turn sums into the next model."""
+
+    @abstractmethod
+    def _resume_round(self, now: float) -> Commands:
+        """Continue while a round is awaited, ranked or trained."""
+
+    def _is_late(self, event: on.UpdateAnnounced) -> bool:
+        """Whether an update can't count any more, whichever part it is of."""
+        return False
 
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
@@ -182,6 +205,42 @@ class Coordinator(ABC):
         """The job was paused and is not any more: begin what would have begun meanwhile."""
 
     # What they have in common.
+
+    def _resumed_parts(self, now: float) -> Commands:
+        """Commands for parts that were under way."""
+        commands: Commands = []
+        for name, task in sorted(self.state.tasks.items()):
+            task.offered_at = None  # on the clock of the shell that has ended
+            task.deadline = None if task.deadline is None else now + self.deadline_s
+            if task.progress is Progress.EXTRACTING:
+                commands.append(self._extract(name, task))
+            elif task.progress is Progress.PULLING and task.update is not None:
+                # The announcement will be repeated, too; pulling is resumed from what is on disk.
+                commands.append(do.PullUpdate(name, self.state.round_of(task), task.attempt, task.update))
+        return commands
+
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+        """A device has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
+        task, late = self.state.tasks.get(event.device), self._is_late(event)
+        mine = task is not None and event.round == self.state.round_of(task)
+        if task is not None and mine and event.attempt == task.attempt and based(event, task):
+            if task.progress in (Progress.STORED, Progress.FOLDED):
+                return [self._settle_announcement(event, task)]
+            if task.progress is Progress.REFUSED:
+                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
+            if not late:
+                return [self._pull(event, task)]
+        if task is not None and mine and task.progress in TO_COME:
+            return []  # the offer that it gets in a moment says whether this update still counts
+        reason = "the round is over" if late or task is None else "another offer took this one's place"
+        return [do.Cancel(event.device, event.round, event.attempt, reason)]
+
+    def _offer(self, task: Task, event: on.Extracted, now: float, deadline: float | None) -> do.SendOffer:
+        """Offer a part that is ready."""
+        self.privacy_budget.offered(event.device)
+        task.offer, task.progress = event.offer, Progress.OFFERED
+        task.offered_at, task.deadline = now, deadline
+        return do.SendOffer(event.device, event.round, event.attempt, event.offer)
 
     def _paused(self, event: on.Paused, now: float) -> Commands:
         before, self.state.paused = self.state.paused, event.paused

@@ -16,7 +16,7 @@ import numpy as np
 from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.base import Commands, Coordinator, based
+from fedprune.coordination.base import Commands, Coordinator
 from fedprune.coordination.limits import capped
 from fedprune.coordination.ready_devices import Integers
 from fedprune.coordination.stragglers import ENOUGH, LATE, LOOKS, TO_COME, Stragglers, beyond, places
@@ -56,41 +56,18 @@ class SynchronousCoordinator(Coordinator):
     def handle(self, event: on.Event, now: float) -> Commands:
         return super().handle(event, now) + self._look_again(now)
 
-    def resume(self, now: float) -> Commands:
-        """Commands after the state was loaded: everything that may have been under way when the last shell ended.
-
-        All devices count as offline until they announce themselves again, and are planned again, since settings may
-        have changed; a round's deadline starts again. A finished job continues if it has been given more rounds.
-        """
+    def _resume_round(self, now: float) -> Commands:
         state = self.state
-        state.keep_to(asynchronous=False, masked=self.masks)
-        self._mark_all_offline()
-        if state.phase is Phase.FINISHED and not self._last():
-            state.phase = Phase.WAITING
-        state.wake_times, self._queue = [], None
         if state.phase is Phase.SCORING:
             return self._rescore(now)
-        if state.phase is Phase.TRAINING:
-            state.deadline = None
-            commands: Commands = self._start_clock(now)
-            for name, task in sorted(state.tasks.items()):
-                task.offered_at = None  # on the clock of the shell that has ended
-                task.deadline = None if task.deadline is None else now + self.deadline_s
-                if task.progress is Progress.EXTRACTING:
-                    commands.append(self._extract(name, task))
-                elif task.progress is Progress.PULLING and task.update is not None:
-                    # The announcement will be repeated, too; pulling is resumed from what is on disk.
-                    commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
-                elif task.progress in (Progress.STORED, Progress.FOLDED) and not self.masks:
-                    commands.append(self._fold(name, task, task.weight))
-            return commands + self._next_turns(self._tally()) + self._look_again(now)
-        if state.phase is Phase.CLOSING:
-            return [self._close()]
-        if state.phase is Phase.EVALUATING:
-            return [self._evaluate()]
-        if state.phase is Phase.FINISHED:
-            return [self._finish()]
-        return self._begin(now)
+        if state.phase is Phase.WAITING:
+            return self._begin(now)
+        state.deadline = None
+        commands = self._start_clock(now) + self._resumed_parts(now)
+        if not self.masks:
+            stored = (Progress.STORED, Progress.FOLDED)
+            commands += [self._fold(n, t, t.weight) for n, t in sorted(state.tasks.items()) if t.progress in stored]
+        return commands + self._next_turns(self._tally()) + self._look_again(now)
 
     def extend(self, now: float) -> Commands:
         """Begin the next round of a finished job that has been given more rounds, as if it had never finished."""
@@ -216,11 +193,8 @@ class SynchronousCoordinator(Coordinator):
         task = self._task(event, Progress.EXTRACTING)
         if task is None:
             return []
-        task.offer = event.offer
-        self.privacy_budget.offered(event.device)
-        task.progress, task.offered_at = Progress.OFFERED, now
-        task.deadline = now + self.deadline_s if self.job.in_flight else None
-        return [do.SendOffer(event.device, event.round, event.attempt, task.offer), *self._start_clock(now)]
+        deadline = now + self.deadline_s if self.job.in_flight else None
+        return [self._offer(task, event, now, deadline), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
         """Set the deadline once everything has been offered."""
@@ -232,21 +206,8 @@ class SynchronousCoordinator(Coordinator):
 
     # Updates come in.
 
-    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
-        state = self.state
-        task = state.tasks.get(event.device)
-        late = event.round != state.round or state.phase not in (Phase.SCORING, Phase.TRAINING)
-        if task is not None and event.round == state.round and event.attempt == task.attempt and based(event, task):
-            if task.progress in (Progress.STORED, Progress.FOLDED):
-                return [self._settle_announcement(event, task)]
-            if task.progress in (Progress.OFFERED, Progress.PULLING) and not late:
-                return [self._pull(event, task)]
-            if task.progress is Progress.REFUSED:
-                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
-        if task is not None and event.round == state.round and task.progress in TO_COME:
-            return []  # the offer that it gets in a moment says whether this update still counts
-        reason = "the round is over" if late else "another offer took this one's place"
-        return [do.Cancel(event.device, event.round, event.attempt, reason)]
+    def _is_late(self, event: on.UpdateAnnounced) -> bool:
+        return event.round != self.state.round or self.state.phase not in (Phase.SCORING, Phase.TRAINING)
 
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._store_update(event, now)
