@@ -114,31 +114,6 @@ def _hard_swish(out: Draft, node: Node) -> None:
     out.emit("Mul", node.inputs[0], gate, out=node.outputs[0])
 
 
-def _batch_norm(out: Draft, node: Node) -> None:
-    """The statistics of the batch, and what running ones become, in primitives: training is a mode since opset 14."""
-    if not node.attrs.pop("training_mode", 0):
-        out.nodes.append(node)
-        return
-    x, scale, bias, *running = node.inputs
-    ends = out.ints(1)
-    rows = out.emit("Concat", out.ints(0), out.emit("Shape", scale), out.ints(-1), attrs={"axis": 0})
-    value = out.emit("Reshape", x, rows)
-    mean = out.emit("ReduceMean", value, attrs={"axes": [0, 2], "keepdims": 1})
-    centred = out.emit("Sub", value, mean)
-    variance = out.emit("ReduceMean", out.emit("Mul", centred, centred), attrs={"axes": [0, 2], "keepdims": 1})
-    epsilon = out.scalar(float(node.attrs.get("epsilon", 1e-5)))
-    normal = out.emit("Div", centred, out.emit("Sqrt", out.emit("Add", variance, epsilon)))
-    value = out.emit("Mul", normal, out.emit("Unsqueeze", scale, ends))
-    value = out.emit("Add", value, out.emit("Unsqueeze", bias, ends))
-    out.emit("Reshape", value, out.emit("Shape", x), out=node.outputs[0])
-    keep = float(node.attrs.get("momentum", 0.9))
-    for old, new, name in zip(running, (mean, variance), node.outputs[1:], strict=False):
-        if name:
-            kept = out.emit("Mul", old, out.scalar(keep))
-            fresh = out.emit("Mul", out.emit("Reshape", new, out.ints(-1)), out.scalar(1 - keep))
-            out.emit("Add", kept, fresh, out=name)
-
-
 def _without(*defaults: tuple[str, object]) -> _Rule:
     """Leave out attributes with the behaviour that an earlier opset has anyway."""
 
@@ -162,7 +137,6 @@ _EARLIER: dict[str, tuple[int, _Rule]] = {
     "Shape": (15, _shape),
     "HardSwish": (14, _hard_swish),
     "Reshape": (14, _without(("allowzero", 0))),
-    "BatchNormalization": (14, _batch_norm),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _without(("layout", 0)))),
     **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _without(("reduction", "none")))),
 }

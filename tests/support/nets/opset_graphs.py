@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fedprune.model import step_contract
-from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.opset_lowering import OPSETS
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.step_graph import training_graph
 from support.paths import GRAPHS
 
 FILE = GRAPHS / "opsets.npz"
@@ -74,24 +71,9 @@ def network() -> Model:
 
 def graphs() -> dict[str, tuple[Graph, Arrays]]:
     """Graphs by name with what they are fed."""
-    rng, model = np.random.default_rng(0), network()
-    training = training_graph(model, Features())
-    x = {"x": rng.standard_normal((5, 8, 6, 6)).astype(np.float32)}
-    feeds: Arrays = {
-        step_contract.X: rng.standard_normal((5, 3, 8, 8)).astype(np.float32),
-        step_contract.Y: np.arange(5) % 4,
-    }
-    feeds |= model.tensors
-    for port in training.inputs:
-        if port.name not in feeds:
-            tensor = port.name.partition("::")[0]
-            shape = model.tensors[tensor].shape if tensor in model.tensors else ()
-            feeds[port.name] = np.full(shape, 0.0 if shape else 0.1, port.dtype)
-    return {
-        "forms": (forms(), x),
-        "network": (model.graph, {"x": feeds[step_contract.X]}),
-        "training": (training, feeds),
-    }
+    rng = np.random.default_rng(0)
+    image, picture = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 8, 6, 6), (5, 3, 8, 8)))
+    return {"forms": (forms(), {"x": image}), "network": (network().graph, {"x": picture})}
 
 
 def checked(graph: Graph, opset: int) -> bytes:
