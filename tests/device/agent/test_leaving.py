@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedprune.wire.fleet_messages import RECONNECT, Reconnect
 from fedprune.wire.messages import Birth, Progress, Update
-from fedprune_device.network.membership import Membership, MembershipOptions
 from support.fakes.agent_fleet import TOPICS
 from support.fakes.agent_harness import LONG, Bench
 
@@ -58,24 +55,6 @@ def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
     assert server.of(Update)
 
 
-def test_a_board_whose_release_is_under_way_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedprune_device.releases.release_agent import ReleaseAgent
-
-    monkeypatch.setattr(ReleaseAgent, "idle", property(lambda self: False))
-    server = bench.server
-
-    def react(message: Any) -> None:
-        if isinstance(message, Birth):
-            if len(server.of(Birth)) == 1:
-                server.say(Reconnect(0.0, 3600.0))
-            else:
-                bench.agent.stop()
-
-    server.react, server.ends = react, False
-    bench.run(until_finished=False)
-    assert server.link.left == []
-
-
 @pytest.mark.parametrize(("most", "able"), [(0.0, False), (60.0, True)])
 def test_a_board_that_must_stay_says_so(bench: Bench, most: float, able: bool) -> None:
     bench.stop_on(Birth)
@@ -98,15 +77,3 @@ def test_only_a_message_to_this_board_counts(bench: Bench) -> None:
     bench.run(until_finished=False)
     assert server.link.left == []
     assert server.link.spread_s == 20.0
-
-
-def test_a_board_that_is_away_renews_its_certificate_only_when_that_is_due(tmp_path: Path) -> None:
-    """Else each of them would connect to renew it, as one does that the broker refuses."""
-    identity: Any = SimpleNamespace(renewal_due=lambda: False)
-    options = MembershipOptions(None, None, None, "site", "d", tmp_path, None)
-    link: Any = SimpleNamespace(connected=False, away=True)
-    renewal = Membership(options, (), identity).renewal(link)
-    assert renewal is not None
-    assert not renewal.due()
-    link.away = False
-    assert renewal.due()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedprune.aggregation.fixed_point import Range
-from fedprune.core import validation
 from fedprune.core.errors import ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -23,7 +22,6 @@ from fedprune.secure_aggregation.session import Session, task_digest
 from fedprune.security.keys import KEY, SigningKey, VerifyingKey
 from fedprune.wire.messages import Accepted, Offer, Refusal, SecureStep, Trained, Update
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.network import offer_checks
 from support.fakes.agent_harness import Bench, expected
 
 pytestmark = pytest.mark.board
@@ -213,29 +211,4 @@ def test_a_board_leaves_a_sum_whose_other_boards_are_asked_for_something_else(
     bench.run(until_finished=False)
     assert bench.server.of(Refusal)[0].exit_code == ExitCode.PROTOCOL
     assert not bench.server.of(SecureStep)
-    assert not bench.server.of(Update)
-
-
-def test_a_board_that_has_to_work_in_more_parts_is_asked_for_the_same(bench: Bench, weights: Tensors) -> None:
-    offer = masked_offer(bench, weights)
-    assert task_of(offer) == task_of(replace(offer, recipe={**offer.recipe, "accumulate": 4}))
-
-
-def test_a_board_that_knows_no_masks_refuses_an_offer_and_sends_nothing(
-    bench: Bench, weights: Tensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = [(f.name, f.type, f) for f in fields(Recipe) if f.name != "secure_aggregation"]
-    older: Any = make_dataclass("Recipe", known, namespace={"from_dict": lambda body: read(body)})
-
-    def read(body: Mapping[str, Any]) -> Any:
-        return older(**validation.known(older, body, "recipe"))
-
-    monkeypatch.setattr(offer_checks, "Recipe", older)
-    bench.server.plan = [masked_offer(bench, weights, recipe=RECIPE.to_offer(), secure=None)]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    refusal = bench.server.of(Refusal)[0]
-    assert refusal.exit_code == ExitCode.CONFIG
-    assert "secure_aggregation" in refusal.reason
-    assert not bench.server.of(Trained)
     assert not bench.server.of(Update)

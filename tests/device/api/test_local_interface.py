@@ -212,11 +212,6 @@ def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalB
             assert found.value.status == status
 
 
-@pytest.mark.parametrize(("query", "status"), [("?most=0", 422), ("?most=1001", 422), ("?last=1", 400), ("", 200)])
-def test_so_many_samples_without_a_label_are_listed(open_board: LocalBoard, query: str, status: int) -> None:
-    assert ask(open_board, request("GET", f"/v1/samples/unlabelled{query}"))[0] == status
-
-
 def test_samples_are_not_shown_on_a_port(local: LocalBoard) -> None:
     with local.serving("127.0.0.1:0"):
         board = Board(f"127.0.0.1:{local.server.port}", tries=1)

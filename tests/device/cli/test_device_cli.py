@@ -18,7 +18,6 @@ from fedprune.core.errors import ExitCode, RuntimeUnavailableError
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune_device.cli import main
@@ -95,54 +94,6 @@ def test_a_file_that_trains_is_predicted(
     assert f" on {samples} samples" in said
 
 
-def test_a_function_that_trains_is_predicted(
-    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    (tmp_path / "own_samples.py").write_text(
-        "import numpy as np\ndef load():\n    return np.ones((10, 6), np.float32), np.ones(10, np.int64)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    found, said = predicted("own_samples:load", state, capsys)
-    assert found == 2
-    assert "the test samples of own_samples:load" in said
-    assert "accuracy 1.0000 on 2 samples" in said
-
-
-def test_a_split_that_is_not_there_is_named(tmp_path: Path, state: Path, data: LocalData, capsys: Capture) -> None:
-    np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
-    arguments = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--split", "val"]
-    assert main.main(arguments) == ExitCode.DATA
-    assert "no val samples" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("shape", [(0, 6), ()])
-def test_no_samples_are_an_error(tmp_path: Path, state: Path, shape: tuple[int, ...], capsys: Capture) -> None:
-    np.savez(tmp_path / "empty.npz", x=np.zeros(shape, np.float32))
-    code = main.main(["predict", "--state", str(state), "--input", str(tmp_path / "empty.npz")])
-    assert code == ExitCode.DATA
-    assert "empty.npz holds no samples" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("what", [["--input", "nothing.npy"], ["--state", "nowhere"]])
-def test_what_is_missing_is_named(tmp_path: Path, state: Path, what: list[str], capsys: Capture) -> None:
-    np.save(tmp_path / "x.npy", np.zeros((1, 6), np.float32))
-    arguments = ["--state", str(state), "--input", str(tmp_path / "x.npy")]
-    arguments[arguments.index(what[0]) + 1] = what[1]
-    assert main.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.STORAGE)
-    assert what[1].split(".")[0] in capsys.readouterr().err
-
-
-def test_a_bundle_predicts_with_the_names_of_its_classes(
-    tmp_path: Path, bundle: Path, weights: Tensors, data: LocalData, capsys: Capture
-) -> None:
-    np.save(tmp_path / "x.npy", data.x_test)
-    assert main.main(["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy"), "--top", "3"]) == 0
-    wanted = np.argmax(data.x_test @ weights["w"].T + weights["b"], axis=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == [("ant", "bee", "cat")[c] for c in wanted]
-    assert all({"ant", "bee", "cat"} <= set(line.split()) for line in lines)
-
-
 def test_a_bundle_predicts_for_the_label_shares_of_given_data(
     tmp_path: Path, bundle: Path, weights: Tensors, data: LocalData
 ) -> None:
@@ -162,17 +113,6 @@ def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path
     arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
     assert main.main(arguments) == ExitCode.BUNDLE
     assert "weights.safetensors" in capsys.readouterr().err
-
-
-def test_a_probe_is_printed_for_people_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.062659254999744)
-    monkeypatch.setattr("fedprune_device.cli.measure.probe", lambda threads, cuda, begin: report)
-    assert main.main(["probe"]) == ExitCode.OK
-    lines = capsys.readouterr().out.splitlines()
-    assert {"memory_total: 2000 MB", "memory_available: 500 MB", "seconds: 10.1"} <= set(lines)
-    assert not [line for line in lines if line.endswith(": unknown")], "what wasn't measured tells a reader nothing"
-    assert main.main(["probe", "--json"]) == ExitCode.OK
-    assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)) == report
 
 
 def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes: str) -> int:
@@ -289,14 +229,6 @@ def test_bad_arguments_end_before_anything_is_measured_or_connected(
     assert not any(p.asked for p in probed)
 
 
-@pytest.mark.parametrize("changes", [{"device": "a b"}, {"device": "all"}, {"site": "a/b"}, {"device": ".."}])
-def test_a_name_that_is_none_is_a_usage_error(tmp_path: Path, changes: dict[str, str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(tmp_path, **changes)
-    assert caught.value.code == ExitCode.USAGE
-    assert next(iter(changes.values())) in capsys.readouterr().err
-
-
 def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
     tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,16 +273,6 @@ def test_a_password_is_never_shown(tmp_path: Path, probed: list[Runtime], capsys
     run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
     shown = capsys.readouterr()
     assert "geheim" not in shown.out + shown.err
-
-
-def test_identify_says_what_fits_and_why(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["identify", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["profile"] in profile_store.shipped()
-    assert main.main(["identify"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith(f"{found['profile']}: {found['title']}\n")
-    assert all(f"because of {e}" in out for e in found["evidence"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -112,34 +111,3 @@ def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, served: LocalB
     said = capsys.readouterr()
     assert said.out == "0 kept, 0 known, 0 not kept, 3 left out\n"
     assert said.err.count("is left out") == 3
-
-
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        ({"y": [1]}, "array 'x' is missing"),
-        ({"x": X, "y": [1]}, "y in"),
-        ({"x": X, "y": X[:, 0]}, "y in"),
-        ({"x": np.array([["a"]])}, "x in"),
-        (None, "holds no images"),
-    ],
-)
-def test_a_source_that_holds_no_samples_is_an_error(
-    tmp_path: Path, served: LocalBoard, content: dict[str, object] | None, what: str, capsys: Capture
-) -> None:
-    path = tmp_path / "empty"
-    path.mkdir()
-    if content is not None:
-        path = tmp_path / "d.npz"
-        np.savez(path, **content)  # type: ignore[arg-type]
-    assert main.main(["collect", "--local", served.address, str(path)]) == ExitCode.DATA
-    assert what in capsys.readouterr().err
-
-
-def test_a_board_that_does_not_run_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    np.savez(tmp_path / "d.npz", x=X)
-    assert main.main(["collect", "--state", str(tmp_path), str(tmp_path / "d.npz")]) == ExitCode.BROKER
-    assert "can't be reached" in capsys.readouterr().err

@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError, DataError, FedpruneError
+from fedprune.core.errors import DataError
 from fedprune.model.lengths import PADDING, Lengths, lengths_of
-from fedprune_device.data.audio_decoding import RATES, Audio, decoded, resampled
+from fedprune_device.data.audio_decoding import Audio, decoded, resampled
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
 from support.fakes.sample_files import wav
@@ -87,15 +85,6 @@ def test_a_tone_is_the_same_tone_at_another_rate_and_one_that_does_not_fit_is_si
         assert np.abs(silent[wanted // 10 : -wanted // 10]).max() < 5e-3
 
 
-@pytest.mark.once  # boards don't have the library
-def test_resampling_is_what_scipy_does() -> None:
-    signal = pytest.importorskip("scipy.signal")
-    noise = np.random.default_rng(0).standard_normal(4410).astype(np.float32)
-    slow = signal.sosfiltfilt(signal.butter(8, 0.25, output="sos"), noise).astype(np.float32)
-    found, wanted = resampled(slow, 44100, 16000), signal.resample_poly(slow, 160, 441)
-    np.testing.assert_allclose(found[100:-100], wanted[100:-100], atol=5e-3)
-
-
 def test_a_short_recording_is_padded_and_a_long_one_is_several_windows() -> None:
     audio, body = Audio(), wav(packed(SINE, 2))
     assert audio.samples(body, (1, 5000)).shape == (1, 1, 5000)
@@ -151,27 +140,10 @@ def test_what_is_no_recording_is_one_clear_error(body: bytes, text: str) -> None
         Audio().samples(body, (1, 8))
 
 
-def test_a_small_file_does_not_become_a_large_one() -> None:
-    with pytest.raises(DataError, match="at the model's rate: expected at most"):
-        Audio(RATES[1]).samples(wav(bytes(100_000), 1, 1, RATES[0]), (1, 8))
-    with pytest.raises(ConfigError, match="sample rate"):
-        Audio(0)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 8), (), ("n",), (1, None)])
-def test_a_model_of_other_inputs_takes_no_recordings(shape: Any) -> None:
-    with pytest.raises(DataError, match="a recording for this model"):
-        Audio().samples(wav(b"\0\0"), shape)
-
-
-@given(st.data())
-def test_damaged_recordings_are_errors_of_ours_or_samples(data: st.DataObject) -> None:
-    body = bytearray(wav(bytes(range(240)), 3, 2, data.draw(st.sampled_from([8000, 16000, 44100]))))
-    for _ in range(data.draw(st.integers(1, 6))):
-        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        found = Audio().samples(bytes(body[: data.draw(st.integers(0, len(body)))]), (1, 16))
-    except FedpruneError:
-        return
-    assert found.shape[1:] == (1, 16)
-    assert np.isfinite(found).all()
+@pytest.mark.once  # boards don't have the library
+def test_resampling_is_what_scipy_does() -> None:
+    signal = pytest.importorskip("scipy.signal")
+    noise = np.random.default_rng(0).standard_normal(4410).astype(np.float32)
+    slow = signal.sosfiltfilt(signal.butter(8, 0.25, output="sos"), noise).astype(np.float32)
+    found, wanted = resampled(slow, 44100, 16000), signal.resample_poly(slow, 160, 441)
+    np.testing.assert_allclose(found[100:-100], wanted[100:-100], atol=5e-3)

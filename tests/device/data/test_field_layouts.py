@@ -118,15 +118,6 @@ def test_a_box_of_a_class_that_the_fleet_lacks_is_refused(tmp_path: Path) -> Non
     assert "--class-names" in str(error.value)
 
 
-def test_a_folder_whose_labels_go_between_two_rounds_is_no_folder_of_backgrounds(tmp_path: Path) -> None:
-    found = SampleFolder(put(tmp_path, LABEL_STUDIO), (Pixels(),), SplitShares(0.0), 100, NAMES)
-    assert found.snapshot(SHAPE, BOXES).samples == 3
-    for path in (tmp_path / "labels").iterdir():
-        path.unlink()
-    with pytest.raises(DataError):
-        found.snapshot(SHAPE, BOXES)
-
-
 def test_the_parts_of_a_divided_folder_are_kept(tmp_path: Path) -> None:
     shares = SplitShares(0.5, 0.5)
     for root, whole in ((tmp_path / "three", True), (tmp_path / "two", False)):
@@ -157,15 +148,6 @@ def test_a_folder_that_is_no_class_is_named_with_what_it_rather_is(
         snapshot(tmp_path, CLASSES)
     assert error.value.got in {name.partition("/")[0] for name in files}
     assert way_out in error.value.hint
-
-
-@pytest.mark.parametrize("part", ["images/train", "images"])
-def test_masks_lie_in_the_same_folders_as_their_images(tmp_path: Path, part: str) -> None:
-    file = io.BytesIO()
-    Image.fromarray(np.full((4, 5), 1, np.uint8)).save(file, "PNG")
-    put(tmp_path, {f"{part}/a.png": picture(1), f"{part.replace('images', 'masks')}/a.png": file.getvalue()})
-    data = snapshot(tmp_path, Targets("cross_entropy", 2, ("h", "w")))
-    assert (np.asarray(data.y_train) == 1).all()
 
 
 SYSTEM = (
@@ -228,15 +210,3 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
 def test_names_of_classes_are_read_in_each_form(tmp_path: Path, name: str, text: str) -> None:
     put(tmp_path, {name: text.encode()})
     assert find_class_list([tmp_path / "none", tmp_path]) == ("a b", "c")
-
-
-@pytest.mark.parametrize("text", ["names: &x\n", "names:\n  1: a\n  0: b\n", "names: classes.txt\n"])
-def test_names_of_classes_in_another_form_are_refused(tmp_path: Path, text: str) -> None:
-    put(tmp_path, {"data.yaml": text.encode()})
-    with pytest.raises(ConfigError):
-        find_class_list([tmp_path])
-
-
-def test_without_a_list_there_are_no_names(tmp_path: Path) -> None:
-    put(tmp_path, {"data.yaml": b"nc: 2\n"})
-    assert find_class_list([tmp_path]) == ()

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedprune.core.errors import DataError, FedpruneError
+from fedprune.core.errors import DataError
 from fedprune_device.data.boxes import yolo_boxes
 from fedprune_device.data.image_decoding import Pixels, mask
 from fedprune_device.data.labels import Targets
@@ -105,19 +103,6 @@ def test_losses_of_a_label_for_each_output_take_masks_as_one_map_per_class(tmp_p
         np.testing.assert_array_equal(found[k], classes > 0 if outputs == 1 else classes == k)
 
 
-def test_a_model_of_other_labels_takes_no_masks_and_no_boxes(tmp_path: Path) -> None:
-    put(tmp_path, "images/a.png", picture(1))
-    with pytest.raises(DataError, match="the samples have no labels"):
-        folder(tmp_path).snapshot(SHAPE, DENSE).check(DENSE, SHAPE)
-    (tmp_path / "masks").mkdir()
-    with pytest.raises(DataError, match=r"masks for loss cross_entropy: expected a model with .*, got \[\]"):
-        folder(tmp_path).snapshot(SHAPE, Targets("cross_entropy", 4))
-    (tmp_path / "masks").rename(tmp_path / "labels")
-    for targets in (DENSE, Targets("mse", 5, (5,)), Targets("mse", 2, ("n", 5)), Targets("mse", 2, (2, 4))):
-        with pytest.raises(DataError, match=r"expected labels \[most boxes, 5\]"):
-            folder(tmp_path).snapshot(SHAPE, targets)
-
-
 def test_boxes_of_text_files_are_padded_and_an_image_without_a_file_has_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,29 +153,3 @@ def test_labels_are_not_needed_for_predictions(tmp_path: Path) -> None:
 def test_a_line_that_is_no_box_is_one_clear_error(text: str, error: str) -> None:
     with pytest.raises(DataError, match=error):
         yolo_boxes(text.encode())
-
-
-@given(st.data())
-def test_damaged_labels_are_errors_of_ours_or_boxes(data: st.DataObject) -> None:
-    body = bytearray(b"1 .5 .5 .25 .5\n0 0.1 0.2 0.1 0.1\n")
-    for _ in range(data.draw(st.integers(1, 5))):
-        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        boxes = yolo_boxes(bytes(body[: data.draw(st.integers(0, len(body)))]))
-    except FedpruneError:
-        return
-    assert boxes.shape[1:] == (5,)
-    assert (boxes[:, 1:] >= 0).all()
-    assert (boxes[:, 1:] <= 1).all()
-    assert (boxes[:, 3:] > 0).all()
-
-
-@given(st.data())
-def test_damaged_masks_are_errors_of_ours_or_masks(data: st.DataObject) -> None:
-    body = bytearray(png(np.arange(48, dtype=np.uint8).reshape(8, 6)))
-    for _ in range(data.draw(st.integers(1, 5))):
-        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        assert mask(bytes(body), 4, 4).shape == (4, 4)
-    except FedpruneError:
-        return

@@ -74,11 +74,3 @@ def test_shares_are_drawn_from_a_beta_distribution(alpha: float) -> None:
     assert np.isfinite(shares).all()
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_a_sample_alone_mixes_with_itself(seed: int) -> None:
-    parts = batch([1, 1], "cross_entropy", seed)
-    for part, new in zip(parts, mixed(parts, 1.0, keyed(seed))[0], strict=True):
-        np.testing.assert_allclose(new.x, part.x, rtol=1e-6, atol=1e-7)
-        assert np.array_equal(new.y, new.partner)

@@ -105,30 +105,6 @@ def test_a_pipe_or_a_link_that_is_called_like_an_image_is_left_out_by_name(
         assert f"{name}.jpg is left out" in caplog.text
 
 
-def test_of_more_files_than_are_looked_at_each_class_has_its_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    for n in range(9):
-        put(tmp_path, f"ant/{n}.png", n)
-    for n in range(3):
-        put(tmp_path, f"bee/{n}.png", 100 + n)
-    monkeypatch.setattr(sample_folder, "_MOST_FILES", 7)
-    data = folder(tmp_path).snapshot(SHAPE)
-    assert np.bincount(data.y_train).tolist() == [4, 3]
-    assert "holds 12 files; 7 are looked at" in caplog.text
-
-
-def test_folders_that_are_classes_tell_how_many_their_files_are_worth(tmp_path: Path) -> None:
-    for n in range(8):
-        put(tmp_path, f"ant/{n}.png", n)
-    assert folder(tmp_path).effective_classes is None
-    put(tmp_path, "bee/0.png", 100)
-    assert folder(tmp_path).effective_classes == 1
-    for n in range(1, 5):
-        put(tmp_path, f"bee/{n}.png", 100 + n)
-    assert folder(tmp_path).effective_classes == 2
-
-
 def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:
     put(tmp_path, "dog/a.png", 1)
     with pytest.raises(ConfigError, match="expected ant or bee, got dog"):
@@ -140,12 +116,6 @@ def test_a_folder_without_images_has_nothing_to_train_on(tmp_path: Path) -> None
         folder(tmp_path).snapshot(SHAPE)
     with pytest.raises(StorageError, match="can't read"):
         folder(tmp_path / "none")
-
-
-def test_a_model_of_other_inputs_takes_no_images(tmp_path: Path) -> None:
-    put(tmp_path, "ant/a.png", 1)
-    with pytest.raises(DataError, match="nothing to train on"):
-        folder(tmp_path).snapshot((6,))
 
 
 @pytest.fixture
@@ -180,28 +150,6 @@ def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_pa
     hashed.clear()
     SampleFolder(root, (Pixels(),), SplitShares(0.3), 100, NAMES, state)
     assert hashed == []
-
-
-def test_a_board_with_many_new_images_is_ready_before_all_are_read(
-    tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sample_folder, "_HASHED_AT_START", 4)
-    for n in range(10):
-        put(tmp_path, f"ant/{n}.png", n)
-    found = folder(tmp_path)
-    assert (len(hashed), found.samples) == (4, 4)
-    assert found.snapshot(SHAPE).samples == found.samples == 10
-
-
-def test_an_index_does_not_grow_without_end(tmp_path: Path) -> None:
-    root, state = tmp_path / "data", tmp_path / "state"
-    sizes = []
-    for n in range(300):
-        (root / "ant").mkdir(parents=True, exist_ok=True)
-        (root / "ant" / "a.png").write_bytes(b"x" * (n + 1))
-        SampleFolder(root, (Pixels(),), SplitShares(0.0), 100, NAMES, state)
-        sizes.append((state / "images.index").stat().st_size)
-    assert max(sizes) < 150 * sizes[0]
 
 
 def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune.core.errors import ConfigError, DataError, StorageFullError
 from fedprune.model.lengths import Lengths, padded
-from fedprune_device.data import sample_store, stored_samples
+from fedprune_device.data import stored_samples
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore
-from fedprune_device.data.segment_log import LogRecord, digest
+from fedprune_device.data.segment_log import digest
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_samples import encoded, outline
 from support.faults.failing_disk import Crash, fault
@@ -190,21 +189,6 @@ def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tu
             assert samples.samples == samples.counts()["parts"]["train"]
             expected = samples.snapshot().effective_classes if samples.samples else None
             assert samples.effective_classes == expected
-
-
-def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_store, "_LABELS", 0)
-    with opened(tmp_path, samples=8) as samples:
-        for n in range(8):
-            samples.add(x_of(n), n)
-        with pytest.raises(DataError, match="expected at most 8 different ones"):
-            samples.add(x_of(100), 100)
-        name = samples.names()[0]
-        with pytest.raises(DataError, match="expected at most 8 different ones"):
-            samples.label(name, 100)
-        assert samples.add(x_of(101), 3).label == 3
-        assert samples.add(x_of(102)).label is None
-        assert sum(c["seen"] for c in samples.counts()["classes"].values()) == 9
 
 
 def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
@@ -395,42 +379,6 @@ def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path)
         shutil.rmtree(root)
 
 
-def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Many samples are written again in one piece; wherever that is cut, the old ones are still there."""
-    pieces: list[tuple[Path, Path, int, int]] = []
-    real = SampleStore._move
-
-    def copied(self: SampleStore, records: list[LogRecord]) -> None:
-        before = {p.name: p.stat().st_size for p in (tmp_path / "a").glob("segment-*")}
-        real(self, records)
-        copy = shutil.copytree(tmp_path / "a", tmp_path / f"copy-{len(pieces)}")
-        path = max(copy.glob("segment-*"))
-        pieces.append((copy, path, before.get(path.name, 0), len(records)))
-
-    with opened(tmp_path / "a", samples=200) as samples:
-        for n in range(60):
-            samples.add(x_of(n), n % 2)
-        large = samples.add(x_of(1000, 900), 0).id
-        names = numbers(samples)
-        labels = {n: samples._reservoir.label(n) for n in names if n != large}
-        monkeypatch.setattr(SampleStore, "_move", copied)
-        for n in range(30):
-            samples.label(large, 1 + n % 2)
-    assert len(pieces) > 3
-    assert max(count for *_, count in pieces) > 20
-    for copy, path, start, _ in pieces:
-        whole = path.read_bytes()
-        for cut in {*range(start, len(whole), 61), len(whole)}:
-            path.write_bytes(whole[:cut])
-            shutil.copytree(copy, tmp_path / "cut")
-            with opened(tmp_path / "cut", samples=200) as again:
-                assert numbers(again) == names
-                assert {n: again._reservoir.label(n) for n in labels} == labels
-            shutil.rmtree(tmp_path / "cut")
-
-
 def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(tmp_path: Path) -> None:
     with fault(0, None) as count, small(tmp_path / "dry") as samples:
         for n in range(30):
@@ -449,18 +397,3 @@ def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(
             assert numbers(samples) == wanted, at
         with small(root) as again:
             assert numbers(again) == wanted, at
-
-
-def test_a_disk_that_fails_is_said_and_changes_nothing(tmp_path: Path) -> None:
-    with small(tmp_path) as samples:
-        samples.add(x_of(0), 0)
-        for at in itertools.count(1):
-            with fault(at, OSError(errno.EIO, "Input/output error")):
-                try:
-                    samples.add(x_of(1), 0)
-                    break
-                except StorageError as error:
-                    assert "Input/output error" in str(error)  # noqa: PT017
-                    assert len(numbers(samples)) == 1
-        assert at > 1
-        assert len(numbers(samples)) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from fedprune.core.errors import DataError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.planning.costs import HELD_BYTES
 from fedprune_device.data.array_source import load_data
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import StoredArray
@@ -50,20 +48,6 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_found_out(
     monkeypatch.setattr(zipfile.ZipExtFile, "read", replaced)
     with pytest.raises(DataError, match="has changed"):
         load_data(str(path))
-
-
-@pytest.mark.once
-def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "many.py").write_text(
-        f"import numpy as np\ndef load():\n    x = np.ones(({MANY}, 3, 64, 64), np.float32)\n    return x, x[:, 0]\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    tracemalloc.start()
-    data = load_data("many:load", spool=tmp_path)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert held < HELD_BYTES
-    assert data.x_train[np.array([3, 1])].sum() == 3 * data.y_train[np.array([3, 1])].sum() == 2 * 3 * 64 * 64
 
 
 CLASSES = np.arange(60) % 3
@@ -124,15 +108,6 @@ def test_classes_of_places_are_checked_on_the_disk(tmp_path: Path, bad: int) -> 
     with pytest.raises(DataError, match="out of range"):
         data.check(Targets("cross_entropy", 3, (6,)))
     data.check(Targets("cross_entropy", 4, (6,), ignored=bad))
-
-
-@pytest.mark.usefixtures("nothing_held")
-def test_a_number_to_predict_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    y = np.zeros((40, 6), np.float32)
-    y[17, 5] = np.inf
-    np.savez(tmp_path / "d.npz", x=np.ones((40, 6), np.float32), y=y)
-    with pytest.raises(DataError, match="labels hold numbers that are not finite: got sample 17"):
-        load_data(str(tmp_path / "d.npz"))
 
 
 @pytest.mark.usefixtures("nothing_held")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, StorageError
+from fedprune.core.errors import DataError, FedpruneError
 from fedprune.model.lengths import Lengths
 from fedprune_device.data import tables
 from fedprune_device.data.labels import Targets
@@ -106,16 +106,6 @@ def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[st
     np.testing.assert_array_equal(data.y_train, classes[np.array(begins) + 6])
 
 
-def test_a_model_of_outputs_like_its_inputs_learns_windows_themselves(tmp_path: Path) -> None:
-    targets = Targets("l1", 2, (2, 6))
-    data = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(100)), ALL, 1000).snapshot((2, 6), targets)
-    data.check(targets, (2, 6))
-    np.testing.assert_array_equal(np.asarray(data.y_train), np.asarray(data.x_train))
-    asked = write(tmp_path / "b.csv", ["a", "target", "b", "target2"], series(100, 4))
-    following = TableFile(asked, ALL, 1000).snapshot((2, 6), targets)
-    assert not following.unlabelled
-
-
 @pytest.mark.once
 def test_a_few_bytes_that_unfold_to_billions_of_numbers_are_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,14 +132,6 @@ def test_new_rows_are_there_at_the_next_round_and_old_ones_keep_their_part(tmp_p
     assert tested[0] <= tested[1]
     assert tested[0].isdisjoint(places(after.x_train, rows))
     assert found.samples > before.samples
-
-
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_delimiters_marks_of_spreadsheets_and_indices_are_known(tmp_path: Path, delimiter: str) -> None:
-    path = write(tmp_path / "a.csv", ["", "a", "b"], [(n, *row) for n, row in enumerate(series(30))], delimiter)
-    path.write_text("\ufeff" + path.read_text().replace("\n", "\n\n"))
-    data = TableFile(path, ALL, 99).snapshot((3, 2), Targets("mse", 2, (2,)))
-    np.testing.assert_array_equal(np.asarray(data.x_train)[0], series(30)[:3])
 
 
 @pytest.mark.parametrize(
@@ -185,18 +167,6 @@ def test_errors_quote_nothing_of_a_table(tmp_path: Path) -> None:
         assert "734.5" not in str(caught.value)
 
 
-def test_other_bytes_and_files_that_are_gone_are_errors_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    with pytest.raises(DataError, match=r"a\.csv is no table: expected CSV in UTF-8"):
-        TableFile(tmp_path / "a.csv", ALL, 99)
-    with pytest.raises(StorageError, match="can't read"):
-        TableFile(tmp_path / "none.csv", ALL, 99)
-    found = TableFile(write(tmp_path / "b.csv", ["a"], series(9, 1)), ALL, 99)
-    (tmp_path / "b.csv").unlink()
-    with pytest.raises(StorageError, match="can't read"):
-        found.snapshot((3, 1), Targets("mse", 1, (1,)))
-
-
 def test_a_table_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ["a", "b"], series(100))
     TableFile(path, ALL, 99, room=800)
@@ -218,19 +188,6 @@ def test_a_model_of_other_windows_is_one_clear_error(tmp_path: Path, shape: Any,
     found = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(50)), ALL, 99)
     with pytest.raises(DataError, match=error):
         found.snapshot(shape, targets).check(targets, shape)
-
-
-def test_labels_out_of_a_losss_range_are_refused(tmp_path: Path) -> None:
-    found = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(50)), ALL, 99)
-    with pytest.raises(DataError, match="a label is out of range: expected 0 to 1"):
-        found.snapshot((2, 8), Targets("bce", 2, (2,)))
-
-
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(MissingExtraError, match=r"Parquet files need pyarrow.*parquet"):
-        TableFile(tmp_path / "a.parquet", ALL, 99)
 
 
 def rows_in(path: Path, text: str | bytes, names: tuple[str, ...] = ()) -> Any:

@@ -20,7 +20,6 @@ from fedprune_device.launcher.slot_store import KEY, PURPOSE, SlotStore, digest,
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
 from support.fakes.runtime_releases import make_release, set_up, source
-from support.waiting import attempts
 
 pytestmark = [pytest.mark.board, pytest.mark.system]
 
@@ -203,27 +202,6 @@ def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(
     assert process.returncode == 0
     state = board.home.load()
     assert (state.phase, state.left, state.trouble) == (TRIAL, 1, "killed by SIGTERM before it was healthy")
-
-
-def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(
-    board: ReleaseInstaller, tmp_path: Path
-) -> None:
-    update(board, tmp_path, HEALTHY.replace("return 7", "import time\n    time.sleep(600)"), seconds=3)
-    process = start(board)
-    assert process.stdout.readline().startswith("version 2")
-
-    def wakes() -> str:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        return next(row for row in status.splitlines() if row.startswith("voluntary_ctxt_switches"))
-
-    before = ""
-    for _ in attempts("a second of sleep", pause_s=1.0):
-        if (now := wakes()) == before:
-            break
-        before = now
-    process.terminate()
-    process.communicate(timeout=30)
-    assert process.returncode == 0
 
 
 def test_the_launcher_needs_the_standard_library_only(board: ReleaseInstaller, tmp_path: Path) -> None:

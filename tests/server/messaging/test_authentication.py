@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy.event import listen
 
 from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity
@@ -25,7 +24,7 @@ from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, pars
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_device.network import signed_channel as device_side
-from fedprune_device.network.connection import ANSWER_S, Connection, Received
+from fedprune_device.network.connection import Connection, Received
 from fedprune_server.devices.quarantine import BURST, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
@@ -407,19 +406,6 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkey
     assert parse(heard[1]) == birth("pi-9")
 
 
-def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
-    quarantine = Quarantine(lambda: lab.now + 1)
-    server = lab.new_server()
-    server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
-    server.link.get()
-    forged = (TOPICS.up("pi-1"), b"unsigned")
-    for _ in range(int(BURST)):
-        if quarantine.hears("pi-1", 100):
-            server.hears(forged)
-    assert [*quarantine.sentences()] == ["pi-1"]
-    assert quarantine.hears("pi-2", 100)
-
-
 def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:
     """A board greets as often as it hears a hello among what the server said since `heard`."""
     hellos = lab.server.end.sent[heard:]
@@ -474,22 +460,6 @@ def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
     assert server.link.get() is None
 
 
-def test_a_board_that_nobody_answers_says_what_to_do_once(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    silent, answered = lab.boards["pi-1"], lab.boards["pi-2"]
-    assert lab.server.hears(answered.say(birth("pi-2"))) != []
-    silent.say(birth("pi-1"))
-    assert answered.hears(lab.server.say("pi-2", Hello())) != []
-    for lab.now in (1.0, ANSWER_S - 1):
-        assert silent.connection.receive() is answered.connection.receive() is None
-    assert "doesn't answer" not in caplog.text
-    for lab.now in (ANSWER_S, 2 * ANSWER_S):
-        assert silent.connection.receive() is answered.connection.receive() is None
-    assert caplog.text.count("doesn't answer") == 1
-    assert "--new-key" in caplog.text
-    assert "the broker drops" in caplog.text
-
-
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
     server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     will = pi.sealed(Death("pi-1", 1))
@@ -537,18 +507,6 @@ def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(
         assert "the disk is full" in caplog.text
     assert lab.new_server().hears(up) != []
     assert Board(pi.identity, lambda: lab.now).hears(down) != []
-
-
-def test_boards_that_come_back_together_cost_one_transaction(lab: Lab) -> None:
-    server = lab.server
-    births = [board.say(birth(name, 6)) for name, board in lab.boards.items()]
-    statements: list[str] = []
-    server.hears()
-    engine = lab.identity.store._database.engine
-    listen(engine, "before_cursor_execute", lambda *told: statements.append(told[2].split()[0]))
-    listen(engine, "commit", lambda _connection: statements.append("COMMIT"))
-    assert [topic for topic, _ in server.hears(*births)] == [topic for topic, _ in births]
-    assert statements[statements.index("INSERT") :].count("COMMIT") == 1
 
 
 def test_what_was_opened_of_a_board_that_is_shut_out_meanwhile_is_dropped(lab: Lab) -> None:
@@ -609,3 +567,16 @@ def test_a_renewal_that_names_another_key_of_the_server_is_not_taken(lab: Lab) -
         pi.admit(replace(forged, signature=lab.identity.authority.sign(text).hex()), pi.pin)
     assert pi.server == before
     assert pi.admit(genuine, pi.pin) is not None
+
+
+def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
+    quarantine = Quarantine(lambda: lab.now + 1)
+    server = lab.new_server()
+    server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
+    server.link.get()
+    forged = (TOPICS.up("pi-1"), b"unsigned")
+    for _ in range(int(BURST)):
+        if quarantine.hears("pi-1", 100):
+            server.hears(forged)
+    assert [*quarantine.sentences()] == ["pi-1"]
+    assert quarantine.hears("pi-2", 100)

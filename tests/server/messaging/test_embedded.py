@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -15,15 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import BrokerError
 from fedprune.wire import link as link_module
-from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
-from fedprune.wire.messages import BlobRequest, parse
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.messaging.broker.programs import (
@@ -37,7 +32,7 @@ from fedprune_server.messaging.broker.programs import (
 )
 from support.processes import machine
 from support.processes.machine import free_port, listens
-from support.waiting import attempts, until
+from support.waiting import until
 
 pytestmark = pytest.mark.system
 
@@ -73,41 +68,6 @@ def connected(broker: EmbeddedBroker, name: str, topics: list[str]) -> closing[L
     link.start()
     assert link.get(30) == ConnectionUp()
     return closing(link)
-
-
-def pull_through(server: Link, device: Link, source: BlobStore, target: BlobStore, sha256: str) -> None:
-    """One blob from server to device, both ends in this thread."""
-    ref = source.ref(sha256)
-    serve, pull = BlobSender(source), Pull(ref, target.partial(ref))
-    wants = pull.start(time.monotonic())
-    for _ in attempts("the pull", pause_s=0.0):
-        if pull.done:
-            break
-        for want in wants:
-            assert device.publish(TOPICS.up("pi"), want.to_bytes())
-        wants = []
-        asked = server.get(0.01)
-        if isinstance(asked, tuple):
-            message = parse(asked[1])
-            assert isinstance(message, BlobRequest)
-            for raw in serve.answer(message):
-                assert isinstance(raw, bytes)
-                assert server.publish(TOPICS.down_blob("pi"), raw)
-        got = device.get(0.01)
-        if isinstance(got, tuple):
-            wants = pull.on_chunk(Chunk.parse(got[1]), time.monotonic())
-
-
-def test_a_blob_travels_through_it(broker: EmbeddedBroker, tmp_path: Path) -> None:
-    data = random.Random(1).randbytes(3_000_000)
-    source, target = BlobStore(tmp_path / "a"), BlobStore(tmp_path / "b")
-    ref = source.put(data)
-    with (
-        connected(broker, "server", TOPICS.server_subscriptions()) as server,
-        connected(broker, "pi", TOPICS.device_subscriptions("pi")) as device,
-    ):
-        pull_through(server, device, source, target, ref.sha256)
-    assert target.read(ref.sha256) == data
 
 
 def test_a_will_is_delivered(broker: EmbeddedBroker) -> None:
@@ -168,12 +128,6 @@ def test_a_taken_port_is_named(broker: EmbeddedBroker, monkeypatch: pytest.Monke
     with pytest.raises(BrokerError, match=rf"port {broker.port} of 127\.0\.0\.1 is taken"):
         second.start()
     assert not second.alive
-
-
-def test_an_address_that_is_not_ours_is_named() -> None:
-    for port in (0, 18_839):
-        with pytest.raises(BrokerError, match=r"192\.0\.2\.1"):
-            EmbeddedBroker("192.0.2.1", port).start()
 
 
 PARENT = """
@@ -264,20 +218,6 @@ def script(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.mosquitto
-def test_mosquitto_is_found_where_a_users_path_does_not_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    installed = machine.find_mosquitto()
-    monkeypatch.setattr("fedprune_server.messaging.broker.programs._SYSTEM", str(Path(installed).parent))
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    best, last = programs()
-
-    assert isinstance(best, Mosquitto)
-    assert best.path == installed
-    assert str(best).startswith("Mosquitto 2.")
-    assert last == Amqtt()
-
-
 @pytest.mark.parametrize("says", ["echo mosquitto version 1.6.9", "exit 1", "echo something else"])
 def test_a_mosquitto_that_is_old_or_broken_is_not_used(
     says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -297,13 +237,6 @@ def test_amqtt_takes_the_place_of_a_mosquitto_that_does_not_start(
             assert link.get(30) == ("x", b"123")
     assert "Mosquitto 2.9" in caplog.text
     assert "(it has no rights); amqtt" in caplog.text
-
-
-def test_where_no_program_starts_the_last_ones_reason_is_given(tmp_path: Path) -> None:
-    broken = Mosquitto(str(script(tmp_path / "bin", "echo it has no rights >&2; exit 3")), "2.9")
-    with pytest.raises(BrokerError, match=r"Mosquitto 2\.9.*it has no rights") as caught:
-        EmbeddedBroker(port=0, candidates=[broken]).start()
-    assert "--broker URL" in str(caught.value)
 
 
 def test_a_program_that_runs_and_never_answers_is_no_broker(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_one_that_was_cut_off_gives_way_to_the_one_that_serves(lab: Lab) -> None
     assert not ended(second)
 
 
-@pytest.mark.parametrize("number", range(6))  # ids are random: each may be the smaller one
+@pytest.mark.parametrize("number", range(3))  # ids are random: each may be the smaller one
 def test_one_that_comes_back_while_another_begins_stays(lab: Lab, number: int) -> None:
     first, end = lab.serving("first")
     end.connected = False
@@ -210,29 +210,6 @@ def test_one_that_comes_back_while_another_begins_stays(lab: Lab, number: int) -
     lab.hub.settle()
     assert refused(second)
     assert not ended(first)
-
-
-def test_two_that_were_parted_without_losing_a_connection_find_each_other(lab: Lab) -> None:
-    _, end = lab.serving("first")
-    end.connected = False
-    lab.serving("second")
-    end.connected = True  # as after a bridge between two brokers has come back
-    lab.hub.settle()
-    assert not any(map(ended, lab.made))
-    lab.now += ASK_INTERVAL_S
-    until(lambda: any(map(ended, lab.made)))
-    lab.hub.settle()
-    assert sorted(map(ended, lab.made)) == [False, True]
-
-
-def test_one_that_was_cut_off_alone_goes_on(lab: Lab) -> None:
-    first, end = lab.serving("first")
-    end.connected = False
-    end.connect()
-    lab.hub.settle()
-    lab.now += 2  # until then it asks, and of two that ask either may stay
-    assert not ended(first)
-    assert refused(lab.server("second")[0])
 
 
 def test_of_two_that_start_at_once_one_stays(lab: Lab) -> None:
@@ -281,11 +258,14 @@ def test_a_flood_on_the_servers_topic_costs_a_few_signature_checks_a_second(
     assert not ended(first)
 
 
-def test_a_broker_that_keeps_servers_apart_is_named(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(lab.hub, "publish", lambda _payload: None)
-    monkeypatch.setattr(second_server, "_CONNECT_S", 0.0)
-    lab.serving("first")
-    assert "can't be seen" in caplog.text
-    assert "broker-config" in caplog.text
+def test_two_that_were_parted_without_losing_a_connection_find_each_other(lab: Lab) -> None:
+    _, end = lab.serving("first")
+    end.connected = False
+    lab.serving("second")
+    end.connected = True  # as after a bridge between two brokers has come back
+    lab.hub.settle()
+    assert not any(map(ended, lab.made))
+    lab.now += ASK_INTERVAL_S
+    until(lambda: any(map(ended, lab.made)))
+    lab.hub.settle()
+    assert sorted(map(ended, lab.made)) == [False, True]

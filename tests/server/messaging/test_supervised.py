@@ -52,9 +52,3 @@ def test_a_loop_turns_while_its_broker_is_started_again(tmp_path: Path) -> None:
     threading.Timer(2.0, broker.go.set).start()
     assert len(fleet.run().history) == fleet.job.rounds
     assert broker.restarts >= 1
-
-
-def test_nobody_supervises_a_broker_of_somebody_elses() -> None:
-    supervisor = BrokerSupervisor(None)
-    supervisor.tick()
-    supervisor.close()
