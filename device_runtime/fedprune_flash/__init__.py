@@ -1,4 +1,4 @@
-"""Putting the runtime on boards: kits, images of Raspberry Pi OS, cards."""
+"""Putting the runtime on boards: kits, and images of Raspberry Pi OS."""
 
 from fedprune_flash.kit.board_settings import BoardSettings
 from fedprune_flash.kit.kit import Kit, build_kit, open_kit

@@ -1,15 +1,14 @@
-"""`fedprune-flash image`: write a kit and a board's settings into an image of Raspberry Pi OS, and onto a card."""
+"""`fedprune-flash image`: write a kit and a board's settings into an image of Raspberry Pi OS."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from fedprune.core.cli import with_extra
 from fedprune.core.disk import is_there
-from fedprune.core.errors import CardError, ConfigError, UsageError
+from fedprune.core.errors import ConfigError
 from fedprune.output.tables import byte_progress
 from fedprune_flash.cli.kit import NO_CLAIM, read_bytes
 from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
@@ -38,8 +37,6 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         choices=("cloud-init", "firstrun", "preseed"),
         help="how the image takes settings (default: recognised by its boot partition)",
     )
-    image.add_argument("--card", metavar="DEVICE", help="write it to this card, too, and read it back; needs root")
-    image.add_argument("--yes", metavar="DEVICE", help="the same device once more, instead of typing it when asked")
     image.add_argument("--signing-key", type=Path, metavar="FILE", help="the server's, which must have signed the kit")
     image.add_argument("--unsigned", action="store_true", help="don't check who signed the kit")
     image.add_argument("--dry-run", action="store_true", help="print every step, and write nothing")
@@ -47,14 +44,10 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _image(arguments: argparse.Namespace) -> None:
-    from fedprune_flash.card import drives
     from fedprune_flash.image import boot_image as image
     from fedprune_flash.image.first_boot import Scheme
     from fedprune_flash.kit.kit import open_kit, server_signer
 
-    if arguments.yes is not None and arguments.yes != arguments.card:
-        raise UsageError("--yes names another device than --card", expected=arguments.card, got=arguments.yes)
-    card = None if arguments.card is None else drives.chosen(arguments.card, drives.drives(), 0)
     kit = open_kit(arguments.kit, server_signer(arguments.signing_key, unsigned=arguments.unsigned))
     wanted = _first_boot(arguments, kit.board.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
@@ -71,36 +64,11 @@ def _image(arguments: argparse.Namespace) -> None:
     system = contents.system.title or "unknown system"
     print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
     steps = [f"copy {arguments.source} to {arguments.out} ({contents.size / 1e6:.0f} MB)", *steps]
-    if card is not None:
-        steps.append(f"write {arguments.out} to {card}: what is on the card will be lost")
     print("\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)))
     if out is not None:
         print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
         if not kit.claimed:
             print(NO_CLAIM)
-        if card is not None:
-            _write_card(out, card.path, arguments.yes)
-
-
-def _write_card(image: Path, device: str, yes: str | None) -> None:
-    from fedprune_flash.card.card_writer import write_card
-    from fedprune_flash.card.drives import chosen, drives
-
-    # Drives come and go while an image is made: look again before anything is lost.
-    drive = chosen(device, drives(), image.stat().st_size)
-    if yes is None:
-        print(f"All that is on {drive} will be lost. Type {drive.path} to go on: ", end="", flush=True)
-        if sys.stdin.readline().strip() != drive.path:
-            raise CardError(f"{drive.path} was not confirmed", hint=f"{image} is kept.")
-        # By the time of the answer another drive may have this name.
-        now = chosen(device, drives(), image.stat().st_size)
-        if now != drive:
-            raise CardError(
-                f"{drive.path} is another drive now", expected=str(drive), got=str(now), hint=f"{image} is kept."
-            )
-    with byte_progress(f"Writing {drive.path} and reading it back", 2 * image.stat().st_size) as advance:
-        digest = write_card(image, Path(drive.path), advance)
-    print(f"{drive.path} holds the image, sha256 {digest}.")
 
 
 def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from fedprune import __version__
 from fedprune.core.cli import run_command
 from fedprune_flash.cli.image import add_image_command
-from fedprune_flash.cli.jetson import add_jetson_command
 from fedprune_flash.cli.kit import add_kit_command
 
 
@@ -27,7 +26,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_kit_command(commands)
     add_image_command(commands)
-    add_jetson_command(commands)
     return parser
 
 

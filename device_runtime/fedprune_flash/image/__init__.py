@@ -1,4 +1,1 @@
-"""A Raspberry Pi OS image changed in place, without root or a mount: partitions, FAT, first-boot files.
-
-Not here: writing it to a card (`card`).
-"""
+"""A Raspberry Pi OS image changed in place, without root or a mount: partitions, FAT, first-boot files."""

@@ -1,4 +1,4 @@
 """The kit that installs the runtime: wheels, settings, service files, installer archive.
 
-Not here: the way to the board (`image`, `card`).
+Not here: the way to the board (`image`).
 """

@@ -20,7 +20,6 @@ import yaml
 from fedprune.core.errors import ExitCode, ImageError
 from fedprune.security.keys import SigningKey
 from fedprune_flash import Kit, Target
-from fedprune_flash.card.drives import Drive
 from fedprune_flash.cli import main as cli
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.partitions import Region
@@ -456,25 +455,6 @@ def test_a_jetsons_kit_does_not_go_into_an_image_of_a_pi(
     arguments = command(make_source(), tmp_path / "out.img", kit, key)
     refused(capsys, arguments, ExitCode.KIT, "a kit for a Jetson in an image of Debian")
     assert not (tmp_path / "out.img").exists()
-
-
-@pytest.mark.parametrize(
-    ("card", "words"),
-    [("/dev/sdb", "is too small"), ("/dev/nvme0n1", "holds this system"), ("/dev/mmcblk0", "is in use")],
-)
-def test_the_command_refuses_cards_before_it_writes_anything(
-    card: str, words: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path,
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    known = [
-        Drive("/dev/sdb", 2**20, "Card", removable=True, read_only=False),
-        Drive("/dev/nvme0n1", 2**40, "Disk", removable=False, read_only=False, mounts=("/",)),
-        Drive("/dev/mmcblk0", 2**40, "Card", removable=True, read_only=False, mounts=("/media/bootfs",)),
-    ]
-    monkeypatch.setattr("fedprune_flash.card.drives.drives", lambda: known)
-    monkeypatch.setattr("fedprune_flash.card.card_writer.write_card", lambda *_: pytest.fail("the card was written to"))
-    arguments = command(make_source(), tmp_path / "out.img", kit, key, "--card", card, "--yes", card)
-    refused(capsys, arguments, ExitCode.CARD, words)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import lzma
-import plistlib
 import shutil
 import struct
 import subprocess
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
-from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
 from fedprune_flash.image.boot_image import unpack
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.partitions import Region, read_partitions
@@ -38,34 +36,6 @@ def _told() -> tuple[Target, ...]:
     claim = Claim(b"i" * 5, b"s" * 15, b"p" * 12).text
     authority = Authority.make(scratch() / "board authority", "lab").pem.encode()
     board = {"server": "mqtts://broker.example:8883", "device": "attic", "site": "lab", "data": "/data/set.npz"}
-    drives = {
-        "blockdevices": [
-            {
-                "path": "/dev/sda",
-                "size": 10**9,
-                "type": "disk",
-                "rm": True,
-                "model": "x",
-                "children": [{"path": "/dev/sda1", "type": "part", "mountpoints": ["/"]}],
-            }
-        ]
-    }
-    info = {
-        "DeviceIdentifier": "disk4",
-        "DeviceNode": "/dev/disk4",
-        "TotalSize": 10**9,
-        "RemovableMedia": True,
-        "Ejectable": True,
-    }
-    listed = {
-        "WholeDisks": ["disk4"],
-        "AllDisksAndPartitions": [{"DeviceIdentifier": "disk4", "Partitions": [{"MountPoint": "/x"}]}],
-    }
-    plists = tuple(plistlib.dumps({**info, **listed}, fmt=fmt) for fmt in (plistlib.FMT_XML, plistlib.FMT_BINARY))
-
-    def mac(raw: bytes) -> object:
-        return disk_names(raw), from_diskutil(raw, raw)
-
     return (
         Target(
             "told.claim",
@@ -75,8 +45,6 @@ def _told() -> tuple[Target, ...]:
         ),
         Target("told.board file", as_object(BoardSettings.from_dict), dumped(board), text=True),
         Target("told.authorities", checked_authorities, (authority, authority * 2), text=True, share=0.5),
-        Target("told.drives of Linux", lambda raw: from_lsblk(raw, lambda _: ""), dumped(drives), text=True),
-        Target("told.drives of a Mac", mac, plists, text=True, factor=200, share=0.5),
     )
 
 

@@ -65,7 +65,6 @@ class ExitCode(IntEnum):
     DIVERGED = 53
     KIT = 60
     IMAGE = 61
-    CARD = 62
     IDENTITY = 63
     JOIN = 64
     RELEASE = 65
@@ -355,12 +354,6 @@ class ImageError(FedpruneError):
     """A disk image is not what can be customised: its kind, partitions, file system or scheme."""
 
     exit_code = ExitCode.IMAGE
-
-
-class CardError(FedpruneError):
-    """A card can't be written to, or must not be."""
-
-    exit_code = ExitCode.CARD
 
 
 class IdentityError(FedpruneError):

@@ -214,10 +214,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-flash image raspios.img --kit kit --signing-key signing.key --user ann --ssh-key id.pub --out o.img",
         "fedprune-flash image raspios.img.xz --kit kit --unsigned --out attic.img --dry-run",
     ),
-    "fedprune-flash jetson": (
-        "fedprune-flash jetson jetson-orin-nano --release 36.4.3 --storage nvme",
-        "fedprune-flash jetson jetson-thor --release 38.4 --user ann",
-    ),
     "fedprune-simulate": (
         "fedprune-simulate --config fleet.toml --out sim --reference",
         "fedprune-simulate --demo --rounds 5 --out quick --json",
