@@ -76,8 +76,6 @@ def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: M
     "recipe",
     [
         Recipe(proximal=0.1, logit_adjustment=True, mask_absent_classes=True, balance_classes=True),
-        Recipe(loss="bce"),
-        Recipe(label_smoothing=0.2, optimizer="adam", clip_norm=1.0),
         Recipe(optimizer="lion", clip_norm=1.0, keep_optimizer_state=True),
         Recipe(optimizer="adamw", accumulate=2, frozen=("conv1.*", "bn1.*")),
         Recipe(mixup=0.3, label_smoothing=0.1, accumulate=2),

@@ -401,14 +401,6 @@ def test_a_transform_of_frames_is_a_convolution(parts: int, onesided: int, windo
     assert set(found) <= {"Conv", "Reshape", "Transpose", "Unsqueeze"}
 
 
-def test_mel_weights_are_a_constant() -> None:
-    def build(g: Graph) -> str:
-        numbers = [g.constant(v, np.int64) for v in (4, 16, 8000)] + [g.scalar(0), g.scalar(4000)]
-        return g.emit("MatMul", "image", g.emit("MelWeightMatrix", *numbers))
-
-    assert ops(build, (3, 9), 12, 17) == ["MatMul"]
-
-
 @pytest.mark.parametrize(
     ("shape", "attrs", "size", "text"),
     [

@@ -97,17 +97,12 @@ NETS |= {
     "largest_channels": Net(
         lambda g, v: g.emit_many("TopK", v, g.ints(3), outputs=2, attrs={"axis": 1})[0], [6], width=3
     ),
-    "largest_places": Net(lambda g, v: g.emit_many("TopK", v, g.ints(3), outputs=2, attrs={"axis": 3})[0], [8, 6]),
-    "sums_over_places": Net(lambda g, v: g.emit("CumSum", v, g.constant(3, np.int64)), [8, 6]),
     "tiled": Net(lambda g, v: g.emit("Tile", v, g.ints(1, 2, 1, 1)), [8, 6], width=16),
     "expanded_to_a_shape": Net(
         lambda g, v: g.emit("Add", v, g.emit("Expand", weight(g, "level", 1, 1, 1), g.emit("Shape", v))), [8, 6]
     ),
     "resized_by_scales": Net(
         lambda g, v: g.emit("Resize", v, "", g.constant([1, 1, 2, 2], np.float32), attrs={"mode": "nearest"}), [8, 6]
-    ),
-    "padded_by_reflection": Net(
-        lambda g, v: g.emit("Pad", v, g.ints(0, 0, 1, 2, 0, 0, 0, 1), attrs={"mode": "reflect"}), [8, 6]
     ),
     "channels_reflected": Net(
         lambda g, v: g.emit("Pad", v, g.ints(0, 1, 0, 0, 0, 1, 0, 0), attrs={"mode": "reflect"}), [6], width=10

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -30,35 +28,6 @@ def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "b"
     assert export(digits, out) == ExitCode.OK
     return out
-
-
-class Page(HTMLParser):
-    """What a page refers to, and whether its tags are closed."""
-
-    VOID = frozenset({"meta", "rect", "path", "br", "img", "link", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.references: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.references += [v or "" for k, v in attrs if k in ("src", "href", "data", "action", "xlink:href", "style")]
-        self.tags[tag] += 1
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
@@ -95,12 +64,8 @@ def test_figures_add_up_and_predictions_are_the_plans(bundle: Path) -> None:
 
 def test_the_page_needs_nothing_else(bundle: Path) -> None:
     text = (bundle / "report.html").read_text()
-    page = Page(text)
-    assert page.references == []
-    assert "@import" not in text
-    assert "url(" not in text
-    assert "src=" not in text
-    assert page.tags["li"] >= len(json.loads((bundle / "report.json").read_text())["groups"])
+    assert not [word for word in ("@import", "url(", "src=", "href=") if word in text]
+    assert text.count("<li") >= len(json.loads((bundle / "report.json").read_text())["groups"])
 
 
 def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:
@@ -115,7 +80,7 @@ def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> 
     assert text.count("<script") == 1
     assert evil not in text
     assert "<b>" not in text
-    assert any("<b>& for raspberry-pi-5" in part for part in Page(text).text)
+    assert "&lt;b&gt;&amp; for raspberry-pi-5" in text
 
 
 def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
