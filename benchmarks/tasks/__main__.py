@@ -1,7 +1,7 @@
 """Tasks on real data: `fedprune` beside FedAvg, one width for all, HeteroFL, training alone, and torch on all data.
 
 `python -m benchmarks.tasks` runs what has no result yet: each task, method and seed, each in a process of its own.
-Results are in `benchmarks/results/tasks.json`, and fill the tables of `docs/tasks`.
+Results are in `benchmarks/results/tasks.json`, and fill the tables of `docs/tasks/README.md`.
 
 A look changes runs, prints each of their rounds, and writes nothing: fewer rounds, or other settings, such as
 `python -m benchmarks.tasks --only detection --seeds 0 --methods fedprune --changes

@@ -1,4 +1,4 @@
-"""The tables of tasks' runs, in `docs/tasks`."""
+"""The figures of all tasks' runs, on the first page of `docs/tasks`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tasks import adapters
 from benchmarks.tasks.runs import BUDGET, DEFAULT, EQUAL_TIME, METHODS, REFERENCE, TORCH
 from benchmarks.tasks.tasks import TASKS, Task
 from fedprune.core.metrics import METRICS
@@ -18,38 +17,6 @@ Runs = Mapping[str, Mapping[str, Any]]
 """The runs of a task: by method, then by seed."""
 
 _MISSING = "–"
-
-
-def table(task: Task, runs: Runs) -> list[str]:
-    """A task's note, its results by method, and what else was measured."""
-    metric = METRICS[task.recipe.judged_by]
-    lines = [task.note, ""] if task.note else []
-    lines += [
-        f"| | seeds | {metric.title} | served | rounds | MACs | bytes | time | at equal time |",
-        "|---|---|---|---|---:|---:|---:|---:|---|",
-    ]
-    for method in (TORCH, *METHODS):
-        if some := runs.get(method):
-            pairs = [] if method == EQUAL_TIME else _at_equal_time(runs, method)
-            cells = [
-                ", ".join(sorted(some)),
-                _spread(task, _scores(some)),
-                _spread(task, [run["served"] for run in some.values() if "served" in run]),
-                _mean((len(run["curve"] or run["at"]) for run in some.values()), ".0f"),
-                _mean(shares(runs, method, "macs"), ".0%"),
-                _mean(shares(runs, method, "bytes"), ".0%"),
-                _mean((run["at"][-1] for run in some.values() if "at" in run), ",.0f", " s"),
-                " / ".join(metric.shown(statistics.fmean(side)) for side in zip(*pairs, strict=True)) or _MISSING,
-            ]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    areas = {m: [run["detected"] for run in some.values() if "detected" in run] for m, some in runs.items()}
-    if shown := [f"{m} {statistics.fmean(areas[m]):.3f}" for m in METHODS if areas.get(m)]:
-        said = "Area under the ROC curve by which the error tells the unseen activity from the others"
-        lines += ["", f"{said}: {', '.join(shown)}."]
-    if task.net is adapters.Speaker and TORCH in runs:
-        before = _spread(task, [run["before"] for run in runs[TORCH].values()])
-        lines += ["", f"Without adapters: {before}."]
-    return lines
 
 
 def summary(runs: Mapping[str, Runs], pages: Mapping[str, str]) -> list[str]:
@@ -81,19 +48,12 @@ def shares(runs: Runs, method: str, what: str) -> list[float]:
 
 
 def docs_pages(results: Mapping[str, Any], folder: Path) -> dict[Path, str]:
-    """The pages of a folder with the tables of these results between their marks."""
-    texts = {path: path.read_text() for path in sorted(folder.glob("*.md"))}
-    pages = {
-        name: path.name for path, text in texts.items() for name in re.findall(r"<!-- figures of ([\w-]+) -->", text)
-    }
-    tables = {f" of {name}": table(TASKS[name], results["runs"][name]) for name in pages}
-    tables[""] = summary(results["runs"], pages)
-
-    def filled(mark: re.Match[str]) -> str:
-        return "\n".join([f"<!-- figures{mark[1]} -->", *tables[mark[1]], "<!-- end -->"])
-
-    marks = re.compile(r"<!-- figures((?: of [\w-]+)?) -->\n.*?<!-- end -->", re.DOTALL)
-    return {path: marks.sub(filled, text) for path, text in texts.items()}
+    """The folder's first page with the figures of these results between their marks."""
+    texts = {path.name: path.read_text() for path in sorted(folder.glob("*.md"))}
+    pages = {task: name for name, text in texts.items() for task in re.findall(r"<!-- task: ([\w-]+) -->", text)}
+    first = folder / "README.md"
+    filled = "\n".join(["<!-- figures -->", *summary(results["runs"], pages), "<!-- end -->"])
+    return {first: re.sub(r"<!-- figures -->\n.*?<!-- end -->", lambda _: filled, first.read_text(), flags=re.DOTALL)}
 
 
 def _scores(runs: Mapping[str, Any]) -> list[float]:
@@ -153,18 +113,9 @@ def _mean_score(task: Task, runs: Mapping[str, Any]) -> str:
     return METRICS[task.recipe.judged_by].shown(statistics.fmean(scores)) if scores else _MISSING
 
 
-def _mean(values: Iterable[float], form: str, unit: str = "") -> str:
+def _mean(values: Iterable[float], form: str) -> str:
     numbers = list(values)
-    return f"{statistics.fmean(numbers):{form}}{unit}" if numbers else _MISSING
-
-
-def _spread(task: Task, scores: list[float]) -> str:
-    """The mean of scores and, of several, their range."""
-    if not scores:
-        return _MISSING
-    shown = METRICS[task.recipe.judged_by].shown
-    text = shown(statistics.fmean(scores))
-    return text if len(scores) == 1 else f"{text} ({shown(min(scores))} to {shown(max(scores))})"
+    return f"{statistics.fmean(numbers):{form}}" if numbers else _MISSING
 
 
 def _provenance(runs: Mapping[str, Runs]) -> list[str]:

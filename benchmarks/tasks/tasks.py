@@ -27,7 +27,6 @@ class Task:
         net: Makes its network.
         recipe: Local training.
         rounds: How many rounds.
-        note: What to know about its results.
         densities: Widths that boards can hold, by quarters of the fleet, the strongest first.
         own: How the network is imported.
     """
@@ -37,7 +36,6 @@ class Task:
     net: Callable[[], torch.nn.Module]
     recipe: Recipe
     rounds: int
-    note: str = ""
     densities: tuple[float, ...] = DENSITIES
     own: dict[str, Any] = field(default_factory=dict)
 
@@ -57,14 +55,11 @@ TASKS = {
     "detection": Task(
         "Detection: digits of MNIST on canvases, ten boards",
         data.objects, nets.Detector, replace(ADAM, loss=CUSTOM, metric=CUSTOM, epochs=3, lr=2e-3), 12,
-        note="The score is AP50 without suppression of doubles: every cell's box counts, and only its own object.",
         own={"loss": losses.detection, "metric": losses.AveragePrecision},
     ),
     "forecasting": Task(
         "Forecasting: ETTh1, horizon 96, a patch transformer",
         data.transformer, nets.Patches, replace(ADAM, loss="mse", metric="mae", epochs=2, lr=5e-4), 8,
-        note="Published, trained centrally: MSE .370 (PatchTST/64) and .375 (PatchTST/42 and DLinear), MAE .400, .399 "
-        "(Nie et al., ICLR 2023, Table 3).",
     ),
     "forecasting-lstm": Task(
         "Forecasting: ETTh1, horizon 96, an LSTM",
@@ -81,19 +76,15 @@ TASKS = {
     "embedding": Task(
         "Embeddings: Fashion-MNIST with InfoNCE, ten boards",
         data.clothes, nets.Embedder, replace(ADAM, loss=CUSTOM, metric=CUSTOM, batch_size=64, epochs=2, lr=2e-3), 10,
-        note="The score is the share of pictures whose nearest neighbour among 256 is of the same kind.",
         own={"loss": losses.infonce, "metric": losses.retrieval},
     ),
     "language": Task(
         "Language model: Shakespeare by characters, a board per role",
         data.plays, nets.Characters, replace(ADAM, metric="perplexity", lr=2e-3), 10,
-        note="0.3 M parameters and twelve roles: what two processor cores train in minutes.",
     ),
     "adapters": Task(
         "Adapters: a frozen language model of plays learns Python's manual, a board per chapter, ranks 16, 8, 4 and 2",
         data.chapters, adapters.Speaker, replace(ADAM, metric="perplexity", lr=1e-2), 8,
-        note="Beside all linear layers of the blocks. FedAvg's boards have 16 ranks each. The base is sent in float16, "
-        "once.",
         densities=(1.0, 0.5, 0.25, 0.125),
         own={"base": "float16"},
     ),

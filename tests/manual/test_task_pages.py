@@ -31,7 +31,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def tasks_on(page: Path) -> list[str]:
-    return re.findall(r"<!-- figures of ([\w-]+) -->", page.read_text())
+    return re.findall(r"<!-- task: ([\w-]+) -->", page.read_text())
 
 
 def test_the_tables_are_those_of_the_results(benchmark: Any) -> None:
