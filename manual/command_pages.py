@@ -13,13 +13,15 @@ from fedprune_export.cli import main as export
 from fedprune_flash.cli import main as flash
 from fedprune_server.cli import main as server
 from fedprune_server.cli import simulate
+from manual import setting_pages
 
 _HEAD = """# Commands
 
 <!-- Made by `python -m manual`: change the parsers instead. -->
 
 What every command takes, as its `--help` says it; an option that several commands of a program take alike is explained
-with the first of them. All end with a [documented exit code](../exit-codes.md).
+with the first of them, and a setting of a job or server on [their page](settings.md). All end with a
+[documented exit code](../exit-codes.md).
 
 ## Completion
 
@@ -31,6 +33,8 @@ after an update:
 """
 _WORD = re.compile(r"[a-z]+(?:n't)?(?:[ ,;]|:(?: |$)|$)(?!\(default\))")
 """How help begins that can begin with a capital: not with a value, such as ray:auto, or one that is the default."""
+_SETTINGS = frozenset(re.findall(r"\| `(--[a-z-]+)` \|", setting_pages.page()))
+"""Options that the page of settings explains."""
 
 
 def page() -> str:
@@ -58,8 +62,8 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 
 def _command(name: str, parser: argparse.ArgumentParser, what: str, level: int, shown: dict[str, str]) -> str:
     """A command and those within it; `shown` has the rows of tables so far, each with the command that has it."""
-    text = f"{'#' * level} {name}\n\n{_sentence(parser.description or what)}{_usage(parser)}\n\n"
-    text += _body(name, parser, shown)
+    text = f"{'#' * level} {name}\n\n{_sentence(parser.description or what)}{_usage(parser)}\n"
+    text += f"\n{body}" if (body := _body(name, parser, shown)) else ""
     inner = [_command(f"{name} {n}", p, w, min(level + 1, 5), shown) for n, p, w in _commands(parser)]
     return "\n".join([text, *inner])
 
@@ -74,13 +78,17 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 def _body(name: str, parser: argparse.ArgumentParser, shown: dict[str, str]) -> str:
     """A command's examples and options; those that a command above explains alike are only named."""
-    rows, elsewhere = [], defaultdict[str, list[str]](list)
+    rows, elsewhere, settings = [], defaultdict[str, list[str]](list), []
     for action in filter(_shown, parser._actions):
         row = _row(parser, action)
-        if (above := shown.setdefault(row, name)) == name:
+        if name == "fedprune-server run" and max(action.option_strings, key=len) in _SETTINGS:
+            settings.append(f"`{_invocation(parser, action)}`")
+        elif (above := shown.setdefault(row, name)) == name:
             rows.append(row)
         else:
             elsewhere[above].append(f"`{max(action.option_strings, key=len, default=_invocation(parser, action))}`")
+    if settings:
+        rows.append(f"- Settings of [the job and the server](settings.md): {', '.join(settings)}.")
     if elsewhere:
         sizes = Counter(shown.values())
         alike = (

@@ -368,6 +368,4 @@ def test_the_examples_in_python_run(config, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     (_, _, first, second) = [line.split("|")[1] for line in lines if line.startswith("|")]
     assert ("heterofl" in first, "fedavg" in second) == (True, True)  # two runs of one job
-    assert 0 < float(lines[-2]) < 1
     assert (tmp_path / "curves.html").is_file()
-    assert (tmp_path / "mine").is_dir()
