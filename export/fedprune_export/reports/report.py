@@ -224,7 +224,7 @@ class Report:
 
     def document(self) -> Document:
         architecture, widths, plan = self.model.architecture, self.selection.widths, self.plan.chosen
-        lines = [*plan.summary(self.before.parameters), plan.unbound(), *plan.notes, plan.gains()]
+        lines = [*plan.summary(self.before.parameters), plan.unbound(), *plan.notes]
         warning = f"warning: {plan.warning}" if plan.warning else ""
         groups = [
             (g.name, f"{g.size:,}", f"{w:,}", some(architecture.summary(i), most=_MEMBERS))

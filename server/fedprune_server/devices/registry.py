@@ -325,16 +325,14 @@ class DeviceRegistry:
             kept = costs_at(self._architecture, device.widths).parameters / self.whole
             by = "job" if device.density == self._job.density else "strategy"
             lines = [f"density {device.density:.3g}, as the {by} says: keeps {100 * kept:.0f}% of the weights"]
-            warning = gains = ""
+            warning = ""
         else:
             plan = Plan.from_dict(device.plan)
-            lines, warning, gains = plan.describe(self.whole).splitlines(), plan.warning, plan.gains()
+            lines, warning = plan.describe(self.whole).splitlines(), plan.warning
             lines[0] = f"{lines[0]}, {plan.unbound() or f'bound by {plan.bound}'}"
         log.info("  %s", lines[0])
         for line in lines[1:]:  # `status` and the console's page of the board have them
             log.debug("  %s", line)
-        if gains:
-            log.debug("  %s", gains)
         return lines[0], warning
 
     def bars(self, device: str) -> bool:

@@ -29,7 +29,7 @@ from fedprune.planning.costs import MemoryBreakdown, costs_at
 from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import TIERS, HardwareProfile, Power
-from fedprune.planning.width_candidates import Rung, equal_work, rungs
+from fedprune.planning.width_candidates import Rung, rungs
 from fedprune.updates import NO_CODECS, Codecs
 
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
@@ -92,15 +92,6 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Uniform widths with as many MACs as a plan's: the share, the step's time and the latency."""
-
-    density: float
-    step_s: float
-    latency_s: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """How wide a board's model is, and why.
 
@@ -108,7 +99,6 @@ class Plan:
         density: The kept share that the widths are near to.
         limits: Every limit that was looked at.
         bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
-        uniform: What uniform widths would take instead.
         accumulate: Parts in which a batch is worked through; at least the recipe's own `accumulate`.
         notes: What was chosen besides the widths, and why, for people.
         warning: That little of the model is left, and which settings would keep all of it; that even the narrowest
@@ -121,7 +111,6 @@ class Plan:
     prediction: Prediction
     limits: tuple[Limit, ...]
     bound: str
-    uniform: Uniform
     correction: Correction = NO_CORRECTION
     accumulate: int = 1
     notes: tuple[str, ...] = ()
@@ -203,17 +192,6 @@ class Plan:
             lines.append(f"learnt from its rounds: {times}{memory}")
         return lines
 
-    def gains(self) -> str:
-        """A line on what differs from uniform width by at least a hundredth; empty where nothing does."""
-        p, u = self.prediction, self.uniform
-        pairs = (("step", p.step_s, u.step_s), ("prediction", p.latency_s, u.latency_s))
-        found = ", ".join(
-            f"{name} {amount(mine, 's')} instead of {amount(its, 's')}"
-            for name, mine, its in pairs
-            if abs(its - mine) >= 0.01 * its
-        )
-        return found and f"gained over uniform width at as many MACs: {found}"
-
     def _energy(self) -> str:
         p = self.prediction
         if p.step_j is None or p.train_j is None or p.latency_j is None:
@@ -227,7 +205,6 @@ class Plan:
             "widths": list(self.widths),
             "prediction": {**vars(self.prediction), "memory": dict(vars(self.prediction.memory))},
             "limits": [dict(vars(m)) for m in self.limits],
-            "uniform": dict(vars(self.uniform)),
             "correction": dict(vars(self.correction)),
             "notes": list(self.notes),
         }
@@ -505,15 +482,12 @@ class _Search:
         return 2 if recipe.mixup else 1
 
     def _made(self, found: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
-        other = equal_work(self.architecture, found.widths)
-        seen = self._prediction(other.widths, found.recipe)
         return Plan(
             found.widths,
             density,
             found.prediction,
             found.limits,
             bound,
-            Uniform(other.density, seen.step_s, seen.latency_s),
             self.correction,
             found.recipe.accumulate,
             (*self._on_gpu(found), *self._notes(found), *notes),
