@@ -46,19 +46,6 @@ class AveragePrecision(nn.Module):
         return (true * precision).sum() / objects.clamp(min=1)
 
 
-def infonce(outputs: Tensor, labels: Tensor) -> Tensor:
-    """As in `examples/own_losses.py`."""
-    unit = functional.normalize(outputs, dim=1)
-    number = torch.arange(outputs.shape[0])
-    itself = number[:, None] == number
-    same = (labels[:, None] == labels) & ~itself
-    likely = (unit @ unit.T / 0.1).masked_fill(itself, -1e30).log_softmax(1)
-    return -likely.masked_fill(~same, 0.0).sum(1) / same.float().sum(1).clamp(min=1)
-
-
-infonce.target_shape, infonce.target_dtype = (), "int64"  # type: ignore[attr-defined]
-
-
 def retrieval(outputs: Tensor, labels: Tensor) -> Tensor:
     """Whether the nearest other picture of the batch is of the same kind."""
     direction = functional.normalize(outputs, dim=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from examples.own_losses import infonce
 
 import fedprune_export as fx
 from benchmarks.tasks import adapters, data, losses, nets
@@ -76,7 +77,7 @@ TASKS = {
     "embedding": Task(
         "Embeddings: Fashion-MNIST with InfoNCE, ten boards",
         data.clothes, nets.Embedder, replace(ADAM, loss=CUSTOM, metric=CUSTOM, batch_size=64, epochs=2, lr=2e-3), 10,
-        own={"loss": losses.infonce, "metric": losses.retrieval},
+        own={"loss": infonce, "metric": losses.retrieval},
     ),
     "language": Task(
         "Language model: Shakespeare by characters, a board per role",

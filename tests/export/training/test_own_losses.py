@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from examples import own_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,17 +29,14 @@ from fedprune_export.training.losses import write_loss
 from fedprune_export.training.step_graph import training_graph
 from support.oracles import torch_losses
 from support.oracles.differentiation import error
-from support.paths import ROOT
 
 pytestmark = pytest.mark.torch
 
 Array = np.ndarray[Any, Any]
 
-EXAMPLES = runpy.run_path(str(ROOT / "examples" / "own_losses.py"))
-
 
 def example(name: str, outputs: tuple[int, ...]) -> Any:
-    return EXAMPLES["Ctc"](outputs[1]) if name == "ctc" else EXAMPLES[name]
+    return own_losses.Ctc(outputs[1]) if name == "ctc" else getattr(own_losses, name)
 
 
 @cache
@@ -130,7 +127,7 @@ class Embedding(nn.Sequential):
 
 def test_a_board_trains_by_an_examples_loss() -> None:
     torch.manual_seed(0)
-    model, y = fx.load(Embedding(), loss=EXAMPLES["infonce"]), np.arange(16) % 4
+    model, y = fx.load(Embedding(), loss=own_losses.infonce), np.arange(16) % 4
     recipe = Recipe(loss=CUSTOM, batch_size=16, epochs=30, lr=0.05)
     x = np.random.default_rng(3).standard_normal((16, 6)).astype(np.float32)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
@@ -173,7 +170,7 @@ def test_one_class_has_nothing_to_learn_from_a_teacher() -> None:
 def test_samples_do_not_say_how_right_embeddings_are(tmp_path: Any) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros((4, 6), np.float32), y=np.arange(4))
     with pytest.raises(DataError, match="leave --data"):
-        measured(tmp_path / "data.npz", fx.load(Embedding(), loss=EXAMPLES["triplet"]), Recipe(loss=CUSTOM))
+        measured(tmp_path / "data.npz", fx.load(Embedding(), loss=own_losses.triplet), Recipe(loss=CUSTOM))
 
 
 def test_labels_that_have_no_between_are_not_mixed() -> None:
