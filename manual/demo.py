@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import summary_text
+from fedprune_server.simulation.results.report import claims
+from fedprune_server.simulation.results.tables import final_rows, table
 
 RESULTS = "benchmarks/results/demo.json"
 IMAGE = "docs/images/demo-curves.svg"
@@ -50,8 +51,8 @@ def files(root: Path) -> dict[str, str]:
     fleet, reference = records(root)
     text = (root / PAGE).read_text(encoding="utf-8")
     head, _, rest = text.partition(_BEGIN)
-    rows = [f"    {line}".rstrip() for line in summary_text(fleet, reference).splitlines()]
-    block = "\n".join(["", *rows, "", ""])
+    verdicts = [f"- {claim}" for claim in claims(fleet, reference)]
+    block = "\n".join(["", table(final_rows((fleet, reference))).to_markdown(), "", *verdicts, "", ""])
     return {IMAGE: drawing((fleet, reference)), PAGE: head + _BEGIN + block + _END + rest.partition(_END)[2]}
 
 

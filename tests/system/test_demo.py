@@ -89,9 +89,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     run = tmp_path / "run"
     said = (tmp_path / "output.txt").read_text()
     assert "Too few rounds to judge accuracies and bytes by: 2;" in said
-    assert "FAIL" not in said + (run / "report.md").read_text()
-    for name in ("report.html", "report.md"):
-        assert (run / name).stat().st_size > 1000
+    assert "FAIL" not in said + (run / "report.html").read_text()
     fleet, reference = (Record.load(run / name) for name in ("metrics.json", "reference/metrics.json"))
     assert len(fleet.rounds) == len(reference.rounds) == 2
     assert len({d.widths for d in fleet.devices}) > 1

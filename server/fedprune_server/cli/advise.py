@@ -49,7 +49,8 @@ def _advise(options: argparse.Namespace) -> int:
     with progress("reading the fleet"):
         from fedprune_server.simulation.advisor import Trial, advice_figures, advice_rows, advise, choose_variants
         from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-        from fedprune_server.simulation.results.comparison import final_figures, print_rows, write_comparison
+        from fedprune_server.simulation.results.comparison import write_comparison
+        from fedprune_server.simulation.results.tables import final_figures, print_rows
         from fedprune_server.simulation.sweep import variant_runs
 
         out, plan = output_folder(options.out), read_plan(options.config)

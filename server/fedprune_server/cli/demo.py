@@ -51,7 +51,8 @@ from fedprune_server.simulation.fleet.simulated_fleet import (
     too_few_rounds,
 )
 from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.results.report import claims, summary_text, write_report
+from fedprune_server.simulation.results.report import claims, closing_text, write_report
+from fedprune_server.simulation.results.tables import final_rows, print_rows
 
 log = logging.getLogger("fedprune.server")
 
@@ -268,10 +269,11 @@ def _ended(folder: DemoFolder, fleet: Record, reference: Record, began: float) -
     with progress("writing the report"):
         report = write_report(folder.root, fleet, reference, judged=not unjudged)
     print()
-    print_verdicts(summary_text(fleet, reference, judged=not unjudged))
+    print_rows(final_rows([fleet, reference]))
+    print_verdicts(f"\n{closing_text(fleet, reference, judged=not unjudged)}")
     if unjudged:
         print(f"\n{unjudged}")
-    print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")
+    print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report}")
     return int(verdict(fleet, reference))
 
 

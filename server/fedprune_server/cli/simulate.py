@@ -194,8 +194,8 @@ def _run(options: argparse.Namespace) -> None:
         from fedprune_server.config.track_targets import track_targets
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
-        from fedprune_server.simulation.results.comparison import final_figures
-        from fedprune_server.simulation.results.report import claims, summary_text
+        from fedprune_server.simulation.results.report import claims, closing_text
+        from fedprune_server.simulation.results.tables import final_figures, final_rows, print_rows
 
         out = _run_folder(options.out)
         if options.track is not None:  # before the model is read, which may take long
@@ -219,28 +219,30 @@ def _run(options: argparse.Namespace) -> None:
                 "run": final_figures(run.record),
                 "reference": None if reference is None else final_figures(reference),
                 "claims": [{"text": claim.text, "measured": claim.measured, "held": claim.held} for claim in found],
-                "report": str(report.html),
+                "report": str(report),
             }
         )
         return
-    print_verdicts(summary_text(run.record, run.reference, judged=judged))
+    print_rows(final_rows([run.record] if run.reference is None else [run.record, run.reference]))
+    if text := closing_text(run.record, run.reference, judged=judged):
+        print_verdicts(f"\n{text}")
     if unjudged:
         print(f"\n{unjudged}")
     print(f"\nGlobal model: {run.record.last.model}")
-    print(f"Report: {report.html}")
+    print(f"Report: {report}")
 
 
 def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
         from fedprune_server.simulation.results.comparison import (
             equal_cost_figures,
-            final_figures,
             print_comparison,
             read_runs,
             target_figures,
             write_comparison,
         )
         from fedprune_server.simulation.results.rows import write_csv
+        from fedprune_server.simulation.results.tables import final_figures
 
         out, targets = output_folder(options.out), tuple(options.target or ())
         _check_csv(options.csv, out)
@@ -257,13 +259,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.results.comparison import (
-        final_figures,
-        print_comparison,
-        variant_figures,
-        write_comparison,
-    )
+    from fedprune_server.simulation.results.comparison import print_comparison, variant_figures, write_comparison
     from fedprune_server.simulation.results.rows import write_csv
+    from fedprune_server.simulation.results.tables import final_figures
     from fedprune_server.simulation.sweep import read_sweep
 
     _check_csv(options.csv, output_folder(options.out))

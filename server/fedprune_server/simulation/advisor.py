@@ -26,8 +26,8 @@ from fedprune.strategies.methods.fedprune import CORE
 from fedprune.updates import CODECS, PLAIN
 from fedprune_server.config.layers import brief
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_tables
-from fedprune_server.simulation.results.comparison import finite
 from fedprune_server.simulation.results.record import Record, shown
+from fedprune_server.simulation.results.tables import finite
 
 Side = Literal["global", "local"]
 

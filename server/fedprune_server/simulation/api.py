@@ -21,13 +21,13 @@ from fedprune_server.config.track_targets import TrackTarget, track_targets
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.comparison import final_rows, tail_note
 from fedprune_server.simulation.results.model_card import model_card
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import Report, table, write_report
+from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.rows import device_rows, round_rows
 from fedprune_server.simulation.results.run_folder import simulate_to_model
 from fedprune_server.simulation.results.runs_progress import RunDisplay, watched
+from fedprune_server.simulation.results.tables import final_rows, table, tail_note
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
 
@@ -96,8 +96,8 @@ class Run:
         if these differ."""
         return Comparison(_named_by_strategy((self.record, *(other.record for other in others))))
 
-    def report(self, folder: Path, *, judged: bool = True) -> Report:
-        """Write the report into a folder; `judged`: whether a comparison with the reference tests the claims."""
+    def report(self, folder: Path, *, judged: bool = True) -> Path:
+        """Write the report, and return it; `judged`: whether a comparison with the reference tests the claims."""
         return write_report(folder, self.record, self.reference, judged=judged)
 
     def save_pretrained(self, folder: str | Path, *, license: str = "") -> Path:  # noqa: A002  as the hub calls it

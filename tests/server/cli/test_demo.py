@@ -63,10 +63,10 @@ def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"seed": -1}])
 def test_a_wrong_number_costs_no_earlier_demo(tmp_path, wrong):
     DemoFolder.prepare(tmp_path / "demo", 0)
-    (tmp_path / "demo" / "report.md").write_text("kept")
+    (tmp_path / "demo" / "report.html").write_text("kept")
     with pytest.raises(ConfigError):
         run_demo(tmp_path / "demo", **wrong)
-    assert (tmp_path / "demo" / "report.md").read_text() == "kept"
+    assert (tmp_path / "demo" / "report.html").read_text() == "kept"
 
 
 def test_a_second_demo_in_a_folder_leaves_the_first_one_alone(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_device.training.round_runner import MEASURED
-from fedprune_server.simulation.results.report import summary
 from fedprune_server.simulation.results.rows import round_rows
+from fedprune_server.simulation.results.tables import final_figures
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, digits, digits_simulation, final_weights
 
@@ -59,9 +59,8 @@ def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any]) 
     for name, value in after.items():
         if name.endswith(STATISTICS):
             assert value.tobytes() == simulation.model.tensors[name].tobytes(), name
-    text = {row[0]: row[1] for row in summary(simulation.record())}["privacy"]
-    assert text.startswith("ε ")
-    assert text.endswith(f"at δ 1e-05, {noise['noise']} noise")
+    figures = final_figures(simulation.record())
+    assert (figures["epsilon"], figures["delta"]) == (history[-1]["metrics"]["epsilon"], 1e-5)
     again = build("again", Privacy(clip=0.5, noise_multiplier=0.01, **noise))
     again.run()
     assert again.state.model == simulation.state.model  # simulations are the same every time

@@ -19,22 +19,21 @@ from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.comparison import (
+    comparison_document,
     equal_cost_figures,
     equal_cost_rows,
-    final_figures,
-    final_rows,
     variant_figures,
     variant_rows,
-    write_comparison,
 )
 from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.results.report import (
     claims,
+    closing_text,
     plan_rows,
-    summary,
-    summary_text,
+    run_document,
     write_report,
 )
+from fedprune_server.simulation.results.tables import final_figures, final_rows
 
 GOLDEN = Path(__file__).with_name("golden_report.md")
 GROUPS = (("stem", 8), ("body", 24))
@@ -96,7 +95,6 @@ def test_the_privacy_cost_of_a_run_is_that_of_its_last_round_and_no_share():
     assert dict(zip(head, row, strict=True))["epsilon"] == "58.8"
     assert dict(zip(head, row, strict=True))["delta"] == "1e-05"
     assert dict(zip(head, other, strict=True))["epsilon"] == "–"
-    assert dict(summary(run))["privacy"] == "ε 58.8 at δ 1e-05, local noise"
     page = html.unescape(charts.curves([run]))
     assert "Privacy cost: ε, by round" in page
     assert "58.77" in page
@@ -130,14 +128,13 @@ def rich():
     )
 
 
-def test_a_report_and_a_comparison_read_as_the_golden_file(tmp_path):
+def test_a_report_and_a_comparison_read_as_the_golden_file():
     """Wording has its test here alone; what is meant to change is written to the file anew."""
     reference = record("FedAvg", accuracy=0.9, down=2_100_000, up=1_900_000)
     withheld = replace(private(5.0, 7.0), title="private")
     withheld = replace(withheld, rounds=tuple(replace(row, local={}) for row in withheld.rounds))
-    report = write_report(tmp_path / "one", rich(), reference).markdown.read_text()
-    compared = write_comparison(tmp_path / "all", [rich(), withheld, reference], targets=(0.85,))
-    parts = (summary_text(rich(), reference), report, compared.with_suffix(".md").read_text())
+    documents = (run_document(rich(), reference), comparison_document([rich(), withheld, reference], targets=(0.85,)))
+    parts = (closing_text(rich(), reference), *(document.to_markdown() for document in documents))
     text = re.sub(r"Date: \S+ \S+ UTC", "Date: today", "\n\n----\n\n".join(parts))
     assert text == GOLDEN.read_text()
 
@@ -185,13 +182,12 @@ def test_a_cost_that_a_run_did_not_count_is_not_compared():
     assert {f["cost"] for f in equal_cost_figures([counted, uncounted])} == {"rounds", "seconds"}
 
 
-def test_a_private_run_withholds_local_figures_and_says_so(tmp_path):
+def test_a_private_run_withholds_local_figures_and_says_so():
     run = private(5.0, 7.0)
     silent = replace(run, rounds=tuple(replace(r, local={}) for r in run.rounds))
-    assert dict(summary(silent))["mean local accuracy, last 2 rounds"] == "withheld"
-    page = write_report(tmp_path, silent).markdown.read_text()
+    page = run_document(silent).to_markdown()
     assert "Local accuracy is withheld: devices of a private job report nothing" in page
-    assert "0 of 2 devices" not in page + summary_text(silent)
+    assert "0 of the 2 devices" not in page
 
 
 def test_final_accuracies_are_means_of_the_last_rounds():
@@ -306,25 +302,24 @@ def test_claims_about_what_was_not_measured_fail():
     assert not claims(record(), record(down=0))[1].held
 
 
-def test_the_best_round_is_named_beside_the_last(tmp_path):
+def test_the_best_round_is_named_beside_the_last():
     run = record()
     scores = {1: 0.6, 2: 0.9, 3: 0.9, 4: 0.8}
     rounds = tuple(replace(r, model=f"{r.round:064}", metrics={"accuracy": scores[r.round]}) for r in run.rounds)
     run = replace(run, rounds=rounds)
-    assert dict(summary(run))["best global accuracy (round)"] == "90.0% (2)"
-    cells = {row[0]: row[1:] for row in summary(run, record("FedAvg"))}
-    assert cells["best global accuracy (round)"] == ("90.0% (2)", "80.0% (1)", "+10.0 points")
+    head, *rows = final_rows([run, record("FedAvg")])
+    best = [dict(zip(head, row, strict=True))["best global accuracy (round)"] for row in rows]
+    assert best == ["90.0% (2)", "80.0% (1)"]
     figures = final_figures(run)
     assert (figures["best_round"], figures["best_global_accuracy"], figures["best_model"]) == (2, 0.9, f"{2:064}")
     silent = replace(run, rounds=tuple(replace(r, metrics={}) for r in rounds))
     assert final_figures(silent)["best_round"] is None
-    assert dict(summary(silent))["best global accuracy (round)"] == "–"
 
 
 def test_page_refers_to_nothing_outside_itself(tmp_path):
-    page = write_report(tmp_path, record(), record("FedAvg")).html.read_text()
+    page = write_report(tmp_path, record(), record("FedAvg")).read_text()
     assert re.findall(r'(?:src|href)="([^"]{0,11})', page) == []
-    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "report.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html"}
 
 
 def test_held_channels_are_filled_where_they_are():
@@ -337,9 +332,8 @@ def test_held_channels_are_filled_where_they_are():
 def test_names_cannot_break_the_page(tmp_path):
     run = record(title="<script>alert(1)</script>")
     run = replace(run, devices=(replace(run.devices[0], excluded="a | <b>", widths=()), run.devices[1]))
-    report = write_report(tmp_path, run)
-    assert "alert(1)</script>" not in report.html.read_text()
-    assert "a \\| <b>" in report.markdown.read_text()
+    assert "alert(1)</script>" not in write_report(tmp_path, run).read_text()
+    assert "a \\| <b>" in run_document(run).to_markdown()
 
 
 def test_variants_have_the_mean_and_the_deviation_of_their_runs():

@@ -16,7 +16,7 @@ from fedprune.planning.profile_store import find
 from fedprune_device.cli.main import main as device
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.results.report import summary_text
+from fedprune_server.simulation.results.tables import final_rows
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, digits_simulation, final_weights
 from support.nets.small_nets import Reader
@@ -150,7 +150,7 @@ def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None
     assert found[-1] < (record.last.accuracy or 0.0), "most places are of no square"
     assert set(record.last.local) == set(KINDS)
     assert set(record.last.own) >= {"miou_before", "miou_after", "accuracy_after", "loss_after"}
-    assert "mean local miou" in summary_text(record)
+    assert "local miou" in final_rows([record])[0]
 
 
 def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_mlflow_has_parameters_metrics_and_files(fleet: dict[str, Any], monkeypa
         assert [(m.step, m.value) for m in history] == [
             (row["round"], pytest.approx(row[name])) for row in rows if row[name] is not None
         ]
-    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"model", "report.html", "report.md"}
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"model", "report.html"}
 
 
 @OTHERS_WARNINGS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -14,11 +13,18 @@ from typing import Any
 from fedprune.core.errors import StorageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.document import Block, Document, Drawing
-from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
-from fedprune_server.simulation.results.report import TAIL, limited_part, rounds_done, table, write_document
+from fedprune_server.simulation.results.record import Record, shown
 from fedprune_server.simulation.results.run_folder import RECORD
+from fedprune_server.simulation.results.tables import (
+    TAIL,
+    final_rows,
+    print_rows,
+    table,
+    tail_note,
+    tera_macs,
+    write_page,
+)
 
 PAGE = "comparison.html"
 
@@ -56,33 +62,6 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
         for place, run in runs
     ]
     return tuple(named)
-
-
-def final_figures(run: Record) -> dict[str, str | float | None]:
-    """A run's results: bytes, MACs, simulated seconds and privacy cost in all, and measures as means over the last
-    rounds; None where there is no measurement."""
-    kind = run.measure
-    local, whole = run.final(TAIL)
-    best = run.best
-    return {
-        "run": run.title,
-        "model": run.last.model,
-        "rounds": len(run.rounds),
-        "ended_early": run.ended_early or None,
-        "seconds": run.last.at,
-        "bytes_down": run.last.down,
-        "bytes_up": run.last.up,
-        "training_macs": run.macs() or None,
-        f"local_{kind}": finite(local),
-        f"global_{kind}": finite(whole),
-        f"best_global_{kind}": None if best is None else best.metrics[kind],
-        "best_round": None if best is None else best.round,
-        "best_model": None if best is None else best.model,
-        **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
-        **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
-        **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),
-        **dict(zip(("updates_limited", "updates"), run.count_limited, strict=True)),
-    }
 
 
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
@@ -169,52 +148,9 @@ def _amount(value: float, cost: str) -> str:
         case "rounds":
             return quantity(int(value), "round")
         case "training_macs":
-            return f"{_tmacs(value)} TMACs"
+            return f"{tera_macs(value)} TMACs"
         case _:
             return amount(value, "bytes" if cost == "bytes" else "s")
-
-
-def finite(value: float) -> float | None:
-    """A score as JSON may have it: None where nothing was measured."""
-    return value if math.isfinite(value) else None
-
-
-def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Final results: measures as means over the last rounds, amounts and privacy costs in all; the first row is the
-    header."""
-    kind, metric = runs[0].measure, runs[0].metric
-    private = (EPSILON, "delta") if any(run.private for run in runs) else ()
-    own = [f"{kind}_{m}" for m in also_measured(runs)]
-    names = measured_names(runs)
-    limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
-    head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
-    rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names, *private, *limits)]
-    for run in runs:
-        found: dict[str, Any] = final_figures(run) | {key: _tail(run.own_means(key)) for key in own}
-        measures = (found.get(key) for key in (f"local_{kind}", f"global_{kind}", *own, *names))
-        rows.append(
-            (
-                run.title,
-                rounds_done(run),
-                f"{found['seconds']:,.0f}",
-                *(f"{found[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
-                _tmacs(found["training_macs"]),
-                *(shown(value, metric) for value in measures),
-                *("–" if (cost := found.get(key)) is None else f"{cost:.3g}" for key in private),
-                *(limited_part(run) for _ in limits),
-            )
-        )
-    return rows
-
-
-def tail_note(runs: Sequence[Record]) -> str:
-    """Over which rounds the means in `final_rows` are."""
-    rounds = quantity(min(TAIL, max(len(run.rounds) for run in runs)), "round")
-    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}."
-
-
-def _tmacs(macs: float | None) -> str:
-    return f"{macs / 1e12:.3g}" if macs else "–"
 
 
 def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
@@ -236,7 +172,7 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
                 f"{found['seconds']:,.0f}",
                 f"{first / found['seconds']:.2f}" if first is not None and found["seconds"] else "–",
                 f"{found['bytes'] / 1e6:,.2f}",
-                _tmacs(found["training_macs"]),
+                tera_macs(found["training_macs"]),
             )
         )
     return rows
@@ -250,14 +186,6 @@ def print_comparison(
         if number:
             print(f"\n{title}")
         print_rows(rows)
-
-
-def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table, whose first row is the header: fitted to a terminal, as Markdown elsewhere."""
-    if sys.stdout.isatty():
-        table(rows).print()
-    else:
-        print(table(rows).to_markdown())
 
 
 def _comparison_tables(
@@ -278,8 +206,14 @@ def write_comparison(
     targets: Sequence[float] = (),
     variants: Mapping[str, Sequence[Record]] | None = None,
 ) -> Path:
-    """Write `comparison.html`, a self-contained page, and `comparison.md`; the first run is the baseline. Returns the
-    page."""
+    """Write `comparison.html`, a self-contained page; the first run is the baseline. Returns it."""
+    return write_page(comparison_document(runs, targets, variants), folder / PAGE)
+
+
+def comparison_document(
+    runs: Sequence[Record], targets: Sequence[float] = (), variants: Mapping[str, Sequence[Record]] | None = None
+) -> Document:
+    """Several runs beside each other; arguments as for `write_comparison`."""
     kind = runs[0].measure
     intro = (
         f"{quantity(len(runs), 'run')}. {tail_note(runs)} Local {kind} is that of the model "
@@ -293,8 +227,7 @@ def write_comparison(
         "Data of the devices": [Drawing(runs[0].partition.heat_map())],
         **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
     }
-    write_document(Document("Runs compared", _shared(runs), sections), folder / PAGE, folder / "comparison.md")
-    return folder / PAGE
+    return Document("Runs compared", _shared(runs), sections)
 
 
 def _shared(runs: Sequence[Record]) -> dict[str, str]:
@@ -302,11 +235,6 @@ def _shared(runs: Sequence[Record]) -> dict[str, str]:
     found = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in found if f[key])) for key in found[0]}
     return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}
-
-
-def _tail(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values[-TAIL:] if v is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _place(place: Path) -> str:

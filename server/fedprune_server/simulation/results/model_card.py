@@ -13,7 +13,7 @@ from fedprune.output.document import Block, Table
 from fedprune.output.tables import Column
 from fedprune_export.bundles.hub_repository import ModelCard
 from fedprune_server.simulation.results.record import DeviceRow, Record
-from fedprune_server.simulation.results.report import summary, table
+from fedprune_server.simulation.results.tables import final_rows, table
 
 
 def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as the hub calls it
@@ -34,7 +34,7 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
     sections: dict[str, Sequence[Block]] = {
         "Accuracy": [
             about,
-            table([row for row in summary(run) if row[0] != "seconds"]),
+            table(_without_seconds(final_rows([run]))),
         ],
         "Plan": [_boards(run.devices)],
         "Data": [_data(run)],
@@ -48,6 +48,11 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
         facts=run.facts(),
         sections=sections,
     )
+
+
+def _without_seconds(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    at = rows[0].index("seconds")  # a server's have no beginning
+    return [(*row[:at], *row[at + 1 :]) for row in rows]
 
 
 def _boards(devices: Sequence[DeviceRow]) -> Table:

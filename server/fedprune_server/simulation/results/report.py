@@ -1,4 +1,4 @@
-"""The report of a run: a self-contained page, and its tables as Markdown."""
+"""The report of a run: a self-contained page."""
 
 from __future__ import annotations
 
@@ -9,25 +9,18 @@ from pathlib import Path
 
 from fedprune.core.metrics import TRAINED
 from fedprune.core.text import amount, quantity, some
-from fedprune.jobs.job import Job
-from fedprune.output.document import Block, Document, Drawing, Table
-from fedprune.output.tables import Column
+from fedprune.output.document import Block, Document, Drawing
 from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.divergence import advice
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import DeviceRow, Record, shown
-
-TAIL = 5
-"""Rounds in a final mean: single rounds of a small test set are noisy."""
+from fedprune_server.simulation.results.tables import TAIL, final_rows, table, tail_note, write_page
 
 POINTS = 2.0
 """Points by which the fleet's accuracies may fall below the reference's."""
 
 EXCESS = 0.05
 """Relative excess of the fleet's losses over the reference's, for regression."""
-
-ROWS = 1000
-"""Devices in a table."""
 
 _NAMED = 10
 """Devices without updates, and warnings, that are listed, at most."""
@@ -46,12 +39,6 @@ class Claim:
 
     def __str__(self) -> str:
         return f"{'PASS' if self.held else 'FAIL'}: {self.text} ({self.measured})"
-
-
-@dataclass(frozen=True)
-class Report:
-    html: Path
-    markdown: Path
 
 
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
@@ -77,61 +64,6 @@ def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     )
 
 
-def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...]]:
-    """Rows of the summary table; the first is the header."""
-    runs = [run] + ([reference] if reference is not None else [])
-    finals = [r.final(TAIL) for r in runs]
-    last = [r.final() for r in runs]
-    best = [math.nan if r.best is None else r.best.metrics[r.measure] for r in runs]
-    tail = min(TAIL, max(len(r.rounds) for r in runs))
-    private = [("privacy", *map(_privacy, runs))] if any(r.private for r in runs) else []
-    limited = [("updates limited", *map(_limited, runs))] if any(row.limited for r in runs for row in r.rounds) else []
-    rows = [
-        ("", *(r.title for r in runs)),
-        (
-            f"mean local {run.measure}{_over(tail)}",
-            *(_local(r, f[0]) for r, f in zip(runs, finals, strict=True)),
-        ),
-        (f"global {run.measure}{_over(tail)}", *(shown(f[1], r.metric) for r, f in zip(runs, finals, strict=True))),
-        *(
-            (f"{kind} {run.measure}, last round", *(shown(f[i], r.metric) for r, f in zip(runs, last, strict=True)))
-            for i, kind in enumerate(("mean local", "global"))
-            if tail > 1
-        ),
-        *((f"best global {run.measure} (round)", *map(_best, runs)) for _ in range(tail > 1)),
-        ("MB down", *(f"{r.last.down / 1e6:,.2f}" for r in runs)),
-        ("MB up", *(f"{r.last.up / 1e6:,.2f}" for r in runs)),
-        ("rounds", *map(rounds_done, runs)),
-        ("seconds", *(f"{r.last.at:,.0f}" for r in runs)),
-        *private,
-        *limited,
-    ]
-    if reference is None:
-        return rows
-    notes = (
-        "difference",
-        *(_difference(run, _worse(run, a, b)) for a, b in zip(*finals, strict=True)),
-        *(_difference(run, _worse(run, a, b)) for a, b in (*zip(*last, strict=True), best) if tail > 1),
-        _change(_ratio(run.last.down, reference.last.down)),
-        _change(_ratio(run.last.up, reference.last.up)),
-        "",
-        "",
-        *("" for _ in (*private, *limited)),
-    )
-    return [(*row, note) for row, note in zip(rows, notes, strict=True)]
-
-
-def _local(run: Record, value: float) -> str:
-    """The mean local measure, of which private boards report nothing."""
-    return "withheld" if run.private and not run.latest else shown(value, run.metric) + _part(run)
-
-
-def _best(run: Record) -> str:
-    """The best global model's score, and the round that it is of."""
-    best = run.best
-    return "–" if best is None else f"{shown(best.metrics[run.measure], run.metric)} ({best.round})"
-
-
 def round_table(run: Record) -> list[tuple[str, ...]]:
     """Rows of the table of rounds: scores of each round's new global model on the server's samples, and of the models
     that devices received and trained on theirs, as means of each device's latest; the first row is the header."""
@@ -144,36 +76,6 @@ def round_table(run: Record) -> list[tuple[str, ...]]:
     values = zip(run.rounds, *columns.values(), strict=True)
     rows = [(str(row.round), *(shown(value, run.metric) for value in scores)) for row, *scores in values]
     return _filled([("round", *columns), *rows])
-
-
-def rounds_done(run: Record) -> str:
-    """Number of a run's rounds, and those of its job where it ended early."""
-    done = str(len(run.rounds))
-    return f"{done} of {run.job['rounds']}" if run.ended_early else done
-
-
-def _privacy(run: Record) -> str:
-    """The privacy cost: the highest ε of any board."""
-    settings = run.job.get("privacy")
-    if not settings:
-        return "none"
-    cost = run.epsilon
-    return "no noise" if cost is None else f"ε {cost:.3g} at δ {settings['delta']:g}, {settings['noise']} noise"
-
-
-def _limited(run: Record) -> str:
-    """Number of updates that counted for less than they were, by the settings that limit them."""
-    names = ("move_limit", "weight_limit", "most_samples")
-    values = {name: run.job.get(name, getattr(Job, name)) for name in names}
-    said = ", ".join(f"{name} {value:g}" for name, value in values.items() if value)
-    counts = limited_part(run)
-    return f"{counts} ({said})" if said else counts
-
-
-def limited_part(run: Record) -> str:
-    """Number of updates that limits changed, of all; a dash where updates weren't counted."""
-    limited, updates = run.count_limited
-    return f"{limited:,} of {updates:,}" if updates else "–"
 
 
 _PLAN = ("device", "profile", "trains on", "samples", "density", "bound by", "widths", "parameters", "energy a round")
@@ -254,19 +156,10 @@ def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [tuple(row[i] for i in kept) for row in rows]
 
 
-def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
-    """Summary for a terminal, with the verdicts if the run is judged."""
-    rows = summary(run, reference)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
-    if said := remarks(run):
-        lines += ["", *said]
-    if reference is not None and judged:
-        lines += ["", *map(str, claims(run, reference))]
-    return "\n".join(lines)
+def closing_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
+    """What is to be said below a run's results: caveats, and the verdicts if the run is judged."""
+    verdicts = claims(run, reference) if reference is not None and judged else ()
+    return "\n".join([*remarks(run), *map(str, verdicts)])
 
 
 def run_document(run: Record, reference: Record | None = None, *, judged: bool = True) -> Document:
@@ -282,14 +175,13 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     intro = (
         f"{quantity(len(run.devices), 'device')}, {quantity(run.last.round, 'round')}. "
         + (f"The run {run.ended_early}. " if run.ended_early else "")
-        + f"Figures of {run.metric.title} in the summary are means over the last "
-        f"{quantity(min(TAIL, len(run.rounds)), 'round')}. {_local_note(run)}{_trained_note(run)}"
+        + f"{tail_note(runs)} {_local_note(run)}{_trained_note(run)}"
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
-        "Summary": [table(summary(run, reference)), verdicts],
+        "Summary": [table(final_rows(runs)), verdicts],
         "Learning": [
             Drawing(charts.curves(runs)),
             replace(table(round_table(run)), summary="Scores of each round"),
@@ -331,59 +223,13 @@ def _trained_note(run: Record) -> str:
     return f" Boards trained these shares of the channels: {said}."
 
 
-def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
-    """Write `report.html` and `report.md`; arguments and errors as `run_document`."""
-    document = run_document(run, reference, judged=judged)
-    report = Report(folder / "report.html", folder / "report.md")
-    write_document(document, report.html, report.markdown)
-    return report
-
-
-def write_document(document: Document, page: Path, markdown: Path) -> None:
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(document.to_html(), encoding="utf-8")
-    markdown.write_text(f"{document.to_markdown()}\nCharts are in [{page.name}]({page.name}).\n", encoding="utf-8")
-
-
-_WORDS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
-"""Columns of text; the others hold numbers."""
-
-_DROP_ORDER = {"training TMACs": 3, "rounds": 4}
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """Rows as a table, of which only the first `ROWS` are shown; the first row is the header."""
-    head, body = rows[0], rows[1:]
-    if len(body) > ROWS:
-        body = [*body[:ROWS], (f"and {len(body) - ROWS:,} more", *[""] * (len(head) - 1))]
-    return Table([_column(title) for title in head], body)
-
-
-def _column(title: str) -> Column:
-    """A column; on a narrow terminal the run and its result stay."""
-    if title in _WORDS:
-        return Column(title, wrap=16 if title == "run" else 0)
-    stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
-    return Column(title, right=True, drop=0 if stays else _DROP_ORDER.get(title, 1), wrap=8 if stays else 0)
-
-
-def _part(run: Record) -> str:
-    """Number of devices in a mean, if not all."""
-    measured, all_ = len(run.latest), len(run.devices)
-    return f" ({measured} of {quantity(all_, 'device')})" if measured < all_ else ""
+def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Path:
+    """Write `report.html`, and return it; arguments and errors as `run_document`."""
+    return write_page(run_document(run, reference, judged=judged), folder / "report.html")
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
-
-
-def _over(rounds: int) -> str:
-    return f", last {rounds} rounds" if rounds > 1 else ""
-
-
-def _change(ratio: float) -> str:
-    """Relative change of an amount."""
-    return f"{round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
 
 
 def _percent(value: float) -> str:

@@ -1,0 +1,153 @@
+"""The results of runs as tables: for pages, for the terminal, and as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedprune.core.text import quantity
+from fedprune.output.document import Document, Table
+from fedprune.output.tables import Column
+from fedprune_server.executor.accountant import EPSILON
+from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
+
+TAIL = 5
+"""Rounds in a final mean: single rounds of a small test set are noisy."""
+
+ROWS = 1000
+"""Devices in a table."""
+
+_WORDS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
+"""Columns of text; the others hold numbers."""
+
+_DROP_ORDER = {"training TMACs": 3, "rounds": 4}
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows as a table, of which only the first `ROWS` are shown; the first row is the header."""
+    head, body = rows[0], rows[1:]
+    if len(body) > ROWS:
+        body = [*body[:ROWS], (f"and {len(body) - ROWS:,} more", *[""] * (len(head) - 1))]
+    return Table([_column(title) for title in head], body)
+
+
+def _column(title: str) -> Column:
+    """A column; on a narrow terminal the run and its result stay."""
+    if title in _WORDS:
+        return Column(title, wrap=16 if title == "run" else 0)
+    stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
+    return Column(title, right=True, drop=0 if stays else _DROP_ORDER.get(title, 1), wrap=8 if stays else 0)
+
+
+def final_figures(run: Record) -> dict[str, str | float | None]:
+    """A run's results: bytes, MACs, simulated seconds and privacy cost in all, and measures as means over the last
+    rounds; None where there is no measurement."""
+    kind = run.measure
+    local, whole = run.final(TAIL)
+    best = run.best
+    return {
+        "run": run.title,
+        "model": run.last.model,
+        "rounds": len(run.rounds),
+        "ended_early": run.ended_early or None,
+        "seconds": run.last.at,
+        "bytes_down": run.last.down,
+        "bytes_up": run.last.up,
+        "training_macs": run.macs() or None,
+        f"local_{kind}": finite(local),
+        f"global_{kind}": finite(whole),
+        f"best_global_{kind}": None if best is None else best.metrics[kind],
+        "best_round": None if best is None else best.round,
+        "best_model": None if best is None else best.model,
+        **{f"{kind}_{m}": _tail(run.own_means(f"{kind}_{m}")) for m in also_measured([run])},
+        **{name: _tail(run.measured_values(name)) for name in measured_names([run])},
+        **({EPSILON: run.epsilon, "delta": run.job["privacy"]["delta"]} if run.private else {}),
+        **dict(zip(("updates_limited", "updates"), run.count_limited, strict=True)),
+    }
+
+
+def finite(value: float) -> float | None:
+    """A score as JSON may have it: None where nothing was measured."""
+    return value if math.isfinite(value) else None
+
+
+def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Final results: measures as means over the last rounds, amounts and privacy costs in all; the first row is the
+    header."""
+    kind, metric = runs[0].measure, runs[0].metric
+    private = (EPSILON, "delta") if any(run.private for run in runs) else ()
+    own = [f"{kind}_{m}" for m in also_measured(runs)]
+    names = measured_names(runs)
+    limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
+    head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
+    best = (f"best global {kind} (round)",) if any(len(run.rounds) > 1 for run in runs) else ()
+    rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own), *names, *private, *limits)]
+    for run in runs:
+        found: dict[str, Any] = final_figures(run) | {key: _tail(run.own_means(key)) for key in own}
+        measures = [shown(found.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own, *names)]
+        rows.append(
+            (
+                run.title,
+                rounds_done(run),
+                f"{found['seconds']:,.0f}",
+                *(f"{found[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
+                tera_macs(found["training_macs"]),
+                *measures[:2],
+                *(_best(run) for _ in best),
+                *measures[2:],
+                *("–" if (cost := found.get(key)) is None else f"{cost:.3g}" for key in private),
+                *(limited_part(run) for _ in limits),
+            )
+        )
+    return rows
+
+
+def tail_note(runs: Sequence[Record]) -> str:
+    """Over which rounds the means in `final_rows` are."""
+    rounds = quantity(min(TAIL, max(len(run.rounds) for run in runs)), "round")
+    return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}."
+
+
+def tera_macs(macs: float | None) -> str:
+    return f"{macs / 1e12:.3g}" if macs else "–"
+
+
+def _best(run: Record) -> str:
+    """The best global model's score, and the round that it is of."""
+    best = run.best
+    return "–" if best is None else f"{shown(best.metrics[run.measure], run.metric)} ({best.round})"
+
+
+def rounds_done(run: Record) -> str:
+    """Number of a run's rounds, and those of its job where it ended early."""
+    done = str(len(run.rounds))
+    return f"{done} of {run.job['rounds']}" if run.ended_early else done
+
+
+def limited_part(run: Record) -> str:
+    """Number of updates that limits changed, of all; a dash where updates weren't counted."""
+    limited, updates = run.count_limited
+    return f"{limited:,} of {updates:,}" if updates else "–"
+
+
+def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table, whose first row is the header: fitted to a terminal, as Markdown elsewhere."""
+    if sys.stdout.isatty():
+        table(rows).print()
+    else:
+        print(table(rows).to_markdown())
+
+
+def _tail(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values[-TAIL:] if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def write_page(document: Document, path: Path) -> Path:
+    """Write a document as a self-contained page, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(document.to_html(), encoding="utf-8")
+    return path
