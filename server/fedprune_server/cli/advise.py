@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from fedprune.core.cli import add_json, print_json, whole_number, with_extra
@@ -54,7 +55,7 @@ def _advise(options: argparse.Namespace) -> int:
         from fedprune_server.simulation.sweep import variant_runs
 
         out, plan = output_folder(options.out), read_plan(options.config)
-        variants, job_rounds = choose_variants(options.config, plan), plan.job.rounds
+        (variants, refused), job_rounds = choose_variants(options.config, plan), plan.job.rounds
         rounds = options.rounds or min(ADVISED_ROUNDS, job_rounds)
         seeds = range(plan.job.seed, plan.job.seed + options.seeds)
         # A total is the whole job's: these runs are short by their rounds.
@@ -75,6 +76,7 @@ def _advise(options: argparse.Namespace) -> int:
                 "job_rounds": job_rounds,
                 "seeds": list(seeds),
                 "variants": advice_figures(trials, job_rounds) if trials else [],
+                "refused": [{"variant": name, "why": str(error)} for name, error in refused.items()],
                 "advice": None if advice is None else advice.to_dict(),
                 "runs": [final_figures(record) for record in done],
                 "failed": failure_rows(failed),
@@ -93,5 +95,7 @@ def _advise(options: argparse.Namespace) -> int:
             print("\nPut these lines in place of the job's strategy, codecs and [job.options]:")
             print(f"\n{advice.taken.toml()}")
         print(f"\nReport: {page}")
+    for name, error in refused.items():
+        print(f"{name} is left out: {error}", file=sys.stderr)
     print_remarks(done, failed, out)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)

@@ -13,7 +13,7 @@ from fedprune.core.errors import UsageError
 
 if TYPE_CHECKING:
     from fedprune_server.simulation.results.record import Record
-    from fedprune_server.simulation.runs import RunResult, RunSpec
+    from fedprune_server.simulation.runs import RunEnd, RunSpec
 
 
 def output_folder(out: Path) -> Path:
@@ -25,7 +25,7 @@ def output_folder(out: Path) -> Path:
 
 def carry_out_variants(
     runs: Sequence[RunSpec], out: Path, *, workers: int, ray: bool = False
-) -> tuple[dict[str, list[Record]], list[RunResult]]:
+) -> tuple[dict[str, list[Record]], list[RunEnd]]:
     """Do a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed."""
     from fedprune_server.simulation.results.comparison import read_runs
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
@@ -34,18 +34,18 @@ def carry_out_variants(
 
     with hint_at_continuation(out), SweepDisplay() as display:
         ended = carry_out(simulate_run, runs, out, workers=workers, ray=ray, watch=display.show)
-    done = [run for run, end in zip(runs, ended, strict=True) if end.result is not None]
+    done = [run for run, end in zip(runs, ended, strict=True) if not end.error]
     variants: dict[str, list[Record]] = {}
     for run, record in zip(done, read_runs([out / run.name for run in done]) if done else (), strict=True):
         variants.setdefault(variant_of(run), []).append(record)
-    return variants, [end for end in ended if end.result is None]
+    return variants, [end for end in ended if end.error]
 
 
-def failure_rows(failed: Sequence[RunResult]) -> list[dict[str, str]]:
+def failure_rows(failed: Sequence[RunEnd]) -> list[dict[str, str]]:
     return [{"run": run.name, "error": run.error.splitlines()[-1]} for run in failed]
 
 
-def print_remarks(records: Sequence[Record], failed: Sequence[RunResult], out: Path) -> None:
+def print_remarks(records: Sequence[Record], failed: Sequence[RunEnd], out: Path) -> None:
     """Print caveats about runs, and why some failed, on stderr."""
     from fedprune_server.simulation.results.report import remarks
     from fedprune_server.simulation.runs import FAILED

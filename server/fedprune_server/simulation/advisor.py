@@ -65,12 +65,12 @@ class Variant:
         return "\n".join([*lines, *(f"{key} = {brief(value)}" for key, value in options.items())])
 
 
-def choose_variants(path: Path, plan: Plan) -> list[Variant]:
-    """The variants of a `fleet.toml`'s job, of those that come to the same only the first.
-
-    Raises `ConfigError` if the job's other settings refuse one.
+def choose_variants(path: Path, plan: Plan) -> tuple[list[Variant], dict[str, ConfigError]]:
+    """The variants of a `fleet.toml`'s job, of those that come to the same only the first; and those that the job's
+    other settings refuse. Raises `ConfigError` if that is all of them.
     """
     variants: list[Variant] = []
+    refused: dict[str, ConfigError] = {}
     trained_alike = set()
     trained_before = not just_made(plan.model.architecture, plan.model.tensors)
     for name, job in _JOBS.items():
@@ -81,14 +81,17 @@ def choose_variants(path: Path, plan: Plan) -> list[Variant]:
             strategy = compose(settled)
             devices = _planned_devices(settled, strategy, plan)
         except ConfigError as error:
-            raise error.named(f"{error.what}, in the variant {name}") from error
+            refused[name] = error
+            continue
         if strategy.core is None:
             misfit = _misfit(devices)
             variants.append(Variant(name, {**changes, **_UNLIMITED} if misfit else changes, misfit))
         elif (training := _training(strategy, devices, trained_before=trained_before)) not in trained_alike:
             trained_alike.add(training)
             variants.append(Variant(name, changes))
-    return variants
+    if not variants:
+        raise next(iter(refused.values()))
+    return variants, refused
 
 
 def _planned_devices(job: Job, strategy: Strategy, plan: Plan) -> dict[str, Device]:

@@ -44,13 +44,11 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """The result of a run, or None and the reason of its failure; and its duration."""
+class RunEnd:
+    """How a run ended: the reason of its failure, or an empty text."""
 
     name: str
-    result: dict[str, Any] | None
     error: str = ""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class RunStatus:
 Progress = Callable[[float, str], None]
 """Takes a run's finished share and a note for the display."""
 
-RunFunction = Callable[[RunSpec, Path, Progress], Mapping[str, Any]]
-"""Does a run in a folder and returns its result as JSON types; a module-level function that other processes import."""
+RunFunction = Callable[[RunSpec, Path, Progress], None]
+"""Does a run in a folder; a module-level function that other processes import."""
 
 Watch = Callable[[Sequence[RunStatus]], None]
 
@@ -85,7 +83,7 @@ def carry_out(
     workers: int = 1,
     ray: bool = False,
     watch: Watch | None = None,
-) -> list[RunResult]:
+) -> list[RunEnd]:
     """Do runs, each in a process of its own.
 
     Args:
@@ -94,7 +92,7 @@ def carry_out(
         watch: Called periodically with the status of all runs.
 
     Returns:
-        The results, in the order of `runs`.
+        How they ended, in the order of `runs`.
 
     Raises:
         ConfigError: Two runs have the same name.
@@ -113,8 +111,8 @@ def carry_out(
 
 def _carried_out(
     work: RunFunction, runs: Sequence[RunSpec], out: Path, workers: int, ray: bool, watch: Watch | None
-) -> list[RunResult]:
-    open_runs = [r for r in runs if _finished(r, out / r.name) is None]
+) -> list[RunEnd]:
+    open_runs = [r for r in runs if not _is_finished(r, out / r.name)]
     for run in open_runs:
         with storage_errors(f"can't write {out / run.name}"):
             (out / run.name).mkdir(parents=True, exist_ok=True)
@@ -174,7 +172,7 @@ class RayTasks(TaskPool[RunFunction]):
 def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
     """Do one run in a process of its own; write its result, or the reason of its failure."""
     folder = out / run.name
-    began = last = time.monotonic()
+    last = time.monotonic()
 
     def report(share: float, note: str) -> None:
         nonlocal last
@@ -183,39 +181,38 @@ def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
             write_whole(folder / PROGRESS, json.dumps({"share": share, "note": note}).encode())
 
     try:
-        result = dict(work(run, folder, report))
-        body = {"settings": dict(run.settings), "result": result, "seconds": time.monotonic() - began}
+        work(run, folder, report)
+        body = {"settings": dict(run.settings)}
         write_whole(folder / DONE, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not end other runs
         text = str(error) if isinstance(error, FedpruneError) else traceback.format_exc()
         write_whole(folder / FAILED, f"{type(error).__name__}: {text}\n".encode())
 
 
-def _finished(run: RunSpec, folder: Path) -> dict[str, Any] | None:
+def _is_finished(run: RunSpec, folder: Path) -> bool:
+    """Whether a run was done. Raises `StorageError` if it was one with other settings."""
     path = folder / DONE
     try:
-        body = json.loads(path.read_bytes())
-        settings, result = body["settings"], dict(body["result"])
+        stored = json.loads(path.read_bytes())["settings"]
     except FileNotFoundError:
-        return None
+        return False
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path} can't be read ({type(error).__name__}: {error})", hint="Delete it.") from error
     given = json.loads(json.dumps(dict(run.settings)))
-    if settings != given:
+    if stored != given:
         raise StorageError(
             f"{folder} holds a run with other settings",
-            got=differences(settings, given),
+            got=differences(stored, given),
             hint=f"Take another folder or another name, or delete {folder} to run it again.",
         )
-    return {"result": result, "seconds": float(body["seconds"])}
+    return True
 
 
-def _ended(run: RunSpec, out: Path) -> RunResult:
-    found = _finished(run, out / run.name)
-    if found is not None:
-        return RunResult(run.name, found["result"], "", found["seconds"])
+def _ended(run: RunSpec, out: Path) -> RunEnd:
+    if _is_finished(run, out / run.name):
+        return RunEnd(run.name)
     failed = out / run.name / FAILED
-    return RunResult(run.name, None, failed.read_text().strip() if failed.exists() else "it was not done")
+    return RunEnd(run.name, failed.read_text().strip() if failed.exists() else "it was not done")
 
 
 def _status(run: RunSpec, out: Path, task: Future[None] | None) -> RunStatus:

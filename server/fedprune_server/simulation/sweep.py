@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,22 +72,23 @@ def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], whe
         ConfigError: A key is missing, unknown or wrong, or two runs have the same name.
     """
     inputs = _Inputs(config)
-    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(row, seeds, inputs, f"{where} {number}")]
+    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, inputs, where)]
     names = [r.name for r in runs]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(where, expected="another name or seed for each", got=f"{twice[0]!r} twice")
     return runs
 
 
-def _variant_runs(row: object, common: Sequence[int], inputs: _Inputs, where: str) -> list[RunSpec]:
-    """A variant's runs, one for each seed."""
+def _variant_runs(number: int, row: object, common: Sequence[int], inputs: _Inputs, where: str) -> list[RunSpec]:
+    """A variant's runs, one for each seed; errors call the variant by its name as soon as it has one."""
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
-        raise ConfigError(f"{where}: name", expected="a text", got=shown(row))
+        raise ConfigError(f"{where} {number}: name", expected="a text", got=shown(row))
+    where = f"{where} {row['name']}"
     changes = {k: v for k, v in row.items() if k not in _RUN_KEYS}
     for key, value in changes.items():
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
-    _check_changes(inputs.config, changes, f"{where.rpartition(' ')[0]} {row['name']}")
+    _check_changes(inputs.config, changes, where)
     seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
     # The files' digest is a setting, too: results of files that were edited since are another run's.
     settings = {"config": str(inputs.config), "files": inputs.digest(changes), "changes": changes}
@@ -175,7 +175,7 @@ def _seeds(value: object, where: str) -> list[int]:
     return list(value)
 
 
-def simulate_run(run: RunSpec, folder: Path, report: Progress) -> dict[str, Any]:
+def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
     """Simulate one run of a sweep from its last saved state, and write its report. Raises `FedpruneError` as
     `simulated_fleet.read_plan` and `run_folder.simulate`."""
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
@@ -192,5 +192,3 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> dict[str, Any]
     with tracked(plan.track, plan, folder) as track:
         record = simulate(plan, folder, progress, begun=track)
     write_report(folder, record)
-    local, whole = (None if math.isnan(v) else v for v in record.final())
-    return {"rounds": len(record.rounds), f"own_{record.measure}": local, f"global_{record.measure}": whole}

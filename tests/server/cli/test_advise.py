@@ -13,7 +13,7 @@ from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation import runs as simulated_runs
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.runs import RunResult
+from fedprune_server.simulation.runs import RunEnd
 from fedprune_server.simulation.starter import STARTERS, StarterBoard, write_starter
 
 PI = "raspberry-pi-4b"
@@ -35,8 +35,9 @@ def fleet_of(folder, boards, rounds=12, **recipe):
 def advised(tmp_path, monkeypatch, capsys):
     """Gives advice on runs of these curves of the global model, by variant and seed, instead of training."""
 
-    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, **recipe):
+    def curves_of(boards, curves, *arguments, usual=(0.5,), sent=None, more="", **recipe):
         path = fleet_of(tmp_path / "fleet", boards, **recipe)
+        path.write_text(path.read_text() + more)
 
         job = read_plan(path).job.to_dict()
 
@@ -50,7 +51,7 @@ def advised(tmp_path, monkeypatch, capsys):
                 ]
                 (out / run.name).mkdir(parents=True, exist_ok=True)
                 Record(run.name, job, (), (), tuple(rows)).save(out / run.name / "metrics.json")
-            return [RunResult(run.name, {}) for run in runs]
+            return [RunEnd(run.name) for run in runs]
 
         metric = recipe.get("metric", "accuracy")
         monkeypatch.setattr(simulated_runs, "carry_out", finished)
@@ -63,7 +64,9 @@ def advised(tmp_path, monkeypatch, capsys):
 
 def test_figures_are_those_of_runs_on_the_fleet_and_lines_are_those_of_the_best(tmp_path, monkeypatch, capsys):
     def carry_out(work, runs, out, **_):
-        return [RunResult(run.name, dict(work(run, out / run.name, lambda *_: None))) for run in runs]
+        for run in runs:
+            work(run, out / run.name, lambda *_: None)
+        return [RunEnd(run.name) for run in runs]
 
     monkeypatch.setattr(simulated_runs, "carry_out", carry_out)
     path, out = fleet_of(tmp_path / "fleet", STARTERS[:2], rounds=1, max_steps=1), tmp_path / "out"
@@ -151,3 +154,12 @@ def test_advice_is_doubted_where_a_job_goes_on_and_another_variant_rises(advised
 def test_one_seed_and_one_round_are_said_to_be_too_few(advised):
     advice = advised(WIDE, {}, "--rounds", "1", "--seeds", "1")["advice"]
     assert len(advice["doubts"]) == 2
+
+
+def test_a_variant_that_the_jobs_settings_refuse_is_left_out_and_said(advised):
+    private = '\n[job.privacy]\nclip = 1.0\nnoise_multiplier = 1.0\nnoise = "shared"\nboards = 1\n'
+    advice = advised(WIDE, {"fedavg": [(0.9,), (0.9,)]}, rounds=1, more=private)
+    assert [row["variant"] for row in advice["variants"]] == ["fedavg"]
+    assert [row["variant"] for row in advice["refused"]] == ["fedavg-int8", "fedprune", "fedprune-core", "one-width"]
+    assert all("compression" in row["why"] for row in advice["refused"])
+    assert advice["advice"]["taken"]["variant"] == "fedavg"

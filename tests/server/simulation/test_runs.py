@@ -62,10 +62,10 @@ def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
     one = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
     seen: list[list[RunStatus]] = []
     two = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: seen.append(list(s)))
-    assert [(e.name, e.result, e.error.splitlines()[-1:]) for e in one] == [
-        (e.name, e.result, e.error.splitlines()[-1:]) for e in two
-    ]
-    assert [e.result is None for e in one] == [False] * 3 + [True] * 3
+    assert [(e.name, e.error.splitlines()[-1:]) for e in one] == [(e.name, e.error.splitlines()[-1:]) for e in two]
+    assert [bool(e.error) for e in one] == [False] * 3 + [True] * 3
+    numbers = [[(tmp_path / out / run.name / "numbers.json").read_text() for run in RUNS] for out in ("one", "two")]
+    assert numbers[0] == numbers[1]
     assert "no device can take part. Try another." in one[3].error
     assert "ZeroDivisionError: by nothing" in one[4].error
     assert "exit code -9" in one[5].error
@@ -90,7 +90,7 @@ def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="another command"):
             carry_out(drawn, RUNS, tmp_path)
 
-    assert all(e.result for e in carry_out(drawn, RUNS[:1], tmp_path, watch=watch))
+    assert not any(e.error for e in carry_out(drawn, RUNS[:1], tmp_path, watch=watch))
     assert (tmp_path / RUNS[0].name / "calls").read_text() == "x"
 
 
@@ -172,6 +172,7 @@ def test_a_variant_s_mistake_is_named_before_the_first_run(
         ('config = "fleet.toml"', 'config = "none.toml"', "config"),
         ("seeds = [3, 4]", "seeds = []", "seeds"),
         ("seeds = [3, 4]", "sseds = [1]", "sseds"),
+        ("seeds = [3]", "seeds = 3", r"\[\[runs\]\] long: seeds"),
         ('name = "quarter"', 'name = "long"', "sweep.toml.*'long-3' twice"),
     ],
 )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fedprune.core.errors import PlanError
 from fedprune.core.rng import keyed
 from fedprune_server.simulation.runs import Progress, RunSpec
 
 
-def drawn(run: RunSpec, folder: Path, report: Progress) -> Mapping[str, Any]:
+def drawn(run: RunSpec, folder: Path, report: Progress) -> None:
     """Draws numbers, or fails in the way that the settings say; counts how often it was called."""
     calls = folder / "calls"
     calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
@@ -26,4 +25,4 @@ def drawn(run: RunSpec, folder: Path, report: Progress) -> Mapping[str, Any]:
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     numbers = keyed(run.settings["seed"], run.name).standard_normal(3)
-    return {"numbers": numbers.tolist()}
+    (folder / "numbers.json").write_text(json.dumps(numbers.tolist()))
