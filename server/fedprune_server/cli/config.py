@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json
+from fedprune.core.cli import add_json, print_json
 from fedprune_server.cli.run import configured, run_options
 from fedprune_server.config.alert_settings import shown_url
 from fedprune_server.config.layers import brief, masked, origin
@@ -37,7 +36,7 @@ def _show(arguments: argparse.Namespace) -> None:
     found = configured(arguments)
     rows = [row for row in _rows(found) if arguments.all or arguments.json or row["from"] != _DEFAULT]
     if arguments.json:
-        print(json.dumps(rows, indent=2, sort_keys=True))
+        print_json(rows)
         return
 
     table = ""

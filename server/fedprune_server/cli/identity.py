@@ -288,7 +288,7 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
         near = meant(arguments.device, {d.device for d in identity.store.devices()})
         raise JoinError(f"no device {arguments.device}{near}", hint="See `fedprune-server devices`.")
     if arguments.json:
-        print(json.dumps(rows, indent=2, sort_keys=True))
+        print_json(rows)
         return
     for row in rows:
         print(f"{row['device']:<24} {row['status']:<9} {row['key']}")

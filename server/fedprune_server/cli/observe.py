@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.core.cli import add_json, seconds, whole_number
+from fedprune.core.cli import add_json, print_json, seconds, whole_number
 from fedprune.core.errors import ExitCode, FedpruneError, JoinError, meant
 from fedprune.core.text import amount, sentences
 from fedprune.output.tables import print_verdicts
@@ -126,7 +126,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = diagnose(arguments.state, arguments.timeout)
     wrong = sum(f.wrong for f in findings)
     if arguments.json:
-        print(json.dumps({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]}, indent=2))
+        print_json({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]})
     else:
         for finding in findings:
             print_verdicts(str(finding))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json
+from fedprune.core.cli import add_json, print_json
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError, StorageError, UsageError
 from fedprune.wire.topics import as_name
@@ -151,8 +150,7 @@ def _list(arguments: argparse.Namespace) -> None:
     with _Opened(arguments.state) as accounts:
         found = accounts.list()
     if arguments.json:
-        rows = [{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in found]
-        print(json.dumps(rows, indent=2))
+        print_json([{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in found])
         return
     for operator in found:
         made = datetime.fromtimestamp(operator.made_at, timezone.utc)

@@ -6,7 +6,6 @@ It only reads and writes the state folder; the server that runs on it does the r
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import add_json, options_of, whole_number
+from fedprune.core.cli import add_json, options_of, print_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity, some
@@ -168,13 +167,13 @@ def _status(arguments: argparse.Namespace) -> None:
 def _print_latest(arguments: argparse.Namespace) -> None:
     """The latest rollout as JSON; null without one."""
     entry = next(reversed(_entries(arguments)), None)
-    print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
+    print_json(None if entry is None else _body(entry))
 
 
 def _list(arguments: argparse.Namespace) -> None:
     entries = _entries(arguments)[::-1]
     if arguments.json:
-        print(json.dumps([_body(e) for e in entries], indent=2, sort_keys=True))
+        print_json([_body(e) for e in entries])
         return
     rows = []
     for entry in entries:

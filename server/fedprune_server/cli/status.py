@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination.job_end import early_end
-from fedprune.core.cli import add_json, whole_number
+from fedprune.core.cli import add_json, print_json, whole_number
 from fedprune.core.disk import held
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity, sentences
@@ -56,7 +55,7 @@ def _status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         for job in (body, *body.get("jobs", [])):
             job["rounds"] = job["rounds"][-(arguments.rounds or len(job["rounds"])) :]
-        print(json.dumps(body, indent=2, sort_keys=True))
+        print_json(body)
     else:
         print(describe(body, arguments.rounds or LATEST))
 

@@ -37,33 +37,32 @@ def problems(draw):
     return rows, labels, devices, draw(st.integers(0, 3))
 
 
-@given(problems(), st.sampled_from([0.0, 0.7]))
-def test_iid(problem, spread):
+@given(problems())
+def test_iid(problem):
     rows, _, devices, seed = problem
     if not len(rows):
         return
-    hands = partition.iid(rows, devices, seed=seed, spread=spread)
+    hands = partition.iid(rows, devices, seed=seed)
     sizes = [len(h) for h in hands]
     assert covers(hands, rows)
     assert min(sizes) >= 1
-    if not spread:
-        assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) - min(sizes) <= 1
 
 
 @settings(max_examples=25)
-@given(problems(), st.sampled_from([0.001, 0.1, 1.0, 100.0]), st.booleans(), st.integers(0, 8))
-def test_dirichlet(problem, alpha, balance, least):
+@given(problems(), st.sampled_from([0.001, 0.1, 1.0, 100.0]), st.integers(0, 8))
+def test_dirichlet(problem, alpha, least):
     rows, labels, devices, seed = problem
     least = min(least, len(rows) // devices)
     if not len(rows):
         return
-    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, least=least, balance=balance)
+    hands = partition.dirichlet(rows, labels, devices, alpha=alpha, seed=seed, least=least)
     assert covers(hands, rows)
     assert min(map(len, hands)) >= least
 
 
-@given(problems(), st.integers(1, 4), st.sampled_from([0.0, 0.7]))
-def test_pathological(problem, classes, spread):
+@given(problems(), st.integers(1, 4))
+def test_pathological(problem, classes):
     rows, labels, devices, seed = problem
     if not len(rows):
         return
@@ -75,7 +74,7 @@ def test_pathological(problem, classes, spread):
         return
     if counts.min() < -(-devices * classes // len(present)):
         return  # a class may be too small for its holders
-    hands = partition.pathological(rows, labels, devices, classes=classes, seed=seed, spread=spread)
+    hands = partition.pathological(rows, labels, devices, classes=classes, seed=seed)
     assert covers(hands, rows)
     assert {len(np.unique(labels[h])) for h in hands} == {classes}
     holders = [sum(int(c) in labels[h] for h in hands) for c in present]
@@ -116,15 +115,6 @@ def test_dirichlet_shares_follow_alpha():
         )
         expected = 9 / (100 * (10 * alpha + 1))
         assert np.var(shares / 1000) == pytest.approx(expected, rel=0.15)
-
-
-def test_balance_makes_sizes_more_alike():
-    labels = shuffled([600] * 10)
-    plain, balanced = (
-        [len(h) for h in partition.dirichlet(np.arange(6000), labels, 20, alpha=0.1, seed=3, least=1, balance=b)]
-        for b in (False, True)
-    )
-    assert np.std(balanced) < np.std(plain)
 
 
 @pytest.mark.parametrize(

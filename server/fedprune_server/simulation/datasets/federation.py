@@ -292,9 +292,7 @@ class DataPlan:
     )
     alpha: float = setting(0.5, "Concentration of the Dirichlet shares.", within=(0, math.inf), above=True)
     least: int = setting(10, "Minimum samples per device (dirichlet).", within=(1, 10**6))
-    balance: bool = setting(False, "Whether a device with a fair share gets no further classes (dirichlet).")
     classes: int = setting(2, "Classes per device (pathological).", within=(1, 10**6))
-    spread: float = setting(0.0, "Parts are proportional to exp(spread · normal) (iid, pathological).", within=(0, 10))
     most: int = setting(0, "Samples to use, at random; 0 for all.", within=(0, 10**9))
     pooled: bool = setting(
         True, "Whether the data set's own test samples are split with the others; if not, the server gets them."
@@ -388,16 +386,12 @@ class DataPlan:
 
     def _hands(self, samples: Samples, rows: Rows, seed: int) -> list[Rows]:
         if self.partition == "iid":
-            return partition.iid(rows, self.devices, seed=seed, spread=self.spread)
+            return partition.iid(rows, self.devices, seed=seed)
         if self.partition == "owners" and samples.owners is not None:
             return partition.by_owner(rows, samples.owners, self.devices, seed=seed)
         if self.partition == "pathological":
-            return partition.pathological(
-                rows, samples.labels, self.devices, classes=self.classes, seed=seed, spread=self.spread
-            )
-        return partition.dirichlet(
-            rows, samples.labels, self.devices, alpha=self.alpha, seed=seed, least=self.least, balance=self.balance
-        )
+            return partition.pathological(rows, samples.labels, self.devices, classes=self.classes, seed=seed)
+        return partition.dirichlet(rows, samples.labels, self.devices, alpha=self.alpha, seed=seed, least=self.least)
 
     def _names(self, samples: Samples, rows: Rows, devices: int) -> list[str]:
         """The owners' names if each device is one owner and the names are valid for devices."""

@@ -21,18 +21,11 @@ Labels = npt.NDArray[np.int64]
 _TRIES = 100
 
 
-def iid(rows: Rows, devices: int, *, seed: int, spread: float = 0.0) -> list[Rows]:
-    """Random rows.
-
-    Args:
-        spread: 0 for sizes that differ by one at most; else sizes are proportional to exp(spread · normal).
-
-    Raises:
-        DataError: There are more devices than rows.
-    """
+def iid(rows: Rows, devices: int, *, seed: int) -> list[Rows]:
+    """Random rows, of sizes that differ by one at most. Raises `DataError` if there are more devices than rows."""
     _check(rows, devices)
     order = rows[keyed(seed, "iid", "order").permutation(len(rows))]
-    return _sorted(np.split(order, _cuts(len(rows), _sizes(devices, spread, seed, "iid"), 1)))
+    return _sorted(np.split(order, _cuts(len(rows), _equal(devices), 1)))
 
 
 def dirichlet(
@@ -43,7 +36,6 @@ def dirichlet(
     alpha: float,
     seed: int,
     least: int = 10,
-    balance: bool = False,
 ) -> list[Rows]:
     """Of every class, each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335).
 
@@ -53,7 +45,6 @@ def dirichlet(
     Args:
         alpha: Concentration: the smaller, the more uneven the split.
         least: Minimum samples per device.
-        balance: Whether a device that has a fair share gets no further classes (as in PFLlib), which evens out sizes.
 
     Raises:
         DataError: alpha is not above 0, or there are too few rows.
@@ -65,36 +56,26 @@ def dirichlet(
     present = np.unique(own)
     hands: list[Rows] = []
     for attempt in range(_TRIES):
-        counts = np.zeros(devices, np.int64)
         parts: list[list[Rows]] = [[] for _ in range(devices)]
         for label in present:
             rng = keyed(seed, "dirichlet", attempt, int(label))
             pool = rng.permutation(rows[own == label])
-            shares = _shares(rng, devices, alpha)
-            if balance:
-                open_ = counts < len(rows) / devices
-                shares = shares * open_
-                shares = shares / shares.sum() if shares.sum() > 0 else open_ / open_.sum()
-            pieces = np.split(pool, _cuts(len(pool), shares))
+            pieces = np.split(pool, _cuts(len(pool), _shares(rng, devices, alpha)))
             for device, piece in enumerate(pieces):
                 parts[device].append(piece)
-                counts[device] += len(piece)
         hands = [np.concatenate(p) for p in parts]
-        if counts.min() >= least:
+        if min(map(len, hands)) >= least:
             return _sorted(hands)
     return _sorted(_mended(hands, labels, least, keyed(seed, "dirichlet", "mend")))
 
 
-def pathological(
-    rows: Rows, labels: Labels, devices: int, *, classes: int, seed: int, spread: float = 0.0
-) -> list[Rows]:
+def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed: int) -> list[Rows]:
     """Every device sees samples of `classes` different classes (McMahan et al., arXiv:1602.05629).
 
     Every class goes to the same number of devices, plus or minus one, and is split evenly among them.
 
     Args:
         classes: Classes per device.
-        spread: 0 to split a class evenly; else parts are proportional to exp(spread · normal).
 
     Raises:
         DataError: There are fewer classes, a class would go to no device, or a class has too few samples.
@@ -118,8 +99,7 @@ def pathological(
         who = [d for d in range(devices) if number in holders[d]]
         if len(pool) < len(who):
             raise DataError(f"samples of class {int(label)}", expected=f"at least {len(who)}", got=len(pool))
-        sizes = _sizes(len(who), spread, seed, "pathological", int(label))
-        for device, piece in zip(who, np.split(pool, _cuts(len(pool), sizes, 1)), strict=True):
+        for device, piece in zip(who, np.split(pool, _cuts(len(pool), _equal(len(who)), 1)), strict=True):
             parts[device].append(piece)
     return _sorted([np.concatenate(p) for p in parts])
 
@@ -203,11 +183,8 @@ def _sorted(parts: Sequence[Rows]) -> list[Rows]:
     return [np.sort(part) for part in parts]
 
 
-def _sizes(parts: int, spread: float, seed: int, *key: object) -> npt.NDArray[np.float64]:
-    if not 0 <= spread <= 10:
-        raise DataError("spread of sizes", expected="a number from 0 to 10", got=spread)
-    weights = np.exp(spread * keyed(seed, *key, "sizes").standard_normal(parts)) if spread else np.ones(parts)
-    return np.asarray(weights / weights.sum())
+def _equal(parts: int) -> npt.NDArray[np.float64]:
+    return np.full(parts, 1.0 / parts)
 
 
 def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
