@@ -397,7 +397,6 @@ def _console(
         folder=str(config.state.resolve()),
         certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
         key=None if config.console_key is None else str(config.console_key.resolve()),
-        insecure=config.console_insecure,
         orders=config.console_orders,
         hosts=config.own_hosts,
         proxied=config.console_proxy,

@@ -191,7 +191,7 @@ class JobRunner:
         """Its model's architecture, and the blobs that are available without waiting."""
         self._snapshots = SnapshotMaker(
             job.job, job.state, self.registry, self._uploads, self._executor, self.outbox,
-            weight=job.weight, schedule=self._schedule, clock=self._steady, members=services.members,
+            schedule=self._schedule, clock=self._steady, members=services.members,
         )  # fmt: skip
 
     # The loop's turn.

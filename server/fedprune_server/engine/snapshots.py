@@ -44,13 +44,12 @@ class SnapshotMaker:
         executor: BackgroundExecutor,
         outbox: Outbox,
         *,
-        weight: float,
         schedule: Schedule,
         clock: Callable[[], float],
         members: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self._job, self._state, self._registry, self._uploads = job, state, registry, uploads
-        self._executor, self._outbox, self._weight, self._clock = executor, outbox, weight, clock
+        self._executor, self._outbox, self._clock = executor, outbox, clock
         self._schedule, self._members = schedule, members
         self._revoked: tuple[Collection[str] | None, Collection[str]] = None, ()
 
@@ -61,7 +60,6 @@ class SnapshotMaker:
             name=job.name,
             strategy=job.strategy,
             judged_by=job.recipe.judged_by,
-            weight=self._weight,
             rounds=job.rounds,
             min_devices=job.devices,
             is_asynchronous=schedule.asynchronous,

@@ -97,7 +97,7 @@ class RoundRow:
     @property
     def active_macs(self) -> int:
         """Training MACs whose weight an element mask leaves active, since the previous round."""
-        return sum(spent[-1] for spent in self.spent.values())  # earlier records end with all MACs
+        return sum(spent[3] for spent in self.spent.values())
 
 
 def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:

@@ -120,7 +120,6 @@ class JobSnapshot:
     Attributes:
         strategy: The strategy's name.
         judged_by: The metric by which its models are judged.
-        weight: Its weight in sharing devices with other jobs.
         is_asynchronous: Whether rounds end without waiting for those who were asked in them.
         closes_early: Whether rounds close before all devices are done, on purpose.
         min_devices: Boards with which a round begins.
@@ -152,7 +151,6 @@ class JobSnapshot:
     name: str
     strategy: str = ""
     judged_by: str = "accuracy"
-    weight: float = 1.0
     is_asynchronous: bool = False
     closes_early: bool = False
     rounds: int = 0

@@ -152,16 +152,19 @@ class RolloutCoordinator:
             if orders != self._orders:
                 self._orders = orders
                 self._look()
+            # What looks at every board has its time once a second: the loop turns far more often.
             if self._entry is not None and self._members is not None:
                 members = self._members()
                 self.without([board for board in self._entry.rollout.boards if board not in members])
-        entry = self._entry
-        if entry is not None and self._now() >= self._wake_time:
-            self._do(entry, lambda r, at: r.tick(at))
-        if entry is not None:
-            for device in entry.rollout.given:
-                if now >= self._heard_at.get(device, 0.0) + _AGAIN_S:
-                    self._offer(entry, device)
+            if self._entry is not None:
+                self._offer_again(self._entry, now)
+        if self._entry is not None and self._now() >= self._wake_time:
+            self._do(self._entry, lambda r, at: r.tick(at))
+
+    def _offer_again(self, entry: RolloutEntry, now: float) -> None:
+        for device in entry.rollout.given:
+            if now >= self._heard_at.get(device, 0.0) + _AGAIN_S:
+                self._offer(entry, device)
 
     def _look(self) -> None:
         """Take in what the command line has written. The last rollout replaces the others."""

@@ -45,7 +45,6 @@ class ConsoleSettings:
     folder: str
     certificate: str | None
     key: str | None
-    insecure: bool
     orders: str
     hosts: tuple[str, ...]
     proxied: bool

@@ -240,17 +240,6 @@ def test_ten_thousand_boards_come_back_at_once(clock: Clock) -> None:
     assert quarantine.news() is None
 
 
-def test_a_retry_storm_is_heard(quarantine: Quarantine, clock: Clock) -> None:
-    """Nothing gets through to the board for an hour: it asks again with doubling patience, for every leaf by itself."""
-    patience, until = 5.0, clock.now + 3600
-    while clock.now < until:
-        assert heard(quarantine, "a", 32 * 4) == 32 * 4
-        assert heard(quarantine, "a", int(patience)) == int(patience)  # progress, once a second
-        clock.now += patience
-        patience = min(2 * patience, 120.0)
-    assert quarantine.news() is None
-
-
 # --- in the daemon
 
 

@@ -327,18 +327,6 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytes
     assert kinds(broker_findings(tmp_path, server | {"max_packet": 50_000})) == set()
 
 
-def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hangs:
-        def __init__(self, url: str) -> None:
-            time.sleep(5)
-
-    monkeypatch.setattr(doctor, "Bucket", Hangs)
-    assert kinds(doctor.check_bucket(CheckedSite(folder=tmp_path, settings={"blobs": "s3://b/p"}, timeout_s=0.05))) == {
-        "bucket"
-    }
-    assert kinds(doctor.check_bucket(CheckedSite(folder=tmp_path))) == set()
-
-
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
     with locked(folder / "lock", "busy", "wait"):

@@ -217,26 +217,6 @@ def test_a_board_is_away_once_two_rounds_have_ended_without_it_until_it_is_back(
     assert away(3, replace(seen, devices=boards("ab", "cd")), DevicesChanged(frozenset("b"))) == {}
 
 
-def test_what_another_job_misses_is_no_absence_here_nor_where_none_is_watched_for() -> None:
-    seen = replace(SEEN, devices=boards(offline="a"), fleet=FleetSnapshot())
-    before = {"a": NOW - DAY, "elsewhere": NOW - DAY}
-    for rounds, missing in ((0, {}), (2, {"a": NOW - DAY})):
-        watch = Participation(seen, rounds, before, lambda: NOW)
-        watch.look()
-        assert {name: reason.since for name, reason in watch.absences().items()} == missing
-
-
-def test_an_absence_begins_after_the_last_round_that_ended_with_the_board_connected() -> None:
-    now = [NOW]
-    seen = replace(SEEN, devices=boards(offline="a"))
-    watch = Participation(seen, 2, {}, lambda: now[0])
-    watch.look()
-    for connected in ("a", "", ""):
-        now[0] += 60
-        show(watch, ROUND, seen=seen, fleet=FleetSnapshot(connected=connected))
-    assert watch.absences()["a"].since == NOW + 60
-
-
 def test_a_revoked_board_is_missed_in_no_paused_job() -> None:
     clones = {"a": "it has two voices", "b": "it has two voices"}
     seen = replace(SEEN, paused=True, revoked=("b",), clones=clones)

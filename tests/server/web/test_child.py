@@ -31,7 +31,7 @@ from support.waiting import until
 
 
 def settings(folder: Path) -> ConsoleSettings:
-    return ConsoleSettings("127.0.0.1", 0, str(folder), None, None, False, "all", (), False, os.getpid())
+    return ConsoleSettings("127.0.0.1", 0, str(folder), None, None, "all", (), False, os.getpid())
 
 
 def fetched(url: str) -> tuple[int, Any]:

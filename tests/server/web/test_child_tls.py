@@ -35,7 +35,7 @@ from support.waiting import until
 
 def settings(folder: Path, certificate: Path, key: Path) -> ConsoleSettings:
     tls = (str(certificate), str(key))
-    return ConsoleSettings("127.0.0.1", 0, str(folder), *tls, False, "all", (), False, os.getpid())
+    return ConsoleSettings("127.0.0.1", 0, str(folder), *tls, "all", (), False, os.getpid())
 
 
 @pytest.mark.system

@@ -60,12 +60,6 @@ def test_a_map_shows_the_channels_that_are_held_and_no_other(bits: list[bool]) -
     assert {c for p in said for c in range(int(p[0]), int(p[-1]) + 1)} == {i for i, b in enumerate(bits) if b}
 
 
-@pytest.mark.parametrize("which", [None, "", "ff", "0000"])
-def test_a_map_that_does_not_fit_shows_how_many(which: str | None) -> None:
-    drawn = channels("g", 3, 16, which)
-    assert (drawn.known, drawn.path, drawn.words) == (False, "M0 0h3v1h-3z", "")
-
-
 def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()

@@ -278,23 +278,6 @@ def test_approving_a_board_that_waits(opened: Open, console: ServedConsole) -> N
     assert (order.device, order.key, order.operator) == ("board-0013", "ab12-cd34-ef56-7890", "operator")
 
 
-def test_a_click_before_the_scripts_are_there_is_not_lost(opened: Open) -> None:
-    page = opened("/")
-    held: list[sync_api.Route] = []
-    page.route("**/static/console.js", lambda route: held.append(route))
-    page.goto("/rollouts", wait_until="commit")
-    button = page.get_by_role("button", name="Start a rollout")
-    expect(button).to_be_visible()
-    while not held:
-        page.wait_for_timeout(20)
-    with pytest.raises(sync_api.TimeoutError):
-        button.click(timeout=700)
-    (script,) = held
-    script.continue_()
-    button.click()
-    expect(page.get_by_role("dialog")).to_be_visible()
-
-
 def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: ServedConsole) -> None:
     page = opened("/devices/board-0008")
     page.get_by_role("button", name="Revoke").click()
@@ -410,26 +393,6 @@ def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
     expect(page.locator("#live")).to_have_text("live")
 
 
-def test_an_answer_from_before_the_loss_does_not_hide_it(opened: Open, console: ServedConsole) -> None:
-    page = opened("/fleet?q=board-0003")
-    drawn = page.content()
-    held: list[sync_api.Route] = []
-    page.route("**/fleet?*", lambda route: held.append(route))
-    console.write(rows={"board-0003": status.encoded(console.fleet.rows["board-0003"] | {"samples": 7})})
-    while not held:
-        page.wait_for_timeout(20)
-    page.context.set_offline(True)
-    expect(page.get_by_role("alert")).to_contain_text("Connection lost")
-    for route in held:
-        route.fulfill(body=drawn.replace("1 device of 240", "1 device of 241"), content_type="text/html")
-    expect(page.locator("#found")).to_have_text("1 device of 241")
-    expect(page.get_by_role("alert")).to_contain_text("Connection lost")
-    page.unroute("**/fleet?*")
-    page.context.set_offline(False)
-    expect(page.locator("#lost")).to_be_hidden()
-    expect(page.locator("#live")).to_have_text("live")
-
-
 def test_a_stream_that_breaks_is_taken_up_again(opened: Open) -> None:
     page = opened("/login", None)
     page.context.route("**/api/v1/events", lambda route: route.fulfill(status=503))
@@ -469,17 +432,6 @@ def test_everybody_can_use_the_page(opened: Open, place: str) -> None:
     assert found.violations_count == 0, found.generate_report()
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-
-
-def test_the_table_of_the_fleet_cuts_nothing_off(opened: Open) -> None:
-    page = opened("/fleet")
-    cut = "cells => cells.filter(c => c.scrollWidth > c.clientWidth).map(c => c.textContent)"
-    cells = page.locator("#devices td, #devices th")
-    assert cells.count() > 1000
-    assert cells.evaluate_all(cut) == []
-    assert page.locator("#devices").evaluate("t => t.scrollWidth <= t.parentElement.clientWidth")
-    densities = page.locator("#devices tbody td:nth-child(4)").all_inner_texts()
-    assert all(re.fullmatch(r"[01]\.\d\d|–", d) for d in densities), densities
 
 
 @pytest.mark.soak

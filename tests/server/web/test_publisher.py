@@ -29,7 +29,7 @@ from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
 from fedprune_server.web.state import order_handler, rows
 from fedprune_server.web.state.admin_executor import AdminExecutor
-from fedprune_server.web.state.order_handler import COVERED_S, OrderHandler
+from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
@@ -51,7 +51,7 @@ class Console:
     def __init__(self, folder: Path, air: Air, allowed: str = "all", **more: Any) -> None:
         self._air, clock = air, lambda: air.now
         self.writer = StatusWriter(folder / FILE)
-        self.publisher = StatusPublisher(SITE, self.writer, clock=clock, monotonic=clock, **more)
+        self.publisher = StatusPublisher(SITE, self.writer, **{"clock": clock, "monotonic": clock, **more})
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
         self.quarantine = Quarantine(clock)
@@ -163,10 +163,9 @@ def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> N
 
 
 def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    _, console = watched(fleet, poller=SurroundingsPoller(MANY))
-    moments = iter(range(10_000))
-    console.publisher._monotonic = lambda: 60.0 * next(moments)  # one batch at a time
+    fleet, moments = Fleet(tmp_path, JOB), iter(range(10_000))
+    # Of a clock that leaps there is time for one batch in each call.
+    _, console = watched(fleet, poller=SurroundingsPoller(MANY), monotonic=lambda: 60.0 * next(moments))
     whole = []
     for _ in range(8):
         console.flush()
@@ -432,24 +431,6 @@ def test_several_jobs_publish_to_one_console_and_each_device_has_one_row(tmp_pat
     assert [(j["name"], j["phase"]) for j in console.view.jobs] == [("one", "finished"), ("two", "finished")]
     assert {n: console.view.rounds(n).total for n in states} == {"one": 3, "two": 2}
     assert [r["name"] for r in console.view.devices().items] == ["a", "b", "c"]
-
-
-def test_coverage_is_made_once_for_operators_who_ask_at_the_same_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, _, console = finished(tmp_path)
-    console.view.changes()
-    made: list[bool] = []
-    numbers = [console.order("coverage", job=JOB.name) for _ in range(29)]
-    for _ in range(2):
-        console.flush()
-        made.append("coverage" in console.view.changes())
-    assert made.count(True) == 1
-    assert all((console.answer(n) or (False,))[0] for n in numbers)
-    console.order("coverage", job=JOB.name)
-    console._air.now += COVERED_S
-    console.flush()
-    assert f"coverage:{JOB.name}" in console.view.changes()
 
 
 def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class ConsoleFleet:
         parts = {s: sum(r["state"] == s for r in self.rows.values()) for s in _STATES}
         metrics = self._metrics(self._round)
         return PublishedJob(
-            name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64, 1.0,
+            name, self._round, 100, "training", self._now + 240, False, metrics, "fedprune", "a" * 64,
             parts, 11_173_962,
         )  # fmt: skip
 

@@ -263,7 +263,6 @@ def _job(job: JobSnapshot) -> PublishedJob:
         metrics=dict(list(job.metrics.items())[:64]),
         strategy=job.strategy[:200],
         model_digest=job.model,
-        weight=job.weight,
         parts={k.value: n for k, n in job.parts.items() if n},
         parameters=job.parameters,
     )

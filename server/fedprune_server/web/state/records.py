@@ -67,7 +67,6 @@ class PublishedJob(Record, kind="job", scope="name"):
     metrics: dict[str, float]
     strategy: str
     model_digest: str
-    weight: float
     parts: dict[str, int]
     parameters: int
 
